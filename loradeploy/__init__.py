@@ -1,0 +1,1 @@
+"""loradeploy: train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""

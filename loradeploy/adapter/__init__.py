@@ -1,0 +1,1 @@
+"""An adapter as data: configuration, tensors, scaling, digest. numpy and safetensors only."""

@@ -1,0 +1,60 @@
+"""Every error that loradeploy raises on purpose.
+
+    LoraDeployError             a mistake that its reader can mend; one line: what, where, what to do
+    ├── UsageError              options that do not go together, a value out of range
+    ├── DataError               training or evaluation data that cannot be used
+    ├── ModelError              a base model that is missing or cannot be used
+    ├── AdapterError            an adapter that cannot be read or is refused
+    │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
+    ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
+    ├── BundleError             a bundle that is broken, or does not match its manifest
+    ├── ExportError             a model or graph that cannot be exported in the way asked for
+    └── MissingDependencyError  a part of loradeploy whose extra is not installed
+
+The command line prints the message and exits with 2; anything else is a defect of loradeploy.
+"""
+
+from __future__ import annotations
+
+
+class LoraDeployError(Exception):
+    """A mistake that the reader of the message can mend."""
+
+
+class UsageError(LoraDeployError):
+    """Options that do not go together, or a value out of its range."""
+
+
+class DataError(LoraDeployError):
+    """Training or evaluation data that cannot be used."""
+
+
+class ModelError(LoraDeployError):
+    """A base model that is missing or cannot be used."""
+
+
+class AdapterError(LoraDeployError):
+    """An adapter that cannot be read or is refused."""
+
+
+class AdapterMismatchError(AdapterError):
+    """An adapter that does not fit this base model or bundle."""
+
+
+class UnknownAdapterError(LoraDeployError, KeyError):
+    """An adapter name that was never loaded."""
+
+    # KeyError shows the repr of its argument; the message is a sentence, show it as one.
+    __str__ = Exception.__str__
+
+
+class BundleError(LoraDeployError):
+    """A bundle that is broken or does not match its manifest."""
+
+
+class ExportError(LoraDeployError):
+    """A model or graph that cannot be exported in the way asked for."""
+
+
+class MissingDependencyError(LoraDeployError):
+    """A part of loradeploy whose extra is not installed."""

@@ -1,0 +1,1 @@
+"""Model or ONNX file to bundle: tracing, graph surgery, graph merge."""

@@ -1,0 +1,1 @@
+"""Backends compared with each other, and the verdict."""

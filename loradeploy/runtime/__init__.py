@@ -1,0 +1,1 @@
+"""Bundle and adapters to numbers and text, on ONNX Runtime alone."""

@@ -1,0 +1,1 @@
+"""Data to adapter: tasks on transformers' Trainer."""
