@@ -1,1 +1,21 @@
 """An adapter as data: configuration, tensors, scaling, digest. numpy and safetensors only."""
+
+from __future__ import annotations
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.digest import base_digest
+from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.scaling import scaling
+from loradeploy.adapter.targets import match_targets
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Factors",
+    "base_digest",
+    "load_adapter",
+    "match_targets",
+    "save_adapter",
+    "scaling",
+]

@@ -1,0 +1,237 @@
+"""The configuration of an adapter, as PEFT writes it in `adapter_config.json`.
+
+A field belongs to exactly one of four rows: honoured (an attribute of `AdapterConfig`), neutral
+(kept as read: it cannot change the numbers of a finished adapter), refused unless it is off (it
+changes the numbers and is not supported), or unknown (refused unless it is off).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any, Final, TypeVar
+
+from loradeploy.errors import AdapterError
+
+CONFIG_NAME: Final = "adapter_config.json"
+
+# What may stand in the file without touching a finished adapter's numbers.
+_NEUTRAL: Final = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "velora_config",
+    }
+)
+
+# What changes the numbers and is not supported, with what to do instead.
+_REFUSED: Final = {
+    "use_dora": "DoRA is not supported yet: merge it with PEFT and export the merged model",
+    "lora_bias": "merge it with PEFT and export the merged model",
+    "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be exported",
+    "arrow_config": "routing between adapters cannot be exported",
+    "ensure_weight_tying": "train again without it",
+    "kasa_config": "merge it with PEFT and export the merged model",
+    "layer_replication": "apply it to the base model first and train on the result",
+    "megatron_config": "export from a Hugging Face checkpoint instead",
+    "monteclora_config": "merge it with PEFT and export the merged model",
+    "target_parameters": "merge it with PEFT and export the merged model",
+    "trainable_token_indices": "merge it with PEFT and export the merged model",
+    "use_bdlora": "merge it with PEFT and export the merged model",
+    "use_qalora": "merge it with PEFT and export the merged model",
+}
+
+# Initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ)
+# subtract from them, so that their factors mean nothing on the original base.
+_BASE_KEEPING_INITS: Final = (True, False, "gaussian", "eva", "orthogonal")
+
+_MAX_PATTERN_LENGTH: Final = 4096
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How an adapter's tensors are to be used. Field names and meanings are PEFT's.
+
+    `r`, `lora_alpha`: rank and alpha, unless `rank_pattern` or `alpha_pattern` name the module.
+    `target_modules`: module name endings, or one regular expression, or "all-linear".
+    `modules_to_save`: modules trained whole, such as a classifier head.
+    `extra`: other fields, kept as read so that a round trip loses nothing.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | tuple[str, ...] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    init_lora_weights: bool | str = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise AdapterError(f"adapter config: {problem}")
+
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """The configuration in the object that `adapter_config.json` holds.
+
+        Raises:
+            AdapterError: not LoRA, a value of the wrong type, or a field that changes the numbers
+                and is not supported; the message names the field.
+        """
+        peft_type = values.get("peft_type", "LORA")
+        if peft_type != "LORA":
+            raise AdapterError(
+                f"adapter config: peft_type is {peft_type!r}, only LORA is supported"
+            )
+        for name, advice in _REFUSED.items():
+            if values.get(name):
+                raise AdapterError(f"adapter config: {name}={values[name]!r} is refused: {advice}")
+        known = {f.name for f in fields(cls)} - {"extra"}
+        extra: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in known:
+                continue
+            if value and name not in _NEUTRAL:
+                raise AdapterError(
+                    f"adapter config: the field {name}={value!r} is unknown and may change the"
+                    " numbers: merge the adapter with PEFT, or remove the field if it does not"
+                )
+            extra[name] = value
+        honoured: dict[str, Any] = {
+            name: tuple(sorted(value)) if name in _UNORDERED and _is_list(value) else value
+            for name, value in values.items()
+            if name in known and value is not None
+        }
+        for name in ("layers_to_transform", "layers_pattern"):
+            if _is_list(honoured.get(name)):
+                honoured[name] = tuple(honoured[name])
+        return cls(**honoured, extra=extra)
+
+    def to_peft(self) -> dict[str, Any]:
+        """The object to write in `adapter_config.json`, with the same bytes for the same config."""
+        values: dict[str, Any] = dict(self.extra)
+        values["peft_type"] = "LORA"
+        for f in fields(self):
+            if f.name != "extra":
+                value = getattr(self, f.name)
+                values[f.name] = list(value) if isinstance(value, tuple) else value
+        values["rank_pattern"] = dict(self.rank_pattern)
+        values["alpha_pattern"] = dict(self.alpha_pattern)
+        values["modules_to_save"] = list(self.modules_to_save) or None
+        return dict(sorted(values.items()))
+
+    def rank_of(self, module: str) -> int:
+        """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha for `module`: `alpha_pattern` first, then `lora_alpha`."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
+
+_UNORDERED: Final = ("target_modules", "exclude_modules", "modules_to_save")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
+
+
+def _by_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:
+    # PEFT 0.21 (utils.other.get_pattern_key): the first key that matches the end of the name.
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _problems(config: AdapterConfig) -> list[str]:
+    """What is wrong with the values, in the order of the fields."""
+    found = []
+
+    def check(name: str, valid: bool, needs: str) -> None:
+        if not valid:
+            found.append(f"{name} is {getattr(config, name)!r}, {needs} is needed")
+
+    def names(value: object) -> bool:
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+    def rank(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    check("r", rank(config.r), "a positive integer")
+    check("lora_alpha", number(config.lora_alpha), "a number")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, name)
+        check(name, value is None or isinstance(value, str) or names(value), "a string or a list")
+    check("lora_dropout", number(config.lora_dropout), "a number")
+    check("bias", config.bias == "none", 'trained biases are refused, "none"')
+    check("use_rslora", isinstance(config.use_rslora, bool), "true or false")
+    check("fan_in_fan_out", isinstance(config.fan_in_fan_out, bool), "true or false")
+    for name, valid, needs in (
+        ("rank_pattern", rank, "an object of positive integers"),
+        ("alpha_pattern", number, "an object of numbers"),
+    ):
+        value = getattr(config, name)
+        check(name, isinstance(value, Mapping) and all(valid(v) for v in value.values()), needs)
+    layers = config.layers_to_transform
+    check(
+        "layers_to_transform",
+        layers is None
+        or isinstance(layers, int)
+        or (isinstance(layers, tuple) and all(isinstance(v, int) for v in layers)),
+        "an integer or a list of integers",
+    )
+    check("modules_to_save", names(config.modules_to_save), "a list of names")
+    check(
+        "init_lora_weights",
+        config.init_lora_weights in _BASE_KEEPING_INITS,
+        "an initialisation that keeps the base weights as they are (others: convert with PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=…))",
+    )
+    return found or _pattern_problems(config)
+
+
+def _pattern_problems(config: AdapterConfig) -> list[str]:
+    patterns = [("rank_pattern", p) for p in config.rank_pattern] + [
+        ("alpha_pattern", p) for p in config.alpha_pattern
+    ]
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(config, name), str):
+            patterns.append((name, value))
+    for name, pattern in patterns:
+        if len(pattern) > _MAX_PATTERN_LENGTH:
+            return [f"{name} has a pattern of {len(pattern):,} characters"]
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            return [
+                f"{name} has the pattern {pattern!r}, which is no regular expression: {problem}"
+            ]
+    return []

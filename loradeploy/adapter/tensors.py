@@ -1,0 +1,139 @@
+"""Safetensors files, validated before the first byte is used.
+
+The `safetensors` library checks the header (length, JSON, dtypes, offsets without gaps or overlap,
+size of the file); the tensors are then views of the mapped file. bfloat16, which numpy lacks, is
+widened to float32 on reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.errors import LoraDeployError
+from loradeploy.files import atomic_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+_NAMES = {np.dtype(code): name for name, code in _DTYPES.items() if name != "BF16"}
+_HEADER_LENGTH = np.dtype("<u8")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a safetensors file: `raw` maps its bytes, `dtype` is the file's name for them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+
+    def array(self) -> NDArray[Any]:
+        """The values: a read-only view of the file, or float32 widened from bfloat16."""
+        values = self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
+        if self.dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+
+def map_tensors(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata of the safetensors file `path`.
+
+    Raises:
+        error: the file is missing, truncated, or its header is not true of its contents.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = dict(opened.metadata() or {})
+        mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    except FileNotFoundError:
+        raise error(f"{file} does not exist") from None
+    except (OSError, SafetensorError, ValueError) as problem:
+        raise error(f"{file} is no valid safetensors file: {problem}") from None
+    start = int(mapped[:8].view(_HEADER_LENGTH)[0]) + 8
+    header: dict[str, Any] = json.loads(bytes(mapped[8:start]))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = mapped[start + begin : start + end]
+        tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), raw)
+    return tensors, metadata
+
+
+def read_arrays(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError]
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The finite arrays and the metadata of the safetensors file `path`.
+
+    Raises:
+        error: as `map_tensors`; or a dtype that numpy cannot hold, or a value that is not finite.
+    """
+    stored, metadata = map_tensors(path, error=error)
+    arrays = {}
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
+        # A copy: a file that changes after it was checked must not change what is computed.
+        values = np.array(tensor.array())
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise error(f"{path}: {name} holds values that are not finite (NaN or infinite)")
+        arrays[name] = values
+    return arrays, metadata
+
+
+def write_arrays(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, atomically, the same bytes for the same contents.
+
+    The header is written here because the library orders the metadata by hash (0.8): tensors and
+    metadata are in name order, the header is padded with spaces to a multiple of 8 bytes.
+
+    Raises:
+        TypeError: an array's dtype has no name in the format.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in sorted(arrays):
+        values = arrays[name]
+        if values.dtype not in _NAMES:
+            raise TypeError(f"{name} has the dtype {values.dtype}, which safetensors cannot hold")
+        header[name] = {
+            "dtype": _NAMES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [offset, offset + values.nbytes],
+        }
+        offset += values.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(np.array(len(text), _HEADER_LENGTH).tobytes())
+        file.write(text)
+        for name in sorted(arrays):
+            file.write(np.ascontiguousarray(arrays[name]).data)

@@ -1,0 +1,132 @@
+"""An adapter in the form of a bundle's side inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.digest import short
+from loradeploy.adapter.targets import match_targets
+from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
+from loradeploy.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+_LISTED = 6
+
+
+def side_inputs(adapter: Adapter, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    """The side inputs of `adapter` alone (one slot), by name, in `manifest.factor_dtype`.
+
+    `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, the scaling folded in at
+    float32 with one final cast; saved parameters [1, …]. Modules that the adapter does not touch
+    are left out: the graph's defaults hold for them.
+
+    Raises:
+        AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
+    """
+    check_fit(adapter, manifest)
+    dtype = np.dtype(manifest.factor_dtype)
+    targets = {target.module: target for target in manifest.targets}
+    arrays: dict[str, NDArray[Any]] = {}
+    for module, pair in adapter.factors.items():
+        target = targets[module]
+        scaling = np.float32(adapter.scaling(module))
+        A = pair.A.astype(np.float32).T  # [in, rank]
+        B = pair.B.astype(np.float32).T * scaling  # [rank, out]
+        arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
+        arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
+    saved = {target.parameter: target for target in manifest.saved}
+    for parameter, values in adapter.saved.items():
+        place = saved[parameter]
+        turned = np.swapaxes(values, -1, -2) if place.transposed else values
+        arrays[place.input] = _slot(turned, dtype, place.input)
+    return arrays
+
+
+def check_fit(adapter: Adapter, manifest: Manifest) -> None:
+    """Raise AdapterMismatchError, with every misfit, unless `adapter` fits the bundle's graph."""
+    if manifest.mode == "merged":
+        raise AdapterMismatchError(
+            "this bundle is merged and takes no adapters: export the base without --merge"
+        )
+    targets = {target.module: target for target in manifest.targets}
+    saved = {target.parameter: target for target in manifest.saved}
+    problems = [
+        *_other_base(adapter, manifest),
+        *_factor_misfits(adapter, targets),
+        *_saved_misfits(adapter, saved),
+        *_missing(adapter, targets),
+    ]
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "; ".join(problems[:_LISTED])
+        raise AdapterMismatchError(f"the adapter does not fit this bundle: {listed}{more}")
+
+
+def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
+    base = manifest.base
+    if base.kind != "checkpoint" or None in (base.digest, adapter.base_digest):
+        return []
+    if base.digest == adapter.base_digest:
+        return []
+    return [
+        f"it was trained on another base (digest {short(adapter.base_digest)},"
+        f" this bundle's is {short(base.digest)})"
+    ]
+
+
+def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:
+    problems = []
+    for module, pair in sorted(adapter.factors.items()):
+        target = targets.get(module)
+        if target is None:
+            problems.append(f"{module} is no target module of this bundle")
+            continue
+        if pair.A.shape[1] != target.in_features:
+            problems.append(
+                f"{module}.lora_A is {list(pair.A.shape)}, the base takes {target.in_features}"
+            )
+        if pair.B.shape[0] != target.out_features:
+            problems.append(
+                f"{module}.lora_B is {list(pair.B.shape)}, the base gives {target.out_features}"
+            )
+    return problems
+
+
+def _saved_misfits(adapter: Adapter, saved: Mapping[str, SavedTarget]) -> list[str]:
+    problems = []
+    for parameter, values in sorted(adapter.saved.items()):
+        target = saved.get(parameter)
+        if target is None:
+            problems.append(
+                f"{parameter} (modules_to_save) is no side input of this bundle: merge it instead"
+            )
+        elif values.shape != target.shape:
+            problems.append(
+                f"{parameter} is {list(values.shape)}, the base has {list(target.shape)}"
+            )
+    return problems
+
+
+def _missing(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:
+    """Modules that the config targets and the tensors lack: half an adapter is no adapter."""
+    meant = match_targets(targets, adapter.config, linear_names=tuple(adapter.factors))
+    return [
+        f"{module} is targeted and has no tensors"
+        for module in meant
+        if module not in adapter.factors
+    ]
+
+
+def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        slot = np.ascontiguousarray(values, dtype=dtype)[np.newaxis]
+    if not np.isfinite(slot).all():
+        raise AdapterMismatchError(f"{name} does not fit into {dtype}: its values overflow")
+    return slot

@@ -1,0 +1,254 @@
+"""The manifest of a bundle: what its graph takes, gives, and can be adapted at."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, TypeVar, get_args
+
+from loradeploy.bundle.names import MANIFEST_NAME, TASKS
+from loradeploy.errors import BundleError
+from loradeploy.files import read_json
+
+FORMAT: Final = "loradeploy-bundle"
+FORMAT_VERSION: Final = 1
+
+Mode = Literal["side-inputs", "merged"]
+BaseKind = Literal["checkpoint", "onnx"]
+Noun = TypeVar("Noun")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: numpy's name of its dtype, symbols for its dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A linear layer of the graph that takes low-rank side inputs.
+
+    `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
+    `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
+    `slice`: the module's range of outputs where the weight is fused from several modules'.
+    `found_by`: the evidence by which the graph's node was taken for this module.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    lora_A: str
+    lora_B: str
+    weight: str
+    transposed: bool
+    found_by: str
+    slice: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class SavedTarget:
+    """A whole parameter that an adapter may replace (modules_to_save).
+
+    `input`: the side input, [adapters, *shape]; it is the last two axes swapped where `transposed`.
+    `shape`: the parameter's shape in the checkpoint's orientation.
+    """
+
+    parameter: str
+    input: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The base model: a name for people, and the digest of its weights.
+
+    `kind` tells of what the digest is: a checkpoint's tensors, or an ONNX file's initializers.
+    Only digests of one kind can be compared.
+    """
+
+    name: str
+    digest: str | None
+    kind: BaseKind
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that came with the export; `path` is relative to the bundle, None once merged."""
+
+    digest: str
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a reader of the bundle must know about its graph.
+
+    `adapters`: the adapters inside a side-input bundle, by name.
+    `merged_adapter`: the one adapter folded into a merged bundle's weights.
+    `factor_dtype`: numpy's name of the side inputs' dtype.
+    `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data.
+    """
+
+    task: str
+    mode: Mode
+    base: BaseIdentity
+    precision: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    targets: tuple[LoraTarget, ...] = ()
+    saved: tuple[SavedTarget, ...] = ()
+    adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    merged_adapter: AdapterEntry | None = None
+    factor_dtype: str = "float32"
+    graph_digest: str | None = None
+    data_digest: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as a JSON object."""
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return {**head, **_plain(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Manifest:
+        """The manifest in a JSON object.
+
+        Raises:
+            BundleError: a field is missing, unknown or of the wrong type, or the format is newer.
+        """
+        rest = dict(values)
+        if rest.pop("format", None) != FORMAT:
+            raise BundleError(f"{MANIFEST_NAME}: the field 'format' is not {FORMAT!r}")
+        version = rest.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME}: format version {version!r}, this loradeploy reads"
+                f" {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
+            )
+        nested: dict[str, Any] = {
+            "base": lambda value: _noun(BaseIdentity, value, "base"),
+            "inputs": lambda value: _nouns(TensorSpec, value, "inputs"),
+            "outputs": lambda value: _nouns(TensorSpec, value, "outputs"),
+            "targets": lambda value: _nouns(LoraTarget, value, "targets"),
+            "saved": lambda value: _nouns(SavedTarget, value, "saved"),
+            "adapters": lambda value: MappingProxyType(
+                {
+                    name: _noun(AdapterEntry, entry, f"adapters.{name}")
+                    for name, entry in _object(value, "adapters").items()
+                }
+            ),
+            "merged_adapter": lambda value: (
+                None if value is None else _noun(AdapterEntry, value, "merged_adapter")
+            ),
+        }
+        for name, read in nested.items():
+            if name in rest:
+                rest[name] = read(rest[name])
+        manifest = _noun(cls, rest, "")
+        _check(manifest)
+        return manifest
+
+
+def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the bundle in the directory `bundle`.
+
+    Raises:
+        BundleError: the directory is missing or no bundle, or its manifest is broken.
+    """
+    place = Path(bundle)
+    if not place.is_dir():
+        raise BundleError(f"{place} does not exist: give a directory that loradeploy export wrote")
+    if not (place / MANIFEST_NAME).is_file():
+        raise BundleError(f"{place} is no bundle: it holds no {MANIFEST_NAME}")
+    try:
+        return Manifest.from_json(read_json(place / MANIFEST_NAME, error=BundleError))
+    except BundleError as problem:
+        raise BundleError(f"{place}: {problem}") from None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(value[name]) for name in sorted(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+# The annotations are strings (PEP 563); each names one of these checks.
+_CHECKS: Final[Mapping[str, Any]] = {
+    "str": lambda v: isinstance(v, str),
+    "str | None": lambda v: v is None or isinstance(v, str),
+    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "bool": lambda v: isinstance(v, bool),
+    "tuple[int | str, ...]": lambda v: _all(v, int | str),
+    "tuple[int, ...]": lambda v: _all(v, int),
+    "tuple[int, int] | None": lambda v: v is None or (_all(v, int) and len(v) == 2),
+    "Mode": lambda v: v in get_args(Mode),
+    "BaseKind": lambda v: v in get_args(BaseKind),
+}
+
+
+def _all(value: object, kind: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object")
+    return value
+
+
+def _nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
+    if not isinstance(value, list):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
+    return tuple(_noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _noun(kind: type[Noun], value: object, where: str) -> Noun:
+    """Build the dataclass `kind` of a JSON object, each field checked against its annotation."""
+    values = dict(_object(value, where or "the file"))
+    label = f"{where}." if where else ""
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is unknown")
+    for name, f in known.items():
+        if name not in values:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is missing")
+            continue
+        if isinstance(values[name], list):
+            values[name] = tuple(values[name])
+        check = _CHECKS.get(str(f.type))
+        if check is not None and not check(values[name]):
+            raise BundleError(
+                f"{MANIFEST_NAME}: {label}{name} is {values[name]!r}, {f.type} is needed"
+            )
+    return kind(**values)
+
+
+def _check(manifest: Manifest) -> None:
+    """What the fields must be to each other."""
+    if manifest.task not in TASKS:
+        raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
+    if manifest.factor_dtype not in ("float32", "float16"):
+        raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
+    for target in manifest.targets:
+        if target.in_features < 1 or target.out_features < 1:
+            raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
+    side_inputs = [name for t in manifest.targets for name in (t.lora_A, t.lora_B)]
+    side_inputs += [saved.input for saved in manifest.saved]
+    if len(set(side_inputs)) != len(side_inputs):
+        raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
+    if manifest.mode == "merged" and (side_inputs or manifest.adapters):
+        raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")

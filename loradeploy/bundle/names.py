@@ -1,0 +1,46 @@
+"""The names of graph inputs, graph outputs, tasks and files, in one place."""
+
+from __future__ import annotations
+
+from typing import Final
+
+CAUSAL_LM: Final = "causal-lm"
+SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
+FEATURE_EXTRACTION: Final = "feature-extraction"
+TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION)
+
+INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
+ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
+POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
+TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
+ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
+LOGITS: Final = "logits"
+LAST_HIDDEN_STATE: Final = "last_hidden_state"
+
+MANIFEST_NAME: Final = "loradeploy.json"
+GRAPH_NAME: Final = "model.onnx"
+GRAPH_DATA_NAME: Final = "model.onnx.data"
+DEFAULTS_NAME: Final = "defaults.safetensors"
+CERTIFICATE_NAME: Final = "parity.json"
+ADAPTERS_DIRECTORY: Final = "adapters"
+NATIVE_SUFFIX: Final = ".onnx_adapter"
+
+
+def past_name(layer: int, part: str) -> str:
+    """Graph input of a layer's cached keys or values (`part`): [batch, kv_heads, past, head_dim]."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_name(layer: int, part: str) -> str:
+    """Graph output of a layer's keys or values (`part`), past and new ones together."""
+    return f"present.{layer}.{part}"
+
+
+def lora_a_name(module: str) -> str:
+    """Side input of a target module's first factor: [adapters, in, rank]."""
+    return f"{module}.lora_A"
+
+
+def lora_b_name(module: str) -> str:
+    """Side input of a target module's second factor: [adapters, rank, out], scaling folded in."""
+    return f"{module}.lora_B"

@@ -1,0 +1,67 @@
+"""`.onnx_adapter` files: adapters for ONNX Runtime's own LoraAdapter, in any of its languages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.factors import side_inputs
+from loradeploy.errors import AdapterError
+from loradeploy.files import atomic_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.manifest import Manifest
+
+# The format has two version numbers of the writer's choosing; nothing here reads them back.
+_ADAPTER_VERSION = 1
+_MODEL_VERSION = 1
+
+
+def write_onnx_adapter(adapter: Adapter, manifest: Manifest, file: str | os.PathLike[str]) -> None:
+    """Write `adapter` as an `.onnx_adapter` file for the bundle of `manifest`, atomically.
+
+    The file holds the side inputs by their names in the graph, the scaling folded in.
+
+    Raises:
+        AdapterMismatchError: the adapter does not fit the bundle.
+    """
+    import onnxruntime
+
+    arrays = side_inputs(adapter, manifest)
+    content = onnxruntime.AdapterFormat()
+    content.set_adapter_version(_ADAPTER_VERSION)
+    content.set_model_version(_MODEL_VERSION)
+    content.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in sorted(arrays)}
+    )
+    with atomic_file(file) as temporary:
+        content.export_adapter(os.fspath(temporary))
+
+
+def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]]:
+    """The side inputs in an `.onnx_adapter` file, by name, as copies.
+
+    Raises:
+        AdapterError: the file is missing, no adapter, or holds values that are not finite.
+    """
+    import onnxruntime
+
+    place = Path(file)
+    if not place.is_file():
+        raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
+    try:
+        content = onnxruntime.AdapterFormat.read_adapter(os.fspath(place))
+        arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
+    except Exception as problem:  # onnxruntime raises its own and bare RuntimeErrors
+        raise AdapterError(f"{place} is no valid .onnx_adapter file: {problem}") from None
+    for name, values in arrays.items():
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise AdapterError(f"{place}: {name} holds values that are not finite numbers")
+    return arrays
