@@ -27,7 +27,6 @@ _NEUTRAL: Final = frozenset(
         "loftq_config",
         "lora_ga_config",
         "megatron_core",
-        "peft_type",
         "peft_version",
         "qalora_group_size",
         "revision",
@@ -109,11 +108,13 @@ class AdapterConfig:
             )
         for name, advice in _REFUSED.items():
             if values.get(name):
-                raise AdapterError(f"adapter config: {name}={values[name]!r} is refused: {advice}")
+                raise AdapterError(
+                    f"adapter config: {name}={values[name]!r} is refused: {advice}"
+                )
         known = {f.name for f in fields(cls)} - {"extra"}
         extra: dict[str, Any] = {}
         for name, value in values.items():
-            if name in known:
+            if name in known or name == "peft_type":
                 continue
             if value and name not in _NEUTRAL:
                 raise AdapterError(
@@ -122,7 +123,9 @@ class AdapterConfig:
                 )
             extra[name] = value
         honoured: dict[str, Any] = {
-            name: tuple(sorted(value)) if name in _UNORDERED and _is_list(value) else value
+            name: tuple(sorted(value))
+            if name in _UNORDERED and _is_list(value)
+            else value
             for name, value in values.items()
             if name in known and value is not None
         }
@@ -180,7 +183,11 @@ def _problems(config: AdapterConfig) -> list[str]:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
     def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        return (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and isfinite(value)
+        )
 
     def rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -189,7 +196,11 @@ def _problems(config: AdapterConfig) -> list[str]:
     check("lora_alpha", number(config.lora_alpha), "a number")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = getattr(config, name)
-        check(name, value is None or isinstance(value, str) or names(value), "a string or a list")
+        check(
+            name,
+            value is None or isinstance(value, str) or names(value),
+            "a string or a list",
+        )
     check("lora_dropout", number(config.lora_dropout), "a number")
     check("bias", config.bias == "none", 'trained biases are refused, "none"')
     check("use_rslora", isinstance(config.use_rslora, bool), "true or false")
@@ -199,7 +210,11 @@ def _problems(config: AdapterConfig) -> list[str]:
         ("alpha_pattern", number, "an object of numbers"),
     ):
         value = getattr(config, name)
-        check(name, isinstance(value, Mapping) and all(valid(v) for v in value.values()), needs)
+        check(
+            name,
+            isinstance(value, Mapping) and all(valid(v) for v in value.values()),
+            needs,
+        )
     layers = config.layers_to_transform
     check(
         "layers_to_transform",

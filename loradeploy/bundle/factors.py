@@ -64,9 +64,13 @@ def check_fit(adapter: Adapter, manifest: Manifest) -> None:
         *_missing(adapter, targets),
     ]
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        more = (
+            f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        )
         listed = "; ".join(problems[:_LISTED])
-        raise AdapterMismatchError(f"the adapter does not fit this bundle: {listed}{more}")
+        raise AdapterMismatchError(
+            f"the adapter does not fit this bundle: {listed}{more}"
+        )
 
 
 def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
@@ -75,9 +79,9 @@ def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
         return []
     if base.digest == adapter.base_digest:
         return []
+    theirs, ours = short(adapter.base_digest), short(base.digest)
     return [
-        f"it was trained on another base (digest {short(adapter.base_digest)},"
-        f" this bundle's is {short(base.digest)})"
+        f"it was trained on another base (digest {theirs}, this bundle's is {ours})"
     ]
 
 
@@ -128,5 +132,7 @@ def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]
     with np.errstate(over="ignore"):
         slot = np.ascontiguousarray(values, dtype=dtype)[np.newaxis]
     if not np.isfinite(slot).all():
-        raise AdapterMismatchError(f"{name} does not fit into {dtype}: its values overflow")
+        raise AdapterMismatchError(
+            f"{name} does not fit into {dtype}: its values overflow"
+        )
     return slot

@@ -13,7 +13,9 @@ INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
-ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
+ADAPTER_IDS: Final = (
+    "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
+)
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 

@@ -1,0 +1,274 @@
+"""Adapter directories: PEFT's, ours, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loradeploy.adapter import (
+    Adapter,
+    AdapterConfig,
+    Factors,
+    base_digest,
+    load_adapter,
+    save_adapter,
+)
+from loradeploy.adapter.peft import WEIGHTS_NAME
+from loradeploy.adapter.tensors import read_arrays, write_arrays
+from loradeploy.errors import AdapterError, ModelError
+
+PREFIX = "base_model.model."
+GOLDEN = (
+    b'x\x00\x00\x00\x00\x00\x00\x00{"__metadata__":{"a":"1","b":"2"},"m":{"dtype":"F16","shape":[1],'
+    b'"data_offsets":[0,2]},"n":{"dtype":"F32","shape":[1,1],"data_offsets":[2,6]}}'
+)
+
+
+def an_adapter(**changes: Any) -> Adapter:
+    config = AdapterConfig(
+        r=2, lora_alpha=4, target_modules=("q",), modules_to_save=("head",)
+    )
+    values: dict[str, Any] = {
+        "config": config,
+        "factors": {
+            "l.q": Factors(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
+        },
+        "saved": {"head.weight": np.ones((5, 4), np.float32)},
+        "base_digest": "sha256:00",
+        "labels": ("no", "yes"),
+    }
+    return Adapter(**{**values, **changes})
+
+
+def write(directory: Path, tensors: dict[str, Any], **config: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    values = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q"],
+        **config,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(values))
+    write_arrays(directory / WEIGHTS_NAME, tensors, {})
+    return directory
+
+
+def good_tensors() -> dict[str, Any]:
+    return {
+        f"{PREFIX}l.q.lora_A.weight": np.ones((2, 3), np.float32),
+        f"{PREFIX}l.q.lora_B.weight": np.ones((4, 2), np.float32),
+    }
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    adapter = an_adapter()
+    digest = save_adapter(adapter, tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a")
+
+    assert loaded.digest == digest == adapter.digest
+    assert loaded.config == adapter.config
+    assert (loaded.base_digest, loaded.labels) == ("sha256:00", ("no", "yes"))
+    np.testing.assert_array_equal(loaded.factors["l.q"].B, adapter.factors["l.q"].B)
+    assert load_adapter(tmp_path / "a" / WEIGHTS_NAME).digest == digest
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_adapter(an_adapter(), tmp_path / name)
+    for file in (WEIGHTS_NAME, "adapter_config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (
+            tmp_path / "two" / file
+        ).read_bytes()
+
+
+def test_golden_bytes_do_not_depend_on_the_order_given(tmp_path: Path) -> None:
+    tensors = {"n": np.zeros((1, 1), np.float32), "m": np.zeros(1, np.float16)}
+    write_arrays(tmp_path / "g", tensors, {"b": "2", "a": "1"})
+    content = (tmp_path / "g").read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    assert length % 8 == 0
+    assert content[8 : 8 + length].rstrip() == GOLDEN[8:]
+    assert content[8 + length :] == bytes(6)
+
+
+def test_nothing_of_a_peft_adapter_is_lost_when_it_is_saved_again(
+    tiny_llama: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    theirs = make_adapter(tiny_llama, r=4, seed=3)
+    adapter = load_adapter(theirs)
+    save_adapter(adapter, tmp_path / "ours")
+    before, after = (load_file(d / WEIGHTS_NAME) for d in (theirs, tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_float_width_is_read(dtype: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    values = torch.tensor([[1.0, -2.5, 3.25]], dtype=getattr(torch, dtype))
+    save_file({"x": values}, tmp_path / "x.safetensors")
+    arrays, _ = read_arrays(tmp_path / "x.safetensors", error=AdapterError)
+    np.testing.assert_array_equal(arrays["x"], values.float().numpy())
+
+
+def test_the_digest_is_of_the_numbers_not_of_their_width_or_spelling() -> None:
+    half = {"l.q": Factors(np.ones((2, 3), np.float16), np.ones((4, 2), np.float16))}
+    spelled = AdapterConfig(
+        r=9,
+        rank_pattern={"q": 2},
+        lora_alpha=4,
+        target_modules=("q",),
+        modules_to_save=("head",),
+    )
+    assert an_adapter(factors=half).digest == an_adapter().digest
+    assert an_adapter(config=spelled).digest == an_adapter().digest
+
+
+@pytest.mark.parametrize("change", ["A", "B", "alpha", "saved", "module"])
+def test_the_digest_changes_with_everything_that_is_computed(change: str) -> None:
+    base = an_adapter()
+    pair = base.factors["l.q"]
+    other = {
+        "A": {"factors": {"l.q": Factors(pair.A * 2, pair.B)}},
+        "B": {"factors": {"l.q": Factors(pair.A, pair.B * 2)}},
+        "alpha": {
+            "config": AdapterConfig(r=2, lora_alpha=8, modules_to_save=("head",))
+        },
+        "saved": {"saved": {"head.weight": np.zeros((5, 4), np.float32)}},
+        "module": {"factors": {"l.k": pair}},
+    }[change]
+    assert an_adapter(**other).digest != base.digest
+
+
+@settings(max_examples=40, deadline=None)
+@given(position=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 400))
+def test_a_damaged_file_is_refused_or_read_but_never_crashes(
+    position: int, value: int, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = write(tmp_path_factory.mktemp("damaged"), good_tensors())
+    file = directory / WEIGHTS_NAME
+    content = bytearray(file.read_bytes())
+    content[position % len(content)] = value
+    file.write_bytes(content[: len(content) - cut % len(content)])
+    try:
+        load_adapter(directory)
+    except AdapterError as refusal:
+        assert "\n" not in str(refusal)
+
+
+def spoil(change: str, directory: Path) -> Path:
+    """An adapter directory that is wrong in the way that `change` says."""
+    tensors: dict[str, Any] = good_tensors()
+    key = f"{PREFIX}l.q.lora_A.weight"
+    if change == "nan":
+        tensors[key] = np.full((2, 3), np.nan, np.float32)
+    elif change == "integers":
+        tensors[key] = np.ones((2, 3), np.int32)
+    elif change == "half":
+        del tensors[key]
+    elif change == "base weights":
+        tensors[f"{PREFIX}l.q.weight"] = np.ones((4, 3), np.float32)
+    elif change == "rank":
+        tensors[key] = np.ones((3, 3), np.float32)
+    elif change == "prefix":
+        tensors["l.k.lora_A.weight"] = tensors.pop(key)
+    elif change == "dora":
+        tensors[f"{PREFIX}l.q.lora_magnitude_vector"] = np.ones(4, np.float32)
+    elif change == "embedding":
+        tensors[f"{PREFIX}e.lora_embedding_A"] = np.ones((2, 4), np.float32)
+    elif change == "convolution":
+        tensors[key] = np.ones((2, 3, 1, 1), np.float32)
+    elif change == "empty":
+        tensors = {}
+    write(directory, tensors)
+    file = directory / WEIGHTS_NAME
+    content = file.read_bytes()
+    if change == "truncated":
+        file.write_bytes(content[:-4])
+    elif change == "lying header":
+        file.write_bytes(content.replace(b"[2,3]", b"[9,3]"))
+    elif change == "huge header":
+        file.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
+    elif change == "no weights":
+        file.unlink()
+    elif change == "no config":
+        (directory / "adapter_config.json").unlink()
+    elif change == "broken config":
+        (directory / "adapter_config.json").write_text("{")
+    elif change == "config is a list":
+        (directory / "adapter_config.json").write_text("[]")
+    elif change == "pickle":
+        file.rename(directory / "adapter_model.bin")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("nan", "lora_A.weight holds values that are not finite"),
+        ("integers", "is int32, not floating point"),
+        ("half", "has lora_B but no lora_A"),
+        ("base weights", "l.q.weight is neither a factor nor"),
+        ("rank", "the config says rank 2"),
+        ("prefix", "does not begin with"),
+        ("dora", "belongs to DoRA"),
+        ("embedding", "LoRA on an embedding"),
+        ("convolution", "two-dimensional"),
+        ("empty", "holds no tensors"),
+        ("truncated", "no valid safetensors"),
+        ("lying header", "no valid safetensors"),
+        ("huge header", "no valid safetensors"),
+        ("no weights", "does not exist"),
+        ("no config", "does not exist"),
+        ("broken config", "not readable as JSON"),
+        ("config is a list", "an object is needed"),
+        ("pickle", "is a pickle.*torch.load"),
+    ],
+)
+def test_a_spoilt_adapter_is_refused_in_one_line(
+    change: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match=message) as refusal:
+        load_adapter(spoil(change, tmp_path / "adapter"))
+    assert "\n" not in str(refusal.value)
+    assert "adapter" in str(refusal.value)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "empty", "file.txt"])
+def test_a_place_without_an_adapter_says_so(place: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    with pytest.raises(AdapterError, match=place):
+        load_adapter(tmp_path / place)
+
+
+def test_the_base_digest_ignores_sharding_and_sees_every_byte(tmp_path: Path) -> None:
+    a, b = np.arange(6, dtype=np.float32), np.ones((2, 2), np.float16)
+    for name, files in {
+        "whole": {"model.safetensors": {"a": a, "b": b}},
+        "sharded": {"model-1.safetensors": {"b": b}, "model-2.safetensors": {"a": a}},
+        "other": {"model.safetensors": {"a": a + 1, "b": b}},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, tensors in files.items():
+            write_arrays(tmp_path / name / file, tensors, {})
+    whole, sharded, other = (
+        base_digest(tmp_path / n) for n in ("whole", "sharded", "other")
+    )
+    assert whole == sharded != other
+    with pytest.raises(ModelError, match="no .safetensors"):
+        base_digest(tmp_path)

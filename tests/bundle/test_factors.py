@@ -1,0 +1,137 @@
+"""An adapter becomes side inputs, or is refused with every misfit named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
+from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
+from loradeploy.errors import AdapterError, AdapterMismatchError
+from tests.bundle.test_manifest import a_manifest
+
+CONFIG = AdapterConfig(
+    r=2, lora_alpha=6, target_modules=("q", "k"), modules_to_save=("head",)
+)
+
+
+def factors(*, rank: int = 2, into: int = 3, out: int = 4) -> Factors:
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((rank, into)).astype(np.float32)
+    return Factors(A, rng.standard_normal((out, rank)).astype(np.float32))
+
+
+def an_adapter(**changes: Any) -> Adapter:
+    values: dict[str, Any] = {
+        "config": CONFIG,
+        "factors": {"l.q": factors(), "l.k": factors()},
+        "saved": {"head.weight": np.arange(20, dtype=np.float32).reshape(5, 4)},
+    }
+    return Adapter(**{**values, **changes})
+
+
+def test_factors_are_transposed_and_the_scaling_is_folded_into_B() -> None:
+    adapter = an_adapter()
+    arrays = side_inputs(adapter, a_manifest())
+    pair = adapter.factors["l.q"]
+    assert {n: a.shape for n, a in arrays.items()} == {
+        "l.q.lora_A": (1, 3, 2),
+        "l.q.lora_B": (1, 2, 4),
+        "l.k.lora_A": (1, 3, 2),
+        "l.k.lora_B": (1, 2, 4),
+        "head.weight": (1, 4, 5),
+    }
+    update = arrays["l.q.lora_A"][0] @ arrays["l.q.lora_B"][0]
+    np.testing.assert_allclose(update, 3.0 * (pair.B @ pair.A).T, rtol=1e-6)
+    np.testing.assert_array_equal(
+        arrays["head.weight"][0], adapter.saved["head.weight"].T
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"factors": {"l.q": factors(into=9), "l.k": factors()}},
+            r"lora_A is \[2, 9\].*takes 3",
+        ),
+        (
+            {"factors": {"l.q": factors(out=9), "l.k": factors()}},
+            r"lora_B is \[9, 2\].*gives 4",
+        ),
+        (
+            {"factors": {"l.x": factors(), "l.q": factors(), "l.k": factors()}},
+            "l.x is no target",
+        ),
+        ({"factors": {"l.q": factors()}}, "l.k is targeted and has no tensors"),
+        (
+            {"saved": {"head.bias": np.zeros(5, np.float32)}},
+            "head.bias .* merge it instead",
+        ),
+        (
+            {"saved": {"head.weight": np.zeros((4, 5), np.float32)}},
+            r"head.weight is \[4, 5\]",
+        ),
+        ({"base_digest": "sha256:77"}, "trained on another base"),
+    ],
+)
+def test_a_misfit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterMismatchError, match=message):
+        side_inputs(an_adapter(**changes), a_manifest())
+
+
+def test_every_misfit_is_in_the_one_message() -> None:
+    wrong = an_adapter(factors={"l.x": factors(), "l.q": factors(into=9)})
+    with pytest.raises(AdapterMismatchError) as refusal:
+        side_inputs(wrong, a_manifest())
+    for misfit in ("l.x is no target", "takes 3", "l.k is targeted"):
+        assert misfit in str(refusal.value)
+
+
+def test_a_merged_bundle_takes_no_adapter() -> None:
+    merged = a_manifest(mode="merged", targets=(), saved=(), adapters={})
+    with pytest.raises(AdapterMismatchError, match="is merged"):
+        side_inputs(an_adapter(), merged)
+
+
+def test_factors_that_overflow_their_dtype_are_refused() -> None:
+    big = Factors(np.full((2, 3), 1e5, np.float32), np.ones((4, 2), np.float32))
+    adapter = an_adapter(factors={"l.q": big, "l.k": factors()})
+    side_inputs(adapter, a_manifest())
+    with pytest.raises(
+        AdapterMismatchError, match=r"l.q.lora_A does not fit into float16"
+    ):
+        side_inputs(adapter, a_manifest(factor_dtype="float16"))
+
+
+def test_a_native_file_holds_the_side_inputs(tmp_path: Path) -> None:
+    manifest, adapter = a_manifest(), an_adapter()
+    write_onnx_adapter(adapter, manifest, tmp_path / "a.onnx_adapter")
+    expected, read = (
+        side_inputs(adapter, manifest),
+        read_onnx_adapter(tmp_path / "a.onnx_adapter"),
+    )
+    assert read.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(read[name], values)
+
+
+def test_the_same_adapter_gives_the_same_native_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_onnx_adapter(an_adapter(), a_manifest(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, None])
+def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.onnx_adapter"
+    write_onnx_adapter(an_adapter(), a_manifest(), file)
+    file.write_bytes(file.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(AdapterError, match="truncated or no .onnx_adapter"):
+        read_onnx_adapter(file)
+    with pytest.raises(AdapterError, match="does not exist"):
+        read_onnx_adapter(tmp_path / "nowhere")

@@ -1,0 +1,102 @@
+"""The manifest survives the round trip and refuses what it does not mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.bundle.manifest import (
+    AdapterEntry,
+    BaseIdentity,
+    LoraTarget,
+    Manifest,
+    SavedTarget,
+    TensorSpec,
+    read_manifest,
+)
+from loradeploy.errors import BundleError
+
+
+def a_manifest(**changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "task": "causal-lm",
+        "mode": "side-inputs",
+        "base": BaseIdentity("tiny", "sha256:00", "checkpoint"),
+        "precision": "fp32",
+        "opset": 23,
+        "inputs": (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        "outputs": (TensorSpec("logits", "float32", ("batch", "sequence", 7)),),
+        "targets": (
+            LoraTarget(
+                "l.q", 3, 4, "l.q.lora_A", "l.q.lora_B", "l.q.weight", False, "metadata"
+            ),
+            LoraTarget(
+                "l.k", 3, 4, "l.k.lora_A", "l.k.lora_B", "w", True, "name", slice=(0, 4)
+            ),
+        ),
+        "saved": (SavedTarget("head.weight", "head.weight", (5, 4), True),),
+        "adapters": {"sport": AdapterEntry("sha256:01", "adapters/sport")},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def test_a_manifest_survives_the_round_trip() -> None:
+    manifest = a_manifest()
+    written = json.dumps(manifest.to_json())
+    assert Manifest.from_json(json.loads(written)) == manifest
+    assert json.dumps(a_manifest().to_json()) == written
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format"], "other", "'format'"),
+        (["format_version"], 2, "format version 2"),
+        (["task"], "poetry", "the task 'poetry'"),
+        (["mode"], "both", "mode is 'both'"),
+        (["opset"], "23", "opset is '23'"),
+        (["surprise"], 1, "surprise is unknown"),
+        (["base"], None, "base is not an object"),
+        (["base", "kind"], "guess", "base.kind is 'guess'"),
+        (["inputs"], {}, "inputs is not a list"),
+        (["inputs", 0, "shape"], "batch", r"inputs\[0\].shape"),
+        (["targets", 0, "in_features"], 0, "not positive"),
+        (["targets", 0, "in_features"], None, r"targets\[0\].in_features is None"),
+        (["targets", 1, "lora_A"], "l.q.lora_A", "share the name"),
+        (["targets", 1, "slice"], [1, 2, 3], r"targets\[1\].slice"),
+        (["adapters", "sport"], "here", "adapters.sport is not an object"),
+        (["mode"], "merged", "a merged graph has no side inputs"),
+        (["factor_dtype"], "int8", "factor_dtype"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_refused_by_field(
+    path: list[str | int], value: object, message: str
+) -> None:
+    edited = json.loads(json.dumps(a_manifest().to_json()))
+    place = edited
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(edited)
+
+
+@pytest.mark.parametrize("field", ["task", "base", "inputs", "opset"])
+def test_a_missing_field_is_named(field: str) -> None:
+    edited = a_manifest().to_json()
+    del edited[field]
+    with pytest.raises(BundleError, match=f"{field} is missing"):
+        Manifest.from_json(edited)
+
+
+def test_a_place_without_a_bundle_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="holds no loradeploy.json"):
+        read_manifest(tmp_path)
+    (tmp_path / "loradeploy.json").write_text("{")
+    with pytest.raises(BundleError, match="not readable as JSON"):
+        read_manifest(tmp_path)
