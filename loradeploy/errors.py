@@ -1,6 +1,6 @@
 """Every error that loradeploy raises on purpose.
 
-    LoraDeployError             a mistake that its reader can mend; one line: what, where, what to do
+    LoraDeployError             a mistake that its reader can mend: what, where, what to do
     ├── UsageError              options that do not go together, a value out of range
     ├── DataError               training or evaluation data that cannot be used
     ├── ModelError              a base model that is missing or cannot be used

@@ -20,7 +20,7 @@ MAX_JSON_BYTES = 16 * 1024 * 1024
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary path beside `path`; it is renamed on success and removed on failure."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")

@@ -99,9 +99,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f.json"]
 
 
-@pytest.mark.parametrize(
-    "escape", ["/etc/passwd", "../secret", "a/../../secret", "link/secret"]
-)
+@pytest.mark.parametrize("escape", ["/etc/passwd", "../secret", "a/../../secret", "link/secret"])
 def test_a_path_that_leads_out_is_refused(escape: str, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "secret").write_text("x")
@@ -130,8 +128,7 @@ def test_two_writers_of_one_place_both_leave_a_whole_directory(tmp_path: Path) -
     )
     write_bundle(tmp_path / "b", "whole")
     writers = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "b")])
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "b")]) for _ in range(2)
     ]
     while any(writer.poll() is None for writer in writers):
         assert (tmp_path / "b" / MARKER).read_text() == "whole"

@@ -66,9 +66,7 @@ class Adapter:
                     f" the config says rank {rank}"
                 )
         if problems:
-            raise AdapterError(
-                "adapter tensors do not fit the config: " + "; ".join(problems)
-            )
+            raise AdapterError("adapter tensors do not fit the config: " + "; ".join(problems))
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -96,6 +94,4 @@ class Adapter:
         for module, pair in self.factors.items():
             tensors[f"{module}.lora_A"] = pair.A
             tensors[f"{module}.lora_B"] = pair.B
-        return tensors_digest(
-            tensors, {module: self.scaling(module) for module in self.factors}
-        )
+        return tensors_digest(tensors, {module: self.scaling(module) for module in self.factors})

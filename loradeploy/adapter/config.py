@@ -108,9 +108,7 @@ class AdapterConfig:
             )
         for name, advice in _REFUSED.items():
             if values.get(name):
-                raise AdapterError(
-                    f"adapter config: {name}={values[name]!r} is refused: {advice}"
-                )
+                raise AdapterError(f"adapter config: {name}={values[name]!r} is refused: {advice}")
         known = {f.name for f in fields(cls)} - {"extra"}
         extra: dict[str, Any] = {}
         for name, value in values.items():
@@ -123,9 +121,7 @@ class AdapterConfig:
                 )
             extra[name] = value
         honoured: dict[str, Any] = {
-            name: tuple(sorted(value))
-            if name in _UNORDERED and _is_list(value)
-            else value
+            name: tuple(sorted(value)) if name in _UNORDERED and _is_list(value) else value
             for name, value in values.items()
             if name in known and value is not None
         }
@@ -183,11 +179,7 @@ def _problems(config: AdapterConfig) -> list[str]:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
     def number(value: object) -> bool:
-        return (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and isfinite(value)
-        )
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
     def rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0

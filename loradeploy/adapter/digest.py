@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 _PREFIX = "sha256:"
 
 
-def tensors_digest(
-    tensors: Mapping[str, NDArray[Any]], numbers: Mapping[str, float]
-) -> str:
+def tensors_digest(tensors: Mapping[str, NDArray[Any]], numbers: Mapping[str, float]) -> str:
     """Digest of named tensors and named numbers, whatever their order.
 
     Floating-point tensors count by value, widened to float32, so that the same numbers stored as
@@ -48,9 +46,7 @@ def base_digest(model: str | Path) -> str:
     """
     files = sorted(Path(model).glob("*.safetensors"))
     if not files:
-        raise ModelError(
-            f"{model} holds no .safetensors file: save the model with transformers"
-        )
+        raise ModelError(f"{model} holds no .safetensors file: save the model with transformers")
     tensors = {}
     for file in files:
         tensors.update(map_tensors(file, error=ModelError)[0])

@@ -53,9 +53,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     place = Path(path)
     weights = _weights_file(place)
-    config = AdapterConfig.from_peft(
-        read_json(weights.parent / CONFIG_NAME, error=AdapterError)
-    )
+    config = AdapterConfig.from_peft(read_json(weights.parent / CONFIG_NAME, error=AdapterError))
     arrays, metadata = read_arrays(weights, error=AdapterError)
     try:
         factors, saved = _sort(arrays, config)
@@ -92,16 +90,14 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
 
 
 def _weights_file(place: Path) -> Path:
-    if place.suffix in _PICKLES or (
-        place.is_dir() and not (place / WEIGHTS_NAME).exists()
-    ):
+    if place.suffix in _PICKLES or (place.is_dir() and not (place / WEIGHTS_NAME).exists()):
         pickles = [place] if place.is_file() else sorted(place.glob("adapter_model.*"))
         for file in pickles:
             if file.suffix in _PICKLES:
                 raise AdapterError(
-                    f"{file} is a pickle, which runs code when it is read, and is refused. Where you"
-                    ' trust it, convert it: python -c "import torch, safetensors.torch as s;'
-                    f" s.save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
+                    f"{file} is a pickle, which runs code when it is read, and is refused. If you"
+                    ' trust it, convert it: python -c "import torch, safetensors.torch as s; s.'
+                    f"save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
                 )
     if place.is_dir():
         if not (place / CONFIG_NAME).exists() and not (place / WEIGHTS_NAME).exists():
@@ -112,9 +108,7 @@ def _weights_file(place: Path) -> Path:
     if not place.exists():
         raise AdapterError(f"{place} does not exist: give a PEFT adapter directory")
     if place.suffix != ".safetensors":
-        raise AdapterError(
-            f"{place} is no adapter: give a PEFT directory or its .safetensors file"
-        )
+        raise AdapterError(f"{place} is no adapter: give a PEFT directory or its .safetensors file")
     return place
 
 
@@ -128,9 +122,7 @@ def _sort(
     for key, values in sorted(arrays.items()):
         name = key.removeprefix(_PREFIX)
         factor = re.fullmatch(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight", name)
-        variant = next(
-            (v for ending, v in _VARIANTS.items() if name.endswith(ending)), None
-        )
+        variant = next((v for ending, v in _VARIANTS.items() if name.endswith(ending)), None)
         if name == key:
             problems.append(f"{key} does not begin with {_PREFIX!r}")
         elif values.dtype.kind != "f":
@@ -142,25 +134,20 @@ def _sort(
         elif _is_saved(name, config):
             saved[name] = values
         else:
-            problems.append(
-                f"{key} is neither a factor nor of a module in modules_to_save"
-            )
+            problems.append(f"{key} is neither a factor nor of a module in modules_to_save")
     for module, pair in halves.items():
         if len(pair) == 1:
             there, missing = ("A", "B") if "A" in pair else ("B", "A")
             problems.append(f"{module} has lora_{there} but no lora_{missing}")
     if problems:
         raise AdapterError("the tensors are refused: " + "; ".join(problems))
-    return {
-        module: Factors(A=pair["A"], B=pair["B"]) for module, pair in halves.items()
-    }, saved
+    return {module: Factors(A=pair["A"], B=pair["B"]) for module, pair in halves.items()}, saved
 
 
 def _is_saved(parameter: str, config: AdapterConfig) -> bool:
     module = parameter.rpartition(".")[0]
     return any(
-        module == name or f".{module}.".find(f".{name}.") >= 0
-        for name in config.modules_to_save
+        module == name or f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save
     )
 
 
@@ -171,8 +158,6 @@ def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         labels = json.loads(metadata[_LABELS])
     except ValueError:
         labels = None
-    if not isinstance(labels, list) or not all(
-        isinstance(label, str) for label in labels
-    ):
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise AdapterError(f"the metadata {_LABELS} is not a JSON list of names")
     return tuple(labels)

@@ -27,15 +27,11 @@ def match_targets(
 def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
     if _listed(name, config.exclude_modules):
         return False
-    if any(
-        re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save
-    ):
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save):
         return False
     targets = config.target_modules
     if isinstance(targets, str):
-        return (
-            name in linear if targets.lower() == ALL_LINEAR else _listed(name, targets)
-        )
+        return name in linear if targets.lower() == ALL_LINEAR else _listed(name, targets)
     return _listed(name, targets) and _in_layers(name, config)
 
 

@@ -96,15 +96,11 @@ def read_arrays(
     arrays = {}
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES:
-            raise error(
-                f"{path}: {name} has the dtype {tensor.dtype}, which is not supported"
-            )
+            raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
         # A copy: a file that changes after it was checked must not change what is computed.
         values = np.array(tensor.array())
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise error(
-                f"{path}: {name} holds values that are not finite (NaN or infinite)"
-            )
+            raise error(f"{path}: {name} holds values that are not finite (NaN or infinite)")
         arrays[name] = values
     return arrays, metadata
 
@@ -127,9 +123,7 @@ def write_arrays(
     for name in sorted(arrays):
         values = arrays[name]
         if values.dtype not in _NAMES:
-            raise TypeError(
-                f"{name} has the dtype {values.dtype}, which safetensors cannot hold"
-            )
+            raise TypeError(f"{name} has the dtype {values.dtype}, which safetensors cannot hold")
         header[name] = {
             "dtype": _NAMES[values.dtype],
             "shape": list(values.shape),

@@ -64,13 +64,9 @@ def check_fit(adapter: Adapter, manifest: Manifest) -> None:
         *_missing(adapter, targets),
     ]
     if problems:
-        more = (
-            f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        )
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "; ".join(problems[:_LISTED])
-        raise AdapterMismatchError(
-            f"the adapter does not fit this bundle: {listed}{more}"
-        )
+        raise AdapterMismatchError(f"the adapter does not fit this bundle: {listed}{more}")
 
 
 def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
@@ -80,9 +76,7 @@ def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
     if base.digest == adapter.base_digest:
         return []
     theirs, ours = short(adapter.base_digest), short(base.digest)
-    return [
-        f"it was trained on another base (digest {theirs}, this bundle's is {ours})"
-    ]
+    return [f"it was trained on another base (digest {theirs}, this bundle's is {ours})"]
 
 
 def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:
@@ -132,7 +126,5 @@ def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]
     with np.errstate(over="ignore"):
         slot = np.ascontiguousarray(values, dtype=dtype)[np.newaxis]
     if not np.isfinite(slot).all():
-        raise AdapterMismatchError(
-            f"{name} does not fit into {dtype}: its values overflow"
-        )
+        raise AdapterMismatchError(f"{name} does not fit into {dtype}: its values overflow")
     return slot

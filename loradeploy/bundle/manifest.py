@@ -165,9 +165,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """
     place = Path(bundle)
     if not place.is_dir():
-        raise BundleError(
-            f"{place} does not exist: give a directory that loradeploy export wrote"
-        )
+        raise BundleError(f"{place} does not exist: give a directory that loradeploy export wrote")
     if not (place / MANIFEST_NAME).is_file():
         raise BundleError(f"{place} is no bundle: it holds no {MANIFEST_NAME}")
     try:
@@ -178,9 +176,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {
-            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
-        }
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: _plain(value[name]) for name in sorted(value)}
     if isinstance(value, tuple | list):
@@ -215,9 +211,7 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
 def _nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
     if not isinstance(value, list):
         raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
-    return tuple(
-        _noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value)
-    )
+    return tuple(_noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
 def _noun(kind: type[Noun], value: object, where: str) -> Noun:
@@ -230,13 +224,8 @@ def _noun(kind: type[Noun], value: object, where: str) -> Noun:
             raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is unknown")
     for name, f in known.items():
         if name not in values:
-            if (
-                f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING
-            ):
-                raise BundleError(
-                    f"{MANIFEST_NAME}: the field {label}{name} is missing"
-                )
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is missing")
             continue
         if isinstance(values[name], list):
             values[name] = tuple(values[name])
@@ -251,23 +240,15 @@ def _noun(kind: type[Noun], value: object, where: str) -> Noun:
 def _check(manifest: Manifest) -> None:
     """What the fields must be to each other."""
     if manifest.task not in TASKS:
-        raise BundleError(
-            f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}"
-        )
+        raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
     for target in manifest.targets:
         if target.in_features < 1 or target.out_features < 1:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the sizes of {target.module} are not positive"
-            )
+            raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
     side_inputs = [name for t in manifest.targets for name in (t.lora_A, t.lora_B)]
     side_inputs += [saved.input for saved in manifest.saved]
     if len(set(side_inputs)) != len(side_inputs):
-        raise BundleError(
-            f"{MANIFEST_NAME}: two targets share the name of a side input"
-        )
+        raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
-        raise BundleError(
-            f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters"
-        )
+        raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")

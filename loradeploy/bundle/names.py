@@ -13,9 +13,7 @@ INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
-ADAPTER_IDS: Final = (
-    "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
-)
+ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 
@@ -29,12 +27,12 @@ NATIVE_SUFFIX: Final = ".onnx_adapter"
 
 
 def past_name(layer: int, part: str) -> str:
-    """Graph input of a layer's cached keys or values (`part`): [batch, kv_heads, past, head_dim]."""
+    """Graph input of a layer's cached `part`, key or value: [batch, kv_heads, past, head_dim]."""
     return f"past_key_values.{layer}.{part}"
 
 
 def present_name(layer: int, part: str) -> str:
-    """Graph output of a layer's keys or values (`part`), past and new ones together."""
+    """Graph output of a layer's `part`, key or value, past and new positions together."""
     return f"present.{layer}.{part}"
 
 

@@ -24,9 +24,7 @@ _ADAPTER_VERSION = 1
 _MODEL_VERSION = 1
 
 
-def write_onnx_adapter(
-    adapter: Adapter, manifest: Manifest, file: str | os.PathLike[str]
-) -> None:
+def write_onnx_adapter(adapter: Adapter, manifest: Manifest, file: str | os.PathLike[str]) -> None:
     """Write `adapter` as an `.onnx_adapter` file for the bundle of `manifest`, atomically.
 
     The file holds the side inputs by their names in the graph, the scaling folded in.
@@ -41,10 +39,7 @@ def write_onnx_adapter(
     content.set_adapter_version(_ADAPTER_VERSION)
     content.set_model_version(_MODEL_VERSION)
     content.set_parameters(
-        {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name])
-            for name in sorted(arrays)
-        }
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in sorted(arrays)}
     )
     with atomic_file(file) as temporary:
         content.export_adapter(os.fspath(temporary))
@@ -63,15 +58,10 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
         raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
     try:
         content = onnxruntime.AdapterFormat.read_adapter(os.fspath(place))
-        arrays = {
-            name: value.numpy().copy()
-            for name, value in content.get_parameters().items()
-        }
+        arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
     except RuntimeError:  # its text is a C++ source line
         raise AdapterError(f"{place} is truncated or no .onnx_adapter file") from None
     for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise AdapterError(
-                f"{place}: {name} holds values that are not finite numbers"
-            )
+            raise AdapterError(f"{place}: {name} holds values that are not finite numbers")
     return arrays

@@ -54,18 +54,14 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
         ("a_field_of_tomorrow", 0.5),
     ],
 )
-def test_a_field_that_changes_the_numbers_is_refused_by_name(
-    field: str, value: object
-) -> None:
+def test_a_field_that_changes_the_numbers_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(AdapterError, match=field):
         AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: value})
 
 
 @pytest.mark.parametrize("value", [None, False, {}, []])
 def test_a_field_of_tomorrow_that_is_off_is_kept(value: object) -> None:
-    config = AdapterConfig.from_peft(
-        {"r": 4, "target_modules": ["q"], "tomorrow": value}
-    )
+    config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], "tomorrow": value})
     assert config.to_peft()["tomorrow"] == value
 
 

@@ -33,14 +33,10 @@ GOLDEN = (
 
 
 def an_adapter(**changes: Any) -> Adapter:
-    config = AdapterConfig(
-        r=2, lora_alpha=4, target_modules=("q",), modules_to_save=("head",)
-    )
+    config = AdapterConfig(r=2, lora_alpha=4, target_modules=("q",), modules_to_save=("head",))
     values: dict[str, Any] = {
         "config": config,
-        "factors": {
-            "l.q": Factors(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
-        },
+        "factors": {"l.q": Factors(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))},
         "saved": {"head.weight": np.ones((5, 4), np.float32)},
         "base_digest": "sha256:00",
         "labels": ("no", "yes"),
@@ -85,9 +81,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_adapter(an_adapter(), tmp_path / name)
     for file in (WEIGHTS_NAME, "adapter_config.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (
-            tmp_path / "two" / file
-        ).read_bytes()
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_golden_bytes_do_not_depend_on_the_order_given(tmp_path: Path) -> None:
@@ -145,9 +139,7 @@ def test_the_digest_changes_with_everything_that_is_computed(change: str) -> Non
     other = {
         "A": {"factors": {"l.q": Factors(pair.A * 2, pair.B)}},
         "B": {"factors": {"l.q": Factors(pair.A, pair.B * 2)}},
-        "alpha": {
-            "config": AdapterConfig(r=2, lora_alpha=8, modules_to_save=("head",))
-        },
+        "alpha": {"config": AdapterConfig(r=2, lora_alpha=8, modules_to_save=("head",))},
         "saved": {"saved": {"head.weight": np.zeros((5, 4), np.float32)}},
         "module": {"factors": {"l.k": pair}},
     }[change]
@@ -239,9 +231,7 @@ def spoil(change: str, directory: Path) -> Path:
         ("pickle", "is a pickle.*torch.load"),
     ],
 )
-def test_a_spoilt_adapter_is_refused_in_one_line(
-    change: str, message: str, tmp_path: Path
-) -> None:
+def test_a_spoilt_adapter_is_refused_in_one_line(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=message) as refusal:
         load_adapter(spoil(change, tmp_path / "adapter"))
     assert "\n" not in str(refusal.value)
@@ -266,9 +256,7 @@ def test_the_base_digest_ignores_sharding_and_sees_every_byte(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         for file, tensors in files.items():
             write_arrays(tmp_path / name / file, tensors, {})
-    whole, sharded, other = (
-        base_digest(tmp_path / n) for n in ("whole", "sharded", "other")
-    )
+    whole, sharded, other = (base_digest(tmp_path / n) for n in ("whole", "sharded", "other"))
     assert whole == sharded != other
     with pytest.raises(ModelError, match="no .safetensors"):
         base_digest(tmp_path)

@@ -14,9 +14,7 @@ from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from tests.bundle.test_manifest import a_manifest
 
-CONFIG = AdapterConfig(
-    r=2, lora_alpha=6, target_modules=("q", "k"), modules_to_save=("head",)
-)
+CONFIG = AdapterConfig(r=2, lora_alpha=6, target_modules=("q", "k"), modules_to_save=("head",))
 
 
 def factors(*, rank: int = 2, into: int = 3, out: int = 4) -> Factors:
@@ -47,9 +45,7 @@ def test_factors_are_transposed_and_the_scaling_is_folded_into_B() -> None:
     }
     update = arrays["l.q.lora_A"][0] @ arrays["l.q.lora_B"][0]
     np.testing.assert_allclose(update, 3.0 * (pair.B @ pair.A).T, rtol=1e-6)
-    np.testing.assert_array_equal(
-        arrays["head.weight"][0], adapter.saved["head.weight"].T
-    )
+    np.testing.assert_array_equal(arrays["head.weight"][0], adapter.saved["head.weight"].T)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +98,7 @@ def test_factors_that_overflow_their_dtype_are_refused() -> None:
     big = Factors(np.full((2, 3), 1e5, np.float32), np.ones((4, 2), np.float32))
     adapter = an_adapter(factors={"l.q": big, "l.k": factors()})
     side_inputs(adapter, a_manifest())
-    with pytest.raises(
-        AdapterMismatchError, match=r"l.q.lora_A does not fit into float16"
-    ):
+    with pytest.raises(AdapterMismatchError, match=r"l.q.lora_A does not fit into float16"):
         side_inputs(adapter, a_manifest(factor_dtype="float16"))
 
 

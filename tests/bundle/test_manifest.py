@@ -30,12 +30,8 @@ def a_manifest(**changes: Any) -> Manifest:
         "inputs": (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
         "outputs": (TensorSpec("logits", "float32", ("batch", "sequence", 7)),),
         "targets": (
-            LoraTarget(
-                "l.q", 3, 4, "l.q.lora_A", "l.q.lora_B", "l.q.weight", False, "metadata"
-            ),
-            LoraTarget(
-                "l.k", 3, 4, "l.k.lora_A", "l.k.lora_B", "w", True, "name", slice=(0, 4)
-            ),
+            LoraTarget("l.q", 3, 4, "l.q.lora_A", "l.q.lora_B", "l.q.weight", False, "metadata"),
+            LoraTarget("l.k", 3, 4, "l.k.lora_A", "l.k.lora_B", "w", True, "name", slice=(0, 4)),
         ),
         "saved": (SavedTarget("head.weight", "head.weight", (5, 4), True),),
         "adapters": {"sport": AdapterEntry("sha256:01", "adapters/sport")},

