@@ -229,7 +229,7 @@ def _random_adapter(
         if parameter.requires_grad:
             size = scale if "lora_" in name else 0.2
             parameter.data = torch.randn(parameter.shape, generator=generator) * size
-    adapted.save_pretrained(out)
+    adapted.save_pretrained(out, save_embedding_layers=False)
     return out
 
 

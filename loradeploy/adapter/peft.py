@@ -134,7 +134,10 @@ def _sort(
         elif _is_saved(name, config):
             saved[name] = values
         else:
-            problems.append(f"{key} is neither a factor nor of a module in modules_to_save")
+            problems.append(
+                f"{key} is neither a factor nor of a module in modules_to_save (PEFT copies the"
+                " base's embeddings unless save_pretrained is told save_embedding_layers=False)"
+            )
     for module, pair in halves.items():
         if len(pair) == 1:
             there, missing = ("A", "B") if "A" in pair else ("B", "A")
