@@ -57,12 +57,43 @@ def check_fit(adapter: Adapter, manifest: Manifest) -> None:
         )
     targets = {target.module: target for target in manifest.targets}
     saved = {target.parameter: target for target in manifest.saved}
-    problems = [
-        *_other_base(adapter, manifest),
-        *_factor_misfits(adapter, targets),
-        *_saved_misfits(adapter, saved),
-        *_missing(adapter, targets),
-    ]
+    _refuse(
+        [
+            *_other_base(adapter, manifest),
+            *_factor_misfits(adapter, targets),
+            *_saved_misfits(adapter, saved),
+            *_missing(adapter, targets),
+        ]
+    )
+
+
+def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
+    """Raise AdapterMismatchError, with every misfit, unless `arrays` are a slot of side inputs."""
+    dtype = np.dtype(manifest.factor_dtype)
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for target in manifest.targets:
+        A, B = arrays.get(target.lora_A), arrays.get(target.lora_B)
+        if (A is None) != (B is None):
+            problems.append(f"{target.module} has one factor without the other")
+        elif A is not None and B is not None:
+            rank = A.shape[-1]
+            shapes[target.lora_A] = (1, target.in_features, rank)
+            shapes[target.lora_B] = (1, rank, target.out_features)
+    for saved in manifest.saved:
+        shapes[saved.input] = (1, *saved.slot_shape)
+    for name, values in sorted(arrays.items()):
+        if name not in shapes:
+            problems.append(f"{name} is no side input of this bundle")
+        elif values.shape != shapes[name] or values.dtype != dtype:
+            problems.append(
+                f"{name} is {values.dtype} {list(values.shape)},"
+                f" the bundle takes {dtype} {list(shapes[name])}"
+            )
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "; ".join(problems[:_LISTED])

@@ -65,6 +65,14 @@ class SavedTarget:
     shape: tuple[int, ...]
     transposed: bool
 
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """The shape of one slot of the side input."""
+        if not self.transposed:
+            return self.shape
+        *outer, rows, columns = self.shape
+        return (*outer, columns, rows)
+
 
 @dataclass(frozen=True)
 class BaseIdentity:
@@ -243,11 +251,14 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
+    for saved in manifest.saved:
+        if saved.transposed and len(saved.shape) < 2:
+            raise BundleError(f"{MANIFEST_NAME}: {saved.parameter} has no axes to transpose")
     for target in manifest.targets:
         if target.in_features < 1 or target.out_features < 1:
             raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
     side_inputs = [name for t in manifest.targets for name in (t.lora_A, t.lora_B)]
-    side_inputs += [saved.input for saved in manifest.saved]
+    side_inputs += [s.input for s in manifest.saved]
     if len(set(side_inputs)) != len(side_inputs):
         raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
