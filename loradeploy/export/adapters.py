@@ -1,0 +1,183 @@
+"""The adapters that come with an export: read, named, and held against the model before tracing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.bundle.factors import check_fit
+from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest, SavedTarget
+from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
+from loradeploy.errors import AdapterMismatchError, UsageError
+from loradeploy.export.find import is_head, is_linear_of
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# The parameter of a head whose first dimension is the number of labels.
+_LABELLED: Final = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+
+
+def read_adapters(
+    adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
+) -> dict[str, Adapter]:
+    """Adapters by name, of a mapping or of `[NAME=]DIR`; without a name it is the directory's.
+
+    Raises:
+        UsageError: a name is used twice or cannot be the name of a file.
+        AdapterError: an adapter cannot be read or is refused.
+    """
+    found: dict[str, Adapter] = {}
+    for name, place in _named(adapters):
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"the adapter name {name!r} cannot be the name of a file: give letters, digits,"
+                " '.', '_' or '-', as in --adapter NAME=DIR"
+            )
+        if name in found:
+            raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
+        found[name] = load_adapter(place)
+    return found
+
+
+def label_count(adapters: Mapping[str, Adapter]) -> int | None:
+    """How many labels the adapters' heads have; None where no adapter brings a head.
+
+    Raises:
+        UsageError: they differ.
+    """
+    counts = {
+        name: values.shape[0]
+        for name, adapter in adapters.items()
+        for parameter, values in adapter.saved.items()
+        if parameter.endswith(_LABELLED)
+    }
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UsageError(
+            f"the adapters' heads differ in their number of labels ({listed}): export a bundle for"
+            " each number"
+        )
+    return next(iter(counts.values()), None)
+
+
+def label_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...] | None:
+    """The label names that all adapters that know theirs agree on."""
+    known = {adapter.labels for adapter in adapters.values() if adapter.labels is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def check_adapters(
+    skeleton: torch.nn.Module,
+    adapters: Mapping[str, Adapter],
+    *,
+    task: str,
+    base: BaseIdentity,
+    merge: bool,
+) -> None:
+    """Hold every adapter against the shapes of `skeleton`, a model without values.
+
+    Raises:
+        AdapterMismatchError: an adapter does not fit; its name and every misfit are in the message.
+    """
+    for name, adapter in adapters.items():
+        expected = _expected(skeleton, adapter, task=task, base=base, merge=merge)
+        check_named(name, adapter, expected)
+
+
+def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
+    """`check_fit` with the adapter's name in the message."""
+    try:
+        check_fit(adapter, manifest)
+    except AdapterMismatchError as problem:
+        raise AdapterMismatchError(f"{name}: {problem}") from None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    into: int
+    out: int
+
+
+def _expected(
+    skeleton: torch.nn.Module, adapter: Adapter, *, task: str, base: BaseIdentity, merge: bool
+) -> Manifest:
+    """A manifest with all that `adapter` could be fitted to, once the model is traced."""
+    layers = linear_layers(skeleton)
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    replaceable = {
+        f"{module}.{part}"
+        for module in layers
+        for part in ("weight", "bias")
+        if is_linear_of(module, adapter.config.modules_to_save)
+        or (task == SEQUENCE_CLASSIFICATION and is_head(module))
+    }
+    return Manifest(
+        task=task,
+        mode="side-inputs",
+        base=base,
+        precision="fp32",
+        opset=0,
+        inputs=(),
+        outputs=(),
+        targets=tuple(
+            LoraTarget(
+                module=module,
+                in_features=layer.into,
+                out_features=layer.out,
+                lora_A=lora_a_name(module),
+                lora_B=lora_b_name(module),
+                weight=f"{module}.weight",
+                transposed=True,
+                found_by="checkpoint",
+            )
+            for module, layer in layers.items()
+        ),
+        saved=tuple(
+            SavedTarget(name, name, tuple(value.shape), transposed=False)
+            for name, value in parameters.items()
+            if merge or name in replaceable
+        ),
+    )
+
+
+def linear_layers(model: torch.nn.Module) -> dict[str, _Layer]:
+    """The sizes of the linear layers of `model`, transformers' Conv1D included, by module."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            layers[name] = _Layer(module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            layers[name] = _Layer(module.nx, module.nf)
+    return layers
+
+
+def _named(
+    adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
+) -> Iterable[tuple[str, Path]]:
+    if adapters is None:
+        return []
+    if isinstance(adapters, Mapping):
+        return [(name, Path(place)) for name, place in adapters.items()]
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    named = []
+    for entry in adapters:
+        text = os.fspath(entry)
+        name, equals, rest = text.partition("=")
+        # A directory may hold '=' in its name; one that exists is taken as it is.
+        if equals and not Path(text).exists():
+            named.append((name, Path(rest)))
+        else:
+            named.append((Path(text).resolve().name, Path(text)))
+    return named

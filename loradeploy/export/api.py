@@ -1,0 +1,70 @@
+"""`loradeploy.export`: from a model, and adapters for it, to a bundle."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None = None,
+    merge: bool = False,
+    precision: str | None = None,
+    task: str | None = None,
+    overwrite: bool = True,
+) -> Manifest:
+    """Write the bundle `output` for `model` and return its manifest.
+
+    Args:
+        model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.
+        output: the bundle's directory; a bundle that is there is replaced once the new one is whole.
+        adapters: by name, or a list of "[NAME=]DIR"; PEFT directories.
+        merge: fold the one adapter into the weights instead of giving the graph side inputs.
+        precision: fp32 (a checkpoint's default), fp16, int8 or int4; an ONNX file keeps its own.
+        task: causal-lm, sequence-classification or feature-extraction, where it is not to be told
+            from the adapters or the model's architecture.
+        overwrite: whether a bundle at `output` may be replaced.
+
+    Raises:
+        UsageError: options that do not go together.
+        ModelError: the model is missing or cannot be used.
+        AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the model.
+        ExportError: the model cannot be exported in this way, or the disk is full.
+        MissingDependencyError: a checkpoint, and torch is not installed.
+    """
+    from pathlib import Path
+
+    from loradeploy.bundle.names import MANIFEST_NAME
+    from loradeploy.export.adapters import read_adapters
+    from loradeploy.export.build import Options, build
+    from loradeploy.export.precision import check_precision
+    from loradeploy.export.source import resolve
+    from loradeploy.export.tasks import check_task
+    from loradeploy.export.write import check_output, write_bundle
+    from loradeploy.files import check_replaceable
+
+    target = Path(output)
+    check_output(target, overwrite=overwrite)
+    check_replaceable(target, marker=MANIFEST_NAME)
+    if task is not None:
+        check_task(task)
+    if precision is not None:
+        check_precision(precision)
+    read = read_adapters(adapters)
+    if merge and len(read) != 1:
+        raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
+    manifest, content = build(resolve(model), Options(read, merge, precision, task))
+    logger.info("writing %s", target)
+    return write_bundle(target, manifest, content)

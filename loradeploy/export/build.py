@@ -1,0 +1,276 @@
+"""A bundle's content, from each kind of source: found, checked, then operated on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.digest import base_digest
+from loradeploy.bundle.manifest import (
+    AdapterEntry,
+    BaseIdentity,
+    LoraTarget,
+    Manifest,
+    SavedTarget,
+)
+from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
+from loradeploy.errors import ExportError, UsageError
+from loradeploy.export.adapters import (
+    check_adapters,
+    check_named,
+    label_count,
+    label_names,
+)
+from loradeploy.export.find import (
+    Findings,
+    Linear,
+    find_linears,
+    is_head,
+    is_linear_of,
+    output_head,
+    refuse_side_inputs,
+)
+from loradeploy.export.graph import (
+    graph_digest,
+    load_graph,
+    opset_of,
+    outputs,
+    required_inputs,
+)
+from loradeploy.export.merge import merge_adapter
+from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
+from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
+from loradeploy.export.source import Source
+from loradeploy.export.tasks import choose_task, task_of_graph
+from loradeploy.export.write import Content, read_config, with_labels
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What the user asked for: see `loradeploy.export`."""
+
+    adapters: Mapping[str, Adapter]
+    merge: bool
+    precision: str | None
+    task: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base graph and what is known of it.
+
+    `parameters`: names in the checkpoint, where there is one.
+    `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
+    """
+
+    graph: ir.Model
+    task: str
+    identity: BaseIdentity
+    precision: str
+    parameters: frozenset[str] = frozenset()
+    weights: Mapping[str, NDArray[Any]] | None = None
+
+
+def build(source: Source, options: Options) -> tuple[Manifest, Content]:
+    """The manifest and content of the bundle for `source`.
+
+    Cheap checks come first: an adapter that does not fit is refused before anything is traced.
+    """
+    base = (
+        _from_checkpoint(source, options) if source.graph is None else _from_graph(source, options)
+    )
+    findings = find_linears(base.graph)
+    for node in findings.unidentified:
+        logger.warning("left as it is, its module is not known: %s", node)
+    if options.merge:
+        manifest, side_inputs = _merged(base, findings, options)
+    else:
+        manifest, side_inputs = _with_side_inputs(base, findings, options)
+    count = label_count(options.adapters) if base.task == SEQUENCE_CLASSIFICATION else None
+    config = with_labels(read_config(source.directory), count, label_names(options.adapters))
+    return manifest, Content(
+        graph=base.graph,
+        assets=source.directory,
+        config=config,
+        adapters={} if options.merge else options.adapters,
+        defaults={} if side_inputs is None else side_inputs.defaults,
+    )
+
+
+def _from_checkpoint(source: Source, options: Options) -> Base:
+    from loradeploy.export.trace import load_model, trace
+
+    adapters = options.adapters
+    task = choose_task(read_config(source.directory), options.task, adapters.values())
+    precision = options.precision or DEFAULT_PRECISION
+    digest = base_digest(source.directory)
+    identity = BaseIdentity(source.name, digest, "checkpoint")
+    labels = label_count(adapters) if task == SEQUENCE_CLASSIFICATION else None
+    if adapters:
+        skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
+        check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
+    logger.info("loading %s", source.name)
+    model, zeroed = load_model(source.directory, task, labels=labels)
+    if zeroed:
+        logger.info("not in the checkpoint, zero in the graph: %s", ", ".join(zeroed))
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    weights = None
+    if precision == "fp16":
+        weights = _float_weights(model) if options.merge else None
+        model = model.half()
+    graph, _ = trace(model, task)
+    return Base(graph, task, identity, precision, parameters, weights)
+
+
+def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
+    """Every linear's weight [out, in] in fp32, before the model is cast."""
+    from transformers.pytorch_utils import Conv1D
+
+    weights = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2:
+            values = weight.detach().numpy()
+            weights[name] = values.T if isinstance(module, Conv1D) else values
+    return weights
+
+
+def _from_graph(source: Source, options: Options) -> Base:
+    assert source.graph is not None
+    if source.manifest is not None and source.manifest.mode == "merged":
+        raise UsageError(
+            f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
+        )
+    logger.info("reading %s", source.graph)
+    graph = load_graph(source.graph)
+    if source.manifest is not None:
+        remove_side_inputs(graph, source.manifest)
+        identity, task = source.manifest.base, source.manifest.task
+        parameters = frozenset(saved.parameter for saved in source.manifest.saved)
+        held = source.manifest.precision
+    else:
+        refuse_side_inputs(graph)
+        identity = BaseIdentity(source.name, graph_digest(graph), "onnx")
+        task = _task_of(source, graph, options.task)
+        parameters = frozenset()
+        held = precision_of(graph)
+    if options.task is not None and options.task != task:
+        raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
+    precision = options.precision or held
+    if precision != held and (held != "fp32" or precision == "fp16"):
+        raise ExportError(
+            f"{source.name} is an ONNX graph in {held} and cannot be made {precision}: export the"
+            " checkpoint instead"
+        )
+    return Base(graph, task, identity, precision, parameters)
+
+
+def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
+    ranks = {
+        str(value.name): None if value.shape is None else len(value.shape)
+        for value in graph.graph.outputs
+    }
+    task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
+    if task is None:
+        raise UsageError(
+            f"the inputs and outputs of {source.name} do not tell its task: give --task"
+        )
+    return task
+
+
+def _with_side_inputs(
+    base: Base, findings: Findings, options: Options
+) -> tuple[Manifest, SideInputs | None]:
+    targets, heads = _split(base, findings, options.adapters.values())
+    if not targets and not heads:
+        raise ExportError(
+            "no linear layer of the graph could be told to be a module of the checkpoint"
+            + (f"; seen: {', '.join(findings.unidentified[:4])}" if findings.unidentified else "")
+        )
+    biased = [head.module for head in heads if f"{head.module}.bias" in base.parameters]
+    logger.info("giving %d linear layers side inputs", len(targets) + len(heads))
+    added = inject_side_inputs(base.graph, targets, heads, biased=biased)
+    manifest = _manifest(base, "side-inputs")
+    manifest = dataclasses.replace(
+        manifest, targets=added.targets, saved=added.saved, factor_dtype=added.dtype
+    )
+    for name, adapter in options.adapters.items():
+        check_named(name, adapter, manifest)
+    return manifest, added
+
+
+def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest, SideInputs | None]:
+    ((name, adapter),) = options.adapters.items()
+    _check_base(name, adapter, base, findings)
+    logger.info("merging %s", name)
+    report = merge_adapter(base.graph, findings.linears, adapter, weights=base.weights)
+    for module in report.untied:
+        logger.info("%s shares its weight and got a copy of its own", module)
+    manifest = dataclasses.replace(
+        _manifest(base, "merged"), merged_adapter=AdapterEntry(adapter.digest)
+    )
+    return manifest, None
+
+
+def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:
+    """The same base, and no half adapter; what is replaced whole is the merge's own to check."""
+    targets = tuple(
+        LoraTarget(
+            module=module,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            lora_A=lora_a_name(module),
+            lora_B=lora_b_name(module),
+            weight=str(linear.weight.name),
+            transposed=linear.transposed,
+            found_by=linear.found_by,
+        )
+        for module, linear in findings.linears.items()
+    )
+    saved = tuple(
+        SavedTarget(parameter, parameter, values.shape, transposed=False)
+        for parameter, values in adapter.saved.items()
+    )
+    expected = dataclasses.replace(_manifest(base, "side-inputs"), targets=targets, saved=saved)
+    check_named(name, adapter, expected)
+
+
+def _split(
+    base: Base, findings: Findings, adapters: Iterable[Adapter]
+) -> tuple[list[Linear], list[Linear]]:
+    """The linears that take factors, and those that are replaced whole."""
+    wanted = {module for adapter in adapters for module in adapter.factors}
+    saved = tuple({name for adapter in adapters for name in adapter.config.modules_to_save})
+    head = output_head(base.graph, findings)
+    targets, heads = [], []
+    for module, linear in findings.linears.items():
+        classifies = base.task == SEQUENCE_CLASSIFICATION and is_head(module)
+        if module not in wanted and (classifies or is_linear_of(module, saved)):
+            heads.append(linear)
+        elif module in wanted or not (base.task != SEQUENCE_CLASSIFICATION and module == head):
+            # An output head is as large as the vocabulary: it takes factors only if one wants it.
+            targets.append(linear)
+    return targets, heads
+
+
+def _manifest(base: Base, mode: Any) -> Manifest:
+    return Manifest(
+        task=base.task,
+        mode=mode,
+        base=base.identity,
+        precision=base.precision,
+        opset=opset_of(base.graph),
+        inputs=required_inputs(base.graph),
+        outputs=outputs(base.graph),
+    )

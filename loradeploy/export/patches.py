@@ -1,0 +1,112 @@
+"""What is changed in torch and transformers while a model is traced, and put back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def traceable() -> Iterator[None]:
+    """Make transformers' modules trace into a graph that fits the runtime.
+
+    - Conv1D becomes a MatMul on its input as it is, so that rows of a batch stay rows; transformers
+      flattens them for addmm.
+    - A masked attention row never is empty: padding sees itself. Kernels that give NaN for an empty
+      row would otherwise spread it from padding to everything.
+    - Grouped-query attention stays grouped: the repeated keys and values are never materialised.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.pytorch_utils import Conv1D
+
+    conv1d_forward = Conv1D.forward
+    grouped = os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA")
+    Conv1D.forward = _conv1d_as_matmul
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_without_empty_rows
+    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
+    try:
+        yield
+    finally:
+        Conv1D.forward = conv1d_forward
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        if grouped is None:
+            del os.environ["TRANSFORMERS_SDPA_FORCE_GQA"]
+        else:
+            os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = grouped
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings, log lines and progress bars of torch and transformers from the user."""
+    import transformers
+
+    noisy = [
+        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript")
+    ]
+    levels = [logger.level for logger in noisy]
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _conv1d_as_matmul(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x @ self.weight + self.bias  # [..., in] @ [in, out]
+
+
+def _mask_without_empty_rows(
+    *,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    kv_offset: int = 0,
+    use_vmap: bool = False,
+    **rest: Any,
+) -> Any:
+    """transformers' sdpa_mask, never skipped, with padding put in by broadcasting."""
+    from transformers import masking_utils
+
+    rest.pop("allow_is_causal_skip", None)
+    rest.pop("allow_is_bidirectional_skip", None)
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None and not use_vmap:
+        causal = mask_function is not masking_utils.bidirectional_mask_function
+        mask_function = masking_utils.and_masks(mask_function, _seen(padding, causal))
+        padding = None
+    return masking_utils.sdpa_mask(
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=padding,
+        use_vmap=use_vmap,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **rest,
+    )
+
+
+def _seen(padding: torch.Tensor, causal: bool) -> Callable[..., Any]:
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        valid = padding[:, None, None, :].bool()  # [batch, 1, 1, total]
+        return valid | (query == key) if causal else valid
+
+    return seen

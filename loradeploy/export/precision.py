@@ -1,0 +1,53 @@
+"""The precisions of an export, and how a graph gets there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DEFAULT_PRECISION: Final = "fp32"
+
+# The bits of weights that are packed after surgery or merge; the others are traced as they are.
+_PACKED_BITS: Final[Mapping[str, int]] = {"int8": 8, "int4": 4}
+PRECISIONS: Final = ("fp32", "fp16", *_PACKED_BITS)
+_REFUSED: Final[Mapping[str, str]] = {
+    "bf16": "onnxruntime's CPU provider cannot multiply bfloat16 matrices: take fp16 or fp32",
+}
+_BLOCK: Final = 32
+
+
+def check_precision(precision: str) -> None:
+    """Raise UsageError for an unknown precision, ExportError for one that cannot work."""
+    if precision in _REFUSED:
+        raise ExportError(f"--precision {precision}: {_REFUSED[precision]}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"the precision {precision!r} is none of {', '.join(PRECISIONS)}")
+
+
+def precision_of(model: ir.Model) -> str:
+    """The precision of a graph's products, as one of `PRECISIONS` where it is one."""
+    import onnx_ir as ir
+
+    bits = {
+        node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+        for node in model.graph
+        if node.op_type == "MatMulNBits"
+    }
+    if bits:
+        return f"int{min(bits)}"
+    kinds = {
+        value.dtype
+        for value in model.graph.initializers.values()
+        if value.shape is not None and len(value.shape) == 2 and value.dtype is not None
+    }
+    for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, "bf16")):
+        if kind in kinds:
+            return name
+    if any(node.op_type in ("MatMulInteger", "QLinearMatMul") for node in model.graph):
+        return "int8"
+    return DEFAULT_PRECISION

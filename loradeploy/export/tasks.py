@@ -1,0 +1,117 @@
+"""What a model is exported as: the task, and what PyTorch and the graph call its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    LAST_HIDDEN_STATE,
+    LOGITS,
+    SEQUENCE_CLASSIFICATION,
+    TASKS,
+)
+from loradeploy.errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    from loradeploy.adapter.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is traced: transformers' auto class, the graph's first output, whether it caches.
+
+    `peft`: PEFT's name of the task in an adapter's config.
+    """
+
+    name: str
+    auto_class: str
+    output: str
+    cached: bool
+    peft: str
+
+
+TASK_TABLE: Final[Mapping[str, Task]] = {
+    task.name: task
+    for task in (
+        Task(CAUSAL_LM, "AutoModelForCausalLM", LOGITS, True, "CAUSAL_LM"),
+        Task(
+            SEQUENCE_CLASSIFICATION,
+            "AutoModelForSequenceClassification",
+            LOGITS,
+            False,
+            "SEQ_CLS",
+        ),
+        Task(FEATURE_EXTRACTION, "AutoModel", LAST_HIDDEN_STATE, False, "FEATURE_EXTRACTION"),
+    )
+}
+
+# The endings of transformers' class names, in the order they are tried.
+_ENDINGS: Final = {
+    "ForCausalLM": CAUSAL_LM,
+    "LMHeadModel": CAUSAL_LM,
+    "ForSequenceClassification": SEQUENCE_CLASSIFICATION,
+    "ForMaskedLM": FEATURE_EXTRACTION,
+    "Model": FEATURE_EXTRACTION,
+}
+
+
+def choose_task(
+    config: Mapping[str, Any], asked: str | None, adapters: Iterable[Adapter] = ()
+) -> str:
+    """The task of a checkpoint: as asked for, else the adapters', else its architecture's.
+
+    Raises:
+        UsageError: the task asked for is unknown, or nothing tells the task.
+        ExportError: an encoder-decoder model.
+    """
+    if config.get("is_encoder_decoder"):
+        raise ExportError(
+            f"{_architecture(config)} is an encoder-decoder model, which cannot be exported yet:"
+            " give a decoder or an encoder"
+        )
+    if asked is not None:
+        return check_task(asked)
+    wanted = {adapter.config.task_type for adapter in adapters} - {None}
+    if len(wanted) == 1:
+        peft_name = wanted.pop()
+        for task in TASK_TABLE.values():
+            if task.peft == peft_name:
+                return task.name
+    for ending, task_name in _ENDINGS.items():
+        if _architecture(config).endswith(ending):
+            return task_name
+    raise UsageError(
+        f"the task cannot be told from the architecture {_architecture(config)!r} in config.json:"
+        f" give --task, one of {', '.join(TASKS)}"
+    )
+
+
+def check_task(task: str) -> str:
+    """`task` itself, or UsageError where there is none of that name."""
+    if task not in TASKS:
+        raise UsageError(f"the task {task!r} is unknown: give one of {', '.join(TASKS)}")
+    return task
+
+
+def task_of_graph(inputs: Iterable[str], outputs: Mapping[str, int | None]) -> str | None:
+    """The task that a graph's inputs, and outputs with their ranks, show; None where they do not.
+
+    A cache makes it a causal language model, `logits` [batch, labels] a classifier, and
+    `last_hidden_state` an encoder.
+    """
+    cached = any(name.startswith("past_key_values.") for name in inputs)
+    if LOGITS in outputs:
+        rank = outputs[LOGITS]
+        if cached or rank == 3:
+            return CAUSAL_LM
+        return SEQUENCE_CLASSIFICATION if rank == 2 else None
+    return FEATURE_EXTRACTION if LAST_HIDDEN_STATE in outputs else None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or [config.get("model_type") or "unknown"]
+    return str(names[0])

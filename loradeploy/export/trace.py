@@ -1,0 +1,294 @@
+"""From a checkpoint to a graph: torch.export and torch.onnx, for each kind of task."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    POSITION_IDS,
+    TOKEN_TYPE_IDS,
+    past_name,
+    present_name,
+)
+from loradeploy.errors import ExportError, MissingDependencyError, ModelError
+from loradeploy.export.patches import quiet, traceable
+from loradeploy.export.tasks import TASK_TABLE, Task
+from loradeploy.export.tidy import tidy
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+logger = logging.getLogger(__name__)
+
+OPSET: Final = 23
+# Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 4
+WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """One layer's share of a decoder's cache: keys and values [batch, heads, past, head_dim]."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A traced model.
+
+    `graph`: the ONNX model, opset 23, fp32 or fp16.
+    `zeroed`: parameters of a head that the checkpoint lacks, which are zero in the graph.
+    """
+
+    graph: ir.Model
+    zeroed: tuple[str, ...]
+    caches: tuple[Cache, ...]
+
+
+def load_model(
+    directory: Path, task: str, *, labels: int | None = None, meta: bool = False
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The model of the checkpoint in `directory` with the task's head, in fp32 and eval mode.
+
+    A head that the checkpoint lacks is set to zero, so that every export of the same checkpoint is
+    the same; its parameters are named in the second value. With `meta` nothing is read but the
+    config: the modules have shapes and no values.
+
+    Raises:
+        ModelError: transformers cannot load it, or it lacks more than a head.
+        MissingDependencyError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"exporting a checkpoint needs {problem.name}: pip install 'loradeploy[export]'"
+        ) from None
+    auto = getattr(transformers, TASK_TABLE[task].auto_class)
+    changes: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(directory, **changes)
+            if meta:
+                with torch.device("meta"):
+                    return auto.from_config(config), ()
+            model, loading = auto.from_pretrained(
+                directory,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                # A head with another number of labels than the checkpoint's is a head of its own.
+                ignore_mismatched_sizes=labels is not None,
+            )
+    except MemoryError:
+        raise
+    except Exception as problem:  # transformers raises nearly everything
+        raise ModelError(
+            f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
+        ) from None
+    lacking = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
+    return model.eval(), _zero_head(model, lacking, directory)
+
+
+def trace(model: torch.nn.Module, task: str) -> tuple[ir.Model, tuple[Cache, ...]]:
+    """The ONNX graph of `model`, tidied; batch, sequence and past are dynamic.
+
+    Decoders: `input_ids`, `attention_mask`, `position_ids` where the model takes them, and the
+    cache → `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`,
+    `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
+    or `last_hidden_state` [batch, sequence, hidden].
+
+    Raises:
+        ExportError: torch.export or torch.onnx refuses the model.
+    """
+    import torch
+
+    kind = TASK_TABLE[task]
+    with quiet(), traceable(), torch.no_grad():
+        caches = _caches(model) if kind.cached else ()
+        wrapper = _wrapper(model, kind)
+        arguments, dynamic, names = _example(model, kind, caches)
+        outputs = [kind.output]
+        outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+        try:
+            logger.info("tracing %s with torch.export", type(model).__name__)
+            program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
+            logger.info("translating the trace to ONNX")
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=outputs,
+                optimize=False,
+                verify=False,
+                verbose=False,
+            )
+        except Exception as problem:  # torch's own errors have no common base
+            raise ExportError(
+                f"{type(model).__name__} cannot be traced for {task}: {_first_line(problem)}"
+            ) from problem
+    if onnx_program is None:
+        raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
+    logger.info("optimising the graph")
+    return tidy(onnx_program.model, prefix=WRAPPED), caches
+
+
+def _zero_head(model: Any, lacking: set[str], directory: Path) -> tuple[str, ...]:
+    """Zero the parameters outside the base model that the checkpoint lacks."""
+    import torch
+
+    body = f"{model.base_model_prefix}."
+    # The pooler of an encoder loaded on its own feeds nothing that is exported.
+    unused = {name for name in lacking if model is model.base_model and name.startswith("pooler.")}
+    missing = sorted(name for name in lacking - unused if name.startswith(body))
+    if missing or (model is model.base_model and lacking - unused):
+        named = missing or sorted(lacking - unused)
+        raise ModelError(
+            f"{directory} lacks weights of {type(model).__name__}: {', '.join(named[:4])}"
+            f"{' and more' if len(named) > 4 else ''}: it is no complete checkpoint"
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in lacking - unused:
+            parameters[name].zero_()
+    return tuple(sorted(lacking - unused))
+
+
+def _caches(model: Any) -> tuple[Cache, ...]:
+    """The cache's layout, from a run of two tokens: every architecture tells it this way."""
+    import torch
+
+    ids = torch.ones((1, 2), dtype=torch.int64)
+    result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    layers = getattr(getattr(result, "past_key_values", None), "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        raise ExportError(
+            f"{type(model).__name__} keeps another state than keys and values per layer, which"
+            " cannot be exported as a cache yet"
+        )
+    return tuple(
+        Cache(
+            key_heads=layer.keys.shape[1],
+            key_size=layer.keys.shape[3],
+            value_heads=layer.values.shape[1],
+            value_size=layer.values.shape[3],
+        )
+        for layer in layers
+    )
+
+
+def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
+    """`model` as a module of positional tensors, in the order of `_example`."""
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+    names = _plain_inputs(model, kind)
+    takes_cache = "use_cache" in _parameters(model)
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = model
+
+        def forward(
+            self, plain: Sequence[torch.Tensor], past: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        ) -> tuple[torch.Tensor, ...]:
+            cache = DynamicCache([(key, value) for key, value in past])
+            feeds = dict(zip(names, plain, strict=True))
+            result = self.wrapped(**feeds, past_key_values=cache, use_cache=True)
+            present = (part for layer in cache.layers for part in (layer.keys, layer.values))
+            return (result.logits, *present)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = model
+
+        def forward(self, plain: Sequence[torch.Tensor]) -> torch.Tensor:
+            feeds: dict[str, Any] = dict(zip(names, plain, strict=True))
+            if takes_cache:
+                feeds["use_cache"] = False
+            output: torch.Tensor = getattr(self.wrapped(**feeds), kind.output)
+            return output
+
+    return Decoder() if kind.cached else Encoder()
+
+
+def _plain_inputs(model: Any, kind: Task) -> list[str]:
+    """The token inputs of `model`, the cache apart."""
+    taken = _parameters(model)
+    names = [INPUT_IDS, ATTENTION_MASK]
+    if kind.cached and POSITION_IDS in taken:
+        names.append(POSITION_IDS)
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    if not kind.cached and TOKEN_TYPE_IDS in taken and types > 1:
+        names.append(TOKEN_TYPE_IDS)
+    return names
+
+
+def _example(
+    model: Any, kind: Task, caches: Sequence[Cache]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str]]:
+    """Example arguments, their dynamic dimensions, and the names of the graph's inputs."""
+    import torch
+
+    batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
+    # Free to find its limit: encoders' positions end at the length of their embedding table.
+    total = torch.export.Dim.AUTO
+    sequence = torch.export.Dim("sequence") if kind.cached else total
+    dtype = next(model.parameters()).dtype
+    ids = torch.ones((_BATCH, _SEQUENCE), dtype=torch.int64)
+    held = _PAST if kind.cached else 0
+    examples: Mapping[str, tuple[torch.Tensor, dict[int, Any]]] = {
+        INPUT_IDS: (ids, {0: batch, 1: sequence}),
+        ATTENTION_MASK: (
+            torch.ones((_BATCH, held + _SEQUENCE), dtype=torch.int64),
+            {0: batch, 1: total},
+        ),
+        POSITION_IDS: (
+            torch.arange(held, held + _SEQUENCE)[None].repeat(_BATCH, 1),
+            {0: batch, 1: sequence},
+        ),
+        TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
+    }
+    names = _plain_inputs(model, kind)
+    plain = [examples[name][0] for name in names]
+    plain_dims = [examples[name][1] for name in names]
+    if not kind.cached:
+        return (plain,), (plain_dims,), names
+    make: Callable[..., torch.Tensor] = torch.ones
+    cached = [
+        (
+            make((_BATCH, layer.key_heads, _PAST, layer.key_size), dtype=dtype),
+            make((_BATCH, layer.value_heads, _PAST, layer.value_size), dtype=dtype),
+        )
+        for layer in caches
+    ]
+    cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
+    names += [past_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+    return (plain, cached), (plain_dims, cached_dims), names
+
+
+def _parameters(model: Any) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line for line in str(problem).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(problem).__name__

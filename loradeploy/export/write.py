@@ -1,0 +1,164 @@
+"""The bundle on disk: graph, manifest, what the runtime needs of the base, and the adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.peft import save_adapter
+from loradeploy.adapter.tensors import write_arrays
+from loradeploy.bundle.manifest import AdapterEntry, Manifest
+from loradeploy.bundle.names import (
+    ADAPTERS_DIRECTORY,
+    CAUSAL_LM,
+    DEFAULTS_NAME,
+    GRAPH_DATA_NAME,
+    GRAPH_NAME,
+    MANIFEST_NAME,
+    NATIVE_SUFFIX,
+)
+from loradeploy.bundle.native import write_onnx_adapter
+from loradeploy.errors import ExportError, ModelError, UsageError
+from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
+from loradeploy.files import atomic_directory, read_json, write_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+_CONFIG_NAME: Final = "config.json"
+_GENERATION_NAME: Final = "generation_config.json"
+_COPIED: Final = (
+    "tokenizer*",
+    _GENERATION_NAME,
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+# Smaller constants stay in the graph's own file, where tools show them.
+_EXTERNAL_BYTES: Final = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Content:
+    """What goes into a bundle besides its manifest.
+
+    `defaults`: of the side inputs that replace parameters, by input name.
+    `config`: the object for config.json, empty where the base has none.
+    """
+
+    graph: ir.Model
+    assets: Path
+    config: Mapping[str, Any]
+    adapters: Mapping[str, Adapter]
+    defaults: Mapping[str, NDArray[Any]]
+
+
+def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
+    """Write the bundle to the directory `output`, whole or not at all; returns its manifest.
+
+    The digests of the graph's files and the entries of the adapters are filled in.
+
+    Raises:
+        ExportError: the disk is full, or something else keeps the files from being written.
+    """
+    try:
+        with atomic_directory(output, marker=MANIFEST_NAME) as directory:
+            return _write_into(directory, manifest, content)
+    except OSError as problem:
+        raise ExportError(
+            f"{output} cannot be written: {problem.strerror or problem}; nothing was changed there"
+        ) from problem
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The object in config.json, empty where there is none."""
+    file = directory / _CONFIG_NAME
+    return read_json(file, error=ModelError) if file.is_file() else {}
+
+
+def with_labels(
+    config: Mapping[str, Any], count: int | None, names: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """`config` with the number and names of the labels of the adapters' heads."""
+    if count is None:
+        return dict(config)
+    if names is None or len(names) != count:
+        known = config.get("id2label")
+        if isinstance(known, Mapping) and len(known) == count:
+            return dict(config)
+        names = tuple(f"LABEL_{index}" for index in range(count))
+    return {
+        **config,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError where a bundle is in the way and may not be replaced."""
+    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists: choose another directory or allow it to be replaced")
+
+
+def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manifest:
+    import onnx_ir as ir
+
+    ir.save(
+        content.graph,
+        directory / GRAPH_NAME,
+        external_data=GRAPH_DATA_NAME,
+        size_threshold_bytes=_EXTERNAL_BYTES,
+    )
+    data = directory / GRAPH_DATA_NAME
+    entries = {
+        name: AdapterEntry(adapter.digest, f"{ADAPTERS_DIRECTORY}/{name}")
+        for name, adapter in content.adapters.items()
+    }
+    manifest = dataclasses.replace(
+        manifest,
+        adapters=entries,
+        graph_digest=file_digest(directory / GRAPH_NAME),
+        data_digest=file_digest(data) if data.is_file() else None,
+    )
+    for name, adapter in content.adapters.items():
+        place = directory / ADAPTERS_DIRECTORY / name
+        save_adapter(adapter, place)
+        write_onnx_adapter(adapter, manifest, place.with_name(f"{name}{NATIVE_SUFFIX}"))
+    if content.defaults:
+        write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
+    _write_assets(directory, manifest, content)
+    write_json(directory / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def _write_assets(directory: Path, manifest: Manifest, content: Content) -> None:
+    """What the runtime needs of the base: config, tokenizer, generation settings."""
+    for pattern in _COPIED:
+        for file in sorted(content.assets.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+    if not content.config:
+        return
+    write_json(directory / _CONFIG_NAME, content.config)
+    if manifest.task == CAUSAL_LM:
+        file = directory / _GENERATION_NAME
+        generation = read_json(file, error=ModelError) if file.is_file() else {}
+        genai = genai_config(manifest, content.config, generation)
+        if genai is not None:
+            # onnxruntime-genai's parser takes plain ASCII for certain.
+            (directory / GENAI_CONFIG_NAME).write_text(
+                json.dumps(genai, indent=4) + "\n", encoding="ascii"
+            )
