@@ -29,7 +29,7 @@ def export(
 
     Args:
         model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.
-        output: the bundle's directory; a bundle that is there is replaced once the new one is whole.
+        output: the bundle's directory; one that is there is replaced once the new one is whole.
         adapters: by name, or a list of "[NAME=]DIR"; PEFT directories.
         merge: fold the one adapter into the weights instead of giving the graph side inputs.
         precision: fp32 (a checkpoint's default), fp16, int8 or int4; an ONNX file keeps its own.

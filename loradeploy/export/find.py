@@ -205,9 +205,10 @@ def _bias(node: ir.Node, size: int) -> ir.Value | None:
             return None
         candidates = [value for value in add.inputs if value is not node.outputs[0]]
     for value in candidates:
-        if value is not None and value.is_initializer() and value.const_value is not None:
-            if tuple(value.const_value.shape.numpy()) == (size,):
-                return value
+        if value is None or not value.is_initializer() or value.const_value is None:
+            continue
+        if tuple(value.const_value.shape.numpy()) == (size,):
+            return value
     return None
 
 

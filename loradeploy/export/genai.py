@@ -21,29 +21,11 @@ GENAI_CONFIG_NAME: Final = "genai_config.json"
 # The decoders that onnxruntime-genai knows by name (src/models/model_type.h, 0.18); any other
 # graph of the same shape opens as "decoder".
 _KNOWN: Final = frozenset(
-    [
-        "chatglm",
-        "decoder",
-        "ernie4_5",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gemma4_text",
-        "gptoss",
-        "granite",
-        "internlm2",
-        "llama",
-        "mistral",
-        "nemotron",
-        "olmo",
-        "phi",
-        "phimoe",
-        "phi3",
-        "phi3small",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    ]
+    (
+        *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gptoss"),
+        *("granite", "internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phimoe", "phi3"),
+        *("phi3small", "qwen2", "qwen3", "smollm3"),
+    )
 )
 
 _SEARCH: Final[Mapping[str, Any]] = {

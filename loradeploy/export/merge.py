@@ -1,4 +1,4 @@
-"""Graph merge: an adapter folded into a graph's weights. No torch, no copies of the whole model."""
+"""Graph merge: an adapter folded into a graph's weights. No torch, no copy of the whole model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.find import Linear
+from loradeploy.export.rewire import (
+    add_constant,
+    constant_of,
+    free_name,
+    remove_unused,
+    set_constant,
+    take_over,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
 _LISTED = 6
+# What a weight passes through on its way to a product.
+_CARRIERS = ("Cast", "Identity", "Transpose")
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge did.
 
-    `modules`: whose weights took the product of factors in; `parameters`: replaced whole.
-    `untied`: modules whose weight other parts of the graph share, and which got a copy of their own.
+    `modules`: whose weights took the product of the factors in. `parameters`: replaced whole.
+    `untied`: modules that shared their weight with others, and got a copy of their own.
     """
 
     modules: tuple[str, ...]
@@ -49,30 +59,29 @@ def merge_adapter(
         AdapterMismatchError: the graph lacks a module, or a size differs; all are in the one error.
         ExportError: a weight is quantised, or the result does not fit into the graph's dtype.
     """
-    _check(model, linears, adapter)
+    _check(model.graph, linears, adapter)
     untied = []
     for module in adapter.modules:
-        linear = linears[module]
-        base = None if weights is None else weights.get(module)
-        merged = _merged(linear, adapter.factors[module], adapter.scaling(module), base)
-        if _replace_weight(model.graph, linear, merged):
+        start = None if weights is None else weights.get(module)
+        merged = _merged(linears[module], adapter.factors[module], adapter.scaling(module), start)
+        if _replace_weight(model.graph, linears[module], merged):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
         if _replace_parameter(model.graph, linears, parameter, values):
             untied.append(parameter.rpartition(".")[0])
+    remove_unused(model.graph, inputs=False)
     return MergeReport(adapter.modules, tuple(sorted(adapter.saved)), tuple(untied))
 
 
 def _merged(
-    linear: Linear, factors: Factors, scaling: float, base: NDArray[Any] | None
+    linear: Linear, factors: Factors, scaling: float, start: NDArray[Any] | None
 ) -> NDArray[Any]:
     """The new weight, in the initializer's orientation and dtype."""
-    held = _constant(linear.weight)
-    if base is not None:
-        start = base if linear.transposed else base.T
+    held = constant_of(linear.weight)
+    if start is not None:
+        W = np.array(start if linear.transposed else start.T, dtype=np.float32)
     else:
-        start = held
-    W = start.astype(np.float32)
+        W = held.astype(np.float32)
     A, B = factors.A.astype(np.float32), factors.B.astype(np.float32)
     if linear.transposed:
         W += np.float32(scaling) * (B @ A)  # [out, in]
@@ -93,19 +102,17 @@ def _cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any
 
 def _replace_weight(graph: ir.Graph, linear: Linear, values: NDArray[Any]) -> bool:
     """Put `values` in the place of the linear's weight; whether it had to be untied."""
-    import onnx_ir as ir
-
-    weight = linear.weight
-    if _users(weight) <= set(linear.nodes):
-        weight.const_value = ir.tensor(values, name=weight.name)
+    if _users(linear.weight) <= set(linear.nodes):
+        set_constant(linear.weight, values)
         return False
-    # The copy is fed past whatever stood between the shared weight and the product.
-    new = _initializer(graph, f"{linear.module}.weight", values)
+    # The copy is fed past whatever stands between the shared weight and the product.
+    own: dict[bool, ir.Value] = {}
     for node in linear.nodes:
-        turned = node.op_type == "Gemm" and bool(node.attributes["transB"].as_int())
-        if turned != linear.transposed:
-            new = _initializer(graph, f"{linear.module}.weight", np.ascontiguousarray(values.T))
-        node.replace_input_with(1, new)
+        turned = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
+        if turned not in own:
+            oriented = values if turned == linear.transposed else np.ascontiguousarray(values.T)
+            own[turned] = add_constant(graph, free_name(graph, f"{linear.module}.weight"), oriented)
+        node.replace_input_with(1, own[turned])
     return True
 
 
@@ -113,51 +120,39 @@ def _replace_parameter(
     graph: ir.Graph, linears: Mapping[str, Linear], parameter: str, values: NDArray[Any]
 ) -> bool:
     """Put a parameter of modules_to_save in its place; whether it had to be untied."""
-    import onnx_ir as ir
-
     module, _, part = parameter.rpartition(".")
     linear = linears.get(module)
     if linear is not None and part == "weight":
-        held = _constant(linear.weight)
-        turned = values.T if not linear.transposed else values
-        return _replace_weight(graph, linear, _cast(turned, held.dtype, parameter))
-    value = linear.bias if linear is not None and part == "bias" else None
-    if linear is not None and part == "bias" and value is None:
+        turned = values if linear.transposed else values.T
+        return _replace_weight(
+            graph, linear, _cast(turned, constant_of(linear.weight).dtype, parameter)
+        )
+    if linear is not None and linear.bias is None:
+        # A bias of zeros leaves no trace in a graph.
         _add_bias(graph, linear, values)
         return False
-    value = value or graph.initializers[parameter]
-    cast = _cast(values, _constant(value).dtype, parameter)
-    value.const_value = ir.tensor(cast, name=value.name)
+    value = graph.initializers[parameter] if linear is None else linear.bias
+    if value is not None:
+        set_constant(value, _cast(values, constant_of(value).dtype, parameter))
     return False
 
 
 def _add_bias(graph: ir.Graph, linear: Linear, values: NDArray[Any]) -> None:
-    """A zero bias leaves no trace in a graph; give the linear one."""
     import onnx_ir as ir
 
-    held = _constant(linear.weight)
-    bias = _initializer(
-        graph, f"{linear.module}.bias", _cast(values, held.dtype, f"{linear.module}.bias")
+    name = f"{linear.module}.bias"
+    bias = add_constant(
+        graph, free_name(graph, name), _cast(values, constant_of(linear.weight).dtype, name)
     )
     for node in linear.nodes:
         product = node.outputs[0]
         add = ir.node("Add", [product, bias], name=f"{node.name or linear.module}/bias")
-        total = add.outputs[0]
-        total.name = str(add.name)
-        total.type, total.shape = product.type, product.shape
-        for user, index in list(product.uses()):
-            if user is not add:
-                user.replace_input_with(index, total)
+        add.outputs[0].name = add.name
         graph.insert_after(node, add)
-        for index, output in enumerate(graph.outputs):
-            if output is product:
-                name = product.name
-                product.name = f"{name}/without_bias"
-                total.name = name
-                graph.outputs[index] = total
+        take_over(graph, product, add.outputs[0], keep=add)
 
 
-def _check(model: ir.Model, linears: Mapping[str, Linear], adapter: Adapter) -> None:
+def _check(graph: ir.Graph, linears: Mapping[str, Linear], adapter: Adapter) -> None:
     problems = []
     for module, pair in sorted(adapter.factors.items()):
         linear = linears.get(module)
@@ -169,7 +164,7 @@ def _check(model: ir.Model, linears: Mapping[str, Linear], adapter: Adapter) -> 
                 f" are for {pair.A.shape[1]} → {pair.B.shape[0]}"
             )
     for parameter, values in sorted(adapter.saved.items()):
-        problems += _parameter_problem(model.graph, linears, parameter, values)
+        problems += _parameter_problem(graph, linears, parameter, values)
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise AdapterMismatchError(
@@ -188,13 +183,16 @@ def _parameter_problem(
 ) -> list[str]:
     module, _, part = parameter.rpartition(".")
     linear = linears.get(module)
-    if linear is not None and part in ("weight", "bias"):
-        shape = (linear.out_features, linear.in_features)[: 2 if part == "weight" else 1]
+    shape: tuple[int, ...]
+    if linear is not None and part == "weight":
+        shape = (linear.out_features, linear.in_features)
+    elif linear is not None and part == "bias":
+        shape = (linear.out_features,)
     elif parameter in graph.initializers:
-        initializer = graph.initializers[parameter]
-        if len(_users(initializer)) > 1 and initializer.shape and len(initializer.shape) > 1:
-            return [f"{parameter} is shared by several parts of the graph"]
-        shape = tuple(_constant(initializer).shape)
+        value = graph.initializers[parameter]
+        shape = tuple(constant_of(value).shape)
+        if len(_users(value)) > 1:
+            return [f"{parameter} (modules_to_save) is shared by several parts of the graph"]
     else:
         return [f"{parameter} (modules_to_save) is no weight of the graph"]
     if values.shape != shape:
@@ -206,26 +204,5 @@ def _users(value: ir.Value) -> set[ir.Node]:
     """The nodes that use `value`, seen through whatever only carries or turns it."""
     users: set[ir.Node] = set()
     for node, _ in value.uses():
-        if node.op_type in ("Cast", "Identity", "Transpose"):
-            users |= _users(node.outputs[0])
-        else:
-            users.add(node)
+        users |= _users(node.outputs[0]) if node.op_type in _CARRIERS else {node}
     return users
-
-
-def _initializer(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
-    import onnx_ir as ir
-
-    while name in graph.initializers:
-        name += ".merged"
-    tensor = ir.tensor(values, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _constant(value: ir.Value) -> NDArray[Any]:
-    assert value.const_value is not None
-    return value.const_value.numpy()

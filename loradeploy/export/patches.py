@@ -70,7 +70,8 @@ def quiet() -> Iterator[None]:
 
 
 def _conv1d_as_matmul(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return x @ self.weight + self.bias  # [..., in] @ [in, out]
+    y: torch.Tensor = x @ self.weight + self.bias  # [..., in] @ [in, out]
+    return y
 
 
 def _mask_without_empty_rows(

@@ -75,7 +75,7 @@ def _optimise(model: ir.Model) -> None:
     join()
     fuse(model)
     join()
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)

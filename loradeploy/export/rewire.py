@@ -1,0 +1,107 @@
+"""Small steps of graph surgery: constants, chains of nodes, values that take over from others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+
+class Chain:
+    """Nodes put into `graph` one behind the other, the first behind `node`.
+
+    Every node is called `label`/name, and so is its one output, of type `dtype`.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, label: str, dtype: ir.DataType) -> None:
+        self._graph = graph
+        self._label = label
+        self._dtype = dtype
+        self.last = node
+
+    def add(self, op: str, name: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        """The output of a new node."""
+        import onnx_ir as ir
+
+        node = ir.node(op, inputs, attributes=attributes, name=f"{self._label}/{name}")
+        node.outputs[0].name = node.name
+        node.outputs[0].dtype = self._dtype
+        self._graph.insert_after(self.last, node)
+        self.last = node
+        return node.outputs[0]
+
+
+def constant_of(value: ir.Value) -> NDArray[Any]:
+    """The numbers of an initializer."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is no constant")
+    return value.const_value.numpy()
+
+
+def set_constant(value: ir.Value, numbers: NDArray[Any]) -> None:
+    """Give an initializer other numbers of the same dtype and shape."""
+    import onnx_ir as ir
+
+    value.const_value = ir.tensor(numbers, name=value.name)
+
+
+def add_constant(
+    graph: ir.Graph,
+    name: str,
+    numbers: NDArray[Any],
+    *,
+    shape: list[int | str] | None = None,
+) -> ir.Value:
+    """A new initializer; `shape` says what may be fed in its place where it is an input too."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(numbers, name=name)
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(numbers.shape if shape is None else shape),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or what comes near it and no initializer has."""
+    while name in graph.initializers:
+        name += ".own"
+    return name
+
+
+def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node | None) -> None:
+    """Let every user of `old` but `keep` use `new`; as a graph output, it takes the name too."""
+    for node, index in list(old.uses()):
+        if node is not keep:
+            node.replace_input_with(index, new)
+    new.type, new.shape = old.type, old.shape
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            name = old.name
+            old.name = f"{name}/before"
+            new.name = name
+            graph.outputs[index] = new
+
+
+def remove_unused(graph: ir.Graph, *, inputs: bool) -> None:
+    """Drop nodes and initializers that nothing uses, and with `inputs` those that are inputs."""
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    unused = {
+        value
+        for value in graph.initializers.values()
+        if not value.uses() and value not in outputs and (inputs or not value.is_graph_input())
+    }
+    for index in reversed(range(len(graph.inputs))):
+        if graph.inputs[index] in unused:
+            del graph.inputs[index]
+    for value in unused:
+        graph.initializers.pop(str(value.name))
