@@ -41,7 +41,8 @@ from loradeploy.export.graph import (
     required_inputs,
 )
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
+from loradeploy.export.precision import DEFAULT_PRECISION, PACKED_BITS, precision_of
+from loradeploy.export.quantise import quantise
 from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
 from loradeploy.export.source import Source
 from loradeploy.export.tasks import choose_task, task_of_graph
@@ -70,6 +71,7 @@ class Options:
 class Base:
     """A base graph and what is known of it.
 
+    `packed`: the weights already are in the precision that is wanted.
     `parameters`: names in the checkpoint, where there is one.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     """
@@ -78,6 +80,7 @@ class Base:
     task: str
     identity: BaseIdentity
     precision: str
+    packed: bool = False
     parameters: frozenset[str] = frozenset()
     weights: Mapping[str, NDArray[Any]] | None = None
 
@@ -130,7 +133,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         weights = _float_weights(model) if options.merge else None
         model = model.half()
     graph, _ = trace(model, task)
-    return Base(graph, task, identity, precision, parameters, weights)
+    return Base(graph, task, identity, precision, parameters=parameters, weights=weights)
 
 
 def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
@@ -173,7 +176,7 @@ def _from_graph(source: Source, options: Options) -> Base:
             f"{source.name} is an ONNX graph in {held} and cannot be made {precision}: export the"
             " checkpoint instead"
         )
-    return Base(graph, task, identity, precision, parameters)
+    return Base(graph, task, identity, precision, packed=precision == held, parameters=parameters)
 
 
 def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
@@ -207,7 +210,7 @@ def _with_side_inputs(
     )
     for name, adapter in options.adapters.items():
         check_named(name, adapter, manifest)
-    return manifest, added
+    return _packed(base, manifest), added
 
 
 def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest, SideInputs | None]:
@@ -220,7 +223,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest,
     manifest = dataclasses.replace(
         _manifest(base, "merged"), merged_adapter=AdapterEntry(adapter.digest)
     )
-    return manifest, None
+    return _packed(base, manifest), None
 
 
 def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:
@@ -274,3 +277,12 @@ def _manifest(base: Base, mode: Any) -> Manifest:
         inputs=required_inputs(base.graph),
         outputs=outputs(base.graph),
     )
+
+
+def _packed(base: Base, manifest: Manifest) -> Manifest:
+    """The manifest once the weights are packed, where they are to be and are not yet."""
+    bits = PACKED_BITS.get(base.precision)
+    if bits is None or base.packed:
+        return manifest
+    logger.info("packing the weights to %s", base.precision)
+    return quantise(base.graph, manifest, bits)

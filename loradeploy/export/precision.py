@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 DEFAULT_PRECISION: Final = "fp32"
 
 # The bits of weights that are packed after surgery or merge; the others are traced as they are.
-_PACKED_BITS: Final[Mapping[str, int]] = {"int8": 8, "int4": 4}
-PRECISIONS: Final = ("fp32", "fp16", *_PACKED_BITS)
+PACKED_BITS: Final[Mapping[str, int]] = {"int8": 8, "int4": 4}
+PRECISIONS: Final = ("fp32", "fp16", *PACKED_BITS)
 _REFUSED: Final[Mapping[str, str]] = {
     "bf16": "onnxruntime's CPU provider cannot multiply bfloat16 matrices: take fp16 or fp32",
 }
-_BLOCK: Final = 32
 
 
 def check_precision(precision: str) -> None:

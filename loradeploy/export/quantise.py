@@ -1,0 +1,127 @@
+"""Weights packed to 8 or 4 bits by onnxruntime's own quantiser, after surgery or merge.
+
+Only products of the base are packed: factors and heads are no constants of theirs. Each weight is
+given to the quantiser in a model of its own, so that the whole graph never is in memory twice and
+its other nodes stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.errors import ExportError, MissingDependencyError
+from loradeploy.export.find import Linear, find_linears
+from loradeploy.export.rewire import add_constant, constant_of, free_name, remove_unused
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_DOMAIN: Final = "com.microsoft"
+_BLOCK: Final = 32
+# Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
+_ACCURACY_LEVEL: Final = 4
+
+
+def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
+    """Pack every product with a constant weight to `bits` bits; the manifest with the new names.
+
+    Weights are packed symmetrically in blocks of 32 along the input. Embeddings, and products that
+    add a bias of their own (Gemm), stay as they are.
+
+    Raises:
+        ExportError: nothing can be packed. MissingDependencyError: onnx is not installed.
+    """
+    packed: dict[str, str] = {}
+    for module, linear in find_linears(model).linears.items():
+        if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
+            packed[module] = _pack(model.graph, linear, bits)
+    if not packed:
+        raise ExportError(f"the graph has no product that could be packed to int{bits}")
+    model.opset_imports.setdefault(_DOMAIN, 1)
+    remove_unused(model.graph, inputs=False)
+    return dataclasses.replace(
+        manifest,
+        targets=tuple(
+            dataclasses.replace(target, weight=packed[target.module], transposed=True)
+            if target.module in packed
+            else target
+            for target in manifest.targets
+        ),
+    )
+
+
+def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
+    """Replace the linear's products by packed ones; the name of the packed weight."""
+    import onnx_ir as ir
+
+    held = constant_of(linear.weight)
+    weight = np.ascontiguousarray(held.T if linear.transposed else held)  # [in, out]
+    node, constants = _quantised(weight, bits)
+    base = f"{linear.module}.weight"
+    inputs = [
+        add_constant(graph, free_name(graph, f"{base}.int{bits}{part}"), constants[name])
+        for part, name in zip(("", ".scales"), node.input[1:3], strict=True)
+    ]
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    for product in linear.nodes:
+        new = ir.node(
+            node.op_type,
+            [product.inputs[0], *inputs],
+            attributes=attributes,
+            domain=_DOMAIN,
+            name=product.name,
+            metadata_props=dict(product.metadata_props),
+        )
+        old = product.outputs[0]
+        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+        name = old.name
+        old.name = f"{name}/unpacked"
+        new.outputs[0].name = name
+        graph.insert_after(product, new)
+        for user, index in list(old.uses()):
+            user.replace_input_with(index, new.outputs[0])
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new.outputs[0]
+        graph.remove(product, safe=True)
+    return str(inputs[0].name)
+
+
+def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
+    """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"packing weights needs {problem.name}: pip install 'loradeploy[export]'"
+        ) from None
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    into, out = weight.shape
+    if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        raise ExportError(f"weights in {weight.dtype} cannot be packed: export in fp32")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
+        "one_product",
+        [helper.make_tensor_value_info("x", kind, ["rows", into])],
+        [helper.make_tensor_value_info("y", kind, ["rows", out])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    quantiser = MatMulNBitsQuantizer(
+        model,
+        bits=bits,
+        block_size=_BLOCK,
+        is_symmetric=True,
+        accuracy_level=_ACCURACY_LEVEL,
+    )
+    quantiser.process()
+    result = quantiser.model.model.graph
+    (node,) = (node for node in result.node if node.op_type == "MatMulNBits")
+    return node, {t.name: numpy_helper.to_array(t) for t in result.initializer}
