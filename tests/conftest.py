@@ -269,7 +269,7 @@ def smollm2_adapters(smollm2: Path) -> dict[str, Path]:
 def _export(model: Path, place: Path, **options: Any) -> Path:
     from loradeploy.export.api import export
 
-    with once(place / "loradeploy.json") as mine:
+    with once(place) as mine:
         if mine:
             export(model, place, **options)
     return place
