@@ -1,0 +1,117 @@
+"""PyTorch's answers and onnxruntime's, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.manifest import read_manifest
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def session(bundle: Path) -> onnxruntime.InferenceSession:
+    """A plain onnxruntime session on a bundle's graph."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns once for every side input
+    return onnxruntime.InferenceSession(
+        bundle / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+
+
+def token_feeds(
+    graph: onnxruntime.InferenceSession,
+    ids: NDArray[np.int64],
+    mask: NDArray[np.int64] | None = None,
+) -> Arrays:
+    """Feeds for a first call: an empty cache, positions that skip padding."""
+    mask = np.ones_like(ids) if mask is None else mask
+    feeds: Arrays = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": np.clip(mask.cumsum(axis=1) - 1, 0, None),
+        "token_type_ids": np.zeros_like(ids),
+    }
+    taken = {value.name: value for value in graph.get_inputs()}
+    for name, value in taken.items():
+        if name.startswith("past_key_values."):
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            feeds[name] = np.zeros((len(ids), value.shape[1], 0, value.shape[3]), dtype)
+    return {name: feeds[name] for name in taken}
+
+
+def onnx_output(
+    bundle: Path,
+    ids: NDArray[np.int64],
+    mask: NDArray[np.int64] | None = None,
+    side: Mapping[str, NDArray[Any]] | None = None,
+) -> NDArray[Any]:
+    """The first output of the bundle's graph, with side inputs where given."""
+    graph = session(bundle)
+    feeds = {**token_feeds(graph, ids, mask), **(side or {})}
+    output: NDArray[Any] = graph.run(None, feeds)[0]
+    return output
+
+
+def factors(bundle: Path, adapter: Path) -> Arrays:
+    """The side inputs of one adapter, one slot."""
+    return side_inputs(load_adapter(adapter), read_manifest(bundle))
+
+
+def stacked(slots: list[Arrays], defaults: Arrays) -> Arrays:
+    """Side inputs of several slots, zero-padded to one rank; an empty slot is the base."""
+    stack: Arrays = {}
+    for name in dict.fromkeys(name for slot in slots for name in slot):
+        some = next(slot[name] for slot in slots if name in slot)
+        base = defaults.get(name, np.zeros_like(some))
+        held = [slot.get(name, base) for slot in slots]
+        shape = np.max([values.shape for values in held], axis=0)
+        padded = [
+            np.pad(values, [(0, int(most - has)) for most, has in zip(shape, values.shape)])
+            for values in held
+        ]
+        stack[name] = np.concatenate(padded)
+    return stack
+
+
+def torch_output(
+    model: Path,
+    ids: NDArray[np.int64],
+    mask: NDArray[np.int64] | None = None,
+    *,
+    task: str = "causal-lm",
+    adapter: Path | None = None,
+    labels: int = 2,
+) -> NDArray[Any]:
+    """PyTorch's logits or last hidden state, with a PEFT adapter where given."""
+    import peft
+    import torch
+    import transformers
+
+    auto = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "feature-extraction": transformers.AutoModel,
+    }[task]
+    options = {"num_labels": labels} if task == "sequence-classification" else {}
+    base = auto.from_pretrained(model, dtype=torch.float32, **options).eval()
+    held = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter).eval()
+    tokens = torch.from_numpy(ids)
+    attention = torch.ones_like(tokens) if mask is None else torch.from_numpy(mask)
+    with torch.no_grad():
+        result = held(input_ids=tokens, attention_mask=attention)
+    name = "last_hidden_state" if task == "feature-extraction" else "logits"
+    output: NDArray[Any] = getattr(result, name).numpy()
+    return output
+
+
+def difference(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest absolute difference."""
+    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max())
