@@ -28,13 +28,24 @@ _LABELLED: Final = ("classifier.weight", "score.weight", "classifier.out_proj.we
 def read_adapters(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
 ) -> dict[str, Adapter]:
-    """Adapters by name, of a mapping or of `[NAME=]DIR`; without a name it is the directory's.
+    """Adapters by name, as `named_places` finds them.
+
+    Raises:
+        UsageError: as `named_places`.
+        AdapterError: an adapter cannot be read or is refused.
+    """
+    return {name: load_adapter(place) for name, place in named_places(adapters).items()}
+
+
+def named_places(
+    adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
+) -> dict[str, Path]:
+    """Where adapters are, by name, of a mapping or of `[NAME=]DIR`; a directory names itself.
 
     Raises:
         UsageError: a name is used twice or cannot be the name of a file.
-        AdapterError: an adapter cannot be read or is refused.
     """
-    found: dict[str, Adapter] = {}
+    found: dict[str, Path] = {}
     for name, place in _named(adapters):
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -43,7 +54,7 @@ def read_adapters(
             )
         if name in found:
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
-        found[name] = load_adapter(place)
+        found[name] = place
     return found
 
 
