@@ -7,6 +7,7 @@
     ├── AdapterError            an adapter that cannot be read or is refused
     │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
+    ├── TrainingError           a training run that cannot go on
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported in the way asked for
     └── MissingDependencyError  a part of loradeploy whose extra is not installed
@@ -46,6 +47,10 @@ class UnknownAdapterError(LoraDeployError, KeyError):
 
     # KeyError shows the repr of its argument; the message is a sentence, show it as one.
     __str__ = Exception.__str__
+
+
+class TrainingError(LoraDeployError):
+    """A training run that cannot go on."""
 
 
 class BundleError(LoraDeployError):

@@ -1,0 +1,53 @@
+"""Where a base model's checkpoint is on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from loradeploy.errors import MissingDependencyError, ModelError
+
+# What is needed of a repository; weights in pickles are never fetched.
+_FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def find_checkpoint(model: str | os.PathLike[str]) -> Path:
+    """The directory of the checkpoint `model`: a Hugging Face directory, or an id of the hub.
+
+    Raises:
+        ModelError: it is not there, or holds no config.json or no safetensors.
+        MissingDependencyError: an id, and nothing to fetch it with.
+    """
+    text = os.fspath(model)
+    place = Path(text).expanduser()
+    if not place.exists() and not text.startswith((".", "~", "/")) and _HUB_ID.fullmatch(text):
+        return fetch(text)
+    if not place.is_dir():
+        raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
+    if not (place / "config.json").is_file():
+        raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
+    if not any(place.glob("*.safetensors")):
+        raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
+    return place
+
+
+def fetch(repository: str) -> Path:
+    """The local copy of the hub's `repository`, fetched where it is not there yet."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingDependencyError(
+            f"{repository} is no directory, and to fetch it from the Hugging Face hub the export"
+            " extra is needed: pip install 'loradeploy[export]'"
+        ) from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
+    except Exception as problem:  # the hub's own, the network's, and offline errors
+        first = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise ModelError(
+            f"{repository} is no directory here and cannot be had from the Hugging Face hub:"
+            f" {first[0]}"
+        ) from None

@@ -1,0 +1,72 @@
+"""`loradeploy.train`: from data and a base model to an adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training run.
+
+    `loss_before`, `loss_after`: mean loss on the evaluation examples (the validation split, or the
+    first training examples where there is none); `accuracy_before`, `accuracy_after` of a
+    classifier on the same. `tokens` were read in training, padding not counted.
+    """
+
+    adapter: Path
+    digest: str
+    base_digest: str
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    loss_before: float
+    loss_after: float
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+
+def train(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    **flags: Any,
+) -> TrainResult:
+    """Train an adapter for `model` on `data` and write it to `output`, a PEFT directory.
+
+    Args:
+        model: a Hugging Face directory or id.
+        data: see `loradeploy.train.data`.
+        output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
+        config: a YAML file of settings; their names and defaults are `TrainConfig`'s.
+        resume: go on from the newest checkpoint in `OUTPUT-checkpoints`.
+        flags: settings again, over those of the file.
+
+    Raises:
+        UsageError: a setting that does not exist or is out of range, nothing to resume.
+        ModelError: the model is missing or not of the task.
+        DataError: the data is missing, empty, or has a line (named) that cannot be used.
+        TrainingError: the loss is no longer finite, or memory ran out.
+        MissingDependencyError: the extra `train` is not installed.
+    """
+    from loradeploy.train.config import read_config
+
+    settings = read_config(config, flags)
+    try:
+        from loradeploy.train.job import run
+    except ModuleNotFoundError as missing:
+        from loradeploy.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"training needs {missing.name}: pip install 'loradeploy[train]'"
+        ) from None
+    return run(model, data, output, settings, resume=resume)

@@ -1,0 +1,150 @@
+"""What a training run can be told, each default stated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.errors import UsageError
+
+CAUSAL_LM: Final = "causal-lm"
+SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
+TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
+SCHEDULES: Final = ("linear", "cosine", "constant")
+WIDTHS: Final = ("fp32", "bf16")
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run's settings. Every field is a key of the YAML file and a flag.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    task: str = _option(CAUSAL_LM, f"one of {', '.join(TASKS)}")
+    rank: int = _option(8, "rank r of the factors")
+    alpha: float = _option(16.0, "alpha; the scaling is alpha / rank")
+    dropout: float = _option(0.0, "dropout on the input of the low-rank path")
+    use_rslora: bool = _option(False, "scale by alpha / √rank (rsLoRA)")
+    target_modules: str = _option(
+        "all-linear", "all-linear, a comma-separated list of name endings, or re:PATTERN"
+    )
+    learning_rate: float = _option(5e-4, "peak learning rate of AdamW")
+    schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
+    warmup_steps: int = _option(5, "steps in which the learning rate rises")
+    weight_decay: float = _option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    epochs: float = _option(1.0, "passes over the data, unless max_steps is given")
+    max_steps: int = _option(0, "optimiser steps; 0 leaves it to epochs")
+    batch_size: int = _option(8, "examples in a forward pass")
+    gradient_accumulation: int = _option(1, "forward passes for an optimiser step")
+    max_length: int = _option(512, "tokens of an example at most")
+    validation_split: float = _option(0.0, "share of the examples kept for evaluation")
+    precision: str = _option("fp32", f"width of the frozen base: {', '.join(WIDTHS)}")
+    save_steps: int = _option(0, "steps between checkpoints; 0 writes none")
+    seed: int = _option(0, "decides initialisation, order and dropout")
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}: give a value from {low} to {high}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
+                )
+        if not self.target_modules:
+            raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """`target_modules` as an adapter's config holds it."""
+        if self.target_modules.startswith("re:"):
+            return self.target_modules.removeprefix("re:")
+        if self.target_modules == "all-linear":
+            return self.target_modules
+        return tuple(sorted(name.strip() for name in self.target_modules.split(",")))
+
+
+_BIG: Final = 10**9
+_RANGES: Final = (
+    ("rank", 1, 4096),
+    ("alpha", 0, _BIG),
+    ("dropout", 0, 0.99),
+    ("learning_rate", 0, 10),
+    ("warmup_steps", 0, _BIG),
+    ("weight_decay", 0, 10),
+    ("max_grad_norm", 0, _BIG),
+    ("epochs", 0.001, 10_000),
+    ("max_steps", 0, _BIG),
+    ("batch_size", 1, 65_536),
+    ("gradient_accumulation", 1, 65_536),
+    ("max_length", 2, 1_000_000),
+    ("validation_split", 0, 0.9),
+    ("save_steps", 0, _BIG),
+    ("seed", 0, 2**32 - 1),
+)
+_CHOICES: Final = {"task": TASKS, "schedule": SCHEDULES, "precision": WIDTHS}
+
+
+def read_config(
+    file: str | os.PathLike[str] | None, flags: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The settings in the YAML `file`, with `flags` over them.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type.
+    """
+    values = {**(_read_yaml(Path(file)) if file is not None else {}), **(flags or {})}
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(fields)}"
+            raise UsageError(f"there is no setting {name!r}{hint}")
+        values[name] = _typed(name, value, str(fields[name].type))
+    return TrainConfig(**values)
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            number = False
+    valid = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": number and float(value).is_integer() if number else False,
+        "float": number,
+    }[kind]
+    if not valid:
+        raise UsageError(f"{name} is {value!r}: give a value of type {kind}")
+    return {"int": int, "float": float}.get(kind, lambda v: v)(value)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{file} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        text = " ".join(str(problem).split())
+        raise UsageError(f"{file} is not readable as YAML: {text}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} holds no settings: write lines such as `rank: 16`")
+    return values
