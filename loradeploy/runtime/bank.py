@@ -8,22 +8,54 @@ bytes. A batch whose rows differ reads a stack: slot 0 is the base, the others a
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ADAPTER_IDS
 from loradeploy.errors import UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loradeploy.bundle.manifest import Manifest
+
 Arrays = Mapping[str, "NDArray[Any]"]
+
+# More runs at a time than this and some of them bind their side inputs anew.
+_SPARE_BINDINGS: Final = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Bindable:
+    """Side inputs on the device, and spare IOBindings that hold them already.
+
+    Binding all side inputs of a large model takes longer than all else around a run. An IOBinding
+    serves one run at a time, so a run takes one out and puts it back.
+    """
+
+    values: Mapping[str, onnxruntime.OrtValue]
+    _spare: deque[onnxruntime.IOBinding] = field(
+        default_factory=lambda: deque(maxlen=_SPARE_BINDINGS)
+    )
+
+    def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
+        """An IOBinding of `session` in which the side inputs are bound."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            binding = session.io_binding()
+            for name, value in self.values.items():
+                binding.bind_ortvalue_input(name, value)
+            return binding
+
+    def put_back(self, binding: onnxruntime.IOBinding) -> None:
+        """Keep `binding`, in which only the side inputs are bound, for another run."""
+        self._spare.append(binding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +66,38 @@ class Resident:
     digest: str
     labels: tuple[str, ...] | None
     host: Arrays
-    device: Mapping[str, onnxruntime.OrtValue]
+    device: Bindable
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Several adapters' side inputs [slots, …] on the device, zero-padded to a common rank."""
+    """Several adapters' side inputs [slots, …] on the device, zero-padded to a common rank.
 
-    members: tuple[Resident, ...]
-    device: Mapping[str, onnxruntime.OrtValue]
-    slots: Mapping[str, int] = field(default_factory=dict)
+    `slots`: each member's place; the base has slot 0.
+    """
+
+    slots: Mapping[Resident, int]
+    device: Bindable
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """What the rows of a run use, kept in the bank until the lease ends.
+
+    `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
+    `per_row`: whether `rows` has an entry for each row.
+    `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
+    """
+
+    rows: tuple[Resident | None, ...]
+    per_row: bool
+    device: Bindable
+    adapter_ids: onnxruntime.OrtValue | None
+
+    @property
+    def names(self) -> list[str | None]:
+        """The name of each entry of `rows`."""
+        return [None if resident is None else resident.name for resident in self.rows]
 
 
 class AdapterBank:
@@ -59,8 +113,9 @@ class AdapterBank:
         self._manifest = manifest
         self._defaults = defaults
         self._device = (device, device_id)
+        self._base = Bindable({})  # the graph's own defaults are the base
         self._residents: dict[str, Resident] = {}
-        self._uses: dict[Resident, int] = {}
+        self._users: dict[Resident, list[int]] = {}  # by thread, once for each lease
         self._stack: Stack | None = None
         self._changed = threading.Condition()
         self._stacking = threading.Lock()
@@ -75,127 +130,171 @@ class AdapterBank:
             return dict(self._residents)
 
     def add(
-        self, name: str, arrays: Arrays, *, digest: str, labels: tuple[str, ...] | None
-    ) -> None:
-        """Put an adapter in. The same one again changes nothing.
+        self,
+        name: str,
+        arrays: Arrays,
+        *,
+        digest: str,
+        labels: tuple[str, ...] | None,
+        replace: bool = False,
+    ) -> Resident:
+        """Put an adapter in, and return what is in the bank under its name then.
+
+        The same adapter again changes nothing. Another one takes the name only with `replace`: runs
+        that have begun end with the old one, runs that begin later use the new one.
 
         Raises:
-            UsageError: another adapter has this name.
+            UsageError: another adapter has this name, and `replace` is not given.
         """
-        device = {side_input: self._upload(values) for side_input, values in arrays.items()}
-        resident = Resident(name, digest, labels, arrays, device)
         with self._changed:
-            there = self._residents.setdefault(name, resident)
-            self._uses.setdefault(there, 0)
-        if there.digest != digest:
-            raise UsageError(
-                f"another adapter is loaded as {name!r}: unload it first, or choose another name"
-            )
+            there = self._residents.get(name)
+        if there is not None and _same(there, digest, arrays):
+            return there
+        device = {side_input: self._upload(values) for side_input, values in arrays.items()}
+        resident = Resident(name, digest, labels, arrays, Bindable(device))
+        with self._changed:
+            there = self._residents.get(name)
+            if there is not None:
+                if _same(there, digest, arrays):
+                    return there
+                if not replace:
+                    raise UsageError(
+                        f"another adapter is loaded as {name!r}: unload it first, replace it"
+                        " (replace=True), or choose another name"
+                    )
+                self._drop_stack_with(there)
+            self._residents[name] = resident
+        return resident
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, once the runs that use it have ended; new runs do not find it.
+        """Take an adapter out, and wait until the runs that use it have ended.
+
+        Runs that begin after the call do not find it.
 
         Raises:
             UnknownAdapterError: no adapter has this name.
+            UsageError: this thread itself is in the middle of using it, and would wait for ever.
         """
         with self._changed:
-            resident = self._residents.pop(name, None)
+            resident = self._residents.get(name)
             if resident is None:
                 raise self._unknown(name)
-            if self._stack is not None and resident in self._stack.members:
-                self._stack = None
-            self._changed.wait_for(lambda: self._uses[resident] == 0)
-            del self._uses[resident]
+            if threading.get_ident() in self._users.get(resident, ()):
+                raise UsageError(
+                    f"the adapter {name!r} is in use by this thread: unload it after the run"
+                )
+            del self._residents[name]
+            self._drop_stack_with(resident)
+            self._changed.wait_for(lambda: resident not in self._users)
 
     @contextmanager
-    def lease(
-        self, adapters: str | Sequence[str | None] | None
-    ) -> Iterator[Mapping[str, onnxruntime.OrtValue]]:
-        """The side inputs to bind for a run; what they hold stays while the context lasts.
+    def lease(self, adapters: str | Sequence[str | None] | None) -> Iterator[Lease]:
+        """What to bind for runs with `adapters`; it stays as it is while the context lasts.
 
         Raises:
             UnknownAdapterError: a name that is not in the bank.
         """
-        names = [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
-        used = self._acquire({name for name in names if name is not None})
+        names: list[str | None]
+        if adapters is None or isinstance(adapters, str):
+            names, per_row = [adapters], False
+        else:
+            names, per_row = list(adapters), True
+        thread = threading.get_ident()
+        rows = self._acquire(names, thread)
         try:
-            yield self._side_inputs(names, used)
+            yield self._lease(rows, per_row)
         finally:
-            self._release(used)
+            self._release(rows, thread)
 
-    def _acquire(self, names: set[str]) -> dict[str, Resident]:
+    def _acquire(self, names: Sequence[str | None], thread: int) -> tuple[Resident | None, ...]:
         with self._changed:
-            for name in sorted(names):
-                if name not in self._residents:
+            for name in names:
+                if name is not None and name not in self._residents:
                     raise self._unknown(name)
-            used = {name: self._residents[name] for name in names}
-            for resident in used.values():
-                self._uses[resident] += 1
-        return used
+            rows = tuple(None if name is None else self._residents[name] for name in names)
+            for resident in _used(rows):
+                self._users.setdefault(resident, []).append(thread)
+        return rows
 
-    def _release(self, used: Mapping[str, Resident]) -> None:
+    def _release(self, rows: Sequence[Resident | None], thread: int) -> None:
         with self._changed:
-            for resident in used.values():
-                self._uses[resident] -= 1
+            for resident in _used(rows):
+                self._users[resident].remove(thread)
+                if not self._users[resident]:
+                    del self._users[resident]
             self._changed.notify_all()
 
-    def _side_inputs(
-        self, names: Sequence[str | None], used: Mapping[str, Resident]
-    ) -> Mapping[str, onnxruntime.OrtValue]:
+    def _lease(self, rows: tuple[Resident | None, ...], per_row: bool) -> Lease:
+        used = _used(rows)
         if not used:
-            return {}  # the graph's own defaults are the base
-        if len(set(names)) == 1:
-            (resident,) = used.values()
-            return resident.device
+            return Lease(rows, per_row, self._base, None)
+        if len(used) == 1 and None not in rows:
+            return Lease(rows, per_row, used[0].device, None)
         stack = self._stack_of(used)
-        slots = [0 if name is None else stack.slots[name] for name in names]
-        rows = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return {**stack.device, ADAPTER_IDS: rows}
+        slots = [0 if resident is None else stack.slots[resident] for resident in rows]
+        adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
+        return Lease(rows, per_row, stack.device, adapter_ids)
 
-    def _stack_of(self, used: Mapping[str, Resident]) -> Stack:
-        """A stack that holds `used`: the present one, or a new one that takes its place."""
+    def _stack_of(self, used: Sequence[Resident]) -> Stack:
+        """A stack that holds `used`: the present one, or a larger one that takes its place."""
         with self._stacking:
             with self._changed:
                 present = self._stack
-            members = dict.fromkeys(present.members if present is not None else ())
-            if present is not None and all(resident in members for resident in used.values()):
+            members = dict.fromkeys(present.slots if present is not None else ())
+            if present is not None and all(resident in members for resident in used):
                 return present
-            members.update(dict.fromkeys(used.values()))
+            members.update(dict.fromkeys(used))
             stack = self._build(tuple(members))
             with self._changed:
                 # A member that was removed meanwhile must not be kept alive by the stack.
-                if all(self._residents.get(m.name) is m for m in stack.members):
+                if all(self._residents.get(member.name) is member for member in members):
                     self._stack = stack
             return stack
 
-    def _build(self, members: tuple[Resident, ...]) -> Stack:
-        slots = {member.name: slot for slot, member in enumerate(members, start=1)}
-        device = {}
+    def _build(self, members: Sequence[Resident]) -> Stack:
+        dtype = np.dtype(self._manifest.factor_dtype)
+        values = {}
         for target in self._manifest.targets:
-            pairs = [
-                (member.host.get(target.lora_A), member.host.get(target.lora_B))
-                for member in members
-            ]
+            pairs = [(m.host.get(target.lora_A), m.host.get(target.lora_B)) for m in members]
             rank = max((A.shape[2] for A, _ in pairs if A is not None), default=0)
-            dtype = np.dtype(self._manifest.factor_dtype)
             stacked_A = np.zeros((len(members) + 1, target.in_features, rank), dtype)
             stacked_B = np.zeros((len(members) + 1, rank, target.out_features), dtype)
             for slot, (A, B) in enumerate(pairs, start=1):
                 if A is not None and B is not None:
                     stacked_A[slot, :, : A.shape[2]] = A[0]
                     stacked_B[slot, : B.shape[1], :] = B[0]
-            device[target.lora_A] = self._upload(stacked_A)
-            device[target.lora_B] = self._upload(stacked_B)
+            values[target.lora_A] = self._upload(stacked_A)
+            values[target.lora_B] = self._upload(stacked_B)
         for saved in self._manifest.saved:
             default = self._defaults[saved.input]
-            values = [default, *(member.host.get(saved.input, default) for member in members)]
-            device[saved.input] = self._upload(np.concatenate(values))
-        return Stack(members, device, slots)
+            whole = [default, *(member.host.get(saved.input, default) for member in members)]
+            values[saved.input] = self._upload(np.concatenate(whole))
+        slots = {member: slot for slot, member in enumerate(members, start=1)}
+        return Stack(slots, Bindable(values))
 
     def _upload(self, values: NDArray[Any]) -> onnxruntime.OrtValue:
         # On the host this is a view: the array must stay unchanged, and the value keeps it alive.
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), *self._device)
 
+    def _drop_stack_with(self, resident: Resident) -> None:
+        if self._stack is not None and resident in self._stack.slots:
+            self._stack = None
+
     def _unknown(self, name: str) -> UnknownAdapterError:
         loaded = ", ".join(sorted(self._residents)) or "none"
         return UnknownAdapterError(f"no adapter is loaded as {name!r}; loaded are: {loaded}")
+
+
+def _used(rows: Sequence[Resident | None]) -> list[Resident]:
+    """The adapters in `rows`, each once."""
+    return [resident for resident in dict.fromkeys(rows) if resident is not None]
+
+
+def _same(resident: Resident, digest: str, arrays: Arrays) -> bool:
+    """Whether an adapter computes what `resident` does, though it may come in another format."""
+    if resident.digest == digest:
+        return True
+    host = resident.host
+    return host.keys() == arrays.keys() and all(
+        np.array_equal(host[name], values) for name, values in arrays.items()
+    )

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    SEQUENCE_CLASSIFICATION,
-    TOKEN_TYPE_IDS,
-)
+from loradeploy.bundle.names import LOGITS, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
+from loradeploy.runtime.encoder import encoded_batches
 from loradeploy.runtime.session import Adapters, AdapterSession
-from loradeploy.runtime.tokenizer import Tokenizer, pad
+from loradeploy.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Kinds of classifier whose outputs are no probabilities of one label each.
+_OTHER_PROBLEMS: Final = ("multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -38,57 +36,70 @@ class TextClassifier:
     """Classifies texts with a session on a sequence classification bundle.
 
     Raises:
-        UsageError: the bundle is no classifier.
+        UsageError: the bundle is no classifier that gives each text one label.
         BundleError: the bundle holds no tokenizer.
     """
 
     def __init__(self, session: AdapterSession) -> None:
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
+        file = session.path / "config.json"
+        config = read_json(file, error=BundleError) if file.is_file() else {}
+        if config.get("problem_type") in _OTHER_PROBLEMS:
+            raise UsageError(
+                f"{session.path} is for {config['problem_type']}, which gives no label: read its"
+                " logits with AdapterSession.run"
+            )
         self.session = session
         self.tokenizer = Tokenizer(session.path)
-        self._inputs = {spec.name for spec in session.manifest.inputs}
-        self._labels = _config_labels(session)
+        self._labels = _labels(config)
 
-    def __call__(self, texts: Sequence[str], adapters: Adapters = None) -> list[Classification]:
+    def __call__(
+        self, texts: str | Sequence[str], adapters: Adapters = None, *, batch_size: int = 32
+    ) -> list[Classification]:
         """The label of each text. `adapters` is as in `AdapterSession.run`.
 
         Texts longer than the model's positions are cut at their end. Labels are named as the
-        adapter was trained, else as in the bundle's config.json.
+        adapter was trained, else as in the bundle's config.json, else LABEL_0 and so on.
 
         Raises:
-            UsageError: no texts, or a bare string instead of a list.
+            UsageError: no texts, or not one adapter for each.
+            UnknownAdapterError: an adapter that was never loaded.
         """
-        if isinstance(texts, str) or not texts:
-            raise UsageError("give a list of one text or more")
-        sequences = [self.tokenizer.encode(text)[: self.tokenizer.max_length] for text in texts]
-        ids, mask = pad(sequences, self.tokenizer.pad_id, left=False)
-        feeds: dict[str, Any] = {INPUT_IDS: ids, ATTENTION_MASK: mask}
-        if TOKEN_TYPE_IDS in self._inputs:
-            feeds[TOKEN_TYPE_IDS] = np.zeros_like(ids)
-        (logits,) = self.session.run([LOGITS], feeds, adapters)
-        names = (
-            [adapters] * len(texts) if adapters is None or isinstance(adapters, str) else adapters
-        )
-        return [self._classification(row, name) for row, name in zip(logits, names, strict=True)]
-
-    def _classification(self, logits: NDArray[Any], adapter: str | None) -> Classification:
-        labels = self.session.labels(adapter) or self._labels
-        if len(labels) != len(logits):
-            labels = tuple(f"LABEL_{number}" for number in range(len(logits)))
-        weights = np.exp(logits.astype(np.float64) - logits.max())
-        scores = weights / weights.sum()
-        best = int(scores.argmax())
-        by_label = {label: float(score) for label, score in zip(labels, scores, strict=True)}
-        return Classification(labels[best], float(scores[best]), by_label, adapter)
+        results = []
+        for held, names, feeds in encoded_batches(
+            self.session, self.tokenizer, texts, adapters, batch_size
+        ):
+            (logits,) = held.run([LOGITS], feeds)  # [batch, labels]
+            for row, (scores, name) in enumerate(zip(_softmax(logits), names, strict=True)):
+                labels = held.labels(row) or self._labels
+                results.append(_classification(scores, labels, name))
+        return results
 
 
-def _config_labels(session: AdapterSession) -> tuple[str, ...]:
-    file = session.path / "config.json"
-    names = read_json(file, error=BundleError).get("id2label") if file.is_file() else None
+def _classification(
+    scores: NDArray[np.float64], labels: Sequence[str], adapter: str | None
+) -> Classification:
+    if len(labels) != len(scores):
+        labels = [f"LABEL_{number}" for number in range(len(scores))]
+    best = int(scores.argmax())
+    by_label = dict(zip(labels, map(float, scores), strict=True))
+    return Classification(labels[best], float(scores[best]), by_label, adapter)
+
+
+def _softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Over the last axis, in float64."""
+    values = logits.astype(np.float64)
+    weights = np.exp(values - values.max(axis=-1, keepdims=True))
+    result: NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _labels(config: dict[str, Any]) -> list[str]:
+    names = config.get("id2label")
     if not isinstance(names, dict):
-        return ()
+        return []
     try:
-        return tuple(str(names[key]) for key in sorted(names, key=int))
+        return [str(names[key]) for key in sorted(names, key=int)]
     except ValueError:
-        raise BundleError(f"{file}: the keys of id2label are not numbers") from None
+        raise BundleError("config.json: the keys of id2label are not numbers") from None

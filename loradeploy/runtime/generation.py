@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import onnxruntime
@@ -17,16 +17,17 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
 )
 from loradeploy.errors import UsageError
+from loradeploy.runtime.chat import Message
 from loradeploy.runtime.sampling import Sampling
-from loradeploy.runtime.session import Adapters, AdapterSession
-from loradeploy.runtime.tokenizer import Message, Tokenizer, pad
+from loradeploy.runtime.session import Adapters, AdapterSession, each_row
+from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Prompt = str | Sequence[Message]
+# A text, a conversation, or tokens.
+Prompt = str | Sequence[Message] | Sequence[int]
 OnText = Callable[[int, str], None]
-_UNFINISHED = "\ufffd"  # what a decoder gives for the first bytes of a character
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Generation:
     """What was generated for one prompt.
 
     `token_ids` are without the token that ended them; `finish_reason` is "stop" where there was
-    one, "length" where the limit was reached.
+    one, "length" where `max_new_tokens` or the model's positions ran out.
     """
 
     text: str
@@ -48,10 +49,18 @@ class Generation:
 class _Row:
     """One row of the batch while it is generated."""
 
+    number: int
+    prompt: list[int]
+    adapter: str | None
+    limit: int
     random: np.random.Generator
+    pieces: PieceDecoder
     ids: list[int] = field(default_factory=list)
     stopped: bool = False
-    shown: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.ids) >= self.limit
 
 
 class TextGenerator:
@@ -70,11 +79,14 @@ class TextGenerator:
         self.tokenizer = Tokenizer(session.path)
         self._inputs = {spec.name: spec for spec in manifest.inputs}
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
-        self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
+        self._outputs = [
+            LOGITS,
+            *(name.replace("past_key_values.", "present.", 1) for name in self._past),
+        ]
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         adapters: Adapters = None,
         *,
         max_new_tokens: int = 32,
@@ -83,93 +95,127 @@ class TextGenerator:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         chat: bool = False,
+        batch_size: int | None = None,
         on_text: OnText | None = None,
     ) -> list[Generation]:
         """Continue each prompt until a token that ends it, or for `max_new_tokens`.
 
-        A prompt is a text, or a conversation (a list of messages with `role` and `content`), which
-        goes through the bundle's chat template; with `chat` a text is a user's message. `adapters`
-        is as in `AdapterSession.run`. What a row becomes depends on its prompt, its adapter and its
-        seed alone: a single `seed` is every row's. `on_text(row, piece)` is called as text appears.
+        A prompt is a text, a conversation (a list of messages with `role` and `content`), which
+        goes through the bundle's chat template, or a list of token ids; with `chat` a text is a
+        user's message. `adapters` is as in `AdapterSession.run`.
+
+        What a row becomes depends on its prompt, its adapter and its seed alone, not on the batch:
+        a single `seed` is every row's. `batch_size` prompts are generated together, by default all.
+        `on_text(row, piece)` is called as text appears.
 
         Raises:
-            UsageError: no prompts, an empty one, one longer than the model's positions, or a value
+            UsageError: no prompts, an empty one, one that fills the model's positions, or a value
                 out of its range.
+            UnknownAdapterError: an adapter that was never loaded.
         """
         sampling = Sampling(temperature, top_k, top_p)
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-        sequences = [self._encode(row, prompt, chat) for row, prompt in enumerate(prompts)]
-        if not sequences:
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: give 1 or more")
+        given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        if not given:
             raise UsageError("there are no prompts")
-        seeds = [seed] * len(sequences) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(sequences):
-            raise UsageError(f"{len(seeds)} seeds for {len(sequences)} prompts: give one for each")
-        rows = [_Row(np.random.default_rng(value)) for value in seeds]
-        limit = self._limit(max(map(len, sequences)), max_new_tokens)
-        self._decode(sequences, rows, adapters, limit, sampling, on_text)
-        names = (
-            [adapters] * len(rows) if adapters is None or isinstance(adapters, str) else adapters
-        )
+        seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(given):
+            raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
+        rows = [
+            self._row(number, prompt, adapter, seed, max_new_tokens, chat)
+            for number, (prompt, adapter, seed) in enumerate(
+                zip(given, each_row(adapters, len(given)), seeds, strict=True)
+            )
+        ]
+        size = batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            for row, piece in self._decode(rows[start : start + size], sampling):
+                if on_text is not None:
+                    on_text(row.number, piece)
         return [
             Generation(
                 text=self.tokenizer.decode(row.ids),
                 token_ids=tuple(row.ids),
                 finish_reason="stop" if row.stopped else "length",
-                adapter=name,
-                prompt_tokens=len(sequence),
+                adapter=row.adapter,
+                prompt_tokens=len(row.prompt),
             )
-            for row, name, sequence in zip(rows, names, sequences, strict=True)
+            for row in rows
         ]
 
-    def _encode(self, number: int, prompt: Prompt, chat: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if chat:
-                ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            else:
-                ids = self.tokenizer.encode(prompt)
-        else:
-            ids = self.tokenizer.encode_chat(prompt)
+    def _row(
+        self,
+        number: int,
+        prompt: Prompt,
+        adapter: str | None,
+        seed: int,
+        max_new_tokens: int,
+        chat: bool,
+    ) -> _Row:
+        ids = self._encode(prompt, chat)
+        positions = self.tokenizer.max_length
         if not ids:
             raise UsageError(f"prompt {number + 1} is empty")
-        return ids
-
-    def _limit(self, longest: int, max_new_tokens: int) -> int:
-        """How many tokens may be generated before the model runs out of positions."""
-        positions = self.tokenizer.max_length
-        if positions is None:
-            return max_new_tokens
-        if longest >= positions:
+        if positions is not None and len(ids) >= positions:
             raise UsageError(
-                f"a prompt has {longest} tokens, the model has {positions} positions: shorten it"
+                f"prompt {number + 1} has {len(ids)} tokens, the model has {positions} positions:"
+                " shorten it"
             )
-        return min(max_new_tokens, positions - longest)
+        return _Row(
+            number=number,
+            prompt=ids,
+            adapter=adapter,
+            limit=min(max_new_tokens, positions - len(ids)) if positions else max_new_tokens,
+            random=np.random.default_rng(seed),
+            pieces=PieceDecoder(self.tokenizer),
+        )
 
-    def _decode(
-        self,
-        sequences: Sequence[Sequence[int]],
-        rows: Sequence[_Row],
-        adapters: Adapters,
-        limit: int,
-        sampling: Sampling,
-        on_text: OnText | None,
-    ) -> None:
-        ids, mask = pad(sequences, self.tokenizer.pad_id, left=True)
-        cache = self._empty_cache(len(sequences))
-        outputs = [LOGITS, *self._present]
-        for _ in range(limit):
-            logits, *present = self.session.run_with_ort_values(
-                outputs, {**self._feeds(ids, mask), **cache}, adapters
-            )
-            cache = dict(zip(self._past, present, strict=True))
-            ids = self._choose(logits.numpy()[:, -1], rows, sampling)
-            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-            if on_text is not None:
-                self._show(rows, on_text)
-            if all(row.stopped for row in rows):
-                break
-        if on_text is not None:
-            self._show(rows, on_text, last=True)
+    def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                return []
+            if chat:
+                return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            return self.tokenizer.encode(prompt)
+        if all(isinstance(token, int | np.integer) for token in prompt):
+            return [int(token) for token in cast("Sequence[int]", prompt)]
+        return self.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+
+    def _decode(self, rows: Sequence[_Row], sampling: Sampling) -> Iterator[tuple[_Row, str]]:
+        """Generate `rows` together, and tell each piece of text once it is complete."""
+        ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=True)
+        cache = self._empty_cache(len(rows))
+        with self.session.hold([row.adapter for row in rows]) as held:
+            while True:
+                logits, *present = held.run_with_ort_values(
+                    self._outputs, {**self._feeds(ids, mask), **cache}
+                )
+                cache = dict(zip(self._past, present, strict=True))
+                last = logits.numpy()[:, -1]  # [batch, vocabulary]
+                for row, scores in zip(rows, last, strict=True):
+                    if not row.ended and (piece := self._advance(row, scores, sampling)):
+                        yield row, piece
+                if all(row.ended for row in rows):
+                    return
+                # A row that has ended goes on as padding, which takes no position.
+                ids = np.array([[self._next(row)] for row in rows], np.int64)
+                going = np.array([[not row.ended] for row in rows], np.int64)
+                mask = np.concatenate([mask, going], axis=1)
+
+    def _advance(self, row: _Row, scores: NDArray[Any], sampling: Sampling) -> str:
+        """Choose the next token of `row`, and return the text that it completes."""
+        token = sampling.choose(scores, row.random)
+        if token in self.tokenizer.eos_ids:
+            row.stopped = True
+            return row.pieces.close()
+        row.ids.append(token)
+        piece = row.pieces.push(token)
+        return piece + row.pieces.close() if row.ended else piece
+
+    def _next(self, row: _Row) -> int:
+        return self.tokenizer.pad_id if row.ended else row.ids[-1]
 
     def _feeds(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64]
@@ -192,27 +238,3 @@ class TextGenerator:
             empty = np.zeros((batch, int(heads), 0, int(head_dim)), spec.dtype)
             cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         return cache
-
-    def _choose(
-        self, logits: NDArray[Any], rows: Sequence[_Row], sampling: Sampling
-    ) -> NDArray[np.int64]:
-        """Each row's next token, int64 [batch, 1]; a row that has stopped goes on with padding."""
-        chosen = np.full((len(rows), 1), self.tokenizer.pad_id, np.int64)
-        for number, row in enumerate(rows):
-            if row.stopped:
-                continue
-            token = sampling.choose(logits[number], row.random)
-            row.stopped = token in self.tokenizer.eos_ids
-            if not row.stopped:
-                row.ids.append(token)
-                chosen[number] = token
-        return chosen
-
-    def _show(self, rows: Sequence[_Row], on_text: OnText, *, last: bool = False) -> None:
-        for number, row in enumerate(rows):
-            text = self.tokenizer.decode(row.ids)
-            if text.endswith(_UNFINISHED) and not last:
-                continue
-            if len(text) > row.shown:
-                on_text(number, text[row.shown :])
-                row.shown = len(text)

@@ -20,7 +20,7 @@ class Sampling:
     `top_k` 0 and `top_p` 1 keep all tokens.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of its range, or one that would have no effect.
     """
 
     temperature: float = 0.0
@@ -34,19 +34,27 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}: give more than 0 and at most 1")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise UsageError(
+                "top_k and top_p have no effect at temperature 0, where the likeliest token is"
+                " taken: give a temperature"
+            )
 
     def choose(self, logits: NDArray[np.floating], random: np.random.Generator) -> int:
-        """The next token, by logits [vocabulary]."""
+        """The next token, by logits [vocabulary]; one number of `random` is used, or none.
+
+        The cumulated weights are in token order, not sorted: logits that differ by rounding (in
+        another batch, on another device) then give the same token for nearly every number.
+        """
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        order = np.argsort(-scaled, kind="stable")
-        if self.top_k:
-            order = order[: self.top_k]
-        weights = np.exp(scaled[order] - scaled[order[0]])
-        weights /= weights.sum()
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / self.temperature)
+        if 0 < self.top_k < weights.size:
+            weights[weights < np.partition(weights, -self.top_k)[-self.top_k]] = 0
         if self.top_p < 1:
             # The smallest set of tokens whose mass reaches top_p; the first always stays.
-            kept = int(np.searchsorted(np.cumsum(weights), self.top_p)) + 1
-            order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-        return int(order[np.searchsorted(np.cumsum(weights), random.random(), side="right")])
+            order = np.argsort(-weights, kind="stable")
+            mass = np.cumsum(weights[order])
+            weights[order[np.searchsorted(mass, self.top_p * mass[-1]) + 1 :]] = 0
+        mass = np.cumsum(weights)
+        return int(np.searchsorted(mass, random.random() * mass[-1], side="right"))

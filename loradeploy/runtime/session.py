@@ -4,73 +4,83 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
 
-from loradeploy.adapter.digest import file_digest, tensors_digest
+from loradeploy.adapter.digest import tensors_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
-from loradeploy.bundle.manifest import Manifest, read_manifest
-from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, GRAPH_NAME, NATIVE_SUFFIX
+from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
+from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, NATIVE_SUFFIX
 from loradeploy.bundle.native import read_onnx_adapter
-from loradeploy.errors import AdapterError, BundleError, UnknownAdapterError, UsageError
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    BundleError,
+    UnknownAdapterError,
+    UsageError,
+)
 from loradeploy.files import inside
-from loradeploy.runtime.bank import AdapterBank
+from loradeploy.runtime.bank import AdapterBank, Lease
+from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Adapters = str | Sequence[str | None] | None
-Feed = "NDArray[Any] | onnxruntime.OrtValue"
+    from loradeploy.runtime.bank import Arrays
 
-# Where factors and outputs live for a provider; for those not listed, in host memory.
-_DEVICES: Final = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-_ORT_DTYPES: Final = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(bool)": "bool",
-}
-_ERRORS_ONLY: Final = 3
+Adapters = str | Sequence[str | None] | None
+Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
+
+_HOST: Final = ("cpu", 0)
 
 
 class AdapterSession:
     """An inference session on a bundle.
 
     `providers`: onnxruntime's execution providers in order of preference; the CPU's by default.
-    `session_options`: onnxruntime's; by default its own but for the log level, since it warns once
-    for every side input.
+    One that is installed but does not start is passed over, with a logged warning, if the CPU's is
+    named too; `providers` tells which run.
+    `session_options`: onnxruntime's. Where they set no log severity, errors alone are logged:
+    onnxruntime warns once for every side input.
 
-    The adapters that came with the bundle are loaded when they are first used. Loading, unloading
-    and running are safe from several threads.
+    The adapters that came with the bundle are loaded when they are first used by name. Loading,
+    unloading and running are safe from several threads.
 
     Raises:
         BundleError: the bundle is broken, or its graph is not what its manifest says.
-        UsageError: a provider that this onnxruntime does not have.
+        UsageError: a provider that is not installed or does not start.
     """
 
     def __init__(
         self,
         bundle: str | os.PathLike[str],
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         *,
         session_options: onnxruntime.SessionOptions | None = None,
     ) -> None:
         self.path = Path(bundle)
         self.manifest: Manifest = read_manifest(bundle)
-        self._session = _open(self.path, providers, session_options)
-        _check_graph(self.path, self.manifest, self._session)
-        self._device = _DEVICES.get(self.providers[0], "cpu")
-        self._bank = AdapterBank(self.manifest, self._defaults(), device=self._device)
-        self._loading = threading.Lock()
-        self._inputs = {spec.name: np.dtype(spec.dtype) for spec in self.manifest.inputs}
+        self._session = open_graph(self.path, providers, session_options)
+        check_graph(self.path, self.manifest, self._session)
+        self._device = device_of(self._session)
+        device, device_id = self._device
+        self._bank = AdapterBank(
+            self.manifest, self._defaults(), device=device, device_id=device_id
+        )
+        # Not yet loaded adapters of the bundle; guarded, as all changes of names, by `_naming`.
+        self._waiting = dict(self.manifest.adapters)
+        self._naming = threading.Lock()
+        self._inputs = {spec.name: spec for spec in self.manifest.inputs}
+        self._first = self.manifest.inputs[0].name  # its first dimension is the batch
         self._outputs = tuple(spec.name for spec in self.manifest.outputs)
+        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -80,55 +90,56 @@ class AdapterSession:
     @property
     def adapters(self) -> dict[str, str]:
         """Name and digest of every adapter that a run can use, loaded already or in the bundle."""
-        in_bundle = {name: entry.digest for name, entry in self.manifest.adapters.items()}
+        waiting = {name: entry.digest for name, entry in list(self._waiting.items())}
         loaded = {name: resident.digest for name, resident in self._bank.residents().items()}
-        return dict(sorted({**in_bundle, **loaded}.items()))
+        return dict(sorted({**waiting, **loaded}.items()))
 
-    def load(self, name: str, path: str | os.PathLike[str]) -> str:
+    def load(
+        self, name: str, path: str | os.PathLike[str] | None = None, *, replace: bool = False
+    ) -> str:
         """Load the adapter at `path` as `name` and return its digest.
 
-        `path` is a PEFT directory, its .safetensors file, or an .onnx_adapter file. A failure
+        `path` is a PEFT directory, its .safetensors file, or an .onnx_adapter file; without it, the
+        adapter `name` of the bundle itself. The same adapter again changes nothing. Another one
+        takes a name only with `replace`: runs that have begun end with the old one. A failure
         leaves the session as it was.
 
         Raises:
             AdapterError: the adapter is refused, or does not fit (AdapterMismatchError).
+            UnknownAdapterError: there is no `path`, and the bundle holds no adapter `name`.
             UsageError: another adapter has this name.
         """
-        place = Path(path)
-        if place.suffix == NATIVE_SUFFIX:
-            arrays = read_onnx_adapter(place)
-            check_side_inputs(arrays, self.manifest)
-            digest, labels = tensors_digest(arrays, {}), None
-        else:
-            adapter = load_adapter(place)
-            arrays = side_inputs(adapter, self.manifest)
-            digest, labels = adapter.digest, adapter.labels
-        self._bank.add(name, arrays, digest=digest, labels=labels)
-        return digest
+        if not name:
+            raise UsageError("an adapter needs a name that is not empty")
+        if path is None:
+            with self._naming:
+                return self._load_own(name)
+        arrays, digest, labels = self._read(Path(path))
+        with self._naming:
+            waiting = self._waiting.get(name)
+            if waiting is not None and not replace and waiting.digest != digest:
+                self._load_own(name)  # it may be the same one in another format
+            resident = self._bank.add(name, arrays, digest=digest, labels=labels, replace=replace)
+            self._waiting.pop(name, None)
+        return resident.digest
 
     def unload(self, name: str) -> None:
-        """Let go of the adapter `name`, once the runs that use it have ended.
+        """Let go of the adapter `name`, and wait until the runs that use it have ended.
 
-        One that came with the bundle can still be used: it is then loaded again.
+        Runs that begin after the call do not find it, one that came with the bundle included:
+        `load(name)` brings that one back.
 
         Raises:
-            UnknownAdapterError: no adapter is loaded under this name.
+            UnknownAdapterError: no adapter has this name.
+            UsageError: this thread itself is in the middle of using it, and would wait for ever.
         """
-        self._bank.remove(name)
-
-    def labels(self, name: str | None) -> tuple[str, ...] | None:
-        """The label names that the adapter `name` was trained with, where it says."""
-        if name is None:
-            return None
-        self._ensure_loaded([name])
-        resident = self._bank.residents().get(name)
-        return None if resident is None else resident.labels
+        with self._naming:
+            waited = self._waiting.pop(name, None) is not None
+        if not waited:
+            self._bank.remove(name)
 
     def run(
-        self,
-        output_names: Sequence[str] | None,
-        feeds: Mapping[str, NDArray[Any] | onnxruntime.OrtValue],
-        adapters: Adapters = None,
+        self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
     ) -> list[NDArray[Any]]:
         """Run the graph, as `onnxruntime.InferenceSession.run` does, with adapters.
 
@@ -137,180 +148,193 @@ class AdapterSession:
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
-            UsageError: a missing or unknown feed or output, or not one adapter for each row.
+            UsageError: a missing, unknown or misshapen feed, an unknown output, not one adapter for
+                each row, or adapters for a merged bundle.
         """
-        binding = self._run(output_names, feeds, adapters)
-        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
-        return outputs
+        with self.hold(adapters) as held:
+            return held.run(output_names, feeds)
 
     def run_with_ort_values(
-        self,
-        output_names: Sequence[str] | None,
-        feeds: Mapping[str, NDArray[Any] | onnxruntime.OrtValue],
-        adapters: Adapters = None,
+        self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
     ) -> list[onnxruntime.OrtValue]:
         """As `run`, but the outputs stay on the device: a cache goes round without a copy."""
-        outputs: list[onnxruntime.OrtValue] = self._run(output_names, feeds, adapters).get_outputs()
-        return outputs
+        with self.hold(adapters) as held:
+            return held.run_with_ort_values(output_names, feeds)
 
-    def _run(
-        self,
-        output_names: Sequence[str] | None,
-        feeds: Mapping[str, NDArray[Any] | onnxruntime.OrtValue],
-        adapters: Adapters,
-    ) -> onnxruntime.IOBinding:
-        wanted = self._outputs if output_names is None else tuple(output_names)
-        self._check_names(wanted, feeds)
-        binding = self._session.io_binding()
-        rows = 0
-        for name, value in feeds.items():
-            if not isinstance(value, onnxruntime.OrtValue):
-                array = np.ascontiguousarray(value, dtype=self._inputs[name])
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            rows = value.shape()[0]
-            binding.bind_ortvalue_input(name, value)
-        for name in wanted:
-            binding.bind_output(name, self._device)
-        names = self._check_adapters(adapters, rows)
-        with self._bank.lease(names) as values:
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            self._session.run_with_iobinding(binding)
-        return binding
+    @contextmanager
+    def hold(self, adapters: Adapters) -> Iterator[HeldAdapters]:
+        """Keep `adapters` as they are for several runs, such as the steps of a generation.
 
-    def _check_names(self, outputs: Sequence[str], feeds: Mapping[str, object]) -> None:
-        if unknown := [name for name in outputs if name not in self._outputs]:
-            raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
-        if feeds.keys() != self._inputs.keys():
-            missing = sorted(self._inputs.keys() - feeds.keys())
-            unknown = sorted(feeds.keys() - self._inputs.keys())
+        An unload of one of them waits until the context ends; a replacement is used afterwards.
+
+        Raises:
+            UnknownAdapterError: an adapter that was never loaded.
+            UsageError: adapters for a merged bundle.
+        """
+        if not (adapters is None or isinstance(adapters, str)):
+            adapters = tuple(adapters)
+        for name in (adapters,) if isinstance(adapters, str) else dict.fromkeys(adapters or ()):
+            if name is not None and name not in self._bank:
+                self._find(name)
+        with self._bank.lease(adapters) as lease:
+            yield HeldAdapters(self, lease)
+
+    def _find(self, name: str) -> None:
+        """Load the adapter `name` of the bundle, unless another thread has."""
+        if self.manifest.mode == "merged":
             raise UsageError(
-                f"the feeds do not fit the graph: missing {missing}, unknown {unknown}"
+                f"{self.path} is merged and takes no adapters: export the base without --merge"
             )
-
-    def _check_adapters(self, adapters: Adapters, rows: int) -> Adapters:
-        if adapters is None:
-            return None
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
-        if not isinstance(adapters, str) and len(names) != rows:
-            raise UsageError(f"{len(names)} adapters for a batch of {rows} rows: give one for each")
-        if self.manifest.mode == "merged" and any(name is not None for name in names):
-            raise UsageError(
-                "this bundle is merged and takes no adapters: export the base without --merge"
-            )
-        self._ensure_loaded(names)
-        return adapters if isinstance(adapters, str) else names
-
-    def _ensure_loaded(self, names: Sequence[str | None]) -> None:
-        """Load those of `names` that came with the bundle and are not loaded yet."""
-        for name in names:
-            if name is None or name in self._bank:
-                continue
-            entry = self.manifest.adapters.get(name)
-            if entry is None or entry.path is None:
+        with self._naming:
+            if name in self._waiting:
+                self._load_own(name)
+            elif name not in self._bank:
                 usable = ", ".join(self.adapters) or "none"
                 raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {usable}")
-            with self._loading:
-                if name not in self._bank:
-                    digest = self.load(name, inside(self.path, entry.path))
-                    if digest != entry.digest:
-                        self._bank.remove(name)
-                        raise BundleError(
-                            f"{self.path / entry.path} is not the adapter that came with the"
-                            " bundle: its digest has changed; export again, or load it by hand"
-                        )
 
-    def _defaults(self) -> Mapping[str, NDArray[Any]]:
+    def _load_own(self, name: str) -> str:
+        """Load the adapter `name` of the bundle; `_naming` is held."""
+        entry = self.manifest.adapters.get(name)
+        if entry is None or entry.path is None:
+            own = ", ".join(sorted(self.manifest.adapters)) or "none"
+            raise UnknownAdapterError(
+                f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
+            )
+        place = inside(self.path, entry.path)
+        arrays, digest, labels = self._read(place)
+        if digest != entry.digest:
+            raise BundleError(
+                f"{place} is not the adapter that came with the bundle, its digest has changed:"
+                " export again, or load it by its path under another name"
+            )
+        self._bank.add(name, arrays, digest=digest, labels=labels)
+        self._waiting.pop(name, None)
+        return digest
+
+    def _read(self, place: Path) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """The side inputs, the digest and the labels of an adapter that fits the graph."""
+        try:
+            if place.suffix == NATIVE_SUFFIX:
+                arrays = read_onnx_adapter(place)
+                check_side_inputs(arrays, self.manifest)
+                return arrays, tensors_digest(arrays, {}), None
+            adapter = load_adapter(place)
+            return side_inputs(adapter, self.manifest), adapter.digest, adapter.labels
+        except AdapterMismatchError as problem:
+            raise AdapterMismatchError(f"{place}: {problem}") from None
+
+    def _defaults(self) -> Arrays:
+        """What the base has where adapters replace whole parameters."""
         if not self.manifest.saved:
             return {}
-        defaults, _ = read_arrays(self.path / DEFAULTS_NAME, error=BundleError)
+        file = self.path / DEFAULTS_NAME
+        defaults, _ = read_arrays(file, error=BundleError)
         try:
             check_side_inputs(defaults, self.manifest)
         except AdapterError as problem:
-            raise BundleError(f"{self.path / DEFAULTS_NAME}: {problem}") from None
+            raise BundleError(f"{file}: {problem}") from None
         if missing := [s.input for s in self.manifest.saved if s.input not in defaults]:
-            raise BundleError(f"{self.path / DEFAULTS_NAME} lacks {missing[0]}: export again")
+            raise BundleError(f"{file} lacks {missing[0]}: export again")
         return defaults
 
+    def _run(
+        self,
+        lease: Lease,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        place: tuple[str, int],
+    ) -> list[onnxruntime.OrtValue]:
+        """The outputs as values at `place`, a device and its id."""
+        wanted = tuple(output_names) if output_names else self._outputs
+        if unknown := [name for name in wanted if name not in self._outputs]:
+            raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
+        values = self._values(feeds)
+        if lease.per_row:
+            each_row(lease.names, values[self._first].shape()[0])
+        binding = lease.device.take(self._session)
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        if lease.adapter_ids is not None:
+            binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
+        for name in wanted:
+            binding.bind_output(name, *place)
+        self._session.run_with_iobinding(binding)  # a binding of a run that failed is not reused
+        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        # A spare binding must not keep a whole cache alive.
+        binding.clear_binding_outputs()
+        for name in values:
+            binding.bind_ortvalue_input(name, self._nothing)
+        lease.device.put_back(binding)
+        return outputs
 
-def _open(
-    bundle: Path,
-    providers: Sequence[str] | None,
-    options: onnxruntime.SessionOptions | None,
-) -> onnxruntime.InferenceSession:
-    asked = list(providers) if providers is not None else ["CPUExecutionProvider"]
-    available = onnxruntime.get_available_providers()
-    for provider in asked:
-        if provider not in available:
+    def _values(self, feeds: Feeds) -> dict[str, onnxruntime.OrtValue]:
+        """The feeds as OrtValues, arrays checked against the manifest; on the host, views."""
+        if feeds.keys() != self._inputs.keys():
+            missing = ", ".join(sorted(self._inputs.keys() - feeds.keys())) or "none"
+            unknown = ", ".join(sorted(feeds.keys() - self._inputs.keys())) or "none"
             raise UsageError(
-                f"this onnxruntime has no {provider}; it has {', '.join(available)}:"
-                " install the onnxruntime build for that provider"
+                f"the feeds do not fit the graph: missing {missing}; unknown {unknown}"
             )
-    graph = bundle / GRAPH_NAME
-    if not graph.is_file():
-        raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
-    if options is None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-    try:
-        return onnxruntime.InferenceSession(os.fspath(graph), options, providers=asked)
-    except Exception as problem:  # onnxruntime's own exceptions share no base but this
-        first = str(problem).strip().splitlines()[0]
-        raise BundleError(f"onnxruntime cannot open {graph}: {first}") from None
+        values = {}
+        for name, feed in feeds.items():
+            if isinstance(feed, onnxruntime.OrtValue):
+                values[name] = feed  # onnxruntime checks these itself
+                continue
+            array = np.ascontiguousarray(feed)
+            _check_feed(self._inputs[name], array)
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return values
 
 
-def _check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
-    """Raise BundleError unless the graph takes and gives what the manifest says."""
-    required = {node.name: node for node in session.get_inputs()}
-    overridable = {node.name: node for node in session.get_overridable_initializers()}
-    outputs = {node.name: node for node in session.get_outputs()}
-    problems = []
-    for specs, nodes, kind in (
-        (manifest.inputs, required, "input"),
-        (manifest.outputs, outputs, "output"),
-    ):
-        for spec in specs:
-            node = nodes.get(spec.name)
-            if node is None:
-                problems.append(f"the graph has no {kind} {spec.name}")
-            elif _ORT_DTYPES.get(node.type) != spec.dtype or not _fits(node.shape, spec.shape):
-                problems.append(
-                    f"the {kind} {spec.name} is {node.type} {node.shape},"
-                    f" the manifest says {spec.dtype} {list(spec.shape)}"
-                )
-        problems += [
-            f"the graph's {kind} {name} is not in the manifest"
-            for name in nodes
-            if name not in {spec.name for spec in specs}
-        ]
-    shapes: dict[str, tuple[int | str, ...]] = {}
-    for target in manifest.targets:
-        shapes[target.lora_A] = ("adapters", target.in_features, "rank")
-        shapes[target.lora_B] = ("adapters", "rank", target.out_features)
-    for saved in manifest.saved:
-        shapes[saved.input] = ("adapters", *saved.slot_shape)
-    for name, shape in shapes.items():
-        node = overridable.get(name)
-        if node is None:
-            problems.append(f"the graph has no side input {name}")
-        elif not _fits(node.shape, shape):
-            problems.append(f"the side input {name} is {node.shape}, the manifest says {shape}")
-    if shapes and ADAPTER_IDS not in overridable:
-        problems.append(f"the graph has no side input {ADAPTER_IDS}")
-    if not problems and manifest.graph_digest not in (None, file_digest(bundle / GRAPH_NAME)):
-        problems.append("its digest has changed since the export")
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise BundleError(
-            f"{bundle / GRAPH_NAME} does not fit {bundle}'s manifest:"
-            f" {'; '.join(problems[:3])}{more}. Export again."
+class HeldAdapters:
+    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it."""
+
+    def __init__(self, session: AdapterSession, lease: Lease) -> None:
+        self._session = session
+        self._lease = lease
+
+    def labels(self, row: int) -> tuple[str, ...] | None:
+        """The label names that the adapter of `row` was trained with, where it says."""
+        rows = self._lease.rows
+        resident = rows[row] if self._lease.per_row else rows[0]
+        return None if resident is None else resident.labels
+
+    def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
+        """As `AdapterSession.run` with the held adapters."""
+        outputs = self._session._run(self._lease, output_names, feeds, _HOST)
+        return [value.numpy() for value in outputs]
+
+    def run_with_ort_values(
+        self, output_names: Sequence[str] | None, feeds: Feeds
+    ) -> list[onnxruntime.OrtValue]:
+        """As `AdapterSession.run_with_ort_values` with the held adapters."""
+        return self._session._run(self._lease, output_names, feeds, self._session._device)
+
+
+def each_row(adapters: Adapters, rows: int) -> list[str | None]:
+    """The adapter of each of `rows` rows.
+
+    Raises:
+        UsageError: a sequence of another length.
+    """
+    if adapters is None or isinstance(adapters, str):
+        return [adapters] * rows
+    if len(adapters) != rows:
+        raise UsageError(
+            f"{len(adapters)} adapters for a batch of {rows} rows: give one for each row"
         )
+    return list(adapters)
 
 
-def _fits(actual: Sequence[int | str | None], told: Sequence[int | str]) -> bool:
-    """Whether two shapes have one length and agree wherever both are numbers."""
-    return len(actual) == len(told) and all(
-        a == t
-        for a, t in zip(actual, told, strict=True)
-        if isinstance(a, int) and isinstance(t, int)
+def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:
+    fits = len(array.shape) == len(spec.shape) and all(
+        size == told
+        for size, told in zip(array.shape, spec.shape, strict=True)
+        if isinstance(told, int)
     )
+    if array.dtype.name != spec.dtype or not fits:
+        told = ", ".join(map(str, spec.shape))
+        raise UsageError(
+            f"the feed {spec.name} is {array.dtype} {list(array.shape)},"
+            f" the graph takes {spec.dtype} [{told}]"
+        )

@@ -1,137 +1,176 @@
-"""Text to tokens and back, from the files in a bundle, without transformers."""
+"""Text to token ids and back, without transformers: the tokenizer files of a bundle.
+
+tokenizer.json             the `tokenizers` library's own file: the vocabulary and the rules
+tokenizer_config.json      the special tokens by role, the padding side, perhaps a chat template
+special_tokens_map.json    the special tokens, in older checkpoints
+chat_template.jinja        the chat template, in newer ones
+generation_config.json     which tokens end a text (config.json, where it is silent)
+config.json                how many positions the model has
+"""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
+from loradeploy.runtime.chat import ChatTemplate, Message, template_source
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from numpy.typing import NDArray
 
-Message = Mapping[str, Any]
-_TEMPLATE_BYTES: Final = 1 << 20
+_ROLES: Final = tuple(
+    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+# Names that configs give to the number of positions.
+_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+# transformers writes 10³⁰ where a tokenizer has no limit of its own.
+_NO_LIMIT: Final = 10**9
 
 
 class Tokenizer:
-    """A bundle's tokenizer, its special tokens, and its chat template.
+    """The tokenizer of a bundle, or of any directory with a checkpoint's tokenizer files.
 
-    `eos_ids`: the tokens that end a text. `max_length`: the model's positions, None if not known.
+    `special_tokens`: the special tokens by role (`bos_token`, …).
+    `eos_ids`: the tokens that end a text.
+    `pad_id`: fills rows up; which token it is does not matter where the attention mask is heeded.
+    `max_length`: how many tokens the model takes, None where nothing says.
 
     Raises:
-        BundleError: the bundle holds no readable tokenizer.
+        BundleError: a file is missing or broken.
     """
 
-    def __init__(self, bundle: Path) -> None:
-        file = bundle / "tokenizer.json"
-        if not file.is_file():
-            raise BundleError(f"{bundle} holds no tokenizer.json: text cannot be read or written")
-        try:
-            self._tokenizer = FastTokenizer.from_file(str(file))
-        except Exception as problem:  # tokenizers raises bare Exceptions
-            raise BundleError(f"{file} is no valid tokenizer: {problem}") from None
-        # Lengths are this project's business; a setting in the file would cut or pad in silence.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._bundle = bundle
-        self._settings = _optional(bundle / "tokenizer_config.json")
-        config = _optional(bundle / "config.json")
-        generation = _optional(bundle / "generation_config.json")
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
-        self.eos_ids: frozenset[int] = frozenset(
-            [eos] if isinstance(eos, int) else eos or self._ids_of("eos_token")
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        place = Path(directory)
+        settings = _optional(place / "tokenizer_config.json")
+        config = _optional(place / "config.json")
+        generation = _optional(place / "generation_config.json")
+        self._place = place
+        self._tokenizer = _open(place / "tokenizer.json")
+        self.special_tokens = _special_tokens(
+            _optional(place / "special_tokens_map.json") | settings
         )
-        pad = [generation.get("pad_token_id"), config.get("pad_token_id")]
-        known = (*pad, *self._ids_of("pad_token"), *sorted(self.eos_ids), 0)
-        self.pad_id: int = next(i for i in known if isinstance(i, int))
-        positions = config.get("max_position_embeddings", config.get("n_positions"))
-        self.max_length: int | None = positions if isinstance(positions, int) else None
+        self._heed(settings)
+        self._chat = _chat_template(place, settings, self.special_tokens)
+        eos = (
+            _ids(generation.get("eos_token_id"))
+            or _ids(config.get("eos_token_id"))
+            or self._ids_of("eos_token")
+        )
+        self.eos_ids: frozenset[int] = frozenset(eos)
+        # A classifier on a decoder finds the last token by config.json's id, so that one is first.
+        self.pad_id: int = (
+            *_ids(config.get("pad_token_id")),
+            *self._ids_of("pad_token"),
+            *eos,
+            0,
+        )[0]
+        self.max_length = _max_length(config, settings)
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """The tokens of `text`, with those that the tokenizer puts around it unless told not to."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._chat is not None
+
+    def encode(
+        self, text: str, *, special_tokens: bool = True, max_length: int | None = None
+    ) -> list[int]:
+        """The tokens of `text`, with those that the model wants around it unless told not to.
+
+        Of a text that is longer than `max_length` the end is cut; the special tokens stay.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if max_length is not None:
+            around = self._tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
+            encoding.truncate(max(max_length - around, 0))
+        encoding = self._tokenizer.post_process(encoding, add_special_tokens=special_tokens)
+        ids: list[int] = encoding.ids
         return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak."""
         return self.encode(self.render_chat(messages), special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The bundle's chat template on `messages`, rendered as transformers renders it.
+        """The chat template on `messages`, up to where the assistant is to speak.
 
         Raises:
-            UsageError: the bundle has no chat template, or it refuses the messages.
+            UsageError: there is no chat template, or it refuses the messages.
         """
-        from jinja2 import TemplateError
+        if self._chat is None:
+            raise UsageError(f"{self._place} has no chat template: give plain prompts")
+        return self._chat.render(messages)
 
-        if self._template is None:
-            raise UsageError(f"{self._bundle} has no chat template: give plain prompts")
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                **{name: self._token(name) for name in names if self._token(name) is not None},
-            )
-        except TemplateError as problem:
-            raise UsageError(f"the chat template refuses the messages: {problem}") from None
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
-    @cached_property
-    def _template(self) -> Template | None:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        file = self._bundle / "chat_template.jinja"
-        if file.is_file() and file.stat().st_size <= _TEMPLATE_BYTES:
-            source: Any = file.read_text(encoding="utf-8")
-        else:
-            source = self._settings.get("chat_template")
-        if not isinstance(source, str):
-            return None
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        def to_json(value: Any, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=False, **options)
-
-        # A template is a program from whoever made the model: it runs in a sandbox.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    def _heed(self, settings: Mapping[str, Any]) -> None:
+        """Do what transformers does by tokenizer_config.json when it opens a tokenizer.json."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        known = {token.content for token in added if token.special}
+        self._tokenizer.add_special_tokens(
+            [
+                AddedToken(token, special=True, normalized=False)
+                for token in self.special_tokens.values()
+                # A token that is new to the vocabulary would have no embedding.
+                if token not in known and self._tokenizer.token_to_id(token) is not None
+            ]
         )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            return environment.from_string(source)
-        except TemplateError as problem:
-            raise BundleError(f"{self._bundle}: the chat template is broken: {problem}") from None
+        if "add_bos_token" not in settings and "add_eos_token" not in settings:
+            return
+        template, used = ["$A:0"], []
+        for role, place in (("bos_token", 0), ("eos_token", 2)):
+            for index in self._ids_of(role) if settings.get(f"add_{role}") else ():
+                template.insert(place, f"{self.special_tokens[role]}:0")
+                used.append((self.special_tokens[role], index))
+        self._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=used)
 
-    def _token(self, name: str) -> str | None:
-        token = self._settings.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        return content if isinstance(content, str) else None
+    def _ids_of(self, role: str) -> tuple[int, ...]:
+        token = self.special_tokens.get(role)
+        index = None if token is None else self._tokenizer.token_to_id(token)
+        return () if index is None else (index,)
 
-    def _ids_of(self, name: str) -> list[int]:
-        token = self._token(name)
-        identity = None if token is None else self._tokenizer.token_to_id(token)
-        return [] if identity is None else [identity]
+
+class PieceDecoder:
+    """Text from tokens that arrive one by one; the pieces together are the whole text.
+
+    What a token adds can depend on the one before (a leading space) and may be half a character.
+    So the last tokens are decoded twice, without and with the new one, and the difference is held
+    back while it ends in the replacement character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # decoding begins at this token
+        self._told = 0  # the text of the tokens before this one was given out
+
+    def push(self, token: int) -> str:
+        """The text that is complete with `token`, perhaps none."""
+        self._ids.append(token)
+        return self._advance(hold=True)
+
+    def close(self) -> str:
+        """The text that was held back."""
+        return self._advance(hold=False)
+
+    def _advance(self, *, hold: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._told])
+        now = self._tokenizer.decode(self._ids[self._start :])
+        if len(now) <= len(before) or (hold and now.endswith("\ufffd")):
+            return ""
+        self._start, self._told = self._told, len(self._ids)
+        return now[len(before) :]
 
 
 def pad(
@@ -148,5 +187,53 @@ def pad(
     return ids, mask
 
 
+def _open(file: Path) -> FastTokenizer:
+    if not file.is_file():
+        raise BundleError(f"{file} does not exist: without it text cannot be read or written")
+    try:
+        tokenizer = FastTokenizer.from_file(os.fspath(file))
+    except Exception as problem:  # tokenizers raises bare Exceptions
+        raise BundleError(f"{file} is no valid tokenizer: {problem}") from None
+    # Lengths are this project's business; a setting in the file would cut or pad in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _optional(file: Path) -> dict[str, Any]:
     return read_json(file, error=BundleError) if file.is_file() else {}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by role; files hold each as a text or as an object with its content."""
+    tokens = {}
+    for role in _ROLES:
+        value = settings.get(role)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            tokens[role] = text
+    return tokens
+
+
+def _chat_template(
+    place: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    file = place / "chat_template.jinja"
+    if file.is_file():
+        source: str | None = file.read_text(encoding="utf-8")
+    else:
+        source = template_source(settings.get("chat_template"))
+    return None if source is None else ChatTemplate(source, special_tokens)
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+
+
+def _max_length(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+    limits = [config[name] for name in _POSITIONS if isinstance(config.get(name), int)][:1]
+    own = settings.get("model_max_length")
+    if isinstance(own, int | float) and own < _NO_LIMIT:
+        limits.append(int(own))
+    return min(limits, default=None)

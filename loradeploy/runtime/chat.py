@@ -1,0 +1,138 @@
+"""Chat templates: messages to the text that a model was trained to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn, cast
+
+import jinja2
+import jinja2.nodes
+import jinja2.parser
+import jinja2.utils
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from loradeploy.errors import BundleError, UsageError
+
+# {"role": "user", "content": "…"}, and whatever else the template reads.
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A Jinja template with the names and filters that transformers gives to chat templates.
+
+    Templates come with checkpoints and are code of others: they run in Jinja's immutable sandbox.
+
+    Raises:
+        BundleError: `source` is no valid template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["namespace"] = _Namespace
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as problem:
+            raise BundleError(f"the chat template is no valid template: {problem}") from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of `messages`, ending where the model's answer begins.
+
+        Raises:
+            UsageError: there are no messages, or the template refuses them.
+        """
+        if not messages:
+            raise UsageError("a chat without messages: give at least one")
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise UsageError(
+                    f"message {index} of the chat is no object with a role: give"
+                    ' {"role": "user", "content": "…"}'
+                )
+        try:
+            return self._template.render(
+                messages=[{k: v for k, v in m.items() if v is not None} for m in messages],
+                # Templates ask `tools is not none`, which an undefined name would answer wrongly.
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as problem:
+            raise UsageError(f"the chat template refuses the messages: {problem}") from None
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks the model's words for training: shown as is."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscored names, by which templates could reach internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # namespace(self=…) is allowed
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+        for name in dict(*args[1:], **kwargs):
+            _refuse_internal(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_internal(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_internal(name: str) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"the name {name!r} is not allowed in a namespace")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def template_source(value: object) -> str | None:
+    """The template in `chat_template` of a tokenizer_config.json: a text, or the default of a list.
+
+    Raises:
+        BundleError: it is neither.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+        if isinstance(named.get("default"), str):
+            return cast(str, named["default"])
+        return None
+    raise BundleError("tokenizer_config.json: chat_template is neither a text nor a list of them")

@@ -1,0 +1,179 @@
+"""Opening a bundle's graph, and holding it to its manifest."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import onnxruntime
+
+from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.names import ADAPTER_IDS, GRAPH_NAME
+from loradeploy.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+# onnxruntime's name of a provider, alone or with options for it.
+Provider = str | tuple[str, Mapping[str, Any]]
+
+CPU: Final = "CPUExecutionProvider"
+# Where factors and caches live for a provider; for those not listed, in host memory.
+_DEVICES: Final = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+_PACKAGES: Final = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "DmlExecutionProvider": "onnxruntime-directml",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+}
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+_ERRORS_ONLY: Final = 3
+_UNSET: Final = -1
+_LISTED: Final = 3
+
+
+def open_graph(
+    bundle: Path,
+    providers: Sequence[Provider] | None,
+    options: onnxruntime.SessionOptions | None,
+) -> onnxruntime.InferenceSession:
+    """An inference session on the bundle's graph; on the CPU where `providers` is None.
+
+    A provider that is installed and does not start (no device, no driver) is passed over with a
+    logged warning where the CPU's stands in `providers` too, and is an error otherwise.
+
+    Raises:
+        UsageError: a provider that is not installed or does not start.
+        BundleError: there is no graph, or onnxruntime cannot read it.
+    """
+    asked = list(providers) if providers is not None else [CPU]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
+    _check_installed(names)
+    graph = bundle / GRAPH_NAME
+    if not graph.is_file():
+        raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
+    if options is None:
+        options = onnxruntime.SessionOptions()
+    if options.log_severity_level == _UNSET:
+        options.log_severity_level = _ERRORS_ONLY  # else a warning for every side input
+    try:
+        session = onnxruntime.InferenceSession(
+            os.fspath(graph), options, providers=asked, enable_fallback=0
+        )
+    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+        first = str(problem).strip().splitlines()[0]
+        raise BundleError(f"onnxruntime cannot open {graph}: {first}") from None
+    started = session.get_providers()
+    if missing := [name for name in names if name not in started]:
+        told = f"{missing[0]} is installed but does not start here: no device, driver or library"
+        if CPU not in names:
+            raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
+        logger.warning("%s; running on %s", told, started[0])
+    return session
+
+
+def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
+    """Where the session's first provider keeps tensors, in onnxruntime's words: device and id."""
+    provider = session.get_providers()[0]
+    device = _DEVICES.get(provider, "cpu")
+    options = session.get_provider_options().get(provider, {})
+    return device, int(options.get("device_id", 0)) if device != "cpu" else 0
+
+
+def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    """Raise BundleError unless the graph takes and gives what the manifest says."""
+    required = {node.name: node for node in session.get_inputs()}
+    overridable = {node.name: node for node in session.get_overridable_initializers()}
+    outputs = {node.name: node for node in session.get_outputs()}
+    problems = [
+        *_misfits("input", manifest.inputs, required),
+        *_unknown("input", manifest.inputs, required),
+        *_misfits("output", manifest.outputs, outputs),
+        *_unknown("output", manifest.outputs, outputs),
+        *_misfits("side input", _side_inputs(manifest), overridable),
+    ]
+    if not problems and manifest.graph_digest not in (None, file_digest(bundle / GRAPH_NAME)):
+        problems.append("its digest has changed since the export")
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise BundleError(
+            f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
+            f" {'; '.join(problems[:_LISTED])}{more}. Export again."
+        )
+
+
+def _check_installed(names: Sequence[str]) -> None:
+    available = onnxruntime.get_available_providers()
+    for name in names:
+        if name not in available:
+            package = _PACKAGES.get(name)
+            raise UsageError(
+                f"this onnxruntime has no {name!r}, it has {', '.join(available)}: "
+                + (
+                    f"pip install {package} in place of the onnxruntime there is"
+                    if package
+                    else "see https://onnxruntime.ai/docs/execution-providers for where it is"
+                )
+            )
+
+
+def _side_inputs(manifest: Manifest) -> list[TensorSpec]:
+    specs: list[TensorSpec] = []
+    for target in manifest.targets:
+        into, out = target.in_features, target.out_features
+        specs.append(TensorSpec(target.lora_A, manifest.factor_dtype, ("adapters", into, "rank")))
+        specs.append(TensorSpec(target.lora_B, manifest.factor_dtype, ("adapters", "rank", out)))
+    for saved in manifest.saved:
+        shape: tuple[int | str, ...] = ("adapters", *saved.slot_shape)
+        specs.append(TensorSpec(saved.input, manifest.factor_dtype, shape))
+    if specs:
+        specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
+    return specs
+
+
+def _misfits(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for spec in specs:
+        node = nodes.get(spec.name)
+        if node is None:
+            problems.append(f"the graph has no {kind} {spec.name}")
+        elif _DTYPES.get(node.type) != spec.dtype or not _fits(node.shape, spec.shape):
+            problems.append(
+                f"the {kind} {spec.name} is {node.type} {_shown(node.shape)},"
+                f" the manifest says {spec.dtype} {_shown(spec.shape)}"
+            )
+    return problems
+
+
+def _unknown(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
+    known = {spec.name for spec in specs}
+    return [
+        f"the graph's {kind} {name} is not in the manifest" for name in nodes if name not in known
+    ]
+
+
+def _fits(actual: Sequence[int | str | None], told: Sequence[int | str]) -> bool:
+    """Whether two shapes have one length and agree wherever both are numbers."""
+    return len(actual) == len(told) and all(
+        a == t
+        for a, t in zip(actual, told, strict=True)
+        if isinstance(a, int) and isinstance(t, int)
+    )
+
+
+def _shown(shape: Sequence[int | str | None]) -> str:
+    return f"[{', '.join(str(dimension) for dimension in shape)}]"
