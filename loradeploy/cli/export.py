@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 
 import click
 
@@ -86,17 +88,17 @@ def command(
     )
 
 
-class _progress:  # noqa: N801  used as a function
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
     """Show the export's steps on stderr while it runs; only warnings where that is no terminal."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("loradeploy.export")
-        self._handler = logging.StreamHandler(sys.stderr)
-        self._handler.setFormatter(logging.Formatter("%(message)s"))
-        self._level = self._logger.level
-        self._logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-        self._logger.addHandler(self._handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._level)
+    logger = logging.getLogger("loradeploy.export")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

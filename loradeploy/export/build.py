@@ -34,6 +34,7 @@ from loradeploy.export.find import (
     refuse_side_inputs,
 )
 from loradeploy.export.graph import (
+    complete_shapes,
     graph_digest,
     load_graph,
     opset_of,
@@ -157,6 +158,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         )
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
+    complete_shapes(graph)
     if source.manifest is not None:
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from loradeploy.files import inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+_PRODUCTS: Final = ("Gemm", "MatMul", "MatMulNBits")
 
 
 def load_graph(file: Path) -> ir.Model:
@@ -41,6 +44,15 @@ def load_graph(file: Path) -> ir.Model:
         if isinstance(value.const_value, ir.ExternalTensor):
             _check_external(file, value.const_value)
     return model
+
+
+def complete_shapes(model: ir.Model) -> None:
+    """Infer the shapes that a graph does not tell, where products need theirs."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    products = (node for node in model.graph if node.op_type in _PRODUCTS)
+    if any(value is not None and value.shape is None for n in products for value in n.inputs[:1]):
+        ShapeInferencePass()(model)
 
 
 def graph_digest(model: ir.Model) -> str:

@@ -14,7 +14,7 @@ from loradeploy.bundle.manifest import SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.rewire import add_constant, constant_of, take_over
-from loradeploy.export.surgery import Surgery, input_of
+from loradeploy.export.surgery import Surgery, rows_of
 from loradeploy.export.tidy import NAME_SCOPES
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     if len(linear.nodes) != 1 or linear.quantised:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
-    x, flat = input_of(node, module)
+    rows = rows_of(node, module)
+    if rows.flattened:
+        raise ExportError(f"{module} flattens its rows and cannot be a side input: merge instead")
+    x = rows.x
     held = constant_of(linear.weight)
     weight = np.ascontiguousarray(held.T if linear.transposed else held)[np.newaxis]
     bias = None
@@ -54,7 +57,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     ]
     chain = surgery.chain(last, module)
     w = chain.add("Gather", "head_weight_gather", [W, surgery.ids], axis=0)  # [rows, in, out]
-    if flat:
+    if rows.no_sequence:
         x = chain.add("Unsqueeze", "head_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
     y = chain.add("MatMul", "head_matmul", [x, w])  # [batch, sequence, out]
     if bias is not None:
@@ -70,7 +73,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         b = chain.add("Gather", "head_bias_gather", [b, surgery.ids], axis=0)  # [rows, out]
         b = chain.add("Unsqueeze", "head_bias_unsqueeze", [b, surgery.sequence_axis])
         y = chain.add("Add", "head_add", [y, b])
-    if flat:
+    if rows.no_sequence:
         y = chain.add("Squeeze", "head_squeeze", [y, surgery.sequence_axis])  # [batch, out]
     take_over(graph, last.outputs[0], y, keep=None)
     for dead in dict.fromkeys((last, node)):

@@ -21,7 +21,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.rewire import remove_unused, take_over
-from loradeploy.export.surgery import Surgery, input_of
+from loradeploy.export.surgery import Surgery, rows_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,7 +102,7 @@ def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
         lora_b_name(module), ["adapters", "rank", out], np.zeros((1, 0, out), dtype)
     )
     for call, node in enumerate(linear.nodes):
-        _add_factors_at(surgery, node, _label(module, call), A, B)
+        _add_factors_at(surgery, node, _label(module, call), A, B, out)
     return LoraTarget(
         module=module,
         in_features=into,
@@ -115,18 +115,23 @@ def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
     )
 
 
-def _add_factors_at(surgery: Surgery, node: ir.Node, label: str, A: ir.Value, B: ir.Value) -> None:
-    x, flat = input_of(node, label)
-    y = node.outputs[0]
+def _add_factors_at(
+    surgery: Surgery, node: ir.Node, label: str, A: ir.Value, B: ir.Value, out: int
+) -> None:
+    rows = rows_of(node, label)
+    x, y = rows.x, node.outputs[0]
     chain = surgery.chain(node, label)
     a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
-    if flat:
+    if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
     low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, out]
-    if flat:
+    if rows.no_sequence:
         delta = chain.add("Squeeze", "lora_squeeze", [delta, surgery.sequence_axis])
+    if rows.flattened:
+        shape = surgery.integers(f"flat_{out}", [-1, out])
+        delta = chain.add("Reshape", "lora_flatten", [delta, shape])  # [batch · sequence, out]
     total = chain.add("Add", "lora_add", [y, delta])
     take_over(surgery.graph, y, total, keep=chain.last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,15 +24,20 @@ class Surgery:
         self.dtype = dtype
         self.defaults: dict[str, NDArray[Any]] = {}
         self.ids = self.side_input(ADAPTER_IDS, ["rows"], np.zeros(1, np.int64))
-        self._sequence_axis: ir.Value | None = None
+        self._constants: dict[str, ir.Value] = {}
 
     @property
     def sequence_axis(self) -> ir.Value:
         """The constant [1]: where a sequence axis is put in and taken out."""
-        if self._sequence_axis is None:
-            axis = np.array([1], np.int64)
-            self._sequence_axis = add_constant(self.graph, "side_inputs.sequence_axis", axis)
-        return self._sequence_axis
+        return self.integers("sequence_axis", [1])
+
+    def integers(self, name: str, numbers: list[int]) -> ir.Value:
+        """A constant of the surgery's own, made once."""
+        if name not in self._constants:
+            self._constants[name] = add_constant(
+                self.graph, f"side_inputs.{name}", np.array(numbers, np.int64)
+            )
+        return self._constants[name]
 
     def side_input(self, name: str, shape: list[int | str], default: NDArray[Any]) -> ir.Value:
         """A graph input of `shape` that is `default` where nothing is fed."""
@@ -46,19 +52,43 @@ class Surgery:
         return Chain(self.graph, node, label, self.dtype)
 
 
-def input_of(node: ir.Node, label: str) -> tuple[ir.Value, bool]:
-    """A product's x, and whether it is [batch, in] instead of [batch, sequence, in].
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where a product's rows are, so that each row of a batch can have its own adapter.
+
+    `x`: [batch, sequence, in], or [batch, in] where there is `no_sequence`. `flattened`: the
+    product itself takes x as [batch · sequence, in], and gives y so.
+    """
+
+    x: ir.Value
+    no_sequence: bool = False
+    flattened: bool = False
+
+
+def rows_of(node: ir.Node, label: str) -> Rows:
+    """The rows of the product `node`.
 
     Raises:
-        ExportError: it is neither, or the graph does not tell.
+        ExportError: its input is of another rank, or the graph does not tell.
     """
     x, y = node.inputs[0], node.outputs[0]
     shape = x.shape if x is not None and x.shape is not None else y.shape
     if x is None or shape is None:
         raise ExportError(f"the graph does not tell the shape of {label}'s input")
-    if len(shape) not in (2, 3):
+    if len(shape) == 3:
+        return Rows(x)
+    if len(shape) != 2:
         raise ExportError(
             f"{label} takes an input of rank {len(shape)}, whose rows cannot have adapters of their"
             " own: merge the adapter instead"
         )
-    return x, len(shape) == 2
+    reshape = x.producer()
+    if reshape is not None and reshape.op_type == "Reshape":
+        whole = reshape.inputs[0]
+        if whole is not None and whole.shape is not None and len(whole.shape) == 3:
+            return Rows(whole, flattened=True)
+        raise ExportError(
+            f"{label} takes a reshaped input, and the graph does not tell from what: run ONNX shape"
+            " inference on it first, or merge the adapter instead"
+        )
+    return Rows(x, no_sequence=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
+    FEATURE_EXTRACTION,
     INPUT_IDS,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 OPSET: Final = 23
 # Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
+POOLER_OUTPUT: Final = "pooler_output"
 WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
 
 
@@ -111,7 +113,8 @@ def trace(model: torch.nn.Module, task: str) -> tuple[ir.Model, tuple[Cache, ...
     Decoders: `input_ids`, `attention_mask`, `position_ids` where the model takes them, and the
     cache → `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`,
     `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
-    or `last_hidden_state` [batch, sequence, hidden].
+    or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
+    is a pooler.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -123,7 +126,7 @@ def trace(model: torch.nn.Module, task: str) -> tuple[ir.Model, tuple[Cache, ...
         caches = _caches(model) if kind.cached else ()
         wrapper = _wrapper(model, kind)
         arguments, dynamic, names = _example(model, kind, caches)
-        outputs = [kind.output]
+        outputs = _outputs(model, kind)
         outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
         try:
             logger.info("tracing %s with torch.export", type(model).__name__)
@@ -153,21 +156,25 @@ def _zero_head(model: Any, lacking: set[str], directory: Path) -> tuple[str, ...
     """Zero the parameters outside the base model that the checkpoint lacks."""
     import torch
 
-    body = f"{model.base_model_prefix}."
-    # The pooler of an encoder loaded on its own feeds nothing that is exported.
-    unused = {name for name in lacking if model is model.base_model and name.startswith("pooler.")}
-    missing = sorted(name for name in lacking - unused if name.startswith(body))
-    if missing or (model is model.base_model and lacking - unused):
-        named = missing or sorted(lacking - unused)
+    bare = model is model.base_model
+    if bare and getattr(model, "pooler", None) is not None:
+        # An encoder that was trained for something else than its pooler is exported without one.
+        unpooled = {name for name in lacking if name.startswith("pooler.")}
+        if unpooled:
+            model.pooler = None
+        lacking = lacking - unpooled
+    body = "" if bare else f"{model.base_model_prefix}."
+    missing = sorted(name for name in lacking if name.startswith(body))
+    if missing:
         raise ModelError(
-            f"{directory} lacks weights of {type(model).__name__}: {', '.join(named[:4])}"
-            f"{' and more' if len(named) > 4 else ''}: it is no complete checkpoint"
+            f"{directory} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}"
+            f"{' and more' if len(missing) > 4 else ''}: it is no complete checkpoint"
         )
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name in lacking - unused:
+        for name in lacking:
             parameters[name].zero_()
-    return tuple(sorted(lacking - unused))
+    return tuple(sorted(lacking))
 
 
 def _caches(model: Any) -> tuple[Cache, ...]:
@@ -198,8 +205,9 @@ def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
     import torch
     from transformers.cache_utils import DynamicCache
 
-    names = _plain_inputs(model, kind)
-    takes_cache = "use_cache" in _parameters(model)
+    names, taken, outputs = _plain_inputs(model, kind), _parameters(model), _outputs(model, kind)
+    # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
+    rotates = POSITION_IDS in taken and bool(getattr(model.config, "rope_parameters", None))
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -220,14 +228,23 @@ def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
             super().__init__()
             self.wrapped = model
 
-        def forward(self, plain: Sequence[torch.Tensor]) -> torch.Tensor:
+        def forward(self, plain: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             feeds: dict[str, Any] = dict(zip(names, plain, strict=True))
-            if takes_cache:
+            if "use_cache" in taken:
                 feeds["use_cache"] = False
-            output: torch.Tensor = getattr(self.wrapped(**feeds), kind.output)
-            return output
+            if rotates:
+                ids = plain[0]
+                feeds[POSITION_IDS] = torch.zeros_like(ids) + torch.arange(ids.shape[1])
+            result = self.wrapped(**feeds)
+            return tuple(result[name] for name in outputs)
 
     return Decoder() if kind.cached else Encoder()
+
+
+def _outputs(model: Any, kind: Task) -> list[str]:
+    """What the model gives, the cache apart; an encoder with a pooler gives its output too."""
+    pooled = kind.name == FEATURE_EXTRACTION and getattr(model, "pooler", None) is not None
+    return [kind.output, POOLER_OUTPUT] if pooled else [kind.output]
 
 
 def _plain_inputs(model: Any, kind: Task) -> list[str]:

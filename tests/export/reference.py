@@ -74,7 +74,10 @@ def stacked(slots: list[Arrays], defaults: Arrays) -> Arrays:
         held = [slot.get(name, base) for slot in slots]
         shape = np.max([values.shape for values in held], axis=0)
         padded = [
-            np.pad(values, [(0, int(most - has)) for most, has in zip(shape, values.shape)])
+            np.pad(
+                values,
+                [(0, int(most - has)) for most, has in zip(shape, values.shape, strict=True)],
+            )
             for values in held
         ]
         stack[name] = np.concatenate(padded)

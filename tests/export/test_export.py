@@ -219,7 +219,11 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone(
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
 def test_scaling_variants_reach_the_merged_graph(
-    tiny_llama: Path, ids: Ids, make_adapter: MakeAdapter, tmp_path: Path, options: dict[str, object]
+    tiny_llama: Path,
+    ids: Ids,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    options: dict[str, object],
 ) -> None:
     adapter = make_adapter(tiny_llama, **options)
     export(tiny_llama, tmp_path / "b", adapters=[adapter], merge=True)
@@ -236,7 +240,7 @@ def test_an_encoder_gives_its_last_hidden_state(
     adapter = make_adapter(tiny_bert, task="feature-extraction")
     manifest = export(tiny_bert, tmp_path / "b")
     assert manifest.task == "feature-extraction"
-    assert [spec.name for spec in manifest.outputs] == ["last_hidden_state"]
+    assert [spec.name for spec in manifest.outputs] == ["last_hidden_state", "pooler_output"]
     base = torch_output(tiny_bert, ids, task="feature-extraction")
     adapted = torch_output(tiny_bert, ids, task="feature-extraction", adapter=adapter)
     side = factors(tmp_path / "b", adapter)

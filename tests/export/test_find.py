@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from loradeploy.export.find import find_linears, output_head
+from tests.export.graphs import IN, OUT, Builder, linear
+
+
+def test_a_product_is_found_by_its_module_path() -> None:
+    found = find_linears(linear()).linears["block.proj"]
+    assert (found.in_features, found.out_features, found.transposed) == (IN, OUT, False)
+    assert found.found_by == "metadata pkg.torch.onnx.name_scopes"
+    assert found.weight.name == "w"
+
+
+def test_a_product_is_found_by_a_node_name_that_spells_a_path() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], name="/model/layers.0/attn/o_proj/MatMul")
+    found = find_linears(b.model(y)).linears["model.layers.0.attn.o_proj"]
+    assert found.found_by == "node name"
+
+
+def test_what_looks_like_a_linear_and_has_no_module_is_listed() -> None:
+    findings = find_linears(linear(module=None))
+    assert findings.linears == {}
+    assert findings.unidentified == (f"y [{IN} → {OUT}]",)
+
+
+@pytest.mark.parametrize("carrier", ["Transpose", "Cast", "Identity"])
+def test_a_weight_is_followed_through_what_carries_it(carrier: str) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    attributes = {"Transpose": {"perm": [1, 0]}, "Cast": {"to": 1}}.get(carrier, {})
+    turned = carrier == "Transpose"
+    w = b.weight("w", *((OUT, IN) if turned else (IN, OUT)))
+    carried = b.node(carrier, [w], [IN, OUT], **attributes)
+    y = b.node("MatMul", [x, carried], ["batch", "sequence", OUT], module="m")
+    found = find_linears(b.model(y)).linears["m"]
+    assert (found.in_features, found.out_features, found.transposed) == (IN, OUT, turned)
+    assert found.weight is w
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+def test_a_gemm_is_found_with_its_bias(turned: int) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    w = b.weight("w", *((OUT, IN) if turned else (IN, OUT)))
+    bias = b.weight("b", OUT)
+    y = b.node("Gemm", [x, w, bias], ["batch", OUT], module="m", transB=turned)
+    found = find_linears(b.model(y)).linears["m"]
+    assert (found.in_features, found.out_features, found.transposed) == (IN, OUT, bool(turned))
+    assert found.bias is bias
+
+
+def test_a_gemm_that_scales_is_no_linear() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    y = b.node("Gemm", [x, b.weight("w", IN, OUT)], ["batch", OUT], module="m", alpha=2.0)
+    assert find_linears(b.model(y)).linears == {}
+
+
+def test_the_bias_that_is_added_to_a_product_is_found() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    product = b.node("MatMul", [x, b.weight("w", IN, OUT)], module="m")
+    bias = b.weight("b", OUT)
+    y = b.node("Add", [bias, product])
+    assert find_linears(b.model(y)).linears["m"].bias is bias
+
+
+def test_products_of_two_activations_are_no_linears() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    w = b.input("w", [IN, OUT])
+    y = b.node("MatMul", [x, w], module="m")
+    assert find_linears(b.model(y)).linears == {}
+
+
+def test_a_module_that_is_called_twice_is_one_linear() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    w = b.weight("w", IN, IN)
+    once = b.node("MatMul", [x, w], ["batch", "sequence", IN], module="m")
+    twice = b.node("MatMul", [once, w], ["batch", "sequence", IN], module="m")
+    assert len(find_linears(b.model(twice)).linears["m"].nodes) == 2
+
+
+def test_two_weights_under_one_module_are_listed_instead() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    once = b.node("MatMul", [x, b.weight("w", IN, IN)], module="m")
+    twice = b.node("MatMul", [once, b.weight("v", IN, IN)], module="m")
+    findings = find_linears(b.model(twice))
+    assert findings.linears == {}
+    assert len(findings.unidentified) == 2
+
+
+def test_packed_weights_are_found_by_their_sizes() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", 32])
+    packed = b.constant("w", np.zeros((OUT, 1, 16), np.uint8))
+    scales = b.weight("s", OUT)
+    y = b.node("MatMulNBits", [x, packed, scales], name="/m/q_proj/MatMul", K=32, N=OUT, bits=4)
+    found = find_linears(b.model(y)).linears["m.q_proj"]
+    assert (found.in_features, found.out_features, found.quantised) == (32, OUT, True)
+
+
+def test_the_output_head_is_what_the_logits_come_from() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    hidden = b.node("MatMul", [x, b.weight("w", IN, IN)], module="body")
+    product = b.node("MatMul", [hidden, b.weight("v", IN, OUT)], module="head")
+    capped = b.node("Tanh", [b.node("Add", [product, b.weight("b", OUT)])])
+    logits = b.node("Identity", [capped], name="logits")
+    model = b.model(logits)
+    assert output_head(model, find_linears(model)) == "head"
+
+
+def test_nodes_in_another_domain_are_left_alone() -> None:
+    model = linear()
+    node = next(iter(model.graph))
+    foreign = ir.node(
+        "MatMul", list(node.inputs), domain="acme", metadata_props=node.metadata_props
+    )
+    model.graph.append(foreign)
+    assert len(find_linears(model).linears["block.proj"].nodes) == 1

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
+from loradeploy.errors import AdapterMismatchError, ExportError
+from loradeploy.export.find import find_linears
+from loradeploy.export.merge import MergeReport, merge_adapter
+from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
+
+
+def _adapter(module: str = "block.proj", *, into: int = IN, out: int = OUT) -> Adapter:
+    return Adapter(
+        config=AdapterConfig(r=2, lora_alpha=8, target_modules=(module,)),
+        factors={module: Factors(A=numbers(2, into, seed=1), B=numbers(out, 2, seed=2))},
+    )
+
+
+def _merge(model: ir.Model, adapter: Adapter) -> MergeReport:
+    return merge_adapter(model, find_linears(model).linears, adapter)
+
+
+def _delta(adapter: Adapter, module: str) -> NDArray[np.float32]:
+    pair = adapter.factors[module]
+    delta: NDArray[np.float32] = 4 * (pair.B @ pair.A)  # [out, in]
+    return delta
+
+
+def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
+    base, model, adapter = linear(), linear(), _adapter()
+    report = _merge(model, adapter)
+    x = numbers(2, 3, IN)
+    expected = run(base, {"x": x}) + x @ _delta(adapter, "block.proj").T
+    assert np.abs(run(model, {"x": x}) - expected).max() < 1e-5
+    assert ops(model) == ops(base)
+    assert report == MergeReport(("block.proj",), (), ())
+
+
+@pytest.mark.parametrize("how", ["Gemm", "Transpose"])
+def test_transposed_weights_are_merged_as_they_are_held(how: str) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    w = b.weight("w", OUT, IN)
+    if how == "Gemm":
+        y = b.node("Gemm", [x, w], module="m", transB=1)
+    else:
+        y = b.node("MatMul", [x, b.node("Transpose", [w], perm=[1, 0])], module="m")
+    model, adapter = b.model(y), _adapter("m")
+    rows = numbers(3, IN)
+    expected = run(model, {"x": rows}) + rows @ _delta(adapter, "m").T
+    _merge(model, adapter)
+    assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-5
+    assert tuple(model.graph.initializers["w"].const_value.shape) == (OUT, IN)
+
+
+@pytest.mark.parametrize("through", ["Transpose", "nothing"])
+def test_a_tied_weight_is_copied_and_the_embedding_keeps_its_own(through: str) -> None:
+    b = Builder()
+    ids = b.input("ids", ["batch", "sequence"], ir.DataType.INT64)
+    table = b.weight("table", OUT, IN)
+    x = b.node("Gather", [table, ids], ["batch", "sequence", IN])
+    if through == "Transpose":
+        turned = b.node("Transpose", [table], perm=[1, 0])
+        y = b.node("MatMul", [x, turned], ["batch", "sequence", OUT], module="head")
+    else:
+        flat = b.node("Reshape", [x, b.constant("s", np.array([-1, IN]))], ["rows", IN])
+        y = b.node("Gemm", [flat, table], ["rows", OUT], module="head", transB=1)
+    model, adapter = b.model(y), _adapter("head")
+    tokens = np.array([[0, 3, 1]])
+    before = table.const_value.numpy().copy()
+    rows = before[tokens]
+    report = _merge(model, adapter)
+    result = run(model, {"ids": tokens}).reshape(rows.shape[0], rows.shape[1], OUT)
+    expected = rows @ (before + _delta(adapter, "head")).T
+    assert np.abs(result - expected).max() < 1e-5
+    assert report.untied == ("head",)
+    assert np.array_equal(model.graph.initializers["table"].const_value.numpy(), before)
+
+
+def test_equal_weights_that_were_joined_are_parted() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    w = b.weight("w", IN, IN)
+    one = b.node("MatMul", [x, w], ["batch", "sequence", IN], module="one")
+    two = b.node("MatMul", [one, w], ["batch", "sequence", IN], module="two")
+    model, adapter = b.model(two), _adapter("two", out=IN)
+    W = w.const_value.numpy()
+    report = _merge(model, adapter)
+    rows = numbers(2, 3, IN)
+    expected = rows @ W @ (W + _delta(adapter, "two").T)
+    assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-4
+    assert report.untied == ("two",)
+
+
+def test_a_merge_in_half_precision_rounds_once() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN], ir.DataType.FLOAT16)
+    exact = numbers(IN, OUT)
+    w = b.constant("w", exact.astype(np.float16))
+    y = b.node("MatMul", [x, w], module="m")
+    y.dtype = ir.DataType.FLOAT16
+    model, adapter = b.model(y), _adapter("m")
+    merge_adapter(model, find_linears(model).linears, adapter, weights={"m": exact.T})
+    expected = (exact + _delta(adapter, "m").T).astype(np.float16)
+    assert np.array_equal(w.const_value.numpy(), expected)
+
+
+def test_a_weight_that_leaves_half_precision_is_refused() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN], ir.DataType.FLOAT16)
+    w = b.constant("w", np.full((IN, OUT), 65000, np.float16))
+    y = b.node("MatMul", [x, w], module="m")
+    adapter = Adapter(
+        config=AdapterConfig(r=1, lora_alpha=1000, target_modules=("m",)),
+        factors={"m": Factors(A=np.ones((1, IN), np.float32), B=np.ones((OUT, 1), np.float32))},
+    )
+    with pytest.raises(ExportError, match="m: the merged weight does not fit into float16"):
+        _merge(b.model(y), adapter)
+
+
+def test_every_misfit_is_in_the_one_error() -> None:
+    adapter = Adapter(
+        config=AdapterConfig(r=2, target_modules=("block.proj", "gone"), modules_to_save=("head",)),
+        factors={
+            "block.proj": Factors(A=numbers(2, IN + 1), B=numbers(OUT, 2)),
+            "gone": Factors(A=numbers(2, IN), B=numbers(OUT, 2)),
+        },
+        saved={"head.weight": numbers(2, 2)},
+    )
+    with pytest.raises(AdapterMismatchError) as caught:
+        _merge(linear(), adapter)
+    message = str(caught.value)
+    assert "block.proj is 6 → 4, the adapter's factors are for 7 → 4" in message
+    assert "gone is no linear layer" in message
+    assert "head.weight (modules_to_save) is no weight" in message
+
+
+def test_quantised_weights_are_not_merged_into() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", 32])
+    packed = b.constant("w", np.zeros((OUT, 1, 16), np.uint8))
+    y = b.node(
+        "MatMulNBits", [x, packed, b.weight("s", OUT)], name="/m/q/MatMul", K=32, N=OUT, bits=4
+    )
+    with pytest.raises(ExportError, match=r"m\.q is already quantised"):
+        _merge(b.model(y), _adapter("m.q", into=32))
+
+
+def test_saved_parameters_take_the_place_of_the_base_s() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    scaled = b.node("Mul", [x, b.weight("norm.weight", IN)], ["batch", "sequence", IN])
+    y = b.node("MatMul", [scaled, b.weight("w", IN, OUT)], ["batch", "sequence", OUT], module="m")
+    model = b.model(y)
+    norm, weight, bias = numbers(IN, seed=3), numbers(OUT, IN, seed=4), numbers(OUT, seed=5)
+    adapter = Adapter(
+        config=AdapterConfig(modules_to_save=("norm", "m")),
+        factors={},
+        saved={"norm.weight": norm, "m.weight": weight, "m.bias": bias},
+    )
+    _merge(model, adapter)
+    rows = numbers(2, 3, IN)
+    expected = (rows * norm) @ weight.T + bias
+    assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-5
