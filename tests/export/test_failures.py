@@ -1,0 +1,417 @@
+"""What goes wrong is said in one line, early, and leaves what was there alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.cli.export import command
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    ExportError,
+    LoraDeployError,
+    ModelError,
+    UsageError,
+)
+from loradeploy.export.api import export
+from tests.conftest import ROOT, MakeAdapter
+from tests.export.graphs import Builder, linear
+
+
+@pytest.fixture
+def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused here is refused before the model is traced."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was traced")
+
+    monkeypatch.setattr("loradeploy.export.trace.trace", refuse)
+
+
+def _fingerprint(directory: Path) -> dict[str, bytes]:
+    return {
+        str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()
+    }
+
+
+def _copy(bundle: Path, place: Path) -> Path:
+    shutil.copytree(bundle, place)
+    return place
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_merge_takes_exactly_one_adapter(
+    count: int, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapters = {f"a{i}": make_adapter(tiny_llama, seed=i) for i in range(count)}
+    with pytest.raises(UsageError, match=f"exactly one adapter, {count} are given"):
+        export(tiny_llama, tmp_path / "b", adapters=adapters, merge=True)
+
+
+def test_two_adapters_cannot_share_a_name(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama)
+    with pytest.raises(UsageError, match="two adapters are named 'sport'"):
+        export(tiny_llama, tmp_path / "b", adapters=[f"sport={adapter}", f"sport={adapter}"])
+
+
+@pytest.mark.parametrize("name", ["../up", "", ".hidden", "a b"])
+def test_an_adapter_s_name_must_be_a_file_s(
+    name: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a file"):
+        export(tiny_llama, tmp_path / "b", adapters={name: make_adapter(tiny_llama)})
+
+
+def test_a_directory_that_is_no_bundle_is_not_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is not empty and holds no"):
+        export(tiny_llama, tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_bundle_is_replaced_only_where_that_is_allowed(
+    tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = _copy(tiny_llama_bundle, tmp_path / "b")
+    with pytest.raises(UsageError, match="exists: choose another directory"):
+        export(tiny_llama, bundle, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "poetry"}, "the task 'poetry' is unknown"),
+        ({"precision": "fp7"}, "the precision 'fp7' is none of"),
+        ({"precision": "bf16"}, "cannot multiply bfloat16"),
+    ],
+)
+def test_unknown_options_are_refused_by_name(
+    options: dict[str, str], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraDeployError, match=message):
+        export(tiny_llama, tmp_path / "b", **options)
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        export(tmp_path / "gone", tmp_path / "b")
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(ModelError, match=r"holds neither \.safetensors nor \.onnx files"):
+        export(tmp_path / "m", tmp_path / "b")
+
+
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"hello, I am no protobuf")
+    with pytest.raises(ModelError, match="is no readable ONNX model"):
+        export(tmp_path / "m.onnx", tmp_path / "b")
+
+
+def test_several_graphs_in_a_directory(tmp_path: Path) -> None:
+    for name in ("encoder.onnx", "decoder.onnx"):
+        ir.save(linear(), tmp_path / name)
+    with pytest.raises(UsageError, match=r"name one of them: decoder\.onnx, encoder\.onnx"):
+        export(tmp_path, tmp_path / "b")
+
+
+def test_a_graph_whose_task_cannot_be_told(tmp_path: Path) -> None:
+    ir.save(linear(), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="do not tell its task: give --task"):
+        export(tmp_path / "m.onnx", tmp_path / "b")
+
+
+def test_a_graph_without_a_known_module(tmp_path: Path) -> None:
+    ir.save(linear(module=None), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match="no linear layer of the graph could be told"):
+        export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
+
+
+def test_a_graph_that_already_has_side_inputs(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    graph = tiny_llama_bundle / "model.onnx"
+    with pytest.raises(ExportError, match=r"already takes the side input .*lora_A"):
+        export(graph, tmp_path / "b")
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd"])
+def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "weights.bin").write_bytes(bytes(96))
+    model = linear()
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.ExternalTensor(
+        location, 0, 96, ir.DataType.FLOAT, shape=ir.Shape([6, 4]), name="w"
+    )
+    import onnx
+
+    onnx.save(ir.to_proto(model), tmp_path / "m" / "m.onnx")
+    with pytest.raises(ModelError, match="leads out of"):
+        export(tmp_path / "m" / "m.onnx", tmp_path / "b", task="feature-extraction")
+
+
+def test_external_data_that_is_too_short_is_refused(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = _copy(tiny_llama_bundle, tmp_path / "b")
+    os.truncate(bundle / "model.onnx.data", 1000)
+    with pytest.raises(ModelError, match="too short"):
+        export(bundle, tmp_path / "out")
+
+
+def test_a_merged_bundle_takes_no_more_adapters(
+    tiny_llama: Path, make_adapter: MakeAdapter, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama)
+    export(tiny_llama_bundle, tmp_path / "m", adapters=[adapter], merge=True)
+    with pytest.raises(UsageError, match="is a merged bundle"):
+        export(tmp_path / "m", tmp_path / "again", adapters=[adapter], merge=True)
+
+
+def test_an_incomplete_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of .*layers\.1\.mlp\.up_proj"):
+        export(tmp_path / "m", tmp_path / "b")
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "m" / "config.json").write_text(
+        '{"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": true}'
+    )
+    with pytest.raises(ExportError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        export(tmp_path / "m", tmp_path / "b")
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_an_adapter_with_an_unknown_target_is_refused_before_tracing(
+    tiny_llama: Path, tiny_gpt2: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_gpt2)
+    for merge in (False, True):
+        with pytest.raises(AdapterMismatchError, match=r"wrong: .*transformer\.h\.0\.attn"):
+            export(tiny_llama, tmp_path / "b", adapters={"wrong": adapter}, merge=merge)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_an_adapter_of_another_size_is_refused_before_tracing(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(make_adapter(tiny_llama), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    key = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))
+    tensors[key] = np.ones((4, 99), np.float32)
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"lora_A is \[4, 99\], the base takes"):
+        export(tiny_llama, tmp_path / "b", adapters=[tmp_path / "a"])
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_an_adapter_of_another_base_is_refused_before_tracing(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    from loradeploy.adapter.peft import load_adapter, save_adapter
+
+    adapter = load_adapter(make_adapter(tiny_llama))
+    save_adapter(dataclasses.replace(adapter, base_digest="sha256:" + "0" * 64), tmp_path / "a")
+    with pytest.raises(AdapterMismatchError, match="trained on another base"):
+        export(tiny_llama, tmp_path / "b", adapters=[tmp_path / "a"])
+
+
+def test_merging_an_adapter_of_another_base_into_a_bundle_is_refused(
+    tiny_llama: Path, make_adapter: MakeAdapter, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    from loradeploy.adapter.peft import load_adapter, save_adapter
+
+    adapter = load_adapter(make_adapter(tiny_llama))
+    save_adapter(dataclasses.replace(adapter, base_digest="sha256:" + "0" * 64), tmp_path / "a")
+    with pytest.raises(AdapterMismatchError, match="trained on another base"):
+        export(tiny_llama_bundle, tmp_path / "b", adapters=[tmp_path / "a"], merge=True)
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_heads_that_differ_in_labels_are_refused(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapters = {
+        f"n{count}": make_adapter(tiny_bert, task="sequence-classification", num_labels=count)
+        for count in (2, 3)
+    }
+    with pytest.raises(UsageError, match=r"number of labels \(n2 2, n3 3\)"):
+        export(tiny_bert, tmp_path / "b", adapters=adapters)
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_a_broken_adapter_is_refused_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="gone"):
+        export(tmp_path / "nowhere", tmp_path / "b", adapters=[tmp_path / "gone"])
+
+
+# -- the old bundle survives -------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_bundle(
+    tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = _copy(tiny_llama_bundle, tmp_path / "b")
+    before = _fingerprint(bundle)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loradeploy.export.write.file_digest", full)
+    with pytest.raises(ExportError, match="No space left on device; nothing was changed there"):
+        export(tiny_llama_bundle, bundle)
+    assert _fingerprint(bundle) == before
+    assert os.listdir(tmp_path) == ["b"]
+
+
+_LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export(sys.argv[1], sys.argv[2])
+except ExportError as problem:
+    sys.exit(f"refused: {problem}")
+"""
+
+_KILLED = """
+import os, signal, sys
+from loradeploy.export import write
+from loradeploy.export.api import export
+write.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export(sys.argv[1], sys.argv[2])
+"""
+
+_WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "onnxscript", "peft"):
+    sys.modules[name] = None
+from loradeploy.export.api import export
+export(sys.argv[1], sys.argv[2] + "/side", adapters={"a": sys.argv[3]})
+export(sys.argv[1], sys.argv[2] + "/merged", adapters=[sys.argv[3]], merge=True)
+"""
+
+
+def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and signals are POSIX's")
+def test_a_write_that_fails_leaves_the_old_bundle(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    bundle = _copy(tiny_llama_bundle, tmp_path / "b")
+    before = _fingerprint(bundle)
+    done = _python(_LIMITED, tiny_llama_bundle, bundle)
+    assert "refused: " in done.stderr, done.stderr
+    assert "cannot be written" in done.stderr
+    assert _fingerprint(bundle) == before
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and signals are POSIX's")
+def test_a_killed_export_leaves_the_old_bundle(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    bundle = _copy(tiny_llama_bundle, tmp_path / "b")
+    before = _fingerprint(bundle)
+    done = _python(_KILLED, tiny_llama_bundle, bundle)
+    assert done.returncode == -signal.SIGKILL
+    assert _fingerprint(bundle) == before
+    export(tiny_llama_bundle, bundle)  # and the next one sweeps up
+    assert os.listdir(tmp_path) == ["b"]
+    read_manifest(bundle)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and signals are POSIX's")
+def test_a_killed_first_export_leaves_no_half_bundle(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    _python(_KILLED, tiny_llama_bundle, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_surgery_and_merge_need_no_torch(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    done = _python(_WITHOUT_TORCH, tiny_llama_bundle, tmp_path, make_adapter(tiny_llama))
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "side").mode == "side-inputs"
+    assert read_manifest(tmp_path / "merged").mode == "merged"
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_it_made(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_llama_bundle), "--output", str(tmp_path / "b")]
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{tmp_path / 'b'}: causal-lm, side-inputs, fp32, 14 target")
+    assert done.stderr == ""
+
+
+def test_the_command_prints_json(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    import json
+
+    arguments = ["--model", str(tiny_llama_bundle), "--output", str(tmp_path / "b"), "--json"]
+    result = json.loads(CliRunner().invoke(command, arguments).stdout)
+    assert result["targets"] == 14
+    assert result["task"] == "causal-lm"
+
+
+def test_help_shows_an_example() -> None:
+    assert "Example: loradeploy export --model" in CliRunner().invoke(command, ["--help"]).output
+
+
+def test_nodes_without_a_module_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", 6])
+    known = b.node("MatMul", [x, b.weight("w", 6, 4)], ["batch", "sequence", 4], module="m")
+    unknown = b.node("MatMul", [known, b.weight("v", 4, 4)], name="odd_one")
+    ir.save(b.model(unknown), tmp_path / "m.onnx")
+    export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
+    assert "left as it is, its module is not known: odd_one [4 → 4]" in caplog.text
