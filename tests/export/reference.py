@@ -118,3 +118,9 @@ def torch_output(
 def difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     """The largest absolute difference."""
     return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max())
+
+
+def apart(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """1 − cosine: how far rounding has turned an output away."""
+    a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    return float(1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

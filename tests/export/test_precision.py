@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+from loradeploy.export.find import find_linears
+from loradeploy.export.graph import load_graph
+from tests.conftest import MakeAdapter
+from tests.export.reference import apart, difference, factors, onnx_output, torch_output
+from tests.tolerances import tolerance
+
+IDS = np.random.default_rng(0).integers(3, 500, (2, 9))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_coarser_precisions_stay_near_the_adapted_model(
+    precision: str, merge: bool, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, scale=0.1)
+    manifest = export(
+        tiny_llama, tmp_path / "b", adapters={"a": adapter}, precision=precision, merge=merge
+    )
+    side = {} if merge else factors(tmp_path / "b", adapter)
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    turned = apart(onnx_output(tmp_path / "b", IDS, side=side), expected)
+    assert turned <= tolerance(f"export-{precision}")
+    assert apart(torch_output(tiny_llama, IDS), expected) > 2 * tolerance("export-int4")
+    assert manifest.precision == precision
+    if not merge:
+        assert manifest.factor_dtype == ("float16" if precision == "fp16" else "float32")
+
+
+def test_packed_weights_are_named_in_the_manifest(tiny_llama: Path, tmp_path: Path) -> None:
+    export(tiny_llama, tmp_path / "b", precision="int4")
+    graph = load_graph(tmp_path / "b" / "model.onnx")
+    for target in read_manifest(tmp_path / "b").targets:
+        weight = graph.graph.initializers[target.weight]
+        assert weight.shape is not None and weight.shape[0] == target.out_features
+
+
+def test_a_packed_bundle_takes_more_adapters_and_no_merge(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama)
+    export(tiny_llama, tmp_path / "b", precision="int4")
+    export(tmp_path / "b", tmp_path / "more", adapters={"a": adapter})
+    assert difference(onnx_output(tmp_path / "b", IDS), onnx_output(tmp_path / "more", IDS)) == 0
+    with pytest.raises(ExportError, match="is already quantised"):
+        export(tmp_path / "b", tmp_path / "m", adapters=[adapter], merge=True)
+    with pytest.raises(ExportError, match="in int4 and cannot be made fp16"):
+        export(tmp_path / "b", tmp_path / "h", precision="fp16")
+
+
+def test_an_fp32_graph_is_packed_without_its_checkpoint(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    export(tiny_llama_bundle, tmp_path / "b", precision="int8")
+    linears = find_linears(load_graph(tmp_path / "b" / "model.onnx")).linears
+    assert all(linear.quantised for linear in linears.values())
+    turned = apart(onnx_output(tmp_path / "b", IDS), onnx_output(tiny_llama_bundle, IDS))
+    assert 0 < turned <= tolerance("export-int8")
+
+
+def test_half_precision_merges_round_once(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama)
+    export(tiny_llama, tmp_path / "whole", adapters=[adapter], merge=True)
+    export(tiny_llama, tmp_path / "half", adapters=[adapter], merge=True, precision="fp16")
+    whole = find_linears(load_graph(tmp_path / "whole" / "model.onnx")).linears
+    half = find_linears(load_graph(tmp_path / "half" / "model.onnx")).linears
+    assert whole.keys() == half.keys()
+    for module, linear in whole.items():
+        exact = linear.weight.const_value.numpy()
+        exact = exact if linear.transposed == half[module].transposed else exact.T
+        assert np.array_equal(exact.astype(np.float16), half[module].weight.const_value.numpy())
