@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import TemplateProcessing
 
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
@@ -58,7 +57,7 @@ class Tokenizer:
         self.special_tokens = _special_tokens(
             _optional(place / "special_tokens_map.json") | settings
         )
-        self._heed(settings)
+        self._mark_special()
         self._chat = _chat_template(place, settings, self.special_tokens)
         eos = (
             _ids(generation.get("eos_token_id"))
@@ -114,8 +113,8 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _heed(self, settings: Mapping[str, Any]) -> None:
-        """Do what transformers does by tokenizer_config.json when it opens a tokenizer.json."""
+    def _mark_special(self) -> None:
+        """Let the library know the special tokens that only the other files call so."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         known = {token.content for token in added if token.special}
         self._tokenizer.add_special_tokens(
@@ -126,14 +125,6 @@ class Tokenizer:
                 if token not in known and self._tokenizer.token_to_id(token) is not None
             ]
         )
-        if "add_bos_token" not in settings and "add_eos_token" not in settings:
-            return
-        template, used = ["$A:0"], []
-        for role, place in (("bos_token", 0), ("eos_token", 2)):
-            for index in self._ids_of(role) if settings.get(f"add_{role}") else ():
-                template.insert(place, f"{self.special_tokens[role]}:0")
-                used.append((self.special_tokens[role], index))
-        self._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=used)
 
     def _ids_of(self, role: str) -> tuple[int, ...]:
         token = self.special_tokens.get(role)

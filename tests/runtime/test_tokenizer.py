@@ -1,0 +1,240 @@
+"""The tokenizer without transformers does what transformers' does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.runtime.chat import ChatTemplate
+from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
+
+TEXTS = [
+    "The capital of France is",
+    " leading and trailing spaces ",
+    "don't  , do  that .",
+    "Füße, 東京, 🦙🦙 and \t tabs\nand lines",
+    "<|im_start|>user\nhi<|im_end|>",
+    "[CLS] a [MASK] b [SEP]",
+    "",
+]
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi — 🦙"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "And?\n\n"},
+    ],
+]
+
+
+@pytest.fixture(params=["smollm2", "minilm", "tiny_gpt2"])
+def model(request: pytest.FixtureRequest) -> Path:
+    place: Path = request.getfixturevalue(request.param)
+    return place
+
+
+def _reference(place: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place)
+
+
+def test_tokens_are_those_of_transformers(model: Path) -> None:
+    ours, theirs = Tokenizer(model), _reference(model)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+
+
+def test_a_cut_text_is_cut_as_transformers_cuts_it(model: Path) -> None:
+    ours, theirs = Tokenizer(model), _reference(model)
+    for text in TEXTS:
+        for length in (3, 7, 500):
+            cut = theirs(text, truncation=True, max_length=length)["input_ids"]
+            assert ours.encode(text, max_length=length) == cut, (text, length)
+
+
+def test_text_comes_back_as_from_transformers(model: Path) -> None:
+    ours, theirs = Tokenizer(model), _reference(model)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_chats_are_rendered_as_transformers_renders_them(
+    smollm2: Path, messages: list[dict[str, Any]]
+) -> None:
+    ours, theirs = Tokenizer(smollm2), _reference(smollm2)
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.render_chat(messages) == rendered
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ours.encode_chat(messages) == ids
+
+
+TEMPLATES = {
+    "loop": "{% for m in messages %}{% if m.content is defined %}{{ m.content }}{% endif %}\n"
+    "{%- if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
+    "tools": "{% if tools is not none %}tools{% endif %}{{ bos_token }}{{ documents is none }}",
+    "json": "{{ messages | tojson(indent=2) }}{{ {'b': 'ü<', 'a': 1} | tojson(sort_keys=True) }}",
+    "generation": "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}"
+    "{% endgeneration %}{% endfor %}",
+    "space": "  {% if true %}\n  a\n  {% endif %}\n  {%- set ns = namespace(n=1) %}{{ ns.n }}",
+    "prompt": "{% if add_generation_prompt %}>{% endif %}{{ messages[0].get('absent') is none }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_templates_see_what_transformers_shows_them(tiny_llama: Path, template: str) -> None:
+    theirs = _reference(tiny_llama)
+    messages = [*CHATS[1], {"role": "assistant", "content": None}]
+    expected = theirs.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    ours = Tokenizer(tiny_llama)
+    assert ChatTemplate(template, ours.special_tokens).render(messages) == expected
+
+
+def test_the_time_can_be_asked_for() -> None:
+    from datetime import datetime
+
+    text = ChatTemplate("{{ strftime_now('%Y') }}", {}).render(CHATS[0])
+    assert abs(int(text) - datetime.now().year) <= 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only two roles') }}", "only two roles"),
+        ("{{ messages[0].content.nothing.more }}", "refuses the messages"),
+        ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{{ messages.append(1) }}", "refuses the messages"),
+        ("{% set ns = namespace() %}{% set ns.__x = 1 %}", "not allowed in a namespace"),
+        ("{{ namespace(__x=1) }}", "not allowed in a namespace"),
+    ],
+)
+def test_a_template_that_refuses_or_misbehaves_is_one_line(template: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as refusal:
+        ChatTemplate(template, {}).render(CHATS[0])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_broken_template_is_refused_when_it_is_opened() -> None:
+    with pytest.raises(BundleError, match="no valid template"):
+        ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "no role"}]])
+def test_what_is_no_conversation_is_refused(tiny_llama: Path, messages: list[Any]) -> None:
+    with pytest.raises(UsageError):
+        Tokenizer(tiny_llama).render_chat(messages)
+
+
+def test_a_model_without_a_chat_template_says_so(minilm: Path) -> None:
+    tokenizer = Tokenizer(minilm)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(UsageError, match="has no chat template"):
+        tokenizer.encode_chat(CHATS[0])
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edited(tiny_llama: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny Llama's files; `edited(file, **changes)` changes one JSON file."""
+    place = shutil.copytree(tiny_llama, tmp_path / "model")
+
+    def edit(file: str, **changes: Any) -> Path:
+        path = place / file
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**values, **changes}))
+        return place
+
+    return edit
+
+
+def test_ends_come_from_the_generation_config_first(edited: Callable[..., Path]) -> None:
+    assert Tokenizer(edited("generation_config.json", eos_token_id=[5, 9])).eos_ids == {5, 9}
+    assert Tokenizer(edited("generation_config.json", eos_token_id=7)).eos_ids == {7}
+    place = edited("generation_config.json", eos_token_id=None)
+    assert Tokenizer(edited("config.json", eos_token_id=11)).eos_ids == {11}
+    edited("config.json", eos_token_id=None)
+    assert Tokenizer(place).eos_ids == {2}  # the tokenizer's <|im_end|>
+
+
+def test_the_length_is_the_smaller_of_model_and_tokenizer(edited: Callable[..., Path]) -> None:
+    assert Tokenizer(edited("tokenizer_config.json", model_max_length=10**30)).max_length == 128
+    assert Tokenizer(edited("tokenizer_config.json", model_max_length=100)).max_length == 100
+
+
+def test_tokens_around_a_text_come_from_the_tokenizers_own_file(
+    edited: Callable[..., Path],
+) -> None:
+    """transformers too heeds add_bos_token only where there is no tokenizer.json (5.23)."""
+    place = edited("tokenizer_config.json", add_bos_token=True, add_eos_token=True)
+    expected = _reference(place)("hello")["input_ids"]
+    assert Tokenizer(place).encode("hello") == expected
+
+
+def test_special_tokens_may_be_objects_or_in_a_file_of_their_own(
+    edited: Callable[..., Path],
+) -> None:
+    place = edited("tokenizer_config.json", eos_token={"content": "<|endoftext|>"})
+    assert Tokenizer(place).special_tokens["eos_token"] == "<|endoftext|>"
+    edited("special_tokens_map.json", cls_token="<|im_start|>")
+    assert Tokenizer(place).special_tokens["cls_token"] == "<|im_start|>"
+
+
+def test_a_template_may_be_in_the_tokenizers_settings(edited: Callable[..., Path]) -> None:
+    place = edited("tokenizer_config.json", chat_template="one {{ messages[0].role }}")
+    (place / "chat_template.jinja").unlink()
+    assert Tokenizer(place).render_chat(CHATS[0]) == "one user"
+    edited("tokenizer_config.json", chat_template=[{"name": "default", "template": "two"}])
+    assert Tokenizer(place).render_chat(CHATS[0]) == "two"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "nonsense"])
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+# -- pieces and padding ------------------------------------------------------------------------
+
+
+def test_pieces_together_are_the_whole_text(model: Path) -> None:
+    tokenizer = Tokenizer(model)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, special_tokens=False)
+        pieces = PieceDecoder(tokenizer)
+        told = [pieces.push(token) for token in ids] + [pieces.close()]
+        assert "".join(told) == tokenizer.decode(ids)
+
+
+def test_half_a_character_is_held_back_until_the_rest_comes(smollm2: Path) -> None:
+    tokenizer = Tokenizer(smollm2)
+    ids = tokenizer.encode("🦙", special_tokens=False)
+    assert len(ids) > 1
+    pieces = PieceDecoder(tokenizer)
+    assert [pieces.push(token) for token in ids] == [""] * (len(ids) - 1) + ["🦙"]
+    half = PieceDecoder(tokenizer)
+    half.push(ids[0])
+    assert half.close() == tokenizer.decode(ids[:1])
+
+
+def test_rows_are_padded_on_the_side_asked_for() -> None:
+    ids, mask = pad([[5, 6, 7], [8]], 0, left=True)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    ids, mask = pad([[5, 6, 7], [8]], 0, left=False)
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
