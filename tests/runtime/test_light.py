@@ -1,0 +1,87 @@
+"""The serving side stands alone: no torch, no transformers, no onnx in its process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BLOCKED = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "peft",
+    "datasets",
+    "accelerate",
+)
+
+_PROGRAM = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Block())
+{body}
+assert not set(sys.modules) & {blocked}, set(sys.modules) & {blocked}
+"""
+
+_GENERATE = """
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+
+session = AdapterSession(sys.argv[1])
+session.load("small", sys.argv[2])
+generator = TextGenerator(session)
+for result in generator.generate(["The bank", "The bank"], [None, "small"], chat=True):
+    print(result.token_ids)
+"""
+
+_CLASSIFY = """
+from loradeploy.runtime.classification import TextClassifier
+from loradeploy.runtime.session import AdapterSession
+
+session = AdapterSession(sys.argv[1])
+session.load("small", sys.argv[2])
+for result in TextClassifier(session)(["one", "two"], [None, "small"]):
+    print(result.label, result.score)
+"""
+
+
+def _run(body: str, *arguments: Path) -> list[str]:
+    program = _PROGRAM.format(blocked=set(BLOCKED), body=body)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_a_process_without_torch_generates(
+    tiny_llama_bundle: Path, llama_adapters: dict[str, Path]
+) -> None:
+    base, small = _run(_GENERATE, tiny_llama_bundle, llama_adapters["small"])
+    assert base != small
+
+
+def test_a_process_without_torch_classifies(
+    tiny_bert_bundle: Path, bert_adapters: dict[str, Path]
+) -> None:
+    base, small = _run(_CLASSIFY, tiny_bert_bundle, bert_adapters["small"])
+    assert base != small
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_the_block_blocks(name: str) -> None:
+    with pytest.raises(AssertionError, match="is blocked"):
+        _run(f"import {name}")
