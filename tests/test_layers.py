@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, MakeAdapter
+from tests.conftest import ROOT
 
 HEAVY = {
     "accelerate",
@@ -36,10 +35,10 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def run(code: str, *arguments: object) -> str:
+def run(code: str) -> str:
     """What `code` prints in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
@@ -68,25 +67,3 @@ def test_the_package_itself_imports_the_standard_library_alone() -> None:
         "print(*sorted(new - set(sys.stdlib_module_names) - {'loradeploy'}))"
     )
     assert foreign.split() == []
-
-
-def test_text_comes_from_an_adapter_without_pytorch(
-    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
-) -> None:
-    adapter = make_adapter(tiny_llama, scale=0.5)
-    base, adapted = run(
-        BLOCK
-        + """
-from loradeploy.runtime.generation import TextGenerator
-from loradeploy.runtime.session import AdapterSession
-
-session = AdapterSession(sys.argv[1])
-session.load("one", sys.argv[2])
-texts = ["The match", "The match"]
-for result in TextGenerator(session).generate(texts, adapters=[None, "one"], max_new_tokens=8):
-    print(repr(result.text))
-""",
-        tiny_llama_bundle,
-        adapter,
-    ).splitlines()
-    assert base != adapted
