@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # A text, a conversation, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]
 OnText = Callable[[int, str], None]
+OnResult = Callable[[int, "Generation"], None]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class TextGenerator:
         chat: bool = False,
         batch_size: int | None = None,
         on_text: OnText | None = None,
+        on_result: OnResult | None = None,
     ) -> list[Generation]:
         """Continue each prompt until a token that ends it, or for `max_new_tokens`.
 
@@ -106,7 +108,8 @@ class TextGenerator:
 
         What a row becomes depends on its prompt, its adapter and its seed alone, not on the batch:
         a single `seed` is every row's. `batch_size` prompts are generated together, by default all.
-        `on_text(row, piece)` is called as text appears.
+        `on_text(row, piece)` is called as text appears, `on_result(row, result)` row by row when a
+        batch has ended.
 
         Raises:
             UsageError: no prompts, an empty one, one that fills the model's positions, or a value
@@ -129,21 +132,18 @@ class TextGenerator:
                 zip(given, each_row(adapters, len(given)), seeds, strict=True)
             )
         ]
+        results: list[Generation] = []
         size = batch_size or len(rows)
         for start in range(0, len(rows), size):
-            for row, piece in self._decode(rows[start : start + size], sampling):
+            batch = rows[start : start + size]
+            for row, piece in self._decode(batch, sampling):
                 if on_text is not None:
                     on_text(row.number, piece)
-        return [
-            Generation(
-                text=self.tokenizer.decode(row.ids),
-                token_ids=tuple(row.ids),
-                finish_reason="stop" if row.stopped else "length",
-                adapter=row.adapter,
-                prompt_tokens=len(row.prompt),
-            )
-            for row in rows
-        ]
+            for row in batch:
+                results.append(self._generation(row))
+                if on_result is not None:
+                    on_result(row.number, results[-1])
+        return results
 
     def _row(
         self,
@@ -213,6 +213,15 @@ class TextGenerator:
         row.ids.append(token)
         piece = row.pieces.push(token)
         return piece + row.pieces.close() if row.ended else piece
+
+    def _generation(self, row: _Row) -> Generation:
+        return Generation(
+            text=self.tokenizer.decode(row.ids),
+            token_ids=tuple(row.ids),
+            finish_reason="stop" if row.stopped else "length",
+            adapter=row.adapter,
+            prompt_tokens=len(row.prompt),
+        )
 
     def _next(self, row: _Row) -> int:
         return self.tokenizer.pad_id if row.ended else row.ids[-1]

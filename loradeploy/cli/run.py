@@ -1,0 +1,252 @@
+"""`loradeploy run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from loradeploy.errors import DataError, UnknownAdapterError, UsageError
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.session import AdapterSession
+
+_JSON_LINES: Final = (".jsonl", ".ndjson")
+_PROMPT_KEYS: Final = ("prompt", "messages", "text")
+_PROVIDERS: Final = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and its adapter: a name, a path, or None for the base."""
+
+    prompt: Any
+    adapter: str | None
+
+
+@click.command(
+    name="run",
+    short_help="Run prompts or texts through a bundle.",
+    epilog='Example: loradeploy run bundle "What is the capital of France?" --chat --adapter sport',
+)
+@click.argument("bundle", type=click.Path())
+@click.argument("prompt", required=False)
+@click.option(
+    "--input",
+    "file",
+    type=click.Path(),
+    help="File of prompts, one a line, or JSONL with prompt, messages or text, and perhaps adapter,"
+    " in each object; - is standard input.",
+)
+@click.option(
+    "--adapter",
+    metavar="NAME|DIR",
+    help="For all prompts that name none themselves [default: the base].",
+)
+@click.option("--chat", is_flag=True, default=None, help="A prompt is a user's message.")
+@click.option("--max-new-tokens", type=int, help="At most this many tokens a prompt.")
+@click.option("--temperature", type=float, help="Sample at this temperature [default: greedy].")
+@click.option("--top-k", type=int, help="Sample from this many tokens.")
+@click.option("--top-p", type=float, help="Sample from the tokens of this probability mass.")
+@click.option("--seed", type=int, help="Of the sampling.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts at a time.")
+@click.option(
+    "--provider",
+    type=click.Choice(tuple(_PROVIDERS)),
+    default="cpu",
+    show_default=True,
+    help="ONNX Runtime's execution provider.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a prompt.")
+def command(
+    bundle: str,
+    prompt: str | None,
+    file: str | None,
+    adapter: str | None,
+    batch_size: int,
+    provider: str,
+    as_json: bool,
+    **generation: Any,
+) -> None:
+    """Print what BUNDLE makes of PROMPT, or of each line of a file.
+
+    Text from decoders, as it appears; a label and its score from classifiers; a vector from
+    embedding models. Of a file each result is one line, in which a line break is written \\n;
+    --json has the texts as they are. Lines of a file may each name their own adapter: they share
+    batches.
+    """
+    from loradeploy.runtime.session import AdapterSession
+
+    if (prompt is None) == (file is None):
+        raise UsageError("give either a PROMPT or --input FILE")
+    requests = [Request(prompt, adapter)] if file is None else list(_read(file, adapter))
+    session = AdapterSession(bundle, _PROVIDERS[provider])
+    options = {name: value for name, value in generation.items() if value is not None}
+    prompts = [request.prompt for request in requests]
+    adapters = _load(session, [request.adapter for request in requests])
+    run = _TASKS[session.manifest.task]
+    if run is not _generate and options:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise UsageError(
+            f"{flags}: for text generation alone, {bundle} is a {session.manifest.task} bundle"
+        )
+    run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
+
+
+@dataclass(frozen=True)
+class Printer:
+    """Results on standard output. `one`: of a single prompt, whose text may have line breaks."""
+
+    as_json: bool
+    one: bool
+
+    def piece(self, text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+
+    def result(self, plain: str, values: dict[str, Any]) -> None:
+        if self.as_json:
+            click.echo(json.dumps(values, ensure_ascii=False, indent=2 if self.one else None))
+        else:
+            click.echo(plain if self.one else plain.replace("\n", "\\n"))
+
+
+def _generate(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[str | None],
+    batch_size: int,
+    printer: Printer,
+    **options: Any,
+) -> None:
+    from loradeploy.runtime.generation import Generation, TextGenerator
+
+    streamed = printer.one and not printer.as_json
+
+    def show(row: int, result: Generation) -> None:
+        values = asdict(result)
+        values["token_ids"] = list(result.token_ids)
+        printer.result("" if streamed else result.text, {"prompt": prompts[row], **values})
+
+    TextGenerator(session).generate(
+        prompts,
+        adapters,
+        batch_size=batch_size,
+        on_text=(lambda _, piece: printer.piece(piece)) if streamed else None,
+        on_result=show,
+        **options,
+    )
+
+
+def _classify(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[str | None],
+    batch_size: int,
+    printer: Printer,
+) -> None:
+    from loradeploy.runtime.classification import TextClassifier
+
+    results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
+    for text, result in zip(prompts, results, strict=True):
+        plain = f"{result.label}\t{result.score:.4f}"
+        printer.result(plain, {"text": text, **asdict(result)})
+
+
+def _embed(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[str | None],
+    batch_size: int,
+    printer: Printer,
+) -> None:
+    from loradeploy.runtime.embedding import TextEmbedder
+
+    vectors = TextEmbedder(session)(_texts(prompts), adapters, batch_size=batch_size)
+    for text, adapter, row in zip(prompts, adapters, vectors, strict=True):
+        vector = [float(f"{value:.7g}") for value in row]
+        printer.result(json.dumps(vector), {"text": text, "embedding": vector, "adapter": adapter})
+
+
+_TASKS: Final = {
+    "causal-lm": _generate,
+    "sequence-classification": _classify,
+    "feature-extraction": _embed,
+}
+
+
+def _texts(prompts: Sequence[Any]) -> list[str]:
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt {number} is a conversation: this bundle takes texts")
+    return list(prompts)
+
+
+def _load(session: AdapterSession, asked: Sequence[str | None]) -> list[str | None]:
+    """Names in the session for names and paths, which are loaded."""
+    names: dict[str | None, str | None] = {None: None}
+    for adapter in dict.fromkeys(asked):
+        if adapter is None or adapter in session.adapters:
+            names[adapter] = adapter
+            continue
+        place = Path(adapter)
+        if not place.exists():
+            known = ", ".join(session.adapters) or "none"
+            raise UnknownAdapterError(
+                f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
+                " nor a directory"
+            )
+        name = place.resolve().stem if place.is_file() else place.resolve().name
+        names[adapter] = adapter if name in session.adapters else name
+        session.load(str(names[adapter]), place)
+    return [names[adapter] for adapter in asked]
+
+
+def _read(name: str, adapter: str | None) -> Iterator[Request]:
+    """The prompts in a file; blank lines are passed over.
+
+    Raises:
+        DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
+    """
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{name} does not exist") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{name} cannot be read as UTF-8 text: {problem}") from None
+    found = False
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            found = True
+            if Path(name).suffix in _JSON_LINES:
+                yield _request(line, f"{name}, line {number}", adapter)
+            else:
+                yield Request(line.rstrip("\r"), adapter)
+    if not found:
+        raise DataError(f"{name} holds no prompts")
+
+
+def _request(line: str, place: str, adapter: str | None) -> Request:
+    try:
+        values = json.loads(line)
+    except ValueError as problem:
+        raise DataError(f"{place}: no valid JSON: {problem}") from None
+    if not isinstance(values, dict):
+        raise DataError(f'{place}: not an object, such as {{"prompt": "…"}}')
+    key = next((key for key in _PROMPT_KEYS if key in values), None)
+    kind = list if key == "messages" else str
+    if key is None or not isinstance(values[key], kind):
+        raise DataError(f"{place}: give a text as prompt or text, or a list of messages")
+    own = values.get("adapter", adapter)
+    if own is not None and not isinstance(own, str):
+        raise DataError(f"{place}: adapter is neither a name nor null")
+    return Request(values[key], own)
