@@ -173,15 +173,16 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: no adapter has this name.
-            UsageError: this thread itself is in the middle of using it, and would wait for ever.
+            UsageError: this thread is itself in the middle of a run with adapters.
         """
         with self._changed:
             resident = self._residents.get(name)
             if resident is None:
                 raise self._unknown(name)
-            if threading.get_ident() in self._users.get(resident, ()):
+            # Threads that wait hold nothing, so that they cannot wait for each other.
+            if any(threading.get_ident() in threads for threads in self._users.values()):
                 raise UsageError(
-                    f"the adapter {name!r} is in use by this thread: unload it after the run"
+                    f"this thread is in the middle of a run with adapters: unload {name!r} after it"
                 )
             del self._residents[name]
             self._drop_stack_with(resident)

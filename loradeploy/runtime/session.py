@@ -17,7 +17,7 @@ from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
-from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, NATIVE_SUFFIX
+from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
 from loradeploy.bundle.native import read_onnx_adapter
 from loradeploy.errors import (
     AdapterError,
@@ -78,7 +78,8 @@ class AdapterSession:
         self._waiting = dict(self.manifest.adapters)
         self._naming = threading.Lock()
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
-        self._first = self.manifest.inputs[0].name  # its first dimension is the batch
+        # Its first dimension is the batch.
+        self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
         self._outputs = tuple(spec.name for spec in self.manifest.outputs)
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
@@ -131,7 +132,7 @@ class AdapterSession:
 
         Raises:
             UnknownAdapterError: no adapter has this name.
-            UsageError: this thread itself is in the middle of using it, and would wait for ever.
+            UsageError: this thread is itself in the middle of a run with adapters.
         """
         with self._naming:
             waited = self._waiting.pop(name, None) is not None

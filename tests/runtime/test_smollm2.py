@@ -72,6 +72,8 @@ def test_smollm2_writes_what_it_writes_in_pytorch(
     assert [list(result.token_ids) for result in results] == written_by_peft[adapter]
     if adapter is None:
         assert "Paris" in results[0].text
+    else:
+        assert written_by_peft[adapter] != written_by_peft[None]
 
 
 def test_smollm2_writes_the_same_in_a_batch_of_different_adapters(
