@@ -1,3 +1,63 @@
-"""loradeploy: train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
+"""loradeploy: train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed.
+
+    train    data and a base model → an adapter                    (needs the extra `train`)
+    export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
+    parity   a bundle against PyTorch, and the verdict             (needs both)
+    AdapterSession, TextGenerator, TextClassifier                  the runtime; numpy and
+                                                                   onnxruntime are all it needs
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Functions that share their package's name. They are bound here, after the packages, so that
+# `loradeploy.train` is the function; what they need is imported when they are called.
+from loradeploy.errors import LoraDeployError
+from loradeploy.export.api import export
+from loradeploy.train.api import train
+
+if TYPE_CHECKING:
+    from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
+    from loradeploy.runtime.classification import TextClassifier
+    from loradeploy.runtime.generation import TextGenerator
+    from loradeploy.runtime.session import AdapterSession
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterSession",
+    "LoraDeployError",
+    "TextClassifier",
+    "TextGenerator",
+    "export",
+    "load_adapter",
+    "save_adapter",
+    "train",
+]
+
+_LAZY = {
+    "Adapter": "loradeploy.adapter",
+    "AdapterConfig": "loradeploy.adapter",
+    "load_adapter": "loradeploy.adapter",
+    "save_adapter": "loradeploy.adapter",
+    "AdapterSession": "loradeploy.runtime.session",
+    "TextClassifier": "loradeploy.runtime.classification",
+    "TextGenerator": "loradeploy.runtime.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # numpy and onnxruntime take a third of a second to import, which `loradeploy --help` has not.
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

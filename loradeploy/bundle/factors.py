@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
 from loradeploy.adapter.targets import match_targets
 from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
@@ -91,6 +93,43 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
                 f" the bundle takes {dtype} {list(shapes[name])}"
             )
     _refuse(problems)
+
+
+def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> Adapter:
+    """The adapter whose side inputs are `arrays`: the scaling stays in B, so that alpha is rank.
+
+    Raises:
+        AdapterMismatchError: the arrays are not side inputs of the bundle.
+    """
+    check_side_inputs(arrays, manifest)
+    factors = {
+        target.module: Factors(
+            A=np.ascontiguousarray(arrays[target.lora_A][0].T),
+            B=np.ascontiguousarray(arrays[target.lora_B][0].T),
+        )
+        for target in manifest.targets
+        if target.lora_A in arrays
+    }
+    saved = {}
+    for place in manifest.saved:
+        if place.input in arrays:
+            values = arrays[place.input][0]
+            turned = np.swapaxes(values, -1, -2) if place.transposed else values
+            saved[place.parameter] = np.ascontiguousarray(turned)
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    common = max(ranks.values(), default=1)
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
+    config = AdapterConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=tuple(sorted(factors)),
+        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
+        base_model_name_or_path=manifest.base.name,
+    )
+    known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
+    return Adapter(config, factors, saved, base_digest=known)
 
 
 def _refuse(problems: list[str]) -> None:

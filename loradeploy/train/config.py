@@ -59,7 +59,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}: give a value from {low} to {high}")
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
@@ -95,7 +95,7 @@ _RANGES: Final = (
     ("save_steps", 0, _BIG),
     ("seed", 0, 2**32 - 1),
 )
-_CHOICES: Final = {"task": TASKS, "schedule": SCHEDULES, "precision": WIDTHS}
+CHOICES: Final = {"task": TASKS, "schedule": SCHEDULES, "precision": WIDTHS}
 
 
 def read_config(

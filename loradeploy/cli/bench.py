@@ -1,0 +1,85 @@
+"""`loradeploy bench`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loradeploy.cli.console import json_option, print_json, print_rows
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.timing import Timing
+
+
+@click.command(
+    name="bench",
+    short_help="Time a bundle: base, adapters, swap, mixed batch.",
+    epilog="Example: loradeploy bench bundle --batch 8 --length 128",
+)
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]DIR", help="One more to time; repeat."
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Rows in the batch.")
+@click.option(
+    "--length",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Tokens in the cache of a decoder, or in the texts of an encoder.",
+)
+@click.option("--rounds", type=int, default=15, show_default=True, help="Timed calls of a side.")
+@json_option
+def command(
+    bundle: str, adapters: tuple[str, ...], batch: int, length: int, rounds: int, as_json: bool
+) -> None:
+    """Time one forward pass of BUNDLE, the sides taking turns in random order.
+
+    A ratio is to the base in the same round, with its quartiles; the control is the base once more:
+    what lies within the control's quartiles is noise.
+    """
+    from loradeploy.runtime.session import AdapterSession
+    from loradeploy.runtime.timing import time_bundle
+
+    begin = time.perf_counter()
+    session = AdapterSession(bundle)
+    opened = time.perf_counter() - begin
+    loads = {}
+    for text in adapters:
+        name, _, place = text.rpartition("=")
+        name = name or Path(place).resolve().name
+        begin = time.perf_counter()
+        session.load(name, place)
+        loads[name] = (time.perf_counter() - begin) * 1e3
+    timings = time_bundle(session, batch=batch, length=length, rounds=rounds)
+    if as_json:
+        print_json(
+            {
+                "bundle": bundle,
+                "batch": batch,
+                "length": length,
+                "rounds": rounds,
+                "providers": session.providers,
+                "open_s": opened,
+                "load_ms": loads,
+                "timings": [asdict(timing) for timing in timings],
+            }
+        )
+        return
+    title = f"{bundle}, batch {batch}, length {length}, {', '.join(session.providers)}"
+    header = ("side", "ms", "quartiles", "× base", "quartiles")
+    print_rows(title, header, [_row(timing) for timing in timings])
+    print_rows("loading", ("adapter", "ms"), [(n, f"{ms:.1f}") for n, ms in loads.items()])
+    click.echo(f"opened in {opened:.2f} s")
+
+
+def _row(timing: Timing) -> tuple[Any, ...]:
+    spread = f"{timing.low:.2f}–{timing.high:.2f}"
+    if timing.ratio is None:
+        return timing.name, f"{timing.median:.2f}", spread, "", ""
+    ratios = f"{timing.ratio_low:.2f}–{timing.ratio_high:.2f}"
+    return timing.name, f"{timing.median:.2f}", spread, f"{timing.ratio:.2f}", ratios

@@ -1,0 +1,39 @@
+"""`loradeploy doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from loradeploy.cli.console import json_option, print_json, print_rows
+
+_MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
+
+
+@click.command(
+    name="doctor",
+    short_help="Check versions, execution providers and known traps.",
+    epilog="Example: loradeploy doctor",
+)
+@json_option
+def command(as_json: bool) -> int:
+    """Tell what is installed, which execution providers there are, and the traps found.
+
+    The exit status is 1 where there is a problem.
+    """
+    from loradeploy.runtime.environment import examine
+
+    findings = examine()
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print_rows(
+            "This machine",
+            ("", "", ""),
+            [(_MARKS[f.status], f.name, f.detail) for f in findings],
+        )
+        for finding in findings:
+            if finding.advice:
+                click.echo(f"{finding.name}: {finding.advice}")
+    return int(any(finding.status == "problem" for finding in findings))

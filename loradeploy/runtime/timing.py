@@ -1,0 +1,135 @@
+"""How long a bundle takes: prefill, decode, swap and load, base and adapters side by side."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.names import ATTENTION_MASK, CAUSAL_LM, POSITION_IDS
+from loradeploy.errors import UsageError
+from loradeploy.runtime.session import Adapters, AdapterSession
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one thing, over all rounds, and its ratio to the base in the same rounds.
+
+    `control` is a second timing of the base: no ratio within its quartiles means anything.
+    """
+
+    name: str
+    median: float
+    low: float
+    high: float
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+def time_bundle(
+    session: AdapterSession, *, batch: int = 1, length: int = 128, rounds: int = 15, seed: int = 0
+) -> list[Timing]:
+    """Times of one forward pass: one new token after `length` for decoders, else `length` tokens.
+
+    Sides are the base, the base again as the control, each adapter for all rows, a swap (another
+    adapter at each call), and where the batch has room a mixed batch. They take turns within each
+    round, in random order.
+
+    Raises:
+        UsageError: a size that is not positive.
+    """
+    for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}: give 1 or more")
+    feeds = _feeds(session, batch, length)
+    outputs = [spec.name for spec in session.manifest.outputs]
+    names = list(session.adapters)
+    sides: dict[str, Adapters] = {"base": None, "base again (control)": None}
+    sides.update({f"adapter {name}": name for name in names})
+    if len(names) > 1 and batch > 1:
+        rows = [[None, *names][row % (len(names) + 1)] for row in range(batch)]
+        sides["mixed batch"] = rows
+    calls: dict[str, Callable[[], object]] = {
+        side: partial(session.run_with_ort_values, outputs, feeds, adapters)
+        for side, adapters in sides.items()
+    }
+    if len(names) > 1:
+        calls["swap at each call"] = _swapping(session, outputs, feeds, names)
+    return _alternate(calls, rounds=rounds, seed=seed)
+
+
+def _swapping(
+    session: AdapterSession, outputs: Sequence[str], feeds: Mapping[str, Any], names: Sequence[str]
+) -> Callable[[], object]:
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn += 1
+        return session.run_with_ort_values(outputs, feeds, names[turn % len(names)])
+
+    return call
+
+
+def _alternate(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, seed: int
+) -> list[Timing]:
+    for call in calls.values():
+        for _ in range(_WARM_UP):
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(seed).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            begin = time.perf_counter()
+            calls[name]()
+            taken[name].append((time.perf_counter() - begin) * 1e3)
+    return [_timing(name, taken[name], taken["base"]) for name in calls]
+
+
+def _timing(name: str, own: Sequence[float], base: Sequence[float]) -> Timing:
+    low, median, high = _quartiles(own)
+    if name == "base":
+        return Timing(name, median, low, high)
+    ratio_low, ratio, ratio_high = _quartiles([a / b for a, b in zip(own, base, strict=True)])
+    return Timing(name, median, low, high, ratio, ratio_low, ratio_high)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def _feeds(session: AdapterSession, batch: int, length: int) -> dict[str, NDArray[Any]]:
+    """Feeds of the shapes that are timed; what they hold does not change the time."""
+    decoder = session.manifest.task == CAUSAL_LM
+    sizes = {
+        "batch": batch,
+        "sequence": 1 if decoder else length,
+        "past": length,
+        "total": length + 1,
+    }
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in session.manifest.inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+        fill = 1 if spec.name == ATTENTION_MASK else 0
+        feeds[spec.name] = np.full(shape, fill, spec.dtype)
+        if spec.name == POSITION_IDS:
+            feeds[spec.name][:] = length if decoder else np.arange(length)
+    return feeds
