@@ -3,7 +3,7 @@
     train    data and a base model → an adapter                    (needs the extra `train`)
     export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
     parity   a bundle against PyTorch, and the verdict             (needs both)
-    AdapterSession, TextGenerator, TextClassifier                  the runtime; numpy and
+    AdapterSession, TextGenerator, TextClassifier, TextEmbedder    the runtime; numpy and
                                                                    onnxruntime are all it needs
 """
 
@@ -21,6 +21,7 @@ from loradeploy.train.api import train
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
     from loradeploy.runtime.classification import TextClassifier
+    from loradeploy.runtime.embedding import TextEmbedder
     from loradeploy.runtime.generation import TextGenerator
     from loradeploy.runtime.session import AdapterSession
 
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterSession",
     "LoraDeployError",
     "TextClassifier",
+    "TextEmbedder",
     "TextGenerator",
     "export",
     "load_adapter",
@@ -46,6 +48,7 @@ _LAZY = {
     "save_adapter": "loradeploy.adapter",
     "AdapterSession": "loradeploy.runtime.session",
     "TextClassifier": "loradeploy.runtime.classification",
+    "TextEmbedder": "loradeploy.runtime.embedding",
     "TextGenerator": "loradeploy.runtime.generation",
 }
 
