@@ -15,7 +15,7 @@ from loradeploy.bundle.factors import check_fit
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest, SavedTarget
 from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
 from loradeploy.errors import AdapterMismatchError, UsageError
-from loradeploy.export.find import is_head, is_linear_of
+from loradeploy.export.find import is_head, is_part_of
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def _expected(
         f"{module}.{part}"
         for module in layers
         for part in ("weight", "bias")
-        if is_linear_of(module, adapter.config.modules_to_save)
+        if is_part_of(module, adapter.config.modules_to_save)
         or (task == SEQUENCE_CLASSIFICATION and is_head(module))
     }
     return Manifest(

@@ -16,7 +16,7 @@ from loradeploy.bundle.manifest import (
     Manifest,
     SavedTarget,
 )
-from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.adapters import (
     check_adapters,
@@ -29,7 +29,7 @@ from loradeploy.export.find import (
     Linear,
     find_linears,
     is_head,
-    is_linear_of,
+    is_part_of,
     output_head,
     refuse_side_inputs,
 )
@@ -46,6 +46,7 @@ from loradeploy.export.precision import DEFAULT_PRECISION, PACKED_BITS, precisio
 from loradeploy.export.quantise import quantise
 from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
 from loradeploy.export.source import Source
+from loradeploy.export.surgery import rows_of
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.write import Content, read_config, with_labels
 
@@ -261,12 +262,27 @@ def _split(
     targets, heads = [], []
     for module, linear in findings.linears.items():
         classifies = base.task == SEQUENCE_CLASSIFICATION and is_head(module)
-        if module not in wanted and (classifies or is_linear_of(module, saved)):
+        if module not in wanted and (classifies or is_part_of(module, saved)):
             heads.append(linear)
-        elif module in wanted or not (base.task != SEQUENCE_CLASSIFICATION and module == head):
-            # An output head is as large as the vocabulary: it takes factors only if one wants it.
+            continue
+        # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
+        spared = module == head and base.task == CAUSAL_LM and module not in wanted
+        if not spared and _has_rows(base.graph, linear, wanted=module in wanted):
             targets.append(linear)
     return targets, heads
+
+
+def _has_rows(model: ir.Model, linear: Linear, *, wanted: bool) -> bool:
+    """Whether the linear's rows are the batch's; a `wanted` one whose rows are not is an error."""
+    try:
+        for node in linear.nodes:
+            rows_of(model.graph, node, linear.module)
+    except ExportError as problem:
+        if wanted:
+            raise
+        logger.warning("left as it is: %s", problem)
+        return False
+    return True
 
 
 def _manifest(base: Base, mode: Any) -> Manifest:

@@ -114,12 +114,16 @@ def output_head(model: ir.Model, findings: Findings) -> str | None:
 
 def is_head(module: str) -> bool:
     """Whether `module` is a classifier's head, or a part of one."""
-    return any(part in HEAD_NAMES for part in module.split("."))
+    return is_part_of(module, HEAD_NAMES)
 
 
-def is_linear_of(module: str, names: tuple[str, ...]) -> bool:
-    """Whether PEFT's modules_to_save `names` mean `module` or a module around it."""
-    return any(f".{name}." in f".{module}." for name in names)
+def is_part_of(module: str, names: tuple[str, ...]) -> bool:
+    """Whether PEFT's modules_to_save `names` mean `module` or a module around it.
+
+    PEFT 0.21 takes every module whose name ends so: `classifier` means DistilBERT's
+    `pre_classifier` too.
+    """
+    return any(part.endswith(names) for part in module.split("."))
 
 
 def refuse_side_inputs(model: ir.Model) -> None:

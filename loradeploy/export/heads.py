@@ -32,7 +32,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     if len(linear.nodes) != 1 or linear.quantised:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
-    rows = rows_of(node, module)
+    rows = rows_of(graph, node, module)
     if rows.flattened:
         raise ExportError(f"{module} flattens its rows and cannot be a side input: merge instead")
     x = rows.x

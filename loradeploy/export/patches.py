@@ -22,19 +22,24 @@ def traceable() -> Iterator[None]:
     - A masked attention row never is empty: padding sees itself. Kernels that give NaN for an empty
       row would otherwise spread it from padding to everything.
     - Grouped-query attention stays grouped: the repeated keys and values are never materialised.
+      Attention that leaves the repetition to broadcasting is told to be grouped.
     """
+    import torch
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D
 
     conv1d_forward = Conv1D.forward
     grouped = os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA")
+    attention = torch.nn.functional.scaled_dot_product_attention
     Conv1D.forward = _conv1d_as_matmul
+    torch.nn.functional.scaled_dot_product_attention = _grouped(attention)
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_without_empty_rows
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     try:
         yield
     finally:
         Conv1D.forward = conv1d_forward
+        torch.nn.functional.scaled_dot_product_attention = attention
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         if grouped is None:
             del os.environ["TRANSFORMERS_SDPA_FORCE_GQA"]
@@ -67,6 +72,17 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _grouped(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def grouped(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+    ) -> torch.Tensor:
+        if query.ndim == 4 and query.shape[1] != key.shape[1]:
+            options["enable_gqa"] = True
+        return attention(query, key, value, *rest, **options)
+
+    return grouped
 
 
 def _conv1d_as_matmul(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -95,14 +95,16 @@ def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
 
     module, into, out = linear.module, linear.in_features, linear.out_features
     dtype = surgery.dtype.numpy()
+    # A symbol of its own: ONNX Runtime takes equal symbols for equal sizes, and adapters differ.
+    rank = f"{module}.rank"
     A = surgery.side_input(
-        lora_a_name(module), ["adapters", into, "rank"], np.zeros((1, into, 0), dtype)
+        lora_a_name(module), ["adapters", into, rank], np.zeros((1, into, 0), dtype)
     )
     B = surgery.side_input(
-        lora_b_name(module), ["adapters", "rank", out], np.zeros((1, 0, out), dtype)
+        lora_b_name(module), ["adapters", rank, out], np.zeros((1, 0, out), dtype)
     )
-    for call, node in enumerate(linear.nodes):
-        _add_factors_at(surgery, node, _label(module, call), A, B, out)
+    for call in range(len(linear.nodes)):
+        _add_factors_at(surgery, linear, call, A, B)
     return LoraTarget(
         module=module,
         in_features=into,
@@ -115,16 +117,19 @@ def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
     )
 
 
-def _add_factors_at(
-    surgery: Surgery, node: ir.Node, label: str, A: ir.Value, B: ir.Value, out: int
-) -> None:
-    rows = rows_of(node, label)
+def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B: ir.Value) -> None:
+    node, label = linear.nodes[call], _label(linear.module, call)
+    into, out = linear.in_features, linear.out_features
+    rows = rows_of(surgery.graph, node, linear.module)
     x, y = rows.x, node.outputs[0]
     chain = surgery.chain(node, label)
     a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
     if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
+    if rows.flattened:
+        shape = surgery.unflattened(into)
+        x = chain.add("Reshape", "lora_unflatten", [x, shape])  # [batch, sequence, in]
     low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, out]
     if rows.no_sequence:

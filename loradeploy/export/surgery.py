@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# What gives each row of its result from the same row of its (first) input.
+_ROW_BY_ROW: Final = (
+    *("Add", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "Gemm", "Identity"),
+    *("LayerNormalization", "MatMul", "MatMulNBits", "Mul", "RMSNormalization", "Relu", "Sigmoid"),
+    *("SimplifiedLayerNormalization", "SkipLayerNormalization", "Softplus", "Sub", "Tanh"),
+)
+
+
 class Surgery:
     """The graph under the knife, its `adapter_ids`, and the defaults of what was replaced."""
 
@@ -25,6 +33,8 @@ class Surgery:
         self.defaults: dict[str, NDArray[Any]] = {}
         self.ids = self.side_input(ADAPTER_IDS, ["rows"], np.zeros(1, np.int64))
         self._constants: dict[str, ir.Value] = {}
+        self._unflattened: dict[int, ir.Value] = {}
+        self._sizes: Chain | None = None
 
     @property
     def sequence_axis(self) -> ir.Value:
@@ -38,6 +48,26 @@ class Surgery:
                 self.graph, f"side_inputs.{name}", np.array(numbers, np.int64)
             )
         return self._constants[name]
+
+    def unflattened(self, features: int) -> ir.Value:
+        """The shape [batch, -1, features], the batch read off the graph's first input."""
+        import onnx_ir as ir
+
+        if self._sizes is None:
+            source = first_input(self.graph)
+            shape = ir.node("Shape", [source], name="side_inputs/shape")
+            shape.outputs[0].name = shape.name
+            self.graph.insert_before(self.graph[0], shape)
+            self._sizes = Chain(self.graph, shape, "side_inputs", ir.DataType.INT64)
+            first = self.integers("first", [0])
+            self._sizes.add("Gather", "batch", [shape.outputs[0], first], axis=0)
+            self._batch = self._sizes.last.outputs[0]
+        if features not in self._unflattened:
+            rest = self.integers(f"rest_{features}", [-1, features])
+            self._unflattened[features] = self._sizes.add(
+                "Concat", f"unflattened_{features}", [self._batch, rest], axis=0
+            )
+        return self._unflattened[features]
 
     def side_input(self, name: str, shape: list[int | str], default: NDArray[Any]) -> ir.Value:
         """A graph input of `shape` that is `default` where nothing is fed."""
@@ -56,8 +86,8 @@ class Surgery:
 class Rows:
     """Where a product's rows are, so that each row of a batch can have its own adapter.
 
-    `x`: [batch, sequence, in], or [batch, in] where there is `no_sequence`. `flattened`: the
-    product itself takes x as [batch · sequence, in], and gives y so.
+    `x`: [batch, sequence, in]; [batch, in] where there is `no_sequence`; [batch · sequence, in]
+    where it is `flattened`.
     """
 
     x: ir.Value
@@ -65,30 +95,55 @@ class Rows:
     flattened: bool = False
 
 
-def rows_of(node: ir.Node, label: str) -> Rows:
+def rows_of(graph: ir.Graph, node: ir.Node, module: str) -> Rows:
     """The rows of the product `node`.
 
     Raises:
-        ExportError: its input is of another rank, or the graph does not tell.
+        ExportError: its input does not have the batch in front, or the graph does not tell.
     """
     x, y = node.inputs[0], node.outputs[0]
     shape = x.shape if x is not None and x.shape is not None else y.shape
     if x is None or shape is None:
-        raise ExportError(f"the graph does not tell the shape of {label}'s input")
-    if len(shape) == 3:
-        return Rows(x)
-    if len(shape) != 2:
+        raise ExportError(f"{module}: the graph does not tell the shape of its input")
+    if len(shape) == 2 and _is_flattened(graph, x):
+        return Rows(x, flattened=True)
+    if len(shape) not in (2, 3) or not _is_batch(graph, shape, exactly=len(shape) == 2):
         raise ExportError(
-            f"{label} takes an input of rank {len(shape)}, whose rows cannot have adapters of their"
-            " own: merge the adapter instead"
+            f"{module} takes an input of shape {shape}, whose rows are not those of the batch and"
+            " cannot have adapters of their own: merge the adapter instead"
         )
-    reshape = x.producer()
-    if reshape is not None and reshape.op_type == "Reshape":
-        whole = reshape.inputs[0]
-        if whole is not None and whole.shape is not None and len(whole.shape) == 3:
-            return Rows(whole, flattened=True)
-        raise ExportError(
-            f"{label} takes a reshaped input, and the graph does not tell from what: run ONNX shape"
-            " inference on it first, or merge the adapter instead"
-        )
-    return Rows(x, no_sequence=True)
+    return Rows(x, no_sequence=len(shape) == 2)
+
+
+def _is_batch(graph: ir.Graph, shape: ir.Shape, *, exactly: bool) -> bool:
+    """Whether the first dimension is the batch's, as the graph's first input has it.
+
+    A symbol that no input has may be the same number, unless it has to be `exactly` the batch's.
+    """
+    first = first_input(graph)
+    if first is None or not first.shape:
+        return False
+    batch, rows = first.shape[0], shape[0]
+    if batch == rows:
+        return True
+    elsewhere = any(rows in value.shape for value in graph.inputs if value.shape is not None)
+    return not (exactly or elsewhere or isinstance(rows, int))
+
+
+def _is_flattened(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether `value` [rows, …] comes of reshaping [batch, sequence, …], row by row."""
+    current: ir.Value | None = value
+    while current is not None and (node := current.producer()) is not None:
+        if node.op_type == "Reshape":
+            whole = node.inputs[0]
+            shape = None if whole is None else whole.shape
+            return shape is not None and len(shape) == 3 and _is_batch(graph, shape, exactly=False)
+        if node.op_type not in _ROW_BY_ROW:
+            return False
+        current = next((v for v in node.inputs if v is not None and not v.is_initializer()), None)
+    return False
+
+
+def first_input(graph: ir.Graph) -> ir.Value | None:
+    """The first input that has no default: its first dimension is the batch."""
+    return next((value for value in graph.inputs if not value.is_initializer()), None)

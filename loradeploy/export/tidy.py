@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NAME_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 
+_KEPT: Final = ("Gemm", "MatMul")
+
 # Shape constants are joined, so that what they feed can be; weights never are: an adapter merged
 # into one of two equal weights must not change the other.
 _JOINED_ELEMENTS: Final = 8
@@ -67,11 +69,16 @@ def _optimise(model: ir.Model) -> None:
     common.InlinePass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+
+    def fold() -> None:
+        # A product with a constant input is a linear layer all the same: adapters must reach it.
+        fold_constants(model, should_fold=lambda node: False if node.op_type in _KEPT else None)
+
     for _ in range(2):
-        fold_constants(model)
+        fold()
         common.RemoveUnusedNodesPass()(model)
         rewrite(model)
-    fold_constants(model)
+    fold()
     join()
     fuse(model)
     join()

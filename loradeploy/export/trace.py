@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPSET: Final = 23
+_COLOUR: Final = re.compile(r"\x1b\[\d*m")
 # Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
 POOLER_OUTPUT: Final = "pooler_output"
@@ -91,7 +93,6 @@ def load_model(
                 directory,
                 config=config,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
                 use_safetensors=True,
                 output_loading_info=True,
                 # A head with another number of labels than the checkpoint's is a head of its own.
@@ -307,5 +308,8 @@ def _parameters(model: Any) -> Mapping[str, Any]:
 
 
 def _first_line(problem: BaseException) -> str:
-    lines = [line for line in str(problem).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(problem).__name__
+    """What went wrong at the root, in a line: torch wraps it in advice and colours."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return _COLOUR.sub("", lines[0]) if lines else type(problem).__name__

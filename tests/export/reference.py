@@ -11,8 +11,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.factors import side_inputs
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -65,13 +67,19 @@ def factors(bundle: Path, adapter: Path) -> Arrays:
     return side_inputs(load_adapter(adapter), read_manifest(bundle))
 
 
-def stacked(slots: list[Arrays], defaults: Arrays) -> Arrays:
+def defaults(bundle: Path) -> Arrays:
+    """What the base has where adapters replace whole parameters."""
+    file = bundle / "defaults.safetensors"
+    return read_arrays(file, error=BundleError)[0] if file.exists() else {}
+
+
+def stacked(slots: list[Arrays], base: Arrays) -> Arrays:
     """Side inputs of several slots, zero-padded to one rank; an empty slot is the base."""
     stack: Arrays = {}
     for name in dict.fromkeys(name for slot in slots for name in slot):
         some = next(slot[name] for slot in slots if name in slot)
-        base = defaults.get(name, np.zeros_like(some))
-        held = [slot.get(name, base) for slot in slots]
+        empty = base.get(name, np.zeros_like(some))
+        held = [slot.get(name, empty) for slot in slots]
         shape = np.max([values.shape for values in held], axis=0)
         padded = [
             np.pad(

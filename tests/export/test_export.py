@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import BundleError
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import (
+    defaults,
     difference,
     factors,
     onnx_output,
@@ -90,7 +89,7 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run(
     small = factors(bundle, make_adapter(model, r=2, seed=1))
     large = factors(bundle, make_adapter(model, r=8, seed=2))
     row = np.random.default_rng(1).integers(3, 500, (1, 7))
-    side = stacked([{}, small, large], defaults={})
+    side = stacked([{}, small, large], {})
     slots = np.array([2, 0, 1, 2])
     mixed = onnx_output(bundle, row.repeat(4, axis=0), side={**side, "adapter_ids": slots})
     for number, slot in enumerate(slots):
@@ -273,9 +272,8 @@ def test_a_classifier_takes_heads_and_factors_per_row(
         side = factors(tmp_path / "b", adapter)
         solo[name] = onnx_output(tmp_path / "b", ids, side=side)
         assert difference(solo[name], expected) <= tolerance("torch-onnx-tiny"), name
-    defaults, _ = read_arrays(tmp_path / "b" / "defaults.safetensors", error=BundleError)
     slots = [{}, *(factors(tmp_path / "b", a) for a in classifier_adapters.values())]
-    side = {**stacked(slots, defaults), "adapter_ids": np.array([2, 0])}
+    side = {**stacked(slots, defaults(tmp_path / "b")), "adapter_ids": np.array([2, 0])}
     mixed = onnx_output(tmp_path / "b", ids, side=side)
     assert difference(mixed[0], solo["two"][0]) <= tolerance("rows")
     assert difference(mixed[1], onnx_output(tmp_path / "b", ids)[1]) <= tolerance("rows")

@@ -100,19 +100,37 @@ def test_rows_without_a_sequence_stay_rows() -> None:
     assert np.array_equal(run(model, {"x": rows}), base)
 
 
-def test_flattened_rows_are_told_from_before_they_were() -> None:
+@pytest.mark.parametrize("between", ["nothing", "row by row"])
+def test_flattened_rows_are_told_from_before_they_were(between: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     flat = b.node("Reshape", [x, b.constant("s", np.array([-1, IN]))], ["rows", IN])
+    if between == "row by row":
+        flat = b.node("Tanh", [b.node("Add", [b.weight("c", IN), flat])], ["rows", IN])
     y = b.node("Gemm", [flat, b.weight("w", IN, OUT)], ["rows", OUT], module="m")
     model = b.model(y)
     rows = numbers(2, 3, IN)
     base = run(model, {"x": rows})
-    inject_side_inputs(model, _linears(model))
+    c = model.graph.initializers["c"].const_value.numpy() if between == "row by row" else None
+    added = inject_side_inputs(model, _linears(model))
     A, B = numbers(2, IN, 2, seed=1), numbers(2, 2, OUT, seed=2)
     side = {"m.lora_A": A, "m.lora_B": B, "adapter_ids": np.array([1, 0])}
-    expected = base + (rows @ A[[1, 0]] @ B[[1, 0]]).reshape(-1, OUT)
+    seen = rows if c is None else np.tanh(rows + c)
+    expected = base + (seen @ A[[1, 0]] @ B[[1, 0]]).reshape(-1, OUT)
     assert np.abs(run(model, {"x": rows, **side}) - expected).max() < 1e-5
+    remove_side_inputs(model, _manifest(added))
+    assert not any(str(node.name).startswith("side_inputs") for node in model.graph)
+    assert np.array_equal(run(model, {"x": rows}), base)
+
+
+def test_a_batch_in_front_of_flattened_rows_is_not_guessed() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    turned = b.node("Transpose", [x], ["sequence", "batch", IN], perm=[1, 0, 2])
+    picked = b.node("Gather", [turned, b.constant("i", np.array(0))], ["picked", IN], axis=0)
+    model = b.model(b.node("MatMul", [picked, b.weight("w", IN, OUT)], module="m"))
+    with pytest.raises(ExportError, match="are not those of the batch"):
+        inject_side_inputs(model, _linears(model))
 
 
 def test_rows_that_cannot_be_told_are_refused() -> None:
@@ -120,7 +138,18 @@ def test_rows_that_cannot_be_told_are_refused() -> None:
     x = b.input("x", ["batch", "heads", "sequence", IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], module="m")
     model = b.model(y)
-    with pytest.raises(ExportError, match="rank 4.*merge the adapter instead"):
+    with pytest.raises(
+        ExportError, match="m takes an input of shape .*heads.*merge the adapter instead"
+    ):
+        inject_side_inputs(model, _linears(model))
+
+
+def test_a_sequence_in_front_of_the_batch_is_refused() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    turned = b.node("Transpose", [x], ["sequence", "batch", IN], perm=[1, 0, 2])
+    model = b.model(b.node("MatMul", [turned, b.weight("w", IN, OUT)], module="m"))
+    with pytest.raises(ExportError, match=r"\[sequence,batch,6\], whose rows are not those"):
         inject_side_inputs(model, _linears(model))
 
 

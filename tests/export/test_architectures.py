@@ -1,0 +1,152 @@
+"""Architectures that differ in what matters to a trace, each with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+from tests.conftest import MakeAdapter
+from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
+from tests.tolerances import tolerance
+
+pytestmark = pytest.mark.slow
+
+_TOKENS: Final = {"vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_COMMON: Final = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    **_TOKENS,
+}
+_DECODER: Final = {
+    **_COMMON,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_ENCODER: Final = {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 64}
+_GEMMA: Final = {**_DECODER, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+
+# What each one is here for: the config's class and its values.
+ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
+    "mistral: a sliding window": (
+        "causal-lm",
+        "MistralConfig",
+        {**_DECODER, "sliding_window": 4},
+    ),
+    "qwen2: biases": ("causal-lm", "Qwen2Config", _DECODER),
+    "qwen3: normalised heads": ("causal-lm", "Qwen3Config", {**_DECODER, "head_dim": 8}),
+    "gemma2: capped logits, eager attention": ("causal-lm", "Gemma2Config", _GEMMA),
+    "gemma3: two kinds of layers": ("causal-lm", "Gemma3TextConfig", _GEMMA),
+    "phi3: fused projections": ("causal-lm", "Phi3Config", _DECODER),
+    "gpt-neox: partial rotation": (
+        "causal-lm",
+        "GPTNeoXConfig",
+        {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 64},
+    ),
+    "opt: positions from the mask": (
+        "causal-lm",
+        "OPTConfig",
+        {**_COMMON, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    ),
+    "falcon: one key head for all": ("causal-lm", "FalconConfig", _COMMON),
+    "roberta: a head of two layers": (
+        "sequence-classification",
+        "RobertaConfig",
+        {**_ENCODER, "type_vocab_size": 1},
+    ),
+    "modernbert: local attention": (
+        "sequence-classification",
+        "ModernBertConfig",
+        {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
+    ),
+}
+
+
+# Projects its table of positions, which has no batch, by the layers that project the tokens.
+DEBERTA: Final = {
+    **_ENCODER,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "position_biased_input": False,
+}
+
+
+def _make(place: Path, task: str, config_class: str, values: Mapping[str, Any]) -> Path:
+    import torch
+    import transformers
+
+    config = getattr(transformers, config_class)(**values)
+    config.initializer_range = 0.15
+    auto: Callable[..., Any] = (
+        transformers.AutoModelForCausalLM.from_config
+        if task == "causal-lm"
+        else transformers.AutoModelForSequenceClassification.from_config
+    )
+    torch.manual_seed(0)
+    auto(config).eval().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda name: name.partition(":")[0])
+def architecture(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    task, config_class, values = ARCHITECTURES[request.param]
+    return task, _make(tmp_path_factory.mktemp("architecture"), task, config_class, values)
+
+
+def test_every_path_is_the_pytorch_model(
+    architecture: tuple[str, Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    task, model = architecture
+    adapter = make_adapter(model, out=tmp_path / "a", task=task, scale=0.1)
+    export(model, tmp_path / "side", adapters={"a": adapter})
+    export(tmp_path / "side", tmp_path / "merged", adapters={"a": adapter}, merge=True)
+    ids = np.random.default_rng(0).integers(5, 110, (2, 9))
+    base = torch_output(model, ids, task=task)
+    adapted = torch_output(model, ids, task=task, adapter=adapter)
+    allowed = tolerance("torch-onnx-tiny")
+    side = factors(tmp_path / "side", adapter)
+    assert difference(onnx_output(tmp_path / "side", ids), base) <= allowed
+    assert difference(onnx_output(tmp_path / "side", ids, side=side), adapted) <= allowed
+    assert difference(onnx_output(tmp_path / "merged", ids), adapted) <= allowed
+    assert difference(base, adapted) > 0.1
+    slots = stacked([{}, side], defaults(tmp_path / "side"))
+    mixed = onnx_output(tmp_path / "side", ids, side={**slots, "adapter_ids": np.array([1, 0])})
+    assert difference(mixed[0], adapted[0]) <= allowed
+    assert difference(mixed[1], base[1]) <= allowed
+    # Decoders are padded on the left, encoders on the right.
+    mask = np.ones_like(ids)
+    mask[0, slice(0, 4) if task == "causal-lm" else slice(5, 9)] = 0
+    padded, expected = (
+        onnx_output(tmp_path / "side", ids, mask),
+        torch_output(model, ids, mask, task=task),
+    )
+    real = mask.astype(bool) if task == "causal-lm" else slice(None)
+    assert difference(padded[real], expected[real]) <= allowed
+
+
+def test_layers_that_see_more_than_the_batch_are_merged_and_not_side_inputs(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    task = "sequence-classification"
+    model = _make(tmp_path / "m", task, "DebertaV2Config", DEBERTA)
+    adapter = make_adapter(model, out=tmp_path / "a", task=task, scale=0.1)
+    with pytest.raises(ExportError, match=r"query_proj takes an input of shape .*merge"):
+        export(model, tmp_path / "side", adapters={"a": adapter})
+    export(model, tmp_path / "merged", adapters={"a": adapter}, merge=True)
+    ids = np.random.default_rng(0).integers(5, 110, (2, 9))
+    adapted = torch_output(model, ids, task=task, adapter=adapter)
+    merged = onnx_output(tmp_path / "merged", ids)
+    assert difference(merged, adapted) <= tolerance("torch-onnx-tiny")
+    assert difference(merged, torch_output(model, ids, task=task)) > 0.1
