@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -11,8 +10,9 @@ from collections.abc import Iterator
 
 import click
 
-_TASKS = ("causal-lm", "sequence-classification", "feature-extraction")
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+from loradeploy.bundle.names import TASKS
+from loradeploy.cli.console import json_option, print_json, print_pairs
+from loradeploy.export.precision import NAMED
 
 
 @click.command(
@@ -32,15 +32,15 @@ _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 @click.option("--merge", is_flag=True, help="Fold the one adapter in; no side inputs.")
 @click.option(
     "--precision",
-    type=click.Choice(_PRECISIONS),
+    type=click.Choice(NAMED),
     help="Of the base's weights [default: fp32, or what an ONNX model has].",
 )
 @click.option(
     "--task",
-    type=click.Choice(_TASKS),
+    type=click.Choice(TASKS),
     help="Where adapters and architecture do not tell it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(
     model: str,
     output: str,
@@ -68,24 +68,22 @@ def command(
             precision=precision,
             task=task,
         )
-    seconds = time.monotonic() - started
+    values = {
+        "bundle": output,
+        "task": manifest.task,
+        "mode": manifest.mode,
+        "precision": manifest.precision,
+        "base": manifest.base.name,
+        "base_digest": manifest.base.digest,
+        "targets": len(manifest.targets),
+        "adapters": sorted(manifest.adapters),
+        "merged_adapter": manifest.merged_adapter and manifest.merged_adapter.digest,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     if as_json:
-        result = {
-            "bundle": output,
-            "task": manifest.task,
-            "mode": manifest.mode,
-            "precision": manifest.precision,
-            "base": {"name": manifest.base.name, "digest": manifest.base.digest},
-            "targets": len(manifest.targets),
-            "adapters": sorted(manifest.adapters),
-            "seconds": round(seconds, 1),
-        }
-        click.echo(json.dumps(result, indent=2))
-        return
-    took = f"{len(manifest.targets)} target modules" if manifest.targets else "adapter merged"
-    click.echo(
-        f"{output}: {manifest.task}, {manifest.mode}, {manifest.precision}, {took}, {seconds:.1f} s"
-    )
+        print_json(values)
+    else:
+        print_pairs(f"Exported {output}", {k: v for k, v in values.items() if k != "bundle"})
 
 
 @contextlib.contextmanager

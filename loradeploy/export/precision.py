@@ -18,6 +18,7 @@ PRECISIONS: Final = ("fp32", "fp16", *PACKED_BITS)
 _REFUSED: Final[Mapping[str, str]] = {
     "bf16": "onnxruntime's CPU provider cannot multiply bfloat16 matrices: take fp16 or fp32",
 }
+NAMED: Final = (*PRECISIONS, *_REFUSED)  # what may be asked for, if only to be told why not
 
 
 def check_precision(precision: str) -> None:

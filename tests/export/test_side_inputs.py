@@ -51,8 +51,8 @@ def test_side_inputs_are_inputs_with_defaults_of_rank_zero() -> None:
     shapes = {v.name: v.shape for v in model.graph.inputs}
     defaults = {n: v.const_value for n, v in model.graph.initializers.items()}
     assert list(shapes) == ["x", "adapter_ids", "block.proj.lora_A", "block.proj.lora_B"]
-    assert shapes["block.proj.lora_A"] == ir.Shape(["adapters", IN, "rank"])
-    assert shapes["block.proj.lora_B"] == ir.Shape(["adapters", "rank", OUT])
+    assert shapes["block.proj.lora_A"] == ir.Shape(["adapters", IN, "block.proj.rank"])
+    assert shapes["block.proj.lora_B"] == ir.Shape(["adapters", "block.proj.rank", OUT])
     assert tuple(defaults["block.proj.lora_A"].shape) == (1, IN, 0)
     assert tuple(defaults["block.proj.lora_B"].shape) == (1, 0, OUT)
     assert defaults["adapter_ids"].numpy().tolist() == [0]
