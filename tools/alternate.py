@@ -44,10 +44,10 @@ class Ratio:
 class Worker:
     """One side in a process of its own."""
 
-    def __init__(self, script: str, name: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, name: str, arguments: Mapping[str, Any]) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, script, "--worker", name, json.dumps(arguments)],
+            [sys.executable, "-m", module, "--worker", name, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
