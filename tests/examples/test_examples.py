@@ -1,0 +1,72 @@
+"""The examples run, and show what they say they show."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, MakeAdapter
+
+
+def example(name: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny Llama with two adapters of different ranks."""
+    from loradeploy.export.api import export
+
+    place = tmp_path_factory.mktemp("examples") / "bundle"
+    adapters = {
+        "first": make_adapter(tiny_llama, r=4, seed=1, scale=0.3),
+        "second": make_adapter(tiny_llama, r=8, seed=2, scale=0.3),
+    }
+    export(tiny_llama, place, adapters=adapters)
+    return place
+
+
+def answers(output: str) -> dict[str, str]:
+    """What each adapter said, by its name."""
+    found = re.findall(r"^(\w+)(?: \(.*\))?: (.*)$", output, re.MULTILINE)
+    return dict(found)
+
+
+def test_plain_onnxruntime_swaps_adapters_as_the_runtime_does(bundle: Path) -> None:
+    plain = answers(example("swap_adapters.py", bundle, "Good morning", "--max-new-tokens", 8))
+    ours = answers(example("mixed_batch.py", bundle, "Good morning", "--max-new-tokens", 8))
+    assert set(plain) == {"base", "first", "second"}
+    assert len(set(plain.values())) == 3, "an adapter did nothing"
+    assert plain == ours
+    assert "import loradeploy" not in (ROOT / "examples" / "swap_adapters.py").read_text()
+
+
+def test_each_row_of_the_mixed_batch_is_as_alone(bundle: Path) -> None:
+    output = example("mixed_batch.py", bundle, "Good morning", "--max-new-tokens", 8)
+    assert output.count("(as alone)") == 3
+
+
+def test_an_adapter_is_trained_deployed_and_proved(tiny_llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "lessons.jsonl"
+    lessons = [{"prompt": f"Question {n}:", "completion": f" answer {n % 3}."} for n in range(8)]
+    data.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    output = example("train_and_deploy.py", tiny_llama, data, tmp_path / "out", "--steps", 20)
+    assert "bundle: parity passed" in output
+    assert "merged: parity passed" in output
+    before, after = map(float, re.findall(r"loss (\S+) → (\S+)", output)[0])
+    assert after < before
