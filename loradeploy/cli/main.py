@@ -21,7 +21,7 @@ VERBS: Final = {
     "parity": "Prove that a bundle computes what PyTorch computes.",
     "convert": "Convert an adapter to .onnx_adapter, or back.",
     "inspect": "Tell what an adapter, a bundle or an ONNX file is.",
-    "bench": "Time a bundle: decode, prefill, swap, load.",
+    "bench": "Time a bundle: base, adapters, swap, mixed batch.",
     "doctor": "Check versions, execution providers and known traps.",
 }
 

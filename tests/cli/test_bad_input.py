@@ -1,0 +1,208 @@
+"""A user's mistake is one line on stderr, exit status 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter.tensors import read_arrays, write_arrays
+from loradeploy.cli import main as cli
+from loradeploy.errors import AdapterError
+from tests.conftest import MakeAdapter
+
+WEIGHTS = "adapter_model.safetensors"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function (*arguments) → exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making the fixtures had to say
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        status = ended.value.code
+        assert isinstance(status, int)
+        return status, out, err
+
+    return run
+
+
+def edit_weights(directory: Path, change: Callable[[bytes], bytes]) -> None:
+    file = directory / WEIGHTS
+    file.write_bytes(change(file.read_bytes()))
+
+
+def poison(directory: Path) -> None:
+    arrays, metadata = read_arrays(directory / WEIGHTS, error=AdapterError)
+    name = sorted(arrays)[0]
+    arrays[name] = np.full_like(arrays[name], np.nan)
+    write_arrays(directory / WEIGHTS, arrays, metadata)
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda d: edit_weights(d, lambda b: b[:-8]), "no valid safetensors"),
+    "lying header": (
+        lambda d: edit_weights(d, lambda b: struct.pack("<Q", 1 << 50) + b[8:]),
+        "no valid safetensors",
+    ),
+    "not a number": (poison, "not finite"),
+    "a pickle": (lambda d: (d / WEIGHTS).rename(d / "adapter_model.bin"), "is a pickle"),
+    "a variant": (lambda d: edit_config(d, use_dora=True), "use_dora"),
+    "an unknown field": (lambda d: edit_config(d, tomorrow=0.5), "tomorrow"),
+    "another rank": (lambda d: edit_config(d, r=5), "the config says rank 5"),
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), "does not exist"),
+}
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
+    """A copy of a good adapter, to be spoilt."""
+    return Path(shutil.copytree(make_adapter(tiny_llama), tmp_path / "adapter"))
+
+
+def one_line(text: str) -> str:
+    (line,) = text.splitlines()
+    assert line.startswith("Error: ")
+    assert "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize("verb", ["inspect", "run", "export", "convert"])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_spoilt_adapter_is_refused_by_every_verb(
+    spoilt: str,
+    verb: str,
+    adapter: Path,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    spoil, message = SPOILT[spoilt]
+    spoil(adapter)
+    output = tmp_path / "output"
+    arguments = {
+        "inspect": (adapter,),
+        "run": (tiny_llama_bundle, "Hello", "--adapter", adapter),
+        "export": ("--model", tiny_llama, "--output", output, "--adapter", adapter),
+        "convert": (adapter, "--bundle", tiny_llama_bundle, "--output", f"{output}.onnx_adapter"),
+    }[verb]
+    status, out, err = run(verb, *arguments)
+    assert (status, out) == (2, "")
+    assert message in one_line(err)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{tmp}/nowhere"], "does not exist"),
+        (["inspect", "{tmp}"], "is no adapter"),
+        (["run", "{tmp}/nowhere", "hi"], "does not exist"),
+        (["run", "{tmp}", "hi"], "holds no loradeploy.json"),
+        (["run", "{bundle}"], "give either a PROMPT or --input"),
+        (["run", "{bundle}", "hi", "--input", "x"], "give either a PROMPT or --input"),
+        (["run", "{bundle}", "hi", "--adapter", "unheard"], "unheard"),
+        (["run", "{bundle}", "hi", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["run", "{bundle}", "--input", "{tmp}/nowhere.txt"], "does not exist"),
+        (["run", "{bundle}", "hi", "--provider", "cuda"], "CUDAExecutionProvider"),
+        (["bench", "{bundle}", "--rounds", "0"], "rounds is 0"),
+        (["convert", "a", "--bundle", "{bundle}", "--output", "b"], "one of ADAPTER and --output"),
+        (["convert", "a.onnx_adapter", "--bundle", "{bundle}", "--output", "b"], "not exist"),
+        (["export", "--model", "{tmp}/nowhere", "--output", "{tmp}/o"], "does not exist"),
+        (["export", "--model", "{model}", "--output", "{tmp}/o", "--merge"], "exactly one adapter"),
+        (
+            ["train", "--model", "{model}", "--data", "{tmp}/no.jsonl", "--output", "{tmp}/o"],
+            "no.jsonl",
+        ),
+        (["train", "--model", "{tmp}/no", "--data", "{tmp}/d.jsonl", "--output", "{tmp}/o"], "no"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str],
+    message: str,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    places = {"tmp": tmp_path, "bundle": tiny_llama_bundle, "model": tiny_llama}
+    if message == "CUDAExecutionProvider" and Path("/dev/nvidia0").exists():
+        pytest.skip("there is a device here")
+    status, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert message in one_line(err)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "no examples"), ('{"text": "a"}\n{"text"\n', "line 2")],
+)
+def test_broken_data_is_named_by_its_line(
+    content: str, message: str, tiny_llama: Path, tmp_path: Path, run: Run
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    status, _, err = run(
+        "train", "--model", tiny_llama, "--data", data, "--output", tmp_path / "adapter"
+    )
+    assert status == 2
+    assert message in one_line(err)
+    assert os.listdir(tmp_path) == ["data.jsonl"]
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_gpt2: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, run: Run
+) -> None:
+    status, _, err = run("run", tiny_llama_bundle, "hi", "--adapter", make_adapter(tiny_gpt2))
+    assert status == 2
+    assert "is no target module of this bundle" in one_line(err)
+
+
+def test_a_graph_that_is_not_the_manifests_is_refused(
+    tiny_llama_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_llama_bundle, bundle)
+    manifest = json.loads((bundle / "loradeploy.json").read_text())
+    manifest["targets"][0]["in_features"] += 1
+    (bundle / "loradeploy.json").write_text(json.dumps(manifest))
+    status, _, err = run("run", bundle, "hi")
+    assert status == 2
+    assert "manifest" in one_line(err)
+
+
+def test_somebodys_directory_is_never_replaced(tiny_llama: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    status, _, err = run("export", "--model", tiny_llama, "--output", tmp_path)
+    assert status == 2
+    assert "is left alone" in one_line(err)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "--fly"], ["export"]])
+def test_wrong_usage_is_exit_status_2(arguments: list[str], run: Run) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "Error: " in err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError):
+        cli.main(["inspect", str(tmp_path), "--debug"])
