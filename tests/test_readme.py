@@ -1,0 +1,67 @@
+"""What the README tells a user to type works, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, MakeAdapter
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(console|python)\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def desk(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
+    """A directory with the files that the README speaks of, on a tiny model."""
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(tiny_llama)
+    lessons = [{"prompt": f"Story {n}:", "completion": f" headline {n % 3}"} for n in range(99)]
+    write_lines(tmp_path / "headlines.jsonl", lessons)
+    stories = [{"prompt": "Story 1:"}, {"prompt": "Story 2:", "adapter": "topic"}]
+    write_lines(tmp_path / "stories.jsonl", stories)
+    for seed, name in enumerate(("topic", "sport")):
+        make_adapter(tiny_llama, seed=seed, out=tmp_path / "adapters" / name)
+    return tmp_path
+
+
+def write_lines(file: Path, lines: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(command: list[str], place: Path) -> str:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_and_the_program_in_the_readme_run(desk: Path) -> None:
+    ran = 0
+    for kind, text in BLOCKS:
+        if kind == "python":
+            out = run([sys.executable, "-c", text], desk)
+            assert {line.split()[0] for line in out.splitlines() if line} >= {"headline", "sport"}
+            ran += 1
+            continue
+        for line in text.splitlines():
+            command = shlex.split(line.removeprefix("$ "), comments=True)
+            if command[0] == "loradeploy":
+                run([sys.executable, "-m", *command], desk)
+                ran += 1
+    assert ran == 8
+    assert (desk / "parity.md").is_file()
+
+
+def test_the_readme_names_make_targets_and_rooms_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^\$ make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    for room in re.findall(r"^\| `([\w/]+)` \|", README, re.MULTILINE):
+        assert (ROOT / room).is_dir()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists()
