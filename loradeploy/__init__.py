@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 # `loradeploy.train` is the function; what they need is imported when they are called.
 from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
+from loradeploy.parity.api import parity
 from loradeploy.train.api import train
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "TextGenerator",
     "export",
     "load_adapter",
+    "parity",
     "save_adapter",
     "train",
 ]

@@ -1,0 +1,133 @@
+"""Negative controls: mistakes made on purpose, which the check must see.
+
+Each mistake is made to an adapter in PyTorch, and what comes of it is held against the reference as
+if a backend had given it. A mistake that passes means that these prompts and tolerances would not
+have noticed it in a deployment either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.report import Control
+from loradeploy.parity.setting import Setting
+from loradeploy.parity.tolerances import tolerances
+from loradeploy.parity.torch_side import prompt_rows
+from loradeploy.parity.verdict import failure, judge
+
+if TYPE_CHECKING:
+    import torch
+
+    from loradeploy.parity.torch_side import Reference
+    from loradeploy.parity.walk import Row
+
+_WRONG_ADAPTER_SEED: Final = 1
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake. `make` gives the wrong adapter, or None where it cannot be made with this one."""
+
+    name: str
+    meaning: str
+    make: Callable[[Adapter], Adapter | None]
+
+
+def wrong_adapter(adapter: Adapter) -> Adapter | None:
+    """Another adapter of the same shapes: each factor's own values, in another order."""
+    random = np.random.default_rng(_WRONG_ADAPTER_SEED)
+    return _with_factors(
+        adapter,
+        {
+            module: Factors(A=random.permuted(pair.A), B=random.permuted(pair.B))
+            for module, pair in adapter.factors.items()
+        },
+    )
+
+
+def doubled_alpha(adapter: Adapter) -> Adapter | None:
+    """s twice as large, which is B twice as large."""
+    return _with_factors(
+        adapter,
+        {module: Factors(pair.A, pair.B * 2) for module, pair in adapter.factors.items()},
+    )
+
+
+def swapped_factors(adapter: Adapter) -> Adapter | None:
+    """The factors of the first two modules of one shape change places."""
+    first: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+    for module, pair in sorted(adapter.factors.items()):
+        other = first.setdefault((pair.A.shape, pair.B.shape), module)
+        if other != module:
+            changed = dict(adapter.factors)
+            changed[module], changed[other] = changed[other], changed[module]
+            return _with_factors(adapter, changed)
+    return None
+
+
+def missing_target(adapter: Adapter) -> Adapter | None:
+    """The last module has no update."""
+    if len(adapter.factors) < 2:
+        return None
+    last = adapter.modules[-1]
+    pair = adapter.factors[last]
+    return _with_factors(adapter, {**adapter.factors, last: Factors(pair.A, pair.B * 0)})
+
+
+MISTAKES: Final[tuple[Mistake, ...]] = (
+    Mistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
+    Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
+    Mistake("swapped factors", "two modules have each other's factors", swapped_factors),
+    Mistake("missing target", "one module has no update", missing_target),
+)
+OFF_BY_ONE: Final = Mistake(
+    "off-by-one row", "each row of a mixed batch has its neighbour's adapter", lambda _: None
+)
+
+
+def run_controls(
+    setting: Setting, reference: Reference, model: torch.nn.Module
+) -> tuple[Control, ...]:
+    """Make every mistake with every adapter that has an effect, and judge it."""
+    from loradeploy.lora.inject import adapted
+
+    found = []
+    before: str | None = None  # the neighbour in a mixed batch, the base at first
+    for subject in setting.subjects:
+        if not reference.effect[subject.name].largest:
+            continue
+        for mistake in MISTAKES:
+            wrong = mistake.make(subject.adapter)
+            if wrong is not None:
+                with adapted(model, wrong):
+                    rows = prompt_rows(setting, model, subject.name)
+                found.append(_judge(mistake, subject.name, rows, setting, reference))
+        neighbour = reference.rows[before]
+        found.append(_judge(OFF_BY_ONE, subject.name, neighbour, setting, reference))
+        before = subject.name
+    return tuple(found)
+
+
+def _judge(
+    mistake: Mistake, name: str, rows: Sequence[Row], setting: Setting, reference: Reference
+) -> Control:
+    scale, effect = reference.scale[name], reference.effect[name].largest
+    comparison = Comparison(scale=scale, logits=setting.manifest.task != "feature-extraction")
+    for right, wrong in zip(reference.rows[name], rows, strict=True):
+        count = len(right.prompt) if right.forced else len(right.expected)
+        comparison.add(right.expected[:count], wrong.expected[:count], case=right.case)
+    figures = comparison.figures()
+    limits = tolerances(setting.manifest.precision)
+    caught = failure(figures, judge(figures, limits, scale=scale, effect=effect)) is not None
+    return Control(mistake.name, mistake.meaning, name, caught, figures.max_abs, effect)
+
+
+def _with_factors(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
+    return dataclasses.replace(adapter, factors=factors)

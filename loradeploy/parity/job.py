@@ -1,0 +1,116 @@
+"""The order of a check: PyTorch first, once, then ONNX Runtime; then what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from loradeploy.adapter.digest import short
+from loradeploy.bundle.names import CERTIFICATE_NAME
+from loradeploy.files import write_json
+from loradeploy.parity.backends import REFERENCE_TITLE, Backend
+from loradeploy.parity.check import adapter_facts, run_backends
+from loradeploy.parity.controls import run_controls
+from loradeploy.parity.environment import environment
+from loradeploy.parity.report import Control, Inputs, ParityReport
+from loradeploy.parity.setting import Setting
+from loradeploy.parity.torch_side import load_base, make_reference
+from loradeploy.parity.writers import write_report
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    setting: Setting,
+    backends: Sequence[Backend],
+    *,
+    base_digest: str,
+    digests: tuple[str, str | None],
+    seed: int,
+    controls: bool,
+) -> ParityReport:
+    """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
+
+    `digests`: of the bundle's graph and of its data file.
+    """
+    started = time.monotonic()
+    logger.info("loading %s", setting.model)
+    model = load_base(setting)
+    logger.info("reference: %s", REFERENCE_TITLE)
+    reference = make_reference(setting, model)
+    made: tuple[Control, ...] = ()
+    if controls:
+        logger.info("controls")
+        made = run_controls(setting, reference, model)
+    in_torch = [backend for backend in backends if backend.on_torch]
+    results = run_backends(in_torch, setting, reference, model)
+    del model
+    gc.collect()
+    in_onnx = [backend for backend in backends if not backend.on_torch]
+    results += run_backends(in_onnx, setting, reference, None)
+    manifest, cases = setting.manifest, setting.cases
+    return ParityReport(
+        bundle=str(setting.bundle),
+        task=manifest.task,
+        mode=manifest.mode,
+        precision=manifest.precision,
+        base=manifest.base.name,
+        base_digest=base_digest,
+        graph_digest=digests[0],
+        data_digest=digests[1],
+        inputs=Inputs(
+            source=cases.source,
+            prompts=len(cases.prompts),
+            prompt_tokens=sum(map(len, cases.prompts)),
+            generated=cases.generated,
+            seed=seed,
+        ),
+        environment=environment(setting.providers),
+        created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        results=tuple(results),
+        adapters=adapter_facts(setting, reference),
+        controls=made,
+        notes=tuple(_notes(setting)),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> ParityReport:
+    """Write the certificate into `bundle`, unless it is None, and the reports to `files`.
+
+    A bundle that cannot be written to gets no certificate, and the report says so.
+    """
+    if bundle is not None:
+        try:
+            write_json(bundle / CERTIFICATE_NAME, report.to_json())
+        except OSError as problem:
+            said = f"no certificate was written: {problem.strerror or problem}"
+            report = dataclasses.replace(report, notes=(*report.notes, said))
+    for file in files:
+        write_report(report, file)
+    return report
+
+
+def _notes(setting: Setting) -> list[str]:
+    """What the reader of the verdict must know besides."""
+    notes = []
+    manifest = setting.manifest
+    if not setting.subjects:
+        notes.append("no adapter is in the bundle or given: only the base was compared")
+    if manifest.base.kind == "onnx":
+        notes.append(
+            "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"
+        )
+    claimed = manifest.merged_adapter
+    for subject in setting.subjects if claimed is not None else ():
+        if claimed is not None and claimed.digest != subject.adapter.digest:
+            notes.append(
+                f"the manifest says that the graph holds the adapter {short(claimed.digest)},"
+                f" {subject.name} is {short(subject.adapter.digest)}"
+            )
+    return notes

@@ -1,0 +1,182 @@
+"""The ONNX Runtime side: bundles and plain sessions, opened as backends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    GRAPH_NAME,
+    INPUT_IDS,
+    NATIVE_SUFFIX,
+    POSITION_IDS,
+    TOKEN_TYPE_IDS,
+)
+from loradeploy.errors import ExportError
+from loradeploy.parity.setting import Setting, Subject
+from loradeploy.parity.walk import joined, output_names, positions_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Feeds = Mapping[str, Any]
+# Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
+Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
+_PAST: Final = "past_key_values."
+_PRESENT: Final = "present."
+_ERRORS_ONLY: Final = 3
+
+
+class NotRunError(Exception):
+    """A backend that cannot be run here, and why."""
+
+
+class OnnxModel:
+    """A graph as a backend; `run` may give arrays or OrtValues."""
+
+    def __init__(self, manifest: Manifest, run: Run) -> None:
+        self._manifest = manifest
+        self._run = run
+        self._outputs = output_names(manifest)
+        self._past = [spec for spec in manifest.inputs if spec.name.startswith(_PAST)]
+        self._presents = [_PRESENT + spec.name.removeprefix(_PAST) for spec in self._past]
+
+    def forward(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Any,
+        subjects: Sequence[str | None],
+    ) -> tuple[NDArray[Any], Any]:
+        """See `walk.Model`; the cache is the graph's present outputs, as they came."""
+        known: Mapping[str, Callable[[], Any]] = {
+            INPUT_IDS: lambda: ids,
+            ATTENTION_MASK: lambda: mask,
+            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
+            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
+        }
+        feeds = {s.name: known[s.name]() for s in self._manifest.inputs if s.name in known}
+        past = self._empty(len(ids)) if cache is None else cache
+        feeds |= dict(zip((spec.name for spec in self._past), past, strict=True))
+        given = self._run([*self._outputs, *self._presents], feeds, subjects)
+        count = len(self._outputs)
+        return joined([_array(value) for value in given[:count]]), list(given[count:])
+
+    def _empty(self, rows: int) -> list[NDArray[Any]]:
+        """A cache of no tokens: [rows, heads, 0, head_dim] for each of a layer's parts."""
+        shapes = [(rows, int(s.shape[1]), 0, int(s.shape[3])) for s in self._past]
+        return [np.zeros(shape, s.dtype) for shape, s in zip(shapes, self._past, strict=True)]
+
+
+def side_inputs(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """The base and each adapter by itself, through `AdapterSession`."""
+    session = _open(setting, setting.bundle)
+    _load(session, setting.subjects)
+    for name in (None, *(subject.name for subject in setting.subjects)):
+        yield name, OnnxModel(setting.manifest, partial(_all_rows, session, name))
+
+
+def mixed_batch(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """All adapters and the base at once, through `AdapterSession`: each row has its own."""
+    session = _open(setting, setting.bundle)
+    _load(session, setting.subjects)
+    yield None, OnnxModel(setting.manifest, session.run_with_ort_values)
+
+
+def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
+    import onnxruntime
+
+    from loradeploy.bundle.native import write_onnx_adapter
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY  # it warns once for every side input
+    session = onnxruntime.InferenceSession(
+        os.fspath(setting.bundle / GRAPH_NAME),
+        options,
+        providers=list(setting.providers or ("CPUExecutionProvider",)),
+    )
+    for subject in setting.subjects:
+        file = subject.native
+        if file is None:
+            file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
+            write_onnx_adapter(subject.adapter, setting.manifest, file)
+        adapter = onnxruntime.LoraAdapter()
+        adapter.Load(os.fspath(file))
+        active = onnxruntime.RunOptions()
+        active.add_active_adapter(adapter)
+        yield subject.name, OnnxModel(setting.manifest, partial(_activated, session, active))
+
+
+def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """Each adapter folded into the graph: the merged bundle itself, or a merge made for the check.
+
+    Raises:
+        NotRunError: the graph cannot be merged into.
+    """
+    for subject in setting.subjects:
+        with _merged_bundle(setting, subject) as bundle:
+            session = _open(setting, bundle)
+            yield subject.name, OnnxModel(session.manifest, partial(_all_rows, session, None))
+            del session
+
+
+def _all_rows(
+    session: Any, adapter: str | None, outputs: Sequence[str], feeds: Feeds, subjects: object
+) -> Sequence[Any]:
+    """Run an AdapterSession with one adapter for all rows."""
+    values: Sequence[Any] = session.run_with_ort_values(outputs, feeds, adapter)
+    return values
+
+
+def _activated(
+    session: Any, active: Any, outputs: Sequence[str], feeds: Feeds, subjects: object
+) -> Sequence[Any]:
+    """Run a plain session with the adapter that its run options have activated."""
+    values: Sequence[Any] = session.run(list(outputs), dict(feeds), active)
+    return values
+
+
+@contextmanager
+def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+    if setting.merged:
+        yield setting.bundle
+        return
+    from loradeploy.export.api import export
+
+    place = setting.scratch / f"merged-{subject.name}"
+    try:
+        try:
+            export(setting.bundle, place, adapters={subject.name: subject.place}, merge=True)
+        except ExportError as problem:
+            raise NotRunError(str(problem)) from None
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _open(setting: Setting, bundle: Path) -> Any:
+    from loradeploy.runtime.session import AdapterSession
+
+    return AdapterSession(bundle, setting.providers)
+
+
+def _load(session: Any, subjects: Sequence[Subject]) -> None:
+    """Load what did not come with the bundle; the session finds the others itself."""
+    for subject in subjects:
+        if subject.name not in session.adapters:
+            session.load(subject.name, subject.place)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    array: NDArray[Any] = value if isinstance(value, np.ndarray) else value.numpy()
+    return array

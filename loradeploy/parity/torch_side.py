@@ -1,0 +1,227 @@
+"""The PyTorch side: the reference, and the backends that are held against it in PyTorch.
+
+The base model is loaded once; adapters are put in and taken out again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    LOGITS,
+    POSITION_IDS,
+    SEQUENCE_CLASSIFICATION,
+)
+from loradeploy.errors import MissingDependencyError, ModelError
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.setting import Setting, Subject
+from loradeploy.parity.walk import Row, batch_size, generate, joined, output_names, positions_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+
+class TorchModel:
+    """A PyTorch model as a backend; the adapter is what is in it at the time."""
+
+    def __init__(self, model: torch.nn.Module, manifest: Manifest) -> None:
+        self._model = model
+        self._task = manifest.task
+        self._outputs = output_names(manifest)
+        self._takes_positions = POSITION_IDS in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
+    ) -> tuple[NDArray[Any], Any]:
+        """See `walk.Model`; the cache is transformers' own."""
+        import torch
+
+        feeds: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+        }
+        if self._task == CAUSAL_LM:
+            feeds |= {"past_key_values": cache, "use_cache": True}
+            if self._takes_positions:
+                feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
+        with torch.inference_mode():
+            result = self._model(**feeds)
+        values = []
+        for name in self._outputs:
+            value = getattr(result, name, None)
+            if value is None:
+                raise ModelError(f"the bundle gives {name}, which the PyTorch model does not give")
+            values.append(value.float().numpy())
+        return joined(values), getattr(result, "past_key_values", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What an adapter changes in the reference: |adapter − base| over the prompts' outputs."""
+
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What PyTorch gives, by adapter name; None is the base.
+
+    `scale`: the largest absolute value of each. The rows' values are in files, mapped on reading.
+    """
+
+    rows: dict[str | None, tuple[Row, ...]]
+    scale: dict[str | None, float]
+    effect: dict[str, Effect]
+
+
+def load_base(setting: Setting) -> torch.nn.Module:
+    """The base model of `setting` with the bundle's head, float32.
+
+    Raises:
+        MissingDependencyError: torch or transformers is not installed.
+        ModelError: transformers cannot load the model.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"parity's reference is the PyTorch model, and {problem.name} is not installed:"
+            " pip install 'loradeploy[export]'"
+        ) from None
+    from loradeploy.export.trace import load_model
+
+    manifest = setting.manifest
+    labels = None
+    if manifest.task == SEQUENCE_CLASSIFICATION:
+        shapes = [spec.shape for spec in manifest.outputs if spec.name == LOGITS]
+        labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
+    return load_model(setting.model, manifest.task, labels=labels)[0]
+
+
+def make_reference(setting: Setting, model: torch.nn.Module) -> Reference:
+    """Run the base and every adapter over the cases with PyTorch and loradeploy's LoRA.
+
+    Raises:
+        AdapterMismatchError: an adapter does not fit the model.
+    """
+    from loradeploy.lora.inject import adapted
+
+    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
+    base_generates = 0 if setting.merged else setting.cases.generated
+    rows: dict[str | None, tuple[Row, ...]] = {}
+    rows[None] = _rows(setting, model, None, base_generates)
+    for subject in setting.subjects:
+        with adapted(model, subject.adapter):
+            rows[subject.name] = _rows(setting, model, subject.name, setting.cases.generated)
+    return Reference(
+        rows=rows,
+        scale={name: _scale(its) for name, its in rows.items()},
+        effect={s.name: effect(rows[None], rows[s.name]) for s in setting.subjects},
+    )
+
+
+def prompt_rows(setting: Setting, model: torch.nn.Module, subject: str) -> tuple[Row, ...]:
+    """The rows of whatever adapter is in `model`, over the prompts alone."""
+    return _rows(setting, model, subject, 0)
+
+
+def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
+    """How far `adapted` is from `base` over the prompts."""
+    comparison = Comparison(scale=1.0, logits=False)
+    for one, other in zip(base, adapted, strict=True):
+        count = min(len(one.expected), len(other.expected))
+        if one.forced or other.forced:
+            count = len(one.prompt)
+        comparison.add(one.expected[:count], other.expected[:count])
+    figures = comparison.figures()
+    return Effect(figures.max_abs, figures.mean_abs)
+
+
+@contextmanager
+def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
+    """`model` with `adapter` folded into its weights while the context lasts."""
+    from loradeploy.lora.inject import load
+
+    injection = load(model, adapter)
+    try:
+        injection.merge()
+        yield
+    finally:
+        injection.remove()
+
+
+@contextmanager
+def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
+    """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
+    import peft
+
+    place = subject.place if subject.place.is_dir() else subject.place.parent
+    modules = dict(model.named_modules())
+    try:
+        peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
+        yield
+    finally:
+        _restore(model, modules)
+
+
+def _rows(
+    setting: Setting, model: torch.nn.Module, subject: str | None, count: int
+) -> tuple[Row, ...]:
+    cases = setting.cases
+    backend = TorchModel(model, setting.manifest)
+    forced: list[tuple[int, ...]] = [()] * len(cases.prompts)
+    if count:
+        vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
+        size = batch_size(max(map(len, cases.prompts)), vocabulary)
+        forced = []
+        for start in range(0, len(cases.prompts), size):
+            batch = cases.prompts[start : start + size]
+            forced += generate(backend, batch, count=count, pad=cases.pad, subject=subject)
+    rows = []
+    for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
+        ids = np.array([prompt + follow[:-1]], np.int64)
+        values, _ = backend.forward(ids, np.ones_like(ids), None, [subject])
+        if setting.manifest.task != SEQUENCE_CLASSIFICATION:
+            values = values[0]  # [positions, width]
+        kept = _keep(setting.scratch, values)
+        rows.append(Row(number, subject, prompt, follow, kept))
+    return tuple(rows)
+
+
+def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
+    """The values in a file of their own, mapped: a vocabulary's logits are large."""
+    file = scratch / f"reference-{len(list(scratch.glob('reference-*')))}.npy"
+    np.save(file, values.astype(np.float32, copy=False))
+    mapped: NDArray[np.float32] = np.load(file, mmap_mode="r")
+    return mapped
+
+
+def _scale(rows: Sequence[Row]) -> float:
+    return max(float(np.nan_to_num(np.abs(row.expected), posinf=0.0).max()) for row in rows)
+
+
+def _restore(model: Any, modules: dict[str, torch.nn.Module]) -> None:
+    """Put every module back where it was, and forget that PEFT was there."""
+    for name, module in modules.items():
+        if name and model.get_submodule(name) is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, module)
+    for trace in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(trace, None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
