@@ -14,7 +14,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError, MissingDependencyError
-from loradeploy.export.find import Linear, find_linears
+from loradeploy.export.find import Linear, find_linears, output_head
 from loradeploy.export.rewire import add_constant, constant_of, free_name, remove_unused
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DOMAIN: Final = "com.microsoft"
 _BLOCK: Final = 32
+_HEAD_BITS: Final = 8
 # Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
 _ACCURACY_LEVEL: Final = 4
 
@@ -31,16 +32,20 @@ _ACCURACY_LEVEL: Final = 4
 def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     """Pack every product with a constant weight to `bits` bits; the manifest with the new names.
 
-    Weights are packed symmetrically in blocks of 32 along the input. Embeddings, and products that
-    add a bias of their own (Gemm), stay as they are.
+    Weights are packed symmetrically in blocks of 32 along the input, the output head, which suffers
+    most, to 8 bits at least. Embeddings, and products that add a bias of their own (Gemm), stay as
+    they are.
 
     Raises:
         ExportError: nothing can be packed. MissingDependencyError: onnx is not installed.
     """
     packed: dict[str, str] = {}
-    for module, linear in find_linears(model).linears.items():
+    findings = find_linears(model)
+    head = output_head(model, findings)
+    for module, linear in findings.linears.items():
         if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
-            packed[module] = _pack(model.graph, linear, bits)
+            own = max(bits, _HEAD_BITS) if module == head else bits
+            packed[module] = _pack(model.graph, linear, own)
     if not packed:
         raise ExportError(f"the graph has no product that could be packed to int{bits}")
     model.opset_imports.setdefault(_DOMAIN, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import MissingDependencyError, ModelError, UsageError
@@ -59,6 +60,10 @@ def _in_directory(place: Path) -> Source:
     if (place / MANIFEST_NAME).is_file():
         manifest = read_manifest(place)
         return Source("bundle", manifest.base.name, place, place / GRAPH_NAME, manifest)
+    if (place / CONFIG_NAME).is_file() and not (place / "config.json").is_file():
+        raise ModelError(
+            f"{place} is an adapter: give its base as the model, and this as an adapter"
+        )
     if any(place.glob("*.safetensors")):
         if not (place / "config.json").is_file():
             raise ModelError(f"{place} holds weights but no config.json: it is no model directory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Adapter
 
+logger = logging.getLogger(__name__)
+
 _CONFIG_NAME: Final = "config.json"
 _GENERATION_NAME: Final = "generation_config.json"
+_TOKENIZER_NAME: Final = "tokenizer.json"
 _COPIED: Final = (
     "tokenizer*",
     _GENERATION_NAME,
@@ -44,6 +48,13 @@ _COPIED: Final = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_OLDER_TOKENIZERS: Final = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
 )
@@ -150,6 +161,8 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> None
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
+    if not (directory / _TOKENIZER_NAME).exists():
+        _make_tokenizer(content.assets, directory)
     if not content.config:
         return
     write_json(directory / _CONFIG_NAME, content.config)
@@ -162,3 +175,21 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> None
             (directory / GENAI_CONFIG_NAME).write_text(
                 json.dumps(genai, indent=4) + "\n", encoding="ascii"
             )
+
+
+def _make_tokenizer(assets: Path, directory: Path) -> None:
+    """Write tokenizer.json of the older files that `assets` has instead, where it has any."""
+    if not any((assets / name).is_file() for name in _OLDER_TOKENIZERS):
+        return
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(assets)
+        tokenizer.backend_tokenizer.save(str(directory / _TOKENIZER_NAME))
+    except Exception as problem:  # transformers missing, or whatever an old format sets off
+        logger.warning(
+            "no %s could be made of the tokenizer's older files, the bundle takes token ids only:"
+            " %s",
+            _TOKENIZER_NAME,
+            problem,
+        )

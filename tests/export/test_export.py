@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
-from tests.conftest import MakeAdapter
+from tests.conftest import ROOT, MakeAdapter
 from tests.export.reference import (
     defaults,
     difference,
@@ -375,13 +379,35 @@ def test_the_same_export_gives_the_same_bytes(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)
-    for name in ("first", "second"):
-        export(tiny_llama, tmp_path / name, adapters={"sport": adapter})
+    export(tiny_llama, tmp_path / "first", adapters={"sport": adapter})
+    code = "import sys; from loradeploy.export.api import export; export(*sys.argv[1:3], "
+    code += "adapters={'sport': sys.argv[3]})"
+    subprocess.run(
+        [sys.executable, "-c", code, tiny_llama, tmp_path / "second", adapter],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        check=True,
+        timeout=300,
+    )
     files = [f.relative_to(tmp_path / "first") for f in (tmp_path / "first").rglob("*.*")]
     assert len(files) > 8
     for file in files:
         first, second = tmp_path / "first" / file, tmp_path / "second" / file
         assert first.is_dir() or first.read_bytes() == second.read_bytes(), file
+
+
+def test_a_tokenizer_of_older_files_is_made_whole(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "old")
+    kept = json.loads((bundle / "tokenizer.json").read_text())
+    (bundle / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    (bundle / "tokenizer_config.json").write_text(json.dumps(config))
+    (bundle / "vocab.json").write_text(json.dumps(kept["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in kept["model"]["merges"])
+    (bundle / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    export(bundle, tmp_path / "new")
+    made = json.loads((tmp_path / "new" / "tokenizer.json").read_text())
+    assert made["model"]["vocab"] == kept["model"]["vocab"]
 
 
 def test_genai_config_tells_the_graph(tiny_llama_bundle: Path) -> None:

@@ -118,10 +118,22 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         export(tmp_path / "gone", tmp_path / "b")
 
 
+def test_a_hub_s_model_that_cannot_be_had(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nobody/nothing .* cannot be had from the Hugging Face"):
+        export("nobody/nothing", tmp_path / "b")
+
+
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with pytest.raises(ModelError, match=r"holds neither \.safetensors nor \.onnx files"):
         export(tmp_path / "m", tmp_path / "b")
+
+
+def test_an_adapter_given_as_the_model(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="is an adapter: give its base as the model"):
+        export(make_adapter(tiny_llama), tmp_path / "b")
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:

@@ -20,11 +20,17 @@ IDS = np.random.default_rng(0).integers(3, 500, (2, 9))
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_coarser_precisions_stay_near_the_adapted_model(
-    precision: str, merge: bool, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+    precision: str,
+    merge: bool,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
 ) -> None:
     adapter = make_adapter(tiny_llama, scale=0.1)
+    source = tiny_llama if precision == "fp16" else tiny_llama_bundle
     manifest = export(
-        tiny_llama, tmp_path / "b", adapters={"a": adapter}, precision=precision, merge=merge
+        source, tmp_path / "b", adapters={"a": adapter}, precision=precision, merge=merge
     )
     side = {} if merge else factors(tmp_path / "b", adapter)
     expected = torch_output(tiny_llama, IDS, adapter=adapter)
@@ -36,8 +42,8 @@ def test_coarser_precisions_stay_near_the_adapted_model(
         assert manifest.factor_dtype == ("float16" if precision == "fp16" else "float32")
 
 
-def test_packed_weights_are_named_in_the_manifest(tiny_llama: Path, tmp_path: Path) -> None:
-    export(tiny_llama, tmp_path / "b", precision="int4")
+def test_packed_weights_are_named_in_the_manifest(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    export(tiny_llama_bundle, tmp_path / "b", precision="int4")
     graph = load_graph(tmp_path / "b" / "model.onnx")
     for target in read_manifest(tmp_path / "b").targets:
         weight = graph.graph.initializers[target.weight]
@@ -45,10 +51,10 @@ def test_packed_weights_are_named_in_the_manifest(tiny_llama: Path, tmp_path: Pa
 
 
 def test_a_packed_bundle_takes_more_adapters_and_no_merge(
-    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)
-    export(tiny_llama, tmp_path / "b", precision="int4")
+    export(tiny_llama_bundle, tmp_path / "b", precision="int4")
     export(tmp_path / "b", tmp_path / "more", adapters={"a": adapter})
     assert difference(onnx_output(tmp_path / "b", IDS), onnx_output(tmp_path / "more", IDS)) == 0
     with pytest.raises(ExportError, match="is already quantised"):
@@ -68,10 +74,10 @@ def test_an_fp32_graph_is_packed_without_its_checkpoint(
 
 
 def test_half_precision_merges_round_once(
-    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)
-    export(tiny_llama, tmp_path / "whole", adapters=[adapter], merge=True)
+    export(tiny_llama_bundle, tmp_path / "whole", adapters=[adapter], merge=True)
     export(tiny_llama, tmp_path / "half", adapters=[adapter], merge=True, precision="fp16")
     whole = find_linears(load_graph(tmp_path / "whole" / "model.onnx")).linears
     half = find_linears(load_graph(tmp_path / "half" / "model.onnx")).linears
