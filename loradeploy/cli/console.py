@@ -1,9 +1,27 @@
-"""How the verbs print: results on stdout, as a table for people or as JSON for programs."""
+"""How the verbs speak: results on stdout, for people or for programs; progress on stderr.
+
+A verb gathers its result in a dictionary of plain values, then prints it one of two ways:
+
+    @json_option
+    def command(..., as_json: bool) -> None:
+        with progress("loradeploy.export"):      # what that package logs, on a terminal only
+            result = ...
+        if as_json:
+            print_json(result)                   # numbers as numbers, names in snake_case
+        else:
+            print_pairs(title, result)           # and print_rows for what is a table
+
+A verb raises `LoraDeployError` for a mistake, which `loradeploy.cli.main` prints as one line, and
+returns an exit status where it has one to tell.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -12,13 +30,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def print_json(value: object) -> None:
-    """Print `value` as JSON on stdout."""
+    """Print `value` as JSON on stdout; a path is printed as its text."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
     """Print names and values in two columns under a title; those that are None are left out."""
-    rows = [(name, _plain(value)) for name, value in pairs.items() if value is not None]
+    rows = [(_words(name), _plain(value)) for name, value in pairs.items() if value is not None]
     width = max((len(name) for name, _ in rows), default=0)
     click.echo(title)
     for name, text in rows:
@@ -30,12 +48,30 @@ def print_rows(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]])
     lines = [[_plain(cell) for cell in row] for row in rows]
     if not lines:
         return
-    lines.insert(0, list(header))
+    names = [_words(name) for name in header]
+    if any(names):
+        lines.insert(0, names)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    click.echo(title)
+    click.echo(_words(title))
     for line in lines:
         padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
         click.echo(f"  {'  '.join(padded)}".rstrip())
+
+
+@contextlib.contextmanager
+def progress(package: str) -> Iterator[None]:
+    """Show what `package` logs on stderr meanwhile; only warnings where that is no terminal."""
+    logger = logging.getLogger(package)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def size(count: int) -> str:
@@ -48,11 +84,18 @@ def size(count: int) -> str:
     return f"{amount:.1f} GB"
 
 
+def _words(name: str) -> str:
+    """A key of the JSON as people read it; what is no key stays as it is."""
+    return name.replace("_", " ") if name.isidentifier() and not name.startswith("lora_") else name
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        text = ", ".join(map(str, value))
+        # A list of numbers is a shape.
+        return f"[{text}]" if value and isinstance(value[0], int) else text or "none"
     return str(value)

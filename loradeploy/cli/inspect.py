@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,12 +18,16 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import AdapterError, BundleError, LoraDeployError, UsageError
 
 if TYPE_CHECKING:
-    from loradeploy.bundle.manifest import Manifest, TensorSpec
+    from loradeploy.bundle.manifest import Manifest
+
+Facts = dict[str, Any]
 
 _ERRORS_ONLY: Final = 3
+_ADAPTER_FILES: Final = "adapter_*"
+_TENSORS: Final = ".safetensors"
 
 
 @click.command(
@@ -33,161 +38,248 @@ _ERRORS_ONLY: Final = 3
 @click.argument("path", type=click.Path())
 @json_option
 def command(path: str, as_json: bool) -> None:
-    """Tell what PATH is: an adapter, a bundle, an .onnx_adapter or an ONNX file."""
-    place = Path(path)
-    facts = _look(place)
+    """Tell what PATH is: an adapter, a bundle, an ONNX file, an .onnx_adapter or a .safetensors.
+
+    The tables have one row for what is alike in every layer, with its count; --json has them all.
+    """
+    facts = _look(Path(path))
     if as_json:
         print_json(facts)
         return
     tables = {name: value for name, value in facts.items() if _is_table(value)}
-    pairs = {n: v for n, v in facts.items() if n != "kind" and n not in tables}
+    pairs = {
+        name: size(value) if name.endswith("bytes") else value
+        for name, value in facts.items()
+        if name != "kind" and name not in tables
+    }
     print_pairs(f"{path}: {facts['kind']}", pairs)
     for name, rows in tables.items():
-        print_rows(name, rows[0] if rows else (), [row.values() for row in rows])
+        shown = _alike(rows)
+        print_rows(name, shown[0] if shown else (), [row.values() for row in shown])
 
 
-def _look(place: Path) -> dict[str, Any]:
+def _look(place: Path) -> Facts:
     if not place.exists():
         raise UsageError(f"{place} does not exist: give an adapter, a bundle or an ONNX file")
-    if (place / MANIFEST_NAME).is_file():
-        return _bundle(place)
-    if place.suffix == NATIVE_SUFFIX:
-        return _native(place)
-    if place.suffix == ".onnx":
-        return _graph(place)
-    if place.is_dir() and not any(place.glob("adapter_*")) and (place / GRAPH_NAME).is_file():
-        return _graph(place / GRAPH_NAME)
-    return _adapter(place)
+    if place.is_dir():
+        if (place / MANIFEST_NAME).is_file():
+            return _bundle(place)
+        if any(place.glob(_ADAPTER_FILES)):
+            return _adapter(place)
+        graphs = sorted(place.glob("*.onnx"))
+        if len(graphs) > 1 and place / GRAPH_NAME not in graphs:
+            names = ", ".join(graph.name for graph in graphs)
+            raise UsageError(f"{place} holds several graphs, give one of {names}")
+        if graphs:
+            return _graph(place / GRAPH_NAME if place / GRAPH_NAME in graphs else graphs[0])
+        return _adapter(place)
+    return _FILES.get(place.suffix, _adapter)(place)
 
 
-def _adapter(place: Path) -> dict[str, Any]:
+# -- an adapter ------------------------------------------------------------------------------------
+
+
+def _adapter(place: Path) -> Facts:
     from loradeploy.adapter import load_adapter
     from loradeploy.adapter.peft import WEIGHTS_NAME
 
     adapter = load_adapter(place)
-    weights = place / WEIGHTS_NAME if place.is_dir() else place
     config = adapter.config
-    kinds: dict[tuple[str, str, str, int, float], int] = Counter(
-        (
-            module.rpartition(".")[2],
-            str(list(pair.A.shape)),
-            str(list(pair.B.shape)),
-            pair.rank,
-            adapter.scaling(module),
-        )
-        for module, pair in adapter.factors.items()
-    )
+    weights = place / WEIGHTS_NAME if place.is_dir() else place
+    targets = config.target_modules
     return {
         "kind": "LoRA adapter",
         "digest": adapter.digest,
-        "base model": config.base_model_name_or_path,
-        "base digest": adapter.base_digest or "unknown",
-        "task": config.task_type,
+        "base_model": config.base_model_name_or_path,
+        "base_digest": adapter.base_digest,
+        "task_type": config.task_type,
         "rank": config.r,
         "alpha": config.lora_alpha,
-        "rsLoRA": config.use_rslora,
-        "target modules": config.target_modules,
-        "modules to save": list(config.modules_to_save) or None,
+        "use_rslora": config.use_rslora,
+        "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
+        "modules_to_save": list(config.modules_to_save) or None,
         "labels": list(adapter.labels) if adapter.labels else None,
         "parameters": adapter.parameter_count,
         "dtype": sorted({str(pair.A.dtype) for pair in adapter.factors.values()}),
-        "size": size(weights.stat().st_size),
+        "bytes": weights.stat().st_size,
         "targets": [
-            {"module": name, "count": count, "lora_A": A, "lora_B": B, "rank": rank, "scaling": s}
-            for (name, A, B, rank, s), count in kinds.items()
+            {
+                "module": module,
+                "rank": pair.rank,
+                "scaling": adapter.scaling(module),
+                "lora_A": list(pair.A.shape),
+                "lora_B": list(pair.B.shape),
+            }
+            for module, pair in adapter.factors.items()
         ],
-        "saved": [
-            {"parameter": name, "shape": str(list(values.shape)), "dtype": str(values.dtype)}
-            for name, values in adapter.saved.items()
-        ],
+        "saved": [_tensor(name, values) for name, values in adapter.saved.items()],
     }
 
 
-def _bundle(place: Path) -> dict[str, Any]:
-    from loradeploy.bundle.manifest import read_manifest
-
-    manifest = read_manifest(place)
-    files = [file for file in place.rglob("*") if file.is_file()]
-    merged = manifest.merged_adapter
-    found: dict[tuple[str, int, int, str], int] = Counter(
-        (t.module.rpartition(".")[2], t.in_features, t.out_features, t.found_by)
-        for t in manifest.targets
-    )
-    return {
-        "kind": "bundle",
-        "task": manifest.task,
-        "mode": manifest.mode,
-        "base model": manifest.base.name,
-        "base digest": f"{manifest.base.digest} ({manifest.base.kind})",
-        "precision": manifest.precision,
-        "opset": manifest.opset,
-        "merged adapter": None if merged is None else merged.digest,
-        "graph digest": manifest.graph_digest,
-        "parity": _certificate(place, manifest),
-        "size": size(sum(file.stat().st_size for file in files)),
-        "inputs": _specs(manifest.inputs),
-        "outputs": _specs(manifest.outputs),
-        "targets": [
-            {"module": name, "count": count, "in": into, "out": out, "found by": by}
-            for (name, into, out, by), count in found.items()
-        ],
-        "saved": [
-            {"parameter": saved.parameter, "shape": str(list(saved.shape))}
-            for saved in manifest.saved
-        ],
-        "adapters": [
-            {"name": name, "digest": entry.digest} for name, entry in manifest.adapters.items()
-        ],
-    }
-
-
-def _certificate(place: Path, manifest: Manifest) -> str:
-    """What the last parity check said, and whether it is about the files that are there now."""
-    from loradeploy.adapter.digest import file_digest
-    from loradeploy.files import read_json
-
-    file = place / CERTIFICATE_NAME
-    if not file.is_file():
-        return "never checked: run loradeploy parity"
-    certificate = read_json(file, error=BundleError)
-    told = {name: certificate.get(name) for name in ("graph_digest", "data_digest")}
-    now = {"graph_digest": place / GRAPH_NAME, "data_digest": place / GRAPH_DATA_NAME}
-    for name, path in now.items():
-        if told[name] != (file_digest(path) if path.is_file() else None):
-            return f"out of date: {path.name} has changed since it was checked"
-    checked = {facts.get("digest") for facts in certificate.get("adapters") or []}
-    unchecked = [n for n, entry in manifest.adapters.items() if entry.digest not in checked]
-    verdict = "passed" if certificate.get("passed") is True else "failed"
-    note = f", but not for {', '.join(unchecked)}" if unchecked else ""
-    return f"{verdict} on {certificate.get('created', 'an unknown day')}{note}"
-
-
-def _specs(specs: tuple[TensorSpec, ...]) -> list[dict[str, str]]:
-    """Graph inputs or outputs; the cache's, alike in every layer, as one row."""
-    rows: dict[str, dict[str, str]] = {}
-    for spec in specs:
-        parts = [("N" if part.isdigit() else part) for part in spec.name.split(".")]
-        name = ".".join(parts)
-        shape = f"[{', '.join(map(str, spec.shape))}]"
-        rows.setdefault(name, {"name": name, "dtype": spec.dtype, "shape": shape})
-    return list(rows.values())
-
-
-def _native(place: Path) -> dict[str, Any]:
+def _native(place: Path) -> Facts:
     from loradeploy.bundle.native import read_onnx_adapter
 
     arrays = read_onnx_adapter(place)
     return {
         "kind": "ONNX Runtime adapter",
-        "size": size(place.stat().st_size),
+        "bytes": place.stat().st_size,
+        "ranks": sorted({a.shape[-1] for name, a in arrays.items() if name.endswith(".lora_A")}),
+        "parameters": sum(values.size for values in arrays.values()),
+        "tensors": [_tensor(name, values) for name, values in sorted(arrays.items())],
+    }
+
+
+def _safetensors(place: Path) -> Facts:
+    from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.adapter.tensors import map_tensors
+
+    if (place.parent / CONFIG_NAME).is_file():
+        return _adapter(place)
+    tensors, metadata = map_tensors(place, error=UsageError)
+    return {
+        "kind": "safetensors file",
+        "bytes": place.stat().st_size,
+        **({"metadata": [f"{name}={text}" for name, text in metadata.items()]} if metadata else {}),
         "tensors": [
-            {"name": name, "dtype": str(values.dtype), "shape": str(list(values.shape))}
-            for name, values in sorted(arrays.items())
+            {"name": name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for name, tensor in sorted(tensors.items())
         ],
     }
 
 
-def _graph(place: Path) -> dict[str, Any]:
+def _tensor(name: str, values: Any) -> Facts:
+    return {"name": name, "dtype": str(values.dtype), "shape": list(values.shape)}
+
+
+# -- a bundle --------------------------------------------------------------------------------------
+
+
+def _bundle(place: Path) -> Facts:
+    from loradeploy.adapter.digest import file_digest
+    from loradeploy.bundle.manifest import read_manifest
+
+    manifest = read_manifest(place)
+    merged = manifest.merged_adapter
+    files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
+    digests = {name: file_digest(file) for name, file in files.items() if file.is_file()}
+    told = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
+    changed = [name for name, digest in told.items() if digest not in (None, digests.get(name))]
+    verdict, note = _certificate(place, manifest, digests)
+    return {
+        "kind": "bundle",
+        "task": manifest.task,
+        "mode": manifest.mode,
+        "base_model": manifest.base.name,
+        "base_digest": manifest.base.digest,
+        "base_kind": manifest.base.kind,
+        "precision": manifest.precision,
+        "opset": manifest.opset,
+        "factor_dtype": None if merged else manifest.factor_dtype,
+        "merged_adapter": None if merged is None else merged.digest,
+        "graph_digest": manifest.graph_digest,
+        "graph": f"changed since the export: {', '.join(changed)}" if changed else "as exported",
+        "parity": verdict,
+        "parity_note": note,
+        "bytes": sum(file.stat().st_size for file in place.rglob("*") if file.is_file()),
+        "graph_bytes": sum(file.stat().st_size for file in files.values() if file.is_file()),
+        "inputs": [_spec(s.name, s.dtype, s.shape) for s in manifest.inputs],
+        "outputs": [_spec(s.name, s.dtype, s.shape) for s in manifest.outputs],
+        "targets": [
+            {"module": t.module, "in": t.in_features, "out": t.out_features, "found_by": t.found_by}
+            for t in manifest.targets
+        ],
+        "saved": [
+            {"parameter": saved.parameter, "shape": list(saved.shape)} for saved in manifest.saved
+        ],
+        "adapters": [
+            {"name": name, "digest": entry.digest, "files": _own(place, entry.path, entry.digest)}
+            for name, entry in manifest.adapters.items()
+        ],
+    }
+
+
+def _own(bundle: Path, path: str | None, digest: str) -> str:
+    """Whether an adapter that came with the bundle is still the one that was exported."""
+    from loradeploy.adapter import load_adapter
+    from loradeploy.files import inside
+
+    if path is None:
+        return "none"
+    try:
+        found = load_adapter(inside(bundle, path)).digest
+    except (AdapterError, BundleError) as problem:
+        return str(problem)
+    return "as exported" if found == digest else f"changed since the export: {found}"
+
+
+def _certificate(
+    place: Path, manifest: Manifest, digests: Mapping[str, str]
+) -> tuple[str, str | None]:
+    """What the last parity check said, and whether it is about the files that are there now."""
+    from loradeploy.files import read_json
+
+    file = place / CERTIFICATE_NAME
+    if not file.is_file():
+        return "unchecked", "run loradeploy parity"
+    try:
+        certificate = read_json(file, error=BundleError)
+    except LoraDeployError as problem:
+        return "unreadable", str(problem)
+    checked = certificate.get("graph_digest"), certificate.get("data_digest")
+    if checked != (digests.get(GRAPH_NAME), digests.get(GRAPH_DATA_NAME)):
+        return "stale", "the graph has changed since it was checked: run loradeploy parity again"
+    listed = certificate.get("adapters")
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    known = {row.get("digest") for row in rows} | {certificate.get("merged")}
+    entries = dict(manifest.adapters)
+    if manifest.merged_adapter is not None:
+        entries["the merged adapter"] = manifest.merged_adapter
+    unchecked = [name for name, entry in entries.items() if entry.digest not in known]
+    if unchecked:
+        return "stale", f"not checked with {', '.join(unchecked)}: run loradeploy parity again"
+    verdict = "passed" if certificate.get("passed") is True else "failed"
+    return verdict, f"checked {certificate['created']}" if "created" in certificate else None
+
+
+# -- a graph ---------------------------------------------------------------------------------------
+
+
+def _graph(place: Path) -> Facts:
+    """An ONNX file: with onnx_ir all that it says, without it what onnxruntime tells."""
+    try:
+        import onnx_ir
+    except ImportError:
+        return _graph_by_runtime(place)
+    try:
+        model = onnx_ir.load(place)
+    except Exception as problem:  # protobuf's and the library's errors share no base but this
+        raise BundleError(f"{place} is no ONNX file: {_first_line(problem)}") from None
+    graph = model.graph
+    weights = [value.const_value for value in graph.initializers.values()]
+    files = {Path(weight.path) for weight in weights if isinstance(weight, onnx_ir.ExternalTensor)}
+    ops = Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in graph.all_nodes())
+
+    def rows(values: Any) -> list[Facts]:
+        return [
+            _spec(v.name, v.dtype and v.dtype.name, "?" if v.shape is None else list(v.shape.dims))
+            for v in values
+        ]
+
+    return {
+        "kind": "ONNX file",
+        "bytes": sum(file.stat().st_size for file in {place, *files} if file.is_file()),
+        "missing_data": [str(file) for file in sorted(files) if not file.is_file()] or None,
+        "producer": model.producer_name or None,
+        "opsets": [f"{domain or 'ai.onnx'} {n}" for domain, n in model.opset_imports.items()],
+        "initializers": len(weights),
+        "inputs": rows(v for v in graph.inputs if v.name not in graph.initializers),
+        "outputs": rows(graph.outputs),
+        "side_inputs": rows(v for v in graph.inputs if v.name in graph.initializers),
+        "operators": [{"operator": op, "nodes": count} for op, count in ops.most_common()],
+    }
+
+
+def _graph_by_runtime(place: Path) -> Facts:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -198,23 +290,73 @@ def _graph(place: Path) -> dict[str, Any]:
             str(place), options, providers=["CPUExecutionProvider"]
         )
     except Exception as problem:  # onnxruntime's exceptions share no base but this
-        first = str(problem).strip().splitlines()[0]
-        raise BundleError(f"onnxruntime cannot open {place}: {first}") from None
-
-    def rows(nodes: Any) -> list[dict[str, str]]:
-        return [{"name": n.name, "type": n.type, "shape": str(n.shape)} for n in nodes]
-
+        raise BundleError(f"onnxruntime cannot open {place}: {_first_line(problem)}") from None
     data = place.with_name(f"{place.name}.data")
-    bytes_ = place.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+    def rows(nodes: Any) -> list[Facts]:
+        return [_spec(n.name, re.sub(r"^tensor\((.*)\)$", r"\1", n.type), n.shape) for n in nodes]
+
     return {
         "kind": "ONNX file",
-        "size": size(bytes_),
+        "bytes": place.stat().st_size + (data.stat().st_size if data.is_file() else 0),
         "producer": session.get_modelmeta().producer_name or None,
         "inputs": rows(session.get_inputs()),
         "outputs": rows(session.get_outputs()),
-        "side inputs": rows(session.get_overridable_initializers()),
+        "side_inputs": rows(session.get_overridable_initializers()),
     }
+
+
+_FILES: Final[Mapping[str, Callable[[Path], Facts]]] = {
+    ".onnx": _graph,
+    NATIVE_SUFFIX: _native,
+    _TENSORS: _safetensors,
+}
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _spec(name: str, dtype: str | None, shape: Any) -> Facts:
+    """A graph's input or output; a dimension is a number, a symbol, or ? where it has no name."""
+    known = "unknown" if dtype is None else dtype.lower()
+    if isinstance(shape, str):
+        return {"name": name, "dtype": known, "shape": shape}
+    dims = [dim if isinstance(dim, int) else _symbol(dim) for dim in shape]
+    return {"name": name, "dtype": _DTYPES.get(known, known), "shape": dims}
+
+
+def _symbol(dim: Any) -> str:
+    return str(getattr(dim, "value", dim) or "?")
+
+
+_DTYPES: Final = {"float": "float32", "double": "float64"}  # numpy's names, as in a manifest
+
+
+def _alike(rows: list[Facts]) -> list[Facts]:
+    """`rows` with what differs in a layer's number alone joined, and counted."""
+    groups: dict[tuple[Any, ...], list[Facts]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_cell(value) for value in row.values()), []).append(row)
+    if len(groups) == len(rows):
+        return rows
+    return [
+        {
+            **(dict(zip(group[0], cells, strict=True)) if len(group) > 1 else group[0]),
+            "count": len(group),
+        }
+        for cells, group in groups.items()
+    ]
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return f"[{', '.join(str(_cell(part)) for part in value)}]"
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", value) if isinstance(value, str) else value
 
 
 def _is_table(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,4 +1,14 @@
-"""The command line: one verb, one module, imported when the verb is called."""
+"""The command line: one verb, one module, imported when the verb is called.
+
+Exit status:
+
+      0  done
+      1  the check failed (`parity`, `doctor`)
+      2  wrong usage, bad input, or a machine that will not have it (a full disk): one line says so
+     70  a defect of loradeploy; --debug shows the traceback
+    130  interrupted
+    141  whoever read the output stopped reading, as of any program that a pipe ends
+"""
 
 from __future__ import annotations
 
@@ -25,7 +35,7 @@ VERBS: Final = {
     "doctor": "Check versions, execution providers and known traps.",
 }
 
-DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
+DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD = 0, 2, 70, 130, 141
 
 # Modules outside the runtime, and the extra that brings each.
 _EXTRAS: Final = {
@@ -40,7 +50,17 @@ _EXTRAS: Final = {
 }
 
 
+class _UnreadError(Exception):
+    """Whoever read the output has stopped. click would exit as a check that failed."""
+
+
 class _Verbs(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _UnreadError from None
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -62,50 +82,67 @@ class _Verbs(click.Group):
     epilog="Example: loradeploy run bundle 'What is the capital of France?' --chat",
 )
 @click.version_option(__version__, prog_name="loradeploy")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--debug", is_flag=True, help="Show the traceback of an error; before or after the verb."
+)
 def commands(debug: bool) -> None:
     """Train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong usage or bad input."""
+    """Run the command line and exit with a status of the list above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    # Accepted before and after the verb.
-    given = [argument for argument in given if argument != "--debug"]
-    sys.exit(_run(given, debug=debug))
+    # Accepted before and after the verb; what stands behind -- is text.
+    end = given.index("--") if "--" in given else len(given)
+    options = [argument for argument in given[:end] if argument != "--debug"]
+    sys.exit(_run([*options, *given[end:]], debug=len(options) < end))
 
 
 def _run(given: list[str], *, debug: bool) -> int:
     try:
         result: Any = commands.main(given, prog_name="loradeploy", standalone_mode=False)
         return result if isinstance(result, int) else DONE
-    except click.ClickException as problem:
+    except click.exceptions.NoArgsIsHelpError as problem:
         problem.show()
         return REFUSED
+    except click.ClickException as problem:
+        context = problem.ctx if isinstance(problem, click.UsageError) else None
+        hint = f": see {context.command_path} --help" if context is not None else ""
+        return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
     except (click.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Nobody reads any more; keep Python from complaining when it flushes at exit.
+    except _UnreadError:
+        # Keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return UNREAD
     except Exception as problem:
         if debug:
             raise
-        if isinstance(problem, ModuleNotFoundError) and problem.name in _EXTRAS:
-            extra = _EXTRAS[problem.name]
+        return _explain(problem)
+
+
+def _explain(problem: Exception) -> int:
+    if isinstance(problem, ModuleNotFoundError):
+        name = (problem.name or "").partition(".")[0]
+        if name in _EXTRAS:
             problem = MissingDependencyError(
-                f"{problem.name} is not installed: pip install 'loradeploy[{extra}]'"
+                f"{name} is not installed: pip install 'loradeploy[{_EXTRAS[name]}]'"
             )
-        if isinstance(problem, LoraDeployError):
-            return _say(f"Error: {problem}", REFUSED)
-        kind = type(problem).__name__
-        first = (str(problem).strip() or kind).splitlines()[0]
-        return _say(
-            f"Error: a defect of loradeploy, {kind}: {first} (--debug shows the traceback)", DEFECT
-        )
+    if isinstance(problem, LoraDeployError):
+        return _say(f"Error: {problem}", REFUSED)
+    if isinstance(problem, OSError) and problem.errno is not None:
+        # The disk is full, a directory is not ours to write: nothing that a traceback explains.
+        place = f"{problem.filename}: " if problem.filename is not None else ""
+        return _say(f"Error: {place}{problem.strerror}", REFUSED)
+    if isinstance(problem, MemoryError):
+        return _say("Error: out of memory: take a smaller batch, precision or model", REFUSED)
+    kind = type(problem).__name__
+    first = (str(problem).strip() or kind).splitlines()[0]
+    return _say(
+        f"Error: a defect of loradeploy, {kind}: {first} (--debug shows the traceback)", DEFECT
+    )
 
 
 def _say(line: str, status: int) -> int:
-    click.echo(" ".join(line.split("\n")), err=True)
+    click.echo(" ".join(line.split()), err=True)
     return status

@@ -24,6 +24,30 @@ from tests.conftest import MakeAdapter
 HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "onnx_ir", "rich", "tokenizers")
 
 
+# As on a machine where the extras were not installed.
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "accelerate", "matplotlib", "onnx", "onnx_ir"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from loradeploy.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def without_extras(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
 def call(*arguments: object) -> str:
     done = CliRunner().invoke(commands, [str(a) for a in arguments], standalone_mode=False)
     if done.exception is not None:
@@ -85,25 +109,97 @@ def test_inspect_tells_what_an_adapter_is(tiny_llama: Path, make_adapter: MakeAd
     assert facts["digest"] == load_adapter(place).digest
     assert (facts["rank"], facts["alpha"]) == (4, 8)
     assert {row["scaling"] for row in facts["targets"]} == {2.0}
-    assert sum(row["count"] for row in facts["targets"]) == 14
+    assert len(facts["targets"]) == 14
+    assert facts["targets"][0]["lora_A"] == [4, 96]
     table = call("inspect", place)
     assert "LoRA adapter" in table
-    assert "q_proj" in table
+    assert "model.layers.N.self_attn.q_proj  4     2        [4, 64]  [64, 4]  2" in table
 
 
 def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama_bundle, "--json"))
     assert (facts["kind"], facts["task"], facts["mode"]) == ("bundle", "causal-lm", "side-inputs")
-    assert facts["parity"].startswith("never checked")
-    assert {row["name"] for row in facts["inputs"]} >= {"input_ids", "past_key_values.N.key"}
-    assert "q_proj" in call("inspect", tiny_llama_bundle)
+    assert (facts["graph"], facts["parity"]) == ("as exported", "unchecked")
+    assert {row["name"] for row in facts["inputs"]} >= {"input_ids", "past_key_values.1.key"}
+    assert len(facts["targets"]) == 14
+    table = call("inspect", tiny_llama_bundle)
+    assert "past_key_values.N.key" in table
+    assert "model.layers.N.self_attn.q_proj" in table
+
+
+@pytest.fixture
+def checked(
+    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> Path:
+    """A bundle with an adapter inside, and a certificate for both."""
+    bundle = tmp_path / "bundle"
+    manifest = export(tiny_llama, bundle, adapters={"sport": make_adapter(tiny_llama)})
+    certificate = {
+        "passed": True,
+        "created": "2030-01-02",
+        "graph_digest": manifest.graph_digest,
+        "data_digest": manifest.data_digest,
+        "adapters": [{"name": "sport", "digest": manifest.adapters["sport"].digest}],
+    }
+    (bundle / "parity.json").write_text(json.dumps(certificate))
+    return bundle
+
+
+def spoil(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checked: Path) -> None:
+    def verdict() -> tuple[str, str, str]:
+        facts = json.loads(call("inspect", checked, "--json"))
+        (adapter,) = facts["adapters"]
+        return facts["graph"], facts["parity"], adapter["files"]
+
+    assert verdict() == ("as exported", "passed", "as exported")
+    certificate = json.loads((checked / "parity.json").read_text())
+    (checked / "parity.json").write_text(json.dumps({**certificate, "passed": False}))
+    assert verdict()[1] == "failed"
+    (checked / "parity.json").write_text(json.dumps({**certificate, "adapters": []}))
+    assert verdict()[1] == "stale"
+    (checked / "parity.json").write_text("{")
+    assert verdict()[1] == "unreadable"
+    (checked / "parity.json").write_text(json.dumps(certificate))
+    spoil(checked / "model.onnx")
+    assert verdict()[:2] == ("changed since the export: model.onnx", "stale")
+    spoil(checked / "adapters/sport/adapter_model.safetensors")
+    assert "no valid safetensors" in verdict()[2]
 
 
 def test_inspect_tells_what_an_onnx_file_takes(tiny_llama_bundle: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
     assert facts["kind"] == "ONNX file"
-    assert "adapter_ids" in {row["name"] for row in facts["side inputs"]}
+    assert facts["opsets"] == ["ai.onnx 23"]
+    assert {"operator": "Attention", "nodes": 2} in facts["operators"]
+    assert "adapter_ids" in {row["name"] for row in facts["side_inputs"]}
     assert "adapter_ids" not in {row["name"] for row in facts["inputs"]}
+
+
+def test_inspect_tells_what_a_checkpoint_holds(tiny_llama: Path) -> None:
+    facts = json.loads(call("inspect", tiny_llama / "model.safetensors", "--json"))
+    assert facts["kind"] == "safetensors file"
+    assert {"name": "lm_head.weight", "dtype": "F32", "shape": [512, 64]} in facts["tensors"]
+    table = call("inspect", tiny_llama / "model.safetensors")
+    assert "model.layers.N.self_attn.k_proj.weight" in table
+    assert "model.norm.weight " in table
+
+
+def test_a_serving_machine_inspects_with_what_it_has(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
+) -> None:
+    with_all = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
+    places = [make_adapter(tiny_llama), tiny_llama_bundle, tiny_llama_bundle / "model.onnx"]
+    for place in places:
+        done = without_extras("inspect", place, "--json")
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(done.stdout)
+    assert "operators" not in facts
+    for part in ("inputs", "outputs", "side_inputs"):
+        assert sorted(map(str, facts[part])) == sorted(map(str, with_all[part]))
 
 
 @pytest.mark.parametrize("options", [{}, {"rank_pattern": {"q_proj": 2}}], ids=["plain", "pattern"])
