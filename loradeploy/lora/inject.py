@@ -82,8 +82,10 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injecti
 
     Raises:
         UsageError: nothing matches the targets (the candidates are listed), a match is not linear,
-            or modules_to_save names nothing, or a weight that is tied to another module's.
+            or modules_to_save names nothing, or a weight that is tied to another module's; or the
+            model carries an adapter already.
     """
+    _check_free(model)
     targets = _targets(model, config)
     saved = _saved_parameters(model, config)
     turned = any(isinstance(layer, Conv1D) for layer in targets.values())
@@ -99,7 +101,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
 
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
+        UsageError: the model carries an adapter already.
     """
+    _check_free(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems = []
@@ -135,14 +139,19 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         {name: modules[name] for name in adapter.modules},
         {name: parameters[name] for name in sorted(adapter.saved)},
     )
-    with torch.no_grad():
-        for name, layer in injection.layers.items():
-            pair = adapter.factors[name]
-            layer.lora_A.copy_(torch.tensor(pair.A))
-            layer.lora_B.copy_(torch.tensor(pair.B))
-        for name, parameter in injection.saved.items():
-            parameter.copy_(torch.tensor(adapter.saved[name]))
+    copy_into(injection, adapter)
     return injection
+
+
+@torch.no_grad()
+def copy_into(injection: Injection, adapter: Adapter) -> None:
+    """Give what is injected the values of `adapter`, which has the same targets and shapes."""
+    for name, layer in injection.layers.items():
+        pair = adapter.factors[name]
+        layer.lora_A.copy_(torch.tensor(pair.A))
+        layer.lora_B.copy_(torch.tensor(pair.B))
+    for name, parameter in injection.saved.items():
+        parameter.copy_(torch.tensor(adapter.saved[name]))
 
 
 @contextmanager
@@ -169,6 +178,11 @@ def linear_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, LINEAR_LAYERS) and module not in heads
     ]
+
+
+def _check_free(model: nn.Module) -> None:
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UsageError("the model carries an adapter already: remove() that one first")
 
 
 def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

@@ -46,7 +46,7 @@ class LoraLinear(nn.Module):
             return y
         x = self.dropout(x.to(self.lora_A.dtype))
         update = linear(linear(x, self.lora_A), self.lora_B)  # (x Aᵀ) Bᵀ
-        return y + (self.scaling * update).to(y.dtype)
+        return (y + self.scaling * update).to(y.dtype)
 
     def initialise(self, generator: torch.Generator) -> None:
         """A Kaiming-uniform and B zero, so that training starts at the base (section 4.1)."""

@@ -166,6 +166,40 @@ def test_a_merged_weight_is_cast_once(kind: Any, dtype: torch.dtype) -> None:
     assert torch.equal(layer.weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_base_gives_pefts_logits(
+    dtype: torch.dtype, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    import peft
+
+    adapter = make_adapter(tiny_llama)
+    base = base_of(tiny_llama, {}).to(dtype)
+    before = logits(base)
+    with adapted(base, load_adapter(adapter)):
+        ours = logits(base)
+    theirs = logits(peft.PeftModel.from_pretrained(base, adapter).eval())
+    assert ours.dtype == dtype
+    # PEFT multiplies by s at another place: at most the last of the few bits differs.
+    widest = float(theirs.abs().max())
+    assert difference(ours, theirs) <= 4 * torch.finfo(dtype).eps * widest
+    assert difference(ours, before) > 10 * torch.finfo(dtype).eps * widest
+
+
+def test_a_second_adapter_is_refused_while_the_first_is_there(
+    tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    adapter = load_adapter(make_adapter(tiny_llama))
+    base = base_of(tiny_llama, {})
+    with adapted(base, adapter):
+        for another in (
+            lambda: load(base, adapter),
+            lambda: inject(base, AdapterConfig(target_modules="all-linear")),
+        ):
+            with pytest.raises(UsageError, match="carries an adapter already"):
+                another()
+    load(base, adapter)
+
+
 def test_dropout_is_on_the_low_rank_path_alone() -> None:
     torch.manual_seed(0)
     layer = LoraLinear(nn.Linear(8, 6), rank=2, scaling=1.0, dropout=0.5)
