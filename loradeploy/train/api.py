@@ -14,18 +14,23 @@ if TYPE_CHECKING:
 class TrainResult:
     """A finished training run.
 
-    `loss_before`, `loss_after`: mean loss on the evaluation examples (the validation split, or the
-    first training examples where there is none); `accuracy_before`, `accuracy_after` of a
-    classifier on the same. `tokens` were read in training, padding not counted.
+    `parameters` were trained on `examples`, of which `truncated` were longer than max_length, and
+    on `tokens` in all, padding not counted. `seconds` are this call's, from reading the data to the
+    adapter on disk. `loss_before`, `loss_after`: mean loss on the "validation" split, or on the
+    first "training" examples where there is none (`evaluated_on`); `accuracy_before`,
+    `accuracy_after` of a classifier on the same.
     """
 
     adapter: Path
     digest: str
     base_digest: str
+    parameters: int
+    examples: int
+    truncated: int
     steps: int
     tokens: int
     seconds: float
-    parameters: int
+    evaluated_on: str
     loss_before: float
     loss_after: float
     accuracy_before: float | None = None
@@ -48,14 +53,16 @@ def train(
         data: see `loradeploy.train.data`.
         output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
         config: a YAML file of settings; their names and defaults are `TrainConfig`'s.
-        resume: go on from the newest checkpoint in `OUTPUT-checkpoints`.
+        resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which
+            a run that finishes removes. The end is the same, bit for bit, as without the break.
         flags: settings again, over those of the file.
 
     Raises:
-        UsageError: a setting that does not exist or is out of range, nothing to resume.
-        ModelError: the model is missing or not of the task.
+        UsageError: a setting that does not exist or is out of range, an output that cannot be
+            written, nothing to resume, or checkpoints of another run.
+        ModelError: the model is missing, broken, or not of the task.
         DataError: the data is missing, empty, or has a line (named) that cannot be used.
-        TrainingError: the loss is no longer finite, or memory ran out.
+        TrainingError: the loss is no longer finite, or memory or disk ran out.
         MissingDependencyError: the extra `train` is not installed.
     """
     from loradeploy.train.config import read_config

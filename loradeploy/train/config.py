@@ -36,9 +36,7 @@ class TrainConfig:
     alpha: float = _option(16.0, "alpha; the scaling is alpha / rank")
     dropout: float = _option(0.0, "dropout on the input of the low-rank path")
     use_rslora: bool = _option(False, "scale by alpha / √rank (rsLoRA)")
-    target_modules: str = _option(
-        "all-linear", "all-linear, a comma-separated list of name endings, or re:PATTERN"
-    )
+    target_modules: str = _option("all-linear", "all-linear, a list of name endings, or re:PATTERN")
     learning_rate: float = _option(5e-4, "peak learning rate of AdamW")
     schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
     warmup_steps: int = _option(5, "steps in which the learning rate rises")
@@ -48,7 +46,9 @@ class TrainConfig:
     max_steps: int = _option(0, "optimiser steps; 0 leaves it to epochs")
     batch_size: int = _option(8, "examples in a forward pass")
     gradient_accumulation: int = _option(1, "forward passes for an optimiser step")
-    max_length: int = _option(512, "tokens of an example at most")
+    max_length: int = _option(
+        512, "tokens of an example at most, and never more than the model takes"
+    )
     validation_split: float = _option(0.0, "share of the examples kept for evaluation")
     precision: str = _option("fp32", f"width of the frozen base: {', '.join(WIDTHS)}")
     save_steps: int = _option(0, "steps between checkpoints; 0 writes none")
@@ -64,7 +64,7 @@ class TrainConfig:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
                 )
-        if not self.target_modules:
+        if not self.targets:
             raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
 
     @property
@@ -74,7 +74,8 @@ class TrainConfig:
             return self.target_modules.removeprefix("re:")
         if self.target_modules == "all-linear":
             return self.target_modules
-        return tuple(sorted(name.strip() for name in self.target_modules.split(",")))
+        names = (name.strip() for name in self.target_modules.split(","))
+        return tuple(sorted(name for name in names if name))
 
 
 _BIG: Final = 10**9
@@ -118,6 +119,8 @@ def read_config(
 
 
 def _typed(name: str, value: Any, kind: str) -> Any:
+    if name == "target_modules" and isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from jinja2 import TemplateError
 
 from loradeploy.errors import DataError
 from loradeploy.train.data import Conversation, LabelledText
@@ -18,51 +19,64 @@ IGNORED: Final = -100  # torch's cross-entropy leaves these out
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Examples as the model reads them; `truncated` of them were longer and lost their end.
+
+    A feature has `input_ids` (a list) and `labels`: a list as long, or a class number.
+    """
+
+    features: list[dict[str, Any]]
+    truncated: int
+
+
+@dataclass(frozen=True)
 class Collator:
-    """Pads a batch on the right: `input_ids`, `attention_mask`, `labels`, all [batch, longest]."""
+    """Pads a batch on the right: `input_ids` and `attention_mask` [batch, longest], `labels` too,
+    or [batch] where they are class numbers; all int64.
+    """
 
     pad_id: int
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(feature["input_ids"]) for feature in features)
-        ids = torch.full((len(features), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, IGNORED)
-        for row, feature in enumerate(features):
-            length = len(feature["input_ids"])
-            ids[row, :length] = torch.tensor(feature["input_ids"])
-            mask[row, :length] = 1
-            if isinstance(feature["labels"], list):
-                labels[row, :length] = torch.tensor(feature["labels"])
-        if not isinstance(features[0]["labels"], list):
-            labels = torch.tensor([feature["labels"] for feature in features])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+        def padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+        ids = [feature["input_ids"] for feature in features]
+        labels = [feature["labels"] for feature in features]
+        return {
+            "input_ids": padded(ids, self.pad_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded(labels, IGNORED)
+            if isinstance(labels[0], list)
+            else torch.tensor(labels),
+        }
 
 
 def conversation_features(
     examples: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, Any]]:
-    """`input_ids` and `labels` (lists of one length) of each example.
+) -> Encoded:
+    """Token ids of each example, with a label at each token to be learnt.
 
     Raises:
         DataError: a prompt alone fills `max_length`, so that nothing is left to learn from; chat
-            messages for a tokenizer without a template.
+            messages that the tokenizer's template is missing for, or refuses.
     """
-    features = []
+    features, truncated = [], 0
     for example in examples:
-        if example.messages:
-            ids, labels = _chat(example, tokenizer)
-        else:
-            ids, labels = _parts(example, tokenizer)
-        ids, labels = ids[:max_length], labels[:max_length]
-        # The first token is predicted from nothing: a label there does not count.
-        if all(label == IGNORED for label in labels[1:]):
+        encode = _chat if example.messages else _parts
+        ids, labels = encode(example, tokenizer)
+        truncated += len(ids) > max_length
+        # The first token is predicted from nothing.
+        labels = [IGNORED, *labels[1:max_length]]
+        if all(label == IGNORED for label in labels):
             raise DataError(
                 f"{example.where}: nothing to learn from within {max_length} tokens:"
                 " raise max_length, or shorten the prompt"
             )
-        features.append({"input_ids": ids, "labels": labels})
-    return features
+        features.append({"input_ids": ids[:max_length], "labels": labels})
+    return Encoded(features, truncated)
 
 
 def text_features(
@@ -70,21 +84,32 @@ def text_features(
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> list[dict[str, Any]]:
-    """`input_ids` (a list, cut at `max_length`) and `labels` (a class number) of each example."""
-    encoded = tokenizer(
-        [example.text for example in examples], truncation=True, max_length=max_length
-    )
+) -> Encoded:
+    """Token ids of each text, special tokens included, and the number of its label in `labels`.
+
+    Raises:
+        DataError: a text without a single token.
+    """
+    texts = [example.text for example in examples]
+    whole = tokenizer(texts)["input_ids"]
+    cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     number = {label: index for index, label in enumerate(labels)}
-    return [
-        {"input_ids": ids, "labels": number[example.label]}
-        for ids, example in zip(encoded["input_ids"], examples, strict=True)
-    ]
+    for example, ids in zip(examples, cut, strict=True):
+        if not ids:
+            raise DataError(f"{example.where}: the text has no tokens")
+    return Encoded(
+        features=[
+            {"input_ids": list(ids), "labels": number[example.label]}
+            for ids, example in zip(cut, examples, strict=True)
+        ],
+        truncated=sum(len(ids) > max_length for ids in whole),
+    )
 
 
 def _parts(
     example: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
+    """Each part tokenised by itself, as a prompt is when it is served."""
     ids: list[int] = []
     labels: list[int] = []
     for number, (text, learnt) in enumerate(example.parts):
@@ -99,28 +124,44 @@ def _parts(
 
 
 def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The conversation by the tokenizer's template, labels where the assistant speaks.
+
+    Where a turn begins and ends is told by rendering the conversation up to it.
+    """
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{example.where}: messages, but the model's tokenizer has no chat template"
+            f"{example.where}: messages, but the model's tokenizer has no chat template:"
+            " give prompt and completion instead"
         )
-    messages = list(example.messages)
-
-    def tokens(count: int, *, prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    ids = tokens(len(messages), prompt=False)
+    ids = _render(example, tokenizer, len(example.messages))
     labels = [IGNORED] * len(ids)
-    for index, message in enumerate(messages):
+    for index, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        before, after = tokens(index, prompt=True), tokens(index + 1, prompt=False)
+        before = _render(example, tokenizer, index, prompt=True)
+        after = _render(example, tokenizer, index + 1)
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise DataError(
                 f"{example.where}: the chat template changes earlier turns, so that the assistant's"
                 " cannot be told apart: give prompt and completion instead"
             )
-        labels[len(before) : len(after)] = after[len(before) :]
+        turn = after[len(before) :]
+        if tokenizer.eos_token_id in turn:  # a line break after it is never generated
+            turn = turn[: len(turn) - turn[::-1].index(tokenizer.eos_token_id)]
+        labels[len(before) : len(before) + len(turn)] = turn
     return ids, labels
+
+
+def _render(
+    example: Conversation, tokenizer: PreTrainedTokenizerBase, count: int, *, prompt: bool = False
+) -> list[int]:
+    """The first `count` messages as tokens, and the opening of the assistant's turn if `prompt`."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(example.messages[:count]), tokenize=False, add_generation_prompt=prompt
+        )
+    except (TemplateError, TypeError, IndexError, KeyError) as problem:
+        raise DataError(
+            f"{example.where}: the chat template refuses the messages: {problem}"
+        ) from None
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import logging
 import os
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import set_seed
 
-from loradeploy.adapter import AdapterConfig, base_digest, save_adapter
+from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
+from loradeploy.errors import DataError, TrainingError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
-from loradeploy.lora.inject import Injection, inject
+from loradeploy.lora.inject import inject
 from loradeploy.train.api import TrainResult
-from loradeploy.train.config import CAUSAL_LM, TrainConfig
+from loradeploy.train.checkpoints import Checkpoints
+from loradeploy.train.config import TrainConfig
 from loradeploy.train.curve import write_curve
-from loradeploy.train.data import read_conversations, read_labelled_texts
-from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
-from loradeploy.train.trainer import AdapterTrainer, Progress, arguments, steps_of
+from loradeploy.train.data import label_names
+from loradeploy.train.features import Collator
+from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
+from loradeploy.train.progress import Progress
+from loradeploy.train.tasks import TASK_TABLE, Task
+from loradeploy.train.trainer import AdapterTrainer, arguments
 
-_PEFT_TASKS: Final = {CAUSAL_LM: "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-_WIDTHS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Examples that tell the loss before and after where no validation split is asked for.
+# Training examples that tell the loss before and after where no validation split is asked for.
 _EVALUATED: Final = 32
+# Settings that do not change the adapter: a resumed run may have others.
+_FREE: Final = ("save_steps",)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on: token ids, and a classifier's label names."""
+    """What a run trains on and is judged by: token ids, and a classifier's label names."""
 
     training: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
+    evaluated_on: str
+    truncated: int
     labels: tuple[str, ...] | None
 
 
@@ -62,100 +64,95 @@ def run(
     resume: bool,
 ) -> TrainResult:
     """See `loradeploy.train.api.train`."""
-    target = Path(output)
-    check_replaceable(target, marker=CONFIG_NAME)
-    checkpoint = find_checkpoint(model)
-    with _quiet():
-        tokenizer = _tokenizer(checkpoint)
-        prepared = _prepare(Path(data), tokenizer, config)
+    begin = time.perf_counter()
+    target, task = Path(output), TASK_TABLE[config.task]
+    _check_output(target)
+    checkpoints = Checkpoints(target)
+    checkpoints.check(resume=resume)
+    place = find_checkpoint(model)
+    with _quiet(), _explained():
+        opened = open_checkpoint(place)
+        config = replace(config, max_length=min(config.max_length, opened.max_length))
+        prepared = _prepare(Path(data), task, opened, config)
+        digest_of_base = base_digest(place)
         set_seed(config.seed)
-        base, fresh = _load(checkpoint, config, prepared.labels)
-        injection = inject(base, _adapter_config(model, config, fresh), seed=config.seed)
-        checkpoints = target.with_name(f"{target.name}-checkpoints")
-        trainer, progress = _trainer(injection, config, prepared, tokenizer, checkpoints)
-        before = _evaluate(trainer, prepared.evaluation)
-        begin = time.perf_counter()
-        with _explained(progress):
-            trainer.train(resume_from_checkpoint=_newest(checkpoints) if resume else None)
-        seconds = time.perf_counter() - begin
-        after = _evaluate(trainer, prepared.evaluation)
-    digest_of_base = base_digest(checkpoint)
-    adapter = injection.adapter(base_digest=digest_of_base, labels=prepared.labels)
-    with atomic_directory(target, marker=CONFIG_NAME) as place:
-        save_adapter(adapter, place)
-        write_curve(progress.curve, place)
-        (place / "train.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        base = load_base(opened, task, prepared.labels, config.precision)
+        adapter_config = _adapter_config(model, config, task, base.heads)
+        injection = inject(base.model, adapter_config, seed=config.seed)
+        describe = functools.partial(
+            injection.adapter, base_digest=digest_of_base, labels=prepared.labels
+        )
+        record = _record(config, digest_of_base, prepared)
+        newest = checkpoints.begin(record, resume=resume, saves=config.save_steps > 0)
+        progress = Progress()
+        try:
+            trainer = AdapterTrainer(
+                injection=injection,
+                loss=task.loss,
+                adapter=describe,
+                args=arguments(config, checkpoints.place, examples=len(prepared.training)),
+                train_dataset=prepared.training,
+                data_collator=Collator(opened.pad_id),
+                callbacks=[progress],
+            )
+            before = trainer.mean_loss(prepared.evaluation)
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            after = trainer.mean_loss(prepared.evaluation)
+            adapter = describe()
+            _write(target, adapter, trainer, config)
+        finally:
+            progress.close()
+            checkpoints.remove_if_empty()
+    checkpoints.remove()
     return TrainResult(
         adapter=target,
         digest=adapter.digest,
         base_digest=digest_of_base,
-        steps=trainer.state.global_step,
-        tokens=trainer.tokens,
-        seconds=round(seconds, 2),
         parameters=adapter.parameter_count,
+        examples=len(prepared.training),
+        truncated=prepared.truncated,
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        seconds=round(time.perf_counter() - begin, 2),
+        evaluated_on=prepared.evaluated_on,
         loss_before=before[0],
         loss_after=after[0],
-        accuracy_before=before[1],
-        accuracy_after=after[1],
+        accuracy_before=before[1] if task.labelled else None,
+        accuracy_after=after[1] if task.labelled else None,
     )
 
 
-def _tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as problem:
-        first = str(problem).splitlines()[0]
-        raise ModelError(f"{checkpoint} has no tokenizer that can be read: {first}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def _check_output(target: Path) -> None:
+    """Find out now, not after hours, that the adapter cannot be written."""
+    check_replaceable(target, marker=CONFIG_NAME)
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{target} cannot be written: {parent} is no directory to write in")
 
 
-def _prepare(data: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Prepared:
-    labels: tuple[str, ...] | None = None
-    if config.task == CAUSAL_LM:
-        features = conversation_features(read_conversations(data), tokenizer, config.max_length)
-    else:
-        texts = read_labelled_texts(data)
-        labels = tuple(sorted({text.label for text in texts}))
-        features = text_features(texts, labels, tokenizer, config.max_length)
+def _prepare(data: Path, task: Task, opened: Checkpoint, config: TrainConfig) -> Prepared:
+    examples = task.read(data)
+    labels = label_names(examples) if task.labelled else None
+    encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)
+    features = encoded.features
     random.Random(config.seed).shuffle(features)
     held = round(len(features) * config.validation_split)
     if config.validation_split and not 0 < held < len(features):
-        raise DataError(f"{data}: {len(features)} examples are too few for a validation split")
-    evaluation = features[:held] if held else features[:_EVALUATED]
-    return Prepared(features[held:], evaluation, labels)
-
-
-def _load(
-    checkpoint: Path, config: TrainConfig, labels: Sequence[str] | None
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The base model, and the modules that its checkpoint has no weights for."""
-    options: dict[str, Any] = {"dtype": _WIDTHS[config.precision], "output_loading_info": True}
-    if labels is None:
-        kind = AutoModelForCausalLM
-    else:
-        kind = AutoModelForSequenceClassification
-        options["num_labels"] = len(labels)
-    try:
-        model, info = kind.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError, RuntimeError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise ModelError(f"{checkpoint} cannot be loaded for {config.task}: {first}") from None
-    fresh = tuple(sorted({name.rpartition(".")[0] for name in info["missing_keys"]}))
-    if labels is None and fresh:
-        raise ModelError(
-            f"{checkpoint} has no weights for {', '.join(fresh)}: it is no {config.task} model"
+        raise DataError(
+            f"{data}: of {len(features)} examples a validation_split of {config.validation_split:g}"
+            " leaves none on one side"
         )
-    if labels is not None:
-        model.config.pad_token_id = model.config.pad_token_id or 0
-        # A head that the checkpoint brings is trained on too: its labels are others.
-        fresh = fresh or tuple(n for n in ("classifier", "score") if hasattr(model, n))
-    return model, fresh
+    return Prepared(
+        training=features[held:],
+        evaluation=features[:held] if held else features[:_EVALUATED],
+        evaluated_on="validation" if held else "training",
+        truncated=encoded.truncated,
+        labels=labels,
+    )
 
 
 def _adapter_config(
-    model: str | os.PathLike[str], config: TrainConfig, fresh: tuple[str, ...]
+    model: str | os.PathLike[str], config: TrainConfig, task: Task, heads: tuple[str, ...]
 ) -> AdapterConfig:
     return AdapterConfig(
         r=config.rank,
@@ -163,72 +160,46 @@ def _adapter_config(
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         target_modules=config.targets,
-        modules_to_save=tuple(sorted({name.rpartition(".")[2] for name in fresh})),
-        task_type=_PEFT_TASKS[config.task],
+        modules_to_save=heads,
+        task_type=task.peft,
         base_model_name_or_path=os.fspath(model),
     )
 
 
-def _trainer(
-    injection: Injection,
-    config: TrainConfig,
-    prepared: Prepared,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoints: Path,
-) -> tuple[AdapterTrainer, Progress]:
-    progress = Progress()
-    steps = steps_of(config, len(prepared.training))
-    trainer = AdapterTrainer(
-        injection=injection,
-        config=config,
-        args=arguments(config, checkpoints, steps=steps),
-        train_dataset=prepared.training,
-        data_collator=Collator(int(tokenizer.pad_token_id or 0)),
-        callbacks=[progress],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer, progress
+def _record(config: TrainConfig, digest_of_base: str, prepared: Prepared) -> dict[str, Any]:
+    """What decides the adapter, for a resumed run to be held against."""
+    read = json.dumps([prepared.training, prepared.evaluation, prepared.labels]).encode()
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    return {**settings, "base": digest_of_base, "data": hashlib.sha256(read).hexdigest()}
 
 
-@torch.no_grad()
-def _evaluate(
-    trainer: AdapterTrainer, examples: Sequence[dict[str, Any]]
-) -> tuple[float, float | None]:
-    """Mean loss (by labelled token, or by text), and a classifier's accuracy."""
-    model = trainer.model
-    training = model.training
-    model.eval()
-    total, counted, right, texts = 0.0, 0, 0, 0
-    for inputs in trainer.get_eval_dataloader(list(examples)):
-        inputs = trainer._prepare_inputs(inputs)
-        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
-        labels = inputs["labels"]
-        items = int((labels[:, 1:] != IGNORED).sum()) if labels.ndim == 2 else len(labels)
-        total, counted = total + float(loss) * items, counted + items
-        if labels.ndim == 1:
-            right += int((outputs.logits.argmax(-1) == labels).sum())
-            texts += len(labels)
-    model.train(training)
-    return total / counted, right / texts if texts else None
-
-
-def _newest(checkpoints: Path) -> str:
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda place: int(place.name[11:]))
-    if not found:
-        raise UsageError(f"there is nothing to resume in {checkpoints}: train with --save-steps")
-    return str(found[-1])
+def _write(target: Path, adapter: Adapter, trainer: AdapterTrainer, config: TrainConfig) -> None:
+    try:
+        with atomic_directory(target, marker=CONFIG_NAME) as place:
+            save_adapter(adapter, place)
+            write_curve(trainer.curve(), place)
+            settings = yaml.safe_dump(asdict(config), sort_keys=False)
+            (place / "train.yaml").write_text(settings, encoding="utf-8")
+    except OSError as problem:
+        raise TrainingError(f"{target} cannot be written: {problem.strerror}") from None
 
 
 @contextmanager
-def _explained(progress: Progress) -> Iterator[None]:
+def _explained() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise TrainingError(
-            "memory ran out: lower batch_size (and raise gradient_accumulation), max_length or rank"
-        ) from None
-    finally:
-        progress.close()
+    except torch.OutOfMemoryError as problem:
+        raise _out_of_memory() from problem
+    except RuntimeError as problem:
+        if "can't allocate memory" in str(problem):  # torch's CPU allocator has no class for it
+            raise _out_of_memory() from problem
+        raise
+
+
+def _out_of_memory() -> TrainingError:
+    return TrainingError(
+        "memory ran out: lower batch_size (and raise gradient_accumulation), max_length or rank"
+    )
 
 
 @contextmanager

@@ -1,0 +1,158 @@
+"""The base model of a training run: found, checked, loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loradeploy.errors import ModelError
+from loradeploy.train.tasks import Task
+
+_WIDTHS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk, with what can be known of it before its weights are read."""
+
+    place: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch: a decoder's classifier looks for the last other one."""
+        known = (
+            self.config.pad_token_id,
+            self.tokenizer.pad_token_id,
+            self.tokenizer.eos_token_id,
+            0,
+        )
+        return next(int(token) for token in known if token is not None)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model and its tokenizer take."""
+        text = self.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or getattr(
+            text, "n_positions", None
+        )
+        longest = int(self.tokenizer.model_max_length)
+        return min(longest, int(positions)) if positions else longest
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model, and the modules that are trained whole: a classifier's head."""
+
+    model: PreTrainedModel
+    heads: tuple[str, ...]
+
+
+def open_checkpoint(place: Path) -> Checkpoint:
+    """The config and tokenizer of the Hugging Face model directory `place`.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except Exception as problem:  # from_pretrained raises whatever its readers do
+        raise ModelError(f"{place}: config.json cannot be used: {_line(problem)}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as problem:
+        raise ModelError(f"{place} has no tokenizer that can be used: {_line(problem)}") from None
+    return Checkpoint(place, config, tokenizer)
+
+
+def load_base(
+    checkpoint: Checkpoint, task: Task, labels: Sequence[str] | None, precision: str
+) -> Base:
+    """The base model for `task`, its weights as wide as `precision` says.
+
+    A classifier's head is everything beside the encoder, and what the encoder lacks (a pooler): it
+    is new or of other labels, so it is trained whole, in float32 whatever `precision` says.
+
+    Raises:
+        ModelError: the weights cannot be read, or are not those of a model for `task`.
+    """
+    auto_class = getattr(transformers, task.auto_class)
+    options: dict[str, Any] = {} if labels is None else {"num_labels": len(labels)}
+    try:
+        model, info = auto_class.from_pretrained(
+            checkpoint.place,
+            dtype=_WIDTHS[precision],
+            output_loading_info=True,
+            ignore_mismatched_sizes=labels is not None,
+            **options,
+        )
+    except Exception as problem:  # as above: a broken file, an unknown architecture, a wrong shape
+        raise ModelError(
+            f"{checkpoint.place} cannot be loaded for {task.name}: {_line(problem)}"
+        ) from None
+    missing = {str(name) for name in info["missing_keys"]}
+    missing |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}
+    heads = _heads(model, missing) if labels is not None else ()
+    strange = sorted(name for name in missing if not name.startswith(tuple(f"{h}." for h in heads)))
+    if strange or model.base_model_prefix in heads:
+        raise ModelError(
+            f"{checkpoint.place} has no weights for {', '.join(strange[:4]) or 'the encoder'}:"
+            f" it is no {task.name} model"
+        )
+    if model.get_input_embeddings().num_embeddings < len(checkpoint.tokenizer):
+        raise ModelError(
+            f"{checkpoint.place}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the model"
+            f" {model.get_input_embeddings().num_embeddings}: they are not of one model"
+        )
+    model.config.pad_token_id = checkpoint.pad_id
+    for name in heads:
+        _widen(model.get_submodule(name))
+    return Base(model, heads)
+
+
+def _heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Modules beside the encoder that have weights, and the topmost that the checkpoint lacks."""
+    heads: list[str] = []
+    for name, module in model.named_modules():  # parents come first
+        weights = [f"{name}.{weight}" for weight, _ in module.named_parameters()]
+        beside = "." not in name and name != model.base_model_prefix
+        if (
+            name
+            and weights
+            and (beside or missing.issuperset(weights))
+            and not name.startswith(tuple(f"{head}." for head in heads))
+        ):
+            heads.append(name)
+    return tuple(sorted(heads))
+
+
+def _widen(head: nn.Module) -> None:
+    """Make a head's weights float32, and what it is given too: small steps are lost in bfloat16."""
+    if all(weight.dtype == torch.float32 for weight in head.parameters()):
+        return
+    head.float()
+    head.register_forward_pre_hook(
+        lambda _, given: tuple(
+            value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+            for value in given
+        )
+    )
+
+
+def _line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return lines[0]

@@ -1,0 +1,57 @@
+"""A training run as its user sees it while it lasts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar with loss, tokens/s and time left on stderr; silent where that is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, figures="")
+        self._begin = 0.0
+        self._tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show the bar."""
+        self._begin, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Move the bar."""
+        if logs and "loss" in logs:
+            tokens = state.num_input_tokens_seen - self._tokens
+            rate = tokens / (time.perf_counter() - self._begin)
+            figures = f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s"
+            self._bar.update(self._task, completed=state.global_step, figures=figures)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()

@@ -1,0 +1,73 @@
+"""Settings come from a file and from flags, and none is taken for another."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loradeploy.errors import UsageError
+from loradeploy.train.config import TrainConfig, read_config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 4", r"no setting 'rnak': did you mean rank\?"),
+        ("learning-rate: 1e-4", r"did you mean learning_rate\?"),
+        ("zzz: 4", "no setting 'zzz'; there are task, rank"),
+        ("rank: four", "rank is 'four': give a value of type int"),
+        ("rank: 4.5", "rank is 4.5: give a value of type int"),
+        ("rank: 0", "rank is 0: give a value from 1 to 4096"),
+        ("rank: true", "rank is True"),
+        ("learning_rate: .nan", "learning_rate is nan"),
+        ("use_rslora: 1", "use_rslora is 1"),
+        ("schedule: wavy", "schedule is 'wavy': give one of linear, cosine, constant"),
+        ("task: poetry", "task is 'poetry'"),
+        ("target_modules: ','", "target_modules is empty"),
+        ("target_modules: []", "target_modules is empty"),
+        ("- rank", "holds no settings"),
+        ("", "holds no settings"),
+        ("rank: [", "not readable as YAML"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_config(tmp_path / "train.yaml")
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere.yaml does not exist"):
+        read_config(tmp_path / "nowhere.yaml")
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("rank: 4\nlearning_rate: 1e-4\n")
+    config = read_config(tmp_path / "train.yaml", {"rank": 16})
+    assert (config.rank, config.learning_rate) == (16, 1e-4)
+
+
+def test_the_settings_in_full_are_read_back_the_same(tmp_path: Path) -> None:
+    config = TrainConfig(rank=3, target_modules="q_proj,v_proj", learning_rate=1e-7)
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    assert read_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("written", "targets"),
+    [
+        ("all-linear", "all-linear"),
+        ("v_proj, q_proj", ("q_proj", "v_proj")),
+        ("[v_proj, q_proj]", ("q_proj", "v_proj")),
+        (r"re:.*\.0\..*", r".*\.0\..*"),
+    ],
+)
+def test_targets_are_a_word_a_list_or_a_pattern(
+    written: str, targets: str | tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "train.yaml").write_text(f"target_modules: {written}\n")
+    assert read_config(tmp_path / "train.yaml").targets == targets

@@ -1,0 +1,126 @@
+"""Data is read in every form that is promised, and a line that cannot be used is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from loradeploy.errors import DataError
+from loradeploy.train.data import label_names, read_conversations, read_labelled_texts
+from tests.train.conftest import write_lines
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no examples"),
+        ("\n \n", "holds no examples"),
+        ('{"text": "fine"}\n{"text": \n', "line 2: not JSON"),
+        ('[\n{"text": "fine"}]', "line 1: not JSON .* each line is an object"),
+        ('{"text": "fine"}\n\n[1]\n', "line 3: a JSON list"),
+        ('{"prompt": "a"}\n', "line 1: has prompt; it needs"),
+        ('{"question": "a", "answer": "b"}\n', "line 1: has answer, question; it needs"),
+        ('{"text": "a", "completion": "b"}\n', "line 1: has both completion and text"),
+        ('{"completion": "b"}\n', "line 1: prompt is None"),
+        ('{"prompt": "a", "completion": ""}\n', "line 1: completion is ''"),
+        ('{"prompt": 3, "completion": "b"}\n', "line 1: prompt is 3"),
+        ('{"text": "\\ud800"}\n', "line 1: text holds half a surrogate pair"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: messages is no list of objects"),
+        ('{"messages": "hello"}\n', "line 1: messages is no list of objects"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "nothing to learn"),
+        ('{"messages": [{"role": "assistant", "content": ""}]}\n', "line 1: content is ''"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as refusal:
+        read_conversations(file)
+    assert "data.jsonl" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\nx,1\ny,1\n", "all examples have the label '1'"),
+        ("a.csv", "text,topic\nx,1\n", "no column label: the header has text, topic"),
+        ("a.csv", 'text,label\n"x,1\n', "not CSV"),
+        ("a.csv", "text,label\nx,\n", "line 2: label is ''"),
+        ("a.csv", "text,label\nx,y\none, two,y\n", "line 3: not the 2 fields .* in quotes"),
+        ("a.csv", "text,label\nx\n", "line 2: not the 2 fields"),
+        ("a.csv", "", "holds no examples"),
+        ("a.csv", "text,label\n", "holds no examples"),
+        ("a.jsonl", '{"text": "x", "label": null}\n', "line 1: label is None"),
+        ("a.jsonl", '{"text": "x", "label": true}\n', "line 1: label is True"),
+        ("a.jsonl", '{"label": "x"}\n', "line 1: text is None"),
+    ],
+)
+def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_labelled_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no folder of .txt files"),
+        ({"loose.txt": "x"}, "holds no folder of .txt files"),
+        ({"a/1.txt": "x", "b/1.txt": " \n"}, r"1.txt is empty"),
+        ({"a/1.txt": "x", "a/2.txt": "y"}, "all examples have the label 'a'"),
+    ],
+)
+def test_a_folder_without_classes_is_told(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_labelled_texts(tmp_path)
+
+
+def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a directory: give a JSONL file"):
+        read_conversations(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "folders"])
+def test_labelled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path: Path) -> None:
+    rows = [("one, two\nthree", "a"), ('say "hi" \u2028 there', "b")]
+    place = tmp_path / f"data.{suffix}"
+    if suffix == "csv":
+        with place.open("w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows([("text", "id", "label"), *((t, 7, n) for t, n in rows)])
+    elif suffix == "jsonl":
+        write_lines(place, [{"text": text, "label": name, "id": 7} for text, name in rows])
+    else:
+        for text, label in rows:
+            (place / label).mkdir(parents=True)
+            (place / label / "1.txt").write_text(text, encoding="utf-8")
+    assert [(example.text, example.label) for example in read_labelled_texts(place)] == rows
+
+
+def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\x0bfour"
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    # JSON escapes control characters, but for those above 0x7f.
+    (example,) = read_conversations(file)
+    assert example.parts == ((text, True),)
+
+
+def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    lines = [{"text": "x", "label": label} for label in (10, 2, 1)]
+    assert label_names(read_labelled_texts(write_lines(tmp_path / "a.jsonl", lines))) == (
+        "1",
+        "2",
+        "10",
+    )
+    lines.append({"text": "x", "label": "other"})
+    named = label_names(read_labelled_texts(write_lines(tmp_path / "a.jsonl", lines)))
+    assert named == ("1", "10", "2", "other")

@@ -1,0 +1,124 @@
+"""The loss is where it should be, on what is learnt and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from loradeploy.errors import DataError
+from loradeploy.train.data import LabelledText, read_conversations
+from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
+from tests.train.conftest import write_lines
+
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "good day"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "bye"},
+]
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def encode(line: dict[str, Any], tokenizer: Any, place: Path, max_length: int = 128) -> Any:
+    file = write_lines(place / "data.jsonl", [line])
+    return conversation_features(read_conversations(file), tokenizer, max_length)
+
+
+def learnt(feature: dict[str, Any], tokenizer: Any) -> str:
+    return tokenizer.decode([label for label in feature["labels"] if label != IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("line", "whole", "part"),
+    [
+        ({"prompt": "Question:", "completion": " yes."}, "Question: yes.<|im_end|>", " yes."),
+        ({"prompt": "", "completion": "yes."}, "yes.<|im_end|>", "es."),
+        ({"text": "all of it"}, "all of it<|im_end|>", " of it"),
+    ],
+    ids=["prompt", "empty-prompt", "text"],
+)
+def test_the_loss_is_on_completions_and_the_end(
+    line: dict[str, Any], whole: str, part: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    (feature,) = encode(line, tokenizer, tmp_path).features
+    assert tokenizer.decode(feature["input_ids"]) == whole
+    assert learnt(feature, tokenizer).endswith(part + "<|im_end|>")
+    assert learnt(feature, tokenizer) in whole
+    assert feature["labels"][0] == IGNORED, "nothing predicts the first token"
+
+
+def test_the_loss_is_on_what_the_assistant_says(tokenizer: Any, tmp_path: Path) -> None:
+    (feature,) = encode({"messages": CHAT}, tokenizer, tmp_path).features
+    assert learnt(feature, tokenizer) == "good day<|im_end|>bye<|im_end|>"
+    shown = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.decode(feature["input_ids"]) == shown
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the model's tokenizer has no chat template: give prompt and completion"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+            "line 1: the chat template refuses the messages: no system",
+        ),
+        ("{{ messages[-1]['content'] }}", "line 1: the chat template changes earlier turns"),
+    ],
+)
+def test_a_template_that_does_not_serve_is_told(
+    template: str | None, message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message):
+        encode({"messages": CHAT}, tokenizer, tmp_path)
+
+
+def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    line = {"prompt": "Question:", "completion": " yes, and much more than fits here."}
+    whole = encode(line, tokenizer, tmp_path)
+    cut = encode(line, tokenizer, tmp_path, max_length=8)
+    assert (whole.truncated, cut.truncated) == (0, 1)
+    for name in ("input_ids", "labels"):
+        assert cut.features[0][name] == whole.features[0][name][:8]
+
+
+def test_a_text_is_cut_between_its_special_tokens(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    texts = [LabelledText("a", "a b c d e f g h i j", "x"), LabelledText("b", "a", "y")]
+    encoded = text_features(texts, ("x", "y"), tokenizer, 6)
+    assert [len(feature["input_ids"]) for feature in encoded.features] == [
+        6,
+        len(tokenizer("a").input_ids),
+    ]
+    assert [feature["labels"] for feature in encoded.features] == [0, 1]
+    assert encoded.truncated == 1
+
+
+def test_a_text_without_tokens_is_named(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with pytest.raises(DataError, match="line 7: the text has no tokens"):
+        text_features([LabelledText("line 7", "", "x")], ("x",), tokenizer, 6)
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    batch = Collator(pad_id=9)(
+        [
+            {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]},
+            {"input_ids": [4], "labels": [IGNORED]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED] * 3]
+    classes = Collator(pad_id=9)([{"input_ids": [1], "labels": 2}, {"input_ids": [3], "labels": 0}])
+    assert classes["labels"].tolist() == [2, 0]
+    assert {tensor.dtype for tensor in (*batch.values(), *classes.values())} == {torch.int64}
