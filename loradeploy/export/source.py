@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
-from loradeploy.errors import MissingDependencyError, ModelError, UsageError
-
-# What a checkpoint needs of a repository; weights in pickles are never fetched.
-_FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+from loradeploy.errors import ModelError, UsageError
+from loradeploy.lora.checkpoint import fetch, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,9 @@ def resolve(model: str | os.PathLike[str]) -> Source:
         return Source("onnx", place.stem, place.parent, graph=place)
     if place.is_dir():
         return _in_directory(place)
-    if place.exists() or text.startswith((".", "~", "/")) or not _HUB_ID.fullmatch(text):
+    if place.exists() or not is_hub_id(text):
         raise ModelError(f"{text} does not exist: give a model directory, an .onnx file or an id")
-    return Source("checkpoint", text, _fetch(text))
+    return Source("checkpoint", text, fetch(text))
 
 
 def _in_directory(place: Path) -> Source:
@@ -78,21 +74,3 @@ def _in_directory(place: Path) -> Source:
         listed = ", ".join(graph.name for graph in graphs)
         raise UsageError(f"{place} holds several ONNX files, name one of them: {listed}")
     return Source("onnx", name, place, graph=(named or graphs)[0])
-
-
-def _fetch(repository: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingDependencyError(
-            f"{repository} is no directory, and to fetch it from the Hugging Face hub the export"
-            " extra is needed: pip install 'loradeploy[export]'"
-        ) from None
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
-    except Exception as problem:  # the hub's own, requests', and offline errors
-        first = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise ModelError(
-            f"{repository} is no directory here and cannot be had from the Hugging Face hub:"
-            f" {first[0]}"
-        ) from None

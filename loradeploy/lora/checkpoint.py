@@ -23,7 +23,7 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(model)
     place = Path(text).expanduser()
-    if not place.exists() and not text.startswith((".", "~", "/")) and _HUB_ID.fullmatch(text):
+    if not place.exists() and is_hub_id(text):
         return fetch(text)
     if not place.is_dir():
         raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
@@ -32,6 +32,11 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
     if not any(place.glob("*.safetensors")):
         raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
     return place
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` can be the id of a repository on the Hugging Face hub, not a path."""
+    return not text.startswith((".", "~", "/")) and _HUB_ID.fullmatch(text) is not None
 
 
 def fetch(repository: str) -> Path:
