@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
 import time
-from collections.abc import Iterator
 
 import click
 
 from loradeploy.bundle.names import TASKS
-from loradeploy.cli.console import json_option, print_json, print_pairs
+from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.precision import NAMED
 
 
@@ -59,7 +55,7 @@ def command(
     from loradeploy.export.api import export
 
     started = time.monotonic()
-    with _progress():
+    with progress("loradeploy.export"):
         manifest = export(
             model,
             output,
@@ -84,19 +80,3 @@ def command(
         print_json(values)
     else:
         print_pairs(f"Exported {output}", {k: v for k, v in values.items() if k != "bundle"})
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[None]:
-    """Show the export's steps on stderr while it runs; only warnings where that is no terminal."""
-    logger = logging.getLogger("loradeploy.export")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    level = logger.level
-    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

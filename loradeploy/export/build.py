@@ -134,7 +134,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
         model = model.half()
-    graph, _ = trace(model, task)
+    graph = trace(model, task)
     return Base(graph, task, identity, precision, parameters=parameters, weights=weights)
 
 

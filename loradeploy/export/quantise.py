@@ -8,6 +8,7 @@ its other nodes stay as they are.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -102,10 +103,9 @@ def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[st
     """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
     try:
         from onnx import TensorProto, helper, numpy_helper
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    except ImportError as problem:
+    except ImportError:
         raise MissingDependencyError(
-            f"packing weights needs {problem.name}: pip install 'loradeploy[export]'"
+            "packing weights needs onnx: pip install 'loradeploy[export]'"
         ) from None
     kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
     into, out = weight.shape
@@ -119,7 +119,7 @@ def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[st
         [numpy_helper.from_array(weight, "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
-    quantiser = MatMulNBitsQuantizer(
+    quantiser = _quantiser_class()(
         model,
         bits=bits,
         block_size=_BLOCK,
@@ -130,3 +130,15 @@ def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[st
     result = quantiser.model.model.graph
     (node,) = (node for node in result.node if node.op_type == "MatMulNBits")
     return node, {t.name: numpy_helper.to_array(t) for t in result.initializer}
+
+
+def _quantiser_class() -> Any:
+    """onnxruntime's quantiser, whose import configures the root logger for INFO (1.31)."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return MatMulNBitsQuantizer

@@ -15,6 +15,7 @@ from loradeploy.bundle.names import (
     FEATURE_EXTRACTION,
     INPUT_IDS,
     POSITION_IDS,
+    SEQUENCE_CLASSIFICATION,
     TOKEN_TYPE_IDS,
     past_name,
     present_name,
@@ -46,19 +47,6 @@ class Cache:
     key_size: int
     value_heads: int
     value_size: int
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """A traced model.
-
-    `graph`: the ONNX model, opset 23, fp32 or fp16.
-    `zeroed`: parameters of a head that the checkpoint lacks, which are zero in the graph.
-    """
-
-    graph: ir.Model
-    zeroed: tuple[str, ...]
-    caches: tuple[Cache, ...]
 
 
 def load_model(
@@ -105,10 +93,10 @@ def load_model(
             f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
         ) from None
     lacking = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
-    return model.eval(), _zero_head(model, lacking, directory)
+    return model.eval(), _zero_head(model, lacking, directory, task)
 
 
-def trace(model: torch.nn.Module, task: str) -> tuple[ir.Model, tuple[Cache, ...]]:
+def trace(model: torch.nn.Module, task: str) -> ir.Model:
     """The ONNX graph of `model`, tidied; batch, sequence and past are dynamic.
 
     Decoders: `input_ids`, `attention_mask`, `position_ids` where the model takes them, and the
@@ -150,11 +138,11 @@ def trace(model: torch.nn.Module, task: str) -> tuple[ir.Model, tuple[Cache, ...
     if onnx_program is None:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
     logger.info("optimising the graph")
-    return tidy(onnx_program.model, prefix=WRAPPED), caches
+    return tidy(onnx_program.model, prefix=WRAPPED)
 
 
-def _zero_head(model: Any, lacking: set[str], directory: Path) -> tuple[str, ...]:
-    """Zero the parameters outside the base model that the checkpoint lacks."""
+def _zero_head(model: Any, lacking: set[str], directory: Path, task: str) -> tuple[str, ...]:
+    """Zero the classifier's parameters that the checkpoint lacks; nothing else may be missing."""
     import torch
 
     bare = model is model.base_model
@@ -164,7 +152,8 @@ def _zero_head(model: Any, lacking: set[str], directory: Path) -> tuple[str, ...
         if unpooled:
             model.pooler = None
         lacking = lacking - unpooled
-    body = "" if bare else f"{model.base_model_prefix}."
+    # Of a classifier the head may be yet to be trained.
+    body = f"{model.base_model_prefix}." if task == SEQUENCE_CLASSIFICATION and not bare else ""
     missing = sorted(name for name in lacking if name.startswith(body))
     if missing:
         raise ModelError(

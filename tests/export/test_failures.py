@@ -26,6 +26,7 @@ from loradeploy.errors import (
     ModelError,
     UsageError,
 )
+from loradeploy.export import trace, write
 from loradeploy.export.api import export
 from tests.conftest import ROOT, MakeAdapter
 from tests.export.graphs import Builder, linear
@@ -38,7 +39,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was traced")
 
-    monkeypatch.setattr("loradeploy.export.trace.trace", refuse)
+    monkeypatch.setattr(trace, "trace", refuse)
 
 
 def _fingerprint(directory: Path) -> dict[str, bytes]:
@@ -212,6 +213,17 @@ def test_an_incomplete_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
         export(tmp_path / "m", tmp_path / "b")
 
 
+def test_a_language_model_without_its_head(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of LlamaForCausalLM: lm_head\.weight"):
+        export(tmp_path / "m", tmp_path / "b")
+
+
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors").write_bytes(b"")
@@ -308,7 +320,7 @@ def test_a_full_disk_leaves_the_old_bundle(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loradeploy.export.write.file_digest", full)
+    monkeypatch.setattr(write, "file_digest", full)
     with pytest.raises(ExportError, match="No space left on device; nothing was changed there"):
         export(tiny_llama_bundle, bundle)
     assert _fingerprint(bundle) == before
@@ -405,6 +417,15 @@ def test_the_command_prints_what_it_made(tiny_llama_bundle: Path, tmp_path: Path
     assert done.stdout.startswith(f"Exported {tmp_path / 'b'}\n")
     assert "side-inputs" in done.stdout
     assert done.stderr == ""
+
+
+def test_packing_leaves_the_program_s_logging_alone(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    code = "import logging, sys; from loradeploy.export.api import export; "
+    code += "export(*sys.argv[1:3], precision='int4'); sys.exit(len(logging.root.handlers))"
+    done = _python(code, tiny_llama_bundle, tmp_path / "b")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_prints_json(tiny_llama_bundle: Path, tmp_path: Path) -> None:
