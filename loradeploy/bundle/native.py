@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ def write_onnx_adapter(adapter: Adapter, manifest: Manifest, file: str | os.Path
 
     Raises:
         AdapterMismatchError: the adapter does not fit the bundle.
+        OSError: the file cannot be written.
     """
     import onnxruntime
 
@@ -42,7 +44,10 @@ def write_onnx_adapter(adapter: Adapter, manifest: Manifest, file: str | os.Path
         {name: onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in sorted(arrays)}
     )
     with atomic_file(file) as temporary:
-        content.export_adapter(os.fspath(temporary))
+        try:
+            content.export_adapter(os.fspath(temporary))
+        except RuntimeError:  # its text is a C++ source line
+            raise OSError(errno.EIO, "cannot be written: is the disk full?", str(file)) from None
 
 
 def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]]:

@@ -64,14 +64,16 @@ def progress(package: str) -> Iterator[None]:
     logger = logging.getLogger(package)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level = logger.level
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     logger.addHandler(handler)
+    logger.propagate = False  # or a handler at the root would say it again
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def size(count: int) -> str:

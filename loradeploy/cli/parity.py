@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sys
-from collections.abc import Iterator
 
 import click
 
-from loradeploy.cli.console import json_option, print_json
+from loradeploy.cli.console import json_option, print_json, progress
 from loradeploy.parity.prompts import GENERATED
 
 
@@ -72,7 +69,7 @@ def command(
     """
     from loradeploy.parity.api import parity
 
-    with _progress():
+    with progress("loradeploy.parity"):
         found = parity(
             bundle,
             model=model,
@@ -94,19 +91,3 @@ def command(
 
         print_report(found, Console(file=sys.stdout, highlight=False))
     return 0 if found.passed else 1
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[None]:
-    """Show the check's steps on stderr while it runs, where that is a terminal."""
-    logger = logging.getLogger("loradeploy.parity")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    level = logger.level
-    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
-from typing import Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 Status = Literal["ok", "note", "problem"]
 
@@ -24,6 +27,18 @@ _ONNXRUNTIMES: Final = (
     "onnxruntime-openvino",
     "onnxruntime-qnn",
     "onnxruntime-rocm",
+)
+# y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
+_TINY_GRAPH: Final = (
+    b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
+    b"\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+_WARNINGS, _NOTHING_LOGGED = 2, 4  # onnxruntime's log severities
+_CUDA: Final = "CUDAExecutionProvider"
+# Of control groups, version 2 and 1: the processor time of a container, and for which period.
+_QUOTAS: Final = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
 
 
@@ -44,10 +59,12 @@ def examine() -> list[Finding]:
     findings += [
         Finding(name, "ok", version) for name, version in versions.items() if version is not None
     ]
+    findings += _too_old()
     findings.append(_one_onnxruntime())
-    findings += _providers(versions["torch"])
+    findings += _onnxruntime(versions["torch"])
     findings += _extras(versions)
     findings.append(_threads())
+    findings.append(_model_cache())
     return findings
 
 
@@ -56,6 +73,31 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _too_old() -> list[Finding]:
+    """Packages that are there, older than loradeploy asks for."""
+    try:
+        required = importlib.metadata.requires("loradeploy") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return []
+    findings = {}
+    for line in required:
+        least = re.match(r"([\w.-]+)>=([\d.]+)", line)
+        installed = _version(least[1]) if least else None
+        if least and installed is not None and _numbers(installed) < _numbers(least[2]):
+            findings[least[1]] = Finding(
+                least[1],
+                "problem",
+                f"version {installed} is older than loradeploy works with",
+                f"pip install '{least[1]}>={least[2]}'",
+            )
+    return list(findings.values())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, as many as compare."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _one_onnxruntime() -> Finding:
@@ -74,32 +116,105 @@ def _one_onnxruntime() -> Finding:
     )
 
 
-def _providers(torch: str | None) -> list[Finding]:
+def _onnxruntime(torch: str | None) -> list[Finding]:
+    """What the onnxruntime that is imported says of itself, and whether CUDA starts in it."""
     try:
         import onnxruntime
     except ImportError as problem:
-        return [Finding("onnxruntime", "problem", f"cannot be imported: {problem}", "reinstall it")]
-    available = onnxruntime.get_available_providers()
-    findings = [Finding("providers in this build", "ok", ", ".join(available))]
-    if "CUDAExecutionProvider" not in available:
-        return findings
-    if not _has_nvidia_device():
+        told = " ".join(str(problem).split())
+        advice = "pip install --force-reinstall the one onnxruntime that you need"
+        return [Finding("onnxruntime", "problem", f"cannot be imported: {told}", advice)]
+    findings = []
+    installed = [_version(package) for package in _ONNXRUNTIMES]
+    if onnxruntime.__version__ not in installed:
         findings.append(
             Finding(
-                "CUDA",
-                "note",
-                "onnxruntime could use it, and there is no NVIDIA device here",
-                "nothing to do where the CPU is meant to run it",
+                "onnxruntime's files",
+                "problem",
+                f"are of version {onnxruntime.__version__}, and the package that is installed is"
+                f" {next(filter(None, installed), 'none')}: another one has overwritten them",
+                "pip install --force-reinstall the one onnxruntime that you need",
             )
         )
-    elif torch is not None and torch.endswith("+cpu"):
-        findings.append(
-            Finding("CUDA", "note", "there is a device, but torch is a CPU build",
-                    "install a CUDA build of torch to train on the device")
-        )  # fmt: skip
-    else:
-        findings.append(Finding("CUDA", "ok", "there is a device"))
+    available = onnxruntime.get_available_providers()
+    findings.append(Finding("providers in this build", "ok", ", ".join(available)))
+    if _CUDA in available:
+        findings.append(_cuda(onnxruntime))
+        findings += _one_cuda(onnxruntime, torch)
     return findings
+
+
+def _cuda(onnxruntime: Any) -> Finding:
+    """Whether the CUDA provider starts: it is listed wherever it is compiled in."""
+    if not _has_nvidia_device():
+        return Finding(
+            "CUDA",
+            "note",
+            "onnxruntime could use it, and there is no NVIDIA device here",
+            "nothing to do where the CPU is meant to run it",
+        )
+    from loradeploy.runtime.graph import preload_cuda
+
+    preload_cuda()
+    onnxruntime.set_default_logger_severity(_NOTHING_LOGGED)  # the finding says it
+    try:
+        session = onnxruntime.InferenceSession(_TINY_GRAPH, providers=[_CUDA])
+        if _CUDA in session.get_providers():
+            return Finding("CUDA", "ok", "there is a device, and the provider starts on it")
+        why = _unloadable(onnxruntime)
+    except Exception as problem:  # onnxruntime's exceptions share no base but this
+        why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNINGS)
+    return Finding(
+        "CUDA",
+        "problem",
+        f"there is a device, and the provider does not start: {why}",
+        "pip install 'onnxruntime-gpu[cuda,cudnn]' for the CUDA and cuDNN libraries that this"
+        " build wants, and see that the driver is new enough (nvidia-smi)",
+    )
+
+
+def _unloadable(onnxruntime: Any) -> str:
+    """Which library the CUDA provider misses, in the loader's words."""
+    windows = sys.platform == "win32"
+    file = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / file))
+    except OSError as problem:
+        return " ".join(str(problem).split())
+    return "its libraries load, the device does not answer"
+
+
+def _one_cuda(onnxruntime: Any, torch: str | None) -> list[Finding]:
+    """torch and onnxruntime in one process share CUDA libraries, of one major version."""
+    build = re.search(r"\+(cpu|cu(\d+)\d)$", torch or "")
+    theirs = build[2] if build else None
+    try:
+        from onnxruntime.capi.build_and_package_info import cuda_version
+    except ImportError:  # a build without CUDA, or of another layout
+        return []
+    ours = str(cuda_version).partition(".")[0]
+    if build and build[1] == "cpu" and _has_nvidia_device():
+        return [
+            Finding(
+                "CUDA of torch",
+                "note",
+                "there is a device, but torch is a CPU build",
+                "install a CUDA build of torch to train on the device",
+            )
+        ]
+    if theirs is None or theirs == ours:
+        return []
+    return [
+        Finding(
+            "CUDA of torch",
+            "note",
+            f"torch is built for CUDA {theirs}, onnxruntime for CUDA {ours}: in one process the"
+            " second that starts may find the other's libraries",
+            f"install a torch for CUDA {ours}, or train and serve in environments of their own",
+        )
+    ]
 
 
 def _has_nvidia_device() -> bool:
@@ -131,12 +246,51 @@ def _extras(versions: dict[str, str | None]) -> list[Finding]:
 
 def _threads() -> Finding:
     cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores
-    if usable < cores:
+    usable = float(len(os.sched_getaffinity(0))) if sys.platform == "linux" else cores
+    allowed = min(usable, _quota() or usable)
+    if allowed < cores:
         return Finding(
             "threads",
             "note",
-            f"{usable} of {cores} cores may be used by this process",
-            "set intra_op_num_threads in session_options to that number",
+            f"{allowed:g} of {cores} cores may be used by this process, and onnxruntime starts a"
+            " thread for each that it sees",
+            f"set session_options.intra_op_num_threads to {max(1, int(allowed))}",
         )
     return Finding("threads", "ok", f"{cores} cores")
+
+
+def _quota() -> float | None:
+    """The cores that a container may use, None without a limit."""
+    for files in _QUOTAS:
+        try:
+            words = " ".join(Path(file).read_text(encoding="utf-8") for file in files).split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def _model_cache() -> Finding:
+    """Where Hugging Face ids are looked up, and whether they can be fetched."""
+    name = "model cache"
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    home = Path(os.environ.get("HF_HOME", default)).expanduser()
+    place = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding(
+            name,
+            "note",
+            f"HF_HUB_OFFLINE is set: Hugging Face ids are looked up in {place} alone",
+            "unset it to fetch models, or give directories",
+        )
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        return Finding(
+            name,
+            "note",
+            f"{place} cannot be written: no model can be fetched by its id",
+            "set HF_HOME to a directory of your own, or give directories",
+        )
+    return Finding(name, "ok", str(place))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -63,6 +65,8 @@ def open_graph(
     asked = list(providers) if providers is not None else [CPU]
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
     _check_installed(names)
+    if any(name in _DEVICES for name in names):
+        preload_cuda()
     graph = bundle / GRAPH_NAME
     if not graph.is_file():
         raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
@@ -84,6 +88,16 @@ def open_graph(
             raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", told, started[0])
     return session
+
+
+def preload_cuda() -> None:
+    """Load the CUDA libraries that pip installed, which onnxruntime (1.31) does not find itself."""
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints what is missing
+            preload()
+        for line in said.getvalue().splitlines():
+            logger.debug("%s", line)
 
 
 def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:

@@ -1,0 +1,47 @@
+"""Calling the command line, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+from click.testing import CliRunner
+
+from loradeploy.cli.main import commands
+
+# As on a machine where the extras were not installed.
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "accelerate", "matplotlib", "onnx", "onnx_ir"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from loradeploy.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def without_extras(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def call(*arguments: object) -> str:
+    done = CliRunner().invoke(commands, [str(a) for a in arguments], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def command(verb: str) -> click.Command:
+    found = commands.get_command(click.Context(commands), verb)
+    assert found is not None
+    return found

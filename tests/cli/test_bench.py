@@ -1,0 +1,30 @@
+"""`bench` times every side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.calling import call
+from tests.conftest import MakeAdapter
+
+
+def test_bench_times_every_side(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
+) -> None:
+    adapters = [make_adapter(tiny_llama, r=4, seed=seed) for seed in (1, 2)]
+    given = [f"--adapter=a{number}={place}" for number, place in enumerate(adapters)]
+    sizes = ("--batch", 3, "--length", 8, "--rounds", 3)
+    facts = json.loads(call("bench", tiny_llama_bundle, *given, *sizes, "--json"))
+    sides = [timing["name"] for timing in facts["timings"]]
+    assert sides == [
+        "base",
+        "base again (control)",
+        "adapter a0",
+        "adapter a1",
+        "mixed batch",
+        "swap at each call",
+    ]
+    assert all(timing["median"] > 0 for timing in facts["timings"])
+    assert set(facts["load_ms"]) == {"a0", "a1"}
+    assert "mixed batch" in call("bench", tiny_llama_bundle, *given, *sizes)

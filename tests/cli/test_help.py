@@ -1,0 +1,164 @@
+"""What --help tells, at which cost, and that each flag reaches the function behind it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loradeploy.cli.main import VERBS
+from loradeploy.errors import LoraDeployError
+from loradeploy.export.api import export
+from loradeploy.parity.api import parity
+from loradeploy.runtime.environment import examine
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.timing import time_bundle
+from loradeploy.train.api import train
+from loradeploy.train.config import TrainConfig
+from tests.cli.calling import call, command, without_extras
+
+HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "onnx_ir", "rich", "tokenizers")
+
+
+def test_help_imports_no_verb() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "loradeploy", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
+    assert imported.isdisjoint(HEAVY), imported.intersection(HEAVY)
+    for verb in VERBS:
+        assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
+    text = call(verb, "--help")
+    assert f"Example: loradeploy {verb}" in " ".join(text.split())
+    assert command(verb).short_help == VERBS[verb], "the list of verbs tells another story"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_json(verb: str) -> None:
+    assert any("--json" in parameter.opts for parameter in command(verb).params)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_where_the_extras_are_missing(verb: str) -> None:
+    done = without_extras(verb, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["train", "--model", "{model}", "--data", "{model}", "--output", "{tmp}/o"], "train"),
+        (["export", "--model", "{model}", "--output", "{tmp}/o"], "export"),
+        (["parity", "{bundle}", "--model", "{model}"], "all"),
+    ],
+    ids=["train", "export", "parity"],
+)
+def test_a_missing_extra_is_named(
+    arguments: list[str], extra: str, tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    places = {"model": tiny_llama, "bundle": tiny_llama_bundle, "tmp": tmp_path}
+    done = without_extras(*(argument.format(**places) for argument in arguments))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert f"pip install 'loradeploy[{extra}]'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def names(verb: str) -> set[str]:
+    """The options and arguments of a verb, but for --json, which is about printing alone."""
+    return {p.name for p in command(verb).params if p.name is not None} - {"as_json"}
+
+
+def parameters(*functions: Callable[..., object]) -> set[str]:
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+
+def test_every_flag_of_train_is_a_setting_and_every_setting_a_flag() -> None:
+    settings = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names("train") == settings | parameters(train) - {"flags"}
+
+
+# What the command makes of its flags itself, before it calls the functions, is listed last.
+FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
+    "export": ((export,), set()),
+    "parity": ((parity,), {"reports"}),  # `report`, which is one or more
+    "run": ((AdapterSession, TextGenerator.generate), {"prompt", "file", "adapter", "provider"}),
+    "bench": ((AdapterSession, time_bundle), {"adapters"}),
+    "convert": ((), {"adapter", "bundle", "output"}),
+    "inspect": ((), {"path"}),
+    "doctor": ((examine,), set()),
+}
+
+
+@pytest.mark.parametrize("verb", FUNCTIONS)
+def test_every_flag_is_a_parameter_of_the_function_behind(verb: str) -> None:
+    functions, own = FUNCTIONS[verb]
+    assert names(verb) <= parameters(*functions) | own
+    assert names(verb) >= own
+
+
+def test_no_verb_is_left_out() -> None:
+    assert {"train", *FUNCTIONS} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_flag_is_parsed_and_ignored(verb: str) -> None:
+    module = importlib.import_module(f"loradeploy.cli.{verb}")
+    tree = ast.parse(inspect.getsource(module))
+    (function,) = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command"
+    ]
+    used = {
+        node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)
+    }
+    arguments = function.args
+    taken = {a.arg for a in (*arguments.args, *arguments.kwonlyargs)}
+    if arguments.kwarg is not None:
+        assert arguments.kwarg.arg in used
+    assert taken <= used
+
+
+EXPORTED = {
+    "--adapter": ("a=x", "adapters", ["a=x"]),
+    "--merge": (None, "merge", True),
+    "--precision": ("fp16", "precision", "fp16"),
+    "--task": ("causal-lm", "task", "causal-lm"),
+}
+
+
+@pytest.mark.parametrize("flag", EXPORTED)
+def test_a_flag_of_export_changes_what_the_function_is_given(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, name, expected = EXPORTED[flag]
+    given: list[dict[str, object]] = []
+
+    def stop(model: str, output: str, **options: object) -> None:
+        given.append(options)
+        raise LoraDeployError("seen")
+
+    monkeypatch.setattr(sys.modules["loradeploy.export.api"], "export", stop)
+    flags = [flag] if value is None else [flag, value]
+    for extra in ([], flags):
+        with pytest.raises(LoraDeployError):
+            call("export", "--model", "m", "--output", "o", *extra)
+    assert given[1] == {**given[0], name: expected}
+    assert given[0] != given[1]

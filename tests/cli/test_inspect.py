@@ -1,0 +1,113 @@
+"""`inspect` tells what a thing is, to people in a table and to programs in JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loradeploy.adapter import load_adapter
+from loradeploy.export.api import export
+from tests.cli.calling import call, without_extras
+from tests.conftest import MakeAdapter
+
+
+def test_inspect_tells_what_an_adapter_is(tiny_llama: Path, make_adapter: MakeAdapter) -> None:
+    place = make_adapter(tiny_llama, r=4, alpha=8)
+    facts = json.loads(call("inspect", place, "--json"))
+    assert facts["kind"] == "LoRA adapter"
+    assert facts["digest"] == load_adapter(place).digest
+    assert (facts["rank"], facts["alpha"]) == (4, 8)
+    assert {row["scaling"] for row in facts["targets"]} == {2.0}
+    assert len(facts["targets"]) == 14
+    assert facts["targets"][0]["lora_A"] == [4, 96]
+    table = call("inspect", place)
+    assert "LoRA adapter" in table
+    assert "model.layers.N.self_attn.q_proj  4     2        [4, 64]  [64, 4]  2" in table
+
+
+def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
+    facts = json.loads(call("inspect", tiny_llama_bundle, "--json"))
+    assert (facts["kind"], facts["task"], facts["mode"]) == ("bundle", "causal-lm", "side-inputs")
+    assert (facts["graph"], facts["parity"]) == ("as exported", "unchecked")
+    assert {row["name"] for row in facts["inputs"]} >= {"input_ids", "past_key_values.1.key"}
+    assert len(facts["targets"]) == 14
+    table = call("inspect", tiny_llama_bundle)
+    assert "past_key_values.N.key" in table
+    assert "model.layers.N.self_attn.q_proj" in table
+
+
+@pytest.fixture
+def checked(
+    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> Path:
+    """A bundle with an adapter inside, and a certificate for both."""
+    bundle = tmp_path / "bundle"
+    manifest = export(tiny_llama, bundle, adapters={"sport": make_adapter(tiny_llama)})
+    certificate = {
+        "passed": True,
+        "created": "2030-01-02",
+        "graph_digest": manifest.graph_digest,
+        "data_digest": manifest.data_digest,
+        "adapters": [{"name": "sport", "digest": manifest.adapters["sport"].digest}],
+    }
+    (bundle / "parity.json").write_text(json.dumps(certificate))
+    return bundle
+
+
+def spoil(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checked: Path) -> None:
+    def verdict() -> tuple[str, str, str]:
+        facts = json.loads(call("inspect", checked, "--json"))
+        (adapter,) = facts["adapters"]
+        return facts["graph"], facts["parity"], adapter["files"]
+
+    assert verdict() == ("as exported", "passed", "as exported")
+    certificate = json.loads((checked / "parity.json").read_text())
+    (checked / "parity.json").write_text(json.dumps({**certificate, "passed": False}))
+    assert verdict()[1] == "failed"
+    (checked / "parity.json").write_text(json.dumps({**certificate, "adapters": []}))
+    assert verdict()[1] == "stale"
+    (checked / "parity.json").write_text("{")
+    assert verdict()[1] == "unreadable"
+    (checked / "parity.json").write_text(json.dumps(certificate))
+    spoil(checked / "model.onnx")
+    assert verdict()[:2] == ("changed since the export: model.onnx", "stale")
+    spoil(checked / "adapters/sport/adapter_model.safetensors")
+    assert "no valid safetensors" in verdict()[2]
+
+
+def test_inspect_tells_what_an_onnx_file_takes(tiny_llama_bundle: Path) -> None:
+    facts = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
+    assert facts["kind"] == "ONNX file"
+    assert facts["opsets"] == ["ai.onnx 23"]
+    assert {"operator": "Attention", "nodes": 2} in facts["operators"]
+    assert "adapter_ids" in {row["name"] for row in facts["side_inputs"]}
+    assert "adapter_ids" not in {row["name"] for row in facts["inputs"]}
+
+
+def test_inspect_tells_what_a_checkpoint_holds(tiny_llama: Path) -> None:
+    facts = json.loads(call("inspect", tiny_llama / "model.safetensors", "--json"))
+    assert facts["kind"] == "safetensors file"
+    assert {"name": "lm_head.weight", "dtype": "F32", "shape": [512, 64]} in facts["tensors"]
+    table = call("inspect", tiny_llama / "model.safetensors")
+    assert "model.layers.N.self_attn.k_proj.weight" in table
+    assert "model.norm.weight " in table
+
+
+def test_a_serving_machine_inspects_with_what_it_has(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
+) -> None:
+    with_all = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
+    places = [make_adapter(tiny_llama), tiny_llama_bundle, tiny_llama_bundle / "model.onnx"]
+    for place in places:
+        done = without_extras("inspect", place, "--json")
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(done.stdout)
+    assert "operators" not in facts
+    for part in ("inputs", "outputs", "side_inputs"):
+        assert sorted(map(str, facts[part])) == sorted(map(str, with_all[part]))
