@@ -12,6 +12,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
 from loradeploy.adapter.targets import match_targets
 from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
+from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LISTED = 6
+# PEFT's names of tasks, by which it chooses the class around an adapted model.
+_PEFT_TASKS = {
+    CAUSAL_LM: "CAUSAL_LM",
+    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
+    FEATURE_EXTRACTION: "FEATURE_EXTRACTION",
+}
 
 
 def side_inputs(adapter: Adapter, manifest: Manifest) -> dict[str, NDArray[Any]]:
@@ -127,6 +134,7 @@ def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manif
         target_modules=tuple(sorted(factors)),
         modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
         base_model_name_or_path=manifest.base.name,
+        task_type=_PEFT_TASKS.get(manifest.task),
     )
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     return Adapter(config, factors, saved, base_digest=known)

@@ -254,6 +254,8 @@ def _graph(place: Path) -> Facts:
         model = onnx_ir.load(place)
     except Exception as problem:  # protobuf's and the library's errors share no base but this
         raise BundleError(f"{place} is no ONNX file: {_first_line(problem)}") from None
+    if not model.opset_imports:  # an empty file is a valid protobuf
+        raise BundleError(f"{place} is no ONNX file: it names no opset")
     graph = model.graph
     weights = [value.const_value for value in graph.initializers.values()]
     files = {Path(weight.path) for weight in weights if isinstance(weight, onnx_ir.ExternalTensor)}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import click
 from click.testing import CliRunner
 
 from loradeploy.cli.main import commands
+
+# (*arguments) → exit status, stdout, stderr
+Run = Callable[..., tuple[int, str, str]]
 
 # As on a machine where the extras were not installed.
 WITHOUT_EXTRAS = """
@@ -45,3 +49,10 @@ def command(verb: str) -> click.Command:
     found = commands.get_command(click.Context(commands), verb)
     assert found is not None
     return found
+
+
+def one_line(text: str) -> str:
+    (line,) = text.splitlines()
+    assert line.startswith("Error: ")
+    assert "Traceback" not in line
+    return line

@@ -13,28 +13,11 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter.tensors import read_arrays, write_arrays
-from loradeploy.cli import main as cli
 from loradeploy.errors import AdapterError
+from tests.cli.calling import Run, one_line
 from tests.conftest import MakeAdapter
 
 WEIGHTS = "adapter_model.safetensors"
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A function (*arguments) → exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what making the fixtures had to say
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        status = ended.value.code
-        assert isinstance(status, int)
-        return status, out, err
-
-    return run
 
 
 def edit_weights(directory: Path, change: Callable[[bytes], bytes]) -> None:
@@ -73,13 +56,6 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 def adapter(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
     """A copy of a good adapter, to be spoilt."""
     return Path(shutil.copytree(make_adapter(tiny_llama), tmp_path / "adapter"))
-
-
-def one_line(text: str) -> str:
-    (line,) = text.splitlines()
-    assert line.startswith("Error: ")
-    assert "Traceback" not in line
-    return line
 
 
 @pytest.mark.parametrize("verb", ["inspect", "run", "export", "convert"])
@@ -131,6 +107,22 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
             "no.jsonl",
         ),
         (["train", "--model", "{tmp}/no", "--data", "{tmp}/d.jsonl", "--output", "{tmp}/o"], "no"),
+        (
+            ["train", "--model", "{model}", "--data", "x", "--output", "y", "--rank", "0"],
+            "rank is 0",
+        ),
+        (["train", "--model", "{model}", "--data", "x", "--output", "y", "--config", "z"], "z"),
+        (["parity", "{tmp}/nowhere"], "does not exist"),
+        (["parity", "{bundle}", "--model", "{tmp}/nowhere"], "nowhere"),
+        (["parity", "{bundle}", "--report", "{tmp}/report.pdf"], ".pdf"),
+        (["parity", "{bundle}", "--backends", "guess"], "guess"),
+        (["parity", "{bundle}", "--model", "{model}", "--adapter", "{tmp}/no"], "does not exist"),
+        (["export", "--model", "{model}", "--output", "{tmp}/o", "--precision", "bf16"], "bf16"),
+        (["inspect", "{bundle}/config.json"], "is no adapter"),
+        (
+            ["convert", "{tmp}/no", "--bundle", "{tmp}", "--output", "b.onnx_adapter"],
+            "loradeploy.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -175,6 +167,44 @@ def test_an_adapter_of_another_model_is_refused(
     assert "is no target module of this bundle" in one_line(err)
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".onnx_adapter", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\x08", b"not what its name says" * 9])
+def test_inspect_says_that_a_file_is_not_what_its_name_says(
+    suffix: str, content: bytes, tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / f"broken{suffix}"
+    file.write_bytes(content)
+    status, out, err = run("inspect", file)
+    assert (status, out) == (2, "")
+    assert file.name in one_line(err)
+
+
+def test_convert_replaces_nobodys_directory(
+    adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    native, thesis = tmp_path / "a.onnx_adapter", tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("years of work")
+    assert run("convert", adapter, "--bundle", tiny_llama_bundle, "--output", native)[0] == 0
+    status, _, err = run("convert", native, "--bundle", tiny_llama_bundle, "--output", thesis)
+    assert status == 2
+    assert "is left alone" in one_line(err)
+    assert os.listdir(thesis) == ["thesis.txt"]
+
+
+def test_an_onnx_adapter_for_another_bundle_is_refused(
+    adapter: Path, tiny_llama_bundle: Path, tiny_gpt2_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    native = tmp_path / "a.onnx_adapter"
+    assert run("convert", adapter, "--bundle", tiny_llama_bundle, "--output", native)[0] == 0
+    status, _, err = run(
+        "convert", native, "--bundle", tiny_gpt2_bundle, "--output", tmp_path / "back"
+    )
+    assert status == 2
+    assert "does not fit this bundle" in one_line(err)
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_graph_that_is_not_the_manifests_is_refused(
     tiny_llama_bundle: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -194,15 +224,3 @@ def test_somebodys_directory_is_never_replaced(tiny_llama: Path, tmp_path: Path,
     assert status == 2
     assert "is left alone" in one_line(err)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-@pytest.mark.parametrize("arguments", [["fly"], ["run", "--fly"], ["export"]])
-def test_wrong_usage_is_exit_status_2(arguments: list[str], run: Run) -> None:
-    status, out, err = run(*arguments)
-    assert (status, out) == (2, "")
-    assert "Error: " in err
-
-
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError):
-        cli.main(["inspect", str(tmp_path), "--debug"])

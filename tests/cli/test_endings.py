@@ -1,0 +1,140 @@
+"""How a command ends: its exit status, and the one line that says why."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loradeploy.cli import main as cli
+from loradeploy.errors import AdapterError, LoraDeployError
+from tests.cli.calling import Run, one_line
+from tests.conftest import MakeAdapter
+
+CALL = "from loradeploy.cli.main import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "No such command 'fly': see loradeploy --help"),
+        (["run", "--fly"], "No such option '--fly'"),
+        (["export"], "Missing option '--model': see loradeploy export --help"),
+        (["export", "--task", "guess"], "'guess' is not one of 'causal-lm'"),
+        (["bench", "b", "--rounds", "many"], "'many' is not a valid integer"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_tells_where_help_is(
+    arguments: list[str], message: str, run: Run
+) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in one_line(err)
+    assert "--help" in err
+
+
+def test_no_verb_at_all_shows_the_help(run: Run) -> None:
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert "Commands:" in err
+
+
+def test_the_version_is_told(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0
+    assert out.startswith("loradeploy, version ")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path) -> None:
+    arguments = ["inspect", str(tmp_path)]
+    arguments.insert(place, "--debug")
+    with pytest.raises(AdapterError):
+        cli.main(arguments)
+
+
+def test_behind_two_dashes_debug_is_a_text(run: Run) -> None:
+    status, _, err = run("run", "--", "nowhere", "--debug")
+    assert status == 2
+    assert "nowhere" in one_line(err)
+
+
+def test_an_error_of_several_lines_is_told_in_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> None:
+        raise LoraDeployError("first\n  second\n")
+
+    monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
+    assert run("inspect", ".") == (2, "", "Error: first second\n")
+
+
+def test_a_defect_says_that_it_is_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object) -> None:
+        raise ZeroDivisionError("a slip\nof ours")
+
+    monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
+    status, out, err = run("inspect", ".")
+    assert (status, out) == (70, "")
+    line = one_line(err)
+    assert "a defect of loradeploy, ZeroDivisionError: a slip" in line
+    assert "--debug" in line
+
+
+def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def read(self, size: int | None = -1) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    status, out, err = run("run", "nowhere", "--input", "-")
+    assert (status, out, err.strip()) == (130, "", "interrupted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+def test_a_closed_pipe_ends_quietly_and_not_as_a_success(tiny_llama: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, "inspect", str(tiny_llama / "model.safetensors")],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on files there")
+def test_a_disk_without_room_leaves_nothing_behind(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.onnx_adapter"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+    place = str(make_adapter(tiny_llama))
+    arguments = ["convert", place, "--bundle", str(tiny_llama_bundle), "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-c", limit + CALL, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot be written: is the disk full?" in one_line(done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_named(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "a.onnx_adapter"
+    status, _, err = run(
+        "convert", make_adapter(tiny_llama), "--bundle", tiny_llama_bundle, "--output", output
+    )
+    assert status == 2
+    assert str(tmp_path / "file") in one_line(err)
