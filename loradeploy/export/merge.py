@@ -82,18 +82,18 @@ def _merged(
         W = np.array(start if linear.transposed else start.T, dtype=np.float32)
     else:
         W = held.astype(np.float32)
-    A, B = factors.A.astype(np.float32), factors.B.astype(np.float32)
+    A, sB = factors.A.astype(np.float32), np.float32(scaling) * factors.B.astype(np.float32)
     if linear.transposed:
-        W += np.float32(scaling) * (B @ A)  # [out, in]
+        W += sB @ A  # [out, in]
     else:
-        W += np.float32(scaling) * (A.T @ B.T)  # [in, out]
+        W += A.T @ sB.T  # [in, out]
     return _cast(W, held.dtype, linear.module)
 
 
 def _cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(values, dtype=dtype)
-    if not np.isfinite(cast.astype(np.float32, copy=False)).all():
+    if dtype.itemsize < values.dtype.itemsize and not np.isfinite(cast).all():
         raise ExportError(
             f"{label}: the merged weight does not fit into {dtype}: export with --precision fp32"
         )
