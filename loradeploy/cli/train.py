@@ -20,7 +20,8 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
         flag = f"--{field.name.replace('_', '-')}"
         text = f"{field.metadata['help']} [default: {field.default}]"
         if field.type == "bool":
-            option = click.option(flag, is_flag=True, default=None, help=text)
+            negative = f"--no-{flag.removeprefix('--')}"  # a flag wins over the file both ways
+            option = click.option(f"{flag}/{negative}", default=None, help=text)
         elif field.name in CHOICES:
             option = click.option(flag, type=click.Choice(CHOICES[field.name]), help=text)
         else:
@@ -45,7 +46,9 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--output", required=True, type=click.Path(), help="Directory of the adapter.")
 @click.option("--config", type=click.Path(), help="YAML file of settings; flags win.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from the newest checkpoint, where a run was cut off."
+)
 @_settings
 @json_option
 def command(
