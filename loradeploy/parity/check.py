@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Tally:
-    """What one adapter in one phase has come to so far. `problem`: why nothing more came."""
+    """What one adapter in one phase has come to so far. `due`: positions that must come yet."""
 
     comparison: Comparison
+    due: int = 0
     seconds: float = 0.0
-    problem: str | None = None
 
 
 @dataclass
@@ -142,26 +142,26 @@ def _walk(
     tallies = _Tallies(reference, logits=task != "feature-extraction")
     for phase in phases:
         for row in rows:
-            tallies.of(row.subject, phase)
+            if row.due(phase):
+                tallies.of(row.subject, phase).due += row.due(phase)
     observations = walk(model, rows, task=task, pad=setting.cases.pad, phases=phases)
-    phase = phases[0]
+    problem = "it gave less than all positions"
     while True:
         begin = time.perf_counter()
         try:
             seen = next(observations, None)
             if seen is None:
                 break
-            phase = seen.phase
-            _take_in(tallies.of(seen.row.subject, phase), seen)
-        except Exception as problem:  # whatever a backend raises is its failure
-            # What it did not come to is as unproved as what it failed in.
-            for (_, its_phase), tally in tallies.found.items():
-                if phases.index(its_phase) >= phases.index(phase):
-                    tally.problem = tally.problem or _one_line(problem)
+            tally = tallies.of(seen.row.subject, seen.phase)
+            _take_in(tally, seen)
+        except Exception as raised:  # whatever a backend raises is its failure
+            problem = _one_line(raised)
             break
-        tallies.of(seen.row.subject, phase).seconds += time.perf_counter() - begin
-    for (subject, its_phase), tally in tallies.found.items():
-        yield _result(backend, subject, its_phase, tally, setting, reference)
+        tally.seconds += time.perf_counter() - begin
+    for (subject, phase), tally in tallies.found.items():
+        # What it did not come to is as unproved as what it failed in.
+        said = problem if tally.due else None
+        yield _result(backend, subject, phase, tally, said, setting, reference)
 
 
 def _take_in(tally: _Tally, seen: Observation) -> None:
@@ -173,6 +173,7 @@ def _take_in(tally: _Tally, seen: Observation) -> None:
         first=seen.first,
         first_step=row.first_step,
     )
+    tally.due -= len(seen.values)
 
 
 def _result(
@@ -180,6 +181,7 @@ def _result(
     subject: str | None,
     phase: str,
     tally: _Tally,
+    problem: str | None,
     setting: Setting,
     reference: Reference,
 ) -> Result:
@@ -191,7 +193,7 @@ def _result(
         scale=reference.scale[subject],
         effect=effect,
     )
-    message = tally.problem or failure(figures, checks)
+    message = problem or failure(figures, checks)
     return Result(
         backend=backend.name,
         title=backend.title,

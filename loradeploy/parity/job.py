@@ -19,7 +19,7 @@ from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
 from loradeploy.parity.report import Control, Inputs, ParityReport
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import load_base, make_reference
+from loradeploy.parity.torch_side import Reference, load_base, make_reference
 from loradeploy.parity.writers import write_report
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
-        notes=tuple(_notes(setting)),
+        notes=tuple(_notes(setting, reference)),
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -96,12 +96,14 @@ def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> P
     return report
 
 
-def _notes(setting: Setting) -> list[str]:
+def _notes(setting: Setting, reference: Reference) -> list[str]:
     """What the reader of the verdict must know besides."""
     notes = []
     manifest = setting.manifest
     if not setting.subjects:
         notes.append("no adapter is in the bundle or given: only the base was compared")
+    if not setting.merged and not reference.scale[None]:
+        notes.append("the base gives zeros alone (a head that is not trained): it proves nothing")
     if manifest.base.kind == "onnx":
         notes.append(
             "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"

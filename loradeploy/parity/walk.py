@@ -78,6 +78,13 @@ class Row:
         """The position that chooses the first generated token."""
         return len(self.prompt) - 1 if self.forced else None
 
+    def due(self, phase: str) -> int:
+        """How many positions the phase shows of this row."""
+        if phase == DECODE:
+            return max(0, len(self.forced) - 1)
+        batched = phase == PADDED_BATCH and self.forced
+        return len(self.prompt) if batched else len(self.expected)
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:

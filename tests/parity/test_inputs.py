@@ -1,0 +1,106 @@
+"""What a check is fed, and what it refuses to be fed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
+from loradeploy.errors import DataError, LoraDeployError, UsageError
+from loradeploy.parity.inputs import Cases, make_cases
+from loradeploy.parity.prompts import GENERATED, PROMPTS
+
+DECODER = Manifest(
+    task="causal-lm",
+    mode="side-inputs",
+    base=BaseIdentity("tiny", None, "checkpoint"),
+    precision="fp32",
+    opset=23,
+    inputs=(),
+    outputs=(TensorSpec("logits", "float32", ("batch", "sequence", 512)),),
+)
+ENCODER = dataclasses.replace(DECODER, task="feature-extraction")
+
+
+def cases(bundle: Path, manifest: Manifest = DECODER, **options: object) -> Cases:
+    given = {"prompts": None, "generated": None, "seed": 0, **options}
+    return make_cases(bundle, manifest, **given)  # type: ignore[arg-type]
+
+
+def test_the_built_in_prompts_are_enough_and_each_its_own() -> None:
+    assert len(set(PROMPTS)) == len(PROMPTS) == 16
+
+
+def test_a_decoder_is_fed_the_built_in_prompts_and_generates(tiny_llama: Path) -> None:
+    found = cases(tiny_llama)
+    assert (len(found.prompts), found.generated) == (len(PROMPTS), GENERATED)
+
+
+def test_an_encoder_generates_nothing(tiny_bert: Path) -> None:
+    assert cases(tiny_bert, ENCODER).generated == 0
+
+
+def test_prompts_leave_the_generated_tokens_their_positions(tiny_llama: Path) -> None:
+    found = cases(tiny_llama, generated=100)
+    assert max(map(len, found.prompts)) == 128 - 100
+
+
+def test_too_many_generated_tokens_are_refused(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match="leave no room in the model's 128 positions"):
+        cases(tiny_llama, generated=128)
+
+
+def test_a_file_of_lines_is_a_prompt_a_line(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n")
+    assert len(cases(tiny_llama, prompts=file).prompts) == 2
+
+
+def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    said = [{"role": "user", "content": "Hi"}]
+    lines = [{"prompt": "Hi"}, {"text": "Hi"}, {"messages": said}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    plain, text, chat = cases(tiny_llama, prompts=file).prompts
+    assert plain == text
+    assert len(chat) > len(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", "\n", "holds no prompts"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2 is no JSON"),
+        ("other.jsonl", '{"question": "a"}', "line 1 has none of the fields"),
+        ("latin.txt", b"caf\xe9", "cannot be read"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(
+    tiny_llama: Path, tmp_path: Path, name: str, content: str | bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=said):
+        cases(tiny_llama, prompts=tmp_path / name)
+
+
+@pytest.mark.parametrize("options", [{"prompts": []}, {"generated": 0}])
+def test_nothing_to_feed_is_refused(tiny_llama: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        cases(tiny_llama, **options)
+
+
+def test_without_a_tokenizer_the_tokens_are_random_by_the_seed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    first, again, other = (cases(tmp_path, seed=seed).prompts for seed in (1, 1, 2))
+    assert first == again != other
+    assert all(0 <= token < 512 for row in first for token in row)
+    with pytest.raises(LoraDeployError, match="no tokenizer.json"):
+        cases(tmp_path, prompts=["Hi"])

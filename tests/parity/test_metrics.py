@@ -1,0 +1,130 @@
+"""The figures, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from loradeploy.parity.metrics import Comparison, Figures
+
+
+def compare(expected: object, actual: object, *, scale: float = 1.0, **place: int) -> Figures:
+    comparison = Comparison(scale=scale, logits=True)
+    comparison.add(np.array(expected, np.float32), np.array(actual, np.float32), **place)
+    return comparison.figures()
+
+
+def test_equal_arrays_have_no_error() -> None:
+    figures = compare([[1.0, -2.0, 3.0]], [[1.0, -2.0, 3.0]])
+    errors = (figures.max_abs, figures.p99_abs, figures.mean_abs, figures.max_rel, figures.kl)
+    assert errors == (0, 0, 0, 0, 0)
+    assert (figures.cosine, figures.top1, figures.margin) == (1, 1, 0)
+
+
+def test_absolute_errors_are_those_of_the_values() -> None:
+    figures = compare([[0.0, 1.0], [2.0, 4.0]], [[0.5, 1.0], [2.0, 2.0]])
+    assert figures.max_abs == 2.0
+    assert figures.mean_abs == pytest.approx(2.5 / 4)
+    assert figures.worst is not None
+    assert (figures.worst.position, figures.worst.index) == (1, 1)
+
+
+def test_a_relative_error_next_to_zero_is_taken_against_the_guard() -> None:
+    # 0.01 of the scale 8 is the guard: 0.004 / 0.08, not 0.004 / 0.
+    figures = compare([[8.0, 0.0]], [[8.0, 0.004]], scale=8.0)
+    assert figures.max_rel == pytest.approx(0.05)
+
+
+def test_the_percentile_is_within_a_hundredth_of_the_sorted_value() -> None:
+    random = np.random.default_rng(0)
+    errors = np.abs(random.standard_normal((50, 200))) * 1e-5
+    figures = compare(np.zeros_like(errors), errors)
+    assert figures.p99_abs == pytest.approx(np.quantile(errors.astype(np.float32), 0.99), rel=0.01)
+
+
+def test_the_cosine_is_that_of_the_worst_position() -> None:
+    figures = compare([[1.0, 0.0], [1.0, 0.0]], [[2.0, 0.0], [1.0, 1.0]])
+    assert figures.cosine == pytest.approx(1 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("other, cosine", [([0.0, 0.0], 1.0), ([1.0, 0.0], 0.0)])
+def test_two_zero_vectors_are_one_direction_and_one_is_none(
+    other: list[float], cosine: float
+) -> None:
+    assert compare([[0.0, 0.0]], [other]).cosine == cosine
+
+
+def test_the_divergence_of_two_coins_is_the_textbook_one() -> None:
+    p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    figures = compare([np.log(p)], [np.log(q)])
+    assert figures.kl == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-6)
+
+
+def test_the_divergence_does_not_depend_on_a_common_shift() -> None:
+    figures = compare([[1.0, 2.0, 3.0]], [[5.0, 6.0, 7.0]])
+    assert figures.kl == pytest.approx(0.0, abs=1e-14)
+
+
+def test_a_small_divergence_is_half_the_variance_of_the_error() -> None:
+    # Far below what a difference of two float64 logarithms of sums would leave.
+    figures = compare([[0.0, 0.0]], [[1e-6, -1e-6]])
+    assert figures.kl == pytest.approx(0.5e-12, rel=1e-3)
+
+
+def test_a_large_divergence_stays_finite() -> None:
+    figures = compare([[0.0, -2000.0]], [[-2000.0, 0.0]])
+    assert figures.kl == pytest.approx(2000.0)
+
+
+def test_the_margin_is_the_lead_of_the_expected_token() -> None:
+    figures = compare([[1.0, 3.0, 2.5]], [[1.0, 3.0, 3.1]], case=4, first=7)
+    assert figures.top1 == 0.0
+    assert figures.margin == pytest.approx(0.5)
+    first = figures.first_divergence
+    assert first is not None
+    assert (first.case, first.position, first.expected, first.actual) == (4, 7, 1, 2)
+
+
+def test_greedy_agreement_counts_the_generated_positions_alone() -> None:
+    expected = [[0.0, 1.0]] * 4
+    actual = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    figures = compare(expected, actual, first_step=1)
+    assert figures.top1 == 0.5
+    assert figures.greedy == pytest.approx(2 / 3)
+    assert figures.first_divergence is not None
+    assert figures.first_divergence.step == 1
+
+
+def test_values_without_a_distribution_have_no_divergence_and_no_choice() -> None:
+    comparison = Comparison(scale=1.0, logits=False)
+    comparison.add(np.ones((1, 2)), np.ones((1, 2)))
+    assert (comparison.figures().kl, comparison.figures().top1) == (None, None)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["expected", "actual", "both"])
+def test_positions_that_are_not_finite_are_counted_and_spoil_nothing(
+    wrong: float, side: str
+) -> None:
+    good, bad = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, wrong]]
+    expected, actual = (good if side == "actual" else bad), (good if side == "expected" else bad)
+    figures = compare(expected, actual)
+    assert (figures.positions, figures.not_finite, figures.max_abs) == (2, 1, 0.0)
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[1, 3\] where \[1, 2\] is expected"):
+        compare([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
+
+
+def test_blocks_do_not_show() -> None:
+    random = np.random.default_rng(0)
+    expected = random.standard_normal((7, 30_000))
+    actual = expected + 1e-4 * random.standard_normal(expected.shape)
+    figures = compare(expected, actual)
+    errors = np.abs(expected.astype(np.float32).astype(float) - actual.astype(np.float32))
+    assert figures.positions == 7
+    assert figures.max_abs == errors.max()
+    assert figures.mean_abs == pytest.approx(errors.mean())

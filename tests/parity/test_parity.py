@@ -1,0 +1,435 @@
+"""The whole check on tiny models: it passes what agrees, and fails what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.native import write_onnx_adapter
+from loradeploy.cli.main import main
+from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
+from loradeploy.parity.controls import MISTAKES, Mistake
+from loradeploy.parity.report import ParityReport
+from loradeploy.runtime.session import AdapterSession
+
+# Few enough to be quick, of different lengths so that a batch is padded.
+PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
+MakeAdapter = Callable[..., Path]
+Parity = Callable[..., ParityReport]
+
+
+@pytest.fixture
+def parity() -> Parity:
+    """`loradeploy.parity` with few prompts, leaving shared bundles as they are."""
+
+    def run(bundle: Path, **options: Any) -> ParityReport:
+        given = {"prompts": PROMPTS, "tokens": 5, "certificate": False, **options}
+        return ld.parity(bundle, **given)
+
+    return run
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
+    return make_adapter(tiny_llama, seed=1)
+
+
+@pytest.fixture
+def other(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
+    """Of another rank, and of some of the layers."""
+    return make_adapter(tiny_llama, seed=2, r=8, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture
+def bundle(tiny_llama_bundle: Path, adapter: Path, tmp_path: Path) -> Path:
+    """The tiny Llama with side inputs and one adapter in it, to be tampered with."""
+    ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
+    return tmp_path / "bundle"
+
+
+def change(adapter: Path, place: Path, make: Callable[[Adapter], Adapter | None]) -> Path:
+    """A copy of the adapter directory with what `make` makes of it."""
+    changed = make(load_adapter(adapter))
+    assert changed is not None
+    save_adapter(changed, place)
+    return place
+
+
+# -- what agrees -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_every_path_of_a_bundle_agrees_with_pytorch(
+    name: str, request: pytest.FixtureRequest, make_adapter: MakeAdapter, parity: Parity
+) -> None:
+    model = request.getfixturevalue(f"tiny_{name}")
+    bundle = request.getfixturevalue(f"tiny_{name}_bundle")
+    head: dict[str, Any] = {}
+    if name == "bert":
+        head = {"task": "sequence-classification", "modules_to_save": ["classifier"]}
+    adapters = {r: make_adapter(model, seed=r, r=r, **head) for r in (2, 8)}
+    report = parity(bundle, model=model, adapters={f"r{r}": place for r, place in adapters.items()})
+    assert report.passed, report.failures
+    found = {(r.backend, r.adapter) for r in report.results if r.outcome == "passed"}
+    paths = ("torch-merged", "peft", "onnx-merged", "onnx-native")
+    assert found == {(path, adapter) for path in paths for adapter in ("r2", "r8")} | {
+        (path, adapter)
+        for path in ("onnx-side-inputs", "onnx-mixed")
+        for adapter in (None, "r2", "r8")
+    }
+    # An adapter that changes nothing would agree with anything.
+    assert all(facts.effect > 0.1 for facts in report.adapters)
+
+
+def test_a_merged_bundle_agrees_with_pytorch_and_its_adapter(
+    tiny_llama: Path, bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    ld.export(bundle, tmp_path / "merged", adapters=[adapter], merge=True)
+    report = parity(tmp_path / "merged", model=tiny_llama, adapters=[adapter])
+    assert report.passed, report.failures
+    assert {result.backend for result in report.results} == {
+        "torch-merged",
+        "peft",
+        "onnx-merged",
+    }
+
+
+def test_the_base_alone_can_be_compared(
+    tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
+) -> None:
+    report = parity(tiny_llama_bundle, model=tiny_llama)
+    assert report.passed, report.failures
+    assert {r.backend for r in report.results if r.outcome == "passed"} == {"onnx-side-inputs"}
+    assert any("only the base was compared" in note for note in report.notes)
+
+
+def test_an_untrained_adapter_passes_with_a_remark(
+    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    def untrained(adapter: Adapter) -> Adapter:
+        zero = {m: Factors(pair.A, pair.B * 0) for m, pair in adapter.factors.items()}
+        return dataclasses.replace(adapter, factors=zero)
+
+    place = change(adapter, tmp_path / "untrained", untrained)
+    report = parity(tiny_llama_bundle, model=tiny_llama, adapters=[place])
+    assert report.passed, report.failures
+    assert "no effect" in str(report.adapters[0].message)
+
+
+def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(
+    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    def ineffective(adapter: Adapter) -> Adapter:
+        zero = {m: Factors(pair.A * 0, pair.B) for m, pair in adapter.factors.items()}
+        return dataclasses.replace(adapter, factors=zero)
+
+    place = change(adapter, tmp_path / "ineffective", ineffective)
+    report = parity(
+        tiny_llama_bundle, model=tiny_llama, adapters=[place], backends=["onnx-side-inputs"]
+    )
+    assert not report.passed
+    assert "changes nothing" in str(report.adapters[0].message)
+
+
+# -- what does not -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_merge_with_a_mistake_fails(
+    mistake: Mistake,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    adapter: Path,
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    wrong = change(adapter, tmp_path / "wrong", mistake.make)
+    ld.export(tiny_llama_bundle, tmp_path / "merged", adapters={"it": wrong}, merge=True)
+    report = parity(
+        tmp_path / "merged",
+        model=tiny_llama,
+        adapters={"it": adapter},
+        backends=["onnx-merged"],
+    )
+    assert not report.passed
+    assert {result.outcome for result in report.results} == {"failed"}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_native_adapter_with_a_mistake_fails(
+    mistake: Mistake, tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
+) -> None:
+    wrong = mistake.make(load_adapter(adapter))
+    assert wrong is not None
+    write_onnx_adapter(wrong, read_manifest(bundle), bundle / "adapters/one.onnx_adapter")
+    report = parity(bundle, model=tiny_llama, backends=["onnx-native", "onnx-side-inputs"])
+    outcomes = {(result.backend, result.outcome) for result in report.results}
+    assert outcomes == {("onnx-native", "failed"), ("onnx-side-inputs", "passed")}
+
+
+def test_rows_that_have_their_neighbours_adapter_fail(
+    tiny_llama: Path,
+    bundle: Path,
+    other: Path,
+    parity: Parity,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = AdapterSession.run_with_ort_values
+
+    def off_by_one(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+        if isinstance(adapters, list):
+            adapters = [*adapters[1:], adapters[0]]
+        return right(self, outputs, feeds, adapters)
+
+    monkeypatch.setattr(AdapterSession, "run_with_ort_values", off_by_one)
+    report = parity(
+        bundle,
+        model=tiny_llama,
+        adapters={"two": other},
+        backends=["onnx-side-inputs", "onnx-mixed"],
+    )
+    outcomes = {(result.backend, result.outcome) for result in report.results}
+    assert outcomes == {("onnx-side-inputs", "passed"), ("onnx-mixed", "failed")}
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_values_that_are_not_finite_fail(
+    wrong: float, tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoiled:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+        def numpy(self) -> Any:
+            values = self.value.numpy().copy()
+            values[0, 0, 0] = wrong
+            return values
+
+    right = AdapterSession.run_with_ort_values
+
+    def spoil(self: Any, *arguments: Any) -> Any:
+        logits, *cache = right(self, *arguments)
+        return [Spoiled(logits), *cache]
+
+    monkeypatch.setattr(AdapterSession, "run_with_ort_values", spoil)
+    report = parity(bundle, model=tiny_llama, backends=["onnx-side-inputs"])
+    failed = [result for result in report.results if result.phase == "prefill"]
+    assert all("NaN or infinite" in str(result.message) for result in failed)
+    assert not report.passed
+
+
+def test_a_backend_that_raises_fails_and_the_others_go_on(
+    tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = AdapterSession.run_with_ort_values
+
+    def fail_late(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+        if len(feeds["input_ids"]) > 1:
+            raise RuntimeError("out of memory\nand more")
+        return right(self, outputs, feeds, adapters)
+
+    monkeypatch.setattr(AdapterSession, "run_with_ort_values", fail_late)
+    report = parity(bundle, model=tiny_llama, backends=["onnx-side-inputs", "onnx-native"])
+    messages = {r.phase: r.message for r in report.results if r.backend == "onnx-side-inputs"}
+    assert messages == {
+        "prefill": None,
+        "padded batch": "RuntimeError: out of memory",
+        "decode": "RuntimeError: out of memory",
+    }
+    assert {r.outcome for r in report.results if r.backend == "onnx-native"} == {"passed"}
+
+
+def test_an_output_that_is_missing_fails(
+    tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        AdapterSession, "run_with_ort_values", lambda self, outputs, feeds, adapters=None: []
+    )
+    report = parity(bundle, model=tiny_llama, backends=["onnx-side-inputs"])
+    assert {result.outcome for result in report.results} == {"failed"}
+
+
+def test_peft_that_is_not_installed_is_named(
+    tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if there were none
+    report = parity(bundle, model=tiny_llama, backends=["peft", "onnx-native"])
+    assert report.passed
+    (result,) = (r for r in report.results if r.backend == "peft")
+    assert (result.outcome, result.message) == ("not run", "peft is not installed")
+    assert not parity(bundle, model=tiny_llama, backends=["peft"]).passed
+
+
+def test_controls_are_caught_and_leave_the_verdict_as_it_is(
+    tiny_llama: Path, bundle: Path, parity: Parity
+) -> None:
+    report = parity(bundle, model=tiny_llama, backends=["onnx-native"], controls=True)
+    assert report.passed, report.failures
+    assert {control.name for control in report.controls} == {
+        *(mistake.name for mistake in MISTAKES),
+        "off-by-one row",
+    }
+
+
+# -- the certificate ---------------------------------------------------------------------------
+
+
+def test_the_certificate_tells_what_was_checked(
+    tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
+) -> None:
+    parity(bundle, model=tiny_llama, backends=["onnx-native"], certificate=True)
+    told = json.loads((bundle / "parity.json").read_text())
+    manifest = read_manifest(bundle)
+    assert told["passed"] is True
+    assert told["base_digest"] == manifest.base.digest
+    assert (told["graph_digest"], told["data_digest"]) == (
+        manifest.graph_digest,
+        manifest.data_digest,
+    )
+    assert [facts["digest"] for facts in told["adapters"]] == [load_adapter(adapter).digest]
+    assert told["environment"]["versions"]["torch"]
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused(
+    bundle: Path, tiny_llama: Path, tmp_path: Path, parity: Parity
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.lm_head.weight.data += 1
+    model.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ModelError, match="is not the base of"):
+        parity(bundle, model=tmp_path / "changed")
+
+
+def test_the_model_is_found_beside_the_bundle_or_asked_for(
+    bundle: Path, tiny_llama: Path, parity: Parity
+) -> None:
+    with pytest.raises(UsageError, match=r"give it with --model.*made from tiny-llama"):
+        parity(bundle)
+    shutil.copytree(tiny_llama, bundle.parent / tiny_llama.name)
+    assert parity(bundle, backends=["onnx-side-inputs"]).passed
+
+
+def test_a_merged_bundle_needs_its_one_adapter(
+    tiny_llama: Path, bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    ld.export(bundle, tmp_path / "merged", adapters=[adapter], merge=True)
+    for adapters in ([], {"a": adapter, "b": adapter}):
+        with pytest.raises(UsageError, match="which one adapter its graph claims to hold"):
+            parity(tmp_path / "merged", model=tiny_llama, adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report": ["r.html"]}, "a report ends in one of"),
+        ({"backends": ["tensorrt"]}, "no backend is called 'tensorrt'"),
+        ({"backends": []}, "no backends"),
+        ({"tokens": 0}, "give 1 or more"),
+        ({"adapters": ["nowhere"]}, "nowhere does not exist"),
+        ({"providers": ["NoSuchProvider"]}, "NoSuchProvider"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    options: dict[str, Any], said: str, tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
+) -> None:
+    with pytest.raises(LoraDeployError, match=said):
+        parity(tiny_llama_bundle, model=tiny_llama, **options)
+
+
+def test_two_adapters_of_one_name_are_refused(
+    tiny_llama: Path, bundle: Path, other: Path, parity: Parity
+) -> None:
+    with pytest.raises(UsageError, match="two adapters are named 'one'"):
+        parity(bundle, model=tiny_llama, adapters={"one": other})
+
+
+def test_weights_that_changed_since_the_export_are_refused(
+    tiny_llama: Path, bundle: Path, parity: Parity
+) -> None:
+    data = bundle / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(BundleError, match="has changed since the export"):
+        parity(bundle, model=tiny_llama)
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        main(["parity", *map(str, arguments)])
+    return ended.value.code
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("The capital of France is\nHi\n")
+    return file
+
+
+def test_the_command_exits_with_0_where_all_agree(
+    tiny_llama: Path, bundle: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [bundle.parent / f"out/r{ending}" for ending in (".json", ".xml", ".md")]
+    options = [option for report in reports for option in ("--report", report)]
+    code = command(bundle, "--model", tiny_llama, "--prompts", prompts, "--tokens", 3, *options)
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert out.splitlines()[-1].startswith("parity passed")
+    assert all(report.stat().st_size for report in reports)
+    assert (bundle / "parity.json").read_bytes() == reports[0].read_bytes()
+
+
+def test_the_command_prints_json(
+    tiny_llama: Path, bundle: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("--backends", "onnx-native,onnx-mixed", "--prompts", prompts, "--json")
+    assert command(bundle, "--model", tiny_llama, *only) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {result["backend"] for result in told["results"]} == {"onnx-native", "onnx-mixed"}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES[:2], ids=lambda mistake: mistake.name)
+def test_the_command_exits_with_1_where_the_graph_holds_something_else(
+    mistake: Mistake,
+    tiny_llama: Path,
+    bundle: Path,
+    adapter: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = change(adapter, tmp_path / "wrong", mistake.make)
+    ld.export(bundle, tmp_path / "merged", adapters=[wrong], merge=True)
+    given = ("--model", tiny_llama, "--adapter", adapter, "--prompts", prompts)
+    assert command(tmp_path / "merged", *given) == 1
+    assert "parity FAILED" in capsys.readouterr().out
+    assert json.loads((tmp_path / "merged/parity.json").read_text())["passed"] is False
+
+
+def test_the_command_exits_with_2_and_one_line_on_bad_input(
+    tiny_llama: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(bundle, "--model", tiny_llama, "--report", "r.html") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Error: r.html")
+    assert said.err.count("\n") == 1

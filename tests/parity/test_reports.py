@@ -1,0 +1,144 @@
+"""Reports on disk and on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from loradeploy.errors import UsageError
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.report import (
+    SCHEMA_VERSION,
+    AdapterFacts,
+    Control,
+    Environment,
+    Inputs,
+    ParityReport,
+    Result,
+)
+from loradeploy.parity.table import print_report
+from loradeploy.parity.tolerances import TOLERANCES
+from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.writers import WRITERS, check_reports, markdown, write_report
+
+
+def result(error: float = 0.0) -> Result:
+    comparison = Comparison(scale=1.0, logits=True)
+    comparison.add(np.array([[1.0, 0.0]]), np.array([[1.0 + error, 0.0]]))
+    figures = comparison.figures()
+    checks = judge(figures, TOLERANCES["fp32"], scale=1.0, effect=0.5)
+    message = failure(figures, checks)
+    outcome = "failed" if message else "passed"
+    return Result("onnx", "ONNX", "a|b", "prefill", outcome, message, figures, checks, 0.5)
+
+
+REPORT = ParityReport(
+    bundle="bundle",
+    task="causal-lm",
+    mode="side-inputs",
+    precision="fp32",
+    base="tiny",
+    base_digest="sha256:00",
+    graph_digest="sha256:11",
+    data_digest=None,
+    inputs=Inputs("built-in prompts", 16, 500, 32, 0),
+    environment=Environment({"python": "3.12"}, {"machine": "x86_64"}, ("CPUExecutionProvider",)),
+    created="2026-01-01T00:00:00+00:00",
+    results=(result(), Result("peft", "PEFT", None, None, "not run", "peft is not installed")),
+    adapters=(AdapterFacts("a|b", "sha256:22", 0.5, 0.1),),
+    controls=(Control("doubled alpha", "twice", "a|b", True, 0.4, 0.5),),
+)
+FAILED = dataclasses.replace(REPORT, results=(*REPORT.results, result(0.1)))
+
+
+def test_a_report_passes_where_everything_that_ran_does() -> None:
+    assert REPORT.passed
+    assert REPORT.failures == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"results": FAILED.results},
+        {"results": REPORT.results[1:]},
+        {"results": ()},
+        {"adapters": (dataclasses.replace(REPORT.adapters[0], failed=True, message="none"),)},
+        {"controls": (dataclasses.replace(REPORT.controls[0], caught=False),)},
+    ],
+    ids=["a difference", "nothing that ran", "nothing", "no effect", "a control that passed"],
+)
+def test_a_report_fails_with(change: dict[str, object]) -> None:
+    report = dataclasses.replace(REPORT, **change)  # type: ignore[arg-type]
+    assert not report.passed
+    assert report.failures
+
+
+def test_json_tells_its_schema_the_verdict_and_the_figures(tmp_path: Path) -> None:
+    write_report(FAILED, tmp_path / "r.json")
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert (told["format"], told["schema_version"]) == ("loradeploy-parity", SCHEMA_VERSION)
+    assert told["passed"] is False
+    assert told["results"][2]["figures"]["max_abs"] == pytest.approx(0.1)
+    assert told["results"][2]["checks"][0]["reason"]
+
+
+def test_json_holds_no_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    facts = dataclasses.replace(REPORT.adapters[0], effect=float("nan"))
+    write_report(dataclasses.replace(REPORT, adapters=(facts,)), tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["adapters"][0]["effect"] is None
+
+
+def test_junit_counts_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
+    write_report(FAILED, tmp_path / "r.xml")
+    suite = ET.parse(tmp_path / "r.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "1", "1")
+    skipped = suite.find("testcase/skipped")
+    assert skipped is not None
+    assert skipped.get("message") == "peft is not installed"
+    failed = suite.find("testcase/failure")
+    assert failed is not None
+    assert "max abs 0.1" in str(failed.get("message"))
+
+
+def test_junit_stays_xml_whatever_a_name_holds(tmp_path: Path) -> None:
+    report = dataclasses.replace(REPORT, bundle="a\x00<b>\x1b", results=(result(),))
+    write_report(report, tmp_path / "r.xml")
+    assert "<b>" in str(ET.parse(tmp_path / "r.xml").getroot().get("name"))
+
+
+def test_markdown_keeps_its_table_whatever_a_name_holds() -> None:
+    text = markdown(FAILED)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.replace(r"\|", "").count("|") for line in table} == {13}
+    assert r"a\|b" in text
+    assert "❌" in text
+    assert "❌" not in markdown(REPORT)
+
+
+def test_an_unknown_ending_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UsageError, match=r"report\.html: a report ends in one of"):
+        check_reports(["report.json", "report.html"])
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_report_that_cannot_be_written_says_so(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(REPORT, tmp_path / "file" / f"r{ending}")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_ends_with_the_verdict(terminal: bool) -> None:
+    out = io.StringIO()
+    print_report(FAILED, Console(file=out, force_terminal=terminal, color_system=None, width=160))
+    lines = out.getvalue().splitlines()
+    assert lines[0].split()[:2] == ["backend", "adapter"]
+    assert lines[-1].startswith("parity FAILED: bundle")
+    assert "not run: PEFT: peft is not installed" in lines

@@ -1,0 +1,107 @@
+"""The way through the inputs, with a model small enough to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from loradeploy.parity.walk import (
+    DECODE,
+    ONE_ROW,
+    PADDED_BATCH,
+    PREFILL,
+    Row,
+    generate,
+    phases_of,
+    positions_of,
+    walk,
+)
+
+WIDTH = 5
+PAD = 9
+
+
+class Counter:
+    """Gives [token, sum of the row's real tokens so far, 0, 0, 0] for each new token."""
+
+    def __init__(self) -> None:
+        self.subjects: list[list[str | None]] = []
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: Sequence[Any]
+    ) -> tuple[NDArray[Any], Any]:
+        self.subjects.append(list(subjects))
+        seen = ids if cache is None else np.concatenate([cache, ids], axis=1)
+        values = np.zeros((*ids.shape, WIDTH))
+        values[..., 0] = ids
+        values[..., 1] = (seen * mask).cumsum(axis=1)[:, -ids.shape[1] :]
+        return values, seen
+
+
+def row(prompt: tuple[int, ...], forced: tuple[int, ...] = (), subject: str | None = None) -> Row:
+    tokens = prompt + forced[:-1]
+    values = np.zeros((len(tokens), WIDTH), np.float32)
+    values[:, 0], values[:, 1] = tokens, np.cumsum(tokens)
+    return Row(0, subject, prompt, forced, values)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
+def test_every_phase_shows_what_stands_at_its_positions(task: str) -> None:
+    forced = (4, 1, 2) if task == "causal-lm" else ()
+    rows = [row((3, 1), forced), row((2, 2, 2, 2), forced), row((7,), forced)]
+    seen = list(walk(Counter(), rows, task=task, pad=PAD, phases=phases_of(task)))
+    for observation in seen:
+        first = observation.first
+        expected = observation.row.expected[first : first + len(observation.values)]
+        np.testing.assert_array_equal(observation.values, expected, observation.phase)
+
+
+def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
+    rows = [row((3, 1), (4, 1, 2)), row((2,), (4, 1, 2))]
+    seen = list(walk(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm")))
+    positions = [(s.phase, s.first, len(s.values)) for s in seen if s.row is rows[0]]
+    assert positions == [(PREFILL, 0, 4), (PADDED_BATCH, 0, 2), (DECODE, 2, 1), (DECODE, 3, 1)]
+
+
+def test_an_output_for_the_whole_row_is_one_more_position() -> None:
+    class Pooling(Counter):
+        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+            values, cache = super().forward(ids, mask, cache, subjects)
+            return np.concatenate([values, np.full((len(ids), 1, WIDTH), 100.0)], axis=1), cache
+
+    rows = [row((3, 1)), row((2, 2, 2))]
+    phases = (ONE_ROW, PADDED_BATCH)
+    for seen in walk(Pooling(), rows, task="feature-extraction", pad=PAD, phases=phases):
+        assert len(seen.values) == len(seen.row.prompt) + 1
+        assert (seen.values[-1] == 100.0).all()
+
+
+def test_every_row_is_run_with_its_own_adapter() -> None:
+    model = Counter()
+    rows = [row((1, 2), subject=None), row((3,), subject="a"), row((4,), subject="b")]
+    list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    assert model.subjects == [[None, "a", "b"]]
+
+
+def test_no_batch_of_many_rows_ends_in_a_batch_of_one() -> None:
+    model = Counter()
+    list(walk(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH]))
+    assert [len(subjects) for subjects in model.subjects] == [17]
+
+
+def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:
+    class Successor(Counter):
+        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+            return np.eye(WIDTH)[(ids + 1) % WIDTH], ids
+
+    found = generate(Successor(), [(0, 1), (3,)], count=3, pad=PAD, subject=None)
+    assert found == [(2, 3, 4), (4, 0, 1)]
+
+
+def test_padding_on_the_left_takes_no_positions() -> None:
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert positions_of(mask, 2).tolist() == [[0, 1], [2, 3]]
