@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -117,7 +118,7 @@ def _run(given: list[str], *, debug: bool) -> int:
         return UNREAD
     except Exception as problem:
         if debug:
-            raise
+            traceback.print_exception(problem)
         return _explain(problem)
 
 

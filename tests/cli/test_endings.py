@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loradeploy.cli import main as cli
-from loradeploy.errors import AdapterError, LoraDeployError
+from loradeploy.errors import LoraDeployError
 from tests.cli.calling import Run, one_line
 from tests.conftest import MakeAdapter
 
@@ -50,11 +49,13 @@ def test_the_version_is_told(run: Run) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path, run: Run) -> None:
     arguments = ["inspect", str(tmp_path)]
     arguments.insert(place, "--debug")
-    with pytest.raises(AdapterError):
-        cli.main(arguments)
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, ""), "the status is that without --debug"
+    assert err.startswith("Traceback (most recent call last):")
+    assert one_line(err.splitlines()[-1])
 
 
 def test_behind_two_dashes_debug_is_a_text(run: Run) -> None:
