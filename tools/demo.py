@@ -103,7 +103,7 @@ def show_answers(bundle: Path, merged: Path, told: list[Story]) -> None:
 
 
 def show(name: str, text: str) -> None:
-    line = " ".join(text.split())
+    line = " ".join(text.split()) or "(ends at once)"
     console.print(f"    {name:>16}: {line}", highlight=False, markup=False)
 
 
