@@ -170,10 +170,13 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
     """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
     import peft
 
+    from loradeploy.export.patches import quiet
+
     place = subject.place if subject.place.is_dir() else subject.place.parent
     modules = dict(model.named_modules())
     try:
-        peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
+        with quiet():
+            peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
         yield
     finally:
         _restore(model, modules)

@@ -72,7 +72,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         training = self.model.training
         self.model.eval()
         total, items, right = 0.0, 0, 0
-        for inputs in self.get_eval_dataloader(list(examples)):
+        # By length, so that little is padding: the mean does not know the order.
+        ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+        for inputs in self.get_eval_dataloader(ordered):
             batch = self.batch_loss(self.model, self._prepare_inputs(inputs))
             total += float(batch.total)
             items += int(batch.items)
