@@ -15,7 +15,6 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
-    GRAPH_NAME,
     INPUT_IDS,
     NATIVE_SUFFIX,
     POSITION_IDS,
@@ -33,7 +32,6 @@ Feeds = Mapping[str, Any]
 Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
 _PAST: Final = "past_key_values."
 _PRESENT: Final = "present."
-_ERRORS_ONLY: Final = 3
 
 
 class NotRunError(Exception):
@@ -97,14 +95,9 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     import onnxruntime
 
     from loradeploy.bundle.native import write_onnx_adapter
+    from loradeploy.runtime.graph import open_graph
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY  # it warns once for every side input
-    session = onnxruntime.InferenceSession(
-        os.fspath(setting.bundle / GRAPH_NAME),
-        options,
-        providers=list(setting.providers or ("CPUExecutionProvider",)),
-    )
+    session = open_graph(setting.bundle, setting.providers, None)
     for subject in setting.subjects:
         file = subject.native
         if file is None:

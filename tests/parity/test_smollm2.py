@@ -1,0 +1,53 @@
+"""The promise on a real model: every path within 2e-4 of PEFT, and the same greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.parity.report import ParityReport
+from tests.tolerances import tolerance
+
+ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}
+
+
+@pytest.fixture(scope="module")
+def report(smollm2: Path, smollm2_bundle: Path, smollm2_adapters: dict[str, Path]) -> ParityReport:
+    return ld.parity(
+        smollm2_bundle, model=smollm2, adapters=smollm2_adapters, tokens=32, certificate=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_path_agrees(report: ParityReport) -> None:
+    assert report.passed, report.failures
+    assert {result.backend for result in report.results} >= {*ONNX_PATHS, "peft", "torch-merged"}
+    assert all(facts.effect > 1.0 for facts in report.adapters), "the adapters change too little"
+
+
+@pytest.mark.slow
+def test_every_onnx_path_is_close_to_peft(report: ParityReport) -> None:
+    # Both sides were held against loradeploy's LoRA: their distance is at most the sum.
+    errors = {
+        (result.backend, result.subject, result.phase): result.figures.max_abs
+        for result in report.results
+        if result.figures is not None
+    }
+    peft = max(error for (backend, *_), error in errors.items() if backend == "peft")
+    assert peft <= tolerance("same-torch")
+    for path, error in errors.items():
+        if path[0] in ONNX_PATHS:
+            assert error + peft <= tolerance("torch-onnx-smollm2"), path
+
+
+@pytest.mark.slow
+def test_every_greedy_token_is_the_same(report: ParityReport) -> None:
+    assert (report.inputs.prompts, report.inputs.generated) == (16, 32)
+    decoded = [result for result in report.results if result.phase == "decode"]
+    assert {result.backend for result in decoded} == ONNX_PATHS
+    for result in decoded:
+        assert result.figures is not None
+        assert result.figures.greedy == 1.0, (result.backend, result.subject)
