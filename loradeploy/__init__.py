@@ -1,10 +1,10 @@
 """loradeploy: train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed.
 
-    train    data and a base model → an adapter                    (needs the extra `train`)
-    export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
-    parity   a bundle against PyTorch, and the verdict             (needs both)
-    AdapterSession, TextGenerator, TextClassifier, TextEmbedder    the runtime; numpy and
-                                                                   onnxruntime are all it needs
+train    data and a base model → an adapter                    (needs the extra `train`)
+export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
+parity   a bundle against PyTorch, and the verdict             (needs both)
+AdapterSession, TextGenerator, TextClassifier, TextEmbedder    the runtime; numpy and
+                                                               onnxruntime are all it needs
 """
 
 from __future__ import annotations

@@ -148,9 +148,12 @@ def _sort(
 
 
 def _is_saved(parameter: str, config: AdapterConfig) -> bool:
-    module = parameter.rpartition(".")[0]
+    # PEFT saves every module whose name ends in a listed one, with all that is inside it.
+    *modules, _ = parameter.split(".")
     return any(
-        module == name or f".{module}.".find(f".{name}.") >= 0 for name in config.modules_to_save
+        ".".join(modules[: depth + 1]).endswith(name)
+        for depth in range(len(modules))
+        for name in config.modules_to_save
     )
 
 

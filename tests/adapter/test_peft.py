@@ -238,6 +238,13 @@ def test_a_spoilt_adapter_is_refused_in_one_line(change: str, message: str, tmp_
     assert "adapter" in str(refusal.value)
 
 
+@pytest.mark.parametrize("module", ["head", "pre_head", "model.head", "head.dense"])
+def test_what_ends_in_a_saved_name_is_saved_as_in_peft(module: str, tmp_path: Path) -> None:
+    tensors = {**good_tensors(), f"{PREFIX}{module}.weight": np.ones((5, 4), np.float32)}
+    adapter = load_adapter(write(tmp_path / "a", tensors, modules_to_save=["head"]))
+    assert set(adapter.saved) == {f"{module}.weight"}
+
+
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file.txt"])
 def test_a_place_without_an_adapter_says_so(place: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
