@@ -46,29 +46,31 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
 )
 
-_HALF: Final = "float16 keeps 11 bits: rounding is 8192 times float32's, and kernels add in float32"
-_NOISE: Final = "the rounding of the base's weights dominates; the adapter's own factors stay float"
+_HALF: Final = "float16 keeps 11 bits of each weight; measured on SmolLM2-135M: "
+_HIDES: Final = "an error that is not far below the effect hides the adapter"
 
+# "Measured" is the largest over all paths on SmolLM2-135M with rank-16 adapters on all linear
+# layers. PyTorch itself is 1.7e-4 off once an adapter is merged in float32.
 TOLERANCES: Final[Mapping[str, Mapping[str, Limit]]] = {
     "fp32": {
-        "max_abs": Limit(2e-4, "float32 in two libraries, thirty layers deep; measured: 5e-5"),
-        "p99_abs": Limit(1e-4, "half of the largest"),
+        "max_abs": Limit(2e-4, "float32 rounding in another order, 30 layers; measured: 1.5e-4"),
+        "p99_abs": Limit(1e-4, "half of the largest; measured: 4.8e-5"),
         "mean_abs": Limit(2e-5, "a tenth of the largest; a bias in all values shows here first"),
-        "max_rel": Limit(1e-3, "the largest absolute error over the guard, rounded up"),
-        "cosine_distance": Limit(1e-8, "quadratic in the error: (2e-4)² and room"),
-        "kl": Limit(1e-7, "quadratic in the error: half of (2e-4)² and room"),
+        "max_rel": Limit(1e-3, "the largest error over the guard; measured: 2.7e-4"),
+        "cosine_distance": Limit(1e-8, "quadratic in the error; measured: 1e-10"),
+        "kl": Limit(1e-7, "quadratic in the error: half of (2e-4)² and room; measured: 3e-10"),
         "margin": Limit(4e-4, "two logits that may each be off by the largest error are a tie"),
-        "effect_share": Limit(0.1, "an error that is not far below the effect hides the adapter"),
+        "effect_share": Limit(0.1, _HIDES),
     },
     "fp16": {
-        "max_abs": Limit(0.5, _HALF),
-        "p99_abs": Limit(0.2, _HALF),
-        "mean_abs": Limit(0.05, _HALF),
-        "max_rel": Limit(1.0, "the largest absolute error over the guard"),
-        "cosine_distance": Limit(1e-3, "quadratic in the error"),
-        "kl": Limit(0.02, "quadratic in the error"),
-        "margin": Limit(0.5, "two logits that are each off by the usual error are a tie"),
-        "effect_share": Limit(0.1, "an error that is not far below the effect hides the adapter"),
+        "max_abs": Limit(0.25, f"{_HALF}0.11"),
+        "p99_abs": Limit(0.08, f"{_HALF}0.036"),
+        "mean_abs": Limit(0.02, f"{_HALF}0.0077"),
+        "max_rel": Limit(1.0, f"{_HALF}0.24, and 0.52 on random weights"),
+        "cosine_distance": Limit(5e-4, f"{_HALF}2e-4"),
+        "kl": Limit(1e-3, f"{_HALF}2e-4"),
+        "margin": Limit(0.1, f"{_HALF}0.03; two logits that are each off by a little are a tie"),
+        "effect_share": Limit(0.2, f"{_HIDES}; of a slight adapter's effect, 0.08 was measured"),
     },
 }
 

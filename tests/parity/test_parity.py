@@ -106,6 +106,21 @@ def test_a_merged_bundle_agrees_with_pytorch_and_its_adapter(
     }
 
 
+def test_a_bundle_in_half_precision_agrees_and_its_mistakes_are_still_caught(
+    tiny_llama: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    ld.export(tiny_llama, tmp_path / "half", precision="fp16")
+    report = parity(
+        tmp_path / "half",
+        model=tiny_llama,
+        adapters=[adapter],
+        backends=["onnx-side-inputs", "onnx-mixed"],
+        controls=True,
+    )
+    assert report.passed, report.failures
+    assert len(report.controls) == len(MISTAKES) + 1
+
+
 def test_the_base_alone_can_be_compared(
     tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
 ) -> None:
