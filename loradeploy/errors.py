@@ -17,6 +17,8 @@ The command line prints the message and exits with 2; anything else is a defect 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LoraDeployError(Exception):
     """A mistake that the reader of the message can mend."""
@@ -63,3 +65,9 @@ class ExportError(LoraDeployError):
 
 class MissingDependencyError(LoraDeployError):
     """A part of loradeploy whose extra is not installed."""
+
+
+def listed(problems: Sequence[str], most: int) -> str:
+    """The first `most` of `problems` in one line, and how many there are besides."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more

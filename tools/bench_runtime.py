@@ -21,6 +21,7 @@ from rich.console import Console
 
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
+from loradeploy.runtime.timing import sample_feeds
 from tools.alternate import Ratio, Side, Worker, alternate, ratio, serve_worker
 from tools.real_models import cache, smollm2
 
@@ -141,17 +142,12 @@ def _torch_call(model: Any, batch: int, **options: Any) -> Side:
 
 
 def _session_call(session: ld.AdapterSession, batch: int, adapters: Any) -> Side:
-    import numpy as np
     import onnxruntime
 
-    sizes = {"batch": batch, "sequence": 1, "past": PAST, "total": PAST + 1}
-    feeds = {}
-    for spec in session.manifest.inputs:
-        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-        fill = {"attention_mask": 1, "input_ids": 1, "position_ids": PAST}.get(spec.name, 0)
-        feeds[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.full(shape, fill, spec.dtype)
-        )
+    feeds = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
+        for name, values in sample_feeds(session, batch, PAST).items()
+    }
     outputs = [spec.name for spec in session.manifest.outputs]
     return lambda: session.run_with_ort_values(outputs, feeds, adapters)
 

@@ -12,8 +12,8 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
 from loradeploy.adapter.targets import match_targets
 from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
-from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
-from loradeploy.errors import AdapterMismatchError
+from loradeploy.bundle.names import PEFT_TASKS
+from loradeploy.errors import AdapterMismatchError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LISTED = 6
-# PEFT's names of tasks, by which it chooses the class around an adapted model.
-_PEFT_TASKS = {
-    CAUSAL_LM: "CAUSAL_LM",
-    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
-    FEATURE_EXTRACTION: "FEATURE_EXTRACTION",
-}
 
 
 def side_inputs(adapter: Adapter, manifest: Manifest) -> dict[str, NDArray[Any]]:
@@ -134,7 +128,7 @@ def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manif
         target_modules=tuple(sorted(factors)),
         modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
         base_model_name_or_path=manifest.base.name,
-        task_type=_PEFT_TASKS.get(manifest.task),
+        task_type=PEFT_TASKS.get(manifest.task),
     )
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     return Adapter(config, factors, saved, base_digest=known)
@@ -142,9 +136,9 @@ def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manif
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "; ".join(problems[:_LISTED])
-        raise AdapterMismatchError(f"the adapter does not fit this bundle: {listed}{more}")
+        raise AdapterMismatchError(
+            f"the adapter does not fit this bundle: {listed(problems, _LISTED)}"
+        )
 
 
 def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:

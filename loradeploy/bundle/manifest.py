@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.bundle.names import MANIFEST_NAME, TASKS
 from loradeploy.errors import BundleError
-from loradeploy.files import read_json
+from loradeploy.files import plain, read_json
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 1
@@ -123,7 +123,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        return {**head, **_plain(self)}
+        return {**head, **plain(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
@@ -180,16 +180,6 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
         return Manifest.from_json(read_json(place / MANIFEST_NAME, error=BundleError))
     except BundleError as problem:
         raise BundleError(f"{place}: {problem}") from None
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(value[name]) for name in sorted(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
 
 
 # The annotations are strings (PEP 563); each names one of these checks.

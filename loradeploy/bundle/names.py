@@ -8,6 +8,12 @@ CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 FEATURE_EXTRACTION: Final = "feature-extraction"
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION)
+# PEFT's names of them in an adapter's config, by which it chooses the class around a model.
+PEFT_TASKS: Final = {
+    CAUSAL_LM: "CAUSAL_LM",
+    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
+    FEATURE_EXTRACTION: "FEATURE_EXTRACTION",
+}
 
 INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import DataError, UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
@@ -178,9 +179,9 @@ def _embed(
 
 
 _TASKS: Final = {
-    "causal-lm": _generate,
-    "sequence-classification": _classify,
-    "feature-extraction": _embed,
+    CAUSAL_LM: _generate,
+    SEQUENCE_CLASSIFICATION: _classify,
+    FEATURE_EXTRACTION: _embed,
 }
 
 

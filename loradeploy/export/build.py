@@ -12,11 +12,10 @@ from loradeploy.adapter.digest import base_digest
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     BaseIdentity,
-    LoraTarget,
     Manifest,
     SavedTarget,
 )
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.adapters import (
     check_adapters,
@@ -231,19 +230,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest,
 
 def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:
     """The same base, and no half adapter; what is replaced whole is the merge's own to check."""
-    targets = tuple(
-        LoraTarget(
-            module=module,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            lora_A=lora_a_name(module),
-            lora_B=lora_b_name(module),
-            weight=str(linear.weight.name),
-            transposed=linear.transposed,
-            found_by=linear.found_by,
-        )
-        for module, linear in findings.linears.items()
-    )
+    targets = tuple(linear.target() for linear in findings.linears.values())
     saved = tuple(
         SavedTarget(parameter, parameter, values.shape, transposed=False)
         for parameter, values in adapter.saved.items()

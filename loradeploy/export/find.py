@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.names import LOGITS
+from loradeploy.bundle.manifest import LoraTarget
+from loradeploy.bundle.names import LOGITS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
 from loradeploy.export.tidy import NAME_SCOPES, module_path
 
@@ -47,6 +48,19 @@ class Linear:
     found_by: str
     bias: ir.Value | None = None
     quantised: bool = False
+
+    def target(self) -> LoraTarget:
+        """The layer as a manifest tells of it."""
+        return LoraTarget(
+            module=self.module,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            lora_A=lora_a_name(self.module),
+            lora_B=lora_b_name(self.module),
+            weight=str(self.weight.name),
+            transposed=self.transposed,
+            found_by=self.found_by,
+        )
 
 
 @dataclass(frozen=True, eq=False)

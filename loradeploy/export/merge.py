@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.errors import AdapterMismatchError, ExportError
+from loradeploy.errors import AdapterMismatchError, ExportError, listed
 from loradeploy.export.find import Linear
 from loradeploy.export.rewire import (
     add_constant,
@@ -166,9 +166,8 @@ def _check(graph: ir.Graph, linears: Mapping[str, Linear], adapter: Adapter) -> 
     for parameter, values in sorted(adapter.saved.items()):
         problems += _parameter_problem(graph, linears, parameter, values)
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise AdapterMismatchError(
-            f"the adapter does not fit this model: {'; '.join(problems[:_LISTED])}{more}"
+            f"the adapter does not fit this model: {listed(problems, _LISTED)}"
         )
     packed = [module for module in adapter.modules if linears[module].quantised]
     if packed:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -45,33 +43,6 @@ def traceable() -> Iterator[None]:
             del os.environ["TRANSFORMERS_SDPA_FORCE_GQA"]
         else:
             os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = grouped
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the warnings, log lines and progress bars of torch and transformers from the user."""
-    import transformers
-
-    noisy = [
-        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript")
-    ]
-    levels = [logger.level for logger in noisy]
-    verbosity = transformers.utils.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _grouped(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

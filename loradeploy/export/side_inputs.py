@@ -105,16 +105,7 @@ def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
     )
     for call in range(len(linear.nodes)):
         _add_factors_at(surgery, linear, call, A, B)
-    return LoraTarget(
-        module=module,
-        in_features=into,
-        out_features=out,
-        lora_A=lora_a_name(module),
-        lora_B=lora_b_name(module),
-        weight=str(linear.weight.name),
-        transposed=linear.transposed,
-        found_by=linear.found_by,
-    )
+    return linear.target()
 
 
 def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B: ir.Value) -> None:

@@ -11,6 +11,7 @@ from loradeploy.bundle.names import (
     FEATURE_EXTRACTION,
     LAST_HIDDEN_STATE,
     LOGITS,
+    PEFT_TASKS,
     SEQUENCE_CLASSIFICATION,
     TASKS,
 )
@@ -22,30 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is traced: transformers' auto class, the graph's first output, whether it caches.
-
-    `peft`: PEFT's name of the task in an adapter's config.
-    """
+    """How a task is traced: transformers' auto class, the first output, if it keeps a cache."""
 
     name: str
     auto_class: str
     output: str
     cached: bool
-    peft: str
 
 
 TASK_TABLE: Final[Mapping[str, Task]] = {
     task.name: task
     for task in (
-        Task(CAUSAL_LM, "AutoModelForCausalLM", LOGITS, True, "CAUSAL_LM"),
+        Task(CAUSAL_LM, "AutoModelForCausalLM", LOGITS, True),
         Task(
             SEQUENCE_CLASSIFICATION,
             "AutoModelForSequenceClassification",
             LOGITS,
             False,
-            "SEQ_CLS",
         ),
-        Task(FEATURE_EXTRACTION, "AutoModel", LAST_HIDDEN_STATE, False, "FEATURE_EXTRACTION"),
+        Task(FEATURE_EXTRACTION, "AutoModel", LAST_HIDDEN_STATE, False),
     )
 }
 
@@ -78,9 +74,9 @@ def choose_task(
     wanted = {adapter.config.task_type for adapter in adapters} - {None}
     if len(wanted) == 1:
         peft_name = wanted.pop()
-        for task in TASK_TABLE.values():
-            if task.peft == peft_name:
-                return task.name
+        for name, theirs in PEFT_TASKS.items():
+            if theirs == peft_name:
+                return name
     for ending, task_name in _ENDINGS.items():
         if _architecture(config).endswith(ending):
             return task_name

@@ -21,9 +21,10 @@ from loradeploy.bundle.names import (
     present_name,
 )
 from loradeploy.errors import ExportError, MissingDependencyError, ModelError
-from loradeploy.export.patches import quiet, traceable
+from loradeploy.export.patches import traceable
 from loradeploy.export.tasks import TASK_TABLE, Task
 from loradeploy.export.tidy import tidy
+from loradeploy.lora.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
-from loradeploy.errors import AdapterMismatchError, UsageError
+from loradeploy.errors import AdapterMismatchError, UsageError, listed
 from loradeploy.lora.layers import LINEAR_LAYERS, LoraLinear, features
 
 # Heads that "all-linear" leaves alone in classifiers, as PEFT does.
@@ -130,9 +130,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         f"{name} is targeted and has no tensors" for name in meant if name not in adapter.factors
     ]
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "; ".join(problems[:_LISTED])
-        raise AdapterMismatchError(f"the adapter does not fit this model: {listed}{more}")
+        raise AdapterMismatchError(
+            f"the adapter does not fit this model: {listed(problems, _LISTED)}"
+        )
     injection = _install(
         model,
         adapter.config,

@@ -22,7 +22,8 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError
 from loradeploy.parity.setting import Setting, Subject
-from loradeploy.parity.walk import joined, output_names, positions_of
+from loradeploy.parity.walk import joined, output_names
+from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

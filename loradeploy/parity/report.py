@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 
 FORMAT: Final = "loradeploy-parity"
@@ -139,7 +138,7 @@ class ParityReport:
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite become null."""
         head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "passed": self.passed}
-        return {**head, **_plain(self)}
+        return {**head, **plain(self)}
 
 
 def _failures(report: ParityReport) -> list[str]:
@@ -158,15 +157,3 @@ def _failures(report: ParityReport) -> list[str]:
     if not any(result.outcome == "passed" for result in report.results):
         found.append("nothing was found to agree with the reference")
     return found
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(value[name]) for name in sorted(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

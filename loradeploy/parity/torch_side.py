@@ -25,7 +25,8 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import MissingDependencyError, ModelError
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.setting import Setting, Subject
-from loradeploy.parity.walk import Row, batch_size, generate, joined, output_names, positions_of
+from loradeploy.parity.walk import Row, batch_size, generate, joined, output_names
+from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,7 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
     """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
     import peft
 
-    from loradeploy.export.patches import quiet
+    from loradeploy.lora.quiet import quiet
 
     place = subject.place if subject.place.is_dir() else subject.place.parent
     modules = dict(model.named_modules())

@@ -22,6 +22,7 @@ import numpy as np
 
 from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.export.tasks import TASK_TABLE
+from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,7 +123,7 @@ def _walk_batch(
 ) -> Iterator[Observation]:
     subjects = [row.subject for row in batch]
     left = task == CAUSAL_LM
-    ids, mask = padded([row.prompt for row in batch], pad=pad, left=left)
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
     values, cache = model.forward(ids, mask, None, subjects)
     if PADDED_BATCH in phases:
         for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
@@ -144,7 +145,7 @@ def generate(
 
     The prompts are one batch.
     """
-    ids, mask = padded(prompts, pad=pad, left=True)
+    ids, mask = pad_rows(prompts, pad, left=True)
     subjects = [subject] * len(prompts)
     chosen, cache = [], None
     for _ in range(count):
@@ -153,24 +154,6 @@ def generate(
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         chosen.append(ids[:, 0])
     return [tuple(row) for row in np.stack(chosen, axis=1).tolist()]
-
-
-def padded(rows: Sequence[Sequence[int]], *, pad: int, left: bool) -> tuple[Ids, Ids]:
-    """Token rows as ids and mask, both int64 [rows, longest row]."""
-    longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), pad, np.int64)
-    mask = np.zeros_like(ids)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[index, place] = row
-        mask[index, place] = 1
-    return ids, mask
-
-
-def positions_of(mask: Ids, new: int) -> Ids:
-    """Each new token's place in its row [rows, new]; padding on the left has none of its own."""
-    places: Ids = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -new:]
-    return places
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.chat import Message
 from loradeploy.runtime.sampling import Sampling
 from loradeploy.runtime.session import Adapters, AdapterSession, each_row
-from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
+from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad, positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -234,9 +234,7 @@ class TextGenerator:
             ATTENTION_MASK: mask,
         }
         if POSITION_IDS in self._inputs:
-            # Padding on the left has no position of its own; the first real token is at 0.
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-            feeds[POSITION_IDS] = positions[:, -ids.shape[1] :]
+            feeds[POSITION_IDS] = positions_of(mask, ids.shape[1])
         return feeds
 
     def _empty_cache(self, batch: int) -> Mapping[str, onnxruntime.OrtValue]:

@@ -15,7 +15,7 @@ import onnxruntime
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, GRAPH_NAME
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError, UsageError, listed
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -123,10 +123,9 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
     if not problems and manifest.graph_digest not in (None, file_digest(bundle / GRAPH_NAME)):
         problems.append("its digest has changed since the export")
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise BundleError(
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
-            f" {'; '.join(problems[:_LISTED])}{more}. Export again."
+            f" {listed(problems, _LISTED)}. Export again."
         )
 
 

@@ -53,7 +53,7 @@ def time_bundle(
     for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")
-    feeds = _feeds(session, batch, length)
+    feeds = sample_feeds(session, batch, length)
     outputs = [spec.name for spec in session.manifest.outputs]
     names = list(session.adapters)
     sides: dict[str, Adapters] = {"base": None, "base again (control)": None}
@@ -116,7 +116,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def _feeds(session: AdapterSession, batch: int, length: int) -> dict[str, NDArray[Any]]:
+def sample_feeds(session: AdapterSession, batch: int, length: int) -> dict[str, NDArray[Any]]:
     """Feeds of the shapes that are timed; what they hold does not change the time."""
     decoder = session.manifest.task == CAUSAL_LM
     sizes = {

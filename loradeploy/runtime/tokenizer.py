@@ -178,6 +178,15 @@ def pad(
     return ids, mask
 
 
+def positions_of(mask: NDArray[np.int64], new: int) -> NDArray[np.int64]:
+    """Each new token's place in its row, int64 [batch, new], by the mask [batch, all tokens].
+
+    Padding on the left has no position of its own; the first real token is at 0.
+    """
+    positions: NDArray[np.int64] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -new:]
+    return positions
+
+
 def _open(file: Path) -> FastTokenizer:
     if not file.is_file():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import UsageError
 
-CAUSAL_LM: Final = "causal-lm"
-SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 SCHEDULES: Final = ("linear", "cosine", "constant")
 WIDTHS: Final = ("fp32", "bf16")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
 import yaml
 from transformers import set_seed
 
@@ -27,6 +24,7 @@ from loradeploy.errors import DataError, TrainingError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.inject import inject
+from loradeploy.lora.quiet import quiet
 from loradeploy.train.api import TrainResult
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import TrainConfig
@@ -70,7 +68,7 @@ def run(
     checkpoints = Checkpoints(target)
     checkpoints.check(resume=resume)
     place = find_checkpoint(model)
-    with _quiet(), _explained():
+    with quiet(), _explained():
         opened = open_checkpoint(place)
         config = replace(config, max_length=min(config.max_length, opened.max_length))
         prepared = _prepare(Path(data), task, opened, config)
@@ -200,24 +198,3 @@ def _out_of_memory() -> TrainingError:
     return TrainingError(
         "memory ran out: lower batch_size (and raise gradient_accumulation), max_length or rank"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' and torch's progress bars, notes and warnings from the user."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    logger = logging.getLogger("accelerate")
-    level = logger.level
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        logger.setLevel(level)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.train.config import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CAUSAL_LM, PEFT_TASKS, SEQUENCE_CLASSIFICATION
 from loradeploy.train.data import read_conversations, read_labelled_texts
 from loradeploy.train.features import Encoded, conversation_features, text_features
 from loradeploy.train.losses import LossFunction, causal_lm_loss, classification_loss
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 class Task:
     """What one task does differently.
 
-    `auto_class`: transformers' class that loads the base. `peft`: PEFT's name of the task.
+    `auto_class`: transformers' class that loads the base.
     `read`: examples from a file or folder. `encode`: their token ids and labels; it is given a
     classifier's label names. `labelled`: whether the examples have classes, and results accuracy.
     """
 
     name: str
     auto_class: str
-    peft: str
     labelled: bool
     read: Callable[[Path], Sequence[Any]]
     encode: Callable[[Sequence[Any], Sequence[str], PreTrainedTokenizerBase, int], Encoded]
     loss: LossFunction
+
+    @property
+    def peft(self) -> str:
+        """PEFT's name of the task."""
+        return PEFT_TASKS[self.name]
 
 
 TASK_TABLE: Final[Mapping[str, Task]] = {
@@ -40,7 +44,6 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
         Task(
             name=CAUSAL_LM,
             auto_class="AutoModelForCausalLM",
-            peft="CAUSAL_LM",
             labelled=False,
             read=read_conversations,
             encode=lambda examples, _, tokenizer, longest: conversation_features(
@@ -51,7 +54,6 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
         Task(
             name=SEQUENCE_CLASSIFICATION,
             auto_class="AutoModelForSequenceClassification",
-            peft="SEQ_CLS",
             labelled=True,
             read=read_labelled_texts,
             encode=text_features,

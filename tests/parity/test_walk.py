@@ -17,9 +17,9 @@ from loradeploy.parity.walk import (
     Row,
     generate,
     phases_of,
-    positions_of,
     walk,
 )
+from loradeploy.runtime.tokenizer import positions_of
 
 WIDTH = 5
 PAD = 9
