@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import tensors_digest
@@ -16,19 +16,47 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+Kind = Literal["linear", "embedding", "conv2d"]
+
+# What the factors of a kind are called in an adapter's identity.
+_HALVES: Final[Mapping[str, tuple[str, str]]] = {
+    "linear": ("lora_A", "lora_B"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "conv2d": ("lora_A", "lora_B"),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """The two low-rank matrices of one target module: ΔW = s · B A.
 
-    `A` is [rank, in], `B` is [out, rank], both floating point of any width.
+    linear      `A` [rank, in], `B` [out, rank]
+    embedding   `A` [rank, vocabulary], `B` [size, rank]
+    conv2d      `A` [rank, in, height, width], `B` [out, rank / groups, 1, 1]
+
+    `magnitude`: DoRA's m [out] (an embedding's [size]), None without DoRA. All are floating point
+    of any width.
     """
 
     A: NDArray[Any]
     B: NDArray[Any]
+    magnitude: NDArray[Any] | None = None
+    kind: Kind = "linear"
 
     @property
     def rank(self) -> int:
         return int(self.A.shape[0])
+
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution that the outputs fall into, else 1."""
+        return self.rank // int(self.B.shape[1])
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the factors hold."""
+        magnitude = 0 if self.magnitude is None else self.magnitude.size
+        return int(self.A.size + self.B.size + magnitude)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +64,8 @@ class Adapter:
     """A trained adapter.
 
     `factors`: the low-rank factors by target module, as named in the base model.
-    `saved`: whole parameters by name (`classifier.weight` [out, in], …), of modules_to_save.
+    `saved`: whole parameters by the base's names (`classifier.weight` [out, in], …): those of
+    modules_to_save and the trained biases.
     `base_digest`: the base model it was trained on, where known (`digest.base_digest`).
     `labels`: a classifier's label names in the order of its outputs, where known.
 
@@ -53,18 +82,11 @@ class Adapter:
     def __post_init__(self) -> None:
         if not self.factors and not self.saved:
             raise AdapterError("the adapter holds no tensors: nothing was trained")
-        problems = []
-        for module, pair in self.factors.items():
-            rank = self.config.rank_of(module)
-            if pair.A.ndim != 2 or pair.B.ndim != 2:
-                problems.append(
-                    f"{module}: only linear layers' two-dimensional factors are supported"
-                )
-            elif pair.A.shape[0] != rank or pair.B.shape[1] != rank:
-                problems.append(
-                    f"{module}: lora_A is {list(pair.A.shape)} and lora_B {list(pair.B.shape)},"
-                    f" the config says rank {rank}"
-                )
+        problems = [
+            f"{module}: {problem}"
+            for module, pair in self.factors.items()
+            for problem in _misfits(pair, self.config.rank_of(module), self.config.use_dora)
+        ]
         if problems:
             raise AdapterError("adapter tensors do not fit the config: " + "; ".join(problems))
 
@@ -76,8 +98,13 @@ class Adapter:
     @property
     def parameter_count(self) -> int:
         """How many numbers the adapter holds."""
-        low_rank = sum(pair.A.size + pair.B.size for pair in self.factors.values())
+        low_rank = sum(pair.parameter_count for pair in self.factors.values())
         return low_rank + sum(values.size for values in self.saved.values())
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the factors only mean something on a base that an initialisation changed."""
+        return self.config.changes_base and bool(self.factors)
 
     def scaling(self, module: str) -> float:
         """s for `module`, as in `loradeploy.adapter.scaling`."""
@@ -91,7 +118,37 @@ class Adapter:
         numbers are stored in and however their configs spell the scaling.
         """
         tensors = {f"saved:{name}": values for name, values in self.saved.items()}
+        numbers = {module: self.scaling(module) for module in self.factors}
         for module, pair in self.factors.items():
-            tensors[f"{module}.lora_A"] = pair.A
-            tensors[f"{module}.lora_B"] = pair.B
-        return tensors_digest(tensors, {module: self.scaling(module) for module in self.factors})
+            half_A, half_B = _HALVES[pair.kind]
+            tensors[f"{module}.{half_A}"] = pair.A
+            tensors[f"{module}.{half_B}"] = pair.B
+            if pair.magnitude is not None:
+                tensors[f"{module}.lora_magnitude_vector"] = pair.magnitude
+        if self.changes_base:
+            numbers[f"init_lora_weights={self.config.init_lora_weights}"] = 1.0
+        return tensors_digest(tensors, numbers)
+
+
+def _misfits(pair: Factors, rank: int, dora: bool) -> list[str]:
+    """What is wrong with the factors of one module whose config says `rank` and `dora`."""
+    A, B = pair.A.shape, pair.B.shape
+    if pair.kind == "conv2d":
+        shaped = len(A) == 4 and len(B) == 4 and B[2:] == (1, 1)
+        ranked = shaped and A[0] == rank and 0 < B[1] <= rank and rank % B[1] == 0
+    else:
+        shaped = len(A) == 2 and len(B) == 2
+        ranked = shaped and A[0] == rank and B[1] == rank
+    if not shaped:
+        problem = (
+            f"lora_A {list(A)} and lora_B {list(B)} are no factors of a linear layer, of an"
+            " embedding, or of a two-dimensional convolution"
+        )
+        return [problem]
+    if not ranked:
+        return [f"lora_A is {list(A)} and lora_B {list(B)}, the config says rank {rank}"]
+    if dora != (pair.magnitude is not None):
+        return [f"use_dora is {dora}, and there is {'no' if dora else 'a'} lora_magnitude_vector"]
+    if pair.magnitude is not None and pair.magnitude.shape != B[:1]:
+        return [f"lora_magnitude_vector has {pair.magnitude.size} numbers, lora_B is {list(B)}"]
+    return []

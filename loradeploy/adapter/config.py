@@ -37,7 +37,6 @@ _NEUTRAL: Final = frozenset(
 
 # What changes the numbers and is not supported, with what to do instead.
 _REFUSED: Final = {
-    "use_dora": "DoRA is not supported yet: merge it with PEFT and export the merged model",
     "lora_bias": "merge it with PEFT and export the merged model",
     "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be exported",
     "arrow_config": "routing between adapters cannot be exported",
@@ -52,9 +51,14 @@ _REFUSED: Final = {
     "use_qalora": "merge it with PEFT and export the merged model",
 }
 
-# Initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ)
-# subtract from them, so that their factors mean nothing on the original base.
-_BASE_KEEPING_INITS: Final = (True, False, "gaussian", "eva", "orthogonal")
+# Initialisations that leave the base weights as they are.
+_BASE_KEEPING_INITS: Final = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# Initialisations that subtract from the base weights what can be computed from them again. The
+# others (CorDA, LoftQ, LoRA-GA) cannot be undone without what they were computed from.
+_BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
+
+BIASES: Final = ("none", "all", "lora_only")
 
 _MAX_PATTERN_LENGTH: Final = 4096
 
@@ -68,6 +72,8 @@ class AdapterConfig:
     `r`, `lora_alpha`: rank and alpha, unless `rank_pattern` or `alpha_pattern` name the module.
     `target_modules`: module name endings, or one regular expression, or "all-linear".
     `modules_to_save`: modules trained whole, such as a classifier head.
+    `bias`: which biases are trained besides: "none", "all", or "lora_only" (those of the targets).
+    `use_dora`: weights in magnitude and direction (Liu et al., 2024, arXiv:2402.09353).
     `extra`: other fields, kept as read so that a round trip loses nothing.
     """
 
@@ -77,6 +83,7 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -143,6 +150,12 @@ class AdapterConfig:
         values["modules_to_save"] = list(self.modules_to_save) or None
         return dict(sorted(values.items()))
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation changed the base weights that the factors belong to."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and _BASE_CHANGING_INIT.fullmatch(init) is not None
+
     def rank_of(self, module: str) -> int:
         """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
         return _by_pattern(self.rank_pattern, module, self.r)
@@ -194,9 +207,9 @@ def _problems(config: AdapterConfig) -> list[str]:
             "a string or a list",
         )
     check("lora_dropout", number(config.lora_dropout), "a number")
-    check("bias", config.bias == "none", 'trained biases are refused, "none"')
-    check("use_rslora", isinstance(config.use_rslora, bool), "true or false")
-    check("fan_in_fan_out", isinstance(config.fan_in_fan_out, bool), "true or false")
+    check("bias", config.bias in BIASES, "one of " + ", ".join(BIASES))
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        check(name, isinstance(getattr(config, name), bool), "true or false")
     for name, valid, needs in (
         ("rank_pattern", rank, "an object of positive integers"),
         ("alpha_pattern", number, "an object of numbers"),
@@ -218,9 +231,9 @@ def _problems(config: AdapterConfig) -> list[str]:
     check("modules_to_save", names(config.modules_to_save), "a list of names")
     check(
         "init_lora_weights",
-        config.init_lora_weights in _BASE_KEEPING_INITS,
-        "an initialisation that keeps the base weights as they are (others: convert with PEFT's "
-        "save_pretrained(path_initial_model_for_weight_conversion=…))",
+        config.changes_base or config.init_lora_weights in _BASE_KEEPING_INITS,
+        "PiSSA, OLoRA or an initialisation that keeps the base weights (others: convert with "
+        "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…))",
     )
     return found or _pattern_problems(config)
 

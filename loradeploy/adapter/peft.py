@@ -1,9 +1,17 @@
 """Adapters on disk: PEFT adapter directories, both ways.
 
     DIR/adapter_config.json         `AdapterConfig`
-    DIR/adapter_model.safetensors   base_model.model.<module>.lora_A.weight   [rank, in]
-                                    base_model.model.<module>.lora_B.weight   [out, rank]
-                                    base_model.model.<parameter>              modules_to_save
+    DIR/adapter_model.safetensors   base_model.model.<key>, where <key> is
+
+    <module>.lora_A.weight            [rank, in]           a linear layer
+    <module>.lora_B.weight            [out, rank]
+    <module>.lora_A.weight            [rank, in, kh, kw]   a convolution
+    <module>.lora_B.weight            [out, rank / groups, 1, 1]
+    <module>.lora_embedding_A         [rank, vocabulary]   an embedding
+    <module>.lora_embedding_B         [size, rank]
+    <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
+    <module>.base_layer.bias          [out]                a target's trained bias
+    <parameter>                                            other trained biases, modules_to_save
 
 What PEFT has no field for (the base model's digest, a classifier's labels) is in the metadata of
 the safetensors file, which PEFT ignores.
@@ -14,11 +22,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError
@@ -33,12 +41,24 @@ _BASE_DIGEST: Final = "loradeploy.base_digest"
 _LABELS: Final = "loradeploy.labels"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
-# Tensors of LoRA variants, by the ending of their keys, and what they belong to.
-_VARIANTS: Final = {
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_magnitude_vector.weight": "DoRA",
-    ".lora_embedding_A": "LoRA on an embedding",
-    ".lora_embedding_B": "LoRA on an embedding",
+# A tensor of the factors by its key: the module, and which part it is.
+_FACTOR: Final = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)"
+)
+_MAGNITUDE: Final = "lora_magnitude_vector"
+_PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "conv2d": ("lora_A.weight", "lora_B.weight"),
+}
+_INNER: Final = ".base_layer."
+
+# What PEFT writes besides and nothing needs: copies of the base's weight below an adapted embedding
+# or head, the bias that a module trained whole had before, and a second copy of its new one.
+_COPY: Final = re.compile(r".+\.(?:base_layer\.weight|original_module\.bias|modules_to_save\.bias)")
+
+# Tensors that are refused, by the ending of their keys, and what they belong to.
+_REFUSED: Final = {
     ".lora_A.bias": "a trained LoRA bias",
     ".lora_B.bias": "a trained LoRA bias",
 }
@@ -73,10 +93,10 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
 
     Each file is written atomically, the weights last; the same adapter gives the same bytes.
     """
-    arrays = {f"{_PREFIX}{name}": values for name, values in adapter.saved.items()}
+    arrays = {_PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
     for module, pair in adapter.factors.items():
-        arrays[f"{_PREFIX}{module}.lora_A.weight"] = pair.A
-        arrays[f"{_PREFIX}{module}.lora_B.weight"] = pair.B
+        for part, values in _parts(pair).items():
+            arrays[f"{_PREFIX}{module}.{part}"] = values
     metadata = {"format": "pt"}
     if adapter.base_digest is not None:
         metadata[_BASE_DIGEST] = adapter.base_digest
@@ -116,35 +136,84 @@ def _sort(
     arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
 ) -> tuple[dict[str, Factors], dict[str, NDArray[Any]]]:
     """The tensors of the file by what they are; every misfit is named in one error."""
-    halves: dict[str, dict[str, NDArray[Any]]] = {}
-    saved: dict[str, NDArray[Any]] = {}
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    others: dict[str, NDArray[Any]] = {}
     problems: list[str] = []
     for key, values in sorted(arrays.items()):
         name = key.removeprefix(_PREFIX)
-        factor = re.fullmatch(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight", name)
-        variant = next((v for ending, v in _VARIANTS.items() if name.endswith(ending)), None)
+        factor = _FACTOR.fullmatch(name)
+        refused = next((what for ending, what in _REFUSED.items() if name.endswith(ending)), None)
         if name == key:
             problems.append(f"{key} does not begin with {_PREFIX!r}")
         elif values.dtype.kind != "f":
             problems.append(f"{key} is {values.dtype}, not floating point")
         elif factor:
-            halves.setdefault(factor["module"], {})[factor["half"]] = values
-        elif variant:
-            problems.append(f"{key} belongs to {variant}, which is not supported")
-        elif _is_saved(name, config):
-            saved[name] = values
+            parts.setdefault(factor["module"], {})[factor["part"]] = values
+        elif refused:
+            problems.append(f"{key} belongs to {refused}, which is not supported")
+        else:
+            others[name] = values
+    factors: dict[str, Factors] = {}
+    for module, there in parts.items():
+        found = _factors(there)
+        if isinstance(found, str):
+            problems.append(f"{module} {found}")
+        else:
+            factors[module] = found
+    saved: dict[str, NDArray[Any]] = {}
+    for name, values in others.items():
+        inner = name.replace(_INNER, ".")
+        if _COPY.fullmatch(name) and _is_copy(name, parts, config):
+            continue
+        if _is_saved(inner, config) or _is_bias(inner, parts, config):
+            saved[inner] = values
         else:
             problems.append(
-                f"{key} is neither a factor nor of a module in modules_to_save (PEFT copies the"
-                " base's embeddings unless save_pretrained is told save_embedding_layers=False)"
+                f"{_PREFIX}{name} is neither a factor, nor of a module in modules_to_save, nor a"
+                " trained bias (PEFT copies the base's embeddings unless save_pretrained is told"
+                " save_embedding_layers=False)"
             )
-    for module, pair in halves.items():
-        if len(pair) == 1:
-            there, missing = ("A", "B") if "A" in pair else ("B", "A")
-            problems.append(f"{module} has lora_{there} but no lora_{missing}")
     if problems:
         raise AdapterError("the tensors are refused: " + "; ".join(problems))
-    return {module: Factors(A=pair["A"], B=pair["B"]) for module, pair in halves.items()}, saved
+    return factors, saved
+
+
+def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
+    """The tensors of `pair` as PEFT names and shapes them."""
+    half_A, half_B = _PARTS[pair.kind]
+    parts = {half_A: pair.A, half_B: pair.B}
+    if pair.magnitude is not None:
+        convolution = pair.kind == "conv2d"
+        parts[_MAGNITUDE] = pair.magnitude.reshape(1, -1, 1, 1) if convolution else pair.magnitude
+    return parts
+
+
+def _factors(parts: Mapping[str, NDArray[Any]]) -> Factors | str:
+    """The factors that one module's tensors are, or what is wrong with them."""
+    kind: Kind = "embedding" if any("embedding" in part for part in parts) else "linear"
+    if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p != _MAGNITUDE):
+        kind = "conv2d"
+    half_A, half_B = _PARTS[kind]
+    if missing := [half for half in (half_A, half_B) if half not in parts]:
+        there = next((part for part in parts if part != _MAGNITUDE), _MAGNITUDE)
+        return f"has {_short(there)} but no {_short(missing[0])}"
+    if too_much := [part for part in parts if part not in (half_A, half_B, _MAGNITUDE)]:
+        return f"has {_short(half_A)} and {_short(too_much[0])} too"
+    magnitude = parts.get(_MAGNITUDE)
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1)
+    return Factors(A=parts[half_A], B=parts[half_B], magnitude=magnitude, kind=kind)
+
+
+def _short(part: str) -> str:
+    return part.removesuffix(".weight")
+
+
+def _key(parameter: str, adapter: Adapter) -> str:
+    # PEFT wraps the targets, so that their biases are one step further down.
+    module, _, last = parameter.rpartition(".")
+    wrapped = module in adapter.factors and not _is_saved(parameter, adapter.config)
+    return f"{module}{_INNER}{last}" if wrapped else parameter
 
 
 def _is_saved(parameter: str, config: AdapterConfig) -> bool:
@@ -155,6 +224,19 @@ def _is_saved(parameter: str, config: AdapterConfig) -> bool:
         for depth in range(len(modules))
         for name in config.modules_to_save
     )
+
+
+def _is_bias(parameter: str, targets: Iterable[str], config: AdapterConfig) -> bool:
+    module, _, last = parameter.rpartition(".")
+    return last == "bias" and (
+        config.bias == "all" or (config.bias == "lora_only" and module in targets)
+    )
+
+
+def _is_copy(name: str, targets: Iterable[str], config: AdapterConfig) -> bool:
+    if name.endswith(f"{_INNER}weight"):
+        return name.removesuffix(f"{_INNER}weight") in targets
+    return config.bias == "all" and _is_saved(name, config)
 
 
 def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:

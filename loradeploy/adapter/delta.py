@@ -1,0 +1,51 @@
+"""What factors add to a weight, for every kind of layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.errors import AdapterError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Factors
+
+
+def update(pair: Factors, s: float) -> NDArray[np.float32]:
+    """ΔW = s · B A in float32 and in the shape of the weight that it is added to.
+
+    linear [out, in], embedding [vocabulary, size], conv2d [out, in, height, width]. A Conv1D of
+    transformers, whose weight is [in, out], takes the transpose.
+
+    Raises:
+        AdapterError: a convolution of several groups, whose update is no weight of that layer.
+    """
+    A, B = matrices(pair)
+    product: NDArray[np.float32] = np.float32(s) * (B @ A)  # [out, in]
+    if pair.kind == "embedding":
+        return np.ascontiguousarray(product.T)
+    return product.reshape(B.shape[0], *pair.A.shape[1:])
+
+
+def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A [rank, in] and B [out, rank] as float32; a kernel's positions count as inputs.
+
+    Raises:
+        AdapterError: a convolution of several groups.
+    """
+    if pair.groups > 1:
+        # PEFT's A reads all inputs there, each group of the layer its own alone.
+        raise AdapterError(
+            f"LoRA on a convolution of {pair.groups} groups is no change of its weight and cannot"
+            " be merged: leave that layer out of target_modules"
+        )
+    A, B = pair.A.astype(np.float32), pair.B.astype(np.float32)
+    return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)
+
+
+def as_matrix(weight: NDArray[Any], pair: Factors) -> NDArray[Any]:
+    """`weight` (as in `update`) as a view [out, in], as the factors see it."""
+    return weight.T if pair.kind == "embedding" else weight.reshape(weight.shape[0], -1)
