@@ -48,6 +48,9 @@ class TrainConfig:
     max_length: int = _option(
         512, "tokens of an example at most, and never more than the model takes"
     )
+    packing: bool = _option(
+        True, "a batch's examples in one row, without padding, where the model allows it (exact)"
+    )
     validation_split: float = _option(0.0, "share of the examples kept for evaluation")
     precision: str = _option("fp32", f"width of the frozen base: {', '.join(WIDTHS)}")
     save_steps: int = _option(0, "steps between checkpoints; 0 writes none")

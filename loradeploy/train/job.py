@@ -8,7 +8,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any, Final
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import DataError, TrainingError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
@@ -32,6 +33,7 @@ from loradeploy.train.curve import write_curve
 from loradeploy.train.data import label_names
 from loradeploy.train.features import Collator
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
+from loradeploy.train.packing import PackingCollator, enable_packing
 from loradeploy.train.progress import Progress
 from loradeploy.train.tasks import TASK_TABLE, Task
 from loradeploy.train.trainer import AdapterTrainer, arguments
@@ -90,7 +92,7 @@ def run(
                 adapter=describe,
                 args=arguments(config, checkpoints.place, examples=len(prepared.training)),
                 train_dataset=prepared.training,
-                data_collator=Collator(opened.pad_id),
+                data_collator=_collator(base.model, opened, config),
                 callbacks=[progress],
             )
             before = trainer.mean_loss(prepared.evaluation)
@@ -147,6 +149,14 @@ def _prepare(data: Path, task: Task, opened: Checkpoint, config: TrainConfig) ->
         truncated=encoded.truncated,
         labels=labels,
     )
+
+
+def _collator(
+    model: PreTrainedModel, opened: Checkpoint, config: TrainConfig
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    if config.packing and config.task == CAUSAL_LM and enable_packing(model):
+        return PackingCollator()
+    return Collator(opened.pad_id)
 
 
 def _adapter_config(

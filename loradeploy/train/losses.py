@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Final, cast
+from weakref import WeakSet
 
+import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from loradeploy.train.features import IGNORED
+
+# Logits of a chunk, in numbers: 64 MiB of float32.
+_CHUNK: Final = 1 << 24
+# Models whose logits are not what their output head gives: soft-capped, scaled.
+_SHAPED: Final[WeakSet[nn.Module]] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -27,28 +37,121 @@ LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], BatchLoss]
 def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the next token, over the labelled tokens of `inputs` [batch, sequence].
 
-    Exactly the model's own loss, but logits are computed only in columns that predict a label,
-    where the model lets one say so: over a large vocabulary they cost more than a layer.
+    Exactly the model's own loss, but logits exist only where there is a label, and only a chunk of
+    them at a time: over a large vocabulary they cost more than layers, and more memory than all.
     """
-    labels = inputs["labels"][:, 1:]  # position t predicts token t + 1
+    labels = inputs["labels"].roll(-1, dims=1)  # position t predicts token t + 1
+    labels[:, -1] = IGNORED
     feeds = {name: value for name, value in inputs.items() if name != "labels"}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
-        labels = labels[:, columns]
-        logits = model(**feeds, logits_to_keep=columns, use_cache=False).logits
-    else:
-        logits = model(**feeds, use_cache=False).logits[:, :-1]
-    return _cross_entropy(logits.flatten(0, 1), labels.flatten())  # [batch · columns, vocabulary]
+    head = _frozen_head(model)
+    if head is not None and model not in _SHAPED:
+        with _loss_in(head, labels) as found:
+            logits = model(**feeds, use_cache=False).logits
+        if found and logits is found[0].logits:
+            return found[0].loss
+        _SHAPED.add(model)
+    return _plain_loss(model, feeds, labels)
 
 
 def classification_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the class of each text: `labels` is [batch]."""
     feeds = {name: value for name, value in inputs.items() if name != "labels"}
-    return _cross_entropy(model(**feeds).logits, inputs["labels"])  # [batch, classes]
+    return cross_entropy_sum(model(**feeds).logits, inputs["labels"])  # [batch, classes]
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> BatchLoss:
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> BatchLoss:
+    """Cross-entropy of `logits` [items, classes] at the `labels` [items] that count."""
     total = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     counted = labels != IGNORED
     right = (logits.detach().argmax(-1) == labels) & counted
     return BatchLoss(total, counted.sum(), right.sum())
+
+
+def _plain_loss(model: nn.Module, feeds: Mapping[str, Tensor], labels: Tensor) -> BatchLoss:
+    """The loss from the model's logits, in the columns that have a label where it lets one say."""
+    plain = extract_model_from_parallel(model)
+    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+        columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+        labels = labels[:, columns]
+        logits = model(**feeds, logits_to_keep=columns, use_cache=False).logits
+    else:
+        logits = model(**feeds, use_cache=False).logits
+    return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+
+
+@dataclass(frozen=True, eq=False)
+class _InHead:
+    """A loss that was computed in the output head, and what the head gave instead of logits."""
+
+    loss: BatchLoss
+    logits: Tensor
+
+
+def _frozen_head(model: nn.Module) -> nn.Linear | None:
+    """The output head, where it is a plain linear layer that is not trained, held whole."""
+    plain: Any = extract_model_from_parallel(model)
+    head = getattr(plain, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return None
+    return None if any(p.requires_grad for p in head.parameters()) else head
+
+
+@contextmanager
+def _loss_in(head: nn.Linear, labels: Tensor) -> Iterator[list[_InHead]]:
+    """While it lasts, `head` computes the loss at `labels` instead of logits.
+
+    The model gets an empty tensor for logits. That it comes back as the very same tensor is the
+    proof that the model does nothing to its logits behind the head.
+    """
+    found: list[_InHead] = []
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        counted = labels != IGNORED
+        rows = input[counted]  # [items, hidden]
+        total, right = _HeadLoss.apply(rows, head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
+        empty = torch.empty((*input.shape[:-1], 0), device=input.device)
+        found.append(_InHead(BatchLoss(total, counted.sum(), right), empty))
+        return empty
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del head.forward
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of `hidden Wᵀ + b` at `labels`, and how many came out on top.
+
+    The head is frozen, so the gradient of `hidden` is all that the way back needs, and it is had
+    while a chunk's logits are there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, W: Tensor, b: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        total = torch.zeros((), device=hidden.device)
+        right = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        size = max(1, _CHUNK // W.shape[0])
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
+            logits = linear(hidden[rows], W, b).float()  # [chunk, vocabulary]
+            at = labels[rows, None]
+            right += (logits.argmax(-1, keepdim=True) == at).sum()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            total += (normaliser - logits.gather(-1, at)).sum()
+            if gradient is not None:  # of the logits: softmax less one at the label
+                slope = logits.sub_(normaliser).exp_()
+                slope.scatter_add_(-1, at, torch.full_like(at, -1, dtype=slope.dtype))
+                gradient[rows] = slope.to(W.dtype) @ W
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(right)
+        return total, right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return cast(Tensor, gradient) * gradients[0].to(gradient.dtype), None, None, None

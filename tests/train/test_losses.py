@@ -10,10 +10,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma2Config,
 )
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.lora.inject import inject
+from loradeploy.train import losses
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import Collator, conversation_features
 from loradeploy.train.losses import causal_lm_loss, classification_loss
@@ -67,6 +69,75 @@ def test_a_model_that_cannot_choose_its_logits_gives_the_same(
         chosen, whole = causal_lm_loss(model, batch), causal_lm_loss(Plain(model), batch)
     assert float(chosen.total) == pytest.approx(float(whole.total), rel=1e-5)
     assert (chosen.items, chosen.right) == (whole.items, whole.right)
+
+
+def test_logits_that_a_model_caps_behind_its_head_are_capped_in_the_loss() -> None:
+    config = Gemma2Config(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        vocab_size=99,
+        final_logit_softcapping=0.5,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    ids = torch.randint(2, 99, (2, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        for _ in range(2):  # found out at the first batch, known at the second
+            ours = causal_lm_loss(model, batch)
+            assert float(ours.total / ours.items) == pytest.approx(
+                float(model(**batch).loss), abs=tolerance("same-torch")
+            )
+
+
+def test_chunks_of_logits_are_the_same_as_all_at_once(
+    tiny_llama: Path, lessons: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    batch = Collator(tokenizer.pad_token_id)(encoded.features)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    injection = inject(base, AdapterConfig(r=4, target_modules="all-linear"))
+    results = []
+    for size in (losses._CHUNK, 1, 3 * base.config.vocab_size):
+        monkeypatch.setattr(losses, "_CHUNK", size)
+        loss = causal_lm_loss(base, batch)
+        results.append((loss, torch.autograd.grad(loss.total, injection.parameters())))
+    (whole, slopes), *others = results
+    for loss, gradients in others:
+        assert loss.total.tolist() == pytest.approx(whole.total.tolist(), rel=1e-6)
+        assert (loss.items, loss.right) == (whole.items, whole.right)
+        for one, other in zip(gradients, slopes, strict=True):
+            torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
+
+
+def test_a_head_that_is_trained_gets_its_gradients(tiny_llama: Path, lessons: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    batch = Collator(tokenizer.pad_token_id)(encoded.features)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    injection = inject(base, AdapterConfig(r=4, target_modules=("lm_head", "q_proj")))
+    summed = causal_lm_loss(base, batch)
+    gradients = [
+        torch.autograd.grad(loss, injection.parameters(), retain_graph=True)
+        for loss in (summed.total / summed.items, base(**batch).loss)
+    ]
+    assert float(gradients[0][1].abs().max()) > 0
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
+
+
+def test_a_batch_without_labels_has_no_loss(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = torch.randint(2, 20, (2, 6))
+    summed = causal_lm_loss(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert (summed.total.item(), int(summed.items), int(summed.right)) == (0, 0, 0)
 
 
 def test_a_classifiers_loss_is_its_own(tiny_bert: Path) -> None:

@@ -1,0 +1,141 @@
+"""Batches without padding: the examples of a batch stand behind one another in a single row.
+
+Positions begin anew with each example, and no token attends to another example's: attention is
+computed example by example, which costs less than a mask over the row and is exact. Whether a model
+keeps its examples apart so is not taken from its name: it is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from loradeploy.lora.quiet import quiet
+
+PACKED: Final = "loradeploy_packed"
+# Names that transformers hands down to attention functions (FlashAttentionKwargs).
+_STARTS: Final = "cu_seq_lens_q"
+_PROBED_LENGTHS: Final = (5, 9, 2)
+# Of the largest logit. Packed and single examples differ by the order of summation alone.
+_SAME: Final = {torch.float32: 1e-4}
+_SAME_HALF: Final = 3e-2
+
+
+class PackingCollator:
+    """The examples of a batch in one row: `input_ids`, `position_ids` and `labels` [1, tokens].
+
+    `cu_seq_lens_q` int32 [examples + 1] tells where each begins, and where the last one ends.
+    """
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [feature["input_ids"] for feature in features]
+        lengths = [len(row) for row in rows]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return {
+            "input_ids": torch.tensor([token for row in rows for token in row])[None],
+            "position_ids": torch.tensor([i for length in lengths for i in range(length)])[None],
+            "labels": torch.tensor([label for f in features for label in f["labels"]])[None],
+            _STARTS: starts,
+        }
+
+
+def enable_packing(model: PreTrainedModel) -> bool:
+    """Give `model` the attention that packed batches need; False, and no change, where it fails.
+
+    It fails where packed examples do not come out as they do alone: recurrent and state-space
+    models, position biases, chunked attention, models that do not hand the lengths down.
+    """
+    before = model.config._attn_implementation
+    if before == PACKED:
+        return True
+    AttentionInterface.register(PACKED, packed_attention)
+    with quiet(), suppress(Exception):  # whatever a model raises, it cannot pack
+        if before == "sdpa" and _chunk(model) is None:
+            expected = _alone(model)
+            model.set_attn_implementation(PACKED)
+            limit = _SAME.get(model.dtype, _SAME_HALF) * float(expected.abs().max())
+            if torch.allclose(_together(model), expected, rtol=0, atol=limit):
+                return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each example of a packed row, for transformers' AttentionInterface.
+
+    `query` [1, heads, tokens, size], `key` and `value` [1, key-value heads, tokens, size] →
+    [1, tokens, heads, size].
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError(f"{type(module).__name__} does not hand down where the examples begin")
+    lengths = cu_seq_lens_q.diff().tolist()
+    # One split is undone by one concatenation; slices would each be padded to the whole row.
+    parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
+    attended = [
+        sdpa_attention_forward(module, q, k, v, _window(q, sliding_window), **options)[0]
+        for q, k, v in parts
+    ]
+    return torch.cat(attended, dim=1), None
+
+
+def _window(query: Tensor, size: int | None) -> Tensor | None:
+    """The mask [1, 1, tokens, tokens] of a sliding window; None where it holds all tokens."""
+    length = query.shape[2]
+    if size is None or length <= size:
+        return None
+    positions = torch.arange(length, device=query.device)
+    distance = positions[:, None] - positions[None, :]
+    return ((distance >= 0) & (distance < size))[None, None]
+
+
+def _chunk(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "attention_chunk_size", None)
+
+
+def _examples(model: PreTrainedModel) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return [
+        torch.randint(vocabulary, (length,), generator=generator).tolist()
+        for length in _PROBED_LENGTHS
+    ]
+
+
+@torch.no_grad()
+def _alone(model: PreTrainedModel) -> Tensor:
+    rows = [torch.tensor([row], device=model.device) for row in _examples(model)]
+    return torch.cat([_evaluated(model, input_ids=row) for row in rows], dim=1)
+
+
+@torch.no_grad()
+def _together(model: PreTrainedModel) -> Tensor:
+    batch = PackingCollator()([{"input_ids": row, "labels": row} for row in _examples(model)])
+    del batch["labels"]
+    return _evaluated(model, **{name: value.to(model.device) for name, value in batch.items()})
+
+
+def _evaluated(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits.float()

@@ -1,0 +1,57 @@
+"""One autograd function is the equation, forwards and backwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loradeploy.lora.product import low_rank_linear
+from tests.tolerances import tolerance
+
+
+def operands(dtype: torch.dtype, *, factors: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, W, b = random(2, 5, 6).to(dtype), random(4, 6).to(dtype), random(4).to(dtype)
+    A, B = random(3, 6).to(factors), random(4, 3).to(factors)
+    return [x.requires_grad_(), W, b, A.requires_grad_(), B.requires_grad_()]
+
+
+def plainly(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+    y = linear(x, W, b)
+    return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
+
+
+def test_the_derivatives_are_those_of_finite_differences() -> None:
+    x, W, b, A, B = operands(torch.float64, factors=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, A, B: low_rank_linear(x, W, b, A, B, 1.7), (x, A, B))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("width", "row"),
+    [(torch.float32, "same-torch"), (torch.bfloat16, "bf16-rounding")],
+    ids=["fp32", "bf16"],
+)
+def test_it_is_the_equation_written_out(width: torch.dtype, row: str, bias: bool) -> None:
+    results = []
+    for product in (low_rank_linear, plainly):
+        x, W, b, A, B = operands(width, factors=torch.float32)
+        y = product(x, W, b if bias else None, A, B, 0.5)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, A.grad, B.grad])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None and ours.dtype == theirs.dtype
+        limit = tolerance(row) * float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours, theirs, atol=limit, rtol=0)
+
+
+def test_an_input_that_needs_no_gradient_gets_none() -> None:
+    x, W, b, A, B = operands(torch.float32, factors=torch.float32)
+    low_rank_linear(x.detach(), W, b, A, B, 0.5).sum().backward()
+    assert x.grad is None and A.grad is not None and B.grad is not None
