@@ -106,6 +106,15 @@ class Adapter:
         """Whether the factors only mean something on a base that an initialisation changed."""
         return self.config.changes_base and bool(self.factors)
 
+    def check_plain(self) -> None:
+        """Raise AdapterError unless the factors are for the base model as it is."""
+        if self.changes_base:
+            raise AdapterError(
+                f"the adapter was trained with init_lora_weights {self.config.init_lora_weights!r}"
+                " on a base that this changed: make it a plain one first, with loradeploy convert"
+                " ADAPTER --model BASE --output DIR"
+            )
+
     def scaling(self, module: str) -> float:
         """s for `module`, as in `loradeploy.adapter.scaling`."""
         return scaling(self.config, module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
 from loradeploy.errors import AdapterMismatchError, UsageError, listed
-from loradeploy.lora.layers import LINEAR_LAYERS, LoraLinear, features
+from loradeploy.lora.kinds import WHAT, kind_of
+from loradeploy.lora.layers import LINEAR_LAYERS
+from loradeploy.lora.low_rank import LowRankLayer
+from loradeploy.lora.plain import doubled
+from loradeploy.lora.saved import Swap, saved_names, swap_in
 
 # Heads that "all-linear" leaves alone in classifiers, as PEFT does.
 CLASSIFIER_HEADS = ("classifier", "score")
@@ -26,38 +30,53 @@ _LISTED = 8
 class Injection:
     """An adapter inside a model.
 
-    `layers`: the LoRA layers by target module. `saved`: the parameters of modules_to_save, as they
-    are now; `originals` as they were in the base.
+    `layers`: the LoRA layers by target module. `saved`: the parameters that are trained whole, by
+    the base's names (modules_to_save, biases), as they are now; `swaps`: the base's own.
     """
 
     model: nn.Module
     config: AdapterConfig
-    layers: Mapping[str, LoraLinear]
+    layers: Mapping[str, LowRankLayer]
     saved: Mapping[str, nn.Parameter]
-    originals: Mapping[str, Tensor]
+    swaps: tuple[Swap, ...]
 
     def parameters(self) -> list[nn.Parameter]:
-        """What training changes."""
-        factors = [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
-        return factors + list(self.saved.values())
+        """What training changes, each once."""
+        found: list[nn.Parameter] = []
+        for layer in self.layers.values():
+            found += [layer.lora_A, layer.lora_B]
+            found += [] if layer.magnitude is None else [layer.magnitude]
+        return list({id(p): p for p in [*found, *self.saved.values()]}.values())
 
     def adapter(
         self, *, base_digest: str | None = None, labels: tuple[str, ...] | None = None
     ) -> Adapter:
-        """The adapter as data, a float32 copy on the host."""
+        """The adapter as data, a float32 copy on the host: a plain one on the base as it is.
+
+        What PiSSA or OLoRA took out of the base is in its factors, which are of twice the rank.
+        """
+        changed = any(layer.taken_A is not None for layer in self.layers.values())
         return Adapter(
-            config=self.config,
-            factors={
-                module: Factors(A=_array(layer.lora_A), B=_array(layer.lora_B))
-                for module, layer in self.layers.items()
-            },
+            config=doubled(self.config) if changed else self.config,
+            factors={module: _factors(layer) for module, layer in self.layers.items()},
             saved={name: _array(parameter) for name, parameter in self.saved.items()},
             base_digest=base_digest,
             labels=labels,
         )
 
     def merge(self) -> None:
-        """Fold every update into its base weight."""
+        """Fold every update into its base weight.
+
+        Raises:
+            UsageError: an update is no change of its base's weight; nothing is merged then.
+        """
+        problems = [
+            f"{name} {reason}"
+            for name, layer in self.layers.items()
+            if (reason := layer.unmergeable()) is not None
+        ]
+        if problems:
+            raise UsageError(f"the adapter cannot be merged: {listed(problems, _LISTED)}")
         for layer in self.layers.values():
             layer.merge()
 
@@ -67,32 +86,37 @@ class Injection:
             layer.unmerge()
 
     def remove(self) -> None:
-        """Give the model its own layers and saved parameters back, bit for bit."""
+        """Give the model its own layers and parameters back, bit for bit."""
         self.unmerge()
         for module, layer in self.layers.items():
             _replace(self.model, module, layer.base)
-        with torch.no_grad():
-            for name, parameter in self.saved.items():
-                parameter.copy_(self.originals[name])
-                parameter.requires_grad_(False)
+        for swap in self.swaps:
+            swap.undo()
 
 
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injection:
-    """Freeze `model` and put a fresh adapter into it: A random by `seed`, B zero.
+    """Freeze `model` and put a fresh adapter into it, as `config.init_lora_weights` says.
+
+    Training starts at the base: one factor is random by `seed` and the other zero, or both are a
+    part of the base's weight that is taken out of it (PiSSA, OLoRA).
 
     Raises:
-        UsageError: nothing matches the targets (the candidates are listed), a match is not linear,
-            or modules_to_save names nothing, or a weight that is tied to another module's; or the
-            model carries an adapter already.
+        UsageError: nothing matches the targets (the candidates are listed), a match takes no LoRA
+            of this rank, modules_to_save names nothing, or the initialisation is none to begin
+            with; or the model carries an adapter already.
     """
     _check_free(model)
     targets = _targets(model, config)
-    saved = _saved_parameters(model, config)
     turned = any(isinstance(layer, Conv1D) for layer in targets.values())
-    injection = _install(model, dataclasses.replace(config, fan_in_fan_out=turned), targets, saved)
+    config = dataclasses.replace(config, fan_in_fan_out=turned)
+    injection = _install(model, config, targets, saved_names(model, config, targets))
     generator = torch.Generator().manual_seed(seed)
-    for layer in injection.layers.values():
-        layer.initialise(generator)
+    try:
+        for layer in injection.layers.values():
+            layer.initialise(config.init_lora_weights, generator)
+    except UsageError:
+        injection.remove()
+        raise
     return injection
 
 
@@ -100,23 +124,17 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     """Freeze `model` and put `adapter` into it.
 
     Raises:
+        AdapterError: the adapter is one for a base that its initialisation changed.
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
         UsageError: the model carries an adapter already.
     """
     _check_free(model)
+    adapter.check_plain()
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems = []
     for name, pair in sorted(adapter.factors.items()):
-        module = modules.get(name)
-        if not isinstance(module, LINEAR_LAYERS):
-            problems.append(f"{name} is no linear layer of this model")
-        elif (pair.A.shape[1], pair.B.shape[0]) != features(module):
-            into, out = features(module)
-            problems.append(
-                f"{name} takes [{into}] and gives [{out}], the adapter has"
-                f" lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}"
-            )
+        problems += _misfits(name, modules.get(name), pair)
     for name, values in sorted(adapter.saved.items()):
         if name not in parameters:
             problems.append(f"{name} is no parameter of this model")
@@ -124,7 +142,7 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
             problems.append(
                 f"{name} is {list(values.shape)}, the model has {list(parameters[name].shape)}"
             )
-    candidates = [name for name, module in modules.items() if isinstance(module, LINEAR_LAYERS)]
+    candidates = [name for name, module in modules.items() if kind_of(module)]
     meant = match_targets(candidates, adapter.config, linear_names=adapter.modules)
     problems += [
         f"{name} is targeted and has no tensors" for name in meant if name not in adapter.factors
@@ -137,7 +155,7 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         model,
         adapter.config,
         {name: modules[name] for name in adapter.modules},
-        {name: parameters[name] for name in sorted(adapter.saved)},
+        sorted(adapter.saved),
     )
     copy_into(injection, adapter)
     return injection
@@ -145,11 +163,20 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
 
 @torch.no_grad()
 def copy_into(injection: Injection, adapter: Adapter) -> None:
-    """Give what is injected the values of `adapter`, which has the same targets and shapes."""
+    """Give what is injected the values of `adapter`, which has the same targets and shapes.
+
+    An adapter that `injection.adapter()` gave is put back as it was, whatever it began at.
+    """
     for name, layer in injection.layers.items():
         pair = adapter.factors[name]
-        layer.lora_A.copy_(torch.tensor(pair.A))
-        layer.lora_B.copy_(torch.tensor(pair.B))
+        A, B = torch.tensor(pair.A), torch.tensor(pair.B)
+        if layer.taken_A is not None:
+            layer.take(A[layer.rank :].to(layer.lora_A), B[:, layer.rank :].to(layer.lora_B))
+            A, B = A[: layer.rank], B[:, : layer.rank]
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+        if layer.magnitude is not None and pair.magnitude is not None:
+            layer.magnitude.copy_(torch.tensor(pair.magnitude))
     for name, parameter in injection.saved.items():
         parameter.copy_(torch.tensor(adapter.saved[name]))
 
@@ -181,7 +208,7 @@ def linear_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def _check_free(model: nn.Module) -> None:
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLayer) for module in model.modules()):
         raise UsageError("the model carries an adapter already: remove() that one first")
 
 
@@ -195,57 +222,72 @@ def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
             f"target_modules {config.target_modules!r} match nothing in this model;"
             f" its linear layers end in: {', '.join(endings) or 'there are none'}"
         )
+    whole = config.use_dora or config.changes_base
     for name in matched:
-        if not isinstance(modules[name], LINEAR_LAYERS):
-            kind = type(modules[name]).__name__
-            raise UsageError(f"the target module {name} is a {kind}: only linear layers take LoRA")
+        kind = kind_of(modules[name])
+        if kind is None:
+            named = type(modules[name]).__name__
+            raise UsageError(f"the target module {name} is a {named}: only {WHAT} take LoRA")
+        reason = kind.refusal(modules[name], config.rank_of(name), whole=whole)
+        if reason is not None:
+            raise UsageError(f"the target module {name} {reason}")
     return {name: modules[name] for name in matched}
 
 
-def _saved_parameters(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for saved in config.modules_to_save:
-        parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if f".{saved}." in f".{name}"
-        }
-        if not parameters:
-            raise UsageError(f"modules_to_save names {saved!r}, which this model has not")
-        for name, parameter in parameters.items():
-            if len(owners[id(parameter)]) > 1:
-                others = ", ".join(other for other in owners[id(parameter)] if other != name)
-                raise UsageError(f"modules_to_save: {name} is tied to {others}; untie them first")
-        found.update(parameters)
-    return found
+def _misfits(name: str, module: nn.Module | None, pair: Factors) -> list[str]:
+    """Why the factors `pair` cannot be those of `module`."""
+    kind = kind_of(module)
+    if module is None or kind is None:
+        return [f"{name} is no layer of this model that takes LoRA"]
+    if kind.kind != pair.kind:
+        return [f"{name} is a {type(module).__name__}, the adapter's factors are of {pair.kind}"]
+    reason = kind.refusal(module, pair.rank, whole=pair.magnitude is not None)
+    if reason is not None:
+        return [f"{name} {reason}"]
+    shapes = kind.shapes(module, pair.rank)
+    if shapes != (pair.A.shape, pair.B.shape):
+        A, B = (list(shape) for shape in shapes)
+        there = f"{list(pair.A.shape)} and {list(pair.B.shape)}"
+        return [f"{name} takes lora_A {A} and lora_B {B}, the adapter has {there}"]
+    return []
 
 
 def _install(
     model: nn.Module,
     config: AdapterConfig,
     targets: Mapping[str, nn.Module],
-    saved: Mapping[str, nn.Parameter],
+    saved: Iterable[str],
 ) -> Injection:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    copies, swaps = swap_in(model, saved)
     layers = {}
     for name, module in targets.items():
-        layer = LoraLinear(module, config.rank_of(name), scaling(config, name), config.lora_dropout)
+        kind = kind_of(module)
+        if kind is None:
+            raise TypeError(f"{name} takes no LoRA")
+        layer = kind(
+            module,
+            config.rank_of(name),
+            scaling(config, name),
+            config.lora_dropout,
+            dora=config.use_dora,
+        )
         layer.train(model.training)
         _replace(model, name, layer)
         layers[name] = layer
-    for parameter in saved.values():
-        parameter.requires_grad_(True)
-    originals = {name: parameter.detach().clone() for name, parameter in saved.items()}
-    return Injection(model, config, layers, saved, originals)
+    return Injection(model, config, layers, copies, swaps)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _factors(layer: LowRankLayer) -> Factors:
+    A, B = layer.factors()
+    magnitude = None if layer.magnitude is None else _array(layer.magnitude)
+    return Factors(A=_array(A), B=_array(B), magnitude=magnitude, kind=layer.kind)
 
 
 def _array(parameter: Tensor) -> NDArray[np.float32]:

@@ -218,7 +218,8 @@ def test_dropout_is_on_the_low_rank_path_alone() -> None:
     [
         ({"target_modules": ("nothing",)}, "match nothing .* down_proj, gate_proj"),
         ({"target_modules": ("mlp",)}, "is a LlamaMLP: only linear"),
-        ({"target_modules": ("embed_tokens",)}, "is a Embedding: only linear"),
+        ({"target_modules": ("q_proj",), "init_lora_weights": "eva"}, "'eva' is no way to begin"),
+        ({"target_modules": ("k_proj",), "r": 64, "init_lora_weights": "pissa"}, "no part of rank"),
         ({"target_modules": ("q_proj",), "modules_to_save": ("classifier",)}, "has not"),
     ],
 )
@@ -229,10 +230,24 @@ def test_targets_that_make_no_sense_are_refused(
         inject(base_of(tiny_llama, {}), AdapterConfig(**config))
 
 
-def test_a_tied_weight_cannot_be_saved_whole(tiny_gpt2: Path) -> None:
-    config = AdapterConfig(target_modules="all-linear", modules_to_save=("lm_head",))
-    with pytest.raises(UsageError, match=r"lm_head.weight is tied to transformer.wte.weight"):
-        inject(base_of(tiny_gpt2, {}), config)
+@pytest.mark.parametrize("whole", ["lm_head", "wte"])
+def test_a_tied_weight_that_is_trained_whole_leaves_the_other_as_it_is(
+    whole: str, tiny_gpt2: Path
+) -> None:
+    base = base_of(tiny_gpt2, {})
+    tied, before = base.lm_head.weight, logits(base)
+    config = AdapterConfig(target_modules=("c_attn",), modules_to_save=(whole,))
+    injection = inject(base, config)
+    (own,) = injection.saved.values()
+    with torch.no_grad():
+        own.mul_(2)
+
+    left = base.transformer.wte.weight if whole == "lm_head" else base.lm_head.weight
+    assert left is tied
+    assert not torch.equal(logits(base), before)
+    injection.remove()
+    assert base.lm_head.weight is base.transformer.wte.weight is tied
+    assert torch.equal(logits(base), before)
 
 
 def test_an_adapter_of_another_model_is_refused_with_every_misfit(
@@ -241,6 +256,6 @@ def test_an_adapter_of_another_model_is_refused_with_every_misfit(
     adapter = load_adapter(make_adapter(tiny_gpt2))
     base = base_of(tiny_llama, {})
     before = logits(base)
-    with pytest.raises(AdapterMismatchError, match="is no linear layer of this model; "):
+    with pytest.raises(AdapterMismatchError, match="is no layer of this model that takes LoRA; "):
         load(base, adapter)
     assert torch.equal(logits(base), before)

@@ -1,0 +1,32 @@
+"""Which layers take LoRA, and as what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from loradeploy.lora.conv import LoraConv2d
+from loradeploy.lora.embedding import LoraEmbedding
+from loradeploy.lora.layers import LoraLinear
+from loradeploy.lora.low_rank import LowRankLayer
+
+KINDS: Final[Mapping[type[nn.Module], type[LowRankLayer]]] = {
+    nn.Linear: LoraLinear,
+    Conv1D: LoraLinear,
+    nn.Embedding: LoraEmbedding,
+    nn.Conv2d: LoraConv2d,
+}
+
+WHAT: Final = "linear layers, embeddings and two-dimensional convolutions"
+
+
+def kind_of(module: nn.Module | None) -> type[LowRankLayer] | None:
+    """The class of LoRA layer for `module`, None where it takes none."""
+    # nn.MultiheadAttention reads this one's weight and never calls it: LoRA would do nothing.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    return next((layer for base, layer in KINDS.items() if isinstance(module, base)), None)

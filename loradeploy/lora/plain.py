@@ -1,0 +1,85 @@
+"""PiSSA's and OLoRA's adapters as plain ones, for the base as it was.
+
+Both begin at factors B₀, A₀ of the base's weight and train on W − s · B₀ A₀. What they end at,
+W − s · B₀ A₀ + s · B A, is a plain adapter of twice the rank on W: [B, −B₀] and [A; A₀].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
+from loradeploy.errors import AdapterError, AdapterMismatchError
+from loradeploy.lora.initialise import initialisation
+from loradeploy.lora.kinds import kind_of
+from loradeploy.lora.layers import LoraLinear
+
+
+def doubled(config: AdapterConfig) -> AdapterConfig:
+    """`config` with twice the rank everywhere and the same scaling s, on the base as it is."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return dataclasses.replace(
+        config,
+        r=2 * config.r,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        lora_alpha=factor * config.lora_alpha,
+        alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def plain(adapter: Adapter, model: nn.Module) -> Adapter:
+    """`adapter`, which PEFT trained from PiSSA or OLoRA, as a plain one on the base `model`.
+
+    What was taken out of the base is computed again from its weights, which must be those that the
+    training began with, in the same width. An adapter that is plain already comes back as it is.
+
+    Raises:
+        AdapterMismatchError: a target module is no layer of `model`, or one of another shape.
+        AdapterError: it began at a randomised SVD, which nothing can tell again.
+    """
+    if not adapter.changes_base:
+        return adapter
+    method = adapter.config.init_lora_weights
+    if "niter" in str(method):
+        raise AdapterError(
+            f"init_lora_weights {method!r} began at a random approximation that was not kept:"
+            " convert it where it was trained, with PEFT's"
+            " save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
+    modules = dict(model.named_modules())
+    begin = initialisation(method)
+    factors = {}
+    for name, pair in adapter.factors.items():
+        module = modules.get(name)
+        if module is None or kind_of(module) is not LoraLinear:
+            raise AdapterMismatchError(f"{name} is no linear layer of this model")
+        s = adapter.scaling(name)
+        layer = LoraLinear(module, pair.rank, s)
+        if (pair.A.shape, pair.B.shape) != (layer.lora_A.shape, layer.lora_B.shape):
+            raise AdapterMismatchError(
+                f"{name} takes factors {list(layer.lora_A.shape)} and {list(layer.lora_B.shape)},"
+                f" the adapter has {list(pair.A.shape)} and {list(pair.B.shape)}"
+            )
+        weight = layer.weight.detach()
+        if method == "olora" and layer.as_matrix(weight) is not weight:
+            raise AdapterError(
+                f"{name} is a Conv1D: what PEFT's OLoRA takes out of one is not the product of its"
+                " factors, so that the adapter cannot be converted"
+            )
+        A, B = begin(layer.as_matrix(weight).float(), pair.rank, s, torch.Generator())
+        factors[name] = Factors(
+            A=np.concatenate([pair.A, _array(A)]),
+            B=np.concatenate([pair.B, -_array(B)], axis=1),
+            magnitude=pair.magnitude,
+        )
+    return dataclasses.replace(adapter, config=doubled(adapter.config), factors=factors)
+
+
+def _array(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.asarray(values.cpu().numpy(), np.float32)
