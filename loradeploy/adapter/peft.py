@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.targets import is_saved
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError
 from loradeploy.files import read_json, write_json
@@ -165,7 +166,7 @@ def _sort(
         inner = name.replace(_INNER, ".")
         if _COPY.fullmatch(name) and _is_copy(name, parts, config):
             continue
-        if _is_saved(inner, config) or _is_bias(inner, parts, config):
+        if is_saved(inner, config) or _is_bias(inner, parts, config):
             saved[inner] = values
         else:
             problems.append(
@@ -212,18 +213,8 @@ def _short(part: str) -> str:
 def _key(parameter: str, adapter: Adapter) -> str:
     # PEFT wraps the targets, so that their biases are one step further down.
     module, _, last = parameter.rpartition(".")
-    wrapped = module in adapter.factors and not _is_saved(parameter, adapter.config)
+    wrapped = module in adapter.factors and not is_saved(parameter, adapter.config)
     return f"{module}{_INNER}{last}" if wrapped else parameter
-
-
-def _is_saved(parameter: str, config: AdapterConfig) -> bool:
-    # PEFT saves every module whose name ends in a listed one, with all that is inside it.
-    *modules, _ = parameter.split(".")
-    return any(
-        ".".join(modules[: depth + 1]).endswith(name)
-        for depth in range(len(modules))
-        for name in config.modules_to_save
-    )
 
 
 def _is_bias(parameter: str, targets: Iterable[str], config: AdapterConfig) -> bool:
@@ -236,7 +227,7 @@ def _is_bias(parameter: str, targets: Iterable[str], config: AdapterConfig) -> b
 def _is_copy(name: str, targets: Iterable[str], config: AdapterConfig) -> bool:
     if name.endswith(f"{_INNER}weight"):
         return name.removesuffix(f"{_INNER}weight") in targets
-    return config.bias == "all" and _is_saved(name, config)
+    return config.bias == "all" and is_saved(name, config)
 
 
 def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:

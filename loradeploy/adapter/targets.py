@@ -24,6 +24,19 @@ def match_targets(
     return [name for name in names if _is_target(name, config, linear)]
 
 
+def is_saved(parameter: str, config: AdapterConfig) -> bool:
+    """Whether the model's `parameter` is trained whole because of `modules_to_save`.
+
+    As PEFT does: every module whose name ends in a listed one, with all that is inside it.
+    """
+    *modules, _ = parameter.split(".")
+    return any(
+        ".".join(modules[: depth + 1]).endswith(name)
+        for depth in range(len(modules))
+        for name in config.modules_to_save
+    )
+
+
 def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
     if _listed(name, config.exclude_modules):
         return False

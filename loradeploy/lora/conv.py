@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor, nn
+import torch
+from torch import Generator, Tensor, nn
 from torch.nn.functional import conv2d
 
 from loradeploy.lora.low_rank import LowRankLayer, Shape
@@ -46,6 +47,16 @@ class LoraConv2d(LowRankLayer):
         """B * (A * x)."""
         narrow = conv2d(x.to(A.dtype), A, None, self.base.stride, self.base.padding)
         return conv2d(narrow, B, groups=self.base.groups)
+
+    @torch.no_grad()
+    def initialise(self, method: bool | str, generator: Generator) -> None:
+        """As every layer; of a grouped convolution, whose B is zero, A alone."""
+        if self.base.groups == 1:
+            super().initialise(method, generator)
+            return
+        shape = self.lora_A.flatten(1)  # as wide as an ungrouped weight
+        A, _ = self.beginning(method)(shape, self.rank, self.scaling, generator)
+        self.lora_A.copy_(A.view_as(self.lora_A))
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """The kernel's positions count as inputs."""

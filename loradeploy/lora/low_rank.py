@@ -102,7 +102,7 @@ class LowRankLayer(nn.Module):
         # y + (c - 1) · x Wᵀ + c · s · (x Aᵀ) Bᵀ with c = m / ‖W + s · B A‖; as in PEFT the dropout
         # is on the input of all that c multiplies, and without it the base is computed once.
         product = self.base(dropped) if dropping else y
-        bias = self.bias
+        bias = getattr(self.base, "bias", None)
         if bias is not None:
             product = product - self.along_outputs(bias)
         c = self.along_outputs(self.output_scale())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from loradeploy.adapter import AdapterConfig
+from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import UsageError
 
 
@@ -33,7 +35,8 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Iterable[str])
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = set(biases(names, config, targets))
     for module in config.modules_to_save:
-        inside = {name for name in names if f".{module}." in f".{name}"}
+        only = dataclasses.replace(config, modules_to_save=(module,))
+        inside = {name for name in names if is_saved(name, only)}
         if not inside:
             raise UsageError(f"modules_to_save names {module!r}, which this model has not")
         found |= inside

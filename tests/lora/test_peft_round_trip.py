@@ -1,0 +1,254 @@
+"""What PEFT trains computes the same here, and what is trained here computes the same in PEFT."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
+from loradeploy.adapter.peft import _PARTS
+from loradeploy.adapter.tensors import read_arrays
+from loradeploy.errors import AdapterError, UsageError
+from loradeploy.lora.inject import adapted, inject, load
+from loradeploy.lora.plain import plain
+from tests.lora import tiny
+from tests.tolerances import tolerance
+
+peft = pytest.importorskip("peft")
+
+# Layers by kind: the model, what is targeted, what is trained whole, and a pattern.
+KINDS: Final[dict[str, tuple[str, Any, str, str]]] = {
+    "linear": ("llama", ["q_proj", "down_proj"], "lm_head", "down_proj"),
+    "conv1d": ("gpt2", ["c_attn", "c_proj"], "lm_head", r"attn\.c_proj"),
+    "embedding": ("llama", ["embed_tokens", "q_proj"], "lm_head", "embed_tokens"),
+    "tied-embedding": ("llama-tied", ["embed_tokens", "o_proj"], "norm", "embed_tokens"),
+    "conv2d": ("vit", ["projection", "q_proj"], "classifier", "projection"),
+    "strided-conv2d": (
+        "convnext",
+        r".*(patch_embeddings|downsampling_layer\.1|pwconv1)",
+        "classifier",
+        "patch_embeddings",
+    ),
+    "grouped-conv2d": ("convnext", ["dwconv"], "classifier", "dwconv"),
+}
+
+METHODS: Final[dict[str, dict[str, Any]]] = {
+    "lora": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dora-rslora": {"use_dora": True, "use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "pissa-niter": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "bias-all": {"bias": "all"},
+    "bias-lora-only": {"bias": "lora_only"},
+    "modules-to-save": {"modules_to_save": [...]},
+    "whole-and-bias": {"modules_to_save": [...], "bias": "all"},
+    "patterns": {"rank_pattern": {...: 8}, "alpha_pattern": {...: 3}},
+    "patterns-rslora-dora": {"rank_pattern": {...: 8}, "use_rslora": True, "use_dora": True},
+    "layers": {"layers_to_transform": [1]},
+}
+
+# What PEFT has not: it takes no part out of these weights, has no norm for groups that means
+# something, and looks for layer numbers where images have none.
+_CHANGING: Final = ("pissa", "pissa-rslora", "pissa-dora", "pissa-niter", "olora")
+_GROUPED: Final = ("dora", "dora-rslora", "patterns-rslora-dora")
+UNDEFINED: Final = {
+    **{
+        (kind, method): "PEFT begins so at linear layers only"
+        for kind in KINDS
+        if kind not in ("linear", "conv1d")
+        for method in _CHANGING
+    },
+    ("conv1d", "olora"): "PEFT's OLoRA confuses the sides of a Conv1D's weight",
+    **{("grouped-conv2d", method): "the norm has no meaning" for method in _GROUPED},
+    **{(kind, "layers"): "no layer numbers" for kind in ("strided-conv2d", "grouped-conv2d")},
+}
+
+TABLE: Final = [(k, m) for k in KINDS for m in METHODS if (k, m) not in UNDEFINED]
+
+
+def fields(kind: str, method: str) -> dict[str, Any]:
+    """The configuration of `method` for the layers of `kind`."""
+    _, targets, whole, pattern = KINDS[kind]
+    values: dict[str, Any] = {"r": 16 if kind == "grouped-conv2d" else 4, "lora_alpha": 8}
+    values["target_modules"] = targets
+    for name, value in METHODS[method].items():
+        if value == [...]:
+            values[name] = [whole]
+        elif isinstance(value, dict):
+            many = 2 if kind == "grouped-conv2d" and name == "rank_pattern" else 1
+            (number,) = value.values()
+            values[name] = {pattern: many * number}
+        else:
+            values[name] = value
+    return values
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """PEFT's remarks on tied embeddings and on grouped convolutions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def trained_by_peft(kind: str, method: str, place: Path) -> torch.Tensor:
+    """An adapter that PEFT trained and saved in `place`; its logits there."""
+    name = KINDS[kind][0]
+    torch.manual_seed(1)
+    options = fields(kind, method)
+    options["fan_in_fan_out"] = name == "gpt2"
+    theirs = peft.get_peft_model(tiny.model(name), peft.LoraConfig(**options))
+    tiny.train(theirs, name, (p for p in theirs.parameters() if p.requires_grad))
+    theirs.save_pretrained(place)
+    return tiny.logits(theirs, name)
+
+
+def without_blanks(config: Path) -> dict[str, Any]:
+    """What `config` says, but for the fields that say nothing and the order of targets."""
+    values = json.loads((config / "adapter_config.json").read_text())
+    return {
+        name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
+        for name, value in values.items()
+        if value not in (None, False, {}, [])
+    }
+
+
+@pytest.mark.parametrize(("kind", "method"), TABLE)
+def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: Path) -> None:
+    theirs = trained_by_peft(kind, method, tmp_path / "theirs")
+    name = KINDS[kind][0]
+    base = tiny.model(name)
+    before = tiny.logits(base, name)
+    adapter = load_adapter(tmp_path / "theirs")
+    if method == "pissa-niter":
+        with pytest.raises(AdapterError, match="random approximation that was not kept"):
+            plain(adapter, base)
+        return
+    if method in _CHANGING:
+        with pytest.raises(AdapterError, match="loradeploy convert ADAPTER --model"):
+            load(base, adapter)
+    with adapted(base, plain(adapter, base)):
+        ours = tiny.logits(base, name)
+
+    assert tiny.difference(ours, theirs) <= tolerance("same-torch")
+    assert tiny.difference(ours, before) > 100 * tolerance("same-torch"), "it does nothing"
+    assert torch.equal(tiny.logits(base, name), before)
+
+
+@pytest.mark.parametrize(("kind", "method"), TABLE)
+def test_what_is_trained_here_gives_the_same_logits_in_peft(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    name = KINDS[kind][0]
+    base = tiny.model(name)
+    before = tiny.logits(base, name)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields(kind, method).items()}
+    injection = inject(base, AdapterConfig(**values), seed=1)
+    assert tiny.difference(tiny.logits(base, name), before) <= tolerance("same-torch")
+    tiny.train(base, name, injection.parameters())
+    ours = tiny.logits(base, name)
+    save_adapter(injection.adapter(), tmp_path / "ours")
+
+    theirs = peft.PeftModel.from_pretrained(tiny.model(name), tmp_path / "ours")
+    assert tiny.difference(ours, tiny.logits(theirs, name)) <= tolerance("same-torch")
+    assert tiny.difference(ours, before) > 100 * tolerance("same-torch"), "it does nothing"
+    again = tiny.model(name)
+    with adapted(again, load_adapter(tmp_path / "ours")):
+        assert tiny.difference(ours, tiny.logits(again, name)) <= tolerance("same-torch")
+
+
+@pytest.mark.parametrize(("kind", "method"), TABLE)
+def test_no_field_and_no_tensor_of_pefts_is_lost(kind: str, method: str, tmp_path: Path) -> None:
+    trained_by_peft(kind, method, tmp_path / "theirs")
+    save_adapter(load_adapter(tmp_path / "theirs"), tmp_path / "ours")
+
+    assert without_blanks(tmp_path / "ours") == without_blanks(tmp_path / "theirs")
+    before, after = (
+        read_arrays(tmp_path / side / "adapter_model.safetensors", error=AdapterError)[0]
+        for side in ("theirs", "ours")
+    )
+    copies = {key for key in before if key.endswith(("base_layer.weight", "original_module.bias"))}
+    copies |= {key for key in before if ".modules_to_save." in key}
+    assert set(before) - set(after) == copies
+    for key, values in after.items():
+        assert before[key].shape == values.shape
+        assert (before[key] == values).all(), key
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["lora", "dora", "bias-all", "dora-rslora"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d", "strided-conv2d"])
+def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_path: Path) -> None:
+    trained_by_peft(kind, method, tmp_path / "theirs")
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": dropout}))
+    name = KINDS[kind][0]
+    theirs = peft.PeftModel.from_pretrained(
+        tiny.model(name), tmp_path / "theirs", is_trainable=True
+    )
+    base = tiny.model(name)
+    injection = load(base, load_adapter(tmp_path / "theirs"))
+    for net in (theirs, base):
+        net.train()
+        torch.manual_seed(5)  # the same dropout
+        tiny.loss(net, name).backward()
+
+    expected = {
+        n.removeprefix("base_model.model.").replace(".default", ""): p.grad
+        for n, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    ours: dict[str, Any] = {}
+    for module, layer in injection.layers.items():
+        half_A, half_B = _PARTS[layer.kind]
+        ours[f"{module}.{half_A}"], ours[f"{module}.{half_B}"] = layer.lora_A, layer.lora_B
+        if layer.magnitude is not None:
+            ours[f"{module}.lora_magnitude_vector.weight"] = layer.magnitude
+    for parameter, values in injection.saved.items():
+        module = parameter.removesuffix(".bias")
+        ours[f"{module}.base_layer.bias" if module in injection.layers else parameter] = values
+    assert ours.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 0, key
+        found = ours[key].grad.view_as(gradient)
+        assert tiny.difference(found, gradient) <= tolerance("same-torch"), key
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dora-rslora", "pissa", "bias-all"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grouped-conv2d"])
+def test_merged_it_computes_the_same_and_unmerging_is_exact(kind: str, method: str) -> None:
+    name = KINDS[kind][0]
+    base = tiny.model(name)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields(kind, method).items()}
+    injection = inject(base, AdapterConfig(**values), seed=1)
+    tiny.train(base, name, injection.parameters())
+    beside = tiny.logits(base, name)
+    injection.merge()
+    assert tiny.difference(tiny.logits(base, name), beside) <= tolerance("same-torch")
+
+    injection.unmerge()
+    assert torch.equal(tiny.logits(base, name), beside)
+    injection.remove()
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_groups_cannot_be_merged(tmp_path: Path) -> None:
+    trained_by_peft("grouped-conv2d", "lora", tmp_path)
+    base = tiny.model("convnext")
+    injection = load(base, load_adapter(tmp_path))
+    with pytest.raises(UsageError, match=r"cannot be merged: .*dwconv is a convolution of 8 gr"):
+        injection.merge()

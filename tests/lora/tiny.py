@@ -1,0 +1,134 @@
+"""Tiny models of every kind of layer that takes LoRA, and a few steps of training on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+_TOKENS: Final = torch.arange(3, 27).reshape(2, 12)
+_SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 64}
+_LABELS: Final = torch.tensor([0, 2])
+
+
+def _llama(*, tied: bool = False) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+            **_SPECIAL,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2, **_SPECIAL
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=4,
+            num_labels=3,
+            initializer_range=0.2,
+        )
+    )
+
+
+def _convnext() -> nn.Module:
+    return ConvNextForImageClassification(
+        ConvNextConfig(
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=3,
+            initializer_range=0.2,
+            layer_scale_init_value=0.5,
+        )
+    )
+
+
+# Each builds the same weights whenever it is called.
+MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
+    "llama": _llama,
+    "llama-tied": lambda: _llama(tied=True),
+    "gpt2": _gpt2,
+    "vit": _vit,
+    "convnext": _convnext,
+}
+
+
+def model(name: str) -> nn.Module:
+    """The tiny model `name`, in evaluation mode, with biases that are not zero."""
+    torch.manual_seed(0)
+    built = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in built.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return built
+
+
+def batch(name: str) -> dict[str, Tensor]:
+    """What the model `name` takes, with labels."""
+    if name in ("vit", "convnext"):
+        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        return {"pixel_values": pixels, "labels": _LABELS}
+    return {"input_ids": _TOKENS, "labels": _TOKENS}
+
+
+@torch.no_grad()
+def logits(net: nn.Module, name: str) -> Tensor:
+    """The logits of `net`, which is the model `name` with or without an adapter."""
+    result: Any = net.eval()(**batch(name))
+    return result.logits
+
+
+def loss(net: nn.Module, name: str) -> Tensor:
+    """The loss of `net` on its batch, with its graph."""
+    result: Any = net(**batch(name))
+    return result.loss
+
+
+def train(net: nn.Module, name: str, parameters: Iterable[nn.Parameter], steps: int = 4) -> None:
+    """A few real steps of AdamW."""
+    net.train()
+    optimizer = torch.optim.AdamW(list(parameters), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(net, name).backward()
+        optimizer.step()
+    net.eval()
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest absolute difference."""
+    return float((one.double() - other.double()).abs().max())
