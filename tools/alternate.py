@@ -26,7 +26,7 @@ from typing import Any
 
 Side = Callable[[], object]
 _PAUSE = 0.05  # seconds for the other side's spinning threads to go to sleep
-_WARM_UP = 3
+WARM_UP = 3  # calls of each side before the first that is timed
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def serve_worker(factories: Mapping[str, Callable[..., Side]]) -> bool:
     if len(sys.argv) < 2 or sys.argv[1] != "--worker":
         return False
     call = factories[sys.argv[2]](**json.loads(sys.argv[3]))
-    for _ in range(_WARM_UP):
+    for _ in range(WARM_UP):
         call()
     print("[]", flush=True)
     for line in sys.stdin:

@@ -33,6 +33,13 @@ def stories(news: Path, *, seed: int = 0) -> list[Story]:
     return found
 
 
+def full_stories(news: Path, *, seed: int = 0) -> list[Story]:
+    """The stories with all of their words, which differ much in number."""
+    found = list(_read(news, words=None))
+    random.Random(seed).shuffle(found)
+    return found
+
+
 def write_tasks(training: list[Story], directory: Path) -> dict[str, Path]:
     """One JSONL file of prompts and completions for each of the two tasks, by its name."""
     answers = {
@@ -53,11 +60,11 @@ def write_tasks(training: list[Story], directory: Path) -> dict[str, Path]:
     return files
 
 
-def _read(news: Path) -> Iterator[Story]:
+def _read(news: Path, *, words: int | None = _WORDS) -> Iterator[Story]:
     for file in sorted(news.glob("*/*.txt")):
         # The stories are UTF-8 but for a few pound signs.
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         headline, body = lines[0].strip(), " ".join(" ".join(lines[1:]).split())
-        text = " ".join(body.split(" ")[:_WORDS])
+        text = " ".join(body.split(" ")[:words])
         if headline and text and "\ufffd" not in text + headline:
             yield Story(text=text, headline=headline, topic=file.parent.name)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
@@ -48,6 +49,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, W, A, B, low = ctx.saved_tensors
         (dy,) = gradients

@@ -1,0 +1,291 @@
+"""Training on SmolLM2-135M: PEFT with transformers' Trainer against loradeploy, in one run.
+
+    python -m tools.bench_train [--rounds 9] [--output build/bench]
+
+Both train the same adapter (rank 16, all linear layers, the same first values) on the same batches
+of BBC News in the same order, to write a story's headline; a call is one optimiser step. PEFT's
+side is what its users write: the Trainer's defaults, a padding collator, the model's own loss.
+Writes train.json and train.md. How it is timed is in `tools/alternate.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from loradeploy.files import atomic_file, write_json
+from tools.alternate import WARM_UP, Side, Worker, alternate, ratio, serve_worker
+from tools.news_tasks import full_stories
+from tools.real_models import bbc_news, smollm2
+
+if TYPE_CHECKING:
+    from loradeploy.lora.inject import Injection
+    from loradeploy.train.trainer import AdapterTrainer
+
+RANK = 16
+LEARNING_RATE = 5e-4
+console = Console(stderr=True)
+
+
+# -- the sides: each is made in a process of its own -------------------------------------------
+
+
+def peft(width: str, adapter: str, record: str, **given: Any) -> Side:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=_dtype(width))
+    trainer = Trainer(
+        model=PeftModel.from_pretrained(model, adapter, is_trainable=True),
+        args=_arguments(**given),
+        train_dataset=_dataset(**given),
+        data_collator=DataCollatorForSeq2Seq(_tokenizer(), padding=True),
+    )
+    return _step_by_step(trainer, Path(record))
+
+
+def loradeploy(record: str, **given: Any) -> Side:
+    trainer, _ = _ours(**given)
+    return _step_by_step(trainer, Path(record))
+
+
+def floor(record: str, **given: Any) -> Side:
+    """The frozen model alone: forward, and the gradient of its input; no adapter, no optimiser."""
+    import torch
+
+    trainer, injection = _ours(**given)
+    injection.remove()
+    model = trainer.model
+    model.get_input_embeddings().register_forward_hook(lambda *io: io[-1].requires_grad_())
+    batches = iter(trainer.get_train_dataloader())
+
+    def call() -> None:
+        batch = trainer.batch_loss(model, next(batches))
+        torch.autograd.backward(batch.total / batch.items)
+        _write_record(Path(record), [])
+
+    return call
+
+
+SIDES: dict[str, Callable[..., Side]] = {side.__name__: side for side in (peft, loradeploy, floor)}
+
+# Tokens of an example at most, examples of a batch, width of the frozen base, sides.
+PLANS: tuple[tuple[int, int, str, tuple[str, ...]], ...] = (
+    (512, 8, "fp32", ("loradeploy", "peft", "floor")),
+    (1024, 4, "fp32", ("loradeploy", "peft", "floor")),
+    (512, 8, "bf16", ("loradeploy", "peft")),
+)
+
+
+def _ours(
+    width: str, adapter: str, max_length: int, batch: int, steps: int
+) -> tuple[AdapterTrainer, Injection]:
+    from transformers import AutoModelForCausalLM
+
+    from loradeploy.adapter import load_adapter
+    from loradeploy.lora.inject import load
+    from loradeploy.train.losses import causal_lm_loss
+    from loradeploy.train.packing import PackingCollator, enable_packing
+    from loradeploy.train.trainer import AdapterTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=_dtype(width))
+    if not enable_packing(model):
+        raise RuntimeError("SmolLM2 is expected to pack")
+    injection = load(model, load_adapter(adapter))
+    trainer = AdapterTrainer(
+        injection=injection,
+        loss=causal_lm_loss,
+        adapter=injection.adapter,
+        args=_arguments(max_length=max_length, batch=batch, steps=steps),
+        train_dataset=_dataset(max_length=max_length, batch=batch, steps=steps),
+        data_collator=PackingCollator(),
+    )
+    return trainer, injection
+
+
+def _arguments(*, batch: int, steps: int, **_: Any) -> Any:
+    """The Trainer's settings: its own, but for what both sides must agree on."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir="build/bench/trainer",
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=0,
+    )
+
+
+def _dataset(*, max_length: int, batch: int, steps: int, **_: Any) -> list[dict[str, list[int]]]:
+    """Stories of as many batches as there are steps, with the loss on the headline."""
+    tokenizer = _tokenizer()
+    features = []
+    for story in full_stories(bbc_news())[: batch * steps]:
+        answer = [*tokenizer.encode(f" {story.headline}"), tokenizer.eos_token_id]
+        question = tokenizer.encode(f"News story: {story.text}")[: max_length - len(answer) - 8]
+        question += tokenizer.encode("\n\nHeadline:")
+        features.append({"input_ids": question + answer, "labels": [-100] * len(question) + answer})
+    return features
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2())
+
+
+def _dtype(width: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[width]
+
+
+def _step_by_step(trainer: Any, record: Path) -> Side:
+    """A side that lets `trainer`, which runs in a thread of its own, make one step a call."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    go, done, losses = threading.Semaphore(0), threading.Semaphore(0), []
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            go.acquire()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            done.release()
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            losses.append(logs.get("loss"))
+            _write_record(record, losses)
+
+    trainer.remove_callback(PrinterCallback)  # what a side prints is its answer
+    trainer.add_callback(Turns())
+    threading.Thread(target=trainer.train, daemon=True).start()
+
+    def call() -> None:
+        go.release()
+        done.acquire()
+
+    return call
+
+
+def _write_record(file: Path, losses: Sequence[float | None]) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    write_json(file, {"losses": losses, "peak_bytes": peak})
+
+
+# -- the run -----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of every side")
+    parser.add_argument("--plans", type=int, nargs="*", default=range(len(PLANS)))
+    arguments = parser.parse_args()
+
+    with TemporaryDirectory() as place:
+        first = _first_adapter(Path(place) / "adapter")
+        results = [
+            measure(PLANS[number], first, Path(place), arguments.rounds)
+            for number in arguments.plans
+        ]
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "rank": RANK}
+    report = {"machine": machine, "rounds": arguments.rounds, "results": results}
+    write_json(arguments.output / "train.json", report)
+    with atomic_file(arguments.output / "train.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
+    print(markdown(results))
+
+
+def _first_adapter(place: Path) -> Path:
+    """The values that every side begins with."""
+    from transformers import AutoModelForCausalLM
+
+    from loradeploy.adapter import AdapterConfig, save_adapter
+    from loradeploy.lora.inject import inject
+
+    config = AdapterConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    injection = inject(AutoModelForCausalLM.from_pretrained(smollm2()), config, seed=0)
+    save_adapter(injection.adapter(), place)
+    return place
+
+
+def measure(
+    plan: tuple[int, int, str, Sequence[str]], first: Path, place: Path, rounds: int
+) -> Any:
+    """Seconds of a step, tokens a second, peak memory and losses of every side of one plan."""
+    max_length, batch, width, names = plan
+    console.print(f"{batch} examples of up to {max_length} tokens, {width}: {', '.join(names)}")
+    steps = WARM_UP + rounds
+    given = {"max_length": max_length, "batch": batch, "steps": steps}
+    lengths = [len(feature["input_ids"]) for feature in _dataset(**given)]
+    workers, records = [], []
+    for number, name in enumerate((*names, names[0])):
+        records.append(place / f"{width}-{max_length}-{number}.json")
+        side = {**given, "width": width, "adapter": str(first), "record": str(records[-1])}
+        workers.append(Worker("tools.bench_train", name, side))
+    try:
+        taken = alternate(workers, rounds=rounds, calls=1)
+    finally:
+        for worker in workers:
+            worker.close()
+    by_name = dict(zip(names, taken, strict=False))
+    seen = {name: json.loads(file.read_text()) for name, file in zip(names, records, strict=False)}
+    tokens = sum(lengths) / steps
+    report: dict[str, Any] = {
+        "max_length": max_length,
+        "batch": batch,
+        "width": width,
+        "tokens_a_step": tokens,
+        "tokens_a_second": {name: tokens / median(taken) for name, taken in by_name.items()},
+        "peak_bytes": {name: record["peak_bytes"] for name, record in seen.items()},
+        "losses": {name: record["losses"] for name, record in seen.items() if record["losses"]},
+        "seconds": {
+            f"{a} / {b}": vars(ratio(by_name[a], by_name[b]))
+            for a, b in (("peft", "loradeploy"), ("loradeploy", "floor"))
+            if {a, b} <= set(names)
+        },
+        "control": {f"{names[0]} / itself": vars(ratio(taken[-1], taken[0]))},
+    }
+    both = zip(
+        *(report["losses"][name][: steps - 1] for name in ("peft", "loradeploy")), strict=True
+    )
+    report["largest_loss_difference"] = max(abs(one - other) for one, other in both)
+    report["peak_ratio"] = seen["loradeploy"]["peak_bytes"] / seen["peft"]["peak_bytes"]
+    return report
+
+
+def markdown(results: Sequence[Any]) -> str:
+    """The results as a table."""
+    lines = ["| tokens × examples | base | what | median | quartiles |", "|---|---|---|---|---|"]
+    for result in results:
+        head = f"| {result['max_length']} × {result['batch']} | {result['width']} |"
+        for name, found in {**result["seconds"], **result["control"]}.items():
+            spread = f"{found['low']:.2f}–{found['high']:.2f}"
+            lines.append(f"{head} time, {name} | {found['median']:.2f} | {spread} |")
+        lines.append(f"{head} peak memory, loradeploy / peft | {result['peak_ratio']:.2f} | |")
+        difference = result["largest_loss_difference"]
+        lines.append(f"{head} largest difference of a step's loss | {difference:.1e} | |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__" and not serve_worker(SIDES):
+    main()
