@@ -21,6 +21,8 @@ from loradeploy.train.api import train
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
+    from loradeploy.adapter.combine import combine
+    from loradeploy.adapter.reduce import reduce_rank
     from loradeploy.runtime.classification import TextClassifier
     from loradeploy.runtime.embedding import TextEmbedder
     from loradeploy.runtime.generation import TextGenerator
@@ -36,9 +38,11 @@ __all__ = [
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "combine",
     "export",
     "load_adapter",
     "parity",
+    "reduce_rank",
     "save_adapter",
     "train",
 ]
@@ -46,7 +50,9 @@ __all__ = [
 _LAZY = {
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
+    "combine": "loradeploy.adapter.combine",
     "load_adapter": "loradeploy.adapter",
+    "reduce_rank": "loradeploy.adapter.reduce",
     "save_adapter": "loradeploy.adapter",
     "AdapterSession": "loradeploy.runtime.session",
     "TextClassifier": "loradeploy.runtime.classification",

@@ -15,9 +15,11 @@ PUBLIC = [
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "combine",
     "export",
     "load_adapter",
     "parity",
+    "reduce_rank",
     "save_adapter",
     "train",
 ]

@@ -1,8 +1,12 @@
-"""Where rank and alpha become the scaling s, for every backend."""
+"""Where rank and alpha become the scaling s, for every backend, and the way back."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+from collections import Counter
+from collections.abc import Mapping
 
 from loradeploy.adapter.config import AdapterConfig
 
@@ -15,3 +19,31 @@ def scaling(config: AdapterConfig, module: str) -> float:
     """
     rank, alpha = config.rank_of(module), config.alpha_of(module)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def with_ranks(
+    config: AdapterConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> AdapterConfig:
+    """`config` with these ranks and these s by module: the commonest in `r` and `lora_alpha`."""
+    alphas = {
+        module: scalings[module] * (math.sqrt(rank) if config.use_rslora else rank)
+        for module, rank in ranks.items()
+    }
+    r = _commonest(ranks, config.r)
+    alpha = _commonest(alphas, config.lora_alpha)
+    return dataclasses.replace(
+        config,
+        r=int(r),
+        lora_alpha=alpha,
+        rank_pattern={_only(m): rank for m, rank in sorted(ranks.items()) if rank != r},
+        alpha_pattern={_only(m): value for m, value in sorted(alphas.items()) if value != alpha},
+    )
+
+
+def _commonest(values: Mapping[str, float], default: float) -> float:
+    return Counter(values.values()).most_common(1)[0][0] if values else default
+
+
+def _only(module: str) -> str:
+    # A pattern is matched with the end of a name; this one with the whole.
+    return f"^{re.escape(module)}"

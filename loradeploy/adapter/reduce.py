@@ -1,0 +1,107 @@
+"""Rank reduction: the best adapter of a lower rank, by the singular values of each update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.delta import matrices
+from loradeploy.adapter.scaling import with_ranks
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclasses.dataclass(frozen=True)
+class RankReport:
+    """What a rank reduction kept.
+
+    `ranks` and `errors` are by module: its rank now, and ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius). `total` is
+    the same over all modules together.
+    """
+
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+    total: float
+
+    @property
+    def worst(self) -> float:
+        """The largest error of a module."""
+        return max(self.errors.values(), default=0.0)
+
+
+def reduce_rank(
+    adapter: Adapter, rank: int | None = None, *, energy: float | None = None
+) -> tuple[Adapter, RankReport]:
+    """`adapter` with at most `rank` in every module, or with the ranks that keep `energy` of ‖ΔW‖².
+
+    By Eckart and Young (1936) no factors of that rank are nearer to B A in Frobenius norm. Modules
+    of no higher rank stay as they are, and so do the scalings, DoRA's magnitudes and what is
+    trained whole. The product is never made: the SVD is of the small R factors of B and Aᵀ.
+
+    Raises:
+        UsageError: not one of `rank` ≥ 1 and 0 < `energy` ≤ 1.
+        AdapterError: a convolution of several groups, or a base that an initialisation changed.
+    """
+    if (rank is None) == (energy is None):
+        raise UsageError("give a rank or an energy to reduce the adapter to, one of the two")
+    if rank is not None and rank < 1:
+        raise UsageError(f"the rank is {rank}, 1 or more is needed")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"the energy is {energy}, a part of 1 is needed, such as 0.99")
+    adapter.check_plain()
+    factors, errors = {}, {}
+    lost = whole = 0.0
+    for module, pair in adapter.factors.items():
+        U, S, Vh = _svd(pair)
+        squares = S**2
+        kept = pair.rank if rank is None else min(rank, pair.rank)
+        if energy is not None and squares.any():
+            reached = np.cumsum(squares) >= energy * squares.sum()
+            kept = int(np.argmax(reached)) + 1 if reached.any() else pair.rank
+        elif energy is not None:
+            kept = 1
+        gone = float(squares[kept:].sum())
+        errors[module] = math.sqrt(gone / float(squares.sum())) if gone else 0.0
+        lost += adapter.scaling(module) ** 2 * gone
+        whole += adapter.scaling(module) ** 2 * float(squares.sum())
+        factors[module] = pair if kept >= pair.rank else _shortened(pair, U, S, Vh, kept)
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    config = with_ranks(adapter.config, ranks, {m: adapter.scaling(m) for m in ranks})
+    report = RankReport(ranks, errors, math.sqrt(lost / whole) if whole else 0.0)
+    return dataclasses.replace(adapter, config=config, factors=factors), report
+
+
+def _svd(
+    pair: Factors,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """U [out, rank], S and Vh [rank, in] of B A, in float64."""
+    A, B = (half.astype(np.float64) for half in matrices(pair))
+    Q_B, R_B = np.linalg.qr(B)
+    Q_A, R_A = np.linalg.qr(A.T)
+    U, S, Vh = np.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def _shortened(
+    pair: Factors,
+    U: NDArray[np.float64],
+    S: NDArray[np.float64],
+    Vh: NDArray[np.float64],
+    rank: int,
+) -> Factors:
+    rank = min(rank, len(S))
+    root = np.sqrt(S[:rank])  # half of each value to either side keeps both within small widths
+    A = (root[:, None] * Vh[:rank]).astype(np.float32)
+    B = (U[:, :rank] * root).astype(np.float32)
+    return dataclasses.replace(
+        pair,
+        A=A.reshape(rank, *pair.A.shape[1:]),
+        B=B.reshape(len(B), rank, *pair.B.shape[2:]),
+    )

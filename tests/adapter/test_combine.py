@@ -1,0 +1,215 @@
+"""Combining adapters and lowering their rank: the sums of their updates, and the error told."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter import Adapter, AdapterConfig, Factors, save_adapter
+from loradeploy.adapter.delta import as_matrix, update
+from loradeploy.adapter.dora import output_scale
+from loradeploy.errors import AdapterError, UsageError
+
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
+    "l.q": ((12,), (10,), "linear"),
+    "emb": ((30,), (8,), "embedding"),
+    "conv": ((3, 3, 3), (6,), "conv2d"),
+}
+
+
+def an_adapter(seed: int = 0, rank: int = 4, alpha: float = 8, **changes: Any) -> Adapter:
+    rng = np.random.default_rng(seed)
+    config = {"use_dora": False, **changes.pop("config", {})}
+    factors = {}
+    for module, (into, (out,), kind) in SHAPES.items():
+        B = (out, rank, 1, 1) if kind == "conv2d" else (out, rank)
+        factors[module] = Factors(
+            A=rng.normal(size=(rank, *into)).astype(np.float32),
+            B=rng.normal(size=B).astype(np.float32),
+            magnitude=np.ones(out, np.float32) if config["use_dora"] else None,
+            kind=kind,
+        )
+    return Adapter(
+        AdapterConfig(r=rank, lora_alpha=alpha, target_modules=tuple(SHAPES), **config),
+        changes.pop("factors", factors),
+        **changes,
+    )
+
+
+def updates(adapter: Adapter) -> dict[str, Any]:
+    return {m: update(pair, adapter.scaling(m)) for m, pair in adapter.factors.items()}
+
+
+def weighted(*terms: tuple[Adapter, float]) -> dict[str, Any]:
+    return {
+        module: sum(weight * updates(adapter)[module] for adapter, weight in terms)
+        for module in SHAPES
+    }
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("weight", [0.5, 1.0, -0.7])
+def test_a_combination_is_the_weighted_sum_of_the_updates(method: str, weight: float) -> None:
+    one = an_adapter(1, rank=2, alpha=3)
+    other = an_adapter(2, rank=4, config={"use_rslora": True})
+    rank = 6 if method == "svd" else None
+    combined = ld.combine({one: 2.0, other: weight}, method=method, rank=rank)
+
+    expected = weighted((one, 2.0), (other, weight))
+    for module, values in updates(combined).items():
+        np.testing.assert_allclose(values, expected[module], atol=2e-5)
+        assert not np.allclose(values, weighted((one, 2.0))[module], atol=0.1)
+    assert {pair.rank for pair in combined.factors.values()} == {6}
+
+
+def test_an_adapter_taken_from_itself_leaves_nothing() -> None:
+    one = an_adapter(1)
+    same = Adapter(one.config, one.factors)
+    for method in ("cat", "svd"):
+        for values in updates(ld.combine({one: 1, same: -1}, method=method)).values():
+            assert np.abs(values).max() <= 1e-4
+    assert max(np.abs(v).max() for v in updates(one).values()) > 1
+
+
+def test_svd_keeps_the_highest_rank_and_is_the_best_of_it() -> None:
+    one, other = an_adapter(1, rank=2), an_adapter(2, rank=4)
+    combined = ld.combine({one: 1, other: 1}, method="svd")
+    exact = weighted((one, 1), (other, 1))
+    for module, pair in combined.factors.items():
+        assert pair.rank == 4
+        matrix = as_matrix(exact[module], pair)
+        U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
+        best = (U[:, :4] * S[:4]) @ Vh[:4]
+        ours = as_matrix(update(pair, combined.scaling(module)), pair)
+        np.testing.assert_allclose(ours, best, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_a_combination_is_pefts(method: str, tiny_gpt2: Path, make_adapter: Any) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    places = [make_adapter(tiny_gpt2, r=4, alpha=alpha, seed=alpha) for alpha in (6, 9)]
+    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    model = peft.PeftModel.from_pretrained(base, places[0], adapter_name="0")
+    model.load_adapter(places[1], adapter_name="1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_weighted_adapter(["0", "1"], [0.7, -0.4], "both", combination_type=method)
+
+    ours = ld.combine({places[0]: 0.7, str(places[1]): -0.4}, method=method)
+    assert ours.factors
+    for module, pair in ours.factors.items():
+        layer = model.base_model.model.get_submodule(module)
+        theirs = layer.get_delta_weight("both").detach().numpy().T
+        np.testing.assert_allclose(update(pair, ours.scaling(module)), theirs, atol=1e-5)
+        assert np.abs(theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"use_dora": True}}, "is a DoRA adapter, whose magnitudes cannot be added"),
+        ({"config": {"init_lora_weights": "pissa"}}, "loradeploy convert ADAPTER --model BASE"),
+        ({"base_digest": "sha256:11"}, "a base of their own"),
+        ({"rank": 2}, "method linear needs equal ones, use cat or svd"),
+        ({"factors": {"l.q": Factors(np.ones((4, 9)), np.ones((10, 4)))}}, "of other shapes"),
+        (
+            {"saved": {"h.weight": np.ones(3)}, "config": {"modules_to_save": ("h",)}},
+            "have both trained h.weight whole",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(change: dict[str, Any], message: str) -> None:
+    head = {"saved": {"h.weight": np.zeros(3)}, "config": {"modules_to_save": ("h",)}}
+    one = an_adapter(1, base_digest="sha256:00", **head)
+    with pytest.raises(AdapterError, match=message):
+        ld.combine({one: 1, an_adapter(2, **change): 1}, method="linear")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: ld.combine({}), "no adapters"),
+        (lambda a: ld.combine({a: 1}, method="mean"), "'mean' is unknown"),
+        (lambda a: ld.combine({a: 1}, method="cat", rank=2), "a rank is for method svd"),
+        (lambda a: ld.combine({a: math.nan}), "has the weight nan"),
+        (lambda a: ld.reduce_rank(a), "one of the two"),
+        (lambda a: ld.reduce_rank(a, 2, energy=0.5), "one of the two"),
+        (lambda a: ld.reduce_rank(a, 0), "1 or more"),
+        (lambda a: ld.reduce_rank(a, energy=1.5), "a part of 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(an_adapter())
+
+
+def test_what_is_trained_whole_comes_from_the_one_that_has_it() -> None:
+    head = np.ones((2, 3), np.float32)
+    one = an_adapter(1, saved={"h.weight": head}, config={"modules_to_save": ("h",)}, labels=("a",))
+    combined = ld.combine({one: 1, an_adapter(2): -0.5})
+    assert combined.saved["h.weight"] is head
+    assert (combined.config.modules_to_save, combined.labels) == (("h",), ("a",))
+    with pytest.raises(AdapterError, match=r"h\.weight whole, which cannot be taken away"):
+        ld.combine({one: -1, an_adapter(2): 1})
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 4, 9])
+def test_the_error_of_a_reduction_is_told(rank: int, config: dict[str, Any]) -> None:
+    adapter = an_adapter(config=config)
+    reduced, report = ld.reduce_rank(adapter, rank)
+    gone = all_of_it = 0.0
+    for module, pair in reduced.factors.items():
+        before, after = updates(adapter)[module], updates(reduced)[module]
+        error = np.linalg.norm(before - after) / np.linalg.norm(before)
+        assert pair.rank == report.ranks[module] == min(rank, 4)
+        assert report.errors[module] == pytest.approx(error, abs=1e-6)
+        assert reduced.scaling(module) == pytest.approx(adapter.scaling(module), rel=1e-12)
+        gone += np.linalg.norm(before - after) ** 2
+        all_of_it += np.linalg.norm(before) ** 2
+    assert report.total == pytest.approx(math.sqrt(gone / all_of_it), abs=1e-6)
+    assert report.worst == max(report.errors.values())
+    assert (report.worst == 0) == (rank >= 4)
+
+
+def test_an_energy_keeps_as_many_values_as_it_needs() -> None:
+    adapter = an_adapter()
+    reduced, report = ld.reduce_rank(adapter, energy=0.8)
+    for module, pair in reduced.factors.items():
+        assert report.errors[module] ** 2 <= 0.2
+        fewer = ld.reduce_rank(adapter, pair.rank - 1)[1] if pair.rank > 1 else None
+        assert fewer is None or fewer.errors[module] ** 2 > 0.2
+    assert len(set(report.ranks.values())) > 1, "the modules need other ranks"
+    assert ld.reduce_rank(adapter, energy=1.0)[1].worst <= 1e-6
+
+
+def test_a_combination_with_patterns_survives_the_disk(tmp_path: Path) -> None:
+    one = an_adapter(1)
+    less = Adapter(
+        AdapterConfig(r=2, target_modules=("l.q",)), {"l.q": an_adapter(2, 2).factors["l.q"]}
+    )
+    combined = ld.combine({one: 1, less: 1})
+    assert {m: p.rank for m, p in combined.factors.items()} == {"l.q": 6, "emb": 4, "conv": 4}
+    digest = save_adapter(combined, tmp_path)
+    assert ld.load_adapter(tmp_path).digest == digest
+
+
+@pytest.mark.parametrize("module", list(SHAPES))
+def test_doras_scale_is_magnitude_over_norm(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = an_adapter(config={"use_dora": True}).factors[module]
+    rng = np.random.default_rng(3)
+    W = rng.normal(size=update(pair, 1.0).shape).astype(np.float32)
+    merged = as_matrix(W + update(pair, 0.5), pair)
+    expected = pair.magnitude / np.linalg.norm(merged, axis=1)
+    monkeypatch.setattr("loradeploy.adapter.dora._BLOCK", 40)  # several blocks of rows
+    np.testing.assert_allclose(output_scale(as_matrix(W, pair), pair, 0.5), expected, rtol=1e-5)
+    with pytest.raises(AdapterError, match="no magnitude"):
+        output_scale(as_matrix(W, pair), an_adapter().factors[module], 0.5)
