@@ -14,6 +14,7 @@ A side is a function without arguments, made by a factory in the worker process:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
@@ -64,7 +65,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended by itself, and has said why
+            self._process.stdin.close()
         self._process.wait(timeout=60)
 
     def _answer(self) -> Any:

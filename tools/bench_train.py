@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 RANK = 16
 LEARNING_RATE = 5e-4
+PEFT_PAIR, CONTROL = ("peft", "loradeploy"), ("loradeploy", "loradeploy")
+FLOOR_PAIR = ("loradeploy", "floor")
 console = Console(stderr=True)
 
 
@@ -80,11 +82,12 @@ def floor(record: str, **given: Any) -> Side:
 
 SIDES: dict[str, Callable[..., Side]] = {side.__name__: side for side in (peft, loradeploy, floor)}
 
-# Tokens of an example at most, examples of a batch, width of the frozen base, sides.
-PLANS: tuple[tuple[int, int, str, tuple[str, ...]], ...] = (
-    (512, 8, "fp32", ("loradeploy", "peft", "floor")),
-    (1024, 4, "fp32", ("loradeploy", "peft", "floor")),
-    (512, 8, "bf16", ("loradeploy", "peft")),
+# Tokens of an example at most, examples of a batch, width of the frozen base, and the pairs that
+# are timed against each other: two processes at a time, since PEFT's takes 10 GB.
+PLANS: tuple[tuple[int, int, str, tuple[tuple[str, str], ...]], ...] = (
+    (512, 8, "fp32", (PEFT_PAIR, CONTROL, FLOOR_PAIR)),
+    (1024, 4, "fp32", (PEFT_PAIR, CONTROL, FLOOR_PAIR)),
+    (512, 8, "bf16", (PEFT_PAIR, CONTROL)),
 )
 
 
@@ -228,48 +231,34 @@ def _first_adapter(place: Path) -> Path:
     return place
 
 
-def measure(
-    plan: tuple[int, int, str, Sequence[str]], first: Path, place: Path, rounds: int
-) -> Any:
-    """Seconds of a step, tokens a second, peak memory and losses of every side of one plan."""
-    max_length, batch, width, names = plan
-    console.print(f"{batch} examples of up to {max_length} tokens, {width}: {', '.join(names)}")
+def measure(plan: tuple[int, int, str, Any], first: Path, place: Path, rounds: int) -> Any:
+    """The ratios of a plan's pairs; tokens a second, peak memory and losses of both trainers."""
+    max_length, batch, width, pairs = plan
     steps = WARM_UP + rounds
     given = {"max_length": max_length, "batch": batch, "steps": steps}
     lengths = [len(feature["input_ids"]) for feature in _dataset(**given)]
-    workers, records = [], []
-    for number, name in enumerate((*names, names[0])):
-        records.append(place / f"{width}-{max_length}-{number}.json")
-        side = {**given, "width": width, "adapter": str(first), "record": str(records[-1])}
-        workers.append(Worker("tools.bench_train", name, side))
-    try:
-        taken = alternate(workers, rounds=rounds, calls=1)
-    finally:
-        for worker in workers:
-            worker.close()
-    by_name = dict(zip(names, taken, strict=False))
-    seen = {name: json.loads(file.read_text()) for name, file in zip(names, records, strict=False)}
-    tokens = sum(lengths) / steps
-    report: dict[str, Any] = {
-        "max_length": max_length,
-        "batch": batch,
-        "width": width,
-        "tokens_a_step": tokens,
-        "tokens_a_second": {name: tokens / median(taken) for name, taken in by_name.items()},
-        "peak_bytes": {name: record["peak_bytes"] for name, record in seen.items()},
-        "losses": {name: record["losses"] for name, record in seen.items() if record["losses"]},
-        "seconds": {
-            f"{a} / {b}": vars(ratio(by_name[a], by_name[b]))
-            for a, b in (("peft", "loradeploy"), ("loradeploy", "floor"))
-            if {a, b} <= set(names)
-        },
-        "control": {f"{names[0]} / itself": vars(ratio(taken[-1], taken[0]))},
-    }
-    both = zip(
-        *(report["losses"][name][: steps - 1] for name in ("peft", "loradeploy")), strict=True
-    )
-    report["largest_loss_difference"] = max(abs(one - other) for one, other in both)
-    report["peak_ratio"] = seen["loradeploy"]["peak_bytes"] / seen["peft"]["peak_bytes"]
+    report: dict[str, Any] = {**given, "width": width, "tokens_a_step": sum(lengths) / steps}
+    for pair in pairs:
+        console.print(f"{batch} × {max_length} tokens, {width}: {pair[0]} against {pair[1]}")
+        side = {**given, "width": width, "adapter": str(first)}
+        records = [place / f"{width}-{max_length}-{name}-{n}.json" for n, name in enumerate(pair)]
+        workers = [
+            Worker("tools.bench_train", name, {**side, "record": str(record)})
+            for name, record in zip(pair, records, strict=True)
+        ]
+        try:
+            taken = alternate(workers, rounds=rounds, calls=1)
+        finally:
+            for worker in workers:
+                worker.close()
+        report[" / ".join(pair)] = vars(ratio(*taken))
+        if pair == PEFT_PAIR:
+            seen = [json.loads(record.read_text()) for record in records]
+            for name, record, seconds in zip(pair, seen, taken, strict=True):
+                report[name] = {**record, "tokens_a_second": sum(lengths) / steps / median(seconds)}
+            losses = zip(*(record["losses"][: steps - 1] for record in seen), strict=True)
+            report["largest_loss_difference"] = max(abs(one - other) for one, other in losses)
+            report["peak"] = seen[1]["peak_bytes"] / seen[0]["peak_bytes"]
     return report
 
 
@@ -278,10 +267,13 @@ def markdown(results: Sequence[Any]) -> str:
     lines = ["| tokens × examples | base | what | median | quartiles |", "|---|---|---|---|---|"]
     for result in results:
         head = f"| {result['max_length']} × {result['batch']} | {result['width']} |"
-        for name, found in {**result["seconds"], **result["control"]}.items():
-            spread = f"{found['low']:.2f}–{found['high']:.2f}"
-            lines.append(f"{head} time, {name} | {found['median']:.2f} | {spread} |")
-        lines.append(f"{head} peak memory, loradeploy / peft | {result['peak_ratio']:.2f} | |")
+        for pair in (PEFT_PAIR, CONTROL, FLOOR_PAIR):
+            if found := result.get(" / ".join(pair)):
+                spread = f"{found['low']:.2f}–{found['high']:.2f}"
+                lines.append(
+                    f"{head} time, {' / '.join(pair)} | {found['median']:.2f} | {spread} |"
+                )
+        lines.append(f"{head} peak memory, loradeploy / peft | {result['peak']:.2f} | |")
         difference = result["largest_loss_difference"]
         lines.append(f"{head} largest difference of a step's loss | {difference:.1e} | |")
     return "\n".join(lines) + "\n"

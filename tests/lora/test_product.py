@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
+from loradeploy.lora.layers import LoraLinear
+from loradeploy.lora.low_rank import LowRankLayer
 from loradeploy.lora.product import low_rank_linear
 from tests.tolerances import tolerance
 
@@ -55,3 +58,47 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
     x, W, b, A, B = operands(torch.float32, factors=torch.float32)
     low_rank_linear(x.detach(), W, b, A, B, 0.5).sum().backward()
     assert x.grad is None and A.grad is not None and B.grad is not None
+
+
+BASES = {
+    "linear": lambda: nn.Linear(6, 4),
+    "linear-without-bias": lambda: nn.Linear(6, 4, bias=False),
+    "conv1d": lambda: Conv1D(4, 6),
+}
+
+
+def layer_on(base: nn.Module, method: bool | str = True) -> LoraLinear:
+    layer = LoraLinear(base.requires_grad_(False), 3, 0.5)
+    layer.initialise(method, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.lora_B.add_(0.1)
+    return layer
+
+
+@pytest.mark.parametrize("method", [True, "pissa"], ids=["lora", "pissa"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_layer_computes_the_same_in_one_function_as_in_several(base: str, method: str) -> None:
+    torch.manual_seed(0)
+    layer = layer_on(BASES[base](), method)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    assert layer._is_plain(x)
+    trained = [x, layer.lora_A, layer.lora_B]
+    results = []
+    for y in (layer(x), LowRankLayer.forward(layer, x)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), trained)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance("same-torch"), rtol=1e-5)
+
+
+def test_what_is_no_plain_case_is_not_taken_for_one() -> None:
+    x = torch.randn(2, 6)
+    hooked, trained_bias, dropping = (layer_on(nn.Linear(6, 4)) for _ in range(3))
+    hooked.base.register_forward_hook(lambda *_: None)
+    trained_bias.base.bias.requires_grad_(True)
+    dropping.dropout.p = 0.5
+    merged = layer_on(nn.Linear(6, 4))
+    merged.merge()
+    half = layer_on(nn.Linear(6, 4).bfloat16())
+    assert not any(layer._is_plain(x) for layer in (hooked, trained_bias, dropping, merged, half))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer_on(nn.Linear(6, 4))._is_plain(x)

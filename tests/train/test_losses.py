@@ -133,6 +133,28 @@ def test_a_head_that_is_trained_gets_its_gradients(tiny_llama: Path, lessons: Pa
         torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
 
 
+def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
+    tiny_llama: Path, lessons: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    batch = Collator(tokenizer.pad_token_id)(encoded.features)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    config = AdapterConfig(r=4, target_modules=("q_proj",), layers_to_transform=(1,))
+    inject(base, config)
+    needing = {}
+    for name in ("model.layers.0", "model.layers.1", "model.embed_tokens"):
+        base.get_submodule(name).register_forward_hook(
+            lambda module, given, result, name=name: needing.update({name: result.requires_grad})
+        )
+    causal_lm_loss(base, batch)
+    assert needing == {
+        "model.embed_tokens": False,
+        "model.layers.0": False,
+        "model.layers.1": True,
+    }
+
+
 def test_a_batch_without_labels_has_no_loss(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     ids = torch.randint(2, 20, (2, 6))
