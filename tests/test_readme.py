@@ -1,4 +1,4 @@
-"""What the README tells a user to type works, in the order in which it stands there."""
+"""What the documents tell a user to type works, in the order in which it stands there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ import pytest
 from tests.conftest import ROOT, MakeAdapter
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(console|python)\n(.*?)```", README, re.DOTALL)
+
+# How many commands and programs each document has, what its programs print first on a line, and
+# what is there in the end.
+DOCUMENTS = {
+    "README.md": (8, {"headline", "sport"}, "parity.md"),
+    "docs/adapters.md": (2, set(), "adapters/both"),
+}
 
 
 @pytest.fixture
@@ -25,8 +31,9 @@ def desk(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
     write_lines(tmp_path / "headlines.jsonl", lessons)
     stories = [{"prompt": "Story 1:"}, {"prompt": "Story 2:", "adapter": "topic"}]
     write_lines(tmp_path / "stories.jsonl", stories)
-    for seed, name in enumerate(("topic", "sport")):
+    for seed, name in enumerate(("topic", "sport", "headline")):
         make_adapter(tiny_llama, seed=seed, out=tmp_path / "adapters" / name)
+    make_adapter(tiny_llama, init_lora_weights="pissa", out=tmp_path / "adapters" / "pissa")
     return tmp_path
 
 
@@ -40,12 +47,15 @@ def run(command: list[str], place: Path) -> str:
     return done.stdout
 
 
-def test_the_commands_and_the_program_in_the_readme_run(desk: Path) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_commands_and_programs_of_a_document_run(document: str, desk: Path) -> None:
+    count, printed, made = DOCUMENTS[document]
+    written = (ROOT / document).read_text(encoding="utf-8")
     ran = 0
-    for kind, text in BLOCKS:
+    for kind, text in re.findall(r"```(console|python)\n(.*?)```", written, re.DOTALL):
         if kind == "python":
             out = run([sys.executable, "-c", text], desk)
-            assert {line.split()[0] for line in out.splitlines() if line} >= {"headline", "sport"}
+            assert {line.split()[0] for line in out.splitlines() if line} >= printed
             ran += 1
             continue
         for line in text.splitlines():
@@ -53,8 +63,8 @@ def test_the_commands_and_the_program_in_the_readme_run(desk: Path) -> None:
             if command[0] == "loradeploy":
                 run([sys.executable, "-m", *command], desk)
                 ran += 1
-    assert ran == 8
-    assert (desk / "parity.md").is_file()
+    assert ran == count
+    assert (desk / made).exists()
 
 
 def test_the_readme_names_make_targets_and_rooms_that_exist() -> None:
