@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.cli.console import json_option, print_json
 
+if TYPE_CHECKING:
+    from loradeploy.adapter import Adapter
+
 
 @click.command(
     name="convert",
-    short_help="Convert an adapter to .onnx_adapter, or back.",
+    short_help="Convert an adapter: to .onnx_adapter or back, to a lower rank, to a plain one.",
     epilog="Example: loradeploy convert adapters/sport --bundle bundle --output sport.onnx_adapter",
 )
 @click.argument("adapter", type=click.Path())
-@click.option("--bundle", required=True, type=click.Path(), help="The bundle that it is for.")
+@click.option("--bundle", type=click.Path(), help="The bundle that an .onnx_adapter file is for.")
+@click.option("--rank", type=click.IntRange(min=1), help="Reduce to this rank, and tell the error.")
+@click.option(
+    "--model",
+    help="The base model of an adapter that began with PiSSA or OLoRA: make it a plain one.",
+)
 @click.option(
     "--output",
     required=True,
@@ -24,19 +32,52 @@ from loradeploy.cli.console import json_option, print_json
     help="An .onnx_adapter file, or the directory of a PEFT adapter.",
 )
 @json_option
-def command(adapter: str, bundle: str, output: str, as_json: bool) -> None:
-    """Convert ADAPTER for ONNX Runtime's own LoraAdapter, or such a file to a PEFT directory.
+def command(
+    adapter: str,
+    bundle: str | None,
+    rank: int | None,
+    model: str | None,
+    output: str,
+    as_json: bool,
+) -> None:
+    """Convert ADAPTER in the one way that an option tells.
 
-    The scaling is folded into the factors of an .onnx_adapter file; a PEFT directory made of one
-    computes the same with alpha equal to the rank.
+    --bundle: a PEFT directory for ONNX Runtime's own LoraAdapter, or such a file to a PEFT
+    directory. The scaling is folded into the factors of an .onnx_adapter file; a PEFT directory
+    made of one computes the same with alpha equal to the rank.
+
+    --rank: the nearest adapter of a lower rank, by singular values.
+
+    --model: an adapter that PEFT trained from PiSSA or OLoRA, whose factors only mean something on
+    a changed base, to a plain one of twice the rank on the base as it is.
     """
-    from loradeploy.adapter import load_adapter, save_adapter
-    from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.errors import UsageError
+
+    if [bundle, rank, model].count(None) != 2:
+        raise UsageError("give one of --bundle, --rank and --model: what to convert to")
+    if bundle is not None:
+        made, facts = _for_bundle(adapter, bundle, output)
+    elif rank is not None:
+        made, facts = _lower(adapter, rank, output)
+    else:
+        made, facts = _plain(adapter, str(model), output)
+    if as_json:
+        print_json({"output": output, "digest": made.digest, "targets": len(made.factors), **facts})
+        return
+    click.echo(f"{output}: {len(made.factors)} target modules, digest {made.digest}")
+    if "error" in facts:
+        click.echo(
+            f"relative error of the update: {facts['error']:.3g} in all,"
+            f" {facts['worst_error']:.3g} at most, in {facts['worst_module']}"
+        )
+
+
+def _for_bundle(adapter: str, bundle: str, output: str) -> tuple[Adapter, dict[str, Any]]:
+    from loradeploy.adapter import load_adapter
     from loradeploy.bundle.factors import adapter_from_side_inputs
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
     from loradeploy.errors import UsageError
-    from loradeploy.files import atomic_directory
 
     manifest = read_manifest(bundle)
     to_native, from_native = (name.endswith(NATIVE_SUFFIX) for name in (output, adapter))
@@ -49,9 +90,52 @@ def command(adapter: str, bundle: str, output: str, as_json: bool) -> None:
         write_onnx_adapter(read, manifest, output)
     else:
         read = adapter_from_side_inputs(read_onnx_adapter(adapter), manifest)
-        with atomic_directory(output, marker=CONFIG_NAME) as place:
-            save_adapter(read, place)
-    if as_json:
-        print_json({"output": output, "digest": read.digest, "targets": len(read.factors)})
-    else:
-        click.echo(f"{Path(output)}: {len(read.factors)} target modules, digest {read.digest}")
+        _save(read, output)
+    return read, {}
+
+
+def _lower(adapter: str, rank: int, output: str) -> tuple[Adapter, dict[str, Any]]:
+    from loradeploy.adapter import load_adapter
+    from loradeploy.adapter.reduce import reduce_rank
+    from loradeploy.errors import UsageError
+
+    read = load_adapter(adapter)
+    highest = max((pair.rank for pair in read.factors.values()), default=0)
+    if rank >= highest:
+        raise UsageError(f"{adapter} has no module of a higher rank than {highest}: give a lower")
+    reduced, report = reduce_rank(read, rank)
+    _save(reduced, output)
+    worst = max(report.errors, key=report.errors.__getitem__)
+    return reduced, {
+        "error": report.total,
+        "worst_error": report.worst,
+        "worst_module": worst,
+        "errors": dict(report.errors),
+    }
+
+
+def _plain(adapter: str, model: str, output: str) -> tuple[Adapter, dict[str, Any]]:
+    from loradeploy.adapter import load_adapter
+    from loradeploy.errors import UsageError
+
+    read = load_adapter(adapter)
+    if not read.changes_base:
+        raise UsageError(f"{adapter} is a plain adapter already: it can be used as it is")
+
+    from loradeploy.lora.plain import plain_on_checkpoint
+
+    made = plain_on_checkpoint(read, model)
+    _save(made, output)
+    return made, {}
+
+
+def _save(adapter: Adapter, output: str) -> None:
+    from loradeploy.adapter import save_adapter
+    from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.errors import UsageError
+    from loradeploy.files import atomic_directory
+
+    if output.endswith(NATIVE_SUFFIX):
+        raise UsageError(f"{output}: an {NATIVE_SUFFIX} file is for a bundle, give --bundle")
+    with atomic_directory(output, marker=CONFIG_NAME) as place:
+        save_adapter(adapter, place)

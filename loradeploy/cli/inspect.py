@@ -21,6 +21,7 @@ from loradeploy.cli.console import json_option, print_json, print_pairs, print_r
 from loradeploy.errors import AdapterError, BundleError, LoraDeployError, UsageError
 
 if TYPE_CHECKING:
+    from loradeploy.adapter import Adapter
     from loradeploy.bundle.manifest import Manifest
 
 Facts = dict[str, Any]
@@ -89,6 +90,8 @@ def _adapter(place: Path) -> Facts:
     targets = config.target_modules
     return {
         "kind": "LoRA adapter",
+        "method": _method(adapter),
+        "layers": sorted({pair.kind for pair in adapter.factors.values()}),
         "digest": adapter.digest,
         "base_model": config.base_model_name_or_path,
         "base_digest": adapter.base_digest,
@@ -98,6 +101,7 @@ def _adapter(place: Path) -> Facts:
         "use_rslora": config.use_rslora,
         "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
         "modules_to_save": list(config.modules_to_save) or None,
+        "bias": config.bias,
         "labels": list(adapter.labels) if adapter.labels else None,
         "parameters": adapter.parameter_count,
         "dtype": sorted({str(pair.A.dtype) for pair in adapter.factors.values()}),
@@ -114,6 +118,17 @@ def _adapter(place: Path) -> Facts:
         ],
         "saved": [_tensor(name, values) for name, values in adapter.saved.items()],
     }
+
+
+def _method(adapter: Adapter) -> str:
+    """What the adapter is called in papers, and what it is for where that is no plain base."""
+    config = adapter.config
+    names = ["rsLoRA"] if config.use_rslora else []
+    names += ["DoRA"] if config.use_dora else []
+    told = " + ".join(names or ["LoRA"])
+    if adapter.changes_base:
+        told += f", on a base that {config.init_lora_weights} changed"
+    return told
 
 
 def _native(place: Path) -> Facts:

@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loradeploy.adapter import Adapter, AdapterConfig, Factors
-from loradeploy.errors import AdapterError, AdapterMismatchError
+from loradeploy.adapter import Adapter, AdapterConfig, Factors, base_digest
+from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError
+from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.initialise import initialisation
 from loradeploy.lora.kinds import kind_of
 from loradeploy.lora.layers import LoraLinear
+from loradeploy.lora.quiet import quiet
+
+# The class that a base is loaded as, by PEFT's task_type; the checkpoint's own without one.
+_AUTO: Final[Mapping[str, str]] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def doubled(config: AdapterConfig) -> AdapterConfig:
@@ -31,6 +46,28 @@ def doubled(config: AdapterConfig) -> AdapterConfig:
         alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
+
+
+def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adapter:
+    """As `plain`, on the Hugging Face checkpoint or hub id `model`, whose digest the adapter gets.
+
+    Raises:
+        ModelError: the checkpoint is missing or cannot be loaded as a model for the adapter's task.
+        AdapterError: as `plain`.
+    """
+    import transformers
+
+    place = find_checkpoint(model)
+    try:
+        with quiet():
+            named = transformers.AutoConfig.from_pretrained(place).architectures or ["AutoModel"]
+            auto = getattr(transformers, _AUTO.get(adapter.config.task_type or "", named[0]))
+            base = auto.from_pretrained(place, dtype="auto")
+    except Exception as problem:  # from_pretrained raises whatever its readers do
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise ModelError(f"{place} cannot be loaded: {first}") from None
+    made = plain(adapter, base)
+    return dataclasses.replace(made, base_digest=adapter.base_digest or base_digest(place))
 
 
 def plain(adapter: Adapter, model: nn.Module) -> Adapter:

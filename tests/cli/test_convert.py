@@ -1,4 +1,4 @@
-"""`convert`: an adapter as an .onnx_adapter file, and back."""
+"""`convert`: an adapter as an .onnx_adapter file and back, of a lower rank, as a plain one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from loradeploy.adapter import load_adapter
+from loradeploy.adapter import base_digest, load_adapter
+from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import LoraDeployError
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 
@@ -83,3 +85,72 @@ def test_the_way_back_says_what_the_adapter_is_for(
     assert (config.r, config.lora_alpha) == (4, 4), "the scaling stays in the factors"
     assert config.task_type == "CAUSAL_LM"
     assert load_adapter(back).base_digest == read_manifest(tiny_llama_bundle).base.digest
+
+
+def test_a_lower_rank_is_written_with_its_error(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    source, lower = make_adapter(tiny_llama, r=8), tmp_path / "lower"
+    said = json.loads(call("convert", source, "--rank", 3, "--output", lower, "--json"))
+    reduced, report = reduce_rank(load_adapter(source), 3)
+    written = load_adapter(lower)
+    assert {pair.rank for pair in written.factors.values()} == {3}
+    assert said["digest"] == written.digest == reduced.digest
+    assert said["error"] == pytest.approx(report.total)
+    assert (
+        said["worst_error"] == said["errors"][said["worst_module"]] == max(said["errors"].values())
+    )
+    assert 0 < said["error"] < 1
+    told = call("convert", source, "--rank", 3, "--output", lower)
+    assert f"relative error of the update: {report.total:.3g} in all" in told
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
+    method: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=method, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    trained = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        theirs = trained(torch.arange(3, 15)[None]).logits
+    trained.save_pretrained(tmp_path / method)
+
+    call("convert", tmp_path / method, "--model", tiny_llama, "--output", tmp_path / "plain")
+    assert load_adapter(tmp_path / "plain").base_digest == base_digest(tiny_llama)
+    torch.testing.assert_close(
+        logits(tiny_llama, tmp_path / "plain", CAUSAL), theirs, atol=1e-5, rtol=0
+    )
+    assert (theirs - logits(tiny_llama, None, CAUSAL)).abs().max() > 1e-3
+    with pytest.raises(LoraDeployError, match="is a plain adapter already"):
+        call("convert", tmp_path / "plain", "--model", tiny_llama, "--output", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give one of --bundle, --rank and --model"),
+        (["--rank", "2", "--model", "m"], "give one of --bundle, --rank and --model"),
+        (["--rank", "8"], "no module of a higher rank than 8"),
+        (["--model", "nowhere/at all"], "is a plain adapter already"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], message: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    source = make_adapter(tiny_llama, r=8)
+    with pytest.raises(LoraDeployError, match=message):
+        call("convert", source, *options, "--output", tmp_path / "o")
+    with pytest.raises(LoraDeployError, match="is for a bundle, give --bundle"):
+        call("convert", source, "--rank", 2, "--output", tmp_path / "o.onnx_adapter")
+    assert list(tmp_path.iterdir()) == []

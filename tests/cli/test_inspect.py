@@ -111,3 +111,35 @@ def test_a_serving_machine_inspects_with_what_it_has(
     assert "operators" not in facts
     for part in ("inputs", "outputs", "side_inputs"):
         assert sorted(map(str, facts[part])) == sorted(map(str, with_all[part]))
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "layers"),
+    [
+        ({}, "LoRA", ["linear"]),
+        ({"use_rslora": True, "use_dora": True}, "rsLoRA + DoRA", ["linear"]),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "LoRA", ["embedding", "linear"]),
+        ({"init_lora_weights": "olora"}, "LoRA, on a base that olora changed", ["linear"]),
+    ],
+    ids=["lora", "dora", "embedding", "olora"],
+)
+def test_inspect_tells_an_adapters_method(
+    options: dict[str, object],
+    method: str,
+    layers: list[str],
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+) -> None:
+    facts = json.loads(call("inspect", make_adapter(tiny_llama, **options), "--json"))
+    assert (facts["method"], facts["layers"], facts["bias"]) == (method, layers, "none")
+
+
+def test_inspect_tells_which_biases_were_trained(
+    tiny_gpt2: Path, make_adapter: MakeAdapter
+) -> None:
+    place = make_adapter(tiny_gpt2, target_modules=["c_attn"], bias="lora_only")
+    facts = json.loads(call("inspect", place, "--json"))
+    assert facts["bias"] == "lora_only"
+    assert [row["name"] for row in facts["saved"]] == [
+        f"transformer.h.{layer}.attn.c_attn.bias" for layer in (0, 1)
+    ]
