@@ -27,8 +27,10 @@ class LoraLinear(LowRankLayer):
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> tuple[Shape, Shape]:
         """[rank, in] and [out, rank]."""
-        rows, columns = cast(Tensor, base.weight).shape
-        into, out = (rows, columns) if isinstance(base, Conv1D) else (columns, rows)
+        # A weight in 4 bits has a shape of its own: an nn.Linear is asked for its sizes.
+        if isinstance(base, nn.Linear):
+            return (rank, base.in_features), (base.out_features, rank)
+        into, out = cast(Tensor, base.weight).shape
         return (rank, into), (out, rank)
 
     def forward(self, x: Tensor) -> Tensor:

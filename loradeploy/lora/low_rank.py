@@ -10,8 +10,11 @@ from torch import Generator, Tensor, nn
 from loradeploy.adapter.adapter import Kind
 from loradeploy.lora.dora import row_norms
 from loradeploy.lora.initialise import Initialisation, initialisation
+from loradeploy.lora.packed import dense, is_packed
 
 Shape = tuple[int, ...]
+
+_PACKED = "is held in 8 or 4 bits, which the sum would not fit: merge into the base as it was"
 
 
 class LowRankLayer(nn.Module):
@@ -152,7 +155,7 @@ class LowRankLayer(nn.Module):
 
     def unmergeable(self) -> str | None:
         """Why the update cannot be folded into the base's weight, or None."""
-        return None
+        return _PACKED if is_packed(self.base) else None
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -179,7 +182,7 @@ class LowRankLayer(nn.Module):
             self._unmerged = None
 
     def _matrix(self) -> Tensor:
-        return self.as_matrix(cast(Tensor, self.base.weight).detach()).float()
+        return self.as_matrix(dense(self.base)).float()
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Final
 
-_NOISY: Final = ("torch", "torch.onnx", "torch.export", "onnxscript", "accelerate")
+_NOISY: Final = ("torch", "torch.onnx", "torch.export", "onnxscript", "accelerate", "bitsandbytes")
 
 
 @contextlib.contextmanager

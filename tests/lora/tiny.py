@@ -23,11 +23,11 @@ _SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "voc
 _LABELS: Final = torch.tensor([0, 2])
 
 
-def _llama(*, tied: bool = False) -> nn.Module:
+def _llama(*, tied: bool = False, size: int = 32) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=size,
+            intermediate_size=size * 3 // 2,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -80,6 +80,7 @@ def _convnext() -> nn.Module:
 MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "llama": _llama,
     "llama-tied": lambda: _llama(tied=True),
+    "llama-wide": lambda: _llama(size=128),
     "gpt2": _gpt2,
     "vit": _vit,
     "convnext": _convnext,
