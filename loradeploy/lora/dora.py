@@ -13,6 +13,7 @@ def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Ten
     `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in], `B` [out, rank], float32.
     By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ nothing as large as W is made.
     """
-    crossed = (B * (W @ A.T)).sum(dim=1)
-    own = (B * (B @ (A @ A.T))).sum(dim=1)
+    with torch.autocast(W.device.type, enabled=False):  # which would round the products to 8 bits
+        crossed = (B * (W @ A.T)).sum(dim=1)
+        own = (B * (B @ (A @ A.T))).sum(dim=1)
     return (squares + 2 * s * crossed + s * s * own).clamp_min(0).sqrt()

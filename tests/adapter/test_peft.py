@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -132,7 +133,14 @@ def test_the_digest_is_of_the_numbers_not_of_their_width_or_spelling() -> None:
     assert an_adapter(config=spelled).digest == an_adapter().digest
 
 
-@pytest.mark.parametrize("change", ["A", "B", "alpha", "saved", "module"])
+def test_the_digest_of_an_adapter_stays_what_it_is() -> None:
+    golden = "sha256:2606aa2aedc0fbfe197e856bd7984308d44bae4d42d18656f11d67cdef24882b"
+    assert an_adapter().digest == golden, "bundles and certificates know adapters by their digests"
+
+
+@pytest.mark.parametrize(
+    "change", ["A", "B", "alpha", "saved", "module", "kind", "magnitude", "changed base"]
+)
 def test_the_digest_changes_with_everything_that_is_computed(change: str) -> None:
     base = an_adapter()
     pair = base.factors["l.q"]
@@ -142,8 +150,44 @@ def test_the_digest_changes_with_everything_that_is_computed(change: str) -> Non
         "alpha": {"config": AdapterConfig(r=2, lora_alpha=8, modules_to_save=("head",))},
         "saved": {"saved": {"head.weight": np.zeros((5, 4), np.float32)}},
         "module": {"factors": {"l.k": pair}},
+        "kind": {"factors": {"l.q": Factors(pair.A, pair.B, kind="embedding")}},
+        "magnitude": {
+            "factors": {"l.q": Factors(pair.A, pair.B, np.ones(4, np.float32))},
+            "config": dataclasses.replace(base.config, use_dora=True),
+        },
+        "changed base": {"config": dataclasses.replace(base.config, init_lora_weights="pissa")},
     }[change]
     assert an_adapter(**other).digest != base.digest
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+def test_every_kind_of_factors_is_written_as_peft_names_it(
+    kind: Any, dora: bool, tmp_path: Path
+) -> None:
+    ones = (4, 2, 1, 1) if kind == "conv2d" else (4, 2)
+    A = np.ones((2, 3, 5, 5) if kind == "conv2d" else (2, 3), np.float32)
+    magnitude = np.ones(4, np.float32) if dora else None
+    pair = Factors(A, np.ones(ones, np.float32), magnitude, kind)
+    config = AdapterConfig(
+        r=2, target_modules=("q",), modules_to_save=("head",), use_dora=dora, bias="all"
+    )
+    saved = {"l.q.bias": np.zeros(4, np.float32), "n.bias": np.ones(2, np.float32)}
+    adapter = an_adapter(config=config, factors={"l.q": pair}, saved=saved)
+    digest = save_adapter(adapter, tmp_path)
+
+    arrays, _ = read_arrays(tmp_path / WEIGHTS_NAME, error=AdapterError)
+    A_key = "lora_embedding_A" if kind == "embedding" else "lora_A.weight"
+    B_key = "lora_embedding_B" if kind == "embedding" else "lora_B.weight"
+    expected = {f"l.q.{A_key}", f"l.q.{B_key}", "l.q.base_layer.bias", "n.bias"}
+    if dora:
+        expected.add("l.q.lora_magnitude_vector")
+        shape = (1, 4, 1, 1) if kind == "conv2d" else (4,)
+        assert arrays[f"{PREFIX}l.q.lora_magnitude_vector"].shape == shape
+    assert arrays.keys() == {f"{PREFIX}{key}" for key in expected}
+    loaded = load_adapter(tmp_path)
+    assert loaded.digest == digest
+    assert (loaded.factors["l.q"].kind, loaded.saved.keys()) == (kind, saved.keys())
 
 
 @settings(max_examples=40, deadline=None)

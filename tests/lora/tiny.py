@@ -109,14 +109,20 @@ def batch(name: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(net: nn.Module, name: str) -> Tensor:
     """The logits of `net`, which is the model `name` with or without an adapter."""
-    result: Any = net.eval()(**batch(name))
+    result: Any = net.eval()(**_for(net, name))
     return result.logits
 
 
 def loss(net: nn.Module, name: str) -> Tensor:
     """The loss of `net` on its batch, with its graph."""
-    result: Any = net(**batch(name))
+    result: Any = net(**_for(net, name))
     return result.loss
+
+
+def _for(net: nn.Module, name: str) -> dict[str, Tensor]:
+    """The batch in the width of the model."""
+    width = next(p.dtype for n, p in net.named_parameters() if "lora" not in n)
+    return {k: v.to(width) if v.is_floating_point() else v for k, v in batch(name).items()}
 
 
 def train(net: nn.Module, name: str, parameters: Iterable[nn.Parameter], steps: int = 4) -> None:
