@@ -252,3 +252,31 @@ def test_groups_cannot_be_merged(tmp_path: Path) -> None:
     injection = load(base, load_adapter(tmp_path))
     with pytest.raises(UsageError, match=r"cannot be merged: .*dwconv is a convolution of 8 gr"):
         injection.merge()
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("trainer", ["peft", "here"])
+def test_a_tied_weight_that_is_trained_whole_is_untied_as_in_peft(
+    trainer: str, whole: list[str], tmp_path: Path
+) -> None:
+    name, fields = "llama-tied", {"r": 4, "target_modules": ["o_proj"], "modules_to_save": whole}
+    base = tiny.model(name)
+    before = tiny.logits(base, name)
+    if trainer == "peft":
+        model = peft.get_peft_model(base, peft.LoraConfig(**fields))
+        tiny.train(model, name, (p for p in model.parameters() if p.requires_grad))
+        trained = tiny.logits(model, name)
+        model.save_pretrained(tmp_path)
+        again = tiny.model(name)
+        with adapted(again, load_adapter(tmp_path)):
+            found = tiny.logits(again, name)
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+    else:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        injection = inject(base, AdapterConfig(**values), seed=1)
+        tiny.train(base, name, injection.parameters())
+        trained = tiny.logits(base, name)
+        save_adapter(injection.adapter(), tmp_path)
+        found = tiny.logits(peft.PeftModel.from_pretrained(tiny.model(name), tmp_path), name)
+    assert tiny.difference(trained, found) <= tolerance("same-torch")
+    assert tiny.difference(trained, before) > 0.1
