@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +18,7 @@ Shape = tuple[int, ...]
 _PACKED = "is held in 8 or 4 bits, which the sum would not fit: merge into the base as it was"
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(nn.Module, ABC):
     """A frozen layer with one low-rank update beside it: `y = base(x) + s · low_rank(x)`.
 
     `lora_A` and `lora_B`, in the shapes of `adapter.Factors`, are float32 parameters, whatever the
@@ -72,21 +73,21 @@ class LowRankLayer(nn.Module):
         return None
 
     @classmethod
+    @abstractmethod
     def shapes(cls, base: nn.Module, rank: int) -> tuple[Shape, Shape]:
         """The shapes of A and B at `base`."""
-        raise TypeError(f"{cls.__name__} is no kind of layer")
 
+    @abstractmethod
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The update of `x` without its scaling."""
-        raise TypeError(f"{type(self).__name__} is no kind of layer")
 
+    @abstractmethod
     def as_matrix(self, weight: Tensor) -> Tensor:
         """`weight`, of the base's shape, as [out, in]."""
-        raise TypeError(f"{type(self).__name__} is no kind of layer")
 
+    @abstractmethod
     def as_weight(self, matrix: Tensor) -> Tensor:
         """`matrix` [out, in] in the base's shape."""
-        raise TypeError(f"{type(self).__name__} is no kind of layer")
 
     def along_outputs(self, values: Tensor) -> Tensor:
         """`values` [out] in a shape that meets the layer's result."""

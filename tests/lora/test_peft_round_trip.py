@@ -13,6 +13,7 @@ import torch
 
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.adapter.peft import _PARTS
+from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
@@ -280,3 +281,23 @@ def test_a_tied_weight_that_is_trained_whole_is_untied_as_in_peft(
         found = tiny.logits(peft.PeftModel.from_pretrained(tiny.model(name), tmp_path), name)
     assert tiny.difference(trained, found) <= tolerance("same-torch")
     assert tiny.difference(trained, before) > 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "patterns"])
+@pytest.mark.parametrize("kind", ["linear", "tied-embedding", "strided-conv2d"])
+def test_an_adapter_with_a_rank_for_each_module_is_read_by_peft(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    name = KINDS[kind][0]
+    trained_by_peft(kind, method, tmp_path / "theirs")
+    adapter = load_adapter(tmp_path / "theirs")
+    lower = (reduce_rank(adapter, energy=part / 50) for part in range(25, 50))
+    reduced = next(made for made, report in lower if len(set(report.ranks.values())) > 1)
+    save_adapter(reduced, tmp_path / "ours")
+    base = tiny.model(name)
+    before = tiny.logits(base, name)
+    with adapted(base, reduced):
+        ours = tiny.logits(base, name)
+    theirs = peft.PeftModel.from_pretrained(tiny.model(name), tmp_path / "ours")
+    assert tiny.difference(ours, tiny.logits(theirs, name)) <= tolerance("same-torch")
+    assert tiny.difference(ours, before) > 100 * tolerance("same-torch"), "it does nothing"
