@@ -8,11 +8,13 @@
     │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
     ├── TrainingError           a training run that cannot go on
+    │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported in the way asked for
     └── MissingDependencyError  a part of loradeploy whose extra is not installed
 
-The command line prints the message and exits with 2; anything else is a defect of loradeploy.
+The command line prints the message and exits with 2, or with the status of the signal that
+interrupted it; anything else is a defect of loradeploy.
 """
 
 from __future__ import annotations
@@ -53,6 +55,17 @@ class UnknownAdapterError(LoraDeployError, KeyError):
 
 class TrainingError(LoraDeployError):
     """A training run that cannot go on."""
+
+
+class TrainingInterruptedError(TrainingError):
+    """A training run that a signal stopped, with a checkpoint to go on from.
+
+    `status`: the exit status of a process that the signal ended, 128 + its number.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class BundleError(LoraDeployError):

@@ -6,7 +6,7 @@ Exit status:
       1  the check failed (`parity`, `doctor`)
       2  wrong usage, bad input, or a machine that will not have it (a full disk): one line says so
      70  a defect of loradeploy; --debug shows the traceback
-    130  interrupted
+    130  interrupted (143 where the signal was SIGTERM)
     141  whoever read the output stopped reading, as of any program that a pipe ends
 """
 
@@ -22,7 +22,7 @@ from typing import Any, Final
 import click
 
 from loradeploy import __version__
-from loradeploy.errors import LoraDeployError, MissingDependencyError
+from loradeploy.errors import LoraDeployError, MissingDependencyError, TrainingInterruptedError
 
 # One line a verb: `--help` shows them without importing any of the modules.
 VERBS: Final = {
@@ -129,6 +129,8 @@ def _explain(problem: Exception) -> int:
             problem = MissingDependencyError(
                 f"{name} is not installed: pip install 'loradeploy[{_EXTRAS[name]}]'"
             )
+    if isinstance(problem, TrainingInterruptedError):
+        return _say(f"interrupted: {problem}", problem.status)
     if isinstance(problem, LoraDeployError):
         return _say(f"Error: {problem}", REFUSED)
     if isinstance(problem, OSError) and problem.errno is not None:

@@ -62,13 +62,18 @@ def command(
 ) -> None:
     """Train a LoRA adapter and write it as a PEFT directory.
 
+    On several GPUs or machines: accelerate launch -m loradeploy train …, or torchrun -m.
+
     The loss is on completions, or on what the assistant says. Beside the adapter stand its loss
     curve (loss.csv, loss.png) and its settings in full (train.yaml).
     """
     from loradeploy.train.api import train
+    from loradeploy.train.processes import is_main_process
 
     given = {name: value for name, value in flags.items() if value is not None}
     result = train(model, data, output, config=config, resume=resume, **given)
+    if not is_main_process():
+        return
     values = dataclasses.asdict(result)
     if as_json:
         print_json(values)

@@ -15,7 +15,8 @@ class TrainResult:
     """A finished training run.
 
     `parameters` were trained on `examples`, of which `truncated` were longer than max_length, and
-    on `tokens` in all, padding not counted. `seconds` are this call's, from reading the data to the
+    on `tokens` in all, padding not counted. The adapter is that of `kept_step`, the last of `steps`
+    or the best one (`keep_best`). `seconds` are this call's, from reading the data to the
     adapter on disk. `loss_before`, `loss_after`: mean loss on the "validation" split, or on the
     first "training" examples where there is none (`evaluated_on`); `accuracy_before`,
     `accuracy_after` of a classifier on the same.
@@ -28,6 +29,7 @@ class TrainResult:
     examples: int
     truncated: int
     steps: int
+    kept_step: int
     tokens: int
     seconds: float
     evaluated_on: str
@@ -62,7 +64,8 @@ def train(
             written, nothing to resume, or checkpoints of another run.
         ModelError: the model is missing, broken, or not of the task.
         DataError: the data is missing, empty, or has a line (named) that cannot be used.
-        TrainingError: the loss is no longer finite, or memory or disk ran out.
+        TrainingError: the loss or a gradient is no longer finite, or memory or disk ran out.
+        TrainingInterruptedError: a signal stopped it, after a step and with a checkpoint of it.
         MissingDependencyError: the extra `train` is not installed.
     """
     from loradeploy.train.config import read_config

@@ -58,8 +58,8 @@ class Checkpoints:
                 f" remove {self.place} to begin again"
             )
 
-    def begin(self, record: Mapping[str, Any], *, resume: bool, saves: bool) -> Path | None:
-        """The checkpoint to go on from, None for a fresh run, whose `record` is kept if it `saves`.
+    def begin(self, record: Mapping[str, Any], *, resume: bool) -> None:
+        """Hold a run that goes on against the `record` of its beginning, or keep a fresh run's.
 
         Raises:
             UsageError: the checkpoint is of a run with another base, data or settings.
@@ -72,21 +72,20 @@ class Checkpoints:
                     f"{self.place} is of another run and cannot be resumed: "
                     + "; ".join(differences)
                 )
-            return self.newest()
+            return
         self.remove()  # a first checkpoint that was cut short
-        if saves:
-            write_json(file, record)
-        return None
+        write_json(file, record)
+
+    def remove_unless_resumable(self) -> None:
+        """Remove what is left of a run that wrote no checkpoint."""
+        if self.newest() is None:
+            self.remove()
 
     def remove(self) -> None:
         """Remove what a run writes; what else is in the directory stays."""
         for path in self.place.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         (self.place / _RECORD).unlink(missing_ok=True)
-        self.remove_if_empty()
-
-    def remove_if_empty(self) -> None:
-        """Remove the directory that Trainer makes whether or not it writes a checkpoint."""
         with contextlib.suppress(OSError):
             self.place.rmdir()
 

@@ -16,6 +16,7 @@ from loradeploy.errors import UsageError
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 SCHEDULES: Final = ("linear", "cosine", "constant")
 WIDTHS: Final = ("fp32", "bf16")
+AUTOCAST: Final = ("fp32", "bf16", "fp16")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -37,6 +38,7 @@ class TrainConfig:
     use_rslora: bool = _option(False, "scale by alpha / √rank (rsLoRA)")
     target_modules: str = _option("all-linear", "all-linear, a list of name endings, or re:PATTERN")
     learning_rate: float = _option(5e-4, "peak learning rate of AdamW")
+    lora_plus_ratio: float = _option(1.0, "how much faster B learns than A (LoRA+; 16 is usual)")
     schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
     warmup_steps: int = _option(5, "steps in which the learning rate rises")
     weight_decay: float = _option(0.0, "AdamW's weight decay")
@@ -53,6 +55,21 @@ class TrainConfig:
     )
     validation_split: float = _option(0.0, "share of the examples kept for evaluation")
     precision: str = _option("fp32", f"width of the frozen base: {', '.join(WIDTHS)}")
+    autocast: str = _option("fp32", f"width of the products: {', '.join(AUTOCAST)}")
+    gradient_checkpointing: bool = _option(
+        False, "compute activations again instead of keeping them: less memory, more time"
+    )
+    group_by_length: bool = _option(
+        False, "batches of examples of like length: less padding, another order"
+    )
+    eval_steps: int = _option(0, "steps between evaluations; 0 evaluates before and after alone")
+    early_stopping: int = _option(
+        0, "stop after so many evaluations without a lower loss; 0 does not"
+    )
+    keep_best: bool = _option(
+        False, "write the adapter of the lowest evaluation loss, not the last"
+    )
+    tensorboard: bool = _option(False, "write TensorBoard events to OUTPUT-tensorboard")
     save_steps: int = _option(0, "steps between checkpoints; 0 writes none")
     seed: int = _option(0, "decides initialisation, order and dropout")
 
@@ -66,6 +83,9 @@ class TrainConfig:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
                 )
+        if (self.early_stopping or self.keep_best) and not self.eval_steps:
+            wanted = "early_stopping" if self.early_stopping else "keep_best"
+            raise UsageError(f"{wanted} needs evaluations: give eval_steps")
         if not self.targets:
             raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
 
@@ -86,6 +106,7 @@ _RANGES: Final = (
     ("alpha", 0, _BIG),
     ("dropout", 0, 0.99),
     ("learning_rate", 0, 10),
+    ("lora_plus_ratio", 1, 1000),
     ("warmup_steps", 0, _BIG),
     ("weight_decay", 0, 10),
     ("max_grad_norm", 0, _BIG),
@@ -95,10 +116,17 @@ _RANGES: Final = (
     ("gradient_accumulation", 1, 65_536),
     ("max_length", 2, 1_000_000),
     ("validation_split", 0, 0.9),
+    ("eval_steps", 0, _BIG),
+    ("early_stopping", 0, _BIG),
     ("save_steps", 0, _BIG),
     ("seed", 0, 2**32 - 1),
 )
-CHOICES: Final = {"task": TASKS, "schedule": SCHEDULES, "precision": WIDTHS}
+CHOICES: Final = {
+    "task": TASKS,
+    "schedule": SCHEDULES,
+    "precision": WIDTHS,
+    "autocast": AUTOCAST,
+}
 
 
 def read_config(

@@ -6,11 +6,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
+_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
 def write_curve(curve: Sequence[Mapping[str, float]], directory: Path) -> None:
-    """Write `loss.csv` and `loss.png`; the figures of a step are a row."""
+    """Write `loss.csv` and `loss.png`; a row has a step's figures, and its evaluation's if any."""
     with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, restval="")
         writer.writeheader()
@@ -25,7 +25,8 @@ def _draw(curve: Sequence[Mapping[str, float]], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps, losses = [row["step"] for row in curve], [row["loss"] for row in curve]
+    trained = [row for row in curve if "loss" in row]
+    steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
     axes.plot(steps, losses, color="#9bb7d4", linewidth=1, label="step")
     width = max(1, len(losses) // 10)
     if width > 1:
@@ -34,8 +35,13 @@ def _draw(curve: Sequence[Mapping[str, float]], file: Path) -> None:
             for i in range(len(losses))
         ]
         axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label=f"mean of {width} steps")
+    evaluated = [row for row in curve if "eval_loss" in row]
+    if evaluated:
+        values = [row["eval_loss"] for row in evaluated]
+        axes.plot([row["step"] for row in evaluated], values, "o-", color="#b5482f", label="eval")
+    if width > 1 or evaluated:
         axes.legend(frameon=False)
-    axes.set(xlabel="step", ylabel="training loss")
+    axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     # Without the date and the library's version the same curve gives the same bytes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,12 +22,13 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.bundle.names import CAUSAL_LM
-from loradeploy.errors import DataError, TrainingError, UsageError
+from loradeploy.errors import DataError, TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
-from loradeploy.lora.inject import inject
+from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.api import TrainResult
+from loradeploy.train.board import Board
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.curve import write_curve
@@ -34,14 +36,16 @@ from loradeploy.train.data import label_names
 from loradeploy.train.features import Collator
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
+from loradeploy.train.processes import is_main_process
 from loradeploy.train.progress import Progress
+from loradeploy.train.signals import Stop, StopAfterStep, stoppable
 from loradeploy.train.tasks import TASK_TABLE, Task
 from loradeploy.train.trainer import AdapterTrainer, arguments
 
 # Training examples that tell the loss before and after where no validation split is asked for.
 _EVALUATED: Final = 32
 # Settings that do not change the adapter: a resumed run may have others.
-_FREE: Final = ("save_steps",)
+_FREE: Final = ("save_steps", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,11 @@ def run(
 ) -> TrainResult:
     """See `loradeploy.train.api.train`."""
     begin = time.perf_counter()
-    target, task = Path(output), TASK_TABLE[config.task]
-    _check_output(target)
+    target, task, main = Path(output), TASK_TABLE[config.task], is_main_process()
     checkpoints = Checkpoints(target)
-    checkpoints.check(resume=resume)
+    if main:
+        _check_output(target)
+        checkpoints.check(resume=resume)
     place = find_checkpoint(model)
     with quiet(), _explained():
         opened = open_checkpoint(place)
@@ -82,10 +87,17 @@ def run(
         describe = functools.partial(
             injection.adapter, base_digest=digest_of_base, labels=prepared.labels
         )
-        record = _record(config, digest_of_base, prepared)
-        newest = checkpoints.begin(record, resume=resume, saves=config.save_steps > 0)
-        progress = Progress()
-        try:
+        newest = checkpoints.newest() if resume else None
+        callbacks: list[Any] = []
+        with ExitStack() as closing:
+            if main:
+                checkpoints.begin(_record(config, digest_of_base, prepared), resume=resume)
+                closing.callback(checkpoints.remove_unless_resumable)
+                callbacks.append(closing.enter_context(contextlib.closing(Progress())))
+            if main and config.tensorboard:
+                board = Board(target.with_name(f"{target.name}-tensorboard"))
+                callbacks.append(closing.enter_context(contextlib.closing(board)))
+            stop = closing.enter_context(stoppable())
             trainer = AdapterTrainer(
                 injection=injection,
                 loss=task.loss,
@@ -93,17 +105,26 @@ def run(
                 args=arguments(config, checkpoints.place, examples=len(prepared.training)),
                 train_dataset=prepared.training,
                 data_collator=_collator(base.model, opened, config),
-                callbacks=[progress],
+                evaluation=prepared.evaluation,
+                patience=config.early_stopping,
+                ratio=config.lora_plus_ratio,
+                callbacks=[*callbacks, StopAfterStep(stop)],
             )
             before = trainer.mean_loss(prepared.evaluation)
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            _train(trainer, checkpoints, newest)
+            state = trainer.state
+            if stop.signal and state.global_step < state.max_steps:
+                raise _interrupted(stop, state.global_step, checkpoints)
+            adapter, kept = describe(), state.global_step
+            if config.keep_best and trainer.best is not None:
+                adapter, kept = trainer.best, state.best_global_step
+                copy_into(injection, adapter)
             after = trainer.mean_loss(prepared.evaluation)
-            adapter = describe()
+        if main:
             _write(target, adapter, trainer, config)
-        finally:
-            progress.close()
-            checkpoints.remove_if_empty()
-    checkpoints.remove()
+        trainer.accelerator.wait_for_everyone()
+    if main:
+        checkpoints.remove()
     return TrainResult(
         adapter=target,
         digest=adapter.digest,
@@ -112,6 +133,7 @@ def run(
         examples=len(prepared.training),
         truncated=prepared.truncated,
         steps=trainer.state.global_step,
+        kept_step=kept,
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=round(time.perf_counter() - begin, 2),
         evaluated_on=prepared.evaluated_on,
@@ -119,6 +141,25 @@ def run(
         loss_after=after[0],
         accuracy_before=before[1] if task.labelled else None,
         accuracy_after=after[1] if task.labelled else None,
+    )
+
+
+def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | None) -> None:
+    """Train from `newest` on; what stops it says which checkpoint is left."""
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except TrainingError as problem:
+        left = checkpoints.newest()
+        if left is None:
+            raise
+        raise TrainingError(f"{problem}; the last good checkpoint is {left}") from None
+
+
+def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInterruptedError:
+    return TrainingInterruptedError(
+        f"stopped after step {step}, which {checkpoints.newest()} holds: the same command with"
+        " --resume goes on from it",
+        status=128 + stop.signal,
     )
 
 
@@ -142,6 +183,9 @@ def _prepare(data: Path, task: Task, opened: Checkpoint, config: TrainConfig) ->
             f"{data}: of {len(features)} examples a validation_split of {config.validation_split:g}"
             " leaves none on one side"
         )
+    if (config.keep_best or config.early_stopping) and not held:
+        wanted = "keep_best" if config.keep_best else "early_stopping"
+        raise UsageError(f"{wanted} needs examples that are not trained on: give validation_split")
     return Prepared(
         training=features[held:],
         evaluation=features[:held] if held else features[:_EVALUATED],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -12,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar with loss, tokens/s and time left on stderr; silent where that is no terminal."""
+    """A bar with loss, tokens/s, memory and time left on stderr; silent where it is no terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -49,9 +51,16 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if logs and "loss" in logs:
             tokens = state.num_input_tokens_seen - self._tokens
             rate = tokens / (time.perf_counter() - self._begin)
-            figures = f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s"
+            figures = f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s, {memory() / 1e9:.1f} GB"
             self._bar.update(self._task, completed=state.global_step, figures=figures)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.stop()
+
+
+def memory() -> int:
+    """Bytes in use: the most that was allocated on the GPU, else this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -12,16 +12,25 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
-from loradeploy.errors import TrainingError
+from loradeploy.errors import TrainingError, UsageError
 from loradeploy.lora.inject import Injection, copy_into
+from loradeploy.lora.plus import parameter_groups
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.losses import BatchLoss, LossFunction
+from loradeploy.train.processes import process_count
+from loradeploy.train.sampler import ByLength
+
+# Beside a checkpoint's adapter: the best one so far.
+_BEST = "best"
+_ADVICE = "lower learning_rate, or look at the data"
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints are adapters, and whose loss is checked at every step.
 
-    `injection` is what it trains, `adapter` gives that as data.
+    `injection` is what it trains, `adapter` gives that as data. `evaluation`: the examples that the
+    best adapter is told by; `patience`: after how many evaluations without a better one it stops, 0
+    never. `ratio`: how much faster B learns (LoRA+).
     """
 
     def __init__(
@@ -30,12 +39,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         injection: Injection,
         loss: LossFunction,
         adapter: Callable[[], Adapter],
+        evaluation: Sequence[dict[str, Any]] = (),
+        patience: int = 0,
+        ratio: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(model=injection.model, **options)
+        super().__init__(model=injection.model, eval_dataset=evaluation or None, **options)
         self._injection = injection
         self._loss = loss
         self._adapter = adapter
+        self._evaluation = evaluation
+        self._patience = patience
+        self._ratio = ratio
+        self.optimizer: Any
+        self.control: Any
+        self.best: Adapter | None = None
         # Gradients of several batches are summed: each loss is divided by the labels of all.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -48,10 +66,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """
         loss = self._loss(model, inputs)
         if not torch.isfinite(loss.total):
-            raise TrainingError(
-                f"the loss is {loss.total.item()} at step {self.state.global_step + 1}:"
-                " lower learning_rate, or look at the data"
-            )
+            step = self.state.global_step + 1
+            raise TrainingError(f"the loss is {loss.total.item()} at step {step}: {_ADVICE}")
         return loss
 
     def compute_loss(
@@ -63,45 +79,116 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """What Trainer differentiates: a mean over `num_items_in_batch`, or this batch's labels."""
         batch = self.batch_loss(model, inputs)
-        loss = batch.total / (batch.items if num_items_in_batch is None else num_items_in_batch)
+        items = batch.items if num_items_in_batch is None else num_items_in_batch
+        loss = batch.total / torch.as_tensor(items).clamp(min=1)
+        # The labels are those of all processes, whose gradients are averaged.
+        loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """The mean loss over all labels of `examples`, and the share that came out on top."""
+        """The mean loss over all labels of `examples`, and the share that came out on top.
+
+        Each process takes its share of them. Neither the random state nor the order is touched.
+        """
         training = self.model.training
         self.model.eval()
-        total, items, right = 0.0, 0, 0
         # By length, so that little is padding: the mean does not know the order.
         ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-        for inputs in self.get_eval_dataloader(ordered):
-            batch = self.batch_loss(self.model, self._prepare_inputs(inputs))
-            total += float(batch.total)
-            items += int(batch.items)
-            right += int(batch.right)
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.per_device_eval_batch_size
+        sums = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(ordered), size * count):
+            share = ordered[start : start + size * count][rank::count]
+            # Sharded models need every process at every batch: one without a share repeats one.
+            batch = self._prepare_inputs(self.data_collator(share or ordered[:1]))
+            loss = self.batch_loss(self.model, batch)
+            if share:
+                sums += torch.stack([loss.total.cpu(), loss.items.cpu(), loss.right.cpu()])
+        total, items, right = self.accelerator.reduce(sums.to(self.args.device)).tolist()
         self.model.train(training)
-        return total / items, right / items
+        return total / max(items, 1), right / max(items, 1)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """What Trainer calls every eval_steps: the best adapter is kept, and the patience held."""
+        loss, right = self.mean_loss(self._evaluation)
+        metrics = {"eval_loss": loss, "eval_accuracy": right}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        if self.state.best_metric is None or loss < self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
+            self.best = self._adapter()
+        elif self._patience and self._evaluations_since_best() >= self._patience:
+            self.control.should_training_stop = True
+        return metrics
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+        """AdamW over what the adapter trains, and nothing else of the model."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(
+                self._injection, self.args.learning_rate, self._ratio, self.args.weight_decay
+            )
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(self.train_dataset, size * process_count(), self.args.data_seed)
 
     def curve(self) -> list[dict[str, float]]:
-        """Step, loss, learning rate and gradient norm of each step, earlier sessions' included."""
-        names = ("step", "loss", "learning_rate", "grad_norm")
-        return [
-            {name: entry[name] for name in names if name in entry}
-            for entry in self.state.log_history
-            if "loss" in entry
-        ]
+        """The figures of each step, earlier sessions' included, and of the evaluation after it."""
+        rows: dict[int, dict[str, float]] = {}
+        for entry in self.state.log_history:
+            row = rows.setdefault(entry["step"], {"step": entry["step"]})
+            row.update({name: entry[name] for name in _FIGURES if name in entry})
+        return [row for row in rows.values() if len(row) > 1]
+
+    def _evaluations_since_best(self) -> int:
+        steps = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
+        return sum(step > self.state.best_global_step for step in steps)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        # In fp16 an overflow now and then is expected: its step is left out, the scale lowered.
+        if not math.isfinite(norm) and not self.args.fp16:
+            step = self.state.global_step + 1
+            raise TrainingError(f"the gradients' norm is {norm} at step {step}: {_ADVICE}")
+        return norm
 
     # What Trainer calls to write a checkpoint and to read it: the adapter alone, not the base.
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self._adapter(), output_dir or self.args.output_dir)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, and the best one where it is another; the main process does."""
+        place = Path(output_dir or self.args.output_dir)
+        adapter = self._adapter()  # every process has a part in it where the model is sharded
+        if self.args.should_save:
+            save_adapter(adapter, place)
+            if self.best is not None:
+                save_adapter(self.best, place / _BEST)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        copy_into(self._injection, load_adapter(resume_from_checkpoint))
+        place = Path(resume_from_checkpoint)
+        copy_into(self._injection, load_adapter(place))
+        if (place / _BEST).is_dir():
+            self.best = load_adapter(place / _BEST)
+
+
+_FIGURES = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
 def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> TrainingArguments:
-    """The Trainer's settings for `config` and a number of training examples."""
+    """The Trainer's settings for `config` and a number of training examples.
+
+    Raises:
+        UsageError: a width that this machine has no products of.
+    """
+    if config.autocast == "fp16" and not torch.cuda.is_available():
+        raise UsageError("autocast fp16 needs a GPU: use bf16, which CPUs have too")
     steps = steps_of(config, examples)
     schedules = {"constant": "constant_with_warmup"}
     settings = TrainingArguments(
@@ -109,12 +196,19 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.autocast == "bf16",
+        fp16=config.autocast == "fp16",
         learning_rate=config.learning_rate,
         lr_scheduler_type=schedules.get(config.schedule, config.schedule),
         warmup_steps=min(config.warmup_steps, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         max_steps=steps,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 1,
         save_total_limit=2,
@@ -127,6 +221,9 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
         label_names=["labels"],
         seed=config.seed,
         data_seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        # The loss is had from inside the model, where a search behind its results would miss it.
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     # One device a process: Trainer would spread each batch over all with DataParallel.
@@ -136,8 +233,8 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimiser steps the run has."""
+    """How many optimiser steps the run has; a step is a batch of every process."""
     if config.max_steps:
         return config.max_steps
-    batches = math.ceil(examples / config.batch_size)
+    batches = math.ceil(examples / (config.batch_size * process_count()))
     return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))

@@ -1,0 +1,305 @@
+"""Long runs: evaluated on the way, stopped early, interrupted, killed, and taken up again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loradeploy.adapter import load_adapter
+from loradeploy.errors import (
+    MissingDependencyError,
+    TrainingError,
+    TrainingInterruptedError,
+    UsageError,
+)
+from loradeploy.train import board
+from loradeploy.train.trainer import AdapterTrainer
+from tests.tolerances import tolerance
+from tests.train.conftest import Quick
+
+EVALUATED = {"validation_split": 0.25, "eval_steps": 2}
+# A rate at which the loss on what is not trained on falls, and then rises again.
+RUINOUS = {
+    **EVALUATED,
+    "max_steps": 24,
+    "learning_rate": 0.2,
+    "schedule": "constant",
+    "warmup_steps": 0,
+}
+
+
+def curve_of(adapter: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((adapter / "loss.csv").read_text().splitlines()))
+
+
+def evaluations(adapter: Path) -> dict[int, float]:
+    """The evaluation losses by step."""
+    rows = curve_of(adapter)
+    return {int(row["step"]): float(row["eval_loss"]) for row in rows if row["eval_loss"]}
+
+
+def test_a_run_is_evaluated_on_the_way(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    result = quick(tiny_llama, lessons, tmp_path / "adapter", max_steps=6, **EVALUATED)
+    found = evaluations(result.adapter)
+    assert list(found) == [2, 4, 6]
+    assert found[6] == pytest.approx(result.loss_after, rel=1e-6)
+    assert result.evaluated_on == "validation"
+
+
+def test_evaluating_does_not_change_the_adapter(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    settings = {"validation_split": 0.25, "dropout": 0.2}
+    plain = quick(tiny_llama, lessons, tmp_path / "plain", **settings)
+    watched = quick(tiny_llama, lessons, tmp_path / "watched", eval_steps=1, **settings)
+    assert watched.digest == plain.digest
+
+
+def test_the_best_adapter_is_kept_where_that_is_asked_for(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    last = quick(tiny_llama, lessons, tmp_path / "last", **RUINOUS)
+    best = quick(tiny_llama, lessons, tmp_path / "best", keep_best=True, **RUINOUS)
+    found = evaluations(best.adapter)
+    assert best.kept_step == min(found, key=lambda step: found[step]) < best.steps
+    assert best.loss_after == pytest.approx(min(found.values()), rel=1e-5)
+    assert best.loss_after < last.loss_after
+    assert load_adapter(best.adapter).digest == best.digest != last.digest
+    assert last.kept_step == last.steps == 24
+
+
+def test_a_run_stops_when_its_loss_has_not_fallen_for_so_many_evaluations(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    result = quick(tiny_llama, lessons, tmp_path / "adapter", early_stopping=2, **RUINOUS)
+    found = evaluations(result.adapter)
+    best = min(found, key=lambda step: found[step])
+    assert result.steps == best + 2 * EVALUATED["eval_steps"] < RUINOUS["max_steps"]
+
+
+@pytest.mark.parametrize("setting", [{"early_stopping": 2}, {"keep_best": True}])
+def test_what_needs_evaluations_says_so(
+    setting: dict[str, Any], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    with pytest.raises(UsageError, match="needs evaluations: give eval_steps"):
+        quick(tiny_llama, lessons, tmp_path / "adapter", **setting)
+    with pytest.raises(UsageError, match="not trained on: give validation_split"):
+        quick(tiny_llama, lessons, tmp_path / "adapter", eval_steps=2, **setting)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send this process one signal in the middle of a step."""
+    whole, pending = AdapterTrainer.training_step, [number]
+
+    def interrupted(self: AdapterTrainer, *inputs: Any) -> Any:
+        if self.state.global_step + 1 == step and pending:
+            pending.clear()
+            os.kill(os.getpid(), number)
+        return whole(self, *inputs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.2},
+        {"dropout": 0.2, "gradient_accumulation": 2},
+        {"group_by_length": True},
+        {"keep_best": True, "early_stopping": 3, **EVALUATED, "learning_rate": 0.05},
+    ],
+    ids=["dropout", "accumulation", "by-length", "best"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_adapter(
+    settings: dict[str, Any],
+    number: signal.Signals,
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"max_steps": 8, **settings}
+    whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, number)
+        with pytest.raises(
+            TrainingInterruptedError, match=r"stopped after step 5, .*checkpoint-5"
+        ) as stop:
+            quick(tiny_llama, lessons, tmp_path / "cut", **settings)
+    assert stop.value.status == 128 + number
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "cut").exists()
+
+    resumed = quick(tiny_llama, lessons, tmp_path / "cut", resume=True, **settings)
+    assert (resumed.digest, resumed.kept_step) == (whole.digest, whole.kept_step)
+    for file in ("loss.csv", "adapter_model.safetensors"):
+        assert (resumed.adapter / file).read_bytes() == (whole.adapter / file).read_bytes(), file
+
+
+def command(model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    flags = ("--max-steps", 40, "--batch-size", 4, "--rank", 4, "--max-length", 64)
+    given = ("--model", model, "--data", data, "--output", output, *flags, *more)
+    return [sys.executable, "-m", "loradeploy", "train", *map(str, given)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(place: Path, name: str, process: subprocess.Popen[str]) -> None:
+    """Until the checkpoints `place` hold one called `name`."""
+    deadline = time.monotonic() + 120
+    while not (place / name).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_command_ends_as_a_signal_ends_a_program_and_says_how_to_go_on(
+    tiny_llama: Path, lessons: Path, tmp_path: Path
+) -> None:
+    line = command(tiny_llama, lessons, tmp_path / "cut", "--max-steps", 4000, "--save-steps", 20)
+    with subprocess.Popen(
+        line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        wait_for(tmp_path / "cut-checkpoints", "checkpoint-20", process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    assert err.startswith("interrupted: stopped after step ") and "--resume goes on from it" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_loses_no_more_than_since_its_last_checkpoint(
+    seed: int, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    settings = ("--save-steps", 2, "--dropout", 0.1)
+    whole = tmp_path / "whole"
+    subprocess.run(command(tiny_llama, lessons, whole, *settings), check=True, env=environment())
+    chance = random.Random(seed)
+    cut = tmp_path / "cut"
+    with subprocess.Popen(
+        command(tiny_llama, lessons, cut, *settings), text=True, env=environment()
+    ) as process:
+        step = 2 * chance.randrange(1, 15)
+        wait_for(tmp_path / "cut-checkpoints", f"checkpoint-{step}", process)
+        time.sleep(chance.random() / 20)  # in a step or while a checkpoint is being written
+        process.kill()
+    assert not cut.exists()
+    done = subprocess.run(
+        command(tiny_llama, lessons, cut, *settings, "--resume"), check=True, env=environment()
+    )
+    assert done.returncode == 0
+    for file in ("loss.csv", "adapter_model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "lessons.jsonl", "whole"]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
+    """Let the gradients of a step be `value`."""
+    whole = AdapterTrainer.training_step
+
+    def spoilt(self: AdapterTrainer, *inputs: Any) -> Any:
+        loss = whole(self, *inputs)
+        if self.state.global_step + 1 == step:
+            next(iter(self._injection.parameters())).grad.fill_(value)
+        return loss
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", spoilt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_stop_it_and_the_last_good_checkpoint_is_named(
+    value: float,
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(monkeypatch, 4, value)
+    with pytest.raises(TrainingError, match=r"norm is (nan|inf) at step 4: .*checkpoint-3$"):
+        quick(tiny_llama, lessons, tmp_path / "adapter", max_steps=6, save_steps=1)
+    kept = load_adapter(tmp_path / "adapter-checkpoints" / "checkpoint-3")
+    assert kept.parameter_count > 0
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_activations_that_are_computed_again_give_the_same_adapter(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    kept = quick(tiny_llama, lessons, tmp_path / "kept")
+    again = quick(tiny_llama, lessons, tmp_path / "again", gradient_checkpointing=True)
+    assert again.loss_after == pytest.approx(kept.loss_after, abs=tolerance("same-torch"))
+    for one, other in zip(
+        load_adapter(kept.adapter).factors.values(),
+        load_adapter(again.adapter).factors.values(),
+        strict=True,
+    ):
+        assert abs(one.B - other.B).max() <= tolerance("same-torch")
+
+
+def test_autocast_trains_nearly_the_same_in_bfloat16_and_refuses_fp16_without_a_gpu(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    wide = quick(tiny_llama, lessons, tmp_path / "wide")
+    narrow = quick(tiny_llama, lessons, tmp_path / "narrow", autocast="bf16")
+    assert narrow.digest != wide.digest
+    assert narrow.loss_after == pytest.approx(wide.loss_after, rel=tolerance("bf16-rounding"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="autocast fp16 needs a GPU: use bf16"):
+            quick(tiny_llama, lessons, tmp_path / "half", autocast="fp16")
+
+
+def test_with_lora_plus_b_moves_further(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    sizes = {}
+    for ratio in (1, 16):
+        result = quick(
+            tiny_llama,
+            lessons,
+            tmp_path / str(ratio),
+            max_steps=1,
+            lora_plus_ratio=ratio,
+            warmup_steps=0,
+        )
+        pairs = load_adapter(result.adapter).factors.values()
+        sizes[ratio] = sum(float(abs(pair.B).sum()) for pair in pairs)
+    assert sizes[16] == pytest.approx(16 * sizes[1], rel=0.01)
+
+
+def test_tensorboard_is_refused_by_name_where_it_is_missing(
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingDependencyError, match="pip install tensorboard"):
+        quick(tiny_llama, lessons, tmp_path / "adapter", tensorboard=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lessons.jsonl"]
+
+
+def test_tensorboard_gets_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    written = board.Board(tmp_path / "events")
+    written.close()
+    assert list((tmp_path / "events").iterdir())
