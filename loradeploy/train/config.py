@@ -15,7 +15,8 @@ from loradeploy.errors import UsageError
 
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 SCHEDULES: Final = ("linear", "cosine", "constant")
-WIDTHS: Final = ("fp32", "bf16")
+PACKED: Final = ("int8", "int4")
+WIDTHS: Final = ("fp32", "bf16", *PACKED)
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
 
 

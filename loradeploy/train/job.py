@@ -26,11 +26,12 @@ from loradeploy.errors import DataError, TrainingError, TrainingInterruptedError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.inject import copy_into, inject
+from loradeploy.lora.quantised import quantise
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.api import TrainResult
 from loradeploy.train.board import Board
 from loradeploy.train.checkpoints import Checkpoints
-from loradeploy.train.config import TrainConfig
+from loradeploy.train.config import PACKED, TrainConfig
 from loradeploy.train.curve import write_curve
 from loradeploy.train.data import label_names
 from loradeploy.train.features import Collator
@@ -83,6 +84,8 @@ def run(
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
         adapter_config = _adapter_config(model, config, task, base.heads)
+        if config.precision in PACKED:
+            quantise(base.model, config.precision, keep=adapter_config.modules_to_save)
         injection = inject(base.model, adapter_config, seed=config.seed)
         describe = functools.partial(
             injection.adapter, base_digest=digest_of_base, labels=prepared.labels

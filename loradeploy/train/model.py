@@ -21,6 +21,7 @@ from transformers import (
 from loradeploy.errors import ModelError
 from loradeploy.train.tasks import Task
 
+# What is packed afterwards is read in full width.
 _WIDTHS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -95,7 +96,7 @@ def load_base(
     try:
         model, info = auto_class.from_pretrained(
             checkpoint.place,
-            dtype=_WIDTHS[precision],
+            dtype=_WIDTHS.get(precision, torch.float32),
             output_loading_info=True,
             ignore_mismatched_sizes=labels is not None,
             **options,

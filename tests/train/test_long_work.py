@@ -267,6 +267,22 @@ def test_autocast_trains_nearly_the_same_in_bfloat16_and_refuses_fp16_without_a_
             quick(tiny_llama, lessons, tmp_path / "half", autocast="fp16")
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_base_in_few_bits_trains_an_adapter_in_full_width(
+    precision: str, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"max_steps": 12, "learning_rate": 5e-3}
+    wide = quick(tiny_llama, lessons, tmp_path / "wide", **settings)
+    packed = quick(tiny_llama, lessons, tmp_path / "packed", precision=precision, **settings)
+    assert packed.loss_after < 0.9 * packed.loss_before
+    assert packed.loss_before == pytest.approx(wide.loss_before, rel=0.05)
+    assert packed.loss_before != wide.loss_before, "nothing was packed"
+    assert packed.base_digest == wide.base_digest
+    pairs = load_adapter(packed.adapter).factors.values()
+    assert {pair.B.dtype.name for pair in pairs} == {"float32"}
+
+
 def test_with_lora_plus_b_moves_further(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
