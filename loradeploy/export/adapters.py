@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.factors import check_fit
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest, SavedTarget
 from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
 from loradeploy.errors import AdapterMismatchError, UsageError
-from loradeploy.export.find import is_head, is_part_of
+from loradeploy.export.find import is_head
 
 if TYPE_CHECKING:
     import torch
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# The parameter of a head whose first dimension is the number of labels.
-_LABELLED: Final = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+# The parameter of a head whose first dimension is the number of labels, at the end of its name.
+_LABELLED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
 
 
 def read_adapters(
@@ -68,7 +69,7 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
         name: values.shape[0]
         for name, adapter in adapters.items()
         for parameter, values in adapter.saved.items()
-        if parameter.endswith(_LABELLED)
+        if _LABELLED.fullmatch(parameter)
     }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -127,7 +128,7 @@ def _expected(
         f"{module}.{part}"
         for module in layers
         for part in ("weight", "bias")
-        if is_part_of(module, adapter.config.modules_to_save)
+        if is_saved(f"{module}.{part}", adapter.config)
         or (task == SEQUENCE_CLASSIFICATION and is_head(module))
     }
     return Manifest(

@@ -28,7 +28,6 @@ from loradeploy.export.find import (
     Linear,
     find_linears,
     is_head,
-    is_part_of,
     output_head,
     refuse_side_inputs,
 )
@@ -73,7 +72,9 @@ class Base:
     """A base graph and what is known of it.
 
     `packed`: the weights already are in the precision that is wanted.
-    `parameters`: names in the checkpoint, where there is one.
+    `parameters`: names in the checkpoint, where there is one. `replaced`: modules that are to be
+    replaced whole, because the checkpoint lacks them or the bundle has them so.
+    `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     """
 
@@ -83,6 +84,8 @@ class Base:
     precision: str
     packed: bool = False
     parameters: frozenset[str] = frozenset()
+    replaced: frozenset[str] = frozenset()
+    pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
 
 
@@ -103,6 +106,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest, side_inputs = _with_side_inputs(base, findings, options)
     count = label_count(options.adapters) if base.task == SEQUENCE_CLASSIFICATION else None
     config = with_labels(read_config(source.directory), count, label_names(options.adapters))
+    if config and base.pad is not None:
+        config["pad_token_id"] = base.pad
     return manifest, Content(
         graph=base.graph,
         assets=source.directory,
@@ -125,7 +130,8 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
         check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
     logger.info("loading %s", source.name)
-    model, zeroed = load_model(source.directory, task, labels=labels)
+    brought = {name for adapter in adapters.values() for name in adapter.saved}
+    model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     if zeroed:
         logger.info("not in the checkpoint, zero in the graph: %s", ", ".join(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
@@ -133,8 +139,22 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
         model = model.half()
+    config: Any = model.config
     graph = trace(model, task)
-    return Base(graph, task, identity, precision, parameters=parameters, weights=weights)
+    return Base(
+        graph,
+        task,
+        identity,
+        precision,
+        parameters=parameters,
+        replaced=_modules(zeroed),
+        pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
+        weights=weights,
+    )
+
+
+def _modules(parameters: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.rpartition(".")[0] for name in parameters)
 
 
 def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
@@ -163,12 +183,13 @@ def _from_graph(source: Source, options: Options) -> Base:
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
+        replaced = _modules(parameters)
         held = source.manifest.precision
     else:
         refuse_side_inputs(graph)
         identity = BaseIdentity(source.name, graph_digest(graph), "onnx")
         task = _task_of(source, graph, options.task)
-        parameters = frozenset()
+        parameters = replaced = frozenset()
         held = precision_of(graph)
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
@@ -178,7 +199,15 @@ def _from_graph(source: Source, options: Options) -> Base:
             f"{source.name} is an ONNX graph in {held} and cannot be made {precision}: export the"
             " checkpoint instead"
         )
-    return Base(graph, task, identity, precision, packed=precision == held, parameters=parameters)
+    return Base(
+        graph,
+        task,
+        identity,
+        precision,
+        packed=precision == held,
+        parameters=parameters,
+        replaced=replaced,
+    )
 
 
 def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
@@ -244,12 +273,14 @@ def _split(
 ) -> tuple[list[Linear], list[Linear]]:
     """The linears that take factors, and those that are replaced whole."""
     wanted = {module for adapter in adapters for module in adapter.factors}
-    saved = tuple({name for adapter in adapters for name in adapter.config.modules_to_save})
+    saved = base.replaced | {
+        name.removesuffix(".weight") for adapter in adapters for name in adapter.saved
+    }
     head = output_head(base.graph, findings)
     targets, heads = [], []
     for module, linear in findings.linears.items():
         classifies = base.task == SEQUENCE_CLASSIFICATION and is_head(module)
-        if module not in wanted and (classifies or is_part_of(module, saved)):
+        if module not in wanted and (classifies or module in saved):
             heads.append(linear)
             continue
         # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.

@@ -86,7 +86,7 @@ def find_linears(model: ir.Model) -> Findings:
     grouped: dict[str, list[tuple[_Product, str]]] = {}
     unidentified = []
     for product in _products(model.graph):
-        found = _module_of(product.node)
+        found = module_of(product.node)
         if found is None:
             unidentified.append(_describe(product))
         else:
@@ -107,7 +107,7 @@ def find_linears(model: ir.Model) -> Findings:
             in_features=first.in_features,
             out_features=first.out_features,
             found_by=found_by,
-            bias=_bias(nodes[0], first.out_features),
+            bias=None if (use := bias_use(nodes[0], first.out_features)) is None else value_of(use),
             quantised=first.quantised,
         )
     return Findings(linears, tuple(unidentified))
@@ -127,17 +127,11 @@ def output_head(model: ir.Model, findings: Findings) -> str | None:
 
 
 def is_head(module: str) -> bool:
-    """Whether `module` is a classifier's head, or a part of one."""
-    return is_part_of(module, HEAD_NAMES)
+    """Whether `module` is a classifier's head, or a part of one.
 
-
-def is_part_of(module: str, names: tuple[str, ...]) -> bool:
-    """Whether PEFT's modules_to_save `names` mean `module` or a module around it.
-
-    PEFT 0.21 takes every module whose name ends so: `classifier` means DistilBERT's
-    `pre_classifier` too.
+    As in PEFT 0.21 a name counts that ends so: DistilBERT's `pre_classifier` is a part too.
     """
-    return any(part.endswith(names) for part in module.split("."))
+    return any(part.endswith(HEAD_NAMES) for part in module.split("."))
 
 
 def refuse_side_inputs(model: ir.Model) -> None:
@@ -201,8 +195,8 @@ def _packed_product(node: ir.Node) -> _Product | None:
     return _Product(node, weight, True, into, out, quantised=True)
 
 
-def _module_of(node: ir.Node) -> tuple[str, str] | None:
-    """The module path of a product and by what it was found."""
+def module_of(node: ir.Node) -> tuple[str, str] | None:
+    """The path of the module that a node is of, and by what it was found."""
     path = module_path(node)
     if path is not None:
         return path, f"metadata {NAME_SCOPES}"
@@ -212,22 +206,29 @@ def _module_of(node: ir.Node) -> tuple[str, str] | None:
     return None
 
 
-def _bias(node: ir.Node, size: int) -> ir.Value | None:
-    """The constant [out] that is added to the product `node`."""
+def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
+    """Where the constant [size] that is added to the product `node` is used: a node's input."""
     if node.op_type == "Gemm":
-        candidates = [node.inputs[2]] if len(node.inputs) > 2 else []
+        adder, indices = node, range(2, len(node.inputs))
     else:
         uses = list(node.outputs[0].uses())
-        add = uses[0].node if len(uses) == 1 else None
-        if add is None or add.op_type != "Add":
+        if len(uses) != 1 or uses[0].node.op_type != "Add":
             return None
-        candidates = [value for value in add.inputs if value is not node.outputs[0]]
-    for value in candidates:
+        adder = uses[0].node
+        indices = range(len(adder.inputs))
+    for index in indices:
+        value = adder.inputs[index]
         if value is None or not value.is_initializer() or value.const_value is None:
             continue
         if tuple(value.const_value.shape.numpy()) == (size,):
-            return value
+            return adder, index
     return None
+
+
+def value_of(use: tuple[ir.Node, int]) -> ir.Value | None:
+    """The value at a node's input."""
+    node, index = use
+    return node.inputs[index]
 
 
 def _describe(product: _Product) -> str:

@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.delta import as_matrix, matrices
+from loradeploy.adapter.dora import output_scale
+from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
 from loradeploy.export.find import Linear
-from loradeploy.export.rewire import (
-    add_constant,
-    constant_of,
-    free_name,
-    remove_unused,
-    set_constant,
-    take_over,
-)
+from loradeploy.export.parts import Part, find_parts
+from loradeploy.export.places import Layers, cast
+from loradeploy.export.rewire import constant_of, remove_unused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
 _LISTED = 6
-# What a weight passes through on its way to a product.
-_CARRIERS = ("Cast", "Identity", "Transpose")
 
 
 @dataclass(frozen=True)
@@ -51,125 +47,80 @@ def merge_adapter(
 ) -> MergeReport:
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
 
-    `weights` gives modules' weights [out, in] at a higher precision than the graph's, to start
-    from. A weight that something else in the graph shares, such as an embedding tied to the output
-    head, is copied first: the other user keeps its own.
+    With DoRA W ← m / ‖W + s · B A‖ · (W + s · B A), over each output's row. Linear layers,
+    embeddings and convolutions take factors; what the adapter trained whole (modules_to_save,
+    biases) is put in its place, a bias that the graph lacks is added. `weights` gives modules'
+    weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
+    that something else in the graph shares, such as an embedding tied to the output head, is copied
+    first: the other user keeps its own.
 
     Raises:
+        AdapterError: the factors are for a base that an initialisation changed, or a convolution of
+            several groups has some.
         AdapterMismatchError: the graph lacks a module, or a size differs; all are in the one error.
         ExportError: a weight is quantised, or the result does not fit into the graph's dtype.
     """
-    _check(model.graph, linears, adapter)
+    adapter.check_plain()
+    layers = Layers(model.graph, linears, find_parts(model))
+    _check(layers, adapter)
     untied = []
     for module in adapter.modules:
+        layer = _layer(layers, module, adapter.factors[module])
+        assert layer is not None
         start = None if weights is None else weights.get(module)
-        merged = _merged(linears[module], adapter.factors[module], adapter.scaling(module), start)
-        if _replace_weight(model.graph, linears[module], merged):
+        merged = _merged(layer, adapter.factors[module], adapter.scaling(module), start)
+        if layers.replace_weight(layer, merged):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
-        if _replace_parameter(model.graph, linears, parameter, values):
+        if layers.replace(parameter, values):
             untied.append(parameter.rpartition(".")[0])
     remove_unused(model.graph, inputs=False)
     return MergeReport(adapter.modules, tuple(sorted(adapter.saved)), tuple(untied))
 
 
+def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
+    """The layer of the graph that the factors are for, where their kind is the same."""
+    if pair.kind == "linear":
+        return layers.linears.get(module)
+    part = layers.parts.get(module)
+    return part if part is not None and part.kind == pair.kind else None
+
+
 def _merged(
-    linear: Linear, factors: Factors, scaling: float, start: NDArray[Any] | None
+    layer: Linear | Part, pair: Factors, s: float, start: NDArray[Any] | None
 ) -> NDArray[Any]:
     """The new weight, in the initializer's orientation and dtype."""
-    held = constant_of(linear.weight)
-    if start is not None:
-        W = np.array(start if linear.transposed else start.T, dtype=np.float32)
-    else:
+    held = constant_of(layer.weight)
+    turned = isinstance(layer, Linear) and not layer.transposed
+    if start is None:
         W = held.astype(np.float32)
-    A, sB = factors.A.astype(np.float32), np.float32(scaling) * factors.B.astype(np.float32)
-    if linear.transposed:
-        W += sB @ A  # [out, in]
     else:
-        W += A.T @ sB.T  # [in, out]
-    return _cast(W, held.dtype, linear.module)
+        W = np.array(start.T if turned else start, dtype=np.float32, order="C")
+    matrix = W.T if turned else as_matrix(W, pair)  # [out, in], a view
+    scale = None if pair.magnitude is None else output_scale(matrix, pair, s)
+    A, B = matrices(pair)
+    if turned:
+        W += A.T @ (np.float32(s) * B).T  # [in, out]: an update in the order of its memory
+    else:
+        matrix += (np.float32(s) * B) @ A
+    if scale is not None:
+        matrix *= scale[:, np.newaxis]
+    return cast(W, held.dtype, layer.module)
 
 
-def _cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(values, dtype=dtype)
-    if dtype.itemsize < values.dtype.itemsize and not np.isfinite(cast).all():
-        raise ExportError(
-            f"{label}: the merged weight does not fit into {dtype}: export with --precision fp32"
-        )
-    return cast
-
-
-def _replace_weight(graph: ir.Graph, linear: Linear, values: NDArray[Any]) -> bool:
-    """Put `values` in the place of the linear's weight; whether it had to be untied."""
-    if _users(linear.weight) <= set(linear.nodes):
-        set_constant(linear.weight, values)
-        return False
-    # The copy is fed past whatever stands between the shared weight and the product.
-    own: dict[bool, ir.Value] = {}
-    for node in linear.nodes:
-        turned = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
-        if turned not in own:
-            oriented = values if turned == linear.transposed else np.ascontiguousarray(values.T)
-            own[turned] = add_constant(graph, free_name(graph, f"{linear.module}.weight"), oriented)
-        node.replace_input_with(1, own[turned])
-    return True
-
-
-def _replace_parameter(
-    graph: ir.Graph, linears: Mapping[str, Linear], parameter: str, values: NDArray[Any]
-) -> bool:
-    """Put a parameter of modules_to_save in its place; whether it had to be untied."""
-    module, _, part = parameter.rpartition(".")
-    linear = linears.get(module)
-    if linear is not None and part == "weight":
-        turned = values if linear.transposed else values.T
-        return _replace_weight(
-            graph, linear, _cast(turned, constant_of(linear.weight).dtype, parameter)
-        )
-    if linear is not None and linear.bias is None:
-        # A bias of zeros leaves no trace in a graph.
-        _add_bias(graph, linear, values)
-        return False
-    value = graph.initializers[parameter] if linear is None else linear.bias
-    if value is not None:
-        set_constant(value, _cast(values, constant_of(value).dtype, parameter))
-    return False
-
-
-def _add_bias(graph: ir.Graph, linear: Linear, values: NDArray[Any]) -> None:
-    import onnx_ir as ir
-
-    name = f"{linear.module}.bias"
-    bias = add_constant(
-        graph, free_name(graph, name), _cast(values, constant_of(linear.weight).dtype, name)
-    )
-    for node in linear.nodes:
-        product = node.outputs[0]
-        add = ir.node("Add", [product, bias], name=f"{node.name or linear.module}/bias")
-        add.outputs[0].name = add.name
-        graph.insert_after(node, add)
-        take_over(graph, product, add.outputs[0], keep=add)
-
-
-def _check(graph: ir.Graph, linears: Mapping[str, Linear], adapter: Adapter) -> None:
+def _check(layers: Layers, adapter: Adapter) -> None:
     problems = []
     for module, pair in sorted(adapter.factors.items()):
-        linear = linears.get(module)
-        if linear is None:
-            problems.append(f"{module} is no linear layer of the graph")
-        elif (pair.A.shape[1], pair.B.shape[0]) != (linear.in_features, linear.out_features):
-            problems.append(
-                f"{module} is {linear.in_features} → {linear.out_features}, the adapter's factors"
-                f" are for {pair.A.shape[1]} → {pair.B.shape[0]}"
-            )
+        problems += _factor_problems(layers, module, pair)
     for parameter, values in sorted(adapter.saved.items()):
-        problems += _parameter_problem(graph, linears, parameter, values)
+        whole = is_saved(parameter, adapter.config)
+        named = f"{parameter} ({'modules_to_save' if whole else 'a trained bias'})"
+        problems += _parameter_problems(layers, parameter, values, named)
     if problems:
         raise AdapterMismatchError(
             f"the adapter does not fit this model: {listed(problems, _LISTED)}"
         )
-    packed = [module for module in adapter.modules if linears[module].quantised]
+    packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantised]
     if packed:
         raise ExportError(
             f"{packed[0]} is already quantised, and merging into it would lose the adapter's"
@@ -177,31 +128,41 @@ def _check(graph: ir.Graph, linears: Mapping[str, Linear], adapter: Adapter) -> 
         )
 
 
-def _parameter_problem(
-    graph: ir.Graph, linears: Mapping[str, Linear], parameter: str, values: NDArray[Any]
-) -> list[str]:
-    module, _, part = parameter.rpartition(".")
-    linear = linears.get(module)
-    shape: tuple[int, ...]
-    if linear is not None and part == "weight":
-        shape = (linear.out_features, linear.in_features)
-    elif linear is not None and part == "bias":
-        shape = (linear.out_features,)
-    elif parameter in graph.initializers:
-        value = graph.initializers[parameter]
-        shape = tuple(constant_of(value).shape)
-        if len(_users(value)) > 1:
-            return [f"{parameter} (modules_to_save) is shared by several parts of the graph"]
+_NAMED: Mapping[str, str] = {
+    "linear": "linear layer",
+    "embedding": "embedding",
+    "conv2d": "convolution",
+}
+
+
+def _factor_problems(layers: Layers, module: str, pair: Factors) -> list[str]:
+    layer = _layer(layers, module, pair)
+    if layer is None:
+        return [f"{module} is no {_NAMED[pair.kind]} of the graph"]
+    if pair.groups > 1:
+        return []  # refused with its own words, whatever the shapes
+    A, B = pair.A, pair.B
+    if isinstance(layer, Linear):
+        sizes, theirs = (layer.in_features, layer.out_features), (A.shape[1], B.shape[0])
+    elif layer.kind == "embedding":
+        sizes, theirs = layer.shape, (A.shape[1], B.shape[0])  # type: ignore[assignment]
     else:
-        return [f"{parameter} (modules_to_save) is no weight of the graph"]
+        sizes, theirs = layer.shape, (B.shape[0], *A.shape[1:])  # type: ignore[assignment]
+    if sizes == theirs:
+        return []
+    ours, its = (" → ".join(map(str, shape)) for shape in (sizes, theirs))
+    return [f"{module} is {ours}, the adapter's factors are for {its}"]
+
+
+def _parameter_problems(
+    layers: Layers, parameter: str, values: NDArray[Any], named: str
+) -> list[str]:
+    problem = layers.problem_with(parameter)
+    if problem is not None:
+        return [problem]
+    shape = layers.shape_of(parameter)
+    if shape is None:
+        return [f"{named} is no weight of the graph"]
     if values.shape != shape:
         return [f"{parameter} is {list(values.shape)}, the base has {list(shape)}"]
     return []
-
-
-def _users(value: ir.Value) -> set[ir.Node]:
-    """The nodes that use `value`, seen through whatever only carries or turns it."""
-    users: set[ir.Node] = set()
-    for node, _ in value.uses():
-        users |= _users(node.outputs[0]) if node.op_type in _CARRIERS else {node}
-    return users

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +21,7 @@ from loradeploy.bundle.names import (
     present_name,
 )
 from loradeploy.errors import ExportError, MissingDependencyError, ModelError
+from loradeploy.export.padding import pad_token
 from loradeploy.export.patches import traceable
 from loradeploy.export.tasks import TASK_TABLE, Task
 from loradeploy.export.tidy import tidy
@@ -51,13 +52,19 @@ class Cache:
 
 
 def load_model(
-    directory: Path, task: str, *, labels: int | None = None, meta: bool = False
+    directory: Path,
+    task: str,
+    *,
+    labels: int | None = None,
+    brought: Collection[str] = (),
+    meta: bool = False,
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """The model of the checkpoint in `directory` with the task's head, in fp32 and eval mode.
 
     A head that the checkpoint lacks is set to zero, so that every export of the same checkpoint is
-    the same; its parameters are named in the second value. With `meta` nothing is read but the
-    config: the modules have shapes and no values.
+    the same; its parameters are named in the second value. An encoder that lacks its pooler has
+    none, unless that is part of a classifier's head or its parameters are `brought` by adapters.
+    With `meta` nothing is read but the config: the modules have shapes and no values.
 
     Raises:
         ModelError: transformers cannot load it, or it lacks more than a head.
@@ -75,6 +82,8 @@ def load_model(
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(directory, **changes)
+            if task == SEQUENCE_CLASSIFICATION:
+                config.pad_token_id = pad_token(directory, config)
             if meta:
                 with torch.device("meta"):
                     return auto.from_config(config), ()
@@ -94,7 +103,7 @@ def load_model(
             f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
         ) from None
     lacking = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
-    return model.eval(), _zero_head(model, lacking, directory, task)
+    return model.eval(), _zero_head(model, lacking, directory, task, brought)
 
 
 def trace(model: torch.nn.Module, task: str) -> ir.Model:
@@ -142,20 +151,27 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     return tidy(onnx_program.model, prefix=WRAPPED)
 
 
-def _zero_head(model: Any, lacking: set[str], directory: Path, task: str) -> tuple[str, ...]:
-    """Zero the classifier's parameters that the checkpoint lacks; nothing else may be missing."""
+def _zero_head(
+    model: Any, lacking: set[str], directory: Path, task: str, brought: Collection[str]
+) -> tuple[str, ...]:
+    """Zero what the checkpoint lacks and adapters bring; nothing else may be missing."""
     import torch
 
     bare = model is model.base_model
     if bare and getattr(model, "pooler", None) is not None:
         # An encoder that was trained for something else than its pooler is exported without one.
         unpooled = {name for name in lacking if name.startswith("pooler.")}
-        if unpooled:
+        if unpooled and unpooled.isdisjoint(brought):
             model.pooler = None
-        lacking = lacking - unpooled
-    # Of a classifier the head may be yet to be trained.
-    body = f"{model.base_model_prefix}." if task == SEQUENCE_CLASSIFICATION and not bare else ""
-    missing = sorted(name for name in lacking if name.startswith(body))
+            lacking = lacking - unpooled
+    # Of a classifier the head may be yet to be trained, and a pooler is a part of it.
+    classifies = task == SEQUENCE_CLASSIFICATION and not bare
+    body = f"{model.base_model_prefix}." if classifies else ""
+    missing = sorted(
+        name
+        for name in lacking.difference(brought)
+        if name.startswith(body) and not (classifies and name.startswith(f"{body}pooler."))
+    )
     if missing:
         raise ModelError(
             f"{directory} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}"

@@ -111,7 +111,9 @@ def load_base(setting: Setting) -> torch.nn.Module:
     if manifest.task == SEQUENCE_CLASSIFICATION:
         shapes = [spec.shape for spec in manifest.outputs if spec.name == LOGITS]
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
-    return load_model(setting.model, manifest.task, labels=labels)[0]
+    brought = {saved.parameter for saved in manifest.saved}
+    brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
+    return load_model(setting.model, manifest.task, labels=labels, brought=brought)[0]
 
 
 def make_reference(setting: Setting, model: torch.nn.Module) -> Reference:

@@ -1,0 +1,172 @@
+"""Where a checkpoint's parameters are in a graph, and how their numbers are put there.
+
+A constant that something else uses too is never changed: its user gets one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.errors import ExportError
+from loradeploy.export.find import Linear, bias_use
+from loradeploy.export.parts import Part
+from loradeploy.export.rewire import add_constant, constant_of, free_name, set_constant, take_over
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# What a weight passes through on its way to its user.
+_CARRIERS = ("Cast", "Identity", "Transpose")
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The layers of a graph by module."""
+
+    graph: ir.Graph
+    linears: Mapping[str, Linear]
+    parts: Mapping[str, Part]
+
+    def shape_of(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of the checkpoint's `parameter`; None where the graph does not have it."""
+        module, _, name = parameter.rpartition(".")
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None:
+            shapes = {
+                "weight": (linear.out_features, linear.in_features),
+                "bias": (linear.out_features,),
+            }
+            return shapes.get(name)
+        if part is not None and name == "weight":
+            return part.shape
+        if part is not None and name == "bias" and part.bias_input is not None:
+            return (part.outputs,)
+        value = self.graph.initializers.get(parameter)
+        return None if value is None else tuple(constant_of(value).shape)
+
+    def problem_with(self, parameter: str) -> str | None:
+        """Why the checkpoint's `parameter` cannot be replaced in the graph; None where it can."""
+        module, _, name = parameter.rpartition(".")
+        value = self.graph.initializers.get(parameter)
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and linear.quantised and name == "weight":
+            return f"{parameter} is quantised: merge into the unquantised model"
+        if linear is not None and name == "bias" and linear.bias is None and value is not None:
+            return f"{parameter} is used in a way that is not understood"
+        if linear is None and part is None and value is not None and len(_users(value)) > 1:
+            return f"{parameter} is shared by several parts of the graph"
+        return None
+
+    def replace(self, parameter: str, values: NDArray[Any]) -> bool:
+        """Put the checkpoint's `parameter` in its place; whether it had to be untied.
+
+        Raises:
+            ExportError: the values do not fit into the graph's dtype.
+        """
+        module, _, name = parameter.rpartition(".")
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and name == "weight":
+            held = values if linear.transposed else values.T
+            return self.replace_weight(
+                linear, cast(held, constant_of(linear.weight).dtype, parameter)
+            )
+        if linear is not None:
+            self._replace_linear_bias(linear, values)
+            return False
+        if part is not None and name == "weight":
+            return self.replace_weight(
+                part, cast(values, constant_of(part.weight).dtype, parameter)
+            )
+        if part is not None:
+            self._replace_part_bias(part, values)
+            return False
+        value = self.graph.initializers[parameter]
+        set_constant(value, cast(values, constant_of(value).dtype, parameter))
+        return False
+
+    def replace_weight(self, layer: Linear | Part, values: NDArray[Any]) -> bool:
+        """Put `values`, as the graph holds them, in the place of the weight; whether untied."""
+        if _users(layer.weight) <= set(layer.nodes):
+            set_constant(layer.weight, values)
+            return False
+        # The copy is fed past whatever stands between the shared weight and its user.
+        own: dict[bool, ir.Value] = {}
+        for node in layer.nodes:
+            turned = isinstance(layer, Linear) and layer.transposed != _turns(node)
+            if turned not in own:
+                oriented = np.ascontiguousarray(values.T) if turned else values
+                name = free_name(self.graph, f"{layer.module}.weight")
+                own[turned] = add_constant(self.graph, name, oriented)
+            index = 1 if isinstance(layer, Linear) else layer.weight_input
+            node.replace_input_with(index, own[turned])
+        return True
+
+    def _replace_linear_bias(self, linear: Linear, values: NDArray[Any]) -> None:
+        """Every call's bias; one of zeros leaves no trace in a graph, and is added."""
+        import onnx_ir as ir
+
+        name = f"{linear.module}.bias"
+        # A packed weight has no dtype of numbers; what goes in has.
+        kind = linear.nodes[0].inputs[0]
+        dtype = (
+            constant_of(linear.weight).dtype
+            if not linear.quantised or kind is None or kind.dtype is None
+            else kind.dtype.numpy()
+        )
+        own = add_constant(
+            self.graph, free_name(self.graph, f"{name}.new"), cast(values, dtype, name)
+        )
+        for node in linear.nodes:
+            use = bias_use(node, linear.out_features)
+            if use is not None:
+                use[0].replace_input_with(use[1], own)
+                continue
+            product = node.outputs[0]
+            add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
+            add.outputs[0].name = add.name
+            self.graph.insert_after(node, add)
+            take_over(self.graph, product, add.outputs[0], keep=add)
+
+    def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:
+        assert part.bias_input is not None
+        name = f"{part.module}.bias"
+        dtype = constant_of(part.weight).dtype
+        own = add_constant(
+            self.graph, free_name(self.graph, f"{name}.new"), cast(values, dtype, name)
+        )
+        for node in part.nodes:
+            if len(node.inputs) <= part.bias_input:
+                node.resize_inputs(part.bias_input + 1)
+            node.replace_input_with(part.bias_input, own)
+
+
+def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:
+    """`values` in `dtype`, contiguous.
+
+    Raises:
+        ExportError: a value is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(values, dtype=dtype)
+    if dtype.itemsize < values.dtype.itemsize and not np.isfinite(narrow).all():
+        raise ExportError(
+            f"{label}: the merged weight does not fit into {dtype}: export with --precision fp32"
+        )
+    return narrow
+
+
+def _users(value: ir.Value) -> set[ir.Node]:
+    """The nodes that use `value`, seen through whatever only carries or turns it."""
+    users: set[ir.Node] = set()
+    for node, _ in value.uses():
+        users |= _users(node.outputs[0]) if node.op_type in _CARRIERS else {node}
+    return users
+
+
+def _turns(node: ir.Node) -> bool:
+    return "transB" in node.attributes and bool(node.attributes["transB"].as_int())
