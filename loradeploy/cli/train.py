@@ -11,23 +11,28 @@ import click
 from loradeploy.cli.console import json_option, print_json, print_pairs
 from loradeploy.train.config import CHOICES, TrainConfig
 
-_TYPES: Final = {"int": int, "float": float, "str": str}
+_TYPES: Final = {"int": int, "float": float}  # all else is text that the settings parse
 
 
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
     """A flag for each field of TrainConfig, without a default: the dataclass has it."""
     for field in reversed(dataclasses.fields(TrainConfig)):
         flag = f"--{field.name.replace('_', '-')}"
-        text = f"{field.metadata['help']} [default: {field.default}]"
+        text = f"{field.metadata['help']}{_default(field)}"
         if field.type == "bool":
             negative = f"--no-{flag.removeprefix('--')}"  # a flag wins over the file both ways
             option = click.option(f"{flag}/{negative}", default=None, help=text)
         elif field.name in CHOICES:
             option = click.option(flag, type=click.Choice(CHOICES[field.name]), help=text)
         else:
-            option = click.option(flag, type=_TYPES[str(field.type)], help=text)
+            option = click.option(flag, type=_TYPES.get(str(field.type), str), help=text)
         function = option(function)
     return function
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    empty = field.default is dataclasses.MISSING or field.default in ("", ())
+    return "" if empty else f" [default: {field.default}]"
 
 
 @click.command(

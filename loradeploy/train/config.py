@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.adapter.config import BIASES
 from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import UsageError
 
@@ -17,6 +19,7 @@ TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 SCHEDULES: Final = ("linear", "cosine", "constant")
 PACKED: Final = ("int8", "int4")
 WIDTHS: Final = ("fp32", "bf16", *PACKED)
+INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
 
 
@@ -37,7 +40,15 @@ class TrainConfig:
     alpha: float = _option(16.0, "alpha; the scaling is alpha / rank")
     dropout: float = _option(0.0, "dropout on the input of the low-rank path")
     use_rslora: bool = _option(False, "scale by alpha / √rank (rsLoRA)")
+    use_dora: bool = _option(False, "train a magnitude for each output as well (DoRA)")
+    init: str = _option("kaiming", f"what training begins at: {', '.join(INITS)}, pissa_niter_N")
+    bias: str = _option("none", f"biases to train: {', '.join(BIASES)}")
     target_modules: str = _option("all-linear", "all-linear, a list of name endings, or re:PATTERN")
+    exclude_modules: str = _option("", "names that are no targets, a list or re:PATTERN")
+    layers_to_transform: str = _option("", "numbers of the layers that have targets, a list")
+    modules_to_save: str = _option("", "names of modules to train whole, a list")
+    rank_pattern: str = _option("", "ranks of their own, NAME=RANK,…")
+    alpha_pattern: str = _option("", "alphas of their own, NAME=ALPHA,…")
     learning_rate: float = _option(5e-4, "peak learning rate of AdamW")
     lora_plus_ratio: float = _option(1.0, "how much faster B learns than A (LoRA+; 16 is usual)")
     schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
@@ -87,18 +98,54 @@ class TrainConfig:
         if (self.early_stopping or self.keep_best) and not self.eval_steps:
             wanted = "early_stopping" if self.early_stopping else "keep_best"
             raise UsageError(f"{wanted} needs evaluations: give eval_steps")
+        if not re.fullmatch("|".join((*INITS, r"pissa_niter_[1-9]\d*")), self.init):
+            raise UsageError(f"init is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
+        _ = self.layers, self.pattern("rank_pattern"), self.pattern("alpha_pattern")  # they parse
         if not self.targets:
             raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
 
     @property
     def targets(self) -> str | tuple[str, ...]:
         """`target_modules` as an adapter's config holds it."""
-        if self.target_modules.startswith("re:"):
-            return self.target_modules.removeprefix("re:")
-        if self.target_modules == "all-linear":
-            return self.target_modules
-        names = (name.strip() for name in self.target_modules.split(","))
-        return tuple(sorted(name for name in names if name))
+        return _names(self.target_modules)
+
+    @property
+    def excluded(self) -> str | tuple[str, ...] | None:
+        """`exclude_modules` as an adapter's config holds it."""
+        return _names(self.exclude_modules) or None
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """`modules_to_save` as an adapter's config holds it."""
+        return tuple(_names(self.modules_to_save))
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """`layers_to_transform` as an adapter's config holds it."""
+        try:
+            return tuple(int(number) for number in _names(self.layers_to_transform)) or None
+        except ValueError:
+            raise UsageError(
+                f"layers_to_transform is {self.layers_to_transform!r}: give whole numbers, 0,1,2"
+            ) from None
+
+    def pattern(self, name: str) -> dict[str, float]:
+        """`rank_pattern` or `alpha_pattern` as an adapter's config holds it."""
+        text: str = getattr(self, name)
+        parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
+        try:
+            return {module.strip(): float(number) for module, _, number in parts}
+        except ValueError:
+            raise UsageError(f"{name} is {text!r}: give NAME=8,NAME=4") from None
+
+
+def _names(text: str) -> str | tuple[str, ...]:
+    """all-linear, a pattern, or the names in a list."""
+    if text.startswith("re:"):
+        return text.removeprefix("re:")
+    if text == "all-linear":
+        return text
+    return tuple(sorted(name for part in text.split(",") if (name := part.strip())))
 
 
 _BIG: Final = 10**9
@@ -123,6 +170,7 @@ _RANGES: Final = (
     ("seed", 0, 2**32 - 1),
 )
 CHOICES: Final = {
+    "bias": BIASES,
     "task": TASKS,
     "schedule": SCHEDULES,
     "precision": WIDTHS,
@@ -149,8 +197,25 @@ def read_config(
     return TrainConfig(**values)
 
 
+def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
+    """`config` as the YAML that `read_config` reads, each key `explained` by a comment if asked."""
+    import yaml
+
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if explained:
+            lines.append(f"# {field.metadata['help']}\n")
+        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=True, width=1000))
+    return "".join(lines)
+
+
 def _typed(name: str, value: Any, kind: str) -> Any:
-    if name == "target_modules" and isinstance(value, list | tuple):
+    if name in _PATTERNS and isinstance(value, Mapping):
+        value = ",".join(f"{key}={number}" for key, number in value.items())
+    if name == "layers_to_transform" and isinstance(value, int):
+        value = str(value)
+    if name in _LISTS and isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
@@ -167,6 +232,10 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if not valid:
         raise UsageError(f"{name} is {value!r}: give a value of type {kind}")
     return {"int": int, "float": float}.get(kind, lambda v: v)(value)
+
+
+_LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+_PATTERNS: Final = ("rank_pattern", "alpha_pattern")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

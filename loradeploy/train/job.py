@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import yaml
 from transformers import PreTrainedModel, set_seed
 
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
@@ -31,7 +30,7 @@ from loradeploy.lora.quiet import quiet
 from loradeploy.train.api import TrainResult
 from loradeploy.train.board import Board
 from loradeploy.train.checkpoints import Checkpoints
-from loradeploy.train.config import PACKED, TrainConfig
+from loradeploy.train.config import PACKED, TrainConfig, to_yaml
 from loradeploy.train.curve import write_curve
 from loradeploy.train.data import label_names
 from loradeploy.train.features import Collator
@@ -214,8 +213,15 @@ def _adapter_config(
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init == "kaiming" else config.init,
+        bias=config.bias,
         target_modules=config.targets,
-        modules_to_save=heads,
+        exclude_modules=config.excluded,
+        layers_to_transform=config.layers,
+        rank_pattern={name: int(r) for name, r in config.pattern("rank_pattern").items()},
+        alpha_pattern=config.pattern("alpha_pattern"),
+        modules_to_save=tuple(sorted({*heads, *config.saved})),
         task_type=task.peft,
         base_model_name_or_path=os.fspath(model),
     )
@@ -233,8 +239,7 @@ def _write(target: Path, adapter: Adapter, trainer: AdapterTrainer, config: Trai
         with atomic_directory(target, marker=CONFIG_NAME) as place:
             save_adapter(adapter, place)
             write_curve(trainer.curve(), place)
-            settings = yaml.safe_dump(asdict(config), sort_keys=False)
-            (place / "train.yaml").write_text(settings, encoding="utf-8")
+            (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as problem:
         raise TrainingError(f"{target} cannot be written: {problem.strerror}") from None
 
