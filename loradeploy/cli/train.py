@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
 
 from loradeploy.cli.console import json_option, print_json, print_pairs
-from loradeploy.train.config import CHOICES, TrainConfig
+from loradeploy.errors import UsageError
+from loradeploy.train.config import CHOICES, PLACES, TrainConfig
 
 _TYPES: Final = {"int": int, "float": float}  # all else is text that the settings parse
 
@@ -41,27 +43,27 @@ def _default(field: dataclasses.Field[Any]) -> str:
     epilog="Example: loradeploy train --model ./smollm2 --data news.jsonl --output adapters/news"
     " --rank 16",
 )
-@click.option("--model", required=True, help="Hugging Face id or directory of the base model.")
+@click.option("--model", help="Hugging Face id or directory of the base model.")
 @click.option(
     "--data",
-    required=True,
     type=click.Path(),
-    help="JSONL with prompt and completion, messages, or text; for a classifier JSONL or CSV with"
-    " text and label, or a folder of class folders.",
+    help="JSONL, CSV, Parquet, a saved dataset or one of the hub, with prompt and completion,"
+    " messages, or text; for a classifier text and label, or a folder of class folders.",
 )
-@click.option("--output", required=True, type=click.Path(), help="Directory of the adapter.")
+@click.option("--output", type=click.Path(), help="Directory of the adapter.")
 @click.option("--config", type=click.Path(), help="YAML file of settings; flags win.")
 @click.option(
     "--resume", is_flag=True, help="Go on from the newest checkpoint, where a run was cut off."
 )
+@click.option("--print-config", is_flag=True, help="Print the settings as YAML, and end.")
+@click.option("--dry-run", is_flag=True, help="Show what it would train on, and end.")
 @_settings
 @json_option
 def command(
-    model: str,
-    data: str,
-    output: str,
     config: str | None,
     resume: bool,
+    print_config: bool,
+    dry_run: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -70,17 +72,52 @@ def command(
     On several GPUs or machines: accelerate launch -m loradeploy train …, or torchrun -m.
 
     The loss is on completions, or on what the assistant says. Beside the adapter stand its loss
-    curve (loss.csv, loss.png) and its settings in full (train.yaml).
+    curve (loss.csv, loss.png), its settings in full (train.yaml) and its card (README.md). --model,
+    --data and --output may stand in the YAML file too.
     """
     from loradeploy.train.api import train
+    from loradeploy.train.config import read_config, read_places, to_yaml
     from loradeploy.train.processes import is_main_process
 
     given = {name: value for name, value in flags.items() if value is not None}
-    result = train(model, data, output, config=config, resume=resume, **given)
+    places = read_places(config, {name: given.pop(name, None) for name in PLACES})
+    if print_config:
+        head = "".join(f"{name}: {json.dumps(place)}\n" for name, place in places.items())
+        click.echo(head + to_yaml(read_config(config, given), explained=True), nl=False)
+        return
+    needed = [name for name in PLACES if name not in places and (name != "output" or not dry_run)]
+    if needed:
+        raise UsageError(f"give --{needed[0]}, or {needed[0]} in the file of --config")
+    if dry_run:
+        _show(places, read_config(config, given), as_json=as_json)
+        return
+    result = train(**places, config=config, resume=resume, **given)
     if not is_main_process():
         return
     values = dataclasses.asdict(result)
     if as_json:
         print_json(values)
     else:
-        print_pairs(f"Trained {output}", values)
+        print_pairs(f"Trained {result.adapter}", values)
+
+
+def _show(places: dict[str, str], config: TrainConfig, *, as_json: bool) -> None:
+    """What `config` would train on: figures, then examples with what is learnt marked."""
+    from loradeploy.train.preview import preview
+
+    found = preview(places["model"], places["data"], config)
+    values = dataclasses.asdict(found)
+    if as_json:
+        print_json(values)
+        return
+    shown = values.pop("shown")
+    print_pairs(f"Would train on {places['data']}", values)
+    click.echo("Learnt is what stands in ⟦…⟧; special tokens are spelled out.")
+    for number, example in enumerate(shown, start=1):
+        label = f", label {example['label']}" if example["label"] is not None else ""
+        click.echo(
+            f"\nExample {number}: {example['tokens']} tokens, {example['learnt']} learnt{label}"
+        )
+        for text, learnt in example["pieces"]:
+            click.echo(click.style(f"⟦{text}⟧", fg="green") if learnt else text, nl=False)
+        click.echo()

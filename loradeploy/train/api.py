@@ -52,7 +52,8 @@ def train(
 
     Args:
         model: a Hugging Face directory or id.
-        data: see `loradeploy.train.data`.
+        data: a file, a folder or a dataset: see `loradeploy.train.sources` for the forms, and
+            `loradeploy.train.data` for what a row of each task has.
         output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
         config: a YAML file of settings; their names and defaults are `TrainConfig`'s.
         resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which

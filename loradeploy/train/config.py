@@ -15,7 +15,12 @@ from loradeploy.adapter.config import BIASES
 from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import UsageError
 
-TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
+TOKEN_CLASSIFICATION: Final = "token-classification"
+EMBEDDING: Final = "embedding"
+# Keys of the YAML file that are no settings of the training itself: see `read_places`.
+PLACES: Final = ("model", "data", "output")
+TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, EMBEDDING)
+PROBLEMS: Final = ("single-label", "multi-label", "regression")
 SCHEDULES: Final = ("linear", "cosine", "constant")
 PACKED: Final = ("int8", "int4")
 WIDTHS: Final = ("fp32", "bf16", *PACKED)
@@ -36,6 +41,10 @@ class TrainConfig:
     """
 
     task: str = _option(CAUSAL_LM, f"one of {', '.join(TASKS)}")
+    problem_type: str = _option("single-label", f"of a classifier: {', '.join(PROBLEMS)}")
+    columns: str = _option("", "what the data calls a column, prompt=question,completion=answer")
+    split: str = _option("train", "the split of a dataset to train on")
+    validation: str = _option("", "data to evaluate on: a file, a folder, a dataset, or its split")
     rank: int = _option(8, "rank r of the factors")
     alpha: float = _option(16.0, "alpha; the scaling is alpha / rank")
     dropout: float = _option(0.0, "dropout on the input of the low-rank path")
@@ -98,9 +107,14 @@ class TrainConfig:
         if (self.early_stopping or self.keep_best) and not self.eval_steps:
             wanted = "early_stopping" if self.early_stopping else "keep_best"
             raise UsageError(f"{wanted} needs evaluations: give eval_steps")
+        if self.validation and self.validation_split:
+            raise UsageError("validation and validation_split: give one of them")
         if not re.fullmatch("|".join((*INITS, r"pissa_niter_[1-9]\d*")), self.init):
             raise UsageError(f"init is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
-        _ = self.layers, self.pattern("rank_pattern"), self.pattern("alpha_pattern")  # they parse
+        # What does not parse is to be told now.
+        for name in ("rank_pattern", "alpha_pattern"):
+            self.pattern(name)
+        _ = self.column_names, self.layers
         if not self.targets:
             raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
 
@@ -118,6 +132,14 @@ class TrainConfig:
     def saved(self) -> tuple[str, ...]:
         """`modules_to_save` as an adapter's config holds it."""
         return tuple(_names(self.modules_to_save))
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` as `sources` takes them: the data's names by the task's."""
+        pairs = [part.split("=") for part in self.columns.split(",") if part.strip()]
+        if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
+            raise UsageError(f"columns is {self.columns!r}: give NAME=COLUMN,NAME=COLUMN")
+        return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -171,6 +193,7 @@ _RANGES: Final = (
 )
 CHOICES: Final = {
     "bias": BIASES,
+    "problem_type": PROBLEMS,
     "task": TASKS,
     "schedule": SCHEDULES,
     "precision": WIDTHS,
@@ -187,6 +210,7 @@ def read_config(
         UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type.
     """
     values = {**(_read_yaml(Path(file)) if file is not None else {}), **(flags or {})}
+    values = {name: value for name, value in values.items() if name not in PLACES}
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for name, value in values.items():
         if name not in fields:
@@ -195,6 +219,22 @@ def read_config(
             raise UsageError(f"there is no setting {name!r}{hint}")
         values[name] = _typed(name, value, str(fields[name].type))
     return TrainConfig(**values)
+
+
+def read_places(
+    file: str | os.PathLike[str] | None, given: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Where model, data and output are: as `given`, else as the YAML `file` says.
+
+    Raises:
+        UsageError: the file is unreadable, or one of them is no text.
+    """
+    values = _read_yaml(Path(file)) if file is not None else {}
+    places = {name: given.get(name) or values.get(name) for name in PLACES}
+    for name, place in places.items():
+        if place is not None and not isinstance(place, str):
+            raise UsageError(f"{name} is {place!r}: give a path")
+    return {name: place for name, place in places.items() if place is not None}
 
 
 def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
@@ -235,7 +275,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 
 _LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
-_PATTERNS: Final = ("rank_pattern", "alpha_pattern")
+_PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""Training data as it lies on disk, read and checked.
+"""Examples to train on, read and checked.
 
-For a causal language model JSONL, a line of which is one of
+For a causal language model a row is one of
 
     {"prompt": "…", "completion": "…"}            the loss is on the completion
     {"messages": [{"role": …, "content": …}, …]}  the loss is on what the assistant says
     {"text": "…"}                                 the loss is on all of it
 
-and for a classifier JSONL or CSV with `text` and `label`, or a folder with one folder of .txt files
-for each class. Other keys and columns of a line are left alone.
+For a classifier it has `text` and `label` (a name; several names; a number), or there is a folder
+with one folder of .txt files for each class. For token classification it has `tokens` and `tags`,
+lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. Other columns
+of a row are left alone. `sources` tells the forms that the rows come in.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from loradeploy.errors import DataError
+from loradeploy.train.sources import Row, Source, is_dataset, rows
 
 # The keys that tell the form of a line: a line has exactly one of them.
 _FORMS: Final = ("messages", "completion", "text")
-_FIELD_BYTES: Final = 1 << 24
+_LABELS_BETWEEN: Final = "|"  # where several labels stand in one field of a CSV file
 
 _Example = TypeVar("_Example")
 
@@ -52,77 +53,181 @@ class LabelledText:
     label: str
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """The examples in a JSONL file.
+@dataclass(frozen=True)
+class MultiLabelText:
+    """An example for a classifier of which several labels may hold, or none."""
+
+    where: str
+    text: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """An example for a regression."""
+
+    where: str
+    text: str
+    value: float
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """An example for token classification: a tag for each word."""
+
+    where: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """An example for embeddings: `positive` belongs to `anchor`, `negative` does not."""
+
+    where: str
+    anchor: str
+    positive: str
+    negative: str | None
+
+
+def read_conversations(source: Source) -> list[Conversation]:
+    """The examples for a causal language model.
 
     Raises:
-        DataError: the file is missing or empty, or a line (named) is none of the three forms.
+        DataError: there are none, or a row (named) is none of the three forms.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a directory: give a JSONL file")
-    return _some([_conversation(where, line) for where, line in _json_lines(path)], path)
+    return _some([_conversation(where, row) for where, row in rows(source)], source)
 
 
-def read_labelled_texts(path: Path) -> list[LabelledText]:
-    """The examples in a JSONL or CSV file, or in a folder of class folders, in a fixed order.
+def read_labelled_texts(source: Source) -> list[LabelledText]:
+    """The examples for a classifier, in a fixed order.
 
     Raises:
-        DataError: nothing is there, a line (named) has no text or label, or only one class.
+        DataError: nothing is there, a row (named) has no text or label, or only one class.
     """
-    if path.is_dir():
-        examples = list(_class_folders(path))
-        if not examples:
-            raise DataError(f"{path} holds no folder of .txt files: there is one for each class")
-    elif path.suffix.lower() == ".csv":
-        examples = list(_csv_rows(path))
-    else:
-        examples = [_labelled(where, line) for where, line in _json_lines(path)]
-    _some(examples, path)
+    examples = [_labelled(where, row) for where, row in _texts(source)]
+    _some(examples, source)
     if len({example.label for example in examples}) < 2:
         raise DataError(
-            f"{path}: all examples have the label {examples[0].label!r}; two are needed"
+            f"{source}: all examples have the label {examples[0].label!r}; two are needed"
         )
     return examples
 
 
-def label_names(examples: Sequence[LabelledText]) -> tuple[str, ...]:
+def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
+    """The examples for a classifier of several labels; in CSV they stand between | in one field.
+
+    Raises:
+        DataError: nothing is there, or a row (named) has no text or no list of labels.
+    """
+    examples = []
+    for where, row in _texts(source):
+        labels = row.get("label")
+        if isinstance(labels, str):
+            labels = [name.strip() for name in labels.split(_LABELS_BETWEEN) if name.strip()]
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise DataError(f"{where}: label is {reprlib.repr(labels)}, a list of names is needed")
+        examples.append(MultiLabelText(where, _text(where, row, "text"), tuple(labels)))
+    return _some(examples, source)
+
+
+def read_measured_texts(source: Source) -> list[MeasuredText]:
+    """The examples for a regression.
+
+    Raises:
+        DataError: nothing is there, or a row (named) has no text or no finite number for a label.
+    """
+    examples = []
+    for where, row in _texts(source):
+        label = row.get("label")
+        try:
+            value = math.nan if isinstance(label, bool) else float(label)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{where}: label is {reprlib.repr(label)}, a number is needed")
+        examples.append(MeasuredText(where, _text(where, row, "text"), value))
+    return _some(examples, source)
+
+
+def read_tagged_words(source: Source) -> list[TaggedWords]:
+    """The examples for token classification.
+
+    Raises:
+        DataError: nothing is there, or a row (named) has no lists of words and as many tags.
+    """
+    examples = []
+    for where, row in rows(source, ("tokens", "tags")):
+        words, tags = (_name_list(where, row, name) for name in ("tokens", "tags"))
+        if len(words) != len(tags):
+            raise DataError(
+                f"{where}: {len(words)} tokens and {len(tags)} tags: one each is needed"
+            )
+        examples.append(TaggedWords(where, words, tags))
+    return _some(examples, source)
+
+
+def read_text_pairs(source: Source) -> list[TextPair]:
+    """The examples for embeddings.
+
+    Raises:
+        DataError: nothing is there, or a row (named) lacks a text; all have a negative, or none.
+    """
+    examples = []
+    for where, row in rows(source, ("anchor", "positive")):
+        anchor, positive = (_text(where, row, name) for name in ("anchor", "positive"))
+        negative = _text(where, row, "negative") if row.get("negative") is not None else None
+        examples.append(TextPair(where, anchor, positive, negative))
+    _some(examples, source)
+    first = examples[0].negative is None
+    for example in examples:
+        if (example.negative is None) != first:
+            raise DataError(f"{example.where}: some rows have a negative and others have none")
+    return examples
+
+
+def labels_of(example: Any) -> tuple[str, ...]:
+    """The names of classes that an example of any task has."""
+    if isinstance(example, LabelledText):
+        return (example.label,)
+    if isinstance(example, MultiLabelText):
+        return example.labels
+    return example.tags if isinstance(example, TaggedWords) else ()
+
+
+def label_names(examples: Sequence[Any]) -> tuple[str, ...]:
     """The labels in the order of a classifier's outputs: by number where all are, else by name."""
-    names = {example.label for example in examples}
+    names = {name for example in examples for name in labels_of(example)}
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
-def _some(examples: list[_Example], path: Path) -> list[_Example]:
+def _some(examples: list[_Example], source: Source) -> list[_Example]:
     if not examples:
-        raise DataError(f"{path} holds no examples")
+        raise DataError(f"{source} holds no examples")
     return examples
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: give the training data") from None
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8 (byte {problem.start})") from None
-    except OSError as problem:
-        raise DataError(f"{path} cannot be read: {problem.strerror}") from None
+def _name_list(where: str, row: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = row.get(key)
+    if not isinstance(values, list) or not values or not all(map(_is_name, values)):
+        raise DataError(f"{where}: {key} is {reprlib.repr(values)}, a list of texts is needed")
+    return tuple(map(str, values))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines(): a JSON text may hold the Unicode line separators as they are.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise DataError(f"{where}: not JSON ({problem}); each line is an object") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: a JSON {type(value).__name__}, an object is needed")
-        yield where, value
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def _texts(source: Source) -> Iterator[Row]:
+    """Rows with a text and a label, a folder of class folders included."""
+    if source.path.is_dir() and not is_dataset(source):
+        found = list(_class_folders(source.path))
+        if not found:
+            raise DataError(f"{source} holds no folder of .txt files: there is one for each class")
+        return iter(found)
+    return rows(source, ("text", "label"))
 
 
 def _conversation(where: str, line: dict[str, Any]) -> Conversation:
@@ -176,30 +281,7 @@ def _labelled(where: str, line: dict[str, Any]) -> LabelledText:
     return LabelledText(where, _text(where, line, "text"), str(label))
 
 
-def _csv_rows(path: Path) -> Iterator[LabelledText]:
-    csv.field_size_limit(_FIELD_BYTES)
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
-    try:
-        header = list(reader.fieldnames or ())
-        missing = [name for name in ("text", "label") if name not in header]
-        if missing and header:
-            raise DataError(
-                f"{path}: there is no column {' and no column '.join(missing)}:"
-                f" the header has {', '.join(header)}"
-            )
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{where}: not the {len(header)} fields of the header:"
-                    " put texts that hold commas in quotes"
-                )
-            yield _labelled(where, row)
-    except csv.Error as problem:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({problem})") from None
-
-
-def _class_folders(path: Path) -> Iterator[LabelledText]:
+def _class_folders(path: Path) -> Iterator[Row]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         for file in sorted(folder.glob("*.txt")):
             try:
@@ -209,4 +291,4 @@ def _class_folders(path: Path) -> Iterator[LabelledText]:
                 raise DataError(f"{file} cannot be read: {problem.strerror}") from None
             if not text:
                 raise DataError(f"{file} is empty")
-            yield LabelledText(str(file), text, folder.name)
+            yield str(file), {"text": text, "label": folder.name}

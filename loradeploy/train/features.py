@@ -10,7 +10,14 @@ import torch
 from jinja2 import TemplateError
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import Conversation, LabelledText
+from loradeploy.train.data import (
+    Conversation,
+    LabelledText,
+    MeasuredText,
+    MultiLabelText,
+    TaggedWords,
+    TextPair,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +29,7 @@ IGNORED: Final = -100  # torch's cross-entropy leaves these out
 class Encoded:
     """Examples as the model reads them; `truncated` of them were longer and lost their end.
 
-    A feature has `input_ids` (a list) and `labels`: a list as long, or a class number.
+    A feature has `input_ids` (a list) and `labels`: a list as long, or what the collators say.
     """
 
     features: list[dict[str, Any]]
@@ -31,27 +38,51 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads a batch on the right: `input_ids` and `attention_mask` [batch, longest], `labels` too,
-    or [batch] where they are class numbers; all int64.
+    """Pads a batch on the right: int64 `input_ids` and `attention_mask` [batch, longest].
+
+    `labels` too where they are lists of class numbers; as they are where they are one number, or a
+    list of floats, for an example: [batch] or [batch, classes].
     """
 
     pad_id: int
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(feature["input_ids"]) for feature in features)
-
-        def padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
-        ids = [feature["input_ids"] for feature in features]
         labels = [feature["labels"] for feature in features]
+        by_token = isinstance(labels[0], list) and not isinstance(labels[0][0], float)
+        inputs = padded_inputs([feature["input_ids"] for feature in features], self.pad_id)
+        longest = inputs["input_ids"].shape[1]
         return {
-            "input_ids": padded(ids, self.pad_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": padded(labels, IGNORED)
-            if isinstance(labels[0], list)
-            else torch.tensor(labels),
+            **inputs,
+            "labels": torch.tensor(_padded(labels, IGNORED, longest) if by_token else labels),
         }
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Anchors, then what belongs to them, then what does not, as the rows of one padded batch.
+
+    `labels` int64 [batch]: the number of the text that belongs to each anchor.
+    """
+
+    pad_id: int
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        parts = [part for part in ("input_ids", "positive", "negative") if part in features[0]]
+        rows = [feature[part] for part in parts for feature in features]
+        return {**padded_inputs(rows, self.pad_id), "labels": torch.arange(len(features))}
+
+
+def padded_inputs(rows: Sequence[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """int64 `input_ids` and `attention_mask` [rows, longest]."""
+    longest = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor(_padded(rows, pad_id, longest)),
+        "attention_mask": torch.tensor(_padded([[1] * len(row) for row in rows], 0, longest)),
+    }
+
+
+def _padded(rows: Sequence[list[int]], filler: int, longest: int) -> list[list[int]]:
+    return [row + [filler] * (longest - len(row)) for row in rows]
 
 
 def conversation_features(
@@ -80,30 +111,111 @@ def conversation_features(
 
 
 def text_features(
-    examples: Sequence[LabelledText],
+    examples: Sequence[LabelledText | MultiLabelText | MeasuredText],
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Token ids of each text, special tokens included, and the number of its label in `labels`.
+    """Token ids of each text, special tokens included, and what it is labelled with.
+
+    That is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0 for
+    the others; or its value.
+
+    Raises:
+        DataError: a text without a single token, or a label that is not one of `labels`.
+    """
+    cut, truncated = _cut([example.text for example in examples], tokenizer, max_length)
+    features = []
+    for example, ids in zip(examples, cut, strict=True):
+        if not ids:
+            raise DataError(f"{example.where}: the text has no tokens")
+        features.append({"input_ids": ids, "labels": _target(example, labels)})
+    return Encoded(features, truncated)
+
+
+def word_features(
+    examples: Sequence[TaggedWords],
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Encoded:
+    """Token ids of each example's words, with a tag's number at the first token of its word.
+
+    Raises:
+        DataError: an unknown tag, nothing tagged within `max_length`, or a tokenizer that does not
+            tell words.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("the model's tokenizer does not tell which token is of which word")
+    features, truncated = [], 0
+    for example in examples:
+        numbers = [_number(example.where, tag, labels) for tag in example.tags]
+        encoded = tokenizer(list(example.words), is_split_into_words=True)
+        ids, words = encoded["input_ids"], encoded.word_ids()
+        truncated += len(ids) > max_length
+        marks, last = [], None
+        for word in words[:max_length]:
+            begins = word is not None and word != last
+            marks.append(numbers[word] if begins else IGNORED)
+            last = word
+        if all(mark == IGNORED for mark in marks):
+            raise DataError(f"{example.where}: no tagged word within {max_length} tokens")
+        features.append({"input_ids": list(ids[:max_length]), "labels": marks})
+    return Encoded(features, truncated)
+
+
+def pair_features(
+    examples: Sequence[TextPair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
+    """Token ids of each anchor (`input_ids`), `positive` and `negative`.
 
     Raises:
         DataError: a text without a single token.
     """
-    texts = [example.text for example in examples]
-    whole = tokenizer(texts)["input_ids"]
-    cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    number = {label: index for index, label in enumerate(labels)}
-    for example, ids in zip(examples, cut, strict=True):
-        if not ids:
-            raise DataError(f"{example.where}: the text has no tokens")
-    return Encoded(
-        features=[
-            {"input_ids": list(ids), "labels": number[example.label]}
-            for ids, example in zip(cut, examples, strict=True)
-        ],
-        truncated=sum(len(ids) > max_length for ids in whole),
-    )
+    columns: dict[str, list[str]] = {
+        "input_ids": [example.anchor for example in examples],
+        "positive": [example.positive for example in examples],
+    }
+    if examples[0].negative is not None:
+        columns["negative"] = [str(example.negative) for example in examples]
+    features: list[dict[str, Any]] = [{"labels": 0} for _ in examples]
+    truncated = 0
+    for name, texts in columns.items():
+        cut, more = _cut(texts, tokenizer, max_length)
+        truncated += more
+        for example, feature, ids in zip(examples, features, cut, strict=True):
+            if not ids:
+                raise DataError(f"{example.where}: a text has no tokens")
+            feature[name] = ids
+    return Encoded(features, truncated)
+
+
+def _cut(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of each text, at most `max_length`, and how many texts were longer."""
+    whole = tokenizer(list(texts))["input_ids"]
+    cut = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return [list(ids) for ids in cut], sum(len(ids) > max_length for ids in whole)
+
+
+def _target(
+    example: LabelledText | MultiLabelText | MeasuredText, labels: Sequence[str]
+) -> int | float | list[float]:
+    if isinstance(example, MeasuredText):
+        return example.value
+    if isinstance(example, LabelledText):
+        return _number(example.where, example.label, labels)
+    held = {_number(example.where, name, labels) for name in example.labels}
+    return [float(number in held) for number in range(len(labels))]
+
+
+def _number(where: str, label: str, labels: Sequence[str]) -> int:
+    if label not in labels:
+        raise DataError(
+            f"{where}: the label {label!r} is none of those trained on: {', '.join(labels)}"
+        )
+    return labels.index(label)
 
 
 def _parts(

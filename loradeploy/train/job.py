@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.bundle.names import CAUSAL_LM
-from loradeploy.errors import DataError, TrainingError, TrainingInterruptedError, UsageError
+from loradeploy.errors import TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.inject import copy_into, inject
@@ -29,34 +26,21 @@ from loradeploy.lora.quantised import quantise
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.api import TrainResult
 from loradeploy.train.board import Board
+from loradeploy.train.card import CARD_NAME, card
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import PACKED, TrainConfig, to_yaml
 from loradeploy.train.curve import write_curve
-from loradeploy.train.data import label_names
-from loradeploy.train.features import Collator
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
+from loradeploy.train.prepared import Prepared, prepare
 from loradeploy.train.processes import is_main_process
 from loradeploy.train.progress import Progress
 from loradeploy.train.signals import Stop, StopAfterStep, stoppable
-from loradeploy.train.tasks import TASK_TABLE, Task
+from loradeploy.train.tasks import Collate, Task, task_of
 from loradeploy.train.trainer import AdapterTrainer, arguments
 
-# Training examples that tell the loss before and after where no validation split is asked for.
-_EVALUATED: Final = 32
 # Settings that do not change the adapter: a resumed run may have others.
 _FREE: Final = ("save_steps", "tensorboard")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run trains on and is judged by: token ids, and a classifier's label names."""
-
-    training: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]]
-    evaluated_on: str
-    truncated: int
-    labels: tuple[str, ...] | None
 
 
 def run(
@@ -69,7 +53,7 @@ def run(
 ) -> TrainResult:
     """See `loradeploy.train.api.train`."""
     begin = time.perf_counter()
-    target, task, main = Path(output), TASK_TABLE[config.task], is_main_process()
+    target, task, main = Path(output), task_of(config), is_main_process()
     checkpoints = Checkpoints(target)
     if main:
         _check_output(target)
@@ -78,7 +62,7 @@ def run(
     with quiet(), _explained():
         opened = open_checkpoint(place)
         config = replace(config, max_length=min(config.max_length, opened.max_length))
-        prepared = _prepare(Path(data), task, opened, config)
+        prepared = prepare(data, task, opened, config)
         digest_of_base = base_digest(place)
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
@@ -122,28 +106,29 @@ def run(
                 adapter, kept = trainer.best, state.best_global_step
                 copy_into(injection, adapter)
             after = trainer.mean_loss(prepared.evaluation)
+        result = TrainResult(
+            adapter=target,
+            digest=adapter.digest,
+            base_digest=digest_of_base,
+            parameters=adapter.parameter_count,
+            examples=len(prepared.training),
+            truncated=prepared.truncated,
+            steps=state.global_step,
+            kept_step=kept,
+            tokens=int(state.num_input_tokens_seen),
+            seconds=round(time.perf_counter() - begin, 2),
+            evaluated_on=prepared.evaluated_on,
+            loss_before=before[0],
+            loss_after=after[0],
+            accuracy_before=before[1] if task.judged else None,
+            accuracy_after=after[1] if task.judged else None,
+        )
         if main:
-            _write(target, adapter, trainer, config)
+            _write(result, adapter, trainer, config, prepared.digest)
         trainer.accelerator.wait_for_everyone()
     if main:
         checkpoints.remove()
-    return TrainResult(
-        adapter=target,
-        digest=adapter.digest,
-        base_digest=digest_of_base,
-        parameters=adapter.parameter_count,
-        examples=len(prepared.training),
-        truncated=prepared.truncated,
-        steps=trainer.state.global_step,
-        kept_step=kept,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=round(time.perf_counter() - begin, 2),
-        evaluated_on=prepared.evaluated_on,
-        loss_before=before[0],
-        loss_after=after[0],
-        accuracy_before=before[1] if task.labelled else None,
-        accuracy_after=after[1] if task.labelled else None,
-    )
+    return result
 
 
 def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | None) -> None:
@@ -173,36 +158,10 @@ def _check_output(target: Path) -> None:
         raise UsageError(f"{target} cannot be written: {parent} is no directory to write in")
 
 
-def _prepare(data: Path, task: Task, opened: Checkpoint, config: TrainConfig) -> Prepared:
-    examples = task.read(data)
-    labels = label_names(examples) if task.labelled else None
-    encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)
-    features = encoded.features
-    random.Random(config.seed).shuffle(features)
-    held = round(len(features) * config.validation_split)
-    if config.validation_split and not 0 < held < len(features):
-        raise DataError(
-            f"{data}: of {len(features)} examples a validation_split of {config.validation_split:g}"
-            " leaves none on one side"
-        )
-    if (config.keep_best or config.early_stopping) and not held:
-        wanted = "keep_best" if config.keep_best else "early_stopping"
-        raise UsageError(f"{wanted} needs examples that are not trained on: give validation_split")
-    return Prepared(
-        training=features[held:],
-        evaluation=features[:held] if held else features[:_EVALUATED],
-        evaluated_on="validation" if held else "training",
-        truncated=encoded.truncated,
-        labels=labels,
-    )
-
-
-def _collator(
-    model: PreTrainedModel, opened: Checkpoint, config: TrainConfig
-) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+def _collator(model: PreTrainedModel, opened: Checkpoint, config: TrainConfig) -> Collate:
     if config.packing and config.task == CAUSAL_LM and enable_packing(model):
         return PackingCollator()
-    return Collator(opened.pad_id)
+    return task_of(config).collate(opened.pad_id)
 
 
 def _adapter_config(
@@ -229,17 +188,21 @@ def _adapter_config(
 
 def _record(config: TrainConfig, digest_of_base: str, prepared: Prepared) -> dict[str, Any]:
     """What decides the adapter, for a resumed run to be held against."""
-    read = json.dumps([prepared.training, prepared.evaluation, prepared.labels]).encode()
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return {**settings, "base": digest_of_base, "data": hashlib.sha256(read).hexdigest()}
+    return {**settings, "base": digest_of_base, "data": prepared.digest}
 
 
-def _write(target: Path, adapter: Adapter, trainer: AdapterTrainer, config: TrainConfig) -> None:
+def _write(
+    result: TrainResult, adapter: Adapter, trainer: AdapterTrainer, config: TrainConfig, data: str
+) -> None:
+    target = result.adapter
     try:
         with atomic_directory(target, marker=CONFIG_NAME) as place:
             save_adapter(adapter, place)
             write_curve(trainer.curve(), place)
             (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
+            text = card(result, adapter.config, config, data)
+            (place / CARD_NAME).write_text(text, encoding="utf-8")
     except OSError as problem:
         raise TrainingError(f"{target} cannot be written: {problem.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""The losses: sums over a batch, so that batches of any size add up to one mean."""
+"""The loss of a causal language model: a sum over a batch, so that batches add up to one mean."""
 
 from __future__ import annotations
 
@@ -51,12 +51,6 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
             return found[0].loss
         _SHAPED.add(model)
     return _plain_loss(model, feeds, labels)
-
-
-def classification_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
-    """Cross-entropy of the class of each text: `labels` is [batch]."""
-    feeds = {name: value for name, value in inputs.items() if name != "labels"}
-    return cross_entropy_sum(model(**feeds).logits, inputs["labels"])  # [batch, classes]
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> BatchLoss:

@@ -92,13 +92,16 @@ def load_base(
         ModelError: the weights cannot be read, or are not those of a model for `task`.
     """
     auto_class = getattr(transformers, task.auto_class)
-    options: dict[str, Any] = {} if labels is None else {"num_labels": len(labels)}
+    headed = task.outputs is not None
+    options: dict[str, Any] = {}
+    if task.outputs is not None:
+        options["num_labels"] = task.outputs(len(labels or ()))
     try:
         model, info = auto_class.from_pretrained(
             checkpoint.place,
             dtype=_WIDTHS.get(precision, torch.float32),
             output_loading_info=True,
-            ignore_mismatched_sizes=labels is not None,
+            ignore_mismatched_sizes=headed,
             **options,
         )
     except Exception as problem:  # as above: a broken file, an unknown architecture, a wrong shape
@@ -107,7 +110,11 @@ def load_base(
         ) from None
     missing = {str(name) for name in info["missing_keys"]}
     missing |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}
-    heads = _heads(model, missing) if labels is not None else ()
+    if not headed and getattr(model, "pooler", None) is not None:
+        # Not asked for what it gives: it needs no weights, and is no target.
+        model.pooler = None
+        missing = {name for name in missing if not name.startswith("pooler.")}
+    heads = _heads(model, missing) if headed else ()
     strange = sorted(name for name in missing if not name.startswith(tuple(f"{h}." for h in heads)))
     if strange or model.base_model_prefix in heads:
         raise ModelError(

@@ -4,60 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from loradeploy.bundle.names import CAUSAL_LM, PEFT_TASKS, SEQUENCE_CLASSIFICATION
-from loradeploy.train.data import read_conversations, read_labelled_texts
-from loradeploy.train.features import Encoded, conversation_features, text_features
-from loradeploy.train.losses import LossFunction, causal_lm_loss, classification_loss
+from loradeploy.train import data
+from loradeploy.train.config import EMBEDDING, TOKEN_CLASSIFICATION, TrainConfig
+from loradeploy.train.features import (
+    Collator,
+    Encoded,
+    PairCollator,
+    conversation_features,
+    pair_features,
+    text_features,
+    word_features,
+)
+from loradeploy.train.losses import LossFunction, causal_lm_loss
+from loradeploy.train.sources import Source
+from loradeploy.train.task_losses import (
+    classification_loss,
+    embedding_loss,
+    multi_label_loss,
+    regression_loss,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Encode = Callable[[Sequence[Any], Sequence[str], "PreTrainedTokenizerBase", int], Encoded]
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
+# PEFT's names of the tasks that are trained and not exported.
+_PEFT_ONLY: Final = {TOKEN_CLASSIFICATION: "TOKEN_CLS", EMBEDDING: "FEATURE_EXTRACTION"}
 
 
 @dataclass(frozen=True)
 class Task:
     """What one task does differently.
 
-    `auto_class`: transformers' class that loads the base.
-    `read`: examples from a file or folder. `encode`: their token ids and labels; it is given a
-    classifier's label names. `labelled`: whether the examples have classes, and results accuracy.
+    `auto_class`: transformers' class that loads the base. `read`: its examples. `encode`: their
+    token ids and labels, given the label names. `collate`: a batch of them, given the padding.
+    `outputs`: how many the head has for so many label names; None where there is no head.
+    `judged`: whether a share of answers comes out right, which is the accuracy.
     """
 
     name: str
     auto_class: str
-    labelled: bool
-    read: Callable[[Path], Sequence[Any]]
-    encode: Callable[[Sequence[Any], Sequence[str], PreTrainedTokenizerBase, int], Encoded]
+    read: Callable[[Source], Sequence[Any]]
+    encode: Encode
     loss: LossFunction
+    collate: Callable[[int], Collate] = Collator
+    outputs: Callable[[int], int] | None = None
+    judged: bool = True
 
     @property
     def peft(self) -> str:
         """PEFT's name of the task."""
-        return PEFT_TASKS[self.name]
+        return {**PEFT_TASKS, **_PEFT_ONLY}[self.name]
 
 
-TASK_TABLE: Final[Mapping[str, Task]] = {
+def _classifier(
+    read: Callable[[Source], Sequence[Any]],
+    loss: LossFunction,
+    *,
+    outputs: Callable[[int], int] = int,
+    judged: bool = True,
+) -> Task:
+    return Task(
+        name=SEQUENCE_CLASSIFICATION,
+        auto_class="AutoModelForSequenceClassification",
+        read=read,
+        encode=text_features,
+        loss=loss,
+        outputs=outputs,
+        judged=judged,
+    )
+
+
+# What a sequence classifier's labels are, by `problem_type`.
+_PROBLEMS: Final[Mapping[str, Task]] = {
+    "single-label": _classifier(data.read_labelled_texts, classification_loss),
+    "multi-label": _classifier(data.read_multi_label_texts, multi_label_loss),
+    "regression": _classifier(
+        data.read_measured_texts, regression_loss, outputs=lambda _: 1, judged=False
+    ),
+}
+
+_TASKS: Final[Mapping[str, Task]] = {
     task.name: task
     for task in (
         Task(
             name=CAUSAL_LM,
             auto_class="AutoModelForCausalLM",
-            labelled=False,
-            read=read_conversations,
+            read=data.read_conversations,
             encode=lambda examples, _, tokenizer, longest: conversation_features(
                 examples, tokenizer, longest
             ),
             loss=causal_lm_loss,
+            judged=False,
         ),
         Task(
-            name=SEQUENCE_CLASSIFICATION,
-            auto_class="AutoModelForSequenceClassification",
-            labelled=True,
-            read=read_labelled_texts,
-            encode=text_features,
+            name=TOKEN_CLASSIFICATION,
+            auto_class="AutoModelForTokenClassification",
+            read=data.read_tagged_words,
+            encode=word_features,
             loss=classification_loss,
+            outputs=int,
+        ),
+        Task(
+            name=EMBEDDING,
+            auto_class="AutoModel",
+            read=data.read_text_pairs,
+            encode=lambda examples, _, tokenizer, longest: pair_features(
+                examples, tokenizer, longest
+            ),
+            loss=embedding_loss,
+            collate=PairCollator,
         ),
     )
 }
+
+
+def task_of(config: TrainConfig) -> Task:
+    """The row of the table that `config` asks for."""
+    if config.task == SEQUENCE_CLASSIFICATION:
+        return _PROBLEMS[config.problem_type]
+    return _TASKS[config.task]

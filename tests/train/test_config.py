@@ -17,7 +17,7 @@ from loradeploy.train.config import TrainConfig, read_config
     [
         ("rnak: 4", r"no setting 'rnak': did you mean rank\?"),
         ("learning-rate: 1e-4", r"did you mean learning_rate\?"),
-        ("zzz: 4", "no setting 'zzz'; there are task, rank"),
+        ("zzz: 4", "no setting 'zzz'; there are task, problem_type"),
         ("rank: four", "rank is 'four': give a value of type int"),
         ("rank: 4.5", "rank is 4.5: give a value of type int"),
         ("rank: 0", "rank is 0: give a value from 1 to 4096"),

@@ -10,6 +10,7 @@ import pytest
 
 from loradeploy.errors import DataError
 from loradeploy.train.data import label_names, read_conversations, read_labelled_texts
+from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
 
 
@@ -39,7 +40,7 @@ def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Pa
     file = tmp_path / "data.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message) as refusal:
-        read_conversations(file)
+        read_conversations(Source(file))
     assert "data.jsonl" in str(refusal.value)
 
 
@@ -62,7 +63,7 @@ def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Pa
 def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_labelled_texts(tmp_path / name)
+        read_labelled_texts(Source(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +82,12 @@ def test_a_folder_without_classes_is_told(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_labelled_texts(tmp_path)
+        read_labelled_texts(Source(tmp_path))
 
 
 def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a directory: give a JSONL file"):
-        read_conversations(tmp_path)
+        read_conversations(Source(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "folders"])
@@ -102,7 +103,7 @@ def test_labelled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path:
         for text, label in rows:
             (place / label).mkdir(parents=True)
             (place / label / "1.txt").write_text(text, encoding="utf-8")
-    assert [(example.text, example.label) for example in read_labelled_texts(place)] == rows
+    assert [(example.text, example.label) for example in read_labelled_texts(Source(place))] == rows
 
 
 def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
@@ -110,17 +111,17 @@ def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
     # JSON escapes control characters, but for those above 0x7f.
-    (example,) = read_conversations(file)
+    (example,) = read_conversations(Source(file))
     assert example.parts == ((text, True),)
 
 
 def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
     lines = [{"text": "x", "label": label} for label in (10, 2, 1)]
-    assert label_names(read_labelled_texts(write_lines(tmp_path / "a.jsonl", lines))) == (
+    assert label_names(read_labelled_texts(Source(write_lines(tmp_path / "a.jsonl", lines)))) == (
         "1",
         "2",
         "10",
     )
     lines.append({"text": "x", "label": "other"})
-    named = label_names(read_labelled_texts(write_lines(tmp_path / "a.jsonl", lines)))
+    named = label_names(read_labelled_texts(Source(write_lines(tmp_path / "a.jsonl", lines))))
     assert named == ("1", "10", "2", "other")

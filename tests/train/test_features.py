@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from loradeploy.errors import DataError
 from loradeploy.train.data import LabelledText, read_conversations
 from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
+from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
 
 CHAT = [
@@ -30,7 +31,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 def encode(line: dict[str, Any], tokenizer: Any, place: Path, max_length: int = 128) -> Any:
     file = write_lines(place / "data.jsonl", [line])
-    return conversation_features(read_conversations(file), tokenizer, max_length)
+    return conversation_features(read_conversations(Source(file)), tokenizer, max_length)
 
 
 def learnt(feature: dict[str, Any], tokenizer: Any) -> str:

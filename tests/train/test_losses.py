@@ -18,7 +18,9 @@ from loradeploy.lora.inject import inject
 from loradeploy.train import losses
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import Collator, conversation_features
-from loradeploy.train.losses import causal_lm_loss, classification_loss
+from loradeploy.train.losses import causal_lm_loss
+from loradeploy.train.sources import Source
+from loradeploy.train.task_losses import classification_loss
 from tests.tolerances import tolerance
 
 
@@ -28,7 +30,7 @@ def test_logits_at_labels_alone_give_the_loss_and_gradients_of_all_logits(
 ) -> None:
     directory = request.getfixturevalue(model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     base = AutoModelForCausalLM.from_pretrained(directory)
     injection = inject(base, AdapterConfig(r=4, target_modules="all-linear"))
@@ -62,7 +64,7 @@ def test_a_model_that_cannot_choose_its_logits_gives_the_same(
             return self.inner(**feeds)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_chunks_of_logits_are_the_same_as_all_at_once(
     tiny_llama: Path, lessons: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     injection = inject(base, AdapterConfig(r=4, target_modules="all-linear"))
@@ -119,7 +121,7 @@ def test_chunks_of_logits_are_the_same_as_all_at_once(
 
 def test_a_head_that_is_trained_gets_its_gradients(tiny_llama: Path, lessons: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     injection = inject(base, AdapterConfig(r=4, target_modules=("lm_head", "q_proj")))
@@ -137,7 +139,7 @@ def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
     tiny_llama: Path, lessons: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     config = AdapterConfig(r=4, target_modules=("q_proj",), layers_to_transform=(1,))

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import IGNORED, conversation_features
+from loradeploy.train.sources import Source
 from tests.train.conftest import Quick, write_lines
 
 
@@ -24,7 +25,7 @@ def test_smollm2s_template_shows_what_the_assistant_says(smollm2: Path, tmp_path
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     file = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}])
-    (feature,) = conversation_features(read_conversations(file), tokenizer, 512).features
+    (feature,) = conversation_features(read_conversations(Source(file)), tokenizer, 512).features
     learnt = [label for label in feature["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == "".join(f"{text}<|im_end|>" for text in said)
     assert tokenizer.decode(feature["input_ids"]).startswith("<|im_start|>system\n")

@@ -17,6 +17,7 @@ from loradeploy.train import job
 from loradeploy.train.config import read_config
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import Collator, conversation_features
+from loradeploy.train.sources import Source
 from loradeploy.train.trainer import AdapterTrainer
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick
@@ -32,6 +33,7 @@ def test_training_lowers_the_loss_and_writes_all_that_was_promised(
     assert result.evaluated_on == "training"
     assert result.loss_after < 0.8 * result.loss_before
     assert {file.name for file in result.adapter.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "loss.csv",
@@ -62,7 +64,7 @@ def test_peft_computes_the_loss_that_training_reports(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     base = AutoModelForCausalLM.from_pretrained(directory).eval()
     adapted = peft.PeftModel.from_pretrained(base, result.adapter).eval()
-    encoded = conversation_features(read_conversations(lessons), tokenizer, 64)
+    encoded = conversation_features(read_conversations(Source(lessons)), tokenizer, 64)
     batch = Collator(tokenizer.pad_token_id)(encoded.features)
     with torch.no_grad():
         theirs = float(adapted(**batch).loss)

@@ -1,0 +1,80 @@
+"""The card of an adapter: README.md in its directory, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy import __version__
+
+if TYPE_CHECKING:
+    from loradeploy.adapter import AdapterConfig
+    from loradeploy.train.api import TrainResult
+    from loradeploy.train.config import TrainConfig
+
+CARD_NAME: Final = "README.md"
+_LIBRARIES: Final = ("torch", "transformers", "accelerate")
+
+
+def card(
+    result: TrainResult, adapter: AdapterConfig, settings: TrainConfig, data_digest: str
+) -> str:
+    """The card of the adapter that a run gave: Markdown with the hub's front matter.
+
+    `data_digest` identifies the examples as the model read them.
+    """
+    base = str(adapter.base_model_name_or_path)
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "tags": ["loradeploy", "lora", settings.task],
+    }
+    facts: list[tuple[str, Any]] = [
+        ("base model", f"`{base}`"),
+        ("base digest", f"`{result.base_digest}`"),
+        ("adapter digest", f"`{result.digest}`"),
+        ("data", f"{result.examples:,} examples, digest `{data_digest}`"),
+        ("method", method_of(adapter)),
+        ("rank, alpha", f"{adapter.r}, {adapter.lora_alpha:g}"),
+        ("trained parameters", f"{result.parameters:,}"),
+        ("steps, tokens", f"{result.steps:,}, {result.tokens:,}"),
+        (f"loss on the {result.evaluated_on} examples", _change("loss", result)),
+    ]
+    if result.accuracy_before is not None:
+        facts.append(("accuracy on them", _change("accuracy", result)))
+    made = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    facts.append(("made with", f"loradeploy {__version__}, {made}"))
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# A LoRA adapter for {base}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts),
+        "",
+        "All settings are in `train.yaml`, the loss of every step in `loss.csv`.",
+        "",
+        "Deployed on ONNX Runtime, swapped per call and per row of a batch:",
+        "",
+        "    loradeploy export --model BASE --output bundle --adapter name=THIS_DIRECTORY",
+        '    loradeploy run bundle "…" --adapter name',
+        "",
+        "In PyTorch: `peft.PeftModel.from_pretrained(base, THIS_DIRECTORY)`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def method_of(config: AdapterConfig) -> str:
+    """The method's name, as its paper calls it."""
+    name = "DoRA" if config.use_dora else "LoRA"
+    return f"{name}, scaled by alpha / √rank (rsLoRA)" if config.use_rslora else name
+
+
+def _change(name: str, result: TrainResult) -> str:
+    before, after = (getattr(result, f"{name}_{when}") for when in ("before", "after"))
+    return f"{before:.4f} → {after:.4f}"

@@ -1,0 +1,102 @@
+"""What a run would train on, before it does: the data as the model will read it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Final
+
+from loradeploy.lora.checkpoint import find_checkpoint
+from loradeploy.lora.quiet import quiet
+from loradeploy.train.config import TrainConfig
+from loradeploy.train.features import IGNORED
+from loradeploy.train.model import open_checkpoint
+from loradeploy.train.prepared import prepare
+from loradeploy.train.tasks import task_of
+from loradeploy.train.trainer import steps_of
+
+_SHOWN: Final = 3
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example as its tokens: `pieces` are (text, learnt) pairs, special tokens spelled out.
+
+    `label` is a classifier's.
+    """
+
+    tokens: int
+    learnt: int
+    pieces: tuple[tuple[str, bool], ...]
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would train on.
+
+    `tokens` of the `examples` in all, the loss on `learnt` of them; `longest` is an example's.
+    `truncated` examples lose their end. `batches` would make a pass, `steps` the run.
+    """
+
+    examples: int
+    evaluated: int
+    tokens: int
+    learnt: int
+    longest: int
+    truncated: int
+    steps: int
+    labels: tuple[str, ...] | None
+    shown: tuple[ShownExample, ...]
+
+
+def preview(
+    model: str | os.PathLike[str], data: str | os.PathLike[str], config: TrainConfig
+) -> Preview:
+    """What `train` would read and in how many steps; no weights are loaded.
+
+    Raises:
+        ModelError, DataError, UsageError: as `train`.
+    """
+    task = task_of(config)
+    with quiet():
+        opened = open_checkpoint(find_checkpoint(model))
+        config = replace(config, max_length=min(config.max_length, opened.max_length))
+        prepared = prepare(data, task, opened, config)
+    training = prepared.training
+    lengths = [len(feature["input_ids"]) for feature in training]
+    return Preview(
+        examples=len(training),
+        evaluated=len(prepared.evaluation) if prepared.evaluated_on == "validation" else 0,
+        tokens=sum(lengths),
+        learnt=sum(_learnt(feature) for feature in training),
+        longest=max(lengths),
+        truncated=prepared.truncated,
+        steps=steps_of(config, len(training)),
+        labels=prepared.labels,
+        shown=tuple(
+            _shown(feature, opened.tokenizer, prepared.labels) for feature in training[:_SHOWN]
+        ),
+    )
+
+
+def _learnt(feature: dict[str, Any]) -> int:
+    labels = feature["labels"]
+    return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
+
+
+def _shown(feature: dict[str, Any], tokenizer: Any, labels: tuple[str, ...] | None) -> ShownExample:
+    ids, marks = feature["input_ids"], feature["labels"]
+    by_token = isinstance(marks, list) and len(marks) == len(ids)
+    learnt = [mark != IGNORED for mark in marks] if by_token else [False] * len(ids)
+    pieces = []
+    for learning, group in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
+        pieces.append((text, learning))
+    return ShownExample(
+        tokens=len(ids),
+        learnt=_learnt(feature),
+        pieces=tuple(pieces),
+        label=labels[marks] if labels is not None and isinstance(marks, int) else None,
+    )

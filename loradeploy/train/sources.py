@@ -1,0 +1,202 @@
+"""Where training data lies: a file, a folder, a dataset of the Hugging Face kind; read row by row.
+
+*.jsonl, *.json    an object on each line
+*.csv              a header and rows; every value is text
+*.parquet          a table
+a directory        a dataset that `datasets` saved (save_to_disk), with its splits
+ORGANISATION/NAME  a dataset of the hub
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.errors import DataError
+from loradeploy.lora.checkpoint import is_hub_id
+
+# Where a row is, for messages to the user, and what it holds.
+Row = tuple[str, dict[str, Any]]
+
+_FIELD_BYTES: Final = 1 << 24
+_SAVED_DATASET: Final = ("dataset_info.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data to read: its path or hub id, the split of a dataset, and `columns`.
+
+    `columns`: what a column is called here, by the name that the task knows it by.
+    """
+
+    place: str | os.PathLike[str]
+    split: str = "train"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The place as a path."""
+        return Path(self.place).expanduser()
+
+    def __str__(self) -> str:
+        return os.fspath(self.place)
+
+
+def rows(source: Source, needed: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of `source`, their columns under the names that the task knows.
+
+    `needed`: columns that must be there, where the form has a header that tells.
+
+    Raises:
+        DataError: it is missing, unreadable, a row (named) is broken, or a column is not there.
+    """
+    for where, row in _read(source, needed):
+        yield where, _renamed(where, row, source.columns)
+
+
+def is_dataset(source: Source) -> bool:
+    """Whether it is a dataset of the Hugging Face kind, on disk or on the hub."""
+    path = source.path
+    if path.is_dir():
+        return any((path / name).is_file() for name in _SAVED_DATASET)
+    return not path.exists() and not path.suffix and is_hub_id(str(source))
+
+
+def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:
+    path = source.path
+    if is_dataset(source):
+        return _dataset_rows(source, needed)
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: give a JSONL file, or a saved dataset")
+    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix.lower())
+    return _json_lines(path) if reader is None else reader(source, needed)
+
+
+def _renamed(where: str, row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return row
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        near = difflib.get_close_matches(missing[0], row, n=1)
+        hint = f": did you mean {near[0]}?" if near else f", it has {', '.join(sorted(row))}"
+        raise DataError(f"{where}: there is no column {missing[0]}{hint}")
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _check_header(source: Source, header: Iterable[str], needed: Sequence[str]) -> None:
+    there = list(header)
+    missing = [name for ours in needed if (name := source.columns.get(ours, ours)) not in there]
+    if missing and there:
+        raise DataError(
+            f"{source}: there is no column {' and no column '.join(missing)}:"
+            f" the header has {', '.join(there)}; `columns` can say which one is meant"
+        )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: give the training data") from None
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path} is not UTF-8 (byte {problem.start})") from None
+    except OSError as problem:
+        raise DataError(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    # Not splitlines(): a JSON text may hold the Unicode line separators as they are.
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise DataError(f"{where}: not JSON ({problem}); each line is an object") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: a JSON {type(value).__name__}, an object is needed")
+        yield where, value
+
+
+def _csv_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
+    csv.field_size_limit(_FIELD_BYTES)
+    reader = csv.DictReader(io.StringIO(_text_of(source.path), newline=""), strict=True)
+    try:
+        header = list(reader.fieldnames or ())
+        _check_header(source, header, needed)
+        for row in reader:
+            where = f"{source}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{where}: not the {len(header)} fields of the header:"
+                    " put texts that hold commas in quotes"
+                )
+            yield where, row
+    except csv.Error as problem:
+        raise DataError(f"{source}, line {reader.line_num}: not CSV ({problem})") from None
+
+
+def _parquet_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    if not source.path.is_file():
+        raise DataError(f"{source} does not exist: give the training data")
+    number = 0
+    try:
+        with ParquetFile(source.path) as file:
+            _check_header(source, file.schema_arrow.names, needed)
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{source}, row {number}", row
+    except (ArrowException, OSError) as problem:
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DataError(f"{source} is no readable Parquet file: {first}") from None
+
+
+def _dataset_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
+    from datasets import ClassLabel
+
+    dataset = _split_of(source)
+    _check_header(source, dataset.column_names, needed)
+    names = {
+        column: feature
+        for column, feature in dataset.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+    for number, row in enumerate(dataset, start=1):
+        # A class is stored as a number; an adapter is to know it by its name.
+        for column, feature in names.items():
+            if isinstance(row[column], int) and row[column] >= 0:
+                row[column] = feature.int2str(row[column])
+        yield f"{source}, row {number}", row
+
+
+def _split_of(source: Source) -> Any:
+    import datasets
+
+    try:
+        if source.path.is_dir():
+            found = datasets.load_from_disk(os.fspath(source.path))
+        else:
+            found = datasets.load_dataset(str(source))
+    except Exception as problem:  # the hub's own errors, the network's, those of a broken dataset
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DataError(
+            f"{source} is no file here, and cannot be read as a dataset: {first}"
+        ) from None
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if source.split not in found:
+        raise DataError(f"{source} has no split {source.split!r}: there are {', '.join(found)}")
+    return found[source.split]

@@ -1,0 +1,343 @@
+"""Every task learns, from every form its data may come in."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from loradeploy.adapter import load_adapter
+from loradeploy.errors import DataError
+from loradeploy.train.data import read_conversations, read_labelled_texts, read_tagged_words
+from loradeploy.train.features import PairCollator
+from loradeploy.train.sources import Source
+from loradeploy.train.task_losses import embedding_loss, multi_label_loss, regression_loss
+from tests.tolerances import tolerance
+from tests.train.conftest import WORDS, Quick, write_lines
+
+LEARNING = {"max_steps": 30, "batch_size": 8, "learning_rate": 2e-2, "warmup_steps": 2}
+
+
+def sentences(topic: str, count: int = 8) -> list[str]:
+    words = WORDS[topic]
+    return [" ".join(words[(n * k + n) % 8] for k in range(1, 5)) for n in range(count)]
+
+
+def multi_label(file: Path) -> Path:
+    rows = []
+    for first, second in (("business", "tech"), ("tech", "sports"), ("sports", "business")):
+        for one, other in zip(sentences(first), sentences(second), strict=True):
+            rows.append({"text": f"{one} {other}", "label": [first, second]})
+            rows.append({"text": one, "label": [first]})
+    return write_lines(file, rows)
+
+
+def regression(file: Path) -> Path:
+    rows = [{"text": text, "label": 1.5} for text in sentences("business")]
+    rows += [{"text": text, "label": -0.5} for text in sentences("sports")]
+    return write_lines(file, rows)
+
+
+def tagged(file: Path) -> Path:
+    rows = []
+    for topic in WORDS:
+        for text in sentences(topic):
+            words = text.split()
+            rows.append({"tokens": ["the", *words], "tags": ["O", *[topic] * len(words)]})
+    return write_lines(file, rows)
+
+
+def pairs(file: Path, *, negative: bool = False) -> Path:
+    rows = []
+    for topic, other in zip(WORDS, reversed(WORDS), strict=True):
+        for anchor, positive in zip(sentences(topic), reversed(sentences(topic)), strict=True):
+            row = {"anchor": anchor, "positive": positive}
+            rows.append({**row, "negative": sentences(other)[0]} if negative else row)
+    return write_lines(file, rows)
+
+
+TASKS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str, tuple[str, ...] | None]] = {
+    "multi-label": (
+        multi_label,
+        {"task": "sequence-classification", "problem_type": "multi-label"},
+        "SEQ_CLS",
+        ("business", "sports", "tech"),
+    ),
+    "regression": (
+        regression,
+        {"task": "sequence-classification", "problem_type": "regression"},
+        "SEQ_CLS",
+        None,
+    ),
+    "token-classification": (
+        tagged,
+        {"task": "token-classification"},
+        "TOKEN_CLS",
+        ("O", "business", "sports", "tech"),
+    ),
+    "embedding": (pairs, {"task": "embedding"}, "FEATURE_EXTRACTION", None),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_learnt_and_its_adapter_read_by_peft(
+    task: str, tiny_bert: Path, tmp_path: Path, quick: Quick
+) -> None:
+    import peft
+
+    make, settings, peft_name, labels = TASKS[task]
+    data = make(tmp_path / "data.jsonl")
+    result = quick(tiny_bert, data, tmp_path / "adapter", **LEARNING, **settings)
+    # Half of a batch may be of the anchor's own topic, where an embedder cannot be right.
+    assert result.loss_after < (0.85 if task == "embedding" else 0.7) * result.loss_before
+    if task == "regression":
+        assert result.accuracy_after is None
+    else:
+        assert result.accuracy_before is not None and result.accuracy_after is not None
+        assert result.accuracy_after > result.accuracy_before
+    adapter = load_adapter(result.adapter)
+    assert (adapter.config.task_type, adapter.labels) == (peft_name, labels)
+    assert bool(adapter.saved) == (task != "embedding"), "a head is trained whole"
+    assert peft.PeftConfig.from_pretrained(str(result.adapter)).task_type == peft_name
+
+
+@pytest.mark.parametrize("problem", ["multi-label", "regression"])
+def test_the_loss_of_a_classifier_is_transformers_own(problem: str, tiny_bert: Path) -> None:
+    count, name = (3, "multi_label_classification") if problem == "multi-label" else (1, problem)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=count, problem_type=name
+    ).eval()
+    ids = torch.randint(5, 40, (4, 6))
+    labels = torch.randint(2, (4, count)).float()
+    batch = {"input_ids": ids, "labels": labels if count > 1 else labels.squeeze(1)}
+    loss = {"multi-label": multi_label_loss, "regression": regression_loss}[problem]
+    with torch.no_grad():
+        ours, theirs = loss(model, batch), model(**batch).loss
+    assert float(ours.total / ours.items) == pytest.approx(float(theirs), abs=1e-6)
+
+
+@pytest.mark.parametrize("negative", [False, True], ids=["in-batch", "with-negatives"])
+def test_the_loss_of_an_embedder_is_the_choice_of_its_own_text(
+    negative: bool, tiny_bert: Path
+) -> None:
+    model = AutoModel.from_pretrained(tiny_bert).eval()
+    parts = ("input_ids", "positive", *(("negative",) if negative else ()))
+    generator = torch.Generator().manual_seed(0)
+
+    def random_ids(length: int) -> list[int]:
+        return torch.randint(5, 40, (length,), generator=generator).tolist()
+
+    features = [{part: random_ids(3 + n) for part in parts} for n in range(3)]
+    with torch.no_grad():
+        ours = embedding_loss(model, PairCollator(0)(features))
+
+        def vector(ids: list[int]) -> torch.Tensor:  # one text alone, with no padding
+            mean = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+            return mean / mean.norm()
+
+        texts = [vector(feature[part]) for part in parts[1:] for feature in features]
+        scores = torch.stack(
+            [20 * torch.stack([vector(f["input_ids"]) @ t for t in texts]) for f in features]
+        )
+        expected = torch.nn.functional.cross_entropy(scores, torch.arange(3), reduction="sum")
+    assert float(ours.total) == pytest.approx(float(expected), abs=20 * tolerance("same-torch"))
+    assert int(ours.items) == 3
+
+
+def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from loradeploy.train.data import TaggedWords
+    from loradeploy.train.features import word_features
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    example = TaggedWords("here", ("a", "unbelievablylong", "b"), ("X", "Y", "X"))
+    (feature,) = word_features([example], ("X", "Y"), tokenizer, 64).features
+    marked = [mark for mark in feature["labels"] if mark != -100]
+    assert marked == [0, 1, 0]
+    assert len(feature["labels"]) == len(feature["input_ids"]) > 3
+
+
+# -- forms --------------------------------------------------------------------------------------
+
+LESSONS = [{"prompt": f"Question {n}:", "completion": f" answer {n}, surely"} for n in range(4)]
+
+
+def as_form(form: str, place: Path, lines: list[dict[str, Any]]) -> Path:
+    if form == "jsonl":
+        return write_lines(place.with_suffix(".jsonl"), lines)
+    if form == "csv":
+        file = place.with_suffix(".csv")
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+        return file
+    if form == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(lines), place.with_suffix(".parquet"))
+        return place.with_suffix(".parquet")
+    dataset = datasets.Dataset.from_list(lines)
+    if form == "dataset-of-splits":
+        dataset = datasets.DatasetDict({"train": dataset, "test": dataset.select([0])})
+    dataset.save_to_disk(place)
+    return place
+
+
+FORMS = ("jsonl", "csv", "parquet", "dataset", "dataset-of-splits")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_examples_are_the_same_from_every_form(form: str, tmp_path: Path) -> None:
+    found = read_conversations(Source(as_form(form, tmp_path / "data", LESSONS)))
+    parts = [(("Question 1:", False), (" answer 1, surely", True))]
+    assert [example.parts for example in found][1:2] == parts
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_of_other_names_are_mapped(form: str, tmp_path: Path) -> None:
+    lines = [{"text": line["completion"], "label": "ab"[n % 2]} for n, line in enumerate(LESSONS)]
+    others = [{"body": line["text"], "topic": line["label"], "text": "not this"} for line in lines]
+    columns = {"text": "body", "label": "topic"}
+    found = read_labelled_texts(Source(as_form(form, tmp_path / "data", others), columns=columns))
+    assert [(e.text, e.label) for e in found] == [(e["text"], e["label"]) for e in lines]
+    with pytest.raises(DataError, match=r"no column topik"):
+        wrong = {**columns, "label": "topik"}
+        read_labelled_texts(Source(as_form(form, tmp_path / "again", others), columns=wrong))
+
+
+def test_classes_of_a_dataset_are_known_by_their_names(tmp_path: Path) -> None:
+    feature = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    lines = {"text": ["a", "b"], "label": [1, 0]}
+    datasets.Dataset.from_dict(lines, features=feature).save_to_disk(tmp_path / "data")
+    found = read_labelled_texts(Source(tmp_path / "data"))
+    assert [example.label for example in found] == ["yes", "no"]
+
+
+def test_what_cannot_be_read_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    splits = as_form("dataset-of-splits", tmp_path / "data", LESSONS)
+    for source, message in (
+        (Source(tmp_path / "broken.parquet"), "is no readable Parquet file"),
+        (Source(tmp_path / "missing.parquet"), "does not exist"),
+        (Source("somebody/some-dataset"), "is no file here, and cannot be read as a dataset"),
+        (Source(splits, "validation"), "has no split 'validation': there are train, test"),
+    ):
+        with pytest.raises(DataError, match=message) as refusal:
+            read_conversations(source)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a"], "tags": []}, "line 1: tags is .*, a list of texts is needed"),
+        ({"tokens": ["a", "b"], "tags": ["X"]}, "line 1: 2 tokens and 1 tags"),
+        ({"tokens": "a b", "tags": ["X"]}, "line 1: tokens is 'a b'"),
+    ],
+)
+def test_words_without_a_tag_each_are_named(
+    row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_tagged_words(Source(write_lines(tmp_path / "a.jsonl", [row])))
+
+
+# -- what it is judged by -----------------------------------------------------------------------
+
+
+def test_other_data_is_evaluated_on_where_it_is_given(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    others = write_lines(tmp_path / "others.jsonl", [{"prompt": "Why?", "completion": " Because."}])
+    result = quick(tiny_llama, lessons, tmp_path / "adapter", validation=str(others))
+    plain = quick(tiny_llama, lessons, tmp_path / "plain")
+    assert (result.evaluated_on, plain.evaluated_on) == ("validation", "training")
+    assert result.digest == plain.digest
+    assert result.loss_before != plain.loss_before
+
+
+def test_a_split_of_the_same_dataset_is_evaluated_on_by_its_name(
+    tiny_llama: Path, tmp_path: Path, quick: Quick
+) -> None:
+    data = as_form("dataset-of-splits", tmp_path / "data", LESSONS)
+    result = quick(tiny_llama, data, tmp_path / "adapter", validation="test")
+    assert (result.examples, result.evaluated_on) == (4, "validation")
+
+
+def test_a_label_that_is_not_trained_on_is_named(
+    tiny_bert: Path, topics: Path, tmp_path: Path, quick: Quick
+) -> None:
+    others = [{"text": "rain", "label": "weather"}, {"text": "oil", "label": "business"}]
+    file = write_lines(tmp_path / "others.jsonl", others)
+    with pytest.raises(DataError, match=r"line 1: the label 'weather' is none of those trained on"):
+        quick(
+            tiny_bert,
+            topics,
+            tmp_path / "adapter",
+            task="sequence-classification",
+            validation=str(file),
+        )
+
+
+# -- methods ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"init": "pissa"},
+        {"init": "olora", "use_rslora": True},
+        {"bias": "all"},
+        {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": "q_proj=3"},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "v_proj"]},
+        {"exclude_modules": "k_proj", "lora_plus_ratio": 4},
+        {"modules_to_save": "norm"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_method_is_trained_by_its_settings_and_read_by_peft(
+    settings: dict[str, Any], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from loradeploy.lora.inject import load
+
+    result = quick(
+        tiny_llama, lessons, tmp_path / "adapter", max_steps=8, learning_rate=5e-3, **settings
+    )
+    assert result.loss_after < result.loss_before
+    ids = torch.arange(3, 15)[None]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    load(model, load_adapter(result.adapter))
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), str(result.adapter)
+    ).eval()
+    with torch.no_grad():
+        difference = (model(ids).logits - theirs(ids).logits).abs().max()
+    assert float(difference) <= tolerance("same-torch")
+    written = json.loads((result.adapter / "adapter_config.json").read_text())
+    for name, value in settings.items():
+        if name in ("use_dora", "bias", "use_rslora"):
+            assert written[name] == value
+    if "rank_pattern" in settings:
+        ranks = {
+            m.rpartition(".")[2]: p.rank for m, p in load_adapter(result.adapter).factors.items()
+        }
+        assert (ranks["q_proj"], ranks["up_proj"], ranks["k_proj"]) == (2, 8, 4)
