@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,8 @@ from loradeploy.train.data import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MARKS_ASSISTANT: Final = re.compile(r"{%-?\s*generation\b")
 
 IGNORED: Final = -100  # torch's cross-entropy leaves these out
 
@@ -238,13 +241,16 @@ def _parts(
 def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The conversation by the tokenizer's template, labels where the assistant speaks.
 
-    Where a turn begins and ends is told by rendering the conversation up to it.
+    A template may mark what the assistant says ({% generation %}); else where a turn begins and
+    ends is told by rendering the conversation up to it.
     """
     if tokenizer.chat_template is None:
         raise DataError(
             f"{example.where}: messages, but the model's tokenizer has no chat template:"
             " give prompt and completion instead"
         )
+    if _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
+        return _marked_chat(example, tokenizer)
     ids = _render(example, tokenizer, len(example.messages))
     labels = [IGNORED] * len(ids)
     for index, message in enumerate(example.messages):
@@ -264,6 +270,24 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     return ids, labels
 
 
+def _marked_chat(
+    example: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(example.messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+    except (TemplateError, TypeError, IndexError, KeyError) as problem:
+        raise _refused(example, problem) from None
+    ids = list(encoded["input_ids"])
+    marks = encoded["assistant_masks"]
+    return ids, [i if mark else IGNORED for i, mark in zip(ids, marks, strict=True)]
+
+
+def _refused(example: Conversation, problem: Exception) -> DataError:
+    return DataError(f"{example.where}: the chat template refuses the messages: {problem}")
+
+
 def _render(
     example: Conversation, tokenizer: PreTrainedTokenizerBase, count: int, *, prompt: bool = False
 ) -> list[int]:
@@ -273,7 +297,5 @@ def _render(
             list(example.messages[:count]), tokenize=False, add_generation_prompt=prompt
         )
     except (TemplateError, TypeError, IndexError, KeyError) as problem:
-        raise DataError(
-            f"{example.where}: the chat template refuses the messages: {problem}"
-        ) from None
+        raise _refused(example, problem) from None
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -64,6 +64,18 @@ def test_the_loss_is_on_what_the_assistant_says(tokenizer: Any, tmp_path: Path) 
     assert tokenizer.decode(feature["input_ids"]) == shown
 
 
+def test_a_template_that_marks_what_the_assistant_says_is_believed(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{% if m.role == 'assistant' %}{%- generation %}{{ m.content }}!{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    (feature,) = encode({"messages": CHAT}, tokenizer, tmp_path).features
+    assert learnt(feature, tokenizer) == " good day! bye!"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
