@@ -103,7 +103,10 @@ def command(
 
 def _show(places: dict[str, str], config: TrainConfig, *, as_json: bool) -> None:
     """What `config` would train on: figures, then examples with what is learnt marked."""
-    from loradeploy.train.preview import preview
+    from loradeploy.lora.quiet import quiet
+
+    with quiet():  # what is imported has remarks
+        from loradeploy.train.preview import preview
 
     found = preview(places["model"], places["data"], config)
     values = dataclasses.asdict(found)

@@ -73,7 +73,10 @@ def train(
 
     settings = read_config(config, flags)
     try:
-        from loradeploy.train.job import run
+        from loradeploy.lora.quiet import quiet
+
+        with quiet():  # accelerate imports bitsandbytes, which has remarks
+            from loradeploy.train.job import run
     except ModuleNotFoundError as missing:
         from loradeploy.errors import MissingDependencyError
 

@@ -6,15 +6,13 @@ import json
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy import __version__
-
 if TYPE_CHECKING:
     from loradeploy.adapter import AdapterConfig
     from loradeploy.train.api import TrainResult
     from loradeploy.train.config import TrainConfig
 
 CARD_NAME: Final = "README.md"
-_LIBRARIES: Final = ("torch", "transformers", "accelerate")
+_LIBRARIES: Final = ("loradeploy", "torch", "transformers", "accelerate")
 
 
 def card(
@@ -44,7 +42,7 @@ def card(
     if result.accuracy_before is not None:
         facts.append(("accuracy on them", _change("accuracy", result)))
     made = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
-    facts.append(("made with", f"loradeploy {__version__}, {made}"))
+    facts.append(("made with", made))
     lines = [
         "---",
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),

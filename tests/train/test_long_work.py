@@ -95,7 +95,7 @@ def test_what_needs_evaluations_says_so(
 ) -> None:
     with pytest.raises(UsageError, match="needs evaluations: give eval_steps"):
         quick(tiny_llama, lessons, tmp_path / "adapter", **setting)
-    with pytest.raises(UsageError, match="not trained on: give validation_split"):
+    with pytest.raises(UsageError, match="not trained on: give validation or"):
         quick(tiny_llama, lessons, tmp_path / "adapter", eval_steps=2, **setting)
 
 
