@@ -77,6 +77,10 @@ def choose_task(
         for name, theirs in PEFT_TASKS.items():
             if theirs == peft_name:
                 return name
+        raise ExportError(
+            f"the adapter is for {peft_name} (task_type), which cannot be exported yet: there are"
+            f" {', '.join(PEFT_TASKS.values())}"
+        )
     for ending, task_name in _ENDINGS.items():
         if _architecture(config).endswith(ending):
             return task_name

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.export import command
 from loradeploy.errors import (
@@ -28,6 +29,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export import trace, write
 from loradeploy.export.api import export
+from loradeploy.export.tasks import choose_task
 from tests.conftest import ROOT, MakeAdapter
 from tests.export.graphs import Builder, linear
 
@@ -449,3 +451,13 @@ def test_nodes_without_a_module_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     ir.save(b.model(unknown), tmp_path / "m.onnx")
     export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
     assert "left as it is, its module is not known: odd_one [4 → 4]" in caplog.text
+
+
+@pytest.mark.parametrize("peft_name", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"])
+def test_an_adapter_for_a_task_that_cannot_be_exported_is_refused_by_name(peft_name: str) -> None:
+    adapter = Adapter(
+        AdapterConfig(r=1, target_modules=("q",), task_type=peft_name),
+        {"q": Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))},
+    )
+    with pytest.raises(ExportError, match=rf"the adapter is for {peft_name} \(task_type\)"):
+        choose_task({"architectures": ["BertForTokenClassification"]}, None, [adapter])
