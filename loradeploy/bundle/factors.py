@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
-from loradeploy.adapter.targets import match_targets
-from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
+from loradeploy.adapter.targets import is_saved, match_targets
+from loradeploy.bundle.changes import (
+    added_biases,
+    change_inputs,
+    change_misfits,
+    changes_undone,
+    output_changes,
+)
+from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.bundle.names import PEFT_TASKS
 from loradeploy.errors import AdapterMismatchError, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
+    from loradeploy.bundle.base import BaseValues
+
 _LISTED = 6
+_ABSENT: Final[Mapping[str, str]] = {
+    "linear": "no target module of this bundle",
+    "embedding": "an embedding without side inputs in this bundle: export it with the adapter or"
+    " with --side-inputs embedding, or merge it instead",
+    "conv2d": "a convolution, which takes no side inputs: merge it instead",
+}
 
 
-def side_inputs(adapter: Adapter, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def side_inputs(
+    adapter: Adapter, manifest: Manifest, base: BaseValues | None = None
+) -> dict[str, NDArray[Any]]:
     """The side inputs of `adapter` alone (one slot), by name, in `manifest.factor_dtype`.
 
     `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, the scaling folded in at
-    float32 with one final cast; saved parameters [1, …]. Modules that the adapter does not touch
-    are left out: the graph's defaults hold for them.
+    float32 with one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of
+    DoRA and of trained biases, which need `base`. Modules that the adapter does not touch are left
+    out: the graph's defaults hold for them.
 
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
@@ -44,27 +62,33 @@ def side_inputs(adapter: Adapter, manifest: Manifest) -> dict[str, NDArray[Any]]
         B = pair.B.astype(np.float32).T * scaling  # [rank, out]
         arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
         arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
-    saved = {target.parameter: target for target in manifest.saved}
-    for parameter, values in adapter.saved.items():
-        place = saved[parameter]
-        turned = np.swapaxes(values, -1, -2) if place.transposed else values
-        arrays[place.input] = _slot(turned, dtype, place.input)
+    for place in manifest.saved:
+        values = adapter.saved.get(place.parameter)
+        if values is not None:
+            turned = np.swapaxes(values, -1, -2) if place.transposed else values
+            arrays[place.input] = _slot(turned, dtype, place.input)
+    for name, change in output_changes(adapter, manifest, base).items():
+        arrays[name] = _slot(change, dtype, name)
     return arrays
 
 
 def check_fit(adapter: Adapter, manifest: Manifest) -> None:
-    """Raise AdapterMismatchError, with every misfit, unless `adapter` fits the bundle's graph."""
+    """Raise AdapterMismatchError, with every misfit, unless `adapter` fits the bundle's graph.
+
+    AdapterError: the factors are for a base that an initialisation changed.
+    """
     if manifest.mode == "merged":
         raise AdapterMismatchError(
             "this bundle is merged and takes no adapters: export the base without --merge"
         )
+    adapter.check_plain()
     targets = {target.module: target for target in manifest.targets}
-    saved = {target.parameter: target for target in manifest.saved}
     _refuse(
         [
             *_other_base(adapter, manifest),
             *_factor_misfits(adapter, targets),
-            *_saved_misfits(adapter, saved),
+            *_saved_misfits(adapter, manifest),
+            *change_misfits(adapter, manifest),
             *_missing(adapter, targets),
         ]
     )
@@ -85,6 +109,8 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
             shapes[target.lora_B] = (1, rank, target.out_features)
     for saved in manifest.saved:
         shapes[saved.input] = (1, *saved.slot_shape)
+    for name, (size, _) in change_inputs(manifest).items():
+        shapes[name] = (1, size)
     for name, values in sorted(arrays.items()):
         if name not in shapes:
             problems.append(f"{name} is no side input of this bundle")
@@ -96,27 +122,35 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
     _refuse(problems)
 
 
-def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> Adapter:
+def adapter_from_side_inputs(
+    arrays: Mapping[str, NDArray[Any]], manifest: Manifest, base: BaseValues | None = None
+) -> Adapter:
     """The adapter whose side inputs are `arrays`: the scaling stays in B, so that alpha is rank.
 
+    Scales and offsets become DoRA's magnitudes and trained biases again, by the weights of `base`.
+
     Raises:
-        AdapterMismatchError: the arrays are not side inputs of the bundle.
+        AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights.
     """
     check_side_inputs(arrays, manifest)
     factors = {
         target.module: Factors(
             A=np.ascontiguousarray(arrays[target.lora_A][0].T),
             B=np.ascontiguousarray(arrays[target.lora_B][0].T),
+            kind=target.kind,
         )
         for target in manifest.targets
         if target.lora_A in arrays
     }
+    factors, biases = changes_undone(arrays, factors, manifest, base)
     saved = {}
     for place in manifest.saved:
         if place.input in arrays:
             values = arrays[place.input][0]
             turned = np.swapaxes(values, -1, -2) if place.transposed else values
             saved[place.parameter] = np.ascontiguousarray(turned)
+    modules_to_save = tuple(sorted({name.rpartition(".")[0] for name in saved}))
+    saved.update(biases)
     ranks = {module: pair.rank for module, pair in factors.items()}
     common = max(ranks.values(), default=1)
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
@@ -126,7 +160,9 @@ def adapter_from_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manif
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=tuple(sorted(factors)),
-        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
+        modules_to_save=modules_to_save,
+        bias="all" if biases else "none",
+        use_dora=any(pair.magnitude is not None for pair in factors.values()),
         base_model_name_or_path=manifest.base.name,
         task_type=PEFT_TASKS.get(manifest.task),
     )
@@ -155,10 +191,11 @@ def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list
     problems = []
     for module, pair in sorted(adapter.factors.items()):
         target = targets.get(module)
-        if target is None:
-            problems.append(f"{module} is no target module of this bundle")
+        if target is None or target.kind != pair.kind:
+            problems.append(f"{module} is {_ABSENT[pair.kind]}")
             continue
-        if pair.A.shape[1] != target.in_features:
+        into = math.prod(pair.A.shape[1:])
+        if into != target.in_features and pair.groups == 1:
             problems.append(
                 f"{module}.lora_A is {list(pair.A.shape)}, the base takes {target.in_features}"
             )
@@ -169,11 +206,21 @@ def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list
     return problems
 
 
-def _saved_misfits(adapter: Adapter, saved: Mapping[str, SavedTarget]) -> list[str]:
+def _saved_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
+    """What is trained whole and has no place; biases that are added are `change_misfits`'."""
+    saved = {target.parameter: target for target in manifest.saved}
+    added = added_biases(adapter, manifest)
     problems = []
     for parameter, values in sorted(adapter.saved.items()):
         target = saved.get(parameter)
-        if target is None:
+        if target is None and parameter in added:
+            continue
+        if target is None and not is_saved(parameter, adapter.config):
+            problems.append(
+                f"{parameter} (a trained bias) is no side input of this bundle: export it with the"
+                " adapter or with --side-inputs bias, or merge it instead"
+            )
+        elif target is None:
             problems.append(
                 f"{parameter} (modules_to_save) is no side input of this bundle: merge it instead"
             )

@@ -19,6 +19,7 @@ FORMAT_VERSION: Final = 1
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]
+TargetKind = Literal["linear", "embedding", "conv2d"]
 Noun = TypeVar("Noun")
 
 
@@ -32,13 +33,25 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class StoredWeight:
+    """Where a weight's numbers are in model.onnx.data; `dtype` is numpy's name of theirs."""
+
+    offset: int
+    length: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class LoraTarget:
-    """A linear layer of the graph that takes low-rank side inputs.
+    """A layer of the graph that takes low-rank side inputs.
 
     `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
     `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
     `slice`: the module's range of outputs where the weight is fused from several modules'.
     `found_by`: the evidence by which the graph's node was taken for this module.
+    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
+    bundle: a convolution is merged.)
+    `stored`: where the weight can be read without the graph, which DoRA needs.
     """
 
     module: str
@@ -50,6 +63,8 @@ class LoraTarget:
     transposed: bool
     found_by: str
     slice: tuple[int, int] | None = None
+    kind: TargetKind = "linear"
+    stored: StoredWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,20 @@ class SavedTarget:
 
 
 @dataclass(frozen=True)
+class OutputTarget:
+    """A layer whose output y an adapter may change: scale ⊙ y + offset, for every row its own.
+
+    `scale`, `offset`: names of the side inputs, [adapters, size]; None where the graph has none.
+    They default to ones and to zeros. DoRA takes both, a trained bias the second.
+    """
+
+    module: str
+    size: int
+    scale: str | None = None
+    offset: str | None = None
+
+
+@dataclass(frozen=True)
 class BaseIdentity:
     """The base model: a name for people, and the digest of its weights.
 
@@ -89,10 +118,15 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that came with the export; `path` is relative to the bundle, None once merged."""
+    """An adapter that came with the export; `path` is relative to the bundle, None once merged.
+
+    `native_digest`: of its .onnx_adapter file, where that alone holds what is computed from
+    weights that the bundle has packed.
+    """
 
     digest: str
     path: str | None = None
+    native_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +137,7 @@ class Manifest:
     `merged_adapter`: the one adapter folded into a merged bundle's weights.
     `factor_dtype`: numpy's name of the side inputs' dtype.
     `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data.
+    `changed`: the layers whose outputs take a scale or an offset.
     """
 
     task: str
@@ -119,6 +154,7 @@ class Manifest:
     factor_dtype: str = "float32"
     graph_digest: str | None = None
     data_digest: str | None = None
+    changed: tuple[OutputTarget, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
@@ -145,7 +181,8 @@ class Manifest:
             "base": lambda value: _noun(BaseIdentity, value, "base"),
             "inputs": lambda value: _nouns(TensorSpec, value, "inputs"),
             "outputs": lambda value: _nouns(TensorSpec, value, "outputs"),
-            "targets": lambda value: _nouns(LoraTarget, value, "targets"),
+            "targets": lambda value: _lora_targets(value),
+            "changed": lambda value: _nouns(OutputTarget, value, "changed"),
             "saved": lambda value: _nouns(SavedTarget, value, "saved"),
             "adapters": lambda value: MappingProxyType(
                 {
@@ -193,6 +230,7 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "tuple[int, int] | None": lambda v: v is None or (_all(v, int) and len(v) == 2),
     "Mode": lambda v: v in get_args(Mode),
     "BaseKind": lambda v: v in get_args(BaseKind),
+    "TargetKind": lambda v: v in get_args(TargetKind),
 }
 
 
@@ -210,6 +248,18 @@ def _nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
     if not isinstance(value, list):
         raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
     return tuple(_noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _lora_targets(value: object) -> tuple[LoraTarget, ...]:
+    targets = _nouns(LoraTarget, value, "targets")
+    return tuple(
+        target
+        if target.stored is None
+        else dataclasses.replace(
+            target, stored=_noun(StoredWeight, target.stored, f"targets[{index}].stored")
+        )
+        for index, target in enumerate(targets)
+    )
 
 
 def _noun(kind: type[Noun], value: object, where: str) -> Noun:
@@ -247,9 +297,24 @@ def _check(manifest: Manifest) -> None:
     for target in manifest.targets:
         if target.in_features < 1 or target.out_features < 1:
             raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
+        if target.stored is not None:
+            _check_stored(target, target.stored)
     side_inputs = [name for t in manifest.targets for name in (t.lora_A, t.lora_B)]
     side_inputs += [s.input for s in manifest.saved]
+    side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
+    for output in manifest.changed:
+        if output.size < 1:
+            raise BundleError(f"{MANIFEST_NAME}: the size of {output.module} is not positive")
     if len(set(side_inputs)) != len(side_inputs):
         raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
+
+
+def _check_stored(target: LoraTarget, stored: StoredWeight) -> None:
+    sizes = {"float32": 4, "float16": 2}
+    length = target.in_features * target.out_features * sizes.get(stored.dtype, 0)
+    if stored.offset < 0 or not length or stored.length != length:
+        raise BundleError(
+            f"{MANIFEST_NAME}: the stored weight of {target.module} is not one of its size"
+        )

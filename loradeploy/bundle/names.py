@@ -27,6 +27,7 @@ MANIFEST_NAME: Final = "loradeploy.json"
 GRAPH_NAME: Final = "model.onnx"
 GRAPH_DATA_NAME: Final = "model.onnx.data"
 DEFAULTS_NAME: Final = "defaults.safetensors"
+BASE_NAME: Final = "base.safetensors"
 CERTIFICATE_NAME: Final = "parity.json"
 ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"
@@ -50,3 +51,13 @@ def lora_a_name(module: str) -> str:
 def lora_b_name(module: str) -> str:
     """Side input of a target module's second factor: [adapters, rank, out], scaling folded in."""
     return f"{module}.lora_B"
+
+
+def scale_name(module: str) -> str:
+    """Side input that a module's output is multiplied by: [adapters, out]."""
+    return f"{module}.scale"
+
+
+def offset_name(module: str) -> str:
+    """Side input that is added to a module's output: [adapters, out]."""
+    return f"{module}.offset"

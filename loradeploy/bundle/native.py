@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.base import BaseValues
     from loradeploy.bundle.manifest import Manifest
 
 # The format has two version numbers of the writer's choosing; nothing here reads them back.
@@ -25,18 +26,32 @@ _ADAPTER_VERSION = 1
 _MODEL_VERSION = 1
 
 
-def write_onnx_adapter(adapter: Adapter, manifest: Manifest, file: str | os.PathLike[str]) -> None:
+def write_onnx_adapter(
+    adapter: Adapter,
+    manifest: Manifest,
+    file: str | os.PathLike[str],
+    base: BaseValues | None = None,
+) -> None:
     """Write `adapter` as an `.onnx_adapter` file for the bundle of `manifest`, atomically.
 
-    The file holds the side inputs by their names in the graph, the scaling folded in.
+    The file holds the side inputs by their names in the graph, the scaling folded in. DoRA and
+    trained biases are computed by the weights of `base`.
 
     Raises:
         AdapterMismatchError: the adapter does not fit the bundle.
         OSError: the file cannot be written.
     """
+    write_side_inputs(side_inputs(adapter, manifest, base), file)
+
+
+def write_side_inputs(arrays: Mapping[str, NDArray[Any]], file: str | os.PathLike[str]) -> None:
+    """Write one slot of side inputs as an `.onnx_adapter` file, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     import onnxruntime
 
-    arrays = side_inputs(adapter, manifest)
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(_ADAPTER_VERSION)
     content.set_model_version(_MODEL_VERSION)

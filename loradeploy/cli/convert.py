@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,12 +75,14 @@ def command(
 
 def _for_bundle(adapter: str, bundle: str, output: str) -> tuple[Adapter, dict[str, Any]]:
     from loradeploy.adapter import load_adapter
+    from loradeploy.bundle.base import BundleBase
     from loradeploy.bundle.factors import adapter_from_side_inputs
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
     from loradeploy.errors import UsageError
 
     manifest = read_manifest(bundle)
+    base = BundleBase(Path(bundle), manifest)
     to_native, from_native = (name.endswith(NATIVE_SUFFIX) for name in (output, adapter))
     if to_native == from_native:
         raise UsageError(
@@ -87,9 +90,9 @@ def _for_bundle(adapter: str, bundle: str, output: str) -> tuple[Adapter, dict[s
         )
     if to_native:
         read = load_adapter(adapter)
-        write_onnx_adapter(read, manifest, output)
+        write_onnx_adapter(read, manifest, output, base)
     else:
-        read = adapter_from_side_inputs(read_onnx_adapter(adapter), manifest)
+        read = adapter_from_side_inputs(read_onnx_adapter(adapter), manifest, base)
         _save(read, output)
     return read, {}
 

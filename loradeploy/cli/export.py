@@ -8,6 +8,7 @@ import click
 
 from loradeploy.bundle.names import TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
+from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import NAMED
 
 
@@ -36,6 +37,12 @@ from loradeploy.export.precision import NAMED
     type=click.Choice(TASKS),
     help="Where adapters and architecture do not tell it.",
 )
+@click.option(
+    "--side-inputs",
+    metavar="KIND[,KIND…]",
+    help=f"Of every layer, for adapters that come later: {', '.join(SIDE_INPUT_KINDS)}"
+    " [default: lora, and what the given adapters need].",
+)
 @json_option
 def command(
     model: str,
@@ -44,6 +51,7 @@ def command(
     merge: bool,
     precision: str | None,
     task: str | None,
+    side_inputs: str | None,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -63,6 +71,9 @@ def command(
             merge=merge,
             precision=precision,
             task=task,
+            side_inputs=()
+            if side_inputs is None
+            else [kind.strip() for kind in side_inputs.split(",")],
         )
     values = {
         "bundle": output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,21 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.factors import check_fit
-from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest, SavedTarget
-from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION, lora_a_name, lora_b_name
+from loradeploy.bundle.manifest import (
+    BaseIdentity,
+    LoraTarget,
+    Manifest,
+    OutputTarget,
+    SavedTarget,
+    TargetKind,
+)
+from loradeploy.bundle.names import (
+    SEQUENCE_CLASSIFICATION,
+    lora_a_name,
+    lora_b_name,
+    offset_name,
+    scale_name,
+)
 from loradeploy.errors import AdapterMismatchError, UsageError
 from loradeploy.export.find import is_head
 
@@ -114,6 +128,7 @@ def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
+    kind: TargetKind
     into: int
     out: int
 
@@ -122,15 +137,24 @@ def _expected(
     skeleton: torch.nn.Module, adapter: Adapter, *, task: str, base: BaseIdentity, merge: bool
 ) -> Manifest:
     """A manifest with all that `adapter` could be fitted to, once the model is traced."""
-    layers = linear_layers(skeleton)
+    layers = adapted_layers(skeleton)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     replaceable = {
         f"{module}.{part}"
-        for module in layers
+        for module, layer in layers.items()
         for part in ("weight", "bias")
-        if is_saved(f"{module}.{part}", adapter.config)
-        or (task == SEQUENCE_CLASSIFICATION and is_head(module))
+        if layer.kind == "linear"
+        and (
+            is_saved(f"{module}.{part}", adapter.config)
+            or (task == SEQUENCE_CLASSIFICATION and is_head(module))
+        )
     }
+    biases = {
+        name.removesuffix(".bias"): len(value)
+        for name, value in parameters.items()
+        if name.endswith(".bias")
+    }
+    sizes = {**{module: layer.out for module, layer in layers.items()}, **biases}
     return Manifest(
         task=task,
         mode="side-inputs",
@@ -149,28 +173,44 @@ def _expected(
                 weight=f"{module}.weight",
                 transposed=True,
                 found_by="checkpoint",
+                kind=layer.kind,
             )
             for module, layer in layers.items()
+            if merge or layer.kind != "conv2d"
         ),
         saved=tuple(
             SavedTarget(name, name, tuple(value.shape), transposed=False)
             for name, value in parameters.items()
             if merge or name in replaceable
         ),
+        changed=tuple(
+            OutputTarget(
+                module,
+                size,
+                scale=scale_name(module) if module in layers else None,
+                offset=offset_name(module) if module in biases else None,
+            )
+            for module, size in sizes.items()
+        ),
     )
 
 
-def linear_layers(model: torch.nn.Module) -> dict[str, _Layer]:
-    """The sizes of the linear layers of `model`, transformers' Conv1D included, by module."""
+def adapted_layers(model: torch.nn.Module) -> dict[str, _Layer]:
+    """The kinds and sizes of the layers of `model` that take factors, by module."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            layers[name] = _Layer(module.in_features, module.out_features)
+            layers[name] = _Layer("linear", module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            layers[name] = _Layer(module.nx, module.nf)
+            layers[name] = _Layer("linear", module.nx, module.nf)
+        elif isinstance(module, torch.nn.Embedding):
+            layers[name] = _Layer("embedding", module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, torch.nn.Conv2d):
+            out, *into = module.weight.shape
+            layers[name] = _Layer("conv2d", math.prod(into), out)
     return layers
 
 

@@ -23,6 +23,7 @@ def export(
     merge: bool = False,
     precision: str | None = None,
     task: str | None = None,
+    side_inputs: Iterable[str] = (),
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -35,6 +36,8 @@ def export(
         precision: fp32 (a checkpoint's default), fp16, int8 or int4; an ONNX file keeps its own.
         task: causal-lm, sequence-classification or feature-extraction, where it is not to be told
             from the adapters or the model's architecture.
+        side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
+            which come later may use them: dora, bias, embedding (lora is always there).
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -49,6 +52,7 @@ def export(
     from loradeploy.bundle.names import MANIFEST_NAME
     from loradeploy.export.adapters import read_adapters
     from loradeploy.export.build import Options, build
+    from loradeploy.export.kinds import check_kinds
     from loradeploy.export.precision import check_precision
     from loradeploy.export.source import resolve
     from loradeploy.export.tasks import check_task
@@ -62,9 +66,12 @@ def export(
         check_task(task)
     if precision is not None:
         check_precision(precision)
+    kinds = check_kinds(side_inputs)
+    if merge and kinds:
+        raise UsageError("--side-inputs and --merge do not go together: a merged graph has none")
     read = read_adapters(adapters)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    manifest, content = build(resolve(model), Options(read, merge, precision, task))
+    manifest, content = build(resolve(model), Options(read, merge, precision, task, kinds))
     logger.info("writing %s", target)
     return write_bundle(target, manifest, content)

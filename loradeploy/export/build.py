@@ -9,13 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.digest import base_digest
+from loradeploy.bundle.factors import side_inputs
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     BaseIdentity,
     Manifest,
+    OutputTarget,
     SavedTarget,
 )
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    SEQUENCE_CLASSIFICATION,
+    offset_name,
+    scale_name,
+)
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.adapters import (
     check_adapters,
@@ -39,10 +46,18 @@ from loradeploy.export.graph import (
     outputs,
     required_inputs,
 )
+from loradeploy.export.held import HeldBase
 from loradeploy.export.merge import merge_adapter
+from loradeploy.export.needs import choose_changes, choose_embeddings, kinds_of, needs_of
+from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.precision import DEFAULT_PRECISION, PACKED_BITS, precision_of
 from loradeploy.export.quantise import quantise
-from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
+from loradeploy.export.side_inputs import (
+    Arrays,
+    SideInputs,
+    inject_side_inputs,
+    remove_side_inputs,
+)
 from loradeploy.export.source import Source
 from loradeploy.export.surgery import rows_of
 from loradeploy.export.tasks import choose_task, task_of_graph
@@ -65,6 +80,7 @@ class Options:
     merge: bool
     precision: str | None
     task: str | None
+    side_inputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +90,7 @@ class Base:
     `packed`: the weights already are in the precision that is wanted.
     `parameters`: names in the checkpoint, where there is one. `replaced`: modules that are to be
     replaced whole, because the checkpoint lacks them or the bundle has them so.
+    `kinds`: the kinds of side inputs that the bundle had.
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     """
@@ -85,6 +102,7 @@ class Base:
     packed: bool = False
     parameters: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
 
@@ -100,10 +118,12 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     findings = find_linears(base.graph)
     for node in findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", node)
+    added: SideInputs | None = None
+    arrays: Mapping[str, Arrays] = {}
     if options.merge:
-        manifest, side_inputs = _merged(base, findings, options)
+        manifest = _merged(base, findings, options)
     else:
-        manifest, side_inputs = _with_side_inputs(base, findings, options)
+        manifest, added, arrays = _with_side_inputs(base, findings, options)
     count = label_count(options.adapters) if base.task == SEQUENCE_CLASSIFICATION else None
     config = with_labels(read_config(source.directory), count, label_names(options.adapters))
     if config and base.pad is not None:
@@ -113,7 +133,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         assets=source.directory,
         config=config,
         adapters={} if options.merge else options.adapters,
-        defaults={} if side_inputs is None else side_inputs.defaults,
+        side_inputs=arrays,
+        defaults={} if added is None else added.defaults,
+        biases={} if added is None else added.biases,
     )
 
 
@@ -207,6 +229,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         packed=precision == held,
         parameters=parameters,
         replaced=replaced,
+        kinds=frozenset() if source.manifest is None else kinds_of(source.manifest),
     )
 
 
@@ -225,26 +248,41 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
 
 def _with_side_inputs(
     base: Base, findings: Findings, options: Options
-) -> tuple[Manifest, SideInputs | None]:
+) -> tuple[Manifest, SideInputs, Mapping[str, Arrays]]:
     targets, heads = _split(base, findings, options.adapters.values())
+    parts = find_parts(base.graph)
+    needs = needs_of(options.adapters.values(), options.side_inputs | base.kinds)
+    graph = base.graph.graph
+    embeddings = choose_embeddings(graph, parts, needs)
+    changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
     if not targets and not heads:
         raise ExportError(
             "no linear layer of the graph could be told to be a module of the checkpoint"
             + (f"; seen: {', '.join(findings.unidentified[:4])}" if findings.unidentified else "")
         )
     biased = [head.module for head in heads if f"{head.module}.bias" in base.parameters]
-    logger.info("giving %d linear layers side inputs", len(targets) + len(heads))
-    added = inject_side_inputs(base.graph, targets, heads, biased=biased)
-    manifest = _manifest(base, "side-inputs")
+    logger.info("giving %d layers side inputs", len(targets) + len(heads) + len(embeddings))
+    added = inject_side_inputs(
+        base.graph, targets, heads, biased=biased, embeddings=embeddings, changes=changes
+    )
     manifest = dataclasses.replace(
-        manifest, targets=added.targets, saved=added.saved, factor_dtype=added.dtype
+        _manifest(base, "side-inputs"),
+        targets=added.targets,
+        saved=added.saved,
+        changed=added.changed,
+        factor_dtype=added.dtype,
     )
     for name, adapter in options.adapters.items():
         check_named(name, adapter, manifest)
-    return _packed(base, manifest), added
+    # Before the weights are packed: DoRA's scales are computed from them.
+    held = HeldBase(graph, added.biases)
+    arrays = {
+        name: side_inputs(adapter, manifest, held) for name, adapter in options.adapters.items()
+    }
+    return _packed(base, manifest), added, arrays
 
 
-def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest, SideInputs | None]:
+def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     ((name, adapter),) = options.adapters.items()
     _check_base(name, adapter, base, findings)
     logger.info("merging %s", name)
@@ -254,17 +292,28 @@ def _merged(base: Base, findings: Findings, options: Options) -> tuple[Manifest,
     manifest = dataclasses.replace(
         _manifest(base, "merged"), merged_adapter=AdapterEntry(adapter.digest)
     )
-    return _packed(base, manifest), None
+    return _packed(base, manifest)
 
 
 def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:
-    """The same base, and no half adapter; what is replaced whole is the merge's own to check."""
-    targets = tuple(linear.target() for linear in findings.linears.values())
+    """The same base, and no half adapter; sizes and parameters are the merge's own to check."""
+    layers: list[Linear | Part] = [
+        *findings.linears.values(),
+        *find_parts(base.graph).values(),
+    ]
     saved = tuple(
         SavedTarget(parameter, parameter, values.shape, transposed=False)
         for parameter, values in adapter.saved.items()
     )
-    expected = dataclasses.replace(_manifest(base, "side-inputs"), targets=targets, saved=saved)
+    expected = dataclasses.replace(
+        _manifest(base, "side-inputs"),
+        targets=tuple(target for layer in layers if (target := layer.target()) is not None),
+        saved=saved,
+        changed=tuple(
+            OutputTarget(module, len(pair.B), scale_name(module), offset_name(module))
+            for module, pair in adapter.factors.items()
+        ),
+    )
     check_named(name, adapter, expected)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from loradeploy.bundle.manifest import LoraTarget
+from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.export.find import module_of
 
 if TYPE_CHECKING:
@@ -72,6 +75,23 @@ class Part:
     def outputs(self) -> int:
         """How many numbers a bias of it has."""
         return self.shape[-1] if self.kind == "embedding" else self.shape[0]
+
+    def target(self) -> LoraTarget | None:
+        """The layer as a manifest tells of it; None where it takes no factors."""
+        if self.kind == "norm":
+            return None
+        embeds = self.kind == "embedding"
+        return LoraTarget(
+            module=self.module,
+            in_features=self.shape[0] if embeds else math.prod(self.shape[1:]),
+            out_features=self.outputs,
+            lora_A=lora_a_name(self.module),
+            lora_B=lora_b_name(self.module),
+            weight=str(self.weight.name),
+            transposed=not embeds,
+            found_by=self.found_by,
+            kind=self.kind,
+        )
 
 
 def find_parts(model: ir.Model) -> dict[str, Part]:

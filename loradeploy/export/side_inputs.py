@@ -6,33 +6,41 @@ Per target module M, y = x W becomes
 
 with `M.lora_A` [adapters, in, rank], `M.lora_B` [adapters, rank, out] and `adapter_ids` [batch] or
 [1]. All are initializers that are also inputs: left out, their defaults hold, which have rank 0, so
-that the graph computes the base model. Heads are replaced instead of added to: see heads.py.
+that the graph computes the base model. Embeddings (embeddings.py) and the outputs that DoRA and
+trained biases change (outputs.py) take more; heads are replaced instead of added to (heads.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.bundle.manifest import LoraTarget, Manifest, SavedTarget
+from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
+from loradeploy.export.embeddings import add_embedding_factors
 from loradeploy.export.find import Linear
 from loradeploy.export.heads import replace_head, restore_head
+from loradeploy.export.outputs import Change, change_output, keep_output
+from loradeploy.export.parts import Part
 from loradeploy.export.rewire import remove_unused, take_over
 from loradeploy.export.surgery import Surgery, rows_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+Arrays = Mapping[str, "NDArray[Any]"]
 
 
 @dataclass(frozen=True, eq=False)
 class SideInputs:
     """What surgery added.
 
-    `targets`, `saved`: for the manifest. `defaults`: of the replaced parameters, by input name.
+    `targets`, `saved`, `changed`: for the manifest. `defaults`: of the replaced parameters, by
+    input name. `biases`: those that are in the outputs of `changed`, by their names in the base.
     `dtype`: numpy's name of the side inputs' dtype.
     """
 
@@ -40,6 +48,8 @@ class SideInputs:
     saved: tuple[SavedTarget, ...]
     defaults: Mapping[str, NDArray[Any]]
     dtype: str
+    changed: tuple[OutputTarget, ...] = ()
+    biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def inject_side_inputs(
@@ -48,16 +58,24 @@ def inject_side_inputs(
     heads: Sequence[Linear] = (),
     *,
     biased: Iterable[str] = (),
+    embeddings: Sequence[Part] = (),
+    changes: Sequence[Change] = (),
 ) -> SideInputs:
-    """Give every linear in `targets` low-rank side inputs, and make `heads` side inputs.
+    """Give `targets` and `embeddings` low-rank side inputs, and make `heads` side inputs.
 
     `biased` names heads with a bias in the checkpoint that the graph lacks because it is zero.
+    The outputs of `changes` take scales and offsets besides.
 
     Raises:
         ExportError: a name is taken, or the rows of an input cannot be told from the graph.
     """
-    surgery = Surgery(model.graph, _factor_type([*targets, *heads]))
+    layers = [*targets, *heads, *(c.layer for c in changes if isinstance(c.layer, Linear))]
+    surgery = Surgery(model.graph, _factor_type(layers))
+    held = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
+    # First: what is added to a product later is scaled with it.
+    changed = tuple(change_output(surgery, change) for change in changes)
     lora = tuple(_add_factors(surgery, linear) for linear in targets)
+    lora += tuple(add_embedding_factors(surgery, part) for part in embeddings)
     with_bias = set(biased)
     saved = [
         target
@@ -65,7 +83,14 @@ def inject_side_inputs(
         for target in replace_head(surgery, linear, with_bias=linear.module in with_bias)
     ]
     remove_unused(model.graph, inputs=False)
-    return SideInputs(lora, tuple(saved), surgery.defaults, surgery.dtype.numpy().name)
+    return SideInputs(
+        targets=lora,
+        saved=tuple(saved),
+        defaults=surgery.defaults,
+        dtype=surgery.dtype.numpy().name,
+        changed=changed,
+        biases={f"{module}.bias": bias for module, bias in held.items()},
+    )
 
 
 def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
@@ -84,6 +109,9 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
             call += 1
         if call == 0:
             raise ExportError(f"the graph has no side input at {target.module}: it was changed")
+    for output in manifest.changed:
+        if not keep_output(model.graph, output.module, nodes):
+            raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
     remove_unused(model.graph, inputs=True)

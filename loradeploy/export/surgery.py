@@ -77,9 +77,9 @@ class Surgery:
         self.graph.inputs.append(value)
         return value
 
-    def chain(self, node: ir.Node, label: str) -> Chain:
-        """New nodes behind `node`."""
-        return Chain(self.graph, node, label, self.dtype)
+    def chain(self, node: ir.Node, label: str, dtype: ir.DataType | None = None) -> Chain:
+        """New nodes behind `node`, of the side inputs' type where no other is given."""
+        return Chain(self.graph, node, label, self.dtype if dtype is None else dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,15 @@ def rows_of(graph: ir.Graph, node: ir.Node, module: str) -> Rows:
     Raises:
         ExportError: its input does not have the batch in front, or the graph does not tell.
     """
-    x, y = node.inputs[0], node.outputs[0]
+    return _rows(graph, node.inputs[0], node.outputs[0], module)
+
+
+def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:
+    """The rows of what the module gives, as `rows_of`."""
+    return _rows(graph, value, value, module)
+
+
+def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows:
     shape = x.shape if x is not None and x.shape is not None else y.shape
     if x is None or shape is None:
         raise ExportError(f"{module}: the graph does not tell the shape of its input")

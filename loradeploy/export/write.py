@@ -16,6 +16,7 @@ from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.manifest import AdapterEntry, Manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
+    BASE_NAME,
     CAUSAL_LM,
     DEFAULTS_NAME,
     GRAPH_DATA_NAME,
@@ -23,9 +24,10 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     NATIVE_SUFFIX,
 )
-from loradeploy.bundle.native import write_onnx_adapter
+from loradeploy.bundle.native import write_side_inputs
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
+from loradeploy.export.held import store_weights
 from loradeploy.files import atomic_directory, read_json, write_json
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ _EXTERNAL_BYTES: Final = 1024
 class Content:
     """What goes into a bundle besides its manifest.
 
+    `side_inputs`: those of the adapters, by adapter and input name.
     `defaults`: of the side inputs that replace parameters, by input name.
+    `biases`: those of the base that offsets are computed from, by their names in the base.
     `config`: the object for config.json, empty where the base has none.
     """
 
@@ -74,7 +78,9 @@ class Content:
     assets: Path
     config: Mapping[str, Any]
     adapters: Mapping[str, Adapter]
+    side_inputs: Mapping[str, Mapping[str, NDArray[Any]]]
     defaults: Mapping[str, NDArray[Any]]
+    biases: Mapping[str, NDArray[Any]]
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -134,20 +140,27 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         size_threshold_bytes=_EXTERNAL_BYTES,
     )
     data = directory / GRAPH_DATA_NAME
-    entries = {
-        name: AdapterEntry(adapter.digest, f"{ADAPTERS_DIRECTORY}/{name}")
-        for name, adapter in content.adapters.items()
-    }
+    manifest, weights = store_weights(directory, manifest)
+    known = {target.module for target in manifest.targets if target.stored is not None}
+    known.update(name.removesuffix(".weight") for name in weights)
+    entries = {}
+    for name, adapter in content.adapters.items():
+        path = f"{ADAPTERS_DIRECTORY}/{name}"
+        native = directory / f"{path}{NATIVE_SUFFIX}"
+        save_adapter(adapter, directory / path)
+        write_side_inputs(content.side_inputs[name], native)
+        dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
+        entries[name] = AdapterEntry(
+            adapter.digest, path, None if dora <= known else file_digest(native)
+        )
     manifest = dataclasses.replace(
         manifest,
         adapters=entries,
         graph_digest=file_digest(directory / GRAPH_NAME),
         data_digest=file_digest(data) if data.is_file() else None,
     )
-    for name, adapter in content.adapters.items():
-        place = directory / ADAPTERS_DIRECTORY / name
-        save_adapter(adapter, place)
-        write_onnx_adapter(adapter, manifest, place.with_name(f"{name}{NATIVE_SUFFIX}"))
+    if numbers := {**content.biases, **weights}:
+        write_arrays(directory / BASE_NAME, numbers, {})
     if content.defaults:
         write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
     _write_assets(directory, manifest, content)

@@ -95,15 +95,17 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
     import onnxruntime
 
+    from loradeploy.bundle.base import BundleBase
     from loradeploy.bundle.native import write_onnx_adapter
     from loradeploy.runtime.graph import open_graph
 
     session = open_graph(setting.bundle, setting.providers, None)
+    base = BundleBase(setting.bundle, setting.manifest)
     for subject in setting.subjects:
         file = subject.native
         if file is None:
             file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
-            write_onnx_adapter(subject.adapter, setting.manifest, file)
+            write_onnx_adapter(subject.adapter, setting.manifest, file, base)
         adapter = onnxruntime.LoraAdapter()
         adapter.Load(os.fspath(file))
         active = onnxruntime.RunOptions()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
+from loradeploy.bundle.changes import change_inputs
 from loradeploy.errors import UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
@@ -270,6 +271,12 @@ class AdapterBank:
             default = self._defaults[saved.input]
             whole = [default, *(member.host.get(saved.input, default) for member in members)]
             values[saved.input] = self._upload(np.concatenate(whole))
+        for name, (size, neutral) in change_inputs(self._manifest).items():
+            stacked = np.full((len(members) + 1, size), neutral, dtype)
+            for slot, member in enumerate(members, start=1):
+                if name in member.host:
+                    stacked[slot] = member.host[name][0]
+            values[name] = self._upload(stacked)
         slots = {member: slot for slot, member in enumerate(members, start=1)}
         return Stack(slots, Bindable(values))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import onnxruntime
 
 from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, listed
@@ -153,6 +154,8 @@ def _side_inputs(manifest: Manifest) -> list[TensorSpec]:
     for saved in manifest.saved:
         shape: tuple[int | str, ...] = ("adapters", *saved.slot_shape)
         specs.append(TensorSpec(saved.input, manifest.factor_dtype, shape))
+    for name, (size, _) in change_inputs(manifest).items():
+        specs.append(TensorSpec(name, manifest.factor_dtype, ("adapters", size)))
     if specs:
         specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
     return specs

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.adapter.digest import tensors_digest
+from loradeploy.adapter.digest import file_digest, tensors_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
+from loradeploy.bundle.base import BundleBase
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
@@ -69,6 +70,7 @@ class AdapterSession:
         self.manifest: Manifest = read_manifest(bundle)
         self._session = open_graph(self.path, providers, session_options)
         check_graph(self.path, self.manifest, self._session)
+        self._base = BundleBase(self.path, self.manifest)
         self._device = device_of(self._session)
         device, device_id = self._device
         self._bank = AdapterBank(
@@ -202,7 +204,10 @@ class AdapterSession:
                 f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
             )
         place = inside(self.path, entry.path)
-        arrays, digest, labels = self._read(place)
+        if entry.native_digest is None:
+            arrays, digest, labels = self._read(place)
+        else:
+            arrays, digest, labels = self._computed(place, entry.native_digest)
         if digest != entry.digest:
             raise BundleError(
                 f"{place} is not the adapter that came with the bundle, its digest has changed:"
@@ -220,9 +225,23 @@ class AdapterSession:
                 check_side_inputs(arrays, self.manifest)
                 return arrays, tensors_digest(arrays, {}), None
             adapter = load_adapter(place)
-            return side_inputs(adapter, self.manifest), adapter.digest, adapter.labels
+            arrays = side_inputs(adapter, self.manifest, self._base)
+            return arrays, adapter.digest, adapter.labels
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{place}: {problem}") from None
+
+    def _computed(
+        self, place: Path, native_digest: str
+    ) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """As `_read`, of an adapter whose side inputs the export computed before it packed."""
+        file = place.with_name(f"{place.name}{NATIVE_SUFFIX}")
+        if not file.is_file() or file_digest(file) != native_digest:
+            raise BundleError(
+                f"{file} is not the file that came with the bundle: export again with the adapter"
+            )
+        arrays, _, _ = self._read(file)
+        adapter = load_adapter(place)
+        return arrays, adapter.digest, adapter.labels
 
     def _defaults(self) -> Arrays:
         """What the base has where adapters replace whole parameters."""

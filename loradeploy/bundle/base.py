@@ -1,0 +1,89 @@
+"""What of the base model the side inputs of some adapters are computed from.
+
+DoRA's scale needs the base's weights, which are mapped from model.onnx.data where the manifest says
+they are; its offset, and a trained bias's, needs the biases that the graph adds. Those, and weights
+too small for the data file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from loradeploy.adapter.tensors import read_arrays
+from loradeploy.bundle.names import BASE_NAME, GRAPH_DATA_NAME
+from loradeploy.errors import BundleError
+from loradeploy.files import inside
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import LoraTarget, Manifest
+
+
+class BaseValues(Protocol):
+    """The numbers of a base model, by module."""
+
+    def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
+        """The weight as [out, in], float32 (an embedding's is [size, vocabulary])."""
+
+    def bias(self, module: str) -> NDArray[np.float32] | None:
+        """The bias [out] that is in the module's output, float32."""
+
+
+class BundleBase:
+    """The base inside the bundle in the directory `place`; files are opened when needed."""
+
+    def __init__(self, place: Path, manifest: Manifest) -> None:
+        self._place = place
+        self._manifest = manifest
+        self._small: Mapping[str, NDArray[Any]] | None = None
+
+    def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
+        """See `BaseValues`; None where the weight is packed, or nothing tells where it is.
+
+        Raises:
+            BundleError: the data file is missing or too short.
+        """
+        small = self._values(target.module, "weight", (target.out_features, target.in_features))
+        if small is not None or target.stored is None:
+            return small
+        stored = target.stored
+        shape = (target.in_features, target.out_features)
+        if target.transposed:
+            shape = shape[::-1]
+        file = inside(self._place, GRAPH_DATA_NAME)
+        try:
+            mapped = np.memmap(file, stored.dtype, "r", stored.offset, shape)
+        except (OSError, ValueError):
+            raise BundleError(
+                f"{file} does not hold the weight of {target.module}: export again"
+            ) from None
+        return (mapped if target.transposed else mapped.T).astype(np.float32, copy=False)
+
+    def bias(self, module: str) -> NDArray[np.float32] | None:
+        """See `BaseValues`; None where the base has none.
+
+        Raises:
+            BundleError: base.safetensors is broken.
+        """
+        sizes = {output.module: output.size for output in self._manifest.changed}
+        return self._values(module, "bias", (sizes[module],))
+
+    def _values(self, module: str, part: str, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+        if self._small is None:
+            file = self._place / BASE_NAME
+            self._small = read_arrays(file, error=BundleError)[0] if file.is_file() else {}
+        values = self._small.get(f"{module}.{part}")
+        if values is None:
+            return None
+        if values.shape != shape:
+            raise BundleError(
+                f"{self._place / BASE_NAME}: {module}.{part} is {list(values.shape)}, the manifest"
+                f" says {list(shape)}: export again"
+            )
+        return values.astype(np.float32, copy=False)

@@ -1,0 +1,146 @@
+"""DoRA and trained biases as side inputs: a layer's output y becomes scale ⊙ y + offset.
+
+DoRA (Liu et al., 2024, arXiv:2402.09353) multiplies what the weights give, not the bias. Where the
+bias b is in y already, and b' is the one that is wanted, offset = b' − scale ⊙ b; so one mechanism
+serves DoRA, trained biases and both. A layer without a bias has b = 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.dora import output_scale
+from loradeploy.bundle.manifest import LoraTarget, Manifest
+from loradeploy.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.base import BaseValues
+
+
+def change_inputs(manifest: Manifest) -> dict[str, tuple[int, float]]:
+    """The side inputs that change outputs: name → size, and what the base has in every place."""
+    inputs: dict[str, tuple[int, float]] = {}
+    for output in manifest.changed:
+        if output.scale is not None:
+            inputs[output.scale] = (output.size, 1.0)
+        if output.offset is not None:
+            inputs[output.offset] = (output.size, 0.0)
+    return inputs
+
+
+def added_biases(adapter: Adapter, manifest: Manifest) -> set[str]:
+    """The adapter's whole parameters that the bundle takes as offsets."""
+    replaced = {target.parameter for target in manifest.saved}
+    takes = {f"{o.module}.bias" for o in manifest.changed if o.offset is not None}
+    return {name for name in adapter.saved if name in takes and name not in replaced}
+
+
+def change_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
+    """What DoRA and trained biases need and the bundle does not have."""
+    outputs = {output.module: output for output in manifest.changed}
+    problems = []
+    lacking = [
+        module
+        for module, pair in sorted(adapter.factors.items())
+        if pair.magnitude is not None and (module not in outputs or outputs[module].scale is None)
+    ]
+    if lacking:
+        problems.append(
+            f"it is a DoRA adapter (use_dora), and {lacking[0]}"
+            f"{f' and {len(lacking) - 1} more have' if len(lacking) > 1 else ' has'} no scale as a"
+            " side input in this bundle: export it with the adapter or with --side-inputs dora, or"
+            " merge it instead"
+        )
+    for parameter in sorted(added_biases(adapter, manifest)):
+        shape, size = adapter.saved[parameter].shape, outputs[parameter.rpartition(".")[0]].size
+        if shape != (size,):
+            problems.append(f"{parameter} is {list(shape)}, the base has {[size]}")
+    return problems
+
+
+def output_changes(
+    adapter: Adapter, manifest: Manifest, base: BaseValues | None
+) -> dict[str, NDArray[np.float32]]:
+    """The scales and offsets [out] of an adapter that fits, by side input.
+
+    Raises:
+        AdapterMismatchError: `base` lacks a weight that DoRA needs.
+    """
+    targets = {target.module: target for target in manifest.targets}
+    biases = added_biases(adapter, manifest)
+    changes: dict[str, NDArray[np.float32]] = {}
+    for output in manifest.changed:
+        module = output.module
+        pair = adapter.factors.get(module)
+        trained = adapter.saved[f"{module}.bias"] if f"{module}.bias" in biases else None
+        scaled = pair is not None and pair.magnitude is not None
+        if not scaled and trained is None:
+            continue
+        held = None if base is None else base.bias(module)
+        scale = np.ones(output.size, np.float32)
+        if pair is not None and scaled and output.scale is not None:
+            W = _weight(base, targets[module])
+            scale = output_scale(W, pair, adapter.scaling(module))
+            changes[output.scale] = scale
+        if output.offset is not None:
+            zero = np.zeros(output.size, np.float32)
+            b = zero if held is None else held
+            wanted = b if trained is None else trained.astype(np.float32)
+            changes[output.offset] = wanted - scale * b
+    return changes
+
+
+def changes_undone(
+    arrays: Mapping[str, NDArray[Any]],
+    factors: Mapping[str, Factors],
+    manifest: Manifest,
+    base: BaseValues | None,
+) -> tuple[dict[str, Factors], dict[str, NDArray[np.float32]]]:
+    """`factors` with DoRA's magnitudes, and the trained biases, of one slot of side inputs.
+
+    The scaling is in B already. Raises AdapterMismatchError where `base` lacks a weight.
+    """
+    targets = {target.module: target for target in manifest.targets}
+    scales: dict[str, NDArray[np.float32]] = {}
+    biases: dict[str, NDArray[np.float32]] = {}
+    for output in manifest.changed:
+        scale = None if output.scale is None else arrays.get(output.scale)
+        offset = None if output.offset is None else arrays.get(output.offset)
+        if scale is not None:
+            scales[output.module] = scale[0].astype(np.float32)
+        if offset is None:
+            continue
+        held = None if base is None else base.bias(output.module)
+        b = np.zeros(output.size, np.float32) if held is None else held
+        bias = offset[0].astype(np.float32) + scales.get(output.module, np.float32(1)) * b
+        # An offset that only keeps the base's own bias as it is tells of no trained one.
+        rounding = 8 * np.finfo(manifest.factor_dtype).eps * np.abs([b, bias, offset[0]]).max()
+        if np.abs(bias - b).max() > rounding:
+            biases[f"{output.module}.bias"] = bias
+    if not scales:
+        return dict(factors), biases
+    whole = {}
+    for module, pair in factors.items():
+        ones = np.ones(len(pair.B), np.float32)
+        # The norm is what the scale divides by: output_scale of a magnitude of ones is 1 / norm.
+        unit = dataclasses.replace(pair, magnitude=ones)
+        inverse = output_scale(_weight(base, targets[module]), unit, 1.0)
+        whole[module] = dataclasses.replace(pair, magnitude=scales.get(module, ones) / inverse)
+    return whole, biases
+
+
+def _weight(base: BaseValues | None, target: LoraTarget) -> NDArray[np.float32]:
+    W = None if base is None else base.weight(target)
+    if W is None:
+        raise AdapterMismatchError(
+            f"it is a DoRA adapter (use_dora), and the base's weight of {target.module} is packed"
+            " here and cannot be read: export the unpacked base together with this adapter"
+        )
+    return W

@@ -1,0 +1,116 @@
+"""Which layers get which kinds of side inputs: what the given adapters need, or what is asked for.
+
+Low-rank factors of linear layers are always there. The other kinds cost time even when no adapter
+uses them, so that they are put in for adapters that need them, or for every layer when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.errors import ExportError
+from loradeploy.export.embeddings import has_token_rows
+from loradeploy.export.find import Linear
+from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
+from loradeploy.export.outputs import Change
+from loradeploy.export.parts import Part
+from loradeploy.export.surgery import rows_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.adapter.adapter import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """Modules by what they need. `everywhere`: kinds that every layer is to have."""
+
+    scaled: frozenset[str]
+    shifted: frozenset[str]
+    embeddings: frozenset[str]
+    everywhere: frozenset[str]
+
+
+def kinds_of(manifest: Manifest) -> frozenset[str]:
+    """The kinds that a bundle has for every layer or for some."""
+    found = {
+        DORA: any(output.scale is not None for output in manifest.changed),
+        BIAS: any(output.scale is None for output in manifest.changed),
+        EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
+    }
+    return frozenset(kind for kind, there in found.items() if there)
+
+
+def needs_of(adapters: Iterable[Adapter], asked: Collection[str]) -> Needs:
+    """What `adapters` need and what is `asked` for."""
+    scaled, shifted, embeddings = set(), set(), set()
+    for adapter in adapters:
+        for module, pair in adapter.factors.items():
+            if pair.magnitude is not None:
+                scaled.add(module)
+            if pair.kind == "embedding":
+                embeddings.add(module)
+        shifted |= {name.removesuffix(".bias") for name in adapter.saved if name.endswith(".bias")}
+    return Needs(frozenset(scaled), frozenset(shifted), frozenset(embeddings), frozenset(asked))
+
+
+def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
+    """The embeddings that take factors."""
+    return [
+        part
+        for module, part in parts.items()
+        if part.kind == "embedding"
+        and (
+            module in needs.embeddings
+            or (EMBEDDING in needs.everywhere and has_token_rows(graph, part))
+        )
+    ]
+
+
+def choose_changes(
+    graph: ir.Graph,
+    targets: Sequence[Linear],
+    embeddings: Sequence[Part],
+    parts: Mapping[str, Part],
+    needs: Needs,
+    parameters: Collection[str],
+) -> list[Change]:
+    """The layers whose outputs take scales and offsets.
+
+    `parameters` are names in the checkpoint: a bias of zeros leaves no trace in a graph.
+
+    Raises:
+        ExportError: a layer has a bias that the graph adds in a way that is not understood.
+    """
+    changes = []
+    norms = [part for part in parts.values() if part.kind == "norm" and part.bias_input is not None]
+    layers: list[Linear | Part] = [*targets, *embeddings, *norms]
+    for layer in layers:
+        module, norm = layer.module, layer in norms
+        biased = layer.bias is not None or f"{module}.bias" in parameters
+        scale = not norm and (module in needs.scaled or DORA in needs.everywhere)
+        shift = module in needs.shifted or (BIAS in needs.everywhere and biased)
+        if norm and shift and module not in needs.shifted and not _has_rows(graph, layer):
+            continue
+        if not scale and not shift:
+            continue
+        if layer.bias is None and f"{module}.bias" in graph.initializers:
+            raise ExportError(
+                f"the graph adds the bias of {module} in a way that is not understood, so that it"
+                " cannot take a scale or an offset: merge the adapter instead"
+            )
+        changes.append(Change(layer, scale=scale, offset=shift or (scale and biased)))
+    return changes
+
+
+def _has_rows(graph: ir.Graph, layer: Linear | Part) -> bool:
+    try:
+        for node in layer.nodes:
+            rows_of(graph, node, layer.module)
+    except ExportError:
+        return False
+    return True

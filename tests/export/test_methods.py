@@ -1,0 +1,195 @@
+"""Every method × merged, side inputs alone, and side inputs in a mixed batch, against PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from loradeploy.errors import AdapterMismatchError
+from loradeploy.export.api import export
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter, once
+from tests.export.reference import difference
+from tests.runtime.feeds import feeds
+from tests.tolerances import tolerance
+
+CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tiny model: its task and the names of its parts."""
+
+    task: str
+    some: tuple[str, ...]
+    embedding: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """What PEFT is told, and whether a side-input bundle can take it."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("some",)
+    saved: tuple[str, ...] = ()
+    side_inputs: bool = True
+
+
+MODELS: Final = {
+    "llama": Kind(CAUSAL, ("q_proj", "down_proj"), "embed_tokens", "lm_head"),
+    "tied-llama": Kind(CAUSAL, ("q_proj", "down_proj"), "embed_tokens", "lm_head"),
+    "gpt2": Kind(CAUSAL, ("c_attn", "c_fc", "mlp.c_proj"), "wte", "lm_head"),
+    "bert": Kind(CLASSIFIER, ("query", "output.dense"), "word_embeddings", "classifier"),
+}
+METHODS: Final = {
+    "dora": Method({"use_dora": True}),
+    "dora on embeddings": Method({"use_dora": True}, ("some", "embedding")),
+    "bias lora_only": Method({"bias": "lora_only"}),
+    "bias all": Method({"bias": "all"}),
+    "dora and bias": Method({"use_dora": True, "bias": "all"}),
+    "embedding": Method({}, ("some", "embedding")),
+    "rslora and patterns": Method({"use_rslora": True, "use_dora": True, "rank_pattern": {"0": 2}}),
+    "lora on the head": Method({}, ("some", "head")),
+    "embedding saved": Method({}, ("some",), ("embedding",), side_inputs=False),
+    "head saved": Method({}, ("some",), ("head",)),
+}
+# A llama has no biases that could be trained.
+CASES: Final = [
+    (model, method)
+    for model in MODELS
+    for method in METHODS
+    if not ("llama" in model and "bias" in method)
+    and not (model == "bert" and method == "lora on the head")
+]
+
+
+def _make(name: str, place: Path) -> Path:
+    import torch
+    import transformers
+
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 512}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    model: Any
+    if name == "gpt2":
+        config: Any = transformers.GPT2Config(
+            n_embd=32, n_layer=1, n_head=4, n_positions=64, initializer_range=0.2, **tokens
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    elif name == "bert":
+        config = transformers.BertConfig(num_labels=3, **small, **tokens)
+        model = transformers.BertForSequenceClassification(config)
+    else:
+        config = transformers.LlamaConfig(tie_word_embeddings=name[:4] == "tied", **small, **tokens)
+        model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():  # a fresh model's biases are zero
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    model.eval().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def models(shared: Path) -> Any:
+    return lambda name: once(shared / f"methods-{name}", lambda place: _make(name, place))
+
+
+def _adapter(make: MakeAdapter, name: str, model: Path, method: Method, seed: int = 3) -> Path:
+    kind = MODELS[name]
+    named = {"embedding": kind.embedding, "head": kind.head}
+    targets = [n for target in method.targets for n in _names(kind, named, target)]
+    saved = [named[part] for part in method.saved] or None
+    return make(
+        model,
+        seed=seed,
+        task=kind.task,
+        num_labels=3,
+        scale=0.2,
+        target_modules=targets,
+        modules_to_save=saved,
+        **method.options,
+    )
+
+
+def _names(kind: Kind, named: Mapping[str, str], target: str) -> tuple[str, ...]:
+    return kind.some if target == "some" else (named[target],)
+
+
+def _ids(rows: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(5, 510, (rows, 7))
+
+
+def _expected(name: str, model: Path, adapter: Path | None, ids: Any) -> NDArray[Any]:
+    """PEFT's logits."""
+    import peft
+    import torch
+    import transformers
+
+    kind = MODELS[name]
+    auto = (
+        transformers.AutoModelForCausalLM
+        if kind.task == CAUSAL
+        else transformers.AutoModelForSequenceClassification
+    )
+    held = auto.from_pretrained(model, dtype=torch.float32).eval()
+    if adapter is not None:
+        held = peft.PeftModel.from_pretrained(held, adapter).eval()
+    with torch.no_grad():
+        result: NDArray[Any] = held(input_ids=torch.from_numpy(ids)).logits.numpy()
+    return result
+
+
+def _logits(session: AdapterSession, ids: Any, adapters: Any = None) -> NDArray[Any]:
+    return session.run(["logits"], feeds(session.manifest, ids), adapters)[0]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES, ids=lambda part: part)
+def test_a_method_computes_what_peft_computes_in_every_mode(
+    name: str, method: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model, row = models(name), METHODS[method]
+    task = MODELS[name].task
+    adapter = _adapter(make_adapter, name, model, row)
+    ids = _ids(3)
+    allowed = tolerance("torch-onnx-tiny")
+    base, adapted = (_expected(name, model, a, ids) for a in (None, adapter))
+    assert difference(base, adapted) > 0.05, "the adapter changes nothing"
+
+    export(model, tmp_path / "merged", adapters={"a": adapter}, merge=True, task=task)
+    merged = _logits(AdapterSession(tmp_path / "merged"), ids)
+    assert difference(merged, adapted) <= allowed
+    if not row.side_inputs:
+        with pytest.raises(AdapterMismatchError, match=r"modules_to_save.* merge it instead"):
+            export(model, tmp_path / "side", adapters={"a": adapter}, task=task)
+        return
+
+    plain = _adapter(make_adapter, name, model, Method(saved=row.saved), seed=5)
+    other = _expected(name, model, plain, ids)
+    export(model, tmp_path / "side", adapters={"a": adapter, "plain": plain}, task=task)
+    session = AdapterSession(tmp_path / "side")
+    assert difference(_logits(session, ids), base) <= allowed
+    assert difference(_logits(session, ids, "a"), adapted) <= allowed
+    mixed = _logits(session, ids, ["a", "plain", None])
+    for place, wanted in enumerate((adapted, other, base)):
+        assert difference(mixed[place], wanted[place]) <= allowed, f"row {place}"
+    session.load("native", tmp_path / "side" / "adapters" / "a.onnx_adapter")
+    assert difference(_logits(session, ids, "native"), adapted) <= allowed
+    # A bundle is a base like any other: its side inputs go, and come back as a merge.
+    export(tmp_path / "side", tmp_path / "again", adapters={"a": adapter}, merge=True)
+    again = AdapterSession(tmp_path / "again")
+    assert difference(_logits(again, ids), adapted) <= allowed
