@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.targets import is_saved
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import Control
 from loradeploy.parity.setting import Setting
@@ -46,7 +47,7 @@ def wrong_adapter(adapter: Adapter) -> Adapter | None:
     return _with_factors(
         adapter,
         {
-            module: Factors(A=random.permuted(pair.A), B=random.permuted(pair.B))
+            module: dataclasses.replace(pair, A=random.permuted(pair.A), B=random.permuted(pair.B))
             for module, pair in adapter.factors.items()
         },
     )
@@ -56,7 +57,7 @@ def doubled_alpha(adapter: Adapter) -> Adapter | None:
     """s twice as large, which is B twice as large."""
     return _with_factors(
         adapter,
-        {module: Factors(pair.A, pair.B * 2) for module, pair in adapter.factors.items()},
+        {m: dataclasses.replace(pair, B=pair.B * 2) for m, pair in adapter.factors.items()},
     )
 
 
@@ -78,7 +79,32 @@ def missing_target(adapter: Adapter) -> Adapter | None:
         return None
     last = adapter.modules[-1]
     pair = adapter.factors[last]
-    return _with_factors(adapter, {**adapter.factors, last: Factors(pair.A, pair.B * 0)})
+    return _with_factors(
+        adapter, {**adapter.factors, last: dataclasses.replace(pair, B=pair.B * 0)}
+    )
+
+
+def ignored_magnitude(adapter: Adapter) -> Adapter | None:
+    """DoRA's factors as if they were plain ones."""
+    if not adapter.config.use_dora:
+        return None
+    return dataclasses.replace(
+        adapter,
+        config=dataclasses.replace(adapter.config, use_dora=False),
+        factors={
+            module: dataclasses.replace(pair, magnitude=None)
+            for module, pair in adapter.factors.items()
+        },
+    )
+
+
+def ignored_bias(adapter: Adapter) -> Adapter | None:
+    """The base's own biases in the place of the trained ones."""
+    if adapter.config.bias == "none" or not adapter.factors:
+        return None
+    kept = {n: values for n, values in adapter.saved.items() if is_saved(n, adapter.config)}
+    config = dataclasses.replace(adapter.config, bias="none")
+    return dataclasses.replace(adapter, config=config, saved=kept)
 
 
 MISTAKES: Final[tuple[Mistake, ...]] = (
@@ -86,6 +112,8 @@ MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
     Mistake("swapped factors", "two modules have each other's factors", swapped_factors),
     Mistake("missing target", "one module has no update", missing_target),
+    Mistake("ignored magnitude", "DoRA's outputs are not scaled", ignored_magnitude),
+    Mistake("ignored bias", "the trained biases are left out", ignored_bias),
 )
 OFF_BY_ONE: Final = Mistake(
     "off-by-one row", "each row of a mixed batch has its neighbour's adapter", lambda _: None

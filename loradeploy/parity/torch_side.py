@@ -177,12 +177,17 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
 
     place = subject.place if subject.place.is_dir() else subject.place.parent
     modules = dict(model.named_modules())
+    # PEFT writes trained biases over the base's own.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: parameters[name].detach().clone() for name in subject.adapter.saved}
     try:
         with quiet():
             peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
         yield
     finally:
         _restore(model, modules)
+        for name, values in own.items():
+            parameters[name].data.copy_(values)
 
 
 def _rows(

@@ -27,6 +27,8 @@ from loradeploy.runtime.session import AdapterSession
 # Few enough to be quick, of different lengths so that a batch is padded.
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 MakeAdapter = Callable[..., Path]
+# The mistakes that can be made with an adapter of plain factors.
+OF_ANY = [mistake for mistake in MISTAKES if not mistake.name.startswith("ignored")]
 Parity = Callable[..., ParityReport]
 
 
@@ -118,7 +120,7 @@ def test_a_bundle_in_half_precision_agrees_and_its_mistakes_are_still_caught(
         controls=True,
     )
     assert report.passed, report.failures
-    assert len(report.controls) == len(MISTAKES) + 1
+    assert len(report.controls) == len(OF_ANY) + 1
 
 
 def test_the_base_alone_can_be_compared(
@@ -161,7 +163,7 @@ def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(
 # -- what does not -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", OF_ANY, ids=lambda mistake: mistake.name)
 def test_a_merge_with_a_mistake_fails(
     mistake: Mistake,
     tiny_llama: Path,
@@ -182,7 +184,7 @@ def test_a_merge_with_a_mistake_fails(
     assert {result.outcome for result in report.results} == {"failed"}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", OF_ANY, ids=lambda mistake: mistake.name)
 def test_a_native_adapter_with_a_mistake_fails(
     mistake: Mistake, tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
 ) -> None:

@@ -1,0 +1,120 @@
+"""DoRA, trained biases and embeddings: every path agrees, and what leaves them out is caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.base import BundleBase
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.native import write_onnx_adapter
+from loradeploy.parity.controls import MISTAKES, Mistake
+from tests.conftest import MakeAdapter, once
+
+PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
+IGNORED = [mistake for mistake in MISTAKES if mistake.name.startswith("ignored")]
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
+    """DoRA with all biases and the embedding, on the tiny GPT-2."""
+    return make_adapter(
+        tiny_gpt2,
+        use_dora=True,
+        bias="all",
+        scale=0.2,
+        target_modules=["c_attn", "mlp.c_proj", "wte"],
+    )
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
+    return make_adapter(tiny_gpt2, seed=4, target_modules=["c_attn"])
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tiny_gpt2: Path, adapter: Path, plain: Path, shared: Path) -> Path:
+    given = {"whole": adapter, "plain": plain}
+    return once(
+        shared / "bundle-gpt2-methods", lambda place: ld.export(tiny_gpt2, place, adapters=given)
+    )
+
+
+@pytest.fixture
+def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
+    """A copy, to be tampered with."""
+    import shutil
+
+    shutil.copytree(shared_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_every_path_agrees_and_every_mistake_is_caught(
+    tiny_gpt2: Path, shared_bundle: Path
+) -> None:
+    report = ld.parity(
+        shared_bundle,
+        model=tiny_gpt2,
+        prompts=PROMPTS,
+        tokens=4,
+        certificate=False,
+        controls=True,
+    )
+    assert report.passed, report.failures
+    paths = {result.backend for result in report.results if result.outcome == "passed"}
+    assert paths == {
+        "torch-merged",
+        "peft",
+        "onnx-merged",
+        "onnx-native",
+        "onnx-side-inputs",
+        "onnx-mixed",
+    }
+    assert all(facts.effect > 0.1 for facts in report.adapters)
+    caught = {(control.name, control.adapter) for control in report.controls if control.caught}
+    assert {(mistake.name, "whole") for mistake in IGNORED} <= caught
+    assert all(control.caught for control in report.controls)
+
+
+@pytest.mark.parametrize("mistake", IGNORED, ids=lambda mistake: mistake.name)
+def test_a_merge_that_leaves_something_out_fails(
+    mistake: Mistake, tiny_gpt2: Path, bundle: Path, adapter: Path, tmp_path: Path
+) -> None:
+    wrong = mistake.make(load_adapter(adapter))
+    assert wrong is not None
+    save_adapter(wrong, tmp_path / "wrong")
+    ld.export(bundle, tmp_path / "merged", adapters={"it": tmp_path / "wrong"}, merge=True)
+    report = ld.parity(
+        tmp_path / "merged",
+        model=tiny_gpt2,
+        adapters={"it": adapter},
+        prompts=PROMPTS,
+        tokens=2,
+        certificate=False,
+        backends=["onnx-merged"],
+    )
+    assert {result.outcome for result in report.results} == {"failed"}
+
+
+@pytest.mark.parametrize("mistake", IGNORED, ids=lambda mistake: mistake.name)
+def test_side_inputs_that_leave_something_out_fail(
+    mistake: Mistake, tiny_gpt2: Path, bundle: Path, adapter: Path
+) -> None:
+    wrong = mistake.make(load_adapter(adapter))
+    assert wrong is not None
+    manifest = read_manifest(bundle)
+    native = bundle / "adapters" / "whole.onnx_adapter"
+    write_onnx_adapter(wrong, manifest, native, BundleBase(bundle, manifest))
+    report = ld.parity(
+        bundle,
+        model=tiny_gpt2,
+        prompts=PROMPTS,
+        tokens=2,
+        certificate=False,
+        backends=["onnx-native"],
+    )
+    outcomes = {(result.adapter, result.outcome) for result in report.results}
+    assert outcomes == {("whole", "failed"), ("plain", "passed")}
