@@ -166,3 +166,39 @@ def test_saved_parameters_take_the_place_of_the_base_s() -> None:
     rows = numbers(2, 3, IN)
     expected = (rows * norm) @ weight.T + bias
     assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_convolution_is_merged_as_pytorch_computes_it(dora: bool) -> None:
+    import torch
+
+    from loradeploy.lora.inject import load
+
+    net = torch.nn.Sequential()
+    net.add_module("patches", torch.nn.Conv2d(3, 8, (2, 3), stride=2))
+    weight, bias = (p.detach().numpy().copy() for p in net.patches.parameters())
+    b = Builder()
+    x = b.input("x", [1, 3, 6, 9])
+    inputs = [x, b.constant("w", weight), b.constant("b", bias)]
+    y = b.node("Conv", inputs, module="patches", strides=[2, 2])
+    model = b.model(y)
+    pair = Factors(
+        A=numbers(2, 3, 2, 3, seed=1),
+        B=numbers(8, 2, 1, 1, seed=2),
+        magnitude=np.abs(numbers(8, seed=3)) if dora else None,
+        kind="conv2d",
+    )
+    config = AdapterConfig(r=2, lora_alpha=8, target_modules=("patches",), use_dora=dora)
+    adapter = Adapter(config, {"patches": pair})
+    values = numbers(1, 3, 6, 9, seed=4)
+    before = run(model, {"x": values})
+
+    report = _merge(model, adapter)
+
+    load(net, adapter)
+    with torch.no_grad():
+        expected = net(torch.tensor(values)).numpy()
+    found = run(model, {"x": values})
+    assert report.modules == ("patches",)
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(found - before).max() > 1
