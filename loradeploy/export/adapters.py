@@ -29,7 +29,7 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import AdapterMismatchError, UsageError
+from loradeploy.errors import AdapterError, UsageError
 from loradeploy.export.find import is_head
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
     """`check_fit` with the adapter's name in the message."""
     try:
         check_fit(adapter, manifest)
-    except AdapterMismatchError as problem:
-        raise AdapterMismatchError(f"{name}: {problem}") from None
+    except AdapterError as problem:  # which a mismatch is too
+        raise type(problem)(f"{name}: {problem}") from None
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from loradeploy.export.graph import (
 )
 from loradeploy.export.held import HeldBase
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.needs import choose_changes, choose_embeddings, kinds_of, needs_of
+from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.precision import DEFAULT_PRECISION, PACKED_BITS, precision_of
 from loradeploy.export.quantise import quantise
@@ -90,7 +90,7 @@ class Base:
     `packed`: the weights already are in the precision that is wanted.
     `parameters`: names in the checkpoint, where there is one. `replaced`: modules that are to be
     replaced whole, because the checkpoint lacks them or the bundle has them so.
-    `kinds`: the kinds of side inputs that the bundle had.
+    `before`: the manifest of a bundle.
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     """
@@ -102,7 +102,7 @@ class Base:
     packed: bool = False
     parameters: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
-    kinds: frozenset[str] = frozenset()
+    before: Manifest | None = None
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
 
@@ -229,7 +229,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         packed=precision == held,
         parameters=parameters,
         replaced=replaced,
-        kinds=frozenset() if source.manifest is None else kinds_of(source.manifest),
+        before=source.manifest,
     )
 
 
@@ -251,7 +251,7 @@ def _with_side_inputs(
 ) -> tuple[Manifest, SideInputs, Mapping[str, Arrays]]:
     targets, heads = _split(base, findings, options.adapters.values())
     parts = find_parts(base.graph)
-    needs = needs_of(options.adapters.values(), options.side_inputs | base.kinds)
+    needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
     graph = base.graph.graph
     embeddings = choose_embeddings(graph, parts, needs)
     changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)

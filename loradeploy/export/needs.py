@@ -35,18 +35,10 @@ class Needs:
     everywhere: frozenset[str]
 
 
-def kinds_of(manifest: Manifest) -> frozenset[str]:
-    """The kinds that a bundle has for every layer or for some."""
-    found = {
-        DORA: any(output.scale is not None for output in manifest.changed),
-        BIAS: any(output.scale is None for output in manifest.changed),
-        EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
-    }
-    return frozenset(kind for kind, there in found.items() if there)
-
-
-def needs_of(adapters: Iterable[Adapter], asked: Collection[str]) -> Needs:
-    """What `adapters` need and what is `asked` for."""
+def needs_of(
+    adapters: Iterable[Adapter], asked: Collection[str], before: Manifest | None = None
+) -> Needs:
+    """What `adapters` need, what is `asked` for, and what the bundle had `before`."""
     scaled, shifted, embeddings = set(), set(), set()
     for adapter in adapters:
         for module, pair in adapter.factors.items():
@@ -55,6 +47,10 @@ def needs_of(adapters: Iterable[Adapter], asked: Collection[str]) -> Needs:
             if pair.kind == "embedding":
                 embeddings.add(module)
         shifted |= {name.removesuffix(".bias") for name in adapter.saved if name.endswith(".bias")}
+    if before is not None:
+        scaled |= {output.module for output in before.changed if output.scale is not None}
+        shifted |= {output.module for output in before.changed if output.offset is not None}
+        embeddings |= {t.module for t in before.targets if t.kind == "embedding"}
     return Needs(frozenset(scaled), frozenset(shifted), frozenset(embeddings), frozenset(asked))
 
 

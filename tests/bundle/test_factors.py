@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,33 @@ def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) 
         read_onnx_adapter(file)
     with pytest.raises(AdapterError, match="does not exist"):
         read_onnx_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (
+            Factors(np.zeros((2, 3, 1, 1), np.float32), np.zeros((4, 2, 1, 1)), kind="conv2d"),
+            "l.q is a convolution, which takes no side inputs: merge it instead",
+        ),
+        (
+            Factors(np.zeros((2, 3), np.float32), np.zeros((4, 2)), kind="embedding"),
+            "l.q is an embedding without side inputs .*--side-inputs embedding, or merge it",
+        ),
+    ],
+)
+def test_what_takes_no_side_inputs_is_refused_by_name(pair: Factors, message: str) -> None:
+    adapter = an_adapter(factors={"l.q": pair, "l.k": factors()})
+    with pytest.raises(AdapterMismatchError, match=message):
+        side_inputs(adapter, a_manifest())
+
+
+def test_dora_without_a_scale_and_biases_without_an_offset_are_refused_by_name() -> None:
+    config = dataclasses.replace(CONFIG, use_dora=True, bias="all")
+    ones = np.ones(4, np.float32)
+    pairs = {name: dataclasses.replace(factors(), magnitude=ones) for name in ("l.q", "l.k")}
+    adapter = an_adapter(config=config, factors=pairs, saved={"l.q.bias": ones})
+    with pytest.raises(AdapterMismatchError) as refusal:
+        side_inputs(adapter, a_manifest())
+    for told in ("DoRA", "l.k and 1 more have no scale", "l.q.bias (a trained bias)"):
+        assert told in str(refusal.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from loradeploy.bundle.manifest import (
     BaseIdentity,
     LoraTarget,
     Manifest,
+    OutputTarget,
     SavedTarget,
+    StoredWeight,
     TensorSpec,
     read_manifest,
 )
@@ -96,3 +99,34 @@ def test_a_place_without_a_bundle_says_so(tmp_path: Path) -> None:
     (tmp_path / "loradeploy.json").write_text("{")
     with pytest.raises(BundleError, match="not readable as JSON"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_from_before_scales_and_offsets_reads() -> None:
+    older = a_manifest().to_json()
+    del older["changed"]
+    for target in older["targets"]:
+        del target["kind"], target["stored"]
+    for entry in older["adapters"].values():
+        del entry["native_digest"]
+    assert Manifest.from_json(json.loads(json.dumps(older))) == a_manifest()
+
+
+def _with_changes(**stored: Any) -> Manifest:
+    place = StoredWeight(**{"offset": 64, "length": 48, "dtype": "float32", **stored})
+    target = dataclasses.replace(a_manifest().targets[0], stored=place)
+    return a_manifest(
+        targets=(target,), changed=(OutputTarget("l.q", 4, "l.q.scale", "l.q.offset"),)
+    )
+
+
+def test_scales_offsets_and_places_of_weights_survive_the_round_trip() -> None:
+    manifest = _with_changes()
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"offset": -1}, {"length": 47}, {"length": 1 << 40}, {"dtype": "object"}]
+)
+def test_a_place_that_cannot_be_a_weight_s_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"stored weight of l\.q is not one of its size"):
+        Manifest.from_json(json.loads(json.dumps(_with_changes(**wrong).to_json())))

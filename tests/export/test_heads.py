@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import loradeploy as ld
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
@@ -127,6 +128,31 @@ def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silen
     base = torch_output(model, ids, mask, task=TASK)
     adapted = torch_output(model, ids, mask, task=TASK, adapter=adapter)
     _agree(tmp_path, adapter, base, adapted, ids, mask)
+
+
+def test_a_pooler_of_an_encoder_that_lacks_its_own_comes_with_the_adapter(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import transformers
+
+    task = "feature-extraction"
+    whole = _make(tmp_path / "whole", "BertConfig")
+    encoder = transformers.BertModel.from_pretrained(whole, add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path / "m")
+    adapter = make_adapter(
+        tmp_path / "m",
+        out=tmp_path / "a",
+        task=task,
+        target_modules=["query", "value"],
+        modules_to_save=["pooler"],
+    )
+    for place, merge in (("side", False), ("merged", True)):
+        given = {"a": adapter}
+        manifest = export(tmp_path / "m", tmp_path / place, adapters=given, merge=merge, task=task)
+        outputs = [spec.name for spec in manifest.outputs]
+        assert outputs == ["last_hidden_state", "pooler_output"]
+    report = ld.parity(tmp_path / "side", model=tmp_path / "m", certificate=False)
+    assert report.passed, report.failures
 
 
 def test_a_pooler_that_the_checkpoint_lacks_comes_with_the_adapter(

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.errors import AdapterMismatchError
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.bundle.base import BundleBase
+from loradeploy.bundle.factors import adapter_from_side_inputs
+from loradeploy.bundle.native import read_onnx_adapter
+from loradeploy.errors import AdapterError, AdapterMismatchError, BundleError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once
-from tests.export.reference import difference
+from tests.export.reference import apart, difference
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
@@ -193,3 +197,164 @@ def test_a_method_computes_what_peft_computes_in_every_mode(
     export(tmp_path / "side", tmp_path / "again", adapters={"a": adapter}, merge=True)
     again = AdapterSession(tmp_path / "again")
     assert difference(_logits(again, ids), adapted) <= allowed
+
+
+def test_side_inputs_that_nobody_asked_for_are_not_there(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    plain = _adapter(make_adapter, "gpt2", model, Method())
+    manifest = export(model, tmp_path / "b", adapters={"plain": plain})
+    assert manifest.changed == ()
+    assert {target.kind for target in manifest.targets} == {"linear"}
+    assert not (tmp_path / "b" / "base.safetensors").exists()
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "bundle"])
+def test_adapters_that_come_later_need_the_kinds_that_the_export_was_told(
+    source: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model, ids = models("gpt2"), _ids(3)
+    wide = Method({"use_dora": True, "bias": "all"}, ("some", "embedding"))
+    adapter = _adapter(make_adapter, "gpt2", model, wide)
+    export(model, tmp_path / "b", side_inputs=["dora", "bias", "embedding"])
+    if source == "bundle":  # which has all of it still
+        export(tmp_path / "b", tmp_path / "again")
+    session = AdapterSession(tmp_path / ("again" if source == "bundle" else "b"))
+    session.load("late", adapter)
+    mixed = _logits(session, ids, ["late", None, "late"])
+    adapted, base = (_expected("gpt2", model, a, ids) for a in (adapter, None))
+    for row, wanted in enumerate((adapted, base, adapted)):
+        assert difference(mixed[row], wanted[row]) <= tolerance("torch-onnx-tiny")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Method({"use_dora": True}), r"DoRA adapter \(use_dora\).*--side-inputs dora"),
+        (Method({"bias": "lora_only"}), r"a trained bias.*--side-inputs bias"),
+        (Method({}, ("some", "embedding")), r"wte is an embedding.*--side-inputs embedding"),
+    ],
+)
+def test_a_bundle_without_its_kind_refuses_an_adapter_by_name(
+    method: Method, message: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    export(model, tmp_path / "b")
+    session = AdapterSession(tmp_path / "b")
+    with pytest.raises(AdapterMismatchError, match=message):
+        session.load("late", _adapter(make_adapter, "gpt2", model, method))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_packed_bundle_has_the_scales_of_the_adapters_that_it_came_with(
+    precision: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model, ids = models("gpt2"), _ids(2)
+    dora = Method({"use_dora": True})
+    adapter = _adapter(make_adapter, "gpt2", model, dora)
+    export(model, tmp_path / "full", adapters={"a": adapter})
+    export(model, tmp_path / "b", adapters={"a": adapter}, precision=precision)
+    session = AdapterSession(tmp_path / "b")
+    full = read_onnx_adapter(tmp_path / "full" / "adapters" / "a.onnx_adapter")
+    packed = read_onnx_adapter(tmp_path / "b" / "adapters" / "a.onnx_adapter")
+    for name, values in full.items():
+        np.testing.assert_array_equal(packed[name], values)
+    own = _logits(session, ids, "a")
+    session.load("native", tmp_path / "b" / "adapters" / "a.onnx_adapter")
+    np.testing.assert_array_equal(own, _logits(session, ids, "native"))
+    assert apart(own, _expected("gpt2", model, adapter, ids)) <= tolerance(f"export-{precision}")
+    assert difference(own, _logits(session, ids)) > 0.05
+    with pytest.raises(AdapterMismatchError, match="is packed here and cannot be read"):
+        session.load("late", _adapter(make_adapter, "gpt2", model, dora, seed=8))
+
+
+def test_scales_that_were_changed_in_a_packed_bundle_are_refused(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    adapters = {
+        name: _adapter(make_adapter, "gpt2", model, Method({"use_dora": True}), seed=seed)
+        for seed, name in enumerate(("a", "b"))
+    }
+    export(model, tmp_path / "b", adapters=adapters, precision="int8")
+    place = tmp_path / "b" / "adapters"
+    (place / "a.onnx_adapter").write_bytes((place / "b.onnx_adapter").read_bytes())
+    with pytest.raises(BundleError, match="a.onnx_adapter is not the file that came with"):
+        AdapterSession(tmp_path / "b").load("a")
+
+
+def test_half_precision_holds_every_method(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model, ids = models("gpt2"), _ids(3)
+    wide = Method({"use_dora": True, "bias": "all"}, ("some", "embedding"))
+    adapter = _adapter(make_adapter, "gpt2", model, wide)
+    export(model, tmp_path / "side", adapters={"a": adapter}, precision="fp16")
+    export(model, tmp_path / "merged", adapters={"a": adapter}, precision="fp16", merge=True)
+    adapted, base = (_expected("gpt2", model, a, ids) for a in (adapter, None))
+    side = AdapterSession(tmp_path / "side")
+    allowed = tolerance("export-fp16")
+    assert apart(_logits(side, ids, "a"), adapted) <= allowed
+    assert apart(_logits(side, ids), base) <= allowed
+    assert apart(_logits(AdapterSession(tmp_path / "merged"), ids), adapted) <= allowed
+    assert apart(adapted, base) > 10 * allowed
+
+
+def test_side_inputs_become_an_adapter_with_magnitudes_and_biases_again(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    wide = Method({"use_dora": True, "bias": "all"}, ("some", "embedding"))
+    place = _adapter(make_adapter, "gpt2", model, wide)
+    manifest = export(model, tmp_path / "b", adapters={"a": place})
+    adapter = load_adapter(place)
+    arrays = read_onnx_adapter(tmp_path / "b" / "adapters" / "a.onnx_adapter")
+    again = adapter_from_side_inputs(arrays, manifest, BundleBase(tmp_path / "b", manifest))
+    assert again.config.use_dora
+    assert again.factors.keys() == adapter.factors.keys()
+    for module, pair in adapter.factors.items():
+        assert again.factors[module].kind == pair.kind
+        np.testing.assert_allclose(again.factors[module].magnitude, pair.magnitude, rtol=1e-4)
+    assert again.saved.keys() == adapter.saved.keys()
+    for name, values in adapter.saved.items():
+        np.testing.assert_allclose(again.saved[name], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "moved outside"])
+def test_weights_that_are_not_where_the_manifest_says_are_refused(
+    damage: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    adapter = _adapter(make_adapter, "gpt2", model, Method({"use_dora": True}))
+    export(model, tmp_path / "b", adapters={"a": adapter})
+    session = AdapterSession(tmp_path / "b")
+    data = tmp_path / "b" / "model.onnx.data"
+    if damage == "truncated":
+        data.rename(tmp_path / "gone")  # the open session keeps its own
+        data.write_bytes(b"short")
+    else:
+        data.rename(tmp_path / "elsewhere")
+        data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data"):
+        session.load("late", adapter)
+
+
+def test_an_adapter_for_a_changed_base_is_refused_by_name(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("gpt2")
+    adapter = _adapter(make_adapter, "gpt2", model, Method({"init_lora_weights": "pissa"}))
+    for merge in (False, True):
+        with pytest.raises(AdapterError, match=r"a: .*pissa.*loradeploy convert ADAPTER --model"):
+            export(model, tmp_path / "b", adapters={"a": adapter}, merge=merge)
+    export(model, tmp_path / "b")
+    with pytest.raises(AdapterError, match="loradeploy convert ADAPTER --model"):
+        AdapterSession(tmp_path / "b").load("a", adapter)
+
+
+def test_unknown_kinds_and_kinds_of_a_merged_graph_are_refused(models: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'doora'.*lora, dora, bias, embedding"):
+        export(models("gpt2"), tmp_path / "b", side_inputs=["doora"])
+    with pytest.raises(UsageError, match="do not go together"):
+        export(models("gpt2"), tmp_path / "b", side_inputs=["dora"], merge=True)
