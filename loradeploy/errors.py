@@ -80,6 +80,14 @@ class MissingDependencyError(LoraDeployError):
     """A part of loradeploy whose extra is not installed."""
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of what an error of somebody else's says, or its name where it says nothing.
+
+    They are put into a message of one line, and many say more than one.
+    """
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 def listed(problems: Sequence[str], most: int) -> str:
     """The first `most` of `problems` in one line, and how many there are besides."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""

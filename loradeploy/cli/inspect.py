@@ -18,7 +18,7 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
-from loradeploy.errors import AdapterError, BundleError, LoraDeployError, UsageError
+from loradeploy.errors import AdapterError, BundleError, LoraDeployError, UsageError, first_line
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -268,7 +268,7 @@ def _graph(place: Path) -> Facts:
     try:
         model = onnx_ir.load(place)
     except Exception as problem:  # protobuf's and the library's errors share no base but this
-        raise BundleError(f"{place} is no ONNX file: {_first_line(problem)}") from None
+        raise BundleError(f"{place} is no ONNX file: {first_line(problem)}") from None
     if not model.opset_imports:  # an empty file is a valid protobuf
         raise BundleError(f"{place} is no ONNX file: it names no opset")
     graph = model.graph
@@ -307,7 +307,7 @@ def _graph_by_runtime(place: Path) -> Facts:
             str(place), options, providers=["CPUExecutionProvider"]
         )
     except Exception as problem:  # onnxruntime's exceptions share no base but this
-        raise BundleError(f"onnxruntime cannot open {place}: {_first_line(problem)}") from None
+        raise BundleError(f"onnxruntime cannot open {place}: {first_line(problem)}") from None
     data = place.with_name(f"{place.name}.data")
 
     def rows(nodes: Any) -> list[Facts]:
@@ -373,7 +373,3 @@ def _cell(value: Any) -> Any:
 
 def _is_table(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

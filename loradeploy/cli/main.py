@@ -22,7 +22,12 @@ from typing import Any, Final
 import click
 
 from loradeploy import __version__
-from loradeploy.errors import LoraDeployError, MissingDependencyError, TrainingInterruptedError
+from loradeploy.errors import (
+    LoraDeployError,
+    MissingDependencyError,
+    TrainingInterruptedError,
+    first_line,
+)
 
 # One line a verb: `--help` shows them without importing any of the modules.
 VERBS: Final = {
@@ -140,10 +145,8 @@ def _explain(problem: Exception) -> int:
     if isinstance(problem, MemoryError):
         return _say("Error: out of memory: take a smaller batch, precision or model", REFUSED)
     kind = type(problem).__name__
-    first = (str(problem).strip() or kind).splitlines()[0]
-    return _say(
-        f"Error: a defect of loradeploy, {kind}: {first} (--debug shows the traceback)", DEFECT
-    )
+    said = f"{kind}: {first_line(problem)}"
+    return _say(f"Error: a defect of loradeploy, {said} (--debug shows the traceback)", DEFECT)
 
 
 def _say(line: str, status: int) -> int:

@@ -33,8 +33,7 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    empty = field.default is dataclasses.MISSING or field.default in ("", ())
-    return "" if empty else f" [default: {field.default}]"
+    return "" if field.default == "" else f" [default: {field.default}]"
 
 
 @click.command(

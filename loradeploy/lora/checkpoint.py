@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loradeploy.errors import MissingDependencyError, ModelError
+from loradeploy.errors import MissingDependencyError, ModelError, first_line
 
 # What is needed of a repository; weights in pickles are never fetched.
 _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -51,8 +51,7 @@ def fetch(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
     except Exception as problem:  # the hub's own, the network's, and offline errors
-        first = str(problem).strip().splitlines() or [type(problem).__name__]
         raise ModelError(
             f"{repository} is no directory here and cannot be had from the Hugging Face hub:"
-            f" {first[0]}"
+            f" {first_line(problem)}"
         ) from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, base_digest
-from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError
+from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError, first_line
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.initialise import initialisation
 from loradeploy.lora.kinds import kind_of
@@ -64,8 +64,7 @@ def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adap
             auto = getattr(transformers, _AUTO.get(adapter.config.task_type or "", named[0]))
             base = auto.from_pretrained(place, dtype="auto")
     except Exception as problem:  # from_pretrained raises whatever its readers do
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise ModelError(f"{place} cannot be loaded: {first}") from None
+        raise ModelError(f"{place} cannot be loaded: {first_line(problem)}") from None
     made = plain(adapter, base)
     return dataclasses.replace(made, base_digest=adapter.base_digest or base_digest(place))
 

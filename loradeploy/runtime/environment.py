@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from loradeploy.errors import first_line
+
 Status = Literal["ok", "note", "problem"]
 
 _PACKAGES: Final = (
@@ -163,7 +165,7 @@ def _cuda(onnxruntime: Any) -> Finding:
             return Finding("CUDA", "ok", "there is a device, and the provider starts on it")
         why = _unloadable(onnxruntime)
     except Exception as problem:  # onnxruntime's exceptions share no base but this
-        why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        why = first_line(problem)
     finally:
         onnxruntime.set_default_logger_severity(_WARNINGS)
     return Finding(

@@ -16,7 +16,7 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, GRAPH_NAME
-from loradeploy.errors import BundleError, UsageError, listed
+from loradeploy.errors import BundleError, UsageError, first_line, listed
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -80,8 +80,7 @@ def open_graph(
             os.fspath(graph), options, providers=asked, enable_fallback=0
         )
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
-        first = str(problem).strip().splitlines()[0]
-        raise BundleError(f"onnxruntime cannot open {graph}: {first}") from None
+        raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
     started = session.get_providers()
     if missing := [name for name in names if name not in started]:
         told = f"{missing[0]} is installed but does not start here: no device, driver or library"

@@ -6,13 +6,13 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
 def write_curve(curve: Sequence[Mapping[str, float]], directory: Path) -> None:
     """Write `loss.csv` and `loss.png`; a row has a step's figures, and its evaluation's if any."""
     with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, restval="")
+        writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(curve)
     _draw(curve, directory / "loss.png")

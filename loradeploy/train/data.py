@@ -52,6 +52,11 @@ class LabelledText:
     text: str
     label: str
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The one label."""
+        return (self.label,)
+
 
 @dataclass(frozen=True)
 class MultiLabelText:
@@ -78,6 +83,11 @@ class TaggedWords:
     where: str
     words: tuple[str, ...]
     tags: tuple[str, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tags."""
+        return self.tags
 
 
 @dataclass(frozen=True)
@@ -186,18 +196,11 @@ def read_text_pairs(source: Source) -> list[TextPair]:
     return examples
 
 
-def labels_of(example: Any) -> tuple[str, ...]:
-    """The names of classes that an example of any task has."""
-    if isinstance(example, LabelledText):
-        return (example.label,)
-    if isinstance(example, MultiLabelText):
-        return example.labels
-    return example.tags if isinstance(example, TaggedWords) else ()
-
-
-def label_names(examples: Sequence[Any]) -> tuple[str, ...]:
+def label_names(
+    examples: Sequence[LabelledText | MultiLabelText | TaggedWords],
+) -> tuple[str, ...]:
     """The labels in the order of a classifier's outputs: by number where all are, else by name."""
-    names = {name for example in examples for name in labels_of(example)}
+    names = {name for example in examples for name in example.labels}
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))

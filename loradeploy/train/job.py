@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +61,7 @@ def run(
     place = find_checkpoint(model)
     with quiet(), _explained():
         opened = open_checkpoint(place)
-        config = replace(config, max_length=min(config.max_length, opened.max_length))
+        config = opened.within(config)
         prepared = prepare(data, task, opened, config)
         digest_of_base = base_digest(place)
         set_seed(config.seed)
@@ -90,9 +90,10 @@ def run(
                 adapter=describe,
                 args=arguments(config, checkpoints.place, examples=len(prepared.training)),
                 train_dataset=prepared.training,
-                data_collator=_collator(base.model, opened, config),
+                data_collator=_collator(base.model, opened, task, packing=config.packing),
                 evaluation=prepared.evaluation,
                 patience=config.early_stopping,
+                keep_best=config.keep_best,
                 ratio=config.lora_plus_ratio,
                 callbacks=[*callbacks, StopAfterStep(stop)],
             )
@@ -102,7 +103,7 @@ def run(
             if stop.signal and state.global_step < state.max_steps:
                 raise _interrupted(stop, state.global_step, checkpoints)
             adapter, kept = describe(), state.global_step
-            if config.keep_best and trainer.best is not None:
+            if trainer.best is not None:
                 adapter, kept = trainer.best, state.best_global_step
                 copy_into(injection, adapter)
             after = trainer.mean_loss(prepared.evaluation)
@@ -158,10 +159,10 @@ def _check_output(target: Path) -> None:
         raise UsageError(f"{target} cannot be written: {parent} is no directory to write in")
 
 
-def _collator(model: PreTrainedModel, opened: Checkpoint, config: TrainConfig) -> Collate:
-    if config.packing and config.task == CAUSAL_LM and enable_packing(model):
+def _collator(model: PreTrainedModel, opened: Checkpoint, task: Task, *, packing: bool) -> Collate:
+    if packing and task.name == CAUSAL_LM and enable_packing(model):
         return PackingCollator()
-    return task_of(config).collate(opened.pad_id)
+    return task.collate(opened.pad_id)
 
 
 def _adapter_config(

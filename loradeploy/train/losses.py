@@ -42,7 +42,7 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """
     labels = inputs["labels"].roll(-1, dims=1)  # position t predicts token t + 1
     labels[:, -1] = IGNORED
-    feeds = {name: value for name, value in inputs.items() if name != "labels"}
+    feeds = feeds_of(inputs)
     head = _frozen_head(model)
     if head is not None and model not in _SHAPED:
         with _loss_in(head, labels) as found:
@@ -51,6 +51,11 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
             return found[0].loss
         _SHAPED.add(model)
     return _plain_loss(model, feeds, labels)
+
+
+def feeds_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model is given: all but the labels."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> BatchLoss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loradeploy.errors import ModelError
+from loradeploy.errors import ModelError, first_line
+from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
 
 # What is packed afterwards is read in full width.
@@ -54,6 +55,10 @@ class Checkpoint:
         longest = int(self.tokenizer.model_max_length)
         return min(longest, int(positions)) if positions else longest
 
+    def within(self, config: TrainConfig) -> TrainConfig:
+        """`config` with no longer examples than the model takes."""
+        return replace(config, max_length=min(config.max_length, self.max_length))
+
 
 @dataclass(frozen=True)
 class Base:
@@ -72,11 +77,13 @@ def open_checkpoint(place: Path) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(place)
     except Exception as problem:  # from_pretrained raises whatever its readers do
-        raise ModelError(f"{place}: config.json cannot be used: {_line(problem)}") from None
+        raise ModelError(f"{place}: config.json cannot be used: {first_line(problem)}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as problem:
-        raise ModelError(f"{place} has no tokenizer that can be used: {_line(problem)}") from None
+        raise ModelError(
+            f"{place} has no tokenizer that can be used: {first_line(problem)}"
+        ) from None
     return Checkpoint(place, config, tokenizer)
 
 
@@ -106,7 +113,7 @@ def load_base(
         )
     except Exception as problem:  # as above: a broken file, an unknown architecture, a wrong shape
         raise ModelError(
-            f"{checkpoint.place} cannot be loaded for {task.name}: {_line(problem)}"
+            f"{checkpoint.place} cannot be loaded for {task.name}: {first_line(problem)}"
         ) from None
     missing = {str(name) for name in info["missing_keys"]}
     missing |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}
@@ -159,8 +166,3 @@ def _widen(head: nn.Module) -> None:
             for value in given
         )
     )
-
-
-def _line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[0]

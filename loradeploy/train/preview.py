@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ class Preview:
     """What a run would train on.
 
     `tokens` of the `examples` in all, the loss on `learnt` of them; `longest` is an example's.
-    `truncated` examples lose their end. `batches` would make a pass, `steps` the run.
+    `truncated` examples lose their end; `evaluated` are kept to be judged by.
     """
 
     examples: int
@@ -62,7 +62,7 @@ def preview(
     task = task_of(config)
     with quiet():
         opened = open_checkpoint(find_checkpoint(model))
-        config = replace(config, max_length=min(config.max_length, opened.max_length))
+        config = opened.within(config)
         prepared = prepare(data, task, opened, config)
     training = prepared.training
     lengths = [len(feature["input_ids"]) for feature in training]

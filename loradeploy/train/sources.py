@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import DataError
+from loradeploy.errors import DataError, first_line
 from loradeploy.lora.checkpoint import is_hub_id
 
 # Where a row is, for messages to the user, and what it holds.
@@ -160,8 +160,7 @@ def _parquet_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
                     number += 1
                     yield f"{source}, row {number}", row
     except (ArrowException, OSError) as problem:
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise DataError(f"{source} is no readable Parquet file: {first}") from None
+        raise DataError(f"{source} is no readable Parquet file: {first_line(problem)}") from None
 
 
 def _dataset_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
@@ -191,9 +190,8 @@ def _split_of(source: Source) -> Any:
         else:
             found = datasets.load_dataset(str(source))
     except Exception as problem:  # the hub's own errors, the network's, those of a broken dataset
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise DataError(
-            f"{source} is no file here, and cannot be read as a dataset: {first}"
+            f"{source} is no file here, and cannot be read as a dataset: {first_line(problem)}"
         ) from None
     if not isinstance(found, datasets.DatasetDict):
         return found

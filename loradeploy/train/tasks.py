@@ -64,6 +64,12 @@ class Task:
         return {**PEFT_TASKS, **_PEFT_ONLY}[self.name]
 
 
+def _without_labels(
+    encode: Callable[[Sequence[Any], PreTrainedTokenizerBase, int], Encoded],
+) -> Encode:
+    return lambda examples, _, tokenizer, longest: encode(examples, tokenizer, longest)
+
+
 def _classifier(
     read: Callable[[Source], Sequence[Any]],
     loss: LossFunction,
@@ -98,9 +104,7 @@ _TASKS: Final[Mapping[str, Task]] = {
             name=CAUSAL_LM,
             auto_class="AutoModelForCausalLM",
             read=data.read_conversations,
-            encode=lambda examples, _, tokenizer, longest: conversation_features(
-                examples, tokenizer, longest
-            ),
+            encode=_without_labels(conversation_features),
             loss=causal_lm_loss,
             judged=False,
         ),
@@ -116,9 +120,7 @@ _TASKS: Final[Mapping[str, Task]] = {
             name=EMBEDDING,
             auto_class="AutoModel",
             read=data.read_text_pairs,
-            encode=lambda examples, _, tokenizer, longest: pair_features(
-                examples, tokenizer, longest
-            ),
+            encode=_without_labels(pair_features),
             loss=embedding_loss,
             collate=PairCollator,
         ),

@@ -16,6 +16,7 @@ from loradeploy.errors import TrainingError, UsageError
 from loradeploy.lora.inject import Injection, copy_into
 from loradeploy.lora.plus import parameter_groups
 from loradeploy.train.config import TrainConfig
+from loradeploy.train.curve import COLUMNS
 from loradeploy.train.losses import BatchLoss, LossFunction
 from loradeploy.train.processes import process_count
 from loradeploy.train.sampler import ByLength
@@ -28,9 +29,10 @@ _ADVICE = "lower learning_rate, or look at the data"
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints are adapters, and whose loss is checked at every step.
 
-    `injection` is what it trains, `adapter` gives that as data. `evaluation`: the examples that the
-    best adapter is told by; `patience`: after how many evaluations without a better one it stops, 0
-    never. `ratio`: how much faster B learns (LoRA+).
+    `injection` is what it trains, `adapter` gives that as data. `evaluation`: the examples that it
+    is judged by; `patience`: after how many evaluations without a lower loss it stops, 0 never;
+    `keep_best`: whether `best` is the adapter of the lowest. `ratio`: how much faster B learns
+    (LoRA+).
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         adapter: Callable[[], Adapter],
         evaluation: Sequence[dict[str, Any]] = (),
         patience: int = 0,
+        keep_best: bool = False,
         ratio: float = 1.0,
         **options: Any,
     ) -> None:
@@ -50,6 +53,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._adapter = adapter
         self._evaluation = evaluation
         self._patience = patience
+        self._keep_best = keep_best
         self._ratio = ratio
         self.optimizer: Any
         self.control: Any
@@ -110,7 +114,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return total / max(items, 1), right / max(items, 1)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """What Trainer calls every eval_steps: the best adapter is kept, and the patience held."""
+        """What Trainer calls every eval_steps: the best is noted, and the patience held."""
         loss, right = self.mean_loss(self._evaluation)
         metrics = {"eval_loss": loss, "eval_accuracy": right}
         self.log(metrics)
@@ -119,7 +123,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         )
         if self.state.best_metric is None or loss < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
-            self.best = self._adapter()
+            self.best = self._adapter() if self._keep_best else None
         elif self._patience and self._evaluations_since_best() >= self._patience:
             self.control.should_training_stop = True
         return metrics
@@ -144,8 +148,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """The figures of each step, earlier sessions' included, and of the evaluation after it."""
         rows: dict[int, dict[str, float]] = {}
         for entry in self.state.log_history:
-            row = rows.setdefault(entry["step"], {"step": entry["step"]})
-            row.update({name: entry[name] for name in _FIGURES if name in entry})
+            row = rows.setdefault(entry["step"], {})
+            row.update({name: entry[name] for name in COLUMNS if name in entry})
         return [row for row in rows.values() if len(row) > 1]
 
     def _evaluations_since_best(self) -> int:
@@ -183,9 +187,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         copy_into(self._injection, load_adapter(place))
         if (place / _BEST).is_dir():
             self.best = load_adapter(place / _BEST)
-
-
-_FIGURES = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
 def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> TrainingArguments:

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.cli.main import main
 from loradeploy.train.config import read_config
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
-
+from tests.train.conftest import run
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--max-length", 64)
 

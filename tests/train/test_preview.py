@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loradeploy.cli.main import main
 from loradeploy.train.config import TrainConfig, read_config
-from tests.train.conftest import Quick
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
+from tests.train.conftest import Quick, run
 
 
 def test_a_dry_run_shows_three_examples_with_what_is_learnt_marked(
