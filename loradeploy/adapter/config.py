@@ -156,6 +156,13 @@ class AdapterConfig:
         init = self.init_lora_weights
         return isinstance(init, str) and _BASE_CHANGING_INIT.fullmatch(init) is not None
 
+    @property
+    def method(self) -> str:
+        """What papers call it: LoRA, rsLoRA, DoRA, or rsLoRA + DoRA."""
+        names = ["rsLoRA"] if self.use_rslora else []
+        names += ["DoRA"] if self.use_dora else []
+        return " + ".join(names or ["LoRA"])
+
     def rank_of(self, module: str) -> int:
         """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
         return _by_pattern(self.rank_pattern, module, self.r)

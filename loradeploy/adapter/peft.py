@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
-from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError
 from loradeploy.files import read_json, write_json
@@ -166,7 +166,7 @@ def _sort(
         inner = name.replace(_INNER, ".")
         if _COPY.fullmatch(name) and _is_copy(name, parts, config):
             continue
-        if is_saved(inner, config) or _is_bias(inner, parts, config):
+        if is_saved(inner, config) or is_trained_bias(inner, parts, config):
             saved[inner] = values
         else:
             problems.append(
@@ -215,13 +215,6 @@ def _key(parameter: str, adapter: Adapter) -> str:
     module, _, last = parameter.rpartition(".")
     wrapped = module in adapter.factors and not is_saved(parameter, adapter.config)
     return f"{module}{_INNER}{last}" if wrapped else parameter
-
-
-def _is_bias(parameter: str, targets: Iterable[str], config: AdapterConfig) -> bool:
-    module, _, last = parameter.rpartition(".")
-    return last == "bias" and (
-        config.bias == "all" or (config.bias == "lora_only" and module in targets)
-    )
 
 
 def _is_copy(name: str, targets: Iterable[str], config: AdapterConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from loradeploy.adapter.config import AdapterConfig
 
@@ -34,6 +34,14 @@ def is_saved(parameter: str, config: AdapterConfig) -> bool:
         ".".join(modules[: depth + 1]).endswith(name)
         for depth in range(len(modules))
         for name in config.modules_to_save
+    )
+
+
+def is_trained_bias(parameter: str, targets: Container[str], config: AdapterConfig) -> bool:
+    """Whether the model's `parameter` is a bias that `config.bias` says is trained."""
+    module, _, last = parameter.rpartition(".")
+    return last == "bias" and (
+        config.bias == "all" or (config.bias == "lora_only" and module in targets)
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
+from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import MANIFEST_NAME, TASKS
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
@@ -19,7 +20,6 @@ FORMAT_VERSION: Final = 1
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]
-TargetKind = Literal["linear", "embedding", "conv2d"]
 Noun = TypeVar("Noun")
 
 
@@ -63,7 +63,7 @@ class LoraTarget:
     transposed: bool
     found_by: str
     slice: tuple[int, int] | None = None
-    kind: TargetKind = "linear"
+    kind: Kind = "linear"
     stored: StoredWeight | None = None
 
 
@@ -230,7 +230,7 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "tuple[int, int] | None": lambda v: v is None or (_all(v, int) and len(v) == 2),
     "Mode": lambda v: v in get_args(Mode),
     "BaseKind": lambda v: v in get_args(BaseKind),
-    "TargetKind": lambda v: v in get_args(TargetKind),
+    "Kind": lambda v: v in get_args(Kind),
 }
 
 

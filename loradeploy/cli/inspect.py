@@ -121,13 +121,10 @@ def _adapter(place: Path) -> Facts:
 
 
 def _method(adapter: Adapter) -> str:
-    """What the adapter is called in papers, and what it is for where that is no plain base."""
-    config = adapter.config
-    names = ["rsLoRA"] if config.use_rslora else []
-    names += ["DoRA"] if config.use_dora else []
-    told = " + ".join(names or ["LoRA"])
+    """The adapter's method, and what it is for where that is no plain base."""
+    told = adapter.config.method
     if adapter.changes_base:
-        told += f", on a base that {config.init_lora_weights} changed"
+        told += f", on a base that {adapter.config.init_lora_weights} changed"
     return told
 
 

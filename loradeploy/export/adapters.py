@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.adapter import Adapter, Kind
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.factors import check_fit
@@ -20,7 +20,6 @@ from loradeploy.bundle.manifest import (
     Manifest,
     OutputTarget,
     SavedTarget,
-    TargetKind,
 )
 from loradeploy.bundle.names import (
     SEQUENCE_CLASSIFICATION,
@@ -128,7 +127,7 @@ def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
-    kind: TargetKind
+    kind: Kind
     into: int
     out: int
 
@@ -197,20 +196,14 @@ def _expected(
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, _Layer]:
     """The kinds and sizes of the layers of `model` that take factors, by module."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
+    from loradeploy.lora.kinds import kind_of
 
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            layers[name] = _Layer("linear", module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            layers[name] = _Layer("linear", module.nx, module.nf)
-        elif isinstance(module, torch.nn.Embedding):
-            layers[name] = _Layer("embedding", module.num_embeddings, module.embedding_dim)
-        elif isinstance(module, torch.nn.Conv2d):
-            out, *into = module.weight.shape
-            layers[name] = _Layer("conv2d", math.prod(into), out)
+        kind = kind_of(module)
+        if kind is not None:
+            (_, *into), (out, *_) = kind.shapes(module, rank=1)
+            layers[name] = _Layer(kind.kind, math.prod(into), out)
     return layers
 
 

@@ -59,7 +59,7 @@ from loradeploy.export.side_inputs import (
     remove_side_inputs,
 )
 from loradeploy.export.source import Source
-from loradeploy.export.surgery import rows_of
+from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.write import Content, read_config, with_labels
 
@@ -341,15 +341,12 @@ def _split(
 
 def _has_rows(model: ir.Model, linear: Linear, *, wanted: bool) -> bool:
     """Whether the linear's rows are the batch's; a `wanted` one whose rows are not is an error."""
-    try:
-        for node in linear.nodes:
-            rows_of(model.graph, node, linear.module)
-    except ExportError as problem:
-        if wanted:
-            raise
+    problem = rows_problem(model.graph, linear.nodes, linear.module)
+    if problem is not None and wanted:
+        raise problem
+    if problem is not None:
         logger.warning("left as it is: %s", problem)
-        return False
-    return True
+    return problem is None
 
 
 def _manifest(base: Base, mode: Any) -> Manifest:

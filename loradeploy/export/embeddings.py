@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from loradeploy.bundle.manifest import LoraTarget
-from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
 from loradeploy.export.parts import Part
 from loradeploy.export.rewire import take_over
-from loradeploy.export.surgery import Surgery, first_input
+from loradeploy.export.surgery import Surgery, call_label, first_input
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,18 +44,9 @@ def add_embedding_factors(surgery: Surgery, part: Part) -> LoraTarget:
             " have adapters of their own: merge the adapter instead"
         )
     vocabulary, size = part.shape
-    dtype = surgery.dtype.numpy()
-    rank = f"{part.module}.rank"
-    A = surgery.side_input(
-        lora_a_name(part.module),
-        ["adapters", vocabulary, rank],
-        np.zeros((1, vocabulary, 0), dtype),
-    )
-    B = surgery.side_input(
-        lora_b_name(part.module), ["adapters", rank, size], np.zeros((1, 0, size), dtype)
-    )
+    A, B = surgery.factors(part.module, vocabulary, size)
     for call, node in enumerate(part.nodes):
-        _add_at(surgery, f"{part.module}/{call}" if call else part.module, node, A, B)
+        _add_at(surgery, call_label(part.module, call), node, A, B)
     target = part.target()
     assert target is not None
     return target

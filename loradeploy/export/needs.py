@@ -17,7 +17,7 @@ from loradeploy.export.find import Linear
 from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
 from loradeploy.export.outputs import Change
 from loradeploy.export.parts import Part
-from loradeploy.export.surgery import rows_of
+from loradeploy.export.surgery import rows_problem
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -89,9 +89,10 @@ def choose_changes(
         module, norm = layer.module, layer in norms
         biased = layer.bias is not None or f"{module}.bias" in parameters
         scale = not norm and (module in needs.scaled or DORA in needs.everywhere)
-        shift = module in needs.shifted or (BIAS in needs.everywhere and biased)
-        if norm and shift and module not in needs.shifted and not _has_rows(graph, layer):
-            continue
+        asked = BIAS in needs.everywhere and biased
+        if norm and asked:
+            asked = rows_problem(graph, layer.nodes, module) is None
+        shift = module in needs.shifted or asked
         if not scale and not shift:
             continue
         if layer.bias is None and f"{module}.bias" in graph.initializers:
@@ -101,12 +102,3 @@ def choose_changes(
             )
         changes.append(Change(layer, scale=scale, offset=shift or (scale and biased)))
     return changes
-
-
-def _has_rows(graph: ir.Graph, layer: Linear | Part) -> bool:
-    try:
-        for node in layer.nodes:
-            rows_of(graph, node, layer.module)
-    except ExportError:
-        return False
-    return True

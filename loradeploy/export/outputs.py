@@ -17,7 +17,7 @@ from loradeploy.bundle.names import offset_name, scale_name
 from loradeploy.export.find import Linear, bias_use
 from loradeploy.export.parts import Part
 from loradeploy.export.rewire import constant_of, take_over
-from loradeploy.export.surgery import Rows, Surgery, rows_of, rows_of_output
+from loradeploy.export.surgery import Rows, Surgery, call_label, rows_of, rows_of_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,7 +75,7 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
             rows = rows_of_output(surgery.graph, node.outputs[0], module)
         else:
             rows = rows_of(surgery.graph, node, module)
-        _change_at(surgery, _label(module, call), end, rows, size, inputs)
+        _change_at(surgery, call_label(module, call), end, rows, size, inputs)
     return OutputTarget(
         module=module,
         size=size,
@@ -87,7 +87,7 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
 def keep_output(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
     """Undo `change_output`; whether there was anything to undo."""
     call = 0
-    while (last := _last(nodes, label := _label(module, call))) is not None:
+    while (last := _last(nodes, label := call_label(module, call))) is not None:
         first = next(node for name in _FIRST if (node := nodes.get(f"{label}/{name}")) is not None)
         base = first.inputs[0]
         assert base is not None
@@ -129,7 +129,3 @@ def _change_at(
 def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:
     names = ("flatten", "offset_add", "scale_mul")
     return next((node for name in names if (node := nodes.get(f"{label}/{name}"))), None)
-
-
-def _label(module: str, call: int) -> str:
-    return f"{module}/{call}" if call else module

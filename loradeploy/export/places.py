@@ -110,7 +110,6 @@ class Layers:
         """Every call's bias; one of zeros leaves no trace in a graph, and is added."""
         import onnx_ir as ir
 
-        name = f"{linear.module}.bias"
         # A packed weight has no dtype of numbers; what goes in has.
         kind = linear.nodes[0].inputs[0]
         dtype = (
@@ -118,9 +117,7 @@ class Layers:
             if not linear.quantised or kind is None or kind.dtype is None
             else kind.dtype.numpy()
         )
-        own = add_constant(
-            self.graph, free_name(self.graph, f"{name}.new"), cast(values, dtype, name)
-        )
+        own = self._own_bias(linear.module, values, dtype)
         for node in linear.nodes:
             use = bias_use(node, linear.out_features)
             if use is not None:
@@ -134,15 +131,16 @@ class Layers:
 
     def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:
         assert part.bias_input is not None
-        name = f"{part.module}.bias"
-        dtype = constant_of(part.weight).dtype
-        own = add_constant(
-            self.graph, free_name(self.graph, f"{name}.new"), cast(values, dtype, name)
-        )
+        own = self._own_bias(part.module, values, constant_of(part.weight).dtype)
         for node in part.nodes:
             if len(node.inputs) <= part.bias_input:
                 node.resize_inputs(part.bias_input + 1)
             node.replace_input_with(part.bias_input, own)
+
+    def _own_bias(self, module: str, values: NDArray[Any], dtype: np.dtype[Any]) -> ir.Value:
+        name = f"{module}.bias"
+        free = free_name(self.graph, f"{name}.new")
+        return add_constant(self.graph, free, cast(values, dtype, name))
 
 
 def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:

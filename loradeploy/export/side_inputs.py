@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
-from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
 from loradeploy.export.embeddings import add_embedding_factors
 from loradeploy.export.find import Linear
@@ -25,7 +24,7 @@ from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.outputs import Change, change_output, keep_output
 from loradeploy.export.parts import Part
 from loradeploy.export.rewire import remove_unused, take_over
-from loradeploy.export.surgery import Surgery, rows_of
+from loradeploy.export.surgery import Surgery, call_label, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +101,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
     nodes = {str(node.name): node for node in model.graph}
     for target in manifest.targets:
         call = 0
-        while (add := nodes.get(f"{_label(target.module, call)}/lora_add")) is not None:
+        while (add := nodes.get(f"{call_label(target.module, call)}/lora_add")) is not None:
             base = add.inputs[0]
             if base is not None:
                 take_over(model.graph, add.outputs[0], base, keep=None)
@@ -119,25 +118,14 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
 
 def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
     """y = x W → y = x W + (x A) B, at every call of the module."""
-    import numpy as np
-
-    module, into, out = linear.module, linear.in_features, linear.out_features
-    dtype = surgery.dtype.numpy()
-    # A symbol of its own: ONNX Runtime takes equal symbols for equal sizes, and adapters differ.
-    rank = f"{module}.rank"
-    A = surgery.side_input(
-        lora_a_name(module), ["adapters", into, rank], np.zeros((1, into, 0), dtype)
-    )
-    B = surgery.side_input(
-        lora_b_name(module), ["adapters", rank, out], np.zeros((1, 0, out), dtype)
-    )
+    A, B = surgery.factors(linear.module, linear.in_features, linear.out_features)
     for call in range(len(linear.nodes)):
         _add_factors_at(surgery, linear, call, A, B)
     return linear.target()
 
 
 def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B: ir.Value) -> None:
-    node, label = linear.nodes[call], _label(linear.module, call)
+    node, label = linear.nodes[call], call_label(linear.module, call)
     into, out = linear.in_features, linear.out_features
     rows = rows_of(surgery.graph, node, linear.module)
     x, y = rows.x, node.outputs[0]
@@ -158,10 +146,6 @@ def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B:
         delta = chain.add("Reshape", "lora_flatten", [delta, shape])  # [batch · sequence, out]
     total = chain.add("Add", "lora_add", [y, delta])
     take_over(surgery.graph, y, total, keep=chain.last)
-
-
-def _label(module: str, call: int) -> str:
-    return f"{module}/{call}" if call else module
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ADAPTER_IDS
+from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
 from loradeploy.export.rewire import Chain, add_constant
 
@@ -77,6 +78,19 @@ class Surgery:
         self.graph.inputs.append(value)
         return value
 
+    def factors(self, module: str, into: int, out: int) -> tuple[ir.Value, ir.Value]:
+        """`M.lora_A` [adapters, in, rank] and `M.lora_B` [adapters, rank, out], of rank 0."""
+        dtype = self.dtype.numpy()
+        # A symbol of its own: ONNX Runtime takes equal ones for equal sizes, and adapters differ.
+        rank = f"{module}.rank"
+        A = self.side_input(
+            lora_a_name(module), ["adapters", into, rank], np.zeros((1, into, 0), dtype)
+        )
+        B = self.side_input(
+            lora_b_name(module), ["adapters", rank, out], np.zeros((1, 0, out), dtype)
+        )
+        return A, B
+
     def chain(self, node: ir.Node, label: str, dtype: ir.DataType | None = None) -> Chain:
         """New nodes behind `node`, of the side inputs' type where no other is given."""
         return Chain(self.graph, node, label, self.dtype if dtype is None else dtype)
@@ -93,6 +107,21 @@ class Rows:
     x: ir.Value
     no_sequence: bool = False
     flattened: bool = False
+
+
+def call_label(module: str, call: int) -> str:
+    """What the nodes at a call of the module are named after: the module, for the first one."""
+    return f"{module}/{call}" if call else module
+
+
+def rows_problem(graph: ir.Graph, nodes: Sequence[ir.Node], module: str) -> ExportError | None:
+    """Why the rows of the module's calls are not the batch's; None where they are."""
+    try:
+        for node in nodes:
+            rows_of(graph, node, module)
+    except ExportError as problem:
+        return problem
+    return None
 
 
 def rows_of(graph: ir.Graph, node: ir.Node, module: str) -> Rows:

@@ -21,10 +21,10 @@ from loradeploy.bundle.names import (
     present_name,
 )
 from loradeploy.errors import ExportError, MissingDependencyError, ModelError
-from loradeploy.export.padding import pad_token
 from loradeploy.export.patches import traceable
 from loradeploy.export.tasks import TASK_TABLE, Task
 from loradeploy.export.tidy import tidy
+from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.quiet import quiet
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def load_model(
         with quiet():
             config = transformers.AutoConfig.from_pretrained(directory, **changes)
             if task == SEQUENCE_CLASSIFICATION:
-                config.pad_token_id = pad_token(directory, config)
+                told = config.get_text_config()
+                known = told.pad_token_id is not None
+                config.pad_token_id = pad_token(told, None if known else _tokenizer(directory))
             if meta:
                 with torch.device("meta"):
                     return auto.from_config(config), ()
@@ -149,6 +151,16 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
     logger.info("optimising the graph")
     return tidy(onnx_program.model, prefix=WRAPPED)
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer; None where it has none, or none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception:  # whatever its readers raise
+        return None
 
 
 def _zero_head(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 
@@ -32,6 +32,21 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
     if not any(place.glob("*.safetensors")):
         raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
     return place
+
+
+def pad_token(config: Any, tokenizer: Any) -> int:
+    """The token that fills a batch: `config`'s, else that of the `tokenizer` (None where there is
+    none), else the token that ends a text, else 0.
+
+    A classifier on a decoder looks for the last token that is another one, so all must agree on it.
+    """
+    known = (
+        config.pad_token_id,
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+        0,
+    )
+    return next(int(token) for token in known if token is not None)
 
 
 def is_hub_id(text: str) -> bool:

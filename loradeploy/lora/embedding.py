@@ -19,18 +19,8 @@ class LoraEmbedding(LowRankLayer):
     """
 
     kind = "embedding"
+    drops = False
     base: nn.Embedding
-
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        scaling: float,
-        dropout: float = 0.0,
-        *,
-        dora: bool = False,
-    ) -> None:
-        super().__init__(base, rank, scaling, dora=dora)
 
     @classmethod
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:

@@ -31,6 +31,8 @@ class LowRankLayer(nn.Module, ABC):
     """
 
     kind: ClassVar[Kind]
+    # Whether the inputs are numbers that dropout can drop.
+    drops: ClassVar[bool] = True
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -56,7 +58,7 @@ class LowRankLayer(nn.Module, ABC):
         self.base = base
         self.rank = rank
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout if self.drops else 0.0)
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device))
         self.magnitude = nn.Parameter(torch.ones(shape_B[0], device=device)) if dora else None

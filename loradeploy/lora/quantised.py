@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loradeploy.adapter import AdapterConfig
+from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.inject import linear_modules
 from loradeploy.lora.quiet import quiet
@@ -40,11 +41,11 @@ def quantise(model: nn.Module, width: str, *, keep: Collection[str] = ()) -> lis
             f"for a base in {width} bitsandbytes is needed: pip install bitsandbytes"
         ) from None
     modules = dict(model.named_modules())
-    kept = tuple(keep)
+    config = AdapterConfig(task_type="SEQ_CLS", modules_to_save=tuple(keep))
     packed = [
         name
-        for name in linear_modules(model, AdapterConfig(task_type="SEQ_CLS"))
-        if _fits(modules[name], width) and not any(f".{part}." in f".{name}." for part in kept)
+        for name in linear_modules(model, config)
+        if _fits(modules[name], width) and not is_saved(f"{name}.weight", config)
     ]
     if not packed:
         raise UsageError(f"the model has no linear layers that could be held in {width}")

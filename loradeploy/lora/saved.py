@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from loradeploy.adapter import AdapterConfig
-from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.errors import UsageError
 
 
@@ -26,14 +26,14 @@ class Swap:
         setattr(self.module, self.attribute, self.original)
 
 
-def saved_names(model: nn.Module, config: AdapterConfig, targets: Iterable[str]) -> list[str]:
+def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]) -> list[str]:
     """The parameters of `model` that `config` trains whole, in the model's order.
 
     Raises:
         UsageError: modules_to_save names what the model has not.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    found = set(biases(names, config, targets))
+    found = {name for name in names if is_trained_bias(name, targets, config)}
     for module in config.modules_to_save:
         only = dataclasses.replace(config, modules_to_save=(module,))
         inside = {name for name in names if is_saved(name, only)}
@@ -41,15 +41,6 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Iterable[str])
             raise UsageError(f"modules_to_save names {module!r}, which this model has not")
         found |= inside
     return [name for name in names if name in found]
-
-
-def biases(names: Iterable[str], config: AdapterConfig, targets: Iterable[str]) -> list[str]:
-    """Those of the parameters `names` that `config.bias` means."""
-    own = {f"{module}.bias" for module in targets}
-    every = [name for name in names if name.rpartition(".")[2] == "bias"]
-    return {"none": [], "all": every, "lora_only": [name for name in every if name in own]}[
-        config.bias
-    ]
 
 
 def swap_in(

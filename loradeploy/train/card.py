@@ -33,7 +33,7 @@ def card(
         ("base digest", f"`{result.base_digest}`"),
         ("adapter digest", f"`{result.digest}`"),
         ("data", f"{result.examples:,} examples, digest `{data_digest}`"),
-        ("method", method_of(adapter)),
+        ("method", adapter.method),
         ("rank, alpha", f"{adapter.r}, {adapter.lora_alpha:g}"),
         ("trained parameters", f"{result.parameters:,}"),
         ("steps, tokens", f"{result.steps:,}, {result.tokens:,}"),
@@ -65,12 +65,6 @@ def card(
         "",
     ]
     return "\n".join(lines)
-
-
-def method_of(config: AdapterConfig) -> str:
-    """The method's name, as its paper calls it."""
-    name = "DoRA" if config.use_dora else "LoRA"
-    return f"{name}, scaled by alpha / √rank (rsLoRA)" if config.use_rslora else name
 
 
 def _change(name: str, result: TrainResult) -> str:

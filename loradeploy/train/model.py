@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from loradeploy.errors import ModelError, first_line
+from loradeploy.lora.checkpoint import pad_token
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
 
@@ -36,14 +37,8 @@ class Checkpoint:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch: a decoder's classifier looks for the last other one."""
-        known = (
-            self.config.pad_token_id,
-            self.tokenizer.pad_token_id,
-            self.tokenizer.eos_token_id,
-            0,
-        )
-        return next(int(token) for token in known if token is not None)
+        """The token that fills a batch."""
+        return pad_token(self.config, self.tokenizer)
 
     @property
     def max_length(self) -> int:

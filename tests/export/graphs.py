@@ -9,6 +9,9 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from loradeploy.bundle.manifest import BaseIdentity, Manifest
+from loradeploy.export.side_inputs import SideInputs
+
 Arrays = dict[str, NDArray[Any]]
 SCOPES = "pkg.torch.onnx.name_scopes"
 IN, OUT = 6, 4
@@ -103,3 +106,19 @@ def numbers(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 def ops(model: ir.Model) -> list[str]:
     """The graph's operators, in order."""
     return [node.op_type for node in model.graph]
+
+
+def manifest_of(added: SideInputs) -> Manifest:
+    """The manifest of a graph with what surgery added to it."""
+    return Manifest(
+        task="causal-lm",
+        mode="side-inputs",
+        base=BaseIdentity("b", None, "onnx"),
+        precision="fp32",
+        opset=21,
+        inputs=(),
+        outputs=(),
+        targets=added.targets,
+        saved=added.saved,
+        changed=added.changed,
+    )

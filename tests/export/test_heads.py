@@ -130,15 +130,20 @@ def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silen
     _agree(tmp_path, adapter, base, adapted, ids, mask)
 
 
+def _make_without_pooler(place: Path) -> None:
+    """An encoder in `place`/m whose checkpoint has no pooler."""
+    import transformers
+
+    whole = _make(place / "whole", "BertConfig")
+    encoder = transformers.BertModel.from_pretrained(whole, add_pooling_layer=False)
+    encoder.save_pretrained(place / "m")
+
+
 def test_a_pooler_of_an_encoder_that_lacks_its_own_comes_with_the_adapter(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    import transformers
-
     task = "feature-extraction"
-    whole = _make(tmp_path / "whole", "BertConfig")
-    encoder = transformers.BertModel.from_pretrained(whole, add_pooling_layer=False)
-    encoder.save_pretrained(tmp_path / "m")
+    _make_without_pooler(tmp_path)
     adapter = make_adapter(
         tmp_path / "m",
         out=tmp_path / "a",
@@ -158,11 +163,7 @@ def test_a_pooler_of_an_encoder_that_lacks_its_own_comes_with_the_adapter(
 def test_a_pooler_that_the_checkpoint_lacks_comes_with_the_adapter(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    import transformers
-
-    whole = _make(tmp_path / "whole", "BertConfig")
-    encoder = transformers.BertModel.from_pretrained(whole, add_pooling_layer=False)
-    encoder.save_pretrained(tmp_path / "m")
+    _make_without_pooler(tmp_path)
     adapter = make_adapter(
         tmp_path / "m",
         out=tmp_path / "a",

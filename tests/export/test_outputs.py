@@ -8,30 +8,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loradeploy.bundle.manifest import BaseIdentity, Manifest
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear, find_linears
 from loradeploy.export.outputs import Change
 from loradeploy.export.parts import find_parts
 from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
-from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
+from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 VOCABULARY = 9
 SLOTS = np.array([1, 0, 1])
-
-
-def _manifest(added: SideInputs) -> Manifest:
-    return Manifest(
-        task="causal-lm",
-        mode="side-inputs",
-        base=BaseIdentity("b", None, "onnx"),
-        precision="fp32",
-        opset=21,
-        inputs=(),
-        outputs=(),
-        targets=added.targets,
-        changed=added.changed,
-    )
 
 
 def _inject(model: ir.Model, *, scale: bool = True, offset: bool = True) -> SideInputs:
@@ -86,7 +71,7 @@ def test_what_the_layer_gives_is_scaled_and_shifted_for_each_row(how: str) -> No
     )
     result = run(model, {"x": rows, **side}).reshape(expected.shape)
     assert np.abs(result - expected).max() < 1e-4
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ops(base)
     np.testing.assert_array_equal(run(model, {"x": rows}), run(base, {"x": rows}))
 
@@ -107,7 +92,7 @@ def test_scales_and_offsets_come_alone_or_together(
     inputs = [value.name for value in model.graph.inputs]
     assert inputs == ["x", "adapter_ids", *names, "block.proj.lora_A", "block.proj.lora_B"]
     assert [value.name for value in model.graph.outputs] == ["y"]
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ops(base)
     assert [value.name for value in model.graph.inputs] == ["x"]
 
@@ -155,7 +140,7 @@ def test_an_embedding_reads_the_rows_of_each_row_s_own_table() -> None:
         assert np.abs(mixed[row] - expected).max() < 1e-5
     assert np.abs(alone - (table[ids] + A[1][ids] @ B[1])).max() < 1e-5
     np.testing.assert_array_equal(run(model, {"ids": ids}), table[ids])
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ["Gather"]
 
 

@@ -4,29 +4,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loradeploy.bundle.manifest import BaseIdentity, Manifest
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear, find_linears
-from loradeploy.export.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
-from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
+from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
+from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 
 def _linears(model: ir.Model) -> list[Linear]:
     return list(find_linears(model).linears.values())
-
-
-def _manifest(added: SideInputs) -> Manifest:
-    return Manifest(
-        task="causal-lm",
-        mode="side-inputs",
-        base=BaseIdentity("b", None, "onnx"),
-        precision="fp32",
-        opset=21,
-        inputs=(),
-        outputs=(),
-        targets=added.targets,
-        saved=added.saved,
-    )
 
 
 def test_one_product_becomes_gather_matmul_matmul_add() -> None:
@@ -118,7 +103,7 @@ def test_flattened_rows_are_told_from_before_they_were(between: str) -> None:
     seen = rows if c is None else np.tanh(rows + c)
     expected = base + (seen @ A[[1, 0]] @ B[[1, 0]]).reshape(-1, OUT)
     assert np.abs(run(model, {"x": rows, **side}) - expected).max() < 1e-5
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert not any(str(node.name).startswith("side_inputs") for node in model.graph)
     assert np.array_equal(run(model, {"x": rows}), base)
 
@@ -166,7 +151,7 @@ def test_a_module_called_twice_gets_the_same_factors_twice() -> None:
     W = w.const_value.numpy() + (A @ B)[0]
     result = run(model, {"x": rows, "m.lora_A": A, "m.lora_B": B})
     assert np.abs(result - rows @ W @ W).max() < 1e-3
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ["MatMul", "MatMul"]
 
 
@@ -197,7 +182,7 @@ def test_half_precision_graphs_get_half_precision_factors() -> None:
 def test_removing_side_inputs_gives_the_graph_back() -> None:
     base, model = linear(), linear()
     added = inject_side_inputs(model, _linears(model))
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ops(base)
     assert [v.name for v in model.graph.inputs] == ["x"]
     assert [v.name for v in model.graph.outputs] == ["y"]
@@ -208,7 +193,7 @@ def test_removing_side_inputs_gives_the_graph_back() -> None:
 
 def test_removing_what_is_not_there_is_an_error() -> None:
     model = linear()
-    manifest = _manifest(inject_side_inputs(model, _linears(model)))
+    manifest = manifest_of(inject_side_inputs(model, _linears(model)))
     with pytest.raises(ExportError, match=r"no side input at block\.proj"):
         remove_side_inputs(linear(), manifest)
 
@@ -261,7 +246,7 @@ def test_a_head_behind_a_separate_bias_is_replaced_whole() -> None:
 def test_a_removed_head_is_the_base_again() -> None:
     base, model = _classifier(), _classifier()
     added = inject_side_inputs(model, [], _linears(model))
-    remove_side_inputs(model, _manifest(added))
+    remove_side_inputs(model, manifest_of(added))
     x = numbers(3, IN)
     assert np.abs(run(model, {"x": x}) - run(base, {"x": x})).max() < 1e-5
     assert [v.name for v in model.graph.inputs] == ["x"]
