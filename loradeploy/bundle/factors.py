@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
+from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.bundle.changes import (
     added_biases,
@@ -151,14 +151,9 @@ def adapter_from_side_inputs(
             saved[place.parameter] = np.ascontiguousarray(turned)
     modules_to_save = tuple(sorted({name.rpartition(".")[0] for name in saved}))
     saved.update(biases)
-    ranks = {module: pair.rank for module, pair in factors.items()}
-    common = max(ranks.values(), default=1)
-    others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
-    config = AdapterConfig(
-        r=common,
-        lora_alpha=common,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
+    blank = AdapterConfig(
+        r=1,
+        lora_alpha=1,
         target_modules=tuple(sorted(factors)),
         modules_to_save=modules_to_save,
         bias="all" if biases else "none",
@@ -166,6 +161,8 @@ def adapter_from_side_inputs(
         base_model_name_or_path=manifest.base.name,
         task_type=PEFT_TASKS.get(manifest.task),
     )
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     return Adapter(config, factors, saved, base_digest=known)
 
