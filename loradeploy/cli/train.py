@@ -75,22 +75,23 @@ def command(
     --data and --output may stand in the YAML file too.
     """
     from loradeploy.train.api import train
-    from loradeploy.train.config import read_config, read_places, to_yaml
+    from loradeploy.train.config import read_config, read_places, read_yaml, to_yaml
     from loradeploy.train.processes import is_main_process
 
     given = {name: value for name, value in flags.items() if value is not None}
-    places = read_places(config, {name: given.pop(name, None) for name in PLACES})
+    told = read_yaml(config)
+    places = read_places(told, {name: given.pop(name, None) for name in PLACES})
     if print_config:
         head = "".join(f"{name}: {json.dumps(place)}\n" for name, place in places.items())
-        click.echo(head + to_yaml(read_config(config, given), explained=True), nl=False)
+        click.echo(head + to_yaml(read_config(told, given), explained=True), nl=False)
         return
     needed = [name for name in PLACES if name not in places and (name != "output" or not dry_run)]
     if needed:
         raise UsageError(f"give --{needed[0]}, or {needed[0]} in the file of --config")
     if dry_run:
-        _show(places, read_config(config, given), as_json=as_json)
+        _show(places, read_config(told, given), as_json=as_json)
         return
-    result = train(**places, config=config, resume=resume, **given)
+    result = train(**places, config=told, resume=resume, **given)
     if not is_main_process():
         return
     values = dataclasses.asdict(result)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -44,7 +45,7 @@ def train(
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    config: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     resume: bool = False,
     **flags: Any,
 ) -> TrainResult:
@@ -55,7 +56,7 @@ def train(
         data: a file, a folder or a dataset: see `loradeploy.train.sources` for the forms, and
             `loradeploy.train.data` for what a row of each task has.
         output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
-        config: a YAML file of settings; their names and defaults are `TrainConfig`'s.
+        config: a YAML file of settings, or a mapping; names and defaults are `TrainConfig`'s.
         resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which
             a run that finishes removes. The end is the same, bit for bit, as without the break.
         flags: settings again, over those of the file.

@@ -202,14 +202,15 @@ CHOICES: Final = {
 
 
 def read_config(
-    file: str | os.PathLike[str] | None, flags: Mapping[str, Any] | None = None
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+    flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The settings in the YAML `file`, with `flags` over them.
+    """The settings in `config`, a YAML file or what was read of one, with `flags` over them.
 
     Raises:
         UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type.
     """
-    values = {**(_read_yaml(Path(file)) if file is not None else {}), **(flags or {})}
+    values = {**read_yaml(config), **(flags or {})}
     values = {name: value for name, value in values.items() if name not in PLACES}
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for name, value in values.items():
@@ -221,16 +222,13 @@ def read_config(
     return TrainConfig(**values)
 
 
-def read_places(
-    file: str | os.PathLike[str] | None, given: Mapping[str, str | None]
-) -> dict[str, str]:
-    """Where model, data and output are: as `given`, else as the YAML `file` says.
+def read_places(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Where model, data and output are: as `given`, else as `config` says.
 
     Raises:
-        UsageError: the file is unreadable, or one of them is no text.
+        UsageError: one of them is no text.
     """
-    values = _read_yaml(Path(file)) if file is not None else {}
-    places = {name: given.get(name) or values.get(name) for name in PLACES}
+    places = {name: given.get(name) or config.get(name) for name in PLACES}
     for name, place in places.items():
         if place is not None and not isinstance(place, str):
             raise UsageError(f"{name} is {place!r}: give a path")
@@ -278,9 +276,17 @@ _LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "mo
 _PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What the YAML file `config` holds; what is no file comes back as it is.
+
+    Raises:
+        UsageError: the file is unreadable, or holds no settings.
+    """
     import yaml
 
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    file = Path(config)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
