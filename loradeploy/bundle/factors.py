@@ -22,6 +22,7 @@ from loradeploy.bundle.changes import (
 )
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.bundle.names import PEFT_TASKS
+from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import AdapterMismatchError, listed
 
 if TYPE_CHECKING:
@@ -44,24 +45,29 @@ def side_inputs(
     """The side inputs of `adapter` alone (one slot), by name, in `manifest.factor_dtype`.
 
     `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, the scaling folded in at
-    float32 with one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of
-    DoRA and of trained biases, which need `base`. Modules that the adapter does not touch are left
-    out: the graph's defaults hold for them.
+    float32 with one final cast, those of fused targets joined (see `bundle.pairs`); saved
+    parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA and of trained biases, which need
+    `base`. Modules that the adapter does not touch are left out: the graph's defaults hold for
+    them.
 
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
     """
     check_fit(adapter, manifest)
     dtype = np.dtype(manifest.factor_dtype)
-    targets = {target.module: target for target in manifest.targets}
+    scaled = {
+        module: (
+            own.A.astype(np.float32).T,  # [in, rank]
+            own.B.astype(np.float32).T * np.float32(adapter.scaling(module)),  # [rank, out]
+        )
+        for module, own in adapter.factors.items()
+    }
     arrays: dict[str, NDArray[Any]] = {}
-    for module, pair in adapter.factors.items():
-        target = targets[module]
-        scaling = np.float32(adapter.scaling(module))
-        A = pair.A.astype(np.float32).T  # [in, rank]
-        B = pair.B.astype(np.float32).T * scaling  # [rank, out]
-        arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
-        arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
+    for pair in factor_pairs(manifest.targets):
+        joined = pair.join(scaled)
+        if joined is not None:
+            arrays[pair.lora_A] = _slot(joined[0], dtype, pair.lora_A)
+            arrays[pair.lora_B] = _slot(joined[1], dtype, pair.lora_B)
     for place in manifest.saved:
         values = adapter.saved.get(place.parameter)
         if values is not None:
@@ -99,14 +105,14 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
     dtype = np.dtype(manifest.factor_dtype)
     shapes: dict[str, tuple[int, ...]] = {}
     problems = []
-    for target in manifest.targets:
-        A, B = arrays.get(target.lora_A), arrays.get(target.lora_B)
+    for pair in factor_pairs(manifest.targets):
+        A, B = arrays.get(pair.lora_A), arrays.get(pair.lora_B)
         if (A is None) != (B is None):
-            problems.append(f"{target.module} has one factor without the other")
+            problems.append(f"{pair.label} has one factor without the other")
         elif A is not None and B is not None:
             rank = A.shape[-1]
-            shapes[target.lora_A] = (1, target.in_features, rank)
-            shapes[target.lora_B] = (1, rank, target.out_features)
+            shapes[pair.lora_A] = (1, pair.in_features, rank)
+            shapes[pair.lora_B] = (1, rank, pair.out_features)
     for saved in manifest.saved:
         shapes[saved.input] = (1, *saved.slot_shape)
     for name, (size, _) in change_inputs(manifest).items():
@@ -133,15 +139,10 @@ def adapter_from_side_inputs(
         AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights.
     """
     check_side_inputs(arrays, manifest)
-    factors = {
-        target.module: Factors(
-            A=np.ascontiguousarray(arrays[target.lora_A][0].T),
-            B=np.ascontiguousarray(arrays[target.lora_B][0].T),
-            kind=target.kind,
-        )
-        for target in manifest.targets
-        if target.lora_A in arrays
-    }
+    factors: dict[str, Factors] = {}
+    for pair in factor_pairs(manifest.targets):
+        if pair.lora_A in arrays:
+            factors.update(pair.split(arrays[pair.lora_A][0], arrays[pair.lora_B][0]))
     factors, biases = changes_undone(arrays, factors, manifest, base)
     saved = {}
     for place in manifest.saved:
@@ -157,11 +158,11 @@ def adapter_from_side_inputs(
         target_modules=tuple(sorted(factors)),
         modules_to_save=modules_to_save,
         bias="all" if biases else "none",
-        use_dora=any(pair.magnitude is not None for pair in factors.values()),
+        use_dora=any(own.magnitude is not None for own in factors.values()),
         base_model_name_or_path=manifest.base.name,
         task_type=PEFT_TASKS.get(manifest.task),
     )
-    ranks = {module: pair.rank for module, pair in factors.items()}
+    ranks = {module: own.rank for module, own in factors.items()}
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     return Adapter(config, factors, saved, base_digest=known)

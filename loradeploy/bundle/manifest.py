@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import MANIFEST_NAME, TASKS
+from loradeploy.bundle.pairs import factor_pairs, pair_problem
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
 
@@ -47,7 +48,8 @@ class LoraTarget:
 
     `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
     `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
-    `slice`: the module's range of outputs where the weight is fused from several modules'.
+    `slice`: the module's range of outputs where the weight is fused from several modules', which
+    then share the side inputs (see `bundle.pairs`).
     `found_by`: the evidence by which the graph's node was taken for this module.
     `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
     bundle: a convolution is merged.)
@@ -299,7 +301,11 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
         if target.stored is not None:
             _check_stored(target, target.stored)
-    side_inputs = [name for t in manifest.targets for name in (t.lora_A, t.lora_B)]
+    pairs = factor_pairs(manifest.targets)
+    for pair in pairs:
+        if (problem := pair_problem(pair)) is not None:
+            raise BundleError(f"{MANIFEST_NAME}: {problem}")
+    side_inputs = [name for pair in pairs for name in (pair.lora_A, pair.lora_B)]
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
     for output in manifest.changed:

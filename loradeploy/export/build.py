@@ -38,6 +38,7 @@ from loradeploy.export.find import (
     output_head,
     refuse_side_inputs,
 )
+from loradeploy.export.fuse import fuse_products
 from loradeploy.export.graph import (
     complete_shapes,
     graph_digest,
@@ -289,6 +290,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     report = merge_adapter(base.graph, findings.linears, adapter, weights=base.weights)
     for module in report.untied:
         logger.info("%s shares its weight and got a copy of its own", module)
+    fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         _manifest(base, "merged"), merged_adapter=AdapterEntry(adapter.digest)
     )

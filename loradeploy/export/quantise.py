@@ -46,7 +46,8 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     for module, linear in findings.linears.items():
         if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
             own = max(bits, _HEAD_BITS) if module == head else bits
-            packed[module] = _pack(model.graph, linear, own)
+            name = str(linear.weight.name)
+            packed[name] = _pack(model.graph, linear, own)
     if not packed:
         raise ExportError(f"the graph has no product that could be packed to int{bits}")
     model.opset_imports.setdefault(_DOMAIN, 1)
@@ -54,8 +55,8 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     return dataclasses.replace(
         manifest,
         targets=tuple(
-            dataclasses.replace(target, weight=packed[target.module], transposed=True)
-            if target.module in packed
+            dataclasses.replace(target, weight=packed[target.weight], transposed=True)
+            if target.weight in packed
             else target
             for target in manifest.targets
         ),

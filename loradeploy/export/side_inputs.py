@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
+from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import ExportError
 from loradeploy.export.embeddings import add_embedding_factors
 from loradeploy.export.find import Linear
+from loradeploy.export.fuse import fuse_products, separate_products
 from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.outputs import Change, change_output, keep_output
 from loradeploy.export.parts import Part
@@ -73,7 +75,11 @@ def inject_side_inputs(
     held = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
     # First: what is added to a product later is scaled with it.
     changed = tuple(change_output(surgery, change) for change in changes)
-    lora = tuple(_add_factors(surgery, linear) for linear in targets)
+    apart = {change.layer.module for change in changes}
+    lora: tuple[LoraTarget, ...] = ()
+    for fused in fuse_products(model.graph, targets, apart=apart):
+        _add_factors(surgery, fused.linear)
+        lora += fused.targets()
     lora += tuple(add_embedding_factors(surgery, part) for part in embeddings)
     with_bias = set(biased)
     saved = [
@@ -99,29 +105,30 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         ExportError: the graph does not have the nodes that the manifest tells of.
     """
     nodes = {str(node.name): node for node in model.graph}
-    for target in manifest.targets:
+    pairs = factor_pairs(manifest.targets)
+    for pair in pairs:
         call = 0
-        while (add := nodes.get(f"{call_label(target.module, call)}/lora_add")) is not None:
+        while (add := nodes.get(f"{call_label(pair.label, call)}/lora_add")) is not None:
             base = add.inputs[0]
             if base is not None:
                 take_over(model.graph, add.outputs[0], base, keep=None)
             call += 1
         if call == 0:
-            raise ExportError(f"the graph has no side input at {target.module}: it was changed")
+            raise ExportError(f"the graph has no side input at {pair.label}: it was changed")
     for output in manifest.changed:
         if not keep_output(model.graph, output.module, nodes):
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
+    separate_products(model.graph, pairs)
     remove_unused(model.graph, inputs=True)
 
 
-def _add_factors(surgery: Surgery, linear: Linear) -> LoraTarget:
+def _add_factors(surgery: Surgery, linear: Linear) -> None:
     """y = x W → y = x W + (x A) B, at every call of the module."""
     A, B = surgery.factors(linear.module, linear.in_features, linear.out_features)
     for call in range(len(linear.nodes)):
         _add_factors_at(surgery, linear, call, A, B)
-    return linear.target()
 
 
 def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B: ir.Value) -> None:

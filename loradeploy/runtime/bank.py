@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.changes import change_inputs
+from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
@@ -256,17 +257,17 @@ class AdapterBank:
     def _build(self, members: Sequence[Resident]) -> Stack:
         dtype = np.dtype(self._manifest.factor_dtype)
         values = {}
-        for target in self._manifest.targets:
-            pairs = [(m.host.get(target.lora_A), m.host.get(target.lora_B)) for m in members]
-            rank = max((A.shape[2] for A, _ in pairs if A is not None), default=0)
-            stacked_A = np.zeros((len(members) + 1, target.in_features, rank), dtype)
-            stacked_B = np.zeros((len(members) + 1, rank, target.out_features), dtype)
-            for slot, (A, B) in enumerate(pairs, start=1):
+        for pair in factor_pairs(self._manifest.targets):
+            factors = [(m.host.get(pair.lora_A), m.host.get(pair.lora_B)) for m in members]
+            rank = max((A.shape[2] for A, _ in factors if A is not None), default=0)
+            stacked_A = np.zeros((len(members) + 1, pair.in_features, rank), dtype)
+            stacked_B = np.zeros((len(members) + 1, rank, pair.out_features), dtype)
+            for slot, (A, B) in enumerate(factors, start=1):
                 if A is not None and B is not None:
                     stacked_A[slot, :, : A.shape[2]] = A[0]
                     stacked_B[slot, : B.shape[1], :] = B[0]
-            values[target.lora_A] = self._upload(stacked_A)
-            values[target.lora_B] = self._upload(stacked_B)
+            values[pair.lora_A] = self._upload(stacked_A)
+            values[pair.lora_B] = self._upload(stacked_B)
         for saved in self._manifest.saved:
             default = self._defaults[saved.input]
             whole = [default, *(member.host.get(saved.input, default) for member in members)]

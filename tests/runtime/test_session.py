@@ -357,10 +357,14 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             lambda m: m["outputs"][0].update(shape=["batch", "sequence", 7]),
             r"output logits is tensor\(float\) \[batch, sequence, 512\]",
         ),
-        (lambda m: m["targets"][0].update(lora_A="elsewhere"), "no side input elsewhere"),
+        (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "no side input elsewhere"),
+        (
+            lambda m: m["targets"][-1].update(in_features=97),
+            r"down_proj.lora_A is .*\[adapters, 96, .*rank\].*float32 \[adapters, 97, rank\]",
+        ),
         (
             lambda m: m["targets"][0].update(in_features=65),
-            r"q_proj.lora_A is .*\[adapters, 64, .*rank\].*says float32 \[adapters, 65, rank\]",
+            "q_proj and .*k_proj are not parts of one weight",
         ),
         (lambda m: m.update(factor_dtype="float16"), r"lora_A is tensor\(float\).*says float16"),
         (lambda m: m.update(graph_digest="sha256:0"), "its digest has changed"),

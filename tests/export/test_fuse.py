@@ -1,0 +1,124 @@
+"""Products of one input become one, compute the same, and come apart again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.pairs import factor_pairs
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+from loradeploy.export.find import find_linears
+from loradeploy.export.fuse import fuse_products
+from loradeploy.export.graph import load_graph
+from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
+from tests.conftest import MakeAdapter
+from tests.export.graphs import IN, Builder, manifest_of, numbers, ops, run
+from tests.export.reference import difference, onnx_output
+from tests.tolerances import tolerance
+
+IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def attention(*, tied: bool = False, other_parent: bool = False, turned: bool = False) -> ir.Model:
+    """q, k and v of one input, side by side in the output; v with a bias."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    outputs = []
+    for name, size in (("q", 4), ("k", 2), ("v", 2)):
+        parent = "cross" if other_parent and name == "v" else "attn"
+        w = b.weight(f"{name}.weight", *((size, IN) if turned else (IN, size)))
+        if turned:
+            w = b.node("Transpose", [w], [IN, size], perm=[1, 0], name=f"{name}.turned")
+        shape: list[int | str] = ["batch", "sequence", size]
+        y = b.node("MatMul", [x, w], shape, module=f"{parent}.{name}", name=f"{name}.y")
+        if name == "v":
+            y = b.node("Add", [y, b.weight("v.bias", size)], shape, name="v.biased")
+        outputs.append(y)
+        if tied and name == "k":
+            outputs.append(b.node("MatMul", [y, b.node("Transpose", [w], [2, IN])], None))
+    whole = b.node("Concat", outputs, ["batch", "sequence", None], name="y", axis=-1)  # type: ignore[list-item]
+    return b.model(whole)
+
+
+def test_products_of_one_input_become_one_and_compute_the_same() -> None:
+    x, before = numbers(2, 3, IN), attention()
+    model = attention()
+    (fused,) = fuse_products(model.graph, find_linears(model).linears.values())
+    assert fused.linear.module == "attn.q+k+v"
+    assert fused.linear.out_features == 8
+    assert ops(model) == ["MatMul", "Split", "Add", "Concat"]
+    np.testing.assert_allclose(run(model, {"x": x}), run(before, {"x": x}), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({"tied": True}, ["attn.q+v", "attn.k"]),
+        ({"other_parent": True}, ["attn.q+k", "cross.v"]),
+        ({"turned": True}, ["attn.q", "attn.k", "attn.v"]),
+    ],
+    ids=["a weight with other users", "another module's", "turned weights"],
+)
+def test_what_cannot_be_fused_stays(options: dict[str, bool], products: list[str]) -> None:
+    x, model = numbers(2, 3, IN), attention(**options)
+    found = find_linears(model).linears
+    fused = fuse_products(model.graph, (m for m in found.values() if m.module in PARTS))
+    assert sorted(f.linear.module for f in fused) == sorted(products)
+    expected = run(attention(**options), {"x": x})
+    np.testing.assert_allclose(run(model, {"x": x}), expected, atol=1e-6)
+
+
+PARTS = ("attn.q", "attn.k", "attn.v", "cross.v")
+
+
+def test_side_inputs_of_a_fused_product_come_out_again() -> None:
+    base, model = attention(), attention()
+    added = inject_side_inputs(model, list(find_linears(model).linears.values()))
+    assert [target.slice for target in added.targets] == [(0, 4), (4, 6), (6, 8)]
+    assert [v.name for v in model.graph.inputs[2:]] == ["attn.q+k+v.lora_A", "attn.q+k+v.lora_B"]
+    remove_side_inputs(model, manifest_of(added))
+    assert [v.name for v in model.graph.inputs] == ["x"]
+    before, after = find_linears(base).linears, find_linears(model).linears
+    assert before.keys() == after.keys()
+    for module, linear in after.items():
+        np.testing.assert_array_equal(
+            linear.weight.const_value.numpy(), before[module].weight.const_value.numpy()
+        )
+        assert (linear.bias is None) == (before[module].bias is None)
+    x = numbers(2, 3, IN)
+    assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
+
+
+def test_a_graph_that_lost_its_fused_product_is_refused() -> None:
+    model = attention()
+    added = inject_side_inputs(model, list(find_linears(model).linears.values()))
+    split = next(node for node in model.graph if node.op_type == "Split")
+    split.replace_input_with(0, model.graph.inputs[0])
+    with pytest.raises(ExportError, match=r"attn.q\+k\+v.* it was changed"):
+        remove_side_inputs(model, manifest_of(added))
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
+def test_a_decoder_has_four_products_a_layer(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, merge: bool
+) -> None:
+    export(tiny_llama, tmp_path / "b", adapters={"a": make_adapter(tiny_llama)}, merge=merge)
+    linears = find_linears(load_graph(tmp_path / "b" / "model.onnx")).linears
+    layer = sorted(m.rpartition(".")[2] for m in linears if ".layers.0." in m)
+    assert layer == ["down_proj", "gate_proj+up_proj", "o_proj", "q_proj+k_proj+v_proj"]
+
+
+def test_a_packed_bundle_comes_apart_without_a_loss(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    export(tiny_llama_bundle, tmp_path / "packed", precision="int4")
+    export(tmp_path / "packed", tmp_path / "again", side_inputs=["dora"])
+    pairs = factor_pairs(read_manifest(tmp_path / "again").targets)
+    assert all(len(pair.members) == 1 for pair in pairs)  # scaled, each for itself
+    again = onnx_output(tmp_path / "again", IDS)
+    assert difference(onnx_output(tmp_path / "packed", IDS), again) <= tolerance("rows")
