@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.bundle.names import MANIFEST_NAME, TASKS
+from loradeploy.bundle.names import BRANCHES, MANIFEST_NAME, NONE, TASKS
 from loradeploy.bundle.pairs import factor_pairs, pair_problem
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
@@ -140,6 +140,8 @@ class Manifest:
     `factor_dtype`: numpy's name of the side inputs' dtype.
     `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data.
     `changed`: the layers whose outputs take a scale or an offset.
+    `branches`: what `adapter_mode` chooses besides the base: "rows", where slot i of the side
+    inputs belongs to row i and there is no `adapter_ids`, or "slots"; "none" without that input.
     """
 
     task: str
@@ -157,6 +159,7 @@ class Manifest:
     graph_digest: str | None = None
     data_digest: str | None = None
     changed: tuple[OutputTarget, ...] = ()
+    branches: str = NONE
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
@@ -293,6 +296,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
+    if manifest.branches not in BRANCHES:
+        raise BundleError(f"{MANIFEST_NAME}: branches is {manifest.branches!r}, not of {BRANCHES}")
     for saved in manifest.saved:
         if saved.transposed and len(saved.shape) < 2:
             raise BundleError(f"{MANIFEST_NAME}: {saved.parameter} has no axes to transpose")

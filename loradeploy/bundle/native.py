@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.names import ADAPTER_MODE, NONE
 from loradeploy.errors import AdapterError
 from loradeploy.files import atomic_file
 
@@ -41,17 +42,23 @@ def write_onnx_adapter(
         AdapterMismatchError: the adapter does not fit the bundle.
         OSError: the file cannot be written.
     """
-    write_side_inputs(side_inputs(adapter, manifest, base), file)
+    write_side_inputs(side_inputs(adapter, manifest, base), manifest, file)
 
 
-def write_side_inputs(arrays: Mapping[str, NDArray[Any]], file: str | os.PathLike[str]) -> None:
+def write_side_inputs(
+    arrays: Mapping[str, NDArray[Any]], manifest: Manifest, file: str | os.PathLike[str]
+) -> None:
     """Write one slot of side inputs as an `.onnx_adapter` file, atomically.
+
+    Where the graph has branches the file chooses the one for its adapter.
 
     Raises:
         OSError: the file cannot be written.
     """
     import onnxruntime
 
+    if manifest.branches != NONE:
+        arrays = {**arrays, ADAPTER_MODE: np.ones(1, np.int64)}
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(_ADAPTER_VERSION)
     content.set_model_version(_MODEL_VERSION)
@@ -81,6 +88,7 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
         arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
     except RuntimeError:  # its text is a C++ source line
         raise AdapterError(f"{place} is truncated or no .onnx_adapter file") from None
+    arrays.pop(ADAPTER_MODE, None)  # of the graph that the file was written for
     for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             raise AdapterError(f"{place}: {name} holds values that are not finite numbers")

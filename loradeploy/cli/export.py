@@ -6,7 +6,7 @@ import time
 
 import click
 
-from loradeploy.bundle.names import TASKS
+from loradeploy.bundle.names import BRANCHES, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import NAMED
@@ -43,6 +43,12 @@ from loradeploy.export.precision import NAMED
     help=f"Of every layer, for adapters that come later: {', '.join(SIDE_INPUT_KINDS)}"
     " [default: lora, and what the given adapters need].",
 )
+@click.option(
+    "--branches",
+    type=click.Choice(BRANCHES),
+    help="One for the base, so that idle side inputs cost nothing, one for adapters by row or by"
+    " slot; doubles fp32 and fp16 weights in memory [default: rows for int8 and int4, else none].",
+)
 @json_option
 def command(
     model: str,
@@ -52,6 +58,7 @@ def command(
     precision: str | None,
     task: str | None,
     side_inputs: str | None,
+    branches: str | None,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -74,6 +81,7 @@ def command(
             side_inputs=()
             if side_inputs is None
             else [kind.strip() for kind in side_inputs.split(",")],
+            branches=branches,
         )
     values = {
         "bundle": output,

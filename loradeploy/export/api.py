@@ -24,6 +24,7 @@ def export(
     precision: str | None = None,
     task: str | None = None,
     side_inputs: Iterable[str] = (),
+    branches: str | None = None,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -38,6 +39,11 @@ def export(
             from the adapters or the model's architecture.
         side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
             which come later may use them: dora, bias, embedding (lora is always there).
+        branches: "rows" or "slots" gives the base a branch of its own in the graph, so that an idle
+            graph costs what the base does, and the adapters another, in which slots are the rows of
+            the batch ("rows", the fastest) or named by adapter_ids; "none" has adapter_ids and no
+            branches. None means rows for int8 and int4, and none for fp32 and fp16, whose weights
+            each branch holds in memory anew.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -49,7 +55,7 @@ def export(
     """
     from pathlib import Path
 
-    from loradeploy.bundle.names import MANIFEST_NAME
+    from loradeploy.bundle.names import BRANCHES, MANIFEST_NAME
     from loradeploy.export.adapters import read_adapters
     from loradeploy.export.build import Options, build
     from loradeploy.export.kinds import check_kinds
@@ -69,9 +75,14 @@ def export(
     kinds = check_kinds(side_inputs)
     if merge and kinds:
         raise UsageError("--side-inputs and --merge do not go together: a merged graph has none")
+    if branches is not None and branches not in BRANCHES:
+        raise UsageError(f"no branches are called {branches!r}: there are {', '.join(BRANCHES)}")
+    if merge and branches:
+        raise UsageError("--branches and --merge do not go together: a merged graph needs none")
     read = read_adapters(adapters)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    manifest, content = build(resolve(model), Options(read, merge, precision, task, kinds))
+    options = Options(read, merge, precision, task, kinds, branches)
+    manifest, content = build(resolve(model), options)
     logger.info("writing %s", target)
     return write_bundle(target, manifest, content)

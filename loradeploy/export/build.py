@@ -19,7 +19,10 @@ from loradeploy.bundle.manifest import (
 )
 from loradeploy.bundle.names import (
     CAUSAL_LM,
+    NONE,
+    ROWS,
     SEQUENCE_CLASSIFICATION,
+    SLOTS,
     offset_name,
     scale_name,
 )
@@ -30,6 +33,7 @@ from loradeploy.export.adapters import (
     label_count,
     label_names,
 )
+from loradeploy.export.branches import add_branches, has_rows, remove_branches
 from loradeploy.export.find import (
     Findings,
     Linear,
@@ -82,6 +86,7 @@ class Options:
     precision: str | None
     task: str | None
     side_inputs: frozenset[str] = frozenset()
+    branches: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +208,8 @@ def _from_graph(source: Source, options: Options) -> Base:
     graph = load_graph(source.graph)
     complete_shapes(graph)
     if source.manifest is not None:
+        if source.manifest.branches != NONE:
+            remove_branches(graph.graph)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
@@ -280,7 +287,19 @@ def _with_side_inputs(
     arrays = {
         name: side_inputs(adapter, manifest, held) for name, adapter in options.adapters.items()
     }
-    return _packed(base, manifest), added, arrays
+    manifest = _packed(base, manifest)
+    branches = options.branches or _branches(base)
+    if branches != NONE:
+        add_branches(graph, branches)
+        manifest = dataclasses.replace(manifest, branches=branches)
+    return manifest, added, arrays
+
+
+def _branches(base: Base) -> str:
+    """Branches where they cost no memory: packed weights are shared between them."""
+    if base.precision not in PACKED_BITS:
+        return NONE
+    return ROWS if has_rows(base.graph.graph) else SLOTS
 
 
 def _merged(base: Base, findings: Findings, options: Options) -> Manifest:

@@ -148,7 +148,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         path = f"{ADAPTERS_DIRECTORY}/{name}"
         native = directory / f"{path}{NATIVE_SUFFIX}"
         save_adapter(adapter, directory / path)
-        write_side_inputs(content.side_inputs[name], native)
+        write_side_inputs(content.side_inputs[name], manifest, native)
         dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
         entries[name] = AdapterEntry(
             adapter.digest, path, None if dora <= known else file_digest(native)

@@ -2,7 +2,8 @@
 
 One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
 bytes. A batch whose rows differ reads a stack: slot 0 is the base, the others are adapters, and
-`adapter_ids` names each row's slot. The stack grows as batches name adapters that it lacks.
+`adapter_ids` names each row's slot. The stack grows as batches name adapters that it lacks. Where
+the graph has no `adapter_ids` but takes a slot for each row, the stack is one of rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.changes import change_inputs
+from loradeploy.bundle.names import ADAPTER_MODE, NONE, ROWS
 from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import UnknownAdapterError, UsageError
 
@@ -30,6 +32,8 @@ Arrays = Mapping[str, "NDArray[Any]"]
 
 # More runs at a time than this and some of them bind their side inputs anew.
 _SPARE_BINDINGS: Final = 16
+# Batches whose factors are kept in the order of their rows.
+_KEPT_ROWS: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,7 @@ class AdapterBank:
         self._residents: dict[str, Resident] = {}
         self._users: dict[Resident, list[int]] = {}  # by thread, once for each lease
         self._stack: Stack | None = None
+        self._rows: dict[tuple[Resident | None, ...], Bindable] = {}
         self._changed = threading.Condition()
         self._stacking = threading.Lock()
 
@@ -153,7 +158,7 @@ class AdapterBank:
         if there is not None and _same(there, digest, arrays):
             return there
         device = {side_input: self._upload(values) for side_input, values in arrays.items()}
-        resident = Resident(name, digest, labels, arrays, Bindable(device))
+        resident = Resident(name, digest, labels, arrays, self._bindable(device))
         with self._changed:
             there = self._residents.get(name)
             if there is not None:
@@ -233,10 +238,35 @@ class AdapterBank:
             return Lease(rows, per_row, self._base, None)
         if len(used) == 1 and None not in rows:
             return Lease(rows, per_row, used[0].device, None)
+        if self._manifest.branches == ROWS:
+            return Lease(rows, per_row, self._in_rows(rows), None)
         stack = self._stack_of(used)
         slots = [0 if resident is None else stack.slots[resident] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
         return Lease(rows, per_row, stack.device, adapter_ids)
+
+    def _in_rows(self, rows: tuple[Resident | None, ...]) -> Bindable:
+        """The side inputs in the order of `rows`; the last few batches' are kept."""
+        with self._stacking:
+            with self._changed:
+                if (present := self._rows.pop(rows, None)) is not None:
+                    self._rows[rows] = present  # the last one that was used
+                    return present
+            made = self._bindable(self._side_inputs(rows))
+            with self._changed:
+                # A member that was removed meanwhile must not be kept alive.
+                if all(self._residents.get(member.name) is member for member in _used(rows)):
+                    while len(self._rows) >= _KEPT_ROWS:
+                        del self._rows[next(iter(self._rows))]
+                    self._rows[rows] = made
+            return made
+
+    def _bindable(self, values: Mapping[str, onnxruntime.OrtValue]) -> Bindable:
+        """`values`, and what chooses the graph's branch for them, where it has any."""
+        if self._manifest.branches == NONE:
+            return Bindable(values)
+        mode = onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(1, np.int64))
+        return Bindable({**values, ADAPTER_MODE: mode})
 
     def _stack_of(self, used: Sequence[Resident]) -> Stack:
         """A stack that holds `used`: the present one, or a larger one that takes its place."""
@@ -255,14 +285,21 @@ class AdapterBank:
             return stack
 
     def _build(self, members: Sequence[Resident]) -> Stack:
+        values = self._side_inputs((None, *members))
+        slots = {member: slot for slot, member in enumerate(members, start=1)}
+        return Stack(slots, self._bindable(values))
+
+    def _side_inputs(self, slots: Sequence[Resident | None]) -> dict[str, onnxruntime.OrtValue]:
+        """The side inputs [slots, …], zero-padded to a common rank, on the device."""
         dtype = np.dtype(self._manifest.factor_dtype)
+        hosts: list[Arrays] = [{} if slot is None else slot.host for slot in slots]
         values = {}
         for pair in factor_pairs(self._manifest.targets):
-            factors = [(m.host.get(pair.lora_A), m.host.get(pair.lora_B)) for m in members]
+            factors = [(host.get(pair.lora_A), host.get(pair.lora_B)) for host in hosts]
             rank = max((A.shape[2] for A, _ in factors if A is not None), default=0)
-            stacked_A = np.zeros((len(members) + 1, pair.in_features, rank), dtype)
-            stacked_B = np.zeros((len(members) + 1, rank, pair.out_features), dtype)
-            for slot, (A, B) in enumerate(factors, start=1):
+            stacked_A = np.zeros((len(slots), pair.in_features, rank), dtype)
+            stacked_B = np.zeros((len(slots), rank, pair.out_features), dtype)
+            for slot, (A, B) in enumerate(factors):
                 if A is not None and B is not None:
                     stacked_A[slot, :, : A.shape[2]] = A[0]
                     stacked_B[slot, : B.shape[1], :] = B[0]
@@ -270,16 +307,15 @@ class AdapterBank:
             values[pair.lora_B] = self._upload(stacked_B)
         for saved in self._manifest.saved:
             default = self._defaults[saved.input]
-            whole = [default, *(member.host.get(saved.input, default) for member in members)]
+            whole = [host.get(saved.input, default) for host in hosts]
             values[saved.input] = self._upload(np.concatenate(whole))
         for name, (size, neutral) in change_inputs(self._manifest).items():
-            stacked = np.full((len(members) + 1, size), neutral, dtype)
-            for slot, member in enumerate(members, start=1):
-                if name in member.host:
-                    stacked[slot] = member.host[name][0]
+            stacked = np.full((len(slots), size), neutral, dtype)
+            for slot, host in enumerate(hosts):
+                if name in host:
+                    stacked[slot] = host[name][0]
             values[name] = self._upload(stacked)
-        slots = {member: slot for slot, member in enumerate(members, start=1)}
-        return Stack(slots, Bindable(values))
+        return values
 
     def _upload(self, values: NDArray[Any]) -> onnxruntime.OrtValue:
         # On the host this is a view: the array must stay unchanged, and the value keeps it alive.
@@ -288,6 +324,7 @@ class AdapterBank:
     def _drop_stack_with(self, resident: Resident) -> None:
         if self._stack is not None and resident in self._stack.slots:
             self._stack = None
+        self._rows = {rows: held for rows, held in self._rows.items() if resident not in rows}
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         loaded = ", ".join(sorted(self._residents)) or "none"

@@ -15,7 +15,7 @@ import onnxruntime
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import ADAPTER_IDS, GRAPH_NAME
+from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, NONE, ROWS
 from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 
@@ -156,8 +156,10 @@ def _side_inputs(manifest: Manifest) -> list[TensorSpec]:
         specs.append(TensorSpec(saved.input, manifest.factor_dtype, shape))
     for name, (size, _) in change_inputs(manifest).items():
         specs.append(TensorSpec(name, manifest.factor_dtype, ("adapters", size)))
-    if specs:
+    if specs and manifest.branches != ROWS:
         specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
+    if manifest.branches != NONE:
+        specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
     return specs
 
 

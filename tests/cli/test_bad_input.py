@@ -211,7 +211,7 @@ def test_a_graph_that_is_not_the_manifests_is_refused(
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_llama_bundle, bundle)
     manifest = json.loads((bundle / "loradeploy.json").read_text())
-    manifest["targets"][0]["in_features"] += 1
+    manifest["targets"][-1]["in_features"] += 1
     (bundle / "loradeploy.json").write_text(json.dumps(manifest))
     status, _, err = run("run", bundle, "hi")
     assert status == 2

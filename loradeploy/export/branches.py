@@ -1,0 +1,188 @@
+"""One graph, two branches over the same weights: the base, and the base with an adapter.
+
+    If adapter_mode = 0   base    no side input is looked at: the graph without them
+                    = 1   rows    slot i belongs to row i, or the one slot to all rows
+                    or    slots   row i uses the slot that adapter_ids names
+
+Hundreds of small nodes cost an idle graph 2 to 18 % of a decode step, and gathering factors costs
+an active one as much again; an `If` costs nothing that can be measured. The branches share the
+initializers. ONNX Runtime shares packed weights of 8 and 4 bits between them too, but lays float
+weights out anew for each. It does neither in a branch of a branch, where a step takes 20 times as
+long: there are never more than two. A CUDA graph cannot capture an `If`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, BASE, ROWS
+from loradeploy.errors import ExportError
+from loradeploy.export.rewire import add_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_NAME: Final = f"{ADAPTER_MODE}/If"
+
+
+def has_rows(graph: ir.Graph) -> bool:
+    """Whether `adapter_ids` serves to gather slots alone, which a branch for rows does without."""
+    ids = graph.initializers[ADAPTER_IDS]
+    return all(node.op_type == "Gather" and index == 1 for node, index in ids.uses())
+
+
+def add_branches(graph: ir.Graph, adapted: str) -> None:
+    """Give a graph with side inputs its two branches; `adapted` is rows or slots.
+
+    Raises:
+        ExportError: the graph has branches or loops of its own, or rows are asked for and cannot be
+            (see `has_rows`).
+    """
+    import onnx_ir as ir
+
+    nodes, outputs = list(graph), list(graph.outputs)
+    attributes = (attribute for node in nodes for attribute in node.attributes.values())
+    if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
+        raise ExportError("the graph has branches or loops of its own: export with --branches none")
+    ids = graph.initializers[ADAPTER_IDS]
+    if adapted == ROWS and not has_rows(graph):
+        raise ExportError(
+            "factors of embeddings need the numbers of slots: export with --branches slots"
+        )
+    # Where the base's own numbers are side inputs, they are the only slot.
+    direct = _ungathered(nodes, ids)
+    base = _copy(nodes, outputs, BASE, {**direct, **_without_factors(nodes)})
+    other = _copy(nodes, outputs, adapted, direct if adapted == ROWS else {})
+    types = [(value.name, value.type, value.shape) for value in outputs]
+    graph.outputs.clear()
+    graph.remove(nodes, safe=True)
+    if adapted == ROWS:
+        graph.inputs.remove(ids)
+        graph.initializers.pop(ADAPTER_IDS)
+    mode = add_constant(graph, ADAPTER_MODE, np.zeros(1, np.int64), shape=[1])
+    graph.inputs.append(mode)
+    to_bool = {"to": int(ir.DataType.BOOL)}
+    active = ir.node("Cast", [mode], attributes=to_bool, name=f"{_NAME}/active")
+    active.outputs[0].name = active.name
+    branches = [ir.AttrGraph("then_branch", other), ir.AttrGraph("else_branch", base)]
+    choice = ir.Node("", "If", [active.outputs[0]], branches, num_outputs=len(outputs), name=_NAME)
+    graph.extend([active, choice])
+    _name_outputs(graph, choice.outputs, types)
+
+
+def remove_branches(graph: ir.Graph) -> None:
+    """Undo `add_branches`: the branch with an adapter is the graph again, which may lack Gathers.
+
+    Raises:
+        ExportError: the graph does not have the branches.
+    """
+    choice = next((node for node in graph if node.name == _NAME), None)
+    if choice is None:
+        raise ExportError("the graph lacks the branches that its manifest tells of: it was changed")
+    body = choice.attributes["then_branch"].as_graph()
+    nodes, values = list(body), list(body.outputs)
+    body.outputs.clear()
+    body.remove(nodes)
+    types = [(value.name, value.type, value.shape) for value in graph.outputs]
+    graph.outputs.clear()
+    _release(graph)
+    prefix = f"{body.name}/"
+    for node in nodes:
+        node.name = str(node.name).removeprefix(prefix)
+        for value in node.outputs:
+            value.name = str(value.name).removeprefix(prefix)
+    graph.extend(nodes)
+    _name_outputs(graph, values, types)
+    graph.inputs.remove(graph.initializers[ADAPTER_MODE])
+    graph.initializers.pop(ADAPTER_MODE)
+
+
+def _name_outputs(
+    graph: ir.Graph,
+    values: Sequence[ir.Value],
+    types: Sequence[tuple[str | None, ir.TypeProtocol | None, ir.Shape | None]],
+) -> None:
+    for value, (name, kind, shape) in zip(values, types, strict=True):
+        value.name, value.type, value.shape = name, kind, shape
+        graph.outputs.append(value)
+
+
+def _release(graph: ir.Graph) -> None:
+    """Remove all nodes, those in branches too: what is outside of them is no longer used."""
+    for node in list(graph):
+        for attribute in node.attributes.values():
+            if attribute.name in ("then_branch", "else_branch"):
+                branch = attribute.as_graph()
+                branch.outputs.clear()
+                _release(branch)
+    graph.remove(list(graph), safe=True)
+
+
+def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
+    """What each sum of a product and its factors' is without the factors."""
+    sums = (node for node in nodes if str(node.name).endswith("/lora_add"))
+    return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
+
+
+def _ungathered(nodes: Sequence[ir.Node], ids: ir.Value) -> dict[ir.Value, ir.Value]:
+    """The side input behind each gathering of its slots."""
+    return {
+        node.outputs[0]: source
+        for node in nodes
+        if node.op_type == "Gather"
+        and node.inputs[1] is ids
+        and (source := node.inputs[0]) is not None
+    }
+
+
+def _copy(
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    name: str,
+    instead: Mapping[ir.Value, ir.Value],
+) -> ir.Graph:
+    """A branch that computes `outputs`, some values `instead` of others."""
+    import onnx_ir as ir
+
+    def seen(value: ir.Value) -> ir.Value:
+        while value in instead:
+            value = instead[value]
+        return value
+
+    copied: dict[ir.Value, ir.Value] = {}
+    made = []
+    for node in _needed(nodes, outputs, seen):
+        inputs = [None if v is None else copied.get(seen(v), seen(v)) for v in node.inputs]
+        new = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            attributes=list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=f"{name}/{node.name}",
+            metadata_props=dict(node.metadata_props),
+        )
+        for old, own in zip(node.outputs, new.outputs, strict=True):
+            own.name = f"{name}/{old.name}" if old.name else ""
+            own.type, own.shape = old.type, old.shape
+            copied[old] = own
+        made.append(new)
+    return ir.Graph([], [copied[seen(value)] for value in outputs], nodes=made, name=name)
+
+
+def _needed(
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    seen: Callable[[ir.Value], ir.Value],
+) -> list[ir.Node]:
+    """The nodes that `outputs` come of, in their order."""
+    wanted = {seen(value) for value in outputs}
+    kept = []
+    for node in reversed(nodes):
+        if any(value in wanted for value in node.outputs):
+            kept.append(node)
+            wanted.update(seen(value) for value in node.inputs if value is not None)
+    return kept[::-1]

@@ -1,0 +1,214 @@
+"""Branches change what an idle graph costs and how rows find their slots, and no number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError, ExportError, UsageError
+from loradeploy.export.api import export
+from loradeploy.export.graph import load_graph
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter
+from tests.export.reference import token_feeds
+from tests.runtime.feeds import logits, random_ids
+
+IDS = random_ids(4, 6)
+MIXED = ["small", None, "large", "small"]
+
+
+Kinds = dict[str, tuple[Path, dict[str, Path]]]
+
+
+@pytest.fixture(scope="module")
+def kinds(
+    tiny_llama: Path,
+    tiny_bert: Path,
+    tiny_gpt2: Path,
+    make_adapter: MakeAdapter,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Kinds:
+    """A bundle without branches and two adapters, for each kind of side inputs."""
+    task = "sequence-classification"
+    options = {"task": task, "modules_to_save": ["classifier"]}
+    whole = {"use_dora": True, "bias": "all", "scale": 0.2}
+    models = {
+        "factors": (
+            tiny_llama,
+            {"small": make_adapter(tiny_llama, r=2), "large": make_adapter(tiny_llama, r=16)},
+        ),
+        "heads": (
+            tiny_bert,
+            {
+                "small": make_adapter(tiny_bert, r=2, **options),
+                "large": make_adapter(tiny_bert, r=8, seed=1, **options),
+            },
+        ),
+        "scales and offsets": (
+            tiny_gpt2,
+            {
+                "small": make_adapter(tiny_gpt2, r=2, target_modules=["c_attn"], **whole),
+                "large": make_adapter(tiny_gpt2, r=8, seed=1),
+            },
+        ),
+    }
+    made = {}
+    for number, (kind, (model, adapters)) in enumerate(models.items()):
+        bundle = tmp_path_factory.mktemp("plain") / str(number)
+        export(model, bundle, adapters=adapters)
+        made[kind] = bundle, adapters
+    return made
+
+
+def _branches(bundle: Path) -> dict[str, ir.Graph]:
+    (choice,) = (n for n in load_graph(bundle / "model.onnx").graph if n.op_type == "If")
+    return {name: attribute.as_graph() for name, attribute in choice.attributes.items()}
+
+
+@pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
+@pytest.mark.parametrize("branches", ["rows", "slots"])
+def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
+    kinds: Kinds, kind: str, branches: str, tmp_path: Path
+) -> None:
+    model, adapters = kinds[kind]
+    plain = AdapterSession(model)
+    session = AdapterSession(_exported(model, tmp_path / "branched", adapters, branches))
+    assert session.manifest.branches == branches
+    base = logits(plain, IDS)
+    for use in (None, "small", "large", MIXED, [None] * 4, MIXED[::-1], MIXED):
+        got = logits(session, IDS, use)
+        np.testing.assert_array_equal(got, logits(plain, IDS, use))
+        assert (use in (None, [None] * 4)) == np.array_equal(got, base)
+
+
+def _exported(model: Path, place: Path, adapters: dict[str, Path], branches: str) -> Path:
+    export(model, place, adapters=adapters, branches=branches)
+    return place
+
+
+def test_the_bases_branch_looks_at_no_side_input(kinds: Kinds, tmp_path: Path) -> None:
+    branches = _branches(_exported(*_factors(kinds, tmp_path), "rows"))
+    side_inputs = {v.name for t in read_manifest(tmp_path / "b").targets for v in _values(t)}
+    for name, uses_them in (("then_branch", True), ("else_branch", False)):
+        used = {v.name for node in branches[name] for v in node.inputs if v is not None}
+        assert bool(used & side_inputs) == uses_them
+    assert not any(n.op_type == "If" for branch in branches.values() for n in branch)
+
+
+def _factors(kinds: Kinds, tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]:
+    model, adapters = kinds["factors"]
+    return model, tmp_path / "b", adapters
+
+
+def _values(target: object) -> list[ir.Value]:
+    return [ir.Value(name=getattr(target, name)) for name in ("lora_A", "lora_B")]
+
+
+@pytest.mark.parametrize(
+    ("precision", "branches"),
+    [("fp32", "none"), ("int8", "rows"), ("int4", "rows")],
+)
+def test_branches_are_there_where_they_cost_no_memory(
+    kinds: Kinds, tmp_path: Path, precision: str, branches: str
+) -> None:
+    assert export(kinds["factors"][0], tmp_path / "b", precision=precision).branches == branches
+
+
+def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    manifest = export(
+        tiny_llama_bundle, tmp_path / "b", precision="int4", side_inputs=["embedding"]
+    )
+    assert manifest.branches == "slots"
+    with pytest.raises(ExportError, match="embeddings need the numbers of slots"):
+        export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], branches="rows")
+
+
+@pytest.mark.parametrize("branches", ["rows", "slots"])
+def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
+    kinds: Kinds, branches: str, tmp_path: Path
+) -> None:
+    bundle = _exported(*_factors(kinds, tmp_path), branches)
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", quiet)
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(bundle / "adapters" / "small.onnx_adapter"))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    given = token_feeds(session, IDS)
+    ours = AdapterSession(bundle)
+    for run_options, name in ((options, "small"), (None, None)):
+        (got,) = session.run(["logits"], given, run_options)
+        np.testing.assert_array_equal(got, logits(ours, IDS, name))
+
+
+@pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
+@pytest.mark.parametrize("branches", ["rows", "slots"])
+def test_a_branched_bundle_exports_as_the_plain_one_does(
+    kinds: Kinds, kind: str, branches: str, tmp_path: Path
+) -> None:
+    model, adapters = kinds[kind]
+    branched = _exported(model, tmp_path / "b", adapters, branches)
+    export(branched, tmp_path / "again", adapters=adapters, branches="none")
+    one = {"small": adapters["small"]}
+    for source, merged in ((branched, "bm"), (model, "pm")):
+        export(source, tmp_path / merged, adapters=one, merge=True)
+    np.testing.assert_array_equal(
+        logits(AdapterSession(tmp_path / "again"), IDS, MIXED),
+        logits(AdapterSession(model), IDS, MIXED),
+    )
+    np.testing.assert_array_equal(
+        logits(AdapterSession(tmp_path / "bm"), IDS), logits(AdapterSession(tmp_path / "pm"), IDS)
+    )
+
+
+def test_parity_holds_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Path) -> None:
+    bundle = _exported(*_factors(kinds, tmp_path), "rows")
+    report = ld.parity(bundle, model=tiny_llama, prompts=["The capital of", "Hi"], tokens=2)
+    assert report.passed
+
+
+def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
+    kinds: Kinds, tmp_path: Path
+) -> None:
+    session = AdapterSession(_exported(*_factors(kinds, tmp_path), "rows"))
+    alone = {name: logits(session, IDS, name) for name in (None, "small", "large")}
+    for rows in (MIXED, MIXED[::-1], ["large"] * 3 + ["small"], MIXED):
+        got = logits(session, IDS, rows)
+        for row, name in enumerate(rows):
+            assert np.abs(got[row] - alone[name][row]).max() < 1e-4
+    session.unload("small")
+    session.load("small", kinds["factors"][1]["large"])  # another adapter under the name
+    np.testing.assert_array_equal(
+        logits(session, IDS, MIXED), logits(session, IDS, ["large", None, "large", "large"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"branches": "leaves"}, "no branches are called 'leaves': there are none, rows, slots"),
+        ({"branches": "rows", "merge": True}, "do not go together"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused(
+    tiny_llama: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export(tiny_llama, tmp_path / "b", **options)  # type: ignore[arg-type]
+
+
+def test_a_manifest_that_hides_the_branches_is_refused(kinds: Kinds, tmp_path: Path) -> None:
+    bundle = _exported(*_factors(kinds, tmp_path), "rows")
+    text = (bundle / "loradeploy.json").read_text()
+    (bundle / "loradeploy.json").write_text(
+        text.replace('"branches": "rows"', '"branches": "none"')
+    )
+    with pytest.raises(BundleError, match="adapter_"):
+        AdapterSession(bundle)
