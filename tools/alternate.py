@@ -45,10 +45,12 @@ class Ratio:
 class Worker:
     """One side in a process of its own."""
 
-    def __init__(self, module: str, name: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, module: str, name: str, arguments: Mapping[str, Any], *, python: str = sys.executable
+    ) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, "--worker", name, json.dumps(arguments)],
+            [python, "-m", module, "--worker", name, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,9 +1,10 @@
-"""Decode of one token on SmolLM2-135M: PyTorch, PEFT, and every path of loradeploy, in one run.
+"""SmolLM2-135M: PyTorch, PEFT, onnxruntime-genai and every path of loradeploy, in one run.
 
-    python -m tools.bench_runtime [--rounds 12] [--output build/bench]
+    python -m tools.bench_runtime [--rounds 12] [--only decode] [--output build/bench]
 
-Writes runtime.json and runtime.md. How it is timed is in `tools/alternate.py`: a process for each
-side, turns in random order, ratios within a round, one side twice as the control.
+Writes runtime.json, runtime.md and runtime.svg. How it is timed is in
+`tools/alternate.py`: a process for each side, turns in random order, ratios within a round, one
+side twice as the control.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from rich.console import Console
 
 import loradeploy as ld
+from loradeploy.bundle.names import POSITION_IDS
 from loradeploy.files import atomic_file, write_json
-from loradeploy.runtime.timing import sample_feeds
 from tools.alternate import Ratio, Side, Worker, alternate, ratio, serve_worker
 from tools.real_models import cache, smollm2
 
@@ -47,64 +52,91 @@ def peft_mixed(model: str, adapters: Sequence[str], batch: int, **_: Any) -> Sid
     return _torch_call(_peft_model(model, adapters), batch, adapter_names=names)
 
 
-def onnx_merged(merged: str, batch: int, **_: Any) -> Side:
-    return _session_call(ld.AdapterSession(merged), batch, None)
-
-
-def side_base(bundle: str, batch: int, **_: Any) -> Side:
-    return _session_call(ld.AdapterSession(bundle), batch, None)
-
-
-def side_one(bundle: str, adapters: Sequence[str], batch: int, **_: Any) -> Side:
+def onnx(bundle: str, adapters: Sequence[str], batch: int, **given: Any) -> Side:
+    """A bundle with the first `count` adapters: none, one for all rows, or as many as rows."""
     session = ld.AdapterSession(bundle)
-    session.load("a0", adapters[0])
-    return _session_call(session, batch, "a0")
-
-
-def side_mixed(bundle: str, adapters: Sequence[str], batch: int, **_: Any) -> Side:
-    session = ld.AdapterSession(bundle)
-    for number, place in enumerate(adapters):
-        session.load(f"a{number}", place)
-    return _session_call(session, batch, [f"a{row % len(adapters)}" for row in range(batch)])
+    names = [f"a{number}" for number in range(given["count"])]
+    for name, place in zip(names, adapters, strict=False):
+        session.load(name, place)
+    rows: Any = None
+    if names:
+        rows = names[0] if len(names) == 1 else [names[row % len(names)] for row in range(batch)]
+    return _session_call(session, batch, rows, given["past"], given["new"])
 
 
 SIDES: dict[str, Callable[..., Side]] = {
-    side.__name__: side
-    for side in (
-        torch_base,
-        peft_one,
-        peft_mixed,
-        onnx_merged,
-        side_base,
-        side_one,
-        side_mixed,
-    )
+    side.__name__: side for side in (torch_base, peft_one, peft_mixed, onnx)
 }
 
-# Batch, sides (the first of which runs twice), and the ratios that are reported.
-PLANS: tuple[tuple[int, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = (
-    (
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed together: the sides, the first of which runs twice, and the ratios."""
+
+    name: str
+    batch: int
+    sides: tuple[str, ...]
+    ratios: tuple[tuple[str, str], ...]
+    past: int = PAST
+    new: int = 1
+
+
+def _over(first: str, *others: str) -> tuple[tuple[str, str], ...]:
+    return tuple((other, first) for other in others)
+
+
+# A side is "BUNDLE use", of the bundles that `prepare` makes, or one of the others by its name.
+PLANS: Final = (
+    Plan(
+        "fp32 decode",
         1,
-        ("onnx_merged", "side_base", "side_one", "torch_base", "peft_one"),
         (
-            ("torch_base", "onnx_merged"),
-            ("peft_one", "side_one"),
-            ("side_base", "onnx_merged"),
-            ("side_one", "onnx_merged"),
+            *("merged", "slots idle", "slots one", "rows idle", "rows one"),
+            *("torch_base", "peft_one", "genai_base", "genai_one"),
+        ),
+        (
+            *_over("merged", "slots idle", "slots one", "rows idle", "rows one"),
+            *(("torch_base", "merged"), ("peft_one", "slots one"), ("peft_one", "rows one")),
+            *(("genai_base", "slots idle"), ("genai_one", "slots one")),
         ),
     ),
-    (
+    Plan(
+        "fp32 decode",
         8,
-        ("onnx_merged", "side_base", "side_one", "side_mixed", "torch_base", "peft_mixed"),
         (
-            ("torch_base", "onnx_merged"),
-            ("peft_mixed", "side_mixed"),
-            ("side_base", "onnx_merged"),
-            ("side_one", "onnx_merged"),
-            ("side_mixed", "onnx_merged"),
+            *("merged", "slots idle", "slots one", "slots mixed", "rows idle", "rows one"),
+            *("rows mixed", "torch_base", "peft_mixed"),
         ),
+        (
+            *_over("merged", "slots idle", "slots one", "slots mixed"),
+            *_over("merged", "rows idle", "rows one", "rows mixed"),
+            *(("torch_base", "merged"), ("peft_mixed", "slots mixed")),
+            ("peft_mixed", "rows mixed"),
+        ),
+    ),
+    Plan(
+        "fp32 prefill of 512",
+        1,
+        ("merged", "slots idle", "slots one", "rows one"),
+        _over("merged", "slots idle", "slots one", "rows one"),
+        past=0,
+        new=512,
+    ),
+    Plan(
+        "int4 decode",
+        1,
+        ("merged4", "slots4 idle", "slots4 one", "rows4 idle", "rows4 one"),
+        _over("merged4", "slots4 idle", "slots4 one", "rows4 idle", "rows4 one"),
+    ),
+    Plan(
+        "int4 decode",
+        8,
+        ("merged4", "slots4 idle", "slots4 mixed", "rows4 idle", "rows4 mixed"),
+        _over("merged4", "slots4 idle", "slots4 mixed", "rows4 idle", "rows4 mixed"),
     ),
 )
+USES: Final = {"idle": 0, "one": 1, "mixed": ADAPTERS}
+GENAI: Final = Path(".venv-genai/bin/python")
 
 
 def _torch_model(model: str) -> Any:
@@ -141,13 +173,21 @@ def _torch_call(model: Any, batch: int, **options: Any) -> Side:
     return call
 
 
-def _session_call(session: ld.AdapterSession, batch: int, adapters: Any) -> Side:
+def _session_call(
+    session: ld.AdapterSession, batch: int, adapters: Any, past: int, new: int
+) -> Side:
     import onnxruntime
 
-    feeds = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
-        for name, values in sample_feeds(session, batch, PAST).items()
-    }
+    sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
+    feeds = {}
+    for spec in session.manifest.inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+        values = (
+            np.ones(shape, spec.dtype) if spec.dtype == "int64" else np.zeros(shape, spec.dtype)
+        )
+        if spec.name == POSITION_IDS:
+            values[:] = np.arange(past, past + new)
+        feeds[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values)
     outputs = [spec.name for spec in session.manifest.outputs]
     return lambda: session.run_with_ort_values(outputs, feeds, adapters)
 
@@ -159,40 +199,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", help="plans whose name holds this, as int4 or decode")
     parser.add_argument("--calls", type=int, default=5, help="calls of a side in a round")
     arguments = parser.parse_args()
 
     prepared = prepare()
-    results = [measure(plan, prepared, arguments.rounds, arguments.calls) for plan in PLANS]
+    plans = [plan for plan in PLANS if arguments.only is None or arguments.only in plan.name]
+    results = [measure(plan, prepared, arguments.rounds, arguments.calls) for plan in plans]
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "rank": RANK, "past": PAST}
-    report = {"machine": machine, "rounds": arguments.rounds, "results": results}
+    report = {
+        "machine": machine,
+        "rounds": arguments.rounds,
+        "results": results,
+        "memory": {form: memory(form, prepared) for form in FORMS},
+    }
     write_json(arguments.output / "runtime.json", report)
+    text = markdown(report)
     with atomic_file(arguments.output / "runtime.md") as temporary:
-        temporary.write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
+        temporary.write_text(text, encoding="utf-8")
+    draw(results, arguments.output / "runtime.svg")
+    print(text)
+
+
+FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "merged": {"merge": True},
+    "slots": {},
+    "rows": {"branches": "rows"},
+    "merged4": {"merge": True, "precision": "int4"},
+    "slots4": {"branches": "none", "precision": "int4"},
+    "rows4": {"precision": "int4"},
+}
 
 
 def prepare() -> dict[str, Any]:
-    """The base, eight random adapters of rank 16 on all linear layers, and both bundles."""
+    """The base, eight random adapters of rank 16 on all linear layers, a bundle of each form."""
     model, place = smollm2(), cache() / "bench"
     adapters = [place / f"adapter-{number}" for number in range(ADAPTERS)]
     if not adapters[-1].exists():
         console.print("making eight random adapters")
         _random_adapters(model, adapters)
-    bundle, merged = place / "bundle", place / "merged"
-    console.print("exporting with side inputs, then merging")
-    begin = time.perf_counter()
-    ld.export(model, bundle)
-    exported = time.perf_counter()
-    ld.export(bundle, merged, adapters={"a0": adapters[0]}, merge=True)
-    console.print(
-        f"exported in {exported - begin:.1f} s, merged in {time.perf_counter() - exported:.1f} s"
-    )
+    bundles = {}
+    for form, options in FORMS.items():
+        begin = time.perf_counter()
+        source = model if form == "slots" else place / "slots"
+        if form == "slots" or not source.exists():
+            ld.export(model, place / "slots", adapters={"a0": adapters[0]})
+        if form != "slots":
+            ld.export(source, place / form, adapters={"a0": adapters[0]}, **options)
+        console.print(f"exported {form} in {time.perf_counter() - begin:.1f} s")
+        bundles[form] = str(place / form)
     return {
         "model": str(model),
         "adapters": [str(adapter) for adapter in adapters],
-        "bundle": str(bundle),
-        "merged": str(merged),
+        "bundles": bundles,
     }
 
 
@@ -215,38 +274,113 @@ def _random_adapters(model: Path, places: Sequence[Path]) -> None:
         injection.remove()
 
 
-def measure(plan: tuple[int, Any, Any], prepared: dict[str, Any], rounds: int, calls: int) -> Any:
-    """Milliseconds of each side, the ratios, and the control, at one batch size."""
-    batch, names, pairs = plan
-    console.print(f"batch {batch}: starting {', '.join(names)}")
-    given = {**prepared, "batch": batch}
-    workers = [Worker("tools.bench_runtime", name, given) for name in (*names, names[0])]
+def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
+    """The side in a process of its own."""
+    given = {
+        "model": prepared["model"],
+        "adapters": prepared["adapters"],
+        "batch": plan.batch,
+        "past": plan.past,
+        "new": plan.new,
+    }
+    bundles = prepared["bundles"]
+    if side.startswith("genai"):
+        given["bundle"] = bundles["slots"]
+        given["native"] = f"{bundles['slots']}/adapters/a0.onnx_adapter"
+        return Worker("tools.bench_genai", side, given, python=str(GENAI))
+    if side in SIDES:
+        return Worker("tools.bench_runtime", side, given)
+    form, _, use = side.partition(" ")
+    given.update(bundle=bundles[form], count=USES[use or "idle"])
+    return Worker("tools.bench_runtime", "onnx", given)
+
+
+def measure(plan: Plan, prepared: Mapping[str, Any], rounds: int, calls: int) -> Any:
+    """Milliseconds of each side, the ratios, and the control."""
+    console.print(f"{plan.name}, batch {plan.batch}: starting {', '.join(plan.sides)}")
+    workers = [start(side, plan, prepared) for side in (*plan.sides, plan.sides[0])]
     try:
         taken = alternate(workers, rounds=rounds, calls=calls)
     finally:
         for worker in workers:
             worker.close()
-    by_name = dict(zip(names, taken, strict=False))
+    by_name = dict(zip(plan.sides, taken, strict=False))
 
     def facts(found: Ratio) -> dict[str, float]:
         return {"median": found.median, "low": found.low, "high": found.high}
 
     return {
-        "batch": batch,
+        "plan": plan.name,
+        "batch": plan.batch,
         "milliseconds": {name: median(seconds) * 1e3 for name, seconds in by_name.items()},
-        "ratios": {f"{a} / {b}": facts(ratio(by_name[a], by_name[b])) for a, b in pairs},
-        "control": {f"{names[0]} / itself": facts(ratio(taken[-1], taken[0]))},
+        "ratios": {f"{a} / {b}": facts(ratio(by_name[a], by_name[b])) for a, b in plan.ratios},
+        "control": {f"{plan.sides[0]} / itself": facts(ratio(taken[-1], taken[0]))},
     }
 
 
-def markdown(results: Sequence[Any]) -> str:
-    """The results as a table."""
-    lines = ["| batch | ratio | median | quartiles |", "|---|---|---|---|"]
-    for result in results:
+_MEMORY: Final = """
+import sys, loradeploy as ld
+from loradeploy.runtime.timing import sample_feeds
+session = ld.AdapterSession(sys.argv[1])
+adapter = sys.argv[2] or None
+session.run(["logits"], sample_feeds(session, 1, 128), adapter)
+lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(*(int(lines[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM")))
+"""
+
+
+def memory(form: str, prepared: Mapping[str, Any]) -> dict[str, int]:
+    """MB of a process that loaded the bundle and ran once with its adapter, and its peak."""
+    adapter = "" if form.startswith("merged") else "a0"
+    command = [sys.executable, "-c", _MEMORY, prepared["bundles"][form], adapter]
+    resident, peak = subprocess.check_output(command, text=True).split()
+    return {"resident": int(resident), "peak": int(peak)}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The results as tables."""
+    lines = ["| what | batch | ratio | median | quartiles |", "|---|---|---|---|---|"]
+    for result in report["results"]:
         for name, found in {**result["ratios"], **result["control"]}.items():
             spread = f"{found['low']:.2f}–{found['high']:.2f}"
-            lines.append(f"| {result['batch']} | {name} | {found['median']:.2f} | {spread} |")
+            head = f"| {result['plan']} | {result['batch']} | {name} "
+            lines.append(f"{head}| {found['median']:.2f} | {spread} |")
+    lines += ["", "| bundle | resident, MB | peak, MB |", "|---|---|---|"]
+    for form, used in report["memory"].items():
+        lines.append(f"| {form} | {used['resident']} | {used['peak']} |")
     return "\n".join(lines) + "\n"
+
+
+def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """The milliseconds of every side as bars, one picture for each plan."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "runtime", "font.size": 9})
+    from matplotlib import pyplot as plt
+
+    heights = [len(result["milliseconds"]) for result in results]
+    figure, axes = plt.subplots(
+        len(results),
+        1,
+        figsize=(7, 0.28 * sum(heights) + 0.7 * len(results)),
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+    )
+    for axis, result in zip(axes[:, 0], results, strict=True):
+        names = list(result["milliseconds"])
+        values = [result["milliseconds"][name] for name in names]
+        colours = ["#c44e52" if name in SIDES or "genai" in name else "#4c72b0" for name in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
+        axis.invert_yaxis()
+        axis.set_title(f"{result['plan']}, batch {result['batch']}: ms", loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.1)
+    figure.tight_layout()
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__" and not serve_worker(SIDES):
