@@ -187,6 +187,7 @@ def _bundle(place: Path) -> Facts:
         "precision": manifest.precision,
         "opset": manifest.opset,
         "factor_dtype": None if merged else manifest.factor_dtype,
+        "branches": None if merged else manifest.branches,
         "merged_adapter": None if merged is None else merged.digest,
         "graph_digest": manifest.graph_digest,
         "graph": f"changed since the export: {', '.join(changed)}" if changed else "as exported",
@@ -199,6 +200,10 @@ def _bundle(place: Path) -> Facts:
         "targets": [
             {"module": t.module, "in": t.in_features, "out": t.out_features, "found_by": t.found_by}
             for t in manifest.targets
+        ],
+        "changed": [
+            {"module": o.module, "size": o.size, "scale": bool(o.scale), "offset": bool(o.offset)}
+            for o in manifest.changed
         ],
         "saved": [
             {"parameter": saved.parameter, "shape": list(saved.shape)} for saved in manifest.saved

@@ -8,7 +8,15 @@ import warnings
 from collections.abc import Iterator
 from typing import Final
 
-_NOISY: Final = ("torch", "torch.onnx", "torch.export", "onnxscript", "accelerate", "bitsandbytes")
+_NOISY: Final = (
+    "torch",
+    "torch.onnx",
+    "torch.export",
+    "onnxscript",
+    "accelerate",
+    "bitsandbytes",
+    "huggingface_hub",
+)
 
 
 @contextlib.contextmanager

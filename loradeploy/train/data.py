@@ -113,15 +113,9 @@ def read_labelled_texts(source: Source) -> list[LabelledText]:
     """The examples for a classifier, in a fixed order.
 
     Raises:
-        DataError: nothing is there, a row (named) has no text or label, or only one class.
+        DataError: nothing is there, or a row (named) has no text or label.
     """
-    examples = [_labelled(where, row) for where, row in _texts(source)]
-    _some(examples, source)
-    if len({example.label for example in examples}) < 2:
-        raise DataError(
-            f"{source}: all examples have the label {examples[0].label!r}; two are needed"
-        )
-    return examples
+    return _some([_labelled(where, row) for where, row in _texts(source)], source)
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:

@@ -56,6 +56,8 @@ def prepare(
     source = Source(place, config.split, config.column_names)
     examples = task.read(source)
     labels = label_names(examples) if task.outputs is not None and task.judged else None
+    if labels is not None and len(labels) == 1:
+        raise DataError(f"{source}: all examples have the label {labels[0]!r}; two are needed")
     encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)
     features, truncated = encoded.features, encoded.truncated
     random.Random(config.seed).shuffle(features)

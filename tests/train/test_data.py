@@ -47,7 +47,6 @@ def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\nx,1\ny,1\n", "all examples have the label '1'"),
         ("a.csv", "text,topic\nx,1\n", "no column label: the header has text, topic"),
         ("a.csv", 'text,label\n"x,1\n', "not CSV"),
         ("a.csv", "text,label\nx,\n", "line 2: label is ''"),
@@ -72,7 +71,6 @@ def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path
         ({}, "holds no folder of .txt files"),
         ({"loose.txt": "x"}, "holds no folder of .txt files"),
         ({"a/1.txt": "x", "b/1.txt": " \n"}, r"1.txt is empty"),
-        ({"a/1.txt": "x", "a/2.txt": "y"}, "all examples have the label 'a'"),
     ],
 )
 def test_a_folder_without_classes_is_told(

@@ -294,6 +294,20 @@ def test_a_label_that_is_not_trained_on_is_named(
         )
 
 
+def test_one_class_is_enough_to_evaluate_on_and_not_to_train_on(
+    tiny_bert: Path, tmp_path: Path, quick: Quick
+) -> None:
+    task = "sequence-classification"
+    two = write_lines(tmp_path / "two.jsonl", [{"text": t, "label": t} for t in ("a", "b")])
+    one = write_lines(tmp_path / "one.jsonl", [{"text": "a", "label": "a"}])
+    result = quick(
+        tiny_bert, two, tmp_path / "adapter", task=task, validation=str(one), max_steps=1
+    )
+    assert result.evaluated_on == "validation"
+    with pytest.raises(DataError, match="all examples have the label 'a'; two are needed"):
+        quick(tiny_bert, one, tmp_path / "adapter", task=task)
+
+
 # -- methods ------------------------------------------------------------------------------------
 
 
