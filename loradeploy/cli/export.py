@@ -49,6 +49,11 @@ from loradeploy.export.precision import NAMED
     help="One for the base, so that idle side inputs cost nothing, one for adapters by row or by"
     " slot; doubles fp32 and fp16 weights in memory [default: rows for int8 and int4, else none].",
 )
+@click.option(
+    "--required-inputs",
+    is_flag=True,
+    help="Also write required.onnx, for clients as onnxruntime-node that feed no optional input.",
+)
 @json_option
 def command(
     model: str,
@@ -59,6 +64,7 @@ def command(
     task: str | None,
     side_inputs: str | None,
     branches: str | None,
+    required_inputs: bool,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -82,6 +88,7 @@ def command(
             if side_inputs is None
             else [kind.strip() for kind in side_inputs.split(",")],
             branches=branches,
+            required_inputs=required_inputs,
         )
     values = {
         "bundle": output,

@@ -25,6 +25,7 @@ def export(
     task: str | None = None,
     side_inputs: Iterable[str] = (),
     branches: str | None = None,
+    required_inputs: bool = False,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -44,6 +45,8 @@ def export(
             the batch ("rows", the fastest) or named by adapter_ids; "none" has adapter_ids and no
             branches. None means rows for int8 and int4, and none for fp32 and fp16, whose weights
             each branch holds in memory anew.
+        required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
+            with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -79,10 +82,14 @@ def export(
         raise UsageError(f"no branches are called {branches!r}: there are {', '.join(BRANCHES)}")
     if merge and branches:
         raise UsageError("--branches and --merge do not go together: a merged graph needs none")
+    if merge and required_inputs:
+        raise UsageError(
+            "--required-inputs and --merge do not go together: a merged graph has no side inputs"
+        )
     read = read_adapters(adapters)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    options = Options(read, merge, precision, task, kinds, branches)
+    options = Options(read, merge, precision, task, kinds, branches, required_inputs)
     manifest, content = build(resolve(model), options)
     logger.info("writing %s", target)
     return write_bundle(target, manifest, content)

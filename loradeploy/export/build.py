@@ -87,6 +87,7 @@ class Options:
     task: str | None
     side_inputs: frozenset[str] = frozenset()
     branches: str | None = None
+    required: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +143,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         side_inputs=arrays,
         defaults={} if added is None else added.defaults,
         biases={} if added is None else added.biases,
+        required=options.required,
     )
 
 

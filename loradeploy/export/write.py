@@ -28,6 +28,7 @@ from loradeploy.bundle.native import write_side_inputs
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
 from loradeploy.export.held import store_weights
+from loradeploy.export.required import write_required
 from loradeploy.files import atomic_directory, read_json, write_json
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Content:
     `side_inputs`: those of the adapters, by adapter and input name.
     `defaults`: of the side inputs that replace parameters, by input name.
     `biases`: those of the base that offsets are computed from, by their names in the base.
+    `required`: whether a graph for clients that feed required inputs alone is written too.
     `config`: the object for config.json, empty where the base has none.
     """
 
@@ -81,6 +83,7 @@ class Content:
     side_inputs: Mapping[str, Mapping[str, NDArray[Any]]]
     defaults: Mapping[str, NDArray[Any]]
     biases: Mapping[str, NDArray[Any]]
+    required: bool = False
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -163,6 +166,8 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         write_arrays(directory / BASE_NAME, numbers, {})
     if content.defaults:
         write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
+    if content.required:
+        write_required(directory, content.side_inputs)
     _write_assets(directory, manifest, content)
     write_json(directory / MANIFEST_NAME, manifest.to_json())
     return manifest

@@ -1,0 +1,60 @@
+// Swap adapters in Node, on a bundle of `loradeploy export --required-inputs`.
+//
+//     npm install && node main.mjs BUNDLE TOKEN,TOKEN,…
+//
+// Prints, for the base and every adapter, the next token and how far its logits are from the base's.
+import { existsSync, readFileSync, readdirSync } from "node:fs";
+import { basename, join } from "node:path";
+import * as ort from "onnxruntime-node";
+
+const [bundle, tokens] = process.argv.slice(2);
+if (!tokens || !existsSync(join(bundle, "required.onnx"))) {
+  console.error("give a bundle of `loradeploy export --required-inputs`, and tokens as 5,6,7");
+  process.exit(2);
+}
+
+// A safetensors file: the header's length in 8 bytes, the header as JSON, then the numbers.
+function sideInputs(file) {
+  const bytes = readFileSync(file);
+  const length = Number(bytes.readBigUInt64LE(0));
+  const header = JSON.parse(bytes.toString("utf8", 8, 8 + length));
+  delete header.__metadata__;
+  const feeds = {};
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
+    const [begin, end] = data_offsets.map((offset) => 8 + length + offset);
+    const copy = new Uint8Array(bytes.subarray(begin, end)).buffer;
+    feeds[name] =
+      dtype === "I64"
+        ? new ort.Tensor("int64", new BigInt64Array(copy), shape)
+        : new ort.Tensor("float32", new Float32Array(copy), shape);
+  }
+  return feeds;
+}
+
+const ids = tokens.split(",").map(BigInt);
+const int64 = (numbers) =>
+  new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
+const manifest = JSON.parse(readFileSync(join(bundle, "loradeploy.json"), "utf8"));
+const feeds = {
+  input_ids: int64(ids),
+  attention_mask: int64(ids.map(() => 1)),
+  position_ids: int64(ids.map((_, position) => position)),
+};
+for (const { name, shape } of manifest.inputs) {
+  if (name.startsWith("past_key_values.")) {
+    feeds[name] = new ort.Tensor("float32", new Float32Array(0), [1, shape[1], 0, shape[3]]);
+  }
+}
+
+const session = await ort.InferenceSession.create(join(bundle, "required.onnx"));
+const files = readdirSync(join(bundle, "adapters")).filter((file) => file.endsWith(".safetensors"));
+let base;
+for (const file of ["required.safetensors", ...files.sort().map((file) => join("adapters", file))]) {
+  const { logits } = await session.run({ ...feeds, ...sideInputs(join(bundle, file)) }, ["logits"]);
+  const last = logits.data.subarray(-logits.dims[2]);
+  base ??= last;
+  const token = last.indexOf(Math.max(...last));
+  const distance = Math.max(...last.map((value, index) => Math.abs(value - base[index])));
+  const name = file === "required.safetensors" ? "base" : basename(file, ".safetensors");
+  console.log(JSON.stringify({ name, token, distance, largest: last[token] }));
+}
