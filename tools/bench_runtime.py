@@ -21,12 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import numpy as np
 from rich.console import Console
 
 import loradeploy as ld
-from loradeploy.bundle.names import POSITION_IDS
 from loradeploy.files import atomic_file, write_json
+from loradeploy.runtime.timing import sample_feeds
 from tools.alternate import Ratio, Side, Worker, alternate, ratio, serve_worker
 from tools.real_models import cache, smollm2
 
@@ -178,16 +177,10 @@ def _session_call(
 ) -> Side:
     import onnxruntime
 
-    sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
-    feeds = {}
-    for spec in session.manifest.inputs:
-        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-        values = (
-            np.ones(shape, spec.dtype) if spec.dtype == "int64" else np.zeros(shape, spec.dtype)
-        )
-        if spec.name == POSITION_IDS:
-            values[:] = np.arange(past, past + new)
-        feeds[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values)
+    feeds = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
+        for name, values in sample_feeds(session, batch, past=past, new=new).items()
+    }
     outputs = [spec.name for spec in session.manifest.outputs]
     return lambda: session.run_with_ort_values(outputs, feeds, adapters)
 
@@ -221,9 +214,10 @@ def main() -> None:
     print(text)
 
 
+# The first is exported from the checkpoint, the others from it.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "merged": {"merge": True},
     "slots": {},
+    "merged": {"merge": True},
     "rows": {"branches": "rows"},
     "merged4": {"merge": True, "precision": "int4"},
     "slots4": {"branches": "none", "precision": "int4"},
@@ -238,14 +232,11 @@ def prepare() -> dict[str, Any]:
     if not adapters[-1].exists():
         console.print("making eight random adapters")
         _random_adapters(model, adapters)
-    bundles = {}
+    bundles: dict[str, str] = {}
     for form, options in FORMS.items():
         begin = time.perf_counter()
-        source = model if form == "slots" else place / "slots"
-        if form == "slots" or not source.exists():
-            ld.export(model, place / "slots", adapters={"a0": adapters[0]})
-        if form != "slots":
-            ld.export(source, place / form, adapters={"a0": adapters[0]}, **options)
+        source = bundles.get("slots", model)
+        ld.export(source, place / form, adapters={"a0": adapters[0]}, **options)
         console.print(f"exported {form} in {time.perf_counter() - begin:.1f} s")
         bundles[form] = str(place / form)
     return {
@@ -323,7 +314,7 @@ import sys, loradeploy as ld
 from loradeploy.runtime.timing import sample_feeds
 session = ld.AdapterSession(sys.argv[1])
 adapter = sys.argv[2] or None
-session.run(["logits"], sample_feeds(session, 1, 128), adapter)
+session.run(["logits"], sample_feeds(session, 1, past=128, new=1), adapter)
 lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(*(int(lines[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM")))
 """

@@ -53,7 +53,9 @@ def time_bundle(
     for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")
-    feeds = sample_feeds(session, batch, length)
+    decodes = session.manifest.task == CAUSAL_LM
+    past, new = (length, 1) if decodes else (0, length)
+    feeds = sample_feeds(session, batch, past=past, new=new)
     outputs = [spec.name for spec in session.manifest.outputs]
     names = list(session.adapters)
     sides: dict[str, Adapters] = {"base": None, "base again (control)": None}
@@ -116,20 +118,16 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def sample_feeds(session: AdapterSession, batch: int, length: int) -> dict[str, NDArray[Any]]:
-    """Feeds of the shapes that are timed; what they hold does not change the time."""
-    decoder = session.manifest.task == CAUSAL_LM
-    sizes = {
-        "batch": batch,
-        "sequence": 1 if decoder else length,
-        "past": length,
-        "total": length + 1,
-    }
+def sample_feeds(
+    session: AdapterSession, batch: int, *, past: int, new: int
+) -> dict[str, NDArray[Any]]:
+    """Feeds of `new` tokens after `past` in the cache; what they hold does not change the time."""
+    sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
     feeds: dict[str, NDArray[Any]] = {}
     for spec in session.manifest.inputs:
         shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
         fill = 1 if spec.name == ATTENTION_MASK else 0
         feeds[spec.name] = np.full(shape, fill, spec.dtype)
         if spec.name == POSITION_IDS:
-            feeds[spec.name][:] = length if decoder else np.arange(length)
+            feeds[spec.name][:] = np.arange(past, past + new)
     return feeds
