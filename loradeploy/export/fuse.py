@@ -21,7 +21,7 @@ from loradeploy.bundle.pairs import FactorPair, outputs_of
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.rewire import add_constant, constant_of, take_over
-from loradeploy.export.tidy import NAME_SCOPES
+from loradeploy.export.tidy import linear_scopes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -87,8 +87,8 @@ def separate_products(graph: ir.Graph, pairs: Iterable[FactorPair]) -> None:
     """
     nodes = {str(node.name): node for node in graph}
     for pair in pairs:
-        if len(pair.members) > 1 and (split := nodes.get(f"{pair.label}/split")) is not None:
-            _separate(graph, pair, split)
+        if len(pair.members) > 1:
+            _separate(graph, pair, nodes.get(f"{pair.label}/split"))
 
 
 def _key(linear: Linear) -> object:
@@ -119,7 +119,7 @@ def _fuse(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
         "MatMul",
         [x, constant],
         name=f"{label}/MatMul",
-        metadata_props={NAME_SCOPES: str(["", label, "linear"])},
+        metadata_props=linear_scopes(label),
     )
     out = product.outputs[0]
     out.name, out.type = product.name, y.type
@@ -150,12 +150,12 @@ def _fuse(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
     )
 
 
-def _separate(graph: ir.Graph, pair: FactorPair, split: ir.Node) -> None:
+def _separate(graph: ir.Graph, pair: FactorPair, split: ir.Node | None) -> None:
     import onnx_ir as ir
 
-    whole = split.inputs[0]
+    whole = None if split is None else split.inputs[0]
     product = None if whole is None else whole.producer()
-    if product is None or len(split.outputs) != len(pair.members):
+    if split is None or product is None or len(split.outputs) != len(pair.members):
         raise ExportError(f"the graph has no fused product at {pair.label}: it was changed")
     for member, old in zip(pair.members, split.outputs, strict=True):
         begin, end = outputs_of(member)
@@ -176,7 +176,7 @@ def _separate(graph: ir.Graph, pair: FactorPair, split: ir.Node) -> None:
             inputs,
             attributes=list(attributes.values()),
             name=f"{member.module}/MatMul",
-            metadata_props={NAME_SCOPES: str(["", member.module, "linear"])},
+            metadata_props=linear_scopes(member.module),
         )
         node.outputs[0].name = node.name
         graph.insert_before(product, node)

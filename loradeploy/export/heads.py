@@ -15,7 +15,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.rewire import add_constant, constant_of, take_over
 from loradeploy.export.surgery import Surgery, rows_of
-from loradeploy.export.tidy import NAME_SCOPES
+from loradeploy.export.tidy import linear_scopes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -96,7 +96,7 @@ def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> 
     first = named[0] or product
     last = named[1] or named[2] or product
     x = first.inputs[0]
-    scopes = {NAME_SCOPES: str(["", module, "linear"])}
+    scopes = linear_scopes(module)
     made: list[ir.Node] = []
     for part, op in (("weight", "MatMul"), ("bias", "Add")):
         name = f"{module}.{part}"

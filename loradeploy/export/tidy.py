@@ -49,6 +49,11 @@ def module_path(node: ir.Node) -> str | None:
     return path[-2] or None
 
 
+def linear_scopes(module: str) -> dict[str, str]:
+    """The metadata by which a node of our own making is found to be of the linear `module`."""
+    return {NAME_SCOPES: str(["", module, "linear"])}
+
+
 def _optimise(model: ir.Model) -> None:
     """torch.onnx's own optimisation, with common subexpressions joined first.
 

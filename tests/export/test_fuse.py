@@ -22,6 +22,7 @@ from tests.export.reference import difference, onnx_output
 from tests.tolerances import tolerance
 
 IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+PARTS = ("attn.q", "attn.k", "attn.v", "cross.v")
 
 
 def attention(*, tied: bool = False, other_parent: bool = False, turned: bool = False) -> ir.Model:
@@ -73,9 +74,6 @@ def test_what_cannot_be_fused_stays(options: dict[str, bool], products: list[str
     np.testing.assert_allclose(run(model, {"x": x}), expected, atol=1e-6)
 
 
-PARTS = ("attn.q", "attn.k", "attn.v", "cross.v")
-
-
 def test_side_inputs_of_a_fused_product_come_out_again() -> None:
     base, model = attention(), attention()
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
@@ -94,11 +92,15 @@ def test_side_inputs_of_a_fused_product_come_out_again() -> None:
     assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
 
 
-def test_a_graph_that_lost_its_fused_product_is_refused() -> None:
+@pytest.mark.parametrize("lost", ["product", "split"])
+def test_a_graph_that_lost_its_fused_product_is_refused(lost: str) -> None:
     model = attention()
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
     split = next(node for node in model.graph if node.op_type == "Split")
-    split.replace_input_with(0, model.graph.inputs[0])
+    if lost == "product":
+        split.replace_input_with(0, model.graph.inputs[0])
+    else:
+        split.name = "another"
     with pytest.raises(ExportError, match=r"attn.q\+k\+v.* it was changed"):
         remove_side_inputs(model, manifest_of(added))
 
