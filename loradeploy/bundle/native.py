@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.factors import side_inputs
-from loradeploy.bundle.names import ADAPTER_MODE, NONE
+from loradeploy.bundle.factors import branch_choice, side_inputs
+from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterError
 from loradeploy.files import atomic_file
 
@@ -57,8 +57,7 @@ def write_side_inputs(
     """
     import onnxruntime
 
-    if manifest.branches != NONE:
-        arrays = {**arrays, ADAPTER_MODE: np.ones(1, np.int64)}
+    arrays = {**arrays, **branch_choice(manifest)}
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(_ADAPTER_VERSION)
     content.set_model_version(_MODEL_VERSION)

@@ -29,6 +29,7 @@ _SUFFIX = ".lora_A"
 class FactorPair:
     """Two side inputs, [adapters, in, rank] and [adapters, rank, out], and the targets they serve.
 
+    `members`: several, each with a slice, or a single one, which needs none.
     `out_features`: of the whole product, the members' and whatever else its weight holds.
     """
 
@@ -53,7 +54,7 @@ class FactorPair:
         touched = [member for member in self.members if member.module in factors]
         if not touched:
             return None
-        if len(self.members) == 1 and self.members[0].slice is None:
+        if touched[0].slice is None:
             return factors[touched[0].module]
         A = np.concatenate([factors[member.module][0] for member in touched], axis=1)
         B = np.zeros((A.shape[1], self.out_features), np.float32)
@@ -71,8 +72,8 @@ class FactorPair:
         A rank belongs to the members whose outputs it reaches; a member that none reaches is left
         out.
         """
-        if len(self.members) == 1 and self.members[0].slice is None:
-            only = self.members[0]
+        only = self.members[0]
+        if only.slice is None:
             pair = Factors(np.ascontiguousarray(A.T), np.ascontiguousarray(B.T), kind=only.kind)
             return {only.module: pair}
         found = {}

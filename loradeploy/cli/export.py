@@ -47,7 +47,7 @@ from loradeploy.export.precision import NAMED
     "--branches",
     type=click.Choice(BRANCHES),
     help="One for the base, so that idle side inputs cost nothing, one for adapters by row or by"
-    " slot; doubles fp32 and fp16 weights in memory [default: rows for int8 and int4, else none].",
+    " slot; costs memory with fp32 and fp16 [default: rows for int8 and int4, else none].",
 )
 @click.option(
     "--required-inputs",

@@ -31,7 +31,7 @@ _NAME: Final = f"{ADAPTER_MODE}/If"
 def has_rows(graph: ir.Graph) -> bool:
     """Whether `adapter_ids` serves to gather slots alone, which a branch for rows does without."""
     ids = graph.initializers[ADAPTER_IDS]
-    return all(node.op_type == "Gather" and index == 1 for node, index in ids.uses())
+    return len(_ungathered(ids)) == len(ids.uses())
 
 
 def add_branches(graph: ir.Graph, adapted: str) -> None:
@@ -53,7 +53,7 @@ def add_branches(graph: ir.Graph, adapted: str) -> None:
             "factors of embeddings need the numbers of slots: export with --branches slots"
         )
     # Where the base's own numbers are side inputs, they are the only slot.
-    direct = _ungathered(nodes, ids)
+    direct = _ungathered(ids)
     base = _copy(nodes, outputs, BASE, {**direct, **_without_factors(nodes)})
     other = _copy(nodes, outputs, adapted, direct if adapted == ROWS else {})
     types = [(value.name, value.type, value.shape) for value in outputs]
@@ -127,14 +127,12 @@ def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
     return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
 
 
-def _ungathered(nodes: Sequence[ir.Node], ids: ir.Value) -> dict[ir.Value, ir.Value]:
-    """The side input behind each gathering of its slots."""
+def _ungathered(ids: ir.Value) -> dict[ir.Value, ir.Value]:
+    """The side input behind each gathering of its slots by their numbers `ids`."""
     return {
         node.outputs[0]: source
-        for node in nodes
-        if node.op_type == "Gather"
-        and node.inputs[1] is ids
-        and (source := node.inputs[0]) is not None
+        for node, index in ids.uses()
+        if node.op_type == "Gather" and index == 1 and (source := node.inputs[0]) is not None
     }
 
 

@@ -16,19 +16,24 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tensors import write_arrays
-from loradeploy.bundle.names import ADAPTER_MODE, ADAPTERS_DIRECTORY, GRAPH_NAME
+from loradeploy.bundle.factors import branch_choice
+from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME
 from loradeploy.export.rewire import constant_of
 from loradeploy.files import atomic_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loradeploy.bundle.manifest import Manifest
+
 _GRAPH: Final = "required.onnx"
 _BASE: Final = "required.safetensors"
 
 
-def write_required(directory: Path, adapters: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
-    """Write the files into the bundle in `directory`.
+def write_required(
+    directory: Path, manifest: Manifest, adapters: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> None:
+    """Write the files into the bundle of `manifest` in `directory`.
 
     `adapters` are side inputs by adapter and name.
     """
@@ -46,7 +51,5 @@ def write_required(directory: Path, adapters: Mapping[str, Mapping[str, NDArray[
         ir.save(model, temporary)
     write_arrays(directory / _BASE, base, {})
     for name, own in adapters.items():
-        arrays = {**base, **own}
-        if ADAPTER_MODE in base:
-            arrays[ADAPTER_MODE] = np.ones(1, np.int64)
+        arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})

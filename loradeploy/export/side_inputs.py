@@ -76,11 +76,11 @@ def inject_side_inputs(
     # First: what is added to a product later is scaled with it.
     changed = tuple(change_output(surgery, change) for change in changes)
     apart = {change.layer.module for change in changes}
-    lora: tuple[LoraTarget, ...] = ()
-    for fused in fuse_products(model.graph, targets, apart=apart):
-        _add_factors(surgery, fused.linear)
-        lora += fused.targets()
-    lora += tuple(add_embedding_factors(surgery, part) for part in embeddings)
+    products = fuse_products(model.graph, targets, apart=apart)
+    for product in products:
+        _add_factors(surgery, product.linear)
+    lora = [target for product in products for target in product.targets()]
+    lora += [add_embedding_factors(surgery, part) for part in embeddings]
     with_bias = set(biased)
     saved = [
         target
@@ -89,7 +89,7 @@ def inject_side_inputs(
     ]
     remove_unused(model.graph, inputs=False)
     return SideInputs(
-        targets=lora,
+        targets=tuple(lora),
         saved=tuple(saved),
         defaults=surgery.defaults,
         dtype=surgery.dtype.numpy().name,

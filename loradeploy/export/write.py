@@ -167,7 +167,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     if content.defaults:
         write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
     if content.required:
-        write_required(directory, content.side_inputs)
+        write_required(directory, manifest, content.side_inputs)
     _write_assets(directory, manifest, content)
     write_json(directory / MANIFEST_NAME, manifest.to_json())
     return manifest

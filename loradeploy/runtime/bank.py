@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.changes import change_inputs
-from loradeploy.bundle.names import ADAPTER_MODE, NONE, ROWS
+from loradeploy.bundle.factors import branch_choice
+from loradeploy.bundle.names import ROWS
 from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import UnknownAdapterError, UsageError
 
@@ -254,8 +255,7 @@ class AdapterBank:
                     return present
             made = self._bindable(self._side_inputs(rows))
             with self._changed:
-                # A member that was removed meanwhile must not be kept alive.
-                if all(self._residents.get(member.name) is member for member in _used(rows)):
+                if self._are_there(_used(rows)):
                     while len(self._rows) >= _KEPT_ROWS:
                         del self._rows[next(iter(self._rows))]
                     self._rows[rows] = made
@@ -263,10 +263,9 @@ class AdapterBank:
 
     def _bindable(self, values: Mapping[str, onnxruntime.OrtValue]) -> Bindable:
         """`values`, and what chooses the graph's branch for them, where it has any."""
-        if self._manifest.branches == NONE:
-            return Bindable(values)
-        mode = onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(1, np.int64))
-        return Bindable({**values, ADAPTER_MODE: mode})
+        choice = branch_choice(self._manifest).items()
+        chosen = {n: onnxruntime.OrtValue.ortvalue_from_numpy(number) for n, number in choice}
+        return Bindable({**values, **chosen})
 
     def _stack_of(self, used: Sequence[Resident]) -> Stack:
         """A stack that holds `used`: the present one, or a larger one that takes its place."""
@@ -279,10 +278,13 @@ class AdapterBank:
             members.update(dict.fromkeys(used))
             stack = self._build(tuple(members))
             with self._changed:
-                # A member that was removed meanwhile must not be kept alive by the stack.
-                if all(self._residents.get(member.name) is member for member in members):
+                if self._are_there(members):
                     self._stack = stack
             return stack
+
+    def _are_there(self, members: Iterable[Resident]) -> bool:
+        """Whether all may be kept alive: none was removed meanwhile. `_changed` is held."""
+        return all(self._residents.get(member.name) is member for member in members)
 
     def _build(self, members: Sequence[Resident]) -> Stack:
         values = self._side_inputs((None, *members))

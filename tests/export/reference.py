@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
-from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.factors import branch_choice, side_inputs
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.names import ADAPTER_MODE, NONE
 from loradeploy.errors import BundleError
 
 Arrays = dict[str, NDArray[Any]]
@@ -66,8 +65,7 @@ def onnx_output(
 def factors(bundle: Path, adapter: Path) -> Arrays:
     """The side inputs of one adapter, one slot, with what chooses its branch of the graph."""
     manifest = read_manifest(bundle)
-    arrays = side_inputs(load_adapter(adapter), manifest)
-    return arrays if manifest.branches == NONE else {**arrays, ADAPTER_MODE: np.ones(1, np.int64)}
+    return {**side_inputs(load_adapter(adapter), manifest), **branch_choice(manifest)}
 
 
 def defaults(bundle: Path) -> Arrays:

@@ -21,9 +21,9 @@ from tests.runtime.feeds import logits, random_ids
 
 IDS = random_ids(4, 6)
 MIXED = ["small", None, "large", "small"]
-
-
 Kinds = dict[str, tuple[Path, dict[str, Path]]]
+each_kind = pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
+each_form = pytest.mark.parametrize("branches", ["rows", "slots"])
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def _branches(bundle: Path) -> dict[str, ir.Graph]:
     return {name: attribute.as_graph() for name, attribute in choice.attributes.items()}
 
 
-@pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
-@pytest.mark.parametrize("branches", ["rows", "slots"])
+@each_kind
+@each_form
 def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
     kinds: Kinds, kind: str, branches: str, tmp_path: Path
 ) -> None:
@@ -94,7 +94,8 @@ def _exported(model: Path, place: Path, adapters: dict[str, Path], branches: str
 
 def test_the_bases_branch_looks_at_no_side_input(kinds: Kinds, tmp_path: Path) -> None:
     branches = _branches(_exported(*_factors(kinds, tmp_path), "rows"))
-    side_inputs = {v.name for t in read_manifest(tmp_path / "b").targets for v in _values(t)}
+    targets = read_manifest(tmp_path / "b").targets
+    side_inputs = {name for target in targets for name in (target.lora_A, target.lora_B)}
     for name, uses_them in (("then_branch", True), ("else_branch", False)):
         used = {v.name for node in branches[name] for v in node.inputs if v is not None}
         assert bool(used & side_inputs) == uses_them
@@ -104,10 +105,6 @@ def test_the_bases_branch_looks_at_no_side_input(kinds: Kinds, tmp_path: Path) -
 def _factors(kinds: Kinds, tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]:
     model, adapters = kinds["factors"]
     return model, tmp_path / "b", adapters
-
-
-def _values(target: object) -> list[ir.Value]:
-    return [ir.Value(name=getattr(target, name)) for name in ("lora_A", "lora_B")]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,7 @@ def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Pat
         export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], branches="rows")
 
 
-@pytest.mark.parametrize("branches", ["rows", "slots"])
+@each_form
 def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
     kinds: Kinds, branches: str, tmp_path: Path
 ) -> None:
@@ -148,8 +145,8 @@ def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
         np.testing.assert_array_equal(got, logits(ours, IDS, name))
 
 
-@pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
-@pytest.mark.parametrize("branches", ["rows", "slots"])
+@each_kind
+@each_form
 def test_a_branched_bundle_exports_as_the_plain_one_does(
     kinds: Kinds, kind: str, branches: str, tmp_path: Path
 ) -> None:
