@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.bundle.names import BRANCHES, MANIFEST_NAME, NONE, TASKS
+from loradeploy.bundle.names import BRANCHES, LEFT, MANIFEST_NAME, NONE, RIGHT, TASKS
 from loradeploy.bundle.pairs import factor_pairs, pair_problem
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
@@ -142,6 +142,7 @@ class Manifest:
     `changed`: the layers whose outputs take a scale or an offset.
     `branches`: what `adapter_mode` chooses besides the base: "rows", where slot i of the side
     inputs belongs to row i and there is no `adapter_ids`, or "slots"; "none" without that input.
+    `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
     """
 
     task: str
@@ -160,6 +161,7 @@ class Manifest:
     data_digest: str | None = None
     changed: tuple[OutputTarget, ...] = ()
     branches: str = NONE
+    padding: str = LEFT
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
@@ -298,6 +300,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
     if manifest.branches not in BRANCHES:
         raise BundleError(f"{MANIFEST_NAME}: branches is {manifest.branches!r}, not of {BRANCHES}")
+    if manifest.padding not in (LEFT, RIGHT):
+        raise BundleError(f"{MANIFEST_NAME}: padding is {manifest.padding!r}, not left or right")
     for saved in manifest.saved:
         if saved.transposed and len(saved.shape) < 2:
             raise BundleError(f"{MANIFEST_NAME}: {saved.parameter} has no axes to transpose")

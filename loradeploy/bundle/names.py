@@ -22,6 +22,7 @@ TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 ADAPTER_MODE: Final = "adapter_mode"  # int64 [1]: 0 the base's branch, 1 that with an adapter
 BASE, ROWS, SLOTS, NONE = "base", "rows", "slots", "none"
+LEFT, RIGHT = "left", "right"
 BRANCHES: Final = (NONE, ROWS, SLOTS)  # of the graph, besides the base's
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"

@@ -54,6 +54,17 @@ from loradeploy.export.precision import NAMED
     is_flag=True,
     help="Also write required.onnx, for clients as onnxruntime-node that feed no optional input.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Where an ONNX model was exported from: tells its modules by their weights.",
+)
+@click.option(
+    "--map",
+    "module_map",
+    type=click.Path(),
+    help="JSON file that tells the modules of an ONNX model's nodes.",
+)
 @json_option
 def command(
     model: str,
@@ -65,6 +76,8 @@ def command(
     side_inputs: str | None,
     branches: str | None,
     required_inputs: bool,
+    checkpoint: str | None,
+    module_map: str | None,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -89,6 +102,8 @@ def command(
             else [kind.strip() for kind in side_inputs.split(",")],
             branches=branches,
             required_inputs=required_inputs,
+            checkpoint=checkpoint,
+            module_map=module_map,
         )
     values = {
         "bundle": output,

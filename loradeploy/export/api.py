@@ -26,6 +26,8 @@ def export(
     side_inputs: Iterable[str] = (),
     branches: str | None = None,
     required_inputs: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    module_map: str | os.PathLike[str] | None = None,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -47,6 +49,10 @@ def export(
             each branch holds in memory anew.
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
+        checkpoint: the directory that an ONNX model was exported from: its weights tell which
+            modules the graph's products are, whatever they are called, and name the base.
+        module_map: a JSON file that tells it, {"node name": "module"}; names are regular
+            expressions, and a packed weight has a list of [module, outputs].
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -61,6 +67,7 @@ def export(
     from loradeploy.bundle.names import BRANCHES, MANIFEST_NAME
     from loradeploy.export.adapters import read_adapters
     from loradeploy.export.build import Options, build
+    from loradeploy.export.foreign import Evidence
     from loradeploy.export.kinds import check_kinds
     from loradeploy.export.precision import check_precision
     from loradeploy.export.source import resolve
@@ -89,7 +96,15 @@ def export(
     read = read_adapters(adapters)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    options = Options(read, merge, precision, task, kinds, branches, required_inputs)
-    manifest, content = build(resolve(model), options)
+    source = resolve(model)
+    if source.graph is None and (checkpoint or module_map):
+        raise UsageError(
+            f"{source.name} is a checkpoint, which tells its modules itself: --checkpoint and --map"
+            " are for ONNX models"
+        )
+    given = None if checkpoint is None else Path(checkpoint).expanduser()
+    evidence = Evidence(given, module_map)
+    options = Options(read, merge, precision, task, kinds, branches, required_inputs, evidence)
+    manifest, content = build(source, options)
     logger.info("writing %s", target)
     return write_bundle(target, manifest, content)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.digest import base_digest
@@ -19,6 +19,7 @@ from loradeploy.bundle.manifest import (
 )
 from loradeploy.bundle.names import (
     CAUSAL_LM,
+    LEFT,
     NONE,
     ROWS,
     SEQUENCE_CLASSIFICATION,
@@ -41,6 +42,14 @@ from loradeploy.export.find import (
     is_head,
     output_head,
     refuse_side_inputs,
+)
+from loradeploy.export.foreign import (
+    Evidence,
+    assets_of,
+    complete_cache,
+    find_modules,
+    padding_of,
+    settings_beside,
 )
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.graph import (
@@ -69,6 +78,8 @@ from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.write import Content, read_config, with_labels
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -88,6 +99,7 @@ class Options:
     side_inputs: frozenset[str] = frozenset()
     branches: str | None = None
     required: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +124,7 @@ class Base:
     before: Manifest | None = None
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
+    padding: str = LEFT
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:
@@ -122,7 +135,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     base = (
         _from_checkpoint(source, options) if source.graph is None else _from_graph(source, options)
     )
-    findings = find_linears(base.graph)
+    findings = (
+        find_linears(base.graph)
+        if source.graph is None
+        else find_modules(base.graph, source.directory, options.evidence, options.adapters.values())
+    )
     for node in findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", node)
     added: SideInputs | None = None
@@ -132,12 +149,13 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     else:
         manifest, added, arrays = _with_side_inputs(base, findings, options)
     count = label_count(options.adapters) if base.task == SEQUENCE_CLASSIFICATION else None
-    config = with_labels(read_config(source.directory), count, label_names(options.adapters))
+    own = settings_beside(source.directory, options.evidence.checkpoint)
+    config = with_labels(own, count, label_names(options.adapters))
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
     return manifest, Content(
         graph=base.graph,
-        assets=source.directory,
+        assets=assets_of(source.directory, options.evidence.checkpoint),
         config=config,
         adapters={} if options.merge else options.adapters,
         side_inputs=arrays,
@@ -219,7 +237,8 @@ def _from_graph(source: Source, options: Options) -> Base:
         held = source.manifest.precision
     else:
         refuse_side_inputs(graph)
-        identity = BaseIdentity(source.name, graph_digest(graph), "onnx")
+        complete_cache(graph, source.directory)
+        identity = _identity(source, graph, options.evidence.checkpoint)
         task = _task_of(source, graph, options.task)
         parameters = replaced = frozenset()
         held = precision_of(graph)
@@ -240,7 +259,14 @@ def _from_graph(source: Source, options: Options) -> Base:
         parameters=parameters,
         replaced=replaced,
         before=source.manifest,
+        padding=padding_of(graph),
     )
+
+
+def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
+    if checkpoint is None:
+        return BaseIdentity(source.name, graph_digest(graph), "onnx")
+    return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
 
 
 def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
@@ -381,6 +407,7 @@ def _manifest(base: Base, mode: Any) -> Manifest:
         opset=opset_of(base.graph),
         inputs=required_inputs(base.graph),
         outputs=outputs(base.graph),
+        padding=base.padding,
     )
 
 

@@ -1,19 +1,21 @@
 """Which linear layers a graph has, and which modules of the checkpoint they are.
 
-Evidence, the strongest first: the module paths that torch.onnx writes into a node's metadata, then
-node names that spell a path, as the onnxruntime-genai builder and torch's older exporter give them.
+What a product looks like is in products.py, by what evidence it is known for a module in naming.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import LOGITS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
-from loradeploy.export.tidy import NAME_SCOPES, module_path
+from loradeploy.export.naming import PACKED_MODULES, Named, Namer, by_graph
+from loradeploy.export.products import Product, bias_use, describe, products, value_of
+from loradeploy.export.tidy import linear_scopes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,11 +23,10 @@ if TYPE_CHECKING:
 # Heads that adapters replace whole, by the names that PEFT looks for in classifiers.
 HEAD_NAMES: Final = ("classifier", "score")
 
-_QUANTISED: Final = "MatMulNBits"
-# What a weight may pass through on its way from its initializer to the product.
-_CARRIERS: Final = ("Cast", "Identity")
 # What may stand between the output head's product and the logits.
-_AFTER_HEAD: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+_AFTER_HEAD: Final = (
+    *("Add", "Cast", "DequantizeLinear", "Div", "Identity", "Mul", "QuantizeLinear", "Tanh"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,9 @@ class Linear:
     `weight`: the initializer; it is [out, in] where `transposed`, else [in, out].
     `bias`: the initializer that is added to every product, where there is one.
     `found_by`: the evidence for `module`.
-    `quantised`: the weight is packed, and cannot be read as numbers.
+    `quantised`: the weight is packed, and cannot be replaced by other numbers.
+    `slice`: the module's range of the product's outputs, where the weight is packed of several
+    modules'; `weight` and `bias` are then those of all.
     """
 
     module: str
@@ -48,6 +51,7 @@ class Linear:
     found_by: str
     bias: ir.Value | None = None
     quantised: bool = False
+    slice: tuple[int, int] | None = None
 
     def target(self) -> LoraTarget:
         """The layer as a manifest tells of it."""
@@ -60,57 +64,75 @@ class Linear:
             weight=str(self.weight.name),
             transposed=self.transposed,
             found_by=self.found_by,
+            slice=self.slice,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """The linear layers by module, and the nodes that look like one and have no known module."""
+    """The linear layers by module, and the products whose module is not known."""
 
     linears: Mapping[str, Linear]
     unidentified: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True, eq=False)
-class _Product:
-    node: ir.Node
-    weight: ir.Value
-    transposed: bool
-    in_features: int
-    out_features: int
-    quantised: bool = False
-
-
-def find_linears(model: ir.Model) -> Findings:
+def find_linears(model: ir.Model, namer: Namer = by_graph) -> Findings:
     """Every product with a constant two-dimensional weight in the main graph, by its module."""
-    grouped: dict[str, list[tuple[_Product, str]]] = {}
+    grouped: dict[tuple[tuple[str, int], ...], list[tuple[Product, Named]]] = {}
     unidentified = []
-    for product in _products(model.graph):
-        found = module_of(product.node)
-        if found is None:
-            unidentified.append(_describe(product))
+    for product in products(model.graph):
+        named = namer(product)
+        if named is None:
+            unidentified.append(describe(product))
         else:
-            grouped.setdefault(found[0], []).append((product, found[1]))
+            grouped.setdefault(named.modules, []).append((product, named))
     linears: dict[str, Linear] = {}
-    for module, calls in grouped.items():
-        first, found_by = calls[0]
-        if any(other.weight is not first.weight for other, _ in calls[1:]):
+    for modules, calls in grouped.items():
+        first, named = calls[0]
+        taken = any(module in linears for module, _ in modules)
+        if taken or any(other.weight is not first.weight for other, _ in calls[1:]):
             # One module with two weights: an attention written as bare products, say.
-            unidentified += [_describe(product) for product, _ in calls]
+            unidentified += [describe(product) for product, _ in calls]
             continue
-        nodes = tuple(product.node for product, _ in calls)
-        linears[module] = Linear(
-            module=module,
-            nodes=nodes,
-            weight=first.weight,
-            transposed=first.transposed,
-            in_features=first.in_features,
-            out_features=first.out_features,
-            found_by=found_by,
-            bias=None if (use := bias_use(nodes[0], first.out_features)) is None else value_of(use),
-            quantised=first.quantised,
-        )
+        for linear in _linears(calls[0][0], tuple(product.node for product, _ in calls), named):
+            linears[linear.module] = linear
     return Findings(linears, tuple(unidentified))
+
+
+def _linears(product: Product, nodes: tuple[ir.Node, ...], named: Named) -> list[Linear]:
+    """The modules of one product."""
+    use = bias_use(nodes[0], product.out_features)
+    found: list[Linear] = []
+    begin = 0
+    for module, outputs in named.modules:
+        found.append(
+            Linear(
+                module=module,
+                nodes=nodes,
+                weight=product.weight,
+                transposed=product.transposed,
+                in_features=product.in_features,
+                out_features=outputs,
+                found_by=named.found_by,
+                bias=None if use is None else value_of(use),
+                quantised=product.quantised,
+                slice=None if len(named.modules) == 1 else (begin, begin + outputs),
+            )
+        )
+        begin += outputs
+    return found
+
+
+def note_modules(linears: Mapping[str, Linear]) -> None:
+    """Write into the nodes which modules they are, for whoever reads the graph again."""
+    for linear in linears.values():
+        packed = [other for other in linears.values() if other.nodes[0] is linear.nodes[0]]
+        for node in linear.nodes:
+            if linear.slice is None:
+                node.metadata_props.update(linear_scopes(linear.module))
+            else:
+                modules = [[other.module, other.out_features] for other in packed]
+                node.metadata_props[PACKED_MODULES] = json.dumps(modules)
 
 
 def output_head(model: ir.Model, findings: Findings) -> str | None:
@@ -144,108 +166,3 @@ def refuse_side_inputs(model: ir.Model) -> None:
             f"the graph already takes the side input {taken[0]}: give the bundle's directory, with"
             " its manifest, or the graph it was made from"
         )
-
-
-def _products(graph: ir.Graph) -> Iterator[_Product]:
-    for node in graph:
-        if node.op_type in ("MatMul", "Gemm") and node.domain == "":
-            product = _float_product(node)
-        elif node.op_type == _QUANTISED:
-            product = _packed_product(node)
-        else:
-            continue
-        if product is not None:
-            yield product
-
-
-def _float_product(node: ir.Node) -> _Product | None:
-    x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or weight.is_graph_input():
-        return None
-    turned = False
-    if node.op_type == "Gemm":
-        turned = _integer(node, "transB")
-        # Other scales and a transposed x are no linear layer as adapters know it.
-        if _integer(node, "transA") or _number(node, "alpha") != 1 or _number(node, "beta") != 1:
-            return None
-    while (carrier := weight.producer()) is not None:
-        if carrier.op_type == "Transpose" and _swaps(carrier):
-            turned = not turned
-        elif carrier.op_type not in _CARRIERS:
-            return None
-        source = carrier.inputs[0]
-        if source is None:
-            return None
-        weight = source
-    if not weight.is_initializer() or weight.is_graph_input() or weight.const_value is None:
-        return None
-    shape = weight.const_value.shape.numpy()
-    if len(shape) != 2 or not weight.const_value.dtype.is_floating_point():
-        return None
-    rows, columns = shape
-    into, out = (columns, rows) if turned else (rows, columns)
-    return _Product(node, weight, bool(turned), into, out)
-
-
-def _packed_product(node: ir.Node) -> _Product | None:
-    weight = node.inputs[1]
-    if weight is None or not weight.is_initializer():
-        return None
-    into, out = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-    return _Product(node, weight, True, into, out, quantised=True)
-
-
-def module_of(node: ir.Node) -> tuple[str, str] | None:
-    """The path of the module that a node is of, and by what it was found."""
-    path = module_path(node)
-    if path is not None:
-        return path, f"metadata {NAME_SCOPES}"
-    name = node.name or ""
-    if name.startswith("/") and name.count("/") > 1:
-        return name.strip("/").rsplit("/", 1)[0].replace("/", "."), "node name"
-    return None
-
-
-def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
-    """Where the constant [size] that is added to the product `node` is used: a node's input."""
-    if node.op_type == "Gemm":
-        adder, indices = node, range(2, len(node.inputs))
-    else:
-        uses = list(node.outputs[0].uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Add":
-            return None
-        adder = uses[0].node
-        indices = range(len(adder.inputs))
-    for index in indices:
-        value = adder.inputs[index]
-        if value is None or not value.is_initializer() or value.const_value is None:
-            continue
-        if tuple(value.const_value.shape.numpy()) == (size,):
-            return adder, index
-    return None
-
-
-def value_of(use: tuple[ir.Node, int]) -> ir.Value | None:
-    """The value at a node's input."""
-    node, index = use
-    return node.inputs[index]
-
-
-def _describe(product: _Product) -> str:
-    node = product.node
-    return f"{node.name or node.outputs[0].name} [{product.in_features} → {product.out_features}]"
-
-
-def _integer(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())
-
-
-def _number(node: ir.Node, name: str) -> float:
-    attribute = node.attributes.get(name)
-    return 1.0 if attribute is None else float(attribute.as_float())
-
-
-def _swaps(node: ir.Node) -> bool:
-    attribute = node.attributes.get("perm")
-    return attribute is None or tuple(attribute.as_ints()) == (1, 0)

@@ -34,7 +34,8 @@ _JOINT: Final = "+"
 class Fused:
     """One product: `linear`, and the `members` whose outputs it gives, in their order.
 
-    A linear that shares its input with no other is a product of its own, and its only member.
+    A linear that shares its input with no other is a product of its own, and its only member. Some
+    graphs come with packed products; those stay as they are.
     """
 
     linear: Linear
@@ -42,7 +43,7 @@ class Fused:
 
     def targets(self) -> tuple[LoraTarget, ...]:
         """The members as a manifest tells of them."""
-        if len(self.members) == 1:
+        if self.linear.module == self.members[0].module:
             return (self.linear.target(),)
         begin, targets = 0, []
         for member in self.members:
@@ -53,7 +54,7 @@ class Fused:
                     lora_A=lora_a_name(self.linear.module),
                     lora_B=lora_b_name(self.linear.module),
                     weight=str(self.linear.weight.name),
-                    transposed=False,
+                    transposed=self.linear.transposed,
                     slice=(begin, end),
                 )
             )
@@ -73,10 +74,12 @@ def fuse_products(
     for linear in linears:
         key = _key(linear) if linear.module not in apart else None
         groups.setdefault(linear if key is None else key, []).append(linear)
-    return [
-        Fused(members[0] if len(members) == 1 else _fuse(graph, members), tuple(members))
-        for members in groups.values()
-    ]
+    return [Fused(_whole(graph, members), tuple(members)) for members in groups.values()]
+
+
+def is_packed(pair: FactorPair) -> bool:
+    """Whether the pair's product came with the graph: what is fused here is called after it."""
+    return len(pair.members) > 1 and not pair.members[0].weight.startswith(f"{pair.label}.weight")
 
 
 def separate_products(graph: ir.Graph, pairs: Iterable[FactorPair]) -> None:
@@ -87,12 +90,14 @@ def separate_products(graph: ir.Graph, pairs: Iterable[FactorPair]) -> None:
     """
     nodes = {str(node.name): node for node in graph}
     for pair in pairs:
-        if len(pair.members) > 1:
+        if len(pair.members) > 1 and not is_packed(pair):
             _separate(graph, pair, nodes.get(f"{pair.label}/split"))
 
 
 def _key(linear: Linear) -> object:
     """What linears that can be fused have in common; None where this one cannot."""
+    if linear.slice is not None:
+        return linear.nodes
     (node, *more) = linear.nodes
     x, weight = node.inputs[0], linear.weight
     if more or linear.quantised or linear.transposed or node.op_type != "MatMul":
@@ -102,12 +107,28 @@ def _key(linear: Linear) -> object:
     return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
 
 
+def _whole(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
+    """The product of all members."""
+    first = members[0]
+    if first.slice is not None:
+        reached = max(0 if member.slice is None else member.slice[1] for member in members)
+        return dataclasses.replace(
+            first, module=_label(members), out_features=reached, slice=None, bias=None
+        )
+    return first if len(members) == 1 else _fuse(graph, members)
+
+
+def _label(members: Sequence[Linear]) -> str:
+    """What a product of several modules is called: after all of them, their parent's path once."""
+    parent = members[0].module.rpartition(".")[0]
+    names = _JOINT.join(member.module.removeprefix(f"{parent}.") for member in members)
+    return f"{parent}.{names}" if parent else names
+
+
 def _fuse(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
     import onnx_ir as ir
 
-    parent = members[0].module.rpartition(".")[0]
-    names = _JOINT.join(member.module.rpartition(".")[2] for member in members)
-    label = f"{parent}.{names}" if parent else names
+    label = _label(members)
     weight = np.concatenate([constant_of(member.weight) for member in members], axis=1)
     nodes = [member.nodes[0] for member in members]
     # The input is there before any of them; which comes first, only the graph tells.

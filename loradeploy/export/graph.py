@@ -10,13 +10,14 @@ import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import BundleError, MissingDependencyError, ModelError
+from loradeploy.export.products import INTEGER, PACKED, input_of
 from loradeploy.files import inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-_PRODUCTS: Final = ("Gemm", "MatMul", "MatMulNBits")
+_PRODUCTS: Final = ("Gemm", "MatMul", PACKED, INTEGER)
 
 
 def load_graph(file: Path) -> ir.Model:
@@ -48,10 +49,12 @@ def load_graph(file: Path) -> ir.Model:
 
 def complete_shapes(model: ir.Model) -> None:
     """Infer the shapes that a graph does not tell, where products need theirs."""
-    from onnx_ir.passes.common import ShapeInferencePass
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-    products = (node for node in model.graph if node.op_type in _PRODUCTS)
-    if any(value is not None and value.shape is None for n in products for value in n.inputs[:1]):
+    inputs = (input_of(node) for node in model.graph if node.op_type in _PRODUCTS)
+    if any(value is not None and value.shape is None for value in inputs):
+        # Some exporters tell wrong shapes of their Constant nodes, at which inference gives up.
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         ShapeInferencePass()(model)
 
 

@@ -29,7 +29,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         ExportError: the module is called several times, is quantised, or its rows are not known.
     """
     module, graph = linear.module, surgery.graph
-    if len(linear.nodes) != 1 or linear.quantised:
+    if len(linear.nodes) != 1 or linear.quantised or linear.slice is not None:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
     rows = rows_of(graph, node, module)

@@ -97,10 +97,12 @@ def _merged(
     else:
         W = np.array(start.T if turned else start, dtype=np.float32, order="C")
     matrix = W.T if turned else as_matrix(W, pair)  # [out, in], a view
+    if isinstance(layer, Linear) and layer.slice is not None:
+        matrix = matrix[slice(*layer.slice)]
     scale = None if pair.magnitude is None else output_scale(matrix, pair, s)
     A, B = matrices(pair)
     if turned:
-        W += A.T @ (np.float32(s) * B).T  # [in, out]: an update in the order of its memory
+        matrix.T[...] += A.T @ (np.float32(s) * B).T  # [in, out]: in the order of its memory
     else:
         matrix += (np.float32(s) * B) @ A
     if scale is not None:

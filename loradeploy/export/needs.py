@@ -95,6 +95,13 @@ def choose_changes(
         shift = module in needs.shifted or asked
         if not scale and not shift:
             continue
+        if isinstance(layer, Linear) and layer.slice is not None:
+            if module not in needs.scaled and module not in needs.shifted:
+                continue
+            raise ExportError(
+                f"{module} is packed together with others and cannot take a scale or an offset:"
+                " merge the adapter instead"
+            )
         if layer.bias is None and f"{module}.bias" in graph.initializers:
             raise ExportError(
                 f"the graph adds the bias of {module} in a way that is not understood, so that it"

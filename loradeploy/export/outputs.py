@@ -14,8 +14,9 @@ import numpy as np
 
 from loradeploy.bundle.manifest import OutputTarget
 from loradeploy.bundle.names import offset_name, scale_name
-from loradeploy.export.find import Linear, bias_use
+from loradeploy.export.find import Linear
 from loradeploy.export.parts import Part
+from loradeploy.export.products import bias_use
 from loradeploy.export.rewire import constant_of, take_over
 from loradeploy.export.surgery import Rows, Surgery, call_label, rows_of, rows_of_output
 

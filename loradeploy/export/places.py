@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.find import Linear, bias_use
+from loradeploy.export.find import Linear
 from loradeploy.export.parts import Part
+from loradeploy.export.products import bias_use, input_of, output_of
 from loradeploy.export.rewire import add_constant, constant_of, free_name, set_constant, take_over
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Layers:
         module, _, name = parameter.rpartition(".")
         value = self.graph.initializers.get(parameter)
         linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and linear.slice is not None:
+            return f"{parameter} is packed together with others' and cannot be replaced alone"
         if linear is not None and linear.quantised and name == "weight":
             return f"{parameter} is quantised: merge into the unquantised model"
         if linear is not None and name == "bias" and linear.bias is None and value is not None:
@@ -111,7 +114,7 @@ class Layers:
         import onnx_ir as ir
 
         # A packed weight has no dtype of numbers; what goes in has.
-        kind = linear.nodes[0].inputs[0]
+        kind = input_of(linear.nodes[0])
         dtype = (
             constant_of(linear.weight).dtype
             if not linear.quantised or kind is None or kind.dtype is None
@@ -123,10 +126,10 @@ class Layers:
             if use is not None:
                 use[0].replace_input_with(use[1], own)
                 continue
-            product = node.outputs[0]
+            product = output_of(node)
             add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
             add.outputs[0].name = add.name
-            self.graph.insert_after(node, add)
+            self.graph.insert_after(product.producer() or node, add)
             take_over(self.graph, product, add.outputs[0], keep=add)
 
     def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:

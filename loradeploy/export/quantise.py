@@ -44,9 +44,11 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     findings = find_linears(model)
     head = output_head(model, findings)
     for module, linear in findings.linears.items():
+        name = str(linear.weight.name)
+        if name in packed:
+            continue  # of several modules
         if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
             own = max(bits, _HEAD_BITS) if module == head else bits
-            name = str(linear.weight.name)
             packed[name] = _pack(model.graph, linear, own)
     if not packed:
         raise ExportError(f"the graph has no product that could be packed to int{bits}")

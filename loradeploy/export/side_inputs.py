@@ -25,6 +25,7 @@ from loradeploy.export.fuse import fuse_products, separate_products
 from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.outputs import Change, change_output, keep_output
 from loradeploy.export.parts import Part
+from loradeploy.export.products import input_of, output_of
 from loradeploy.export.rewire import remove_unused, take_over
 from loradeploy.export.surgery import Surgery, call_label, rows_of
 
@@ -135,8 +136,8 @@ def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B:
     node, label = linear.nodes[call], call_label(linear.module, call)
     into, out = linear.in_features, linear.out_features
     rows = rows_of(surgery.graph, node, linear.module)
-    x, y = rows.x, node.outputs[0]
-    chain = surgery.chain(node, label)
+    x, y = rows.x, output_of(node)
+    chain = surgery.chain(y.producer() or node, label)
     a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
     if rows.no_sequence:
@@ -163,7 +164,7 @@ def _factor_type(linears: Sequence[Linear]) -> ir.DataType:
         value.dtype
         for linear in linears
         for node in linear.nodes
-        for value in (node.inputs[0], node.outputs[0])
+        for value in (input_of(node), output_of(node))
         if value is not None and value.dtype is not None
     } or {ir.DataType.FLOAT}
     if len(types) > 1 or not types <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:

@@ -10,6 +10,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
+from loradeploy.export.products import input_of, output_of
 from loradeploy.export.rewire import Chain, add_constant
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def rows_of(graph: ir.Graph, node: ir.Node, module: str) -> Rows:
     Raises:
         ExportError: its input does not have the batch in front, or the graph does not tell.
     """
-    return _rows(graph, node.inputs[0], node.outputs[0], module)
+    return _rows(graph, input_of(node), output_of(node), module)
 
 
 def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:

@@ -144,7 +144,9 @@ def _walk(
         for row in rows:
             if row.due(phase):
                 tallies.of(row.subject, phase).due += row.due(phase)
-    observations = walk(model, rows, task=task, pad=setting.cases.pad, phases=phases)
+    observations = walk(
+        model, rows, task=task, pad=setting.cases.pad, phases=phases, left=setting.cases.left
+    )
     problem = "it gave less than all positions"
     while True:
         begin = time.perf_counter()

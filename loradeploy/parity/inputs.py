@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CAUSAL_LM, LOGITS
+from loradeploy.bundle.names import CAUSAL_LM, LEFT, LOGITS
 from loradeploy.errors import BundleError, DataError, UsageError
 from loradeploy.files import read_json
 from loradeploy.parity.prompts import GENERATED, PROMPTS
@@ -36,12 +36,14 @@ class Cases:
 
     `prompts`: token ids, one row a prompt. `generated`: how many tokens follow each; 0 where the
     model generates nothing. `pad`: id that fills rows up. `source`: where the prompts are from.
+    `left`: whether a decoder's rows are filled up on the left.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     generated: int
     pad: int
     source: str
+    left: bool = True
 
 
 def make_cases(
@@ -65,6 +67,7 @@ def make_cases(
     if generated < 1:
         raise UsageError(f"{generated} tokens to generate: give 1 or more")
     follow = generated if manifest.task == CAUSAL_LM else 0
+    left = manifest.padding == LEFT
     config = _config(bundle)
     longest = _longest(config, follow)
     if not (bundle / "tokenizer.json").is_file():
@@ -72,9 +75,8 @@ def make_cases(
             raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
         pad = config.get("pad_token_id")
         rows = _random_rows(_vocabulary(manifest, config, bundle), longest, seed)
-        return Cases(
-            rows, follow, pad if isinstance(pad, int) else 0, f"random tokens, seed {seed}"
-        )
+        known = pad if isinstance(pad, int) else 0
+        return Cases(rows, follow, known, f"random tokens, seed {seed}", left)
     from loradeploy.runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
@@ -82,7 +84,7 @@ def make_cases(
     encoded = [_encode(tokenizer, text, longest) for text in texts]
     if empty := [number for number, row in enumerate(encoded, start=1) if not row]:
         raise DataError(f"{source}: prompt {empty[0]} has no tokens")
-    return Cases(tuple(map(tuple, encoded)), follow, tokenizer.pad_id, source)
+    return Cases(tuple(map(tuple, encoded)), follow, tokenizer.pad_id, source, left)
 
 
 def _texts(

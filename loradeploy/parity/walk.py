@@ -1,7 +1,7 @@
 """The way every backend takes through the inputs, and what it shows on it.
 
 Decoders:  prefill        each prompt by itself, followed by the tokens that the reference chose
-           padded batch   the prompts in batches, padded on the left
+           padded batch   the prompts in batches, padded on the side that the graph wants
            decode         from that batch's cache on, the reference's tokens one a step
 Encoders:  one row        each text by itself
            padded batch   the texts in batches, padded on the right
@@ -98,9 +98,18 @@ class Observation:
 
 
 def walk(
-    model: Model, rows: Sequence[Row], *, task: str, pad: int, phases: Sequence[str]
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool = True,
 ) -> Iterator[Observation]:
-    """Take `model` through `rows`; phases that the task does not have are left out."""
+    """Take `model` through `rows`; phases that the task does not have are left out.
+
+    `left`: whether a decoder's batches are padded there.
+    """
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
     if alone in phases:
         for row in rows:
@@ -110,7 +119,8 @@ def walk(
             yield Observation(alone, row, 0, _positions(values[0], mask[0].astype(bool), task))
     if PADDED_BATCH in phases or DECODE in phases:
         for batch in _batches(rows):
-            yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases)
+            side = left and task == CAUSAL_LM
+            yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
 
 
 def phases_of(task: str) -> tuple[str, ...]:
@@ -119,10 +129,15 @@ def phases_of(task: str) -> tuple[str, ...]:
 
 
 def _walk_batch(
-    model: Model, batch: Sequence[Row], *, task: str, pad: int, phases: Sequence[str]
+    model: Model,
+    batch: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool,
 ) -> Iterator[Observation]:
     subjects = [row.subject for row in batch]
-    left = task == CAUSAL_LM
     ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
     values, cache = model.forward(ids, mask, None, subjects)
     if PADDED_BATCH in phases:

@@ -13,6 +13,7 @@ from loradeploy.bundle.names import (
     ATTENTION_MASK,
     CAUSAL_LM,
     INPUT_IDS,
+    LEFT,
     LOGITS,
     POSITION_IDS,
 )
@@ -185,7 +186,9 @@ class TextGenerator:
 
     def _decode(self, rows: Sequence[_Row], sampling: Sampling) -> Iterator[tuple[_Row, str]]:
         """Generate `rows` together, and tell each piece of text once it is complete."""
-        ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=True)
+        left = self.session.manifest.padding == LEFT
+        ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
+        ends = np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
         cache = self._empty_cache(len(rows))
         with self.session.hold([row.adapter for row in rows]) as held:
             while True:
@@ -193,7 +196,8 @@ class TextGenerator:
                     self._outputs, {**self._feeds(ids, mask), **cache}
                 )
                 cache = dict(zip(self._past, present, strict=True))
-                last = logits.numpy()[:, -1]  # [batch, vocabulary]
+                last = logits.numpy()[np.arange(len(rows)), ends]  # [batch, vocabulary]
+                ends = np.full(len(rows), -1)
                 for row, scores in zip(rows, last, strict=True):
                     if not row.ended and (piece := self._advance(row, scores, sampling)):
                         yield row, piece
