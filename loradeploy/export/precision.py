@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import ExportError, UsageError
+from loradeploy.export.products import products
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,6 +49,6 @@ def precision_of(model: ir.Model) -> str:
     for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, "bf16")):
         if kind in kinds:
             return name
-    if any(node.op_type in ("MatMulInteger", "QLinearMatMul") for node in model.graph):
+    if any(product.quantised for product in products(model.graph)):
         return "int8"
     return DEFAULT_PRECISION

@@ -1,0 +1,316 @@
+"""Graphs that others exported take adapters at the modules that the adapters name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
+from loradeploy.export.api import export
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter, once
+from tests.export import others
+from tests.export.others import GENAI, IDS, copy_of
+from tests.export.reference import apart, difference, factors, onnx_output, torch_output
+from tests.tolerances import tolerance
+
+Graph = Callable[[str], Path]
+needs_genai = pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .venv-genai")
+
+
+@pytest.fixture(scope="session")
+def built(shared: Path, tiny_llama: Path) -> Graph:
+    """The tiny Llama as onnxruntime-genai's builder exports it, by precision."""
+
+    def graph(precision: str) -> Path:
+        place = shared / f"genai-{precision}"
+        return once(place, lambda out: others.build_with_genai(tiny_llama, out, precision))
+
+    return graph
+
+
+@pytest.fixture(scope="session")
+def encoder(shared: Path, tiny_bert: Path) -> Graph:
+    """The tiny BERT as others export and quantise it."""
+
+    def graph(kind: str) -> Path:
+        if kind in ("legacy", "dynamo"):
+            return once(
+                shared / f"encoder-{kind}",
+                lambda out: others.export_with_torch(tiny_bert, out, dynamo=kind == "dynamo"),
+            )
+        exported = graph("legacy") / "model.onnx"
+        make = {
+            "nameless": others.without_names,
+            "qdq": others.quantise_statically,
+            "dynamic": others.quantise_dynamically,
+        }[kind]
+        return once(shared / f"encoder-{kind}", lambda out: make(exported, out))
+
+    return graph
+
+
+# -- onnxruntime-genai's builder ---------------------------------------------------------------
+
+
+@needs_genai
+@pytest.mark.parametrize("evidence", ["names", "checkpoint"])
+def test_adapters_for_q_k_and_v_reach_a_packed_projection(
+    evidence: str, built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    every = make_adapter(tiny_llama, r=4, seed=1, rank_pattern={"k_proj": 2})
+    some = make_adapter(tiny_llama, r=3, seed=2, target_modules=["v_proj", "down_proj"])
+    given = {"checkpoint": tiny_llama} if evidence == "checkpoint" else {}
+    adapters = {"every": every, "some": some}
+    manifest = export(built("fp32"), tmp_path / "bundle", adapters=adapters, **given)
+    packed = [
+        target for target in manifest.targets if target.weight.endswith("qkv_proj.MatMul.weight")
+    ]
+    assert [target.slice for target in packed[:3]] == [(0, 64), (64, 96), (96, 128)]
+    assert manifest.base.kind == ("checkpoint" if given else "onnx")
+    base = onnx_output(tmp_path / "bundle", IDS)
+    assert difference(base, torch_output(tiny_llama, IDS)) < tolerance("torch-onnx-tiny")
+    for adapter in adapters.values():
+        adapted = onnx_output(tmp_path / "bundle", IDS, side=factors(tmp_path / "bundle", adapter))
+        expected = torch_output(tiny_llama, IDS, adapter=adapter)
+        assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+        assert difference(adapted, base) > 0.1, "the adapter did nothing"
+
+
+@needs_genai
+def test_a_batch_of_different_lengths_generates_what_each_row_does_alone(
+    built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1)
+    manifest = export(built("fp32"), tmp_path / "bundle", adapters={"mine": adapter})
+    assert manifest.padding == "right"  # GroupQueryAttention counts from a row's beginning
+    generator = TextGenerator(AdapterSession(tmp_path / "bundle"))
+    prompts = [[5, 17, 42, 99, 7], [9, 8], [7, 6, 5, 4]]
+    names = ["mine", None, "mine"]
+    together = generator.generate(prompts, names, max_new_tokens=10)
+    for prompt, name, row in zip(prompts, names, together, strict=True):
+        (alone,) = generator.generate([prompt], [name], max_new_tokens=10)
+        assert row.token_ids == alone.token_ids
+
+
+@needs_genai
+def test_a_packed_projection_is_merged_in_parts(
+    built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1, use_dora=True)
+    export(built("fp32"), tmp_path / "merged", adapters={"mine": adapter}, merge=True)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    assert difference(merged, expected) < tolerance("torch-onnx-tiny")
+
+
+@needs_genai
+def test_a_bundle_of_a_foreign_graph_is_exported_again(
+    built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1)
+    first, again = tmp_path / "first", tmp_path / "again"
+    before = export(built("fp32"), first, branches="rows", checkpoint=tiny_llama)
+    after = export(first, again, adapters={"mine": adapter}, branches="none")
+    assert [t.module for t in after.targets] == [t.module for t in before.targets]
+    assert after.base == before.base
+    assert after.padding == before.padding
+    adapted = onnx_output(again, IDS, side=factors(again, adapter))
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+
+
+@needs_genai
+@pytest.mark.parametrize("evidence", ["names", "checkpoint"])
+def test_packed_int4_weights_keep_and_gain_an_adapter_effect(
+    evidence: str, built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
+    given = {"checkpoint": tiny_llama} if evidence == "checkpoint" else {}
+    manifest = export(built("int4"), tmp_path / "bundle", adapters={"mine": adapter}, **given)
+    assert manifest.precision == "int4"
+    assert len(manifest.targets) == 14
+    adapted = onnx_output(tmp_path / "bundle", IDS, side=factors(tmp_path / "bundle", adapter))
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    base = torch_output(tiny_llama, IDS)
+    assert apart(adapted, expected) < tolerance("export-int4")
+    assert apart(adapted, expected) < apart(base, expected) / 2, "the adapter is not in it"
+    with pytest.raises(ExportError, match="already quantised"):
+        export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True)
+
+
+@needs_genai
+def test_a_packed_projection_refuses_what_only_a_whole_one_takes(
+    built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    dora = make_adapter(tiny_llama, r=4, seed=1, use_dora=True)
+    with pytest.raises(ExportError, match="q_proj is packed together with others.*merge"):
+        export(built("fp32"), tmp_path / "out", adapters={"mine": dora})
+    saved = make_adapter(
+        tiny_llama, r=4, seed=1, target_modules=["o_proj"], modules_to_save=["v_proj"]
+    )
+    with pytest.raises(ExportError, match="v_proj"):
+        export(built("fp32"), tmp_path / "out", adapters={"mine": saved})
+    assert not (tmp_path / "out").exists()
+
+
+@needs_genai
+def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path: Path) -> None:
+    place = copy_of(built("fp32"), tmp_path / "graph")
+    (place / "genai_config.json").unlink()
+    with pytest.raises(ExportError, match=r"last size of past_key_values\.0\.key"):
+        export(place, tmp_path / "out")
+
+
+# -- torch.onnx, optimum, quantised graphs -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "evidence", "found_by"),
+    [
+        ("legacy", "map", "the given map"),
+        ("legacy", "checkpoint", "weight identity"),
+        ("dynamo", "checkpoint", "weight identity"),
+        ("nameless", "checkpoint", "weight identity"),
+    ],
+)
+def test_an_encoder_of_another_exporter_takes_adapters(
+    kind: str,
+    evidence: str,
+    found_by: str,
+    encoder: Graph,
+    tiny_bert: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    adapter = make_adapter(tiny_bert, r=4, seed=1, task="feature-extraction", scale=0.1)
+    given: dict[str, Path] = {"checkpoint": tiny_bert}
+    if evidence == "map":
+        rules = {
+            r"/encoder/encoder/layer\.(\d+)/(\w+)/(\w+)/MatMul": r"encoder.layer.\1.\2.\3",
+            r"/encoder/encoder/layer\.(\d+)/(\w+)/(\w+)/(\w+)/MatMul": r"encoder.layer.\1.\2.\3.\4",
+            "/encoder/pooler/dense/Gemm": "pooler.dense",
+        }
+        (tmp_path / "map.json").write_text(json.dumps(rules))
+        given = {"module_map": tmp_path / "map.json"}
+    manifest = export(encoder(kind), tmp_path / "bundle", adapters={"mine": adapter}, **given)
+    assert {target.found_by for target in manifest.targets} == {found_by}
+    assert len(manifest.targets) == 13
+    base = onnx_output(tmp_path / "bundle", IDS)
+    adapted = onnx_output(tmp_path / "bundle", IDS, side=factors(tmp_path / "bundle", adapter))
+    options = {"task": "feature-extraction"}
+    assert difference(base, torch_output(tiny_bert, IDS, **options)) < tolerance("torch-onnx-tiny")
+    expected = torch_output(tiny_bert, IDS, adapter=adapter, **options)
+    assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+    assert difference(adapted, base) > 0.1, "the adapter did nothing"
+
+
+@pytest.mark.parametrize("kind", ["qdq", "dynamic"])
+def test_int8_graphs_take_an_adapter_behind_their_rounding(
+    kind: str, encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_bert, r=4, seed=1, task="feature-extraction", scale=0.1)
+    place = tmp_path / "bundle"
+    manifest = export(encoder(kind), place, adapters={"mine": adapter}, checkpoint=tiny_bert)
+    assert manifest.precision == "int8"
+    options = {"task": "feature-extraction"}
+    base = torch_output(tiny_bert, IDS, **options)
+    expected = torch_output(tiny_bert, IDS, adapter=adapter, **options)
+    adapted = onnx_output(place, IDS, side=factors(place, adapter))
+    assert apart(adapted, expected) < apart(base, expected) / 10, "the adapter is not in it"
+
+
+# -- what cannot be told -----------------------------------------------------------------------
+
+
+def test_products_that_nothing_tells_are_listed(
+    encoder: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ExportError, match="no linear layer.*could be told"):
+        export(encoder("nameless"), tmp_path / "out")
+    assert sum("its module is not known" in message for message in caplog.messages) == 13
+
+
+def test_an_adapter_for_a_module_that_was_not_found_is_refused(
+    encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_bert, r=4, seed=1, task="feature-extraction", scale=0.1)
+    rules = {r"/encoder/encoder/layer\.(\d+)/output/dense/MatMul": r"encoder.layer.\1.output.dense"}
+    (tmp_path / "map.json").write_text(json.dumps(rules))
+    with pytest.raises(AdapterMismatchError, match=r"encoder\.layer\.0\.attention"):
+        export(
+            encoder("legacy"),
+            tmp_path / "out",
+            adapters={"mine": adapter},
+            module_map=tmp_path / "map.json",
+        )
+
+
+def test_another_checkpoint_is_told_by_its_numbers(
+    encoder: Graph, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="another"):
+        export(encoder("legacy"), tmp_path / "out", checkpoint=tiny_llama)
+
+
+def test_what_the_graph_lacks_of_the_checkpoint_is_listed(
+    encoder: Graph, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoilt = copy_of(encoder("legacy"), tmp_path / "graph")
+    model = ir.load(spoilt / "model.onnx")
+    weight = next(
+        value
+        for node in model.graph
+        if str(node.name).endswith("layer.1/output/dense/MatMul")
+        and (value := node.inputs[1]) is not None
+    )
+    assert weight.const_value is not None
+    numbers = np.random.default_rng(0).standard_normal(weight.const_value.numpy().shape)
+    weight.const_value = ir.tensor(numbers.astype(np.float32), name=weight.name)
+    ir.save(model, spoilt / "model.onnx")
+    manifest = export(spoilt, tmp_path / "out", checkpoint=tiny_bert)
+    assert "encoder.layer.1.output.dense" not in {t.module for t in manifest.targets}
+    assert "not found in the graph, of the checkpoint: encoder.layer.1.output.dense" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"/nowhere/.*": "a.b"}, "no product of the graph is called '/nowhere/"),
+        ({"(": "a"}, "is no regular expression"),
+        ({"/.*": 3}, "needs a module, or a list"),
+        ({"/.*": [["a", 0]]}, "needs a module, or a list"),
+        ({"/.*": r"\1"}, "has no group"),
+        ({"/.*pooler.*": [["a", 3], ["b", 4]]}, "tells of 7 outputs"),
+    ],
+)
+def test_a_map_that_is_wrong_is_refused(
+    rules: dict[str, object], message: str, encoder: Graph, tmp_path: Path
+) -> None:
+    (tmp_path / "map.json").write_text(json.dumps(rules))
+    with pytest.raises(UsageError, match=message):
+        export(encoder("legacy"), tmp_path / "out", module_map=tmp_path / "map.json")
+
+
+def test_evidence_is_for_onnx_models_alone(tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are for ONNX models"):
+        export(tiny_bert, tmp_path / "out", checkpoint=tiny_bert)
+
+
+def test_a_checkpoint_that_is_none_is_refused(encoder: Graph, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no .safetensors file"):
+        export(encoder("legacy"), tmp_path / "out", checkpoint=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_genai
+def test_a_foreign_bundle_is_read_with_its_padding(built: Graph, tmp_path: Path) -> None:
+    export(built("fp32"), tmp_path / "bundle")
+    assert read_manifest(tmp_path / "bundle").padding == "right"
