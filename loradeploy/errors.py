@@ -53,6 +53,10 @@ class UnknownAdapterError(LoraDeployError, KeyError):
     __str__ = Exception.__str__
 
 
+class BudgetError(LoraDeployError):
+    """An adapter that takes more memory than a session may use for all."""
+
+
 class TrainingError(LoraDeployError):
     """A training run that cannot go on."""
 

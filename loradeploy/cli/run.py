@@ -15,6 +15,7 @@ from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLAS
 from loradeploy.errors import DataError, UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
+    from loradeploy.runtime.resident import AdapterSpec
     from loradeploy.runtime.session import AdapterSession
 
 _JSON_LINES: Final = (".jsonl", ".ndjson")
@@ -28,10 +29,10 @@ _PROVIDERS: Final = {
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and its adapter: a name, a path, or None for the base."""
+    """A prompt and its adapter: a name, a path, several with weights, or None for the base."""
 
     prompt: Any
-    adapter: str | None
+    adapter: AdapterSpec | None
 
 
 @click.command(
@@ -124,7 +125,7 @@ class Printer:
 def _generate(
     session: AdapterSession,
     prompts: Sequence[Any],
-    adapters: Sequence[str | None],
+    adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Printer,
     **options: Any,
@@ -151,7 +152,7 @@ def _generate(
 def _classify(
     session: AdapterSession,
     prompts: Sequence[Any],
-    adapters: Sequence[str | None],
+    adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Printer,
 ) -> None:
@@ -166,7 +167,7 @@ def _classify(
 def _embed(
     session: AdapterSession,
     prompts: Sequence[Any],
-    adapters: Sequence[str | None],
+    adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Printer,
 ) -> None:
@@ -192,24 +193,38 @@ def _texts(prompts: Sequence[Any]) -> list[str]:
     return list(prompts)
 
 
-def _load(session: AdapterSession, asked: Sequence[str | None]) -> list[str | None]:
-    """Names in the session for names and paths, which are loaded."""
-    names: dict[str | None, str | None] = {None: None}
-    for adapter in dict.fromkeys(asked):
-        if adapter is None or adapter in session.adapters:
-            names[adapter] = adapter
-            continue
-        place = Path(adapter)
-        if not place.exists():
-            known = ", ".join(session.adapters) or "none"
-            raise UnknownAdapterError(
-                f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
-                " nor a directory"
-            )
-        name = place.resolve().stem if place.is_file() else place.resolve().name
-        names[adapter] = adapter if name in session.adapters else name
-        session.load(str(names[adapter]), place)
-    return [names[adapter] for adapter in asked]
+def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:
+    """What is asked for in names of the session: paths are loaded, in blends too."""
+    names: dict[str, str] = {}
+    for spec in asked:
+        for adapter in () if spec is None else (spec,) if isinstance(spec, str) else spec:
+            if adapter not in names:
+                names[adapter] = _name(session, adapter)
+    return [
+        None
+        if spec is None
+        else names[spec]
+        if isinstance(spec, str)
+        else {names[adapter]: weight for adapter, weight in spec.items()}
+        for spec in asked
+    ]
+
+
+def _name(session: AdapterSession, adapter: str) -> str:
+    """The session's name for a name or a path."""
+    if adapter in session.adapters:
+        return adapter
+    place = Path(adapter)
+    if not place.exists():
+        known = ", ".join(session.adapters) or "none"
+        raise UnknownAdapterError(
+            f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
+            " nor a directory"
+        )
+    name = place.resolve().stem if place.is_file() else place.resolve().name
+    name = adapter if name in session.adapters else name
+    session.load(name, place)
+    return name
 
 
 def _read(name: str, adapter: str | None) -> Iterator[Request]:
@@ -248,6 +263,6 @@ def _request(line: str, place: str, adapter: str | None) -> Request:
     if key is None or not isinstance(values[key], kind):
         raise DataError(f"{place}: give a text as prompt or text, or a list of messages")
     own = values.get("adapter", adapter)
-    if own is not None and not isinstance(own, str):
-        raise DataError(f"{place}: adapter is neither a name nor null")
+    if not (own is None or isinstance(own, str | dict)):
+        raise DataError(f"{place}: adapter is no name, no {{name: weight, …}} and not null")
     return Request(values[key], own)

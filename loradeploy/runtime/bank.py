@@ -1,90 +1,76 @@
-"""The adapter bank: adapters' side inputs, resident on the execution provider's device.
+"""The adapter bank: names on disk, adapters' side inputs in memory, copies on the device.
+
+A name is cheap: what it stands for is read when a run first needs it, and let go when the budget
+wants room, the least recently used first; what a run uses, and what is pinned, stays. Memory is
+kept by content: two names of one adapter share it, and what is read again must be what it was.
 
 One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
-bytes. A batch whose rows differ reads a stack: slot 0 is the base, the others are adapters, and
-`adapter_ids` names each row's slot. The stack grows as batches name adapters that it lacks. Where
-the graph has no `adapter_ids` but takes a slot for each row, the stack is one of rows.
+bytes. A batch whose rows differ reads a stack of several (stacks.py).
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.changes import change_inputs
-from loradeploy.bundle.factors import branch_choice
 from loradeploy.bundle.names import ROWS
-from loradeploy.bundle.pairs import factor_pairs
-from loradeploy.errors import UnknownAdapterError, UsageError
+from loradeploy.errors import AdapterError, BudgetError, UnknownAdapterError, UsageError
+from loradeploy.runtime.resident import (
+    AdapterSpec,
+    Arrays,
+    Bindable,
+    Resident,
+    blend,
+    blend_digest,
+    weights_of,
+)
+from loradeploy.runtime.stacks import Stacks, bindable, used
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from loradeploy.bundle.manifest import Manifest
 
-Arrays = Mapping[str, "NDArray[Any]"]
-
-# More runs at a time than this and some of them bind their side inputs anew.
-_SPARE_BINDINGS: Final = 16
-# Batches whose factors are kept in the order of their rows.
-_KEPT_ROWS: Final = 2
+# Reads an adapter: its side inputs, its digest, its labels.
+Read = Callable[[], "tuple[Arrays, str, tuple[str, ...] | None]"]
+_MIB: Final = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
-class Bindable:
-    """Side inputs on the device, and spare IOBindings that hold them already.
+@dataclass(frozen=True)
+class BankStatistics:
+    """What a bank holds and did.
 
-    Binding all side inputs of a large model takes longer than all else around a run. An IOBinding
-    serves one run at a time, so a run takes one out and puts it back.
+    `registered`: names. `resident`: adapters and blends in host memory, `host_bytes` together.
+    `device_bytes`: of copies on the device and of stacks. `hits`, `misses`: uses of an adapter that
+    was, and was not, in memory. `evictions`: adapters and blends that went to make room.
     """
 
-    values: Mapping[str, onnxruntime.OrtValue]
-    _spare: deque[onnxruntime.IOBinding] = field(
-        default_factory=lambda: deque(maxlen=_SPARE_BINDINGS)
-    )
-
-    def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
-        """An IOBinding of `session` in which the side inputs are bound."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            binding = session.io_binding()
-            for name, value in self.values.items():
-                binding.bind_ortvalue_input(name, value)
-            return binding
-
-    def put_back(self, binding: onnxruntime.IOBinding) -> None:
-        """Keep `binding`, in which only the side inputs are bound, for another run."""
-        self._spare.append(binding)
+    registered: int
+    resident: int
+    host_bytes: int
+    device_bytes: int
+    hits: int
+    misses: int
+    evictions: int
 
 
-@dataclass(frozen=True, eq=False)
-class Resident:
-    """An adapter in the bank: its side inputs [1, …] on the host and on the device."""
+@dataclass(eq=False)
+class _Entry:
+    """What a name stands for.
+
+    `read`: how it is read again; `digest` is None until it was once. `loading` is held by the one
+    thread that reads it.
+    """
 
     name: str
-    digest: str
-    labels: tuple[str, ...] | None
-    host: Arrays
-    device: Bindable
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Several adapters' side inputs [slots, …] on the device, zero-padded to a common rank.
-
-    `slots`: each member's place; the base has slot 0.
-    """
-
-    slots: Mapping[Resident, int]
-    device: Bindable
+    read: Read
+    digest: str | None
+    pinned: bool = False
+    loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,248 +87,362 @@ class Lease:
     device: Bindable
     adapter_ids: onnxruntime.OrtValue | None
 
-    @property
-    def names(self) -> list[str | None]:
-        """The name of each entry of `rows`."""
-        return [None if resident is None else resident.name for resident in self.rows]
-
 
 class AdapterBank:
-    """The resident adapters of one session. Safe from several threads.
+    """The adapters of one session. Safe from several threads.
 
     `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
     `device`, `device_id`: where factors live, in onnxruntime's words.
+    `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
+    device, which on the CPU are the stacks of mixed batches. None is no limit. What runs use at one
+    time may take more for as long as they do.
     """
 
     def __init__(
-        self, manifest: Manifest, defaults: Arrays, *, device: str = "cpu", device_id: int = 0
+        self,
+        manifest: Manifest,
+        defaults: Arrays,
+        *,
+        device: str = "cpu",
+        device_id: int = 0,
+        host_budget: int | None = None,
+        device_budget: int | None = None,
     ) -> None:
+        for name, budget in (("host_budget", host_budget), ("device_budget", device_budget)):
+            if budget is not None and budget < 1:
+                raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
-        self._defaults = defaults
         self._device = (device, device_id)
+        self._host_budget, self._device_budget = host_budget, device_budget
         self._base = Bindable({})  # the graph's own defaults are the base
-        self._residents: dict[str, Resident] = {}
-        self._users: dict[Resident, list[int]] = {}  # by thread, once for each lease
-        self._stack: Stack | None = None
-        self._rows: dict[tuple[Resident | None, ...], Bindable] = {}
+        self._entries: dict[str, _Entry] = {}
+        # In the order of their last use, as are the bindings.
+        self._residents: dict[str, Resident] = {}  # by digest
+        self._bound: dict[Resident, Bindable] = {}
+        self._users: dict[str, list[int]] = {}  # by digest: the threads, once for each use
+        self._leaving: set[str] = set()  # digests that no name stands for, still in use
+        self._host_bytes = 0
+        self._hits = self._misses = self._evictions = 0
+        self._stacks = Stacks(manifest, defaults, self._device, device_budget)
         self._changed = threading.Condition()
-        self._stacking = threading.Lock()
+        self._stacking = threading.Lock()  # taken before _changed, never within
+
+    # -- names ---------------------------------------------------------------------------------
 
     def __contains__(self, name: str) -> bool:
         with self._changed:
-            return name in self._residents
+            return name in self._entries
 
-    def residents(self) -> dict[str, Resident]:
-        """The adapters in the bank, by name."""
+    def digests(self) -> dict[str, str | None]:
+        """Every name, with the digest of its adapter where that is known already."""
         with self._changed:
-            return dict(self._residents)
+            return {name: entry.digest for name, entry in self._entries.items()}
+
+    def register(
+        self, name: str, read: Read, *, digest: str | None = None, replace: bool = False
+    ) -> None:
+        """Let `name` stand for what `read` gives, once a run needs it.
+
+        Raises:
+            UsageError: the name is taken, and `replace` is not given.
+        """
+        with self._changed:
+            if name in self._entries and not replace:
+                raise _taken(name)
+            self._entries[name] = _Entry(name, read, digest)
+            self._drop_unnamed()
 
     def add(
         self,
         name: str,
-        arrays: Arrays,
+        read: Read,
         *,
-        digest: str,
-        labels: tuple[str, ...] | None,
         replace: bool = False,
     ) -> Resident:
-        """Put an adapter in, and return what is in the bank under its name then.
+        """Read an adapter now, and return what is in the bank under its name then.
 
         The same adapter again changes nothing. Another one takes the name only with `replace`: runs
         that have begun end with the old one, runs that begin later use the new one.
 
         Raises:
             UsageError: another adapter has this name, and `replace` is not given.
+            BudgetError: it is larger than the whole budget.
         """
+        arrays, digest, labels = read()
         with self._changed:
-            there = self._residents.get(name)
-        if there is not None and _same(there, digest, arrays):
-            return there
-        device = {side_input: self._upload(values) for side_input, values in arrays.items()}
-        resident = Resident(name, digest, labels, arrays, self._bindable(device))
+            there = self._entries.get(name)
+        if there is not None and not replace and there.digest != digest:
+            present = self._load(there)  # it may be the same one in another format
+            if not present.computes(digest, arrays):
+                raise _taken(name)
+            return present
         with self._changed:
-            there = self._residents.get(name)
-            if there is not None:
-                if _same(there, digest, arrays):
-                    return there
-                if not replace:
-                    raise UsageError(
-                        f"another adapter is loaded as {name!r}: unload it first, replace it"
-                        " (replace=True), or choose another name"
-                    )
-                self._drop_stack_with(there)
-            self._residents[name] = resident
+            there = self._entries.get(name)
+            known = there is not None and there.digest == digest
+            if there is not None and not known and not replace:
+                raise _taken(name)
+            resident = self._admit(Resident(digest, labels, arrays))
+            if not known:
+                self._entries[name] = _Entry(name, read, digest)
+                self._drop_unnamed()
         return resident
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, and wait until the runs that use it have ended.
+        """Forget a name, and wait until the runs that use its adapter have ended.
 
         Runs that begin after the call do not find it.
 
         Raises:
-            UnknownAdapterError: no adapter has this name.
+            UnknownAdapterError: there is no such name.
             UsageError: this thread is itself in the middle of a run with adapters.
         """
         with self._changed:
-            resident = self._residents.get(name)
-            if resident is None:
+            entry = self._entries.get(name)
+            if entry is None:
                 raise self._unknown(name)
+            resident = self._residents.get(entry.digest or "")
             # Threads that wait hold nothing, so that they cannot wait for each other.
-            if any(threading.get_ident() in threads for threads in self._users.values()):
+            busy = any(threading.get_ident() in threads for threads in self._users.values())
+            if busy and resident is not None:
                 raise UsageError(
                     f"this thread is in the middle of a run with adapters: unload {name!r} after it"
                 )
-            del self._residents[name]
-            self._drop_stack_with(resident)
-            self._changed.wait_for(lambda: resident not in self._users)
+            del self._entries[name]
+            self._drop_unnamed()
+            if resident is not None and resident.digest in self._leaving:
+                self._changed.wait_for(lambda: resident.digest not in self._users)
+
+    def pin(self, name: str, *, pinned: bool = True) -> None:
+        """Load an adapter and keep it in memory whatever the budget, or no longer.
+
+        Raises:
+            UnknownAdapterError: there is no such name. BudgetError: as `add`.
+        """
+        with self._changed:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise self._unknown(name)
+            entry.pinned = pinned
+            self._evict()
+        if pinned:
+            self._load(entry)
+
+    def statistics(self) -> BankStatistics:
+        """What the bank holds now and did so far."""
+        with self._stacking, self._changed:
+            return BankStatistics(
+                registered=len(self._entries),
+                resident=len(self._residents),
+                host_bytes=self._host_bytes,
+                device_bytes=self._bound_bytes() + self._stacks.nbytes,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
+
+    # -- runs ----------------------------------------------------------------------------------
 
     @contextmanager
-    def lease(self, adapters: str | Sequence[str | None] | None) -> Iterator[Lease]:
+    def lease(self, adapters: AdapterSpec | Sequence[AdapterSpec | None] | None) -> Iterator[Lease]:
         """What to bind for runs with `adapters`; it stays as it is while the context lasts.
 
         Raises:
             UnknownAdapterError: a name that is not in the bank.
+            UsageError: a blend that cannot be made.
+            BudgetError: an adapter that is larger than the whole budget.
         """
-        names: list[str | None]
-        if adapters is None or isinstance(adapters, str):
-            names, per_row = [adapters], False
-        else:
-            names, per_row = list(adapters), True
+        per_row = not (adapters is None or isinstance(adapters, str | Mapping))
+        specs: Sequence[AdapterSpec | None]
+        specs = adapters if per_row else [adapters]  # type: ignore[assignment,list-item]
+        held: list[Resident] = []
         thread = threading.get_ident()
-        rows = self._acquire(names, thread)
         try:
+            found = {
+                weights: self._find(weights, held, thread)
+                for weights in dict.fromkeys(weights_of(s) for s in specs if s is not None)
+            }
+            rows = tuple(None if s is None else found[weights_of(s)] for s in specs)
             yield self._lease(rows, per_row)
         finally:
-            self._release(rows, thread)
+            self._release(held, thread)
 
-    def _acquire(self, names: Sequence[str | None], thread: int) -> tuple[Resident | None, ...]:
+    def _find(
+        self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
+    ) -> Resident:
+        """The adapter or blend, in use by `thread` and noted in `held`, as are its members."""
+        members = [(self._take(name, held, thread), weight) for name, weight in weights]
+        if len(members) == 1 and members[0][1] == 1:
+            return members[0][0]
+        digest = blend_digest(members)
         with self._changed:
-            for name in names:
-                if name is not None and name not in self._residents:
+            made = self._residents.get(digest)
+            if made is not None:
+                return self._use(made, held, thread)
+        made = blend(members, self._manifest)
+        with self._changed:
+            return self._use(self._admit(made), held, thread)
+
+    def _take(self, name: str, held: list[Resident], thread: int) -> Resident:
+        """The adapter `name`, read if it is not in memory, in use by `thread`."""
+        missed = False
+        while True:
+            with self._changed:
+                entry = self._entries.get(name)
+                if entry is None:
                     raise self._unknown(name)
-            rows = tuple(None if name is None else self._residents[name] for name in names)
-            for resident in _used(rows):
-                self._users.setdefault(resident, []).append(thread)
-        return rows
+                resident = self._residents.get(entry.digest or "")
+                if resident is not None:
+                    self._hits += not missed
+                    return self._use(resident, held, thread)
+                self._misses += not missed
+                missed = True
+            with entry.loading:
+                arrays, digest, labels = self._read(entry)
+                with self._changed:
+                    if self._entries.get(name) is not entry:
+                        continue  # the name changed hands meanwhile
+                    entry.digest = digest
+                    resident = self._admit(Resident(digest, labels, arrays))
+                    return self._use(resident, held, thread)
 
-    def _release(self, rows: Sequence[Resident | None], thread: int) -> None:
+    def _load(self, entry: _Entry) -> Resident:
+        """The adapter of `entry` in memory."""
+        held: list[Resident] = []
+        thread = threading.get_ident()
+        try:
+            return self._take(entry.name, held, thread)
+        finally:
+            self._release(held, thread)
+
+    def _read(self, entry: _Entry) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """What `entry` stands for, unless another thread has just read it."""
         with self._changed:
-            for resident in _used(rows):
-                self._users[resident].remove(thread)
-                if not self._users[resident]:
-                    del self._users[resident]
+            there = self._residents.get(entry.digest or "")
+        if there is not None:
+            return there.host, there.digest, there.labels
+        arrays, digest, labels = entry.read()
+        if entry.digest is not None and entry.digest != digest:
+            raise AdapterError(
+                f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
+                " with replace=True"
+            )
+        return arrays, digest, labels
+
+    def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
+        """Note a use. `_changed` is held."""
+        self._residents[resident.digest] = self._residents.pop(resident.digest, resident)
+        self._users.setdefault(resident.digest, []).append(thread)
+        held.append(resident)
+        return resident
+
+    def _release(self, held: Sequence[Resident], thread: int) -> None:
+        with self._changed:
+            for resident in held:
+                users = self._users[resident.digest]
+                users.remove(thread)
+                if not users:
+                    del self._users[resident.digest]
+                    if resident.digest in self._leaving:
+                        self._drop_unnamed()
+            self._evict()
             self._changed.notify_all()
 
     def _lease(self, rows: tuple[Resident | None, ...], per_row: bool) -> Lease:
-        used = _used(rows)
-        if not used:
+        members = used(rows)
+        if not members:
             return Lease(rows, per_row, self._base, None)
-        if len(used) == 1 and None not in rows:
-            return Lease(rows, per_row, used[0].device, None)
-        if self._manifest.branches == ROWS:
-            return Lease(rows, per_row, self._in_rows(rows), None)
-        stack = self._stack_of(used)
-        slots = [0 if resident is None else stack.slots[resident] for resident in rows]
+        if len(members) == 1 and None not in rows:
+            return Lease(rows, per_row, self._bind(members[0]), None)
+        with self._stacking:
+            if self._manifest.branches == ROWS:
+                return Lease(rows, per_row, self._stacks.in_rows(rows), None)
+            device, places = self._stacks.of(members, self._in_use)
+        slots = [0 if resident is None else places[resident] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return Lease(rows, per_row, stack.device, adapter_ids)
+        return Lease(rows, per_row, device, adapter_ids)
 
-    def _in_rows(self, rows: tuple[Resident | None, ...]) -> Bindable:
-        """The side inputs in the order of `rows`; the last few batches' are kept."""
-        with self._stacking:
-            with self._changed:
-                if (present := self._rows.pop(rows, None)) is not None:
-                    self._rows[rows] = present  # the last one that was used
-                    return present
-            made = self._bindable(self._side_inputs(rows))
-            with self._changed:
-                if self._are_there(_used(rows)):
-                    while len(self._rows) >= _KEPT_ROWS:
-                        del self._rows[next(iter(self._rows))]
-                    self._rows[rows] = made
-            return made
+    def _in_use(self, digest: str) -> bool:
+        with self._changed:
+            return digest in self._users
 
-    def _bindable(self, values: Mapping[str, onnxruntime.OrtValue]) -> Bindable:
-        """`values`, and what chooses the graph's branch for them, where it has any."""
-        choice = branch_choice(self._manifest).items()
-        chosen = {n: onnxruntime.OrtValue.ortvalue_from_numpy(number) for n, number in choice}
-        return Bindable({**values, **chosen})
+    def _bind(self, resident: Resident) -> Bindable:
+        """The adapter's side inputs on the device."""
+        with self._changed:
+            there = self._bound.pop(resident, None)
+            if there is not None:
+                self._bound[resident] = there
+                return there
+        made = bindable(resident.host, self._manifest, self._device)
+        with self._stacking, self._changed:
+            made = self._bound.pop(resident, made)
+            self._bound[resident] = made
+            budget = self._device_budget
+            for idle in [other for other in self._bound if other.digest not in self._users]:
+                if budget is None or self._bound_bytes() + self._stacks.nbytes <= budget:
+                    break
+                del self._bound[idle]
+        return made
 
-    def _stack_of(self, used: Sequence[Resident]) -> Stack:
-        """A stack that holds `used`: the present one, or a larger one that takes its place."""
-        with self._stacking:
-            with self._changed:
-                present = self._stack
-            members = dict.fromkeys(present.slots if present is not None else ())
-            if present is not None and all(resident in members for resident in used):
-                return present
-            members.update(dict.fromkeys(used))
-            stack = self._build(tuple(members))
-            with self._changed:
-                if self._are_there(members):
-                    self._stack = stack
-            return stack
+    # -- memory; `_changed` is held ------------------------------------------------------------
 
-    def _are_there(self, members: Iterable[Resident]) -> bool:
-        """Whether all may be kept alive: none was removed meanwhile. `_changed` is held."""
-        return all(self._residents.get(member.name) is member for member in members)
+    def _admit(self, resident: Resident) -> Resident:
+        """Take an adapter in, unless its like is there; others go where the budget wants it."""
+        there = self._residents.get(resident.digest)
+        if there is not None:
+            return there
+        if self._host_budget is not None and resident.nbytes > self._host_budget:
+            raise BudgetError(
+                f"an adapter takes {resident.nbytes / _MIB:.1f} MiB, the whole host_budget is"
+                f" {self._host_budget / _MIB:.1f} MiB: give the session more, or lower its rank"
+            )
+        self._residents[resident.digest] = resident
+        self._host_bytes += resident.nbytes
+        self._evict(spare=resident)
+        return resident
 
-    def _build(self, members: Sequence[Resident]) -> Stack:
-        values = self._side_inputs((None, *members))
-        slots = {member: slot for slot, member in enumerate(members, start=1)}
-        return Stack(slots, self._bindable(values))
+    def _evict(self, spare: Resident | None = None) -> None:
+        """Let go of what was not used the longest, as the budget wants."""
+        if self._host_budget is None or self._host_bytes <= self._host_budget:
+            return
+        pinned = {entry.digest for entry in self._entries.values() if entry.pinned}
+        for resident in list(self._residents.values()):
+            if self._host_bytes <= self._host_budget:
+                return
+            if resident is spare or resident.digest in self._users or resident.digest in pinned:
+                continue
+            self._drop(resident)
+            self._evictions += 1
 
-    def _side_inputs(self, slots: Sequence[Resident | None]) -> dict[str, onnxruntime.OrtValue]:
-        """The side inputs [slots, …], zero-padded to a common rank, on the device."""
-        dtype = np.dtype(self._manifest.factor_dtype)
-        hosts: list[Arrays] = [{} if slot is None else slot.host for slot in slots]
-        values = {}
-        for pair in factor_pairs(self._manifest.targets):
-            factors = [(host.get(pair.lora_A), host.get(pair.lora_B)) for host in hosts]
-            rank = max((A.shape[2] for A, _ in factors if A is not None), default=0)
-            stacked_A = np.zeros((len(slots), pair.in_features, rank), dtype)
-            stacked_B = np.zeros((len(slots), rank, pair.out_features), dtype)
-            for slot, (A, B) in enumerate(factors):
-                if A is not None and B is not None:
-                    stacked_A[slot, :, : A.shape[2]] = A[0]
-                    stacked_B[slot, : B.shape[1], :] = B[0]
-            values[pair.lora_A] = self._upload(stacked_A)
-            values[pair.lora_B] = self._upload(stacked_B)
-        for saved in self._manifest.saved:
-            default = self._defaults[saved.input]
-            whole = [host.get(saved.input, default) for host in hosts]
-            values[saved.input] = self._upload(np.concatenate(whole))
-        for name, (size, neutral) in change_inputs(self._manifest).items():
-            stacked = np.full((len(slots), size), neutral, dtype)
-            for slot, host in enumerate(hosts):
-                if name in host:
-                    stacked[slot] = host[name][0]
-            values[name] = self._upload(stacked)
-        return values
+    def _drop_unnamed(self) -> None:
+        """Let go of adapters that no name stands for, and of blends of them."""
+        named = {entry.digest for entry in self._entries.values()}
+        self._leaving.clear()
+        for resident in list(self._residents.values()):
+            if all(part in named for part in resident.parts or (resident.digest,)):
+                continue
+            if resident.digest in self._users:
+                self._leaving.add(resident.digest)
+            else:
+                self._drop(resident)
 
-    def _upload(self, values: NDArray[Any]) -> onnxruntime.OrtValue:
-        # On the host this is a view: the array must stay unchanged, and the value keeps it alive.
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), *self._device)
+    def _drop(self, resident: Resident) -> None:
+        del self._residents[resident.digest]
+        self._bound.pop(resident, None)
+        self._host_bytes -= resident.nbytes
 
-    def _drop_stack_with(self, resident: Resident) -> None:
-        if self._stack is not None and resident in self._stack.slots:
-            self._stack = None
-        self._rows = {rows: held for rows, held in self._rows.items() if resident not in rows}
+    def _bound_bytes(self) -> int:
+        """On the host the bindings are views."""
+        if self._device[0] == "cpu":
+            return 0
+        return sum(resident.nbytes for resident in self._bound)
 
     def _unknown(self, name: str) -> UnknownAdapterError:
-        loaded = ", ".join(sorted(self._residents)) or "none"
-        return UnknownAdapterError(f"no adapter is loaded as {name!r}; loaded are: {loaded}")
+        known = ", ".join(sorted(self._entries)) or "none"
+        return UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
 
 
-def _used(rows: Sequence[Resident | None]) -> list[Resident]:
-    """The adapters in `rows`, each once."""
-    return [resident for resident in dict.fromkeys(rows) if resident is not None]
-
-
-def _same(resident: Resident, digest: str, arrays: Arrays) -> bool:
-    """Whether an adapter computes what `resident` does, though it may come in another format."""
-    if resident.digest == digest:
-        return True
-    host = resident.host
-    return host.keys() == arrays.keys() and all(
-        np.array_equal(host[name], values) for name, values in arrays.items()
+def _taken(name: str) -> UsageError:
+    return UsageError(
+        f"another adapter is loaded as {name!r}: unload it first, replace it (replace=True), or"
+        " choose another name"
     )

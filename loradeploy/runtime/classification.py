@@ -12,6 +12,7 @@ from loradeploy.bundle.names import LOGITS, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
 from loradeploy.runtime.encoder import encoded_batches
+from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession
 from loradeploy.runtime.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ class Classification:
     label: str
     score: float
     scores: dict[str, float]
-    adapter: str | None
+    adapter: AdapterSpec | None
 
 
 class TextClassifier:
@@ -78,7 +79,7 @@ class TextClassifier:
 
 
 def _classification(
-    scores: NDArray[np.float64], labels: Sequence[str], adapter: str | None
+    scores: NDArray[np.float64], labels: Sequence[str], adapter: AdapterSpec | None
 ) -> Classification:
     if len(labels) != len(scores):
         labels = [f"LABEL_{number}" for number in range(len(scores))]

@@ -9,6 +9,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from loradeploy.errors import UsageError
+from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, each_row
 from loradeploy.runtime.tokenizer import Tokenizer, pad
 
@@ -22,7 +23,7 @@ def encoded_batches(
     texts: str | Sequence[str],
     adapters: Adapters,
     batch_size: int,
-) -> Iterator[tuple[HeldAdapters, list[str | None], dict[str, NDArray[Any]]]]:
+) -> Iterator[tuple[HeldAdapters, list[AdapterSpec | None], dict[str, NDArray[Any]]]]:
     """The texts in batches: the adapters held for a batch, their names by row, and the feeds.
 
     Texts are padded on the right, and cut at the model's positions; special tokens stay.

@@ -19,6 +19,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import UsageError
 from loradeploy.runtime.chat import Message
+from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.sampling import Sampling
 from loradeploy.runtime.session import Adapters, AdapterSession, each_row
 from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad, positions_of
@@ -43,7 +44,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
-    adapter: str | None
+    adapter: AdapterSpec | None
     prompt_tokens: int
 
 
@@ -53,7 +54,7 @@ class _Row:
 
     number: int
     prompt: list[int]
-    adapter: str | None
+    adapter: AdapterSpec | None
     limit: int
     random: np.random.Generator
     pieces: PieceDecoder
@@ -150,7 +151,7 @@ class TextGenerator:
         self,
         number: int,
         prompt: Prompt,
-        adapter: str | None,
+        adapter: AdapterSpec | None,
         seed: int,
         max_new_tokens: int,
         chat: bool,

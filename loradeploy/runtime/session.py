@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,15 +28,16 @@ from loradeploy.errors import (
     UsageError,
 )
 from loradeploy.files import inside
-from loradeploy.runtime.bank import AdapterBank, Lease
+from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph
+from loradeploy.runtime.resident import AdapterSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.bank import Arrays
+    from loradeploy.runtime.resident import Arrays
 
-Adapters = str | Sequence[str | None] | None
+Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
 Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
 
 _HOST: Final = ("cpu", 0)
@@ -50,13 +51,16 @@ class AdapterSession:
     named too; `providers` tells which run.
     `session_options`: onnxruntime's. Where they set no log severity, errors alone are logged:
     onnxruntime warns once for every side input.
+    `host_budget`, `device_budget`: bytes of adapters in host memory, and of their copies on the
+    device, which on the CPU are the stacks that mixed batches read. Where there are more, those
+    that were not used the longest go, and are read again when they are used. None is no limit.
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
     unloading and running are safe from several threads.
 
     Raises:
         BundleError: the bundle is broken, or its graph is not what its manifest says.
-        UsageError: a provider that is not installed or does not start.
+        UsageError: a provider that is not installed or does not start, or a budget below 1.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class AdapterSession:
         providers: Sequence[Provider] | None = None,
         *,
         session_options: onnxruntime.SessionOptions | None = None,
+        host_budget: int | None = None,
+        device_budget: int | None = None,
     ) -> None:
         self.path = Path(bundle)
         self.manifest: Manifest = read_manifest(bundle)
@@ -74,11 +80,15 @@ class AdapterSession:
         self._device = device_of(self._session)
         device, device_id = self._device
         self._bank = AdapterBank(
-            self.manifest, self._defaults(), device=device, device_id=device_id
+            self.manifest,
+            self._defaults(),
+            device=device,
+            device_id=device_id,
+            host_budget=host_budget,
+            device_budget=device_budget,
         )
-        # Not yet loaded adapters of the bundle; guarded, as all changes of names, by `_naming`.
-        self._waiting = dict(self.manifest.adapters)
-        self._naming = threading.Lock()
+        for name, entry in self.manifest.adapters.items():
+            self._bank.register(name, partial(self._read_own, name), digest=entry.digest)
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
         # Its first dimension is the batch.
         self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
@@ -91,11 +101,14 @@ class AdapterSession:
         return tuple(self._session.get_providers())
 
     @property
-    def adapters(self) -> dict[str, str]:
-        """Name and digest of every adapter that a run can use, loaded already or in the bundle."""
-        waiting = {name: entry.digest for name, entry in list(self._waiting.items())}
-        loaded = {name: resident.digest for name, resident in self._bank.residents().items()}
-        return dict(sorted({**waiting, **loaded}.items()))
+    def adapters(self) -> dict[str, str | None]:
+        """Name and digest of every adapter that a run can use; None where it was not read yet."""
+        return dict(sorted(self._bank.digests().items()))
+
+    @property
+    def statistics(self) -> BankStatistics:
+        """What adapters take in memory, and how often they were there when they were used."""
+        return self._bank.statistics()
 
     def load(
         self, name: str, path: str | os.PathLike[str] | None = None, *, replace: bool = False
@@ -112,19 +125,40 @@ class AdapterSession:
             UnknownAdapterError: there is no `path`, and the bundle holds no adapter `name`.
             UsageError: another adapter has this name.
         """
-        if not name:
-            raise UsageError("an adapter needs a name that is not empty")
-        if path is None:
-            with self._naming:
-                return self._load_own(name)
-        arrays, digest, labels = self._read(Path(path))
-        with self._naming:
-            waiting = self._waiting.get(name)
-            if waiting is not None and not replace and waiting.digest != digest:
-                self._load_own(name)  # it may be the same one in another format
-            resident = self._bank.add(name, arrays, digest=digest, labels=labels, replace=replace)
-            self._waiting.pop(name, None)
-        return resident.digest
+        _check_name(name)
+        read = partial(self._read_own, name) if path is None else partial(self._read, Path(path))
+        return self._bank.add(name, read, replace=replace).digest
+
+    def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Let `name` stand for the adapter at `path`, which is read when a run first uses it.
+
+        Raises:
+            AdapterError: nothing is there; what is wrong with it tells the run that uses it.
+            UsageError: the name is taken, and `replace` is not given.
+        """
+        _check_name(name)
+        place = Path(path)
+        if not place.exists():
+            raise AdapterError(
+                f"{place} does not exist: give a PEFT directory or an adapter's file"
+            )
+        self._bank.register(name, partial(self._read, place), replace=replace)
+
+    def pin(self, name: str) -> None:
+        """Load the adapter `name`, and keep it in memory whatever the budget.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name. AdapterError: as `load`.
+        """
+        self._bank.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let the adapter `name` go when the budget wants room.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+        """
+        self._bank.pin(name, pinned=False)
 
     def unload(self, name: str) -> None:
         """Let go of the adapter `name`, and wait until the runs that use it have ended.
@@ -136,10 +170,7 @@ class AdapterSession:
             UnknownAdapterError: no adapter has this name.
             UsageError: this thread is itself in the middle of a run with adapters.
         """
-        with self._naming:
-            waited = self._waiting.pop(name, None) is not None
-        if not waited:
-            self._bank.remove(name)
+        self._bank.remove(name)
 
     def run(
         self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
@@ -147,7 +178,9 @@ class AdapterSession:
         """Run the graph, as `onnxruntime.InferenceSession.run` does, with adapters.
 
         `adapters`: None is the base, a name one adapter for all rows, a sequence one for each row
-        of the batch, in which None is the base. `output_names` None means all outputs.
+        of the batch, in which None is the base. In place of a name may stand a mapping of names to
+        weights: the sum of the adapters' updates, each times its weight. `output_names` None means
+        all outputs.
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
@@ -174,29 +207,18 @@ class AdapterSession:
             UnknownAdapterError: an adapter that was never loaded.
             UsageError: adapters for a merged bundle.
         """
-        if not (adapters is None or isinstance(adapters, str)):
+        if not (adapters is None or isinstance(adapters, str | Mapping)):
             adapters = tuple(adapters)
-        for name in (adapters,) if isinstance(adapters, str) else dict.fromkeys(adapters or ()):
-            if name is not None and name not in self._bank:
-                self._find(name)
-        with self._bank.lease(adapters) as lease:
-            yield HeldAdapters(self, lease)
-
-    def _find(self, name: str) -> None:
-        """Load the adapter `name` of the bundle, unless another thread has."""
-        if self.manifest.mode == "merged":
+        named = adapters if isinstance(adapters, tuple) else (adapters,)
+        if self.manifest.mode == "merged" and any(name is not None for name in named):
             raise UsageError(
                 f"{self.path} is merged and takes no adapters: export the base without --merge"
             )
-        with self._naming:
-            if name in self._waiting:
-                self._load_own(name)
-            elif name not in self._bank:
-                usable = ", ".join(self.adapters) or "none"
-                raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {usable}")
+        with self._bank.lease(adapters) as lease:
+            yield HeldAdapters(self, lease)
 
-    def _load_own(self, name: str) -> str:
-        """Load the adapter `name` of the bundle; `_naming` is held."""
+    def _read_own(self, name: str) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """As `_read`, of the adapter `name` of the bundle."""
         entry = self.manifest.adapters.get(name)
         if entry is None or entry.path is None:
             own = ", ".join(sorted(self.manifest.adapters)) or "none"
@@ -213,9 +235,7 @@ class AdapterSession:
                 f"{place} is not the adapter that came with the bundle, its digest has changed:"
                 " export again, or load it by its path under another name"
             )
-        self._bank.add(name, arrays, digest=digest, labels=labels)
-        self._waiting.pop(name, None)
-        return digest
+        return arrays, digest, labels
 
     def _read(self, place: Path) -> tuple[Arrays, str, tuple[str, ...] | None]:
         """The side inputs, the digest and the labels of an adapter that fits the graph."""
@@ -270,7 +290,7 @@ class AdapterSession:
             raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
         values = self._values(feeds)
         if lease.per_row:
-            each_row(lease.names, values[self._first].shape()[0])
+            _check_rows(len(lease.rows), values[self._first].shape()[0])
         binding = lease.device.take(self._session)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -331,19 +351,26 @@ class HeldAdapters:
         return self._session._run(self._lease, output_names, feeds, self._session._device)
 
 
-def each_row(adapters: Adapters, rows: int) -> list[str | None]:
+def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
     """The adapter of each of `rows` rows.
 
     Raises:
         UsageError: a sequence of another length.
     """
-    if adapters is None or isinstance(adapters, str):
+    if adapters is None or isinstance(adapters, str | Mapping):
         return [adapters] * rows
-    if len(adapters) != rows:
-        raise UsageError(
-            f"{len(adapters)} adapters for a batch of {rows} rows: give one for each row"
-        )
+    _check_rows(len(adapters), rows)
     return list(adapters)
+
+
+def _check_rows(adapters: int, rows: int) -> None:
+    if adapters != rows:
+        raise UsageError(f"{adapters} adapters for a batch of {rows} rows: give one for each row")
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        raise UsageError("an adapter needs a name that is not empty")
 
 
 def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:

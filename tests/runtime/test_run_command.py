@@ -176,7 +176,7 @@ def test_a_mistake_is_one_line(
         ('{"completion": "a"}\n', "line 1: give a text"),
         ('{"prompt": 5}\n', "line 1: give a text"),
         ('{"messages": "a"}\n', "line 1: give a text"),
-        ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is neither a name nor null"),
+        ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is no name"),
     ],
 )
 def test_a_broken_line_is_named(

@@ -1,0 +1,131 @@
+"""What an adapter bank holds: adapters' side inputs in memory, alone and as blends of several."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.pairs import factor_pairs
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+Arrays = Mapping[str, "NDArray[Any]"]
+# What a user may name for a row: an adapter, or several with their weights.
+AdapterSpec = str | Mapping[str, float]
+
+# More runs at a time than this and some of them bind their side inputs anew.
+_SPARE_BINDINGS: Final = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Bindable:
+    """Side inputs on the device, and spare IOBindings that hold them already.
+
+    Binding all side inputs of a large model takes longer than all else around a run. An IOBinding
+    serves one run at a time, so a run takes one out and puts it back.
+    """
+
+    values: Mapping[str, onnxruntime.OrtValue]
+    _spare: deque[onnxruntime.IOBinding] = field(
+        default_factory=lambda: deque(maxlen=_SPARE_BINDINGS)
+    )
+
+    def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
+        """An IOBinding of `session` in which the side inputs are bound."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            binding = session.io_binding()
+            for name, value in self.values.items():
+                binding.bind_ortvalue_input(name, value)
+            return binding
+
+    def put_back(self, binding: onnxruntime.IOBinding) -> None:
+        """Keep `binding`, in which only the side inputs are bound, for another run."""
+        self._spare.append(binding)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """An adapter's side inputs [1, …] in host memory; its digest is what it computes.
+
+    `parts`: the digests of the adapters that a blend is made of.
+    """
+
+    digest: str
+    labels: tuple[str, ...] | None
+    host: Arrays
+    parts: tuple[str, ...] = ()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of its side inputs."""
+        return sum(values.nbytes for values in self.host.values())
+
+    def computes(self, digest: str, arrays: Arrays) -> bool:
+        """Whether an adapter is this one, though it may come in another format."""
+        if self.digest == digest:
+            return True
+        return self.host.keys() == arrays.keys() and all(
+            np.array_equal(self.host[name], values) for name, values in arrays.items()
+        )
+
+
+def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
+    """The adapters that `spec` names, with their weights.
+
+    Raises:
+        UsageError: no adapter, or a weight that is no finite number.
+    """
+    if isinstance(spec, str):
+        return ((spec, 1.0),)
+    weights = []
+    for name, weight in spec.items():
+        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+        if not number or not np.isfinite(weight):
+            raise UsageError(f"the weight of {name!r} is {weight!r}: give a finite number")
+        weights.append((name, float(weight)))
+    if not weights:
+        raise UsageError("a blend names no adapter: give {name: weight, …}, or None for the base")
+    return tuple(sorted(weights))
+
+
+def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resident:
+    """Σ weight · adapter: the factors side by side, the weights in B.
+
+    Raises:
+        UsageError: a member has more than low-rank factors, which are all that adds up.
+    """
+    pairs = factor_pairs(manifest.targets)
+    low_rank = {name for pair in pairs for name in (pair.lora_A, pair.lora_B)}
+    for resident, _ in members:
+        if more := sorted(resident.host.keys() - low_rank):
+            raise UsageError(
+                f"an adapter that brings {more[0]} has no scale and cannot be blended: its low-rank"
+                " factors alone would add up"
+            )
+    host = {}
+    for pair in pairs:
+        touched = [(r.host, weight) for r, weight in members if pair.lora_A in r.host]
+        if touched:
+            host[pair.lora_A] = np.concatenate([own[pair.lora_A] for own, _ in touched], axis=2)
+            host[pair.lora_B] = np.concatenate(
+                [own[pair.lora_B] * own[pair.lora_B].dtype.type(w) for own, w in touched], axis=1
+            )
+    parts = tuple(resident.digest for resident, _ in members)
+    return Resident(blend_digest(members), None, host, parts)
+
+
+def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
+    """The identity of a blend: its members' and their weights."""
+    return "blend:" + "+".join(f"{weight!r}*{resident.digest}" for resident, weight in members)
