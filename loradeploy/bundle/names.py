@@ -7,18 +7,35 @@ from typing import Final
 CAUSAL_LM: Final = "causal-lm"
 SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 FEATURE_EXTRACTION: Final = "feature-extraction"
-TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION)
+TOKEN_CLASSIFICATION: Final = "token-classification"
+IMAGE_CLASSIFICATION: Final = "image-classification"
+SEQ2SEQ_LM: Final = "seq2seq-lm"
+TASKS: Final = (
+    CAUSAL_LM,
+    SEQUENCE_CLASSIFICATION,
+    FEATURE_EXTRACTION,
+    TOKEN_CLASSIFICATION,
+    IMAGE_CLASSIFICATION,
+    SEQ2SEQ_LM,
+)
+# Their models end in a head, which adapters replace whole.
+CLASSIFICATIONS: Final = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, IMAGE_CLASSIFICATION)
 # PEFT's names of them in an adapter's config, by which it chooses the class around a model.
 PEFT_TASKS: Final = {
     CAUSAL_LM: "CAUSAL_LM",
     SEQUENCE_CLASSIFICATION: "SEQ_CLS",
     FEATURE_EXTRACTION: "FEATURE_EXTRACTION",
+    TOKEN_CLASSIFICATION: "TOKEN_CLS",
+    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
 }
 
 INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
+DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
+PIXEL_VALUES: Final = "pixel_values"  # float [batch, channels, height, width]
+INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 ADAPTER_MODE: Final = "adapter_mode"  # int64 [1]: 0 the base's branch, 1 that with an adapter
 BASE, ROWS, SLOTS, NONE = "base", "rows", "slots", "none"

@@ -95,7 +95,12 @@ def command(
     options = {name: value for name, value in generation.items() if value is not None}
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])
-    run = _TASKS[session.manifest.task]
+    task = session.manifest.task
+    if task not in _TASKS:
+        raise UsageError(
+            f"{bundle} is a {task} bundle, which this command cannot run: use AdapterSession.run"
+        )
+    run = _TASKS[task]
     if run is not _generate and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(

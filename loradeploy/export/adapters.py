@@ -22,7 +22,7 @@ from loradeploy.bundle.manifest import (
     SavedTarget,
 )
 from loradeploy.bundle.names import (
-    SEQUENCE_CLASSIFICATION,
+    CLASSIFICATIONS,
     lora_a_name,
     lora_b_name,
     offset_name,
@@ -145,7 +145,7 @@ def _expected(
         if layer.kind == "linear"
         and (
             is_saved(f"{module}.{part}", adapter.config)
-            or (task == SEQUENCE_CLASSIFICATION and is_head(module))
+            or (task in CLASSIFICATIONS and is_head(module))
         )
     }
     biases = {

@@ -19,11 +19,15 @@ from loradeploy.bundle.manifest import (
 )
 from loradeploy.bundle.names import (
     CAUSAL_LM,
+    CLASSIFICATIONS,
     LEFT,
+    LOGITS,
     NONE,
     ROWS,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     SLOTS,
+    TOKEN_CLASSIFICATION,
     offset_name,
     scale_name,
 )
@@ -148,7 +152,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest = _merged(base, findings, options)
     else:
         manifest, added, arrays = _with_side_inputs(base, findings, options)
-    count = label_count(options.adapters) if base.task == SEQUENCE_CLASSIFICATION else None
+    count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     own = settings_beside(source.directory, options.evidence.checkpoint)
     config = with_labels(own, count, label_names(options.adapters))
     if config and base.pad is not None:
@@ -173,7 +177,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
     identity = BaseIdentity(source.name, digest, "checkpoint")
-    labels = label_count(adapters) if task == SEQUENCE_CLASSIFICATION else None
+    labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if adapters:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
         check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
@@ -275,6 +279,8 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
         for value in graph.graph.outputs
     }
     task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
+    if asked == TOKEN_CLASSIFICATION and ranks.get(LOGITS) == 3:
+        task = asked  # the outputs have the ranks of a language model's
     if task is None:
         raise UsageError(
             f"the inputs and outputs of {source.name} do not tell its task: give --task"
@@ -377,12 +383,12 @@ def _split(
     head = output_head(base.graph, findings)
     targets, heads = [], []
     for module, linear in findings.linears.items():
-        classifies = base.task == SEQUENCE_CLASSIFICATION and is_head(module)
+        classifies = base.task in CLASSIFICATIONS and is_head(module)
         if module not in wanted and (classifies or module in saved):
             heads.append(linear)
             continue
         # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
-        spared = module == head and base.task == CAUSAL_LM and module not in wanted
+        spared = module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in wanted
         if not spared and _has_rows(base.graph, linear, wanted=module in wanted):
             targets.append(linear)
     return targets, heads

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import torch
+
+# What transformers calls its ways to compute a mixture that can be replaced.
+_EXPERTS: Final = ("grouped_mm", "batched_mm")
 
 
 @contextlib.contextmanager
@@ -21,8 +24,11 @@ def traceable() -> Iterator[None]:
       row would otherwise spread it from padding to everything.
     - Grouped-query attention stays grouped: the repeated keys and values are never materialised.
       Attention that leaves the repetition to broadcasting is told to be grouped.
+    - A mixture computes every expert for every token. To sort tokens by expert, as transformers
+      does, ONNX has no operators, and gathering weights by token would copy them for each.
     """
     import torch
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +38,8 @@ def traceable() -> Iterator[None]:
     Conv1D.forward = _conv1d_as_matmul
     torch.nn.functional.scaled_dot_product_attention = _grouped(attention)
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_without_empty_rows
+    for name in _EXPERTS:
+        ALL_EXPERTS_FUNCTIONS[name] = _every_expert
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     try:
         yield
@@ -39,6 +47,8 @@ def traceable() -> Iterator[None]:
         Conv1D.forward = conv1d_forward
         torch.nn.functional.scaled_dot_product_attention = attention
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        for name in _EXPERTS:
+            del ALL_EXPERTS_FUNCTIONS[name]
         if grouped is None:
             del os.environ["TRANSFORMERS_SDPA_FORCE_GQA"]
         else:
@@ -54,6 +64,29 @@ def _grouped(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return attention(query, key, value, *rest, **options)
 
     return grouped
+
+
+def _every_expert(
+    self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """x [tokens, hidden], each token's chosen experts and their weights [tokens, k]."""
+    import torch
+
+    share = torch.zeros(x.shape[0], self.num_experts, dtype=weights.dtype)
+    share = share.scatter(1, chosen, weights)  # [tokens, experts]
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    y = _by_expert(self, up, x[None])
+    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    y = _by_expert(self, "down_proj", y)  # [experts, tokens, hidden]
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    return (y * share.T[..., None]).sum(dim=0).to(x.dtype)
+
+
+def _by_expert(module: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight = getattr(module, name)
+    y: torch.Tensor = x @ (weight if module.is_transposed else weight.transpose(1, 2))
+    return y + getattr(module, f"{name}_bias")[:, None] if module.has_bias else y
 
 
 def _conv1d_as_matmul(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import (
     CAUSAL_LM,
+    DECODER_INPUT_IDS,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
     LAST_HIDDEN_STATE,
     LOGITS,
     PEFT_TASKS,
+    PIXEL_VALUES,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASKS,
+    TOKEN_CLASSIFICATION,
 )
 from loradeploy.errors import ExportError, UsageError
 
@@ -42,14 +47,23 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             False,
         ),
         Task(FEATURE_EXTRACTION, "AutoModel", LAST_HIDDEN_STATE, False),
+        Task(TOKEN_CLASSIFICATION, "AutoModelForTokenClassification", LOGITS, False),
+        Task(IMAGE_CLASSIFICATION, "AutoModelForImageClassification", LOGITS, False),
+        Task(SEQ2SEQ_LM, "AutoModelForSeq2SeqLM", LOGITS, False),
     )
 }
+
+# Encoder-decoders by name that hear, and endings of theirs that are no language models.
+_SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
+_HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
 # The endings of transformers' class names, in the order they are tried.
 _ENDINGS: Final = {
     "ForCausalLM": CAUSAL_LM,
     "LMHeadModel": CAUSAL_LM,
     "ForSequenceClassification": SEQUENCE_CLASSIFICATION,
+    "ForTokenClassification": TOKEN_CLASSIFICATION,
+    "ForImageClassification": IMAGE_CLASSIFICATION,
     "ForMaskedLM": FEATURE_EXTRACTION,
     "Model": FEATURE_EXTRACTION,
 }
@@ -62,13 +76,15 @@ def choose_task(
 
     Raises:
         UsageError: the task asked for is unknown, or nothing tells the task.
-        ExportError: an encoder-decoder model.
+        ExportError: an encoder-decoder model, for another task than its own.
     """
     if config.get("is_encoder_decoder"):
-        raise ExportError(
-            f"{_architecture(config)} is an encoder-decoder model, which cannot be exported yet:"
-            " give a decoder or an encoder"
-        )
+        if asked not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
+            raise ExportError(
+                f"{_architecture(config)} is an encoder-decoder model, which is exported for"
+                f" {SEQ2SEQ_LM} alone"
+            )
+        return SEQ2SEQ_LM
     if asked is not None:
         return check_task(asked)
     wanted = {adapter.config.task_type for adapter in adapters} - {None}
@@ -90,6 +106,13 @@ def choose_task(
     )
 
 
+def auto_class(task: str, config: Mapping[str, Any]) -> str:
+    """transformers' auto class; one for speech differs from that for text."""
+    if task == SEQ2SEQ_LM and config.get("model_type") in _SPEECH:
+        return "AutoModelForSpeechSeq2Seq"
+    return TASK_TABLE[task].auto_class
+
+
 def check_task(task: str) -> str:
     """`task` itself, or UsageError where there is none of that name."""
     if task not in TASKS:
@@ -97,7 +120,7 @@ def check_task(task: str) -> str:
     return task
 
 
-def task_of_graph(inputs: Iterable[str], outputs: Mapping[str, int | None]) -> str | None:
+def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) -> str | None:
     """The task that a graph's inputs, and outputs with their ranks, show; None where they do not.
 
     A cache makes it a causal language model, `logits` [batch, labels] a classifier, and
@@ -106,6 +129,10 @@ def task_of_graph(inputs: Iterable[str], outputs: Mapping[str, int | None]) -> s
     cached = any(name.startswith("past_key_values.") for name in inputs)
     if LOGITS in outputs:
         rank = outputs[LOGITS]
+        if DECODER_INPUT_IDS in inputs:
+            return None if cached else SEQ2SEQ_LM
+        if PIXEL_VALUES in inputs:
+            return IMAGE_CLASSIFICATION
         if cached or rank == 3:
             return CAUSAL_LM
         return SEQUENCE_CLASSIFICATION if rank == 2 else None

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
+    CLASSIFICATIONS,
+    DECODER_INPUT_IDS,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
+    INPUT_FEATURES,
     INPUT_IDS,
+    PIXEL_VALUES,
     POSITION_IDS,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_TYPE_IDS,
     past_name,
@@ -22,7 +28,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError, MissingDependencyError, ModelError
 from loradeploy.export.patches import traceable
-from loradeploy.export.tasks import TASK_TABLE, Task
+from loradeploy.export.tasks import TASK_TABLE, Task, auto_class
 from loradeploy.export.tidy import tidy
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.quiet import quiet
@@ -77,11 +83,11 @@ def load_model(
         raise MissingDependencyError(
             f"exporting a checkpoint needs {problem.name}: pip install 'loradeploy[export]'"
         ) from None
-    auto = getattr(transformers, TASK_TABLE[task].auto_class)
     changes: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(directory, **changes)
+            auto = getattr(transformers, auto_class(task, config.to_dict()))
             if task == SEQUENCE_CLASSIFICATION:
                 told = config.get_text_config()
                 known = told.pad_token_id is not None
@@ -115,7 +121,9 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     cache → `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`,
     `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
     or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
-    is a pooler.
+    is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
+    `pixel_values` → `logits`. Encoder-decoders: `input_ids` and `attention_mask`, or
+    `input_features`, and `decoder_input_ids` → `logits` [batch, target, vocabulary], no cache.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -177,7 +185,7 @@ def _zero_head(
             model.pooler = None
             lacking = lacking - unpooled
     # Of a classifier the head may be yet to be trained, and a pooler is a part of it.
-    classifies = task == SEQUENCE_CLASSIFICATION and not bare
+    classifies = task in CLASSIFICATIONS and not bare
     body = f"{model.base_model_prefix}." if classifies else ""
     missing = sorted(
         name
@@ -267,8 +275,14 @@ def _outputs(model: Any, kind: Task) -> list[str]:
 
 
 def _plain_inputs(model: Any, kind: Task) -> list[str]:
-    """The token inputs of `model`, the cache apart."""
+    """The inputs of `model`, the cache apart."""
     taken = _parameters(model)
+    if kind.name == IMAGE_CLASSIFICATION:
+        return [PIXEL_VALUES]
+    if kind.name == SEQ2SEQ_LM:
+        heard = INPUT_FEATURES in taken
+        source = [INPUT_FEATURES] if heard else [INPUT_IDS, ATTENTION_MASK]
+        return [*source, DECODER_INPUT_IDS]
     names = [INPUT_IDS, ATTENTION_MASK]
     if kind.cached and POSITION_IDS in taken:
         names.append(POSITION_IDS)
@@ -302,8 +316,12 @@ def _example(
             {0: batch, 1: sequence},
         ),
         TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
+        DECODER_INPUT_IDS: (torch.ones((_BATCH, _PAST), dtype=torch.int64), {0: batch, 1: total}),
     }
     names = _plain_inputs(model, kind)
+    sizes = _fixed_sizes(model.config, names[0])
+    if sizes is not None:
+        examples = {**examples, names[0]: (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})}
     plain = [examples[name][0] for name in names]
     plain_dims = [examples[name][1] for name in names]
     if not kind.cached:
@@ -319,6 +337,18 @@ def _example(
     cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
     names += [past_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
     return (plain, cached), (plain_dims, cached_dims), names
+
+
+def _fixed_sizes(config: Any, name: str) -> tuple[int, ...] | None:
+    """The sizes of an image or of sound, the batch apart; None for another input."""
+    if name == PIXEL_VALUES:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.num_channels, height, width
+    # Whisper's encoder halves the frames into its positions.
+    return (
+        (config.num_mel_bins, 2 * config.max_source_positions) if name == INPUT_FEATURES else None
+    )
 
 
 def _parameters(model: Any) -> Mapping[str, Any]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.errors import UsageError
 
-TOKEN_CLASSIFICATION: Final = "token-classification"
 EMBEDDING: Final = "embedding"
 # Keys of the YAML file that are no settings of the training itself: see `read_places`.
 PLACES: Final = ("model", "data", "output")

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from loradeploy.bundle.names import CAUSAL_LM, PEFT_TASKS, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    PEFT_TASKS,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.train import data
-from loradeploy.train.config import EMBEDDING, TOKEN_CLASSIFICATION, TrainConfig
+from loradeploy.train.config import EMBEDDING, TrainConfig
 from loradeploy.train.features import (
     Collator,
     Encoded,
@@ -35,8 +40,8 @@ if TYPE_CHECKING:
 Encode = Callable[[Sequence[Any], Sequence[str], "PreTrainedTokenizerBase", int], Encoded]
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
-# PEFT's names of the tasks that are trained and not exported.
-_PEFT_ONLY: Final = {TOKEN_CLASSIFICATION: "TOKEN_CLS", EMBEDDING: "FEATURE_EXTRACTION"}
+# PEFT's names of the tasks that are exported by another name.
+_PEFT_ONLY: Final = {EMBEDDING: "FEATURE_EXTRACTION"}
 
 
 @dataclass(frozen=True)

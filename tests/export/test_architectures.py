@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +57,62 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         {**_COMMON, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     ),
     "falcon: one key head for all": ("causal-lm", "FalconConfig", _COMMON),
+    "smollm3: layers without rotation": (
+        "causal-lm",
+        "SmolLM3Config",
+        {**_DECODER, "num_hidden_layers": 4},
+    ),
+    "gemma: scaled embeddings": ("causal-lm", "GemmaConfig", {**_DECODER, "head_dim": 8}),
+    "granite: multipliers": ("causal-lm", "GraniteConfig", _DECODER),
+    "olmo2: norms behind": ("causal-lm", "Olmo2Config", _DECODER),
+    "phi: attention and mlp side by side": (
+        "causal-lm",
+        "PhiConfig",
+        {**_DECODER, "num_key_value_heads": 4},
+    ),
+    "bloom: biased by distance": (
+        "causal-lm",
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, **_TOKENS},
+    ),
+    "mixtral: a mixture of experts": (
+        "causal-lm",
+        "MixtralConfig",
+        {**_DECODER, "num_local_experts": 4},
+    ),
+    "qwen3-moe: many small experts": (
+        "causal-lm",
+        "Qwen3MoeConfig",
+        {
+            **_DECODER,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "distilbert: other names": (
+        "sequence-classification",
+        "DistilBertConfig",
+        {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 64,
+            **_TOKENS,
+        },
+    ),
+    "electra: a head of two layers": (
+        "sequence-classification",
+        "ElectraConfig",
+        {**_ENCODER, "embedding_size": 32},
+    ),
+    "albert: one layer many times": (
+        "sequence-classification",
+        "AlbertConfig",
+        {**_ENCODER, "embedding_size": 16},
+    ),
     "roberta: a head of two layers": (
         "sequence-classification",
         "RobertaConfig",
@@ -66,6 +123,16 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "ModernBertConfig",
         {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
     ),
+}
+
+
+_ATTENTION: Final = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Where not all linear layers are adapted: experts are no layers of their own, and PEFT cannot both
+# adapt and save a part of a head.
+TARGETS: Final[Mapping[str, list[str]]] = {
+    "MixtralForCausalLM": _ATTENTION,
+    "Qwen3MoeForCausalLM": _ATTENTION,
+    "DistilBertForSequenceClassification": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
 
 
@@ -109,7 +176,10 @@ def test_every_path_is_the_pytorch_model(
     architecture: tuple[str, Path], make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     task, model = architecture
-    adapter = make_adapter(model, out=tmp_path / "a", task=task, scale=0.1)
+    (name,) = json.loads((model / "config.json").read_text())["architectures"]
+    targets = TARGETS.get(name, "all-linear")
+    out = tmp_path / "a"
+    adapter = make_adapter(model, out=out, task=task, scale=0.1, target_modules=targets)
     export(model, tmp_path / "side", adapters={"a": adapter})
     export(tmp_path / "side", tmp_path / "merged", adapters={"a": adapter}, merge=True)
     ids = np.random.default_rng(0).integers(5, 110, (2, 9))
