@@ -132,6 +132,17 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True)
+class MergeLoss:
+    """What rounding left of a merged update: the share that is `kept`, and `noise` besides.
+
+    Both are relative to the size of the update; 1 and 0 are no loss (see export/loss.py).
+    """
+
+    kept: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a reader of the bundle must know about its graph.
 
@@ -142,6 +153,7 @@ class Manifest:
     `changed`: the layers whose outputs take a scale or an offset.
     `branches`: what `adapter_mode` chooses besides the base: "rows", where slot i of the side
     inputs belongs to row i and there is no `adapter_ids`, or "slots"; "none" without that input.
+    `merge_loss`: what the merged graph's precision did to the adapter.
     `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
     """
 
@@ -162,6 +174,7 @@ class Manifest:
     changed: tuple[OutputTarget, ...] = ()
     branches: str = NONE
     padding: str = LEFT
+    merge_loss: MergeLoss | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
@@ -197,6 +210,9 @@ class Manifest:
                     for name, entry in _object(value, "adapters").items()
                 }
             ),
+            "merge_loss": lambda value: (
+                None if value is None else _noun(MergeLoss, value, "merge_loss")
+            ),
             "merged_adapter": lambda value: (
                 None if value is None else _noun(AdapterEntry, value, "merged_adapter")
             ),
@@ -231,6 +247,7 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "str": lambda v: isinstance(v, str),
     "str | None": lambda v: v is None or isinstance(v, str),
     "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "bool": lambda v: isinstance(v, bool),
     "tuple[int | str, ...]": lambda v: _all(v, int | str),
     "tuple[int, ...]": lambda v: _all(v, int),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_rows
+from loradeploy.cli.console import PROVIDERS, json_option, print_json, print_rows, provider_option
 
 if TYPE_CHECKING:
     from loradeploy.runtime.timing import Timing
@@ -33,9 +33,16 @@ if TYPE_CHECKING:
     help="Tokens in the cache of a decoder, or in the texts of an encoder.",
 )
 @click.option("--rounds", type=int, default=15, show_default=True, help="Timed calls of a side.")
+@provider_option
 @json_option
 def command(
-    bundle: str, adapters: tuple[str, ...], batch: int, length: int, rounds: int, as_json: bool
+    bundle: str,
+    adapters: tuple[str, ...],
+    batch: int,
+    length: int,
+    rounds: int,
+    provider: str,
+    as_json: bool,
 ) -> None:
     """Time one forward pass of BUNDLE, the sides taking turns in random order.
 
@@ -46,7 +53,7 @@ def command(
     from loradeploy.runtime.timing import time_bundle
 
     begin = time.perf_counter()
-    session = AdapterSession(bundle)
+    session = AdapterSession(bundle, PROVIDERS[provider])
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:
@@ -66,6 +73,7 @@ def command(
                 "providers": session.providers,
                 "open_s": opened,
                 "load_ms": loads,
+                "placement": session.placement,
                 "timings": [asdict(timing) for timing in timings],
             }
         )
@@ -74,6 +82,11 @@ def command(
     header = ("side", "ms", "quartiles", "× base", "quartiles")
     print_rows(title, header, [_row(timing) for timing in timings])
     print_rows("loading", ("adapter", "ms"), [(n, f"{ms:.1f}") for n, ms in loads.items()])
+    nodes = [
+        (name, sum(counts.values()), ", ".join(f"{op} {count}" for op, count in counts.items()))
+        for name, counts in session.placement.items()
+    ]
+    print_rows("nodes", ("provider", "nodes", "operators"), nodes)
     click.echo(f"opened in {opened:.2f} s")
 
 

@@ -22,10 +22,23 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
 
+# onnxruntime's names of what --provider chooses.
+PROVIDERS: Final = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(tuple(PROVIDERS)),
+    default="cpu",
+    show_default=True,
+    help="ONNX Runtime's execution provider.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

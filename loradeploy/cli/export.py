@@ -6,6 +6,7 @@ import time
 
 import click
 
+from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import BRANCHES, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
@@ -55,6 +56,11 @@ from loradeploy.export.precision import NAMED
     help="Also write required.onnx, for clients as onnxruntime-node that feed no optional input.",
 )
 @click.option(
+    "--requantise",
+    is_flag=True,
+    help="Merge into int8 or int4 weights and pack them again; the loss is told.",
+)
+@click.option(
     "--checkpoint",
     type=click.Path(),
     help="Where an ONNX model was exported from: tells its modules by their weights.",
@@ -76,6 +82,7 @@ def command(
     side_inputs: str | None,
     branches: str | None,
     required_inputs: bool,
+    requantise: bool,
     checkpoint: str | None,
     module_map: str | None,
     as_json: bool,
@@ -102,6 +109,7 @@ def command(
             else [kind.strip() for kind in side_inputs.split(",")],
             branches=branches,
             required_inputs=required_inputs,
+            requantise=requantise,
             checkpoint=checkpoint,
             module_map=module_map,
         )
@@ -115,9 +123,16 @@ def command(
         "targets": len(manifest.targets),
         "adapters": sorted(manifest.adapters),
         "merged_adapter": manifest.merged_adapter and manifest.merged_adapter.digest,
+        "merge_loss": _told(manifest),
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:
         print_json(values)
     else:
         print_pairs(f"Exported {output}", {k: v for k, v in values.items() if k != "bundle"})
+
+
+def _told(manifest: Manifest) -> dict[str, float] | None:
+    """What rounding left of a merged adapter."""
+    loss = manifest.merge_loss
+    return None if loss is None else {"kept": loss.kept, "noise": loss.noise}

@@ -171,7 +171,7 @@ def _bundle(place: Path) -> Facts:
     from loradeploy.bundle.manifest import read_manifest
 
     manifest = read_manifest(place)
-    merged = manifest.merged_adapter
+    merged, loss = manifest.merged_adapter, manifest.merge_loss
     files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
     digests = {name: file_digest(file) for name, file in files.items() if file.is_file()}
     told = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
@@ -189,6 +189,7 @@ def _bundle(place: Path) -> Facts:
         "factor_dtype": None if merged else manifest.factor_dtype,
         "branches": None if merged else manifest.branches,
         "merged_adapter": None if merged is None else merged.digest,
+        "merge_loss": None if loss is None else f"{loss.kept:.1%} kept, noise {loss.noise:.2g}",
         "graph_digest": manifest.graph_digest,
         "graph": f"changed since the export: {', '.join(changed)}" if changed else "as exported",
         "parity": verdict,

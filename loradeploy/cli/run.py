@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.cli.console import PROVIDERS, provider_option
 from loradeploy.errors import DataError, UnknownAdapterError, UsageError
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 _JSON_LINES: Final = (".jsonl", ".ndjson")
 _PROMPT_KEYS: Final = ("prompt", "messages", "text")
-_PROVIDERS: Final = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,7 @@ class Request:
 @click.option("--top-p", type=float, help="Sample from the tokens of this probability mass.")
 @click.option("--seed", type=int, help="Of the sampling.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts at a time.")
-@click.option(
-    "--provider",
-    type=click.Choice(tuple(_PROVIDERS)),
-    default="cpu",
-    show_default=True,
-    help="ONNX Runtime's execution provider.",
-)
+@provider_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a prompt.")
 def command(
     bundle: str,
@@ -91,7 +81,7 @@ def command(
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
     requests = [Request(prompt, adapter)] if file is None else list(_read(file, adapter))
-    session = AdapterSession(bundle, _PROVIDERS[provider])
+    session = AdapterSession(bundle, PROVIDERS[provider])
     options = {name: value for name, value in generation.items() if value is not None}
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])

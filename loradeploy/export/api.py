@@ -26,6 +26,7 @@ def export(
     side_inputs: Iterable[str] = (),
     branches: str | None = None,
     required_inputs: bool = False,
+    requantise: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     module_map: str | os.PathLike[str] | None = None,
     overwrite: bool = True,
@@ -49,6 +50,8 @@ def export(
             each branch holds in memory anew.
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
+        requantise: merge into weights that are packed to 8 or 4 bits already, and pack them again;
+            the manifest's merge_loss tells what of the adapter is lost.
         checkpoint: the directory that an ONNX model was exported from: its weights tell which
             modules the graph's products are, whatever they are called, and name the base.
         module_map: a JSON file that tells it, {"node name": "module"}; names are regular
@@ -89,6 +92,8 @@ def export(
         raise UsageError(f"no branches are called {branches!r}: there are {', '.join(BRANCHES)}")
     if merge and branches:
         raise UsageError("--branches and --merge do not go together: a merged graph needs none")
+    if requantise and not merge:
+        raise UsageError("--requantise is for --merge: side inputs leave packed weights alone")
     if merge and required_inputs:
         raise UsageError(
             "--required-inputs and --merge do not go together: a merged graph has no side inputs"
@@ -104,7 +109,9 @@ def export(
         )
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     evidence = Evidence(given, module_map)
-    options = Options(read, merge, precision, task, kinds, branches, required_inputs, evidence)
+    options = Options(
+        read, merge, precision, task, kinds, branches, required_inputs, requantise, evidence
+    )
     manifest, content = build(source, options)
     logger.info("writing %s", target)
     return write_bundle(target, manifest, content)

@@ -65,6 +65,7 @@ from loradeploy.export.graph import (
     required_inputs,
 )
 from loradeploy.export.held import HeldBase
+from loradeploy.export.loss import warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.parts import Part, find_parts
@@ -103,6 +104,7 @@ class Options:
     side_inputs: frozenset[str] = frozenset()
     branches: str | None = None
     required: bool = False
+    requantise: bool = False
     evidence: Evidence = field(default_factory=Evidence)
 
 
@@ -340,12 +342,22 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     ((name, adapter),) = options.adapters.items()
     _check_base(name, adapter, base, findings)
     logger.info("merging %s", name)
-    report = merge_adapter(base.graph, findings.linears, adapter, weights=base.weights)
+    report = merge_adapter(
+        base.graph,
+        findings.linears,
+        adapter,
+        weights=base.weights,
+        packing=None if base.packed else PACKED_BITS.get(base.precision),
+        requantise=options.requantise,
+    )
+    warn_of(report.loss, base.precision)
     for module in report.untied:
         logger.info("%s shares its weight and got a copy of its own", module)
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
-        _manifest(base, "merged"), merged_adapter=AdapterEntry(adapter.digest)
+        _manifest(base, "merged"),
+        merged_adapter=AdapterEntry(adapter.digest),
+        merge_loss=report.loss,
     )
     return _packed(base, manifest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,14 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.delta import as_matrix, matrices
 from loradeploy.adapter.dora import output_scale
 from loradeploy.adapter.targets import is_saved
+from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
 from loradeploy.export.find import Linear
+from loradeploy.export.loss import Tally
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.places import Layers, cast
+from loradeploy.export.products import PACKED, products
+from loradeploy.export.quantise import pack_again, rounded
 from loradeploy.export.rewire import constant_of, remove_unused
 
 if TYPE_CHECKING:
@@ -31,11 +36,13 @@ class MergeReport:
 
     `modules`: whose weights took the product of the factors in. `parameters`: replaced whole.
     `untied`: modules that shared their weight with others, and got a copy of their own.
+    `loss`: what the stored precision did to the update; None where there was none.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     untied: tuple[str, ...]
+    loss: MergeLoss | None = None
 
 
 def merge_adapter(
@@ -44,6 +51,8 @@ def merge_adapter(
     adapter: Adapter,
     *,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    packing: int | None = None,
+    requantise: bool = False,
 ) -> MergeReport:
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
 
@@ -52,7 +61,9 @@ def merge_adapter(
     biases) is put in its place, a bias that the graph lacks is added. `weights` gives modules'
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
-    first: the other user keeps its own.
+    first: the other user keeps its own. `packing` is the bits that the weights are to be packed to
+    afterwards, for the loss. With `requantise` weights that are packed already are unpacked, merged
+    and packed again.
 
     Raises:
         AdapterError: the factors are for a base that an initialisation changed, or a convolution of
@@ -62,20 +73,28 @@ def merge_adapter(
     """
     adapter.check_plain()
     layers = Layers(model.graph, linears, find_parts(model))
-    _check(layers, adapter)
-    untied = []
+    _check(layers, adapter, requantise=requantise)
+    untied, tally = [], Tally()
     for module in adapter.modules:
-        layer = _layer(layers, module, adapter.factors[module])
+        pair, s = adapter.factors[module], adapter.scaling(module)
+        layer = _layer(layers, module, pair)
         assert layer is not None
+        if isinstance(layer, Linear) and layer.quantised:
+            _merge_packed(model.graph, layer, pair, s, tally)
+            continue
         start = None if weights is None else weights.get(module)
-        merged = _merged(layer, adapter.factors[module], adapter.scaling(module), start)
+        before, W, turned = _merged(layer, pair, s, start)
+        held = constant_of(layer.weight).dtype
+        merged = cast(W, held, module)
+        _count(tally, layer, before, W.T if turned else as_matrix(W, pair), held, packing)
         if layers.replace_weight(layer, merged):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
         if layers.replace(parameter, values):
             untied.append(parameter.rpartition(".")[0])
     remove_unused(model.graph, inputs=False)
-    return MergeReport(adapter.modules, tuple(sorted(adapter.saved)), tuple(untied))
+    saved = tuple(sorted(adapter.saved))
+    return MergeReport(adapter.modules, saved, tuple(untied), tally.loss())
 
 
 def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
@@ -88,29 +107,71 @@ def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
 
 def _merged(
     layer: Linear | Part, pair: Factors, s: float, start: NDArray[Any] | None
-) -> NDArray[Any]:
-    """The new weight, in the initializer's orientation and dtype."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
+    """The matrix [out, in] before, the new weight as the graph has it, and whether it is turned."""
     held = constant_of(layer.weight)
     turned = isinstance(layer, Linear) and not layer.transposed
     if start is None:
-        W = held.astype(np.float32)
+        before = held.astype(np.float32)
     else:
-        W = np.array(start.T if turned else start, dtype=np.float32, order="C")
+        before = np.array(start.T if turned else start, dtype=np.float32, order="C")
+    W = before.copy()
     matrix = W.T if turned else as_matrix(W, pair)  # [out, in], a view
     if isinstance(layer, Linear) and layer.slice is not None:
         matrix = matrix[slice(*layer.slice)]
+    _update(matrix, pair, s)
+    return before.T if turned else as_matrix(before, pair), W, turned
+
+
+def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
+    """Merge into the matrix [out, in] in place."""
     scale = None if pair.magnitude is None else output_scale(matrix, pair, s)
     A, B = matrices(pair)
-    if turned:
-        matrix.T[...] += A.T @ (np.float32(s) * B).T  # [in, out]: in the order of its memory
-    else:
+    if matrix.flags.c_contiguous:
         matrix += (np.float32(s) * B) @ A
+    else:
+        matrix.T[...] += A.T @ (np.float32(s) * B).T  # in the order of its memory
     if scale is not None:
         matrix *= scale[:, np.newaxis]
-    return cast(W, held.dtype, layer.module)
 
 
-def _check(layers: Layers, adapter: Adapter) -> None:
+def _merge_packed(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally: Tally) -> None:
+    """Merge into a packed weight, which loses what its few steps cannot hold."""
+    node = layer.nodes[0]
+    product = next(each for each in products(graph) if each.node is node)
+    before = product.rows(list(range(product.out_features)))
+    if before is None or node.op_type != PACKED:
+        raise ExportError(f"{layer.module} is packed in a way that cannot be packed again")
+    W = before.copy()
+    _update(W if layer.slice is None else W[slice(*layer.slice)], pair, s)
+    for each in layer.nodes:
+        pack_again(each, graph, W)
+    after = next(each for each in products(graph) if each.node is node)
+    stored = after.rows(list(range(product.out_features)))
+    assert stored is not None
+    own = slice(None) if layer.slice is None else slice(*layer.slice)
+    tally.add_stored(before[own], W[own], stored[own])
+
+
+def _count(
+    tally: Tally,
+    layer: Linear | Part,
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    held: np.dtype[Any],
+    packing: int | None,
+) -> None:
+    """The loss of one weight, [out, in] before and after; parts are never packed."""
+    if isinstance(layer, Linear) and layer.slice is not None:
+        own = slice(*layer.slice)
+        before, after = before[own], after[own]
+    bits = packing if isinstance(layer, Linear) else None
+    tally.add(
+        before, after, (lambda W: W.astype(held)) if bits is None else partial(rounded, bits=bits)
+    )
+
+
+def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:
     problems = []
     for module, pair in sorted(adapter.factors.items()):
         problems += _factor_problems(layers, module, pair)
@@ -123,10 +184,11 @@ def _check(layers: Layers, adapter: Adapter) -> None:
             f"the adapter does not fit this model: {listed(problems, _LISTED)}"
         )
     packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantised]
-    if packed:
+    if packed and not requantise:
         raise ExportError(
             f"{packed[0]} is already quantised, and merging into it would lose the adapter's"
-            " detail: merge into the unquantised model and quantise the result"
+            " detail: merge into the unquantised model and quantise the result, or take the loss"
+            " with --requantise"
         )
 
 

@@ -8,7 +8,7 @@ MatMulInteger           dynamically quantised: DynamicQuantizeLinear before, Cas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -229,12 +229,32 @@ def _beside(
 
 
 def _unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None:
-    """As MatMulNBits of com.microsoft has it: blocks along the input, the low bits first."""
-    attributes = {name: node.attributes[name].as_int() for name in ("K", "N", "block_size")}
-    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
     packed, scales, zeros = (_constant(node, index) for index in (1, 2, 3))
+    if packed is None or scales is None:
+        return None
+    attributes = {
+        name: node.attributes[name].as_int()
+        for name in ("K", "N", "bits", "block_size")
+        if name in node.attributes
+    }
+    return unpacked(attributes, packed, scales, zeros, picks)
+
+
+def unpacked(
+    attributes: Mapping[str, int],
+    packed: NDArray[np.generic],
+    scales: NDArray[np.generic],
+    zeros: NDArray[np.generic] | None,
+    picks: list[int],
+) -> NDArray[np.float32] | None:
+    """The weights [picks, in] of a MatMulNBits of com.microsoft; None for bits it does not have.
+
+    Blocks are along the input, the low bits come first, and without zero points the middle of the
+    range is zero.
+    """
     into, out, size = attributes["K"], attributes["N"], attributes["block_size"]
-    if packed is None or scales is None or bits not in (2, 4, 8):
+    bits = attributes.get("bits", 4)
+    if bits not in (2, 4, 8):
         return None
     blocks = -(-into // size)
     numbers = _unpack(packed.reshape(out, -1)[picks], bits).reshape(len(picks), blocks, size)

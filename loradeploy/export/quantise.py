@@ -16,6 +16,7 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError, MissingDependencyError
 from loradeploy.export.find import Linear, find_linears, output_head
+from loradeploy.export.products import unpacked
 from loradeploy.export.rewire import add_constant, constant_of, free_name, remove_unused
 
 if TYPE_CHECKING:
@@ -65,6 +66,33 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     )
 
 
+def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDArray[np.float32]:
+    """A weight [out, in] as it is once packed and unpacked again."""
+    node, constants = _quantised(np.ascontiguousarray(weight.T), bits, block)
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    packed, scales = (constants[name] for name in node.input[1:3])
+    result = unpacked(attributes, packed, scales, None, list(range(len(weight))))
+    assert result is not None
+    return result
+
+
+def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
+    """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks."""
+    bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
+    block = product.attributes["block_size"].as_int()
+    scales = product.inputs[2]
+    kind = np.float32 if scales is None or scales.dtype is None else scales.dtype.numpy()
+    node, constants = _quantised(np.ascontiguousarray(weight.T).astype(kind), bits, block)
+    for index, name in zip((1, 2), node.input[1:3], strict=True):
+        old = product.inputs[index]
+        assert old is not None and old.const_value is not None
+        shape = old.const_value.shape.numpy()
+        own = free_name(graph, f"{old.name}.merged")
+        product.replace_input_with(index, add_constant(graph, own, constants[name].reshape(shape)))
+    for index in range(3, len(product.inputs)):
+        product.replace_input_with(index, None)  # packed symmetrically, without zero points
+
+
 def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
     """Replace the linear's products by packed ones; the name of the packed weight."""
     import onnx_ir as ir
@@ -102,7 +130,9 @@ def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
     return str(inputs[0].name)
 
 
-def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
+def _quantised(
+    weight: NDArray[Any], bits: int, block: int = _BLOCK
+) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
     """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
     try:
         from onnx import TensorProto, helper, numpy_helper
@@ -125,7 +155,7 @@ def _quantised(weight: NDArray[Any], bits: int) -> tuple[onnx.NodeProto, dict[st
     quantiser = _quantiser_class()(
         model,
         bits=bits,
-        block_size=_BLOCK,
+        block_size=block,
         is_symmetric=True,
         accuracy_level=_ACCURACY_LEVEL,
     )

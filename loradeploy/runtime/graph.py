@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,8 @@ _DTYPES: Final = {
     "tensor(bool)": "bool",
 }
 _ERRORS_ONLY: Final = 3
+# Which provider runs which node is kept for `placement_of`.
+_RECORD: Final = "session.record_ep_graph_assignment_info"
 _UNSET: Final = -1
 _LISTED: Final = 3
 
@@ -76,6 +79,7 @@ def open_graph(
         options = onnxruntime.SessionOptions()
     if options.log_severity_level == _UNSET:
         options.log_severity_level = _ERRORS_ONLY  # else a warning for every side input
+    options.add_session_config_entry(_RECORD, "1")
     try:
         session = onnxruntime.InferenceSession(
             os.fspath(graph), options, providers=asked, enable_fallback=0
@@ -89,6 +93,21 @@ def open_graph(
             raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", told, started[0])
     return session
+
+
+def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
+    """How many nodes of each operator every provider runs, after the graph's optimisation.
+
+    Empty where onnxruntime does not tell (before 1.24).
+    """
+    told = getattr(session, "get_provider_graph_assignment_info", None)
+    if told is None:
+        return {}
+    placed: dict[str, Counter[str]] = {}
+    for part in told():
+        counts = placed.setdefault(part.ep_name, Counter())
+        counts.update(node.op_type for node in part.get_nodes())
+    return {provider: dict(counts.most_common()) for provider, counts in placed.items()}
 
 
 def preload_cuda() -> None:

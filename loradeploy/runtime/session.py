@@ -29,7 +29,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
-from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph
+from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.resident import AdapterSpec
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class AdapterSession:
     def providers(self) -> tuple[str, ...]:
         """The execution providers that run the graph, in order."""
         return tuple(self._session.get_providers())
+
+    @property
+    def placement(self) -> dict[str, dict[str, int]]:
+        """How many nodes of each operator every provider runs; a fall-back to the CPU shows."""
+        return placement_of(self._session)
 
     @property
     def adapters(self) -> dict[str, str | None]:

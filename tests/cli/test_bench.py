@@ -26,5 +26,6 @@ def test_bench_times_every_side(
         "swap at each call",
     ]
     assert all(timing["median"] > 0 for timing in facts["timings"])
+    assert facts["placement"]["CPUExecutionProvider"]["MatMul"] > 10
     assert set(facts["load_ms"]) == {"a0", "a1"}
     assert "mixed batch" in call("bench", tiny_llama_bundle, *given, *sizes)

@@ -102,7 +102,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
     "parity": ((parity,), {"reports"}),  # `report`, which is one or more
     "run": ((AdapterSession, TextGenerator.generate), {"prompt", "file", "adapter", "provider"}),
-    "bench": ((AdapterSession, time_bundle), {"adapters"}),
+    "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "convert": ((), {"adapter", "bundle", "rank", "model", "output"}),
     "inspect": ((), {"path"}),
     "doctor": ((examine,), set()),

@@ -144,6 +144,9 @@ def test_packed_int4_weights_keep_and_gain_an_adapter_effect(
     assert apart(adapted, expected) < apart(base, expected) / 2, "the adapter is not in it"
     with pytest.raises(ExportError, match="already quantised"):
         export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True)
+    export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True, requantise=True)
+    merged = onnx_output(tmp_path / "m", IDS)
+    assert apart(merged, expected) < apart(base, expected) / 2, "the adapter is not in it"
 
 
 @needs_genai

@@ -239,6 +239,21 @@ def test_threads_share_a_small_bank_without_a_wrong_row(
     assert session._bank._users == {}
 
 
+@pytest.mark.slow
+def test_sixty_four_adapters_of_every_rank_share_a_batch(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
+) -> None:
+    session = AdapterSession(tiny_llama_bundle)
+    names = [f"a{rank}" for rank in range(1, 65)]
+    for rank, name in enumerate(names, start=1):
+        session.load(name, make_adapter(tiny_llama, seed=rank, r=rank, alpha=2 * rank))
+    ids = random_ids(64, 4)
+    mixed = logits(session, ids, names)
+    for row, name in enumerate(names):
+        alone = logits(session, ids[row : row + 1], name)[0]
+        assert np.abs(mixed[row] - alone).max() <= tolerance("rows"), name
+
+
 # -- content -----------------------------------------------------------------------------------
 
 

@@ -431,6 +431,12 @@ def test_a_provider_that_is_not_installed_is_refused_with_those_that_are(
         AdapterSession(tiny_llama_bundle, ["DmlExecutionProvider", "CPUExecutionProvider"])
 
 
+def test_a_session_tells_which_provider_runs_which_nodes(tiny_llama_bundle: Path) -> None:
+    placement = AdapterSession(tiny_llama_bundle).placement
+    assert list(placement) == ["CPUExecutionProvider"]
+    assert placement["CPUExecutionProvider"]["MatMul"] > 10
+
+
 def test_options_can_come_with_a_provider(tiny_llama_bundle: Path) -> None:
     session = AdapterSession(tiny_llama_bundle, [("CPUExecutionProvider", {})])
     assert session.providers == ("CPUExecutionProvider",)

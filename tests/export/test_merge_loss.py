@@ -1,0 +1,88 @@
+"""What rounding leaves of a merged adapter is told, and packed weights are merged when asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import ExportError, UsageError
+from loradeploy.export.api import export
+from loradeploy.export.loss import Tally
+from tests.conftest import MakeAdapter
+from tests.export.reference import apart, onnx_output, torch_output
+
+IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
+
+
+def test_an_update_that_is_stored_as_it_is_has_no_loss() -> None:
+    generator = np.random.default_rng(0)
+    before, delta = generator.standard_normal((2, 30, 20)).astype(np.float32)
+    tally = Tally()
+    tally.add(before, before + delta, lambda W: W)
+    loss = tally.loss()
+    assert loss is not None
+    assert (loss.kept, loss.noise) == (1.0, pytest.approx(0, abs=1e-3))
+
+
+def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> None:
+    before = np.zeros((2, 4), np.float32)
+    after = np.array([[2, 0, 0, 0]] * 2, np.float32)
+    tally = Tally()
+    tally.add(before, after, lambda W: W / 2 + np.float32([0, 3, 0, 0]) * (W.any()))
+    loss = tally.loss()
+    assert loss is not None
+    assert (loss.kept, loss.noise) == (0.5, 1.5)
+    assert Tally().loss() is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "most_noise"), [("fp32", 1e-4), ("fp16", 0.02), ("int8", 1.0), ("int4", 10.0)]
+)
+def test_every_precision_tells_its_loss(
+    precision: str, most_noise: float, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
+    place = tmp_path / "merged"
+    export(tiny_llama, place, adapters={"a": adapter}, merge=True, precision=precision)
+    loss = read_manifest(place).merge_loss
+    assert loss is not None
+    assert loss.kept == pytest.approx(1, abs=0.02)
+    assert most_noise / 100 < loss.noise < most_noise or precision == "fp32"
+
+
+def test_a_loss_that_is_noticeable_is_warned_of(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strong = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
+    export(tiny_llama, tmp_path / "a", adapters={"a": strong}, merge=True, precision="fp16")
+    assert "rounding noise" not in caplog.text
+    faint = make_adapter(tiny_llama, r=4, seed=1, scale=0.001)
+    export(tiny_llama, tmp_path / "b", adapters={"b": faint}, merge=True, precision="fp16")
+    assert "fp16 holds" in caplog.text
+    assert "take side inputs, which are not rounded" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packed_weights_are_merged_when_the_loss_is_asked_for(
+    precision: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.2)
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    export(tiny_llama, base, precision=precision)
+    with pytest.raises(ExportError, match="already quantised.*--requantise"):
+        export(base, merged, adapters={"a": adapter}, merge=True)
+    manifest = export(base, merged, adapters={"a": adapter}, merge=True, requantise=True)
+    assert manifest.precision == precision
+    assert manifest.merge_loss is not None
+    assert manifest.merge_loss.kept == pytest.approx(1, abs=0.05)
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    got = apart(onnx_output(merged, IDS), expected)
+    assert got < apart(onnx_output(base, IDS), expected) / 3, "the adapter is not in it"
+
+
+def test_requantise_is_for_merging(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--requantise is for --merge"):
+        export(tiny_llama, tmp_path / "out", requantise=True)
