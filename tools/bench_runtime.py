@@ -218,9 +218,10 @@ def main() -> None:
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "slots": {},
     "merged": {"merge": True},
-    "rows": {"branches": "rows"},
+    "rows": {"layout": "rows"},
+    "branches": {"layout": "rows", "branches": True},
     "merged4": {"merge": True, "precision": "int4"},
-    "slots4": {"branches": "none", "precision": "int4"},
+    "slots4": {"layout": "slots", "branches": False, "precision": "int4"},
     "rows4": {"precision": "int4"},
 }
 

@@ -21,7 +21,7 @@ from loradeploy.bundle.changes import (
     output_changes,
 )
 from loradeploy.bundle.manifest import LoraTarget, Manifest
-from loradeploy.bundle.names import ADAPTER_MODE, NONE, PEFT_TASKS
+from loradeploy.bundle.names import ADAPTER_MODE, PEFT_TASKS
 from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import AdapterMismatchError, listed
 
@@ -80,7 +80,7 @@ def side_inputs(
 
 def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
     """What is fed beside side inputs to choose the graph's branch for them; empty without one."""
-    return {} if manifest.branches == NONE else {ADAPTER_MODE: np.ones(1, np.int64)}
+    return {ADAPTER_MODE: np.ones(1, np.int64)} if manifest.branches else {}
 
 
 def check_fit(adapter: Adapter, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.bundle.names import BRANCHES, LEFT, MANIFEST_NAME, NONE, RIGHT, TASKS
+from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, RIGHT, SLOTS, TASKS
 from loradeploy.bundle.pairs import factor_pairs, pair_problem
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
@@ -151,8 +151,9 @@ class Manifest:
     `factor_dtype`: numpy's name of the side inputs' dtype.
     `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data.
     `changed`: the layers whose outputs take a scale or an offset.
-    `branches`: what `adapter_mode` chooses besides the base: "rows", where slot i of the side
-    inputs belongs to row i and there is no `adapter_ids`, or "slots"; "none" without that input.
+    `layout`: of the side inputs: "slots", which `adapter_ids` names for each row, or "rows", where
+    slot i belongs to row i and there is no `adapter_ids`.
+    `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
     `merge_loss`: what the merged graph's precision did to the adapter.
     `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
     """
@@ -172,7 +173,8 @@ class Manifest:
     graph_digest: str | None = None
     data_digest: str | None = None
     changed: tuple[OutputTarget, ...] = ()
-    branches: str = NONE
+    layout: str = SLOTS
+    branches: bool = False
     padding: str = LEFT
     merge_loss: MergeLoss | None = None
 
@@ -315,8 +317,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
-    if manifest.branches not in BRANCHES:
-        raise BundleError(f"{MANIFEST_NAME}: branches is {manifest.branches!r}, not of {BRANCHES}")
+    if manifest.layout not in LAYOUTS:
+        raise BundleError(f"{MANIFEST_NAME}: layout is {manifest.layout!r}, not of {LAYOUTS}")
     if manifest.padding not in (LEFT, RIGHT):
         raise BundleError(f"{MANIFEST_NAME}: padding is {manifest.padding!r}, not left or right")
     for saved in manifest.saved:

@@ -38,9 +38,9 @@ PIXEL_VALUES: Final = "pixel_values"  # float [batch, channels, height, width]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 ADAPTER_MODE: Final = "adapter_mode"  # int64 [1]: 0 the base's branch, 1 that with an adapter
-BASE, ROWS, SLOTS, NONE = "base", "rows", "slots", "none"
+BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT = "left", "right"
-BRANCHES: Final = (NONE, ROWS, SLOTS)  # of the graph, besides the base's
+LAYOUTS: Final = (SLOTS, ROWS)  # of the side inputs' first dimension
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 

@@ -7,7 +7,7 @@ import time
 import click
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import BRANCHES, TASKS
+from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import NAMED
@@ -45,10 +45,16 @@ from loradeploy.export.precision import NAMED
     " [default: lora, and what the given adapters need].",
 )
 @click.option(
-    "--branches",
-    type=click.Choice(BRANCHES),
-    help="One for the base, so that idle side inputs cost nothing, one for adapters by row or by"
-    " slot; costs memory with fp32 and fp16 [default: rows for int8 and int4, else none].",
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    help="Of side inputs: slots that adapter_ids names, or one slot a row, which is faster"
+    " [default: rows for int8 and int4, else slots].",
+)
+@click.option(
+    "--branches/--no-branches",
+    default=None,
+    help="A branch of the graph for the base, so that idle side inputs cost nothing; costs memory"
+    " with fp32 and fp16 [default: for int8 and int4].",
 )
 @click.option(
     "--required-inputs",
@@ -80,7 +86,8 @@ def command(
     precision: str | None,
     task: str | None,
     side_inputs: str | None,
-    branches: str | None,
+    layout: str | None,
+    branches: bool | None,
     required_inputs: bool,
     requantise: bool,
     checkpoint: str | None,
@@ -107,6 +114,7 @@ def command(
             side_inputs=()
             if side_inputs is None
             else [kind.strip() for kind in side_inputs.split(",")],
+            layout=layout,
             branches=branches,
             required_inputs=required_inputs,
             requantise=requantise,

@@ -187,6 +187,7 @@ def _bundle(place: Path) -> Facts:
         "precision": manifest.precision,
         "opset": manifest.opset,
         "factor_dtype": None if merged else manifest.factor_dtype,
+        "layout": None if merged else manifest.layout,
         "branches": None if merged else manifest.branches,
         "merged_adapter": None if merged is None else merged.digest,
         "merge_loss": None if loss is None else f"{loss.kept:.1%} kept, noise {loss.noise:.2g}",

@@ -24,7 +24,8 @@ def export(
     precision: str | None = None,
     task: str | None = None,
     side_inputs: Iterable[str] = (),
-    branches: str | None = None,
+    layout: str | None = None,
+    branches: bool | None = None,
     required_inputs: bool = False,
     requantise: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -43,11 +44,11 @@ def export(
             from the adapters or the model's architecture.
         side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
             which come later may use them: dora, bias, embedding (lora is always there).
-        branches: "rows" or "slots" gives the base a branch of its own in the graph, so that an idle
-            graph costs what the base does, and the adapters another, in which slots are the rows of
-            the batch ("rows", the fastest) or named by adapter_ids; "none" has adapter_ids and no
-            branches. None means rows for int8 and int4, and none for fp32 and fp16, whose weights
-            each branch holds in memory anew.
+        layout: "slots", which `adapter_ids` names for each row, or "rows": slot i of the side
+            inputs belongs to row i, which is faster. None means rows for int8 and int4, else slots.
+        branches: whether the base has a branch of the graph to itself, so that idle side inputs
+            cost nothing. None means for int8 and int4: each branch holds the weights of fp32 and
+            fp16 in memory anew.
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
         requantise: merge into weights that are packed to 8 or 4 bits already, and pack them again;
@@ -67,7 +68,7 @@ def export(
     """
     from pathlib import Path
 
-    from loradeploy.bundle.names import BRANCHES, MANIFEST_NAME
+    from loradeploy.bundle.names import LAYOUTS, MANIFEST_NAME
     from loradeploy.export.adapters import read_adapters
     from loradeploy.export.build import Options, build
     from loradeploy.export.foreign import Evidence
@@ -88,10 +89,13 @@ def export(
     kinds = check_kinds(side_inputs)
     if merge and kinds:
         raise UsageError("--side-inputs and --merge do not go together: a merged graph has none")
-    if branches is not None and branches not in BRANCHES:
-        raise UsageError(f"no branches are called {branches!r}: there are {', '.join(BRANCHES)}")
-    if merge and branches:
-        raise UsageError("--branches and --merge do not go together: a merged graph needs none")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"no layout is called {layout!r}: there are {', '.join(LAYOUTS)}")
+    if merge and (layout or branches):
+        flag = "--layout" if layout else "--branches"
+        raise UsageError(
+            f"{flag} and --merge do not go together: a merged graph has no side inputs"
+        )
     if requantise and not merge:
         raise UsageError("--requantise is for --merge: side inputs leave packed weights alone")
     if merge and required_inputs:
@@ -110,7 +114,16 @@ def export(
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     evidence = Evidence(given, module_map)
     options = Options(
-        read, merge, precision, task, kinds, branches, required_inputs, requantise, evidence
+        adapters=read,
+        merge=merge,
+        precision=precision,
+        task=task,
+        side_inputs=kinds,
+        layout=layout,
+        branches=branches,
+        required=required_inputs,
+        requantise=requantise,
+        evidence=evidence,
     )
     manifest, content = build(source, options)
     logger.info("writing %s", target)

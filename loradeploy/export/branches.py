@@ -1,8 +1,7 @@
 """One graph, two branches over the same weights: the base, and the base with an adapter.
 
-    If adapter_mode = 0   base    no side input is looked at: the graph without them
-                    = 1   rows    slot i belongs to row i, or the one slot to all rows
-                    or    slots   row i uses the slot that adapter_ids names
+    If adapter_mode = 0   base      no side input is looked at: the graph without them
+                    = 1   adapted   the graph with them, as its layout says
 
 Hundreds of small nodes cost an idle graph 2 to 18 % of a decode step, and gathering factors costs
 an active one as much again; an `If` costs nothing that can be measured. The branches share the
@@ -18,50 +17,36 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, BASE, ROWS
+from loradeploy.bundle.names import ADAPTER_MODE, BASE
 from loradeploy.errors import ExportError
+from loradeploy.export.layout import gathered_slots
 from loradeploy.export.rewire import add_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _NAME: Final = f"{ADAPTER_MODE}/If"
+_ADAPTED: Final = "adapted"
 
 
-def has_rows(graph: ir.Graph) -> bool:
-    """Whether `adapter_ids` serves to gather slots alone, which a branch for rows does without."""
-    ids = graph.initializers[ADAPTER_IDS]
-    return len(_ungathered(ids)) == len(ids.uses())
-
-
-def add_branches(graph: ir.Graph, adapted: str) -> None:
-    """Give a graph with side inputs its two branches; `adapted` is rows or slots.
+def add_branches(graph: ir.Graph) -> None:
+    """Give a graph with side inputs its two branches.
 
     Raises:
-        ExportError: the graph has branches or loops of its own, or rows are asked for and cannot be
-            (see `has_rows`).
+        ExportError: the graph has branches or loops of its own.
     """
     import onnx_ir as ir
 
     nodes, outputs = list(graph), list(graph.outputs)
     attributes = (attribute for node in nodes for attribute in node.attributes.values())
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
-        raise ExportError("the graph has branches or loops of its own: export with --branches none")
-    ids = graph.initializers[ADAPTER_IDS]
-    if adapted == ROWS and not has_rows(graph):
-        raise ExportError(
-            "factors of embeddings need the numbers of slots: export with --branches slots"
-        )
+        raise ExportError("the graph has branches or loops of its own: export with --no-branches")
     # Where the base's own numbers are side inputs, they are the only slot.
-    direct = _ungathered(ids)
-    base = _copy(nodes, outputs, BASE, {**direct, **_without_factors(nodes)})
-    other = _copy(nodes, outputs, adapted, direct if adapted == ROWS else {})
+    base = _copy(nodes, outputs, BASE, {**gathered_slots(graph), **_without_factors(nodes)})
+    other = _copy(nodes, outputs, _ADAPTED, {})
     types = [(value.name, value.type, value.shape) for value in outputs]
     graph.outputs.clear()
     graph.remove(nodes, safe=True)
-    if adapted == ROWS:
-        graph.inputs.remove(ids)
-        graph.initializers.pop(ADAPTER_IDS)
     mode = add_constant(graph, ADAPTER_MODE, np.zeros(1, np.int64), shape=[1])
     graph.inputs.append(mode)
     to_bool = {"to": int(ir.DataType.BOOL)}
@@ -74,7 +59,7 @@ def add_branches(graph: ir.Graph, adapted: str) -> None:
 
 
 def remove_branches(graph: ir.Graph) -> None:
-    """Undo `add_branches`: the branch with an adapter is the graph again, which may lack Gathers.
+    """Undo `add_branches`: the branch with an adapter is the graph again.
 
     Raises:
         ExportError: the graph does not have the branches.
@@ -125,15 +110,6 @@ def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
     """What each sum of a product and its factors' is without the factors."""
     sums = (node for node in nodes if str(node.name).endswith("/lora_add"))
     return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
-
-
-def _ungathered(ids: ir.Value) -> dict[ir.Value, ir.Value]:
-    """The side input behind each gathering of its slots by their numbers `ids`."""
-    return {
-        node.outputs[0]: source
-        for node, index in ids.uses()
-        if node.op_type == "Gather" and index == 1 and (source := node.inputs[0]) is not None
-    }
 
 
 def _copy(

@@ -22,7 +22,6 @@ from loradeploy.bundle.names import (
     CLASSIFICATIONS,
     LEFT,
     LOGITS,
-    NONE,
     ROWS,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
@@ -38,7 +37,7 @@ from loradeploy.export.adapters import (
     label_count,
     label_names,
 )
-from loradeploy.export.branches import add_branches, has_rows, remove_branches
+from loradeploy.export.branches import add_branches, remove_branches
 from loradeploy.export.find import (
     Findings,
     Linear,
@@ -57,6 +56,7 @@ from loradeploy.export.foreign import (
 )
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.graph import (
+    close_inputs,
     complete_shapes,
     graph_digest,
     load_graph,
@@ -65,6 +65,7 @@ from loradeploy.export.graph import (
     required_inputs,
 )
 from loradeploy.export.held import HeldBase
+from loradeploy.export.layout import has_rows, lay_in_rows
 from loradeploy.export.loss import warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
@@ -102,7 +103,8 @@ class Options:
     precision: str | None
     task: str | None
     side_inputs: frozenset[str] = frozenset()
-    branches: str | None = None
+    layout: str | None = None
+    branches: bool | None = None
     required: bool = False
     requantise: bool = False
     evidence: Evidence = field(default_factory=Evidence)
@@ -234,7 +236,7 @@ def _from_graph(source: Source, options: Options) -> Base:
     graph = load_graph(source.graph)
     complete_shapes(graph)
     if source.manifest is not None:
-        if source.manifest.branches != NONE:
+        if source.manifest.branches:
             remove_branches(graph.graph)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
@@ -243,6 +245,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         held = source.manifest.precision
     else:
         refuse_side_inputs(graph)
+        close_inputs(graph)
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
         task = _task_of(source, graph, options.task)
@@ -324,18 +327,18 @@ def _with_side_inputs(
         name: side_inputs(adapter, manifest, held) for name, adapter in options.adapters.items()
     }
     manifest = _packed(base, manifest)
-    branches = options.branches or _branches(base)
-    if branches != NONE:
-        add_branches(graph, branches)
-        manifest = dataclasses.replace(manifest, branches=branches)
-    return manifest, added, arrays
+    if (layout := options.layout or _layout(base)) == ROWS:
+        lay_in_rows(graph)
+    # Branches cost no memory where weights are packed: those are shared between them.
+    packed = base.precision in PACKED_BITS
+    if branches := packed if options.branches is None else options.branches:
+        add_branches(graph)
+    return dataclasses.replace(manifest, layout=layout, branches=branches), added, arrays
 
 
-def _branches(base: Base) -> str:
-    """Branches where they cost no memory: packed weights are shared between them."""
-    if base.precision not in PACKED_BITS:
-        return NONE
-    return ROWS if has_rows(base.graph.graph) else SLOTS
+def _layout(base: Base) -> str:
+    """Rows where they are the branches' default too, and the graph can have them."""
+    return ROWS if base.precision in PACKED_BITS and has_rows(base.graph.graph) else SLOTS
 
 
 def _merged(base: Base, findings: Findings, options: Options) -> Manifest:

@@ -58,6 +58,14 @@ def complete_shapes(model: ir.Model) -> None:
         ShapeInferencePass()(model)
 
 
+def close_inputs(model: ir.Model) -> None:
+    """Make constants of the weights that old exporters list as inputs with a default too."""
+    inputs = model.graph.inputs
+    for index in reversed(range(len(inputs))):
+        if inputs[index].is_initializer():
+            del inputs[index]
+
+
 def graph_digest(model: ir.Model) -> str:
     """Identity of a base graph: a digest of its initializers of rank 2 and more, in name order."""
     digest = hashlib.sha256()

@@ -354,7 +354,7 @@ class AdapterBank:
         if len(members) == 1 and None not in rows:
             return Lease(rows, per_row, self._bind(members[0]), None)
         with self._stacking:
-            if self._manifest.branches == ROWS:
+            if self._manifest.layout == ROWS:
                 return Lease(rows, per_row, self._stacks.in_rows(rows), None)
             device, places = self._stacks.of(members, self._in_use)
         slots = [0 if resident is None else places[resident] for resident in rows]

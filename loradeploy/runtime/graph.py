@@ -16,7 +16,7 @@ import onnxruntime
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, NONE, ROWS
+from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
 from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 
@@ -139,6 +139,7 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
         *_misfits("output", manifest.outputs, outputs),
         *_unknown("output", manifest.outputs, outputs),
         *_misfits("side input", _side_inputs(manifest), overridable),
+        *_unknown("side input", _side_inputs(manifest), overridable),
     ]
     if not problems and manifest.graph_digest not in (None, file_digest(bundle / GRAPH_NAME)):
         problems.append("its digest has changed since the export")
@@ -175,9 +176,9 @@ def _side_inputs(manifest: Manifest) -> list[TensorSpec]:
         specs.append(TensorSpec(saved.input, manifest.factor_dtype, shape))
     for name, (size, _) in change_inputs(manifest).items():
         specs.append(TensorSpec(name, manifest.factor_dtype, ("adapters", size)))
-    if specs and manifest.branches != ROWS:
+    if specs and manifest.layout != ROWS:
         specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
-    if manifest.branches != NONE:
+    if manifest.branches:
         specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
     return specs
 

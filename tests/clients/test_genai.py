@@ -19,13 +19,14 @@ COUNT = 12
 
 
 @pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .venv-genai")
-@pytest.mark.parametrize("branches", ["none", "rows", "slots"])
+@pytest.mark.parametrize("layout", ["slots", "rows"])
+@pytest.mark.parametrize("branches", [False, True])
 def test_genai_generates_what_the_runtime_generates(
-    branches: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+    layout: str, branches: bool, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     base = tiny_llama
     adapter = make_adapter(base, r=4, seed=5, scale=0.3, rank_pattern={"q_proj": 2})
-    export(base, tmp_path / "bundle", adapters={"mine": adapter}, branches=branches)
+    export(base, tmp_path / "bundle", adapters={"mine": adapter}, layout=layout, branches=branches)
     native = tmp_path / "bundle" / "adapters" / "mine.onnx_adapter"
     client = Path(__file__).with_name("genai_client.py")
     done = subprocess.run(

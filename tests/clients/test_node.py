@@ -46,8 +46,8 @@ def node() -> Path:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"branches": "rows"}, {"precision": "int4"}],
-    ids=["slots", "rows", "int4"],
+    [{}, {"layout": "rows"}, {"layout": "rows", "branches": True}, {"precision": "int4"}],
+    ids=["slots", "rows", "branches", "int4"],
 )
 def test_node_has_the_effect_of_every_adapter(
     node: Path,
@@ -55,7 +55,7 @@ def test_node_has_the_effect_of_every_adapter(
     tiny_llama: Path,
     make_adapter: MakeAdapter,
     tmp_path: Path,
-    options: dict[str, str],
+    options: dict[str, object],
 ) -> None:
     adapters = {
         "all": make_adapter(tiny_llama, r=4, seed=5, scale=0.3),

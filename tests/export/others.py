@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,26 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tests.conftest import ROOT
-
-GENAI = ROOT / ".venv-genai" / "bin" / "python"
 IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
-
-
-def build_with_genai(model: Path, place: Path, precision: str) -> None:
-    """What `python -m onnxruntime_genai.models.builder` makes of a decoder."""
-    (own,) = (ROOT / ".venv-genai").glob("lib/python3*/site-packages")
-    (torch,) = (ROOT / ".venv").glob("lib/python3*/site-packages")
-    command = [GENAI, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", model, "-o", place, "-p", precision, "-e", "cpu", "-c", place / "cache"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": f"{own}:{torch}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def export_with_torch(model: Path, place: Path, *, dynamo: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,14 @@ IDS = random_ids(4, 6)
 MIXED = ["small", None, "large", "small"]
 Kinds = dict[str, tuple[Path, dict[str, Path]]]
 each_kind = pytest.mark.parametrize("kind", ["factors", "heads", "scales and offsets"])
-each_form = pytest.mark.parametrize("branches", ["rows", "slots"])
+Form = dict[str, object]
+FORMS: Final[dict[str, Form]] = {
+    "rows": {"layout": "rows", "branches": False},
+    "rows and branches": {"layout": "rows", "branches": True},
+    "slots and branches": {"layout": "slots", "branches": True},
+}
+ROWS_AND_BRANCHES = FORMS["rows and branches"]
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +82,13 @@ def _branches(bundle: Path) -> dict[str, ir.Graph]:
 @each_kind
 @each_form
 def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
-    kinds: Kinds, kind: str, branches: str, tmp_path: Path
+    kinds: Kinds, kind: str, form: Form, tmp_path: Path
 ) -> None:
     model, adapters = kinds[kind]
     plain = AdapterSession(model)
-    session = AdapterSession(_exported(model, tmp_path / "branched", adapters, branches))
-    assert session.manifest.branches == branches
+    session = AdapterSession(_exported(model, tmp_path / "branched", adapters, form))
+    told = session.manifest
+    assert {"layout": told.layout, "branches": told.branches} == form
     base = logits(plain, IDS)
     for use in (None, "small", "large", MIXED, [None] * 4, MIXED[::-1], MIXED):
         got = logits(session, IDS, use)
@@ -87,13 +96,13 @@ def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
         assert (use in (None, [None] * 4)) == np.array_equal(got, base)
 
 
-def _exported(model: Path, place: Path, adapters: dict[str, Path], branches: str) -> Path:
-    export(model, place, adapters=adapters, branches=branches)
+def _exported(model: Path, place: Path, adapters: dict[str, Path], form: Form) -> Path:
+    export(model, place, adapters=adapters, **form)  # type: ignore[arg-type]
     return place
 
 
 def test_the_bases_branch_looks_at_no_side_input(kinds: Kinds, tmp_path: Path) -> None:
-    branches = _branches(_exported(*_factors(kinds, tmp_path), "rows"))
+    branches = _branches(_exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES))
     targets = read_manifest(tmp_path / "b").targets
     side_inputs = {name for target in targets for name in (target.lora_A, target.lora_B)}
     for name, uses_them in (("then_branch", True), ("else_branch", False)):
@@ -108,29 +117,30 @@ def _factors(kinds: Kinds, tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]
 
 
 @pytest.mark.parametrize(
-    ("precision", "branches"),
-    [("fp32", "none"), ("int8", "rows"), ("int4", "rows")],
+    ("precision", "layout", "branches"),
+    [("fp32", "slots", False), ("int8", "rows", True), ("int4", "rows", True)],
 )
 def test_branches_are_there_where_they_cost_no_memory(
-    kinds: Kinds, tmp_path: Path, precision: str, branches: str
+    kinds: Kinds, tmp_path: Path, precision: str, layout: str, branches: bool
 ) -> None:
-    assert export(kinds["factors"][0], tmp_path / "b", precision=precision).branches == branches
+    manifest = export(kinds["factors"][0], tmp_path / "b", precision=precision)
+    assert (manifest.layout, manifest.branches) == (layout, branches)
 
 
 def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     manifest = export(
         tiny_llama_bundle, tmp_path / "b", precision="int4", side_inputs=["embedding"]
     )
-    assert manifest.branches == "slots"
+    assert (manifest.layout, manifest.branches) == ("slots", True)
     with pytest.raises(ExportError, match="embeddings need the numbers of slots"):
-        export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], branches="rows")
+        export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], layout="rows")
 
 
 @each_form
 def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
-    kinds: Kinds, branches: str, tmp_path: Path
+    kinds: Kinds, form: Form, tmp_path: Path
 ) -> None:
-    bundle = _exported(*_factors(kinds, tmp_path), branches)
+    bundle = _exported(*_factors(kinds, tmp_path), form)
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = 3
     session = onnxruntime.InferenceSession(bundle / "model.onnx", quiet)
@@ -148,11 +158,11 @@ def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
 @each_kind
 @each_form
 def test_a_branched_bundle_exports_as_the_plain_one_does(
-    kinds: Kinds, kind: str, branches: str, tmp_path: Path
+    kinds: Kinds, kind: str, form: Form, tmp_path: Path
 ) -> None:
     model, adapters = kinds[kind]
-    branched = _exported(model, tmp_path / "b", adapters, branches)
-    export(branched, tmp_path / "again", adapters=adapters, branches="none")
+    branched = _exported(model, tmp_path / "b", adapters, form)
+    export(branched, tmp_path / "again", adapters=adapters, layout="slots", branches=False)
     one = {"small": adapters["small"]}
     for source, merged in ((branched, "bm"), (model, "pm")):
         export(source, tmp_path / merged, adapters=one, merge=True)
@@ -166,7 +176,7 @@ def test_a_branched_bundle_exports_as_the_plain_one_does(
 
 
 def test_parity_holds_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Path) -> None:
-    bundle = _exported(*_factors(kinds, tmp_path), "rows")
+    bundle = _exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES)
     report = ld.parity(bundle, model=tiny_llama, prompts=["The capital of", "Hi"], tokens=2)
     assert report.passed
 
@@ -174,7 +184,7 @@ def test_parity_holds_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Pa
 def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
     kinds: Kinds, tmp_path: Path
 ) -> None:
-    session = AdapterSession(_exported(*_factors(kinds, tmp_path), "rows"))
+    session = AdapterSession(_exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES))
     alone = {name: logits(session, IDS, name) for name in (None, "small", "large")}
     for rows in (MIXED, MIXED[::-1], ["large"] * 3 + ["small"], MIXED):
         got = logits(session, IDS, rows)
@@ -190,8 +200,9 @@ def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"branches": "leaves"}, "no branches are called 'leaves': there are none, rows, slots"),
-        ({"branches": "rows", "merge": True}, "do not go together"),
+        ({"layout": "leaves"}, "no layout is called 'leaves': there are slots, rows"),
+        ({"layout": "rows", "merge": True}, "--layout and --merge do not go together"),
+        ({"branches": True, "merge": True}, "--branches and --merge do not go together"),
     ],
 )
 def test_branches_that_cannot_be_are_refused(
@@ -202,10 +213,8 @@ def test_branches_that_cannot_be_are_refused(
 
 
 def test_a_manifest_that_hides_the_branches_is_refused(kinds: Kinds, tmp_path: Path) -> None:
-    bundle = _exported(*_factors(kinds, tmp_path), "rows")
+    bundle = _exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES)
     text = (bundle / "loradeploy.json").read_text()
-    (bundle / "loradeploy.json").write_text(
-        text.replace('"branches": "rows"', '"branches": "none"')
-    )
+    (bundle / "loradeploy.json").write_text(text.replace('"branches": true', '"branches": false'))
     with pytest.raises(BundleError, match="adapter_"):
         AdapterSession(bundle)

@@ -17,12 +17,15 @@ from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once
 from tests.export import others
-from tests.export.others import GENAI, IDS, copy_of
+from tests.export.others import IDS, copy_of
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
+from tools import genai_builder
 
 Graph = Callable[[str], Path]
-needs_genai = pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .venv-genai")
+needs_genai = pytest.mark.skipif(
+    not genai_builder.PYTHON.exists(), reason="make setup makes .venv-genai"
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def built(shared: Path, tiny_llama: Path) -> Graph:
 
     def graph(precision: str) -> Path:
         place = shared / f"genai-{precision}"
-        return once(place, lambda out: others.build_with_genai(tiny_llama, out, precision))
+        return once(place, lambda out: genai_builder.build(tiny_llama, out, precision))
 
     return graph
 
@@ -117,8 +120,8 @@ def test_a_bundle_of_a_foreign_graph_is_exported_again(
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=1)
     first, again = tmp_path / "first", tmp_path / "again"
-    before = export(built("fp32"), first, branches="rows", checkpoint=tiny_llama)
-    after = export(first, again, adapters={"mine": adapter}, branches="none")
+    before = export(built("fp32"), first, layout="rows", branches=True, checkpoint=tiny_llama)
+    after = export(first, again, adapters={"mine": adapter}, layout="slots", branches=False)
     assert [t.module for t in after.targets] == [t.module for t in before.targets]
     assert after.base == before.base
     assert after.padding == before.padding

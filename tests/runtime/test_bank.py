@@ -59,10 +59,9 @@ def small(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> Callable[..., Ad
     return make
 
 
-def exported(model: Path, shared: Path, branches: str) -> Path:
-    """A bundle with the branches, made once."""
-    place = shared / f"bank-{branches}"
-    return once(place, lambda out: export(model, out, branches=branches))
+def exported(model: Path, shared: Path, layout: str) -> Path:
+    """A bundle of the layout, made once."""
+    return once(shared / f"bank-{layout}", lambda out: export(model, out, layout=layout))
 
 
 def worst(session: AdapterSession, ids: Ids, rows: list[str | None], expected: dict) -> float:
@@ -189,17 +188,15 @@ def test_an_adapter_larger_than_the_budget_is_refused(
         AdapterSession(tiny_llama_bundle, host_budget=0)
 
 
-@pytest.mark.parametrize("branches", ["none", "rows"])
+@pytest.mark.parametrize("layout", ["slots", "rows"])
 def test_mixed_batches_of_many_adapters_stay_in_the_budget(
-    branches: str,
+    layout: str,
     small: Callable[..., AdapterSession],
     tiny_llama: Path,
     shared: Path,
     alone: dict[str | None, np.ndarray],
 ) -> None:
-    bundle = once(
-        shared / f"bank-{branches}", lambda out: export(tiny_llama, out, branches=branches)
-    )
+    bundle = exported(tiny_llama, shared, layout)
     session = small(bundle, device_budget=2_000_000)
     choose = random.Random(5)
     for _ in range(40):
@@ -292,9 +289,9 @@ def test_a_scale_multiplies_an_adapters_update(
     assert np.abs(nothing - logits(session, IDS)).max() <= tolerance("rows")
 
 
-@pytest.mark.parametrize("branches", ["none", "rows"])
+@pytest.mark.parametrize("layout", ["slots", "rows"])
 def test_a_blend_is_the_weighted_sum_that_peft_makes(
-    branches: str, tiny_llama: Path, shared: Path, make_adapter: MakeAdapter
+    layout: str, tiny_llama: Path, shared: Path, make_adapter: MakeAdapter
 ) -> None:
     import peft
     import torch
@@ -310,9 +307,7 @@ def test_a_blend_is_the_weighted_sum_that_peft_makes(
     with torch.no_grad():
         plus = adapted(torch.from_numpy(IDS)).logits.numpy()
 
-    bundle = once(
-        shared / f"bank-{branches}", lambda out: export(tiny_llama, out, branches=branches)
-    )
+    bundle = exported(tiny_llama, shared, layout)
     session = AdapterSession(bundle)
     for name, path in paths.items():
         session.load(name, path)
