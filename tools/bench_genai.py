@@ -37,4 +37,11 @@ def _step(model: Any, past: int, native: str | None) -> Side:
 
 
 if __name__ == "__main__":
-    serve_worker({"genai_base": genai_base, "genai_one": genai_one})
+    serve_worker(
+        {
+            "genai_base": genai_base,
+            "genai_one": genai_one,
+            "genai_built": genai_base,  # of the builder's own graph
+            "genai_lora": genai_base,  # of the builder's graph with an adapter in it
+        }
+    )

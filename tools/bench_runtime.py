@@ -26,6 +26,7 @@ from rich.console import Console
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import sample_feeds
+from tools import genai_builder
 from tools.alternate import Ratio, Side, Worker, alternate, ratio, serve_worker
 from tools.real_models import cache, smollm2
 
@@ -91,12 +92,16 @@ PLANS: Final = (
         1,
         (
             *("merged", "slots idle", "slots one", "rows idle", "rows one"),
-            *("torch_base", "peft_one", "genai_base", "genai_one"),
+            *("branches idle", "branches one", "torch_base", "peft_one"),
+            *("genai_base", "genai_one", "genai_built", "genai_lora", "built idle", "built one"),
         ),
         (
             *_over("merged", "slots idle", "slots one", "rows idle", "rows one"),
+            *_over("merged", "branches idle", "branches one"),
             *(("torch_base", "merged"), ("peft_one", "slots one"), ("peft_one", "rows one")),
             *(("genai_base", "slots idle"), ("genai_one", "slots one")),
+            *(("genai_built", "merged"), ("genai_lora", "genai_built")),
+            *(("built one", "built idle"), ("genai_lora", "built one"), ("genai_lora", "rows one")),
         ),
     ),
     Plan(
@@ -104,11 +109,12 @@ PLANS: Final = (
         8,
         (
             *("merged", "slots idle", "slots one", "slots mixed", "rows idle", "rows one"),
-            *("rows mixed", "torch_base", "peft_mixed"),
+            *("rows mixed", "branches idle", "branches mixed", "torch_base", "peft_mixed"),
         ),
         (
             *_over("merged", "slots idle", "slots one", "slots mixed"),
             *_over("merged", "rows idle", "rows one", "rows mixed"),
+            *_over("merged", "branches idle", "branches mixed"),
             *(("torch_base", "merged"), ("peft_mixed", "slots mixed")),
             ("peft_mixed", "rows mixed"),
         ),
@@ -135,7 +141,6 @@ PLANS: Final = (
     ),
 )
 USES: Final = {"idle": 0, "one": 1, "mixed": ADAPTERS}
-GENAI: Final = Path(".venv-genai/bin/python")
 
 
 def _torch_model(model: str) -> Any:
@@ -240,11 +245,25 @@ def prepare() -> dict[str, Any]:
         ld.export(source, place / form, adapters={"a0": adapters[0]}, **options)
         console.print(f"exported {form} in {time.perf_counter() - begin:.1f} s")
         bundles[form] = str(place / form)
+    bundles.update(_built(model, adapters[0], place))
     return {
         "model": str(model),
         "adapters": [str(adapter) for adapter in adapters],
         "bundles": bundles,
     }
+
+
+def _built(model: Path, adapter: Path, place: Path) -> dict[str, str]:
+    """The graphs of onnxruntime-genai's own builder: plain, with one adapter in it, and as ours."""
+    if not genai_builder.PYTHON.exists():
+        raise SystemExit("onnxruntime-genai is not set up: make setup")
+    built, lora = place / "genai-built", place / "genai-lora"
+    for target, own in ((built, None), (lora, adapter)):
+        if not target.exists():
+            console.print(f"building {target.name}")
+            genai_builder.build(model, target, "fp32", adapter=own)
+    ld.export(built, place / "built", adapters={"a0": adapter}, layout="rows", checkpoint=model)
+    return {"genai_built": str(built), "genai_lora": str(lora), "built": str(place / "built")}
 
 
 def _random_adapters(model: Path, places: Sequence[Path]) -> None:
@@ -277,9 +296,9 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
     }
     bundles = prepared["bundles"]
     if side.startswith("genai"):
-        given["bundle"] = bundles["slots"]
+        given["bundle"] = bundles.get(side, bundles["slots"])
         given["native"] = f"{bundles['slots']}/adapters/a0.onnx_adapter"
-        return Worker("tools.bench_genai", side, given, python=str(GENAI))
+        return Worker("tools.bench_genai", side, given, python=str(genai_builder.PYTHON))
     if side in SIDES:
         return Worker("tools.bench_runtime", side, given)
     form, _, use = side.partition(" ")

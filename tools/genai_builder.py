@@ -22,7 +22,7 @@ def build(model: Path, place: Path, precision: str, *, adapter: Path | None = No
     """
     (own,) = (_ROOT / ".venv-genai").glob("lib/python3*/site-packages")
     (torch,) = (_ROOT / ".venv").glob("lib/python3*/site-packages")
-    command = [PYTHON, "-m", "onnxruntime_genai.models.builder"]
+    command: list[str | Path] = [PYTHON, "-m", "onnxruntime_genai.models.builder"]
     command += ["-i", model, "-o", place, "-p", precision, "-e", "cpu", "-c", place / "cache"]
     if adapter is not None:
         command += ["--extra_options", f"adapter_path={adapter}"]

@@ -218,6 +218,23 @@ def test_an_encoder_of_another_exporter_takes_adapters(
     assert difference(adapted, base) > 0.1, "the adapter did nothing"
 
 
+def test_weights_that_are_listed_as_inputs_too_are_weights(
+    encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    old = copy_of(encoder("legacy"), tmp_path / "old")
+    model = ir.load(old / "model.onnx")
+    model.graph.inputs.extend(model.graph.initializers.values())  # as before ONNX's IR version 4
+    ir.save(model, old / "model.onnx")
+    adapter = make_adapter(tiny_bert, r=4, seed=1, task="feature-extraction", scale=0.1)
+    place = tmp_path / "bundle"
+    export(old, place, adapters={"mine": adapter}, checkpoint=tiny_bert)
+    adapted = AdapterSession(place).run(
+        ["last_hidden_state"], {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}, "mine"
+    )[0]
+    expected = torch_output(tiny_bert, IDS, adapter=adapter, task="feature-extraction")
+    assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+
+
 @pytest.mark.parametrize("kind", ["qdq", "dynamic"])
 def test_int8_graphs_take_an_adapter_behind_their_rounding(
     kind: str, encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
