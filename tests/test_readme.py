@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {
     "README.md": (8, {"headline", "sport"}, "parity.md"),
     "docs/adapters.md": (2, set(), "adapters/both"),
+    "docs/bank.md": (2, {"answered"}, "bundle/model.onnx"),
     "docs/bundles.md": (2, {"largest"}, "bundle/adapters/sport.onnx_adapter"),
     "docs/training.md": (2, set(), "adapters/headline/README.md"),
 }

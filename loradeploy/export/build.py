@@ -81,6 +81,7 @@ from loradeploy.export.side_inputs import (
 from loradeploy.export.source import Source
 from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
+from loradeploy.export.tidy import name_dimensions
 from loradeploy.export.write import Content, read_config, with_labels
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def _from_graph(source: Source, options: Options) -> Base:
     else:
         refuse_side_inputs(graph)
         close_inputs(graph)
+        name_dimensions(graph)
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
         task = _task_of(source, graph, options.task)

@@ -60,10 +60,9 @@ def complete_shapes(model: ir.Model) -> None:
 
 def close_inputs(model: ir.Model) -> None:
     """Make constants of the weights that old exporters list as inputs with a default too."""
-    inputs = model.graph.inputs
-    for index in reversed(range(len(inputs))):
-        if inputs[index].is_initializer():
-            del inputs[index]
+    for value in list(model.graph.inputs):
+        if value.is_initializer():
+            model.graph.inputs.remove(value)
 
 
 def graph_digest(model: ir.Model) -> str:

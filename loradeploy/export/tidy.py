@@ -30,7 +30,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     """
     _optimise(model)
     _drop_metadata(model, prefix)
-    _name_dimensions(model)
+    name_dimensions(model)
     _name_initializers(model, prefix)
     return model
 
@@ -111,8 +111,11 @@ def _drop_metadata(model: ir.Model, prefix: str) -> None:
         value.metadata_props.clear()
 
 
-def _name_dimensions(model: ir.Model) -> None:
-    """Call torch's symbols (s26, s70, …) what they are; a sum of past and sequence is `total`."""
+def name_dimensions(model: ir.Model) -> None:
+    """Call an exporter's symbols (s26, batch_size, …) what they are.
+
+    A sum of past and sequence is `total`.
+    """
     import onnx_ir as ir
 
     names = _symbols(model.graph)
@@ -120,7 +123,7 @@ def _name_dimensions(model: ir.Model) -> None:
     def renamed(dimension: object) -> object:
         if not isinstance(dimension, ir.SymbolicDim) or dimension.value is None:
             return dimension
-        text = re.sub(r"\b[su]\d+\b", lambda found: names.get(found[0], found[0]), dimension.value)
+        text = re.sub(r"\b\w+\b", lambda found: names.get(found[0], found[0]), dimension.value)
         if {part.strip() for part in text.split("+")} == {"past", "sequence"}:
             text = "total"
         return ir.SymbolicDim(text)

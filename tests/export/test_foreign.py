@@ -78,6 +78,8 @@ def test_adapters_for_q_k_and_v_reach_a_packed_projection(
     ]
     assert [target.slice for target in packed[:3]] == [(0, 64), (64, 96), (96, 128)]
     assert manifest.base.kind == ("checkpoint" if given else "onnx")
+    assert manifest.inputs[0].shape == ("batch", "sequence")
+    assert manifest.inputs[2].shape == ("batch", 2, "past", 16)
     base = onnx_output(tmp_path / "bundle", IDS)
     assert difference(base, torch_output(tiny_llama, IDS)) < tolerance("torch-onnx-tiny")
     for adapter in adapters.values():
