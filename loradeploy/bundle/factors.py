@@ -20,6 +20,7 @@ from loradeploy.bundle.changes import (
     changes_undone,
     output_changes,
 )
+from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE, PEFT_TASKS
 from loradeploy.bundle.pairs import factor_pairs
@@ -53,6 +54,7 @@ def side_inputs(
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
     """
+    adapter = with_all_labels(adapter, manifest)
     check_fit(adapter, manifest)
     dtype = np.dtype(manifest.factor_dtype)
     scaled = {
@@ -93,6 +95,7 @@ def check_fit(adapter: Adapter, manifest: Manifest) -> None:
             "this bundle is merged and takes no adapters: export the base without --merge"
         )
     adapter.check_plain()
+    adapter = with_all_labels(adapter, manifest)
     targets = {target.module: target for target in manifest.targets}
     _refuse(
         [

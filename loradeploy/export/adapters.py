@@ -14,6 +14,7 @@ from loradeploy.adapter.adapter import Adapter, Kind
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.factors import check_fit
+from loradeploy.bundle.labels import label_parameters
 from loradeploy.bundle.manifest import (
     BaseIdentity,
     LoraTarget,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# The parameter of a head whose first dimension is the number of labels, at the end of its name.
-_LABELLED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
 
 
 def read_adapters(
@@ -73,24 +72,26 @@ def named_places(
 
 
 def label_count(adapters: Mapping[str, Adapter]) -> int | None:
-    """How many labels the adapters' heads have; None where no adapter brings a head.
+    """The most labels that an adapter's head has; None where no adapter brings a head.
 
     Raises:
-        UsageError: they differ.
+        UsageError: they differ, and a head with fewer has no bias (see bundle/labels.py).
     """
-    counts = {
-        name: values.shape[0]
-        for name, adapter in adapters.items()
-        for parameter, values in adapter.saved.items()
-        if _LABELLED.fullmatch(parameter)
-    }
-    if len(set(counts.values())) > 1:
+    counts: dict[str, int] = {}
+    without_bias = []
+    for name, adapter in adapters.items():
+        for weight in label_parameters(adapter):
+            counts[name] = adapter.saved[weight].shape[0]
+            if weight.removesuffix("weight") + "bias" not in adapter.saved:
+                without_bias.append(name)
+    most = max(counts.values(), default=None)
+    if any(counts[name] != most for name in without_bias):
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UsageError(
-            f"the adapters' heads differ in their number of labels ({listed}): export a bundle for"
-            " each number"
+            f"the adapters' heads differ in their number of labels ({listed}) and have no bias:"
+            " export a bundle for each number"
         )
-    return next(iter(counts.values()), None)
+    return most
 
 
 def label_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.digest import base_digest
 from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.labels import LABELLED, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     BaseIdentity,
@@ -158,6 +159,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     else:
         manifest, added, arrays = _with_side_inputs(base, findings, options)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
+    if count is not None and base.before is not None:
+        labelled = (saved for saved in base.before.saved if LABELLED.fullmatch(saved.parameter))
+        count = max([count, *(saved.shape[0] for saved in labelled)])
     own = settings_beside(source.directory, options.evidence.checkpoint)
     config = with_labels(own, count, label_names(options.adapters))
     if config and base.pad is not None:
@@ -344,7 +348,8 @@ def _layout(base: Base) -> str:
 
 
 def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
-    ((name, adapter),) = options.adapters.items()
+    ((name, given),) = options.adapters.items()
+    adapter = given if base.before is None else with_all_labels(given, base.before)
     _check_base(name, adapter, base, findings)
     logger.info("merging %s", name)
     report = merge_adapter(
@@ -361,7 +366,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         _manifest(base, "merged"),
-        merged_adapter=AdapterEntry(adapter.digest),
+        merged_adapter=AdapterEntry(given.digest),
         merge_loss=report.loss,
     )
     return _packed(base, manifest)

@@ -12,6 +12,7 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import base_digest, file_digest, short
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.factors import check_fit
+from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
@@ -27,12 +28,17 @@ AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLik
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An adapter that is checked. `native`: its .onnx_adapter file, where the bundle has one."""
+    """An adapter that is checked, with outputs for all labels of the bundle.
+
+    `native`: its .onnx_adapter file, where the bundle has one. `widened`: the adapter at `place`
+    has fewer labels.
+    """
 
     name: str
     place: Path
     adapter: Adapter
     native: Path | None = None
+    widened: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +118,15 @@ def find_subjects(
                 " export again"
             )
         native = place.with_name(f"{name}{NATIVE_SUFFIX}")
-        found[name] = Subject(name, place, adapter, native if native.is_file() else None)
+        wide = with_all_labels(adapter, manifest)
+        file = native if native.is_file() else None
+        found[name] = Subject(name, place, wide, file, widened=wide is not adapter)
     for name, place in named_places(adapters).items():
         adapter = load_adapter(place)
-        if name in found and found[name].adapter.digest != adapter.digest:
+        wide = with_all_labels(adapter, manifest)
+        if name in found and found[name].adapter.digest != wide.digest:
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
-        found.setdefault(name, Subject(name, place, adapter))
+        found.setdefault(name, Subject(name, place, wide, widened=wide is not adapter))
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
             f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loradeploy.adapter.peft import save_adapter
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
     CAUSAL_LM,
@@ -175,19 +177,29 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
 
     from loradeploy.lora.quiet import quiet
 
-    place = subject.place if subject.place.is_dir() else subject.place.parent
     modules = dict(model.named_modules())
     # PEFT writes trained biases over the base's own.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = {name: parameters[name].detach().clone() for name in subject.adapter.saved}
     try:
-        with quiet():
+        with quiet(), _place_for_peft(subject) as place:
             peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
         yield
     finally:
         _restore(model, modules)
         for name, values in own.items():
             parameters[name].data.copy_(values)
+
+
+@contextmanager
+def _place_for_peft(subject: Subject) -> Iterator[Path]:
+    """A PEFT directory of the adapter as it is compared."""
+    if not subject.widened:
+        yield subject.place if subject.place.is_dir() else subject.place.parent
+        return
+    with TemporaryDirectory() as scratch:
+        save_adapter(subject.adapter, Path(scratch) / subject.name)
+        yield Path(scratch) / subject.name
 
 
 def _rows(

@@ -72,9 +72,11 @@ class TextClassifier:
             self.session, self.tokenizer, texts, adapters, batch_size
         ):
             (logits,) = held.run([LOGITS], feeds)  # [batch, labels]
-            for row, (scores, name) in enumerate(zip(_softmax(logits), names, strict=True)):
-                labels = held.labels(row) or self._labels
-                results.append(_classification(scores, labels, name))
+            for row, (values, name) in enumerate(zip(logits, names, strict=True)):
+                own = held.labels(row)
+                # An adapter may tell fewer labels apart than the graph has outputs.
+                scores = _softmax(values[: len(own)] if own else values)
+                results.append(_classification(scores, own or self._labels, name))
         return results
 
 

@@ -17,6 +17,7 @@ from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.base import BundleBase
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
 from loradeploy.bundle.native import read_onnx_adapter
@@ -251,7 +252,7 @@ class AdapterSession:
                 return arrays, tensors_digest(arrays, {}), None
             adapter = load_adapter(place)
             arrays = side_inputs(adapter, self.manifest, self._base)
-            return arrays, adapter.digest, adapter.labels
+            return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{place}: {problem}") from None
 
@@ -266,7 +267,7 @@ class AdapterSession:
             )
         arrays, _, _ = self._read(file)
         adapter = load_adapter(place)
-        return arrays, adapter.digest, adapter.labels
+        return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
 
     def _defaults(self) -> Arrays:
         """What the base has where adapters replace whole parameters."""

@@ -293,15 +293,15 @@ def test_merging_an_adapter_of_another_base_into_a_bundle_is_refused(
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_heads_that_differ_in_labels_are_refused(
-    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+def test_heads_without_a_bias_that_differ_in_labels_are_refused(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapters = {
-        f"n{count}": make_adapter(tiny_bert, task="sequence-classification", num_labels=count)
+        f"n{count}": make_adapter(tiny_llama, task="sequence-classification", num_labels=count)
         for count in (2, 3)
     }
-    with pytest.raises(UsageError, match=r"number of labels \(n2 2, n3 3\)"):
-        export(tiny_bert, tmp_path / "b", adapters=adapters)
+    with pytest.raises(UsageError, match=r"number of labels \(n2 2, n3 3\) and have no bias"):
+        export(tiny_llama, tmp_path / "b", adapters=adapters)
 
 
 @pytest.mark.usefixtures("no_tracing")

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
-from loradeploy.errors import UsageError
+from loradeploy.errors import AdapterMismatchError, UsageError
+from loradeploy.export.api import export
 from loradeploy.runtime.classification import TextClassifier
 from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter
 from tests.tolerances import tolerance
 
 TEXTS = ["Shares fell.", "The match was won in the last minute of extra time", "A"]
@@ -136,3 +139,32 @@ def test_vectors_are_masked_means_of_length_one(
     expected = (mean / mean.norm()).numpy()
     assert np.abs(vectors[0] - expected).max() <= tolerance("torch-onnx-tiny")
     assert np.abs(vectors[0] - embed(TEXTS[0])[0]).max() > 1e-3
+
+
+def test_adapters_with_different_numbers_of_labels_share_a_batch(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    task = "sequence-classification"
+    adapters = {
+        f"n{count}": make_adapter(tiny_bert, task=task, num_labels=count, seed=count, scale=0.1)
+        for count in (2, 5, 3)
+    }
+    bundle = tmp_path / "bundle"
+    manifest = export(tiny_bert, bundle, adapters=adapters, task=task)
+    assert {s.shape[0] for s in manifest.saved if s.parameter.startswith("classifier")} == {5}
+    classify = TextClassifier(AdapterSession(bundle))
+    texts = ["Shares rose", "The striker", "A new phone"]
+    for result, count in zip(classify(texts, ["n2", "n5", "n3"]), (2, 5, 3), strict=True):
+        assert len(result.scores) == count
+        assert sum(result.scores.values()) == pytest.approx(1)
+        (alone,) = classify([texts[(2, 5, 3).index(count)]], f"n{count}")
+        assert result.label == alone.label
+        assert result.score == pytest.approx(alone.score, abs=1e-5)
+    report = ld.parity(bundle, model=tiny_bert, prompts=texts)
+    assert report.passed
+    later = make_adapter(tiny_bert, task=task, num_labels=4, seed=9)
+    classify.session.load("later", later)
+    assert len(classify([texts[0]], "later")[0].scores) == 4
+    many = make_adapter(tiny_bert, task=task, num_labels=6, seed=9)
+    with pytest.raises(AdapterMismatchError, match=r"classifier\.\w+ is \[6"):
+        classify.session.load("many", many)
