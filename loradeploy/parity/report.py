@@ -10,7 +10,7 @@ from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 
 FORMAT: Final = "loradeploy-parity"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 BASE_LABEL: Final = "base"
 
 Outcome = Literal["passed", "failed", "not run"]
@@ -29,11 +29,25 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How onnxruntime runs a graph: the execution provider, and how far the graph is optimised.
+
+    `optimisation`: onnxruntime's level, one of "disable", "basic", "extended", "all".
+    """
+
+    provider: str
+    optimisation: str
+
+    def __str__(self) -> str:
+        return f"{self.provider.removesuffix('ExecutionProvider')}, {self.optimisation}"
+
+
+@dataclass(frozen=True)
 class Result:
     """One backend, with one adapter (None is the base), in one phase.
 
     `message` is one line: why it failed or was not run, or None where it passed. `figures` are None
-    where nothing could be compared.
+    where nothing could be compared. `variant` is None where onnxruntime has no part in it.
     """
 
     backend: str
@@ -46,6 +60,7 @@ class Result:
     checks: tuple[Check, ...] = ()
     effect: float | None = None
     seconds: float = 0.0
+    variant: Variant | None = None
 
     @property
     def subject(self) -> str:
@@ -82,6 +97,112 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A module's output on both sides, on the way through the model.
+
+    `module`: its path in the PyTorch model. `layer`: the number of the block that it is in, None
+    outside of all. `node`, `op`: the graph's node that gives it. `error`: largest absolute
+    difference, of values that reach `scale`. `share`: error / scale.
+    """
+
+    module: str
+    layer: int | None
+    node: str
+    op: str
+    error: float
+    scale: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Largest relative error (error / scale) by module and position: `values` [modules, positions].
+
+    NaN stands where one of the sides is not finite.
+    """
+
+    modules: tuple[str, ...]
+    positions: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """Where a backend parts from the reference, on one case.
+
+    `steps`: every module that both sides show, in the order of execution. `first`: the first that
+    diverges, None where none does. `before`: the last that agrees ahead of it. `offenders`: those
+    at which the error grows most, the worst first. `unmatched`: modules without a counterpart.
+    """
+
+    backend: str
+    title: str
+    adapter: str | None
+    case: int
+    tokens: int
+    steps: tuple[Step, ...]
+    first: Step | None = None
+    before: Step | None = None
+    offenders: tuple[Step, ...] = ()
+    heatmap: Heatmap | None = None
+    unmatched: tuple[str, ...] = ()
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """The smallest input that was found to fail still.
+
+    `tokens`: the ids, `text` what they are where there is a tokenizer. `error`: the largest there.
+    `tried`: how many inputs were tried on the way; `length`: of the input that it came from.
+    """
+
+    backend: str
+    title: str
+    adapter: str | None
+    tokens: tuple[int, ...]
+    text: str | None
+    error: float
+    message: str
+    length: int
+    tried: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task metric on held-out data, on both sides.
+
+    `metric`: "accuracy" or "perplexity". `difference`: value − reference, and its 95 % confidence
+    interval [low, high] over the examples, paired. `limit`: how much worse it may be.
+    """
+
+    backend: str
+    title: str
+    adapter: str | None
+    metric: str
+    examples: int
+    reference: float
+    value: float
+    difference: float
+    low: float
+    high: float
+    limit: float
+    passed: bool
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Something that an earlier report had better: a figure, or a backend that was not run."""
+
+    where: str
+    metric: str
+    before: float | str
+    now: float | str
+    message: str
+
+
+@dataclass(frozen=True)
 class Environment:
     """Where the check ran: package versions, the machine, onnxruntime's providers."""
 
@@ -105,8 +226,8 @@ class Inputs:
 class ParityReport:
     """The verdict on a bundle, with all that it stands on.
 
-    `graph_digest`, `data_digest`: of the bundle's files as they were checked. `merged`: digest of
-    the adapter that a merged bundle claims to hold.
+    `graph_digest`, `data_digest`: of the bundle's files as they were checked. `baseline`: the
+    earlier report that `regressions` are from.
     """
 
     bundle: str
@@ -125,6 +246,11 @@ class ParityReport:
     controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    localisations: tuple[Localisation, ...] = ()
+    counterexamples: tuple[Counterexample, ...] = ()
+    scores: tuple[Score, ...] = ()
+    regressions: tuple[Regression, ...] = ()
+    baseline: str | None = None
     failures: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,20 +261,36 @@ class ParityReport:
         """Whether everything that ran agrees with the reference, and something ran."""
         return not self.failures
 
+    @property
+    def mutation_score(self) -> float | None:
+        """The share of the mistakes made on purpose that was caught; None where none was made."""
+        caught = sum(control.caught for control in self.controls)
+        return caught / len(self.controls) if self.controls else None
+
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object; numbers that are not finite become null."""
-        head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "passed": self.passed}
+        head = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "passed": self.passed,
+            "mutation_score": self.mutation_score,
+        }
         return {**head, **plain(self)}
 
 
 def _failures(report: ParityReport) -> list[str]:
     found = [f"{facts.name}: {facts.message}" for facts in report.adapters if facts.failed]
     found += [
-        f"{result.title}, {result.subject}{f', {result.phase}' if result.phase else ''}:"
-        f" {result.message}"
+        f"{_where(result)}: {result.message}"
         for result in report.results
         if result.outcome == "failed"
     ]
+    found += [
+        f"{score.title}, {score.adapter or BASE_LABEL}: {score.metric} {score.message}"
+        for score in report.scores
+        if not score.passed
+    ]
+    found += [f"{regression.where}: {regression.message}" for regression in report.regressions]
     found += [
         f"control {control.name!r} with {control.adapter} was not caught"
         for control in report.controls
@@ -157,3 +299,9 @@ def _failures(report: ParityReport) -> list[str]:
     if not any(result.outcome == "passed" for result in report.results):
         found.append("nothing was found to agree with the reference")
     return found
+
+
+def _where(result: Result) -> str:
+    """The backend, the adapter, the phase and the variant, as far as they mean something."""
+    variant = None if result.variant is None else str(result.variant)
+    return ", ".join(filter(None, (result.title, result.subject, result.phase, variant)))
