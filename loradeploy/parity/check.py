@@ -14,9 +14,8 @@ from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.onnx_side import NotRunError
 from loradeploy.parity.report import BASE_LABEL, AdapterFacts, Result
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.tolerances import tolerances
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.walk import Model, Observation, Row, phases_of, walk
+from loradeploy.parity.walk import Model, Observation, Row, has_logits, phases_of, walk
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +138,7 @@ def _walk(
     reference: Reference,
 ) -> Iterator[Result]:
     task = setting.manifest.task
-    tallies = _Tallies(reference, logits=task != "feature-extraction")
+    tallies = _Tallies(reference, logits=has_logits(task))
     for phase in phases:
         for row in rows:
             if row.due(phase):
@@ -189,12 +188,7 @@ def _result(
 ) -> Result:
     figures = tally.comparison.figures()
     effect = None if subject is None else reference.effect[subject].largest
-    checks = judge(
-        figures,
-        tolerances(setting.manifest.precision),
-        scale=reference.scale[subject],
-        effect=effect,
-    )
+    checks = judge(figures, reference.limits[subject], effect=effect)
     message = problem or failure(figures, checks)
     return Result(
         backend=backend.name,

@@ -19,9 +19,9 @@ from loradeploy.adapter.targets import is_saved
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import Control
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.tolerances import tolerances
 from loradeploy.parity.torch_side import prompt_rows
 from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.walk import has_logits
 
 if TYPE_CHECKING:
     import torch
@@ -147,13 +147,12 @@ def _judge(
     mistake: Mistake, name: str, rows: Sequence[Row], setting: Setting, reference: Reference
 ) -> Control:
     scale, effect = reference.scale[name], reference.effect[name].largest
-    comparison = Comparison(scale=scale, logits=setting.manifest.task != "feature-extraction")
+    comparison = Comparison(scale=scale, logits=has_logits(setting.manifest.task))
     for right, wrong in zip(reference.rows[name], rows, strict=True):
         count = len(right.prompt) if right.forced else len(right.expected)
         comparison.add(right.expected[:count], wrong.expected[:count], case=right.case)
     figures = comparison.figures()
-    limits = tolerances(setting.manifest.precision)
-    caught = failure(figures, judge(figures, limits, scale=scale, effect=effect)) is not None
+    caught = failure(figures, judge(figures, reference.limits[name], effect=effect)) is not None
     return Control(mistake.name, mistake.meaning, name, caught, figures.max_abs, effect)
 
 

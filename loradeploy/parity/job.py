@@ -40,16 +40,16 @@ def run(
     """
     started = time.monotonic()
     logger.info("loading %s", setting.model)
-    model = load_base(setting)
+    base = load_base(setting)
     logger.info("reference: %s", REFERENCE_TITLE)
-    reference = make_reference(setting, model)
+    reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
     if controls:
         logger.info("controls")
-        made = run_controls(setting, reference, model)
+        made = run_controls(setting, reference, base.model)
     in_torch = [backend for backend in backends if backend.on_torch]
-    results = run_backends(in_torch, setting, reference, model)
-    del model
+    results = run_backends(in_torch, setting, reference, base.model)
+    del base
     gc.collect()
     in_onnx = [backend for backend in backends if not backend.on_torch]
     results += run_backends(in_onnx, setting, reference, None)
@@ -98,7 +98,7 @@ def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> P
 
 def _notes(setting: Setting, reference: Reference) -> list[str]:
     """What the reader of the verdict must know besides."""
-    notes = []
+    notes = list(reference.notes)
     manifest = setting.manifest
     if not setting.subjects:
         notes.append("no adapter is in the bundle or given: only the base was compared")

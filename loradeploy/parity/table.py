@@ -90,7 +90,7 @@ def _row(result: Result) -> tuple[str, ...]:
         f"{figures.max_abs:.1e}",
         f"{figures.p99_abs:.1e}",
         f"{figures.max_rel:.1e}",
-        f"{max(0.0, 1 - figures.cosine):.0e}",
+        f"{figures.cosine_distance:.0e}",
         _number(figures.kl),
         _share(figures.top1),
         _share(figures.greedy),

@@ -1,27 +1,63 @@
-"""The one table of tolerances: how far a deployment may be from its reference, and why.
+"""How far a deployment may be from its reference, and why: measured on the spot, not guessed.
 
-A limit on an absolute error holds for values that reach `REACH`; where the reference reaches
-further, it grows in proportion, as rounding does. It never shrinks.
+PyTorch itself does not give *the* numbers: float32 is off from float64, float16 from float32, and
+products of packed weights round what they multiply. How much that comes to on the very inputs of a
+check, the *gap*, is measured in PyTorch (calibrate.py), where nothing but rounding is in it. A
+deployment in the same precision rounds as often, in another order, so it is as far off in another
+direction: its distance from the reference is up to two gaps, and `ROOM` is twice that. An adapter
+that is wrong is off by its effect instead, which the last metric holds against the error.
+
+Where there is no PyTorch model to measure in, `assumed` has limits from what others came to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
+from loradeploy.parity.metrics import RELATIVE_GUARD
 
-REACH: Final = 32.0
+if TYPE_CHECKING:
+    from loradeploy.parity.metrics import Figures
+
+# What a linear figure may be of the gap's; a quadratic one (cosine, KL) of its square.
+ROOM: Final = 4.0
+# Roundings of the largest value that are allowed at least: a gap may be nothing at all, by luck or
+# in a small model.
+LEAST: Final = 16
+# Roundings that are allowed where nothing was measured: twice what SmolLM2-135M's thirty layers
+# came to. In half precision sums are in float32, so that fewer of the larger ones add up.
+ASSUMED: Final[Mapping[str, int]] = {"fp32": 112, "fp16": 16, "bf16": 16}
+# The largest relative error of one rounding. Packed weights are multiplied in float32.
+UNIT: Final[Mapping[str, float]] = {
+    "fp32": 2**-24, "fp16": 2**-11, "bf16": 2**-8, "int8": 2**-24, "int4": 2**-24,
+}  # fmt: skip
+# What the gap of a precision is, in words.
+GAPS: Final[Mapping[str, str]] = {
+    "fp32": "PyTorch's float32 is off from its float64",
+    "fp16": "PyTorch's float16 is off from its float32",
+    "bf16": "PyTorch's bfloat16 is off from its float32",
+    "int8": "PyTorch is off where what weights multiply is rounded to 8 bits",
+    "int4": "PyTorch is off where what weights multiply is rounded to 8 bits",
+}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that is judged. `absolute`: it is in the unit of the values, and grows with them."""
+    """A figure that is judged.
+
+    `order`: 1 where it grows as the error does, 2 where as its square, 0 where it is no measure of
+    rounding. `absolute`: it is of errors as they are, not of their share of the values. `usual`:
+    how it stands to the largest error (or that error's share of the largest value) in rounding.
+    """
 
     name: str
     title: str
+    order: int
     absolute: bool
+    usual: float
     meaning: str
 
 
@@ -34,56 +70,76 @@ class Limit:
 
 
 METRICS: Final[tuple[Metric, ...]] = (
-    Metric("max_abs", "max abs", True, "largest absolute error"),
-    Metric("p99_abs", "p99 abs", True, "absolute error that 99 % of the values stay below"),
-    Metric("mean_abs", "mean abs", True, "mean absolute error"),
-    Metric("max_rel", "max rel", False, "largest relative error, guarded near zero"),
-    Metric("cosine_distance", "1 − cosine", False, "1 − cosine of the worst position"),
-    Metric("kl", "KL", False, "KL divergence of the worst position, in nats"),
-    Metric("margin", "margin", True, "lead of the expected token where another one was chosen"),
+    Metric("max_abs", "max abs", 1, True, 1, "largest absolute error"),
+    Metric("p99_abs", "p99 abs", 1, True, 0.5, "absolute error that 99 % of values stay below"),
+    Metric("mean_abs", "mean abs", 1, True, 0.1, "mean absolute error"),
+    Metric("max_rel", "max rel", 1, False, 1 / RELATIVE_GUARD, "largest relative error, guarded"),
+    Metric("cosine_distance", "1 − cosine", 2, False, 10, "1 − cosine of the worst position"),
+    Metric("kl", "KL", 2, True, 1, "KL divergence of the worst position, in nats"),
+    Metric("margin", "margin", 0, True, 1, "lead of the expected token where another was chosen"),
     Metric(
-        "effect_share", "error/effect", False, "largest error over the adapter's largest effect"
+        "effect_share",
+        "error/effect",
+        0,
+        False,
+        0,
+        "largest error over the adapter's largest effect",
     ),
 )
-
-_HALF: Final = "float16 keeps 11 bits of each weight; measured on SmolLM2-135M: "
+_TIE: Final = "two logits that may each be off by the largest error are a tie"
 _HIDES: Final = "an error that is not far below the effect hides the adapter"
-
-# "Measured" is the largest over all paths on SmolLM2-135M with rank-16 adapters on all linear
-# layers. PyTorch itself is 1.7e-4 off once an adapter is merged in float32.
-TOLERANCES: Final[Mapping[str, Mapping[str, Limit]]] = {
-    "fp32": {
-        "max_abs": Limit(2e-4, "float32 rounding in another order, 30 layers; measured: 1.5e-4"),
-        "p99_abs": Limit(1e-4, "half of the largest; measured: 4.8e-5"),
-        "mean_abs": Limit(2e-5, "a tenth of the largest; a bias in all values shows here first"),
-        "max_rel": Limit(1e-3, "the largest error over the guard; measured: 2.7e-4"),
-        "cosine_distance": Limit(1e-8, "quadratic in the error; measured: 1e-10"),
-        "kl": Limit(1e-7, "quadratic in the error: half of (2e-4)² and room; measured: 3e-10"),
-        "margin": Limit(4e-4, "two logits that may each be off by the largest error are a tie"),
-        "effect_share": Limit(0.1, _HIDES),
-    },
-    "fp16": {
-        "max_abs": Limit(0.25, f"{_HALF}0.11"),
-        "p99_abs": Limit(0.08, f"{_HALF}0.036"),
-        "mean_abs": Limit(0.02, f"{_HALF}0.0077"),
-        "max_rel": Limit(1.0, f"{_HALF}0.24, and 0.52 on random weights"),
-        "cosine_distance": Limit(5e-4, f"{_HALF}2e-4"),
-        "kl": Limit(1e-3, f"{_HALF}2e-4"),
-        "margin": Limit(0.1, f"{_HALF}0.03; two logits that are each off by a little are a tie"),
-        "effect_share": Limit(0.2, f"{_HIDES}; of a slight adapter's effect, 0.08 was measured"),
-    },
-}
+# The largest error's share of the adapter's largest effect. Coarse precisions come closer: of a
+# slight adapter's, 0.08 was measured on SmolLM2-135M in float16.
+EFFECT_SHARE: Final[Mapping[str, float]] = {
+    "fp32": 0.1, "fp16": 0.2, "bf16": 0.2, "int8": 0.2, "int4": 0.2,
+}  # fmt: skip
 
 
-def tolerances(precision: str) -> Mapping[str, Limit]:
-    """The limits for a bundle of `precision`.
+def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit]:
+    """The limits for a deployment in `precision`, by the gap that was measured on its inputs.
+
+    `scale`: the largest absolute value in the reference.
+    """
+
+    def limit(metric: Metric) -> Limit:
+        room, measured = ROOM**metric.order, float(getattr(gap, metric.name) or 0.0)
+        least = _roundings(metric, precision, LEAST, scale)
+        if room * measured < least:
+            said = (
+                f"{measured:.1e} was measured; {LEAST} roundings of {scale:.2g} are always allowed"
+            )
+            return Limit(least, said)
+        return Limit(room * measured, f"{room:g} × {measured:.1e}, which {GAPS[precision]} here")
+
+    return _limits(precision, limit)
+
+
+def assumed(precision: str, *, scale: float) -> dict[str, Limit]:
+    """The limits where nothing can be measured: `ASSUMED` roundings of the largest value.
 
     Raises:
         UsageError: nothing is known of that precision.
     """
-    if precision not in TOLERANCES:
+    if precision not in ASSUMED:
         raise UsageError(
-            f"parity knows no tolerances for {precision}, only for {', '.join(TOLERANCES)}:"
-            " export the bundle in one of these to prove it"
+            f"parity assumes no tolerances for {precision}, only for {', '.join(ASSUMED)}: give a"
+            " PyTorch model, which they can be measured on"
         )
-    return TOLERANCES[precision]
+    count = ASSUMED[precision]
+    said = f"{count} roundings of values that reach {scale:.2g}, as SmolLM2-135M needs half of"
+    return _limits(
+        precision, lambda metric: Limit(_roundings(metric, precision, count, scale), said)
+    )
+
+
+def _limits(precision: str, limit: Callable[[Metric], Limit]) -> dict[str, Limit]:
+    found = {metric.name: limit(metric) for metric in METRICS if metric.order}
+    found["margin"] = Limit(2 * found["max_abs"].value, _TIE)
+    found["effect_share"] = Limit(EFFECT_SHARE[precision], _HIDES)
+    return found
+
+
+def _roundings(metric: Metric, precision: str, count: int, scale: float) -> float:
+    """What so many roundings of values that reach `scale` come to in a metric."""
+    error = metric.usual * count * UNIT[precision] * (scale if metric.absolute else 1.0)
+    return error if metric.order == 1 else error**2 / 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,14 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
     SEQUENCE_CLASSIFICATION,
 )
-from loradeploy.errors import MissingDependencyError, ModelError
+from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.parity.calibrate import measure_gap
 from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.packed import PACKED, unpack_into
+from loradeploy.parity.rounding import Activations
 from loradeploy.parity.setting import Setting, Subject
-from loradeploy.parity.walk import Row, batch_size, generate, joined, output_names
+from loradeploy.parity.tolerances import Limit, assumed, calibrated
+from loradeploy.parity.walk import Row, batch_size, generate, has_logits, joined, output_names
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
@@ -67,7 +71,9 @@ class TorchModel:
             value = getattr(result, name, None)
             if value is None:
                 raise ModelError(f"the bundle gives {name}, which the PyTorch model does not give")
-            values.append(value.float().numpy())
+            if value.dtype != torch.float64:  # calibration runs in that, too
+                value = value.float()
+            values.append(value.numpy())
         return joined(values), getattr(result, "past_key_values", None)
 
 
@@ -83,20 +89,35 @@ class Effect:
 class Reference:
     """What PyTorch gives, by adapter name; None is the base.
 
-    `scale`: the largest absolute value of each. The rows' values are in files, mapped on reading.
+    `scale`: the largest absolute value of each. `limits`: how far a deployment may be off. The
+    rows' values are in files, mapped on reading. `notes`: what its reader must know.
     """
 
     rows: dict[str | None, tuple[Row, ...]]
     scale: dict[str | None, float]
     effect: dict[str, Effect]
+    limits: dict[str | None, Mapping[str, Limit]]
+    notes: tuple[str, ...] = ()
 
 
-def load_base(setting: Setting) -> torch.nn.Module:
-    """The base model of `setting` with the bundle's head, float32.
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The base model in PyTorch, float32.
+
+    `activations`: the modules whose inputs the graph rounds, since it holds their weights packed.
+    """
+
+    model: torch.nn.Module
+    activations: Mapping[str, Activations]
+
+
+def load_base(setting: Setting) -> Base:
+    """The base model of `setting` with the bundle's head, and the graph's own weights if packed.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
         ModelError: transformers cannot load the model.
+        BundleError: the graph's packed weights cannot be read.
     """
     try:
         import torch  # noqa: F401
@@ -115,10 +136,12 @@ def load_base(setting: Setting) -> torch.nn.Module:
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
-    return load_model(setting.model, manifest.task, labels=labels, brought=brought)[0]
+    model, _ = load_model(setting.model, manifest.task, labels=labels, brought=brought)
+    packed = manifest.precision in PACKED
+    return Base(model, unpack_into(model, setting.bundle, manifest) if packed else {})
 
 
-def make_reference(setting: Setting, model: torch.nn.Module) -> Reference:
+def make_reference(setting: Setting, base: Base) -> Reference:
     """Run the base and every adapter over the cases with PyTorch and loradeploy's LoRA.
 
     Raises:
@@ -126,18 +149,50 @@ def make_reference(setting: Setting, model: torch.nn.Module) -> Reference:
     """
     from loradeploy.lora.inject import adapted
 
-    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
-    base_generates = 0 if setting.merged else setting.cases.generated
+    notes: list[str] = []
     rows: dict[str | None, tuple[Row, ...]] = {}
-    rows[None] = _rows(setting, model, None, base_generates)
+    limits: dict[str | None, Mapping[str, Limit]] = {}
+
+    def run(name: str | None, generated: int) -> None:
+        rows[name] = _rows(setting, base.model, name, generated)
+        limits[name] = _limits(setting, base, rows[name], notes)
+
+    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
+    run(None, 0 if setting.merged else setting.cases.generated)
     for subject in setting.subjects:
-        with adapted(model, subject.adapter):
-            rows[subject.name] = _rows(setting, model, subject.name, setting.cases.generated)
+        with adapted(base.model, subject.adapter):
+            run(subject.name, setting.cases.generated)
     return Reference(
         rows=rows,
         scale={name: _scale(its) for name, its in rows.items()},
         effect={s.name: effect(rows[None], rows[s.name]) for s in setting.subjects},
+        limits=limits,
+        notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _limits(
+    setting: Setting, base: Base, rows: Sequence[Row], notes: list[str]
+) -> Mapping[str, Limit]:
+    """How far a deployment of what is in the model may be from `rows`."""
+    manifest, scale = setting.manifest, _scale(rows)
+    try:
+        gap = measure_gap(
+            base.model,
+            TorchModel(base.model, manifest),
+            rows,
+            manifest.precision,
+            base.activations,
+            scale=scale,
+            logits=has_logits(manifest.task),
+        )
+    except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
+        notes.append(
+            f"the limits are assumed, not measured: {manifest.base.name} cannot be computed in"
+            f" other numbers ({first_line(problem)})"
+        )
+        return assumed(manifest.precision, scale=scale)
+    return calibrated(manifest.precision, gap, scale=scale)
 
 
 def prompt_rows(setting: Setting, model: torch.nn.Module, subject: str) -> tuple[Row, ...]:

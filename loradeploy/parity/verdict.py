@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loradeploy.parity.report import Check
-from loradeploy.parity.tolerances import METRICS, REACH, Limit
+from loradeploy.parity.tolerances import METRICS, Limit
 
 if TYPE_CHECKING:
     from loradeploy.parity.metrics import Figures
@@ -15,32 +15,30 @@ _LISTED = 3
 
 
 def judge(
-    figures: Figures, limits: Mapping[str, Limit], *, scale: float, effect: float | None
+    figures: Figures, limits: Mapping[str, Limit], *, effect: float | None
 ) -> tuple[Check, ...]:
     """Every figure that there is against its limit.
 
-    `scale`: the largest absolute value in the reference; limits on absolute errors grow with it
-    once it is past `REACH`. `effect`: the adapter's largest effect; None for the base and for an
-    adapter without one, where there is nothing to compare the error with.
+    `effect`: the adapter's largest effect; None for the base and for an adapter without one, where
+    there is nothing to compare the error with.
     """
     values = {
         "max_abs": figures.max_abs,
         "p99_abs": figures.p99_abs,
         "mean_abs": figures.mean_abs,
         "max_rel": figures.max_rel,
-        "cosine_distance": 1.0 - figures.cosine,
+        "cosine_distance": figures.cosine_distance,
         "kl": figures.kl,
         "margin": None if figures.top1 is None else figures.margin,
         "effect_share": figures.max_abs / effect if effect else None,
     }
-    growth = max(1.0, scale / REACH)
     checks = []
     for metric in METRICS:
         value, limit = values[metric.name], limits[metric.name]
         if value is not None:
-            bound = limit.value * growth if metric.absolute else limit.value
+            passed = value <= limit.value
             checks.append(
-                Check(metric.name, metric.title, value, bound, value <= bound, limit.reason)
+                Check(metric.name, metric.title, value, limit.value, passed, limit.reason)
             )
     return tuple(checks)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
@@ -169,6 +169,11 @@ def generate(
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         chosen.append(ids[:, 0])
     return [tuple(row) for row in np.stack(chosen, axis=1).tolist()]
+
+
+def has_logits(task: str) -> bool:
+    """Whether a position of the first output is a distribution over tokens or labels."""
+    return task != FEATURE_EXTRACTION
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:

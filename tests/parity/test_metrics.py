@@ -20,7 +20,8 @@ def test_equal_arrays_have_no_error() -> None:
     figures = compare([[1.0, -2.0, 3.0]], [[1.0, -2.0, 3.0]])
     errors = (figures.max_abs, figures.p99_abs, figures.mean_abs, figures.max_rel, figures.kl)
     assert errors == (0, 0, 0, 0, 0)
-    assert (figures.cosine, figures.top1, figures.margin) == (1, 1, 0)
+    assert (figures.cosine_distance, figures.top1, figures.top5, figures.margin) == (0, 1, 1, 0)
+    assert (figures.max_ulp, figures.js) == (0, 0)
 
 
 def test_absolute_errors_are_those_of_the_values() -> None:
@@ -46,14 +47,20 @@ def test_the_percentile_is_within_a_hundredth_of_the_sorted_value() -> None:
 
 def test_the_cosine_is_that_of_the_worst_position() -> None:
     figures = compare([[1.0, 0.0], [1.0, 0.0]], [[2.0, 0.0], [1.0, 1.0]])
-    assert figures.cosine == pytest.approx(1 / math.sqrt(2))
+    assert figures.cosine_distance == pytest.approx(1 - 1 / math.sqrt(2))
 
 
-@pytest.mark.parametrize("other, cosine", [([0.0, 0.0], 1.0), ([1.0, 0.0], 0.0)])
+@pytest.mark.parametrize("other, distance", [([0.0, 0.0], 0.0), ([1.0, 0.0], 1.0)])
 def test_two_zero_vectors_are_one_direction_and_one_is_none(
-    other: list[float], cosine: float
+    other: list[float], distance: float
 ) -> None:
-    assert compare([[0.0, 0.0]], [other]).cosine == cosine
+    assert compare([[0.0, 0.0]], [other]).cosine_distance == distance
+
+
+def test_a_small_turn_is_half_the_square_of_its_angle() -> None:
+    # 1 − cos would be lost: 1 − 5e-13 is 1 in float32.
+    turned = compare([[1.0, 0.0]], [[math.cos(1e-6), math.sin(1e-6)]]).cosine_distance
+    assert turned == pytest.approx(0.5e-12, rel=1e-3)
 
 
 def test_the_divergence_of_two_coins_is_the_textbook_one() -> None:
@@ -76,6 +83,42 @@ def test_a_small_divergence_is_half_the_variance_of_the_error() -> None:
 def test_a_large_divergence_stays_finite() -> None:
     figures = compare([[0.0, -2000.0]], [[-2000.0, 0.0]])
     assert figures.kl == pytest.approx(2000.0)
+
+
+def test_the_symmetric_divergence_of_two_coins_is_the_textbook_one() -> None:
+    p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    m = (p + q) / 2
+    expected = 0.5 * float((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum())
+    figures = compare([np.log(p)], [np.log(q)])
+    assert figures.js == pytest.approx(expected, rel=1e-6)
+    apart = compare([[0.0, -2000.0]], [[-2000.0, 0.0]]).js
+    assert apart == pytest.approx(math.log(2)), "two that have nothing in common"
+    near = compare([[0.0, 0.0]], [[1e-5, -1e-5]])
+    assert near.kl is not None
+    assert near.js == pytest.approx(near.kl / 4, rel=1e-3), "a quarter of KL where both are small"
+
+
+@pytest.mark.parametrize("size", [3, 5, 130, 5000])
+def test_the_five_largest_are_those_of_a_sort(size: int) -> None:
+    random = np.random.default_rng(size)
+    expected = random.permutation(size).astype(np.float32)
+    actual = expected + 1.5 * random.standard_normal(size).astype(np.float32)
+    count = min(5, size)
+    both = set(np.argsort(-expected)[:count]) & set(np.argsort(-actual)[:count])
+    assert compare([expected], [actual]).top5 == pytest.approx(len(both) / count)
+
+
+def test_an_error_of_one_unit_in_the_last_place_is_one() -> None:
+    value = np.float32(3.0)
+    figures = compare([[value]], [[np.nextafter(value, np.float32(4))]], scale=3.0)
+    assert figures.max_ulp == 1.0
+    assert figures.max_rel == pytest.approx(np.spacing(value) / value)
+
+
+def test_what_float64_tells_apart_is_told_apart() -> None:
+    comparison = Comparison(scale=1.0, logits=True)
+    comparison.add(np.array([[1.0, 0.0]]), np.array([[1.0 + 1e-12, 0.0]]))
+    assert comparison.figures().max_abs == pytest.approx(1e-12, rel=1e-3)
 
 
 def test_the_margin_is_the_lead_of_the_expected_token() -> None:

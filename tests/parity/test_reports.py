@@ -24,7 +24,7 @@ from loradeploy.parity.report import (
     Result,
 )
 from loradeploy.parity.table import print_report
-from loradeploy.parity.tolerances import TOLERANCES
+from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import failure, judge
 from loradeploy.parity.writers import WRITERS, check_reports, markdown, write_report
 
@@ -33,7 +33,7 @@ def result(error: float = 0.0) -> Result:
     comparison = Comparison(scale=1.0, logits=True)
     comparison.add(np.array([[1.0, 0.0]]), np.array([[1.0 + error, 0.0]]))
     figures = comparison.figures()
-    checks = judge(figures, TOLERANCES["fp32"], scale=1.0, effect=0.5)
+    checks = judge(figures, assumed("fp32", scale=1.0), effect=0.5)
     message = failure(figures, checks)
     outcome = "failed" if message else "passed"
     return Result("onnx", "ONNX", "a|b", "prefill", outcome, message, figures, checks, 0.5)

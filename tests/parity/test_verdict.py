@@ -10,10 +10,21 @@ import pytest
 
 from loradeploy.errors import UsageError
 from loradeploy.parity.metrics import Comparison, Figures
-from loradeploy.parity.tolerances import METRICS, REACH, TOLERANCES, tolerances
+from loradeploy.parity.tolerances import (
+    ASSUMED,
+    EFFECT_SHARE,
+    LEAST,
+    METRICS,
+    ROOM,
+    UNIT,
+    Limit,
+    assumed,
+    calibrated,
+)
 from loradeploy.parity.verdict import failure, judge
 
 EXPECTED = np.array([[10.0, 2.0, -3.0], [1.0, 8.0, 0.5]])
+GAP = 5e-5
 
 
 def figures(error: float) -> Figures:
@@ -25,8 +36,13 @@ def figures(error: float) -> Figures:
     return comparison.figures()
 
 
-def verdict(found: Figures, *, effect: float | None = 5.0, scale: float = 10.0) -> str | None:
-    return failure(found, judge(found, TOLERANCES["fp32"], scale=scale, effect=effect))
+def limits(gap: float = GAP) -> dict[str, Limit]:
+    """Of a float32 whose rounding comes to `gap` in the same place."""
+    return calibrated("fp32", figures(gap), scale=10.0)
+
+
+def verdict(found: Figures, *, effect: float | None = 5.0) -> str | None:
+    return failure(found, judge(found, limits(), effect=effect))
 
 
 def test_rounding_passes() -> None:
@@ -36,7 +52,7 @@ def test_rounding_passes() -> None:
 def test_an_error_beyond_the_tolerance_fails_and_says_where() -> None:
     said = verdict(figures(1e-2))
     assert said is not None
-    assert "max abs 0.01 > 0.0002" in said
+    assert f"max abs 0.01 > {ROOM * GAP:.2g}" in said
     assert "prompt 1, position 0" in said
 
 
@@ -51,13 +67,27 @@ def test_where_there_is_no_effect_the_error_is_judged_alone(effect: float | None
     assert verdict(figures(1e-2), effect=effect) is not None
 
 
-def test_absolute_limits_grow_with_the_values_and_never_shrink() -> None:
-    def limit(scale: float) -> float:
-        checks = judge(figures(0.0), TOLERANCES["fp32"], scale=scale, effect=None)
-        return next(check.limit for check in checks if check.metric == "max_abs")
+def test_limits_are_a_multiple_of_what_was_measured_and_say_so() -> None:
+    for name in ("max_abs", "p99_abs"):
+        measured, limit = getattr(figures(GAP), name), limits()[name]
+        assert limit.value == pytest.approx(ROOM * measured), name
+        assert f"{measured:.1e}, which PyTorch's float32 is off" in limit.reason
+    wide = limits(gap=1e-2)["kl"].value  # it goes with the square
+    assert wide == pytest.approx(ROOM**2 * float(figures(1e-2).kl or 0))
 
-    assert limit(0.01) == limit(REACH) == TOLERANCES["fp32"]["max_abs"].value
-    assert limit(10 * REACH) == pytest.approx(10 * limit(REACH))
+
+def test_a_gap_by_luck_of_nothing_leaves_room_for_a_few_roundings() -> None:
+    found = limits(gap=0.0)
+    assert found["max_abs"].value == LEAST * UNIT["fp32"] * 10.0
+    assert "are always allowed" in found["max_abs"].reason
+    assert all(limit.value > 0 for limit in found.values())
+
+
+def test_limits_that_are_assumed_grow_with_the_values() -> None:
+    one, ten = (assumed("fp32", scale=scale) for scale in (1.0, 10.0))
+    assert ten["max_abs"].value == pytest.approx(10 * one["max_abs"].value)
+    assert ten["kl"].value == pytest.approx(100 * one["kl"].value)
+    assert ten["max_rel"].value == one["max_rel"].value
 
 
 def test_another_token_by_a_hair_is_a_tie_and_by_more_a_failure() -> None:
@@ -65,7 +95,7 @@ def test_another_token_by_a_hair_is_a_tie_and_by_more_a_failure() -> None:
         comparison = Comparison(scale=1.0, logits=True)
         comparison.add(np.array([[1.0, 1.0 - lead]]), np.array([[1.0, 1.0 + 1e-6]]))
         found = comparison.figures()
-        checks = judge(found, TOLERANCES["fp32"], scale=1.0, effect=None)
+        checks = judge(found, assumed("fp32", scale=1.0), effect=None)
         assert found.top1 == 0.0
         margin = next(check for check in checks if check.metric == "margin")
         assert margin.passed is passes, margin
@@ -85,13 +115,14 @@ def test_nothing_compared_is_no_agreement() -> None:
     assert verdict(Comparison(scale=1.0, logits=True).figures()) == "no positions were compared"
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", UNIT)
 def test_every_precision_has_a_limit_and_a_reason_for_every_metric(precision: str) -> None:
-    limits = TOLERANCES[precision]
-    assert list(limits) == [metric.name for metric in METRICS]
-    assert all(limit.value > 0 and limit.reason for limit in limits.values())
+    found = calibrated(precision, figures(GAP), scale=10.0)
+    assert set(found) == {metric.name for metric in METRICS}
+    assert all(limit.value > 0 and limit.reason for limit in found.values())
+    assert found["effect_share"].value == EFFECT_SHARE[precision]
 
 
-def test_a_precision_without_tolerances_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="bf16"):
-        tolerances("bf16")
+def test_what_cannot_be_assumed_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=f"int4, only for {', '.join(ASSUMED)}"):
+        assumed("int4", scale=1.0)

@@ -1,0 +1,96 @@
+"""The reference model computed in other numbers: what rounding alone does to it.
+
+Weights are cast as their module runs and given back afterwards, so that one module at a time is
+held twice, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import torch
+
+# What a precision's gap is taken to. float32 is held against float64: both are in PyTorch, so that
+# nothing but rounding is between them.
+DTYPES: Final[Mapping[str, str]] = {"fp32": "float64", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How a product rounds what it multiplies: to 8 bits, in blocks of `block` or all at once."""
+
+    block: int | None
+
+
+@contextmanager
+def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
+    """`model` with its parameters and, from its embeddings on, its activations in another dtype.
+
+    What a model computes in float32 by its own decision (norms, rotations) stays so.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    kept: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+
+    def cast(module: torch.nn.Module, inputs: Any) -> Any:
+        own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        kept[module] = [(parameter, parameter.data) for parameter in own]
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+
+    def give_back(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        for parameter, data in kept.pop(module, ()):
+            parameter.data = data
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_pre_hook(cast).remove)
+                after = module.register_forward_hook(give_back, always_call=True)
+                hooks.callback(after.remove)
+        yield
+
+
+@contextmanager
+def rounded_activations(
+    model: torch.nn.Module, activations: Mapping[str, Activations]
+) -> Iterator[None]:
+    """`model` with the inputs of some modules rounded to 8 bits, as packed products do it."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for name, how in activations.items():
+            module = modules[name]
+            # An adapted module's own update is computed from what was not rounded.
+            base = getattr(module, "base", module)
+            hooks.callback(base.register_forward_pre_hook(_rounding(how)).remove)
+        yield
+
+
+def _rounding(how: Activations) -> Callable[[torch.nn.Module, Any], Any]:
+    def pre_hook(module: torch.nn.Module, inputs: Any) -> Any:
+        return (round_to_8_bits(inputs[0], how.block), *inputs[1:])
+
+    return pre_hook
+
+
+def round_to_8_bits(x: torch.Tensor, block: int | None) -> torch.Tensor:
+    """`x` [..., size] on 255 levels around zero: of each block of the last axis, or of all."""
+    import torch
+
+    size = x.shape[-1]
+    if block is None:
+        return _levels(x.reshape(1, -1)).reshape(x.shape)
+    padded = torch.nn.functional.pad(x, (0, -size % block))
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    return _levels(blocks).flatten(-2)[..., :size]
+
+
+def _levels(x: torch.Tensor) -> torch.Tensor:
+    step = x.abs().amax(dim=-1, keepdim=True) / 127
+    step = step.where(step > 0, step.new_ones(()))
+    return (x / step).round() * step

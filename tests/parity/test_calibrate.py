@@ -1,0 +1,196 @@
+"""The limits come from PyTorch's own rounding on the inputs of the check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import loradeploy as ld
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.parity.report import ParityReport
+from loradeploy.parity.rounding import Activations, in_dtype, round_to_8_bits, rounded_activations
+from tests.conftest import MakeAdapter
+
+PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+IDS = torch.arange(3, 40)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_a_model_in_other_numbers_is_what_pytorch_casts_and_leaves_no_trace(
+    dtype: str, model: torch.nn.Module, tiny_llama: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = logits(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with in_dtype(model, dtype):
+        here = logits(model)
+    assert here.dtype == getattr(torch, dtype)
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    cast = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=getattr(torch, dtype)).eval()
+    assert torch.equal(here, logits(cast))
+    assert not torch.equal(here.double(), before.double())
+
+
+def test_rounding_to_8_bits_is_off_by_half_a_step_of_its_block() -> None:
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    x[:, 40] *= 100  # an outlier costs its own block alone
+    off = (round_to_8_bits(x, 32) - x).abs()
+    steps = torch.stack([x[:, begin : begin + 32].abs().amax(1) / 127 for begin in (0, 32, 64)], 1)
+    assert (off <= steps.repeat_interleave(32, 1)[:, :70] * 0.5001).all()
+    assert off[:, :32].max() < off[:, 32:64].max() / 10
+    assert (round_to_8_bits(x, None) - x).abs().max() <= x.abs().max() / 127 * 0.5001
+    assert torch.equal(round_to_8_bits(torch.zeros(2, 3), 32), torch.zeros(2, 3))
+
+
+def test_rounded_activations_change_the_products_named_alone(model: torch.nn.Module) -> None:
+    before = logits(model)
+    with rounded_activations(model, {"model.layers.1.mlp.down_proj": Activations(32)}):
+        rounded = logits(model)
+    assert 0 < float((rounded - before).abs().max()) < float(before.abs().max())
+    assert torch.equal(logits(model), before)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
+    return make_adapter(tiny_llama, seed=1, scale=0.1)
+
+
+def parity(bundle: Path, model: Path, adapter: Path, **options: object) -> ParityReport:
+    given = {"backends": ["onnx-side-inputs", "onnx-mixed"], "prompts": PROMPTS, "tokens": 4}
+    return ld.parity(
+        bundle,
+        model=model,
+        adapters={"a": adapter},
+        certificate=False,
+        **{**given, **options},  # type: ignore[arg-type]
+    )
+
+
+def limit(report: ParityReport, metric: str) -> float:
+    return max(
+        check.limit
+        for result in report.results
+        for check in result.checks
+        if check.metric == metric
+    )
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def packed(
+    request: pytest.FixtureRequest,
+    tiny_llama_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    place = tmp_path_factory.mktemp("packed") / request.param
+    ld.export(tiny_llama_bundle, place, precision=request.param)
+    return place
+
+
+def test_a_packed_bundle_agrees_with_its_own_weights(
+    packed: Path, tiny_llama: Path, adapter: Path
+) -> None:
+    report = parity(packed, tiny_llama, adapter)
+    assert report.passed, report.failures
+    reasons = {c.reason for r in report.results for c in r.checks if c.metric == "max_abs"}
+    assert all("rounded to 8 bits" in reason for reason in reasons)
+    assert 1e-3 < limit(report, "max_abs") < report.adapters[0].effect
+
+
+def test_another_adapter_in_a_packed_bundle_fails(
+    packed: Path,
+    tiny_llama: Path,
+    adapter: Path,
+    make_adapter: MakeAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loradeploy.runtime.session import AdapterSession
+
+    wrong = make_adapter(tiny_llama, seed=9, scale=0.1)
+    right = AdapterSession.load
+    monkeypatch.setattr(
+        AdapterSession, "load", lambda self, name, place=None: right(self, name, wrong)
+    )
+    report = parity(packed, tiny_llama, adapter)
+    assert {r.outcome for r in report.results if r.adapter == "a"} == {"failed"}
+
+
+def test_packed_weights_of_another_model_are_refused(
+    packed: Path, tiny_llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    import onnx
+    from onnx import numpy_helper
+
+    from loradeploy.adapter.digest import file_digest
+
+    shutil.copytree(packed, tmp_path / "b")
+    graph = onnx.load(tmp_path / "b/model.onnx")
+    scales = next(
+        t for t in graph.graph.initializer if "down_proj" in t.name and t.name.endswith(".scales")
+    )
+    turned = numpy_helper.to_array(scales)[::-1].copy() * 2
+    scales.CopyFrom(numpy_helper.from_array(turned, scales.name))
+    onnx.save(graph, tmp_path / "b/model.onnx", save_as_external_data=False)
+    told = json.loads((tmp_path / "b/loradeploy.json").read_text())
+    told["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
+    (tmp_path / "b/loradeploy.json").write_text(json.dumps(told))
+    with pytest.raises(BundleError, match=r"down_proj is not the base's: it is off by \d+%"):
+        parity(tmp_path / "b", tiny_llama, adapter)
+
+
+def test_a_merged_packed_bundle_has_nothing_to_be_held_against(
+    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path
+) -> None:
+    ld.export(tiny_llama_bundle, tmp_path / "m", adapters=[adapter], merge=True, precision="int8")
+    with pytest.raises(UsageError, match="merged int8 bundle"):
+        parity(tmp_path / "m", tiny_llama, adapter, backends=["onnx-merged"])
+
+
+def test_limits_follow_the_precision_of_the_bundle(
+    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path
+) -> None:
+    ld.export(tiny_llama, tmp_path / "half", precision="fp16")
+    whole = parity(tiny_llama_bundle, tiny_llama, adapter)
+    half = parity(tmp_path / "half", tiny_llama, adapter)
+    assert whole.passed and half.passed
+    assert limit(half, "max_abs") > 100 * limit(whole, "max_abs")
+
+
+def test_where_nothing_can_be_measured_limits_are_assumed_and_the_report_says_so(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def mixes(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()  # what float64 weights refuse to multiply
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", mixes)
+    report = parity(tiny_llama_bundle, tiny_llama, adapter, backends=["onnx-side-inputs"])
+    assert report.passed, report.failures
+    assert any(note.startswith("the limits are assumed, not measured") for note in report.notes)
+    assert np.isfinite(limit(report, "max_abs"))
