@@ -94,6 +94,12 @@ def separate_products(graph: ir.Graph, pairs: Iterable[FactorPair]) -> None:
             _separate(graph, pair, nodes.get(f"{pair.label}/split"))
 
 
+def called_after(product: str) -> list[str]:
+    """The modules that a product of several is called after; itself where it is of one."""
+    parent, dot, names = product.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
+
+
 def _key(linear: Linear) -> object:
     """What linears that can be fused have in common; None where this one cannot."""
     if linear.slice is not None:

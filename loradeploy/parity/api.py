@@ -60,7 +60,6 @@ def parity(
     from loradeploy.parity.backends import choose_backends
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
-    from loradeploy.parity.packed import check_packed
     from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
     from loradeploy.parity.writers import check_reports
 
@@ -70,7 +69,6 @@ def parity(
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
-    check_packed(manifest)
     subjects = find_subjects(place, manifest, adapters)
     digests = graph_digests(place, manifest)
     directory, base = find_model(place, manifest, model)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import UsageError
 from loradeploy.parity import onnx_side
+from loradeploy.parity.packed import PACKED
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.torch_side import TorchModel, merged, with_peft
 from loradeploy.parity.walk import DECODE, ONE_ROW, PADDED_BATCH, PREFILL, Model
@@ -48,6 +49,8 @@ class Backend:
             return f"{self.needs} is not installed"
         if self.needs_adapter and not setting.subjects:
             return "no adapter is in the bundle or given"
+        if self.on_torch and setting.merged and setting.manifest.precision in PACKED:
+            return "it does not round what it merged, as the graph does"
         return None
 
 

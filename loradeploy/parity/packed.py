@@ -4,22 +4,30 @@ What rounding to 8 or 4 bits does to the model is the choice of whoever packed i
 whether the weights are the base's but for that rounding, and whether the deployment computes what
 they say, adapters on top. What is left between the two is the activations, which onnxruntime rounds
 to 8 bits where it multiplies packed weights.
+
+A merged graph packs base and adapter in one. There the reference is the merge in PyTorch, rounded
+as loradeploy's own export rounds: nothing of the graph is in it but how many bits it packs to.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import GRAPH_NAME
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError
 from loradeploy.parity.rounding import Activations
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.export.products import Product
@@ -34,29 +42,30 @@ _MOST_OFF: Final = {"int8": 0.05, "int4": 0.3}
 _INT8_ACTIVATIONS: Final = 4
 
 
-def check_packed(manifest: Manifest) -> None:
-    """Raise UsageError for a merged bundle: its packed weights hold base and adapter in one."""
-    if manifest.precision in PACKED and manifest.mode == "merged":
-        raise UsageError(
-            f"the weights of a merged {manifest.precision} bundle hold base and adapter in one, so"
-            " that PyTorch has nothing to hold against them: prove the fp32 merge, or side inputs"
-        )
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A packed weight of a graph: its numbers [out, in] unpacked, its bits, and its blocks.
+
+    Of several modules that share a product, all have the numbers of the whole.
+
+    `activations`: how the product rounds what it multiplies; None where it does not.
+    """
+
+    values: NDArray[np.float32]
+    bits: int
+    block: int
+    activations: Activations | None
 
 
-def unpack_into(
-    model: torch.nn.Module, bundle: Path, manifest: Manifest
-) -> Mapping[str, Activations]:
-    """Give the linear layers of `model` the packed weights of the bundle's graph.
-
-    Returns the modules whose inputs the graph rounds.
+def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeight]:
+    """The packed weights of the bundle's graph, by module.
 
     Raises:
-        BundleError: a weight is packed in a way that is not understood, or is not the base's.
+        BundleError: a weight is packed in a way that is not understood.
     """
-    import torch
-
     from loradeploy.export.branches import remove_branches
     from loradeploy.export.find import find_linears
+    from loradeploy.export.fuse import called_after
     from loradeploy.export.graph import load_graph
     from loradeploy.export.products import products
     from loradeploy.export.side_inputs import remove_side_inputs
@@ -66,40 +75,96 @@ def unpack_into(
         remove_branches(graph.graph)
     remove_side_inputs(graph, manifest)
     at = {product.node: product for product in products(graph.graph)}
-    modules: dict[str, Any] = dict(model.named_modules())
-    rounding: dict[str, Activations] = {}
+    found: dict[str, PackedWeight] = {}
     for name, linear in find_linears(graph).linears.items():
-        module = modules.get(name)
-        if not linear.quantised or module is None:
+        if not linear.quantised:
             continue
         product = at[linear.nodes[0]]
         begin, end = linear.slice or (0, linear.out_features)
-        rows = product.rows(list(range(begin, end)))
-        weight = None if rows is None else torch.from_numpy(rows)
-        if weight is not None and type(module).__name__ == "Conv1D":
-            weight = weight.T.contiguous()
-        if weight is None or weight.shape != module.weight.shape:
+        values = product.rows(list(range(begin, end)))
+        if values is None:
             raise BundleError(f"{bundle}: the packed weight of {name} cannot be read")
-        own, most = module.weight.detach(), _MOST_OFF[manifest.precision]
-        off = float((weight - own).norm() / own.norm())
+        weight = _packed_weight(product, values)
+        # A merged graph keeps q, k and v as one product; blocks are within a module's own rows.
+        found |= dict.fromkeys(called_after(name), weight)
+    return found
+
+
+def unpack_into(
+    model: torch.nn.Module, weights: Mapping[str, PackedWeight], manifest: Manifest
+) -> None:
+    """Give the linear layers of `model` a graph's packed weights.
+
+    Raises:
+        BundleError: a weight is not that of the base but for its rounding.
+    """
+    most = _MOST_OFF[manifest.precision]
+    for name, module in _modules(model, weights):
+        weight = _like(module, weights[name].values)
+        own = module.weight.detach()
+        off = float((weight - own).norm() / own.norm()) if weight.shape == own.shape else math.inf
         if not off <= most:
             raise BundleError(
-                f"{bundle}: the packed weight of {name} is not the base's: it is off by {off:.0%}"
-                f" of its size, where {manifest.precision} leaves {most:.0%} at most: export again"
+                f"the packed weight of {name} is not the base's: it is off by {off:.0%} of its"
+                f" size, where {manifest.precision} leaves {most:.0%} at most: export again"
             )
-        # A parameter of its own: an output head may be tied to embeddings, which are not packed.
-        module.weight = torch.nn.Parameter(weight, requires_grad=False)
-        if (activations := _activations(product)) is not None:
-            rounding[name] = activations
+        _give(module, weight)
     logger.info("took the packed weights of the graph into the reference")
-    return rounding
 
 
-def _activations(product: Product) -> Activations | None:
-    """How onnxruntime rounds what this product multiplies; None where it does not."""
+@contextmanager
+def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> Iterator[None]:
+    """`model` with its weights as they are, merged or not, rounded to the bits of `weights`."""
+    from loradeploy.export.quantise import rounded
+
+    kept = []
+    try:
+        for name, module in _modules(model, weights):
+            kept.append((module, module.weight))
+            whole = _like(module, module.weight.detach().numpy()).numpy()
+            values = rounded(whole, weights[name].bits, weights[name].block)
+            _give(module, _like(module, values))
+        yield
+    finally:
+        for module, weight in kept:
+            module.weight = weight
+
+
+def activations_of(weights: Mapping[str, PackedWeight]) -> dict[str, Activations]:
+    """How the products round what they multiply, by module, where they do."""
+    return {name: w.activations for name, w in weights.items() if w.activations is not None}
+
+
+def _modules(
+    model: torch.nn.Module, weights: Mapping[str, PackedWeight]
+) -> Iterator[tuple[str, Any]]:
+    """The layers of `model` whose weights are packed; of adapted ones, the base's."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name in weights:
+        if name in modules:
+            yield name, getattr(modules[name], "base", modules[name])
+
+
+def _like(module: Any, values: NDArray[np.float32]) -> torch.Tensor:
+    """[out, in] as `module` holds it, and back: transformers' Conv1D holds weights turned."""
+    import torch
+
+    weight = torch.from_numpy(values)
+    return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
+
+
+def _give(module: Any, weight: torch.Tensor) -> None:
+    """A parameter of its own: an output head may be tied to embeddings, which are not packed."""
+    import torch
+
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _packed_weight(product: Product, values: NDArray[np.float32]) -> PackedWeight:
+    given = product.node.attributes
     if product.node.op_type != "MatMulNBits":
-        return Activations(None)
-    level = product.node.attributes.get("accuracy_level")
-    if level is None or level.as_int() != _INT8_ACTIVATIONS:
-        return None
-    return Activations(product.node.attributes["block_size"].as_int())
+        return PackedWeight(values, 8, values.shape[1], Activations(None))
+    bits = given["bits"].as_int() if "bits" in given else 4
+    block, level = given["block_size"].as_int(), given.get("accuracy_level")
+    rounds = level is not None and level.as_int() == _INT8_ACTIVATIONS
+    return PackedWeight(values, bits, block, Activations(block) if rounds else None)

@@ -27,8 +27,14 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.calibrate import measure_gap
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.packed import PACKED, unpack_into
-from loradeploy.parity.rounding import Activations
+from loradeploy.parity.packed import (
+    PACKED,
+    PackedWeight,
+    activations_of,
+    packed_weights,
+    rounded_as,
+    unpack_into,
+)
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.tolerances import Limit, assumed, calibrated
 from loradeploy.parity.walk import Row, batch_size, generate, has_logits, joined, output_names
@@ -102,13 +108,10 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The base model in PyTorch, float32.
-
-    `activations`: the modules whose inputs the graph rounds, since it holds their weights packed.
-    """
+    """The base model in PyTorch, float32, and the weights that the graph holds packed."""
 
     model: torch.nn.Module
-    activations: Mapping[str, Activations]
+    packed: Mapping[str, PackedWeight]
 
 
 def load_base(setting: Setting) -> Base:
@@ -137,8 +140,12 @@ def load_base(setting: Setting) -> Base:
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
     model, _ = load_model(setting.model, manifest.task, labels=labels, brought=brought)
-    packed = manifest.precision in PACKED
-    return Base(model, unpack_into(model, setting.bundle, manifest) if packed else {})
+    if manifest.precision not in PACKED:
+        return Base(model, {})
+    packed = packed_weights(setting.bundle, manifest)
+    if not setting.merged:
+        unpack_into(model, packed, manifest)
+    return Base(model, packed)
 
 
 def make_reference(setting: Setting, base: Base) -> Reference:
@@ -157,11 +164,19 @@ def make_reference(setting: Setting, base: Base) -> Reference:
         rows[name] = _rows(setting, base.model, name, generated)
         limits[name] = _limits(setting, base, rows[name], notes)
 
-    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
-    run(None, 0 if setting.merged else setting.cases.generated)
-    for subject in setting.subjects:
-        with adapted(base.model, subject.adapter):
+    if setting.merged:
+        # Only the adapter is compared; the base is there to tell the effect.
+        with rounded_as(base.model, base.packed):
+            run(None, 0)
+        (subject,) = setting.subjects
+        holding = merged if base.packed else adapted
+        with holding(base.model, subject.adapter), rounded_as(base.model, base.packed):
             run(subject.name, setting.cases.generated)
+    else:
+        run(None, setting.cases.generated)
+        for subject in setting.subjects:
+            with adapted(base.model, subject.adapter):
+                run(subject.name, setting.cases.generated)
     return Reference(
         rows=rows,
         scale={name: _scale(its) for name, its in rows.items()},
@@ -182,7 +197,7 @@ def _limits(
             TorchModel(base.model, manifest),
             rows,
             manifest.precision,
-            base.activations,
+            activations_of(base.packed),
             scale=scale,
             logits=has_logits(manifest.task),
         )

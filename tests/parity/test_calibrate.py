@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loradeploy as ld
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError
 from loradeploy.parity.report import ParityReport
 from loradeploy.parity.rounding import Activations, in_dtype, round_to_8_bits, rounded_activations
 from tests.conftest import MakeAdapter
@@ -159,12 +159,28 @@ def test_packed_weights_of_another_model_are_refused(
         parity(tmp_path / "b", tiny_llama, adapter)
 
 
-def test_a_merged_packed_bundle_has_nothing_to_be_held_against(
-    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_merged_packed_bundle_holds_the_merge_rounded(
+    precision: str,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    adapter: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
 ) -> None:
-    ld.export(tiny_llama_bundle, tmp_path / "m", adapters=[adapter], merge=True, precision="int8")
-    with pytest.raises(UsageError, match="merged int8 bundle"):
-        parity(tmp_path / "m", tiny_llama, adapter, backends=["onnx-merged"])
+    other = make_adapter(tiny_llama, seed=9, scale=0.1)
+    for name, held in (("right", adapter), ("wrong", other)):
+        ld.export(
+            tiny_llama_bundle, tmp_path / name, adapters=[held], merge=True, precision=precision
+        )
+    report = parity(tmp_path / "right", tiny_llama, adapter, backends=["onnx-merged", "peft"])
+    assert report.passed, report.failures
+    assert {(r.backend, r.outcome) for r in report.results} == {
+        ("onnx-merged", "passed"),
+        ("peft", "not run"),
+    }
+    report = parity(tmp_path / "wrong", tiny_llama, adapter, backends=["onnx-merged"])
+    assert {result.outcome for result in report.results} == {"failed"}
 
 
 def test_limits_follow_the_precision_of_the_bundle(
