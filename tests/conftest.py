@@ -319,3 +319,26 @@ def smollm2_bundle(smollm2: Path) -> Path:
     for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-3]:
         shutil.rmtree(path, ignore_errors=True)
     return bundle
+
+
+def export_and_check(
+    model: Path, place: Path, *, adapters: dict[str, Path], merge: bool = False
+) -> Path:
+    """A bundle in the directory `place` with the certificate of a check that passed."""
+    import loradeploy as ld
+
+    def make(partial: Path) -> None:
+        ld.export(model, partial, adapters=adapters, merge=merge)
+        prompts = ["The capital of", "Shares fell"]
+        claimed = adapters if merge else None
+        report = ld.parity(partial, model=model, adapters=claimed, prompts=prompts, tokens=3)
+        assert report.passed, report.failures
+
+    return once(place, make)
+
+
+@pytest.fixture(scope="session")
+def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) -> Path:
+    """The tiny Llama with an adapter `one` in it, and its certificate."""
+    adapters = {"one": make_adapter(tiny_llama)}
+    return export_and_check(tiny_llama, shared / "bundle-certified", adapters=adapters)

@@ -18,7 +18,7 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
-from loradeploy.errors import AdapterError, BundleError, LoraDeployError, UsageError, first_line
+from loradeploy.errors import AdapterError, BundleError, UsageError, first_line
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -167,16 +167,15 @@ def _tensor(name: str, values: Any) -> Facts:
 
 
 def _bundle(place: Path) -> Facts:
-    from loradeploy.adapter.digest import file_digest
+    from loradeploy.bundle.certificate import digests
     from loradeploy.bundle.manifest import read_manifest
 
     manifest = read_manifest(place)
     merged, loss = manifest.merged_adapter, manifest.merge_loss
     files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
-    digests = {name: file_digest(file) for name, file in files.items() if file.is_file()}
+    found = digests(place)
     told = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
-    changed = [name for name, digest in told.items() if digest not in (None, digests.get(name))]
-    verdict, note = _certificate(place, manifest, digests)
+    changed = [name for name, digest in told.items() if digest not in (None, found.get(name))]
     return {
         "kind": "bundle",
         "task": manifest.task,
@@ -193,8 +192,7 @@ def _bundle(place: Path) -> Facts:
         "merge_loss": None if loss is None else f"{loss.kept:.1%} kept, noise {loss.noise:.2g}",
         "graph_digest": manifest.graph_digest,
         "graph": f"changed since the export: {', '.join(changed)}" if changed else "as exported",
-        "parity": verdict,
-        "parity_note": note,
+        **_certificate(place, manifest, found),
         "bytes": sum(file.stat().st_size for file in place.rglob("*") if file.is_file()),
         "graph_bytes": sum(file.stat().st_size for file in files.values() if file.is_file()),
         "inputs": [_spec(s.name, s.dtype, s.shape) for s in manifest.inputs],
@@ -231,33 +229,40 @@ def _own(bundle: Path, path: str | None, digest: str) -> str:
     return "as exported" if found == digest else f"changed since the export: {found}"
 
 
-def _certificate(
-    place: Path, manifest: Manifest, digests: Mapping[str, str]
-) -> tuple[str, str | None]:
+def _certificate(place: Path, manifest: Manifest, found: Mapping[str, str]) -> Facts:
     """What the last parity check said, and whether it is about the files that are there now."""
-    from loradeploy.files import read_json
+    from loradeploy.bundle.certificate import fault, parity_command, read_certificate
 
-    file = place / CERTIFICATE_NAME
-    if not file.is_file():
-        return "unchecked", "run loradeploy parity"
+    if not (place / CERTIFICATE_NAME).is_file():
+        return {"parity": "unchecked", "parity_note": f"run {parity_command(place)}"}
     try:
-        certificate = read_json(file, error=BundleError)
-    except LoraDeployError as problem:
-        return "unreadable", str(problem)
-    checked = certificate.get("graph_digest"), certificate.get("data_digest")
-    if checked != (digests.get(GRAPH_NAME), digests.get(GRAPH_DATA_NAME)):
-        return "stale", "the graph has changed since it was checked: run loradeploy parity again"
-    listed = certificate.get("adapters")
-    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    known = {row.get("digest") for row in rows} | {certificate.get("merged")}
-    entries = dict(manifest.adapters)
-    if manifest.merged_adapter is not None:
-        entries["the merged adapter"] = manifest.merged_adapter
-    unchecked = [name for name, entry in entries.items() if entry.digest not in known]
-    if unchecked:
-        return "stale", f"not checked with {', '.join(unchecked)}: run loradeploy parity again"
-    verdict = "passed" if certificate.get("passed") is True else "failed"
-    return verdict, f"checked {certificate['created']}" if "created" in certificate else None
+        told = read_certificate(place)
+    except BundleError as problem:
+        return {"parity": "unreadable", "parity_note": str(problem)}
+    stale = fault(told, manifest, found, verdict=False)
+    verdict = "passed" if told.passed else "failed"
+    note = None if told.passed else told.failures[0]
+    if stale is not None:
+        verdict, note = "stale", f"{stale}: run {parity_command(place)} again"
+    return {
+        "parity": verdict,
+        "parity_note": note,
+        "parity_created": told.created,
+        "parity_versions": [f"{name} {version}" for name, version in told.versions.items()],
+        "parity_hardware": [
+            *(f"{name} {value}" for name, value in told.platform.items()),
+            *told.providers,
+        ],
+        "parity_adapters": [
+            {
+                "name": own.name,
+                "digest": own.digest,
+                "effect": own.effect,
+                "largest_error": own.error,
+            }
+            for own in told.adapters
+        ],
+    }
 
 
 # -- a graph ---------------------------------------------------------------------------------------

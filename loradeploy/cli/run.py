@@ -58,6 +58,11 @@ class Request:
 @click.option("--seed", type=int, help="Of the sampling.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts at a time.")
 @provider_option
+@click.option(
+    "--require-certificate",
+    is_flag=True,
+    help="Run only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a prompt.")
 def command(
     bundle: str,
@@ -66,6 +71,7 @@ def command(
     adapter: str | None,
     batch_size: int,
     provider: str,
+    require_certificate: bool,
     as_json: bool,
     **generation: Any,
 ) -> None:
@@ -81,7 +87,7 @@ def command(
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
     requests = [Request(prompt, adapter)] if file is None else list(_read(file, adapter))
-    session = AdapterSession(bundle, PROVIDERS[provider])
+    session = AdapterSession(bundle, PROVIDERS[provider], require_certificate=require_certificate)
     options = {name: value for name, value in generation.items() if value is not None}
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])

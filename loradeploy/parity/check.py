@@ -85,7 +85,7 @@ def adapter_facts(setting: Setting, reference: Reference) -> tuple[AdapterFacts,
         facts.append(
             AdapterFacts(
                 subject.name,
-                subject.adapter.digest,
+                subject.digest,
                 effect.largest,
                 effect.mean,
                 failed,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loradeploy.adapter.digest import short
+from loradeploy.bundle.certificate import FILES
+from loradeploy.bundle.certificate import digests as file_digests
 from loradeploy.bundle.names import CERTIFICATE_NAME
 from loradeploy.files import write_json
 from loradeploy.parity.backends import REFERENCE_TITLE, Backend
@@ -77,6 +79,7 @@ def run(
         controls=made,
         notes=tuple(_notes(setting, reference)),
         seconds=round(time.monotonic() - started, 1),
+        files=file_digests(setting.bundle, FILES),
     )
 
 
@@ -110,9 +113,9 @@ def _notes(setting: Setting, reference: Reference) -> list[str]:
         )
     claimed = manifest.merged_adapter
     for subject in setting.subjects if claimed is not None else ():
-        if claimed is not None and claimed.digest != subject.adapter.digest:
+        if claimed is not None and claimed.digest != subject.digest:
             notes.append(
                 f"the manifest says that the graph holds the adapter {short(claimed.digest)},"
-                f" {subject.name} is {short(subject.adapter.digest)}"
+                f" {subject.name} is {short(subject.digest)}"
             )
     return notes

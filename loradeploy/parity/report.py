@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from loradeploy.bundle.certificate import FORMAT as FORMAT
+from loradeploy.bundle.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 
-FORMAT: Final = "loradeploy-parity"
-SCHEMA_VERSION: Final = 2
 BASE_LABEL: Final = "base"
 
 Outcome = Literal["passed", "failed", "not run"]
@@ -226,8 +226,8 @@ class Inputs:
 class ParityReport:
     """The verdict on a bundle, with all that it stands on.
 
-    `graph_digest`, `data_digest`: of the bundle's files as they were checked. `baseline`: the
-    earlier report that `regressions` are from.
+    `graph_digest`, `data_digest`, and `files` by name: of the bundle's files as they were checked.
+    `baseline`: the earlier report that `regressions` are from.
     """
 
     bundle: str
@@ -251,6 +251,7 @@ class ParityReport:
     scores: tuple[Score, ...] = ()
     regressions: tuple[Regression, ...] = ()
     baseline: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
     failures: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -30,13 +30,14 @@ AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLik
 class Subject:
     """An adapter that is checked, with outputs for all labels of the bundle.
 
-    `native`: its .onnx_adapter file, where the bundle has one. `widened`: the adapter at `place`
-    has fewer labels.
+    `digest`: of the adapter at `place`, which has fewer labels where it is `widened`. `native`: its
+    .onnx_adapter file, where the bundle has one.
     """
 
     name: str
     place: Path
     adapter: Adapter
+    digest: str
     native: Path | None = None
     widened: bool = False
 
@@ -120,13 +121,14 @@ def find_subjects(
         native = place.with_name(f"{name}{NATIVE_SUFFIX}")
         wide = with_all_labels(adapter, manifest)
         file = native if native.is_file() else None
-        found[name] = Subject(name, place, wide, file, widened=wide is not adapter)
+        found[name] = Subject(name, place, wide, adapter.digest, file, widened=wide is not adapter)
     for name, place in named_places(adapters).items():
         adapter = load_adapter(place)
         wide = with_all_labels(adapter, manifest)
-        if name in found and found[name].adapter.digest != wide.digest:
+        if name in found and found[name].digest != adapter.digest:
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
-        found.setdefault(name, Subject(name, place, wide, widened=wide is not adapter))
+        subject = Subject(name, place, wide, adapter.digest, widened=wide is not adapter)
+        found.setdefault(name, subject)
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
             f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"

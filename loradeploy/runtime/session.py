@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.adapter.digest import file_digest, tensors_digest
+from loradeploy.adapter.digest import file_digest, short, tensors_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.base import BundleBase
+from loradeploy.bundle.certificate import check_certificate, parity_command
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
@@ -55,12 +56,16 @@ class AdapterSession:
     `host_budget`, `device_budget`: bytes of adapters in host memory, and of their copies on the
     device, which on the CPU are the stacks that mixed batches read. Where there are more, those
     that were not used the longest go, and are read again when they are used. None is no limit.
+    `require_certificate`: open the bundle only where `loradeploy parity` passed on it, and its
+    files are those that were checked (all are read for it); an adapter that was not among those
+    checked is refused when it is read.
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
     unloading and running are safe from several threads.
 
     Raises:
-        BundleError: the bundle is broken, or its graph is not what its manifest says.
+        BundleError: the bundle is broken, its graph is not what its manifest says, or a certificate
+            is required and there is none that holds.
         UsageError: a provider that is not installed or does not start, or a budget below 1.
     """
 
@@ -72,9 +77,13 @@ class AdapterSession:
         session_options: onnxruntime.SessionOptions | None = None,
         host_budget: int | None = None,
         device_budget: int | None = None,
+        require_certificate: bool = False,
     ) -> None:
         self.path = Path(bundle)
         self.manifest: Manifest = read_manifest(bundle)
+        self._certified: frozenset[str] | None = None  # digests; None where any will do
+        if require_certificate:
+            self._certified = check_certificate(self.path, self.manifest).certified
         self._session = open_graph(self.path, providers, session_options)
         check_graph(self.path, self.manifest, self._session)
         self._base = BundleBase(self.path, self.manifest)
@@ -127,12 +136,14 @@ class AdapterSession:
         leaves the session as it was.
 
         Raises:
-            AdapterError: the adapter is refused, or does not fit (AdapterMismatchError).
+            AdapterError: the adapter is refused, or does not fit (AdapterMismatchError), or it was
+                not checked and a certificate is required.
             UnknownAdapterError: there is no `path`, and the bundle holds no adapter `name`.
             UsageError: another adapter has this name.
         """
         _check_name(name)
-        read = partial(self._read_own, name) if path is None else partial(self._read, Path(path))
+        own, given = self._read_own, self._read_given
+        read = partial(own, name) if path is None else partial(given, Path(path))
         return self._bank.add(name, read, replace=replace).digest
 
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
@@ -148,7 +159,7 @@ class AdapterSession:
             raise AdapterError(
                 f"{place} does not exist: give a PEFT directory or an adapter's file"
             )
-        self._bank.register(name, partial(self._read, place), replace=replace)
+        self._bank.register(name, partial(self._read_given, place), replace=replace)
 
     def pin(self, name: str) -> None:
         """Load the adapter `name`, and keep it in memory whatever the budget.
@@ -255,6 +266,19 @@ class AdapterSession:
             return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{place}: {problem}") from None
+
+    def _read_given(self, place: Path) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """As `_read`, of an adapter that the bundle came without: it may have to be certified."""
+        arrays, digest, labels = self._read(place)
+        if self._certified is not None and digest not in self._certified:
+            form = ""
+            if place.suffix == NATIVE_SUFFIX:
+                form = ", which names PEFT directories: load its PEFT directory"
+            raise AdapterError(
+                f"{place} ({short(digest)}) is not among the adapters of the certificate{form};"
+                f" run {parity_command(self.path, adapter=True)} to check it"
+            )
+        return arrays, digest, labels
 
     def _computed(
         self, place: Path, native_digest: str

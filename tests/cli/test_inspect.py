@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.export.api import export
 from tests.cli.calling import call, without_extras
 from tests.conftest import MakeAdapter
 
@@ -39,21 +39,9 @@ def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
 
 
 @pytest.fixture
-def checked(
-    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
-) -> Path:
-    """A bundle with an adapter inside, and a certificate for both."""
-    bundle = tmp_path / "bundle"
-    manifest = export(tiny_llama, bundle, adapters={"sport": make_adapter(tiny_llama)})
-    certificate = {
-        "passed": True,
-        "created": "2030-01-02",
-        "graph_digest": manifest.graph_digest,
-        "data_digest": manifest.data_digest,
-        "adapters": [{"name": "sport", "digest": manifest.adapters["sport"].digest}],
-    }
-    (bundle / "parity.json").write_text(json.dumps(certificate))
-    return bundle
+def checked(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with an adapter inside and a certificate for both, to be tampered with."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
 def spoil(file: Path) -> None:
@@ -74,11 +62,37 @@ def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checke
     assert verdict()[1] == "stale"
     (checked / "parity.json").write_text("{")
     assert verdict()[1] == "unreadable"
+    (checked / "parity.json").write_text(json.dumps({**certificate, "schema_version": 1}))
+    assert verdict()[1] == "unreadable"
+    (checked / "parity.json").unlink()
+    assert verdict()[1] == "unchecked"
     (checked / "parity.json").write_text(json.dumps(certificate))
     spoil(checked / "model.onnx")
     assert verdict()[:2] == ("changed since the export: model.onnx", "stale")
-    spoil(checked / "adapters/sport/adapter_model.safetensors")
+    spoil(checked / "adapters/one/adapter_model.safetensors")
     assert "no valid safetensors" in verdict()[2]
+
+
+def test_the_certificate_is_shown_with_what_it_was_made_of(checked: Path) -> None:
+    certificate = json.loads((checked / "parity.json").read_text())
+    facts = json.loads(call("inspect", checked, "--json"))
+    assert facts["parity_created"] == certificate["created"]
+    torch = certificate["environment"]["versions"]["torch"]
+    assert f"torch {torch}" in facts["parity_versions"]
+    assert "CPUExecutionProvider" in facts["parity_hardware"]
+    (adapter,) = facts["parity_adapters"]
+    assert (adapter["name"], adapter["digest"]) == ("one", facts["adapters"][0]["digest"])
+    assert 0 < adapter["largest_error"] < 1e-3 < adapter["effect"]
+    table = call("inspect", checked)
+    assert "  parity           passed" in table
+    assert f"{adapter['effect']:g}" in table
+
+
+def test_a_certificate_whose_graph_has_changed_is_called_stale(checked: Path) -> None:
+    spoil(checked / "model.onnx.data")
+    table = call("inspect", checked)
+    assert "stale" in table
+    assert "model.onnx.data has changed since it was checked: run `loradeploy parity" in table
 
 
 def test_inspect_tells_what_an_onnx_file_takes(tiny_llama_bundle: Path) -> None:

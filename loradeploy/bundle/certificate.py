@@ -1,0 +1,281 @@
+"""The certificate of a bundle: what the last parity check proved, and whether it holds still.
+
+`loradeploy parity` writes its report into the bundle as parity.json. Here it is read, without any
+of what the check itself needs: a serving machine asks before it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.adapter.digest import file_digest, short
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import (
+    BASE_NAME,
+    CERTIFICATE_NAME,
+    DEFAULTS_NAME,
+    GRAPH_DATA_NAME,
+    GRAPH_NAME,
+    MANIFEST_NAME,
+)
+from loradeploy.errors import BundleError
+from loradeploy.files import read_json
+
+FORMAT: Final = "loradeploy-parity"
+SCHEMA_VERSION: Final = 2
+# Besides the graph and its data: what the runtime takes numbers, or their places, from.
+FILES: Final = (MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME)
+# The backends that run the bundle: PyTorch agreeing with itself proves nothing about it.
+RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
+    "merged": ("onnx-merged",),
+    "side-inputs": ("onnx-side-inputs", "onnx-native", "onnx-mixed"),
+}
+
+
+@dataclass(frozen=True)
+class CertifiedAdapter:
+    """An adapter that was checked: its effect, and the largest error of the bundle with it.
+
+    `error` is None where nothing ran the bundle with it.
+    """
+
+    name: str
+    digest: str
+    effect: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What parity.json says.
+
+    `files`: digests of other files than the graph's, by name. `failures`: why the check failed, of
+    what it says and of what its entries say; none where it passed. `base_ran`: whether the base
+    alone was run.
+    """
+
+    created: str
+    task: str
+    mode: str
+    precision: str
+    base_digest: str | None
+    graph_digest: str | None
+    data_digest: str | None
+    files: Mapping[str, str]
+    adapters: tuple[CertifiedAdapter, ...]
+    base_ran: bool
+    failures: tuple[str, ...]
+    versions: Mapping[str, str]
+    platform: Mapping[str, str]
+    providers: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check passed, by its verdict and by every entry that the verdict is from."""
+        return not self.failures
+
+    @property
+    def certified(self) -> frozenset[str]:
+        """The digests of the adapters that the bundle was run with."""
+        return frozenset(own.digest for own in self.adapters if own.error is not None)
+
+
+def read_certificate(bundle: Path) -> Certificate:
+    """The certificate in the directory `bundle`.
+
+    Raises:
+        BundleError: there is none, it cannot be read, or it is of another version.
+    """
+    file = bundle / CERTIFICATE_NAME
+    if not file.is_file():
+        raise BundleError(
+            f"{bundle} has no certificate ({CERTIFICATE_NAME}): run {parity_command(bundle)}"
+        )
+    values = read_json(file, error=BundleError)
+    if values.get("format") != FORMAT:
+        raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise BundleError(
+            f"{file} has schema version {version!r}, this loradeploy reads {SCHEMA_VERSION}:"
+            f" {'upgrade loradeploy, or ' if newer else ''}run {parity_command(bundle)} again"
+        )
+    return _certificate(values)
+
+
+def check_certificate(bundle: Path, manifest: Manifest) -> Certificate:
+    """The certificate of `bundle`, which passed, and is about the files as they are now.
+
+    All of the files are read for it.
+
+    Raises:
+        BundleError: there is none, it failed, or something has changed since.
+    """
+    certificate = read_certificate(bundle)
+    why = fault(certificate, manifest, digests(bundle))
+    if why is not None:
+        raise BundleError(f"{bundle} is not certified: {why}; run {parity_command(bundle)} again")
+    return certificate
+
+
+def fault(
+    certificate: Certificate, manifest: Manifest, found: Mapping[str, str], *, verdict: bool = True
+) -> str | None:
+    """Why `certificate` does not stand for the bundle with this manifest; None where it does.
+
+    `found`: the digests of the bundle's files now, by name. `verdict`: whether a check that failed
+    counts too.
+    """
+    told = {**certificate.files, GRAPH_NAME: certificate.graph_digest}
+    if certificate.data_digest is not None:
+        told[GRAPH_DATA_NAME] = certificate.data_digest
+    for name in (GRAPH_NAME, GRAPH_DATA_NAME, *FILES):
+        if found.get(name) != told.get(name):
+            return f"{name} has changed since it was checked"
+    for name, digest in (
+        (GRAPH_NAME, manifest.graph_digest),
+        (GRAPH_DATA_NAME, manifest.data_digest),
+    ):
+        if digest not in (None, found.get(name)):
+            return f"{name} is not the one that {MANIFEST_NAME} tells of"
+    for name in ("task", "mode", "precision"):
+        if getattr(certificate, name) != getattr(manifest, name):
+            return f"the {name} is not the one that was checked"
+    base = manifest.base
+    if base.kind == "checkpoint" and base.digest not in (None, certificate.base_digest):
+        return (
+            f"it was checked against another base (digest {short(certificate.base_digest)}, the"
+            f" bundle's is {short(base.digest)})"
+        )
+    if verdict and certificate.failures:
+        return f"the check failed: {certificate.failures[0]}"
+    return _unchecked(certificate, manifest)
+
+
+def digests(
+    bundle: Path, names: Iterable[str] = (GRAPH_NAME, GRAPH_DATA_NAME, *FILES)
+) -> dict[str, str]:
+    """The digests of those files of `bundle` that there are."""
+    return {name: file_digest(bundle / name) for name in names if (bundle / name).is_file()}
+
+
+def parity_command(bundle: Path, *, adapter: bool = False) -> str:
+    """The command that writes a certificate, for an adapter that is not in the bundle as well."""
+    return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}`"
+
+
+def _unchecked(certificate: Certificate, manifest: Manifest) -> str | None:
+    """What of the bundle was not run by the check."""
+    own = {f"the adapter {name!r}": entry.digest for name, entry in manifest.adapters.items()}
+    if manifest.merged_adapter is not None:
+        own["the merged adapter"] = manifest.merged_adapter.digest
+    for name, digest in own.items():
+        if digest not in certificate.certified:
+            return f"{name} ({short(digest)}) was not checked"
+    if manifest.mode == "merged" and not certificate.certified:
+        return "its graph was not run"
+    if manifest.mode != "merged" and not (certificate.base_ran or certificate.certified):
+        return "its graph was not run"
+    return None
+
+
+def _certificate(values: Mapping[str, Any]) -> Certificate:
+    """A report's JSON; what is of another type than it should be counts as not there."""
+    results = _objects(values, "results")
+    mode = _text(values, "mode")
+    ran = [
+        result
+        for result in results
+        if result.get("outcome") == "passed"
+        and result.get("backend") in RUN_THE_BUNDLE.get(mode, ())
+    ]
+    environment = _object(values, "environment")
+    providers = environment.get("providers")
+    return Certificate(
+        created=_text(values, "created"),
+        task=_text(values, "task"),
+        mode=mode,
+        precision=_text(values, "precision"),
+        base_digest=values.get("base_digest"),
+        graph_digest=values.get("graph_digest"),
+        data_digest=values.get("data_digest"),
+        files=_texts(values, "files"),
+        adapters=tuple(
+            CertifiedAdapter(
+                _text(facts, "name"),
+                _text(facts, "digest"),
+                _number(facts, "effect"),
+                _error(ran, facts.get("name")),
+            )
+            for facts in _objects(values, "adapters")
+        ),
+        base_ran=any(result.get("adapter") is None for result in ran),
+        failures=tuple(_failures(values, results)),
+        versions=_texts(environment, "versions"),
+        platform=_texts(environment, "platform"),
+        providers=tuple(map(str, providers)) if isinstance(providers, list) else (),
+    )
+
+
+def _failures(values: Mapping[str, Any], results: list[Mapping[str, Any]]) -> list[str]:
+    """The failures that the report tells, or else those that its entries are."""
+    told = values.get("failures")
+    if isinstance(told, list) and told:
+        return [str(line) for line in told]
+    found = [
+        f"{result.get('title')}: {result.get('message')}"
+        for result in results
+        if result.get("outcome") not in ("passed", "not run")
+        or any(check.get("passed") is not True for check in _objects(result, "checks"))
+    ]
+    bad: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+        "adapters": lambda facts: facts.get("failed") is not False,
+        "controls": lambda control: control.get("caught") is not True,
+        "scores": lambda score: score.get("passed") is not True,
+        "regressions": lambda _: True,
+    }
+    for name, is_bad in bad.items():
+        found += [
+            f"an entry of {name} is a failure" for entry in _objects(values, name) if is_bad(entry)
+        ]
+    if found or values.get("passed") is True:
+        return found
+    return ["its verdict is not that it passed"]
+
+
+def _error(ran: list[Mapping[str, Any]], name: object) -> float | None:
+    errors = [
+        _number(_object(result, "figures"), "max_abs")
+        for result in ran
+        if result.get("adapter") == name
+    ]
+    return max((error for error in errors if error is not None), default=None)
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    listed = values.get(name)
+    return [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _texts(values: Mapping[str, Any], name: str) -> dict[str, str]:
+    return {key: str(value) for key, value in _object(values, name).items()}
+
+
+def _number(values: Mapping[str, Any], name: str) -> float | None:
+    value = values.get(name)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known else None  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""A certificate counts for the very files that were checked, and for what the check really ran."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.bundle.certificate import FORMAT, RUN_THE_BUNDLE, Certificate, check_certificate
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError
+from loradeploy.files import MAX_JSON_BYTES
+from loradeploy.parity.backends import BACKENDS
+from tests.conftest import MakeAdapter, export_and_check
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A certified bundle to be tampered with."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def merged_bundle(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -> Path:
+    """A merged bundle and its certificate."""
+    place = shared / "bundle-certified-merged"
+    adapters = {"one": make_adapter(tiny_llama)}
+    return export_and_check(tiny_llama, place, adapters=adapters, merge=True)
+
+
+def check(bundle: Path) -> Certificate:
+    return check_certificate(bundle, read_manifest(bundle))
+
+
+def edit(file: Path, change: Edit) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def flip(file: Path) -> None:
+    """Another value for one byte in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_it_holds_for_what_was_checked(bundle: Path) -> None:
+    certificate = check(bundle)
+    assert certificate.passed
+    assert certificate.certified == {read_manifest(bundle).adapters["one"].digest}
+    assert json.loads((bundle / "parity.json").read_text())["format"] == FORMAT
+
+
+def test_that_of_a_merged_bundle_is_about_its_one_adapter(merged_bundle: Path) -> None:
+    merged = read_manifest(merged_bundle).merged_adapter
+    assert merged is not None
+    assert check(merged_bundle).certified == {merged.digest}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_one_other_bit_is_seen(bundle: Path, name: str) -> None:
+    flip(bundle / name)
+    with pytest.raises(BundleError, match=f"{name} has changed since it was checked; run `lora"):
+        check(bundle)
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "defaults.safetensors"])
+def test_a_file_that_came_later_is_seen(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes(b"")
+    with pytest.raises(BundleError, match=f"{name} has changed"):
+        check(bundle)
+
+
+def test_a_graph_without_its_data_is_seen(bundle: Path) -> None:
+    (bundle / "model.onnx.data").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx\.data has changed"):
+        check(bundle)
+
+
+def swap_targets(manifest: dict[str, Any]) -> None:
+    """Two layers get each other's factors: every shape still fits."""
+    first, second = (t for t in manifest["targets"] if t["module"].endswith("o_proj"))
+    for side in ("lora_A", "lora_B"):
+        first[side], second[side] = second[side], first[side]
+
+
+def test_an_edited_manifest_is_seen(bundle: Path) -> None:
+    edit(bundle / "loradeploy.json", swap_targets)
+    with pytest.raises(BundleError, match=r"loradeploy\.json has changed"):
+        check(bundle)
+
+
+def failed_result(values: dict[str, Any]) -> None:
+    values["results"][-1]["outcome"] = "failed"
+
+
+def failed_check(values: dict[str, Any]) -> None:
+    values["results"][-1]["checks"][0]["passed"] = False
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v.update(passed=False), "its verdict is not that it passed"),
+        (lambda v: v.update(passed="yes"), "its verdict is not that it passed"),
+        (lambda v: v.update(failures=["ONNX: too far off"]), "failed: ONNX: too far off"),
+        (failed_result, "the check failed: ONNX mixed batch"),
+        (failed_check, "the check failed: ONNX mixed batch"),
+        (lambda v: v["adapters"][0].update(failed=True), "an entry of adapters is a failure"),
+        (lambda v: v.update(controls=[{"caught": False}]), "an entry of controls"),
+        (lambda v: v.update(scores=[{}]), "an entry of scores"),
+        (lambda v: v.update(regressions=[{}]), "an entry of regressions"),
+        (lambda v: v.update(base_digest="sha256:00"), r"another base \(digest 00"),
+        (lambda v: v.update(mode="merged"), "the mode is not the one that was checked"),
+        (lambda v: v.update(precision="fp16"), "the precision is not"),
+        (lambda v: v.update(adapters=[]), r"the adapter 'one' \(\w+\) was not checked"),
+        (lambda v: v.update(results=[]), "the adapter 'one'"),
+        (lambda v: v.update(results=[r for r in v["results"] if r["backend"] == "peft"]), "'one'"),
+        (lambda v: v.update(results=7, adapters={"a": 1}, environment=[]), "'one'"),
+    ],
+)  # fmt: skip
+def test_a_certificate_must_say_that_it_passed_in_every_entry(
+    bundle: Path, change: Edit, said: str
+) -> None:
+    edit(bundle / "parity.json", change)
+    with pytest.raises(BundleError, match=said):
+        check(bundle)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"has no certificate \(parity\.json\): run `loradeploy parity"),
+        ("", "not readable as JSON"),
+        ("{", "not readable as JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "is no certificate"),
+        ('{"format": "another", "schema_version": 2}', "is no certificate"),
+        ('{"format": "loradeploy-parity", "schema_version": 1}', "schema version 1.*again"),
+        ('{"format": "loradeploy-parity", "schema_version": 3}', "upgrade loradeploy, or run"),
+        ('{"format": "loradeploy-parity", "schema_version": 2}', "model.onnx has changed"),
+        (" " * (MAX_JSON_BYTES + 1), "more than the"),
+    ],
+    ids=["none", "empty", "cut off", "list", "object", "another", "1", "3", "bare", "oversized"],
+)
+def test_what_is_no_certificate_is_refused_in_one_line(
+    bundle: Path, content: str | None, said: str
+) -> None:
+    file = bundle / "parity.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(BundleError, match=said) as refused:
+        check(bundle)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_backends_that_run_a_bundle_are_backends() -> None:
+    known = {(mode, backend.name) for backend in BACKENDS for mode in backend.modes}
+    assert known >= {(mode, name) for mode, names in RUN_THE_BUNDLE.items() for name in names}

@@ -1,0 +1,90 @@
+"""A session that requires a certificate runs what was checked, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loradeploy.errors import AdapterError, BundleError
+from loradeploy.runtime.session import AdapterSession
+from tests.cli.calling import call
+from tests.conftest import MakeAdapter
+from tests.runtime.feeds import logits, random_ids
+
+IDS = random_ids(2, 6)
+
+
+@pytest.fixture
+def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A certified bundle to be tampered with."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def session(bundle: Path) -> AdapterSession:
+    return AdapterSession(bundle, require_certificate=True)
+
+
+def test_it_computes_what_any_session_computes(session: AdapterSession, bundle: Path) -> None:
+    expected = logits(AdapterSession(bundle), IDS, ["one", None])
+    np.testing.assert_array_equal(logits(session, IDS, ["one", None]), expected)
+
+
+def test_it_refuses_a_bundle_that_has_changed(bundle: Path) -> None:
+    with (bundle / "model.onnx.data").open("ab") as file:
+        file.write(b"\0")
+    AdapterSession(bundle)  # without the certificate nobody asks
+    with pytest.raises(BundleError, match=r"model\.onnx\.data has changed since it was checked"):
+        AdapterSession(bundle, require_certificate=True)
+
+
+def test_it_refuses_a_bundle_that_was_never_checked(tiny_llama_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="has no certificate"):
+        AdapterSession(tiny_llama_bundle, require_certificate=True)
+
+
+def test_it_loads_a_checked_adapter_from_anywhere_under_any_name(
+    session: AdapterSession, bundle: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(bundle / "adapters/one", tmp_path / "elsewhere")
+    assert session.load("another", elsewhere) == session.load("one")
+
+
+def test_it_refuses_an_adapter_that_was_not_checked(
+    session: AdapterSession, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    place = make_adapter(tiny_llama, seed=7)
+    with pytest.raises(AdapterError, match=r"is not among the adapters.*parity .* --adapter DIR"):
+        session.load("two", place)
+    assert set(session.adapters) == {"one"}
+    session.register("two", place)
+    with pytest.raises(AdapterError, match=f"{place.name} .* is not among the adapters"):
+        logits(session, IDS, ["one", "two"])
+    with pytest.raises(AdapterError, match="is not among the adapters"):
+        session.pin("two")
+
+
+def test_it_refuses_an_adapter_of_the_bundle_that_was_replaced(
+    bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    shutil.rmtree(bundle / "adapters/one")
+    shutil.copytree(make_adapter(tiny_llama, seed=7), bundle / "adapters/one")
+    session = AdapterSession(bundle, require_certificate=True)
+    with pytest.raises(BundleError, match="its digest has changed"):
+        logits(session, IDS, "one")
+
+
+def test_it_tells_to_load_the_peft_directory_of_a_native_file(
+    session: AdapterSession, bundle: Path
+) -> None:
+    with pytest.raises(AdapterError, match="load its PEFT directory"):
+        session.load("native", bundle / "adapters/one.onnx_adapter")
+
+
+def test_run_requires_a_certificate_where_it_is_told_to(bundle: Path) -> None:
+    (bundle / "parity.json").unlink()
+    with pytest.raises(BundleError, match="has no certificate"):
+        call("run", bundle, "Hi", "--require-certificate")
