@@ -29,7 +29,7 @@ from loradeploy.parity.prompts import GENERATED
     "reports",
     multiple=True,
     metavar="FILE",
-    help="Write a report: .json, .xml (JUnit) or .md; repeat for more.",
+    help="Write a report: .json, .xml (JUnit), .md or .html; repeat for more.",
 )
 @click.option(
     "--backends",

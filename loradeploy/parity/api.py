@@ -36,7 +36,7 @@ def parity(
         model: the base model's directory; by default the one that the bundle names, if it is here.
         adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
             merged bundle claims to hold.
-        report: files to write, .json, .xml (JUnit) or .md.
+        report: files to write, .json, .xml (JUnit), .md or .html.
         backends: names from `loradeploy.parity.backends.BACKENDS`; by default all that it has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.

@@ -1,4 +1,4 @@
-"""Reports on disk: JSON, JUnit XML and Markdown, chosen by the file's ending."""
+"""Reports on disk: JSON, JUnit XML, Markdown and HTML, chosen by the file's ending."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 
 from loradeploy.errors import UsageError
 from loradeploy.files import atomic_file, write_json
+from loradeploy.parity.html import html
 from loradeploy.parity.table import adapter_lines, headline, rows
 
 if TYPE_CHECKING:
@@ -110,13 +111,14 @@ def markdown(report: ParityReport) -> str:
 
 def _write_text(text: str, file: Path) -> None:
     with atomic_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_clean(text), encoding="utf-8")
 
 
 WRITERS: Final[Mapping[str, Callable[[ParityReport, Path], None]]] = {
     ".json": lambda report, file: write_json(file, report.to_json()),
     ".xml": lambda report, file: _write_text(junit(report), file),
     ".md": lambda report, file: _write_text(markdown(report), file),
+    ".html": lambda report, file: _write_text(html(report), file),
 }
 
 
