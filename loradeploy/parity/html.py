@@ -64,7 +64,7 @@ def html(report: ParityReport) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from loradeploy.parity import plots
-    from loradeploy.parity.table import headline
+    from loradeploy.parity.table import has_variants, headline
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -95,7 +95,7 @@ def html(report: ParityReport) -> str:
         metrics=metric_rows(report),
         divergences=divergences(report),
         figures_of=figures_of,
-        several_variants=len({result.variant for result in report.results if result.variant}) > 1,
+        several_variants=has_variants(report),
         symbols={"passed": "✓", "failed": "✕", "not run": "–"},
     )
 

@@ -7,6 +7,7 @@ it shows, and no colour stands alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,7 @@ def error_by_layer(found: Localisation) -> Markup:
         parts += [_line(0, y, 100, y, "grid"), _text(0, y - 3, f"1e{exponent}", "tick", "start")]
     places = [(_along(i, len(steps)), _up(scale, s.share, bottom)) for i, s in enumerate(steps)]
     parts += [
-        _line(x, y, right, below, "path")
-        for (x, y), (right, below) in zip(places, places[1:], strict=False)
+        _line(x, y, right, below, "path") for (x, y), (right, below) in itertools.pairwise(places)
     ]
     first = None if found.first is None else found.first.module
     for step, (x, y) in zip(steps, places, strict=True):

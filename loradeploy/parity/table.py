@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.parity.report import BASE_LABEL
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loradeploy.parity.report import ParityReport, Result
+    from loradeploy.parity.report import Localisation, ParityReport, Result
 
-_HEADER: Final = (
-    "backend", "adapter", "phase", "max abs", "p99 abs", "max rel", "1 − cos", "KL", "top-1",
-    "greedy", "effect", "verdict",
+_NAMED: Final = ("backend", "adapter", "phase")
+_VARIANT: Final = "variant"  # a column only where there is more than one
+_FIGURES: Final = (
+    "max abs", "p99 abs", "max rel", "1 − cos", "KL", "top-1",
+    "greedy", "effect",
 )  # fmt: skip
+_MOST_OFFENDERS: Final = 3
+_MOST_TOKENS: Final = 24
 _COLOURS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
 
 
@@ -28,9 +34,15 @@ def headline(report: ParityReport) -> str:
 
 def rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
     """The results as rows of text, the header first."""
-    yield _HEADER
+    varied = has_variants(report)
+    yield (*_NAMED, *((_VARIANT,) if varied else ()), *_FIGURES, "verdict")
     for result in report.results:
-        yield _row(result)
+        yield _row(result, varied)
+
+
+def has_variants(report: ParityReport) -> bool:
+    """Whether onnxruntime ran the graphs in more than one way."""
+    return len({result.variant for result in report.results if result.variant is not None}) > 1
 
 
 def adapter_lines(report: ParityReport) -> list[str]:
@@ -41,14 +53,47 @@ def adapter_lines(report: ParityReport) -> list[str]:
         lines.append(f"adapter {facts.name}: effect {facts.effect:.2g} max abs{said}")
     caught = sum(control.caught for control in report.controls)
     if report.controls:
-        lines.append(f"controls: {caught} of {len(report.controls)} mistakes caught")
+        lines.append(
+            f"controls: {caught} of {len(report.controls)} mistakes caught, mutation score"
+            f" {_share(report.mutation_score)}"
+        )
     inputs = report.inputs
     lines.append(
         f"inputs: {inputs.prompts} prompts, {inputs.prompt_tokens} tokens"
         f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"
         f" ({inputs.source})"
     )
+    if report.baseline is not None:
+        lines.append(f"baseline {report.baseline}: {len(report.regressions) or 'none'} worse")
     return lines + list(report.notes)
+
+
+def score_lines(report: ParityReport) -> list[str]:
+    """Each score with its confidence interval."""
+    return [
+        f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g} for"
+        f" PyTorch's {score.reference:.4g}, {score.difference:+.2g}"
+        f" [95 %: {score.low:+.2g} to {score.high:+.2g}] on {score.examples} examples"
+        for score in report.scores
+    ]
+
+
+def place_lines(report: ParityReport) -> list[str]:
+    """Where errors begin, and the smallest inputs that show them."""
+    lines = [
+        f"{place.title}, {place.adapter or BASE_LABEL}, prompt {place.case + 1}: {_place(place)}"
+        for place in report.localisations
+    ]
+    for found in report.counterexamples:
+        tokens = ", ".join(map(str, found.tokens[:_MOST_TOKENS]))
+        more = ", …" if len(found.tokens) > _MOST_TOKENS else ""
+        text = "" if found.text is None else f"{found.text!r}, "
+        lines.append(
+            f"{found.title}, {found.adapter or BASE_LABEL}: the smallest input that fails is"
+            f" {text}{len(found.tokens)} of {found.length} tokens ({tokens}{more}), error"
+            f" {found.error:.2g}"
+        )
+    return lines
 
 
 def print_report(report: ParityReport, console: Console) -> None:
@@ -71,7 +116,7 @@ def print_report(report: ParityReport, console: Console) -> None:
     for result in report.results:
         if result.outcome == "not run":
             console.print(Text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
-    for line in adapter_lines(report):
+    for line in (*place_lines(report), *score_lines(report), *adapter_lines(report)):
         console.print(Text(line), soft_wrap=True)
     for line in report.failures:
         console.print(Text(f"FAILED: {line}", style="red"), soft_wrap=True)
@@ -79,12 +124,26 @@ def print_report(report: ParityReport, console: Console) -> None:
     console.print(Text(headline(report), style=style), soft_wrap=True)
 
 
-def _row(result: Result) -> tuple[str, ...]:
+def _place(place: Localisation) -> str:
+    first = place.first
+    if first is None:
+        return place.message or "no module diverges by itself"
+    said = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
+    if place.before is not None:
+        said += f", after {place.before.module} with {place.before.share:.1g}"
+    if place.offenders:
+        worst = ", ".join(step.module for step in place.offenders[:_MOST_OFFENDERS])
+        said += f"; the error grows most at {worst}"
+    return said
+
+
+def _row(result: Result, varied: bool) -> tuple[str, ...]:
     figures = result.figures
     subject = "" if result.phase is None else result.subject
-    named = (result.title, subject, result.phase or "")
+    variant = (str(result.variant or ""),) if varied else ()
+    named = (result.title, subject, result.phase or "", *variant)
     if figures is None:
-        return (*named, *("" for _ in _HEADER[3:-1]), result.outcome)
+        return (*named, *("" for _ in _FIGURES), result.outcome)
     return (
         *named,
         f"{figures.max_abs:.1e}",

@@ -12,11 +12,22 @@ from xml.etree import ElementTree as ET
 from loradeploy.errors import UsageError
 from loradeploy.files import atomic_file, write_json
 from loradeploy.parity.html import html
-from loradeploy.parity.table import adapter_lines, headline, rows
+from loradeploy.parity.report import BASE_LABEL
+from loradeploy.parity.table import (
+    adapter_lines,
+    has_variants,
+    headline,
+    place_lines,
+    rows,
+    score_lines,
+)
 
 if TYPE_CHECKING:
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.report import ParityReport, Result
 
+# Of Markdown: rows that are shown unfolded, and failures that are listed.
+_LONG: Final = 10
+_MOST_FAILURES: Final = 20
 # What XML 1.0 cannot hold at all.
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -57,11 +68,11 @@ def junit(report: ParityReport) -> str:
         time=f"{report.seconds:.3f}",
     )
     counts = {"tests": 0, "failures": 0, "skipped": 0, "errors": 0}
-    cases = [
-        (result.backend, ", ".join(filter(None, (result.subject, result.phase))), result.seconds,
-         result.outcome, result.message)
+    varied = has_variants(report)
+    cases: list[tuple[str, str, float, str, str | None]] = [
+        (result.backend, _case(result, varied), result.seconds, result.outcome, result.message)
         for result in report.results
-    ]  # fmt: skip
+    ]
     cases += [
         ("adapter", facts.name, 0.0, "failed" if facts.failed else "passed", facts.message)
         for facts in report.adapters
@@ -71,6 +82,15 @@ def junit(report: ParityReport) -> str:
          "passed" if control.caught else "failed", f"not caught: {control.meaning}")
         for control in report.controls
     ]  # fmt: skip
+    cases += [
+        ("score", f"{score.metric}, {score.title}, {score.adapter or BASE_LABEL}", 0.0,
+         "passed" if score.passed else "failed", score.message)
+        for score in report.scores
+    ]  # fmt: skip
+    cases += [
+        ("baseline", f"{regression.where}, {regression.metric}", 0.0, "failed", regression.message)
+        for regression in report.regressions
+    ]
     for backend, name, seconds, outcome, message in cases:
         case = ET.SubElement(
             suite,
@@ -88,20 +108,29 @@ def junit(report: ParityReport) -> str:
             ET.SubElement(case, "skipped", message=_clean(message or "not run"))
     for name, count in counts.items():
         suite.set(name, str(count))
+    if places := place_lines(report):
+        ET.SubElement(suite, "system-out").text = _clean("\n".join(places))
     ET.indent(suite)
     text: str = ET.tostring(suite, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
 def markdown(report: ParityReport) -> str:
-    """The report for a pull request comment."""
+    """The report for a pull request comment: what matters, and the long table folded away."""
     mark = "✅" if report.passed else "❌"
     lines = [f"### {mark} {_escape(headline(report))}", ""]
-    header, *body = rows(report)
-    lines += [_row(header), _row("---" for _ in header), *map(_row, body), ""]
-    lines += [f"- {_escape(line)}" for line in adapter_lines(report)]
     if report.failures:
-        lines += ["", "**Failures**", "", *(f"- {_escape(line)}" for line in report.failures)]
+        lines += ["**Failures**", "", *_bullets(report.failures[:_MOST_FAILURES])]
+        more = len(report.failures) - _MOST_FAILURES
+        lines += [f"- and {more} more", ""] if more > 0 else [""]
+    if places := place_lines(report):
+        lines += ["**Where**", "", *_bullets(places), ""]
+    header, *body = rows(report)
+    table = [_row(header), _row("---" for _ in header), *map(_row, body), ""]
+    if len(body) > _LONG:
+        said = f"{len(body)} results"
+        table = [f"<details><summary>{said}</summary>", "", *table, "</details>", ""]
+    lines += [*table, *_bullets([*score_lines(report), *adapter_lines(report)])]
     versions = ", ".join(
         f"{name} {version}" for name, version in report.environment.versions.items()
     )
@@ -120,6 +149,15 @@ WRITERS: Final[Mapping[str, Callable[[ParityReport, Path], None]]] = {
     ".md": lambda report, file: _write_text(markdown(report), file),
     ".html": lambda report, file: _write_text(html(report), file),
 }
+
+
+def _case(result: Result, varied: bool) -> str:
+    variant = str(result.variant or "") if varied else ""
+    return ", ".join(filter(None, (result.subject, result.phase, variant)))
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {_escape(line)}" for line in lines]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -171,3 +171,32 @@ def test_blocks_do_not_show() -> None:
     assert figures.positions == 7
     assert figures.max_abs == errors.max()
     assert figures.mean_abs == pytest.approx(errors.mean())
+
+
+def test_the_distribution_counts_every_value_in_its_half_decade() -> None:
+    errors = [0.0, 0.0, 2e-14, 2e-7, 4e-7, 2e-3, 2.5e-3, 5.0]
+    figures = compare([[0.0] * len(errors)], [errors])
+    counts = ((0.0, 2), (1e-12, 1), (3.16e-7, 1), (1e-6, 1), (3.16e-3, 2), (10.0, 1))
+    assert figures.distribution == counts
+
+
+def test_the_distribution_agrees_with_sorting() -> None:
+    errors = 10 ** np.random.default_rng(0).uniform(-9, 2, 5000)
+    comparison = Comparison(scale=1.0, logits=False)
+    comparison.add(np.zeros((5, 1000)), errors.reshape(5, 1000))
+    told = comparison.figures().distribution
+    assert sum(count for _, count in told) == len(errors)
+    below = 0
+    for edge, count in told:
+        below += count
+        # The histogram's bins are 0.8 % wide: that many may be on the other side of an edge.
+        low, high = ((errors <= edge * factor).sum() for factor in (0.99, 1.01))
+        assert low <= below <= high, (edge, below, low, high)
+
+
+def test_an_error_beyond_float32_has_a_place_in_the_distribution() -> None:
+    comparison = Comparison(scale=1.0, logits=False)
+    comparison.add(np.zeros((1, 2)), np.array([[1e300, 1.0]]))
+    (small, one), (large, other) = comparison.figures().distribution
+    assert (small, one, other) == (1.0, 1, 1)
+    assert 1e38 < large < math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -26,7 +27,8 @@ from loradeploy.parity.report import (
 from loradeploy.parity.table import print_report
 from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.writers import WRITERS, check_reports, markdown, write_report
+from loradeploy.parity.writers import WRITERS, check_reports, junit, markdown, write_report
+from tests.parity.made_up import FULL, PASSED
 
 
 def result(error: float = 0.0) -> Result:
@@ -123,8 +125,8 @@ def test_markdown_keeps_its_table_whatever_a_name_holds() -> None:
 
 
 def test_an_unknown_ending_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UsageError, match=r"report\.html: a report ends in one of"):
-        check_reports(["report.json", "report.html"])
+    with pytest.raises(UsageError, match=r"report\.pdf: a report ends in one of"):
+        check_reports(["report.json", "report.pdf"])
 
 
 @pytest.mark.parametrize("ending", WRITERS)
@@ -142,3 +144,76 @@ def test_the_table_ends_with_the_verdict(terminal: bool) -> None:
     assert lines[0].split()[:2] == ["backend", "adapter"]
     assert lines[-1].startswith("parity FAILED: bundle")
     assert "not run: PEFT: peft is not installed" in lines
+
+
+def table_of(report: ParityReport) -> str:
+    out = io.StringIO()
+    print_report(report, Console(file=out, color_system=None, width=200))
+    return out.getvalue()
+
+
+# -- what a report may hold besides ----------------------------------------------------------------
+
+FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table", "md", "junit"])
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "told",
+    [
+        "model.layers.6.self_attn.q_proj (MatMul) is the first to diverge",
+        "model.layers.6.mlp.down_proj",
+        "no module is shown by both sides",
+        "Shares fell",
+        "(17, 402, 9)",
+        "is worse by 1.71, at most 0.25 is allowed",
+        "5.4 times what it was",
+        "it was run before",
+        "missing target",
+        "CPU, disable",
+    ],
+)
+def test_every_form_tells(form: Callable[[ParityReport], str], told: str) -> None:
+    assert told in form(FULL).replace("\\", "")
+
+
+@pytest.mark.parametrize("form", [table_of, markdown], ids=["table", "md"])
+def test_people_read_scores_with_their_intervals(form: Callable[[ParityReport], str]) -> None:
+    text = form(FULL).replace("\\", "")
+    assert "0.9145 for PyTorch's 0.912, +0.0025 [95 %: -0.006 to +0.011] on 400 examples" in text
+    assert "controls: 1 of 2 mistakes caught, mutation score 50.0%" in text
+    assert "baseline main.json: 2 worse" in text
+
+
+@pytest.mark.parametrize("form", [table_of, markdown], ids=["table", "md"])
+def test_variants_are_a_column_where_there_is_more_than_one(
+    form: Callable[[ParityReport], str],
+) -> None:
+    assert "variant" in form(FULL)
+    assert "variant" not in form(PASSED)
+
+
+def test_a_comment_folds_a_long_table_away() -> None:
+    assert "<details>" not in markdown(PASSED)
+    long = dataclasses.replace(PASSED, results=PASSED.results * 3)
+    text = markdown(long)
+    assert "<details><summary>15 results</summary>\n\n| backend" in text
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_a_comment_stays_short_however_much_fails() -> None:
+    failed = dataclasses.replace(PASSED, results=(FULL.results[-2],) * 50)
+    text = markdown(failed)
+    assert "- and 31 more" in text
+    assert len(text) < 65_536  # GitHub's limit, of 50 results and more
+
+
+def test_a_score_and_a_regression_are_cases_of_their_own(tmp_path: Path) -> None:
+    write_report(FULL, tmp_path / "r.xml")
+    suite = ET.parse(tmp_path / "r.xml").getroot()
+    cases = {(c.get("classname"), c.get("name")): c for c in suite.iter("testcase")}
+    assert len(cases) == int(str(suite.get("tests")))
+    assert cases["parity.score", "accuracy, ONNX merged, sport"].find("failure") is None
+    assert cases["parity.score", "perplexity, ONNX mixed, tech"].find("failure") is not None
+    assert cases["parity.baseline", "PEFT, outcome"].find("failure") is not None
+    assert ("parity.onnx-merged", "sport, prefill, CPU, disable") in cases
