@@ -322,13 +322,13 @@ def smollm2_bundle(smollm2: Path) -> Path:
 
 
 def export_and_check(
-    model: Path, place: Path, *, adapters: dict[str, Path], merge: bool = False
+    model: Path, place: Path, *, adapters: dict[str, Path], merge: bool = False, **options: Any
 ) -> Path:
     """A bundle in the directory `place` with the certificate of a check that passed."""
     import loradeploy as ld
 
     def make(partial: Path) -> None:
-        ld.export(model, partial, adapters=adapters, merge=merge)
+        ld.export(model, partial, adapters=adapters, merge=merge, **options)
         prompts = ["The capital of", "Shares fell"]
         claimed = adapters if merge else None
         report = ld.parity(partial, model=model, adapters=claimed, prompts=prompts, tokens=3)

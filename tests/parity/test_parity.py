@@ -355,7 +355,7 @@ def test_a_merged_bundle_needs_its_one_adapter(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"report": ["r.html"]}, "a report ends in one of"),
+        ({"report": ["r.pdf"]}, "a report ends in one of"),
         ({"backends": ["tensorrt"]}, "no backend is called 'tensorrt'"),
         ({"backends": []}, "no backends"),
         ({"tokens": 0}, "give 1 or more"),
@@ -445,8 +445,8 @@ def test_the_command_exits_with_1_where_the_graph_holds_something_else(
 def test_the_command_exits_with_2_and_one_line_on_bad_input(
     tiny_llama: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(bundle, "--model", tiny_llama, "--report", "r.html") == 2
+    assert command(bundle, "--model", tiny_llama, "--report", "r.pdf") == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("Error: r.html")
+    assert said.err.startswith("Error: r.pdf")
     assert said.err.count("\n") == 1

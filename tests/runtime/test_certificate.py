@@ -11,7 +11,7 @@ import pytest
 from loradeploy.errors import AdapterError, BundleError
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import call
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, export_and_check
 from tests.runtime.feeds import logits, random_ids
 
 IDS = random_ids(2, 6)
@@ -88,3 +88,16 @@ def test_run_requires_a_certificate_where_it_is_told_to(bundle: Path) -> None:
     (bundle / "parity.json").unlink()
     with pytest.raises(BundleError, match="has no certificate"):
         call("run", bundle, "Hi", "--require-certificate")
+
+
+def test_an_adapter_with_fewer_labels_than_the_bundle_is_certified_as_it_is(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    task = "sequence-classification"
+    adapters = {
+        f"n{count}": make_adapter(tiny_bert, task=task, num_labels=count, seed=count, scale=0.1)
+        for count in (2, 3)
+    }
+    bundle = export_and_check(tiny_bert, tmp_path / "bundle", adapters=adapters, task=task)
+    session = AdapterSession(bundle, require_certificate=True)
+    assert {session.load(name) for name in adapters} == set(session.adapters.values())
