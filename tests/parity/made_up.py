@@ -20,7 +20,7 @@ from loradeploy.parity.report import (
     Step,
     Variant,
 )
-from loradeploy.parity.tolerances import TOLERANCES
+from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import failure, judge
 
 ALL = Variant("CPUExecutionProvider", "all")
@@ -44,7 +44,7 @@ def result(
     comparison.add(expected, actual, case=2, first_step=10)
     effect = None if adapter is None else 2.09
     figures = comparison.figures()
-    checks = judge(figures, TOLERANCES["fp32"], scale=20.0, effect=effect)
+    checks = judge(figures, assumed("fp32", scale=20.0), effect=effect)
     message = failure(figures, checks)
     return Result(
         title.lower().replace(" ", "-"),

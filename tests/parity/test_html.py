@@ -138,7 +138,7 @@ def numbers(report: ParityReport) -> set[str]:
             texts |= {number(check.value), number(check.limit)}
         if result.figures is not None:
             texts |= {number(result.figures.p99_abs), f"{result.figures.mean_abs:.4g}"}
-            texts.add(f"{result.figures.cosine:.4g}")
+            texts.add(f"{result.figures.cosine_distance:.4g}")
     for facts in report.adapters:
         texts |= {number(facts.effect), number(facts.mean_effect), facts.digest}
     for control in report.controls:
