@@ -3,6 +3,7 @@
 train    data and a base model → an adapter                    (needs the extra `train`)
 export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
 parity   a bundle against PyTorch, and the verdict             (needs both)
+compare  any two models against each other
 AdapterSession, TextGenerator, TextClassifier, TextEmbedder    the runtime; numpy and
                                                                onnxruntime are all it needs
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
     from loradeploy.adapter.combine import combine
     from loradeploy.adapter.reduce import reduce_rank
+    from loradeploy.parity.compare import compare
     from loradeploy.runtime.classification import TextClassifier
     from loradeploy.runtime.embedding import TextEmbedder
     from loradeploy.runtime.generation import TextGenerator
@@ -39,6 +41,7 @@ __all__ = [
     "TextEmbedder",
     "TextGenerator",
     "combine",
+    "compare",
     "export",
     "load_adapter",
     "parity",
@@ -51,6 +54,7 @@ _LAZY = {
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
     "combine": "loradeploy.adapter.combine",
+    "compare": "loradeploy.parity.compare",
     "load_adapter": "loradeploy.adapter",
     "reduce_rank": "loradeploy.adapter.reduce",
     "save_adapter": "loradeploy.adapter",

@@ -16,6 +16,7 @@ PUBLIC = [
     "TextEmbedder",
     "TextGenerator",
     "combine",
+    "compare",
     "export",
     "load_adapter",
     "parity",

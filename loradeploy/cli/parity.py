@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Final
 
 import click
+from click.core import ParameterSource
 
 from loradeploy.cli.console import json_option, print_json, progress
-from loradeploy.parity.prompts import GENERATED
+from loradeploy.errors import UsageError
+from loradeploy.parity.prompts import CASES, GENERATED
+
+if TYPE_CHECKING:
+    from loradeploy.parity.report import ParityReport
+
+# Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
+_BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
+_COMPARED: Final = {"reference", "inputs", "cases"}
 
 
 @click.command(
@@ -15,7 +25,25 @@ from loradeploy.parity.prompts import GENERATED
     short_help="Prove that a bundle computes what PyTorch computes.",
     epilog="Example: loradeploy parity bundle --model ./smollm2 --report parity.json",
 )
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=click.Path(), metavar="BUNDLE|CANDIDATE")
+@click.option(
+    "--against",
+    "reference",
+    metavar="REFERENCE",
+    help="Compare CANDIDATE with this: each an ONNX file, a bundle, or module:function.",
+)
+@click.option(
+    "--inputs",
+    metavar="FILE.npz|DIR",
+    help="With --against: the inputs, arrays by name; a file is a case. [default: made up]",
+)
+@click.option(
+    "--cases",
+    type=int,
+    default=CASES,
+    show_default=True,
+    help="With --against: how many inputs to make up.",
+)
 @click.option("--model", help="The base model: Hugging Face id or directory.")
 @click.option(
     "--adapter",
@@ -45,13 +73,29 @@ from loradeploy.parity.prompts import GENERATED
     help="To generate after each prompt.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="For random tokens, without a tokenizer."
+    "--seed", type=int, default=0, show_default=True, help="For random tokens and made-up inputs."
+)
+@click.option(
+    "--other",
+    "others",
+    multiple=True,
+    metavar="[NAME=]PLACE[@ADAPTER]",
+    help="Hold this against PyTorch too: an ONNX file or module:function that computes what the"
+    " base does, or what it does with ADAPTER.",
+)
+@click.option(
+    "--baseline", metavar="FILE", help="A report (.json) of before: fail on what got worse."
 )
 @click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider.")
 @click.option("--controls", is_flag=True, help="Make mistakes on purpose; each must be caught.")
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
     bundle: str,
+    reference: str | None,
+    inputs: str | None,
+    cases: int,
     model: str | None,
     adapters: tuple[str, ...],
     reports: tuple[str, ...],
@@ -59,6 +103,8 @@ def command(
     prompts: str | None,
     tokens: int,
     seed: int,
+    others: tuple[str, ...],
+    baseline: str | None,
     providers: tuple[str, ...],
     controls: bool,
     as_json: bool,
@@ -66,10 +112,29 @@ def command(
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
 
     The verdict is written into the bundle too, as parity.json.
-    """
-    from loradeploy.parity.api import parity
 
+    With --against, hold CANDIDATE against REFERENCE instead, output by output, whatever they are.
+    A function is given numpy arrays by name and returns its outputs by name, or in the order of the
+    other side's.
+    """
+    _refuse_mixture(context, compared=reference is not None)
     with progress("loradeploy.parity"):
+        if reference is not None:
+            from loradeploy.parity.compare import compare
+
+            found = compare(
+                reference,
+                bundle,
+                inputs,
+                cases=cases,
+                seed=seed,
+                providers=providers or None,
+                report=reports,
+                baseline=baseline,
+            )
+            return _tell(found, as_json=as_json)
+        from loradeploy.parity.api import parity
+
         found = parity(
             bundle,
             model=model,
@@ -81,7 +146,26 @@ def command(
             seed=seed,
             providers=providers or None,
             controls=controls,
+            others=others,
+            baseline=baseline,
         )
+    return _tell(found, as_json=as_json)
+
+
+def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
+    """Raise UsageError for an option of one form that is given with the other."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _BOTH or (name in _COMPARED) == compared:
+            continue
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            fits = (
+                "goes with --against alone" if name in _COMPARED else "does not go with --against"
+            )
+            raise UsageError(f"{parameter.opts[0]} {fits}")
+
+
+def _tell(found: ParityReport, *, as_json: bool) -> int:
     if as_json:
         print_json(found.to_json())
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from loradeploy.parity.others import Others
     from loradeploy.parity.report import ParityReport
 
 
@@ -25,6 +26,8 @@ def parity(
     providers: Sequence[str] | None = None,
     controls: bool = False,
     certificate: bool = True,
+    others: Others = (),
+    baseline: str | os.PathLike[str] | None = None,
 ) -> ParityReport:
     """Hold every way to run `bundle` against PyTorch, and return what was found.
 
@@ -44,9 +47,12 @@ def parity(
         providers: onnxruntime's execution providers, the CPU's by default.
         controls: make mistakes on purpose as well, and fail unless each is caught.
         certificate: write the verdict into the bundle, as parity.json.
+        others: besides, what else is held against PyTorch: see `loradeploy.parity.others`.
+        baseline: an earlier report (JSON): what got worse since is a failure.
 
     Raises:
-        UsageError: options that do not go together, or an unknown report ending.
+        UsageError: options that do not go together, an unknown report ending, or a baseline of
+            something else.
         ModelError: the model is missing or is not the bundle's base.
         AdapterError: an adapter is refused, or (AdapterMismatchError) does not fit.
         BundleError: the bundle is broken.
@@ -58,20 +64,33 @@ def parity(
 
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.parity.backends import choose_backends
+    from loradeploy.parity.baseline import check_comparable, hold_against, read_baseline
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
+    from loradeploy.parity.others import other_backends
     from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
     from loradeploy.parity.writers import check_reports
 
     place = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
+    earlier = None if baseline is None else read_baseline(baseline)
     manifest = read_manifest(place)
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
     subjects = find_subjects(place, manifest, adapters)
     digests = graph_digests(place, manifest)
+    chosen += other_backends(others, manifest, subjects, providers)
     directory, base = find_model(place, manifest, model)
+    if earlier is not None:
+        check_comparable(
+            earlier,
+            base=manifest.base.name,
+            base_digest=base,
+            task=manifest.task,
+            mode=manifest.mode,
+            precision=manifest.precision,
+        )
     cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed)
     with tempfile.TemporaryDirectory(prefix="loradeploy-parity-") as scratch:
         setting = Setting(
@@ -86,4 +105,6 @@ def parity(
         found = run(
             setting, chosen, base_digest=base, digests=digests, seed=seed, controls=controls
         )
+    if earlier is not None:
+        found = hold_against(found, earlier)
     return write(found, files, place if certificate else None)

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
 Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
+# What a graph may be fed besides a cache, and how it is made of ids and mask, both int64.
+FED: Final[Mapping[str, Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]]] = {
+    INPUT_IDS: lambda ids, mask: ids,
+    ATTENTION_MASK: lambda ids, mask: mask,
+    POSITION_IDS: lambda ids, mask: positions_of(mask, ids.shape[1]),
+    TOKEN_TYPE_IDS: lambda ids, mask: np.zeros_like(ids),
+}
 _PAST: Final = "past_key_values."
 _PRESENT: Final = "present."
 
@@ -57,13 +64,7 @@ class OnnxModel:
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `walk.Model`; the cache is the graph's present outputs, as they came."""
-        known: Mapping[str, Callable[[], Any]] = {
-            INPUT_IDS: lambda: ids,
-            ATTENTION_MASK: lambda: mask,
-            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
-            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
-        }
-        feeds = {s.name: known[s.name]() for s in self._manifest.inputs if s.name in known}
+        feeds = {s.name: FED[s.name](ids, mask) for s in self._manifest.inputs if s.name in FED}
         past = self._empty(len(ids)) if cache is None else cache
         feeds |= dict(zip((spec.name for spec in self._past), past, strict=True))
         given = self._run([*self._outputs, *self._presents], feeds, subjects)

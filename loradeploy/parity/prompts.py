@@ -6,6 +6,8 @@ from typing import Final
 
 # How many tokens a decoder is followed for after each prompt.
 GENERATED: Final = 32
+# How many inputs are made up for two models that are compared as they are.
+CASES: Final = 6
 
 PROMPTS: Final[tuple[str, ...]] = (
     "The capital of France is",

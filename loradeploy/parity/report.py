@@ -12,6 +12,9 @@ from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 
 BASE_LABEL: Final = "base"
+# Two models held against each other as they are: the mode of such a report, and its backends.
+COMPARED: Final = "compared"
+REFERENCE, CANDIDATE = "reference", "candidate"
 
 Outcome = Literal["passed", "failed", "not run"]
 
@@ -64,7 +67,9 @@ class Result:
 
     @property
     def subject(self) -> str:
-        """The adapter's name, or a word for the base."""
+        """The adapter's name, or a word for the base; nothing where there is no question of it."""
+        if self.backend in (COMPARED, REFERENCE, CANDIDATE):
+            return ""
         return BASE_LABEL if self.adapter is None else self.adapter
 
 
@@ -236,7 +241,7 @@ class ParityReport:
     precision: str
     base: str
     base_digest: str | None
-    graph_digest: str
+    graph_digest: str | None
     data_digest: str | None
     inputs: Inputs
     environment: Environment

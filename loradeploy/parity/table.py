@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.parity.report import BASE_LABEL
+from loradeploy.parity.report import BASE_LABEL, COMPARED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,8 @@ _COLOURS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
 def headline(report: ParityReport) -> str:
     """The verdict in one line."""
     verdict = "passed" if report.passed else "FAILED"
+    if report.mode == COMPARED:
+        return f"parity {verdict}: {report.bundle} ({report.precision}) against {report.base}"
     return (
         f"parity {verdict}: {report.bundle} ({report.task}, {report.mode}, {report.precision})"
         f" against PyTorch with {report.base}"
@@ -58,6 +60,8 @@ def adapter_lines(report: ParityReport) -> list[str]:
             f" {_share(report.mutation_score)}"
         )
     inputs = report.inputs
+    if report.mode == COMPARED:
+        return [*lines, f"inputs: {inputs.prompts} cases ({inputs.source})", *report.notes]
     lines.append(
         f"inputs: {inputs.prompts} prompts, {inputs.prompt_tokens} tokens"
         f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"

@@ -67,14 +67,23 @@ def open_graph(
         UsageError: a provider that is not installed or does not start.
         BundleError: there is no graph, or onnxruntime cannot read it.
     """
+    graph = bundle / GRAPH_NAME
+    if not graph.is_file():
+        raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
+    return open_file(graph, providers, options)
+
+
+def open_file(
+    graph: Path,
+    providers: Sequence[Provider] | None,
+    options: onnxruntime.SessionOptions | None,
+) -> onnxruntime.InferenceSession:
+    """As `open_graph`, of any ONNX file."""
     asked = list(providers) if providers is not None else [CPU]
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
     _check_installed(names)
     if any(name in _DEVICES for name in names):
         preload_cuda()
-    graph = bundle / GRAPH_NAME
-    if not graph.is_file():
-        raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
     if options is None:
         options = onnxruntime.SessionOptions()
     if options.log_severity_level == _UNSET:

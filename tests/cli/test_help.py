@@ -17,6 +17,7 @@ from loradeploy.cli.main import VERBS
 from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
+from loradeploy.parity.compare import compare
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
@@ -100,7 +101,7 @@ def test_every_flag_of_train_is_a_setting_and_every_setting_a_flag() -> None:
 # What the command makes of its flags itself, before it calls the functions, is listed last.
 FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
-    "parity": ((parity,), {"reports"}),  # `report`, which is one or more
+    "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
     "run": ((AdapterSession, TextGenerator.generate), {"prompt", "file", "adapter", "provider"}),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "convert": ((), {"adapter", "bundle", "rank", "model", "output"}),
