@@ -64,12 +64,16 @@ class OnnxModel:
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `walk.Model`; the cache is the graph's present outputs, as they came."""
-        feeds = {s.name: FED[s.name](ids, mask) for s in self._manifest.inputs if s.name in FED}
-        past = self._empty(len(ids)) if cache is None else cache
-        feeds |= dict(zip((spec.name for spec in self._past), past, strict=True))
-        given = self._run([*self._outputs, *self._presents], feeds, subjects)
+        wanted = [*self._outputs, *self._presents]
+        given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
         count = len(self._outputs)
         return joined([_array(value) for value in given[:count]]), list(given[count:])
+
+    def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
+        """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
+        feeds = {s.name: FED[s.name](ids, mask) for s in self._manifest.inputs if s.name in FED}
+        past = self._empty(len(ids)) if cache is None else cache
+        return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 
     def _empty(self, rows: int) -> list[NDArray[Any]]:
         """A cache of no tokens: [rows, heads, 0, head_dim] for each of a layer's parts."""

@@ -28,14 +28,14 @@ from loradeploy.parity.backends import Backend
 from loradeploy.parity.onnx_side import FED, OnnxModel
 from loradeploy.parity.opening import open_side, short_title
 from loradeploy.parity.setting import Setting, Subject
-from loradeploy.parity.sides import PAST, Side
+from loradeploy.parity.sides import PAST, PRESENT, Side
 from loradeploy.parity.walk import DECODE, ONE_ROW, PADDED_BATCH, PREFILL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.parity.opening import Comparable
-    from loradeploy.parity.sides import Feeds
+    from loradeploy.parity.sides import Feeds, Given
 
     # By title: the model, or the model and the adapter that it claims to have. Or texts as above.
     Others = Mapping[str, Comparable | tuple[Comparable, str]] | Iterable[str]
@@ -126,13 +126,26 @@ def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:
 
 
 def _keeps_cache(side: Side, manifest: Manifest) -> bool:
-    """Whether a callable gives a cache for one token; what it raises, the check will tell."""
+    """Whether a callable gives a cache for one token.
+
+    One that raises with a cache and not without has none; where it raises always, the check will
+    tell of it.
+    """
+    given = _given(side, manifest.inputs, manifest)
+    if given is None:
+        return _given(side, _without_cache(manifest.inputs), manifest) is None
+    outputs = {spec.name for spec in manifest.outputs}
+    presents = {name for name in outputs if name.startswith(PRESENT)}
+    return presents <= set(given) if isinstance(given, dict) else len(given) == len(outputs)
+
+
+def _given(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> Given | None:
+    """What it gives for one token; None where it raises."""
     one = np.ones((1, 1), np.int64)
     try:
-        _model(side, manifest.inputs, manifest).forward(one, one, None, [None])
+        return side.run(_model(side, inputs, manifest).feeds(one, one, None))
     except (Exception, SystemExit):
-        return False
-    return True
+        return None
 
 
 def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -140,12 +153,12 @@ def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 
 def _run(
-    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, subjects: Sequence[object]
+    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, subjects: object
 ) -> list[NDArray[Any]]:
     """The outputs `wanted`, in their order.
 
     Raises:
-        ValueError: an output is missing, or of a shape that the bundle's cannot have.
+        ValueError: an output is missing, or not of the shape that the bundle gives.
     """
     try:
         given = side.run(feeds)
@@ -162,26 +175,25 @@ def _run(
         raise ValueError(
             f"it does not give {listed(missing, _LISTED)} (it gives {listed(list(given), _LISTED)})"
         )
+    sizes = _sizes(manifest.inputs, feeds)
     for spec in manifest.outputs:
-        if spec.name in wanted and not _fits(given[spec.name].shape, spec, len(subjects)):
-            shape = ", ".join(map(str, spec.shape))
+        shape = [sizes.get(size, size) for size in spec.shape]
+        if spec.name in wanted and list(given[spec.name].shape) != shape:
             raise ValueError(
-                f"{spec.name} is {list(given[spec.name].shape)} for {len(subjects)} rows, the"
-                f" bundle's is [{shape}]"
+                f"{spec.name} is {list(given[spec.name].shape)} where {shape} is expected"
             )
     return [given[name] for name in wanted]
 
 
-def _fits(shape: Sequence[int], spec: TensorSpec, rows: int) -> bool:
-    return (
-        len(shape) == len(spec.shape)
-        and shape[0] == rows
-        and all(
-            size == told
-            for size, told in zip(shape[1:], spec.shape[1:], strict=True)
-            if isinstance(told, int)
-        )
-    )
+def _sizes(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[int | str, int]:
+    """What the symbols of the bundle's shapes stand for in `feeds`."""
+    fed = [(spec, feeds[spec.name]) for spec in inputs if spec.name in feeds]
+    return {
+        symbol: size
+        for spec, values in fed
+        for symbol, size in zip(spec.shape, values.shape, strict=True)
+        if isinstance(symbol, str)
+    }
 
 
 # -- what is given ---------------------------------------------------------------------------------

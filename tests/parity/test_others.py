@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def merged(bundle: Path, adapter: Path) -> Path:
     return bundle.parent / "merged"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def check(bundle: Path, tiny_llama: Path) -> Callable[..., ParityReport]:
     """`loradeploy.parity` with some others and one backend that is quick."""
 
@@ -55,32 +56,82 @@ def check(bundle: Path, tiny_llama: Path) -> Callable[..., ParityReport]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def session(bundle: Path) -> Function:
-    """The bundle as somebody's function: the base of it."""
+    """The bundle's base as somebody's function, with a cache."""
     runtime = ld.AdapterSession(bundle)
     names = [spec.name for spec in runtime.manifest.outputs]
     return lambda feeds: dict(zip(names, runtime.run(names, feeds), strict=True))
 
 
-def own(report: ParityReport) -> list[Result]:
-    return [result for result in report.results if result.backend.startswith("other:")]
+@pytest.fixture(scope="module")
+def whole(bundle: Path, session: Function) -> Function:
+    """The same without a cache: it takes ids and mask, and gives logits."""
+    manifest = ld.AdapterSession(bundle).manifest
+    empty = {s.name: (s.shape[1], s.shape[3]) for s in manifest.inputs if "past" in s.name}
+
+    def run(feeds: Feeds) -> Any:
+        if unknown := [name for name in feeds if name.startswith("past")]:
+            raise TypeError(f"{unknown} are no inputs of mine")
+        rows = len(feeds["input_ids"])
+        past = {n: np.zeros((rows, h, 0, d), np.float32) for n, (h, d) in empty.items()}
+        return session({**feeds, **past})["logits"]
+
+    return run
 
 
-def messages(report: ParityReport) -> set[str | None]:
-    return {result.message for result in own(report)}
+def own(report: ParityReport, title: str) -> list[Result]:
+    return [result for result in report.results if result.backend == f"other:{title}"]
 
 
 # -- what agrees -------------------------------------------------------------------------------
 
 
-def test_an_onnx_file_is_shown_every_phase(
-    bundle: Path, merged: Path, check: Callable[..., ParityReport]
+@pytest.fixture(scope="module")
+def agreeing(
+    check: Callable[..., ParityReport],
+    bundle: Path,
+    merged: Path,
+    session: Function,
+    whole: Function,
+    tiny_llama: Path,
+) -> ParityReport:
+    """What is right, in one check."""
+    from transformers import AutoModelForCausalLM
+
+    return check(
+        {
+            "base": bundle / "model.onnx",
+            "fused": (merged / "model.onnx", "one"),
+            "cached": session,
+            "in order": lambda feeds: list(session(feeds).values()),
+            "whole": whole,
+            "transformers": AutoModelForCausalLM.from_pretrained(tiny_llama).eval(),
+        }
+    )
+
+
+def test_models_of_all_kinds_agree(agreeing: ParityReport) -> None:
+    assert agreeing.passed, agreeing.failures
+
+
+@pytest.mark.parametrize(
+    ("title", "claim", "phases"),
+    [
+        ("base", None, CACHED),
+        ("fused", "one", CACHED),
+        ("cached", None, CACHED),
+        ("in order", None, CACHED),
+        ("whole", None, WHOLE),
+        ("transformers", None, CACHED),
+    ],
+)
+def test_a_model_is_shown_every_phase_that_it_has(
+    title: str, claim: str | None, phases: list[str], agreeing: ParityReport
 ) -> None:
-    report = check({"base": bundle / "model.onnx", "fused": (merged / "model.onnx", "one")})
-    assert report.passed, report.failures
-    seen = {(r.title, r.adapter, r.phase) for r in own(report)}
-    assert seen == {("base", None, p) for p in CACHED} | {("fused", "one", p) for p in CACHED}
+    results = own(agreeing, title)
+    assert [(r.adapter, r.phase) for r in results] == [(claim, phase) for phase in phases]
+    assert all(("no cache" in r.title) == (phases == WHOLE) for r in results)
 
 
 def test_an_onnx_file_stands_for_what_a_merged_bundle_holds(
@@ -88,54 +139,10 @@ def test_an_onnx_file_stands_for_what_a_merged_bundle_holds(
 ) -> None:
     report = check([f"{merged}/model.onnx"], place=merged, adapters={"one": adapter})
     assert report.passed, report.failures
-    assert {r.adapter for r in own(report)} == {"one"}
-
-
-def test_a_function_that_keeps_a_cache_decodes(
-    session: Function, check: Callable[..., ParityReport]
-) -> None:
-    report = check({"mine": session})
-    assert report.passed, report.failures
-    assert [r.phase for r in own(report)] == CACHED
-
-
-def test_a_function_without_a_cache_is_shown_whole_prompts(
-    session: Function, bundle: Path, check: Callable[..., ParityReport]
-) -> None:
-    manifest = ld.AdapterSession(bundle).manifest
-    empty = {s.name: (s.shape[1], s.shape[3]) for s in manifest.inputs if "past" in s.name}
-
-    def whole(feeds: Feeds) -> Any:
-        assert not any(name.startswith("past") for name in feeds)
-        rows = len(feeds["input_ids"])
-        past = {n: np.zeros((rows, h, 0, d), np.float32) for n, (h, d) in empty.items()}
-        return session({**feeds, **past})["logits"]
-
-    report = check({"mine": whole})
-    assert report.passed, report.failures
-    assert [(r.title, r.phase) for r in own(report)] == [("mine (no cache)", p) for p in WHOLE]
-
-
-def test_a_pytorch_model_is_one_too(tiny_llama: Path, check: Callable[..., ParityReport]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    report = check({"transformers": model})
-    assert report.passed, report.failures
-    assert [r.phase for r in own(report)] == CACHED
+    assert {r.adapter for r in own(report, "model.onnx")} == {"one"}
 
 
 # -- what does not -----------------------------------------------------------------------------
-
-
-def test_a_claim_that_is_not_so_fails(bundle: Path, check: Callable[..., ParityReport]) -> None:
-    report = check([f"wrong={bundle}/model.onnx@one"])
-    assert {r.outcome for r in own(report)} == {"failed"}
-    assert {r.adapter for r in own(report)} == {"one"}
-
-
-def broken(spoil: Callable[[Feeds, Any], Any], session: Function) -> Function:
-    return lambda feeds: spoil(feeds, session(feeds))
 
 
 def raising(feeds: Feeds, given: Any) -> Any:
@@ -150,30 +157,49 @@ BROKEN: dict[str, tuple[Callable[[Feeds, Any], Any], str]] = {
     "raises": (raising, "KeyError: 'no such layer'"),
     "leaves": (leaving, "it called sys.exit(0)"),
     "gives no logits": (lambda _, g: {**g, "logits": None}, "it does not give logits"),
-    "gives too few": (lambda _, g: [g["logits"]] * 2, "2 outputs without names, not 1: logits"),
     "another vocabulary": (
         lambda _, g: {**g, "logits": g["logits"][..., :-1]},
-        "for 1 rows, the bundle's is [batch, sequence, 512]",
+        ", 511] where [1, ",
     ),
-    "too few positions": (
-        lambda _, g: {**g, "logits": g["logits"][:, :-1]},
-        "it gave less than all positions",
-    ),
+    "too few positions": (lambda _, g: {**g, "logits": g["logits"][:, :-1]}, "is expected"),
     "NaN": (lambda _, g: {**g, "logits": g["logits"] * np.nan}, "hold NaN"),
 }
 
 
+@pytest.fixture(scope="module")
+def failing(
+    check: Callable[..., ParityReport], session: Function, whole: Function, bundle: Path
+) -> ParityReport:
+    """What is wrong, in one check."""
+
+    def broken(spoil: Callable[[Feeds, Any], Any]) -> Function:
+        return lambda feeds: spoil(feeds, session(feeds))
+
+    others: dict[str, Any] = {how: broken(spoil) for how, (spoil, _) in BROKEN.items()}
+    others["one too many"] = lambda feeds: [whole(feeds)] * 2
+    return check({**others, "wrong claim": (bundle / "model.onnx", "one")})
+
+
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_function_that_is_broken_fails_and_says_how(
-    how: str, session: Function, check: Callable[..., ParityReport]
-) -> None:
-    spoil, said = BROKEN[how]
-    report = check({"mine": broken(spoil, session)})
-    results = own(report)
+def test_a_function_that_is_broken_fails_and_says_how(how: str, failing: ParityReport) -> None:
+    results = own(failing, how)
     assert results
     assert {r.outcome for r in results} == {"failed"}
-    assert said in str(results[0].message)
-    assert {r.outcome for r in report.results if r not in results} == {"passed"}
+    assert BROKEN[how][1] in str(results[0].message)
+
+
+def test_outputs_without_names_are_counted(failing: ParityReport) -> None:
+    (message, *_) = (r.message for r in own(failing, "one too many"))
+    assert "gives 2 outputs without names, not 1: logits" in str(message)
+
+
+def test_a_claim_that_is_not_so_fails(failing: ParityReport) -> None:
+    results = own(failing, "wrong claim")
+    assert {(r.outcome, r.adapter) for r in results} == {("failed", "one")}
+
+
+def test_those_that_are_right_pass_beside_them(failing: ParityReport) -> None:
+    assert {r.outcome for r in failing.results if r.backend == "onnx-side-inputs"} == {"passed"}
 
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], Any], type[LoraDeployError], str]] = {
@@ -209,13 +235,19 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 
 
 def test_the_command_takes_others(
-    bundle: Path, merged: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    merged: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--model", tiny_llama, "--tokens", 2, "--backends", "onnx-side-inputs"]
-    given += ["--other", f"fused={merged}/model.onnx@one"]
-    for more, code in (([], 0), (["--other", f"{merged}/model.onnx"], 1)):
-        with pytest.raises(SystemExit) as ended:
-            main(["parity", *map(str, (bundle, *given, *more))])
-        out = capsys.readouterr().out
-        assert ended.value.code == code, out
-        assert "fused" in out
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    given = ["--model", tiny_llama, "--prompts", tmp_path / "prompts.txt", "--tokens", 2]
+    given += ["--backends", "onnx-side-inputs"]
+    given += ["--other", f"fused={merged}/model.onnx@one", "--other", f"{merged}/model.onnx"]
+    with pytest.raises(SystemExit) as ended:
+        main(["parity", *map(str, (bundle, *given, "--json"))])
+    assert ended.value.code == 1, "the second claims to be the base"
+    results = json.loads(capsys.readouterr().out)["results"]
+    outcomes = {(r["title"], r["adapter"], r["outcome"]) for r in results}
+    assert {("fused", "one", "passed"), ("model.onnx", None, "failed")} < outcomes

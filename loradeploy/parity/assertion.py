@@ -1,0 +1,77 @@
+"""`assert_parity`: a check as an assertion, in pytest or anywhere."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loradeploy.parity.opening import Comparable
+    from loradeploy.parity.report import ParityReport
+
+
+def assert_parity(
+    candidate: Comparable, reference: Comparable | None = None, **options: Any
+) -> ParityReport:
+    """Raise AssertionError, with the failures and the table, unless `candidate` computes the same.
+
+    A bundle without a `reference`, or with a checkpoint's directory as one, is held against PyTorch
+    by `loradeploy.parity`; anything else against `reference` by `loradeploy.compare`. `options` are
+    those of the one or the other: `adapters`, `prompts`, `others`, …, or `inputs`, `tolerances`, ….
+
+    Raises:
+        AssertionError: the check failed.
+        LoraDeployError: as `loradeploy.parity` and `loradeploy.compare`.
+    """
+    __tracebackhide__ = True
+    report = run_check(candidate, reference, **options)
+    if not report.passed:
+        raise AssertionError(failure_text(report))
+    return report
+
+
+def run_check(
+    candidate: Comparable, reference: Comparable | None = None, **options: Any
+) -> ParityReport:
+    """The report that `assert_parity` asserts of.
+
+    Raises:
+        UsageError: what is no bundle has no reference.
+    """
+    from loradeploy.errors import UsageError
+    from loradeploy.parity.api import parity
+    from loradeploy.parity.compare import compare
+
+    if _is_bundle(candidate) and (reference is None or _is_checkpoint(reference)):
+        return parity(candidate, model=reference, **options)  # type: ignore[arg-type]
+    if reference is None:
+        raise UsageError(f"{candidate} is no bundle: give the reference to compare it with")
+    return compare(reference, candidate, **options)
+
+
+def failure_text(report: ParityReport) -> str:
+    """The failures, a line each, and the table of figures."""
+    from rich.console import Console
+
+    from loradeploy.parity.table import print_report
+
+    out = io.StringIO()
+    print_report(report, Console(file=out, color_system=None, force_terminal=False, width=120))
+    failures = "\n".join(f"  {line}" for line in report.failures)
+    return f"{len(report.failures)} parity failures\n{failures}\n\n{out.getvalue().rstrip()}"
+
+
+def _is_bundle(given: object) -> bool:
+    from loradeploy.bundle.names import MANIFEST_NAME
+
+    return isinstance(given, str | os.PathLike) and (Path(given) / MANIFEST_NAME).is_file()
+
+
+def _is_checkpoint(given: object) -> bool:
+    """A PyTorch model's directory; not a bundle, which has a config.json of its own."""
+    if not isinstance(given, str | os.PathLike) or _is_bundle(given):
+        return False
+    place = Path(given)
+    return (place / "config.json").is_file() and not any(place.glob("*.onnx"))

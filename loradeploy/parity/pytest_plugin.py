@@ -1,0 +1,142 @@
+"""The pytest plugin: the fixture `assert_parity`, its options, and what it found at the end.
+
+    def test_the_bundle(assert_parity):
+        assert_parity("bundle", "SmolLM2-135M-Instruct", adapters=["adapters/sport"])
+
+pytest loads it wherever loradeploy is installed (`-p no:loradeploy` keeps it from that), so it
+imports nothing but pytest until the fixture is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from loradeploy.parity.report import ParityReport
+
+_PROPERTY: Final = "loradeploy_parity"
+_LONGEST_NAME: Final = 100
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options `--parity-…`."""
+    group = parser.getgroup("parity", "parity (loradeploy)")
+    group.addoption(
+        "--parity-report-dir",
+        metavar="DIR",
+        help="write the reports of every assert_parity here, in every form there is",
+    )
+    group.addoption(
+        "--parity-baseline",
+        metavar="DIR",
+        help="fail on what got worse since the reports that --parity-update-baseline wrote here",
+    )
+    group.addoption(
+        "--parity-update-baseline",
+        action="store_true",
+        help="write the reports of the checks that pass to --parity-baseline instead",
+    )
+    group.addoption(
+        "--parity-seed",
+        type=int,
+        metavar="N",
+        help="for random tokens and made-up inputs, where the test gives none",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse options that do not go together."""
+    if config.getoption("parity_update_baseline") and not config.getoption("parity_baseline"):
+        raise pytest.UsageError("--parity-update-baseline needs --parity-baseline DIR")
+
+
+@pytest.fixture
+def assert_parity(request: pytest.FixtureRequest) -> Callable[..., ParityReport]:
+    """As `loradeploy.parity.assert_parity`, with the options of this run."""
+    calls = 0
+
+    def check(candidate: Any, reference: Any = None, **options: Any) -> ParityReport:
+        __tracebackhide__ = True
+        nonlocal calls
+        calls += 1
+        return _check(request, calls, candidate, reference, options)
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for every check, with the place of its reports."""
+    found = [
+        (report.nodeid, json.loads(value))
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == _PROPERTY
+    ]
+    if not found:
+        return
+    terminalreporter.section("parity")
+    for nodeid, said in found:
+        colour = {"green" if said["passed"] else "red": True}
+        terminalreporter.write_line(f"{nodeid}: {said['headline']}", **colour)
+        for line in said["lines"]:
+            terminalreporter.write_line(f"    {line}")
+
+
+def _check(
+    request: pytest.FixtureRequest,
+    number: int,
+    candidate: Any,
+    reference: Any,
+    options: dict[str, Any],
+) -> ParityReport:
+    __tracebackhide__ = True
+    from loradeploy.parity.assertion import failure_text, run_check
+    from loradeploy.parity.baseline import hold_against, read_baseline
+    from loradeploy.parity.table import headline
+    from loradeploy.parity.writers import WRITERS, write_report
+
+    config = request.config
+    seed, baselines = config.getoption("parity_seed"), config.getoption("parity_baseline")
+    update = config.getoption("parity_update_baseline")
+    name = _file_name(request.node.nodeid, number)
+    kept = None if baselines is None else Path(baselines) / f"{name}.json"
+    earlier = None
+    if kept is not None and not update:
+        if not kept.is_file():
+            pytest.fail(f"{kept} does not exist: run once with --parity-update-baseline")
+        earlier = read_baseline(kept)
+    if seed is not None:
+        options = {"seed": seed, **options}
+    report = run_check(candidate, reference, **options)
+    lines = []
+    if earlier is not None:
+        report = hold_against(report, earlier)
+    elif kept is not None and report.passed:
+        write_report(report, kept)
+        lines.append(f"baseline {kept}")
+    if (directory := config.getoption("parity_report_dir")) is not None:
+        for ending in WRITERS:
+            write_report(report, Path(directory) / f"{name}{ending}")
+        lines.append(f"report {Path(directory) / name}")
+    said = {"headline": headline(report), "passed": report.passed, "lines": lines}
+    # A report of pytest carries it from the worker that xdist ran the test in.
+    request.node.user_properties.append((_PROPERTY, json.dumps(said)))
+    if not report.passed:
+        raise AssertionError(failure_text(report))
+    return report
+
+
+def _file_name(nodeid: str, number: int) -> str:
+    """The same for the same test, another one for another, and a name on every system."""
+    digest = hashlib.sha256(nodeid.encode()).hexdigest()[:8]
+    readable = re.sub(r"[^\w.]+", "-", nodeid).strip("-")[-_LONGEST_NAME:]
+    return f"{readable}-{digest}" + (f"-{number}" if number > 1 else "")
