@@ -60,10 +60,9 @@ def adapter_lines(report: ParityReport) -> list[str]:
             f" {_share(report.mutation_score)}"
         )
     inputs = report.inputs
-    if report.mode == COMPARED:
-        return [*lines, f"inputs: {inputs.prompts} cases ({inputs.source})", *report.notes]
+    unit = "cases" if report.mode == COMPARED else "prompts"
     lines.append(
-        f"inputs: {inputs.prompts} prompts, {inputs.prompt_tokens} tokens"
+        f"inputs: {inputs.prompts} {unit}, {inputs.prompt_tokens} tokens"
         f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"
         f" ({inputs.source})"
     )

@@ -1,0 +1,40 @@
+"""Check the certificates of the bundles that files belong to: `check_certificates.py FILE…`.
+
+Exit status 0 where each of these bundles was proved as it is, 1 where one was not.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def bundles_of(files: list[str]) -> list[Path]:
+    """The bundles that the files are in, wherever below them."""
+    folders = {folder for file in files for folder in Path(file).parents}
+    return sorted(folder for folder in folders if (folder / "loradeploy.json").is_file())
+
+
+def fault(bundle: Path) -> str | None:
+    """Why the bundle is not certified as it is; None where it is."""
+    command = [sys.executable, "-m", "loradeploy", "inspect", str(bundle), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return done.stderr.strip()
+    facts = json.loads(done.stdout)
+    if facts["parity"] == "passed":
+        return None
+    return f"{bundle}: parity {facts['parity']}: {facts['parity_note']}"
+
+
+def main(files: list[str]) -> int:
+    """Print why each bundle that is not certified is not."""
+    faults = [said for said in map(fault, bundles_of(files)) if said is not None]
+    print(*faults, sep="\n", end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
