@@ -233,7 +233,7 @@ def test_a_difference_from_itself_within_the_limits_is_a_note(reference: Path) -
     calls = itertools.count()
 
     def jittering(feeds: Feeds) -> Feeds:
-        return {"logits": in_numpy(feeds)["logits"] + np.float32(next(calls) % 2 * 1e-5)}
+        return {"logits": in_numpy(feeds)["logits"] + np.float32(next(calls) % 2 * 3e-6)}
 
     report = ld.compare(reference, jittering, cases=1)
     assert report.passed, report.failures
