@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
-_COMPARED: Final = {"reference", "inputs", "cases"}
+_COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
 
 
 @click.command(
@@ -43,6 +43,12 @@ _COMPARED: Final = {"reference", "inputs", "cases"}
     default=CASES,
     show_default=True,
     help="With --against: how many inputs to make up.",
+)
+@click.option(
+    "--tolerances",
+    metavar="PRECISION|METRIC=LIMIT,…",
+    help="With --against: those of a precision, or these limits (max_abs=0.1). [default: those of"
+    " CANDIDATE's precision]",
 )
 @click.option("--model", help="The base model: Hugging Face id or directory.")
 @click.option(
@@ -96,6 +102,7 @@ def command(
     reference: str | None,
     inputs: str | None,
     cases: int,
+    tolerances: str | None,
     model: str | None,
     adapters: tuple[str, ...],
     reports: tuple[str, ...],
@@ -127,6 +134,7 @@ def command(
                 bundle,
                 inputs,
                 cases=cases,
+                tolerances=_limits(tolerances),
                 seed=seed,
                 providers=providers or None,
                 report=reports,
@@ -163,6 +171,17 @@ def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
                 "goes with --against alone" if name in _COMPARED else "does not go with --against"
             )
             raise UsageError(f"{parameter.opts[0]} {fits}")
+
+
+def _limits(text: str | None) -> str | dict[str, float] | None:
+    """A precision, or limits by metric."""
+    if text is None or "=" not in text:
+        return text
+    pairs = (pair.partition("=") for pair in text.split(","))
+    try:
+        return {name.strip(): float(limit) for name, _, limit in pairs}
+    except ValueError:
+        raise UsageError(f"--tolerances {text}: give METRIC=LIMIT, as in max_abs=0.1") from None
 
 
 def _tell(found: ParityReport, *, as_json: bool) -> int:

@@ -90,7 +90,7 @@ def compare(
     earlier = None if baseline is None else read_baseline(baseline)
     started = time.monotonic()
     wanted, held = open_side(reference, providers), open_side(candidate, providers)
-    _limits(held.precision, tolerances)(scale=1.0)  # refused before anything runs
+    _limits(held.precision, tolerances)  # refused before anything runs
     renamed = dict(names or {})
     fed = _feeds(wanted, held, renamed, inputs, cases, seed)
     with TemporaryDirectory(prefix="loradeploy-compare-") as scratch:
@@ -191,9 +191,10 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
     """The limits to judge by, for values of a `scale`.
 
     Raises:
-        UsageError: an unknown metric; or, when it is called, a precision that nothing is known of.
+        UsageError: an unknown metric, or a precision that nothing is known of.
     """
     if isinstance(given, str):
+        assumed(given, scale=1.0)  # refuses what is no precision
         return partial(assumed, given)
     own = dict(given or {})
     known = [metric.name for metric in METRICS]
@@ -203,9 +204,14 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
         name: limit if isinstance(limit, Limit) else Limit(float(limit), "given")
         for name, limit in own.items()
     }
-    if precision is None or (own and precision not in ASSUMED):
-        precision = DEFAULT_PRECISION
-    return lambda *, scale: {**assumed(precision, scale=scale), **stated}
+    precision = precision or DEFAULT_PRECISION
+    if precision not in ASSUMED and not own:
+        raise UsageError(
+            f"how far {precision} may be off is not known of anybody's model: give tolerances, as"
+            f" one of {', '.join(ASSUMED)} or by metric"
+        )
+    base = precision if precision in ASSUMED else DEFAULT_PRECISION
+    return lambda *, scale: {**assumed(base, scale=scale), **stated}
 
 
 # -- meanings --------------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ class Side:
     name: str
     run: Callable[[Feeds], Given]
     inputs: tuple[TensorSpec, ...] | None = None
-    outputs: tuple[TensorSpec, ...] | None = None
     precision: str | None = None
     digest: str | None = None
     data_digest: str | None = None

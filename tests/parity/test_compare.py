@@ -126,6 +126,19 @@ def test_a_candidate_that_spoils_its_feeds_does_not_spoil_those_of_the_next_run(
     assert ld.compare(spoil, reference).passed
 
 
+def test_a_precision_that_nothing_is_known_of_needs_tolerances(
+    reference: Path, tmp_path: Path
+) -> None:
+    from tests.export.others import quantise_dynamically
+
+    quantise_dynamically(reference, tmp_path / "int8")
+    with pytest.raises(UsageError, match="how far int8 may be off is not known.*give tolerances"):
+        ld.compare(reference, tmp_path / "int8")
+    report = ld.compare(reference, tmp_path / "int8", tolerances="bf16")
+    assert report.passed, report.failures
+    assert report.precision == "int8"
+
+
 # -- what does not -----------------------------------------------------------------------------
 
 
@@ -395,6 +408,14 @@ def test_the_command_exits_with_0_or_1(
     assert json.loads((tmp_path / "r.json").read_text())["passed"] is not bool(error)
 
 
+def test_the_command_takes_tolerances(reference: Path, tmp_path: Path) -> None:
+    off = token_model(tmp_path / "off.onnx", error=1e-3)
+    assert command(off, "--against", reference, "--tolerances", "fp16") == 0
+    wide = "max_abs=1,p99_abs=1,mean_abs=1,max_rel=1,cosine_distance=1,kl=1,margin=1"
+    assert command(off, "--against", reference, "--tolerances", wide) == 0
+    assert command(off, "--against", reference, "--tolerances", "max_abs=1") == 1
+
+
 def test_the_command_imports_a_function_of_the_working_directory(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +436,7 @@ def test_the_command_imports_a_function_of_the_working_directory(
         (["--against", "{reference}", "--controls"], "--controls does not go with --against"),
         (["--inputs", "x.npz"], "--inputs goes with --against alone"),
         (["--cases", "3"], "--cases goes with --against alone"),
+        (["--against", "{reference}", "--tolerances", "kl=a"], "give METRIC=LIMIT"),
         (["--against", "nowhere.onnx"], "nowhere.onnx does not exist"),
     ],
 )
