@@ -68,7 +68,14 @@ _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
 @click.option(
     "--backends",
     metavar="NAME,…",
-    help="Only these: torch-merged, peft, onnx-merged, onnx-side-inputs, onnx-native, onnx-mixed.",
+    help="Only these: torch-merged, peft, onnx-merged, onnx-side-inputs, onnx-native, onnx-mixed,"
+    " onnx-genai, onnx-reference.",
+)
+@click.option(
+    "--phases",
+    metavar="NAME,…",
+    help="Only these: prefill, chunked-prefill, padded-batch, permuted-batch, decode, repeat;"
+    " one-row of an encoder.",
 )
 @click.option("--prompts", metavar="FILE", help="One prompt a line, or JSONL.")
 @click.option(
@@ -92,8 +99,40 @@ _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
 @click.option(
     "--baseline", metavar="FILE", help="A report (.json) of before: fail on what got worse."
 )
-@click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider.")
+@click.option(
+    "--fuzz",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="ROWS",
+    help="Rows of random tokens besides the prompts.",
+)
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="NAME",
+    help="onnxruntime's execution provider, such as cuda; repeat to run on each.  [default: cpu]",
+)
+@click.option(
+    "--optimisation",
+    multiple=True,
+    metavar="LEVEL",
+    help="Of graphs by onnxruntime: disable, basic, extended or all; repeat to run at each."
+    "  [default: all]",
+)
+@click.option(
+    "--genai-python",
+    metavar="FILE",
+    help="The Python of an environment with onnxruntime-genai, to check that too.",
+)
 @click.option("--controls", is_flag=True, help="Make mistakes on purpose; each must be caught.")
+@click.option(
+    "--shrink/--no-shrink",
+    default=True,
+    show_default=True,
+    help="Find the smallest input that fails, where one does.",
+)
 @json_option
 @click.pass_context
 def command(
@@ -107,13 +146,18 @@ def command(
     adapters: tuple[str, ...],
     reports: tuple[str, ...],
     backends: str | None,
+    phases: str | None,
     prompts: str | None,
     tokens: int,
     seed: int,
     others: tuple[str, ...],
     baseline: str | None,
+    fuzz: int,
     providers: tuple[str, ...],
+    optimisation: tuple[str, ...],
+    genai_python: str | None,
     controls: bool,
+    shrink: bool,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -148,14 +192,19 @@ def command(
             model=model,
             adapters=list(adapters),
             report=reports,
-            backends=None if backends is None else [n.strip() for n in backends.split(",") if n],
+            backends=_names(backends),
+            phases=_names(phases),
             prompts=prompts,
             tokens=tokens,
             seed=seed,
+            fuzz=fuzz,
             providers=providers or None,
+            optimisation=optimisation or None,
+            genai_python=genai_python,
             controls=controls,
             others=others,
             baseline=baseline,
+            shrink=shrink,
         )
     return _tell(found, as_json=as_json)
 
@@ -194,3 +243,7 @@ def _tell(found: ParityReport, *, as_json: bool) -> int:
 
         print_report(found, Console(file=sys.stdout, highlight=False))
     return 0 if found.passed else 1
+
+
+def _names(listed: str | None) -> list[str] | None:
+    return None if listed is None else [name.strip() for name in listed.split(",") if name]

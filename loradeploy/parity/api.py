@@ -20,11 +20,16 @@ def parity(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None = None,
     report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     backends: Sequence[str] | None = None,
+    phases: Sequence[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    fuzz: int = 0,
     providers: Sequence[str] | None = None,
+    optimisation: Sequence[str] | None = None,
+    genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
+    shrink: bool = True,
     certificate: bool = True,
     others: Others = (),
     baseline: str | os.PathLike[str] | None = None,
@@ -40,12 +45,22 @@ def parity(
         adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
             merged bundle claims to hold.
         report: files to write, .json, .xml (JUnit), .md or .html.
-        backends: names from `loradeploy.parity.backends.BACKENDS`; by default all that it has.
+        backends: names from `loradeploy.parity.backends.BACKENDS`; by default all that the bundle
+            has and that can be run here.
+        phases: names from `loradeploy.parity.walk`, such as "prefill" or "chunked prefill"; by
+            default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
-        seed: for the random tokens of a bundle without a tokenizer.
-        providers: onnxruntime's execution providers, the CPU's by default.
+        seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
+        fuzz: how many rows of random tokens are fed besides.
+        providers: onnxruntime's execution providers ("cuda" or "CUDAExecutionProvider"), each of
+            which the graphs are run on; the CPU's by default.
+        optimisation: levels of onnxruntime's graph optimisation, each of which the graphs are run
+            at: "disable", "basic", "extended" or "all"; "all" by default.
+        genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
+            does.
         controls: make mistakes on purpose as well, and fail unless each is caught.
+        shrink: where a backend fails, look for the smallest input that fails still.
         certificate: write the verdict into the bundle, as parity.json.
         others: besides, what else is held against PyTorch: see `loradeploy.parity.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
@@ -63,12 +78,15 @@ def parity(
     from pathlib import Path
 
     from loradeploy.bundle.manifest import read_manifest
-    from loradeploy.parity.backends import choose_backends
+    from loradeploy.parity.backends import choose_backends, not_silent
     from loradeploy.parity.baseline import check_comparable, hold_against, read_baseline
+    from loradeploy.parity.genai_side import find_interpreter
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
     from loradeploy.parity.others import other_backends
     from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
+    from loradeploy.parity.variants import choose_variants
+    from loradeploy.parity.walk import choose_phases
     from loradeploy.parity.writers import check_reports
 
     place = Path(bundle)
@@ -78,9 +96,14 @@ def parity(
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
+    shown = choose_phases(manifest.task, phases)
+    variants = choose_variants(providers, optimisation)
+    interpreter = find_interpreter(genai_python)
+    asked = {*(backends or ()), *(() if interpreter is None else ("onnx-genai",))}
     subjects = find_subjects(place, manifest, adapters)
     digests = graph_digests(place, manifest)
-    chosen += other_backends(others, manifest, subjects, providers)
+    used = tuple(dict.fromkeys(variant.provider for variant in variants))
+    chosen += other_backends(others, manifest, subjects, used)
     directory, base = find_model(place, manifest, model)
     if earlier is not None:
         check_comparable(
@@ -91,7 +114,7 @@ def parity(
             mode=manifest.mode,
             precision=manifest.precision,
         )
-    cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed)
+    cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
     with tempfile.TemporaryDirectory(prefix="loradeploy-parity-") as scratch:
         setting = Setting(
             bundle=place,
@@ -100,10 +123,19 @@ def parity(
             subjects=subjects,
             cases=cases,
             scratch=Path(scratch),
-            providers=None if providers is None else tuple(providers),
+            providers=used,
+            variants=variants,
+            phases=shown,
+            genai_python=interpreter,
         )
         found = run(
-            setting, chosen, base_digest=base, digests=digests, seed=seed, controls=controls
+            setting,
+            not_silent(chosen, setting, asked),
+            base_digest=base,
+            digests=digests,
+            seed=seed,
+            controls=controls,
+            shrink=shrink,
         )
     if earlier is not None:
         found = hold_against(found, earlier)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import UsageError
-from loradeploy.parity import onnx_side
+from loradeploy.parity import evaluator_side, genai_side, onnx_side
 from loradeploy.parity.packed import PACKED
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.torch_side import TorchModel, merged, with_peft
-from loradeploy.parity.walk import DECODE, ONE_ROW, PADDED_BATCH, PREFILL, Model
+from loradeploy.parity.walk import (
+    CHUNKED,
+    DECODE,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+    Model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +40,9 @@ class Backend:
     `needs_adapter`: it means nothing for the base alone. `mixed`: every row has its own adapter.
     `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
     `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
+    `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
+    `batched`: it takes more than one row. `lacks`: why it cannot be run besides; one that has it
+    and is not asked for by name runs where nothing is lacking, and is not spoken of elsewhere.
     """
 
     name: str
@@ -42,6 +54,9 @@ class Backend:
     needs_adapter: bool = True
     mixed: bool = False
     needs: str | None = None
+    on_onnxruntime: bool = False
+    batched: bool = True
+    lacks: Callable[[Setting], str | None] | None = None
 
     def missing(self, setting: Setting) -> str | None:
         """Why it cannot be run here; None where it can."""
@@ -51,7 +66,7 @@ class Backend:
             return "no adapter is in the bundle or given"
         if self.on_torch and setting.merged and setting.manifest.precision in PACKED:
             return "it does not round what it merged, as the graph does"
-        return None
+        return None if self.lacks is None else self.lacks(setting)
 
 
 def _torch_merged(setting: Setting, model: torch.nn.Module) -> Opened:
@@ -68,8 +83,9 @@ def _peft(setting: Setting, model: torch.nn.Module) -> Opened:
 
 _SIDE, _MERGED = "side-inputs", "merged"
 _ALONE: Final = (PREFILL, ONE_ROW)
-_ALL: Final = (PREFILL, ONE_ROW, PADDED_BATCH, DECODE)
-_BATCHED: Final = (PADDED_BATCH, DECODE)
+_ALL: Final = (PREFILL, ONE_ROW, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
+_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE)
+_ROW_BY_ROW: Final = (PREFILL, CHUNKED, DECODE)
 
 BACKENDS: Final[tuple[Backend, ...]] = (
     Backend(
@@ -81,7 +97,14 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         on_torch=True,
     ),
     Backend("peft", "PEFT", (_SIDE, _MERGED), _ALONE, _peft, on_torch=True, needs="peft"),
-    Backend("onnx-merged", "ONNX merged", (_SIDE, _MERGED), _ALL, onnx_side.merged_graph),
+    Backend(
+        "onnx-merged",
+        "ONNX merged",
+        (_SIDE, _MERGED),
+        _ALL,
+        onnx_side.merged_graph,
+        on_onnxruntime=True,
+    ),
     Backend(
         "onnx-side-inputs",
         "ONNX side inputs",
@@ -89,8 +112,16 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         _ALL,
         onnx_side.side_inputs,
         needs_adapter=False,
+        on_onnxruntime=True,
     ),
-    Backend("onnx-native", "ONNX Runtime adapter", (_SIDE,), _ALL, onnx_side.native_adapter),
+    Backend(
+        "onnx-native",
+        "ONNX Runtime adapter",
+        (_SIDE,),
+        _ALL,
+        onnx_side.native_adapter,
+        on_onnxruntime=True,
+    ),
     Backend(
         "onnx-mixed",
         "ONNX mixed batch",
@@ -98,6 +129,27 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         _BATCHED,
         onnx_side.mixed_batch,
         mixed=True,
+        on_onnxruntime=True,
+    ),
+    Backend(
+        "onnx-genai",
+        "onnxruntime-genai",
+        (_SIDE, _MERGED),
+        _ROW_BY_ROW,
+        genai_side.genai,
+        needs_adapter=False,
+        batched=False,
+        lacks=genai_side.lacks,
+    ),
+    Backend(
+        "onnx-reference",
+        "ONNX reference evaluator",
+        (_SIDE, _MERGED),
+        _ALL,
+        evaluator_side.evaluator,
+        needs_adapter=False,
+        needs="onnx",
+        lacks=evaluator_side.lacks,
     ),
 )
 
@@ -118,6 +170,17 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
         backend
         for backend in BACKENDS
         if mode in backend.modes and (asked is None or backend.name in asked)
+    )
+
+
+def not_silent(
+    backends: Sequence[Backend], setting: Setting, asked: Collection[str]
+) -> tuple[Backend, ...]:
+    """`backends` without those that nobody asked for and that cannot be run here anyway."""
+    return tuple(
+        backend
+        for backend in backends
+        if backend.name in asked or backend.lacks is None or backend.missing(setting) is None
     )
 
 

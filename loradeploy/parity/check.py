@@ -12,14 +12,24 @@ from loradeploy.errors import LoraDeployError
 from loradeploy.parity.backends import Backend, open_backend
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.onnx_side import NotRunError
-from loradeploy.parity.report import BASE_LABEL, AdapterFacts, Result
+from loradeploy.parity.report import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.walk import Model, Observation, Row, has_logits, phases_of, walk
+from loradeploy.parity.walk import (
+    REPEAT,
+    Model,
+    Observation,
+    Row,
+    has_logits,
+    phases_of,
+    rows_of,
+    walk,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from loradeploy.parity.metrics import Figures
     from loradeploy.parity.torch_side import Reference
 
 logger = logging.getLogger(__name__)
@@ -54,8 +64,11 @@ def run_backends(
     setting: Setting,
     reference: Reference,
     model: torch.nn.Module | None,
+    progress: Progress,
 ) -> list[Result]:
     """Walk every backend along the reference's rows and judge what it gives.
+
+    A backend on onnxruntime is walked once for each variant.
 
     Raises:
         LoraDeployError: an adapter or the bundle is bad input, rather than different numbers.
@@ -63,11 +76,45 @@ def run_backends(
     results: list[Result] = []
     for backend in backends:
         missing = backend.missing(setting)
+        phases = _phases(backend, setting)
+        if missing is None and not phases:
+            missing = f"it has none of the phases {', '.join(setting.phases or ())}"
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        results += _run_backend(backend, setting, reference, model)
+        for variant in setting.variants if backend.on_onnxruntime else (setting.variant,):
+            at = setting.at(variant)
+            results += _run_backend(backend, at, phases, reference, model, progress)
     return results
+
+
+class Progress:
+    """Says which walk of how many begins; a walk is a backend's with one adapter."""
+
+    def __init__(self, backends: Sequence[Backend], setting: Setting) -> None:
+        self._total = sum(_walks(backend, setting) for backend in backends)
+        self._begun = 0
+
+    def begin(self, backend: Backend, subject: str | None, setting: Setting) -> None:
+        """Log the walk that begins."""
+        self._begun += 1
+        named = [backend.title, "mixed" if backend.mixed else subject or BASE_LABEL]
+        if len(setting.variants) > 1 and backend.on_onnxruntime:
+            named.append(str(setting.variant))
+        logger.info("[%d/%d] %s", self._begun, self._total, ", ".join(named))
+
+
+def _walks(backend: Backend, setting: Setting) -> int:
+    if backend.missing(setting) is not None or not _phases(backend, setting):
+        return 0
+    base = not backend.needs_adapter and not setting.merged
+    subjects = 1 if backend.mixed else len(setting.subjects) + base
+    return subjects * (len(setting.variants) if backend.on_onnxruntime else 1)
+
+
+def _phases(backend: Backend, setting: Setting) -> tuple[str, ...]:
+    asked = setting.phases or phases_of(setting.manifest.task)
+    return tuple(phase for phase in asked if phase in backend.phases)
 
 
 def adapter_facts(setting: Setting, reference: Reference) -> tuple[AdapterFacts, ...]:
@@ -96,10 +143,14 @@ def adapter_facts(setting: Setting, reference: Reference) -> tuple[AdapterFacts,
 
 
 def _run_backend(
-    backend: Backend, setting: Setting, reference: Reference, model: torch.nn.Module | None
+    backend: Backend,
+    setting: Setting,
+    phases: Sequence[str],
+    reference: Reference,
+    model: torch.nn.Module | None,
+    progress: Progress,
 ) -> Iterator[Result]:
     opened = open_backend(backend, setting, model)
-    phases = [phase for phase in phases_of(setting.manifest.task) if phase in backend.phases]
     while True:
         try:
             entry = next(opened, None)
@@ -109,12 +160,12 @@ def _run_backend(
         except LoraDeployError:
             raise
         except Exception as problem:  # a backend's own: it is the backend that fails, not we
-            yield _broken(backend, None, None, problem)
+            yield _broken(backend, setting, problem)
             return
         if entry is None:
             return
         name, opened_model = entry
-        logger.info("%s, %s", backend.title, "mixed" if backend.mixed else name or BASE_LABEL)
+        progress.begin(backend, name, setting)
         rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[name]
         yield from _walk(backend, opened_model, rows, phases, setting, reference)
 
@@ -122,11 +173,10 @@ def _run_backend(
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
     """A batch in which neighbours have different adapters, the base among them."""
     subjects = list(rows)
-    cases = len(rows[None])
-    return tuple(
-        rows[subjects[number % len(subjects)]][number % cases]
-        for number in range(max(cases, len(subjects)))
-    )
+    usual = [number for number, row in enumerate(rows[None]) if not row.edge]
+    edges = [number for number, row in enumerate(rows[None]) if row.edge]
+    cases = [usual[i % len(usual)] for i in range(max(len(usual), len(subjects)))] + edges
+    return tuple(rows[subjects[i % len(subjects)]][case] for i, case in enumerate(cases))
 
 
 def _walk(
@@ -140,11 +190,17 @@ def _walk(
     task = setting.manifest.task
     tallies = _Tallies(reference, logits=has_logits(task))
     for phase in phases:
-        for row in rows:
+        for row in rows_of(phase, rows, batched=backend.batched):
             if row.due(phase):
                 tallies.of(row.subject, phase).due += row.due(phase)
     observations = walk(
-        model, rows, task=task, pad=setting.cases.pad, phases=phases, left=setting.cases.left
+        model,
+        rows,
+        task=task,
+        pad=setting.cases.pad,
+        phases=phases,
+        left=setting.cases.left,
+        batched=backend.batched,
     )
     problem = "it gave less than all positions"
     while True:
@@ -156,7 +212,7 @@ def _walk(
             tally = tallies.of(seen.row.subject, seen.phase)
             _take_in(tally, seen)
         except Exception as raised:  # whatever a backend raises is its failure
-            problem = _one_line(raised)
+            problem = one_line(raised)
             break
         tally.seconds += time.perf_counter() - begin
     for (subject, phase), tally in tallies.found.items():
@@ -168,7 +224,7 @@ def _walk(
 def _take_in(tally: _Tally, seen: Observation) -> None:
     row = seen.row
     tally.comparison.add(
-        row.expected[seen.first : seen.first + len(seen.values)],
+        seen.expected,
         seen.values,
         case=row.case,
         first=seen.first,
@@ -196,22 +252,44 @@ def _result(
         adapter=subject,
         phase=phase,
         outcome="passed" if message is None else "failed",
-        message=message,
+        message=_remark(phase, figures) if message is None else message,
         figures=figures if figures.positions else None,
         checks=checks if figures.positions else (),
         effect=effect,
         seconds=round(tally.seconds, 3),
+        variant=_variant(backend, setting),
     )
+
+
+def _remark(phase: str, figures: Figures) -> str | None:
+    if phase != REPEAT:
+        return None
+    if figures.max_abs == 0.0:
+        return "bit for bit equal"
+    return f"two runs differ by up to {figures.max_abs:.2g}"
+
+
+def _variant(backend: Backend, setting: Setting) -> Variant | None:
+    return setting.variant if backend.on_onnxruntime else None
 
 
 def _not_run(backend: Backend, reason: str) -> Result:
     return Result(backend.name, backend.title, None, None, "not run", reason)
 
 
-def _broken(backend: Backend, subject: str | None, phase: str | None, problem: Exception) -> Result:
-    return Result(backend.name, backend.title, subject, phase, "failed", _one_line(problem))
+def _broken(backend: Backend, setting: Setting, problem: Exception) -> Result:
+    return Result(
+        backend.name,
+        backend.title,
+        None,
+        None,
+        "failed",
+        one_line(problem),
+        variant=_variant(backend, setting),
+    )
 
 
-def _one_line(problem: Exception) -> str:
+def one_line(problem: Exception) -> str:
+    """What a backend raised, as a message."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return f"{type(problem).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,4 +1,4 @@
-"""What the backends are fed: token rows, from prompts or from a seed."""
+"""What the backends are fed: token rows, from prompts, from a seed, and of extreme lengths."""
 
 from __future__ import annotations
 
@@ -28,22 +28,38 @@ Prompt = str | list[Any]
 _TEXT_FIELDS: Final = ("messages", "prompt", "text")
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
+# The longest of `--fuzz`'s rows.
+_FUZZ_LENGTH: Final = 48
+# Tokens that follow a row of an extreme length: one step past its cache is enough.
+_AFTER_EDGES: Final = 2
+
+Rows = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """The prompts as tokens.
+    """All that is fed, as tokens.
 
-    `prompts`: token ids, one row a prompt. `generated`: how many tokens follow each; 0 where the
-    model generates nothing. `pad`: id that fills rows up. `source`: where the prompts are from.
-    `left`: whether a decoder's rows are filled up on the left.
+    `prompts`: token ids, one row a case: the prompts, then `fuzz` random rows, then `edges` of
+    extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
+    `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
+    rows are filled up on the left.
     """
 
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: Rows
     generated: int
     pad: int
     source: str
     left: bool = True
+    fuzz: int = 0
+    edges: int = 0
+
+    @property
+    def groups(self) -> tuple[tuple[Rows, int], ...]:
+        """The cases in their order as (rows, tokens that follow each): the edges are the last."""
+        usual = len(self.prompts) - self.edges
+        after = min(self.generated, _AFTER_EDGES)
+        return (self.prompts[:usual], self.generated), (self.prompts[usual:], after)
 
 
 def make_cases(
@@ -53,16 +69,21 @@ def make_cases(
     prompts: str | os.PathLike[str] | Sequence[str] | None,
     generated: int | None,
     seed: int,
+    fuzz: int = 0,
 ) -> Cases:
     """The cases for a bundle.
 
     `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), a list of
-    texts, or None for the built-in ones. A bundle without a tokenizer is fed random tokens.
+    texts, or None for the built-in ones. A bundle without a tokenizer is fed random tokens. `fuzz`
+    rows of random tokens come besides, and one row each of the least and of the largest length.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
-        UsageError: texts for a bundle without a tokenizer, or no room for a prompt.
+        UsageError: texts for a bundle without a tokenizer, no room for a prompt, or no vocabulary
+            to draw random tokens from.
     """
+    if fuzz < 0:
+        raise UsageError(f"{fuzz} random rows: give 0 or more")
     generated = GENERATED if generated is None else generated
     if generated < 1:
         raise UsageError(f"{generated} tokens to generate: give 1 or more")
@@ -70,21 +91,33 @@ def make_cases(
     left = manifest.padding == LEFT
     config = _config(bundle)
     longest = _longest(config, follow)
-    if not (bundle / "tokenizer.json").is_file():
-        if prompts is not None:
-            raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
-        pad = config.get("pad_token_id")
-        rows = _random_rows(_vocabulary(manifest, config, bundle), longest, seed)
-        known = pad if isinstance(pad, int) else 0
-        return Cases(rows, follow, known, f"random tokens, seed {seed}", left)
+    has_tokenizer = (bundle / "tokenizer.json").is_file()
+    vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
+    if has_tokenizer:
+        rows, pad, source = _tokenized(bundle, prompts, longest)
+    elif prompts is None:
+        told = config.get("pad_token_id")
+        rows, pad = _random_rows(vocabulary, longest, seed), told if isinstance(told, int) else 0
+        source = f"random tokens, seed {seed}"
+    else:
+        raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
+    random = _fuzz_rows(vocabulary, longest, seed, fuzz)
+    edges = _edge_rows(rows, longest)
+    return Cases((*rows, *random, *edges), follow, pad, source, left, len(random), len(edges))
+
+
+def _tokenized(
+    bundle: Path, prompts: str | os.PathLike[str] | Sequence[str] | None, longest: int
+) -> tuple[Rows, int, str]:
+    """The prompts as tokens, the id that fills rows up, and where the prompts are from."""
     from loradeploy.runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
     texts, source = _texts(prompts)
-    encoded = [_encode(tokenizer, text, longest) for text in texts]
+    encoded = tuple(tuple(_encode(tokenizer, text, longest)) for text in texts)
     if empty := [number for number, row in enumerate(encoded, start=1) if not row]:
         raise DataError(f"{source}: prompt {empty[0]} has no tokens")
-    return Cases(tuple(map(tuple, encoded)), follow, tokenizer.pad_id, source, left)
+    return encoded, tokenizer.pad_id, source
 
 
 def _texts(
@@ -168,7 +201,24 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
     raise UsageError(f"{bundle} tells neither a tokenizer nor the size of the vocabulary")
 
 
-def _random_rows(vocabulary: int, longest: int, seed: int) -> tuple[tuple[int, ...], ...]:
+def _edge_rows(rows: Rows, longest: int) -> Rows:
+    """A row of one token, and the longest that is taken; beside it the first is nearly all padding.
+
+    Their tokens are the prompts', one prompt after the other and round again.
+    """
+    tokens = [token for row in rows for token in row]
+    again = -(-longest // len(tokens))
+    return (rows[0][-1:], tuple((tokens * again)[:longest]))
+
+
+def _fuzz_rows(vocabulary: int, longest: int, seed: int, count: int) -> Rows:
+    """`count` rows of random tokens, of random lengths."""
+    random = np.random.default_rng([seed, count])
+    lengths = random.integers(1, min(longest, _FUZZ_LENGTH) + 1, count)
+    return tuple(tuple(random.integers(0, vocabulary, size).tolist()) for size in lengths)
+
+
+def _random_rows(vocabulary: int, longest: int, seed: int) -> Rows:
     random = np.random.default_rng(seed)
     return tuple(
         tuple(random.integers(0, vocabulary, min(length, longest)).tolist())

@@ -16,12 +16,15 @@ from loradeploy.bundle.certificate import digests as file_digests
 from loradeploy.bundle.names import CERTIFICATE_NAME
 from loradeploy.files import write_json
 from loradeploy.parity.backends import REFERENCE_TITLE, Backend
-from loradeploy.parity.check import adapter_facts, run_backends
+from loradeploy.parity.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
-from loradeploy.parity.report import Control, Inputs, ParityReport
+from loradeploy.parity.repeat import second_run
+from loradeploy.parity.report import Control, Counterexample, Inputs, ParityReport, Result
 from loradeploy.parity.setting import Setting
+from loradeploy.parity.shrink import shrink_failures
 from loradeploy.parity.torch_side import Reference, load_base, make_reference
+from loradeploy.parity.variants import start
 from loradeploy.parity.writers import write_report
 
 logger = logging.getLogger(__name__)
@@ -35,26 +38,39 @@ def run(
     digests: tuple[str, str | None],
     seed: int,
     controls: bool,
+    shrink: bool,
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
-    `digests`: of the bundle's graph and of its data file.
+    `digests`: of the bundle's graph and of its data file. `shrink`: look for the smallest input
+    that fails still, where one fails.
     """
     started = time.monotonic()
+    placed = start(setting.bundle, setting.variants)
     logger.info("loading %s", setting.model)
     base = load_base(setting)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
-    if controls:
-        logger.info("controls")
-        made = run_controls(setting, reference, base.model)
-    in_torch = [backend for backend in backends if backend.on_torch]
-    results = run_backends(in_torch, setting, reference, base.model)
-    del base
-    gc.collect()
-    in_onnx = [backend for backend in backends if not backend.on_torch]
-    results += run_backends(in_onnx, setting, reference, None)
+    smallest: tuple[Counterexample, ...] = ()
+    said: tuple[str, ...] = ()
+    results: list[Result] = []
+    nondeterministic = second_run(setting, reference, base)
+    if nondeterministic is not None:
+        results.append(nondeterministic)
+    else:
+        if controls:
+            logger.info("controls")
+            made = run_controls(setting, reference, base.model)
+        progress = Progress(backends, setting)
+        in_torch = [backend for backend in backends if backend.on_torch]
+        results += run_backends(in_torch, setting, reference, base.model, progress)
+        del base
+        gc.collect()
+        in_onnx = [backend for backend in backends if not backend.on_torch]
+        results += run_backends(in_onnx, setting, reference, None, progress)
+        if shrink:
+            smallest, said = shrink_failures(in_onnx, setting, reference, results)
     manifest, cases = setting.manifest, setting.cases
     return ParityReport(
         bundle=str(setting.bundle),
@@ -67,19 +83,22 @@ def run(
         data_digest=digests[1],
         inputs=Inputs(
             source=cases.source,
-            prompts=len(cases.prompts),
+            prompts=len(cases.prompts) - cases.fuzz - cases.edges,
             prompt_tokens=sum(map(len, cases.prompts)),
             generated=cases.generated,
             seed=seed,
+            fuzz=cases.fuzz,
+            edges=cases.edges,
         ),
         environment=environment(setting.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
-        notes=tuple(_notes(setting, reference)),
+        notes=(*_notes(setting, reference), *placed, *said),
         seconds=round(time.monotonic() - started, 1),
         files=file_digests(setting.bundle, FILES),
+        counterexamples=smallest,
     )
 
 

@@ -22,11 +22,14 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError
 from loradeploy.parity.setting import Setting, Subject
+from loradeploy.parity.variants import session_options
 from loradeploy.parity.walk import joined, output_names
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from loradeploy.bundle.base import BaseValues
 
 Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
@@ -101,21 +104,28 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     import onnxruntime
 
     from loradeploy.bundle.base import BundleBase
-    from loradeploy.bundle.native import write_onnx_adapter
     from loradeploy.runtime.graph import open_graph
 
-    session = open_graph(setting.bundle, setting.providers, None)
+    session = open_graph(setting.bundle, setting.providers, session_options(setting.variant))
     base = BundleBase(setting.bundle, setting.manifest)
     for subject in setting.subjects:
-        file = subject.native
-        if file is None:
-            file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
-            write_onnx_adapter(subject.adapter, setting.manifest, file, base)
         adapter = onnxruntime.LoraAdapter()
-        adapter.Load(os.fspath(file))
+        adapter.Load(os.fspath(native_file(setting, subject, base)))
         active = onnxruntime.RunOptions()
         active.add_active_adapter(adapter)
         yield subject.name, OnnxModel(setting.manifest, partial(_activated, session, active))
+
+
+def native_file(setting: Setting, subject: Subject, base: BaseValues) -> Path:
+    """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
+    from loradeploy.bundle.native import write_onnx_adapter
+
+    if subject.native is not None:
+        return subject.native
+    file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
+    if not file.is_file():
+        write_onnx_adapter(subject.adapter, setting.manifest, file, base)
+    return file
 
 
 def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
@@ -168,7 +178,8 @@ def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
 def _open(setting: Setting, bundle: Path) -> Any:
     from loradeploy.runtime.session import AdapterSession
 
-    return AdapterSession(bundle, setting.providers)
+    options = session_options(setting.variant)
+    return AdapterSession(bundle, setting.providers, session_options=options)
 
 
 def _load(session: Any, subjects: Sequence[Subject]) -> None:

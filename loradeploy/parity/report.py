@@ -10,6 +10,7 @@ from loradeploy.bundle.certificate import FORMAT as FORMAT
 from loradeploy.bundle.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
+from loradeploy.parity.walk import REPEAT
 
 BASE_LABEL: Final = "base"
 # Two models held against each other as they are: the mode of such a report, and its backends.
@@ -49,8 +50,8 @@ class Variant:
 class Result:
     """One backend, with one adapter (None is the base), in one phase.
 
-    `message` is one line: why it failed or was not run, or None where it passed. `figures` are None
-    where nothing could be compared. `variant` is None where onnxruntime has no part in it.
+    `message` is one line: why it failed or was not run, or a remark. `figures` are None where
+    nothing could be compared. `variant` is None where onnxruntime has no part in it.
     """
 
     backend: str
@@ -218,13 +219,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was fed: enough to feed the same again."""
+    """What was fed: enough to feed the same again.
+
+    `fuzz`: rows of random tokens, `edges`: rows of extreme lengths, both besides the `prompts`.
+    `prompt_tokens`: of all rows together.
+    """
 
     source: str
     prompts: int
     prompt_tokens: int
     generated: int
     seed: int
+    fuzz: int = 0
+    edges: int = 0
 
 
 @dataclass(frozen=True)
@@ -302,7 +309,8 @@ def _failures(report: ParityReport) -> list[str]:
         for control in report.controls
         if not control.caught
     ]
-    if not any(result.outcome == "passed" for result in report.results):
+    # A second run that equals the first is no agreement with the reference.
+    if not any(r.outcome == "passed" and r.phase != REPEAT for r in report.results):
         found.append("nothing was found to agree with the reference")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, Usa
 from loradeploy.export.adapters import named_places
 from loradeploy.export.source import resolve
 from loradeploy.files import inside
+from loradeploy.parity.report import Variant
+from loradeploy.parity.variants import DEFAULT
 
 if TYPE_CHECKING:
     from loradeploy.parity.inputs import Cases
@@ -44,7 +47,12 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """All that the backends need. `scratch` is a directory for temporary files."""
+    """All that the backends need. `scratch` is a directory for temporary files.
+
+    `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
+    `variant`, and that one's provider as the only one in `providers`. `phases`: None is all.
+    `genai_python`: the interpreter that has onnxruntime-genai.
+    """
 
     bundle: Path
     manifest: Manifest
@@ -53,6 +61,14 @@ class Setting:
     cases: Cases
     scratch: Path
     providers: tuple[str, ...] | None
+    variants: tuple[Variant, ...] = (DEFAULT,)
+    variant: Variant = DEFAULT
+    phases: tuple[str, ...] | None = None
+    genai_python: Path | None = None
+
+    def at(self, variant: Variant) -> Setting:
+        """The same for one of the variants."""
+        return dataclasses.replace(self, variant=variant, providers=(variant.provider,))
 
     @property
     def merged(self) -> bool:

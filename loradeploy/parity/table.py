@@ -61,8 +61,11 @@ def adapter_lines(report: ParityReport) -> list[str]:
         )
     inputs = report.inputs
     unit = "cases" if report.mode == COMPARED else "prompts"
+    besides = [f"{inputs.fuzz} random rows"] if inputs.fuzz else []
+    besides += [f"{inputs.edges} of extreme lengths"] if inputs.edges else []
     lines.append(
-        f"inputs: {inputs.prompts} {unit}, {inputs.prompt_tokens} tokens"
+        f"inputs: {', '.join([f'{inputs.prompts} {unit}', *besides])},"
+        f" {inputs.prompt_tokens} tokens"
         f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"
         f" ({inputs.source})"
     )

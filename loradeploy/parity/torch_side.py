@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,8 +154,6 @@ def make_reference(setting: Setting, base: Base) -> Reference:
     Raises:
         AdapterMismatchError: an adapter does not fit the model.
     """
-    from loradeploy.lora.inject import adapted
-
     notes: list[str] = []
     rows: dict[str | None, tuple[Row, ...]] = {}
     limits: dict[str | None, Mapping[str, Limit]] = {}
@@ -164,19 +162,12 @@ def make_reference(setting: Setting, base: Base) -> Reference:
         rows[name] = _rows(setting, base.model, name, generated)
         limits[name] = _limits(setting, base, rows[name], notes)
 
-    if setting.merged:
-        # Only the adapter is compared; the base is there to tell the effect.
-        with rounded_as(base.model, base.packed):
-            run(None, 0)
-        (subject,) = setting.subjects
-        holding = merged if base.packed else adapted
-        with holding(base.model, subject.adapter), rounded_as(base.model, base.packed):
+    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
+    with as_reference(setting, base, None):
+        run(None, 0 if setting.merged else setting.cases.generated)
+    for subject in setting.subjects:
+        with as_reference(setting, base, subject.name):
             run(subject.name, setting.cases.generated)
-    else:
-        run(None, setting.cases.generated)
-        for subject in setting.subjects:
-            with adapted(base.model, subject.adapter):
-                run(subject.name, setting.cases.generated)
     return Reference(
         rows=rows,
         scale={name: _scale(its) for name, its in rows.items()},
@@ -184,6 +175,21 @@ def make_reference(setting: Setting, base: Base) -> Reference:
         limits=limits,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+@contextmanager
+def as_reference(setting: Setting, base: Base, name: str | None) -> Iterator[torch.nn.Module]:
+    """The model as the reference for the adapter `name`, None is the base, while it lasts."""
+    from loradeploy.lora.inject import adapted
+
+    adapters = {subject.name: subject.adapter for subject in setting.subjects}
+    with ExitStack() as stack:
+        if name is not None:
+            holding = merged if setting.merged and base.packed else adapted
+            stack.enter_context(holding(base.model, adapters[name]))
+        if setting.merged:
+            stack.enter_context(rounded_as(base.model, base.packed))
+        yield base.model
 
 
 def _limits(
@@ -277,14 +283,14 @@ def _rows(
 ) -> tuple[Row, ...]:
     cases = setting.cases
     backend = TorchModel(model, setting.manifest)
-    forced: list[tuple[int, ...]] = [()] * len(cases.prompts)
-    if count:
-        vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
-        size = batch_size(max(map(len, cases.prompts)), vocabulary)
-        forced = []
-        for start in range(0, len(cases.prompts), size):
-            batch = cases.prompts[start : start + size]
-            forced += generate(backend, batch, count=count, pad=cases.pad, subject=subject)
+    forced: list[tuple[int, ...]] = []
+    vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
+    for prompts, after in cases.groups:
+        size = batch_size(max(map(len, prompts), default=1), vocabulary)
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            steps = min(count, after)
+            forced += generate(backend, batch, count=steps, pad=cases.pad, subject=subject)
     rows = []
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
@@ -292,7 +298,8 @@ def _rows(
         if setting.manifest.task != SEQUENCE_CLASSIFICATION:
             values = values[0]  # [positions, width]
         kept = _keep(setting.scratch, values)
-        rows.append(Row(number, subject, prompt, follow, kept))
+        edge = number >= len(cases.prompts) - cases.edges
+        rows.append(Row(number, subject, prompt, follow, kept, edge))
     return tuple(rows)
 
 

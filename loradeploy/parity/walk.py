@@ -1,10 +1,16 @@
 """The way every backend takes through the inputs, and what it shows on it.
 
-Decoders:  prefill        each prompt by itself, followed by the tokens that the reference chose
-           padded batch   the prompts in batches, padded on the side that the graph wants
-           decode         from that batch's cache on, the reference's tokens one a step
-Encoders:  one row        each text by itself
-           padded batch   the texts in batches, padded on the right
+Decoders:  prefill           each prompt by itself, followed by the tokens that the reference chose
+           chunked prefill   the same in two or three pieces, each on the cache of those before
+           padded batch      the prompts in batches, padded on the side that the graph wants
+           permuted batch    one batch with its rows in another order
+           decode            from the batch's cache on, the reference's tokens one a step
+           repeat            a prompt a second time, held against the first
+Encoders:  one row           each text by itself
+           padded batch      the texts in batches, padded on the right
+           permuted batch, repeat
+
+Some phases are shown of the first few rows alone (`rows_of`): their defects show on any row.
 
 Since every backend is fed the tokens that the reference chose, its own greedy choice can be held
 against the reference's at every step; up to the first difference it is what it would generate.
@@ -16,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.errors import UsageError
 from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
@@ -35,6 +43,18 @@ PREFILL: Final = "prefill"
 ONE_ROW: Final = "one row"
 PADDED_BATCH: Final = "padded batch"
 DECODE: Final = "decode"
+CHUNKED: Final = "chunked prefill"
+PERMUTED: Final = "permuted batch"
+REPEAT: Final = "repeat"
+
+_DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
+_ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
+# How many rows a phase is shown of, where it is not all.
+_FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
+# The same for decoding row by row, which takes long.
+_DECODED_ALONE: Final = 4
+# With fewer tokens no chunk after the first has two, and a mask that is wrong there shows nothing.
+_TO_CHUNK: Final = 4
 
 # Rows of one batch, and the size of one output that a batch may have.
 _MAX_ROWS: Final = 16
@@ -61,6 +81,7 @@ class Row:
 
     `forced`: the tokens that the reference generated. `expected`: [positions, width]; positions
     are those of the prompt and of the forced tokens but the last, or one of a classifier.
+    `edge`: it is of an extreme length, and shares batches with its like alone.
     """
 
     case: int
@@ -68,6 +89,7 @@ class Row:
     prompt: tuple[int, ...]
     forced: tuple[int, ...]
     expected: NDArray[np.float32]
+    edge: bool = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -83,18 +105,30 @@ class Row:
         """How many positions the phase shows of this row."""
         if phase == DECODE:
             return max(0, len(self.forced) - 1)
-        batched = phase == PADDED_BATCH and self.forced
+        batched = phase in (PADDED_BATCH, PERMUTED) and self.forced
         return len(self.prompt) if batched else len(self.expected)
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Consecutive positions of a row as a backend sees them: `values` [positions, width]."""
+    """Consecutive positions of a row as a backend sees them: `values` [positions, width].
+
+    `before`: what the backend gave the first time, where it is that and not the reference that the
+    values are held against.
+    """
 
     phase: str
     row: Row
     first: int
     values: NDArray[Any]
+    before: NDArray[Any] | None = None
+
+    @property
+    def expected(self) -> NDArray[Any]:
+        """What the values should be, of the same shape."""
+        if self.before is not None:
+            return self.before
+        return self.row.expected[self.first : self.first + len(self.values)]
 
 
 def walk(
@@ -105,27 +139,86 @@ def walk(
     pad: int,
     phases: Sequence[str],
     left: bool = True,
+    batched: bool = True,
 ) -> Iterator[Observation]:
     """Take `model` through `rows`; phases that the task does not have are left out.
 
-    `left`: whether a decoder's batches are padded there.
+    `left`: whether a decoder's batches are padded there. `batched`: whether the model takes more
+    than one row; one that does not decodes row by row.
     """
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
-    if alone in phases:
-        for row in rows:
-            ids = np.array([row.tokens], np.int64)
-            mask = np.ones_like(ids)
-            values, _ = model.forward(ids, mask, None, [row.subject])
-            yield Observation(alone, row, 0, _positions(values[0], mask[0].astype(bool), task))
+    again = rows_of(REPEAT, rows) if REPEAT in phases else ()
+    for row in rows if alone in phases else again:
+        values = _forward_alone(model, row, task)
+        if alone in phases:
+            yield Observation(alone, row, 0, values)
+        if row in again:
+            before = np.array(values)  # a copy: a backend may give its own buffer each time
+            yield Observation(REPEAT, row, 0, _forward_alone(model, row, task), before)
+    if CHUNKED in phases and task == CAUSAL_LM:
+        for row in rows_of(CHUNKED, rows):
+            yield from _walk_chunks(model, row)
+    side = left and task == CAUSAL_LM
     if PADDED_BATCH in phases or DECODE in phases:
-        for batch in _batches(rows):
-            side = left and task == CAUSAL_LM
+        shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
+        for batch in _batches(shown, most=_MAX_ROWS if batched else 1):
             yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+    if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
+        yield from _walk_permuted(model, permuted, task=task, pad=pad, left=side)
 
 
 def phases_of(task: str) -> tuple[str, ...]:
     """The phases that a task has."""
-    return (PREFILL, PADDED_BATCH, DECODE) if task == CAUSAL_LM else (ONE_ROW, PADDED_BATCH)
+    return _DECODER_PHASES if task == CAUSAL_LM else _ENCODER_PHASES
+
+
+def choose_phases(task: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The phases of a task, or those asked for; their words may be joined by dashes.
+
+    Raises:
+        UsageError: a name that is no phase, or none of this task.
+    """
+    known = phases_of(task)
+    if asked is None:
+        return known
+    named = [name.replace("-", " ") for name in asked]
+    for name in named:
+        if name not in known:
+            raise UsageError(f"{task} has no phase {name!r}: there are {', '.join(known)}")
+    if not named:
+        raise UsageError("no phases are given: nothing would be compared")
+    return tuple(phase for phase in known if phase in named)
+
+
+def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequence[Row]:
+    """Those of `rows` that a phase is shown of; see `walk`."""
+    if phase == DECODE and not batched:
+        return rows[:_DECODED_ALONE]
+    if phase not in _FEW:
+        return rows
+    few = [row for row in rows if not row.edge]
+    if phase == CHUNKED:
+        few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
+    few = few[: _FEW[phase]]
+    return () if phase == PERMUTED and len(few) < 2 else few
+
+
+def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:
+    ids = np.array([row.tokens], np.int64)
+    mask = np.ones_like(ids)
+    values, _ = model.forward(ids, mask, None, [row.subject])
+    return _positions(values[0], mask[0].astype(bool), task)
+
+
+def _walk_chunks(model: Model, row: Row) -> Iterator[Observation]:
+    tokens = np.array([row.tokens], np.int64)
+    chunks = 3 if len(row.tokens) >= 3 * 2 else 2
+    cache, seen = None, 0
+    for ids in np.array_split(tokens, chunks, axis=1):
+        first, seen = seen, seen + ids.shape[1]
+        mask = np.ones((1, seen), np.int64)
+        values, cache = model.forward(ids, mask, cache, [row.subject])
+        yield Observation(CHUNKED, row, first, values[0])
 
 
 def _walk_batch(
@@ -141,8 +234,7 @@ def _walk_batch(
     ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
     values, cache = model.forward(ids, mask, None, subjects)
     if PADDED_BATCH in phases:
-        for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
-            yield Observation(PADDED_BATCH, row, 0, _positions(its, real, task))
+        yield from _observe_batch(PADDED_BATCH, batch, mask, values, task)
     if DECODE not in phases:
         return
     for step in range(len(batch[0].forced) - 1):
@@ -151,6 +243,22 @@ def _walk_batch(
         values, cache = model.forward(ids, mask, cache, subjects)
         for row, its in zip(batch, values, strict=True):
             yield Observation(DECODE, row, len(row.prompt) + step, its)
+
+
+def _walk_permuted(
+    model: Model, batch: Sequence[Row], *, task: str, pad: int, left: bool
+) -> Iterator[Observation]:
+    batch = [*batch[1:], batch[0]]  # no row stays in its place
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    values, _ = model.forward(ids, mask, None, [row.subject for row in batch])
+    yield from _observe_batch(PERMUTED, batch, mask, values, task)
+
+
+def _observe_batch(
+    phase: str, batch: Sequence[Row], mask: Ids, values: NDArray[Any], task: str
+) -> Iterator[Observation]:
+    for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
+        yield Observation(phase, row, 0, _positions(its, real, task))
 
 
 def generate(
@@ -162,6 +270,8 @@ def generate(
     """
     ids, mask = pad_rows(prompts, pad, left=True)
     subjects = [subject] * len(prompts)
+    if not count:
+        return [()] * len(prompts)
     chosen, cache = [], None
     for _ in range(count):
         values, cache = model.forward(ids, mask, cache, subjects)
@@ -191,19 +301,23 @@ def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate([first, *(value[:, np.newaxis] for value in rest)], axis=1)
 
 
-def batch_size(longest: int, width: int) -> int:
+def batch_size(longest: int, width: int, most: int = _MAX_ROWS) -> int:
     """How many rows of `longest` tokens with `width` values for each make one batch."""
-    return max(2, min(_MAX_ROWS, _MAX_OUTPUT // (longest * width)))
+    return min(most, max(2, min(_MAX_ROWS, _MAX_OUTPUT // (longest * width))))
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    count = batch_size(max(len(row.prompt) for row in rows), rows[0].expected.shape[-1])
-    # No batch of one row at the end: it would be no batch.
-    starts = list(range(0, len(rows), count))
-    if len(starts) > 1 and len(rows) - starts[-1] == 1:
-        starts.pop()
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        yield rows[start:stop]
+def _batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
+    """`rows` in their order; those of one batch are followed for as many steps."""
+    for _, group in groupby(rows, lambda row: (row.edge, len(row.forced))):
+        alike = list(group)
+        longest = max(len(row.prompt) for row in alike)
+        count = batch_size(longest, alike[0].expected.shape[-1], most)
+        starts = list(range(0, len(alike), count))
+        # No batch of one row at the end: it would be no batch.
+        if most > 1 and len(starts) > 1 and len(alike) - starts[-1] == 1:
+            starts.pop()
+        for start, stop in zip(starts, [*starts[1:], len(alike)], strict=True):
+            yield alike[start:stop]
 
 
 def _positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:

@@ -81,7 +81,7 @@ def open_file(
     """As `open_graph`, of any ONNX file."""
     asked = list(providers) if providers is not None else [CPU]
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
-    _check_installed(names)
+    check_installed(names)
     if any(name in _DEVICES for name in names):
         preload_cuda()
     if options is None:
@@ -137,6 +137,22 @@ def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
     return device, int(options.get("device_id", 0)) if device != "cpu" else 0
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UsageError unless this onnxruntime has every provider of `names`."""
+    available = onnxruntime.get_available_providers()
+    for name in names:
+        if name not in available:
+            package = _PACKAGES.get(name)
+            raise UsageError(
+                f"this onnxruntime has no {name!r}, it has {', '.join(available)}: "
+                + (
+                    f"pip install {package} in place of the onnxruntime there is"
+                    if package
+                    else "see https://onnxruntime.ai/docs/execution-providers for where it is"
+                )
+            )
+
+
 def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
     """Raise BundleError unless the graph takes and gives what the manifest says."""
     required = {node.name: node for node in session.get_inputs()}
@@ -157,21 +173,6 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
             f" {listed(problems, _LISTED)}. Export again."
         )
-
-
-def _check_installed(names: Sequence[str]) -> None:
-    available = onnxruntime.get_available_providers()
-    for name in names:
-        if name not in available:
-            package = _PACKAGES.get(name)
-            raise UsageError(
-                f"this onnxruntime has no {name!r}, it has {', '.join(available)}: "
-                + (
-                    f"pip install {package} in place of the onnxruntime there is"
-                    if package
-                    else "see https://onnxruntime.ai/docs/execution-providers for where it is"
-                )
-            )
 
 
 def _side_inputs(manifest: Manifest) -> list[TensorSpec]:

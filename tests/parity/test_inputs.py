@@ -37,7 +37,7 @@ def test_the_built_in_prompts_are_enough_and_each_its_own() -> None:
 
 def test_a_decoder_is_fed_the_built_in_prompts_and_generates(tiny_llama: Path) -> None:
     found = cases(tiny_llama)
-    assert (len(found.prompts), found.generated) == (len(PROMPTS), GENERATED)
+    assert (len(found.prompts) - found.edges, found.generated) == (len(PROMPTS), GENERATED)
 
 
 def test_an_encoder_generates_nothing(tiny_bert: Path) -> None:
@@ -57,7 +57,8 @@ def test_too_many_generated_tokens_are_refused(tiny_llama: Path) -> None:
 def test_a_file_of_lines_is_a_prompt_a_line(tiny_llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
-    assert len(cases(tiny_llama, prompts=file).prompts) == 2
+    found = cases(tiny_llama, prompts=file)
+    assert len(found.prompts) - found.edges == 2
 
 
 def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
     said = [{"role": "user", "content": "Hi"}]
     lines = [{"prompt": "Hi"}, {"text": "Hi"}, {"messages": said}]
     file.write_text("\n".join(map(json.dumps, lines)))
-    plain, text, chat = cases(tiny_llama, prompts=file).prompts
+    plain, text, chat, *_ = cases(tiny_llama, prompts=file).prompts
     assert plain == text
     assert len(chat) > len(plain)
 
@@ -104,3 +105,28 @@ def test_without_a_tokenizer_the_tokens_are_random_by_the_seed(
     assert all(0 <= token < 512 for row in first for token in row)
     with pytest.raises(LoraDeployError, match="no tokenizer.json"):
         cases(tmp_path, prompts=["Hi"])
+
+
+def test_the_last_cases_are_one_token_and_as_many_as_the_model_takes(tiny_llama: Path) -> None:
+    found = cases(tiny_llama, generated=100)
+    assert found.edges == 2
+    assert [len(row) for row in found.prompts[-2:]] == [1, 128 - 100]
+
+
+def test_few_tokens_follow_the_cases_of_extreme_lengths(tiny_llama: Path) -> None:
+    (usual, after), (edges, after_edges) = cases(tiny_llama).groups
+    assert (len(usual), after) == (len(PROMPTS), GENERATED)
+    assert (len(edges), after_edges) == (2, 2)
+
+
+def test_fuzz_is_random_tokens_of_varied_lengths_by_the_seed(tiny_llama: Path) -> None:
+    def fuzz(**options: int) -> tuple[tuple[int, ...], ...]:
+        found = cases(tiny_llama, **options)
+        return found.prompts[len(PROMPTS) : -found.edges]
+
+    first, again, other = fuzz(fuzz=20), fuzz(fuzz=20), fuzz(fuzz=20, seed=1)
+    assert first == again != other
+    assert len(first) == 20
+    assert len(set(map(len, first))) > 5
+    assert all(0 <= token < 512 for row in first for token in row)
+    assert len({token for row in first for token in row}) > 200

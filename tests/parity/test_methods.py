@@ -72,6 +72,7 @@ def test_every_path_agrees_and_every_mistake_is_caught(
         "onnx-native",
         "onnx-side-inputs",
         "onnx-mixed",
+        "onnx-reference",
     }
     assert all(facts.effect > 0.1 for facts in report.adapters)
     caught = {(control.name, control.adapter) for control in report.controls if control.caught}
@@ -94,9 +95,11 @@ def test_a_merge_that_leaves_something_out_fails(
         prompts=PROMPTS,
         tokens=2,
         certificate=False,
+        shrink=False,
         backends=["onnx-merged"],
     )
-    assert {result.outcome for result in report.results} == {"failed"}
+    outcomes = {result.outcome for result in report.results if result.phase != "repeat"}
+    assert outcomes == {"failed"}
 
 
 @pytest.mark.parametrize("mistake", IGNORED, ids=lambda mistake: mistake.name)
@@ -114,7 +117,9 @@ def test_side_inputs_that_leave_something_out_fail(
         prompts=PROMPTS,
         tokens=2,
         certificate=False,
+        shrink=False,
         backends=["onnx-native"],
     )
-    outcomes = {(result.adapter, result.outcome) for result in report.results}
+    held = [result for result in report.results if result.phase != "repeat"]
+    outcomes = {(result.adapter, result.outcome) for result in held}
     assert outcomes == {("whole", "failed"), ("plain", "passed")}

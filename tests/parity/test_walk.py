@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.parity.walk import (
+    CHUNKED,
     DECODE,
     ONE_ROW,
     PADDED_BATCH,
+    PERMUTED,
     PREFILL,
+    REPEAT,
     Row,
     generate,
     phases_of,
+    rows_of,
     walk,
 )
 from loradeploy.runtime.tokenizer import positions_of
@@ -64,7 +69,16 @@ def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
     rows = [row((3, 1), (4, 1, 2)), row((2,), (4, 1, 2))]
     seen = list(walk(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm")))
     positions = [(s.phase, s.first, len(s.values)) for s in seen if s.row is rows[0]]
-    assert positions == [(PREFILL, 0, 4), (PADDED_BATCH, 0, 2), (DECODE, 2, 1), (DECODE, 3, 1)]
+    assert positions == [
+        (PREFILL, 0, 4),
+        (REPEAT, 0, 4),
+        (CHUNKED, 0, 2),
+        (CHUNKED, 2, 2),
+        (PADDED_BATCH, 0, 2),
+        (DECODE, 2, 1),
+        (DECODE, 3, 1),
+        (PERMUTED, 0, 2),
+    ]
 
 
 def test_an_output_for_the_whole_row_is_one_more_position() -> None:
@@ -91,6 +105,56 @@ def test_no_batch_of_many_rows_ends_in_a_batch_of_one() -> None:
     model = Counter()
     list(walk(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH]))
     assert [len(subjects) for subjects in model.subjects] == [17]
+
+
+def test_a_prompt_in_chunks_has_more_than_one_new_token_on_the_cache() -> None:
+    class Chunks(Counter):
+        shapes: list[tuple[int, int]]
+
+        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+            self.shapes = [*getattr(self, "shapes", []), (ids.shape[1], mask.shape[1])]
+            return super().forward(ids, mask, cache, subjects)
+
+    model = Chunks()
+    list(walk(model, [row((1, 2, 3, 4, 5, 6, 7))], task="causal-lm", pad=PAD, phases=[CHUNKED]))
+    assert model.shapes == [(3, 3), (2, 5), (2, 7)]
+
+
+def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
+    model = Counter()
+    rows = [row((number,), subject=str(number)) for number in range(6)]
+    seen = list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
+    assert model.subjects == [["1", "2", "3", "0"]]
+    assert [observation.row.subject for observation in seen] == ["1", "2", "3", "0"]
+
+
+def test_a_repeated_row_is_held_against_its_first_run() -> None:
+    class Drifting(Counter):
+        runs = 0
+
+        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+            values, cache = super().forward(ids, mask, cache, subjects)
+            self.runs += 1
+            return values + self.runs, cache
+
+    (seen,) = walk(Drifting(), [row((3, 1))], task="causal-lm", pad=PAD, phases=[REPEAT])
+    assert (seen.values - seen.expected == 1).all()
+
+
+def test_rows_of_extreme_lengths_share_no_batch_with_others() -> None:
+    model = Counter()
+    edges = [dataclasses.replace(row((1,) * length), edge=True) for length in (1, 50)]
+    rows = [row((1, 2)), row((3,)), *edges]
+    list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    assert [len(subjects) for subjects in model.subjects] == [2, 2]
+
+
+def test_a_model_of_one_row_decodes_a_few_rows_alone() -> None:
+    model = Counter()
+    rows = [row((1, 2), (3, 4))] * 6
+    seen = list(walk(model, rows, task="causal-lm", pad=PAD, phases=[DECODE], batched=False))
+    assert len(seen) == len(rows_of(DECODE, rows, batched=False)) == 4
+    assert {len(subjects) for subjects in model.subjects} == {1}
 
 
 def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:

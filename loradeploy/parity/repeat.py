@@ -1,0 +1,53 @@
+"""Whether the reference gives the same twice: one that does not proves nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.parity.backends import REFERENCE_TITLE
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.report import Result
+from loradeploy.parity.setting import Setting
+from loradeploy.parity.tolerances import assumed
+from loradeploy.parity.torch_side import TorchModel, as_reference
+from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.walk import ONE_ROW, PREFILL, REPEAT, has_logits, rows_of, walk
+
+if TYPE_CHECKING:
+    from loradeploy.parity.torch_side import Base, Reference
+
+
+def second_run(setting: Setting, reference: Reference, base: Base) -> Result | None:
+    """Run the base over a few rows again; the failure where it is beyond float32's rounding.
+
+    Inputs, weights and code are the same, so what differs is noise of the model's own: dropout
+    that is left on, a sample that is drawn, or a kernel that adds up in any order. The limits that
+    were measured would not tell: the noise is in them.
+    """
+    task = setting.manifest.task
+    scale = reference.scale[None]
+    comparison = Comparison(scale=scale, logits=has_logits(task))
+    alone = PREFILL if task == CAUSAL_LM else ONE_ROW
+    rows = rows_of(REPEAT, reference.rows[None])
+    with as_reference(setting, base, None) as model:
+        backend = TorchModel(model, setting.manifest)
+        for seen in walk(backend, rows, task=task, pad=setting.cases.pad, phases=(alone,)):
+            comparison.add(seen.expected, seen.values, case=seen.row.case)
+    figures = comparison.figures()
+    checks = judge(figures, assumed("fp32", scale=scale), effect=None)
+    if figures.not_finite or failure(figures, checks) is None:
+        return None  # values that are no numbers are every backend's failure, and said there
+    return Result(
+        backend="torch",
+        title=REFERENCE_TITLE,
+        adapter=None,
+        phase=REPEAT,
+        outcome="failed",
+        message=(
+            "the reference is nondeterministic by itself: two runs differ by"
+            f" {figures.max_abs:.2g}; nothing can be held against it"
+        ),
+        figures=figures,
+        checks=checks,
+    )

@@ -1,0 +1,99 @@
+"""How onnxruntime runs the graphs of a check: each provider at each level of optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.errors import UsageError
+from loradeploy.parity.report import Variant
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CPU: Final = "CPUExecutionProvider"
+_SUFFIX: Final = "ExecutionProvider"
+# onnxruntime's names of the levels, and of their members in its GraphOptimizationLevel.
+LEVELS: Final = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+DEFAULT: Final = Variant(CPU, "all")
+_LISTED: Final = 4
+
+
+def choose_variants(
+    providers: Sequence[str] | None, optimisation: Sequence[str] | None
+) -> tuple[Variant, ...]:
+    """Every provider at every level; on the CPU and at "all" where none is given.
+
+    A provider is named as onnxruntime does, or without "ExecutionProvider", in any case: "cuda".
+
+    Raises:
+        UsageError: a provider that this onnxruntime does not have, or an unknown level.
+    """
+    from loradeploy.runtime.graph import check_installed
+
+    names = [CPU] if providers is None else [_full_name(name) for name in providers]
+    levels = [DEFAULT.optimisation] if optimisation is None else list(optimisation)
+    if not names or not levels:
+        raise UsageError("no provider or no level of optimisation is given: nothing would be run")
+    check_installed(names)
+    if unknown := [level for level in levels if level not in LEVELS]:
+        raise UsageError(
+            f"{unknown[0]!r} is no level of optimisation: there are {', '.join(LEVELS)}"
+        )
+    return tuple(dict.fromkeys(Variant(name, level) for name in names for level in levels))
+
+
+def session_options(variant: Variant) -> onnxruntime.SessionOptions:
+    """New options for a session of `variant`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    level = LEVELS[variant.optimisation]
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    return options
+
+
+def start(bundle: Path, variants: Sequence[Variant]) -> list[str]:
+    """Open the bundle's graph once on every provider but the CPU's; say which nodes that one runs.
+
+    Raises:
+        UsageError: a provider does not start.
+        BundleError: onnxruntime cannot open the graph.
+    """
+    from loradeploy.runtime.graph import open_graph, placement_of
+
+    notes = []
+    for variant in variants:
+        if variant.provider == CPU:
+            continue
+        try:
+            # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
+            session = open_graph(bundle, [variant.provider], session_options(variant))
+        except UsageError:
+            raise UsageError(
+                f"{variant.provider} is installed but does not start here (no device, driver or"
+                " library): mend that, or leave it out"
+            ) from None
+        placed = placement_of(session)
+        there = placed.get(CPU, {})
+        if there:
+            count, total = sum(there.values()), sum(sum(ops.values()) for ops in placed.values())
+            named = [f"{times} {op}" for op, times in list(there.items())[:_LISTED]]
+            named += ["…"] if len(there) > _LISTED else []
+            notes.append(f"{variant}: {count} of {total} nodes run on the CPU ({', '.join(named)})")
+    return notes
+
+
+def _full_name(name: str) -> str:
+    import onnxruntime
+
+    for provider in onnxruntime.get_available_providers():
+        if name.lower() in (provider.lower(), provider.removesuffix(_SUFFIX).lower()):
+            return str(provider)
+    return name
