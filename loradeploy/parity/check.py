@@ -245,7 +245,10 @@ def _result(
     figures = tally.comparison.figures()
     effect = None if subject is None else reference.effect[subject].largest
     checks = judge(figures, reference.limits[subject], effect=effect)
-    message = problem or failure(figures, checks)
+    wrong = failure(figures, checks)
+    if wrong is not None and phase == REPEAT:
+        wrong = f"two runs differ: {wrong}"
+    message = problem or wrong
     return Result(
         backend=backend.name,
         title=backend.title,

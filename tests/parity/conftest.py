@@ -1,0 +1,47 @@
+"""What the specifications of a whole check share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.parity.report import ParityReport
+from tests.conftest import MakeAdapter, once
+
+# Few enough to be quick, of different lengths so that a batch is padded.
+PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
+Check = Callable[..., ParityReport]
+
+
+@pytest.fixture(scope="session")
+def llama_with_adapter(
+    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, shared: Path
+) -> Path:
+    """The tiny Llama's bundle with the adapter "one" in it."""
+    adapter = make_adapter(tiny_llama, seed=1)
+    return once(
+        shared / "bundle-llama-one",
+        lambda place: ld.export(tiny_llama_bundle, place, adapters={"one": adapter}),
+    )
+
+
+@pytest.fixture
+def llama_bundle(llama_with_adapter: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be tampered with."""
+    return Path(shutil.copytree(llama_with_adapter, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def check(tiny_llama: Path) -> Check:
+    """`loradeploy.parity` of a tiny Llama's bundle, with few prompts and few tokens."""
+
+    def run(bundle: Path, **options: Any) -> ParityReport:
+        quick = {"prompts": PROMPTS, "tokens": 3, "certificate": False, "shrink": False}
+        return ld.parity(bundle, model=tiny_llama, **{**quick, **options})
+
+    return run

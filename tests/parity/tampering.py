@@ -1,0 +1,94 @@
+"""Bundles whose graph or weights are changed behind the manifest's back, its digests mended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from loradeploy.adapter.digest import file_digest
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+
+
+def change_graph(bundle: Path, change: Callable[[onnx.GraphProto], None]) -> None:
+    """Let `change` alter the graph in place."""
+    model = onnx.load(bundle / GRAPH, load_external_data=False)
+    change(model.graph)
+    (bundle / GRAPH).write_bytes(model.SerializeToString())
+    _mend(bundle, graph_digest=file_digest(bundle / GRAPH))
+
+
+def see_the_future_in_chunks(graph: onnx.GraphProto) -> None:
+    """No causal mask where there is a past: right for one new token, wrong for more."""
+    (compare,) = (node for node in graph.node if node.op_type == "LessOrEqual")
+    past = next(node for node in graph.node if node.op_type == "Range").input[0]  # zero
+    (told,) = compare.output
+    length = next(
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Squeeze" and _reads(graph, node.input[0]).startswith("past_key_values")
+    )
+    for node in graph.node:
+        node.input[:] = [f"{told}.wrong" if name == told else name for name in node.input]
+    added = [
+        helper.make_node("Greater", [length, past], ["has_past"]),
+        helper.make_node("Or", [told, "has_past"], [f"{told}.wrong"]),
+    ]
+    _insert_after(graph, compare, added)
+
+
+def leave_dropout_on(share: float) -> Callable[[onnx.GraphProto], None]:
+    """`share` more in a random half of the logits; of a dropout only the mask is used."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        (last,) = (node for node in graph.node if "logits" in node.output)
+        last.output[:] = ["quiet" if name == "logits" else name for name in last.output]
+        added = [
+            helper.make_node("Dropout", ["quiet", "half", "training"], ["dropped", "kept"]),
+            helper.make_node("Cast", ["kept"], ["ones"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", ["ones", "share"], ["noise"]),
+            helper.make_node("Add", ["quiet", "noise"], ["logits"]),
+        ]
+        _insert_after(graph, last, added)
+        values = {"half": np.float32(0.5), "training": np.bool_(True), "share": np.float32(share)}
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()
+        )
+
+    return change
+
+
+def change_embedding(bundle: Path, token: int) -> None:
+    """Other numbers for one token, float32."""
+    model = onnx.load(bundle / GRAPH, load_external_data=False)
+    (weight,) = (t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
+    place = {entry.key: entry.value for entry in weight.external_data}
+    width = weight.dims[1]
+    with (bundle / DATA).open("r+b") as file:
+        file.seek(int(place["offset"]) + token * width * 4)
+        file.write(np.linspace(-1, 1, width, dtype=np.float32).tobytes())
+    _mend(bundle, data_digest=file_digest(bundle / DATA))
+
+
+def _reads(graph: onnx.GraphProto, name: str) -> str:
+    """What the node that gives `name` reads first."""
+    return str(next(node.input[0] for node in graph.node if name in node.output))
+
+
+def _insert_after(graph: onnx.GraphProto, node: onnx.NodeProto, added: list[Any]) -> None:
+    at = list(graph.node).index(node) + 1
+    nodes = [*graph.node[:at], *added, *graph.node[at:]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _mend(bundle: Path, **digests: str) -> None:
+    file = bundle / "loradeploy.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **digests}))

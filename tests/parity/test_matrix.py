@@ -1,0 +1,241 @@
+"""The columns of a check: providers, levels of optimisation, phases, and runs that repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+import loradeploy as ld
+from loradeploy.errors import UsageError
+from loradeploy.parity import job
+from loradeploy.parity.report import ParityReport, Variant
+from loradeploy.parity.variants import CPU, LEVELS, choose_variants, session_options, start
+from loradeploy.parity.walk import phases_of
+from loradeploy.runtime.session import AdapterSession
+from tests.parity.conftest import PROMPTS, Check
+from tests.parity.tampering import change_graph, leave_dropout_on, see_the_future_in_chunks
+
+CUDA = "CUDAExecutionProvider"
+
+
+def failed(report: ParityReport) -> set[str | None]:
+    """The phases in which something failed."""
+    return {result.phase for result in report.results if result.outcome == "failed"}
+
+
+# -- providers and levels ----------------------------------------------------------------------
+
+
+def test_a_check_runs_on_the_cpu_at_the_highest_level_unless_told() -> None:
+    assert choose_variants(None, None) == (Variant(CPU, "all"),)
+
+
+def test_every_provider_runs_at_every_level_once() -> None:
+    found = choose_variants(["cpu", CPU, "CPU"], ["all", "basic", "all"])
+    assert found == (Variant(CPU, "all"), Variant(CPU, "basic"))
+
+
+@pytest.mark.parametrize(
+    ("providers", "levels", "said"),
+    [
+        (["nonsense"], None, "no 'nonsense'"),
+        ([], None, "nothing would be run"),
+        (None, [], "nothing would be run"),
+        (None, ["O3"], "'O3' is no level of optimisation: there are disable, basic"),
+    ],
+)
+def test_a_variant_that_there_is_not_is_refused(
+    providers: list[str] | None, levels: list[str] | None, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        choose_variants(providers, levels)
+
+
+def test_each_level_is_another_of_onnxruntime() -> None:
+    options = [session_options(Variant(CPU, level)) for level in LEVELS]
+    assert len({option.graph_optimization_level for option in options}) == len(LEVELS)
+
+
+def test_every_level_is_a_column_of_its_own(llama_with_adapter: Path, check: Check) -> None:
+    report = check(
+        llama_with_adapter,
+        optimisation=["disable", "all"],
+        backends=["onnx-side-inputs", "torch-merged"],
+        phases=["prefill"],
+    )
+    assert report.passed, report.failures
+    seen = {(r.backend, r.variant) for r in report.results}
+    assert seen == {
+        ("torch-merged", None),
+        ("onnx-side-inputs", Variant(CPU, "disable")),
+        ("onnx-side-inputs", Variant(CPU, "all")),
+    }
+
+
+def test_a_level_at_which_the_numbers_change_fails_alone(
+    llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = AdapterSession.__init__
+    right = AdapterSession.run_with_ort_values
+    broken = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+
+    def note(self: Any, *arguments: Any, session_options: Any) -> None:
+        opened(self, *arguments, session_options=session_options)
+        self.broken = session_options.graph_optimization_level == broken
+
+    def run(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+        return right(self, outputs, feeds, None if self.broken else adapters)
+
+    monkeypatch.setattr(AdapterSession, "__init__", note)
+    monkeypatch.setattr(AdapterSession, "run_with_ort_values", run)
+    report = check(
+        llama_with_adapter,
+        optimisation=["basic", "extended", "all"],
+        backends=["onnx-side-inputs"],
+        phases=["prefill"],
+    )
+    wrong = [result.variant for result in report.results if result.outcome == "failed"]
+    assert wrong == [Variant(CPU, "extended")]
+    assert "CPU, extended" in report.failures[0]
+
+
+@pytest.mark.skipif(
+    CUDA not in onnxruntime.get_available_providers()
+    or any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")),
+    reason="needs an onnxruntime with CUDA on a machine without it",
+)
+def test_a_provider_that_does_not_start_is_refused_rather_than_replaced(
+    llama_with_adapter: Path, check: Check
+) -> None:
+    with pytest.raises(UsageError, match="CUDAExecutionProvider is installed but does not start"):
+        check(llama_with_adapter, providers=["cuda", "cpu"])
+
+
+@pytest.mark.gpu
+def test_cuda_is_a_column_and_the_nodes_it_leaves_to_the_cpu_are_told(
+    llama_with_adapter: Path, check: Check
+) -> None:
+    report = check(llama_with_adapter, providers=["cuda", "cpu"], backends=["onnx-side-inputs"])
+    assert report.passed, report.failures
+    assert {r.variant for r in report.results} == {Variant(CUDA, "all"), Variant(CPU, "all")}
+    assert report.environment.providers == (CUDA, CPU)
+
+
+def test_of_the_cpu_nothing_is_told(llama_with_adapter: Path) -> None:
+    assert start(llama_with_adapter, [Variant(CPU, "all")]) == []
+
+
+def test_progress_counts_every_walk(
+    llama_with_adapter: Path, check: Check, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "loradeploy.parity")
+    backends = ["torch-merged", "onnx-side-inputs", "onnx-mixed"]
+    check(
+        llama_with_adapter, backends=backends, phases=["padded-batch", "prefill"],
+        optimisation=["basic", "all"],
+    )  # fmt: skip
+    assert [record.message for record in caplog.records if "[" in record.message] == [
+        "[1/7] PyTorch merged, one",
+        "[2/7] ONNX side inputs, base, CPU, basic",
+        "[3/7] ONNX side inputs, one, CPU, basic",
+        "[4/7] ONNX side inputs, base, CPU, all",
+        "[5/7] ONNX side inputs, one, CPU, all",
+        "[6/7] ONNX mixed batch, mixed, CPU, basic",
+        "[7/7] ONNX mixed batch, mixed, CPU, all",
+    ]
+
+
+# -- phases ------------------------------------------------------------------------------------
+
+
+def test_a_decoder_shows_every_phase(llama_with_adapter: Path, check: Check) -> None:
+    report = check(llama_with_adapter, backends=["onnx-side-inputs"])
+    assert report.passed, report.failures
+    assert {result.phase for result in report.results} == set(phases_of("causal-lm"))
+
+
+def test_phases_can_be_chosen_by_their_names_with_dashes(
+    llama_with_adapter: Path, check: Check
+) -> None:
+    report = check(
+        llama_with_adapter,
+        phases=["padded-batch", "chunked prefill"],
+        backends=["onnx-side-inputs", "torch-merged"],
+    )
+    phases = {r.phase for r in report.results if r.outcome == "passed"}
+    assert phases == {"padded batch", "chunked prefill"}
+    (left_out,) = (r for r in report.results if r.outcome == "not run")
+    assert left_out.backend == "torch-merged"
+    assert "it has none of the phases chunked prefill, padded batch" in str(left_out.message)
+
+
+def test_a_mask_that_is_wrong_past_the_cache_fails_in_chunks_alone(
+    llama_bundle: Path, check: Check
+) -> None:
+    change_graph(llama_bundle, see_the_future_in_chunks)
+    assert failed(check(llama_bundle, backends=["onnx-side-inputs"])) == {"chunked prefill"}
+
+
+def test_adapters_that_stay_in_their_places_fail_once_the_rows_change_theirs(
+    llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = AdapterSession.run_with_ort_values
+    first: dict[int, Any] = {}
+
+    def stale(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+        return right(self, outputs, feeds, first.setdefault(len(adapters), adapters))
+
+    monkeypatch.setattr(AdapterSession, "run_with_ort_values", stale)
+    assert failed(check(llama_with_adapter, backends=["onnx-mixed"])) == {"permuted batch"}
+
+
+def test_a_bundle_in_which_nothing_but_a_repetition_was_seen_is_not_proved(
+    llama_with_adapter: Path, check: Check
+) -> None:
+    report = check(llama_with_adapter, backends=["onnx-side-inputs"], phases=["repeat"])
+    assert {result.outcome for result in report.results} == {"passed"}
+    assert not report.passed
+
+
+# -- repetition --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "outcome", "said"),
+    [
+        (0.1, "failed", "two runs differ: max abs 0.1 > "),
+        (1e-5, "passed", "two runs differ by up to"),
+    ],
+)
+def test_a_graph_that_draws_at_random_is_caught_or_told(
+    share: float, outcome: str, said: str, llama_bundle: Path, check: Check
+) -> None:
+    change_graph(llama_bundle, leave_dropout_on(share))
+    report = check(llama_bundle, backends=["onnx-side-inputs"])
+    repeated = [result for result in report.results if result.phase == "repeat"]
+    assert {result.outcome for result in repeated} == {outcome}
+    assert all(said in str(result.message) for result in repeated), repeated
+
+
+def test_a_graph_that_gives_the_same_twice_is_told_to(
+    llama_with_adapter: Path, check: Check
+) -> None:
+    report = check(llama_with_adapter, backends=["onnx-side-inputs"])
+    messages = {result.message for result in report.results if result.phase == "repeat"}
+    assert messages == {"bit for bit equal"}
+
+
+def test_a_reference_that_is_nondeterministic_is_the_one_failure(
+    tiny_gpt2: Path, tiny_gpt2_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = job.load_base
+    monkeypatch.setattr(job, "load_base", lambda setting: right(setting).train())  # dropout is on
+    report = ld.parity(
+        tiny_gpt2_bundle, model=tiny_gpt2, prompts=PROMPTS, tokens=2, certificate=False
+    )
+    (failure, *_) = report.failures
+    assert "the reference is nondeterministic by itself: two runs differ by" in failure
+    assert [result.backend for result in report.results] == ["torch"]
