@@ -7,7 +7,7 @@ import sys
 import click
 
 from loradeploy.cli.console import json_option, print_json, progress
-from loradeploy.parity.prompts import GENERATED
+from loradeploy.parity.prompts import EXAMPLES, GENERATED
 
 
 @click.command(
@@ -49,6 +49,20 @@ from loradeploy.parity.prompts import GENERATED
 )
 @click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider.")
 @click.option("--controls", is_flag=True, help="Make mistakes on purpose; each must be caught.")
+@click.option(
+    "--evaluate",
+    multiple=True,
+    metavar="[NAME=]DATA",
+    help="Held-out data to take the accuracy or perplexity on, in the forms of training data; with"
+    " NAME for that adapter.",
+)
+@click.option(
+    "--examples",
+    type=int,
+    default=EXAMPLES,
+    show_default=True,
+    help="How many of them to draw.",
+)
 @json_option
 def command(
     bundle: str,
@@ -61,6 +75,8 @@ def command(
     seed: int,
     providers: tuple[str, ...],
     controls: bool,
+    evaluate: tuple[str, ...],
+    examples: int,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -81,6 +97,8 @@ def command(
             seed=seed,
             providers=providers or None,
             controls=controls,
+            evaluate=evaluate or None,
+            examples=examples,
         )
     if as_json:
         print_json(found.to_json())

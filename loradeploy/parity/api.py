@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
+from loradeploy.parity.prompts import EXAMPLES
 
 if TYPE_CHECKING:
+    from loradeploy.parity.heldout import Places
     from loradeploy.parity.report import ParityReport
 
 
@@ -24,6 +26,8 @@ def parity(
     seed: int = 0,
     providers: Sequence[str] | None = None,
     controls: bool = False,
+    evaluate: Places | None = None,
+    examples: int = EXAMPLES,
     certificate: bool = True,
 ) -> ParityReport:
     """Hold every way to run `bundle` against PyTorch, and return what was found.
@@ -43,6 +47,9 @@ def parity(
         seed: for the random tokens of a bundle without a tokenizer.
         providers: onnxruntime's execution providers, the CPU's by default.
         controls: make mistakes on purpose as well, and fail unless each is caught.
+        evaluate: held-out data to take the task metric on (accuracy, perplexity), in the forms of
+            training data; or by adapter's name, a mapping or a list of "NAME=DATA".
+        examples: how many of them are drawn.
         certificate: write the verdict into the bundle, as parity.json.
 
     Raises:
@@ -50,7 +57,7 @@ def parity(
         ModelError: the model is missing or is not the bundle's base.
         AdapterError: an adapter is refused, or (AdapterMismatchError) does not fit.
         BundleError: the bundle is broken.
-        DataError: the prompts cannot be read.
+        DataError: the prompts or the held-out data cannot be read, or it is of another task.
         MissingDependencyError: torch or transformers is not installed.
     """
     import tempfile
@@ -58,9 +65,11 @@ def parity(
 
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.parity.backends import choose_backends
+    from loradeploy.parity.heldout import read_held_out
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
     from loradeploy.parity.packed import check_packed
+    from loradeploy.parity.scores import check_scored
     from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
     from loradeploy.parity.writers import check_reports
 
@@ -71,10 +80,15 @@ def parity(
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
     check_packed(manifest)
+    if evaluate is not None:
+        check_scored(chosen, manifest.precision)
     subjects = find_subjects(place, manifest, adapters)
     digests = graph_digests(place, manifest)
     directory, base = find_model(place, manifest, model)
     cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed)
+    held_out = read_held_out(
+        place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
+    )
     with tempfile.TemporaryDirectory(prefix="loradeploy-parity-") as scratch:
         setting = Setting(
             bundle=place,
@@ -86,6 +100,12 @@ def parity(
             providers=None if providers is None else tuple(providers),
         )
         found = run(
-            setting, chosen, base_digest=base, digests=digests, seed=seed, controls=controls
+            setting,
+            chosen,
+            base_digest=base,
+            digests=digests,
+            seed=seed,
+            controls=controls,
+            held_out=held_out,
         )
     return write(found, files, place if certificate else None)

@@ -7,7 +7,7 @@ import datetime as dt
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loradeploy.adapter.digest import short
@@ -17,9 +17,11 @@ from loradeploy.parity.backends import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import adapter_facts, run_backends
 from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
+from loradeploy.parity.heldout import HeldOut
 from loradeploy.parity.report import Control, Inputs, ParityReport
+from loradeploy.parity.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import Reference, load_base, make_reference
+from loradeploy.parity.torch_side import Reference, load_model, make_reference, take_weights
 from loradeploy.parity.writers import write_report
 
 logger = logging.getLogger(__name__)
@@ -33,14 +35,17 @@ def run(
     digests: tuple[str, str | None],
     seed: int,
     controls: bool,
+    held_out: Mapping[str | None, HeldOut],
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
-    `digests`: of the bundle's graph and of its data file.
+    `digests`: of the bundle's graph and of its data file. `held_out`: what is scored on what.
     """
     started = time.monotonic()
     logger.info("loading %s", setting.model)
-    base = load_base(setting)
+    model = load_model(setting)
+    answered = score_reference(setting, model, held_out)
+    base = take_weights(setting, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
@@ -49,10 +54,11 @@ def run(
         made = run_controls(setting, reference, base.model)
     in_torch = [backend for backend in backends if backend.on_torch]
     results = run_backends(in_torch, setting, reference, base.model)
-    del base
+    del base, model
     gc.collect()
     in_onnx = [backend for backend in backends if not backend.on_torch]
     results += run_backends(in_onnx, setting, reference, None)
+    scores = score_backends(in_onnx, setting, held_out, answered)
     manifest, cases = setting.manifest, setting.cases
     return ParityReport(
         bundle=str(setting.bundle),
@@ -75,8 +81,9 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
-        notes=tuple(_notes(setting, reference)),
+        notes=(*_notes(setting, reference), *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
+        scores=scores,
     )
 
 

@@ -6,6 +6,8 @@ from typing import Final
 
 # How many tokens a decoder is followed for after each prompt.
 GENERATED: Final = 32
+# How many held-out examples the task metric is taken on.
+EXAMPLES: Final = 100
 
 PROMPTS: Final[tuple[str, ...]] = (
     "The capital of France is",

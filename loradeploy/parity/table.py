@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.parity.report import BASE_LABEL
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,6 +53,16 @@ def adapter_lines(report: ParityReport) -> list[str]:
     return lines + list(report.notes)
 
 
+def score_lines(report: ParityReport) -> list[str]:
+    """Each score with its confidence interval."""
+    return [
+        f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g} for"
+        f" PyTorch's {score.reference:.4g}, {score.difference:+.2g}"
+        f" [95 %: {score.low:+.2g} to {score.high:+.2g}] on {score.examples} examples"
+        for score in report.scores
+    ]
+
+
 def print_report(report: ParityReport, console: Console) -> None:
     """Print the verdict, the table, and why it failed."""
     from rich.table import Table
@@ -71,7 +83,7 @@ def print_report(report: ParityReport, console: Console) -> None:
     for result in report.results:
         if result.outcome == "not run":
             console.print(Text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
-    for line in adapter_lines(report):
+    for line in (*score_lines(report), *adapter_lines(report)):
         console.print(Text(line), soft_wrap=True)
     for line in report.failures:
         console.print(Text(f"FAILED: {line}", style="red"), soft_wrap=True)

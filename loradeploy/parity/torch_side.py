@@ -111,13 +111,12 @@ class Base:
     activations: Mapping[str, Activations]
 
 
-def load_base(setting: Setting) -> Base:
-    """The base model of `setting` with the bundle's head, and the graph's own weights if packed.
+def load_model(setting: Setting) -> torch.nn.Module:
+    """The base model of `setting` with the bundle's head, float32.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
         ModelError: transformers cannot load the model.
-        BundleError: the graph's packed weights cannot be read.
     """
     try:
         import torch  # noqa: F401
@@ -127,7 +126,7 @@ def load_base(setting: Setting) -> Base:
             f"parity's reference is the PyTorch model, and {problem.name} is not installed:"
             " pip install 'loradeploy[export]'"
         ) from None
-    from loradeploy.export.trace import load_model
+    from loradeploy.export import trace
 
     manifest = setting.manifest
     labels = None
@@ -136,9 +135,17 @@ def load_base(setting: Setting) -> Base:
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
-    model, _ = load_model(setting.model, manifest.task, labels=labels, brought=brought)
-    packed = manifest.precision in PACKED
-    return Base(model, unpack_into(model, setting.bundle, manifest) if packed else {})
+    return trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)[0]
+
+
+def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
+    """`model` as the base, with the graph's own weights where those are packed.
+
+    Raises:
+        BundleError: the graph's packed weights cannot be read, or are not the base's.
+    """
+    packed = setting.manifest.precision in PACKED
+    return Base(model, unpack_into(model, setting.bundle, setting.manifest) if packed else {})
 
 
 def make_reference(setting: Setting, base: Base) -> Reference:
