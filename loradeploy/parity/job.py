@@ -115,6 +115,12 @@ def _notes(setting: Setting, reference: Reference) -> list[str]:
         notes.append(
             "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"
         )
+    if manifest.merge_loss is not None:
+        loss = manifest.merge_loss
+        notes.append(
+            f"{manifest.precision} kept {loss.kept:.1%} of the merged update, with rounding noise"
+            f" of {loss.noise:.2g} times its size"
+        )
     claimed = manifest.merged_adapter
     for subject in setting.subjects if claimed is not None else ():
         if claimed is not None and claimed.digest != subject.adapter.digest:
