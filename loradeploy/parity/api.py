@@ -65,6 +65,7 @@ def parity(
 
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.parity.backends import choose_backends
+    from loradeploy.parity.feeds import check_inputs
     from loradeploy.parity.heldout import read_held_out
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
@@ -80,6 +81,7 @@ def parity(
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
     check_packed(manifest)
+    check_inputs(manifest)
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
     subjects = find_subjects(place, manifest, adapters)

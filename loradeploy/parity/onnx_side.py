@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    NATIVE_SUFFIX,
-    POSITION_IDS,
-    TOKEN_TYPE_IDS,
-)
+from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import ExportError
+from loradeploy.parity.feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.walk import joined, output_names
-from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,13 +51,7 @@ class OnnxModel:
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `walk.Model`; the cache is the graph's present outputs, as they came."""
-        known: Mapping[str, Callable[[], Any]] = {
-            INPUT_IDS: lambda: ids,
-            ATTENTION_MASK: lambda: mask,
-            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
-            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
-        }
-        feeds = {s.name: known[s.name]() for s in self._manifest.inputs if s.name in known}
+        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask))
         past = self._empty(len(ids)) if cache is None else cache
         feeds |= dict(zip((spec.name for spec in self._past), past, strict=True))
         given = self._run([*self._outputs, *self._presents], feeds, subjects)

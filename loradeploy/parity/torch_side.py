@@ -19,19 +19,30 @@ import numpy as np
 from loradeploy.adapter.peft import save_adapter
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
+    ATTENTION_MASK,
     CAUSAL_LM,
+    CLASSIFICATIONS,
+    INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    SEQUENCE_CLASSIFICATION,
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.calibrate import measure_gap
+from loradeploy.parity.feeds import plain_feeds
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.packed import PACKED, unpack_into
 from loradeploy.parity.rounding import Activations
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.tolerances import Limit, assumed, calibrated
-from loradeploy.parity.walk import Row, batch_size, generate, has_logits, joined, output_names
+from loradeploy.parity.walk import (
+    WHOLE_ROW,
+    Row,
+    batch_size,
+    generate,
+    has_logits,
+    joined,
+    output_names,
+)
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
@@ -46,9 +57,10 @@ class TorchModel:
 
     def __init__(self, model: torch.nn.Module, manifest: Manifest) -> None:
         self._model = model
+        self._manifest = manifest
         self._task = manifest.task
         self._outputs = output_names(manifest)
-        self._takes_positions = POSITION_IDS in inspect.signature(model.forward).parameters
+        self._taken = inspect.signature(model.forward).parameters
 
     def forward(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
@@ -56,13 +68,13 @@ class TorchModel:
         """See `walk.Model`; the cache is transformers' own."""
         import torch
 
-        feeds: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-        }
-        if self._task == CAUSAL_LM:
+        if self._task != CAUSAL_LM:
+            made = plain_feeds(self._manifest, ids, mask)
+            feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
+        else:
+            feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
             feeds |= {"past_key_values": cache, "use_cache": True}
-            if self._takes_positions:
+            if POSITION_IDS in self._taken:
                 feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
         with torch.inference_mode():
             result = self._model(**feeds)
@@ -130,7 +142,7 @@ def load_model(setting: Setting) -> torch.nn.Module:
 
     manifest = setting.manifest
     labels = None
-    if manifest.task == SEQUENCE_CLASSIFICATION:
+    if manifest.task in CLASSIFICATIONS:
         shapes = [spec.shape for spec in manifest.outputs if spec.name == LOGITS]
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
@@ -281,11 +293,19 @@ def _rows(
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [subject])
-        if setting.manifest.task != SEQUENCE_CLASSIFICATION:
+        if setting.manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
         kept = _keep(setting.scratch, values)
         rows.append(Row(number, subject, prompt, follow, kept))
     return tuple(rows)
+
+
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    """The values for the reference, which is float32 whatever the graph takes."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:

@@ -9,6 +9,9 @@ Encoders:  one row        each text by itself
 Since every backend is fed the tokens that the reference chose, its own greedy choice can be held
 against the reference's at every step; up to the first difference it is what it would generate.
 
+Of an image, a sound and an encoder-decoder's target, which the tokens of a row stand for (see
+`feeds`), nothing is padded: a batch of them is just a batch.
+
 What an encoder gives for a text as a whole (`pooler_output`) counts as one more position.
 """
 
@@ -20,7 +23,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
+    SEQ2SEQ_LM,
+    SEQUENCE_CLASSIFICATION,
+)
 from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
@@ -35,6 +44,9 @@ PREFILL: Final = "prefill"
 ONE_ROW: Final = "one row"
 PADDED_BATCH: Final = "padded batch"
 DECODE: Final = "decode"
+
+# What gives one answer for a row, rather than one for each position.
+WHOLE_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 # Rows of one batch, and the size of one output that a batch may have.
 _MAX_ROWS: Final = 16
@@ -208,8 +220,10 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 
 def _positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:
     """One row's values without the padding's, [positions, width]; a classifier has one position."""
-    if task == SEQUENCE_CLASSIFICATION:
+    if task in WHOLE_ROW:
         return values[np.newaxis]
+    if task == SEQ2SEQ_LM:
+        return values  # the target's
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
     kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
     return kept

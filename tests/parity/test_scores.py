@@ -22,7 +22,7 @@ from loradeploy.parity.controls import wrong_adapter
 from loradeploy.parity.heldout import Example, read_held_out
 from loradeploy.parity.report import ParityReport, Score
 from loradeploy.parity.scores import SCORE_LIMITS, Answers, _loss, judge_score
-from loradeploy.parity.tolerances import TOLERANCES
+from loradeploy.parity.tolerances import UNIT
 from tests.conftest import MakeAdapter, once
 from tests.train.conftest import WORDS, write_lines
 from tools.news_tasks import stories
@@ -295,7 +295,7 @@ def test_the_loss_of_logits_is_the_cross_entropy_behind_each_labelled_token() ->
 
 
 def test_every_precision_that_can_be_proved_has_its_limits() -> None:
-    assert SCORE_LIMITS.keys() >= TOLERANCES.keys()
+    assert SCORE_LIMITS.keys() == UNIT.keys()
     assert all(limit.reason for limit in SCORE_LIMITS.values())
 
 
