@@ -195,6 +195,26 @@ def test_adapters_have_data_of_their_own(
     assert {score.adapter: score.examples for score in report.scores} == {"it": 30, "other": 12}
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
+    precision: str,
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    speaker: Path,
+    lessons: Path,
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    given = {"model": tiny_llama, "evaluate": lessons, "backends": ["onnx-side-inputs"]}
+    ld.export(tiny_llama, tmp_path / "packed", adapters={"it": speaker}, precision=precision)
+    packed = scores(parity(tmp_path / "packed", **given))["onnx-side-inputs", "it"]
+    whole = scores(parity(bundles["perplexity"], **given))["onnx-side-inputs", "it"]
+    assert packed.reference == whole.reference
+    assert abs(packed.difference) > 10 * abs(whole.difference), "nothing was rounded"
+    assert packed.low < packed.difference < packed.high
+    assert packed.limit == pytest.approx(SCORE_LIMITS[precision].perplexity * packed.reference)
+
+
 # -- what does not -----------------------------------------------------------------------------
 
 
