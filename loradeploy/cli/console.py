@@ -109,6 +109,8 @@ def _plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(name)} {_plain(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         text = ", ".join(map(str, value))
         # A list of numbers is a shape.

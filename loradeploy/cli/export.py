@@ -6,11 +6,11 @@ import time
 
 import click
 
-from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import NAMED
+from loradeploy.files import plain
 
 
 @click.command(
@@ -131,16 +131,10 @@ def command(
         "targets": len(manifest.targets),
         "adapters": sorted(manifest.adapters),
         "merged_adapter": manifest.merged_adapter and manifest.merged_adapter.digest,
-        "merge_loss": _told(manifest),
+        "merge_loss": plain(manifest.merge_loss),
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:
         print_json(values)
     else:
         print_pairs(f"Exported {output}", {k: v for k, v in values.items() if k != "bundle"})
-
-
-def _told(manifest: Manifest) -> dict[str, float] | None:
-    """What rounding left of a merged adapter."""
-    loss = manifest.merge_loss
-    return None if loss is None else {"kept": loss.kept, "noise": loss.noise}

@@ -169,9 +169,10 @@ def _tensor(name: str, values: Any) -> Facts:
 def _bundle(place: Path) -> Facts:
     from loradeploy.bundle.certificate import digests
     from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.files import plain
 
     manifest = read_manifest(place)
-    merged, loss = manifest.merged_adapter, manifest.merge_loss
+    merged = manifest.merged_adapter
     files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
     found = digests(place)
     told = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
@@ -189,7 +190,7 @@ def _bundle(place: Path) -> Facts:
         "layout": None if merged else manifest.layout,
         "branches": None if merged else manifest.branches,
         "merged_adapter": None if merged is None else merged.digest,
-        "merge_loss": None if loss is None else f"{loss.kept:.1%} kept, noise {loss.noise:.2g}",
+        "merge_loss": plain(manifest.merge_loss),
         "graph_digest": manifest.graph_digest,
         "graph": f"changed since the export: {', '.join(changed)}" if changed else "as exported",
         **_certificate(place, manifest, found),

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from loradeploy.cli.console import json_option, print_json, progress
 from loradeploy.errors import UsageError
-from loradeploy.parity.prompts import CASES, GENERATED
+from loradeploy.parity.prompts import CASES, EXAMPLES, GENERATED
 
 if TYPE_CHECKING:
     from loradeploy.parity.report import ParityReport
@@ -133,6 +133,20 @@ _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
     show_default=True,
     help="Find the smallest input that fails, where one does.",
 )
+@click.option(
+    "--evaluate",
+    multiple=True,
+    metavar="[NAME=]DATA",
+    help="Held-out data to take the accuracy or perplexity on, in the forms of training data; with"
+    " NAME for that adapter.",
+)
+@click.option(
+    "--examples",
+    type=int,
+    default=EXAMPLES,
+    show_default=True,
+    help="How many of them to draw.",
+)
 @json_option
 @click.pass_context
 def command(
@@ -158,6 +172,8 @@ def command(
     genai_python: str | None,
     controls: bool,
     shrink: bool,
+    evaluate: tuple[str, ...],
+    examples: int,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -205,6 +221,8 @@ def command(
             others=others,
             baseline=baseline,
             shrink=shrink,
+            evaluate=evaluate or None,
+            examples=examples,
         )
     return _tell(found, as_json=as_json)
 

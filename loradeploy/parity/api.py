@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
+from loradeploy.parity.prompts import EXAMPLES
 
 if TYPE_CHECKING:
+    from loradeploy.parity.heldout import Places
     from loradeploy.parity.others import Others
     from loradeploy.parity.report import ParityReport
 
@@ -30,6 +32,8 @@ def parity(
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
     shrink: bool = True,
+    evaluate: Places | None = None,
+    examples: int = EXAMPLES,
     certificate: bool = True,
     others: Others = (),
     baseline: str | os.PathLike[str] | None = None,
@@ -61,6 +65,9 @@ def parity(
             does.
         controls: make mistakes on purpose as well, and fail unless each is caught.
         shrink: where a backend fails, look for the smallest input that fails still.
+        evaluate: held-out data to take the task metric on (accuracy, perplexity), in the forms of
+            training data; or by adapter's name, a mapping or a list of "NAME=DATA".
+        examples: how many of them are drawn.
         certificate: write the verdict into the bundle, as parity.json.
         others: besides, what else is held against PyTorch: see `loradeploy.parity.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
@@ -71,7 +78,7 @@ def parity(
         ModelError: the model is missing or is not the bundle's base.
         AdapterError: an adapter is refused, or (AdapterMismatchError) does not fit.
         BundleError: the bundle is broken.
-        DataError: the prompts cannot be read.
+        DataError: the prompts or the held-out data cannot be read, or it is of another task.
         MissingDependencyError: torch or transformers is not installed.
     """
     import tempfile
@@ -81,9 +88,12 @@ def parity(
     from loradeploy.parity.backends import choose_backends, not_silent
     from loradeploy.parity.baseline import check_comparable, hold_against, read_baseline
     from loradeploy.parity.genai_side import find_interpreter
+    from loradeploy.parity.heldout import read_held_out
     from loradeploy.parity.inputs import make_cases
     from loradeploy.parity.job import run, write
     from loradeploy.parity.others import other_backends
+    from loradeploy.parity.row_feeds import check_inputs
+    from loradeploy.parity.scores import check_scored
     from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
     from loradeploy.parity.variants import choose_variants
     from loradeploy.parity.walk import choose_phases
@@ -96,6 +106,9 @@ def parity(
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
+    check_inputs(manifest)
+    if evaluate is not None:
+        check_scored(chosen, manifest.precision)
     shown = choose_phases(manifest.task, phases)
     variants = choose_variants(providers, optimisation)
     interpreter = find_interpreter(genai_python)
@@ -115,6 +128,9 @@ def parity(
             precision=manifest.precision,
         )
     cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
+    held_out = read_held_out(
+        place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
+    )
     with tempfile.TemporaryDirectory(prefix="loradeploy-parity-") as scratch:
         setting = Setting(
             bundle=place,
@@ -136,6 +152,7 @@ def parity(
             seed=seed,
             controls=controls,
             shrink=shrink,
+            held_out=held_out,
         )
     if earlier is not None:
         found = hold_against(found, earlier)

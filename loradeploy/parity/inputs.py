@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CAUSAL_LM, LEFT, LOGITS
+from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, LOGITS
 from loradeploy.errors import BundleError, DataError, UsageError
 from loradeploy.files import read_json
 from loradeploy.parity.prompts import GENERATED, PROMPTS
@@ -27,6 +27,7 @@ Prompt = str | list[Any]
 
 _TEXT_FIELDS: Final = ("messages", "prompt", "text")
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
+_SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 # The longest of `--fuzz`'s rows.
 _FUZZ_LENGTH: Final = 48
@@ -198,6 +199,8 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
     for output in manifest.outputs:
         if output.name == LOGITS and len(output.shape) == 3 and isinstance(output.shape[-1], int):
             return output.shape[-1]
+    if all(spec.name != INPUT_IDS for spec in manifest.inputs):
+        return _SEEDS
     raise UsageError(f"{bundle} tells neither a tokenizer nor the size of the vocabulary")
 
 

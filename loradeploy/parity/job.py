@@ -7,7 +7,7 @@ import datetime as dt
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loradeploy.adapter.digest import short
@@ -19,11 +19,20 @@ from loradeploy.parity.backends import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
+from loradeploy.parity.heldout import HeldOut
 from loradeploy.parity.repeat import second_run
-from loradeploy.parity.report import Control, Counterexample, Inputs, ParityReport, Result
+from loradeploy.parity.report import (
+    Control,
+    Counterexample,
+    Inputs,
+    ParityReport,
+    Result,
+    Score,
+)
+from loradeploy.parity.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.shrink import shrink_failures
-from loradeploy.parity.torch_side import Reference, load_base, make_reference
+from loradeploy.parity.torch_side import Reference, load_model, make_reference, take_weights
 from loradeploy.parity.variants import start
 from loradeploy.parity.writers import write_report
 
@@ -39,20 +48,24 @@ def run(
     seed: int,
     controls: bool,
     shrink: bool,
+    held_out: Mapping[str | None, HeldOut],
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
     `digests`: of the bundle's graph and of its data file. `shrink`: look for the smallest input
-    that fails still, where one fails.
+    that fails still, where one fails. `held_out`: what is scored on what.
     """
     started = time.monotonic()
     placed = start(setting.bundle, setting.variants)
     logger.info("loading %s", setting.model)
-    base = load_base(setting)
+    model = load_model(setting)
+    answered = score_reference(setting, model, held_out)
+    base = take_weights(setting, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
+    scores: tuple[Score, ...] = ()
     said: tuple[str, ...] = ()
     results: list[Result] = []
     nondeterministic = second_run(setting, reference, base)
@@ -65,10 +78,11 @@ def run(
         progress = Progress(backends, setting)
         in_torch = [backend for backend in backends if backend.on_torch]
         results += run_backends(in_torch, setting, reference, base.model, progress)
-        del base
+        del base, model
         gc.collect()
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, setting, reference, None, progress)
+        scores = score_backends(in_onnx, setting, held_out, answered)
         if shrink:
             smallest, said = shrink_failures(in_onnx, setting, reference, results)
     manifest, cases = setting.manifest, setting.cases
@@ -95,10 +109,11 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
-        notes=(*_notes(setting, reference), *placed, *said),
+        notes=(*_notes(setting, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=file_digests(setting.bundle, FILES),
         counterexamples=smallest,
+        scores=scores,
     )
 
 
@@ -129,6 +144,12 @@ def _notes(setting: Setting, reference: Reference) -> list[str]:
     if manifest.base.kind == "onnx":
         notes.append(
             "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"
+        )
+    if manifest.merge_loss is not None:
+        loss = manifest.merge_loss
+        notes.append(
+            f"{manifest.precision} kept {loss.kept:.1%} of the merged update, with rounding noise"
+            f" of {loss.noise:.2g} times its size"
         )
     claimed = manifest.merged_adapter
     for subject in setting.subjects if claimed is not None else ():

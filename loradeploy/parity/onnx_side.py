@@ -13,18 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    NATIVE_SUFFIX,
-    POSITION_IDS,
-    TOKEN_TYPE_IDS,
-)
+from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import ExportError
+from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.variants import session_options
 from loradeploy.parity.walk import joined, output_names
-from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,13 +28,6 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
 Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
-# What a graph may be fed besides a cache, and how it is made of ids and mask, both int64.
-FED: Final[Mapping[str, Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]]] = {
-    INPUT_IDS: lambda ids, mask: ids,
-    ATTENTION_MASK: lambda ids, mask: mask,
-    POSITION_IDS: lambda ids, mask: positions_of(mask, ids.shape[1]),
-    TOKEN_TYPE_IDS: lambda ids, mask: np.zeros_like(ids),
-}
 _PAST: Final = "past_key_values."
 _PRESENT: Final = "present."
 
@@ -74,7 +61,7 @@ class OnnxModel:
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
-        feeds = {s.name: FED[s.name](ids, mask) for s in self._manifest.inputs if s.name in FED}
+        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask))
         past = self._empty(len(ids)) if cache is None else cache
         return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 

@@ -8,6 +8,8 @@ from typing import Final
 GENERATED: Final = 32
 # How many inputs are made up for two models that are compared as they are.
 CASES: Final = 6
+# How many held-out examples the task metric is taken on.
+EXAMPLES: Final = 100
 
 PROMPTS: Final[tuple[str, ...]] = (
     "The capital of France is",

@@ -19,10 +19,12 @@ import numpy as np
 from loradeploy.adapter.peft import save_adapter
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
+    ATTENTION_MASK,
     CAUSAL_LM,
+    CLASSIFICATIONS,
+    INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    SEQUENCE_CLASSIFICATION,
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.calibrate import measure_gap
@@ -35,9 +37,18 @@ from loradeploy.parity.packed import (
     rounded_as,
     unpack_into,
 )
+from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.tolerances import Limit, assumed, calibrated
-from loradeploy.parity.walk import Row, batch_size, generate, has_logits, joined, output_names
+from loradeploy.parity.walk import (
+    WHOLE_ROW,
+    Row,
+    batch_size,
+    generate,
+    has_logits,
+    joined,
+    output_names,
+)
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
@@ -52,9 +63,10 @@ class TorchModel:
 
     def __init__(self, model: torch.nn.Module, manifest: Manifest) -> None:
         self._model = model
+        self._manifest = manifest
         self._task = manifest.task
         self._outputs = output_names(manifest)
-        self._takes_positions = POSITION_IDS in inspect.signature(model.forward).parameters
+        self._taken = inspect.signature(model.forward).parameters
 
     def forward(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
@@ -62,13 +74,13 @@ class TorchModel:
         """See `walk.Model`; the cache is transformers' own."""
         import torch
 
-        feeds: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-        }
-        if self._task == CAUSAL_LM:
+        if self._task != CAUSAL_LM:
+            made = plain_feeds(self._manifest, ids, mask)
+            feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
+        else:
+            feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
             feeds |= {"past_key_values": cache, "use_cache": True}
-            if self._takes_positions:
+            if POSITION_IDS in self._taken:
                 feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
         with torch.inference_mode():
             result = self._model(**feeds)
@@ -114,13 +126,12 @@ class Base:
     packed: Mapping[str, PackedWeight]
 
 
-def load_base(setting: Setting) -> Base:
-    """The base model of `setting` with the bundle's head, and the graph's own weights if packed.
+def load_model(setting: Setting) -> torch.nn.Module:
+    """The base model of `setting` with the bundle's head, float32.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
         ModelError: transformers cannot load the model.
-        BundleError: the graph's packed weights cannot be read.
     """
     try:
         import torch  # noqa: F401
@@ -130,22 +141,38 @@ def load_base(setting: Setting) -> Base:
             f"parity's reference is the PyTorch model, and {problem.name} is not installed:"
             " pip install 'loradeploy[export]'"
         ) from None
-    from loradeploy.export.trace import load_model
+    from loradeploy.export import trace
 
     manifest = setting.manifest
     labels = None
-    if manifest.task == SEQUENCE_CLASSIFICATION:
+    if manifest.task in CLASSIFICATIONS:
         shapes = [spec.shape for spec in manifest.outputs if spec.name == LOGITS]
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
-    model, _ = load_model(setting.model, manifest.task, labels=labels, brought=brought)
-    if manifest.precision not in PACKED:
+    return trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)[0]
+
+
+def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
+    """`model` as the base, with the graph's own weights where those are packed.
+
+    Raises:
+        BundleError: the graph's packed weights cannot be read, or are not the base's.
+    """
+    if setting.manifest.precision not in PACKED:
         return Base(model, {})
-    packed = packed_weights(setting.bundle, manifest)
+    packed = packed_weights(setting.bundle, setting.manifest)
     if not setting.merged:
-        unpack_into(model, packed, manifest)
+        unpack_into(model, packed, setting.manifest)
     return Base(model, packed)
+
+
+def load_base(setting: Setting) -> Base:
+    """The base model of `setting`, with the graph's own weights where those are packed.
+
+    Raises: as `load_model` and `take_weights`.
+    """
+    return take_weights(setting, load_model(setting))
 
 
 def make_reference(setting: Setting, base: Base) -> Reference:
@@ -295,12 +322,20 @@ def _rows(
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [subject])
-        if setting.manifest.task != SEQUENCE_CLASSIFICATION:
+        if setting.manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
         kept = _keep(setting.scratch, values)
         edge = number >= len(cases.prompts) - cases.edges
         rows.append(Row(number, subject, prompt, follow, kept, edge))
     return tuple(rows)
+
+
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    """The values for the reference, which is float32 whatever the graph takes."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:

@@ -15,6 +15,9 @@ Some phases are shown of the first few rows alone (`rows_of`): their defects sho
 Since every backend is fed the tokens that the reference chose, its own greedy choice can be held
 against the reference's at every step; up to the first difference it is what it would generate.
 
+Of an image, a sound and an encoder-decoder's target, which the tokens of a row stand for (see
+`feeds`), nothing is padded: a batch of them is just a batch.
+
 What an encoder gives for a text as a whole (`pooler_output`) counts as one more position.
 """
 
@@ -27,7 +30,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
+    SEQ2SEQ_LM,
+    SEQUENCE_CLASSIFICATION,
+)
 from loradeploy.errors import UsageError
 from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.runtime.tokenizer import pad as pad_rows
@@ -55,6 +64,9 @@ _FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
 _DECODED_ALONE: Final = 4
 # With fewer tokens no chunk after the first has two, and a mask that is wrong there shows nothing.
 _TO_CHUNK: Final = 4
+
+# What gives one answer for a row, rather than one for each position.
+WHOLE_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 # Rows of one batch, and the size of one output that a batch may have.
 _MAX_ROWS: Final = 16
@@ -322,8 +334,10 @@ def _batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
 
 def _positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:
     """One row's values without the padding's, [positions, width]; a classifier has one position."""
-    if task == SEQUENCE_CLASSIFICATION:
+    if task in WHOLE_ROW:
         return values[np.newaxis]
+    if task == SEQ2SEQ_LM:
+        return values  # the target's
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
     kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
     return kept

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Kinds of classifier whose outputs are no probabilities of one label each.
-_OTHER_PROBLEMS: Final = ("multi_label_classification", "regression")
+OTHER_PROBLEMS: Final = ("multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class TextClassifier:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
         file = session.path / "config.json"
         config = read_json(file, error=BundleError) if file.is_file() else {}
-        if config.get("problem_type") in _OTHER_PROBLEMS:
+        if config.get("problem_type") in OTHER_PROBLEMS:
             raise UsageError(
                 f"{session.path} is for {config['problem_type']}, which gives no label: read its"
                 " logits with AdapterSession.run"
             )
         self.session = session
         self.tokenizer = Tokenizer(session.path)
-        self._labels = _labels(config)
+        self._labels = label_names(config)
 
     def __call__(
         self, texts: str | Sequence[str], adapters: Adapters = None, *, batch_size: int = 32
@@ -98,7 +98,12 @@ def _softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-def _labels(config: dict[str, Any]) -> list[str]:
+def label_names(config: dict[str, Any]) -> list[str]:
+    """The names of a classifier's outputs in a config.json; none where it tells none.
+
+    Raises:
+        BundleError: its id2label is broken.
+    """
     names = config.get("id2label")
     if not isinstance(names, dict):
         return []

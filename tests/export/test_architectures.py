@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import pytest
 
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
+from loradeploy.export.tasks import TASK_TABLE
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
 from tests.tolerances import tolerance
@@ -148,19 +149,16 @@ DEBERTA: Final = {
 }
 
 
-def _make(place: Path, task: str, config_class: str, values: Mapping[str, Any]) -> Path:
+def make_model(place: Path, task: str, config_class: str, values: Mapping[str, Any]) -> Path:
+    """A model with random weights in the directory `place`."""
     import torch
     import transformers
 
     config = getattr(transformers, config_class)(**values)
     config.initializer_range = 0.15
-    auto: Callable[..., Any] = (
-        transformers.AutoModelForCausalLM.from_config
-        if task == "causal-lm"
-        else transformers.AutoModelForSequenceClassification.from_config
-    )
     torch.manual_seed(0)
-    auto(config).eval().save_pretrained(place)
+    auto = getattr(transformers, TASK_TABLE[task].auto_class)
+    auto.from_config(config).eval().save_pretrained(place)
     return place
 
 
@@ -169,7 +167,7 @@ def architecture(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     task, config_class, values = ARCHITECTURES[request.param]
-    return task, _make(tmp_path_factory.mktemp("architecture"), task, config_class, values)
+    return task, make_model(tmp_path_factory.mktemp("architecture"), task, config_class, values)
 
 
 def test_every_path_is_the_pytorch_model(
@@ -210,7 +208,7 @@ def test_layers_that_see_more_than_the_batch_are_merged_and_not_side_inputs(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     task = "sequence-classification"
-    model = _make(tmp_path / "m", task, "DebertaV2Config", DEBERTA)
+    model = make_model(tmp_path / "m", task, "DebertaV2Config", DEBERTA)
     adapter = make_adapter(model, out=tmp_path / "a", task=task, scale=0.1)
     with pytest.raises(ExportError, match=r"query_proj takes an input of shape .*merge"):
         export(model, tmp_path / "side", adapters={"a": adapter})

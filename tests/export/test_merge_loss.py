@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.loss import Tally
+from loradeploy.parity.api import parity
+from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 from tests.export.reference import apart, onnx_output, torch_output
 
@@ -81,6 +85,23 @@ def test_packed_weights_are_merged_when_the_loss_is_asked_for(
     expected = torch_output(tiny_llama, IDS, adapter=adapter)
     got = apart(onnx_output(merged, IDS), expected)
     assert got < apart(onnx_output(base, IDS), expected) / 3, "the adapter is not in it"
+
+
+def test_the_loss_is_shown_wherever_the_merged_bundle_is(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter, place = make_adapter(tiny_llama, r=4, seed=1, scale=0.1), tmp_path / "merged"
+    given = ("--model", tiny_llama, "--output", place, "--adapter", adapter, "--merge")
+    said = call("export", *given, "--precision", "fp16")
+    loss = read_manifest(place).merge_loss
+    assert loss is not None
+    line = f"kept {loss.kept:g}, noise {loss.noise:g}"
+    assert re.search(rf"merge loss +{line}\n", said)
+    assert re.search(rf"merge loss +{line}\n", call("inspect", place))
+    told = json.loads(call("inspect", place, "--json"))["merge_loss"]
+    assert told == {"kept": loss.kept, "noise": loss.noise}
+    report = parity(place, model=tiny_llama, adapters=[adapter], prompts=["Hi"], tokens=2)
+    assert any(f"fp16 kept {loss.kept:.1%} of the merged update" in note for note in report.notes)
 
 
 def test_requantise_is_for_merging(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What a model is fed for rows of tokens, by the name of the input: the same on both sides.
+
+What is no text is drawn from the tokens instead: an image or a sound is noise that they seed, and a
+target is they themselves, so that a row of tokens stands for all that is fed in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    DECODER_INPUT_IDS,
+    INPUT_FEATURES,
+    INPUT_IDS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    TOKEN_TYPE_IDS,
+)
+from loradeploy.errors import UsageError
+from loradeploy.runtime.tokenizer import positions_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest, TensorSpec
+
+    Ids = NDArray[np.int64]
+
+_PAST: Final = "past_key_values."
+# Tokens of an encoder-decoder's target, for a source of any length.
+TARGET: Final = 8
+
+
+def plain_feeds(manifest: Manifest, ids: Ids, mask: Ids) -> dict[str, NDArray[Any]]:
+    """The graph's inputs but for the cache, of `ids` [rows, new tokens], `mask` [rows, tokens]."""
+    return {
+        spec.name: _MAKERS[spec.name](ids, mask, spec).astype(spec.dtype, copy=False)
+        for spec in manifest.inputs
+        if spec.name in _MAKERS
+    }
+
+
+def check_inputs(manifest: Manifest) -> None:
+    """Raise UsageError where the graph takes something that cannot be made of tokens."""
+    for spec in manifest.inputs:
+        sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in spec.shape[1:])
+        if (spec.name not in _MAKERS and not spec.name.startswith(_PAST)) or not sized:
+            shape = ", ".join(map(str, spec.shape))
+            raise UsageError(
+                f"parity cannot feed a {manifest.task} bundle's {spec.name} [{shape}]: it knows"
+                f" {', '.join(_MAKERS)}, and images and sounds of fixed sizes"
+            )
+
+
+def _noise(ids: Ids, mask: Ids, spec: TensorSpec) -> NDArray[np.float32]:
+    """Normal noise [rows, …] that each row's tokens seed, of numbers that float16 holds too."""
+    sizes = [int(size) for size in spec.shape[1:]]
+    drawn = [np.random.default_rng(row).standard_normal(sizes) for row in _real(ids, mask)]
+    return np.stack(drawn).astype(np.float16).astype(np.float32)
+
+
+def _target(ids: Ids, mask: Ids, spec: TensorSpec) -> Ids:
+    """Each row's own tokens, again and again: [rows, TARGET]."""
+    return np.stack([np.resize(row, TARGET) for row in _real(ids, mask)])
+
+
+def _real(ids: Ids, mask: Ids) -> list[Ids]:
+    """The rows' tokens without the padding."""
+    return [row[real] for row, real in zip(ids, mask.astype(bool), strict=True)]
+
+
+_DRAWN: Final = (PIXEL_VALUES, INPUT_FEATURES)
+_MAKERS: Final[Mapping[str, Callable[[Ids, Ids, TensorSpec], NDArray[Any]]]] = {
+    INPUT_IDS: lambda ids, mask, spec: ids,
+    ATTENTION_MASK: lambda ids, mask, spec: mask,
+    POSITION_IDS: lambda ids, mask, spec: positions_of(mask, ids.shape[1]),
+    TOKEN_TYPE_IDS: lambda ids, mask, spec: np.zeros_like(ids),
+    DECODER_INPUT_IDS: _target,
+    **dict.fromkeys(_DRAWN, _noise),
+}
+FED: Final = tuple(_MAKERS)

@@ -1,0 +1,445 @@
+"""The task metric on held-out data: right bundles keep it, wrong ones are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.cli.main import main
+from loradeploy.errors import DataError, UsageError
+from loradeploy.parity.backends import BACKENDS
+from loradeploy.parity.controls import wrong_adapter
+from loradeploy.parity.heldout import Example, read_held_out
+from loradeploy.parity.report import ParityReport, Score
+from loradeploy.parity.scores import SCORE_LIMITS, Answers, _loss, judge_score
+from loradeploy.parity.tolerances import UNIT
+from tests.conftest import MakeAdapter, once
+from tests.train.conftest import WORDS, write_lines
+from tools.news_tasks import stories
+
+ANY = BACKENDS[0]
+PROMPTS = ["Hi", "The capital of France is"]
+Parity = Callable[..., ParityReport]
+
+
+@pytest.fixture
+def parity() -> Parity:
+    """`loradeploy.parity` with next to nothing but the scores."""
+
+    def run(bundle: Path, **options: Any) -> ParityReport:
+        given = {"prompts": PROMPTS, "tokens": 2, "certificate": False, "examples": 40, **options}
+        return ld.parity(bundle, **given)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty texts of words that belong to one of three topics, with the topic."""
+    generator = random.Random(0)
+    return write_lines(
+        tmp_path_factory.mktemp("topics") / "topics.jsonl",
+        [
+            {"text": " ".join(generator.choices(words, k=3 + number % 9)), "label": topic}
+            for number in range(20)
+            for topic, words in WORDS.items()
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of different lengths, each with the completion that belongs to it."""
+    lines = [
+        {"prompt": f"Question {'!' * (n % 7)} {n}:", "completion": f" answer {n % 3}."}
+        for n in range(30)
+    ]
+    return write_lines(tmp_path_factory.mktemp("lessons") / "lessons.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def classifier(shared: Path, tiny_bert: Path, topics: Path) -> Path:
+    """An adapter that was trained to tell the topics on the tiny BERT."""
+    return _trained(
+        shared / "topics-adapter", tiny_bert, topics, task="sequence-classification", max_steps=60
+    )
+
+
+@pytest.fixture(scope="module")
+def speaker(shared: Path, tiny_llama: Path, lessons: Path) -> Path:
+    """An adapter that was trained to answer the lessons on the tiny Llama."""
+    return _trained(shared / "lessons-adapter", tiny_llama, lessons, max_steps=40)
+
+
+def _trained(place: Path, model: Path, data: Path, **settings: Any) -> Path:
+    given = {"batch_size": 8, "rank": 8, "learning_rate": 5e-3, "max_length": 64, **settings}
+    return once(place, lambda partial: ld.train(model, data, partial, **given))
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    shared: Path, tiny_bert: Path, tiny_llama: Path, classifier: Path, speaker: Path
+) -> dict[str, Path]:
+    """A bundle with side inputs and the trained adapter for each task."""
+    return {
+        name: once(
+            shared / f"scored-{name}",
+            lambda place, model=model, adapter=adapter: ld.export(  # type: ignore[misc]
+                model, place, adapters={"it": adapter}
+            ),
+        )
+        for name, model, adapter in (
+            ("accuracy", tiny_bert, classifier),
+            ("perplexity", tiny_llama, speaker),
+        )
+    }
+
+
+def scores(report: ParityReport) -> dict[tuple[str, str | None], Score]:
+    return {(score.backend, score.adapter): score for score in report.scores}
+
+
+# -- what agrees -------------------------------------------------------------------------------
+
+
+def test_a_classifier_keeps_its_accuracy(
+    tiny_bert: Path, bundles: dict[str, Path], topics: Path, parity: Parity
+) -> None:
+    report = parity(bundles["accuracy"], model=tiny_bert, evaluate=topics)
+    assert report.passed, report.failures
+    found = scores(report)
+    assert found.keys() == {("onnx-side-inputs", "it"), ("onnx-merged", "it")}
+    for score in found.values():
+        assert (score.metric, score.examples) == ("accuracy", 40)
+        assert score.value == score.reference > 0.9, "the adapter learnt nothing"
+        # Forty examples that all agree leave room for doubt, and say so by their interval.
+        assert (score.low, score.high) == pytest.approx((-0.0876, 0.0876), abs=1e-3)
+    assert f"scores: 40 of 60 examples in {topics}" in report.notes
+
+
+def test_a_language_model_keeps_its_perplexity_with_the_adapter_and_without(
+    tiny_llama: Path, bundles: dict[str, Path], lessons: Path, parity: Parity
+) -> None:
+    report = parity(bundles["perplexity"], model=tiny_llama, evaluate=lessons)
+    assert report.passed, report.failures
+    found = scores(report)
+    side, base = found["onnx-side-inputs", "it"], found["onnx-side-inputs", None]
+    assert found.keys() == {
+        ("onnx-side-inputs", None), ("onnx-side-inputs", "it"), ("onnx-merged", "it"),
+    }  # fmt: skip
+    assert 1 < side.reference < base.reference / 10, "the adapter learnt nothing"
+    for score in found.values():
+        assert score.low <= score.difference <= score.high
+        assert abs(score.difference) < 1e-4 * score.reference
+        assert score.limit == pytest.approx(0.001 * score.reference)
+
+
+def test_the_perplexity_is_that_of_the_models_own_loss(
+    tiny_llama: Path, bundles: dict[str, Path], lessons: Path, parity: Parity
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loradeploy.train.data import read_conversations
+    from loradeploy.train.features import Collator, conversation_features
+    from loradeploy.train.sources import Source
+
+    report = parity(bundles["perplexity"], model=tiny_llama, evaluate=lessons)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    features = conversation_features(read_conversations(Source(lessons)), tokenizer, 128).features
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        loss = model(**Collator(tokenizer.pad_token_id)(features)).loss
+    told = scores(report)["onnx-side-inputs", None].reference
+    assert told == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_the_same_seed_draws_the_same_examples_and_another_seed_others(
+    tiny_llama: Path, bundles: dict[str, Path], lessons: Path, parity: Parity
+) -> None:
+    given = {"evaluate": lessons, "examples": 5, "backends": ["onnx-side-inputs"]}
+    first, again, other = (
+        parity(bundles["perplexity"], model=tiny_llama, seed=seed, **given).scores[0].reference
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_adapters_have_data_of_their_own(
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    lessons: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    other = write_lines(tmp_path / "other.jsonl", [{"text": f"{n} is {n}"} for n in range(12)])
+    report = parity(
+        bundles["perplexity"],
+        model=tiny_llama,
+        adapters={"other": make_adapter(tiny_llama, seed=1)},
+        evaluate=[f"it={lessons}", f"other={other}"],
+        backends=["onnx-side-inputs"],
+    )
+    assert report.passed, report.failures
+    assert {score.adapter: score.examples for score in report.scores} == {"it": 30, "other": 12}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
+    precision: str,
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    speaker: Path,
+    lessons: Path,
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    given = {"model": tiny_llama, "evaluate": lessons, "backends": ["onnx-side-inputs"]}
+    ld.export(tiny_llama, tmp_path / "packed", adapters={"it": speaker}, precision=precision)
+    packed = scores(parity(tmp_path / "packed", **given))["onnx-side-inputs", "it"]
+    whole = scores(parity(bundles["perplexity"], **given))["onnx-side-inputs", "it"]
+    assert packed.reference == whole.reference
+    assert abs(packed.difference) > 10 * abs(whole.difference), "nothing was rounded"
+    assert packed.low < packed.difference < packed.high
+    assert packed.limit == pytest.approx(SCORE_LIMITS[precision].perplexity * packed.reference)
+
+
+# -- what does not -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_a_merged_graph_with_another_adapter_fails(
+    metric: str,
+    tiny_bert: Path,
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    classifier: Path,
+    speaker: Path,
+    topics: Path,
+    lessons: Path,
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    model, adapter, data = {
+        "accuracy": (tiny_bert, classifier, topics),
+        "perplexity": (tiny_llama, speaker, lessons),
+    }[metric]
+    wrong = wrong_adapter(load_adapter(adapter))
+    assert wrong is not None
+    save_adapter(wrong, tmp_path / "wrong")
+    ld.export(bundles[metric], tmp_path / "merged", adapters={"it": tmp_path / "wrong"}, merge=True)
+    report = parity(
+        tmp_path / "merged",
+        model=model,
+        adapters={"it": adapter},
+        evaluate=data,
+        backends=["onnx-merged"],
+    )
+    (score,) = report.scores
+    assert not score.passed
+    assert f"ONNX merged, it: {metric} {score.message}" in report.failures
+    assert "for certain worse" in str(score.message)
+
+
+def answers(*sums: float, counts: int = 1) -> Answers:
+    return Answers(np.array(sums, np.float64), np.full(len(sums), counts))
+
+
+@pytest.mark.parametrize("precision", SCORE_LIMITS)
+@pytest.mark.parametrize("examples", [2, 20, 100, 1000, 10_000])
+def test_answers_that_are_the_same_pass_however_few(precision: str, examples: int) -> None:
+    limits = SCORE_LIMITS[precision]
+    right = np.resize([1.0, 1.0, 1.0, 0.0], examples)
+    losses = np.random.default_rng(0).gamma(2.0, 2.0, examples)
+    for metric, sums in (("accuracy", right), ("perplexity", losses)):
+        side = Answers(sums, np.ones(examples, np.int64))
+        score = judge_score(ANY, None, metric, side, side, getattr(limits, metric))
+        assert score.passed, score.message
+        assert score.message is None
+
+
+@pytest.mark.parametrize("turned", [1, 2])
+@pytest.mark.parametrize("examples", [20, 100, 1000, 5000, 8300, 20_000])
+def test_a_tie_that_turned_does_not_fail(turned: int, examples: int) -> None:
+    expected = np.ones(examples)
+    actual = expected.copy()
+    actual[:turned] = 0
+    ones = np.ones(examples, np.int64)
+    score = judge_score(ANY, None, "accuracy", Answers(expected, ones), Answers(actual, ones), 1e-3)
+    assert score.passed, score.message
+
+
+def test_a_loss_that_enough_examples_cannot_exclude_fails_and_too_few_say_so() -> None:
+    def score(examples: int) -> Score:
+        expected = np.ones(examples)
+        actual = expected.copy()
+        actual[: round(0.009 * examples)] = 0  # 0.9 % are lost, 1 % may be
+        ones = np.ones(examples, np.int64)
+        return judge_score(
+            ANY, "it", "accuracy", Answers(expected, ones), Answers(actual, ones), 0.01
+        )
+
+    few, enough = score(444), score(4444)
+    assert few.passed
+    assert "too few examples" in str(few.message)
+    assert not enough.passed
+    assert "may be worse" in str(enough.message)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+@pytest.mark.parametrize(("reference", "other"), [(1.0, np.nan), (np.nan, 1.0), (np.nan, np.nan)])
+def test_what_is_no_number_fails_on_whichever_side(
+    metric: str, reference: float, other: float
+) -> None:
+    expected, actual = answers(1.0, reference), answers(1.0, other)
+    score = judge_score(ANY, None, metric, expected, actual, 0.1)
+    assert not score.passed
+    assert ("PyTorch" if np.isnan(reference) else "it gives") in str(score.message)
+
+
+def test_the_loss_of_logits_is_the_cross_entropy_behind_each_labelled_token() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]))
+    total, count = _loss(logits, Example((0, 1, 2), (-100, 1, 2)))
+    assert (total, count) == (pytest.approx(-np.log(0.25) - np.log(0.7)), 2)
+
+
+def test_every_precision_that_can_be_proved_has_its_limits() -> None:
+    assert SCORE_LIMITS.keys() == UNIT.keys()
+    assert all(limit.reason for limit in SCORE_LIMITS.values())
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "lines", "message"),
+    [
+        ("accuracy", [{"text": "a", "label": "weather"}] * 2, "it: .*line 1: the label 'weather'"),
+        ("accuracy", [{"prompt": "a", "completion": "b"}] * 2, "label is None"),
+        ("accuracy", [], "holds no examples"),
+        ("accuracy", [{"text": "a", "label": "tech"}], "holds one example"),
+        ("perplexity", [{"text": "a", "label": "tech"}] * 2, "data for a classifier"),
+        ("perplexity", [{"prompt": "a " * 200, "completion": "b"}] * 2, "nothing to learn"),
+    ],
+)
+def test_data_that_cannot_be_scored_is_told_in_one_line(
+    metric: str,
+    lines: list[Any],
+    message: str,
+    tiny_bert: Path,
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    parity: Parity,
+) -> None:
+    model = {"accuracy": tiny_bert, "perplexity": tiny_llama}[metric]
+    data = write_lines(tmp_path / "data.jsonl", lines)
+    with pytest.raises(DataError, match=message) as raised:
+        parity(bundles[metric], model=model, evaluate=data)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backends": ["onnx-native"]}, "nothing to evaluate"),
+        ({"examples": 1}, "give 2 or more"),
+        ({"evaluate": {"nobody": "x.jsonl"}}, "'nobody' is not scored, only base, it"),
+        ({"evaluate": ["x.jsonl", "y.jsonl"]}, "two data sets to evaluate base on"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_in_one_line(
+    options: dict[str, Any],
+    message: str,
+    tiny_llama: Path,
+    bundles: dict[str, Path],
+    lessons: Path,
+    parity: Parity,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        parity(bundles["perplexity"], model=tiny_llama, **{"evaluate": lessons, **options})
+
+
+def test_an_embedder_has_no_metric(tiny_bert: Path, bundles: dict[str, Path], topics: Path) -> None:
+    bundle = bundles["accuracy"]
+    embedder = dataclasses.replace(read_manifest(bundle), task="feature-extraction")
+    with pytest.raises(UsageError, match="no task metric is known for feature-extraction"):
+        read_held_out(bundle, embedder, tiny_bert, (), topics, examples=10, seed=0)
+
+
+# -- what is shown -----------------------------------------------------------------------------
+
+
+def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
+    tiny_bert: Path,
+    bundles: dict[str, Path],
+    topics: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*options: object) -> int | str | None:
+        words = ["parity", bundles["accuracy"], "--model", tiny_bert, *options]
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in [*words, "--backends", "onnx-merged"]])
+        return ended.value.code
+
+    assert command("--evaluate", topics, "--examples", 30) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("accuracy of")]
+    assert "ONNX merged, it" in line
+    assert line.endswith("on 30 examples")
+    told = json.loads((bundles["accuracy"] / "parity.json").read_text())
+    assert told["scores"][0]["metric"] == "accuracy"
+    others = write_lines(tmp_path / "o.jsonl", [{"text": "rain", "label": "weather"}] * 3)
+    assert command("--evaluate", others) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "'weather'" in said.err
+
+
+@pytest.mark.slow
+def test_minilm_that_learnt_the_topics_of_the_news_keeps_its_accuracy(
+    minilm: Path, bbc: Path, tmp_path: Path, parity: Parity
+) -> None:
+    lines = [{"text": story.text, "label": story.topic} for story in stories(bbc)]
+    training = write_lines(tmp_path / "training.jsonl", lines[:160])
+    held_out = write_lines(tmp_path / "held-out.jsonl", lines[160:])
+    ld.train(
+        minilm,
+        training,
+        tmp_path / "topic",
+        task="sequence-classification",
+        max_steps=30,
+        batch_size=8,
+        rank=8,
+        learning_rate=3e-3,
+    )
+    ld.export(minilm, tmp_path / "bundle", adapters=[tmp_path / "topic"])
+    given = {"model": minilm, "evaluate": held_out, "examples": 100}
+    report = parity(tmp_path / "bundle", backends=["onnx-side-inputs", "onnx-merged"], **given)
+    assert report.passed, report.failures
+    assert {score.backend for score in report.scores} == {"onnx-side-inputs", "onnx-merged"}
+    for score in report.scores:
+        assert score.reference > 0.8, f"the adapter learnt too little: {score}"
+        assert score.low < score.difference < score.high
+
+    wrong = wrong_adapter(load_adapter(tmp_path / "topic"))
+    assert wrong is not None
+    save_adapter(wrong, tmp_path / "wrong")
+    ld.export(
+        tmp_path / "bundle", tmp_path / "merged", adapters={"topic": tmp_path / "wrong"}, merge=True
+    )
+    failed = parity(
+        tmp_path / "merged", adapters=[tmp_path / "topic"], backends=["onnx-merged"], **given
+    )
+    assert [score.passed for score in failed.scores] == [False]

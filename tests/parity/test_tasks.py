@@ -1,0 +1,83 @@
+"""Parity of bundles that take or give something else than text: images, sound, targets, tags."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
+from loradeploy.errors import UsageError
+from loradeploy.parity.controls import wrong_adapter
+from loradeploy.parity.row_feeds import TARGET, check_inputs, plain_feeds
+from tests.export.test_tasks import KINDS, prepared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_task_passes_and_another_adapter_fails(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    model, adapters, _ = prepared(kind, tmp_path)
+    ld.export(model, tmp_path / "side", adapters=adapters)
+    report = ld.parity(tmp_path / "side", model=model, certificate=False)
+    assert report.passed, report.failures
+    assert report.task == kind.task
+    assert {result.phase for result in report.results} == {"one row", "padded batch"}
+    assert {result.outcome for result in report.results} == {"passed"}
+    assert all(facts.effect > 0.1 for facts in report.adapters)
+
+    wrong = wrong_adapter(load_adapter(adapters["first"]))
+    assert wrong is not None
+    save_adapter(wrong, tmp_path / "wrong")
+    ld.export(tmp_path / "side", tmp_path / "merged", adapters=[tmp_path / "wrong"], merge=True)
+    failed = ld.parity(
+        tmp_path / "merged",
+        model=model,
+        adapters={"first": adapters["first"]},
+        backends=["onnx-merged"],
+        certificate=False,
+    )
+    assert {result.outcome for result in failed.results} == {"failed"}
+
+
+def manifest(*inputs: TensorSpec) -> Manifest:
+    base = BaseIdentity("base", None, "checkpoint")
+    return Manifest("image-classification", "side-inputs", base, "fp32", 23, inputs, ())
+
+
+IMAGE = TensorSpec("pixel_values", "float32", ("batch", 3, 4, 4))
+
+
+def test_a_row_of_tokens_is_the_same_image_alone_and_in_a_padded_batch() -> None:
+    ids = np.array([[5, 6, 7], [8, 0, 0]])
+    mask = np.array([[1, 1, 1], [1, 0, 0]])
+    both = plain_feeds(manifest(IMAGE), ids, mask)["pixel_values"]
+    alone = plain_feeds(manifest(IMAGE), ids[1:, :1], mask[1:, :1])["pixel_values"]
+    assert both.shape == (2, 3, 4, 4)
+    assert np.array_equal(both[1:], alone)
+    assert not np.array_equal(both[0], both[1])
+    assert np.array_equal(both, both.astype(np.float16)), "float16 rounds it"
+
+
+def test_a_target_is_the_rows_own_tokens_whatever_its_padding() -> None:
+    spec = TensorSpec("decoder_input_ids", "int64", ("batch", "target"))
+    ids, mask = np.array([[5, 6, 0], [7, 8, 9]]), np.array([[1, 1, 0], [1, 1, 1]])
+    target = plain_feeds(manifest(spec), ids, mask)["decoder_input_ids"]
+    assert target.tolist() == [[5, 6] * (TARGET // 2), [7, 8, 9, 7, 8, 9, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dataclasses.replace(IMAGE, shape=("batch", 3, "height", "width")),
+        TensorSpec("bbox", "int64", ("batch", "sequence", 4)),
+    ],
+    ids=["an image of any size", "an unknown input"],
+)
+def test_what_cannot_be_fed_is_refused_by_name(spec: TensorSpec) -> None:
+    with pytest.raises(UsageError, match=rf"cannot feed .* {spec.name} \[batch"):
+        check_inputs(manifest(spec))

@@ -1,0 +1,397 @@
+"""Bugs that exports are known for, made on purpose: what is right passes, what has the bug fails.
+
+Each trap changes the graph of a tiny bundle as little as the bug does. Where a bug shows in some
+phases alone, the test says in which: one that holds single prompts against each other misses it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnxruntime import GraphOptimizationLevel, SessionOptions
+
+import loradeploy as ld
+from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
+from loradeploy.export.rewire import add_constant, constant_of, set_constant
+from loradeploy.parity.report import ParityReport
+from tests.conftest import MakeAdapter, once
+from tests.export.reference import difference
+from tests.runtime.feeds import logits, random_ids
+from tests.tolerances import tolerance
+
+PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
+ALL = {"prefill", "padded batch", "decode"}
+Change = Callable[[ir.Graph], None]
+# (bundle, model, change) → the phases in which the base fails once the graph is changed.
+Phases = Callable[[Path, Path, Change], set[str | None]]
+
+
+def changed(bundle: Path, place: Path, change: Change) -> Path:
+    """A copy of `bundle` with another graph, whose digest its manifest tells."""
+    shutil.copytree(bundle, place)
+    graph = place / GRAPH_NAME
+    model = ir.load(graph)
+    change(model.graph)
+    ir.save(model, graph)
+    manifest = json.loads((place / MANIFEST_NAME).read_text())
+    manifest["graph_digest"] = file_digest(graph)
+    (place / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return place
+
+
+def failing(report: ParityReport) -> set[str | None]:
+    """The phases in which something fails."""
+    assert {result.outcome for result in report.results} <= {"passed", "failed"}
+    return {result.phase for result in report.results if result.outcome == "failed"}
+
+
+@pytest.fixture
+def phases(tmp_path: Path) -> Phases:
+
+    def run(bundle: Path, model: Path, change: Change) -> set[str | None]:
+        report = ld.parity(
+            changed(bundle, tmp_path / "changed", change),
+            model=model,
+            prompts=PROMPTS,
+            tokens=6,
+            backends=["onnx-side-inputs"],
+            certificate=False,
+        )
+        assert report.passed == (not failing(report))
+        return failing(report)
+
+    return run
+
+
+# -- steps of graph surgery --------------------------------------------------------------------
+
+
+def nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
+    found = [node for node in graph if node.op_type == op]
+    assert found, f"the graph has no {op}"
+    return found
+
+
+def insert(graph: ir.Graph, before: ir.Node, op: str, inputs: list[Any], **attributes: Any) -> Any:
+    """The output of a new node ahead of `before`."""
+    node = ir.node(op, inputs, attributes=attributes)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def inputs_of(graph: ir.Graph) -> dict[str | None, ir.Value]:
+    return {value.name: value for value in graph.inputs}
+
+
+def query_positions(graph: ir.Graph) -> ir.Node:
+    """The sum past + 0, 1, 2, …: the places of the queries among the keys."""
+    (node,) = (
+        node
+        for node in nodes(graph, "Add")
+        for value in node.inputs
+        if value is not None and (maker := value.producer()) and maker.op_type == "Range"
+    )
+    return node
+
+
+def untouched(graph: ir.Graph) -> None:
+    """No change."""
+
+
+# -- the traps ---------------------------------------------------------------------------------
+
+
+def causal_from_the_top_left(graph: ir.Graph) -> None:
+    """Query i sees keys 0 … i, whatever is in the cache."""
+    total = query_positions(graph)
+    (first,) = (v for v in total.inputs if v is not None and v.producer().op_type == "Range")
+    for node, index in list(total.outputs[0].uses()):
+        node.replace_input_with(index, first)
+
+
+def test_a_causal_mask_that_forgets_the_cache_is_caught_in_decoding(
+    tiny_llama: Path, tiny_llama_bundle: Path, phases: Phases
+) -> None:
+    """Attention's `is_causal` with fewer queries than keys and no past: onnxruntime's CPU provider
+    took the diagonal from the bottom right, its CUDA provider from the top left
+    (microsoft/onnxruntime#29020)."""
+    assert phases(tiny_llama_bundle, tiny_llama, causal_from_the_top_left) == {"decode"}
+
+
+def positions_count_the_padding(graph: ir.Graph) -> None:
+    """Positions are 0, 1, 2, … in every row, its padding included."""
+    _positions(graph, cached_only=False)
+
+
+def cached_positions_count_the_padding(graph: ir.Graph) -> None:
+    """As above, once there is a cache; the prompt's positions are right."""
+    _positions(graph, cached_only=True)
+
+
+def _positions(graph: ir.Graph, *, cached_only: bool) -> None:
+    told = inputs_of(graph)["position_ids"]
+    counted = query_positions(graph)
+    users = [(node, index) for node, index in told.uses() if node.op_type != "Shape"]
+    at = next(node for node in graph if any(node is user for user, _ in users))
+    if list(graph).index(at) < list(graph).index(counted):
+        at = list(graph)[list(graph).index(counted) + 1]
+    like = insert(graph, at, "Shape", [told])
+    positions = insert(graph, at, "Expand", [counted.outputs[0], like])
+    if cached_only:
+        past = next(v for v in counted.inputs if v is not None and v.producer().op_type != "Range")
+        zero = add_constant(graph, "no_past", np.array(0))
+        cached = insert(graph, at, "Greater", [past, zero])
+        positions = insert(graph, at, "Where", [cached, positions, told])
+    for node, index in users:
+        node.replace_input_with(index, positions)
+    graph.sort()
+
+
+def test_learned_positions_that_count_the_padding_are_caught_in_batches(
+    tiny_gpt2: Path, tiny_gpt2_bundle: Path, phases: Phases
+) -> None:
+    """Decoders exported without `position_ids`, or run without, place left-padded rows wrongly:
+    optimum computed them in its generation tests alone (huggingface/optimum#2326)."""
+    found = phases(tiny_gpt2_bundle, tiny_gpt2, positions_count_the_padding)
+    assert found == {"padded batch", "decode"}
+
+
+def test_rotations_that_count_the_padding_only_with_a_cache_are_caught_in_decoding(
+    tiny_llama: Path, tiny_llama_bundle: Path, phases: Phases
+) -> None:
+    """RoPE sees distances alone, so that a row may be shifted as a whole. What breaks it is a
+    prompt counted without its padding and new tokens counted with it: unsloth's generation for
+    left-padded batches (unslothai/unsloth#3795)."""
+    found = phases(tiny_llama_bundle, tiny_llama, cached_positions_count_the_padding)
+    assert found == {"decode"}
+
+
+def heads(order: list[int]) -> Change:
+    """Keys and values have a head for every query's, in `order`."""
+
+    def change(graph: ir.Graph) -> None:
+        chosen = add_constant(graph, "heads", np.array(order))
+        for node in nodes(graph, "Attention"):
+            for index in (1, 2):
+                repeated = insert(graph, node, "Gather", [node.inputs[index], chosen], axis=1)
+                node.replace_input_with(index, repeated)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [([0, 0, 1, 1], set()), ([0, 1, 0, 1], ALL)],
+    ids=["interleaved", "tiled"],
+)
+def test_key_heads_that_are_tiled_are_caught_and_interleaved_ones_are_right(
+    order: list[int],
+    expected: set[str | None],
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    phases: Phases,
+) -> None:
+    """Query heads 0 and 1 share the first key head. ONNX's own function for Attention repeated
+    them with Tile, which gives 0 the first and 1 the second (onnx/onnx#7274)."""
+    assert phases(tiny_llama_bundle, tiny_llama, heads(order)) == expected
+
+
+# -- tied weights ------------------------------------------------------------------------------
+
+
+def embedding_takes_the_heads_weight(graph: ir.Graph) -> None:
+    """The input embedding becomes what the output head was merged to."""
+    table = nodes(graph, "Gather")[0].inputs[0]
+    head = graph.outputs[0].producer().inputs[1]
+    merged = head.producer().inputs[0] if head.producer() is not None else head
+    assert merged is not table, "the head was not untied"
+    numbers = constant_of(merged)
+    set_constant(table, numbers if numbers.shape == constant_of(table).shape else numbers.T)
+
+
+@pytest.fixture(scope="module")
+def tied_head(tiny_gpt2: Path, make_adapter: MakeAdapter, shared: Path) -> tuple[Path, Path]:
+    """An adapter of the tiny GPT-2's tied head, and the bundle that it is merged into."""
+    adapter = make_adapter(tiny_gpt2, target_modules=["lm_head", "c_attn"])
+    bundle = once(
+        shared / "tied-head",
+        lambda place: ld.export(tiny_gpt2, place, adapters=[adapter], merge=True),
+    )
+    return adapter, bundle
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [(untouched, set()), (embedding_takes_the_heads_weight, ALL)]
+)
+def test_an_adapter_merged_into_a_tied_head_that_changes_the_embedding_is_caught(
+    change: Change,
+    expected: set[str | None],
+    tiny_gpt2: Path,
+    tied_head: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    """PEFT merges an adapter of `lm_head` into the weight that the embedding shares
+    (huggingface/peft#2018)."""
+    adapter, bundle = tied_head
+    report = ld.parity(
+        changed(bundle, tmp_path / "changed", change),
+        model=tiny_gpt2,
+        adapters=[adapter],
+        prompts=PROMPTS,
+        tokens=6,
+        backends=["onnx-merged"],
+        certificate=False,
+    )
+    assert failing(report) == expected, report.failures
+
+
+# -- masks and overflow ------------------------------------------------------------------------
+
+
+def attention_in_float32(graph: ir.Graph, *, masks_own: bool = False) -> None:
+    """Attention as products and a softmax in float32, masked with -inf.
+
+    `masks_own`: a padded position does not see even itself.
+    """
+    first = nodes(graph, "Attention")[0]
+    visible = first.inputs[3].producer().inputs[0]  # [batch, 1, sequence, total]
+    if masks_own:
+        causal, seen = visible.producer().inputs
+        (padding,) = (v for v in seen.producer().inputs if v.producer().op_type == "Unsqueeze")
+        visible = insert(graph, first, "And", [causal, padding])
+    zero, infinite = (
+        add_constant(graph, name, np.array(number, np.float32))
+        for name, number in (("zero", 0), ("infinite", -np.inf))
+    )
+    bias = insert(graph, first, "Where", [visible, zero, infinite])
+    for node in nodes(graph, "Attention"):
+        dtype, shapes = node.inputs[1].dtype, [node.inputs[index].shape for index in (0, 1)]
+        query, key, value = (
+            insert(graph, node, "Cast", [v], to=ir.DataType.FLOAT) for v in node.inputs[:3]
+        )
+        queries, keys = (int(shape[1]) for shape in shapes)
+        chosen = add_constant(graph, f"{node.name}/heads", np.arange(keys).repeat(queries // keys))
+        key, value = (insert(graph, node, "Gather", [v, chosen], axis=1) for v in (key, value))
+        scale = np.array(node.attributes["scale"].value, np.float32)
+        query = insert(graph, node, "Mul", [query, add_constant(graph, f"{node.name}/s", scale)])
+        turned = insert(graph, node, "Transpose", [key], perm=[0, 1, 3, 2])
+        scores = insert(graph, node, "Add", [insert(graph, node, "MatMul", [query, turned]), bias])
+        weights = insert(graph, node, "Softmax", [scores], axis=-1)
+        output = insert(graph, node, "MatMul", [weights, value])
+        node.outputs[0].replace_all_uses_with(insert(graph, node, "Cast", [output], to=dtype))
+        graph.remove(node, safe=True)
+
+
+@pytest.mark.parametrize(
+    ("masks_own", "expected"), [(False, set()), (True, {"padded batch", "decode"})]
+)
+def test_rows_that_are_masked_with_infinity_alone_are_caught_in_batches(
+    masks_own: bool,
+    expected: set[str | None],
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    phases: Phases,
+) -> None:
+    """A padded position that sees nothing gives NaN, and the next layer multiplies it by zero,
+    which is NaN too: torch.onnx's translation of attention masked with -inf until
+    microsoft/onnxscript#2654."""
+    change = partial(attention_in_float32, masks_own=masks_own)
+    assert phases(tiny_llama_bundle, tiny_llama, change) == expected
+
+
+@pytest.fixture(scope="module")
+def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
+    """The tiny GPT-2 with attention scores of 75,000, the same for all keys.
+
+    A softmax does not see what all of its inputs have in common, so float32 computes it as ever.
+    """
+
+    def make(place: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+        width, size = model.config.n_embd, model.config.n_embd // model.config.n_head
+        with torch.no_grad():
+            for block in model.transformer.h:
+                for start in range(0, 2 * width, size):  # a feature of each query and key head
+                    block.attn.c_attn.weight[:, start] = 0
+                    block.attn.c_attn.bias[start] = 512  # 512² / √12 = 75,674
+        model.save_pretrained(place)
+        AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(place)
+
+    return once(shared / "loud-gpt2", make)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [(attention_in_float32, set()), (untouched, ALL)], ids=["fp32", "fp16"]
+)
+def test_scores_that_overflow_float16_are_caught_and_attention_in_float32_is_right(
+    change: Change, expected: set[str | None], loud_gpt2: Path, shared: Path, phases: Phases
+) -> None:
+    """Float16 ends at 65504. OPT's attention in float16 gave NaN until its softmax was computed in
+    float32 (huggingface/transformers#17437); onnxruntime's Attention on the CPU takes the products
+    of float16 queries and keys in float16."""
+    bundle = once(shared / "loud-half", lambda place: ld.export(loud_gpt2, place, precision="fp16"))
+    assert phases(bundle, loud_gpt2, change) == expected
+
+
+# -- fusions -----------------------------------------------------------------------------------
+
+
+def residual_is_the_normalised(graph: ir.Graph) -> None:
+    """A sum and its normalisation become one node, whose outputs are taken for each other."""
+    norm = nodes(graph, "RMSNormalization")[1]
+    total = norm.inputs[0]
+    for node, index in list(total.uses()):
+        if node is not norm:
+            node.replace_input_with(index, norm.outputs[0])
+    graph.sort()
+
+
+def gelu_without_tanh(graph: ir.Graph) -> None:
+    """The chain of GELU's approximation by tanh becomes the exact GELU: nearly the same."""
+    for tanh in nodes(graph, "Tanh"):
+        (end,) = (node for node, _ in next(iter(tanh.outputs[0].uses()))[0].outputs[0].uses())
+        (half,) = (v for v in end.inputs if v.producer().op_type == "Mul")
+        (x,) = (v for v in half.producer().inputs if v.const_value is None)
+        exact = insert(graph, end, "Gelu", [x], approximate="none")
+        end.outputs[0].replace_all_uses_with(exact)
+        graph.remove(end, safe=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("llama", residual_is_the_normalised), ("gpt2", gelu_without_tanh)]
+)
+def test_a_wrong_fusion_is_caught_everywhere(
+    name: str, change: Change, request: pytest.FixtureRequest, phases: Phases
+) -> None:
+    """Optimisers replace chains of nodes by one that computes something else: onnxruntime's fusion
+    of a sum and a LayerNormalization (microsoft/onnxruntime#17689)."""
+    model = request.getfixturevalue(f"tiny_{name}")
+    bundle = request.getfixturevalue(f"tiny_{name}_bundle")
+    assert phases(bundle, model, change) == ALL
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_levels_of_optimisation_agree(name: str, request: pytest.FixtureRequest) -> None:
+    """ORT_ENABLE_ALL has given other outputs than ORT_DISABLE_ALL (microsoft/onnxruntime#20321):
+    of these graphs it does not."""
+    bundle = request.getfixturevalue(f"tiny_{name}_bundle")
+    outputs = []
+    for level in (GraphOptimizationLevel.ORT_DISABLE_ALL, GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = SessionOptions()
+        options.graph_optimization_level = level
+        session = ld.AdapterSession(bundle, session_options=options)
+        outputs.append(logits(session, random_ids(2, 9)))
+    plain, optimised = outputs
+    assert difference(plain, optimised) <= tolerance("torch-onnx-tiny")
