@@ -130,7 +130,8 @@ def test_another_adapter_in_a_packed_bundle_fails(
         AdapterSession, "load", lambda self, name, place=None: right(self, name, wrong)
     )
     report = parity(packed, tiny_llama, adapter)
-    assert {r.outcome for r in report.results if r.adapter == "a"} == {"failed"}
+    held = [r for r in report.results if r.adapter == "a" and r.phase != "repeat"]
+    assert {r.outcome for r in held} == {"failed"}
 
 
 def test_packed_weights_of_another_model_are_refused(
@@ -180,7 +181,8 @@ def test_a_merged_packed_bundle_holds_the_merge_rounded(
         ("peft", "not run"),
     }
     report = parity(tmp_path / "wrong", tiny_llama, adapter, backends=["onnx-merged"])
-    assert {result.outcome for result in report.results} == {"failed"}
+    outcomes = {result.outcome for result in report.results if result.phase != "repeat"}
+    assert outcomes == {"failed"}
 
 
 def test_limits_follow_the_precision_of_the_bundle(
