@@ -49,6 +49,11 @@ from loradeploy.parity.prompts import GENERATED
 )
 @click.option("--provider", "providers", multiple=True, help="onnxruntime execution provider.")
 @click.option("--controls", is_flag=True, help="Make mistakes on purpose; each must be caught.")
+@click.option(
+    "--localise/--no-localise",
+    default=None,
+    help="Find the first module that diverges: always, or never; without, where something failed.",
+)
 @json_option
 def command(
     bundle: str,
@@ -61,6 +66,7 @@ def command(
     seed: int,
     providers: tuple[str, ...],
     controls: bool,
+    localise: bool | None,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -81,6 +87,7 @@ def command(
             seed=seed,
             providers=providers or None,
             controls=controls,
+            localise=localise,
         )
     if as_json:
         print_json(found.to_json())

@@ -24,6 +24,7 @@ def parity(
     seed: int = 0,
     providers: Sequence[str] | None = None,
     controls: bool = False,
+    localise: bool | None = None,
     certificate: bool = True,
 ) -> ParityReport:
     """Hold every way to run `bundle` against PyTorch, and return what was found.
@@ -43,6 +44,8 @@ def parity(
         seed: for the random tokens of a bundle without a tokenizer.
         providers: onnxruntime's execution providers, the CPU's by default.
         controls: make mistakes on purpose as well, and fail unless each is caught.
+        localise: look for the first module that diverges, comparing values inside the model and
+            the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
 
     Raises:
@@ -84,6 +87,12 @@ def parity(
             providers=None if providers is None else tuple(providers),
         )
         found = run(
-            setting, chosen, base_digest=base, digests=digests, seed=seed, controls=controls
+            setting,
+            chosen,
+            base_digest=base,
+            digests=digests,
+            seed=seed,
+            controls=controls,
+            localise=localise,
         )
     return write(found, files, place if certificate else None)

@@ -19,7 +19,8 @@ from loradeploy.parity.backends import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import adapter_facts, run_backends
 from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
-from loradeploy.parity.report import Control, Inputs, ParityReport
+from loradeploy.parity.localise import localisations
+from loradeploy.parity.report import Control, Inputs, Localisation, ParityReport
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.torch_side import Reference, load_base, make_reference
 from loradeploy.parity.writers import write_report
@@ -35,10 +36,11 @@ def run(
     digests: tuple[str, str | None],
     seed: int,
     controls: bool,
+    localise: bool | None = None,
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
-    `digests`: of the bundle's graph and of its data file.
+    `digests`: of the bundle's graph and of its data file. `localise`: see `loradeploy.parity`.
     """
     started = time.monotonic()
     logger.info("loading %s", setting.model)
@@ -55,6 +57,9 @@ def run(
     gc.collect()
     in_onnx = [backend for backend in backends if not backend.on_torch]
     results += run_backends(in_onnx, setting, reference, None)
+    places: tuple[Localisation, ...] = ()
+    if localise is not False:
+        places = localisations(setting, reference, backends, results, always=bool(localise))
     manifest, cases = setting.manifest, setting.cases
     return ParityReport(
         bundle=str(setting.bundle),
@@ -77,6 +82,7 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
+        localisations=places,
         notes=tuple(_notes(setting, reference)),
         seconds=round(time.monotonic() - started, 1),
         files=file_digests(setting.bundle, FILES),

@@ -57,6 +57,19 @@ class OnnxModel:
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `walk.Model`; the cache is the graph's present outputs, as they came."""
+        feeds = self._feeds(ids, mask, cache)
+        given = self._run([*self._outputs, *self._presents], feeds, subjects)
+        count = len(self._outputs)
+        return joined([_array(value) for value in given[:count]]), list(given[count:])
+
+    def values(
+        self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None
+    ) -> list[NDArray[Any]]:
+        """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
+        feeds = self._feeds(ids, np.ones_like(ids), None)
+        return [_array(value) for value in self._run(names, feeds, [subject] * len(ids))]
+
+    def _feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         known: Mapping[str, Callable[[], Any]] = {
             INPUT_IDS: lambda: ids,
             ATTENTION_MASK: lambda: mask,
@@ -65,10 +78,7 @@ class OnnxModel:
         }
         feeds = {s.name: known[s.name]() for s in self._manifest.inputs if s.name in known}
         past = self._empty(len(ids)) if cache is None else cache
-        feeds |= dict(zip((spec.name for spec in self._past), past, strict=True))
-        given = self._run([*self._outputs, *self._presents], feeds, subjects)
-        count = len(self._outputs)
-        return joined([_array(value) for value in given[:count]]), list(given[count:])
+        return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 
     def _empty(self, rows: int) -> list[NDArray[Any]]:
         """A cache of no tokens: [rows, heads, 0, head_dim] for each of a layer's parts."""
@@ -99,7 +109,7 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     from loradeploy.bundle.native import write_onnx_adapter
     from loradeploy.runtime.graph import open_graph
 
-    session = open_graph(setting.bundle, setting.providers, None)
+    session = open_graph(setting.bundle, setting.providers, _options(setting))
     base = BundleBase(setting.bundle, setting.manifest)
     for subject in setting.subjects:
         file = subject.native
@@ -120,7 +130,7 @@ def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
         NotRunError: the graph cannot be merged into.
     """
     for subject in setting.subjects:
-        with _merged_bundle(setting, subject) as bundle:
+        with merged_bundle(setting, subject) as bundle:
             session = _open(setting, bundle)
             yield subject.name, OnnxModel(session.manifest, partial(_all_rows, session, None))
             del session
@@ -143,7 +153,12 @@ def _activated(
 
 
 @contextmanager
-def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+    """The setting's merged bundle, or one that is made for the check.
+
+    Raises:
+        NotRunError: the graph cannot be merged into.
+    """
     if setting.merged:
         yield setting.bundle
         return
@@ -163,7 +178,19 @@ def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
 def _open(setting: Setting, bundle: Path) -> Any:
     from loradeploy.runtime.session import AdapterSession
 
-    return AdapterSession(bundle, setting.providers)
+    return AdapterSession(bundle, setting.providers, session_options=_options(setting))
+
+
+def _options(setting: Setting) -> Any:
+    """onnxruntime's session options."""
+    import onnxruntime
+
+    from loradeploy.runtime.graph import WEIGHTS_AT
+
+    options = onnxruntime.SessionOptions()
+    if setting.weights is not None:
+        options.add_session_config_entry(WEIGHTS_AT, os.fspath(setting.weights.resolve()))
+    return options
 
 
 def _load(session: Any, subjects: Sequence[Subject]) -> None:

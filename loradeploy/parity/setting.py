@@ -44,7 +44,10 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """All that the backends need. `scratch` is a directory for temporary files."""
+    """All that the backends need. `scratch` is a directory for temporary files.
+
+    `weights`: where those of the bundle's graph are, if not beside it.
+    """
 
     bundle: Path
     manifest: Manifest
@@ -53,6 +56,7 @@ class Setting:
     cases: Cases
     scratch: Path
     providers: tuple[str, ...] | None
+    weights: Path | None = None
 
     @property
     def merged(self) -> bool:

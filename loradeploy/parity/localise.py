@@ -1,0 +1,292 @@
+"""Failures of a check, localised: both sides opened with their inner values, and searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import first_line
+from loradeploy.parity import onnx_side
+from loradeploy.parity.backends import Backend, Opened
+from loradeploy.parity.graph_probe import ProbedGraph, probe_graph
+from loradeploy.parity.report import BASE_LABEL, Localisation
+from loradeploy.parity.search import LIMIT, ROUNDINGS, Found, Place, Sides, Values, search
+from loradeploy.parity.setting import Setting, Subject
+from loradeploy.parity.torch_probe import Modules, Site, rounded, sites_of, values_at
+from loradeploy.parity.torch_side import Reference, TorchModel, load_base, merged, with_peft
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.report import Result
+
+    InTorch = Callable[[torch.nn.Module, Subject], AbstractContextManager[None]]
+
+logger = logging.getLogger(__name__)
+
+# How many failures are looked into, the first of each backend and adapter.
+AT_MOST: Final = 3
+
+# How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
+_GRAPHS: Final[Mapping[str, Callable[[Setting], Opened]]] = {
+    "onnx-side-inputs": onnx_side.side_inputs,
+    "onnx-mixed": onnx_side.side_inputs,
+    "onnx-native": onnx_side.native_adapter,
+    "onnx-merged": onnx_side.merged_graph,
+}
+
+
+def _merged(model: torch.nn.Module, subject: Subject) -> AbstractContextManager[None]:
+    return merged(model, subject.adapter)
+
+
+_MODELS: Final[Mapping[str, InTorch]] = {"torch-merged": _merged, "peft": with_peft}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be looked into, on `case` up to `position`, or all of it."""
+
+    backend: str
+    title: str
+    adapter: str | None
+    case: int
+    position: int | None = None
+
+
+def localisations(
+    setting: Setting,
+    reference: Reference,
+    backends: Sequence[Backend],
+    results: Sequence[Result],
+    *,
+    always: bool,
+) -> tuple[Localisation, ...]:
+    """Look into what failed of `results`, at most `AT_MOST` of it; the base model is loaded again.
+
+    With `always` and nothing failed, the base and the first adapter are looked into with one of
+    `backends`.
+    """
+    requests = _failures(reference, results)
+    failed = bool(requests)
+    if not requests and always:
+        requests = _samples(setting, backends)
+    if not requests:
+        return ()
+    logger.info("looking inside, for where it begins" if failed else "looking inside")
+    model = load_base(setting)
+    found = []
+    for request in requests[:AT_MOST]:
+        logger.info("%s, %s", request.title, request.adapter or BASE_LABEL)
+        tokens = reference.rows[request.adapter][request.case].tokens
+        if request.position is not None:
+            tokens = tokens[: request.position + 1]
+        place = localise(setting, model, request.backend, request.adapter, tokens, failed=failed)
+        found.append(dataclasses.replace(place, title=request.title, case=request.case))
+    return tuple(found)
+
+
+def localise(
+    setting: Setting,
+    model: torch.nn.Module,
+    backend: str,
+    adapter: str | None,
+    tokens: Sequence[int],
+    *,
+    failed: bool = True,
+) -> Localisation:
+    """Where `backend` with `adapter` (None is the base) parts from PyTorch on one row of `tokens`.
+
+    `model`: the base in PyTorch. `failed`: whether the backend is known to fail, so that nothing
+    found is worth a word. What goes wrong is the localisation's message, never an error.
+    """
+    nothing = Localisation(backend, backend, adapter, 0, len(tokens), ())
+    subject = next((each for each in setting.subjects if each.name == adapter), None)
+    try:
+        with TemporaryDirectory(dir=setting.scratch) as scratch:
+            return _localise(setting, model, nothing, subject, tokens, failed, Path(scratch))
+    except Exception as problem:  # whatever a broken graph sets off must not hide the verdict
+        said = f"it could not be looked into: {first_line(problem)}"
+        return dataclasses.replace(nothing, message=said)
+
+
+def _localise(
+    setting: Setting,
+    model: torch.nn.Module,
+    told: Localisation,
+    subject: Subject | None,
+    tokens: Sequence[int],
+    failed: bool,
+    scratch: Path,
+) -> Localisation:
+    from loradeploy.lora.inject import adapted
+
+    ids = np.array([tokens], np.int64)
+    adapter = None if subject is None else subject.adapter
+    modules = Modules.of(model)
+
+    def run() -> None:
+        TorchModel(model, setting.manifest).forward(ids, np.ones_like(ids), None, [None])
+
+    with adapted(model, adapter):
+        sites = sites_of(model, modules, run)
+    rounding = ROUNDINGS[setting.manifest.precision]
+    unmatched: tuple[str, ...] = ()
+
+    def sides(places: Sequence[Place], backend: Values, upstream: Sequence[int] | None) -> Sides:
+        def reference(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
+            with adapted(model, adapter):
+                return values_at(model, [places[n].site for n in numbers], run)
+
+        def disturbed(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
+            noise = rounded(model, modules, rounding.unit, of_largest=rounding.of_largest)
+            with adapted(model, adapter), noise:
+                return values_at(model, [places[n].site for n in numbers], run)
+
+        return Sides(places, reference, disturbed, backend, rounding.unit, upstream)
+
+    if told.backend in _MODELS:
+        if subject is None:
+            raise ValueError(f"{told.backend} needs an adapter")
+        places = [_torch_place(model, site) for site in sites]
+
+        def in_torch(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
+            with _MODELS[told.backend](model, subject):
+                return values_at(model, [places[n].site for n in numbers], run)
+
+        found = search(sides(places, in_torch, None), tokens=len(tokens))
+    elif told.backend in _GRAPHS:
+        with _bundle_of(setting, told.backend, subject) as bundle:
+            probed = probe_graph(bundle, read_manifest(bundle), sites, modules)
+            places = [Place(p.site, p.module, p.node, p.op) for p in probed.probes]
+            unmatched = probed.unmatched
+            upstream = probed.upstream()
+            with _graph_values(setting, told.backend, subject, probed, ids, scratch) as backend:
+                found = search(sides(places, backend, upstream), tokens=len(tokens))
+    else:
+        raise ValueError(f"nothing is known of what is inside of {told.backend}")
+    return dataclasses.replace(
+        told,
+        steps=found.steps,
+        first=found.first,
+        before=found.before,
+        offenders=found.offenders,
+        heatmap=found.heatmap,
+        unmatched=(*unmatched, *found.lost),
+        message=_message(found, failed),
+    )
+
+
+@contextmanager
+def _bundle_of(setting: Setting, backend: str, subject: Subject | None) -> Iterator[Path]:
+    """The bundle that the backend runs."""
+    if backend == "onnx-merged" and subject is not None:
+        with onnx_side.merged_bundle(setting, subject) as bundle:
+            yield bundle
+    else:
+        yield setting.bundle
+
+
+@contextmanager
+def _graph_values(
+    setting: Setting,
+    backend: str,
+    subject: Subject | None,
+    probed: ProbedGraph,
+    ids: NDArray[np.int64],
+    scratch: Path,
+) -> Iterator[Values]:
+    """The probed graph, opened as the backend opens its own, with the one adapter."""
+    place = scratch / "probed"
+    opened = _GRAPHS[backend](
+        dataclasses.replace(
+            setting,
+            bundle=place,
+            manifest=probed.write(place),
+            weights=probed.bundle,
+            subjects=() if subject is None else (subject,),
+        )
+    )
+    name = None if subject is None else subject.name
+    graph: Any = next((model for given, model in opened if given == name), None)
+    if graph is None:
+        raise ValueError(f"{backend} does not run the base alone")
+
+    def values(numbers: Sequence[int]) -> Sequence[NDArray[np.float32] | None]:
+        probes = [probed.probes[n] for n in numbers]
+        names = list(dict.fromkeys(str(probe.value.name) for probe in probes))
+        given = dict(zip(names, graph.values(names, ids, name), strict=True))
+        found: list[NDArray[np.float32] | None] = []
+        for probe in probes:
+            array = given[str(probe.value.name)]
+            if probe.part is not None:
+                array = array[..., slice(*probe.part)]
+            fits = array.size == np.prod(probe.site.shape)
+            found.append(array.astype(np.float32).reshape(probe.site.shape) if fits else None)
+        return found
+
+    yield values
+    del opened  # until here it holds what the session needs
+
+
+def _torch_place(model: torch.nn.Module, site: Site) -> Place:
+    """A site as a step of PyTorch's: the class of the module that computes it."""
+    module = site.given_by[0] if site.given_by else site.taken_by[0].rpartition(".")[0]
+    return Place(site, module, "", type(model.get_submodule(module)).__name__)
+
+
+def _failures(reference: Reference, results: Sequence[Result]) -> list[_Request]:
+    """The first failure of each backend and adapter, where it is worst.
+
+    Where that is not known, as of values that are not finite, the longest case is as good as any.
+    """
+    requests: dict[tuple[str, str | None], _Request] = {}
+    for result in results:
+        if result.outcome != "failed" or result.figures is None:
+            continue
+        worst = result.figures.worst
+        rows = reference.rows[result.adapter]
+        longest = max(range(len(rows)), key=lambda case: len(rows[case].tokens))
+        case, position = (longest, None) if worst is None else (worst.case, worst.position)
+        request = _Request(result.backend, result.title, result.adapter, case, position)
+        requests.setdefault((result.backend, result.adapter), request)
+    return list(requests.values())
+
+
+def _samples(setting: Setting, backends: Sequence[Backend]) -> list[_Request]:
+    """The base and the first adapter, with one backend that has a graph, for both if there is."""
+    able = [b for b in backends if b.name in _GRAPHS and not b.missing(setting)]
+    if not able:
+        return []
+    backend = min(able, key=lambda each: each.needs_adapter)
+    adapters: list[str | None] = [] if backend.needs_adapter else [None]
+    adapters += [subject.name for subject in setting.subjects[:1]]
+    return [_Request(backend.name, backend.title, adapter, case=0) for adapter in adapters]
+
+
+def _message(found: Found, failed: bool) -> str | None:
+    if found.first is not None and not np.isfinite(found.first.scale):
+        return "PyTorch's own values are not finite there either"
+    if found.first is not None or not failed:
+        return None
+    if not found.steps:
+        return "no module of the model was found in the graph"
+    if found.largest > LIMIT:
+        return (
+            f"no module stands out: the error grows little by little, to {found.largest:.0f} times"
+            " what rounding does"
+        )
+    return (
+        "alone in its batch, without a cache, and with the inner values kept from being optimised"
+        " away, every module agrees: look at batches, at the cache, or at onnxruntime's fusions"
+    )
