@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -136,8 +136,11 @@ def probe_graph(
             continue
         claimed.add(found)
         node = _maker(found[0])
-        scope = graph.scope_of(found[0] if site.given_by else node.outputs[0])
-        module = site.given_by[0] if site.given_by else _known(scope, site, modules)
+        module = (
+            site.given_by[0]
+            if site.given_by
+            else _computing(graph.scope_of(node.outputs[0]), site.taken_by[0], modules)
+        )
         probes.append(Probe(site, *found, module, node.name or "", node.op_type))
     return ProbedGraph(bundle, manifest, model, tuple(probes), tuple(unmatched))
 
@@ -288,7 +291,9 @@ def _source(node: ir.Node) -> ir.Value | None:
     return computed[0] if len(computed) == 1 else None
 
 
-def _known(scope: str | None, site: Site, modules: Modules) -> str:
-    """The innermost module of the model around `scope`; around what takes the site, without one."""
-    paths: Iterable[str] = (*_paths(scope), *_paths(site.taken_by[0].rpartition(".")[0]))
-    return next((path for path in paths if path in modules.names), site.taken_by[0])
+def _computing(scope: str | None, taker: str, modules: Modules) -> str:
+    """The module that computes what `taker` takes: by the graph, or the one that `taker` is in."""
+    if scope in modules.names and scope != taker:
+        return str(scope)
+    around = (path for path in _paths(taker.rpartition(".")[0]) if path in modules.names)
+    return next(around, taker)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.native import read_onnx_adapter, write_side_inputs
 from loradeploy.errors import first_line
 from loradeploy.parity import onnx_side
 from loradeploy.parity.backends import Backend, Opened
 from loradeploy.parity.graph_probe import ProbedGraph, probe_graph
 from loradeploy.parity.report import BASE_LABEL, Localisation
-from loradeploy.parity.search import LIMIT, ROUNDINGS, Found, Place, Sides, Values, search
+from loradeploy.parity.search import ROUNDINGS, Found, Place, Sides, Values, search
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.torch_probe import Modules, Site, rounded, sites_of, values_at
 from loradeploy.parity.torch_side import Reference, TorchModel, load_base, merged, with_peft
@@ -149,11 +150,11 @@ def _localise(
                 return values_at(model, [places[n].site for n in numbers], run)
 
         def disturbed(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
-            noise = rounded(model, modules, rounding.unit, of_largest=rounding.of_largest)
+            noise = rounded(model, modules, rounding.unit, block=rounding.block)
             with adapted(model, adapter), noise:
                 return values_at(model, [places[n].site for n in numbers], run)
 
-        return Sides(places, reference, disturbed, backend, rounding.unit, upstream)
+        return Sides(places, reference, disturbed, backend, rounding, upstream)
 
     if told.backend in _MODELS:
         if subject is None:
@@ -183,7 +184,7 @@ def _localise(
         offenders=found.offenders,
         heatmap=found.heatmap,
         unmatched=(*unmatched, *found.lost),
-        message=_message(found, failed),
+        message=_message(found, rounding.limit, failed),
     )
 
 
@@ -208,11 +209,16 @@ def _graph_values(
 ) -> Iterator[Values]:
     """The probed graph, opened as the backend opens its own, with the one adapter."""
     place = scratch / "probed"
+    manifest = probed.write(place)
+    if subject is not None and subject.native is not None and probed.manifest.branches:
+        native = scratch / subject.native.name  # the same, without a choice of the branch
+        write_side_inputs(read_onnx_adapter(subject.native), manifest, native)
+        subject = dataclasses.replace(subject, native=native)
     opened = _GRAPHS[backend](
         dataclasses.replace(
             setting,
             bundle=place,
-            manifest=probed.write(place),
+            manifest=manifest,
             weights=probed.bundle,
             subjects=() if subject is None else (subject,),
         )
@@ -274,19 +280,19 @@ def _samples(setting: Setting, backends: Sequence[Backend]) -> list[_Request]:
     return [_Request(backend.name, backend.title, adapter, case=0) for adapter in adapters]
 
 
-def _message(found: Found, failed: bool) -> str | None:
+def _message(found: Found, limit: float, failed: bool) -> str | None:
     if found.first is not None and not np.isfinite(found.first.scale):
         return "PyTorch's own values are not finite there either"
     if found.first is not None or not failed:
         return None
     if not found.steps:
         return "no module of the model was found in the graph"
-    if found.largest > LIMIT:
+    if found.largest > limit:
         return (
             f"no module stands out: the error grows little by little, to {found.largest:.0f} times"
             " what rounding does"
         )
     return (
-        "alone in its batch, without a cache, and with the inner values kept from being optimised"
-        " away, every module agrees: look at batches, at the cache, or at onnxruntime's fusions"
+        "alone in its batch, without a cache and with its inner values shown, every module agrees"
+        " but for rounding: it is a batch, the cache, a fusion of onnxruntime's, or a tight limit"
     )

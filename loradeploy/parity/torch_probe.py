@@ -102,13 +102,14 @@ def values_at(model: torch.nn.Module, sites: Sequence[Site], run: Run) -> list[N
 
 @contextmanager
 def rounded(
-    model: torch.nn.Module, modules: Modules, unit: float, *, of_largest: bool
+    model: torch.nn.Module, modules: Modules, unit: float, *, block: int | None
 ) -> Iterator[None]:
-    """Disturb what every module without children takes and gives by as much as rounding would.
+    """Disturb `model` by as much as rounding would, while the context lasts.
 
-    Each value is multiplied by 1 + `unit` · ξ, ξ uniform in [−1, 1]; or, `of_largest`, `unit` · ξ
-    times the largest of its position is added, as where values of a block share a scale. How far
-    the model's values move by it is how ill-conditioned they are (Monte Carlo arithmetic).
+    What modules without children take and give is multiplied by 1 + `unit` · ξ, ξ uniform in
+    [−1, 1]. Where the values of a `block` share a scale, only products round what they take: the
+    largest of its block times `unit` · ξ is added to it. How far the model's values move by it is
+    how ill-conditioned they are (Monte Carlo arithmetic).
     """
     import torch
 
@@ -116,8 +117,7 @@ def rounded(
 
     def disturbed(tensor: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(tensor.shape, generator=generator).to(tensor) * 2 - 1
-        by = tensor.abs().amax(dim=-1, keepdim=True) if of_largest else tensor
-        return tensor + unit * noise * by
+        return tensor + unit * noise * (tensor if block is None else _largest(tensor, block))
 
     def before(_: object, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(disturbed(value) if _is_float(value) else value for value in given)
@@ -128,9 +128,21 @@ def rounded(
     with ExitStack() as hooks:
         for name in sorted(modules.leaves):
             module = model.get_submodule(name)
-            hooks.callback(module.register_forward_pre_hook(before).remove)
-            hooks.callback(module.register_forward_hook(after).remove)
+            weight = getattr(module, "weight", None)
+            if block is None or (weight is not None and weight.ndim == 2):
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+            if block is None:
+                hooks.callback(module.register_forward_hook(after).remove)
         yield
+
+
+def _largest(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """The largest magnitude of each block of the last axis, at each of its values."""
+    size = tensor.shape[-1]
+    if size % block:
+        return tensor.abs().amax(dim=-1, keepdim=True)
+    blocks = tensor.abs().reshape(*tensor.shape[:-1], -1, block)
+    return blocks.amax(dim=-1).repeat_interleave(block, dim=-1)
 
 
 @dataclass(eq=False)
