@@ -147,6 +147,11 @@ _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
     show_default=True,
     help="How many of them to draw.",
 )
+@click.option(
+    "--localise/--no-localise",
+    default=None,
+    help="Find the first module that diverges: always, or never; without, where something failed.",
+)
 @json_option
 @click.pass_context
 def command(
@@ -174,6 +179,7 @@ def command(
     shrink: bool,
     evaluate: tuple[str, ...],
     examples: int,
+    localise: bool | None,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -223,6 +229,7 @@ def command(
             shrink=shrink,
             evaluate=evaluate or None,
             examples=examples,
+            localise=localise,
         )
     return _tell(found, as_json=as_json)
 

@@ -34,6 +34,7 @@ def parity(
     shrink: bool = True,
     evaluate: Places | None = None,
     examples: int = EXAMPLES,
+    localise: bool | None = None,
     certificate: bool = True,
     others: Others = (),
     baseline: str | os.PathLike[str] | None = None,
@@ -68,6 +69,8 @@ def parity(
         evaluate: held-out data to take the task metric on (accuracy, perplexity), in the forms of
             training data; or by adapter's name, a mapping or a list of "NAME=DATA".
         examples: how many of them are drawn.
+        localise: look for the first module that diverges, comparing values inside the model and
+            the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
         others: besides, what else is held against PyTorch: see `loradeploy.parity.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
@@ -153,6 +156,7 @@ def parity(
             controls=controls,
             shrink=shrink,
             held_out=held_out,
+            localise=localise,
         )
     if earlier is not None:
         found = hold_against(found, earlier)

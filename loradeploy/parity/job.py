@@ -20,11 +20,13 @@ from loradeploy.parity.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.controls import run_controls
 from loradeploy.parity.environment import environment
 from loradeploy.parity.heldout import HeldOut
+from loradeploy.parity.localise import localisations
 from loradeploy.parity.repeat import second_run
 from loradeploy.parity.report import (
     Control,
     Counterexample,
     Inputs,
+    Localisation,
     ParityReport,
     Result,
     Score,
@@ -49,11 +51,12 @@ def run(
     controls: bool,
     shrink: bool,
     held_out: Mapping[str | None, HeldOut],
+    localise: bool | None,
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
-    `digests`: of the bundle's graph and of its data file. `shrink`: look for the smallest input
-    that fails still, where one fails. `held_out`: what is scored on what.
+    `digests`: of the bundle's graph and of its data file. `held_out`: what is scored on what.
+    `shrink`, `localise`: see `loradeploy.parity`.
     """
     started = time.monotonic()
     placed = start(setting.bundle, setting.variants)
@@ -64,6 +67,7 @@ def run(
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
+    places: tuple[Localisation, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
     said: tuple[str, ...] = ()
@@ -83,6 +87,8 @@ def run(
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, setting, reference, None, progress)
         scores = score_backends(in_onnx, setting, held_out, answered)
+        if localise is not False:
+            places = localisations(setting, reference, backends, results, always=bool(localise))
         if shrink:
             smallest, said = shrink_failures(in_onnx, setting, reference, results)
     manifest, cases = setting.manifest, setting.cases
@@ -109,6 +115,7 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
+        localisations=places,
         notes=(*_notes(setting, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=file_digests(setting.bundle, FILES),

@@ -21,6 +21,7 @@ from loradeploy.parity.variants import session_options
 from loradeploy.parity.walk import joined, output_names
 
 if TYPE_CHECKING:
+    import onnxruntime
     from numpy.typing import NDArray
 
     from loradeploy.bundle.base import BaseValues
@@ -59,6 +60,13 @@ class OnnxModel:
         count = len(self._outputs)
         return joined([_array(value) for value in given[:count]]), list(given[count:])
 
+    def values(
+        self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None
+    ) -> list[NDArray[Any]]:
+        """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
+        feeds = self.feeds(ids, np.ones_like(ids), None)
+        return [_array(value) for value in self._run(names, feeds, [subject] * len(ids))]
+
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
         feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask))
@@ -93,7 +101,7 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     from loradeploy.bundle.base import BundleBase
     from loradeploy.runtime.graph import open_graph
 
-    session = open_graph(setting.bundle, setting.providers, session_options(setting.variant))
+    session = open_graph(setting.bundle, setting.providers, _options(setting))
     base = BundleBase(setting.bundle, setting.manifest)
     for subject in setting.subjects:
         adapter = onnxruntime.LoraAdapter()
@@ -122,7 +130,7 @@ def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
         NotRunError: the graph cannot be merged into.
     """
     for subject in setting.subjects:
-        with _merged_bundle(setting, subject) as bundle:
+        with merged_bundle(setting, subject) as bundle:
             session = _open(setting, bundle)
             yield subject.name, OnnxModel(session.manifest, partial(_all_rows, session, None))
             del session
@@ -145,7 +153,12 @@ def _activated(
 
 
 @contextmanager
-def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+    """The setting's merged bundle, or one that is made for the check.
+
+    Raises:
+        NotRunError: the graph cannot be merged into.
+    """
     if setting.merged:
         yield setting.bundle
         return
@@ -165,8 +178,16 @@ def _merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
 def _open(setting: Setting, bundle: Path) -> Any:
     from loradeploy.runtime.session import AdapterSession
 
+    return AdapterSession(bundle, setting.providers, session_options=_options(setting))
+
+
+def _options(setting: Setting) -> onnxruntime.SessionOptions:
+    from loradeploy.runtime.graph import WEIGHTS_AT
+
     options = session_options(setting.variant)
-    return AdapterSession(bundle, setting.providers, session_options=options)
+    if setting.weights is not None:
+        options.add_session_config_entry(WEIGHTS_AT, os.fspath(setting.weights.resolve()))
+    return options
 
 
 def _load(session: Any, subjects: Sequence[Subject]) -> None:

@@ -106,9 +106,11 @@ class Control:
 class Step:
     """A module's output on both sides, on the way through the model.
 
-    `module`: its path in the PyTorch model. `layer`: the number of the block that it is in, None
-    outside of all. `node`, `op`: the graph's node that gives it. `error`: largest absolute
-    difference, of values that reach `scale`. `share`: error / scale.
+    `module`: its path in the PyTorch model; what it gives on to a module within it counts too.
+    `layer`: the number of the block that it is in, None outside of all. `node`, `op`: the graph's
+    node that gives it; of a backend in PyTorch, none and the module's class. `error`: largest
+    absolute difference at the position where it is worst, of values that reach `scale` there.
+    `share`: error / scale.
     """
 
     module: str
@@ -136,9 +138,10 @@ class Heatmap:
 class Localisation:
     """Where a backend parts from the reference, on one case.
 
-    `steps`: every module that both sides show, in the order of execution. `first`: the first that
-    diverges, None where none does. `before`: the last that agrees ahead of it. `offenders`: those
-    at which the error grows most, the worst first. `unmatched`: modules without a counterpart.
+    `steps`: the blocks, what is outside of them, and the modules inside the first block that
+    diverges, in the order of execution. `first`: the first that diverges, None where none does.
+    `before`: the last that agrees ahead of it. `offenders`: those at which the error grows most,
+    the worst first. `unmatched`: modules without a counterpart.
     """
 
     backend: str

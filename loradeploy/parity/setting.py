@@ -52,6 +52,7 @@ class Setting:
     `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
     `variant`, and that one's provider as the only one in `providers`. `phases`: None is all.
     `genai_python`: the interpreter that has onnxruntime-genai.
+    `weights`: where those of the bundle's graph are, if not beside it.
     """
 
     bundle: Path
@@ -65,6 +66,7 @@ class Setting:
     variant: Variant = DEFAULT
     phases: tuple[str, ...] | None = None
     genai_python: Path | None = None
+    weights: Path | None = None
 
     def at(self, variant: Variant) -> Setting:
         """The same for one of the variants."""

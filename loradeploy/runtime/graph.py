@@ -50,6 +50,8 @@ _ERRORS_ONLY: Final = 3
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _UNSET: Final = -1
+# Where a graph's weights are, if not beside it; onnxruntime heeds it for graphs in memory alone.
+WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _LISTED: Final = 3
 
 
@@ -61,7 +63,8 @@ def open_graph(
     """An inference session on the bundle's graph; on the CPU where `providers` is None.
 
     A provider that is installed and does not start (no device, no driver) is passed over with a
-    logged warning where the CPU's stands in `providers` too, and is an error otherwise.
+    logged warning where the CPU's stands in `providers` too, and is an error otherwise. `options`
+    may tell of another directory for the graph's weights, as `WEIGHTS_AT`.
 
     Raises:
         UsageError: a provider that is not installed or does not start.
@@ -90,9 +93,8 @@ def open_file(
         options.log_severity_level = _ERRORS_ONLY  # else a warning for every side input
     options.add_session_config_entry(_RECORD, "1")
     try:
-        session = onnxruntime.InferenceSession(
-            os.fspath(graph), options, providers=asked, enable_fallback=0
-        )
+        source = graph.read_bytes() if _weights_elsewhere(options) else os.fspath(graph)
+        session = onnxruntime.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
     started = session.get_providers()
@@ -173,6 +175,13 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
             f" {listed(problems, _LISTED)}. Export again."
         )
+
+
+def _weights_elsewhere(options: onnxruntime.SessionOptions) -> bool:
+    try:
+        return bool(options.get_session_config_entry(WEIGHTS_AT))
+    except RuntimeError:  # its way to say that there is no such entry
+        return False
 
 
 def _side_inputs(manifest: Manifest) -> list[TensorSpec]:

@@ -1,0 +1,64 @@
+"""Bundles with one thing wrong inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
+from loradeploy.export.rewire import constant_of, set_constant
+from loradeploy.files import write_json
+
+Change = Callable[[ir.Graph], None]
+
+
+def spoiled(bundle: Path, place: Path, change: Change) -> Path:
+    """A copy of `bundle` whose graph is changed, and whose manifest holds the graph for its own."""
+    shutil.copytree(bundle, place)
+    model = ir.load(place / GRAPH_NAME)
+    change(model.graph)
+    ir.save(model, place / GRAPH_NAME)
+    digest = file_digest(place / GRAPH_NAME)
+    manifest = dataclasses.replace(read_manifest(bundle), graph_digest=digest)
+    write_json(place / MANIFEST_NAME, manifest.to_json())
+    return place
+
+
+def weight(
+    name: str, *, columns: slice = slice(None), by: float = 1.5, plus: float = 0.0
+) -> Change:
+    """The initializer `name`, or some of its last axis, times `by` and `plus` that."""
+
+    def change(graph: ir.Graph) -> None:
+        value = graph.initializers[name]
+        numbers = constant_of(value).copy()
+        numbers[..., columns] = numbers[..., columns] * by + plus
+        set_constant(value, numbers)
+
+    return change
+
+
+def attribute(node: str, name: str, number: float) -> Change:
+    """The attribute `name` of the node that ends in `node`."""
+
+    def change(graph: ir.Graph) -> None:
+        (found,) = (each for each in graph if str(each.name).endswith(node))
+        found.attributes[name] = ir.AttrFloat32(name, number)
+
+    return change
+
+
+def operator(output: Callable[[ir.Node], bool], other: str) -> Change:
+    """Another operator in the place of the one node that `output` picks."""
+
+    def change(graph: ir.Graph) -> None:
+        (found,) = (each for each in graph if output(each))
+        found.op_type = other
+
+    return change

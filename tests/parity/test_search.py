@@ -1,0 +1,133 @@
+"""What counts as the first divergence, on values that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.parity import search as module
+from loradeploy.parity.search import Found, Place, Rounding, Sides, groups, measure, search
+from loradeploy.parity.torch_probe import Site
+
+UNIT = 2.0**-24
+LIMIT = 16.0
+TOKENS, WIDTH = 3, 4
+# Two blocks of a chain, and a head. Each takes what the one before gives.
+NAMES = ("embed", "layers.0.a", "layers.0.b", "layers.0", "layers.1.a", "layers.1", "head")
+
+
+def places(names: Sequence[str] = NAMES) -> list[Place]:
+    return [Place(Site((name,), (), (1, TOKENS, WIDTH)), name, f"n/{name}", "Op") for name in names]
+
+
+def chain(
+    excess: Sequence[float],
+    names: Sequence[str] = NAMES,
+    upstream: Sequence[int] | None = None,
+    asked: list[list[str]] | None = None,
+) -> Found:
+    """Search places whose errors are `excess` times what rounding does, which is `UNIT`."""
+    made = places(names)
+    ones = np.ones((1, TOKENS, WIDTH), np.float64)
+
+    def reference(numbers: Sequence[int]) -> list[Any]:
+        if asked is not None:
+            asked.append([names[n] for n in numbers])
+        return [ones] * len(numbers)
+
+    def disturbed(numbers: Sequence[int]) -> list[Any]:
+        return [ones + UNIT] * len(numbers)
+
+    def backend(numbers: Sequence[int]) -> list[Any]:
+        return [ones * (1 + excess[n] * UNIT) for n in numbers]
+
+    behind = [(1 << n) - 1 for n in range(len(names))] if upstream is None else upstream
+    rounding = Rounding(UNIT, LIMIT, seen=5.0)
+    sides = Sides(made, reference, disturbed, backend, rounding, behind)
+    return search(sides, tokens=TOKENS)
+
+
+def test_errors_within_the_limit_are_rounding() -> None:
+    found = chain([0, 1, 2, 3, 5, 8, LIMIT])
+    assert (found.first, found.offenders) == (None, ())
+    assert [step.module for step in found.steps] == ["embed", "layers.0", "layers.1", "head"]
+
+
+def test_the_leap_is_named_and_not_what_inherits_it() -> None:
+    found = chain([0, 1, 1, 1, 900, 950, 1000])
+    assert found.first is not None
+    assert found.before is not None
+    assert (found.first.module, found.first.layer) == ("layers.1.a", 1)
+    assert found.before.module == "layers.0"
+    assert found.offenders == (found.first,)
+
+
+def test_a_fault_outside_of_the_blocks_is_named() -> None:
+    assert getattr(chain([500] * 7).first, "module", None) == "embed"
+    assert getattr(chain([1, 1, 1, 1, 1, 1, 500]).first, "module", None) == "head"
+
+
+def test_an_error_that_grows_little_by_little_has_no_first() -> None:
+    found = chain([4, 8, 15, 16, 30, 60, 200])
+    assert found.first is None
+    assert found.largest == pytest.approx(200)
+    assert [step.module for step in found.offenders] == ["layers.1", "head"]
+
+
+def test_a_value_whose_error_is_gone_again_was_none_of_the_modules() -> None:
+    found = chain([1, 1, 1, 800, 1, 1, 1])
+    assert found.first is None
+    assert found.lost == ("layers.0",)
+    assert "layers.0" not in {step.module for step in found.steps}
+
+
+def test_parallel_modules_do_not_clear_each_other() -> None:
+    # q and k both take the embedding, the block takes both: an error in q is not k's to undo.
+    upstream = [0b0, 0b1, 0b1, 0b111, 0b1111]
+    names = ("embed", "layers.0.q", "layers.0.k", "layers.0", "head")
+    found = chain([0, 400, 1, 300, 300], names, upstream)
+    assert getattr(found.first, "module", None) == "layers.0.q"
+
+
+def test_only_the_block_that_diverges_is_looked_into() -> None:
+    asked: list[list[str]] = []
+    chain([0, 1, 1, 1, 900, 950, 1000], asked=asked)
+    assert asked == [["embed", "layers.0", "layers.1", "head"], ["layers.1.a"]]
+
+
+def test_no_more_values_are_held_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD", 2 * 4 * TOKENS * WIDTH)
+    asked: list[list[str]] = []
+    found = chain([0, 900, 950, 950, 950, 950, 950], asked=asked)
+    assert max(map(len, asked)) == 2
+    assert getattr(found.first, "module", None) == "layers.0.a"
+
+
+def test_a_value_that_is_no_number_diverges() -> None:
+    found = chain([0, 1, np.nan, np.nan, np.nan, np.nan, np.nan])
+    assert getattr(found.first, "module", None) == "layers.0.b"
+    assert found.heatmap is not None
+    assert np.isnan(found.heatmap.values[1]).all()
+
+
+def test_groups_hold_what_they_may_and_one_that_is_larger_by_itself() -> None:
+    sizes = enumerate([3, 3, 3, 20, 1, 1])
+    assert list(groups(sizes, 6)) == [[0, 1], [2], [3], [4, 5]]
+
+
+def test_an_error_is_measured_by_the_position_it_is_at() -> None:
+    expected = np.array([[[100.0, 1.0], [2.0, 1.0], [0.0, 0.0]]], np.float32)
+    actual = expected + np.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]], np.float32)
+    error, scale, share = measure(expected, actual, True)
+    assert error.tolist() == [1, 1, 0]
+    assert scale.tolist() == [100, 2, 100]
+    assert share.tolist() == [0.01, 0.5, 0]
+
+
+@pytest.mark.parametrize("precision", module.ROUNDINGS)
+def test_the_limits_leave_room_for_what_was_seen(precision: str) -> None:
+    rounding = module.ROUNDINGS[precision]
+    assert rounding.limit >= 2 * rounding.seen
