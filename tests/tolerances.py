@@ -34,6 +34,7 @@ TOLERANCES: Final = {
         2e-5, "one graph, but a batch and a single row take different matrix kernels"
     ),
     "export-fp16": Tolerance(1e-4, "1 − cosine of the logits: 11 bits of every number are kept"),
+    "export-bf16": Tolerance(1e-3, "1 − cosine of the logits: 8 bits of every weight are kept"),
     "export-int8": Tolerance(2e-3, "1 − cosine: weights and activations in 8 bits, blocks of 32"),
     "export-int4": Tolerance(0.15, "1 − cosine: 16 levels hold random weights badly; 0.06 is seen"),
 }

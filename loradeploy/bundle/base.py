@@ -57,13 +57,17 @@ class BundleBase:
         if target.transposed:
             shape = shape[::-1]
         file = inside(self._place, GRAPH_DATA_NAME)
+        short = stored.dtype == "bfloat16"  # the upper half of a float32; numpy has no such type
         try:
-            mapped = np.memmap(file, stored.dtype, "r", stored.offset, shape)
+            mapped = np.memmap(
+                file, np.uint16 if short else stored.dtype, "r", stored.offset, shape
+            )
         except (OSError, ValueError):
             raise BundleError(
                 f"{file} does not hold the weight of {target.module}: export again"
             ) from None
-        return (mapped if target.transposed else mapped.T).astype(np.float32, copy=False)
+        values = (mapped.astype(np.uint32) << 16).view(np.float32) if short else mapped
+        return (values if target.transposed else values.T).astype(np.float32, copy=False)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
         """See `BaseValues`; None where the base has none.

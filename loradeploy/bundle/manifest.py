@@ -346,7 +346,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_stored(target: LoraTarget, stored: StoredWeight) -> None:
-    sizes = {"float32": 4, "float16": 2}
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
     length = target.in_features * target.out_features * sizes.get(stored.dtype, 0)
     if stored.offset < 0 or not length or stored.length != length:
         raise BundleError(

@@ -9,7 +9,7 @@ import click
 from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
-from loradeploy.export.precision import NAMED
+from loradeploy.export.precision import PRECISIONS
 from loradeploy.files import plain
 
 
@@ -30,7 +30,7 @@ from loradeploy.files import plain
 @click.option("--merge", is_flag=True, help="Fold the one adapter in; no side inputs.")
 @click.option(
     "--precision",
-    type=click.Choice(NAMED),
+    type=click.Choice(PRECISIONS),
     help="Of the base's weights [default: fp32, or what an ONNX model has].",
 )
 @click.option(

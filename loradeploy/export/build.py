@@ -6,8 +6,10 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
+from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.digest import base_digest
 from loradeploy.bundle.factors import side_inputs
 from loradeploy.bundle.labels import LABELLED, with_all_labels
@@ -38,6 +40,7 @@ from loradeploy.export.adapters import (
     label_count,
     label_names,
 )
+from loradeploy.export.bfloat import compute_as_float32, store_as_bfloat16, to_bfloat16
 from loradeploy.export.branches import add_branches, remove_branches
 from loradeploy.export.find import (
     Findings,
@@ -67,12 +70,12 @@ from loradeploy.export.graph import (
 )
 from loradeploy.export.held import HeldBase
 from loradeploy.export.layout import has_rows, lay_in_rows
-from loradeploy.export.loss import warn_of
+from loradeploy.export.loss import Round, warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.parts import Part, find_parts
-from loradeploy.export.precision import DEFAULT_PRECISION, PACKED_BITS, precision_of
-from loradeploy.export.quantise import quantise
+from loradeploy.export.precision import BFLOAT16, DEFAULT_PRECISION, PACKED_BITS, precision_of
+from loradeploy.export.quantise import quantise, rounded
 from loradeploy.export.side_inputs import (
     Arrays,
     SideInputs,
@@ -158,6 +161,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest = _merged(base, findings, options)
     else:
         manifest, added, arrays = _with_side_inputs(base, findings, options)
+    if base.precision == BFLOAT16:
+        store_as_bfloat16(base.graph.graph)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None and base.before is not None:
         labelled = (saved for saved in base.before.saved if LABELLED.fullmatch(saved.parameter))
@@ -239,6 +244,8 @@ def _from_graph(source: Source, options: Options) -> Base:
         )
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
+    held = precision_of(graph) if source.manifest is None else source.manifest.precision
+    compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:
         if source.manifest.branches:
@@ -247,7 +254,6 @@ def _from_graph(source: Source, options: Options) -> Base:
         identity, task = source.manifest.base, source.manifest.task
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
         replaced = _modules(parameters)
-        held = source.manifest.precision
     else:
         refuse_side_inputs(graph)
         close_inputs(graph)
@@ -256,7 +262,6 @@ def _from_graph(source: Source, options: Options) -> Base:
         identity = _identity(source, graph, options.evidence.checkpoint)
         task = _task_of(source, graph, options.task)
         parameters = replaced = frozenset()
-        held = precision_of(graph)
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
     precision = options.precision or held
@@ -357,7 +362,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
         findings.linears,
         adapter,
         weights=base.weights,
-        packing=None if base.packed else PACKED_BITS.get(base.precision),
+        rounding=_rounding(base),
         requantise=options.requantise,
     )
     warn_of(report.loss, base.precision)
@@ -370,6 +375,14 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
         merge_loss=report.loss,
     )
     return _packed(base, manifest)
+
+
+def _rounding(base: Base) -> dict[str, Round]:
+    """What becomes of merged weights once they are stored, by kind of layer."""
+    if base.precision == BFLOAT16:
+        return dict.fromkeys(get_args(Kind), to_bfloat16)
+    bits = PACKED_BITS.get(base.precision)
+    return {} if bits is None or base.packed else {"linear": partial(rounded, bits=bits)}
 
 
 def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_READABLE: Final = ("float32", "float16")
+_READABLE: Final = ("float32", "float16", "bfloat16")
 
 
 class HeldBase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
 from loradeploy.export.find import Linear
-from loradeploy.export.loss import Tally
+from loradeploy.export.loss import Round, Tally
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.places import Layers, cast
 from loradeploy.export.products import PACKED, products
-from loradeploy.export.quantise import pack_again, rounded
+from loradeploy.export.quantise import pack_again
 from loradeploy.export.rewire import constant_of, remove_unused
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def merge_adapter(
     adapter: Adapter,
     *,
     weights: Mapping[str, NDArray[Any]] | None = None,
-    packing: int | None = None,
+    rounding: Mapping[str, Round] = MappingProxyType({}),
     requantise: bool = False,
 ) -> MergeReport:
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
@@ -61,9 +61,9 @@ def merge_adapter(
     biases) is put in its place, a bias that the graph lacks is added. `weights` gives modules'
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
-    first: the other user keeps its own. `packing` is the bits that the weights are to be packed to
-    afterwards, for the loss. With `requantise` weights that are packed already are unpacked, merged
-    and packed again.
+    first: the other user keeps its own. `rounding` tells, for the loss, what the weights of a kind
+    of layer become afterwards: linear, embedding, conv2d. With `requantise` weights that are packed
+    already are unpacked, merged and packed again.
 
     Raises:
         AdapterError: the factors are for a base that an initialisation changed, or a convolution of
@@ -86,7 +86,7 @@ def merge_adapter(
         before, W, turned = _merged(layer, pair, s, start)
         held = constant_of(layer.weight).dtype
         merged = cast(W, held, module)
-        _count(tally, layer, before, W.T if turned else as_matrix(W, pair), held, packing)
+        _count(tally, layer, before, W.T if turned else as_matrix(W, pair), held, rounding)
         if layers.replace_weight(layer, merged):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
@@ -159,16 +159,14 @@ def _count(
     before: NDArray[np.float32],
     after: NDArray[np.float32],
     held: np.dtype[Any],
-    packing: int | None,
+    rounding: Mapping[str, Round],
 ) -> None:
-    """The loss of one weight, [out, in] before and after; parts are never packed."""
+    """The loss of one weight, [out, in] before and after."""
     if isinstance(layer, Linear) and layer.slice is not None:
         own = slice(*layer.slice)
         before, after = before[own], after[own]
-    bits = packing if isinstance(layer, Linear) else None
-    tally.add(
-        before, after, (lambda W: W.astype(held)) if bits is None else partial(rounded, bits=bits)
-    )
+    kind = "linear" if isinstance(layer, Linear) else layer.kind
+    tally.add(before, after, rounding.get(kind, lambda W: W.astype(held)))
 
 
 def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:

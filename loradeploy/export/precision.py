@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.errors import ExportError, UsageError
+from loradeploy.errors import UsageError
 from loradeploy.export.products import products
 
 if TYPE_CHECKING:
@@ -13,19 +13,14 @@ if TYPE_CHECKING:
 
 DEFAULT_PRECISION: Final = "fp32"
 
-# The bits of weights that are packed after surgery or merge; the others are traced as they are.
+# The bits of weights that are packed after surgery or merge.
 PACKED_BITS: Final[Mapping[str, int]] = {"int8": 8, "int4": 4}
-PRECISIONS: Final = ("fp32", "fp16", *PACKED_BITS)
-_REFUSED: Final[Mapping[str, str]] = {
-    "bf16": "onnxruntime's CPU provider cannot multiply bfloat16 matrices: take fp16 or fp32",
-}
-NAMED: Final = (*PRECISIONS, *_REFUSED)  # what may be asked for, if only to be told why not
+BFLOAT16: Final = "bf16"  # how weights are held after surgery or merge; they compute in fp32
+PRECISIONS: Final = ("fp32", "fp16", BFLOAT16, *PACKED_BITS)
 
 
 def check_precision(precision: str) -> None:
-    """Raise UsageError for an unknown precision, ExportError for one that cannot work."""
-    if precision in _REFUSED:
-        raise ExportError(f"--precision {precision}: {_REFUSED[precision]}")
+    """Raise UsageError for an unknown precision."""
     if precision not in PRECISIONS:
         raise UsageError(f"the precision {precision!r} is none of {', '.join(PRECISIONS)}")
 
@@ -46,7 +41,7 @@ def precision_of(model: ir.Model) -> str:
         for value in model.graph.initializers.values()
         if value.shape is not None and len(value.shape) == 2 and value.dtype is not None
     }
-    for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, "bf16")):
+    for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, BFLOAT16)):
         if kind in kinds:
             return name
     if any(product.quantised for product in products(model.graph)):

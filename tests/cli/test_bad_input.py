@@ -117,7 +117,7 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
         (["parity", "{bundle}", "--report", "{tmp}/report.pdf"], ".pdf"),
         (["parity", "{bundle}", "--backends", "guess"], "guess"),
         (["parity", "{bundle}", "--model", "{model}", "--adapter", "{tmp}/no"], "does not exist"),
-        (["export", "--model", "{model}", "--output", "{tmp}/o", "--precision", "bf16"], "bf16"),
+        (["export", "--model", "{model}", "--output", "{tmp}/o", "--precision", "fp8"], "fp8"),
         (["inspect", "{bundle}/config.json"], "is no adapter"),
         (
             ["convert", "{tmp}/no", "--bundle", "{tmp}", "--output", "b.onnx_adapter"],

@@ -103,7 +103,6 @@ def test_a_bundle_is_replaced_only_where_that_is_allowed(
     [
         ({"task": "poetry"}, "the task 'poetry' is unknown"),
         ({"precision": "fp7"}, "the precision 'fp7' is none of"),
-        ({"precision": "bf16"}, "cannot multiply bfloat16"),
     ],
 )
 def test_unknown_options_are_refused_by_name(

@@ -43,7 +43,8 @@ def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> Non
 
 
 @pytest.mark.parametrize(
-    ("precision", "most_noise"), [("fp32", 1e-4), ("fp16", 0.02), ("int8", 1.0), ("int4", 10.0)]
+    ("precision", "most_noise"),
+    [("fp32", 1e-4), ("fp16", 0.02), ("bf16", 0.2), ("int8", 1.0), ("int4", 10.0)],
 )
 def test_every_precision_tells_its_loss(
     precision: str, most_noise: float, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
