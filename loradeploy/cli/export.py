@@ -8,6 +8,7 @@ import click
 
 from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
+from loradeploy.export.fixed import parse_sizes
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import PRECISIONS
 from loradeploy.files import plain
@@ -77,6 +78,11 @@ from loradeploy.files import plain
     type=click.Path(),
     help="JSON file that tells the modules of an ONNX model's nodes.",
 )
+@click.option(
+    "--fixed",
+    metavar="NAME=SIZE[,…]",
+    help="Dimensions (batch, sequence, past, total) as numbers, for providers that want them so.",
+)
 @json_option
 def command(
     model: str,
@@ -92,6 +98,7 @@ def command(
     requantise: bool,
     checkpoint: str | None,
     module_map: str | None,
+    fixed: str | None,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -120,6 +127,7 @@ def command(
             requantise=requantise,
             checkpoint=checkpoint,
             module_map=module_map,
+            fixed=None if fixed is None else parse_sizes(fixed),
         )
     values = {
         "bundle": output,

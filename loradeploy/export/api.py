@@ -30,6 +30,7 @@ def export(
     requantise: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     module_map: str | os.PathLike[str] | None = None,
+    fixed: Mapping[str, int] | None = None,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -39,7 +40,8 @@ def export(
         output: the bundle's directory; one that is there is replaced once the new one is whole.
         adapters: by name, or a list of "[NAME=]DIR"; PEFT directories.
         merge: fold the one adapter into the weights instead of giving the graph side inputs.
-        precision: fp32 (a checkpoint's default), fp16, int8 or int4; an ONNX file keeps its own.
+        precision: fp32 (a checkpoint's default), fp16, bf16 (held so, computed with as fp32), int8
+            or int4; an ONNX file keeps its own.
         task: causal-lm, sequence-classification or feature-extraction, where it is not to be told
             from the adapters or the model's architecture.
         side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
@@ -57,6 +59,8 @@ def export(
             modules the graph's products are, whatever they are called, and name the base.
         module_map: a JSON file that tells it, {"node name": "module"}; names are regular
             expressions, and a packed weight has a list of [module, outputs].
+        fixed: sizes of dimensions by name (batch, sequence, past, total), for providers that
+            compile a graph for its shapes.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -124,6 +128,7 @@ def export(
         required=required_inputs,
         requantise=requantise,
         evidence=evidence,
+        fixed=fixed or {},
     )
     manifest, content = build(source, options)
     logger.info("writing %s", target)

@@ -50,6 +50,7 @@ from loradeploy.export.find import (
     output_head,
     refuse_side_inputs,
 )
+from loradeploy.export.fixed import fix_dimensions
 from loradeploy.export.foreign import (
     Evidence,
     assets_of,
@@ -113,6 +114,7 @@ class Options:
     required: bool = False
     requantise: bool = False
     evidence: Evidence = field(default_factory=Evidence)
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +165,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest, added, arrays = _with_side_inputs(base, findings, options)
     if base.precision == BFLOAT16:
         store_as_bfloat16(base.graph.graph)
+    if options.fixed:
+        fix_dimensions(base.graph.graph, options.fixed)
+        inputs, given = required_inputs(base.graph), outputs(base.graph)
+        manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None and base.before is not None:
         labelled = (saved for saved in base.before.saved if LABELLED.fullmatch(saved.parameter))

@@ -48,13 +48,16 @@ _SEARCH: Final[Mapping[str, Any]] = {
 def genai_config(
     manifest: Manifest, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The config for the graph of `manifest`; None where its layers' caches differ in layout.
+    """The config for the graph of `manifest`; None where no generator of theirs could run it.
 
-    `config` and `generation` are the objects of config.json and generation_config.json. The cache's
-    layout is read off the graph.
+    The layers' caches may not differ in layout, nor be of a fixed size. `config` and `generation`
+    are the objects of config.json and generation_config.json. The cache's layout is read off the
+    graph.
     """
     keys = [spec for spec in manifest.inputs if spec.name.endswith(".key")]
     if not keys or any(spec.shape != keys[0].shape for spec in keys):
+        return None
+    if isinstance(keys[0].shape[0], int) or isinstance(keys[0].shape[2], int):
         return None
     _, heads, _, head_size = keys[0].shape
     names = {spec.name for spec in manifest.inputs}

@@ -70,7 +70,7 @@ class TextGenerator:
     """Generates text with a session on a decoder bundle.
 
     Raises:
-        UsageError: the bundle is no causal language model.
+        UsageError: the bundle is no causal language model, or its shapes are fixed.
         BundleError: the bundle holds no tokenizer.
     """
 
@@ -78,6 +78,12 @@ class TextGenerator:
         manifest = session.manifest
         if manifest.task != CAUSAL_LM:
             raise UsageError(f"{session.path} is a {manifest.task} bundle: it generates no text")
+        sizes = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS)
+        if any(isinstance(size, int) for size in sizes):
+            raise UsageError(
+                f"{session.path} was exported with --fixed: run it with AdapterSession.run, or"
+                " export it without"
+            )
         self.session = session
         self.tokenizer = Tokenizer(session.path)
         self._inputs = {spec.name: spec for spec in manifest.inputs}

@@ -1,0 +1,99 @@
+"""Dimensions of the inputs and outputs as numbers, for providers that compile a graph for them.
+
+    batch, sequence, past, …   →   the numbers that are given; total is past + sequence
+
+Nodes stay as they are, and the sizes of side inputs open: a merged graph is fixed throughout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
+_PAIR: Final = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes in "NAME=SIZE,NAME=SIZE…".
+
+    Raises:
+        UsageError: it is not of this form, or names a dimension twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        pair = _PAIR.fullmatch(part)
+        if pair is None or pair[1] in sizes:
+            raise UsageError(f"--fixed {text}: give each dimension once, as batch=1,sequence=128")
+        sizes[pair[1]] = int(pair[2])
+    return sizes
+
+
+def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
+    """Put `sizes` in place of the symbols that the inputs and outputs have for their dimensions.
+
+    Raises:
+        UsageError: no input has a dimension of that name, or the sizes contradict each other.
+    """
+    import onnx_ir as ir
+
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    known = {str(dim.value): None for value in inputs for dim in _symbols(value)}
+    sizes = _complete(sizes, known)
+    for name, size in sizes.items():
+        if name not in known:
+            has = ", ".join(known) or "no open dimension"
+            raise UsageError(f"--fixed: the graph has no dimension {name!r}, it has {has}")
+        if size < (name != _PAST):
+            raise UsageError(f"--fixed: {name} is {size}: give 1 or more")
+    for value in _values(graph):
+        if any(str(dim.value) in sizes for dim in _symbols(value)):
+            assert value.shape is not None
+            value.shape = ir.Shape(
+                [
+                    dim if isinstance(dim, int) else sizes.get(str(dim.value), dim)
+                    for dim in value.shape
+                ]
+            )
+
+
+def _complete(sizes: Mapping[str, int], known: Mapping[str, None]) -> dict[str, int]:
+    """`sizes` with the third of past, sequence and total where two are given."""
+    result = dict(sizes)
+    if not {_PAST, _SEQUENCE, _TOTAL} <= known.keys():
+        return result
+    past, sequence, total = (sizes.get(name) for name in (_PAST, _SEQUENCE, _TOTAL))
+    if past is not None and sequence is not None:
+        result.setdefault(_TOTAL, past + sequence)
+    elif sequence is not None and total is not None:
+        result[_PAST] = total - sequence
+    elif past is not None and total is not None:
+        result[_SEQUENCE] = total - past
+    if len(result.keys() & {_PAST, _SEQUENCE, _TOTAL}) == 3 and (
+        result[_PAST] + result[_SEQUENCE] != result[_TOTAL] or result[_PAST] < 0
+    ):
+        raise UsageError(
+            f"--fixed: {result[_PAST]} past and {result[_SEQUENCE]} new positions are not"
+            f" {result[_TOTAL]} in total"
+        )
+    return result
+
+
+def _symbols(value: ir.Value) -> Iterator[ir.SymbolicDim]:
+    for dimension in value.shape or ():
+        if not isinstance(dimension, int) and dimension.value is not None:
+            yield dimension
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    import onnx_ir as ir
+
+    yield from graph.inputs
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs
