@@ -9,6 +9,7 @@ import click
 from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
 from loradeploy.export.fixed import parse_sizes
+from loradeploy.export.gqa import ATTENTIONS
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
 from loradeploy.export.precision import PRECISIONS
 from loradeploy.files import plain
@@ -83,6 +84,12 @@ from loradeploy.files import plain
     metavar="NAME=SIZE[,…]",
     help="Dimensions (batch, sequence, past, total) as numbers, for providers that want them so.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    help="Of a decoder: ONNX's own, or GroupQueryAttention, whose cache can be written in place"
+    " [default: standard].",
+)
 @json_option
 def command(
     model: str,
@@ -99,6 +106,7 @@ def command(
     checkpoint: str | None,
     module_map: str | None,
     fixed: str | None,
+    attention: str | None,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -128,6 +136,7 @@ def command(
             checkpoint=checkpoint,
             module_map=module_map,
             fixed=None if fixed is None else parse_sizes(fixed),
+            attention=attention,
         )
     values = {
         "bundle": output,

@@ -31,6 +31,7 @@ def export(
     checkpoint: str | os.PathLike[str] | None = None,
     module_map: str | os.PathLike[str] | None = None,
     fixed: Mapping[str, int] | None = None,
+    attention: str | None = None,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -61,6 +62,9 @@ def export(
             expressions, and a packed weight has a list of [module, outputs].
         fixed: sizes of dimensions by name (batch, sequence, past, total), for providers that
             compile a graph for its shapes.
+        attention: "gqa" for onnxruntime's GroupQueryAttention, whose cache may be one buffer that
+            is written in place; batches are padded on the right then. None and "standard" are
+            ONNX's own.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -76,6 +80,7 @@ def export(
     from loradeploy.export.adapters import read_adapters
     from loradeploy.export.build import Options, build
     from loradeploy.export.foreign import Evidence
+    from loradeploy.export.gqa import ATTENTIONS
     from loradeploy.export.kinds import check_kinds
     from loradeploy.export.precision import check_precision
     from loradeploy.export.source import resolve
@@ -100,6 +105,8 @@ def export(
         raise UsageError(
             f"{flag} and --merge do not go together: a merged graph has no side inputs"
         )
+    if attention is not None and attention not in ATTENTIONS:
+        raise UsageError(f"no attention is called {attention!r}: there are {', '.join(ATTENTIONS)}")
     if requantise and not merge:
         raise UsageError("--requantise is for --merge: side inputs leave packed weights alone")
     if merge and required_inputs:
@@ -129,6 +136,7 @@ def export(
         requantise=requantise,
         evidence=evidence,
         fixed=fixed or {},
+        grouped=attention == "gqa",
     )
     manifest, content = build(source, options)
     logger.info("writing %s", target)

@@ -60,6 +60,7 @@ from loradeploy.export.foreign import (
     settings_beside,
 )
 from loradeploy.export.fuse import fuse_products
+from loradeploy.export.gqa import group_queries
 from loradeploy.export.graph import (
     close_inputs,
     complete_shapes,
@@ -115,6 +116,7 @@ class Options:
     requantise: bool = False
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
+    grouped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +152,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     base = (
         _from_checkpoint(source, options) if source.graph is None else _from_graph(source, options)
     )
+    if options.grouped:
+        if base.task != CAUSAL_LM:
+            raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
+        group_queries(base.graph)
+        base = dataclasses.replace(base, padding=padding_of(base.graph))
     findings = (
         find_linears(base.graph)
         if source.graph is None

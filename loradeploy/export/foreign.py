@@ -17,6 +17,7 @@ from loradeploy.bundle.names import LEFT, RIGHT
 from loradeploy.errors import ExportError, ModelError
 from loradeploy.export.find import Findings, find_linears, note_modules
 from loradeploy.export.genai import GENAI_CONFIG_NAME
+from loradeploy.export.gqa import OPERATOR
 from loradeploy.export.identity import CheckpointWeights
 from loradeploy.export.mapping import ModuleMap
 from loradeploy.export.naming import Namer, by_graph, first_of, keeping_whole
@@ -119,7 +120,7 @@ def padding_of(model: ir.Model) -> str:
 
     GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k).
     """
-    counted = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    counted = any(node.op_type == OPERATOR for node in model.graph)
     return RIGHT if counted else LEFT
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import loradeploy as ld
 from loradeploy.export.api import export
 from loradeploy.export.bfloat import compute_as_float32, store_as_bfloat16, to_bfloat16
 from loradeploy.export.find import find_linears
@@ -148,3 +149,10 @@ def test_a_graph_of_bfloat16_is_read_without_its_manifest(
     (merged / "loradeploy.json").unlink()
     assert export(merged, tmp_path / "b").precision == "bf16"
     np.testing.assert_array_equal(logits(AdapterSession(tmp_path / "b"), IDS), expected)
+
+
+def test_parity_holds(published: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(published, r=4, seed=1, scale=0.1)
+    export(published, tmp_path / "b", precision="bf16", adapters={"a": adapter})
+    report = ld.parity(tmp_path / "b", model=published, prompts=["The capital of", "Hi"], tokens=2)
+    assert report.passed, report.failures
