@@ -11,6 +11,7 @@ from loradeploy.bundle.names import (
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
+    RIGHT,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ _SEARCH: Final[Mapping[str, Any]] = {
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
     "num_return_sequences": 1,
-    "past_present_share_buffer": False,
     "repetition_penalty": 1.0,
     "temperature": 1.0,
     "top_k": 50,
@@ -66,6 +66,8 @@ def genai_config(
     end = merged.get("eos_token_id")
     first_end = end[0] if isinstance(end, list) and end else end
     length = _context_length(config)
+    # GroupQueryAttention can write into its cache; it is what wants padding on the right.
+    search = {**_SEARCH, "past_present_share_buffer": manifest.padding == RIGHT}
     model_type = str(config.get("model_type", "decoder"))
     return {
         "model": {
@@ -98,7 +100,7 @@ def genai_config(
             "vocab_size": _vocabulary(manifest.outputs, config),
         },
         "search": {
-            **{name: _first(merged.get(name), value) for name, value in _SEARCH.items()},
+            **{name: _first(merged.get(name), value) for name, value in search.items()},
             "max_length": length,
         },
     }

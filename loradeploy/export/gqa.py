@@ -215,7 +215,12 @@ def _unsplit(value: ir.Value) -> ir.Value | None:
 
 def _merged_heads(node: ir.Node) -> ir.Value:
     """What becomes of the attention's heads: [batch, sequence, heads · size]."""
-    transpose = _only_user(node.outputs[0])
+    value = node.outputs[0]
+    transpose = _only_user(value)
+    if transpose is not None and transpose.op_type == "Reshape":
+        same = transpose.outputs[0]  # some exporters say the shape that is there already
+        if value.shape is not None and same.shape == value.shape:
+            transpose = _only_user(same)
     if transpose is not None and _turns_heads(transpose):
         reshape = _only_user(transpose.outputs[0])
         if reshape is not None and reshape.op_type == "Reshape":

@@ -19,14 +19,30 @@ COUNT = 12
 
 
 @pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .venv-genai")
-@pytest.mark.parametrize("layout", ["slots", "rows"])
-@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "branches", "attention"),
+    [
+        ("slots", False, "standard"),
+        ("slots", True, "standard"),
+        ("rows", False, "standard"),
+        ("rows", True, "standard"),
+        ("rows", False, "gqa"),  # and one buffer for the cache
+    ],
+)
 def test_genai_generates_what_the_runtime_generates(
-    layout: str, branches: bool, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+    layout: str,
+    branches: bool,
+    attention: str,
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
 ) -> None:
     base = tiny_llama
     adapter = make_adapter(base, r=4, seed=5, scale=0.3, rank_pattern={"q_proj": 2})
-    export(base, tmp_path / "bundle", adapters={"mine": adapter}, layout=layout, branches=branches)
+    form = {"layout": layout, "branches": branches, "attention": attention}
+    export(base, tmp_path / "bundle", adapters={"mine": adapter}, **form)  # type: ignore[arg-type]
+    config = json.loads((tmp_path / "bundle" / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is (attention == "gqa")
     native = tmp_path / "bundle" / "adapters" / "mine.onnx_adapter"
     client = Path(__file__).with_name("genai_client.py")
     done = subprocess.run(
