@@ -105,7 +105,12 @@ def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
         data = inside(file.parent, str(tensor.location))
     except BundleError as problem:
         raise ModelError(f"{file}: the external data of {tensor.name}: {problem}") from None
-    end = (tensor.offset or 0) + (tensor.length or 0)
+    if tensor.length not in (None, tensor.nbytes):
+        raise ModelError(
+            f"{file}: the external data of {tensor.name} is told to be {tensor.length} bytes long,"
+            f" its shape takes {tensor.nbytes}"
+        )
+    end = (tensor.offset or 0) + tensor.nbytes
     if not data.is_file() or data.stat().st_size < end:
         raise ModelError(
             f"{file}: the external data of {tensor.name} is not in {data.name}, which is"

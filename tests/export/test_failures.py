@@ -185,6 +185,41 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
         export(tmp_path / "m" / "m.onnx", tmp_path / "b", task="feature-extraction")
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"offset": -8}, "is no readable ONNX model"),
+        ({"offset": "x"}, "is no readable ONNX model"),
+        ({"offset": 8}, "is not in w.bin, which is too short"),
+        ({"offset": 1 << 70}, "is not in w.bin, which is too short"),
+        ({"length": -1}, "is no readable ONNX model"),
+        ({"length": 40}, "is told to be 40 bytes long, its shape takes 96"),
+        ({"location": "none.bin"}, "is not in none.bin, which is missing"),
+        ({"location": "link.bin"}, "'link.bin' leads out of"),
+    ],
+    ids=str,
+)
+def test_external_data_at_a_bad_place_is_refused(
+    told: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    import onnx
+
+    place = tmp_path / "m"
+    place.mkdir()
+    (place / "w.bin").write_bytes(bytes(96))
+    (tmp_path / "out.bin").write_bytes(bytes(96))
+    (place / "link.bin").symlink_to(tmp_path / "out.bin")
+    model = ir.to_proto(linear())
+    (weight,) = model.graph.initializer
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "w.bin", "offset": 0, "length": 96, **told}.items():
+        weight.external_data.add(key=key, value=str(value))
+    onnx.save(model, place / "m.onnx")
+    with pytest.raises(ModelError, match=message):
+        export(place / "m.onnx", tmp_path / "b", task="feature-extraction")
+
+
 def test_external_data_that_is_too_short_is_refused(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
