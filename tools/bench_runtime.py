@@ -237,7 +237,7 @@ def prepare() -> dict[str, Any]:
     adapters = [place / f"adapter-{number}" for number in range(ADAPTERS)]
     if not adapters[-1].exists():
         console.print("making eight random adapters")
-        _random_adapters(model, adapters)
+        random_adapters(model, adapters)
     bundles: dict[str, str] = {}
     for form, options in FORMS.items():
         begin = time.perf_counter()
@@ -266,7 +266,7 @@ def _built(model: Path, adapter: Path, place: Path) -> dict[str, str]:
     return {"genai_built": str(built), "genai_lora": str(lora), "built": str(place / "built")}
 
 
-def _random_adapters(model: Path, places: Sequence[Path]) -> None:
+def random_adapters(model: Path, places: Sequence[Path]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -19,7 +19,7 @@ from loradeploy.adapter.targets import is_saved
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import Control
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import prompt_rows
+from loradeploy.parity.torch_side import rows_of
 from loradeploy.parity.verdict import failure, judge
 from loradeploy.parity.walk import has_logits
 
@@ -135,7 +135,7 @@ def run_controls(
             wrong = mistake.make(subject.adapter)
             if wrong is not None:
                 with adapted(model, wrong):
-                    rows = prompt_rows(setting, model, subject.name)
+                    rows = rows_of(setting, model, subject.name, 0)
                 found.append(_judge(mistake, subject.name, rows, setting, reference))
         neighbour = reference.rows[before]
         found.append(_judge(OFF_BY_ONE, subject.name, neighbour, setting, reference))

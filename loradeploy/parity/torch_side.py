@@ -186,7 +186,7 @@ def make_reference(setting: Setting, base: Base) -> Reference:
     limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
-        rows[name] = _rows(setting, base.model, name, generated)
+        rows[name] = rows_of(setting, base.model, name, generated)
         limits[name] = _limits(setting, base, rows[name], notes)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
@@ -241,11 +241,6 @@ def _limits(
         )
         return assumed(manifest.precision, scale=scale)
     return calibrated(manifest.precision, gap, scale=scale)
-
-
-def prompt_rows(setting: Setting, model: torch.nn.Module, subject: str) -> tuple[Row, ...]:
-    """The rows of whatever adapter is in `model`, over the prompts alone."""
-    return _rows(setting, model, subject, 0)
 
 
 def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
@@ -305,9 +300,10 @@ def _place_for_peft(subject: Subject) -> Iterator[Path]:
         yield Path(scratch) / subject.name
 
 
-def _rows(
+def rows_of(
     setting: Setting, model: torch.nn.Module, subject: str | None, count: int
 ) -> tuple[Row, ...]:
+    """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
     cases = setting.cases
     backend = TorchModel(model, setting.manifest)
     forced: list[tuple[int, ...]] = []
