@@ -54,15 +54,17 @@ class ScoreLimit:
     reason: str
 
 
-# MLPerf Inference asks for 99.9 % or 99 % of the float32 accuracy. Perplexity by bits was measured
-# by llama.cpp on Llama models of 7B and 70B (8 bits: +0.007 %, 4 bits: +3.7 %); small models lose
-# more.
+# Of accuracy MLPerf Inference asks for 99.9 % or 99 % of float32's. What rounding costs in
+# perplexity depends on the model's size: of Llama's 7 billion weights llama.cpp tells +0.01 % for 8
+# bits and +3.7 % for 4; of SmolLM2's 135 million +0.4 % and +24 % were measured here.
 SCORE_LIMITS: Final[Mapping[str, ScoreLimit]] = {
     "fp32": ScoreLimit(0.001, 0.001, "logits within 2e-4 change a perplexity by 0.04 % at most"),
     "fp16": ScoreLimit(0.001, 0.005, "99.9 % of the accuracy; rounding that averages out"),
     "bf16": ScoreLimit(0.01, 0.01, "99 % of the accuracy; an eighth of float16's precision"),
-    "int8": ScoreLimit(0.01, 0.01, "99 % of the accuracy; 8 bits are next to nothing lost"),
-    "int4": ScoreLimit(0.01, 0.1, "99 % of the accuracy; 4 bits cost a small model some per cent"),
+    "int8": ScoreLimit(0.01, 0.01, "99 % of the accuracy; twice what 8 bits cost a small model"),
+    "int4": ScoreLimit(
+        0.01, 0.3, "99 % of the accuracy; what 16 levels cost a small model, and room"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.parity.backends import Backend, open_backend
 from loradeploy.parity.check import mixed_rows, one_line
 from loradeploy.parity.metrics import Comparison
@@ -29,6 +29,7 @@ from loradeploy.parity.walk import (
     PADDED_BATCH,
     PERMUTED,
     REPEAT,
+    WHOLE_ROW,
     Model,
     Row,
     has_logits,
@@ -272,7 +273,7 @@ class _Trial:
         ids = np.array([tokens], np.int64)
         reference = TorchModel(self.torch_model, manifest)
         values, _ = reference.forward(ids, np.ones_like(ids), None, [subject])
-        if manifest.task != SEQUENCE_CLASSIFICATION:
+        if manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
         if not steps:
             return Row(0, subject, tokens, (), values)

@@ -231,14 +231,8 @@ def test_a_graph_that_gives_the_same_twice_is_told_to(
 def test_a_reference_that_is_nondeterministic_is_the_one_failure(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = job.load_base
-
-    def with_dropout(setting: Any) -> Any:
-        base = right(setting)
-        base.model.train()
-        return base
-
-    monkeypatch.setattr(job, "load_base", with_dropout)
+    right = job.load_model
+    monkeypatch.setattr(job, "load_model", lambda setting: right(setting).train())  # dropout is on
     report = ld.parity(
         tiny_gpt2_bundle, model=tiny_gpt2, prompts=PROMPTS, tokens=2, certificate=False
     )

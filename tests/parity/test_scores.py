@@ -195,9 +195,10 @@ def test_adapters_have_data_of_their_own(
     assert {score.adapter: score.examples for score in report.scores} == {"it": 30, "other": 12}
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("precision", "merge"), [("int8", False), ("int4", False), ("int8", True)])
 def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
     precision: str,
+    merge: bool,
     tiny_llama: Path,
     bundles: dict[str, Path],
     speaker: Path,
@@ -205,12 +206,15 @@ def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
     tmp_path: Path,
     parity: Parity,
 ) -> None:
-    given = {"model": tiny_llama, "evaluate": lessons, "backends": ["onnx-side-inputs"]}
-    ld.export(tiny_llama, tmp_path / "packed", adapters={"it": speaker}, precision=precision)
-    packed = scores(parity(tmp_path / "packed", **given))["onnx-side-inputs", "it"]
-    whole = scores(parity(bundles["perplexity"], **given))["onnx-side-inputs", "it"]
-    assert packed.reference == whole.reference
-    assert abs(packed.difference) > 10 * abs(whole.difference), "nothing was rounded"
+    given = {"model": tiny_llama, "evaluate": lessons, "adapters": {"it": speaker}}
+    path = "onnx-merged" if merge else "onnx-side-inputs"
+    place = tmp_path / "packed"
+    ld.export(tiny_llama, place, adapters={"it": speaker}, precision=precision, merge=merge)
+    packed = scores(parity(place, backends=[path], **given))[path, "it"]
+    whole = scores(parity(bundles["perplexity"], backends=["onnx-side-inputs"], **given))
+    fp32 = whole["onnx-side-inputs", "it"]
+    assert packed.reference == fp32.reference
+    assert abs(packed.difference) > 10 * abs(fp32.difference), "nothing was rounded"
     assert packed.low < packed.difference < packed.high
     assert packed.limit == pytest.approx(SCORE_LIMITS[precision].perplexity * packed.reference)
 

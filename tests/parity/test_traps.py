@@ -29,7 +29,9 @@ from tests.runtime.feeds import logits, random_ids
 from tests.tolerances import tolerance
 
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
-ALL = {"prefill", "padded batch", "decode"}
+BATCHED = {"padded batch", "permuted batch"}
+CACHED = {"chunked prefill", "decode"}
+ALL = {"prefill", *BATCHED, *CACHED}
 Change = Callable[[ir.Graph], None]
 # (bundle, model, change) → the phases in which the base fails once the graph is changed.
 Phases = Callable[[Path, Path, Change], set[str | None]]
@@ -118,13 +120,13 @@ def causal_from_the_top_left(graph: ir.Graph) -> None:
         node.replace_input_with(index, first)
 
 
-def test_a_causal_mask_that_forgets_the_cache_is_caught_in_decoding(
+def test_a_causal_mask_that_forgets_the_cache_is_caught_where_there_is_one(
     tiny_llama: Path, tiny_llama_bundle: Path, phases: Phases
 ) -> None:
     """Attention's `is_causal` with fewer queries than keys and no past: onnxruntime's CPU provider
     took the diagonal from the bottom right, its CUDA provider from the top left
     (microsoft/onnxruntime#29020)."""
-    assert phases(tiny_llama_bundle, tiny_llama, causal_from_the_top_left) == {"decode"}
+    assert phases(tiny_llama_bundle, tiny_llama, causal_from_the_top_left) == CACHED
 
 
 def positions_count_the_padding(graph: ir.Graph) -> None:
@@ -162,7 +164,7 @@ def test_learned_positions_that_count_the_padding_are_caught_in_batches(
     """Decoders exported without `position_ids`, or run without, place left-padded rows wrongly:
     optimum computed them in its generation tests alone (huggingface/optimum#2326)."""
     found = phases(tiny_gpt2_bundle, tiny_gpt2, positions_count_the_padding)
-    assert found == {"padded batch", "decode"}
+    assert found == {*BATCHED, "decode"}
 
 
 def test_rotations_that_count_the_padding_only_with_a_cache_are_caught_in_decoding(
@@ -291,9 +293,7 @@ def attention_in_float32(graph: ir.Graph, *, masks_own: bool = False) -> None:
         graph.remove(node, safe=True)
 
 
-@pytest.mark.parametrize(
-    ("masks_own", "expected"), [(False, set()), (True, {"padded batch", "decode"})]
-)
+@pytest.mark.parametrize(("masks_own", "expected"), [(False, set()), (True, {*BATCHED, "decode"})])
 def test_rows_that_are_masked_with_infinity_alone_are_caught_in_batches(
     masks_own: bool,
     expected: set[str | None],
@@ -333,7 +333,9 @@ def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [(attention_in_float32, set()), (untouched, ALL)], ids=["fp32", "fp16"]
+    ("change", "expected"),
+    [(attention_in_float32, set()), (untouched, {*ALL, "repeat"})],
+    ids=["fp32", "fp16"],
 )
 def test_scores_that_overflow_float16_are_caught_and_attention_in_float32_is_right(
     change: Change, expected: set[str | None], loud_gpt2: Path, shared: Path, phases: Phases
