@@ -35,7 +35,9 @@ from loradeploy.parity.tolerances import ASSUMED, METRICS, Limit, assumed
 from loradeploy.parity.writers import check_reports, write_report
 
 if TYPE_CHECKING:
+    from loradeploy.parity.feeds import Feed
     from loradeploy.parity.opening import Comparable
+    from loradeploy.parity.sides import Given
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +163,19 @@ def _feeds(
             name = back.get(spec.name, spec.name)
             specs.setdefault(name, type(spec)(name, spec.dtype, spec.shape))
         known = [side.vocabulary for side in (wanted, held) if side.vocabulary is not None]
-        below = min(known, default=None)
-        fed = make_feeds(tuple(specs.values()), count=cases, seed=seed, vocabulary=below)
+
+        def run(feed: Feed) -> Given:
+            if wanted.inputs is not None:
+                return wanted.run(feed)
+            return held.run({renamed.get(name, name): values for name, values in feed.items()})
+
+        fed = make_feeds(
+            tuple(specs.values()),
+            count=cases,
+            seed=seed,
+            vocabulary=min(known, default=None),
+            run=run,
+        )
     for number, feed in enumerate(fed.cases, start=1):
         for side, own in ((wanted, {}), (held, back)):
             lacking = [

@@ -323,6 +323,18 @@ def test_a_cache_is_made_to_fit_and_empty_once(tiny_llama_bundle: Path) -> None:
     assert [feeds["past_key_values.0.key"].shape[2] > 0 for feeds in seen] == [True, False, True]
 
 
+def test_a_made_cache_is_one_that_the_model_gives(tiny_llama_bundle: Path) -> None:
+    seen: list[Feeds] = []
+    ld.compare(tiny_llama_bundle, lambda feeds: seen.append(feeds), cases=1)
+    made = seen[0]["past_key_values.0.key"][0, :, 0]  # of the first token, [heads, head_dim]
+    # The first layer's keys of each token there is, at the first position.
+    ids = np.arange(512)[:, None]
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids * 0}
+    empty = {n: np.repeat(v[:1, :, :0], 512, axis=0) for n, v in seen[0].items() if "past" in n}
+    (keys,) = ld.AdapterSession(tiny_llama_bundle).run(["present.0.key"], {**given, **empty})
+    assert np.abs(keys[:, :, 0] - made).max(axis=(1, 2)).min() < 1e-5
+
+
 def test_inputs_are_read_from_npz_files(reference: Path, tmp_path: Path) -> None:
     place = tmp_path / "inputs"
     place.mkdir()
