@@ -96,7 +96,11 @@ def localisations(
     if not requests:
         return ()
     logger.info("looking inside, for where it begins" if failed else "looking inside")
-    base = load_base(setting)
+    try:
+        base = load_base(setting)
+    except Exception as problem:  # it was loaded before: memory, or a file that is gone
+        logger.warning("nothing can be looked into: %s", first_line(problem))
+        return ()
     found = []
     for request in requests[:AT_MOST]:
         logger.info("%s, %s", request.title, request.adapter or BASE_LABEL)
