@@ -395,8 +395,8 @@ def run(model: torch.nn.Module) -> None:
 @pytest.fixture
 def parity(tiny_llama: Path) -> Callable[..., ParityReport]:
     def run(bundle: Path, **options: Any) -> ParityReport:
-        given = {"prompts": ["The capital of France", "Hi"], "tokens": 3, "certificate": False}
-        return ld.parity(bundle, model=tiny_llama, **{**given, **options})
+        given: dict[str, Any] = {"prompts": ["The capital of France", "Hi"], "certificate": False}
+        return ld.parity(bundle, **{"model": tiny_llama, "tokens": 3, **given, **options})
 
     return run
 
@@ -417,11 +417,28 @@ def test_a_check_that_fails_tells_where(
     for found in report.localisations:
         assert first_of(found) == ("model.layers.1.mlp.down_proj", "MatMul")
     named = "model.layers.1.mlp.down_proj (MatMul) is the first to diverge"
-    assert all(named in line for line in place_lines(report))
+    assert all(named in line for line in place_lines(report)[:3])
     assert "**Where**" in markdown(report)
     assert json.loads(json.dumps(report.to_json()))["localisations"][0]["first"]["layer"] == 1
     never = parity(tmp_path / "wrong", backends=backends[1:2], localise=False)
     assert never.localisations == ()
+
+
+def test_a_classifier_is_looked_into_on_the_whole_row(
+    tiny_bert: Path,
+    tiny_bert_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    parity: Callable[..., ParityReport],
+) -> None:
+    wrong = weight("bert.encoder.layer.0.intermediate.dense.bias", plus=0.5)
+    bundle = spoiled(tiny_bert_bundle, tmp_path / "wrong", wrong)
+    adapter = adapter_of("bert", tiny_bert, make_adapter)
+    options = {"adapters": {"one": adapter}, "backends": ["onnx-native"]}
+    report = parity(bundle, model=tiny_bert, optimisation=["basic"], **options)
+    (found,) = report.localisations
+    assert first_of(found) == ("bert.encoder.layer.0.intermediate.dense", "MatMul")
+    assert found.tokens > 1
 
 
 def test_a_check_that_passes_looks_inside_on_request_alone(
