@@ -41,8 +41,8 @@ class Backend:
     `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
     `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
-    `batched`: it takes more than one row. `lacks`: why it cannot be run besides; one that has it
-    and is not asked for by name runs where nothing is lacking, and is not spoken of elsewhere.
+    `batched`: it takes more than one row. `lacks`: why it cannot be run besides. `unasked`:
+    whether it is run where nobody asks for it by name; where it is not, nothing is said of it.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Backend:
     on_onnxruntime: bool = False
     batched: bool = True
     lacks: Callable[[Setting], str | None] | None = None
+    unasked: Callable[[Setting], bool] | None = None
 
     def missing(self, setting: Setting) -> str | None:
         """Why it cannot be run here; None where it can."""
@@ -140,6 +141,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         needs_adapter=False,
         batched=False,
         lacks=genai_side.lacks,
+        unasked=lambda setting: genai_side.lacks(setting) is None,
     ),
     Backend(
         "onnx-reference",
@@ -150,6 +152,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         needs_adapter=False,
         needs="onnx",
         lacks=evaluator_side.lacks,
+        unasked=evaluator_side.is_quick,
     ),
 )
 
@@ -176,11 +179,11 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
 def not_silent(
     backends: Sequence[Backend], setting: Setting, asked: Collection[str]
 ) -> tuple[Backend, ...]:
-    """`backends` without those that nobody asked for and that cannot be run here anyway."""
+    """`backends` without those that nobody asked for by name and that do not run unasked."""
     return tuple(
         backend
         for backend in backends
-        if backend.name in asked or backend.lacks is None or backend.missing(setting) is None
+        if backend.name in asked or backend.unasked is None or backend.unasked(setting)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,26 +16,21 @@ from loradeploy.parity.setting import Setting
 if TYPE_CHECKING:
     import onnx
 
-# Nodes times parameters: MiniLM (6 layers, 22 million parameters) is below, and takes seconds.
+# Nodes times parameters. MiniLM (6 layers, 22 million parameters) is below the largest, and takes
+# 7 s for each adapter on a core; what is quick takes less than a second.
 _LARGEST: Final = 10**10
+_QUICK: Final = 10**9
 _STANDARD: Final = ("", "ai.onnx")
 
 
 def lacks(setting: Setting) -> str | None:
     """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
-    import onnx
+    return _lacks(setting, _LARGEST)
 
-    graph = onnx.load(os.fspath(setting.bundle / GRAPH_NAME), load_external_data=False).graph
-    nodes = parameters = 0
-    for part in _graphs(graph):
-        nodes += len(part.node)
-        parameters += sum(prod(tensor.dims) for tensor in part.initializer)
-        for node in part.node:
-            if node.domain not in _STANDARD:
-                return f"{node.domain}.{node.op_type} is no operator of the ONNX standard"
-    if nodes * parameters <= _LARGEST:
-        return None
-    return f"the graph is too large for it ({nodes} nodes, {parameters / 1e6:.0f} M parameters)"
+
+def is_quick(setting: Setting) -> bool:
+    """Whether the evaluator is there, and runs the bundle's graph in little time."""
+    return importlib.util.find_spec("onnx") is not None and _lacks(setting, _QUICK) is None
 
 
 def evaluator(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
@@ -70,6 +66,22 @@ def _evaluate(
 ) -> Sequence[Any]:
     values: Sequence[Any] = made.run(list(outputs), {**feeds, **side})
     return values
+
+
+def _lacks(setting: Setting, largest: int) -> str | None:
+    import onnx
+
+    graph = onnx.load(os.fspath(setting.bundle / GRAPH_NAME), load_external_data=False).graph
+    nodes = parameters = 0
+    for part in _graphs(graph):
+        nodes += len(part.node)
+        parameters += sum(prod(tensor.dims) for tensor in part.initializer)
+        for node in part.node:
+            if node.domain not in _STANDARD:
+                return f"{node.domain}.{node.op_type} is no operator of the ONNX standard"
+    if nodes * parameters <= largest:
+        return None
+    return f"the graph is too large for it ({nodes} nodes, {parameters / 1e6:.0f} M parameters)"
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
