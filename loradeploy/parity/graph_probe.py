@@ -3,7 +3,8 @@
 The evidence is what finds layers for adapters: the nodes' metadata, then node names (naming.py),
 and the names that surgery gives to its own nodes. A module gives the last value that is computed
 within it and used outside of it, so that of a layer with side inputs it is the one behind the
-low-rank update; it takes the first value that is computed elsewhere and used within it.
+low-rank update; it takes the value that is computed elsewhere and used within it. Of a module that
+is called several times, the last call counts.
 """
 
 from __future__ import annotations
@@ -202,9 +203,9 @@ class _Graph:
         return value.is_graph_output() or any(not _within(scope, module) for scope in users)
 
     def _taken(self, module: str) -> Iterator[ir.Value]:
-        """What comes from elsewhere into `module`, in order."""
+        """What comes from elsewhere into `module`, into its last call first."""
         scope = module if module in self._nodes else self._whole.get(module, module)
-        for node in self._nodes.get(scope, []):
+        for node in reversed(self._nodes.get(scope, [])):
             if node.op_type in _SKIPPING:
                 yield from (value for value in node.outputs[_SUM:] if value.name)
                 continue

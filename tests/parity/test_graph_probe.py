@@ -105,6 +105,18 @@ def test_one_value_is_not_taken_for_two_modules(tmp_path: Path) -> None:
     assert found.unmatched == ("l.0",)
 
 
+def test_of_a_module_that_is_called_twice_the_last_call_counts(tmp_path: Path) -> None:
+    b = Builder()
+    w = b.weight("w", OUT, OUT)
+    value = b.input("x", [*BATCH, OUT])
+    for call in "12":
+        value = b.node("Relu", [value], [*BATCH, OUT], module="m", name=f"into{call}")
+        value = b.node("MatMul", [value, w], [*BATCH, OUT], module="m.o", name=f"out{call}")
+    end = b.node("Relu", [value], [*BATCH, OUT], module="end", name="end")
+    found = probed(b.model(end), tmp_path, [out(into=["m.o"]), out("m.o")])
+    assert names(found) == {"m": ("into2", "Relu"), "m.o": ("out2", "MatMul")}
+
+
 def test_a_value_of_another_size_is_not_the_modules(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
