@@ -78,15 +78,16 @@ class TorchRow:
         return as_reference(self.setting, self.base, self.name)
 
     @contextmanager
-    def disturbed(self, unit: float, activations: Mapping[str, Activations]) -> Iterator[None]:
-        """The same, as far off as rounding brings it: that of `activations`, or all by `unit`."""
+    def disturbed(
+        self, unit: float, activations: Mapping[str, Activations], seed: int
+    ) -> Iterator[None]:
+        """The same, as far off as rounding brings it: by `unit`, and `activations` to 8 bits."""
         model = self.base.model
-        noise = (
-            rounded_activations(model, activations)
-            if activations
-            else rounded(model, self.modules, unit)
-        )
-        with self.reference(), noise:
+        with (
+            self.reference(),
+            rounded(model, self.modules, unit, seed),
+            rounded_activations(model, activations),
+        ):
             yield
 
     def values(

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # How many failures are looked into, the first of each backend and adapter.
 AT_MOST: Final = 3
+# Where large values cancel, an error is that of one number, and one draw may hardly move it.
+_DRAWS: Final = 3
+# With few positions there are few numbers to tell rounding by.
+_LEAST_TOKENS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def localisations(
         logger.info("%s, %s", request.title, request.adapter or BASE_LABEL)
         tokens = reference.rows[request.adapter][request.case].tokens
         if request.position is not None:
-            tokens = tokens[: request.position + 1]
+            tokens = tokens[: max(request.position + 1, _LEAST_TOKENS)]
         its = setting if request.variant is None else setting.at(request.variant)
         place = localise(its, base, request.backend, request.adapter, tokens, failed=failed)
         found.append(dataclasses.replace(place, title=request.title, case=request.case))
@@ -106,9 +110,12 @@ def localise(
             sides = Sides(
                 other.places,
                 reference=row.values(other.places, row.reference),
-                disturbed=row.values(
-                    other.places, partial(row.disturbed, rounding.unit, activations)
-                ),
+                disturbed=[
+                    row.values(
+                        other.places, partial(row.disturbed, rounding.unit, activations, seed)
+                    )
+                    for seed in range(_DRAWS)
+                ],
                 backend=other.values,
                 rounding=rounding,
                 upstream=other.upstream,

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Run = Callable[[], object]
-
-_SEED: Final = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def values_at(model: torch.nn.Module, sites: Sequence[Site], run: Run) -> list[N
 
 
 @contextmanager
-def rounded(model: torch.nn.Module, modules: Modules, unit: float) -> Iterator[None]:
+def rounded(model: torch.nn.Module, modules: Modules, unit: float, seed: int) -> Iterator[None]:
     """Disturb `model` by as much as rounding would, while the context lasts.
 
     What modules without children take and give is multiplied by 1 + `unit` · ξ, ξ uniform in
@@ -110,7 +108,7 @@ def rounded(model: torch.nn.Module, modules: Modules, unit: float) -> Iterator[N
     """
     import torch
 
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
 
     def disturbed(value: Any) -> Any:
         if not _is_float(value):

@@ -377,7 +377,7 @@ def test_disturbing_a_model_moves_it_by_its_rounding_and_leaves_it_as_it_was(
     (before,) = values_at(model, last, lambda: run(model))
     moved = []
     for unit in (2.0**-24, 2.0**-11):
-        with rounded(model, modules, unit):
+        with rounded(model, modules, unit, 0):
             (after,) = values_at(model, last, lambda: run(model))
         moved.append(np.abs(after - before).max() / np.abs(before).max() / unit)
     assert all(1 < units < 100 for units in moved), moved

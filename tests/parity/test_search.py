@@ -46,7 +46,7 @@ def chain(
 
     behind = [(1 << n) - 1 for n in range(len(names))] if upstream is None else upstream
     rounding = Rounding(UNIT, LIMIT, seen=5.0)
-    sides = Sides(made, reference, disturbed, backend, rounding, behind)
+    sides = Sides(made, reference, [disturbed] * 2, backend, rounding, behind)
     return search(sides, tokens=TOKENS)
 
 
