@@ -19,14 +19,12 @@ from loradeploy.adapter.targets import is_saved
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import Control
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import rows_of
+from loradeploy.parity.torch_side import as_reference_with, rows_of
 from loradeploy.parity.verdict import failure, judge
 from loradeploy.parity.walk import has_logits
 
 if TYPE_CHECKING:
-    import torch
-
-    from loradeploy.parity.torch_side import Reference
+    from loradeploy.parity.torch_side import Base, Reference
     from loradeploy.parity.walk import Row
 
 _WRONG_ADAPTER_SEED: Final = 1
@@ -120,12 +118,8 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
-def run_controls(
-    setting: Setting, reference: Reference, model: torch.nn.Module
-) -> tuple[Control, ...]:
+def run_controls(setting: Setting, reference: Reference, base: Base) -> tuple[Control, ...]:
     """Make every mistake with every adapter that has an effect, and judge it."""
-    from loradeploy.lora.inject import adapted
-
     found = []
     before: str | None = None  # the neighbour in a mixed batch, the base at first
     for subject in setting.subjects:
@@ -134,7 +128,8 @@ def run_controls(
         for mistake in MISTAKES:
             wrong = mistake.make(subject.adapter)
             if wrong is not None:
-                with adapted(model, wrong):
+                # As the reference holds the right one, so that nothing but the mistake is between.
+                with as_reference_with(setting, base, wrong) as model:
                     rows = rows_of(setting, model, subject.name, 0)
                 found.append(_judge(mistake, subject.name, rows, setting, reference))
         neighbour = reference.rows[before]

@@ -78,7 +78,7 @@ def run(
     else:
         if controls:
             logger.info("controls")
-            made = run_controls(setting, reference, base.model)
+            made = run_controls(setting, reference, base)
         progress = Progress(backends, setting)
         in_torch = [backend for backend in backends if backend.on_torch]
         results += run_backends(in_torch, setting, reference, base.model, progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,16 +204,25 @@ def make_reference(setting: Setting, base: Base) -> Reference:
     )
 
 
-@contextmanager
-def as_reference(setting: Setting, base: Base, name: str | None) -> Iterator[torch.nn.Module]:
+def as_reference(
+    setting: Setting, base: Base, name: str | None
+) -> AbstractContextManager[torch.nn.Module]:
     """The model as the reference for the adapter `name`, None is the base, while it lasts."""
+    adapters = {subject.name: subject.adapter for subject in setting.subjects}
+    return as_reference_with(setting, base, None if name is None else adapters[name])
+
+
+@contextmanager
+def as_reference_with(
+    setting: Setting, base: Base, adapter: Adapter | None
+) -> Iterator[torch.nn.Module]:
+    """The same for any adapter that fits the model, in the place of the setting's own."""
     from loradeploy.lora.inject import adapted
 
-    adapters = {subject.name: subject.adapter for subject in setting.subjects}
     with ExitStack() as stack:
-        if name is not None:
+        if adapter is not None:
             holding = merged if setting.merged and base.packed else adapted
-            stack.enter_context(holding(base.model, adapters[name]))
+            stack.enter_context(holding(base.model, adapter))
         if setting.merged:
             stack.enter_context(rounded_as(base.model, base.packed))
         yield base.model

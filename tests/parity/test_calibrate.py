@@ -10,6 +10,7 @@ import torch
 
 import loradeploy as ld
 from loradeploy.errors import BundleError
+from loradeploy.parity import controls
 from loradeploy.parity.report import ParityReport
 from loradeploy.parity.rounding import Activations, in_dtype, round_to_8_bits, rounded_activations
 from tests.conftest import MakeAdapter
@@ -183,6 +184,21 @@ def test_a_merged_packed_bundle_holds_the_merge_rounded(
     report = parity(tmp_path / "wrong", tiny_llama, adapter, backends=["onnx-merged"])
     outcomes = {result.outcome for result in report.results if result.phase != "repeat"}
     assert outcomes == {"failed"}
+
+
+def test_nothing_but_the_mistake_is_between_a_control_and_a_merged_packed_reference(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ld.export(tiny_llama_bundle, tmp_path / "b", adapters=[adapter], merge=True, precision="int4")
+    none = controls.Mistake("none", "no mistake at all", lambda right: right)
+    monkeypatch.setattr(controls, "MISTAKES", (none, *controls.MISTAKES[:1]))
+    report = parity(tmp_path / "b", tiny_llama, adapter, backends=["onnx-merged"], controls=True)
+    caught = {control.name: control.caught for control in report.controls}
+    assert (caught["none"], caught["wrong adapter"]) == (False, True)
 
 
 def test_limits_follow_the_precision_of_the_bundle(
