@@ -92,6 +92,12 @@ def first_line(problem: BaseException) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
+def kind_and_line(problem: BaseException) -> str:
+    """The kind of an error of somebody else's, and the first line of what it says."""
+    kind, said = type(problem).__name__, first_line(problem)
+    return f"{kind}: {'no message' if said == kind else said}"
+
+
 def listed(problems: Sequence[str], most: int) -> str:
     """The first `most` of `problems` in one line, and how many there are besides."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""

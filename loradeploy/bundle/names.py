@@ -54,14 +54,18 @@ ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"
 
 
+PAST: Final = "past_key_values."
+PRESENT: Final = "present."
+
+
 def past_name(layer: int, part: str) -> str:
     """Graph input of a layer's cached `part`, key or value: [batch, kv_heads, past, head_dim]."""
-    return f"past_key_values.{layer}.{part}"
+    return f"{PAST}{layer}.{part}"
 
 
 def present_name(layer: int, part: str) -> str:
     """Graph output of a layer's `part`, key or value, past and new positions together."""
-    return f"present.{layer}.{part}"
+    return f"{PRESENT}{layer}.{part}"
 
 
 def lora_a_name(module: str) -> str:

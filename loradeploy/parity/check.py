@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import LoraDeployError
+from loradeploy.errors import LoraDeployError, kind_and_line
 from loradeploy.parity.backends import Backend, open_backend
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.onnx_side import NotRunError
@@ -212,7 +212,7 @@ def _walk(
             tally = tallies.of(seen.row.subject, seen.phase)
             _take_in(tally, seen)
         except Exception as raised:  # whatever a backend raises is its failure
-            problem = one_line(raised)
+            problem = kind_and_line(raised)
             break
         tally.seconds += time.perf_counter() - begin
     for (subject, phase), tally in tallies.found.items():
@@ -287,12 +287,6 @@ def _broken(backend: Backend, setting: Setting, problem: Exception) -> Result:
         None,
         None,
         "failed",
-        one_line(problem),
+        kind_and_line(problem),
         variant=_variant(backend, setting),
     )
-
-
-def one_line(problem: Exception) -> str:
-    """What a backend raised, as a message."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return f"{type(problem).__name__}: {lines[0] if lines else 'no message'}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,14 +38,10 @@ if TYPE_CHECKING:
     from loradeploy.parity.opening import Comparable
     from loradeploy.parity.sides import Given
 
-logger = logging.getLogger(__name__)
-
 Tolerances = str | Mapping[str, float | Limit]
 
 _ANY_TASK: Final = "any"
 _LISTED: Final = 5
-# Larger arrays of the reference wait in files until the candidate has been run.
-_IN_MEMORY: Final = 1 << 20  # values
 
 
 def compare(

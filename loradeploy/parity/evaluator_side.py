@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.errors import first_line
 from loradeploy.parity.onnx_side import Feeds, NotRunError, OnnxModel
 from loradeploy.parity.setting import Setting
 
@@ -48,7 +49,7 @@ def evaluator(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     try:
         made = ReferenceEvaluator(os.fspath(graph))
     except Exception as problem:  # of several kinds, all for want of an operator
-        raise NotRunError(f"the evaluator cannot run the graph: {_first(problem)}") from None
+        raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
     manifest = setting.manifest
     if setting.merged:
         for subject in setting.subjects:
@@ -91,7 +92,3 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _graphs(attribute.g)
-
-
-def _first(problem: Exception) -> str:
-    return next(iter(str(problem).splitlines()), type(problem).__name__)

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, PRESENT
 from loradeploy.errors import DataError, UsageError, first_line
-from loradeploy.parity.sides import PAST, PRESENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import NATIVE_SUFFIX
+from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, PRESENT
 from loradeploy.errors import ExportError
 from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
 Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
-_PAST: Final = "past_key_values."
-_PRESENT: Final = "present."
 
 
 class NotRunError(Exception):
@@ -44,8 +42,8 @@ class OnnxModel:
         self._manifest = manifest
         self._run = run
         self._outputs = output_names(manifest)
-        self._past = [spec for spec in manifest.inputs if spec.name.startswith(_PAST)]
-        self._presents = [_PRESENT + spec.name.removeprefix(_PAST) for spec in self._past]
+        self._past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+        self._presents = [PRESENT + spec.name.removeprefix(PAST) for spec in self._past]
 
     def forward(
         self,

@@ -23,10 +23,10 @@ import numpy as np
 
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
-from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME
-from loradeploy.errors import BundleError, DataError, ModelError, UsageError, first_line
+from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
+from loradeploy.errors import BundleError, DataError, ModelError, UsageError, kind_and_line
 from loradeploy.files import read_json
-from loradeploy.parity.sides import PAST, Side, arrays_of, labels_of
+from loradeploy.parity.sides import Side, arrays_of, labels_of
 
 if TYPE_CHECKING:
     import torch
@@ -218,8 +218,7 @@ def _imported(module: str, attribute: str) -> Any:
             found: Any = importlib.import_module(module)
         except (Exception, SystemExit) as problem:  # the module's own, whatever it is
             raise UsageError(
-                f"{module}:{attribute} cannot be imported:"
-                f" {type(problem).__name__}: {first_line(problem)}"
+                f"{module}:{attribute} cannot be imported: {kind_and_line(problem)}"
             ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest, TensorSpec
+from loradeploy.bundle.names import PAST, PRESENT
 from loradeploy.errors import UsageError, listed
 from loradeploy.parity.backends import Backend
 from loradeploy.parity.onnx_side import OnnxModel
 from loradeploy.parity.opening import open_side, short_title
 from loradeploy.parity.row_feeds import FED
 from loradeploy.parity.setting import Setting, Subject
-from loradeploy.parity.sides import PAST, PRESENT, Side
+from loradeploy.parity.sides import Side
 from loradeploy.parity.walk import DECODE, ONE_ROW, PADDED_BATCH, PREFILL
 
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from loradeploy.bundle.names import LOGITS
+from loradeploy.bundle.names import LOGITS, PRESENT
 from loradeploy.errors import listed
 from loradeploy.parity.feeds import Fed, shapes
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import CANDIDATE, COMPARED, REFERENCE, Outcome, Result
-from loradeploy.parity.sides import PRESENT
 from loradeploy.parity.tolerances import Limit
 from loradeploy.parity.verdict import failure, judge
 

@@ -16,6 +16,7 @@ from loradeploy.bundle.names import (
     DECODER_INPUT_IDS,
     INPUT_FEATURES,
     INPUT_IDS,
+    PAST,
     PIXEL_VALUES,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-_PAST: Final = "past_key_values."
 # Tokens of an encoder-decoder's target, for a source of any length.
 TARGET: Final = 8
 
@@ -48,7 +48,7 @@ def check_inputs(manifest: Manifest) -> None:
     """Raise UsageError where the graph takes something that cannot be made of tokens."""
     for spec in manifest.inputs:
         sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in spec.shape[1:])
-        if (spec.name not in _MAKERS and not spec.name.startswith(_PAST)) or not sized:
+        if (spec.name not in _MAKERS and not spec.name.startswith(PAST)) or not sized:
             shape = ", ".join(map(str, spec.shape))
             raise UsageError(
                 f"parity cannot feed a {manifest.task} bundle's {spec.name} [{shape}]: it knows"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.errors import first_line, listed
+from loradeploy.errors import kind_and_line, listed
 from loradeploy.parity.feeds import Fed, Feed, shapes
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.outputs import LimitsOf, is_logits, named, outcome, positions, scale_of
@@ -81,7 +81,7 @@ class Runs:
         try:
             given = self.side.run({self.renamed.get(n, n): value for n, value in feed.items()})
         except (Exception, SystemExit) as problem:  # theirs; sys.exit(0) must not end us as passed
-            said = f"{type(problem).__name__}: {first_line(problem)}"
+            said = kind_and_line(problem)
             self.problems.append(f"on case {number + 1} ({shapes(feed)}): {said}")
             return None
         self.seconds += time.perf_counter() - begin

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.names import CAUSAL_LM, LOGITS
-from loradeploy.errors import UsageError, first_line
+from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends import Backend, open_backend
 from loradeploy.parity.intervals import mean_interval, proportions_interval
 from loradeploy.parity.onnx_side import NotRunError
@@ -247,7 +247,7 @@ def _score_backend(
                 found, problem = answers(model, held_out[subject], subject, setting), None
             except Exception as raised:  # whatever a backend raises is its failure
                 found = Answers(np.full_like(wanted.sums, np.nan), wanted.counts)
-                problem = f"was not to be had: {type(raised).__name__}: {first_line(raised)}"
+                problem = f"was not to be had: {kind_and_line(raised)}"
             score = judge_score(backend, subject, metric, wanted, found, getattr(share, metric))
             yield score if problem is None else dataclasses.replace(score, message=problem)
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends import Backend, open_backend
-from loradeploy.parity.check import mixed_rows, one_line
+from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.setting import Setting
@@ -136,7 +137,7 @@ def shrink_failures(
             else:
                 found.append(example)
     except Exception as problem:  # of whatever kind: the verdict stands without it
-        remarks.append(f"the search for the smallest failing input ended: {one_line(problem)}")
+        remarks.append(f"the search for the smallest failing input ended: {kind_and_line(problem)}")
     return tuple(found), tuple(remarks)
 
 
@@ -258,7 +259,7 @@ class _Trial:
                 if seen.row is tried:
                     comparison.add(seen.expected, seen.values, first=seen.first)
         except Exception as problem:  # whatever a backend raises is its failure
-            return Fault(one_line(problem), float("nan"))
+            return Fault(kind_and_line(problem), float("nan"))
         figures = comparison.figures()
         if not figures.positions:
             return None  # too short for the phase

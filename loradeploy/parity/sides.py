@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.names import PRESENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     # By name, or without names in the order that the other side gives them.
     Given = dict[str, NDArray[Any]] | list[NDArray[Any]]
 
-PAST: Final = "past_key_values."
-PRESENT: Final = "present."
 _NUMBERS: Final = "biuf"  # numpy's kinds of them
 
 

@@ -34,6 +34,7 @@ from loradeploy.bundle.names import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
+    PRESENT,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
@@ -301,7 +302,7 @@ def has_logits(task: str) -> bool:
 def output_names(manifest: Manifest) -> tuple[str, ...]:
     """The outputs that are compared: the task's own, then what else there is but the cache."""
     first = TASK_TABLE[manifest.task].output
-    named = [spec.name for spec in manifest.outputs if not spec.name.startswith("present.")]
+    named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
     return (first, *(name for name in named if name != first))
 
 
