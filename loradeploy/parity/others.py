@@ -8,7 +8,7 @@
 Without an adapter it claims to be what the bundle's own graph is: the base, or, where an adapter is
 merged into the bundle, that. A decoder that keeps a cache takes `past_key_values.{i}.key` and
 `.value`, empty at first, and gives `present.{i}.key` and `.value` beside `logits`. One without a
-cache is shown whole prompts alone and in padded batches, and does not decode.
+cache is shown whole prompts alone and in batches, not in chunks, and does not decode.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from loradeploy.parity.opening import open_side, short_title
 from loradeploy.parity.row_feeds import FED
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.sides import Side
-from loradeploy.parity.walk import DECODE, ONE_ROW, PADDED_BATCH, PREFILL
+from loradeploy.parity.walk import (
+    CHUNKED,
+    DECODE,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
     # By title: the model, or the model and the adapter that it claims to have. Or texts as above.
     Others = Mapping[str, Comparable | tuple[Comparable, str]] | Iterable[str]
 
-_WITHOUT_CACHE: Final = (PREFILL, ONE_ROW, PADDED_BATCH)
+_WITHOUT_CACHE: Final = (PREFILL, ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
 _LISTED: Final = 5
 
 
@@ -88,7 +96,7 @@ def other_backends(
             f"other:{other.title}",
             f"{other.title} (no cache)" if lacks_cache else other.title,
             (manifest.mode,),
-            _WITHOUT_CACHE if lacks_cache else (*_WITHOUT_CACHE, DECODE),
+            _WITHOUT_CACHE if lacks_cache else (*_WITHOUT_CACHE, CHUNKED, DECODE),
             partial(_open, other.place, claim, inputs),
             needs_adapter=False,
         )

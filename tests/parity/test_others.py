@@ -21,7 +21,8 @@ from tests.parity.graphs import token_model
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
 Feeds = dict[str, NDArray[Any]]
 Function = Callable[[Feeds], Any]
-CACHED, WHOLE = ["prefill", "padded batch", "decode"], ["prefill", "padded batch"]
+CACHED = ["prefill", "chunked prefill", "padded batch", "permuted batch", "decode", "repeat"]
+WHOLE = ["prefill", "padded batch", "permuted batch", "repeat"]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,8 @@ def failing(
 
     others: dict[str, Any] = {how: broken(spoil) for how, (spoil, _) in BROKEN.items()}
     others["one too many"] = lambda feeds: [whole(feeds)] * 2
+    number = iter(range(1, 10_000))
+    others["another each time"] = broken(lambda _, g: {**g, "logits": g["logits"] * next(number)})
     return check({**others, "wrong claim": (bundle / "model.onnx", "one")})
 
 
@@ -194,8 +197,14 @@ def test_outputs_without_names_are_counted(failing: ParityReport) -> None:
 
 
 def test_a_claim_that_is_not_so_fails(failing: ParityReport) -> None:
-    results = own(failing, "wrong claim")
+    results = [r for r in own(failing, "wrong claim") if r.phase != "repeat"]
     assert {(r.outcome, r.adapter) for r in results} == {("failed", "one")}
+
+
+def test_a_function_that_differs_from_itself_is_told_to(failing: ParityReport) -> None:
+    (twice,) = (r for r in own(failing, "another each time") if r.phase == "repeat")
+    assert twice.outcome == "failed"
+    assert str(twice.message).startswith("two runs differ: ")
 
 
 def test_those_that_are_right_pass_beside_them(failing: ParityReport) -> None:
