@@ -82,8 +82,8 @@ def run_backends(
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        for variant in setting.variants if backend.on_onnxruntime else (setting.variant,):
-            at = setting.at(variant)
+        varied = [setting.at(variant) for variant in setting.variants]
+        for at in varied if backend.on_onnxruntime else [setting]:
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
 

@@ -143,6 +143,34 @@ def test_an_onnx_file_stands_for_what_a_merged_bundle_holds(
     assert {r.adapter for r in own(report, "model.onnx")} == {"one"}
 
 
+def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
+    bundle: Path,
+    tiny_llama: Path,
+    check: Callable[..., ParityReport],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loradeploy.parity import check as walks
+    from loradeploy.parity import job, others, variants
+
+    right, asked = others.open_side, []
+
+    def open_side(place: Any, providers: Any) -> Any:
+        asked.append(providers)
+        return right(place)
+
+    monkeypatch.setattr(others, "open_side", open_side)
+    cpu, other = variants.DEFAULT, variants.Variant("OtherExecutionProvider", "all")
+    monkeypatch.setattr(variants, "choose_variants", lambda *given: (other, cpu))
+    monkeypatch.setattr(job, "start", lambda *given: [])
+    monkeypatch.setattr(walks, "open_backend", _others_alone)
+    check([f"{bundle}/model.onnx"], phases=["prefill"], shrink=False, localise=False)
+    assert asked == [("OtherExecutionProvider", "CPUExecutionProvider")] * 2
+
+
+def _others_alone(backend: Any, setting: Any, model: Any) -> Any:
+    return backend.open(setting) if backend.name.startswith("other:") else iter(())
+
+
 # -- what does not -----------------------------------------------------------------------------
 
 
