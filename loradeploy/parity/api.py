@@ -84,6 +84,7 @@ def parity(
         DataError: the prompts or the held-out data cannot be read, or it is of another task.
         MissingDependencyError: torch or transformers is not installed.
     """
+    import dataclasses
     import tempfile
     from pathlib import Path
 
@@ -158,6 +159,7 @@ def parity(
             held_out=held_out,
             localise=localise,
         )
+    found = dataclasses.replace(found, asked=tuple(backends or ()))
     if earlier is not None:
         found = hold_against(found, earlier)
     return write(found, files, place if certificate else None)

@@ -78,7 +78,7 @@ def _ids(shape: tuple[int, ...], making: _Making) -> NDArray[Any]:
 
 # The first that applies is taken.
 MEANINGS: Final[tuple[Meaning, ...]] = (
-    Meaning(lambda s: "mask" in s.name, lambda shape, _: np.ones(shape)),
+    Meaning(lambda s: "mask" in s.name, lambda shape, _: np.ones(shape), "nothing masked"),
     Meaning(lambda s: s.name == POSITION_IDS, _positions),
     Meaning(lambda s: "token_type" in s.name, lambda shape, _: np.zeros(shape)),
     Meaning(

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACKED: Final = ("int8", "int4")
-# What rounding may change of a weight, ‖difference‖ / ‖weight‖. With s steps to each side of zero,
-# normal numbers in blocks of 32 lose 0.6 / s: 0.5 % and 9 %; outliers make it more.
+# What rounding may change of a row of a weight, ‖difference‖ / ‖row‖. With s steps to each side of
+# zero, normal numbers in blocks of 32 lose 0.6 / s: 0.5 % and 9 %; outliers make it more.
 _MOST_OFF: Final = {"int8": 0.05, "int4": 0.3}
+# Rows smaller than this share of the usual one are taken for as large.
+_SMALL_ROW: Final = 0.1
 # onnxruntime's accuracy_level of products that round what they multiply to int8.
 _INT8_ACTIVATIONS: Final = 4
 
@@ -67,7 +69,7 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
     from loradeploy.export.find import find_linears
     from loradeploy.export.fuse import called_after
     from loradeploy.export.graph import load_graph
-    from loradeploy.export.products import products
+    from loradeploy.export.products import INTEGER, products
     from loradeploy.export.side_inputs import remove_side_inputs
 
     graph = load_graph(bundle / GRAPH_NAME)
@@ -82,8 +84,12 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
         product = at[linear.nodes[0]]
         begin, end = linear.slice or (0, linear.out_features)
         values = product.rows(list(range(begin, end)))
-        if values is None:
-            raise BundleError(f"{bundle}: the packed weight of {name} cannot be read")
+        # The integers of a MatMulInteger are scaled behind the product.
+        if values is None or product.node.op_type == INTEGER:
+            raise BundleError(
+                f"{bundle}: parity cannot read the {product.node.op_type} weight of {name}: hold"
+                " the graph against the PyTorch model with --against"
+            )
         weight = _packed_weight(product, values)
         # A merged graph keeps q, k and v as one product; blocks are within a module's own rows.
         found |= dict.fromkeys(called_after(name), weight)
@@ -102,10 +108,10 @@ def unpack_into(
     for name, module in _modules(model, weights):
         weight = _like(module, weights[name].values)
         own = module.weight.detach()
-        off = float((weight - own).norm() / own.norm()) if weight.shape == own.shape else math.inf
+        off = _off(_like(module, weight.numpy()), _like(module, own.numpy()))
         if not off <= most:
             raise BundleError(
-                f"the packed weight of {name} is not the base's: it is off by {off:.0%} of its"
+                f"the packed weight of {name} is not the base's: a row is off by {off:.0%} of its"
                 f" size, where {manifest.precision} leaves {most:.0%} at most: export again"
             )
         _give(module, weight)
@@ -133,6 +139,14 @@ def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> I
 def activations_of(weights: Mapping[str, PackedWeight]) -> dict[str, Activations]:
     """How the products round what they multiply, by module, where they do."""
     return {name: w.activations for name, w in weights.items() if w.activations is not None}
+
+
+def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
+    """‖difference‖ / ‖own‖ of the row [in] that is off most; infinite where the shapes differ."""
+    if weight.shape != own.shape:
+        return math.inf
+    size = own.norm(dim=1).clamp_min(own.norm() / len(own) ** 0.5 * _SMALL_ROW)
+    return float(((weight - own).norm(dim=1) / size).max())
 
 
 def _modules(

@@ -242,7 +242,8 @@ class ParityReport:
     """The verdict on a bundle, with all that it stands on.
 
     `graph_digest`, `data_digest`, and `files` by name: of the bundle's files as they were checked.
-    `baseline`: the earlier report that `regressions` are from.
+    `baseline`: the earlier report that `regressions` are from. `asked`: the backends that were
+    asked for by name, and may not be left out.
     """
 
     bundle: str
@@ -266,6 +267,7 @@ class ParityReport:
     scores: tuple[Score, ...] = ()
     regressions: tuple[Regression, ...] = ()
     baseline: str | None = None
+    asked: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     failures: tuple[str, ...] = field(init=False)
 
@@ -305,6 +307,12 @@ def _failures(report: ParityReport) -> list[str]:
         f"{score.title}, {score.adapter or BASE_LABEL}: {score.metric} {score.message}"
         for score in report.scores
         if not score.passed
+    ]
+    ran = {result.backend for result in report.results if result.outcome != "not run"}
+    found += [
+        f"{result.title} was asked for and not run: {result.message}"
+        for result in report.results
+        if result.backend in report.asked and result.backend not in ran
     ]
     found += [f"{regression.where}: {regression.message}" for regression in report.regressions]
     found += [

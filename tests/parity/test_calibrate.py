@@ -157,7 +157,7 @@ def test_packed_weights_of_another_model_are_refused(
     told = json.loads((tmp_path / "b/loradeploy.json").read_text())
     told["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
     (tmp_path / "b/loradeploy.json").write_text(json.dumps(told))
-    with pytest.raises(BundleError, match=r"down_proj is not the base's: it is off by \d+%"):
+    with pytest.raises(BundleError, match=r"down_proj is not the base's: a row is off by \d+%"):
         parity(tmp_path / "b", tiny_llama, adapter)
 
 
@@ -175,10 +175,11 @@ def test_a_merged_packed_bundle_holds_the_merge_rounded(
         ld.export(
             tiny_llama_bundle, tmp_path / name, adapters=[held], merge=True, precision=precision
         )
-    report = parity(tmp_path / "right", tiny_llama, adapter, backends=["onnx-merged", "peft"])
+    report = parity(tmp_path / "right", tiny_llama, adapter, backends=None)
     assert report.passed, report.failures
-    assert {(r.backend, r.outcome) for r in report.results} == {
+    assert {(r.backend, r.outcome) for r in report.results} >= {
         ("onnx-merged", "passed"),
+        ("torch-merged", "not run"),
         ("peft", "not run"),
     }
     report = parity(tmp_path / "wrong", tiny_llama, adapter, backends=["onnx-merged"])
