@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 # How many tokens a decoder is followed for after each prompt.
-GENERATED: Final = 32
+GENERATED: Final = 16
 # How many inputs are made up for two models that are compared as they are.
 CASES: Final = 6
 # How many held-out examples the task metric is taken on.
