@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/python -m tools.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # How many commands and programs each document has, what its programs print first on a line, and
 # what is there in the end.
 DOCUMENTS = {
-    "README.md": (8, {"headline", "sport"}, "parity.md"),
+    "README.md": (8, {"headline", "sport"}, "parity.html"),
     "docs/adapters.md": (2, set(), "adapters/both"),
     "docs/bank.md": (2, {"answered"}, "bundle/model.onnx"),
     "docs/bundles.md": (2, {"largest"}, "bundle/adapters/sport.onnx_adapter"),
