@@ -31,6 +31,8 @@ _SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 # The longest of `--fuzz`'s rows.
 _FUZZ_LENGTH: Final = 48
+# The longest row that is always fed; a prompt may be twice as long.
+_LONGEST_EDGE: Final = 128
 # Tokens that follow a row of an extreme length: one step past its cache is enough.
 _AFTER_EDGES: Final = 2
 
@@ -205,13 +207,15 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
 
 
 def _edge_rows(rows: Rows, longest: int) -> Rows:
-    """A row of one token, and the longest that is taken; beside it the first is nearly all padding.
+    """A row of one token, and a long one, as long as the model takes up to a bound; beside it the
+    first is nearly all padding.
 
     Their tokens are the prompts', one prompt after the other and round again.
     """
     tokens = [token for row in rows for token in row]
-    again = -(-longest // len(tokens))
-    return (rows[0][-1:], tuple((tokens * again)[:longest]))
+    length = min(longest, _LONGEST_EDGE)
+    again = -(-length // len(tokens))
+    return (rows[0][-1:], tuple((tokens * again)[:length]))
 
 
 def _fuzz_rows(vocabulary: int, longest: int, seed: int, count: int) -> Rows:
