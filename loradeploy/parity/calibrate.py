@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.walk import Model, Row
 
 # Prompts, of all lengths up to this, that are computed once more: float64 takes long.
-_CASES: Final = 4
+_CASES: Final = 6
 _LONGEST: Final = 64
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # What a linear figure may be of the gap's; a quadratic one (cosine, KL) of its square.
 ROOM: Final = 4.0
 # Roundings of the largest value that are allowed at least: a gap may be nothing at all, by luck or
-# in a small model.
-LEAST: Final = 16
+# in a small model. In half precision they are large, and a gap is more than luck.
+LEAST: Final[Mapping[str, int]] = {"fp32": 64, "fp16": 16, "bf16": 16, "int8": 64, "int4": 64}
 # Roundings that are allowed where nothing was measured: twice what SmolLM2-135M's thirty layers
 # came to. In half precision sums are in float32, so that fewer of the larger ones add up.
 ASSUMED: Final[Mapping[str, int]] = {"fp32": 112, "fp16": 16, "bf16": 16}
@@ -103,10 +103,11 @@ def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit
 
     def limit(metric: Metric) -> Limit:
         room, measured = ROOM**metric.order, float(getattr(gap, metric.name) or 0.0)
-        least = _roundings(metric, precision, LEAST, scale)
+        count = LEAST[precision]
+        least = _roundings(metric, precision, count, scale)
         if room * measured < least:
             said = (
-                f"{measured:.1e} was measured; {LEAST} roundings of {scale:.2g} are always allowed"
+                f"{measured:.1e} was measured; {count} roundings of {scale:.2g} are always allowed"
             )
             return Limit(least, said)
         return Limit(room * measured, f"{room:g} × {measured:.1e}, which {GAPS[precision]} here")

@@ -78,7 +78,7 @@ def test_limits_are_a_multiple_of_what_was_measured_and_say_so() -> None:
 
 def test_a_gap_by_luck_of_nothing_leaves_room_for_a_few_roundings() -> None:
     found = limits(gap=0.0)
-    assert found["max_abs"].value == LEAST * UNIT["fp32"] * 10.0
+    assert found["max_abs"].value == LEAST["fp32"] * UNIT["fp32"] * 10.0
     assert "are always allowed" in found["max_abs"].reason
     assert all(limit.value > 0 for limit in found.values())
 
