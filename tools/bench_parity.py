@@ -29,7 +29,7 @@ from loradeploy.parity.check import Progress, run_backends
 from loradeploy.parity.inputs import make_cases
 from loradeploy.parity.prompts import PROMPTS
 from loradeploy.parity.setting import Setting, find_subjects
-from loradeploy.parity.torch_side import as_reference, load_base, make_reference, rows_of
+from loradeploy.parity.torch_side import as_reference, load_base, make_reference, reference_rows
 from loradeploy.parity.walk import phases_of, walk
 from tools.alternate import ratio
 from tools.bench_runtime import random_adapters
@@ -92,7 +92,7 @@ def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
         rows = {}
         for name in (None, "a0"):
             with as_reference(setting, base, name):
-                rows[name] = rows_of(setting, base.model, name, _TOKENS)
+                rows[name] = reference_rows(setting, base.model, name, _TOKENS)
         for name, opened in open_backend(backends[0], setting, None):
             phases = phases_of(manifest.task)
             for _ in walk(opened, rows[name], task=manifest.task, pad=cases.pad, phases=phases):

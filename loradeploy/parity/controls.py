@@ -19,7 +19,7 @@ from loradeploy.adapter.targets import is_saved
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import Control
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import as_reference_with, rows_of
+from loradeploy.parity.torch_side import as_reference_with, reference_rows
 from loradeploy.parity.verdict import failure, judge
 from loradeploy.parity.walk import has_logits
 
@@ -130,7 +130,7 @@ def run_controls(setting: Setting, reference: Reference, base: Base) -> tuple[Co
             if wrong is not None:
                 # As the reference holds the right one, so that nothing but the mistake is between.
                 with as_reference_with(setting, base, wrong) as model:
-                    rows = rows_of(setting, model, subject.name, 0)
+                    rows = reference_rows(setting, model, subject.name, 0)
                 found.append(_judge(mistake, subject.name, rows, setting, reference))
         neighbour = reference.rows[before]
         found.append(_judge(OFF_BY_ONE, subject.name, neighbour, setting, reference))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import gc
 import logging
 import time
@@ -34,7 +35,13 @@ from loradeploy.parity.report import (
 from loradeploy.parity.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.setting import Setting
 from loradeploy.parity.shrink import shrink_failures
-from loradeploy.parity.torch_side import Reference, load_model, make_reference, take_weights
+from loradeploy.parity.torch_side import (
+    Reference,
+    load_base,
+    load_model,
+    make_reference,
+    take_weights,
+)
 from loradeploy.parity.variants import start
 from loradeploy.parity.writers import write_report
 
@@ -87,10 +94,14 @@ def run(
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, setting, reference, None, progress)
         scores = score_backends(in_onnx, setting, held_out, answered)
+        # Once more, for what failed, and only where something did.
+        again = functools.cache(lambda: load_base(setting))
         if localise is not False:
-            places = localisations(setting, reference, backends, results, always=bool(localise))
+            places = localisations(
+                setting, reference, backends, results, again, always=bool(localise)
+            )
         if shrink:
-            smallest, said = shrink_failures(in_onnx, setting, reference, results)
+            smallest, said = shrink_failures(in_onnx, setting, reference, results, again)
     manifest, cases = setting.manifest, setting.cases
     return ParityReport(
         bundle=str(setting.bundle),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -19,7 +19,7 @@ from loradeploy.parity.packed import activations_of
 from loradeploy.parity.report import BASE_LABEL, Localisation
 from loradeploy.parity.search import ROUNDINGS, Found, Sides, search
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import Base, Reference, load_base
+from loradeploy.parity.torch_side import Base, Reference
 
 if TYPE_CHECKING:
     from loradeploy.parity.report import Result, Variant
@@ -54,10 +54,11 @@ def localisations(
     reference: Reference,
     backends: Sequence[Backend],
     results: Sequence[Result],
+    load: Callable[[], Base],
     *,
     always: bool,
 ) -> tuple[Localisation, ...]:
-    """Look into what failed of `results`, at most `AT_MOST` of it; the base model is loaded again.
+    """Look into what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
 
     With `always` and nothing failed, the base and the first adapter are looked into with one of
     `backends`.
@@ -70,7 +71,7 @@ def localisations(
         return ()
     logger.info("looking inside, for where it begins" if failed else "looking inside")
     try:
-        base = load_base(setting)
+        base = load()
     except Exception as problem:  # it was loaded before: memory, or a file that is gone
         logger.warning("nothing can be looked into: %s", first_line(problem))
         return ()

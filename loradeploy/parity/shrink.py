@@ -23,7 +23,7 @@ from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import TorchModel, as_reference, load_base
+from loradeploy.parity.torch_side import TorchModel, as_reference
 from loradeploy.parity.verdict import failure, judge
 from loradeploy.parity.walk import (
     DECODE,
@@ -110,12 +110,16 @@ def shrink(
 
 
 def shrink_failures(
-    backends: Sequence[Backend], setting: Setting, reference: Reference, results: Sequence[Result]
+    backends: Sequence[Backend],
+    setting: Setting,
+    reference: Reference,
+    results: Sequence[Result],
+    load: Callable[[], Base],
 ) -> tuple[tuple[Counterexample, ...], tuple[str, ...]]:
     """A counterexample for each backend and adapter that failed, a few at most, and remarks.
 
-    `backends` are those that do not run in the reference's model. PyTorch is loaded once more where
-    there is something to do. What goes wrong meanwhile is a remark, and no verdict.
+    `backends` are those that do not run in the reference's model; `load` gives the base in PyTorch
+    where there is something to do. What goes wrong meanwhile is a remark, and no verdict.
     """
     failed = _failures(backends, setting.manifest.task, results)
     if not failed:
@@ -125,7 +129,7 @@ def shrink_failures(
         remarks.append(f"the smallest failing input was looked for in {MOST} of {len(failed)}")
     found = []
     try:
-        base = load_base(setting)
+        base = load()
         for backend, result in failed[:MOST]:
             logger.info("the smallest input that fails: %s, %s", result.title, result.subject)
             example = _smallest(backend, result, setting, reference, base)

@@ -186,7 +186,7 @@ def make_reference(setting: Setting, base: Base) -> Reference:
     limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
-        rows[name] = rows_of(setting, base.model, name, generated)
+        rows[name] = reference_rows(setting, base.model, name, generated)
         limits[name] = _limits(setting, base, rows[name], notes)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
@@ -309,7 +309,7 @@ def _place_for_peft(subject: Subject) -> Iterator[Path]:
         yield Path(scratch) / subject.name
 
 
-def rows_of(
+def reference_rows(
     setting: Setting, model: torch.nn.Module, subject: str | None, count: int
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.parity import shrink as module
+from loradeploy.parity import job
 from loradeploy.parity.inputs import make_cases
 from loradeploy.parity.report import Counterexample
 from loradeploy.parity.shrink import MOST, TRIES, Fault, shrink
@@ -204,7 +204,7 @@ def test_what_goes_wrong_in_the_search_is_a_remark_and_the_verdict_stands(
     def fail(setting: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(module, "load_base", fail)
+    monkeypatch.setattr(job, "load_base", fail)
     change_graph(llama_bundle, see_the_future_in_chunks)
     report = check(llama_bundle, backends=["onnx-side-inputs"], shrink=True)
     assert not report.passed
