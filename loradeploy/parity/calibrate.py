@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.walk import Model, Row
 
-# Prompts, of all lengths up to this, that are computed once more: float64 takes long.
+# Prompts, of all lengths, that are computed once more.
 _CASES: Final = 6
-_LONGEST: Final = 64
 
 
 def measure_gap(
@@ -60,8 +59,7 @@ def _less_exact(
 
 
 def _some(rows: Sequence[Row]) -> list[Row]:
-    """Rows of all lengths that are not too long."""
+    """Rows of all lengths, the longest, whose errors add up the most, among them."""
     ordered = sorted(rows, key=lambda row: len(row.tokens))
-    ordered = [row for row in ordered if len(row.tokens) <= _LONGEST] or ordered[:1]
     picks = np.unique(np.linspace(0, len(ordered) - 1, _CASES).astype(int))
     return [ordered[pick] for pick in picks]
