@@ -4,7 +4,8 @@ Each side runs in a process of its own, so that two thread pools never share the
 one side works at a time. In every round each side is timed for a few calls, in random order; a
 ratio is taken within a round, and the median and the quartiles over the rounds are reported. One
 side is started twice: the ratio of the twins is the control, and no difference smaller than what
-the control shows means anything.
+the control shows means anything. Where a process's pages lie in memory decides up to a tenth of
+its speed, so that `in_processes` starts all sides anew several times.
 
 A side is a function without arguments, made by a factory in the worker process:
 
@@ -110,6 +111,33 @@ def alternate(
             time.sleep(_PAUSE)
             medians[index].append(statistics.median(workers[index].time(calls)))
     return medians
+
+
+def in_processes(
+    starters: Sequence[Callable[[], Worker]], *, starts: int, rounds: int, calls: int
+) -> list[list[float]]:
+    """As `alternate`, `rounds` in each of `starts` sets of fresh processes, begun in random order."""
+    taken: list[list[float]] = [[] for _ in starters]
+    shuffle = random.Random(starts).shuffle
+    for start in range(starts):
+        order = list(range(len(starters)))
+        shuffle(order)
+        workers: dict[int, Worker] = {}
+        try:
+            for index in order:
+                workers[index] = starters[index]()
+            found = alternate(
+                [workers[index] for index in sorted(workers)],
+                rounds=rounds,
+                calls=calls,
+                seed=start,
+            )
+        finally:
+            for worker in workers.values():
+                worker.close()
+        for whole, part in zip(taken, found, strict=True):
+            whole += part
+    return taken
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:

@@ -1,6 +1,6 @@
 """SmolLM2-135M: PyTorch, PEFT, onnxruntime-genai and every path of loradeploy, in one run.
 
-    python -m tools.bench_runtime [--rounds 12] [--only decode] [--output build/bench]
+    python -m tools.bench_runtime [--starts 4] [--only decode] [--output build/bench]
 
 Writes runtime.json, runtime.md and runtime.svg. How it is timed is in
 `tools/alternate.py`: a process for each side, turns in random order, ratios within a round, one
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -27,7 +28,7 @@ import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import sample_feeds
 from tools import genai_builder
-from tools.alternate import Ratio, Side, Worker, alternate, ratio, serve_worker
+from tools.alternate import Ratio, Side, Worker, in_processes, ratio, serve_worker
 from tools.real_models import cache, smollm2
 
 RANK = 16
@@ -196,18 +197,20 @@ def _session_call(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--starts", type=int, default=4, help="sets of fresh processes")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of a side in each set")
     parser.add_argument("--only", help="plans whose name holds this, as int4 or decode")
     parser.add_argument("--calls", type=int, default=5, help="calls of a side in a round")
     arguments = parser.parse_args()
 
     prepared = prepare()
     plans = [plan for plan in PLANS if arguments.only is None or arguments.only in plan.name]
-    results = [measure(plan, prepared, arguments.rounds, arguments.calls) for plan in plans]
+    turns = {"starts": arguments.starts, "rounds": arguments.rounds, "calls": arguments.calls}
+    results = [measure(plan, prepared, **turns) for plan in plans]
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "rank": RANK, "past": PAST}
     report = {
         "machine": machine,
-        "rounds": arguments.rounds,
+        **turns,
         "results": results,
         "memory": {form: memory(form, prepared) for form in FORMS},
     }
@@ -306,15 +309,11 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
     return Worker("tools.bench_runtime", "onnx", given)
 
 
-def measure(plan: Plan, prepared: Mapping[str, Any], rounds: int, calls: int) -> Any:
-    """Milliseconds of each side, the ratios, and the control."""
+def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:
+    """Milliseconds of each side, the ratios, and the control; `turns` are those of `in_processes`."""
     console.print(f"{plan.name}, batch {plan.batch}: starting {', '.join(plan.sides)}")
-    workers = [start(side, plan, prepared) for side in (*plan.sides, plan.sides[0])]
-    try:
-        taken = alternate(workers, rounds=rounds, calls=calls)
-    finally:
-        for worker in workers:
-            worker.close()
+    sides = (*plan.sides, plan.sides[0])
+    taken = in_processes([partial(start, side, plan, prepared) for side in sides], **turns)
     by_name = dict(zip(plan.sides, taken, strict=False))
 
     def facts(found: Ratio) -> dict[str, float]:

@@ -23,7 +23,6 @@ from loradeploy.bundle.changes import (
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE, PEFT_TASKS
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import AdapterMismatchError, listed
 
 if TYPE_CHECKING:
@@ -46,10 +45,9 @@ def side_inputs(
     """The side inputs of `adapter` alone (one slot), by name, in `manifest.factor_dtype`.
 
     `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, the scaling folded in at
-    float32 with one final cast, those of fused targets joined (see `bundle.pairs`); saved
-    parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA and of trained biases, which need
-    `base`. Modules that the adapter does not touch are left out: the graph's defaults hold for
-    them.
+    float32 with one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA
+    and of trained biases, which need `base`. Modules that the adapter does not touch are left out:
+    the graph's defaults hold for them.
 
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
@@ -57,19 +55,14 @@ def side_inputs(
     adapter = with_all_labels(adapter, manifest)
     check_fit(adapter, manifest)
     dtype = np.dtype(manifest.factor_dtype)
-    scaled = {
-        module: (
-            own.A.astype(np.float32).T,  # [in, rank]
-            own.B.astype(np.float32).T * np.float32(adapter.scaling(module)),  # [rank, out]
-        )
-        for module, own in adapter.factors.items()
-    }
     arrays: dict[str, NDArray[Any]] = {}
-    for pair in factor_pairs(manifest.targets):
-        joined = pair.join(scaled)
-        if joined is not None:
-            arrays[pair.lora_A] = _slot(joined[0], dtype, pair.lora_A)
-            arrays[pair.lora_B] = _slot(joined[1], dtype, pair.lora_B)
+    for target in manifest.targets:
+        own = adapter.factors.get(target.module)
+        if own is not None:
+            s = np.float32(adapter.scaling(target.module))
+            A, B = own.A.astype(np.float32).T, own.B.astype(np.float32).T * s
+            arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
+            arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
     for place in manifest.saved:
         values = adapter.saved.get(place.parameter)
         if values is not None:
@@ -113,14 +106,14 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
     dtype = np.dtype(manifest.factor_dtype)
     shapes: dict[str, tuple[int, ...]] = {}
     problems = []
-    for pair in factor_pairs(manifest.targets):
-        A, B = arrays.get(pair.lora_A), arrays.get(pair.lora_B)
+    for target in manifest.targets:
+        A, B = arrays.get(target.lora_A), arrays.get(target.lora_B)
         if (A is None) != (B is None):
-            problems.append(f"{pair.label} has one factor without the other")
+            problems.append(f"{target.module} has one factor without the other")
         elif A is not None and B is not None:
             rank = A.shape[-1]
-            shapes[pair.lora_A] = (1, pair.in_features, rank)
-            shapes[pair.lora_B] = (1, rank, pair.out_features)
+            shapes[target.lora_A] = (1, target.in_features, rank)
+            shapes[target.lora_B] = (1, rank, target.out_features)
     for saved in manifest.saved:
         shapes[saved.input] = (1, *saved.slot_shape)
     for name, (size, _) in change_inputs(manifest).items():
@@ -148,9 +141,12 @@ def adapter_from_side_inputs(
     """
     check_side_inputs(arrays, manifest)
     factors: dict[str, Factors] = {}
-    for pair in factor_pairs(manifest.targets):
-        if pair.lora_A in arrays:
-            factors.update(pair.split(arrays[pair.lora_A][0], arrays[pair.lora_B][0]))
+    for target in manifest.targets:
+        if target.lora_A in arrays:
+            A, B = (arrays[name][0].T for name in (target.lora_A, target.lora_B))
+            factors[target.module] = Factors(
+                np.ascontiguousarray(A), np.ascontiguousarray(B), kind=target.kind
+            )
     factors, biases = changes_undone(arrays, factors, manifest, base)
     saved = {}
     for place in manifest.saved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,6 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, RIGHT, SLOTS, TASKS
-from loradeploy.bundle.pairs import factor_pairs, pair_problem
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
 
@@ -48,8 +47,7 @@ class LoraTarget:
 
     `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
     `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
-    `slice`: the module's range of outputs where the weight is fused from several modules', which
-    then share the side inputs (see `bundle.pairs`).
+    `slice`: the module's range of the product's outputs where the weight is of several modules.
     `found_by`: the evidence by which the graph's node was taken for this module.
     `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
     bundle: a convolution is merged.)
@@ -329,11 +327,8 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
         if target.stored is not None:
             _check_stored(target, target.stored)
-    pairs = factor_pairs(manifest.targets)
-    for pair in pairs:
-        if (problem := pair_problem(pair)) is not None:
-            raise BundleError(f"{MANIFEST_NAME}: {problem}")
-    side_inputs = [name for pair in pairs for name in (pair.lora_A, pair.lora_B)]
+    _check_slices(manifest.targets)
+    side_inputs = [name for target in manifest.targets for name in (target.lora_A, target.lora_B)]
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
     for output in manifest.changed:
@@ -343,6 +338,19 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
+
+
+def _check_slices(targets: Iterable[LoraTarget]) -> None:
+    """Each slice is one of its module's size, and no two of one weight overlap."""
+    sliced = [(t.weight, *t.slice, t) for t in targets if t.slice is not None]
+    ends: dict[str, int] = {}
+    for weight, begin, end, target in sorted(sliced, key=lambda entry: entry[:3]):
+        if begin < ends.get(weight, 0) or end - begin != target.out_features:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the slice of {target.module} is not one of its size, or"
+                " another's too"
+            )
+        ends[weight] = end
 
 
 def _check_stored(target: LoraTarget, stored: StoredWeight) -> None:

@@ -3,7 +3,8 @@
     x W_q, x W_k, x W_v   →   Split(x [W_q W_k W_v])
 
 A decoder at batch 1 spends much of its time between products, so that fewer and larger ones are
-faster, with side inputs or without: one pair of factors serves all members (see `bundle.pairs`).
+faster. Each member keeps factors of its own: joint ones would be half zeros, which a step has to
+read like any other number.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import LoraTarget
-from loradeploy.bundle.names import lora_a_name, lora_b_name
-from loradeploy.bundle.pairs import FactorPair, outputs_of
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
+from loradeploy.export.products import output_of
 from loradeploy.export.rewire import add_constant, constant_of, take_over
 from loradeploy.export.tidy import linear_scopes
 
@@ -32,34 +32,16 @@ _JOINT: Final = "+"
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """One product: `linear`, and the `members` whose outputs it gives, in their order.
+    """One product called `label`, and the `members` whose outputs it gives, in their order.
 
-    A linear that shares its input with no other is a product of its own, and its only member. Some
-    graphs come with packed products; those stay as they are.
+    A linear that shares its input with no other is the only member of its product.
+    `outputs`: the members' own, where the graph takes the product's output apart; None where it
+    does not, as in graphs that come with packed products.
     """
 
-    linear: Linear
+    label: str
     members: tuple[Linear, ...]
-
-    def targets(self) -> tuple[LoraTarget, ...]:
-        """The members as a manifest tells of them."""
-        if self.linear.module == self.members[0].module:
-            return (self.linear.target(),)
-        begin, targets = 0, []
-        for member in self.members:
-            end = begin + member.out_features
-            targets.append(
-                dataclasses.replace(
-                    member.target(),
-                    lora_A=lora_a_name(self.linear.module),
-                    lora_B=lora_b_name(self.linear.module),
-                    weight=str(self.linear.weight.name),
-                    transposed=self.linear.transposed,
-                    slice=(begin, end),
-                )
-            )
-            begin = end
-        return tuple(targets)
+    outputs: tuple[ir.Value, ...] | None = None
 
 
 def fuse_products(
@@ -74,24 +56,43 @@ def fuse_products(
     for linear in linears:
         key = _key(linear) if linear.module not in apart else None
         groups.setdefault(linear if key is None else key, []).append(linear)
-    return [Fused(_whole(graph, members), tuple(members)) for members in groups.values()]
+    return [_joined(graph, members) for members in groups.values()]
 
 
-def is_packed(pair: FactorPair) -> bool:
-    """Whether the pair's product came with the graph: what is fused here is called after it."""
-    return len(pair.members) > 1 and not pair.members[0].weight.startswith(f"{pair.label}.weight")
-
-
-def separate_products(graph: ir.Graph, pairs: Iterable[FactorPair]) -> None:
+def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
     """Undo `fuse_products`, once the graph's side inputs are out.
 
     Raises:
-        ExportError: the graph does not have the products that the pairs tell of.
+        ExportError: the graph does not have the products that the targets tell of.
     """
     nodes = {str(node.name): node for node in graph}
-    for pair in pairs:
-        if len(pair.members) > 1 and not is_packed(pair):
-            _separate(graph, pair, nodes.get(f"{pair.label}/split"))
+    for label, members in products_of(targets):
+        if members[0].slice is not None and not is_packed(label, members):
+            _separate(graph, label, members, nodes.get(f"{label}/split"))
+
+
+def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarget]]]:
+    """The products that the targets are of, by label, members in the order of their outputs."""
+    grouped: dict[object, list[LoraTarget]] = {}
+    for target in targets:
+        grouped.setdefault(target if target.slice is None else target.weight, []).append(target)
+    products = []
+    for members in grouped.values():
+        members.sort(key=lambda member: member.slice or (0, 0))
+        products.append((label_of([member.module for member in members]), members))
+    return products
+
+
+def is_packed(label: str, members: Sequence[LoraTarget]) -> bool:
+    """Whether the product came with the graph: what is fused here is called after its weight."""
+    return members[0].slice is not None and not members[0].weight.startswith(f"{label}.weight")
+
+
+def label_of(modules: Sequence[str]) -> str:
+    """What a product of several modules is called: after all of them, their parent's path once."""
+    parent = modules[0].rpartition(".")[0]
+    names = _JOINT.join(module.removeprefix(f"{parent}.") for module in modules)
+    return f"{parent}.{names}" if parent else names
 
 
 def called_after(product: str) -> list[str]:
@@ -113,28 +114,32 @@ def _key(linear: Linear) -> object:
     return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
 
 
-def _whole(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
+def _joined(graph: ir.Graph, members: list[Linear]) -> Fused:
     """The product of all members."""
-    first = members[0]
-    if first.slice is not None:
-        reached = max(0 if member.slice is None else member.slice[1] for member in members)
-        return dataclasses.replace(
-            first, module=_label(members), out_features=reached, slice=None, bias=None
-        )
-    return first if len(members) == 1 else _fuse(graph, members)
+    label = label_of([member.module for member in members])
+    if members[0].slice is not None:
+        _check_whole(label, members)
+        return Fused(label, tuple(members))
+    return Fused(label, tuple(members)) if len(members) == 1 else _fuse(graph, label, members)
 
 
-def _label(members: Sequence[Linear]) -> str:
-    """What a product of several modules is called: after all of them, their parent's path once."""
-    parent = members[0].module.rpartition(".")[0]
-    names = _JOINT.join(member.module.removeprefix(f"{parent}.") for member in members)
-    return f"{parent}.{names}" if parent else names
+def _check_whole(label: str, members: Sequence[Linear]) -> None:
+    """Raise ExportError unless the members are all of a packed product."""
+    slices = [member.slice or (0, 0) for member in members]
+    begins, ends = [begin for begin, _ in slices], [end for _, end in slices]
+    shape = output_of(members[0].nodes[0]).shape
+    outputs = ends[-1] if shape is None or not isinstance(shape[-1], int) else shape[-1]
+    if [*begins, outputs] == [0, *ends]:
+        return
+    raise ExportError(
+        f"{label} is a part of a packed product, of which other parts take no adapters: merge the"
+        " adapter instead"
+    )
 
 
-def _fuse(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
+def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     import onnx_ir as ir
 
-    label = _label(members)
     weight = np.concatenate([constant_of(member.weight) for member in members], axis=1)
     nodes = [member.nodes[0] for member in members]
     # The input is there before any of them; which comes first, only the graph tells.
@@ -161,37 +166,38 @@ def _fuse(graph: ir.Graph, members: Sequence[Linear]) -> Linear:
         name=f"{label}/split",
     )
     graph.insert_before(first, [product, split])
+    fused, begin = [], 0
     for member, part in zip(members, split.outputs, strict=True):
-        old = member.nodes[0].outputs[0]
+        old, end = member.nodes[0].outputs[0], begin + member.out_features
         part.name = f"{member.module}/output"
         take_over(graph, old, part, keep=None)
         graph.remove(member.nodes[0], safe=True)
         graph.initializers.pop(str(member.weight.name))
-    return dataclasses.replace(
-        members[0],
-        module=label,
-        nodes=(product,),
-        weight=constant,
-        out_features=weight.shape[1],
-        bias=None,
-    )
+        fused.append(
+            dataclasses.replace(member, nodes=(product,), weight=constant, slice=(begin, end))
+        )
+        begin = end
+    return Fused(label, tuple(fused), tuple(split.outputs))
 
 
-def _separate(graph: ir.Graph, pair: FactorPair, split: ir.Node | None) -> None:
+def _separate(
+    graph: ir.Graph, label: str, members: Sequence[LoraTarget], split: ir.Node | None
+) -> None:
     import onnx_ir as ir
 
     whole = None if split is None else split.inputs[0]
     product = None if whole is None else whole.producer()
-    if split is None or product is None or len(split.outputs) != len(pair.members):
-        raise ExportError(f"the graph has no fused product at {pair.label}: it was changed")
-    for member, old in zip(pair.members, split.outputs, strict=True):
-        begin, end = outputs_of(member)
+    if split is None or product is None or len(split.outputs) != len(members):
+        raise ExportError(f"the graph has no fused product at {label}: it was changed")
+    total = sum(member.out_features for member in members)
+    for member, old in zip(members, split.outputs, strict=True):
+        begin, end = member.slice or (0, total)
         inputs: list[ir.Value | None] = [product.inputs[0]]
         for index, value in enumerate(product.inputs[1:], start=1):
             if value is None:
                 inputs.append(None)
                 continue
-            own = _outputs(constant_of(value), begin, end, pair.out_features, product.op_type)
+            own = _outputs(constant_of(value), begin, end, total, product.op_type)
             part = "weight" if index == 1 else f"weight.{index}"
             inputs.append(add_constant(graph, f"{member.module}.{part}", own))
         attributes = {name: value for name, value in product.attributes.items() if name != "N"}

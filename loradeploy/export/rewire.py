@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 class Chain:
     """Nodes put into `graph` one behind the other, the first behind `node`.
 
-    Every node is called `label`/name, and so is its one output, of type `dtype`.
+    Every node is called `label`/name, and so is its one output, of type `dtype`; the label may
+    change on the way.
     """
 
     def __init__(self, graph: ir.Graph, node: ir.Node, label: str, dtype: ir.DataType) -> None:
         self._graph = graph
-        self._label = label
+        self.label = label
         self._dtype = dtype
         self.last = node
 
@@ -25,7 +26,7 @@ class Chain:
         """The output of a new node."""
         import onnx_ir as ir
 
-        node = ir.node(op, inputs, attributes=attributes, name=f"{self._label}/{name}")
+        node = ir.node(op, inputs, attributes=attributes, name=f"{self.label}/{name}")
         node.outputs[0].name = node.name
         node.outputs[0].dtype = self._dtype
         self._graph.insert_after(self.last, node)

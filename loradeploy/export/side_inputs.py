@@ -12,16 +12,21 @@ trained biases change (outputs.py) take more; heads are replaced instead of adde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import ExportError
 from loradeploy.export.embeddings import add_embedding_factors
 from loradeploy.export.find import Linear
-from loradeploy.export.fuse import fuse_products, separate_products
+from loradeploy.export.fuse import (
+    Fused,
+    fuse_products,
+    is_packed,
+    products_of,
+    separate_products,
+)
 from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.outputs import Change, change_output, keep_output
 from loradeploy.export.parts import Part
@@ -76,18 +81,18 @@ def inject_side_inputs(
     held = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
     # First: what is added to a product later is scaled with it.
     changed = tuple(change_output(surgery, change) for change in changes)
-    apart = {change.layer.module for change in changes}
-    products = fuse_products(model.graph, targets, apart=apart)
-    for product in products:
-        _add_factors(surgery, product.linear)
-    lora = [target for product in products for target in product.targets()]
-    lora += [add_embedding_factors(surgery, part) for part in embeddings]
     with_bias = set(biased)
     saved = [
         target
         for linear in heads
         for target in replace_head(surgery, linear, with_bias=linear.module in with_bias)
     ]
+    apart = {change.layer.module for change in changes}
+    products = fuse_products(model.graph, targets, apart=apart)
+    for product in products:
+        _add_factors(surgery, product)
+    lora = [member.target() for product in products for member in product.members]
+    lora += [add_embedding_factors(surgery, part) for part in embeddings]
     remove_unused(model.graph, inputs=False)
     return SideInputs(
         targets=tuple(lora),
@@ -106,54 +111,79 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         ExportError: the graph does not have the nodes that the manifest tells of.
     """
     nodes = {str(node.name): node for node in model.graph}
-    pairs = factor_pairs(manifest.targets)
-    for pair in pairs:
+    for label in _updated(manifest.targets):
         call = 0
-        while (add := nodes.get(f"{call_label(pair.label, call)}/lora_add")) is not None:
+        while (add := nodes.get(f"{call_label(label, call)}/lora_add")) is not None:
             base = add.inputs[0]
             if base is not None:
                 take_over(model.graph, add.outputs[0], base, keep=None)
             call += 1
         if call == 0:
-            raise ExportError(f"the graph has no side input at {pair.label}: it was changed")
+            raise ExportError(f"the graph has no side input at {label}: it was changed")
     for output in manifest.changed:
         if not keep_output(model.graph, output.module, nodes):
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
-    separate_products(model.graph, pairs)
+    separate_products(model.graph, manifest.targets)
     remove_unused(model.graph, inputs=True)
 
 
-def _add_factors(surgery: Surgery, linear: Linear) -> None:
-    """y = x W → y = x W + (x A) B, at every call of the module."""
-    A, B = surgery.factors(linear.module, linear.in_features, linear.out_features)
-    for call in range(len(linear.nodes)):
-        _add_factors_at(surgery, linear, call, A, B)
+def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
+    """Where updates are added: to what each module gives, or to all of a packed product."""
+    for label, members in products_of(targets):
+        if is_packed(label, members):
+            yield label
+        else:
+            yield from (member.module for member in members)
 
 
-def _add_factors_at(surgery: Surgery, linear: Linear, call: int, A: ir.Value, B: ir.Value) -> None:
-    node, label = linear.nodes[call], call_label(linear.module, call)
-    into, out = linear.in_features, linear.out_features
-    rows = rows_of(surgery.graph, node, linear.module)
-    x, y = rows.x, output_of(node)
-    chain = surgery.chain(y.producer() or node, label)
-    a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
-    b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
+def _add_factors(surgery: Surgery, product: Fused) -> None:
+    """y = x W → y = x W + (x A) B, at every call of the product, for each member its own."""
+    factors = [
+        surgery.factors(member.module, member.in_features, member.out_features)
+        for member in product.members
+    ]
+    for call in range(len(product.members[0].nodes)):
+        _add_factors_at(surgery, product, call, factors)
+
+
+def _add_factors_at(
+    surgery: Surgery, product: Fused, call: int, factors: Sequence[tuple[ir.Value, ir.Value]]
+) -> None:
+    node, into = product.members[0].nodes[call], product.members[0].in_features
+    rows = rows_of(surgery.graph, node, product.label)
+    outputs = product.outputs or (output_of(node),)
+    chain = surgery.chain(outputs[0].producer() or node, call_label(product.label, call))
+    x = rows.x
     if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
     if rows.flattened:
         shape = surgery.unflattened(into)
         x = chain.add("Reshape", "lora_unflatten", [x, shape])  # [batch, sequence, in]
-    low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
-    delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, out]
-    if rows.no_sequence:
-        delta = chain.add("Squeeze", "lora_squeeze", [delta, surgery.sequence_axis])
-    if rows.flattened:
-        shape = surgery.integers(f"flat_{out}", [-1, out])
-        delta = chain.add("Reshape", "lora_flatten", [delta, shape])  # [batch · sequence, out]
-    total = chain.add("Add", "lora_add", [y, delta])
-    take_over(surgery.graph, y, total, keep=chain.last)
+    updates = []
+    parts = [(call_label(m.module, call), m.out_features) for m in product.members]
+    for (label, _), (A, B) in zip(parts, factors, strict=True):
+        chain.label = label
+        a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
+        b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
+        low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
+        updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
+    if len(outputs) < len(updates):  # packed: what follows takes all members together
+        parts = [(call_label(product.label, call), sum(out for _, out in parts))]
+        chain.label = parts[0][0]
+        updates = [chain.add("Concat", "lora_concat", updates, axis=-1)]
+    for y, delta, (label, out) in zip(outputs, updates, parts, strict=True):
+        chain.label, update = label, delta
+        if rows.no_sequence:
+            update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
+        if rows.flattened:
+            shape = surgery.integers(f"flat_{out}", [-1, out])
+            update = chain.add(
+                "Reshape", "lora_flatten", [update, shape]
+            )  # [batch · sequence, out]
+        total = chain.add("Add", "lora_add", [y, update])
+        take_over(surgery.graph, y, total, keep=chain.last)
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.export.branches import remove_branches
 from loradeploy.export.find import find_linears
-from loradeploy.export.fuse import is_packed
+from loradeploy.export.fuse import is_packed, products_of
 from loradeploy.export.graph import complete_shapes, load_graph, outputs
 from loradeploy.export.naming import module_of
 from loradeploy.files import write_json
@@ -233,9 +232,9 @@ class _Graph:
                 self._parts[linear.module] = (scope, linear.slice)
                 self._whole[linear.module] = scope
         return {
-            pair.label: self._whole[first]
-            for pair in factor_pairs(manifest.targets)
-            if is_packed(pair) and (first := pair.members[0].module) in self._whole
+            label: self._whole[first]
+            for label, members in products_of(manifest.targets)
+            if is_packed(label, members) and (first := members[0].module) in self._whole
         }
 
 

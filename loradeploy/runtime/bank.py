@@ -21,6 +21,7 @@ import onnxruntime
 
 from loradeploy.bundle.names import ROWS
 from loradeploy.errors import AdapterError, BudgetError, UnknownAdapterError, UsageError
+from loradeploy.runtime.block import in_one_block
 from loradeploy.runtime.resident import (
     AdapterSpec,
     Arrays,
@@ -169,6 +170,7 @@ class AdapterBank:
             BudgetError: it is larger than the whole budget.
         """
         arrays, digest, labels = read()
+        arrays = in_one_block(arrays)
         with self._changed:
             there = self._entries.get(name)
         if there is not None and not replace and there.digest != digest:
@@ -326,7 +328,7 @@ class AdapterBank:
                 f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
                 " with replace=True"
             )
-        return arrays, digest, labels
+        return in_one_block(arrays), digest, labels
 
     def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
         """Note a use. `_changed` is held."""

@@ -17,7 +17,6 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 
 if TYPE_CHECKING:
@@ -186,10 +185,10 @@ def _weights_elsewhere(options: onnxruntime.SessionOptions) -> bool:
 
 def _side_inputs(manifest: Manifest) -> list[TensorSpec]:
     specs: list[TensorSpec] = []
-    for pair in factor_pairs(manifest.targets):
-        into, out = pair.in_features, pair.out_features
-        specs.append(TensorSpec(pair.lora_A, manifest.factor_dtype, ("adapters", into, "rank")))
-        specs.append(TensorSpec(pair.lora_B, manifest.factor_dtype, ("adapters", "rank", out)))
+    for target in manifest.targets:
+        into, out = target.in_features, target.out_features
+        specs.append(TensorSpec(target.lora_A, manifest.factor_dtype, ("adapters", into, "rank")))
+        specs.append(TensorSpec(target.lora_B, manifest.factor_dtype, ("adapters", "rank", out)))
     for saved in manifest.saved:
         shape: tuple[int | str, ...] = ("adapters", *saved.slot_shape)
         specs.append(TensorSpec(saved.input, manifest.factor_dtype, shape))

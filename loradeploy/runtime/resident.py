@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import UsageError
+from loradeploy.runtime.block import in_one_block
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,8 +106,8 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
     Raises:
         UsageError: a member has more than low-rank factors, which are all that adds up.
     """
-    pairs = factor_pairs(manifest.targets)
-    low_rank = {name for pair in pairs for name in (pair.lora_A, pair.lora_B)}
+    targets = manifest.targets
+    low_rank = {name for target in targets for name in (target.lora_A, target.lora_B)}
     for resident, _ in members:
         if more := sorted(resident.host.keys() - low_rank):
             raise UsageError(
@@ -115,15 +115,14 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
                 " factors alone would add up"
             )
     host = {}
-    for pair in pairs:
-        touched = [(r.host, weight) for r, weight in members if pair.lora_A in r.host]
+    for target in targets:
+        A, B = target.lora_A, target.lora_B
+        touched = [(r.host, weight) for r, weight in members if A in r.host]
         if touched:
-            host[pair.lora_A] = np.concatenate([own[pair.lora_A] for own, _ in touched], axis=2)
-            host[pair.lora_B] = np.concatenate(
-                [own[pair.lora_B] * own[pair.lora_B].dtype.type(w) for own, w in touched], axis=1
-            )
+            host[A] = np.concatenate([own[A] for own, _ in touched], axis=2)
+            host[B] = np.concatenate([own[B] * own[B].dtype.type(w) for own, w in touched], axis=1)
     parts = tuple(resident.digest for resident, _ in members)
-    return Resident(blend_digest(members), None, host, parts)
+    return Resident(blend_digest(members), None, in_one_block(host), parts)
 
 
 def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:

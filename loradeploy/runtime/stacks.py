@@ -8,6 +8,7 @@ made anew. Where the graph takes a slot for each row, the slots are the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ import onnxruntime
 
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.factors import branch_choice
-from loradeploy.bundle.pairs import factor_pairs
+from loradeploy.runtime.block import empty_block
 from loradeploy.runtime.resident import Arrays, Bindable, Resident
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class Stacks:
         self._defaults = defaults
         self._device = device
         self._budget = budget
-        self._pairs = factor_pairs(manifest.targets)
+        self._targets = manifest.targets
+        self._changes = change_inputs(manifest)
+        self._dtype = np.dtype(manifest.factor_dtype)
         self._stack: Stack | None = None
         self._rows: dict[tuple[str | None, ...], tuple[Bindable, int]] = {}
 
@@ -122,7 +125,7 @@ class Stacks:
         if self._device[0] != "cpu":
             return False
         ranks = self._ranks(new)
-        if any(ranks[pair.lora_A] > stack.arrays[pair.lora_A].shape[2] for pair in self._pairs):
+        if any(ranks[t.lora_A] > stack.arrays[t.lora_A].shape[2] for t in self._targets):
             return False
         free = stack.capacity - len(stack.slots)
         if len(new) <= free:
@@ -148,10 +151,11 @@ class Stacks:
         ranks = self._ranks(members)
         before = 0 if stack is None else stack.capacity
         if stack is not None:
-            for pair in self._pairs:
-                held = stack.arrays[pair.lora_A].shape[2]
-                ranks[pair.lora_A] = max(ranks[pair.lora_A], held)
-        slot_bytes = sum(values.nbytes for values in self._empty(1, ranks).values())
+            for target in self._targets:
+                held = stack.arrays[target.lora_A].shape[2]
+                ranks[target.lora_A] = max(ranks[target.lora_A], held)
+        numbers = sum(math.prod(shape) for shape in self._shapes(1, ranks).values())
+        slot_bytes = numbers * self._dtype.itemsize
         new = sum(stack is None or member.digest not in stack.slots for member in members)
         wanted = new if stack is None else max(len(stack.slots) + new, before)
         if stack is not None and wanted > before:
@@ -188,40 +192,45 @@ class Stacks:
 
     def _ranks(self, residents: Sequence[Resident]) -> dict[str, int]:
         return {
-            pair.lora_A: max(
-                (r.host[pair.lora_A].shape[2] for r in residents if pair.lora_A in r.host),
+            target.lora_A: max(
+                (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
                 default=0,
             )
-            for pair in self._pairs
+            for target in self._targets
         }
+
+    def _shapes(self, slots: int, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the side inputs [slots, …]."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for target in self._targets:
+            rank = ranks[target.lora_A]
+            shapes[target.lora_A] = (slots, target.in_features, rank)
+            shapes[target.lora_B] = (slots, rank, target.out_features)
+        for saved in self._manifest.saved:
+            shapes[saved.input] = (slots, *saved.slot_shape)
+        return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
 
     def _empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The side inputs [slots, …] with the base in every slot."""
-        dtype = np.dtype(self._manifest.factor_dtype)
-        arrays = {}
-        for pair in self._pairs:
-            rank = ranks[pair.lora_A]
-            arrays[pair.lora_A] = np.zeros((slots, pair.in_features, rank), dtype)
-            arrays[pair.lora_B] = np.zeros((slots, rank, pair.out_features), dtype)
-        for saved in self._manifest.saved:
-            arrays[saved.input] = np.repeat(self._defaults[saved.input], slots, axis=0)
-        for name, (size, neutral) in change_inputs(self._manifest).items():
-            arrays[name] = np.full((slots, size), neutral, dtype)
+        arrays = empty_block(self._shapes(slots, ranks), self._dtype)
+        for name, values in arrays.items():
+            _, neutral = self._changes.get(name, (0, 0))
+            values[...] = self._defaults.get(name, neutral)
         return arrays
 
     def _write(self, arrays: Mapping[str, NDArray[Any]], slot: int, resident: Resident) -> None:
         """Put an adapter into a slot that may have held another."""
         host = resident.host
-        for pair in self._pairs:
-            A, B = arrays[pair.lora_A][slot], arrays[pair.lora_B][slot]
-            rank = host[pair.lora_A].shape[2] if pair.lora_A in host else 0
+        for target in self._targets:
+            A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
+            rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
             if rank:
-                A[:, :rank], B[:rank] = host[pair.lora_A][0], host[pair.lora_B][0]
+                A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
             # Zeros in B alone would do, but for what is not finite after them.
             A[:, rank:], B[rank:] = 0, 0
         for saved in self._manifest.saved:
             arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]
-        for name, (_, neutral) in change_inputs(self._manifest).items():
+        for name, (_, neutral) in self._changes.items():
             arrays[name][slot] = host[name][0] if name in host else neutral
 
     def _bindable(self, arrays: Mapping[str, NDArray[Any]]) -> Bindable:

@@ -35,6 +35,7 @@ def a_manifest(**changes: Any) -> Manifest:
         "targets": (
             LoraTarget("l.q", 3, 4, "l.q.lora_A", "l.q.lora_B", "l.q.weight", False, "metadata"),
             LoraTarget("l.k", 3, 4, "l.k.lora_A", "l.k.lora_B", "w", True, "name", slice=(0, 4)),
+            LoraTarget("l.v", 3, 2, "l.v.lora_A", "l.v.lora_B", "w", True, "name", slice=(4, 6)),
         ),
         "saved": (SavedTarget("head.weight", "head.weight", (5, 4), True),),
         "adapters": {"sport": AdapterEntry("sha256:01", "adapters/sport")},
@@ -66,6 +67,8 @@ def test_a_manifest_survives_the_round_trip() -> None:
         (["targets", 0, "in_features"], None, r"targets\[0\].in_features is None"),
         (["targets", 1, "lora_A"], "l.q.lora_A", "share the name"),
         (["targets", 1, "slice"], [1, 2, 3], r"targets\[1\].slice"),
+        (["targets", 1, "slice"], [4, 7], "the slice of l.k is not one of its size"),
+        (["targets", 2, "slice"], [2, 4], "the slice of l.v is not .* or another's too"),
         (["adapters", "sport"], "here", "adapters.sport is not an object"),
         (["mode"], "merged", "a merged graph has no side inputs"),
         (["factor_dtype"], "int8", "factor_dtype"),

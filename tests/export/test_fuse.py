@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.pairs import factor_pairs
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
-from loradeploy.export.find import find_linears
+from loradeploy.export.find import Linear, find_linears
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.graph import load_graph
 from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
@@ -50,8 +50,8 @@ def test_products_of_one_input_become_one_and_compute_the_same() -> None:
     x, before = numbers(2, 3, IN), attention()
     model = attention()
     (fused,) = fuse_products(model.graph, find_linears(model).linears.values())
-    assert fused.linear.module == "attn.q+k+v"
-    assert fused.linear.out_features == 8
+    assert fused.label == "attn.q+k+v"
+    assert [member.slice for member in fused.members] == [(0, 4), (4, 6), (6, 8)]
     assert ops(model) == ["MatMul", "Split", "Add", "Concat"]
     np.testing.assert_allclose(run(model, {"x": x}), run(before, {"x": x}), atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_fused_stays(options: dict[str, bool], products: list[str
     x, model = numbers(2, 3, IN), attention(**options)
     found = find_linears(model).linears
     fused = fuse_products(model.graph, (m for m in found.values() if m.module in PARTS))
-    assert sorted(f.linear.module for f in fused) == sorted(products)
+    assert sorted(product.label for product in fused) == sorted(products)
     expected = run(attention(**options), {"x": x})
     np.testing.assert_allclose(run(model, {"x": x}), expected, atol=1e-6)
 
@@ -78,7 +78,8 @@ def test_side_inputs_of_a_fused_product_come_out_again() -> None:
     base, model = attention(), attention()
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
     assert [target.slice for target in added.targets] == [(0, 4), (4, 6), (6, 8)]
-    assert [v.name for v in model.graph.inputs[2:]] == ["attn.q+k+v.lora_A", "attn.q+k+v.lora_B"]
+    names = [f"attn.{member}.lora_{factor}" for member in "qkv" for factor in "AB"]
+    assert [value.name for value in model.graph.inputs[2:]] == names
     remove_side_inputs(model, manifest_of(added))
     assert [v.name for v in model.graph.inputs] == ["x"]
     before, after = find_linears(base).linears, find_linears(model).linears
@@ -90,6 +91,44 @@ def test_side_inputs_of_a_fused_product_come_out_again() -> None:
         assert (linear.bias is None) == (before[module].bias is None)
     x = numbers(2, 3, IN)
     assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
+
+
+def packed() -> tuple[ir.Model, list[Linear]]:
+    """q, k and v as one product that nothing takes apart."""
+    b = Builder()
+    x, w = b.input("x", ["batch", "sequence", IN]), b.weight("qkv.weight", IN, 8)
+    y = b.node("MatMul", [x, w], ["batch", "sequence", 8], module="attn.qkv", name="y")
+    model = b.model(y)
+    (whole,) = find_linears(model).linears.values()
+    slices = {"q": (0, 4), "k": (4, 6), "v": (6, 8)}
+    members = [
+        dataclasses.replace(whole, module=f"attn.{name}", slice=own, out_features=own[1] - own[0])
+        for name, own in slices.items()
+    ]
+    return model, members
+
+
+def test_members_of_a_packed_product_have_side_inputs_of_their_own() -> None:
+    model, members = packed()
+    base, x = packed()[0], numbers(2, 3, IN)
+    added = inject_side_inputs(model, members)
+    assert "Split" not in ops(model)
+    A, B = numbers(1, IN, 2), numbers(1, 2, 2)
+    feeds = {"x": x, "attn.k.lora_A": A, "attn.k.lora_B": B}
+    update = np.zeros((2, 3, 8), np.float32)
+    update[..., 4:6] = x @ A[0] @ B[0]
+    expected = run(base, {"x": x}) + update
+    np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-5, atol=1e-5)
+    remove_side_inputs(model, manifest_of(added))
+    assert ops(model) == ["MatMul"]
+
+
+@pytest.mark.parametrize("left_out", range(3))
+def test_a_packed_product_takes_adapters_in_all_its_parts_or_none(left_out: int) -> None:
+    model, members = packed()
+    del members[left_out]
+    with pytest.raises(ExportError, match=r"part of a packed product.* merge the adapter instead"):
+        inject_side_inputs(model, members)
 
 
 @pytest.mark.parametrize("lost", ["product", "split"])
@@ -120,7 +159,7 @@ def test_a_packed_bundle_comes_apart_without_a_loss(
 ) -> None:
     export(tiny_llama_bundle, tmp_path / "packed", precision="int4")
     export(tmp_path / "packed", tmp_path / "again", side_inputs=["dora"])
-    pairs = factor_pairs(read_manifest(tmp_path / "again").targets)
-    assert all(len(pair.members) == 1 for pair in pairs)  # scaled, each for itself
+    targets = read_manifest(tmp_path / "again").targets
+    assert all(target.slice is None for target in targets)  # scaled, each for itself
     again = onnx_output(tmp_path / "again", IDS)
     assert difference(onnx_output(tmp_path / "packed", IDS), again) <= tolerance("rows")
