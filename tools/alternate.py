@@ -116,7 +116,7 @@ def alternate(
 def in_processes(
     starters: Sequence[Callable[[], Worker]], *, starts: int, rounds: int, calls: int
 ) -> list[list[float]]:
-    """As `alternate`, `rounds` in each of `starts` sets of fresh processes, begun in random order."""
+    """As `alternate`, `rounds` times in each of `starts` sets of fresh processes."""
     taken: list[list[float]] = [[] for _ in starters]
     shuffle = random.Random(starts).shuffle
     for start in range(starts):

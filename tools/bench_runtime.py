@@ -310,7 +310,7 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
 
 
 def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:
-    """Milliseconds of each side, the ratios, and the control; `turns` are those of `in_processes`."""
+    """Milliseconds of each side, the ratios, and the control; `turns` as of `in_processes`."""
     console.print(f"{plan.name}, batch {plan.batch}: starting {', '.join(plan.sides)}")
     sides = (*plan.sides, plan.sides[0])
     taken = in_processes([partial(start, side, plan, prepared) for side in sides], **turns)
