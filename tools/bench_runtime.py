@@ -26,7 +26,7 @@ from rich.console import Console
 
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
-from loradeploy.runtime.timing import sample_feeds
+from loradeploy.runtime.timing import forward
 from tools import genai_builder
 from tools.alternate import Ratio, Side, Worker, in_processes, ratio, serve_worker
 from tools.real_models import cache, smollm2
@@ -62,7 +62,7 @@ def onnx(bundle: str, adapters: Sequence[str], batch: int, **given: Any) -> Side
     rows: Any = None
     if names:
         rows = names[0] if len(names) == 1 else [names[row % len(names)] for row in range(batch)]
-    return _session_call(session, batch, rows, given["past"], given["new"])
+    return partial(forward(session, batch, past=given["past"], new=given["new"]), rows)
 
 
 SIDES: dict[str, Callable[..., Side]] = {
@@ -111,14 +111,24 @@ PLANS: Final = (
         (
             *("merged", "slots idle", "slots one", "slots mixed", "rows idle", "rows one"),
             *("rows mixed", "branches idle", "branches mixed", "torch_base", "peft_mixed"),
+            *("in place idle", "in place mixed"),
         ),
         (
             *_over("merged", "slots idle", "slots one", "slots mixed"),
             *_over("merged", "rows idle", "rows one", "rows mixed"),
             *_over("merged", "branches idle", "branches mixed"),
+            *_over("rows idle", "in place idle"),
+            *_over("rows mixed", "in place mixed"),
             *(("torch_base", "merged"), ("peft_mixed", "slots mixed")),
-            ("peft_mixed", "rows mixed"),
+            *(("peft_mixed", "rows mixed"), ("peft_mixed", "in place mixed")),
         ),
+    ),
+    Plan(
+        "fp32 decode past 1024",
+        8,
+        ("rows idle", "in place idle", "rows mixed", "in place mixed"),
+        (*_over("rows idle", "in place idle"), *_over("rows mixed", "in place mixed")),
+        past=1024,
     ),
     Plan(
         "fp32 prefill of 512",
@@ -178,19 +188,6 @@ def _torch_call(model: Any, batch: int, **options: Any) -> Side:
     return call
 
 
-def _session_call(
-    session: ld.AdapterSession, batch: int, adapters: Any, past: int, new: int
-) -> Side:
-    import onnxruntime
-
-    feeds = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
-        for name, values in sample_feeds(session, batch, past=past, new=new).items()
-    }
-    outputs = [spec.name for spec in session.manifest.outputs]
-    return lambda: session.run_with_ort_values(outputs, feeds, adapters)
-
-
 # -- the run -----------------------------------------------------------------------------------
 
 
@@ -228,6 +225,7 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "merged": {"merge": True},
     "rows": {"layout": "rows"},
     "branches": {"layout": "rows", "branches": True},
+    "in place": {"layout": "rows", "attention": "gqa"},
     "merged4": {"merge": True, "precision": "int4"},
     "slots4": {"layout": "slots", "branches": False, "precision": "int4"},
     "rows4": {"precision": "int4"},
@@ -304,8 +302,10 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
         return Worker("tools.bench_genai", side, given, python=str(genai_builder.PYTHON))
     if side in SIDES:
         return Worker("tools.bench_runtime", side, given)
-    form, _, use = side.partition(" ")
-    given.update(bundle=bundles[form], count=USES[use or "idle"])
+    form, use = side, "idle"
+    if side not in FORMS and side not in bundles:
+        form, _, use = side.rpartition(" ")
+    given.update(bundle=bundles[form], count=USES[use])
     return Worker("tools.bench_runtime", "onnx", given)
 
 

@@ -43,6 +43,8 @@ LEFT, RIGHT = "left", "right"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the side inputs' first dimension
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
+PAST: Final = "past_key_values."  # {i}.key and {i}.value: float [batch, heads, past, size]
+PRESENT: Final = "present."
 
 MANIFEST_NAME: Final = "loradeploy.json"
 GRAPH_NAME: Final = "model.onnx"
@@ -52,10 +54,6 @@ BASE_NAME: Final = "base.safetensors"
 CERTIFICATE_NAME: Final = "parity.json"
 ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"
-
-
-PAST: Final = "past_key_values."
-PRESENT: Final = "present."
 
 
 def past_name(layer: int, part: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import LEFT, RIGHT
+from loradeploy.bundle.names import LEFT, PAST, RIGHT
 from loradeploy.errors import ExportError, ModelError
 from loradeploy.export.find import Findings, find_linears, note_modules
 from loradeploy.export.genai import GENAI_CONFIG_NAME
@@ -97,7 +97,7 @@ def complete_cache(model: ir.Model, directory: Path) -> None:
 
     symbols: dict[str, int] = {}
     for value in model.graph.inputs:
-        if not str(value.name).startswith("past_key_values.") or value.shape is None:
+        if not str(value.name).startswith(PAST) or value.shape is None:
             continue
         if len(value.shape) != 4 or isinstance(value.shape[3], int):
             continue

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ATTENTION_MASK
+from loradeploy.bundle.names import ATTENTION_MASK, PAST
 from loradeploy.errors import ExportError
 from loradeploy.export.rewire import add_constant, remove_unused, take_over
 
@@ -61,7 +61,7 @@ def group_queries(model: ir.Model) -> None:
     if any(node.op_type == OPERATOR for node in graph):
         return
     attentions = [node for node in graph if node.op_type == "Attention" and node.domain == ""]
-    pasts = [value for value in graph.inputs if str(value.name).startswith("past_key_values.")]
+    pasts = [value for value in graph.inputs if str(value.name).startswith(PAST)]
     if not pasts or len(attentions) * 2 != len(pasts):
         raise ExportError(
             f"--attention gqa: the graph has {len(attentions)} attentions for"

@@ -13,6 +13,7 @@ from loradeploy.bundle.names import (
     IMAGE_CLASSIFICATION,
     LAST_HIDDEN_STATE,
     LOGITS,
+    PAST,
     PEFT_TASKS,
     PIXEL_VALUES,
     SEQ2SEQ_LM,
@@ -126,7 +127,7 @@ def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) ->
     A cache makes it a causal language model, `logits` [batch, labels] a classifier, and
     `last_hidden_state` an encoder.
     """
-    cached = any(name.startswith("past_key_values.") for name in inputs)
+    cached = any(name.startswith(PAST) for name in inputs)
     if LOGITS in outputs:
         rank = outputs[LOGITS]
         if DECODER_INPUT_IDS in inputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,6 +18,7 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
 )
 from loradeploy.errors import UsageError
+from loradeploy.runtime.cache import Cache
 from loradeploy.runtime.chat import Message
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.sampling import Sampling
@@ -87,11 +88,6 @@ class TextGenerator:
         self.session = session
         self.tokenizer = Tokenizer(session.path)
         self._inputs = {spec.name: spec for spec in manifest.inputs}
-        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
-        self._outputs = [
-            LOGITS,
-            *(name.replace("past_key_values.", "present.", 1) for name in self._past),
-        ]
 
     def generate(
         self,
@@ -196,13 +192,17 @@ class TextGenerator:
         left = self.session.manifest.padding == LEFT
         ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
         ends = np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
-        cache = self._empty_cache(len(rows))
+        positions = ids.shape[1] + max(row.limit for row in rows)
+        manifest, device = self.session.manifest, self.session.device
+        cache = Cache(manifest, device, batch=len(rows), positions=positions)
         with self.session.hold([row.adapter for row in rows]) as held:
             while True:
                 logits, *present = held.run_with_ort_values(
-                    self._outputs, {**self._feeds(ids, mask), **cache}
+                    (LOGITS, *cache.outputs),
+                    {**self._feeds(ids, mask), **cache.inputs},
+                    places=cache.places,
                 )
-                cache = dict(zip(self._past, present, strict=True))
+                cache.keep(present)
                 last = logits.numpy()[np.arange(len(rows)), ends]  # [batch, vocabulary]
                 ends = np.full(len(rows), -1)
                 for row, scores in zip(rows, last, strict=True):
@@ -247,12 +247,3 @@ class TextGenerator:
         if POSITION_IDS in self._inputs:
             feeds[POSITION_IDS] = positions_of(mask, ids.shape[1])
         return feeds
-
-    def _empty_cache(self, batch: int) -> Mapping[str, onnxruntime.OrtValue]:
-        cache = {}
-        for name in self._past:
-            spec = self._inputs[name]
-            _, heads, _, head_dim = spec.shape  # [batch, kv_heads, past, head_dim]
-            empty = np.zeros((batch, int(heads), 0, int(head_dim)), spec.dtype)
-            cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        return cache

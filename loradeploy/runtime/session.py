@@ -87,8 +87,8 @@ class AdapterSession:
         self._session = open_graph(self.path, providers, session_options)
         check_graph(self.path, self.manifest, self._session)
         self._base = BundleBase(self.path, self.manifest)
-        self._device = device_of(self._session)
-        device, device_id = self._device
+        self.device = device_of(self._session)  # onnxruntime's name and number of it
+        device, device_id = self.device
         self._bank = AdapterBank(
             self.manifest,
             self._defaults(),
@@ -312,9 +312,10 @@ class AdapterSession:
         lease: Lease,
         output_names: Sequence[str] | None,
         feeds: Feeds,
-        place: tuple[str, int],
+        device: tuple[str, int],
+        places: Mapping[str, onnxruntime.OrtValue],
     ) -> list[onnxruntime.OrtValue]:
-        """The outputs as values at `place`, a device and its id."""
+        """The outputs, those in `places` written there, the others made on `device`."""
         wanted = tuple(output_names) if output_names else self._outputs
         if unknown := [name for name in wanted if name not in self._outputs]:
             raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
@@ -327,7 +328,10 @@ class AdapterSession:
         if lease.adapter_ids is not None:
             binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
         for name in wanted:
-            binding.bind_output(name, *place)
+            if name in places:
+                binding.bind_ortvalue_output(name, places[name])
+            else:
+                binding.bind_output(name, *device)
         self._session.run_with_iobinding(binding)  # a binding of a run that failed is not reused
         outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
         # A spare binding must not keep a whole cache alive.
@@ -371,14 +375,22 @@ class HeldAdapters:
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """As `AdapterSession.run` with the held adapters."""
-        outputs = self._session._run(self._lease, output_names, feeds, _HOST)
+        outputs = self._session._run(self._lease, output_names, feeds, _HOST, {})
         return [value.numpy() for value in outputs]
 
     def run_with_ort_values(
-        self, output_names: Sequence[str] | None, feeds: Feeds
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        places: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `AdapterSession.run_with_ort_values` with the held adapters."""
-        return self._session._run(self._lease, output_names, feeds, self._session._device)
+        """As `AdapterSession.run_with_ort_values` with the held adapters.
+
+        `places`: values that outputs are written to, by name, of their shapes and dtypes.
+        """
+        session = self._session
+        return session._run(self._lease, output_names, feeds, session.device, places or {})
 
 
 def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:

@@ -11,9 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 
 from loradeploy.bundle.names import ATTENTION_MASK, CAUSAL_LM, POSITION_IDS
 from loradeploy.errors import UsageError
+from loradeploy.runtime.cache import Cache
 from loradeploy.runtime.session import Adapters, AdapterSession
 
 if TYPE_CHECKING:
@@ -55,8 +57,7 @@ def time_bundle(
             raise UsageError(f"{name} is {value}: give 1 or more")
     decodes = session.manifest.task == CAUSAL_LM
     past, new = (length, 1) if decodes else (0, length)
-    feeds = sample_feeds(session, batch, past=past, new=new)
-    outputs = [spec.name for spec in session.manifest.outputs]
+    call = forward(session, batch, past=past, new=new)
     names = list(session.adapters)
     sides: dict[str, Adapters] = {"base": None, "base again (control)": None}
     sides.update({f"adapter {name}": name for name in names})
@@ -64,25 +65,42 @@ def time_bundle(
         rows = [[None, *names][row % (len(names) + 1)] for row in range(batch)]
         sides["mixed batch"] = rows
     calls: dict[str, Callable[[], object]] = {
-        side: partial(session.run_with_ort_values, outputs, feeds, adapters)
-        for side, adapters in sides.items()
+        side: partial(call, adapters) for side, adapters in sides.items()
     }
     if len(names) > 1:
-        calls["swap at each call"] = _swapping(session, outputs, feeds, names)
+        calls["swap at each call"] = _swapping(call, names)
     return _alternate(calls, rounds=rounds, seed=seed)
 
 
-def _swapping(
-    session: AdapterSession, outputs: Sequence[str], feeds: Mapping[str, Any], names: Sequence[str]
-) -> Callable[[], object]:
-    turn = 0
+def forward(
+    session: AdapterSession, batch: int, *, past: int, new: int
+) -> Callable[[Adapters], object]:
+    """One pass of `new` tokens after `past` in the cache, which stays in place where it can."""
+    feeds: dict[str, Any] = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
+        for name, values in sample_feeds(session, batch, past=past, new=new).items()
+    }
+    outputs = [spec.name for spec in session.manifest.outputs]
+    cache = Cache(session.manifest, session.device, batch=batch, positions=past + new)
+    if cache.places:
+        feeds |= cache.inputs
 
-    def call() -> object:
-        nonlocal turn
-        turn += 1
-        return session.run_with_ort_values(outputs, feeds, names[turn % len(names)])
+    def call(adapters: Adapters) -> object:
+        with session.hold(adapters) as held:
+            return held.run_with_ort_values(outputs, feeds, places=cache.places)
 
     return call
+
+
+def _swapping(call: Callable[[Adapters], object], names: Sequence[str]) -> Callable[[], object]:
+    turn = 0
+
+    def swapped() -> object:
+        nonlocal turn
+        turn += 1
+        return call(names[turn % len(names)])
+
+    return swapped
 
 
 def _alternate(

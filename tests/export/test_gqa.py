@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -182,6 +183,32 @@ def test_the_cache_may_be_one_buffer_that_is_written_in_place(grouped: Path) -> 
         graph.run_with_iobinding(binding)
         (logits,) = (v.numpy() for v in binding.get_outputs() if v.shape()[-1] == 512)
         assert difference(logits, whole[:, begin:end]) < tolerance("rows"), begin
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"layout": "slots"},
+        {"layout": "rows", "branches": True},
+        {"precision": "int8"},
+    ],
+    ids=["slots", "branches", "int8"],
+)
+def test_text_is_generated_in_place_as_it_is_with_a_cache_that_grows(
+    form: dict[str, Any], grouped: Path, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    adapters = {"a": grouped / "adapters" / "a", "b": grouped / "adapters" / "b"}
+    rows = [[5, 17, 42, 99, 7], [9, 8], [7, 6, 5, 4]], ["a", None, "b"]
+    texts = []
+    for source, attention in ((grouped, "gqa"), (tiny_llama_bundle, "standard")):
+        place = tmp_path / attention
+        export(source, place, adapters=adapters, attention=attention, **form)
+        generator = TextGenerator(AdapterSession(place))
+        # Twice: a second batch must not see what the first one left in its buffers.
+        for _ in range(2):
+            texts.append([r.token_ids for r in generator.generate(*rows, max_new_tokens=24)])
+    assert all(len(ids) == 24 for ids in texts[0])
+    assert texts[1:] == texts[:1] * 3
 
 
 def test_merged_branched_and_exported_again_it_stays_grouped(
