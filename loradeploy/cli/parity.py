@@ -81,9 +81,7 @@ _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
 @click.option(
     "--tokens",
     type=int,
-    default=GENERATED,
-    show_default=True,
-    help="To generate after each prompt.",
+    help=f"To generate after each prompt, by a decoder.  [default: {GENERATED}]",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="For random tokens and made-up inputs."
@@ -167,7 +165,7 @@ def command(
     backends: str | None,
     phases: str | None,
     prompts: str | None,
-    tokens: int,
+    tokens: int | None,
     seed: int,
     others: tuple[str, ...],
     baseline: str | None,
@@ -236,15 +234,22 @@ def command(
 
 def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
     """Raise UsageError for an option of one form that is given with the other."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
+    flags = {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
+    for name, flag in flags.items():
         if name in _BOTH or (name in _COMPARED) == compared:
             continue
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            fits = (
-                "goes with --against alone" if name in _COMPARED else "does not go with --against"
-            )
-            raise UsageError(f"{parameter.opts[0]} {fits}")
+        alone = name in _COMPARED
+        fits = "goes with --against alone" if alone else "does not go with --against"
+        raise UsageError(f"{flag} {fits}")
+    if "examples" in flags and "evaluate" not in flags:
+        raise UsageError("--examples goes with --evaluate alone")
+    if "cases" in flags and "inputs" in flags:
+        raise UsageError("--cases are made up: it does not go with --inputs")
 
 
 def _limits(text: str | None) -> str | dict[str, float] | None:

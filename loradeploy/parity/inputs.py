@@ -82,11 +82,13 @@ def make_cases(
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
-        UsageError: texts for a bundle without a tokenizer, no room for a prompt, or no vocabulary
-            to draw random tokens from.
+        UsageError: texts for a bundle without a tokenizer, no room for a prompt, no vocabulary to
+            draw random tokens from, or tokens to generate by what is no decoder.
     """
     if fuzz < 0:
         raise UsageError(f"{fuzz} random rows: give 0 or more")
+    if generated is not None and manifest.task != CAUSAL_LM:
+        raise UsageError(f"a {manifest.task} bundle generates no tokens: leave their number out")
     generated = GENERATED if generated is None else generated
     if generated < 1:
         raise UsageError(f"{generated} tokens to generate: give 1 or more")

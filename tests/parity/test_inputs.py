@@ -42,6 +42,8 @@ def test_a_decoder_is_fed_the_built_in_prompts_and_generates(tiny_llama: Path) -
 
 def test_an_encoder_generates_nothing(tiny_bert: Path) -> None:
     assert cases(tiny_bert, ENCODER).generated == 0
+    with pytest.raises(UsageError, match="a feature-extraction bundle generates no tokens"):
+        cases(tiny_bert, ENCODER, generated=4)
 
 
 def test_prompts_leave_the_generated_tokens_their_positions(tiny_llama: Path) -> None:
