@@ -330,10 +330,8 @@ def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:
 
 _MEMORY: Final = """
 import sys, loradeploy as ld
-from loradeploy.runtime.timing import sample_feeds
-session = ld.AdapterSession(sys.argv[1])
-adapter = sys.argv[2] or None
-session.run(["logits"], sample_feeds(session, 1, past=128, new=1), adapter)
+from loradeploy.runtime.timing import forward
+forward(ld.AdapterSession(sys.argv[1]), 1, past=128, new=1)(sys.argv[2] or None)
 lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(*(int(lines[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM")))
 """

@@ -154,6 +154,7 @@ class Manifest:
     `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
     `merge_loss`: what the merged graph's precision did to the adapter.
     `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
+    `cache_in_place`: whether one buffer may be both the past and the present of its cache.
     """
 
     task: str
@@ -174,6 +175,7 @@ class Manifest:
     layout: str = SLOTS
     branches: bool = False
     padding: str = LEFT
+    cache_in_place: bool = False
     merge_loss: MergeLoss | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -335,7 +337,9 @@ def _check(manifest: Manifest) -> None:
         if output.size < 1:
             raise BundleError(f"{MANIFEST_NAME}: the size of {output.module} is not positive")
     if len(set(side_inputs)) != len(side_inputs):
-        raise BundleError(f"{MANIFEST_NAME}: two targets share the name of a side input")
+        raise BundleError(
+            f"{MANIFEST_NAME}: two targets share the name of a side input: export again"
+        )
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
 

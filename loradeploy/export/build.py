@@ -23,7 +23,6 @@ from loradeploy.bundle.manifest import (
 from loradeploy.bundle.names import (
     CAUSAL_LM,
     CLASSIFICATIONS,
-    LEFT,
     LOGITS,
     ROWS,
     SEQ2SEQ_LM,
@@ -60,7 +59,7 @@ from loradeploy.export.foreign import (
     settings_beside,
 )
 from loradeploy.export.fuse import fuse_products
-from loradeploy.export.gqa import group_queries
+from loradeploy.export.gqa import group_queries, keeps_cache
 from loradeploy.export.graph import (
     close_inputs,
     complete_shapes,
@@ -141,7 +140,6 @@ class Base:
     before: Manifest | None = None
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
-    padding: str = LEFT
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:
@@ -156,7 +154,6 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         if base.task != CAUSAL_LM:
             raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
         group_queries(base.graph)
-        base = dataclasses.replace(base, padding=padding_of(base.graph))
     findings = (
         find_linears(base.graph)
         if source.graph is None
@@ -292,7 +289,6 @@ def _from_graph(source: Source, options: Options) -> Base:
         parameters=parameters,
         replaced=replaced,
         before=source.manifest,
-        padding=padding_of(graph),
     )
 
 
@@ -461,7 +457,8 @@ def _manifest(base: Base, mode: Any) -> Manifest:
         opset=opset_of(base.graph),
         inputs=required_inputs(base.graph),
         outputs=outputs(base.graph),
-        padding=base.padding,
+        padding=padding_of(base.graph),
+        cache_in_place=keeps_cache(base.graph),
     )
 
 

@@ -38,8 +38,8 @@ class Linear:
     `bias`: the initializer that is added to every product, where there is one.
     `found_by`: the evidence for `module`.
     `quantised`: the weight is packed, and cannot be replaced by other numbers.
-    `slice`: the module's range of the product's outputs, where the weight is packed of several
-    modules'; `weight` and `bias` are then those of all.
+    `slice`: the module's range of the product's outputs, where the weight is of several modules';
+    `weight`, and a `bias` that is added to the whole product, are then those of all.
     """
 
     module: str

@@ -3,8 +3,8 @@
     x W_q, x W_k, x W_v   →   Split(x [W_q W_k W_v])
 
 A decoder at batch 1 spends much of its time between products, so that fewer and larger ones are
-faster. Each member keeps factors of its own: joint ones would be half zeros, which a step has to
-read like any other number.
+faster. Each member keeps factors of its own: a joint B would be block diagonal, its zeros read at
+every step like any other number.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fuse_products(
     for linear in linears:
         key = _key(linear) if linear.module not in apart else None
         groups.setdefault(linear if key is None else key, []).append(linear)
-    return [_joined(graph, members) for members in groups.values()]
+    return [_product(graph, members) for members in groups.values()]
 
 
 def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
@@ -114,8 +114,8 @@ def _key(linear: Linear) -> object:
     return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
 
 
-def _joined(graph: ir.Graph, members: list[Linear]) -> Fused:
-    """The product of all members."""
+def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
+    """The one product of `members`."""
     label = label_of([member.module for member in members])
     if members[0].slice is not None:
         _check_whole(label, members)
@@ -189,9 +189,9 @@ def _separate(
     product = None if whole is None else whole.producer()
     if split is None or product is None or len(split.outputs) != len(members):
         raise ExportError(f"the graph has no fused product at {label}: it was changed")
-    total = sum(member.out_features for member in members)
+    total, end = sum(member.out_features for member in members), 0
     for member, old in zip(members, split.outputs, strict=True):
-        begin, end = member.slice or (0, total)
+        begin, end = end, end + member.out_features
         inputs: list[ir.Value | None] = [product.inputs[0]]
         for index, value in enumerate(product.inputs[1:], start=1):
             if value is None:

@@ -11,7 +11,6 @@ from loradeploy.bundle.names import (
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    RIGHT,
 )
 
 if TYPE_CHECKING:
@@ -66,8 +65,7 @@ def genai_config(
     end = merged.get("eos_token_id")
     first_end = end[0] if isinstance(end, list) and end else end
     length = _context_length(config)
-    # GroupQueryAttention can write into its cache; it is what wants padding on the right.
-    search = {**_SEARCH, "past_present_share_buffer": manifest.padding == RIGHT}
+    search = {**_SEARCH, "past_present_share_buffer": manifest.cache_in_place}
     model_type = str(config.get("model_type", "decoder"))
     return {
         "model": {

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ATTENTION_MASK, PAST
+from loradeploy.bundle.names import ATTENTION_MASK, PAST, PRESENT
 from loradeploy.errors import ExportError
 from loradeploy.export.rewire import add_constant, remove_unused, take_over
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ATTENTIONS: Final = ("standard", "gqa")
 OPERATOR: Final = "GroupQueryAttention"
 _DOMAIN: Final = "com.microsoft"
+# The operator's inputs of past keys and values, and its outputs of the present ones.
+_PRESENT_OF: Final = {3: 1, 4: 2}
 _HEADS_FIRST: Final = (
     0,
     2,
@@ -75,6 +77,25 @@ def group_queries(model: ir.Model) -> None:
     for value in pasts:
         if any(node.op_type != OPERATOR for node, _ in value.uses()):
             raise ExportError(f"--attention gqa: {value.name} is used for something else too")
+
+
+def keeps_cache(model: ir.Model) -> bool:
+    """Whether one buffer may be the past and the present of every key and value.
+
+    GroupQueryAttention, and nothing else, reads the past ones, and it gives the present ones.
+    """
+    graph = model.graph
+    outputs = {value.name: value for value in graph.outputs}
+    pasts = [value for value in graph.inputs if str(value.name).startswith(PAST)]
+    for value in pasts:
+        present = outputs.get(str(value.name).replace(PAST, PRESENT, 1))
+        uses = [(node, index) for node, index in value.uses() if node.op_type == OPERATOR]
+        if present is None or len(uses) != 1 or len(uses) != len(list(value.uses())):
+            return False
+        node, index = uses[0]
+        if index not in _PRESENT_OF or node.outputs[_PRESENT_OF[index]] is not present:
+            return False
+    return bool(pasts)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) -> None:

@@ -31,8 +31,8 @@ from loradeploy.export.heads import replace_head, restore_head
 from loradeploy.export.outputs import Change, change_output, keep_output
 from loradeploy.export.parts import Part
 from loradeploy.export.products import input_of, output_of
-from loradeploy.export.rewire import remove_unused, take_over
-from loradeploy.export.surgery import Surgery, call_label, rows_of
+from loradeploy.export.rewire import Chain, remove_unused, take_over
+from loradeploy.export.surgery import Rows, Surgery, call_label, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,39 +151,45 @@ def _add_factors(surgery: Surgery, product: Fused) -> None:
 def _add_factors_at(
     surgery: Surgery, product: Fused, call: int, factors: Sequence[tuple[ir.Value, ir.Value]]
 ) -> None:
-    node, into = product.members[0].nodes[call], product.members[0].in_features
+    node, label = product.members[0].nodes[call], call_label(product.label, call)
     rows = rows_of(surgery.graph, node, product.label)
     outputs = product.outputs or (output_of(node),)
-    chain = surgery.chain(outputs[0].producer() or node, call_label(product.label, call))
+    chain = surgery.chain(outputs[0].producer() or node, label)
     x = rows.x
     if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
     if rows.flattened:
-        shape = surgery.unflattened(into)
+        shape = surgery.unflattened(product.members[0].in_features)
         x = chain.add("Reshape", "lora_unflatten", [x, shape])  # [batch, sequence, in]
+    labels = [call_label(member.module, call) for member in product.members]
     updates = []
-    parts = [(call_label(m.module, call), m.out_features) for m in product.members]
-    for (label, _), (A, B) in zip(parts, factors, strict=True):
-        chain.label = label
+    for own, (A, B) in zip(labels, factors, strict=True):
+        chain.label = own
         a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
         b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
         low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
         updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
+    sizes = [member.out_features for member in product.members]
     if len(outputs) < len(updates):  # packed: what follows takes all members together
-        parts = [(call_label(product.label, call), sum(out for _, out in parts))]
-        chain.label = parts[0][0]
+        chain.label = label
         updates = [chain.add("Concat", "lora_concat", updates, axis=-1)]
-    for y, delta, (label, out) in zip(outputs, updates, parts, strict=True):
-        chain.label, update = label, delta
-        if rows.no_sequence:
-            update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
-        if rows.flattened:
-            shape = surgery.integers(f"flat_{out}", [-1, out])
-            update = chain.add(
-                "Reshape", "lora_flatten", [update, shape]
-            )  # [batch · sequence, out]
-        total = chain.add("Add", "lora_add", [y, update])
-        take_over(surgery.graph, y, total, keep=chain.last)
+        labels, sizes = [label], [sum(sizes)]
+    for own, y, update, size in zip(labels, outputs, updates, sizes, strict=True):
+        chain.label = own
+        _add(surgery, chain, rows, y, update, size)
+
+
+def _add(
+    surgery: Surgery, chain: Chain, rows: Rows, y: ir.Value, update: ir.Value, size: int
+) -> None:
+    """Let the users of `y` have y + `update`, which is [batch, sequence, size]."""
+    if rows.no_sequence:
+        update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
+    if rows.flattened:
+        shape = surgery.integers(f"flat_{size}", [-1, size])
+        update = chain.add("Reshape", "lora_flatten", [update, shape])  # [batch · sequence, size]
+    total = chain.add("Add", "lora_add", [y, update])
+    take_over(surgery.graph, y, total, keep=chain.last)
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

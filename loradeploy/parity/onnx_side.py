@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.base import BaseValues
+    from loradeploy.runtime.cache import DecoderCache
+    from loradeploy.runtime.session import AdapterSession
 
 Feeds = Mapping[str, Any]
-# Runs a graph: output names, feeds, and each row's adapter → values in the order of the names.
-Run = Callable[[Sequence[str], Feeds, Sequence[str | None]], Sequence[Any]]
+# Runs a graph: output names, feeds, and each row's adapter → values in the order of the names; for
+# a model with a `cache`, the places of outputs besides, by the keyword `places`.
+Run = Callable[..., Sequence[Any]]
 
 
 class NotRunError(Exception):
@@ -36,11 +39,18 @@ class NotRunError(Exception):
 
 
 class OnnxModel:
-    """A graph as a backend; `run` may give arrays or OrtValues."""
+    """A graph as a backend; `run` may give arrays or OrtValues.
 
-    def __init__(self, manifest: Manifest, run: Run) -> None:
+    `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
+    graph's present outputs are the next past, as they come.
+    """
+
+    def __init__(
+        self, manifest: Manifest, run: Run, cache: Callable[[int], DecoderCache] | None = None
+    ) -> None:
         self._manifest = manifest
         self._run = run
+        self._cache = cache
         self._outputs = output_names(manifest)
         self._past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
         self._presents = [PRESENT + spec.name.removeprefix(PAST) for spec in self._past]
@@ -52,11 +62,18 @@ class OnnxModel:
         cache: Any,
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
-        """See `walk.Model`; the cache is the graph's present outputs, as they came."""
-        wanted = [*self._outputs, *self._presents]
-        given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
-        count = len(self._outputs)
-        return joined([_array(value) for value in given[:count]]), list(given[count:])
+        """See `walk.Model`."""
+        wanted, count = [*self._outputs, *self._presents], len(self._outputs)
+        if self._cache is None:
+            given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
+            cache = list(given[count:])
+        else:
+            cache = self._cache(len(ids)) if cache is None else cache
+            cache.make_room(mask.shape[1])
+            feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
+            given = self._run(wanted, feeds, subjects, places=cache.places)
+            cache.keep(given[count:])
+        return joined([_array(value) for value in given[:count]]), cache
 
     def values(
         self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None
@@ -82,14 +99,15 @@ def side_inputs(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     session = _open(setting, setting.bundle)
     _load(session, setting.subjects)
     for name in (None, *(subject.name for subject in setting.subjects)):
-        yield name, OnnxModel(setting.manifest, partial(_all_rows, session, name))
+        run = partial(_all_rows, session, name)
+        yield name, OnnxModel(setting.manifest, run, session.empty_cache)
 
 
 def mixed_batch(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     """All adapters and the base at once, through `AdapterSession`: each row has its own."""
     session = _open(setting, setting.bundle)
     _load(session, setting.subjects)
-    yield None, OnnxModel(setting.manifest, session.run_with_ort_values)
+    yield None, OnnxModel(setting.manifest, session.run_with_ort_values, session.empty_cache)
 
 
 def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
@@ -130,16 +148,21 @@ def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
     for subject in setting.subjects:
         with merged_bundle(setting, subject) as bundle:
             session = _open(setting, bundle)
-            yield subject.name, OnnxModel(session.manifest, partial(_all_rows, session, None))
+            run = partial(_all_rows, session, None)
+            yield subject.name, OnnxModel(session.manifest, run, session.empty_cache)
             del session
 
 
 def _all_rows(
-    session: Any, adapter: str | None, outputs: Sequence[str], feeds: Feeds, subjects: object
+    session: AdapterSession,
+    adapter: str | None,
+    outputs: Sequence[str],
+    feeds: Feeds,
+    subjects: object,
+    places: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
     """Run an AdapterSession with one adapter for all rows."""
-    values: Sequence[Any] = session.run_with_ort_values(outputs, feeds, adapter)
-    return values
+    return session.run_with_ort_values(outputs, feeds, adapter, places=places)
 
 
 def _activated(
@@ -173,7 +196,7 @@ def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _open(setting: Setting, bundle: Path) -> Any:
+def _open(setting: Setting, bundle: Path) -> AdapterSession:
     from loradeploy.runtime.session import AdapterSession
 
     return AdapterSession(bundle, setting.providers, session_options=_options(setting))
@@ -188,7 +211,7 @@ def _options(setting: Setting) -> onnxruntime.SessionOptions:
     return options
 
 
-def _load(session: Any, subjects: Sequence[Subject]) -> None:
+def _load(session: AdapterSession, subjects: Sequence[Subject]) -> None:
     """Load what did not come with the bundle; the session finds the others itself."""
     for subject in subjects:
         if subject.name not in session.adapters:

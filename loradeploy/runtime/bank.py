@@ -113,6 +113,8 @@ class AdapterBank:
             if budget is not None and budget < 1:
                 raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
+        factors = (name for t in manifest.targets for name in (t.lora_A, t.lora_B))
+        self._places = {name: place for place, name in enumerate(factors)}
         self._device = (device, device_id)
         self._host_budget, self._device_budget = host_budget, device_budget
         self._base = Bindable({})  # the graph's own defaults are the base
@@ -170,7 +172,7 @@ class AdapterBank:
             BudgetError: it is larger than the whole budget.
         """
         arrays, digest, labels = read()
-        arrays = in_one_block(arrays)
+        arrays = self._in_order(arrays)
         with self._changed:
             there = self._entries.get(name)
         if there is not None and not replace and there.digest != digest:
@@ -328,7 +330,12 @@ class AdapterBank:
                 f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
                 " with replace=True"
             )
-        return in_one_block(arrays), digest, labels
+        return self._in_order(arrays), digest, labels
+
+    def _in_order(self, arrays: Arrays) -> Arrays:
+        """The arrays in one block, in the order in which the graph reads them."""
+        names = sorted(arrays, key=lambda name: self._places.get(name, len(self._places)))
+        return in_one_block({name: arrays[name] for name in names})
 
     def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
         """Note a use. `_changed` is held."""

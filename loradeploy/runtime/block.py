@@ -1,12 +1,14 @@
 """Arrays in one block of memory.
 
 A decode step reads every factor once, more bytes than caches hold. Hundreds of small arrays lie on
-as many pages of 4 KiB all over memory, and each is waited for anew; one block is read in order, and
-of 4 MiB or more numpy asks the system for huge pages (Linux, transparent_hugepage).
+as many pages of 4 KiB all over memory, and each page is waited for anew; for one block of 4 MiB or
+more numpy asks the system for huge pages (Linux, transparent_hugepage). docs/performance.md tells
+what that is worth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINE: Final = 64  # bytes; no two arrays share a cache line
+# From which size on numpy asks for huge pages, and how these are aligned.
+_LARGE: Final = 1 << 22
 _HUGE_PAGE: Final = 1 << 21
 
 
@@ -25,9 +29,10 @@ def empty_block(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> 
     begins, end = {}, 0
     for name, shape in shapes.items():
         begins[name] = end
-        end += -(-int(np.prod(shape, dtype=np.int64)) * size // _LINE) * _LINE
-    memory = np.empty(end + _HUGE_PAGE, np.uint8)
-    first = -memory.ctypes.data % _HUGE_PAGE
+        end += -(-math.prod(shape) * size // _LINE) * _LINE
+    alignment = _HUGE_PAGE if end >= _LARGE else _LINE
+    memory = np.empty(end + alignment, np.uint8)
+    first = -memory.ctypes.data % alignment
     return {
         name: np.ndarray(shape, dtype, memory.data, first + begins[name])
         for name, shape in shapes.items()

@@ -1,55 +1,63 @@
 """A decoder's keys and values from step to step.
 
 A graph of ONNX's Attention gives the whole cache anew at each step, one position longer. One of
-GroupQueryAttention writes into what it is given: a buffer of all positions that there can be, which
-nothing is copied from or to.
+GroupQueryAttention writes into what it is given, a buffer with room for positions to come, so that
+nothing is copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.names import PAST, PRESENT, RIGHT
+from loradeploy.bundle.names import PAST, PRESENT
 
 if TYPE_CHECKING:
-    from loradeploy.bundle.manifest import Manifest, TensorSpec
+    from loradeploy.bundle.manifest import Manifest
+
+# Positions that a buffer has room for beside those that are asked for; it grows by doubling.
+_ROOM: Final = 256
 
 
-class Cache:
-    """What a decoder's graph takes and gives of its cache.
+class DecoderCache:
+    """What a decoder's graph takes and gives of its cache, for `batch` rows on `device`.
 
     `inputs`: past keys and values [batch, heads, past, size] by the graph's names, as they are
-    fed. `places`: where the graph writes the present ones, by the names of its outputs; those that
-    are not there it makes anew.
+    fed; at first of no tokens. `outputs`: the names of the present ones. `places`: where the graph
+    writes those; empty where it makes them anew.
     """
 
-    def __init__(
-        self, manifest: Manifest, device: tuple[str, int], *, batch: int, positions: int
-    ) -> None:
-        specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
-        in_place = manifest.padding == RIGHT  # the side that GroupQueryAttention pads on
-        held = positions if in_place else 0
-        self.inputs: dict[str, onnxruntime.OrtValue] = {
-            spec.name: _zeros(spec, device, batch, held) for spec in specs
-        }
-        self.outputs = tuple(name.replace(PAST, PRESENT, 1) for name in self.inputs)
-        self.places: Mapping[str, onnxruntime.OrtValue] = (
-            dict(zip(self.outputs, self.inputs.values(), strict=True)) if in_place else {}
-        )
+    def __init__(self, manifest: Manifest, device: tuple[str, int], *, batch: int) -> None:
+        self._specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+        self._batch = batch
+        self._device = device
+        fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)
+        self._in_place = manifest.cache_in_place and not fixed
+        self._positions = 0
+        self.outputs = tuple(spec.name.replace(PAST, PRESENT, 1) for spec in self._specs)
+        self.places: Mapping[str, onnxruntime.OrtValue] = {}
+        self.inputs: dict[str, onnxruntime.OrtValue] = {}
+        self._allocate(0)
+
+    def make_room(self, positions: int) -> None:
+        """Have room for `positions` where the graph writes in place; call it before each run."""
+        if self._in_place and positions > self._positions:
+            self._allocate(max(positions + _ROOM, 2 * self._positions))
+            self.places = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
     def keep(self, present: Sequence[onnxruntime.OrtValue]) -> None:
         """Go on from what a run gave, in the order of `outputs`."""
         self.inputs = dict(zip(self.inputs, present, strict=True))
 
-
-def _zeros(
-    spec: TensorSpec, device: tuple[str, int], batch: int, positions: int
-) -> onnxruntime.OrtValue:
-    _, heads, _, size = spec.shape
-    # On the host, pages that no token has reached yet take no memory.
-    values = np.zeros((batch, int(heads), positions, int(size)), spec.dtype)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(values, *device)
+    def _allocate(self, positions: int) -> None:
+        """Buffers of `positions` that hold what was there."""
+        for spec in self._specs:
+            _, heads, _, size = spec.shape
+            values = np.zeros((self._batch, int(heads), positions, int(size)), spec.dtype)
+            if self._positions:
+                values[:, :, : self._positions] = self.inputs[spec.name].numpy()
+            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
+        self._positions = positions

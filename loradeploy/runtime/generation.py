@@ -18,7 +18,6 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
 )
 from loradeploy.errors import UsageError
-from loradeploy.runtime.cache import Cache
 from loradeploy.runtime.chat import Message
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.sampling import Sampling
@@ -192,11 +191,10 @@ class TextGenerator:
         left = self.session.manifest.padding == LEFT
         ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
         ends = np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
-        positions = ids.shape[1] + max(row.limit for row in rows)
-        manifest, device = self.session.manifest, self.session.device
-        cache = Cache(manifest, device, batch=len(rows), positions=positions)
+        cache = self.session.empty_cache(len(rows))
         with self.session.hold([row.adapter for row in rows]) as held:
             while True:
+                cache.make_room(mask.shape[1])
                 logits, *present = held.run_with_ort_values(
                     (LOGITS, *cache.outputs),
                     {**self._feeds(ids, mask), **cache.inputs},

@@ -31,6 +31,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
+from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.resident import AdapterSpec
 
@@ -87,8 +88,8 @@ class AdapterSession:
         self._session = open_graph(self.path, providers, session_options)
         check_graph(self.path, self.manifest, self._session)
         self._base = BundleBase(self.path, self.manifest)
-        self.device = device_of(self._session)  # onnxruntime's name and number of it
-        device, device_id = self.device
+        self._device = device_of(self._session)
+        device, device_id = self._device
         self._bank = AdapterBank(
             self.manifest,
             self._defaults(),
@@ -208,11 +209,23 @@ class AdapterSession:
             return held.run(output_names, feeds)
 
     def run_with_ort_values(
-        self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        adapters: Adapters = None,
+        *,
+        places: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `run`, but the outputs stay on the device: a cache goes round without a copy."""
+        """As `run`, but the outputs stay on the device: a cache goes round without a copy.
+
+        `places`: values that outputs are written to, by name, of their shapes and dtypes.
+        """
         with self.hold(adapters) as held:
-            return held.run_with_ort_values(output_names, feeds)
+            return held.run_with_ort_values(output_names, feeds, places=places)
+
+    def empty_cache(self, batch: int) -> DecoderCache:
+        """A decoder's cache of no tokens for `batch` rows, which grows or is written in place."""
+        return DecoderCache(self.manifest, self._device, batch=batch)
 
     @contextmanager
     def hold(self, adapters: Adapters) -> Iterator[HeldAdapters]:
@@ -299,11 +312,14 @@ class AdapterSession:
             return {}
         file = self.path / DEFAULTS_NAME
         defaults, _ = read_arrays(file, error=BundleError)
+        replaced = {saved.input for saved in self.manifest.saved}
+        if unknown := sorted(defaults.keys() - replaced):
+            raise BundleError(f"{file} holds {unknown[0]}, which no adapter replaces: export again")
         try:
             check_side_inputs(defaults, self.manifest)
         except AdapterError as problem:
             raise BundleError(f"{file}: {problem}") from None
-        if missing := [s.input for s in self.manifest.saved if s.input not in defaults]:
+        if missing := sorted(replaced - defaults.keys()):
             raise BundleError(f"{file} lacks {missing[0]}: export again")
         return defaults
 
@@ -319,6 +335,8 @@ class AdapterSession:
         wanted = tuple(output_names) if output_names else self._outputs
         if unknown := [name for name in wanted if name not in self._outputs]:
             raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
+        if unknown := [name for name in places if name not in wanted]:
+            raise UsageError(f"there is a place for {unknown[0]!r}, which is not asked for")
         values = self._values(feeds)
         if lease.per_row:
             _check_rows(len(lease.rows), values[self._first].shape()[0])
@@ -388,9 +406,12 @@ class HeldAdapters:
         """As `AdapterSession.run_with_ort_values` with the held adapters.
 
         `places`: values that outputs are written to, by name, of their shapes and dtypes.
+
+        Raises:
+            UsageError: as `AdapterSession.run`, or a place of no output that is asked for.
         """
         session = self._session
-        return session._run(self._lease, output_names, feeds, session.device, places or {})
+        return session._run(self._lease, output_names, feeds, session._device, places or {})
 
 
 def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:

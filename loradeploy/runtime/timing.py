@@ -15,7 +15,6 @@ import onnxruntime
 
 from loradeploy.bundle.names import ATTENTION_MASK, CAUSAL_LM, POSITION_IDS
 from loradeploy.errors import UsageError
-from loradeploy.runtime.cache import Cache
 from loradeploy.runtime.session import Adapters, AdapterSession
 
 if TYPE_CHECKING:
@@ -81,7 +80,8 @@ def forward(
         for name, values in sample_feeds(session, batch, past=past, new=new).items()
     }
     outputs = [spec.name for spec in session.manifest.outputs]
-    cache = Cache(session.manifest, session.device, batch=batch, positions=past + new)
+    cache = session.empty_cache(batch)
+    cache.make_room(past + new)
     if cache.places:
         feeds |= cache.inputs
 

@@ -96,6 +96,7 @@ def test_a_batch_of_different_lengths_generates_what_each_row_does_alone(
     adapter = make_adapter(tiny_llama, r=4, seed=1)
     manifest = export(built("fp32"), tmp_path / "bundle", adapters={"mine": adapter})
     assert manifest.padding == "right"  # GroupQueryAttention counts from a row's beginning
+    assert manifest.cache_in_place
     generator = TextGenerator(AdapterSession(tmp_path / "bundle"))
     prompts = [[5, 17, 42, 99, 7], [9, 8], [7, 6, 5, 4]]
     names = ["mine", None, "mine"]

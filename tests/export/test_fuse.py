@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
+from loradeploy.export.branches import add_branches, remove_branches
 from loradeploy.export.find import Linear, find_linears
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.graph import load_graph
+from loradeploy.export.layout import lay_in_rows
 from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
 from tests.conftest import MakeAdapter
 from tests.export.graphs import IN, Builder, manifest_of, numbers, ops, run
@@ -121,6 +125,69 @@ def test_members_of_a_packed_product_have_side_inputs_of_their_own() -> None:
     np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-5, atol=1e-5)
     remove_side_inputs(model, manifest_of(added))
     assert ops(model) == ["MatMul"]
+
+
+def two_members(kind: str, rows: str) -> tuple[ir.Model, list[Linear]]:
+    """q [.., 4] and k [.., 2] side by side: of two products, of one, or of one that runs twice."""
+    b = Builder()
+    batch: list[int | str] = ["batch"] if rows == "no sequence" else ["batch", "sequence"]
+    x = h = b.input("x", [*batch, IN])
+    if rows == "flattened":
+        batch = ["rows"]
+        h = b.node("Reshape", [x, b.constant("s", np.array([-1, IN]))], ["rows", IN])
+    if kind == "fused":
+        q = b.node("MatMul", [h, b.weight("q", IN, 4)], [*batch, 4], module="m.q")
+        k = b.node("MatMul", [h, b.weight("k", IN, 2)], [*batch, 2], module="m.k")
+        model = b.model(b.node("Concat", [q, k], [*batch, 6], axis=-1))
+        return model, list(find_linears(model).linears.values())
+    w = b.weight("qk", IN, 6)
+    y = b.node("MatMul", [h, w], [*batch, 6], module="m.qk", name="y")
+    if kind == "packed, twice":
+        again = b.node("Tanh", [h], [*batch, IN])
+        z = b.node("MatMul", [again, w], [*batch, 6], module="m.qk", name="z")
+        y = b.node("Add", [y, z], [*batch, 6])
+    model = b.model(y)
+    (whole,) = find_linears(model).linears.values()
+    return model, [
+        dataclasses.replace(whole, module="m.q", slice=(0, 4), out_features=4),
+        dataclasses.replace(whole, module="m.k", slice=(4, 6), out_features=2),
+    ]
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["slots", "branches"])
+@pytest.mark.parametrize("rows", ["a sequence", "no sequence", "flattened"])
+@pytest.mark.parametrize("kind", ["fused", "packed", "packed, twice"])
+def test_members_add_their_updates_row_by_row(kind: str, rows: str, branches: bool) -> None:
+    base, (model, members) = two_members(kind, rows)[0], two_members(kind, rows)
+    x = numbers(2, IN) if rows == "no sequence" else numbers(2, 3, IN)
+    expected = run(base, {"x": x})
+    added = inject_side_inputs(model, members)
+    side = {
+        "m.q.lora_A": numbers(2, IN, 2, seed=1),
+        "m.q.lora_B": numbers(2, 2, 4, seed=2),
+        "m.k.lora_A": numbers(2, IN, 1, seed=3),
+        "m.k.lora_B": numbers(2, 1, 2, seed=4),
+    }
+
+    def update(h: NDArray[Any]) -> NDArray[Any]:
+        h = h.reshape(2, -1, IN)
+        parts = [h @ side[f"m.{m}.lora_A"] @ side[f"m.{m}.lora_B"] for m in "qk"]
+        return np.concatenate(parts, axis=-1).reshape(expected.shape)
+
+    adapted = expected + update(x)
+    if kind == "packed, twice":
+        adapted += update(np.tanh(x))
+    chosen = {"adapter_mode": np.array([1])} if branches else {"adapter_ids": np.array([0, 1])}
+    if branches:
+        lay_in_rows(model.graph)
+        add_branches(model.graph)
+    np.testing.assert_allclose(run(model, {"x": x, **side, **chosen}), adapted, atol=2e-5)
+    np.testing.assert_array_equal(run(model, {"x": x}), expected)
+    if branches:
+        remove_branches(model.graph)
+    remove_side_inputs(model, manifest_of(added))
+    assert ops(model) == ops(base)
+    np.testing.assert_array_equal(run(model, {"x": x}), expected)
 
 
 @pytest.mark.parametrize("left_out", range(3))

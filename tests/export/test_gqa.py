@@ -13,10 +13,11 @@ import pytest
 import loradeploy as ld
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.gqa import group_queries
+from loradeploy.export.gqa import group_queries, keeps_cache
 from loradeploy.export.graph import load_graph
 from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.timing import time_bundle
 from tests.conftest import MakeAdapter
 from tests.export.graphs import Arrays, Builder, numbers, ops, run
 from tests.export.reference import difference, factors, onnx_output, session, torch_output
@@ -132,7 +133,7 @@ def grouped(
     place = tmp_path_factory.mktemp("grouped") / "bundle"
     adapters = {"a": make_adapter(tiny_llama, r=4, seed=1), "b": make_adapter(tiny_llama, r=2)}
     manifest = export(tiny_llama_bundle, place, adapters=adapters, attention="gqa")
-    assert manifest.padding == "right"
+    assert manifest.padding == "right" and manifest.cache_in_place
     found = ops(load_graph(place / "model.onnx"))
     assert found.count("GroupQueryAttention") == 2
     assert not {"Attention", "LessOrEqual", "Expand", "Transpose"} & set(found)
@@ -211,6 +212,54 @@ def test_text_is_generated_in_place_as_it_is_with_a_cache_that_grows(
     assert texts[1:] == texts[:1] * 3
 
 
+def test_a_cache_that_something_else_reads_or_gives_is_not_in_place(grouped: Path) -> None:
+    model = load_graph(grouped / "model.onnx")
+    assert keeps_cache(model)
+    past = next(v for v in model.graph.inputs if v.name == "past_key_values.0.key")
+    model.graph.append(ir.node("Shape", [past]))  # positions, say, by its length
+    assert not keeps_cache(model)
+    model = load_graph(grouped / "model.onnx")
+    places = {value.name: place for place, value in enumerate(model.graph.outputs)}
+    key, value = places["present.0.key"], places["present.0.value"]
+    outputs = model.graph.outputs
+    outputs[key].name, outputs[value].name = "present.0.value", "present.0.key"
+    assert not keeps_cache(model)
+    assert not keeps_cache(Builder().model())
+
+
+@pytest.mark.parametrize("form", [{}, {"layout": "rows", "branches": True}], ids=["", "branches"])
+def test_a_run_writes_its_cache_where_it_is_told(
+    form: dict[str, Any], grouped: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "b"
+    adapters = {"a": grouped / "adapters" / "a"}
+    assert export(grouped, place, adapters=adapters, attention="gqa", **form).cache_in_place
+    session = AdapterSession(place)
+    cache = session.empty_cache(1)
+    cache.make_room(4)
+    read = {name: value.numpy().copy() for name, value in cache.inputs.items()}
+    feeds = {
+        "input_ids": np.array([[5, 6, 7, 8]]),
+        "attention_mask": np.ones((1, 4), np.int64),
+        "position_ids": np.arange(4)[None],
+        **cache.inputs,
+    }
+    given = session.run_with_ort_values(cache.outputs, feeds, "a", places=cache.places)
+    assert [v.data_ptr() for v in given] == [v.data_ptr() for v in cache.inputs.values()]
+    for name, value in cache.inputs.items():
+        assert np.abs(value.numpy()[:, :, :4] - read[name][:, :, :4]).min(axis=(1, 3)).all()
+        np.testing.assert_array_equal(value.numpy()[:, :, 4:], read[name][:, :, 4:])
+    with pytest.raises(UsageError, match=r"a place for 'present.0.key', which is not asked for"):
+        session.run_with_ort_values(["logits"], feeds, "a", places=cache.places)
+
+
+def test_a_bundle_of_fixed_shapes_is_timed_too(grouped: Path, tmp_path: Path) -> None:
+    fixed = {"batch": 1, "sequence": 1, "past": 7}
+    export(grouped, tmp_path / "fixed", attention="gqa", fixed=fixed)
+    timings = time_bundle(AdapterSession(tmp_path / "fixed"), length=7, rounds=1)
+    assert all(timing.median > 0 for timing in timings)
+
+
 def test_merged_branched_and_exported_again_it_stays_grouped(
     grouped: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
@@ -222,7 +271,7 @@ def test_merged_branched_and_exported_again_it_stays_grouped(
         "torch-onnx-tiny"
     )
     again = export(grouped, tmp_path / "b", layout="rows", branches=True, attention="gqa")
-    assert again.padding == "right"
+    assert again.padding == "right" and again.cache_in_place
     adapted = onnx_output(tmp_path / "b", ids, side=factors(tmp_path / "b", adapter))
     assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
 

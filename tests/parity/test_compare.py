@@ -448,7 +448,10 @@ def test_the_command_imports_a_function_of_the_working_directory(
         (["--against", "{reference}", "--controls"], "--controls does not go with --against"),
         (["--inputs", "x.npz"], "--inputs goes with --against alone"),
         (["--cases", "3"], "--cases goes with --against alone"),
-        (["--against", "{reference}", "--inputs", "x", "--cases", "3"], "does not go with --inputs"),
+        (
+            ["--against", "{reference}", "--inputs", "x", "--cases", "3"],
+            "does not go with --inputs",
+        ),
         (["--examples", "3"], "--examples goes with --evaluate alone"),
         (["--against", "{reference}", "--tolerances", "kl=a"], "give METRIC=LIMIT"),
         (["--against", "nowhere.onnx"], "nowhere.onnx does not exist"),

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime
+import pytest
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.runtime.cache import Cache
+from loradeploy.runtime.cache import DecoderCache
 from tests.bundle.test_manifest import a_manifest
 
 PAST = ("past_key_values.0.key", "past_key_values.0.value")
 PRESENT = ("present.0.key", "present.0.value")
 
 
-def a_cache(padding: str) -> Cache:
-    inputs = tuple(TensorSpec(name, "float32", ("batch", 2, "past", 4)) for name in PAST)
-    return Cache(a_manifest(inputs=inputs, padding=padding), ("cpu", 0), batch=3, positions=7)
+def a_cache(*, past: int | str = "past", **manifest: Any) -> DecoderCache:
+    inputs = tuple(TensorSpec(name, "float32", ("batch", 2, past, 4)) for name in PAST)
+    return DecoderCache(a_manifest(inputs=inputs, **manifest), ("cpu", 0), batch=3)
 
 
-def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave() -> None:
-    cache = a_cache("left")
-    assert cache.outputs == PRESENT
-    assert [value.shape() for value in cache.inputs.values()] == [[3, 2, 0, 4]] * 2
+def shapes(cache: DecoderCache) -> set[tuple[int, ...]]:
     assert tuple(cache.inputs) == PAST
+    return {tuple(value.shape()) for value in cache.inputs.values()}
+
+
+def addresses(cache: DecoderCache) -> list[int]:
+    return [value.data_ptr() for value in cache.inputs.values()]
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [a_cache(), a_cache(past=0, cache_in_place=True)],
+    ids=["of Attention", "of a fixed shape"],
+)
+def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave(cache: DecoderCache) -> None:
+    assert cache.outputs == PRESENT
+    cache.make_room(100)
+    assert shapes(cache) == {(3, 2, 0, 4)}
     assert not cache.places
     given = [
         onnxruntime.OrtValue.ortvalue_from_numpy(np.full((3, 2, 1, 4), n, np.float32))
@@ -32,11 +48,24 @@ def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave() -> None:
     assert [value.numpy().max() for value in cache.inputs.values()] == [0, 1]
 
 
-def test_a_cache_in_place_is_written_where_it_is_read() -> None:
-    cache = a_cache("right")
-    assert [value.shape() for value in cache.inputs.values()] == [[3, 2, 7, 4]] * 2
-    assert tuple(cache.inputs) == PAST
-    read = [value.data_ptr() for value in cache.inputs.values()]
-    assert [cache.places[name].data_ptr() for name in PRESENT] == read
-    cache.keep(list(cache.places.values()))
-    assert [value.data_ptr() for value in cache.inputs.values()] == read
+def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() -> None:
+    cache = a_cache(cache_in_place=True)
+    assert shapes(cache) == {(3, 2, 0, 4)}
+    cache.make_room(5)
+    ((*_, room, _),) = shapes(cache)
+    assert room >= 5
+    for _ in range(2):
+        assert [cache.places[name].data_ptr() for name in PRESENT] == addresses(cache)
+        cache.keep([cache.places[name] for name in PRESENT])
+    before = addresses(cache)
+    cache.make_room(room)
+    assert addresses(cache) == before
+    for value in cache.inputs.values():
+        value.update_inplace(np.full(value.shape(), 7, np.float32))
+    cache.make_room(room + 1)
+    ((*_, larger, _),) = shapes(cache)
+    assert larger >= 2 * room
+    for value in cache.inputs.values():
+        assert (value.numpy()[:, :, :room] == 7).all()
+        assert not value.numpy()[:, :, room:].any()
+    assert [cache.places[name].data_ptr() for name in PRESENT] == addresses(cache)

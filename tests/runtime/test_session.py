@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
@@ -401,6 +402,18 @@ def test_lost_defaults_are_refused(tiny_bert_bundle: Path, tmp_path: Path) -> No
     bundle = shutil.copytree(tiny_bert_bundle, tmp_path / "copy")
     (bundle / "defaults.safetensors").unlink()
     with pytest.raises(BundleError, match=r"defaults\.safetensors does not exist"):
+        AdapterSession(bundle)
+
+
+def test_defaults_of_what_no_adapter_replaces_are_refused(
+    tiny_bert_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bert_bundle, tmp_path / "copy")
+    module = read_manifest(bundle).targets[0]
+    defaults = load_file(bundle / "defaults.safetensors")
+    defaults[module.lora_A] = np.ones((1, module.in_features, 1), np.float32)
+    save_file(defaults, bundle / "defaults.safetensors")
+    with pytest.raises(BundleError, match=r"holds .*lora_A, which no adapter replaces"):
         AdapterSession(bundle)
 
 
