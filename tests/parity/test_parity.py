@@ -35,10 +35,11 @@ Parity = Callable[..., ParityReport]
 @pytest.fixture
 def parity() -> Parity:
     """`loradeploy.parity` with few prompts, leaving shared bundles as they are."""
-    quick = {"prompts": PROMPTS, "tokens": 5, "certificate": False, "shrink": False}
+    quick = {"prompts": PROMPTS, "certificate": False, "shrink": False}
 
     def run(bundle: Path, **options: Any) -> ParityReport:
-        given = {**quick, **options}
+        decodes = read_manifest(bundle).task == "causal-lm"
+        given = {**quick, "tokens": 5 if decodes else None, **options}
         return ld.parity(bundle, **given)
 
     return run
@@ -214,10 +215,10 @@ def test_rows_that_have_their_neighbours_adapter_fail(
 ) -> None:
     right = AdapterSession.run_with_ort_values
 
-    def off_by_one(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+    def off_by_one(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
         if isinstance(adapters, list):
             adapters = [*adapters[1:], adapters[0]]
-        return right(self, outputs, feeds, adapters)
+        return right(self, outputs, feeds, adapters, **places)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", off_by_one)
     report = parity(
@@ -244,8 +245,8 @@ def test_values_that_are_not_finite_fail(
 
     right = AdapterSession.run_with_ort_values
 
-    def spoil(self: Any, *arguments: Any) -> Any:
-        logits, *cache = right(self, *arguments)
+    def spoil(self: Any, *arguments: Any, **places: Any) -> Any:
+        logits, *cache = right(self, *arguments, **places)
         return [Spoiled(logits), *cache]
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", spoil)
@@ -261,10 +262,10 @@ def test_a_backend_that_raises_fails_and_the_others_go_on(
 ) -> None:
     right = AdapterSession.run_with_ort_values
 
-    def fail_late(self: Any, outputs: Any, feeds: Any, adapters: Any = None) -> Any:
+    def fail_late(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
         if len(feeds["input_ids"]) > 1:
             raise RuntimeError("out of memory\nand more")
-        return right(self, outputs, feeds, adapters)
+        return right(self, outputs, feeds, adapters, **places)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", fail_late)
     report = parity(bundle, model=tiny_llama, backends=["onnx-side-inputs", "onnx-native"])
@@ -284,7 +285,7 @@ def test_an_output_that_is_missing_fails(
     tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        AdapterSession, "run_with_ort_values", lambda self, outputs, feeds, adapters=None: []
+        AdapterSession, "run_with_ort_values", lambda self, *arguments, **places: []
     )
     report = parity(bundle, model=tiny_llama, backends=["onnx-side-inputs"])
     assert {outcome for _, outcome in outcomes(report)} == {"failed"}
