@@ -74,8 +74,8 @@ def test_a_layer_with_side_inputs_gives_what_is_behind_the_update(tmp_path: Path
     sites = [out("m.q"), out("m.k"), out(into=["m.o"]), out("m.o", "m")]
     found = probed(model, tmp_path, sites, manifest_of(added))
     assert [(probe.module, probe.value.name, probe.op) for probe in found.probes] == [
-        ("m.q", "m.q/output", "MatMul"),  # parts of one fused product
-        ("m.k", "m.k/output", "MatMul"),
+        ("m.q", "m.q/lora_add", "MatMul"),  # parts of one fused product
+        ("m.k", "m.k/lora_add", "MatMul"),
         ("m", "sum", "Add"),  # what m itself computes, before it is taken by m.o
         ("m.o", "m.o/lora_add", "MatMul"),
     ]

@@ -27,7 +27,7 @@ from loradeploy.parity.table import place_lines
 from loradeploy.parity.torch_probe import Modules, rounded, sites_of, values_at
 from loradeploy.parity.torch_side import load_base
 from loradeploy.parity.writers import markdown
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, following
 from tests.parity.spoil import Change, attribute, operator, spoiled, weight
 
 TOKENS = (5, 17, 301, 44, 260, 9, 77, 130, 12)
@@ -396,7 +396,8 @@ def run(model: torch.nn.Module) -> None:
 def parity(tiny_llama: Path) -> Callable[..., ParityReport]:
     def run(bundle: Path, **options: Any) -> ParityReport:
         given: dict[str, Any] = {"prompts": ["The capital of France", "Hi"], "certificate": False}
-        return ld.parity(bundle, **{"model": tiny_llama, "tokens": 3, **given, **options})
+        given |= {"model": tiny_llama, "tokens": following(bundle, 3), **options}
+        return ld.parity(bundle, **given)
 
     return run
 

@@ -23,10 +23,10 @@ from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageErr
 from loradeploy.parity.controls import MISTAKES, Mistake
 from loradeploy.parity.report import ParityReport
 from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter, following
 
 # Few enough to be quick, of different lengths so that a batch is padded.
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
-MakeAdapter = Callable[..., Path]
 # The mistakes that can be made with an adapter of plain factors.
 OF_ANY = [mistake for mistake in MISTAKES if not mistake.name.startswith("ignored")]
 Parity = Callable[..., ParityReport]
@@ -38,8 +38,7 @@ def parity() -> Parity:
     quick = {"prompts": PROMPTS, "certificate": False, "shrink": False}
 
     def run(bundle: Path, **options: Any) -> ParityReport:
-        decodes = read_manifest(bundle).task == "causal-lm"
-        given = {**quick, "tokens": 5 if decodes else None, **options}
+        given = {**quick, "tokens": following(bundle, 5), **options}
         return ld.parity(bundle, **given)
 
     return run

@@ -23,7 +23,7 @@ from loradeploy.parity.heldout import Example, read_held_out
 from loradeploy.parity.report import ParityReport, Score
 from loradeploy.parity.scores import SCORE_LIMITS, Answers, _loss, judge_score
 from loradeploy.parity.tolerances import UNIT
-from tests.conftest import MakeAdapter, once
+from tests.conftest import MakeAdapter, following, once
 from tests.train.conftest import WORDS, write_lines
 from tools.news_tasks import stories
 
@@ -37,8 +37,8 @@ def parity() -> Parity:
     """`loradeploy.parity` with next to nothing but the scores."""
 
     def run(bundle: Path, **options: Any) -> ParityReport:
-        given = {"prompts": PROMPTS, "tokens": 2, "certificate": False, "examples": 40, **options}
-        return ld.parity(bundle, **given)
+        given = {"prompts": PROMPTS, "certificate": False, "examples": 40}
+        return ld.parity(bundle, **{**given, "tokens": following(bundle, 2), **options})
 
     return run
 
