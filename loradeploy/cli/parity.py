@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
 _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
+_WHOLE: Final = 160  # columns of the table
 
 
 @click.command(
@@ -271,7 +272,9 @@ def _tell(found: ParityReport, *, as_json: bool) -> int:
 
         from loradeploy.parity.table import print_report
 
-        print_report(found, Console(file=sys.stdout, highlight=False))
+        # Nobody can widen a log: what is no terminal gets the whole table.
+        width = None if sys.stdout.isatty() else _WHOLE
+        print_report(found, Console(file=sys.stdout, highlight=False, width=width))
     return 0 if found.passed else 1
 
 

@@ -429,6 +429,7 @@ def test_the_command_exits_with_0_where_all_agree(
     out = capsys.readouterr().out
     assert code == 0, out
     assert out.splitlines()[-1].startswith("parity passed")
+    assert "permuted batch" in out and "…" not in out  # no cell is cut in what is no terminal
     assert all(report.stat().st_size for report in reports)
     assert (bundle / "parity.json").read_bytes() == reports[0].read_bytes()
 
