@@ -84,7 +84,7 @@ def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarge
 
 
 def is_packed(label: str, members: Sequence[LoraTarget]) -> bool:
-    """Whether the product came with the graph: what is fused here is called after its weight."""
+    """Whether the product came with the graph: the weight of one fused here is called after it."""
     return members[0].slice is not None and not members[0].weight.startswith(f"{label}.weight")
 
 
@@ -119,8 +119,16 @@ def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
     label = label_of([member.module for member in members])
     if members[0].slice is not None:
         _check_whole(label, members)
-        return Fused(label, tuple(members))
+        return Fused(label, tuple(members), _taken_apart(label, members))
     return Fused(label, tuple(members)) if len(members) == 1 else _fuse(graph, label, members)
+
+
+def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
+    """The members' own outputs where the product was fused here before, as in a merged graph."""
+    users = [use.node for use in output_of(members[0].nodes[0]).uses()]
+    if [node.name for node in users] != [f"{label}/split"]:
+        return None
+    return tuple(users[0].outputs) if len(users[0].outputs) == len(members) else None
 
 
 def _check_whole(label: str, members: Sequence[Linear]) -> None:

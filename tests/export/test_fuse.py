@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,26 @@ def test_a_decoder_has_four_products_a_layer(
     linears = find_linears(load_graph(tmp_path / "b" / "model.onnx")).linears
     layer = sorted(m.rpartition(".")[2] for m in linears if ".layers.0." in m)
     assert layer == ["down_proj", "gate_proj+up_proj", "o_proj", "q_proj+k_proj+v_proj"]
+
+
+def test_a_merged_graph_by_itself_takes_side_inputs_and_gives_them_back(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, target_modules=["q_proj", "v_proj", "o_proj"])
+    export(tiny_llama, tmp_path / "m", adapters={"a": adapter}, merge=True)
+    scope = "model.layers.(\\d+).self_attn."
+    sizes = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    modules = [[f"model.layers.\\1.self_attn.{name}", size] for name, size in sizes.items()]
+    rules = {rf"{scope}q_proj\+k_proj\+v_proj/MatMul": modules}
+    (tmp_path / "map.json").write_text(json.dumps(rules))
+    given = {"module_map": tmp_path / "map.json", "adapters": {"a": adapter}}
+    manifest = export(tmp_path / "m" / "model.onnx", tmp_path / "b", **given)
+    assert {"model.layers.1.self_attn.k_proj"} <= {target.module for target in manifest.targets}
+    merged = onnx_output(tmp_path / "m", IDS)
+    assert difference(onnx_output(tmp_path / "b", IDS), merged) <= tolerance("rows")
+    again = export(tmp_path / "b", tmp_path / "again", layout="rows")
+    assert [t.module for t in again.targets] == [t.module for t in manifest.targets]
+    assert difference(onnx_output(tmp_path / "again", IDS), merged) <= tolerance("rows")
 
 
 def test_a_packed_bundle_comes_apart_without_a_loss(
