@@ -302,9 +302,7 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
         return Worker("tools.bench_genai", side, given, python=str(genai_builder.PYTHON))
     if side in SIDES:
         return Worker("tools.bench_runtime", side, given)
-    form, use = side, "idle"
-    if side not in FORMS and side not in bundles:
-        form, _, use = side.rpartition(" ")
+    form, _, use = (side, "", "idle") if side in bundles else side.rpartition(" ")
     given.update(bundle=bundles[form], count=USES[use])
     return Worker("tools.bench_runtime", "onnx", given)
 

@@ -178,6 +178,11 @@ class Manifest:
     cache_in_place: bool = False
     merge_loss: MergeLoss | None = None
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The names of the low-rank side inputs, in the order of the targets."""
+        return tuple(name for t in self.targets for name in (t.lora_A, t.lora_B))
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
@@ -330,7 +335,7 @@ def _check(manifest: Manifest) -> None:
         if target.stored is not None:
             _check_stored(target, target.stored)
     _check_slices(manifest.targets)
-    side_inputs = [name for target in manifest.targets for name in (target.lora_A, target.lora_B)]
+    side_inputs = [*manifest.factors]
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
     for output in manifest.changed:

@@ -66,6 +66,11 @@ def present_name(layer: int, part: str) -> str:
     return f"{PRESENT}{layer}.{part}"
 
 
+def present_of(past: str) -> str:
+    """The graph output that goes on from the graph input `past`."""
+    return past.replace(PAST, PRESENT, 1)
+
+
 def lora_a_name(module: str) -> str:
     """Side input of a target module's first factor: [adapters, in, rank]."""
     return f"{module}.lora_A"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ATTENTION_MASK, PAST, PRESENT
+from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
 from loradeploy.export.rewire import add_constant, remove_unused, take_over
 
@@ -88,7 +88,7 @@ def keeps_cache(model: ir.Model) -> bool:
     outputs = {value.name: value for value in graph.outputs}
     pasts = [value for value in graph.inputs if str(value.name).startswith(PAST)]
     for value in pasts:
-        present = outputs.get(str(value.name).replace(PAST, PRESENT, 1))
+        present = outputs.get(present_of(str(value.name)))
         uses = [(node, index) for node, index in value.uses() if node.op_type == OPERATOR]
         if present is None or len(uses) != 1 or len(uses) != len(list(value.uses())):
             return False

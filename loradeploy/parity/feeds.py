@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, PRESENT
+from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, present_of
 from loradeploy.errors import DataError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _cache(feed: Feed, before: Feed, run: Callable[[Feed], Given]) -> Feed:
         return {}
     if not isinstance(given, dict):
         return {}
-    presents = {name: given.get(PRESENT + name.removeprefix(PAST)) for name in feed}
+    presents = {name: given.get(present_of(name)) for name in feed}
     return {
         name: values
         for name, values in presents.items()

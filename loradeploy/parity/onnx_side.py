@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, PRESENT
+from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError
 from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
@@ -53,7 +53,7 @@ class OnnxModel:
         self._cache = cache
         self._outputs = output_names(manifest)
         self._past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
-        self._presents = [PRESENT + spec.name.removeprefix(PAST) for spec in self._past]
+        self._presents = [present_of(spec.name) for spec in self._past]
 
     def forward(
         self,

@@ -113,8 +113,7 @@ class AdapterBank:
             if budget is not None and budget < 1:
                 raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
-        factors = (name for t in manifest.targets for name in (t.lora_A, t.lora_B))
-        self._places = {name: place for place, name in enumerate(factors)}
+        self._places = {name: place for place, name in enumerate(manifest.factors)}
         self._device = (device, device_id)
         self._host_budget, self._device_budget = host_budget, device_budget
         self._base = Bindable({})  # the graph's own defaults are the base
@@ -172,7 +171,6 @@ class AdapterBank:
             BudgetError: it is larger than the whole budget.
         """
         arrays, digest, labels = read()
-        arrays = self._in_order(arrays)
         with self._changed:
             there = self._entries.get(name)
         if there is not None and not replace and there.digest != digest:
@@ -180,6 +178,7 @@ class AdapterBank:
             if not present.computes(digest, arrays):
                 raise _taken(name)
             return present
+        arrays = self._in_order(arrays)
         with self._changed:
             there = self._entries.get(name)
             known = there is not None and there.digest == digest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.names import PAST, PRESENT
+from loradeploy.bundle.names import PAST, present_of
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -37,7 +37,7 @@ class DecoderCache:
         fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)
         self._in_place = manifest.cache_in_place and not fixed
         self._positions = 0
-        self.outputs = tuple(spec.name.replace(PAST, PRESENT, 1) for spec in self._specs)
+        self.outputs = tuple(present_of(spec.name) for spec in self._specs)
         self.places: Mapping[str, onnxruntime.OrtValue] = {}
         self.inputs: dict[str, onnxruntime.OrtValue] = {}
         self._allocate(0)

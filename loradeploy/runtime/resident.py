@@ -106,16 +106,14 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
     Raises:
         UsageError: a member has more than low-rank factors, which are all that adds up.
     """
-    targets = manifest.targets
-    low_rank = {name for target in targets for name in (target.lora_A, target.lora_B)}
     for resident, _ in members:
-        if more := sorted(resident.host.keys() - low_rank):
+        if more := sorted(resident.host.keys() - set(manifest.factors)):
             raise UsageError(
                 f"an adapter that brings {more[0]} has no scale and cannot be blended: its low-rank"
                 " factors alone would add up"
             )
     host = {}
-    for target in targets:
+    for target in manifest.targets:
         A, B = target.lora_A, target.lora_B
         touched = [(r.host, weight) for r, weight in members if A in r.host]
         if touched:

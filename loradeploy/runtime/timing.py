@@ -84,12 +84,7 @@ def forward(
     cache.make_room(past + new)
     if cache.places:
         feeds |= cache.inputs
-
-    def call(adapters: Adapters) -> object:
-        with session.hold(adapters) as held:
-            return held.run_with_ort_values(outputs, feeds, places=cache.places)
-
-    return call
+    return partial(session.run_with_ort_values, outputs, feeds, places=cache.places)
 
 
 def _swapping(call: Callable[[Adapters], object], names: Sequence[str]) -> Callable[[], object]:
