@@ -19,7 +19,12 @@ interrupted it; anything else is a defect of loradeploy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+# What colors a terminal, and what would move its cursor.
+_CONTROL: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 class LoraDeployError(Exception):
@@ -84,12 +89,20 @@ class MissingDependencyError(LoraDeployError):
     """A part of loradeploy whose extra is not installed."""
 
 
+# Characters that one thing in a message may take, and all that is listed in one together: with the
+# words around them a message stays one that is read.
+_ONE: Final = 120
+_NAMES: Final = 160
+_PROBLEMS: Final = 240
+
+
 def first_line(problem: BaseException) -> str:
     """The first line of what an error of somebody else's says, or its name where it says nothing.
 
-    They are put into a message of one line, and many say more than one.
+    They are put into a message of one line, and many say more than one, or pages in one.
     """
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return shortened(_CONTROL.sub("", said), _NAMES)
 
 
 def kind_and_line(problem: BaseException) -> str:
@@ -98,7 +111,41 @@ def kind_and_line(problem: BaseException) -> str:
     return f"{kind}: {'no message' if said == kind else said}"
 
 
-def listed(problems: Sequence[str], most: int) -> str:
-    """The first `most` of `problems` in one line, and how many there are besides."""
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
+def shortened(text: str, most: int = _ONE) -> str:
+    """`text` in at most `most` characters: its beginning and its end, which tell the most of it."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 1]}…{text[len(text) - end :]}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value out of a file, as Python writes it, in at most `most` characters."""
+    return shortened(repr(value), most)
+
+
+def listed(problems: Sequence[str], most: int = 4, *, room: int = _PROBLEMS) -> str:
+    """The first of `problems` in one line, and how many there are besides.
+
+    The first one always, then as many of `most` as fit into `room` characters.
+    """
+    return _bounded(problems, most, room, joint="; ", last="; and ")
+
+
+def names(values: Iterable[str], most: int = 6, *, room: int = _NAMES, none: str = "none") -> str:
+    """The first of the names `values`, and how many there are besides; `none` where there is none.
+
+    The first one always, then as many of `most` as fit into `room` characters.
+    """
+    found = list(values)
+    return _bounded(found, most, room, joint=", ", last=" and ") if found else none
+
+
+def _bounded(texts: Sequence[str], most: int, room: int, *, joint: str, last: str) -> str:
+    told: list[str] = []
+    for text in texts[:most]:
+        if told and sum(map(len, told)) + len(joint) * len(told) + len(text) > room:
+            break
+        told.append(shortened(text, room))
+    more = f"{last}{len(texts) - len(told)} more" if len(texts) > len(told) else ""
+    return joint.join(told) + more

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import tensors_digest
 from loradeploy.adapter.scaling import scaling
-from loradeploy.errors import AdapterError
+from loradeploy.errors import AdapterError, listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,7 +88,7 @@ class Adapter:
             for problem in _misfits(pair, self.config.rank_of(module), self.config.use_dora)
         ]
         if problems:
-            raise AdapterError("adapter tensors do not fit the config: " + "; ".join(problems))
+            raise AdapterError(f"adapter tensors do not fit the config: {listed(problems)}")
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, Final, TypeVar
 
-from loradeploy.errors import AdapterError
+from loradeploy.adapter.formats import other_peft_type
+from loradeploy.errors import AdapterError, first_line, shown
 
 CONFIG_NAME: Final = "adapter_config.json"
 
@@ -111,11 +112,20 @@ class AdapterConfig:
         peft_type = values.get("peft_type", "LORA")
         if peft_type != "LORA":
             raise AdapterError(
-                f"adapter config: peft_type is {peft_type!r}, only LORA is supported"
+                f"adapter config: peft_type is {shown(peft_type)}, only LORA is supported:"
+                f" {other_peft_type(peft_type)}"
             )
         for name, advice in _REFUSED.items():
             if values.get(name):
-                raise AdapterError(f"adapter config: {name}={values[name]!r} is refused: {advice}")
+                raise AdapterError(
+                    f"adapter config: {name}={shown(values[name])} is refused: {advice}"
+                )
+        for name in ("r", "lora_alpha"):
+            if name in values and values[name] is None:
+                raise AdapterError(
+                    f"adapter config: {name} is null, a number is needed: take it from the settings"
+                    " of the training"
+                )
         known = {f.name for f in fields(cls)} - {"extra"}
         extra: dict[str, Any] = {}
         for name, value in values.items():
@@ -123,7 +133,7 @@ class AdapterConfig:
                 continue
             if value and name not in _NEUTRAL:
                 raise AdapterError(
-                    f"adapter config: the field {name}={value!r} is unknown and may change the"
+                    f"adapter config: the field {name}={shown(value)} is unknown and may change the"
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"
                 )
             extra[name] = value
@@ -193,7 +203,7 @@ def _problems(config: AdapterConfig) -> list[str]:
 
     def check(name: str, valid: bool, needs: str) -> None:
         if not valid:
-            found.append(f"{name} is {getattr(config, name)!r}, {needs} is needed")
+            found.append(f"{name} is {shown(getattr(config, name))}, {needs} is needed")
 
     def names(value: object) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
@@ -258,7 +268,6 @@ def _pattern_problems(config: AdapterConfig) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as problem:
-            return [
-                f"{name} has the pattern {pattern!r}, which is no regular expression: {problem}"
-            ]
+            told = f"{name} has the pattern {shown(pattern)}, which is no regular expression"
+            return [f"{told}: {first_line(problem)}"]
     return []

@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
 from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.adapter.tensors import read_arrays, write_arrays
-from loradeploy.errors import AdapterError
+from loradeploy.errors import AdapterError, listed
 from loradeploy.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -74,9 +75,10 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     place = Path(path)
     weights = _weights_file(place)
-    config = AdapterConfig.from_peft(read_json(weights.parent / CONFIG_NAME, error=AdapterError))
+    config = _read_config(weights)
     arrays, metadata = read_arrays(weights, error=AdapterError)
     try:
+        _check_not_empty(arrays)
         factors, saved = _sort(arrays, config)
         return Adapter(
             config=config,
@@ -87,6 +89,26 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         )
     except AdapterError as problem:
         raise AdapterError(f"{weights}: {problem}") from None
+
+
+def _read_config(weights: Path) -> AdapterConfig:
+    """What lies beside `weights`, or the error that tells whose adapter they are instead."""
+    file = weights.parent / CONFIG_NAME
+    if not file.exists() and (told := other_file(weights)) is not None:
+        raise AdapterError(f"{file} does not exist: {weights.name} {told}")
+    values = read_json(file, error=AdapterError)
+    if (told := other_config(values)) is not None:
+        raise AdapterError(f"{weights.parent} {told}")
+    try:
+        return AdapterConfig.from_peft(values)
+    except AdapterError as problem:
+        raise AdapterError(f"{weights.parent}: {problem}") from None
+
+
+def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:
+    if any(values.size == 0 for values in arrays.values()):
+        told = other_tensors({key: values.shape for key, values in arrays.items()})
+        raise AdapterError(f"the file {told}")
 
 
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
@@ -121,14 +143,19 @@ def _weights_file(place: Path) -> Path:
                     f"save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
                 )
     if place.is_dir():
-        if not (place / CONFIG_NAME).exists() and not (place / WEIGHTS_NAME).exists():
-            raise AdapterError(
-                f"{place} is no adapter: it holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
-            )
+        if not (place / WEIGHTS_NAME).exists():
+            if (told := other_directory(place)) is not None:
+                raise AdapterError(f"{place} {told}")
+            if not (place / CONFIG_NAME).exists():
+                raise AdapterError(
+                    f"{place} is no adapter: it holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
+                )
         return place / WEIGHTS_NAME
     if not place.exists():
         raise AdapterError(f"{place} does not exist: give a PEFT adapter directory")
     if place.suffix != ".safetensors":
+        if (told := other_file(place)) is not None:
+            raise AdapterError(f"{place} {told}")
         raise AdapterError(f"{place} is no adapter: give a PEFT directory or its .safetensors file")
     return place
 
@@ -170,12 +197,14 @@ def _sort(
             saved[inner] = values
         else:
             problems.append(
-                f"{_PREFIX}{name} is neither a factor, nor of a module in modules_to_save, nor a"
-                " trained bias (PEFT copies the base's embeddings unless save_pretrained is told"
-                " save_embedding_layers=False)"
+                f"{_PREFIX}{name} is neither a factor, nor of modules_to_save, nor a trained bias"
+                " (an embedding: save with save_embedding_layers=False)"
             )
     if problems:
-        raise AdapterError("the tensors are refused: " + "; ".join(problems))
+        told = other_tensors({key: values.shape for key, values in arrays.items()})
+        raise AdapterError(
+            f"the file {told}" if told else f"tensors are refused: {listed(problems)}"
+        )
     return factors, saved
 
 
