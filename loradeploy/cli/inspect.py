@@ -67,12 +67,10 @@ def _look(place: Path) -> Facts:
             return _bundle(place)
         if any(place.glob(_ADAPTER_FILES)):
             return _adapter(place)
-        graphs = sorted(place.glob("*.onnx"))
-        if len(graphs) > 1 and place / GRAPH_NAME not in graphs:
-            names = ", ".join(graph.name for graph in graphs)
-            raise UsageError(f"{place} holds several graphs, give one of {names}")
-        if graphs:
-            return _graph(place / GRAPH_NAME if place / GRAPH_NAME in graphs else graphs[0])
+        from loradeploy.export.repository import choose_graph, graphs_in
+
+        if graphs := graphs_in(place):
+            return _graph(choose_graph(place, graphs))
         return _adapter(place)
     return _FILES.get(place.suffix, _adapter)(place)
 

@@ -116,7 +116,7 @@ def export(
     read = read_adapters(adapters)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    source = resolve(model)
+    source = resolve(model, precision)
     if source.graph is None and (checkpoint or module_map):
         raise UsageError(
             f"{source.name} is a checkpoint, which tells its modules itself: --checkpoint and --map"

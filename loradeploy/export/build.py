@@ -157,7 +157,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     findings = (
         find_linears(base.graph)
         if source.graph is None
-        else find_modules(base.graph, source.directory, options.evidence, options.adapters.values())
+        else find_modules(
+            base.graph, source.graph.parent, options.evidence, options.adapters.values()
+        )
     )
     for node in findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", node)
@@ -183,7 +185,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         config["pad_token_id"] = base.pad
     return manifest, Content(
         graph=base.graph,
-        assets=assets_of(source.directory, options.evidence.checkpoint),
+        assets=assets_of(source.assets, options.evidence.checkpoint),
         config=config,
         adapters={} if options.merge else options.adapters,
         side_inputs=arrays,

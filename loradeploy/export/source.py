@@ -10,15 +10,23 @@ from typing import Literal
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
-from loradeploy.errors import ModelError, UsageError
-from loradeploy.lora.checkpoint import fetch, is_hub_id
+from loradeploy.errors import ModelError
+from loradeploy.export.repository import (
+    above,
+    choose_graph,
+    config_directory,
+    graphs_in,
+    tokenizer_directory,
+)
+from loradeploy.lora.checkpoint import fetch, is_hub_id, transformer_folder
 
 
 @dataclass(frozen=True)
 class Source:
     """A base model on disk.
 
-    `directory`: holds config and tokenizer, where there are any.
+    `directory`: holds the config, where there is any, and a checkpoint's weights.
+    `assets`: holds the tokenizer.
     `graph`: the ONNX file, None for a checkpoint.
     `manifest`: of a bundle, None for the other kinds.
     """
@@ -26,12 +34,15 @@ class Source:
     kind: Literal["checkpoint", "onnx", "bundle"]
     name: str
     directory: Path
+    assets: Path
     graph: Path | None = None
     manifest: Manifest | None = None
 
 
-def resolve(model: str | os.PathLike[str]) -> Source:
+def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Source:
     """The base model that `model` names: a directory, an ONNX file, a bundle or a hub's id.
+
+    `precision`: the one that is wanted, by which one of several ONNX files may be meant.
 
     Raises:
         ModelError: nothing usable is there.
@@ -43,34 +54,46 @@ def resolve(model: str | os.PathLike[str]) -> Source:
     if place.is_file():
         if place.suffix != ".onnx":
             raise ModelError(f"{place} is no model: give a directory or an .onnx file")
-        return Source("onnx", place.stem, place.parent, graph=place)
+        repository = above(place)
+        return _of_graph(place, place.stem if repository is None else repository.name)
     if place.is_dir():
-        return _in_directory(place)
+        return _in_directory(place, precision)
     if place.exists() or not is_hub_id(text):
         raise ModelError(f"{text} does not exist: give a model directory, an .onnx file or an id")
-    return Source("checkpoint", text, fetch(text))
+    fetched = fetch(text)
+    if not any(fetched.glob("*.safetensors")) and not any(fetched.glob("*/*.safetensors")):
+        raise ModelError(
+            f"{text} holds no .safetensors: give a repository with the PyTorch weights, or fetch"
+            f" its ONNX graph (hf download {text} --local-dir DIR) and give the directory"
+        )
+    checkpoint = transformer_folder(fetched)
+    return Source("checkpoint", text, checkpoint, checkpoint)
 
 
-def _in_directory(place: Path) -> Source:
+def _of_graph(graph: Path, name: str) -> Source:
+    directory, assets = config_directory(graph), tokenizer_directory(graph)
+    return Source("onnx", name, directory, assets, graph)
+
+
+def _in_directory(place: Path, precision: str | None) -> Source:
     name = place.resolve().name
     if (place / MANIFEST_NAME).is_file():
         manifest = read_manifest(place)
-        return Source("bundle", manifest.base.name, place, place / GRAPH_NAME, manifest)
+        return Source("bundle", manifest.base.name, place, place, place / GRAPH_NAME, manifest)
     if (place / CONFIG_NAME).is_file() and not (place / "config.json").is_file():
         raise ModelError(
             f"{place} is an adapter: give its base as the model, and this as an adapter"
         )
-    if any(place.glob("*.safetensors")):
-        if not (place / "config.json").is_file():
-            raise ModelError(f"{place} holds weights but no config.json: it is no model directory")
-        return Source("checkpoint", name, place)
-    graphs = sorted(place.glob("*.onnx"))
+    checkpoint = transformer_folder(place)
+    if any(checkpoint.glob("*.safetensors")):
+        if not (checkpoint / "config.json").is_file():
+            raise ModelError(
+                f"{checkpoint} holds weights but no config.json: it is no model directory"
+            )
+        return Source("checkpoint", name, checkpoint, checkpoint)
+    graphs = graphs_in(place)
     if not graphs:
         raise ModelError(
             f"{place} holds neither .safetensors nor .onnx files: save the model with transformers"
         )
-    named = [graph for graph in graphs if graph.name == GRAPH_NAME]
-    if len(graphs) > 1 and not named:
-        listed = ", ".join(graph.name for graph in graphs)
-        raise UsageError(f"{place} holds several ONNX files, name one of them: {listed}")
-    return Source("onnx", name, place, graph=(named or graphs)[0])
+    return _of_graph(choose_graph(place, graphs, precision), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -27,10 +28,34 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
         return fetch(text)
     if not place.is_dir():
         raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
+    place = transformer_folder(place)
     if not (place / "config.json").is_file():
         raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
     if not any(place.glob("*.safetensors")):
+        if any(place.glob("*.onnx")) or any(place.glob("onnx/*.onnx")):
+            raise ModelError(
+                f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
+                " checkpoint that they were exported from"
+            )
         raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
+    return place
+
+
+def transformer_folder(place: Path) -> Path:
+    """Where the checkpoint of the directory `place` is: there, or where its modules.json says.
+
+    sentence-transformers wrote the encoder to 0_Transformer/ beside its other modules.
+    """
+    try:
+        modules = json.loads((place / "modules.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return place
+    first = modules[0] if isinstance(modules, list) and modules else {}
+    path = first.get("path") if isinstance(first, dict) else None
+    if isinstance(path, str) and path and not (place / "config.json").is_file():
+        folder = place / path
+        if folder.parent == place and (folder / "config.json").is_file():
+            return folder
     return place
 
 

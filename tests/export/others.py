@@ -46,6 +46,33 @@ def export_with_torch(model: Path, place: Path, *, dynamo: bool) -> None:
         torch.onnx.export(Plain(), (ids, torch.ones_like(ids)), place / "model.onnx", **options)
 
 
+def export_as_optimum(model: Path, file: Path) -> None:
+    """torch.onnx's older exporter on an encoder itself, its forward patched, as optimum does it."""
+    import torch
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
+    given, original = ["input_ids", "attention_mask"], encoder.forward
+    encoder.forward = lambda *tensors: tuple(
+        original(**dict(zip(given, tensors, strict=True)), return_dict=False)
+    )[:1]
+    file.parent.mkdir(parents=True)
+    ids = torch.from_numpy(IDS)
+    made = ["last_hidden_state"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            encoder,
+            (ids, torch.ones_like(ids)),
+            file,
+            input_names=given,
+            output_names=made,
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in [*given, *made]},
+            opset_version=17,
+            dynamo=False,
+        )
+
+
 def without_names(graph: Path, place: Path) -> None:
     """The same graph, its nodes and weights called by numbers and its metadata gone."""
     model = ir.load(graph)

@@ -1,0 +1,119 @@
+"""Which graph a directory of ONNX files means, and where its config and tokenizer are.
+
+Repositories for transformers.js keep config and tokenizer at the top and the graphs in onnx/, one
+for each precision (model.onnx, model_fp16.onnx, model_q4.onnx, …); optimum writes decoders in
+parts (decoder_model.onnx, decoder_with_past_model.onnx, decoder_model_merged.onnx).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.errors import ModelError, UsageError
+
+logger = logging.getLogger(__name__)
+
+ONNX_FOLDER: Final = "onnx"
+CONFIG_NAME: Final = "config.json"
+_GENAI_NAME: Final = "genai_config.json"
+_TOKENIZERS: Final = ("tokenizer*", "vocab.txt", "vocab.json", "spiece.model")
+# One decoder in several files: without the cache, with it, and both in one.
+_WHOLE_DECODER: Final = "decoder_model_merged.onnx"
+_DECODER_PARTS: Final = ("decoder_model", "decoder_with_past_model", "decoder_model_merged")
+_ENCODER_PART: Final = "encoder_model"
+# Endings of the names that transformers.js gives to graphs of other precisions, longest first.
+_ENDINGS: Final = (
+    *("_quantized", "_q4f16", "_q8f16", "_q2f16", "_q1f16", "_uint8", "_fp16", "_int8", "_bnb4"),
+    *("_q4", "_q8", "_q2", "_q1"),
+)
+# What --precision is called in these names. A graph in fp16 is made of no other; int8 and int4 are
+# made of model.onnx, where it is there.
+_CALLED: Final = {"fp16": ("_fp16",), "int8": ("_quantized", "_int8"), "int4": ("_q4",)}
+_LISTED: Final = 8
+
+
+def graphs_in(place: Path) -> list[Path]:
+    """The ONNX files of the directory `place`: its own, else those in its folder onnx/."""
+    own = sorted(place.glob("*.onnx"))
+    return own or sorted((place / ONNX_FOLDER).glob("*.onnx"))
+
+
+def choose_graph(place: Path, graphs: Sequence[Path], precision: str | None = None) -> Path:
+    """The one of `graphs` that the directory `place` means; which it is is logged where it matters.
+
+    The only one, else model.onnx or a whole decoder, else the one that is called after the
+    `precision` asked for.
+
+    Raises:
+        UsageError: several that could be meant.
+        ModelError: an encoder-decoder in parts.
+    """
+    if len(graphs) == 1:
+        return graphs[0]
+    by_name = {graph.name: graph for graph in graphs}
+    parts = {_part(graph) for graph in graphs}
+    chosen = None
+    whole = GRAPH_NAME if "model" in parts else _WHOLE_DECODER
+    if whole == GRAPH_NAME or parts <= set(_DECODER_PARTS):
+        stem = whole.removesuffix(".onnx")
+        named = [f"{stem}{ending}.onnx" for ending in _CALLED.get(precision or "", ())]
+        order = [*named, whole] if precision == "fp16" else [whole, *named]
+        chosen = next((by_name[name] for name in order if name in by_name), None)
+    if chosen is not None:
+        others = _names(place, [graph for graph in graphs if graph != chosen])
+        logger.warning(
+            "%s: taking %s of %d graphs; for another give its file: %s",
+            *(place, chosen.relative_to(place), len(graphs), others),
+        )
+        return chosen
+    if _ENCODER_PART in parts and parts & set(_DECODER_PARTS):
+        raise ModelError(
+            f"{place} holds an encoder-decoder in parts ({graphs[0].name}, …): export its PyTorch"
+            " checkpoint, or give the file of one part"
+        )
+    raise UsageError(f"{place} holds several ONNX files, name one of them: {_names(place, graphs)}")
+
+
+def config_directory(graph: Path) -> Path:
+    """Where the config of the model in the file `graph` is: beside it, else one level up."""
+    return _nearest(graph, (CONFIG_NAME, _GENAI_NAME))
+
+
+def tokenizer_directory(graph: Path) -> Path:
+    """Where the tokenizer of the model in the file `graph` is: beside it, else one level up."""
+    return _nearest(graph, _TOKENIZERS)
+
+
+def _nearest(graph: Path, patterns: Sequence[str]) -> Path:
+    """Beside `graph`, unless it lies in a folder of graphs alone and the files are above it."""
+    for place in (graph.parent, above(graph)):
+        if place is not None and any(True for name in patterns for _ in place.glob(name)):
+            return place
+    return graph.parent
+
+
+def above(graph: Path) -> Path | None:
+    """The repository whose folder `graph` lies in; None where the level up is no repository.
+
+    The folder is called onnx, or it has no config of its own and the level up has one.
+    """
+    folder = graph.resolve().parent
+    own = any((folder / name).is_file() for name in (CONFIG_NAME, _GENAI_NAME))
+    if folder.name == ONNX_FOLDER or (not own and (folder.parent / CONFIG_NAME).is_file()):
+        return folder.parent
+    return None
+
+
+def _names(place: Path, graphs: Sequence[Path]) -> str:
+    more = f" and {len(graphs) - _LISTED} more" if len(graphs) > _LISTED else ""
+    return ", ".join(str(graph.relative_to(place)) for graph in graphs[:_LISTED]) + more
+
+
+def _part(graph: Path) -> str:
+    """The name of `graph` without the ending that tells its precision."""
+    stem = graph.stem
+    return next((stem.removesuffix(end) for end in _ENDINGS if stem.endswith(end)), stem)

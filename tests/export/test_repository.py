@@ -1,0 +1,143 @@
+"""Directories of several graphs: which one is meant, and where its config and tokenizer are."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loradeploy.errors import LoraDeployError, ModelError, UsageError
+from loradeploy.export.api import export
+from loradeploy.export.repository import choose_graph, graphs_in
+from loradeploy.export.source import resolve
+from loradeploy.lora.checkpoint import find_checkpoint
+from loradeploy.runtime.embedding import TextEmbedder
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter, once
+from tests.export.others import export_as_optimum
+from tests.tolerances import tolerance
+
+WEB = ("model.onnx", "model_fp16.onnx", "model_q4.onnx", "model_q4f16.onnx", "model_quantized.onnx")
+PARTS = ("decoder_model.onnx", "decoder_with_past_model.onnx")
+
+
+def _with(place: Path, names: tuple[str, ...], folder: str = "onnx") -> Path:
+    (place / folder).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (place / folder / name).touch()
+    return place
+
+
+@pytest.mark.parametrize("folder", ["onnx", ""])
+@pytest.mark.parametrize(
+    ("names", "precision", "chosen"),
+    [
+        (("model_q4.onnx",), None, "model_q4.onnx"),
+        (WEB, None, "model.onnx"),
+        (WEB, "int4", "model.onnx"),  # whose numbers are the exact ones
+        (WEB, "fp16", "model_fp16.onnx"),  # which is made of no graph in fp32
+        (WEB[1:], "int4", "model_q4.onnx"),
+        (WEB[1:], "int8", "model_quantized.onnx"),
+        ((*PARTS, "decoder_model_merged.onnx"), None, "decoder_model_merged.onnx"),
+        (
+            ("decoder_model_merged.onnx", "decoder_model_merged_fp16.onnx"),
+            "fp16",
+            "decoder_model_merged_fp16.onnx",
+        ),
+    ],
+)
+def test_the_graph_that_is_meant_is_taken(
+    names: tuple[str, ...], precision: str | None, chosen: str, folder: str, tmp_path: Path
+) -> None:
+    place = _with(tmp_path, names, folder)
+    assert choose_graph(place, graphs_in(place), precision) == place / folder / chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (WEB[1:], UsageError, "name one of them: onnx/model_fp16.onnx, onnx/model_q4.onnx"),
+        (PARTS, UsageError, "name one of them"),
+        (("encoder_model.onnx", *PARTS), ModelError, "holds an encoder-decoder in parts"),
+        (
+            ("decoder_model_merged.onnx", "embed_tokens.onnx", "vision_encoder.onnx"),
+            UsageError,
+            "name one of them",
+        ),
+        (tuple(f"part{i}.onnx" for i in range(40)), UsageError, "and 32 more"),
+    ],
+)
+def test_a_choice_that_is_the_users_is_left_to_them(
+    names: tuple[str, ...], error: type[LoraDeployError], message: str, tmp_path: Path
+) -> None:
+    place = _with(tmp_path, names)
+    with pytest.raises(error, match=message) as problem:
+        choose_graph(place, graphs_in(place))
+    assert len(str(problem.value).replace(str(place), "")) < 300
+
+
+def test_the_choice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = _with(tmp_path, WEB)
+    with caplog.at_level(logging.WARNING):
+        choose_graph(place, graphs_in(place))
+    (record,) = caplog.records
+    assert "taking onnx/model.onnx of 5 graphs" in record.message
+
+
+def test_a_checkpoint_is_preferred_to_the_graphs_beside_it(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "m")
+    assert resolve(_with(tmp_path / "m", WEB)).kind == "checkpoint"
+
+
+def test_training_says_that_graphs_are_no_checkpoint(tmp_path: Path) -> None:
+    place = _with(tmp_path, WEB)
+    (place / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds ONNX graphs and no .safetensors"):
+        find_checkpoint(place)
+
+
+# -- the files above the graphs --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def repository(tiny_bert: Path, shared: Path) -> Path:
+    """The tiny BERT as transformers.js wants it: its graph in onnx/, the rest above."""
+
+    def make(place: Path) -> None:
+        export_as_optimum(tiny_bert, place / "onnx" / "model.onnx")
+        for file in tiny_bert.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, place)
+
+    return once(shared / "web-bert", make)
+
+
+@pytest.mark.parametrize("given", ["", "onnx/model.onnx"])
+def test_config_and_tokenizer_are_found_above_the_graph(
+    given: str, repository: Path, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import peft
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    adapter = make_adapter(tiny_bert, task="feature-extraction", target_modules=["query", "value"])
+    manifest = export(repository / given, tmp_path / "b", adapters={"one": adapter})
+    assert manifest.base.name == repository.name
+    vectors = TextEmbedder(AdapterSession(tmp_path / "b"))(["The bank"] * 2, ["one", None])
+    ids = AutoTokenizer.from_pretrained(tiny_bert)("The bank", return_tensors="pt")["input_ids"]
+    encoder = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_bert), adapter).eval()
+    with torch.no_grad():
+        mean = encoder(input_ids=ids).last_hidden_state[0].mean(dim=0)
+    expected = torch.nn.functional.normalize(mean, dim=0).numpy()
+    assert np.abs(vectors[0] - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+
+
+def test_a_config_two_levels_up_is_somebody_elses(repository: Path, tmp_path: Path) -> None:
+    shutil.copy(repository / "config.json", tmp_path)
+    shutil.copytree(repository / "onnx", tmp_path / "a" / "onnx")
+    source = resolve(tmp_path / "a" / "onnx" / "model.onnx")
+    assert (source.directory, source.name) == (tmp_path / "a" / "onnx", "a")
