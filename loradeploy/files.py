@@ -1,78 +1,36 @@
-"""Files written whole or not at all, and paths that cannot leave their directory."""
+"""Paths that cannot leave their directory, and JSON; how files are written is in writing.py."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
 import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loradeploy.errors import BundleError, LoraDeployError, UsageError
+from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.writing import (
+    atomic_directory,
+    atomic_file,
+    check_keeps_inputs,
+    check_replaceable,
+)
+
+__all__ = [
+    "MAX_JSON_BYTES",
+    "atomic_directory",
+    "atomic_file",
+    "check_keeps_inputs",
+    "check_replaceable",
+    "inside",
+    "plain",
+    "read_json",
+    "write_json",
+]
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is renamed on success and removed on failure."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str], *, marker: str) -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that takes its place on success.
-
-    A directory that stands at `path` survives any failure, a kill included. It is replaced only
-    where it is empty or holds a file named `marker`, so that a mistyped output never deletes
-    somebody's files.
-
-    Raises:
-        UsageError: `path` exists and is neither empty nor of the kind that `marker` tells.
-    """
-    target = Path(path).absolute()
-    check_replaceable(target, marker=marker)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.partial"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            _exchange(temporary, target)
-        else:
-            os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_replaceable(path: Path, *, marker: str) -> None:
-    """Raise UsageError unless `path` is free, an empty directory, or one that holds `marker`."""
-    if not path.exists() and not path.is_symlink():
-        return
-    if not path.is_dir():
-        raise UsageError(f"{path} is a file: give the name of a directory")
-    if any(path.iterdir()) and not (path / marker).is_file():
-        raise UsageError(
-            f"{path} is not empty and holds no {marker}: it is left alone, choose another directory"
-        )
 
 
 def inside(root: str | os.PathLike[str], relative: str) -> Path:
@@ -135,46 +93,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of `target` left behind; those still alive keep theirs."""
-    for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        owner = leftover.name.removeprefix(f".{target.name}.").removesuffix(".partial")
-        if owner.isdigit() and (int(owner) == os.getpid() or not _alive(int(owner))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    if sys.platform == "win32":  # there is no signal 0; keep what may be in use
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Let `new` and `old` trade places: at no moment is there no directory at `old`."""
-    if sys.platform == "linux":
-        at_fdcwd, rename_exchange = -100, 2
-        libc = ctypes.CDLL(None, use_errno=True)
-        renameat2 = getattr(libc, "renameat2", None)
-        if renameat2 is not None:
-            source, target = os.fsencode(new), os.fsencode(old)
-            if renameat2(at_fdcwd, source, at_fdcwd, target, rename_exchange) == 0:
-                return
-    # Elsewhere two renames: a kill between them leaves the old directory under the spare name.
-    spare = old.with_name(f".{old.name}.{os.getpid()}.old")
-    os.rename(old, spare)
-    os.rename(new, old)
-    os.rename(spare, new)

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+# What training and conversion write into an adapter's directory, and replace there.
+OWN_FILES: Final = frozenset(
+    {CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
+)
 _PREFIX: Final = "base_model.model."
 _BASE_DIGEST: Final = "loradeploy.base_digest"
 _LABELS: Final = "loradeploy.labels"
@@ -109,6 +113,11 @@ def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:
     if any(values.size == 0 for values in arrays.values()):
         told = other_tensors({key: values.shape for key, values in arrays.items()})
         raise AdapterError(f"the file {told}")
+
+
+def own_files(directory: Path) -> frozenset[str]:
+    """The files that a new adapter replaces in `directory`, where another one is already."""
+    return OWN_FILES
 
 
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:

@@ -11,7 +11,15 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, RIGHT, SLOTS, TASKS
+from loradeploy.bundle.names import (
+    CERTIFICATE_NAME,
+    LAYOUTS,
+    LEFT,
+    MANIFEST_NAME,
+    RIGHT,
+    SLOTS,
+    TASKS,
+)
 from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
 
@@ -155,6 +163,7 @@ class Manifest:
     `merge_loss`: what the merged graph's precision did to the adapter.
     `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
     `cache_in_place`: whether one buffer may be both the past and the present of its cache.
+    `files`: every file that the export wrote, but for the manifest; an export replaces no other.
     """
 
     task: str
@@ -177,6 +186,7 @@ class Manifest:
     padding: str = LEFT
     cache_in_place: bool = False
     merge_loss: MergeLoss | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -249,6 +259,19 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
         raise BundleError(f"{place}: {problem}") from None
 
 
+def own_files(bundle: Path) -> frozenset[str]:
+    """The files in the directory `bundle` that loradeploy wrote there, by its manifest.
+
+    They are what an export may replace. A manifest that cannot be read names none.
+    """
+    try:
+        named = read_json(bundle / MANIFEST_NAME, error=BundleError).get("files")
+    except BundleError:
+        named = None
+    files = named if isinstance(named, list) else []
+    return frozenset([*(name for name in files if isinstance(name, str)), CERTIFICATE_NAME])
+
+
 # The annotations are strings (PEP 563); each names one of these checks.
 _CHECKS: Final[Mapping[str, Any]] = {
     "str": lambda v: isinstance(v, str),
@@ -258,6 +281,7 @@ _CHECKS: Final[Mapping[str, Any]] = {
     "bool": lambda v: isinstance(v, bool),
     "tuple[int | str, ...]": lambda v: _all(v, int | str),
     "tuple[int, ...]": lambda v: _all(v, int),
+    "tuple[str, ...]": lambda v: _all(v, str),
     "tuple[int, int] | None": lambda v: v is None or (_all(v, int) and len(v) == 2),
     "Mode": lambda v: v in get_args(Mode),
     "BaseKind": lambda v: v in get_args(BaseKind),

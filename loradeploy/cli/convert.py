@@ -53,9 +53,11 @@ def command(
     a changed base, to a plain one of twice the rank on the base as it is.
     """
     from loradeploy.errors import UsageError
+    from loradeploy.files import check_keeps_inputs
 
     if [bundle, rank, model].count(None) != 2:
         raise UsageError("give one of --bundle, --rank and --model: what to convert to")
+    check_keeps_inputs(output, [place for place in (adapter, bundle, model) if place is not None])
     if bundle is not None:
         made, facts = _for_bundle(adapter, bundle, output)
     elif rank is not None:
@@ -135,10 +137,11 @@ def _plain(adapter: str, model: str, output: str) -> tuple[Adapter, dict[str, An
 def _save(adapter: Adapter, output: str) -> None:
     from loradeploy.adapter import save_adapter
     from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.adapter.peft import own_files
     from loradeploy.errors import UsageError
     from loradeploy.files import atomic_directory
 
     if output.endswith(NATIVE_SUFFIX):
         raise UsageError(f"{output}: an {NATIVE_SUFFIX} file is for a bundle, give --bundle")
-    with atomic_directory(output, marker=CONFIG_NAME) as place:
+    with atomic_directory(output, marker=CONFIG_NAME, own_files=own_files) as place:
         save_adapter(adapter, place)

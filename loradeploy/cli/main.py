@@ -12,11 +12,15 @@ Exit status:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, Final
 
 import click
@@ -41,7 +45,7 @@ VERBS: Final = {
     "doctor": "Check versions, execution providers and known traps.",
 }
 
-DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD = 0, 2, 70, 130, 141
+DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD, TERMINATED = 0, 2, 70, 130, 141, 143
 
 # Modules outside the runtime, and the extra that brings each.
 _EXTRAS: Final = {
@@ -95,13 +99,37 @@ def commands(debug: bool) -> None:
     """Train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
 
 
+class _Terminated(BaseException):
+    """SIGTERM came. No handler of a library takes it for an error, and writers clean up."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While it lasts, SIGTERM ends the command by an exception."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: let the clean-up end
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is sent signals
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a status of the list above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Accepted before and after the verb; what stands behind -- is text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
-    sys.exit(_run([*options, *given[end:]], debug=len(options) < end))
+    with _terminable():
+        status = _run([*options, *given[end:]], debug=len(options) < end)
+    sys.exit(status)
 
 
 def _run(given: list[str], *, debug: bool) -> int:
@@ -117,6 +145,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
     except (click.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
+    except _Terminated:
+        return _say("interrupted", TERMINATED)
     except _UnreadError:
         # Keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

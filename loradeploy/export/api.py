@@ -76,8 +76,9 @@ def export(
     """
     from pathlib import Path
 
+    from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import LAYOUTS, MANIFEST_NAME
-    from loradeploy.export.adapters import read_adapters
+    from loradeploy.export.adapters import named_places, read_adapters
     from loradeploy.export.build import Options, build
     from loradeploy.export.foreign import Evidence
     from loradeploy.export.gqa import ATTENTIONS
@@ -86,11 +87,11 @@ def export(
     from loradeploy.export.source import resolve
     from loradeploy.export.tasks import check_task
     from loradeploy.export.write import check_output, write_bundle
-    from loradeploy.files import check_replaceable
+    from loradeploy.files import check_keeps_inputs, check_replaceable
 
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    check_replaceable(target, marker=MANIFEST_NAME)
+    check_replaceable(target, marker=MANIFEST_NAME, own_files=own_files)
     if task is not None:
         check_task(task)
     if precision is not None:
@@ -113,7 +114,10 @@ def export(
         raise UsageError(
             "--required-inputs and --merge do not go together: a merged graph has no side inputs"
         )
-    read = read_adapters(adapters)
+    places = named_places(adapters)
+    beside = (place for place in (checkpoint, module_map) if place is not None)
+    check_keeps_inputs(target, [model, *places.values(), *beside])
+    read = read_adapters(places)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
     source = resolve(model, precision)

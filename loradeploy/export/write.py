@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import save_adapter
 from loradeploy.adapter.tensors import write_arrays
-from loradeploy.bundle.manifest import AdapterEntry, Manifest
+from loradeploy.bundle.manifest import AdapterEntry, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
@@ -95,7 +95,7 @@ def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest
         ExportError: the disk is full, or something else keeps the files from being written.
     """
     try:
-        with atomic_directory(output, marker=MANIFEST_NAME) as directory:
+        with atomic_directory(output, marker=MANIFEST_NAME, own_files=own_files) as directory:
             return _write_into(directory, manifest, content)
     except OSError as problem:
         raise ExportError(
@@ -169,6 +169,9 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     if content.required:
         write_required(directory, manifest, content.side_inputs)
     _write_assets(directory, manifest, content)
+    written = (path for path in directory.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(directory).as_posix() for path in written)
+    manifest = dataclasses.replace(manifest, files=tuple(files))
     write_json(directory / MANIFEST_NAME, manifest.to_json())
     return manifest
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.peft import own_files
 from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
@@ -153,7 +154,7 @@ def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInt
 
 def _check_output(target: Path) -> None:
     """Find out now, not after hours, that the adapter cannot be written."""
-    check_replaceable(target, marker=CONFIG_NAME)
+    check_replaceable(target, marker=CONFIG_NAME, own_files=own_files)
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{target} cannot be written: {parent} is no directory to write in")
@@ -198,7 +199,7 @@ def _write(
 ) -> None:
     target = result.adapter
     try:
-        with atomic_directory(target, marker=CONFIG_NAME) as place:
+        with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
             save_adapter(adapter, place)
             write_curve(trainer.curve(), place)
             (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")

@@ -96,6 +96,34 @@ def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert (status, out, err.strip()) == (130, "", "interrupted")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
+def test_sigterm_ends_a_command_and_its_writer_leaves_nothing(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    arguments = ["convert", str(make_adapter(tiny_llama)), "--rank", "1", "--output"]
+    program = (
+        "import time, loradeploy.adapter\n"
+        "from loradeploy.cli.main import main\n"
+        "def write(adapter, place):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "loradeploy.adapter.save_adapter = write\n"
+        f"main({[*arguments, str(tmp_path / 'b')]!r})\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        writer.terminate()
+        _, err = writer.communicate()
+    assert (writer.returncode, err) == (143, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
 def test_a_closed_pipe_ends_quietly_and_not_as_a_success(tiny_llama: Path) -> None:
     reading, writing = os.pipe()

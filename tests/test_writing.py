@@ -1,0 +1,238 @@
+"""Files and directories are written whole or not at all, and never over somebody else's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.files import read_json, write_json
+from loradeploy.writing import (
+    atomic_directory,
+    atomic_file,
+    check_keeps_inputs,
+    check_replaceable,
+)
+
+MARKER = "loradeploy.json"
+
+
+def write_bundle(place: Path, text: str) -> None:
+    with atomic_directory(place, marker=MARKER) as temporary:
+        (temporary / MARKER).write_text(text)
+
+
+def test_a_directory_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write_bundle(tmp_path / "b", text)
+    assert (tmp_path / "b" / MARKER).read_text() == "new"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_failure_keeps_the_old_directory_and_leaves_nothing_else(
+    tmp_path: Path,
+) -> None:
+    write_bundle(tmp_path / "b", "old")
+    with (
+        pytest.raises(OSError, match="disk"),
+        atomic_directory(tmp_path / "b", marker=MARKER) as temporary,
+    ):
+        (temporary / MARKER).write_text("half")
+        raise OSError("no space left on the disk")
+    assert (tmp_path / "b" / MARKER).read_text() == "old"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_kill_keeps_the_old_directory_and_the_next_writer_tidies_up(
+    tmp_path: Path,
+) -> None:
+    write_bundle(tmp_path / "b", "old")
+    program = (
+        "import sys, time\n"
+        "from loradeploy.files import atomic_directory\n"
+        "with atomic_directory(sys.argv[1], marker='loradeploy.json') as temporary:\n"
+        "    (temporary / 'loradeploy.json').write_text('half')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "b")],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert (tmp_path / "b" / MARKER).read_text() == "old"
+    assert len(os.listdir(tmp_path)) == 2
+
+    write_bundle(tmp_path / "b", "new")
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_somebodys_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty and holds no loradeploy.json"):
+        write_bundle(tmp_path / "home", "new")
+    with pytest.raises(UsageError, match="is a file"):
+        write_bundle(tmp_path / "home" / "thesis.txt", "new")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
+    write_json(tmp_path / "f.json", {"a": 1})
+    with (
+        pytest.raises(ZeroDivisionError),
+        atomic_file(tmp_path / "f.json") as temporary,
+    ):
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert read_json(tmp_path / "f.json", error=BundleError) == {"a": 1}
+    assert os.listdir(tmp_path) == ["f.json"]
+
+
+def test_two_writers_of_one_place_both_leave_a_whole_directory(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from loradeploy.files import atomic_directory\n"
+        "for n in range(40):\n"
+        "    with atomic_directory(sys.argv[1], marker='loradeploy.json') as temporary:\n"
+        "        (temporary / 'loradeploy.json').write_text('whole')\n"
+    )
+    write_bundle(tmp_path / "b", "whole")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "b")]) for _ in range(2)
+    ]
+    while any(writer.poll() is None for writer in writers):
+        assert (tmp_path / "b" / MARKER).read_text() == "whole"
+        time.sleep(0.001)
+    assert [writer.returncode for writer in writers] == [0, 0]
+
+
+def own(directory: Path) -> Collection[str]:
+    return {"weights", "adapters/a/config"}
+
+
+@pytest.mark.parametrize(
+    "precious", ["notes.txt", "adapters/mine/w", "adapters/a/notes", "checkpoint-10/optimizer.pt"]
+)
+def test_a_file_that_no_writer_of_the_kind_wrote_keeps_its_directory(
+    precious: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "b"
+    for name in (MARKER, "weights", "adapters/a/config", precious):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("old")
+    with (
+        pytest.raises(UsageError, match=f"also holds {precious.split('/')[0]}.*would be lost"),
+        atomic_directory(target, marker=MARKER, own_files=own),
+    ):
+        pass
+    assert (target / precious).read_text() == "old"
+    (target / precious).unlink()
+    if not any((target / precious).parent.iterdir()):
+        (target / precious).parent.rmdir()
+    with atomic_directory(target, marker=MARKER, own_files=own) as temporary:
+        (temporary / MARKER).write_text("new")
+    assert os.listdir(target) == [MARKER]
+
+
+def test_a_file_that_comes_while_the_directory_is_written_is_kept_too(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", "old")
+    with (
+        pytest.raises(UsageError, match=r"also holds notes\.txt"),
+        atomic_directory(tmp_path / "b", marker=MARKER) as temporary,
+    ):
+        (temporary / MARKER).write_text("new")
+        (tmp_path / "b" / "notes.txt").write_text("precious")
+    assert (tmp_path / "b" / MARKER).read_text() == "old"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_link_is_refused_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", "old")
+    (tmp_path / "current").symlink_to(tmp_path / "b")
+    with pytest.raises(UsageError, match="is a link"):
+        write_bundle(tmp_path / "current", "new")
+    assert (tmp_path / "b" / MARKER).read_text() == "old"
+
+
+def test_a_home_directory_and_a_root_are_refused_whatever_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path / "home", "old")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place in (tmp_path / "home", Path("/")):
+        with pytest.raises(UsageError, match="a home directory or a mount point"):
+            check_replaceable(place, marker=MARKER)
+
+
+@pytest.mark.parametrize("given", ["b", "b/", "b/adapters/a", "link", "b/../b"])
+def test_an_output_that_is_or_holds_an_input_is_refused(given: str, tmp_path: Path) -> None:
+    (tmp_path / "b/adapters/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    with pytest.raises(UsageError, match="would be replaced by the output"):
+        check_keeps_inputs(tmp_path / "b", [tmp_path / given])
+    check_keeps_inputs(tmp_path / "b/onnx", [tmp_path / "b", "an/id-of-the-hub"])
+
+
+def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from loradeploy.writing import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "f")], check=False)
+    assert [name.endswith(".partial") for name in os.listdir(tmp_path)] == [True]
+    with atomic_file(tmp_path / "f") as temporary:
+        temporary.write_text("whole")
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_writer_leaves_another_targets_and_a_living_writers_files_alone(tmp_path: Path) -> None:
+    (tmp_path / ".b.c.0123456789abcdef.partial").write_text("of the target b.c")
+    with atomic_file(tmp_path / "b") as first:
+        first.write_text("first")
+        with atomic_file(tmp_path / "b") as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert (tmp_path / "b").read_text() == "first", "the last one that ended"
+    assert sorted(os.listdir(tmp_path)) == [".b.c.0123456789abcdef.partial", "b"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the umask is read from /proc")
+def test_a_new_file_has_the_rights_that_the_umask_leaves_and_the_umask_is_not_touched(
+    tmp_path: Path,
+) -> None:
+    before = os.umask(0o027)
+    seen: set[int] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.add(int(Path("/proc/self/status").read_text().split("Umask:")[1].split()[0], 8))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        for number in range(50):
+            write_json(tmp_path / f"{number}.json", {})
+    finally:
+        stop.set()
+        watching.join()
+        os.umask(before)
+    assert seen == {0o027}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
