@@ -42,8 +42,8 @@ def added_biases(adapter: Adapter, manifest: Manifest) -> set[str]:
     return {name for name in adapter.saved if name in takes and name not in replaced}
 
 
-def change_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
-    """What DoRA and trained biases need and the bundle does not have."""
+def change_misfits(adapter: Adapter, manifest: Manifest, noun: str) -> list[str]:
+    """What DoRA and trained biases need and the bundle, which `noun` names, does not have."""
     outputs = {output.module: output for output in manifest.changed}
     problems = []
     lacking = [
@@ -53,10 +53,9 @@ def change_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
     ]
     if lacking:
         problems.append(
-            f"it is a DoRA adapter (use_dora), and {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more have' if len(lacking) > 1 else ' has'} no scale as a"
-            " side input in this bundle: export it with the adapter or with --side-inputs dora, or"
-            " merge it instead"
+            f"it is a DoRA adapter (use_dora) and {lacking[0]}"
+            f"{f' and {len(lacking) - 1} more have' if len(lacking) > 1 else ' has'} no scale in"
+            f" {noun}: export with --side-inputs dora, or merge it"
         )
     for parameter in sorted(added_biases(adapter, manifest)):
         shape, size = adapter.saved[parameter].shape, outputs[parameter.rpartition(".")[0]].size

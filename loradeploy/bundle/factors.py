@@ -23,7 +23,7 @@ from loradeploy.bundle.changes import (
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE, PEFT_TASKS
-from loradeploy.errors import AdapterMismatchError, listed
+from loradeploy.errors import AdapterMismatchError, listed, shortened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from loradeploy.bundle.base import BaseValues
 
 _LISTED = 6
+_BUNDLE: Final = "this bundle"
 _ABSENT: Final[Mapping[str, str]] = {
-    "linear": "no target module of this bundle",
-    "embedding": "an embedding without side inputs in this bundle: export it with the adapter or"
-    " with --side-inputs embedding, or merge it instead",
+    "linear": "no target module of {noun}",
+    "embedding": "an embedding without side inputs in {noun}: export with --side-inputs embedding,"
+    " or merge it instead",
     "conv2d": "a convolution, which takes no side inputs: merge it instead",
 }
 
@@ -78,8 +79,11 @@ def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
     return {ADAPTER_MODE: np.ones(1, np.int64)} if manifest.branches else {}
 
 
-def check_fit(adapter: Adapter, manifest: Manifest) -> None:
-    """Raise AdapterMismatchError, with every misfit, unless `adapter` fits the bundle's graph.
+def check_fit(adapter: Adapter, manifest: Manifest, noun: str = _BUNDLE) -> None:
+    """Raise AdapterMismatchError unless `adapter` fits the graph that `manifest` tells of.
+
+    `noun` is what the message calls it, where it is no bundle yet. The first misfits are in the
+    one message, with the count of the others.
 
     AdapterError: the factors are for a base that an initialisation changed.
     """
@@ -92,12 +96,13 @@ def check_fit(adapter: Adapter, manifest: Manifest) -> None:
     targets = {target.module: target for target in manifest.targets}
     _refuse(
         [
-            *_other_base(adapter, manifest),
-            *_factor_misfits(adapter, targets),
-            *_saved_misfits(adapter, manifest),
-            *change_misfits(adapter, manifest),
+            *_other_base(adapter, manifest, noun),
+            *_factor_misfits(adapter, targets, noun),
+            *_saved_misfits(adapter, manifest, noun),
+            *change_misfits(adapter, manifest, noun),
             *_missing(adapter, targets),
-        ]
+        ],
+        noun,
     )
 
 
@@ -172,29 +177,42 @@ def adapter_from_side_inputs(
     return Adapter(config, factors, saved, base_digest=known)
 
 
-def _refuse(problems: list[str]) -> None:
+def _refuse(problems: list[str], noun: str = _BUNDLE) -> None:
     if problems:
-        raise AdapterMismatchError(
-            f"the adapter does not fit this bundle: {listed(problems, _LISTED)}"
-        )
+        raise AdapterMismatchError(f"the adapter does not fit {noun}: {listed(problems, _LISTED)}")
 
 
-def _other_base(adapter: Adapter, manifest: Manifest) -> list[str]:
+def _other_base(adapter: Adapter, manifest: Manifest, noun: str) -> list[str]:
     base = manifest.base
     if base.kind != "checkpoint" or None in (base.digest, adapter.base_digest):
         return []
     if base.digest == adapter.base_digest:
         return []
     theirs, ours = short(adapter.base_digest), short(base.digest)
-    return [f"it was trained on another base (digest {theirs}, this bundle's is {ours})"]
+    return [
+        f"it was trained on another base{_named(adapter)} (digest {theirs}, {noun}'s is {ours})"
+    ]
 
 
-def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:
+def _named(adapter: Adapter) -> str:
+    """The base that the adapter's config names, for a message."""
+    name = adapter.config.base_model_name_or_path
+    return f", {shortened(name, 60)}" if isinstance(name, str) and name else ""
+
+
+def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget], noun: str) -> list[str]:
     problems = []
+    linear = all(pair.kind == "linear" for pair in adapter.factors.values())
+    if len(adapter.factors) > 1 and linear and targets.keys().isdisjoint(adapter.factors):
+        told = (
+            f"{shortened(min(adapter.factors))} is {_ABSENT['linear'].format(noun=noun)}, nor are"
+            f" the other {len(adapter.factors) - 1}: it was trained on another model"
+        )
+        return [told + _named(adapter)]
     for module, pair in sorted(adapter.factors.items()):
         target = targets.get(module)
         if target is None or target.kind != pair.kind:
-            problems.append(f"{module} is {_ABSENT[pair.kind]}")
+            problems.append(f"{module} is {_ABSENT[pair.kind].format(noun=noun)}")
             continue
         into = math.prod(pair.A.shape[1:])
         if into != target.in_features and pair.groups == 1:
@@ -208,7 +226,7 @@ def _factor_misfits(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list
     return problems
 
 
-def _saved_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
+def _saved_misfits(adapter: Adapter, manifest: Manifest, noun: str) -> list[str]:
     """What is trained whole and has no place; biases that are added are `change_misfits`'."""
     saved = {target.parameter: target for target in manifest.saved}
     added = added_biases(adapter, manifest)
@@ -219,12 +237,12 @@ def _saved_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
             continue
         if target is None and not is_saved(parameter, adapter.config):
             problems.append(
-                f"{parameter} (a trained bias) is no side input of this bundle: export it with the"
-                " adapter or with --side-inputs bias, or merge it instead"
+                f"{parameter} (a trained bias) is no side input of {noun}: export with"
+                " --side-inputs bias, or merge it"
             )
         elif target is None:
             problems.append(
-                f"{parameter} (modules_to_save) is no side input of this bundle: merge it instead"
+                f"{parameter} (modules_to_save) is no side input of {noun}: merge it instead"
             )
         elif values.shape != target.shape:
             problems.append(

@@ -29,7 +29,7 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import AdapterError, UsageError, names, shown
 from loradeploy.export.find import is_head
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def named_places(
     for name, place in _named(adapters):
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"the adapter name {name!r} cannot be the name of a file: give letters, digits,"
-                " '.', '_' or '-', as in --adapter NAME=DIR"
+                f"the adapter name {shown(name)} cannot be the name of a file: give letters,"
+                " digits, '.', '_' or '-', as in --adapter NAME=DIR"
             )
         if name in found:
-            raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
+            raise UsageError(f"two adapters are named {shown(name)}: name them, --adapter NAME=DIR")
         found[name] = place
     return found
 
@@ -86,9 +86,9 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
                 without_bias.append(name)
     most = max(counts.values(), default=None)
     if any(counts[name] != most for name in without_bias):
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        told = names(f"{name} {count}" for name, count in counts.items())
         raise UsageError(
-            f"the adapters' heads differ in their number of labels ({listed}) and have no bias:"
+            f"the adapters' heads differ in their number of labels ({told}) and have no bias:"
             " export a bundle for each number"
         )
     return most
@@ -119,9 +119,9 @@ def check_adapters(
 
 
 def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
-    """`check_fit` with the adapter's name in the message."""
+    """`check_fit` with the adapter's name in the message: of a model that is no bundle yet."""
     try:
-        check_fit(adapter, manifest)
+        check_fit(adapter, manifest, "this model")
     except AdapterError as problem:  # which a mismatch is too
         raise type(problem)(f"{name}: {problem}") from None
 
