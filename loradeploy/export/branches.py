@@ -135,6 +135,7 @@ def _copy(
             node.op_type,
             inputs,
             attributes=list(node.attributes.values()),
+            overload=node.overload,
             num_outputs=len(node.outputs),
             name=f"{name}/{node.name}",
             metadata_props=dict(node.metadata_props),

@@ -32,7 +32,7 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import ExportError, UsageError
+from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
 from loradeploy.export.adapters import (
     check_adapters,
     check_named,
@@ -74,7 +74,9 @@ from loradeploy.export.layout import has_rows, lay_in_rows
 from loradeploy.export.loss import Round, warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
+from loradeploy.export.operators import unreached
 from loradeploy.export.parts import Part, find_parts
+from loradeploy.export.plain import make_products_plain
 from loradeploy.export.precision import BFLOAT16, DEFAULT_PRECISION, PACKED_BITS, precision_of
 from loradeploy.export.quantise import quantise, rounded
 from loradeploy.export.side_inputs import (
@@ -272,6 +274,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         name_dimensions(graph)
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
+        make_products_plain(graph.graph)
         task = _task_of(source, graph, options.task)
         parameters = replaced = frozenset()
     if options.task is not None and options.task != task:
@@ -342,7 +345,7 @@ def _with_side_inputs(
         factor_dtype=added.dtype,
     )
     for name, adapter in options.adapters.items():
-        check_named(name, adapter, manifest)
+        _check_named(name, adapter, manifest, graph)
     # Before the weights are packed: DoRA's scales are computed from them.
     held = HeldBase(graph, added.biases)
     arrays = {
@@ -415,7 +418,21 @@ def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> 
             for module, pair in adapter.factors.items()
         ),
     )
-    check_named(name, adapter, expected)
+    _check_named(name, adapter, expected, base.graph.graph)
+
+
+def _check_named(name: str, adapter: Adapter, manifest: Manifest, graph: ir.Graph) -> None:
+    """`check_named`, told besides which operators of the graph take no adapters."""
+    try:
+        check_named(name, adapter, manifest)
+    except AdapterMismatchError as problem:
+        others = ", ".join(f"{op} ({count})" for op, count in unreached(graph).items())
+        if not others:
+            raise
+        raise AdapterMismatchError(
+            f"{problem}; layers that are in {others} take no adapters: give the graph as it was"
+            " before its operators were fused or quantized"
+        ) from None
 
 
 def _split(

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import BundleError, MissingDependencyError, ModelError
-from loradeploy.export.products import INTEGER, PACKED, input_of
+from loradeploy.export.products import OPERATORS, input_of
 from loradeploy.files import inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-_PRODUCTS: Final = ("Gemm", "MatMul", PACKED, INTEGER)
 
 
 def load_graph(file: Path) -> ir.Model:
@@ -51,7 +48,7 @@ def complete_shapes(model: ir.Model) -> None:
     """Infer the shapes that a graph does not tell, where products need theirs."""
     from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-    inputs = (input_of(node) for node in model.graph if node.op_type in _PRODUCTS)
+    inputs = (input_of(node) for node in model.graph if node.op_type in OPERATORS)
     if any(value is not None and value.shape is None for value in inputs):
         # Some exporters tell wrong shapes of their Constant nodes, at which inference gives up.
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

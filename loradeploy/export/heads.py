@@ -13,6 +13,7 @@ import numpy as np
 from loradeploy.bundle.manifest import SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
+from loradeploy.export.products import adds_unclear
 from loradeploy.export.rewire import add_constant, constant_of, take_over
 from loradeploy.export.surgery import Surgery, rows_of
 from loradeploy.export.tidy import linear_scopes
@@ -29,7 +30,8 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         ExportError: the module is called several times, is quantised, or its rows are not known.
     """
     module, graph = linear.module, surgery.graph
-    if len(linear.nodes) != 1 or linear.quantised or linear.slice is not None:
+    unclear = any(adds_unclear(node, linear.out_features) for node in linear.nodes)
+    if len(linear.nodes) != 1 or linear.quantised or linear.slice is not None or unclear:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
     rows = rows_of(graph, node, module)
@@ -40,7 +42,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     weight = np.ascontiguousarray(held.T if linear.transposed else held)[np.newaxis]
     bias = None
     if linear.bias is not None:
-        bias = constant_of(linear.bias)[np.newaxis]
+        bias = constant_of(linear.bias).reshape(1, -1)
         _free(graph, linear.bias)
     elif with_bias:
         bias = np.zeros((1, linear.out_features), weight.dtype)

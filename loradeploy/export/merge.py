@@ -17,6 +17,7 @@ from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
 from loradeploy.export.find import Linear
 from loradeploy.export.loss import Round, Tally
+from loradeploy.export.operators import check_operators
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.places import Layers, cast
 from loradeploy.export.products import PACKED, products
@@ -141,7 +142,10 @@ def _merge_packed(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally
     product = next(each for each in products(graph) if each.node is node)
     before = product.rows(list(range(product.out_features)))
     if before is None or node.op_type != PACKED:
-        raise ExportError(f"{layer.module} is packed in a way that cannot be packed again")
+        raise ExportError(
+            f"{layer.module}: the weight of a {node.op_type} whose numbers are quantized cannot be"
+            " quantized again: merge into the graph before it was, or take side inputs"
+        )
     W = before.copy()
     _update(W if layer.slice is None else W[slice(*layer.slice)], pair, s)
     for each in layer.nodes:
@@ -188,6 +192,14 @@ def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:
             " detail: merge into the unquantised model and quantise the result, or take the loss"
             " with --requantise"
         )
+    for module in adapter.modules:
+        if (layer := _layer(layers, module, adapter.factors[module])) is not None:
+            check_operators(module, layer.nodes)
+    for parameter in sorted(adapter.saved):
+        module = parameter.rpartition(".")[0]
+        replaced = layers.linears.get(module) or layers.parts.get(module)
+        if replaced is not None:
+            check_operators(module, replaced.nodes)
 
 
 _NAMED: Mapping[str, str] = {
@@ -203,6 +215,8 @@ def _factor_problems(layers: Layers, module: str, pair: Factors) -> list[str]:
         return [f"{module} is no {_NAMED[pair.kind]} of the graph"]
     if pair.groups > 1:
         return []  # refused with its own words, whatever the shapes
+    if any(_groups(node) != 1 for node in layer.nodes):
+        return [f"{module} is a convolution of several groups, the adapter's is of one"]
     A, B = pair.A, pair.B
     if isinstance(layer, Linear):
         sizes, theirs = (layer.in_features, layer.out_features), (A.shape[1], B.shape[0])
@@ -214,6 +228,11 @@ def _factor_problems(layers: Layers, module: str, pair: Factors) -> list[str]:
         return []
     ours, its = (" → ".join(map(str, shape)) for shape in (sizes, theirs))
     return [f"{module} is {ours}, the adapter's factors are for {its}"]
+
+
+def _groups(node: ir.Node) -> int:
+    attribute = node.attributes.get("group")
+    return 1 if attribute is None else attribute.as_int()
 
 
 def _parameter_problems(

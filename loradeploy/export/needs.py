@@ -17,6 +17,7 @@ from loradeploy.export.find import Linear
 from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
 from loradeploy.export.outputs import Change
 from loradeploy.export.parts import Part
+from loradeploy.export.products import adds_unclear
 from loradeploy.export.surgery import rows_problem
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def choose_changes(
                 f"{module} is packed together with others and cannot take a scale or an offset:"
                 " merge the adapter instead"
             )
-        if layer.bias is None and f"{module}.bias" in graph.initializers:
+        unclear = isinstance(layer, Linear) and any(
+            adds_unclear(node, layer.out_features) for node in layer.nodes
+        )
+        if unclear or (layer.bias is None and f"{module}.bias" in graph.initializers):
             raise ExportError(
                 f"the graph adds the bias of {module} in a way that is not understood, so that it"
                 " cannot take a scale or an offset: merge the adapter instead"

@@ -53,7 +53,7 @@ class Change:
     def bias(self) -> NDArray[np.float32] | None:
         """The bias that is in the output."""
         bias = self.layer.bias
-        return None if bias is None else constant_of(bias).astype(np.float32)
+        return None if bias is None else constant_of(bias).astype(np.float32).reshape(-1)
 
 
 def change_output(surgery: Surgery, change: Change) -> OutputTarget:

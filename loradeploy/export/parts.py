@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.export.naming import module_of
+from loradeploy.export.operators import MICROSOFT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,6 +26,7 @@ class _Operator:
     weight: int
     bias: int | None
     rank: int  # of the weight
+    domain: str = ""
 
 
 _OPERATORS: Final[Mapping[str, _Operator]] = {
@@ -35,8 +37,8 @@ _OPERATORS: Final[Mapping[str, _Operator]] = {
     "GroupNormalization": _Operator("norm", 1, 2, 1),
     "BatchNormalization": _Operator("norm", 1, 2, 1),
     "SimplifiedLayerNormalization": _Operator("norm", 1, None, 1),
-    "SkipLayerNormalization": _Operator("norm", 2, 3, 1),
-    "SkipSimplifiedLayerNormalization": _Operator("norm", 2, None, 1),
+    "SkipLayerNormalization": _Operator("norm", 2, 3, 1, MICROSOFT),
+    "SkipSimplifiedLayerNormalization": _Operator("norm", 2, None, 1, MICROSOFT),
 }
 
 
@@ -124,7 +126,14 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
 
 
 def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:
-    """The constant weight of `node`, where it has one of the right rank."""
+    """The constant weight of `node`, where it has one of the right rank.
+
+    Operators of other domains hold it in another order, and tables looked up by columns are none.
+    """
+    axis = node.attributes.get("axis")
+    turned = node.op_type == "Gather" and axis is not None and axis.as_int() % 2
+    if node.domain != operator.domain or turned:
+        return None
     value = node.inputs[operator.weight] if len(node.inputs) > operator.weight else None
     if value is None or not value.is_initializer() or value.is_graph_input():
         return None

@@ -14,7 +14,7 @@ import numpy as np
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.parts import Part
-from loradeploy.export.products import bias_use, input_of, output_of
+from loradeploy.export.products import adds_unclear, bias_use, input_of, output_of, value_of
 from loradeploy.export.rewire import add_constant, constant_of, free_name, set_constant, take_over
 
 if TYPE_CHECKING:
@@ -59,7 +59,14 @@ class Layers:
             return f"{parameter} is packed together with others' and cannot be replaced alone"
         if linear is not None and linear.quantised and name == "weight":
             return f"{parameter} is quantised: merge into the unquantised model"
-        if linear is not None and name == "bias" and linear.bias is None and value is not None:
+        unclear = linear is not None and any(
+            adds_unclear(node, linear.out_features) for node in linear.nodes
+        )
+        if (
+            linear is not None
+            and name == "bias"
+            and (unclear or (linear.bias is None and value is not None))
+        ):
             return f"{parameter} is used in a way that is not understood"
         if linear is None and part is None and value is not None and len(_users(value)) > 1:
             return f"{parameter} is shared by several parts of the graph"
@@ -101,11 +108,14 @@ class Layers:
         own: dict[bool, ir.Value] = {}
         for node in layer.nodes:
             turned = isinstance(layer, Linear) and layer.transposed != _turns(node)
+            index = 1 if isinstance(layer, Linear) else layer.weight_input
+            kind = None if (used := node.inputs[index]) is None else used.dtype
             if turned not in own:
                 oriented = np.ascontiguousarray(values.T) if turned else values
                 name = free_name(self.graph, f"{layer.module}.weight")
+                if kind is not None and oriented.dtype != kind.numpy():
+                    oriented = cast(oriented, kind.numpy(), name)  # as the Cast passed by gave it
                 own[turned] = add_constant(self.graph, name, oriented)
-            index = 1 if isinstance(layer, Linear) else layer.weight_input
             node.replace_input_with(index, own[turned])
         return True
 
@@ -124,7 +134,7 @@ class Layers:
         for node in linear.nodes:
             use = bias_use(node, linear.out_features)
             if use is not None:
-                use[0].replace_input_with(use[1], own)
+                use[0].replace_input_with(use[1], self._shaped_as(use, own))
                 continue
             product = output_of(node)
             add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
@@ -139,6 +149,17 @@ class Layers:
             if len(node.inputs) <= part.bias_input:
                 node.resize_inputs(part.bias_input + 1)
             node.replace_input_with(part.bias_input, own)
+
+    def _shaped_as(self, use: tuple[ir.Node, int], own: ir.Value) -> ir.Value:
+        """A bias [out] with the axes, of 1, of the one that is used now: the sum has as many."""
+        old = value_of(use)
+        assert old is not None
+        shape, numbers = constant_of(old).shape, constant_of(own)
+        if shape == numbers.shape:
+            return own
+        return add_constant(
+            self.graph, free_name(self.graph, str(own.name)), numbers.reshape(shape)
+        )
 
     def _own_bias(self, module: str, values: NDArray[Any], dtype: np.dtype[Any]) -> ir.Value:
         name = f"{module}.bias"

@@ -16,7 +16,8 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError, MissingDependencyError
 from loradeploy.export.find import Linear, find_linears, output_head
-from loradeploy.export.products import unpacked
+from loradeploy.export.operators import check_operators
+from loradeploy.export.products import unpack, unpacked
 from loradeploy.export.rewire import add_constant, constant_of, free_name, remove_unused
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _BLOCK: Final = 32
 _HEAD_BITS: Final = 8
 # Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
 _ACCURACY_LEVEL: Final = 4
+# Where a MatMulNBits has its zero points, and its g_idx.
+_ZEROS, _GROUPS = 3, 4
 
 
 def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
@@ -77,20 +80,35 @@ def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDAr
 
 
 def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
-    """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks."""
+    """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks.
+
+    Where it has zero points it has some again, in their form, packed or as floats. A g_idx goes:
+    the new blocks are of inputs that stand side by side. Its bias and the rest stay.
+
+    Raises:
+        ExportError: it has an input or attribute that is not known.
+    """
+    check_operators(str(product.name or product.outputs[0].name), [product])
     bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
     block = product.attributes["block_size"].as_int()
     scales = product.inputs[2]
+    zeros = product.inputs[_ZEROS] if len(product.inputs) > _ZEROS else None
     kind = np.float32 if scales is None or scales.dtype is None else scales.dtype.numpy()
-    node, constants = _quantised(np.ascontiguousarray(weight.T).astype(kind), bits, block)
-    for index, name in zip((1, 2), node.input[1:3], strict=True):
-        old = product.inputs[index]
+    node, constants = _quantised(
+        np.ascontiguousarray(weight.T).astype(kind), bits, block, symmetric=zeros is None
+    )
+    for index, name in enumerate(node.input[1:], start=1):
+        old, own = product.inputs[index], constants[name]
         assert old is not None and old.const_value is not None
+        if index == _ZEROS and old.const_value.dtype.is_floating_point():
+            blocks = -(-weight.shape[1] // block)
+            own = unpack(own.reshape(len(weight), -1), bits)[:, :blocks]
+            own = own.astype(old.const_value.dtype.numpy())
         shape = old.const_value.shape.numpy()
-        own = free_name(graph, f"{old.name}.merged")
-        product.replace_input_with(index, add_constant(graph, own, constants[name].reshape(shape)))
-    for index in range(3, len(product.inputs)):
-        product.replace_input_with(index, None)  # packed symmetrically, without zero points
+        value = add_constant(graph, free_name(graph, f"{old.name}.merged"), own.reshape(shape))
+        product.replace_input_with(index, value)
+    if len(product.inputs) > _GROUPS:
+        product.replace_input_with(_GROUPS, None)
 
 
 def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
@@ -131,7 +149,7 @@ def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
 
 
 def _quantised(
-    weight: NDArray[Any], bits: int, block: int = _BLOCK
+    weight: NDArray[Any], bits: int, block: int = _BLOCK, *, symmetric: bool = True
 ) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
     """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
     try:
@@ -156,7 +174,7 @@ def _quantised(
         model,
         bits=bits,
         block_size=block,
-        is_symmetric=True,
+        is_symmetric=symmetric,
         accuracy_level=_ACCURACY_LEVEL,
     )
     quantiser.process()

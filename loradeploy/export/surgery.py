@@ -10,6 +10,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
+from loradeploy.export.products import OPERATORS as PRODUCTS
 from loradeploy.export.products import input_of, output_of
 from loradeploy.export.rewire import Chain, add_constant
 
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 # What gives each row of its result from the same row of its (first) input.
 _ROW_BY_ROW: Final = (
-    *("Add", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "Gemm", "Identity"),
-    *("LayerNormalization", "MatMul", "MatMulNBits", "Mul", "RMSNormalization", "Relu", "Sigmoid"),
+    *("Add", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "Identity"),
+    *("LayerNormalization", "Mul", "RMSNormalization", "Relu", "Sigmoid"),
     *("SimplifiedLayerNormalization", "SkipLayerNormalization", "Softplus", "Sub", "Tanh"),
+    *PRODUCTS,
 )
 
 
@@ -176,10 +178,22 @@ def _is_flattened(graph: ir.Graph, value: ir.Value) -> bool:
             whole = node.inputs[0]
             shape = None if whole is None else whole.shape
             return shape is not None and len(shape) == 3 and _is_batch(graph, shape, exactly=False)
-        if node.op_type not in _ROW_BY_ROW:
+        if node.op_type not in _ROW_BY_ROW or _mixes_rows(node):
             return False
         current = next((v for v in node.inputs if v is not None and not v.is_initializer()), None)
     return False
+
+
+def _mixes_rows(node: ir.Node) -> bool:
+    """Whether a row of the node's result comes of several, which `_ROW_BY_ROW` cannot tell."""
+    if node.op_type in PRODUCTS:
+        turned = node.attributes.get("transA")
+        data = node.inputs[0]
+        return (
+            data is None or data.is_initializer() or (turned is not None and turned.as_int() != 0)
+        )
+    axis = node.attributes.get("axis")
+    return axis is not None and axis.as_int() == 0
 
 
 def first_input(graph: ir.Graph) -> ir.Value | None:
