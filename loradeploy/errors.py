@@ -132,7 +132,9 @@ def listed(problems: Sequence[str], most: int = 4, *, room: int = _PROBLEMS) -> 
     return _bounded(problems, most, room, joint="; ", last="; and ")
 
 
-def names(values: Iterable[str], most: int = 6, *, room: int = _NAMES, none: str = "none") -> str:
+def listed_names(
+    values: Iterable[str], most: int = 6, *, room: int = _NAMES, none: str = "none"
+) -> str:
     """The first of the names `values`, and how many there are besides; `none` where there is none.
 
     The first one always, then as many of `most` as fit into `room` characters.

@@ -16,7 +16,7 @@ from loradeploy.adapter.digest import short
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import AdapterError, UsageError, listed_names
 
 # One adapter's factors of a module, and what they are multiplied by: its weight times its s.
 Term = tuple[Factors, float]
@@ -103,8 +103,8 @@ def _linear(module: str, terms: Sequence[Term]) -> Factors:
     ranks = sorted({pair.rank for pair, _ in terms})
     if len(ranks) > 1:
         raise AdapterError(
-            f"{module} has the ranks {', '.join(map(str, ranks))}: method linear needs equal ones,"
-            " use cat or svd"
+            f"{module} has the ranks {listed_names(map(str, ranks))}: method linear needs equal"
+            " ones, use cat or svd"
         )
     roots = [np.float32(math.sqrt(abs(s))) for _, s in terms]
     A = sum(
@@ -166,7 +166,7 @@ def _one(
     known = list(dict.fromkeys(value for value in values if value is not None))
     if len(known) > 1:
         raise AdapterError(
-            f"the adapters have {what} and cannot be combined: {', '.join(map(tell, known))}"
+            f"the adapters have {what} and cannot be combined: {listed_names(map(tell, known))}"
         )
     return known[0] if known else None
 

@@ -223,6 +223,8 @@ def _problems(config: AdapterConfig) -> list[str]:
             value is None or isinstance(value, str) or names(value),
             "a string or a list",
         )
+    for name in ("task_type", "base_model_name_or_path"):
+        check(name, isinstance(getattr(config, name), str | None), "a name or null")
     check("lora_dropout", number(config.lora_dropout), "a number")
     check("bias", config.bias in BIASES, "one of " + ", ".join(BIASES))
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):

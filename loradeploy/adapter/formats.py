@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import LoraDeployError, names, shortened
+from loradeploy.errors import LoraDeployError, listed_names, shortened
 
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = ".safetensors"
@@ -110,8 +110,8 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     named = {found["name"] for key in shapes if (found := _NAMED.search(key))}
     if named:
         return (
-            f"has the names of adapters in its keys ({names(sorted(named), 3)}), as a model's"
-            " state_dict() does: save one with PEFT's save_pretrained"
+            f"has the names of adapters in its keys ({listed_names(sorted(named), 3)}), as a"
+            " model's state_dict() does: save one with PEFT's save_pretrained"
         )
     if shapes and not any("lora" in key.lower() for key in shapes):
         return (
@@ -133,9 +133,8 @@ def other_directory(place: Path) -> str | None:
             )
         if len(inner) == 1:
             return f"is no adapter itself, its folder {inner[0]} is: give {place / inner[0]}"
-        return (
-            f"is no adapter itself but holds {len(inner)} in folders: give one of {names(inner, 4)}"
-        )
+        several = listed_names(inner, 4)
+        return f"is no adapter itself but holds {len(inner)} in folders: give one of {several}"
     if (place / _CONFIG).is_file():
         with contextlib.suppress(OSError, ValueError):
             values = json.loads((place / _CONFIG).read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import click
 
 from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.cli.console import PROVIDERS, provider_option
-from loradeploy.errors import DataError, UnknownAdapterError, UsageError
+from loradeploy.errors import DataError, UnknownAdapterError, UsageError, listed_names
 
 if TYPE_CHECKING:
     from loradeploy.runtime.resident import AdapterSpec
@@ -217,7 +217,7 @@ def _name(session: AdapterSession, adapter: str) -> str:
         return adapter
     place = Path(adapter)
     if not place.exists():
-        known = ", ".join(session.adapters) or "none"
+        known = listed_names(session.adapters)
         raise UnknownAdapterError(
             f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
             " nor a directory"

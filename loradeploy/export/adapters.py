@@ -29,7 +29,7 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import AdapterError, UsageError, names, shown
+from loradeploy.errors import AdapterError, UsageError, listed_names, shown
 from loradeploy.export.find import is_head
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
                 without_bias.append(name)
     most = max(counts.values(), default=None)
     if any(counts[name] != most for name in without_bias):
-        told = names(f"{name} {count}" for name, count in counts.items())
+        told = listed_names(f"{name} {count}" for name, count in counts.items())
         raise UsageError(
             f"the adapters' heads differ in their number of labels ({told}) and have no bias:"
             " export a bundle for each number"

@@ -32,7 +32,13 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
+from loradeploy.errors import (
+    AdapterMismatchError,
+    ExportError,
+    UsageError,
+    listed,
+    listed_names,
+)
 from loradeploy.export.adapters import (
     check_adapters,
     check_named,
@@ -90,6 +96,7 @@ from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.tidy import name_dimensions
 from loradeploy.export.write import Content, read_config, with_labels
+from loradeploy.lora.base_formats import check_plain_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,8 +170,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             base.graph, source.graph.parent, options.evidence, options.adapters.values()
         )
     )
-    for node in findings.unidentified:
-        logger.warning("left as it is, its module is not known: %s", node)
+    if unknown := findings.unidentified:
+        logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     added: SideInputs | None = None
     arrays: Mapping[str, Arrays] = {}
     if options.merge:
@@ -201,6 +208,8 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     from loradeploy.export.trace import load_model, trace
 
     adapters = options.adapters
+    named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
+    check_plain_weights(source.directory, names=[source.name, *named])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
@@ -213,7 +222,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     brought = {name for adapter in adapters.values() for name in adapter.saved}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     if zeroed:
-        logger.info("not in the checkpoint, zero in the graph: %s", ", ".join(zeroed))
+        logger.info("not in the checkpoint, zero in the graph: %s", listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     weights = None
     if precision == "fp16":
@@ -330,7 +339,7 @@ def _with_side_inputs(
     if not targets and not heads:
         raise ExportError(
             "no linear layer of the graph could be told to be a module of the checkpoint"
-            + (f"; seen: {', '.join(findings.unidentified[:4])}" if findings.unidentified else "")
+            + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
         )
     biased = [head.module for head in heads if f"{head.module}.bias" in base.parameters]
     logger.info("giving %d layers side inputs", len(targets) + len(heads) + len(embeddings))
@@ -444,27 +453,26 @@ def _split(
         name.removesuffix(".weight") for adapter in adapters for name in adapter.saved
     }
     head = output_head(base.graph, findings)
-    targets, heads = [], []
+    targets, heads, left = [], [], []
     for module, linear in findings.linears.items():
         classifies = base.task in CLASSIFICATIONS and is_head(module)
         if module not in wanted and (classifies or module in saved):
             heads.append(linear)
             continue
         # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
-        spared = module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in wanted
-        if not spared and _has_rows(base.graph, linear, wanted=module in wanted):
+        if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in wanted:
+            continue
+        # Rows that are not the batch's take no factors: left alone, unless one wants them.
+        problem = rows_problem(base.graph.graph, linear.nodes, linear.module)
+        if problem is None:
             targets.append(linear)
+        elif module in wanted:
+            raise problem
+        else:
+            left.append(str(problem))
+    if left:
+        logger.warning("left as it is: %s", listed(left))
     return targets, heads
-
-
-def _has_rows(model: ir.Model, linear: Linear, *, wanted: bool) -> bool:
-    """Whether the linear's rows are the batch's; a `wanted` one whose rows are not is an error."""
-    problem = rows_problem(model.graph, linear.nodes, linear.module)
-    if problem is not None and wanted:
-        raise problem
-    if problem is not None:
-        logger.warning("left as it is: %s", problem)
-    return problem is None
 
 
 def _manifest(base: Base, mode: Any) -> Manifest:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, listed_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +48,7 @@ def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
     sizes = _complete(sizes, known)
     for name, size in sizes.items():
         if name not in known:
-            has = ", ".join(known) or "no open dimension"
+            has = listed_names(known, none="no open dimension")
             raise UsageError(f"--fixed: the graph has no dimension {name!r}, it has {has}")
         if size < (name != _PAST):
             raise UsageError(f"--fixed: {name} is {size}: give 1 or more")

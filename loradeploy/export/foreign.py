@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import LEFT, PAST, RIGHT
-from loradeploy.errors import ExportError, ModelError
+from loradeploy.errors import ExportError, ModelError, listed_names
 from loradeploy.export.find import Findings, find_linears, note_modules
 from loradeploy.export.genai import GENAI_CONFIG_NAME
 from loradeploy.export.gqa import OPERATOR
@@ -148,10 +148,8 @@ def _compare(findings: Findings, weights: CheckpointWeights) -> None:
             " model's, or the exporter changed the weights"
         )
     if missing:
-        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-        logger.warning(
-            "not found in the graph, of the checkpoint: %s%s", ", ".join(missing[:_LISTED]), more
-        )
+        told = listed_names(missing, _LISTED)
+        logger.warning("not found in the graph, of the checkpoint: %s", told)
 
 
 def _genai_settings(directory: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from loradeploy.export.repository import (
     graphs_in,
     tokenizer_directory,
 )
+from loradeploy.lora.base_formats import gguf_advice
 from loradeploy.lora.checkpoint import fetch, is_hub_id, transformer_folder
 
 
@@ -53,6 +54,8 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
     place = Path(text).expanduser()
     if place.is_file():
         if place.suffix != ".onnx":
+            if told := gguf_advice(place):
+                raise ModelError(told)
             raise ModelError(f"{place} is no model: give a directory or an .onnx file")
         repository = above(place)
         return _of_graph(place, place.stem if repository is None else repository.name)
@@ -93,6 +96,8 @@ def _in_directory(place: Path, precision: str | None) -> Source:
         return Source("checkpoint", name, checkpoint, checkpoint)
     graphs = graphs_in(place)
     if not graphs:
+        if told := gguf_advice(place):
+            raise ModelError(told)
         raise ModelError(
             f"{place} holds neither .safetensors nor .onnx files: save the model with transformers"
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import (
     CAUSAL_LM,
+    CLASSIFICATIONS,
     DECODER_INPUT_IDS,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
@@ -21,7 +23,7 @@ from loradeploy.bundle.names import (
     TASKS,
     TOKEN_CLASSIFICATION,
 )
-from loradeploy.errors import ExportError, UsageError
+from loradeploy.errors import ExportError, UsageError, listed_names, shortened, shown
 
 if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
@@ -58,6 +60,9 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
 _HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
+# A module of a model without a head, whose layers lie at its top.
+_BARE: Final = re.compile(r"(layers?|h|blocks?|decoder\.layers|encoder\.layers?)\.\d+\.|embed|wte")
+
 # The endings of transformers' class names, in the order they are tried.
 _ENDINGS: Final = {
     "ForCausalLM": CAUSAL_LM,
@@ -76,7 +81,8 @@ def choose_task(
     """The task of a checkpoint: as asked for, else the adapters', else its architecture's.
 
     Raises:
-        UsageError: the task asked for is unknown, or nothing tells the task.
+        UsageError: the task asked for is unknown, nothing tells the task, or what an adapter says
+            is not what the architecture can be; the message names the --task that would do.
         ExportError: an encoder-decoder model, for another task than its own.
     """
     if config.get("is_encoder_decoder"):
@@ -88,23 +94,58 @@ def choose_task(
         return SEQ2SEQ_LM
     if asked is not None:
         return check_task(asked)
-    wanted = {adapter.config.task_type for adapter in adapters} - {None}
-    if len(wanted) == 1:
-        peft_name = wanted.pop()
-        for name, theirs in PEFT_TASKS.items():
-            if theirs == peft_name:
-                return name
-        raise ExportError(
-            f"the adapter is for {peft_name} (task_type), which cannot be exported yet: there are"
-            f" {', '.join(PEFT_TASKS.values())}"
+    own = own_task(config)
+    given = list(adapters)
+    wanted = {adapter.config.task_type for adapter in given} - {None}
+    if len(wanted) > 1:
+        raise UsageError(
+            "the adapters are for different tasks (task_type"
+            f" {listed_names(sorted(map(str, wanted)))}): export a bundle for each, or give --task"
+            f" {own or 'that fits'}"
         )
+    if wanted:
+        told = wanted.pop()
+        meant = next((name for name, theirs in PEFT_TASKS.items() if theirs == told), None)
+        if meant is None or not _can_be(meant, own, _architecture(config), given):
+            advice = f"give --task {own}" if own else f"give --task, one of {', '.join(TASKS)}"
+            if own and meant == FEATURE_EXTRACTION:
+                advice += f", or --task {meant} for its hidden states"
+            raise UsageError(
+                f"the adapter's task_type is {shown(told)}, and the model is of the class"
+                f" {shortened(_architecture(config), 60)}: {advice}"
+            )
+        return meant
+    if own is not None:
+        return own
+    raise UsageError(
+        f"the task cannot be told from the architecture {shown(_architecture(config))} in"
+        f" config.json: give --task, one of {', '.join(TASKS)}"
+    )
+
+
+def own_task(config: Mapping[str, Any]) -> str | None:
+    """The task of a checkpoint's architecture, None where its name does not tell it."""
+    if config.get("is_encoder_decoder"):
+        return SEQ2SEQ_LM
     for ending, task_name in _ENDINGS.items():
         if _architecture(config).endswith(ending):
             return task_name
-    raise UsageError(
-        f"the task cannot be told from the architecture {_architecture(config)!r} in config.json:"
-        f" give --task, one of {', '.join(TASKS)}"
-    )
+    return None
+
+
+def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Adapter]) -> bool:
+    """Whether adapters that say they are for `task` can be meant so, on a model for `own`."""
+    if task == SEQ2SEQ_LM:
+        return False  # of an encoder-decoder it is the only task
+    if own in (None, task):
+        return True
+    if task in CLASSIFICATIONS:
+        # A head is new to the model, and comes with its adapter.
+        return any(adapter.saved for adapter in adapters)
+    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    if task == CAUSAL_LM:
+        return bare  # the checkpoint of a decoder may be called so
+    return own in CLASSIFICATIONS or all(_BARE.match(m) for a in adapters for m in a.factors)
 
 
 def auto_class(task: str, config: Mapping[str, Any]) -> str:

@@ -26,10 +26,17 @@ from loradeploy.bundle.names import (
     past_name,
     present_name,
 )
-from loradeploy.errors import ExportError, MissingDependencyError, ModelError
+from loradeploy.errors import (
+    ExportError,
+    MissingDependencyError,
+    ModelError,
+    listed_names,
+    shortened,
+)
 from loradeploy.export.patches import traceable
-from loradeploy.export.tasks import TASK_TABLE, Task, auto_class
+from loradeploy.export.tasks import TASK_TABLE, Task, auto_class, own_task
 from loradeploy.export.tidy import tidy
+from loradeploy.export.write import read_config
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.quiet import quiet
 
@@ -107,9 +114,7 @@ def load_model(
     except MemoryError:
         raise
     except Exception as problem:  # transformers raises nearly everything
-        raise ModelError(
-            f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
-        ) from None
+        raise ModelError(_unloadable(directory, task, problem)) from None
     lacking = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
     return model.eval(), _zero_head(model, lacking, directory, task, brought)
 
@@ -161,6 +166,17 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     return tidy(onnx_program.model, prefix=WRAPPED)
 
 
+def _unloadable(directory: Path, task: str, problem: Exception) -> str:
+    """Why transformers does not load the checkpoint, and what to do about it."""
+    if "Unrecognized configuration class" in str(problem):
+        config = read_config(directory)
+        own = own_task(config)
+        advice = f"give --task {own}" if own not in (None, task) else "give another --task"
+        named = config.get("model_type")
+        return f"{directory} ({shortened(str(named), 40)}) cannot be loaded for {task}: {advice}"
+    return f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
+
+
 def _tokenizer(directory: Path) -> Any:
     """The checkpoint's tokenizer; None where it has none, or none that transformers can read."""
     from transformers import AutoTokenizer
@@ -194,8 +210,8 @@ def _zero_head(
     )
     if missing:
         raise ModelError(
-            f"{directory} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}"
-            f"{' and more' if len(missing) > 4 else ''}: it is no complete checkpoint"
+            f"{directory} lacks weights of {type(model).__name__}: {listed_names(missing)}: it is"
+            f" no complete checkpoint, or one for another task than {task} (--task)"
         )
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
 
 # What is needed of a repository; weights in pickles are never fetched.
 _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def find_checkpoint(model: str | os.PathLike[str]) -> Path:
+def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str] = ()) -> Path:
     """The directory of the checkpoint `model`: a Hugging Face directory, or an id of the hub.
 
+    `quantized`: quantizers whose packed weights will do, by transformers' names.
+
     Raises:
-        ModelError: it is not there, or holds no config.json or no safetensors.
+        ModelError: it is not there, holds no config.json or no safetensors, or packed weights.
         MissingDependencyError: an id, and nothing to fetch it with.
     """
     text = os.fspath(model)
     place = Path(text).expanduser()
     if not place.exists() and is_hub_id(text):
-        return fetch(text)
+        fetched = fetch(text)
+        check_plain_weights(fetched, names=[text], allowed=quantized)
+        return fetched
+    if place.exists() and not any(place.glob("*.safetensors")) and (told := gguf_advice(place)):
+        raise ModelError(told)
     if not place.is_dir():
         raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
     place = transformer_folder(place)
@@ -38,6 +46,7 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Path:
                 " checkpoint that they were exported from"
             )
         raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
+    check_plain_weights(place, allowed=quantized)
     return place
 
 

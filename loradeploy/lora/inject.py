@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
-from loradeploy.errors import AdapterMismatchError, UsageError, listed
+from loradeploy.errors import AdapterMismatchError, UsageError, listed, listed_names, shown
 from loradeploy.lora.kinds import WHAT, kind_of
 from loradeploy.lora.layers import LINEAR_LAYERS
 from loradeploy.lora.low_rank import LowRankLayer
@@ -219,8 +219,8 @@ def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     if not matched:
         endings = sorted({name.rpartition(".")[2] for name in candidates})
         raise UsageError(
-            f"target_modules {config.target_modules!r} match nothing in this model;"
-            f" its linear layers end in: {', '.join(endings) or 'there are none'}"
+            f"target_modules {shown(config.target_modules)} match nothing in this model;"
+            f" its linear layers end in: {listed_names(endings, 8, none='there are none')}"
         )
     whole = config.use_dora or config.changes_base
     for name in matched:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.adapter.targets import is_saved, is_trained_bias
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]
         only = dataclasses.replace(config, modules_to_save=(module,))
         inside = {name for name in names if is_saved(name, only)}
         if not inside:
-            raise UsageError(f"modules_to_save names {module!r}, which this model has not")
+            raise UsageError(f"modules_to_save names {shown(module)}, which this model has not")
         found |= inside
     return [name for name in names if name in found]
 

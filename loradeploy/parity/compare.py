@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import INPUT_IDS
-from loradeploy.errors import UsageError, first_line
+from loradeploy.errors import UsageError, first_line, listed_names
 from loradeploy.export.precision import DEFAULT_PRECISION
 from loradeploy.parity.baseline import hold_against, read_baseline
 from loradeploy.parity.environment import environment
@@ -178,7 +178,7 @@ def _feeds(
             ]
             if lacking:
                 raise UsageError(
-                    f"{fed.source}: case {number} has no {', '.join(lacking[:_LISTED])}, which"
+                    f"{fed.source}: case {number} has no {listed_names(lacking, _LISTED)}, which"
                     f" {side.title} takes"
                 )
     return fed

@@ -20,7 +20,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, present_of
-from loradeploy.errors import DataError, UsageError, first_line
+from loradeploy.errors import DataError, UsageError, first_line, listed_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,7 +134,7 @@ def make_feeds(
         raise UsageError(f"{count} cases: give 1 or more")
     unmade = [spec.name for spec in specs if _kind(spec) not in "biuf"]
     if unmade:
-        raise UsageError(f"values for {', '.join(unmade)} cannot be made up: give inputs")
+        raise UsageError(f"values for {listed_names(unmade)} cannot be made up: give inputs")
     random = np.random.default_rng(seed)
     below = UNKNOWN_VOCABULARY if vocabulary is None else vocabulary
     cases, said = [], {}

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import CAUSAL_LM, LOGITS, SEQUENCE_CLASSIFICATION
-from loradeploy.errors import BundleError, DataError, MissingDependencyError, UsageError
+from loradeploy.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    UsageError,
+    listed_names,
+    shown,
+)
 from loradeploy.files import read_json
 from loradeploy.parity.report import BASE_LABEL
 from loradeploy.runtime.classification import OTHER_PROBLEMS, label_names
@@ -123,7 +130,9 @@ def _places(evaluate: Places, names: Sequence[str | None]) -> dict[str | None, P
     found: dict[str | None, Place] = {}
     for name, place in given:
         if name and name not in known:
-            raise UsageError(f"{name!r} is not scored, only {', '.join(known)}: evaluate one of it")
+            raise UsageError(
+                f"{shown(name)} is not scored, only {listed_names(known)}: evaluate one of it"
+            )
         for one in [known[name]] if name else names:
             if one in found:
                 raise UsageError(

@@ -24,7 +24,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import Manifest, TensorSpec
 from loradeploy.bundle.names import PAST, PRESENT
-from loradeploy.errors import UsageError, listed
+from loradeploy.errors import UsageError, listed, listed_names
 from loradeploy.parity.backends import Backend
 from loradeploy.parity.onnx_side import OnnxModel
 from loradeploy.parity.opening import open_side, short_title
@@ -85,7 +85,7 @@ def other_backends(
         if claim is not None and claim not in known:
             raise UsageError(
                 f"{other.title}: no adapter {claim!r} is in the bundle or given, there are:"
-                f" {', '.join(known) or 'none'}"
+                f" {listed_names(known)}"
             )
         if (other.title, claim) in found:
             raise UsageError(f"two backends are named {other.title!r}: name them, NAME=PLACE")

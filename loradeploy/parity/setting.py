@@ -20,6 +20,7 @@ from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, Usa
 from loradeploy.export.adapters import named_places
 from loradeploy.export.source import resolve
 from loradeploy.files import inside
+from loradeploy.lora.base_formats import check_plain_weights
 from loradeploy.parity.report import Variant
 from loradeploy.parity.variants import DEFAULT
 
@@ -105,6 +106,7 @@ def find_model(
         raise UsageError(
             f"{model} is an ONNX model: the reference is the PyTorch model, give its directory"
         )
+    check_plain_weights(source.directory, names=[source.name])
     digest = base_digest(source.directory)
     base = manifest.base
     if base.kind == "checkpoint" and base.digest not in (None, digest):

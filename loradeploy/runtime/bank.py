@@ -20,7 +20,13 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import ROWS
-from loradeploy.errors import AdapterError, BudgetError, UnknownAdapterError, UsageError
+from loradeploy.errors import (
+    AdapterError,
+    BudgetError,
+    UnknownAdapterError,
+    UsageError,
+    listed_names,
+)
 from loradeploy.runtime.block import in_one_block
 from loradeploy.runtime.resident import (
     AdapterSpec,
@@ -445,7 +451,7 @@ class AdapterBank:
         return sum(resident.nbytes for resident in self._bound)
 
     def _unknown(self, name: str) -> UnknownAdapterError:
-        known = ", ".join(sorted(self._entries)) or "none"
+        known = listed_names(sorted(self._entries))
         return UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
 
 

@@ -28,6 +28,7 @@ from loradeploy.errors import (
     BundleError,
     UnknownAdapterError,
     UsageError,
+    listed_names,
 )
 from loradeploy.files import inside
 from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
@@ -251,7 +252,7 @@ class AdapterSession:
         """As `_read`, of the adapter `name` of the bundle."""
         entry = self.manifest.adapters.get(name)
         if entry is None or entry.path is None:
-            own = ", ".join(sorted(self.manifest.adapters)) or "none"
+            own = listed_names(sorted(self.manifest.adapters))
             raise UnknownAdapterError(
                 f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
             )
@@ -362,8 +363,8 @@ class AdapterSession:
     def _values(self, feeds: Feeds) -> dict[str, onnxruntime.OrtValue]:
         """The feeds as OrtValues, arrays checked against the manifest; on the host, views."""
         if feeds.keys() != self._inputs.keys():
-            missing = ", ".join(sorted(self._inputs.keys() - feeds.keys())) or "none"
-            unknown = ", ".join(sorted(feeds.keys() - self._inputs.keys())) or "none"
+            missing = listed_names(sorted(self._inputs.keys() - feeds.keys()))
+            unknown = listed_names(sorted(map(str, feeds.keys() - self._inputs.keys())))
             raise UsageError(
                 f"the feeds do not fit the graph: missing {missing}; unknown {unknown}"
             )

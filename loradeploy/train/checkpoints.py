@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, listed
 from loradeploy.files import read_json, write_json
 
 _RECORD: Final = "run.json"
@@ -69,8 +69,7 @@ class Checkpoints:
             differences = list(_differences(read_json(file, error=UsageError), record))
             if differences:
                 raise UsageError(
-                    f"{self.place} is of another run and cannot be resumed: "
-                    + "; ".join(differences)
+                    f"{self.place} is of another run and cannot be resumed: " + listed(differences)
                 )
             return
         self.remove()  # a first checkpoint that was cut short

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from loradeploy.errors import DataError
+from loradeploy.errors import DataError, listed_names
 from loradeploy.train.sources import Row, Source, is_dataset, rows
 
 # The keys that tell the form of a line: a line has exactly one of them.
@@ -233,7 +233,7 @@ def _conversation(where: str, line: dict[str, Any]) -> Conversation:
         raise DataError(f"{where}: has both {' and '.join(forms)}: keep the one to learn from")
     if not forms:
         raise DataError(
-            f"{where}: has {', '.join(sorted(line)) or 'no keys'};"
+            f"{where}: has {listed_names(sorted(line), none='no keys')};"
             " it needs prompt and completion, or messages, or text"
         )
     if forms == ["messages"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from jinja2 import TemplateError
 
-from loradeploy.errors import DataError
+from loradeploy.errors import DataError, listed_names, shown
 from loradeploy.train.data import (
     Conversation,
     LabelledText,
@@ -216,7 +216,7 @@ def _target(
 def _number(where: str, label: str, labels: Sequence[str]) -> int:
     if label not in labels:
         raise DataError(
-            f"{where}: the label {label!r} is none of those trained on: {', '.join(labels)}"
+            f"{where}: the label {shown(label)} is none of those trained on: {listed_names(labels)}"
         )
     return labels.index(label)
 

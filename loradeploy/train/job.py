@@ -21,6 +21,7 @@ from loradeploy.adapter.peft import own_files
 from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
+from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quantised import quantise
@@ -59,7 +60,7 @@ def run(
     if main:
         _check_output(target)
         checkpoints.check(resume=resume)
-    place = find_checkpoint(model)
+    place = find_checkpoint(model, quantized=[BITSANDBYTES])
     with quiet(), _explained():
         opened = open_checkpoint(place)
         config = opened.within(config)

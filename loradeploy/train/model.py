@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loradeploy.errors import ModelError, first_line
+from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
@@ -120,7 +120,7 @@ def load_base(
     strange = sorted(name for name in missing if not name.startswith(tuple(f"{h}." for h in heads)))
     if strange or model.base_model_prefix in heads:
         raise ModelError(
-            f"{checkpoint.place} has no weights for {', '.join(strange[:4]) or 'the encoder'}:"
+            f"{checkpoint.place} has no weights for {listed_names(strange, none='the encoder')}:"
             f" it is no {task.name} model"
         )
     if model.get_input_embeddings().num_embeddings < len(checkpoint.tokenizer):

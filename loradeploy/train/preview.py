@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.config import TrainConfig
@@ -61,7 +62,7 @@ def preview(
     """
     task = task_of(config)
     with quiet():
-        opened = open_checkpoint(find_checkpoint(model))
+        opened = open_checkpoint(find_checkpoint(model, quantized=[BITSANDBYTES]))
         config = opened.within(config)
         prepared = prepare(data, task, opened, config)
     training = prepared.training

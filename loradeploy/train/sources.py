@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import DataError, first_line
+from loradeploy.errors import DataError, first_line, listed_names
 from loradeploy.lora.checkpoint import is_hub_id
 
 # Where a row is, for messages to the user, and what it holds.
@@ -85,7 +85,7 @@ def _renamed(where: str, row: dict[str, Any], columns: Mapping[str, str]) -> dic
         return row
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         near = difflib.get_close_matches(missing[0], row, n=1)
-        hint = f": did you mean {near[0]}?" if near else f", it has {', '.join(sorted(row))}"
+        hint = f": did you mean {near[0]}?" if near else f", it has {listed_names(sorted(row))}"
         raise DataError(f"{where}: there is no column {missing[0]}{hint}")
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
@@ -97,7 +97,7 @@ def _check_header(source: Source, header: Iterable[str], needed: Sequence[str]) 
     if missing and there:
         raise DataError(
             f"{source}: there is no column {' and no column '.join(missing)}:"
-            f" the header has {', '.join(there)}; `columns` can say which one is meant"
+            f" the header has {listed_names(there)}; `columns` can say which one is meant"
         )
 
 
@@ -196,5 +196,5 @@ def _split_of(source: Source) -> Any:
     if not isinstance(found, datasets.DatasetDict):
         return found
     if source.split not in found:
-        raise DataError(f"{source} has no split {source.split!r}: there are {', '.join(found)}")
+        raise DataError(f"{source} has no split {source.split!r}: there are {listed_names(found)}")
     return found[source.split]

@@ -493,5 +493,6 @@ def test_an_adapter_for_a_task_that_cannot_be_exported_is_refused_by_name(peft_n
         AdapterConfig(r=1, target_modules=("q",), task_type=peft_name),
         {"q": Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))},
     )
-    with pytest.raises(ExportError, match=rf"the adapter is for {peft_name} \(task_type\)"):
+    told = rf"task_type is .{peft_name}., and .* BertForTokenClassification: give --task token-cl"
+    with pytest.raises(UsageError, match=told):
         choose_task({"architectures": ["BertForTokenClassification"]}, None, [adapter])
