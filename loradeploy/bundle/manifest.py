@@ -161,6 +161,7 @@ class Manifest:
     slot i belongs to row i and there is no `adapter_ids`.
     `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
     `merge_loss`: what the merged graph's precision did to the adapter.
+    `requantized`: whether the merge was into weights that were packed already, and packed again.
     `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
     `cache_in_place`: whether one buffer may be both the past and the present of its cache.
     `files`: every file that the export wrote, but for the manifest; an export replaces no other.
@@ -186,6 +187,7 @@ class Manifest:
     padding: str = LEFT
     cache_in_place: bool = False
     merge_loss: MergeLoss | None = None
+    requantized: bool = False
     files: tuple[str, ...] = ()
 
     @property

@@ -396,6 +396,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
         _manifest(base, "merged"),
         merged_adapter=AdapterEntry(given.digest),
         merge_loss=report.loss,
+        requantized=base.packed and options.requantise and base.precision in PACKED_BITS,
     )
     return _packed(base, manifest)
 

@@ -6,7 +6,8 @@ they say, adapters on top. What is left between the two is the activations, whic
 to 8 bits where it multiplies packed weights.
 
 A merged graph packs base and adapter in one. There the reference is the merge in PyTorch, rounded
-as loradeploy's own export rounds: nothing of the graph is in it but how many bits it packs to.
+as loradeploy's own export rounds: nothing of the graph is in it but how many bits it packs to. Of a
+base that was packed before the merge, both roundings are taken from the graph (requantized.py).
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class PackedWeight:
     Of several modules that share a product, all have the numbers of the whole.
 
     `activations`: how the product rounds what it multiplies; None where it does not.
+    `rounding`: what rounding did to a merged weight, [out, in], where that is told from the graph.
     """
 
     values: NDArray[np.float32]
     bits: int
     block: int
     activations: Activations | None
+    rounding: NDArray[np.float32] | None = None
 
 
 def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeight]:
@@ -105,7 +108,7 @@ def unpack_into(
         BundleError: a weight is not that of the base but for its rounding.
     """
     most = _MOST_OFF[manifest.precision]
-    for name, module in _modules(model, weights):
+    for name, module in layers_of(model, weights):
         weight = _like(module, weights[name].values)
         own = module.weight.detach()
         off = _off(_like(module, weight.numpy()), _like(module, own.numpy()))
@@ -120,15 +123,18 @@ def unpack_into(
 
 @contextmanager
 def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> Iterator[None]:
-    """`model` with its weights as they are, merged or not, rounded to the bits of `weights`."""
+    """`model` with its weights as they are, merged or not, rounded as `weights` are."""
     from loradeploy.export.quantise import rounded
 
     kept = []
     try:
-        for name, module in _modules(model, weights):
+        for name, module in layers_of(model, weights):
             kept.append((module, module.weight))
-            whole = _like(module, module.weight.detach().numpy()).numpy()
-            values = rounded(whole, weights[name].bits, weights[name].block)
+            whole, packed = weight_of(module), weights[name]
+            if packed.rounding is None:
+                values = rounded(whole, packed.bits, packed.block)
+            else:
+                values = whole + packed.rounding
             _give(module, _like(module, values))
         yield
     finally:
@@ -141,6 +147,12 @@ def activations_of(weights: Mapping[str, PackedWeight]) -> dict[str, Activations
     return {name: w.activations for name, w in weights.items() if w.activations is not None}
 
 
+def weight_of(module: Any) -> NDArray[np.float32]:
+    """The weight [out, in] of a linear layer."""
+    values: NDArray[np.float32] = _like(module, module.weight.detach().numpy()).numpy()
+    return values
+
+
 def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
     """‖difference‖ / ‖own‖ of the row [in] that is off most; infinite where the shapes differ."""
     if weight.shape != own.shape:
@@ -149,7 +161,7 @@ def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
     return float(((weight - own).norm(dim=1) / size).max())
 
 
-def _modules(
+def layers_of(
     model: torch.nn.Module, weights: Mapping[str, PackedWeight]
 ) -> Iterator[tuple[str, Any]]:
     """The layers of `model` whose weights are packed; of adapted ones, the base's."""

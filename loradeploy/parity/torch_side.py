@@ -33,10 +33,13 @@ from loradeploy.parity.packed import (
     PACKED,
     PackedWeight,
     activations_of,
+    layers_of,
     packed_weights,
     rounded_as,
     unpack_into,
+    weight_of,
 )
+from loradeploy.parity.requantized import with_roundings
 from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.tolerances import Limit, assumed, calibrated
@@ -120,10 +123,14 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The base model in PyTorch, float32, and the weights that the graph holds packed."""
+    """The base model in PyTorch, float32, and the weights that the graph holds packed.
+
+    `notes`: what a reader of the report must know of them.
+    """
 
     model: torch.nn.Module
     packed: Mapping[str, PackedWeight]
+    notes: tuple[str, ...] = ()
 
 
 def load_model(setting: Setting) -> torch.nn.Module:
@@ -164,7 +171,26 @@ def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
     packed = packed_weights(setting.bundle, setting.manifest)
     if not setting.merged:
         unpack_into(model, packed, setting.manifest)
+    elif setting.manifest.requantized:
+        return _requantized(setting, model, packed)
     return Base(model, packed)
+
+
+def _requantized(
+    setting: Setting, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
+) -> Base:
+    """The base with what the packings before and after the merge rounded, where it is no more."""
+
+    def weights() -> dict[str, NDArray[np.float32]]:
+        return {name: weight_of(layer).copy() for name, layer in layers_of(model, packed)}
+
+    (subject,) = setting.subjects
+    base = weights()
+    with merged(model, subject.adapter):
+        wanted = weights()
+    found, problems = with_roundings(packed, base.get, wanted.get)
+    notes = (f"not rounding alone: {problem}" for problem in problems)
+    return Base(model, found, tuple(notes))
 
 
 def load_base(setting: Setting) -> Base:
@@ -181,7 +207,7 @@ def make_reference(setting: Setting, base: Base) -> Reference:
     Raises:
         AdapterMismatchError: an adapter does not fit the model.
     """
-    notes: list[str] = []
+    notes = list(base.notes)
     rows: dict[str | None, tuple[Row, ...]] = {}
     limits: dict[str | None, Mapping[str, Limit]] = {}
 

@@ -120,6 +120,28 @@ def quantise_dynamically(graph: Path, place: Path) -> None:
     quantize_dynamic(graph, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
 
 
+def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 16) -> None:
+    """onnxruntime's own MatMulNBits, each with its bias as an input, as its fusion writes them."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(
+        onnx.load(graph), bits=bits, block_size=block, is_symmetric=symmetric, accuracy_level=0
+    )
+    quantiser.process()
+    model = quantiser.model.model
+    constants = {value.name for value in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
+        (add,) = (each for each in model.graph.node if node.output[0] in each.input)
+        bias = [name for name in add.input if name in constants]
+        if add.op_type == "Add" and bias:
+            node.input.extend([""] * (5 - len(node.input)) + bias)
+            node.output[0] = add.output[0]
+            model.graph.node.remove(add)
+    place.mkdir(parents=True)
+    onnx.save(model, place / "model.onnx")
+
+
 def copy_of(directory: Path, place: Path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(directory, place))
