@@ -284,6 +284,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
         make_products_plain(graph.graph)
+        complete_shapes(graph)  # those behind what inference did not know before
         task = _task_of(source, graph, options.task)
         parameters = replaced = frozenset()
     if options.task is not None and options.task != task:

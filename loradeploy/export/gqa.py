@@ -22,6 +22,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
+from loradeploy.export.operators import problem_of
 from loradeploy.export.rewire import add_constant, remove_unused, take_over
 
 if TYPE_CHECKING:
@@ -102,8 +103,13 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
     import onnx_ir as ir
 
     query, key, value, mask = (*node.inputs[:4], None, None, None, None)[:4]
-    if query is None or mask is None or len(node.inputs) > 4:
+    if query is None or mask is None or any(each is not None for each in node.inputs[4:]):
         raise _unfit(node, "has other inputs than a mask")
+    problem = problem_of(node)
+    if problem is not None:
+        raise _unfit(node, f"is an operator with more than can be carried over: {problem}")
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        raise _unfit(node, "gives more than its result")
     _check_mask(node, mask)
     keys, values = _cached(node, key), _cached(node, value)
     heads, size = _sizes(node, query)
@@ -115,6 +121,8 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
     for name in ("scale", "softcap"):
         if name in node.attributes and (number := node.attributes[name].as_float()):
             numbers[name] = number
+        elif name == "scale" and name in node.attributes:
+            raise _unfit(node, "has a scale of 0")
     y = _merged_heads(node)
     new = ir.node(
         OPERATOR,
@@ -192,6 +200,8 @@ def _flat(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     if maker is not None and maker.op_type == "RotaryEmbedding" and maker.inputs[0] is not None:
         source = _unsplit(maker.inputs[0])
         if source is not None:
+            if (problem := problem_of(maker)) is not None:
+                raise _unfit(node, f"is of positions that cannot be carried over: {problem}")
             numbers = {name: own for name, own in maker.attributes.items() if name != "num_heads"}
             made = ir.Node(
                 maker.domain,

@@ -123,14 +123,7 @@ class Layers:
         """Every call's bias; one of zeros leaves no trace in a graph, and is added."""
         import onnx_ir as ir
 
-        # A packed weight has no dtype of numbers; what goes in has.
-        kind = input_of(linear.nodes[0])
-        dtype = (
-            constant_of(linear.weight).dtype
-            if not linear.quantised or kind is None or kind.dtype is None
-            else kind.dtype.numpy()
-        )
-        own = self._own_bias(linear.module, values, dtype)
+        own = self._own_bias(linear.module, values, _bias_dtype(linear))
         for node in linear.nodes:
             use = bias_use(node, linear.out_features)
             if use is not None:
@@ -165,6 +158,20 @@ class Layers:
         name = f"{module}.bias"
         free = free_name(self.graph, f"{name}.new")
         return add_constant(self.graph, free, cast(values, dtype, name))
+
+
+def _bias_dtype(linear: Linear) -> np.dtype[Any]:
+    """The dtype in which a bias is added to the linear's product."""
+    if linear.bias is not None:
+        return constant_of(linear.bias).dtype
+    if not linear.quantised:
+        return constant_of(linear.weight).dtype
+    # A packed weight has no dtype of numbers; what goes in has, and so have its scales.
+    node = linear.nodes[0]
+    values = [input_of(node), *node.inputs[2:3], output_of(node)]
+    kinds = (v.dtype for v in values if v is not None and v.dtype is not None)
+    floats = (kind.numpy() for kind in kinds if kind.is_floating_point())
+    return next(floats, np.dtype(np.float32))
 
 
 def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:

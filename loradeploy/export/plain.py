@@ -49,7 +49,7 @@ def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
     turned, addend = _integer(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
     plain_addend = addend is None or _is_bias(node, addend) or _comes_quantised(addend)
     if not _is_constant(node.inputs[1]) or (
-        alpha == 1 and not turned and (addend is None or (beta == 1 and plain_addend))
+        alpha == 1 and beta == 1 and not turned and plain_addend
     ):
         return
     weight = _weight(node.inputs[1]) if alpha != 1 else None
