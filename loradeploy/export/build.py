@@ -81,6 +81,7 @@ from loradeploy.export.loss import Round, warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.operators import unreached
+from loradeploy.export.opsets import convert_opset
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.plain import make_products_plain
 from loradeploy.export.precision import BFLOAT16, DEFAULT_PRECISION, PACKED_BITS, precision_of
@@ -267,6 +268,8 @@ def _from_graph(source: Source, options: Options) -> Base:
         )
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
+    if source.manifest is None:
+        graph = convert_opset(graph)
     held = precision_of(graph) if source.manifest is None else source.manifest.precision
     compute_as_float32(graph.graph)
     complete_shapes(graph)
