@@ -16,6 +16,7 @@ from loradeploy.bundle.names import (
     LAYOUTS,
     LEFT,
     MANIFEST_NAME,
+    NO_PADDING,
     RIGHT,
     SLOTS,
     TASKS,
@@ -162,7 +163,9 @@ class Manifest:
     `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
     `merge_loss`: what the merged graph's precision did to the adapter.
     `requantized`: whether the merge was into weights that were packed already, and packed again.
-    `padding`: the side on which a decoder's graph wants the rows of a batch filled up.
+    `padding`: the side on which the graph wants the rows of a batch filled up, as the export found
+    by running it: "left", "right", or "none" where rows of one length alone may share a batch. In
+    an encoder's bundle anything but "none" is right.
     `cache_in_place`: whether one buffer may be both the past and the present of its cache.
     `files`: every file that the export wrote, but for the manifest; an export replaces no other.
     """
@@ -350,8 +353,10 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
     if manifest.layout not in LAYOUTS:
         raise BundleError(f"{MANIFEST_NAME}: layout is {manifest.layout!r}, not of {LAYOUTS}")
-    if manifest.padding not in (LEFT, RIGHT):
-        raise BundleError(f"{MANIFEST_NAME}: padding is {manifest.padding!r}, not left or right")
+    if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
+        raise BundleError(
+            f"{MANIFEST_NAME}: padding is {manifest.padding!r}, not left, right or none"
+        )
     for saved in manifest.saved:
         if saved.transposed and len(saved.shape) < 2:
             raise BundleError(f"{MANIFEST_NAME}: {saved.parameter} has no axes to transpose")

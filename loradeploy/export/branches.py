@@ -20,6 +20,7 @@ import numpy as np
 from loradeploy.bundle.names import ADAPTER_MODE, BASE
 from loradeploy.errors import ExportError
 from loradeploy.export.layout import gathered_slots
+from loradeploy.export.products import products
 from loradeploy.export.rewire import add_constant
 
 if TYPE_CHECKING:
@@ -29,14 +30,34 @@ _NAME: Final = f"{ADAPTER_MODE}/If"
 _ADAPTED: Final = "adapted"
 
 
+def branches_problem(graph: ir.Graph) -> str | None:
+    """Why ONNX Runtime would not open the graph with branches; None where it does.
+
+    Of a DequantizeLinear and the product behind it it makes a MatMulNBits, and in a branch (1.31)
+    it does not find the weights that all branches share. Where the other factor is dequantized too
+    it makes something else, which works.
+    """
+    for product in products(graph):
+        x = product.node.inputs[0]
+        before = None if x is None else x.producer()
+        if product.scaled is not None and (before is None or before.op_type != "DequantizeLinear"):
+            return (
+                f"onnxruntime does not open branches over a DequantizeLinear ({product.node.name}):"
+                " export with --no-branches"
+            )
+    return None
+
+
 def add_branches(graph: ir.Graph) -> None:
     """Give a graph with side inputs its two branches.
 
     Raises:
-        ExportError: the graph has branches or loops of its own.
+        ExportError: the graph has branches or loops of its own, or weights that cannot be shared.
     """
     import onnx_ir as ir
 
+    if (problem := branches_problem(graph)) is not None:
+        raise ExportError(problem)
     nodes, outputs = list(graph), list(graph.outputs)
     attributes = (attribute for node in nodes for attribute in node.attributes.values())
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):

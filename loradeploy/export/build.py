@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.digest import base_digest
@@ -23,7 +23,6 @@ from loradeploy.bundle.manifest import (
 from loradeploy.bundle.names import (
     CAUSAL_LM,
     CLASSIFICATIONS,
-    LOGITS,
     ROWS,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
@@ -32,6 +31,8 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
+from loradeploy.bundle.outputs import main_output
+from loradeploy.bundle.sample import Sample
 from loradeploy.errors import (
     AdapterMismatchError,
     ExportError,
@@ -46,7 +47,7 @@ from loradeploy.export.adapters import (
     label_names,
 )
 from loradeploy.export.bfloat import compute_as_float32, store_as_bfloat16, to_bfloat16
-from loradeploy.export.branches import add_branches, remove_branches
+from loradeploy.export.branches import add_branches, branches_problem, remove_branches
 from loradeploy.export.find import (
     Findings,
     Linear,
@@ -55,7 +56,7 @@ from loradeploy.export.find import (
     output_head,
     refuse_side_inputs,
 )
-from loradeploy.export.fixed import fix_dimensions
+from loradeploy.export.fixed import fix_dimensions, fixed_specs
 from loradeploy.export.foreign import (
     Evidence,
     assets_of,
@@ -96,6 +97,7 @@ from loradeploy.export.source import Source
 from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.tidy import name_dimensions
+from loradeploy.export.trial import Source as TrialSource
 from loradeploy.export.write import Content, read_config, with_labels
 from loradeploy.lora.base_formats import check_plain_weights
 
@@ -108,6 +110,8 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 logger = logging.getLogger(__name__)
+
+_LISTED: Final = 4  # of a graph's outputs, in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +142,7 @@ class Base:
     `before`: the manifest of a bundle.
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
+    `source`: what the bundle is to be held against.
     """
 
     graph: ir.Model
@@ -150,6 +155,7 @@ class Base:
     before: Manifest | None = None
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
+    source: TrialSource = field(default_factory=TrialSource)
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:
@@ -202,11 +208,12 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         defaults={} if added is None else added.defaults,
         biases={} if added is None else added.biases,
         required=options.required,
+        source=base.source,
     )
 
 
 def _from_checkpoint(source: Source, options: Options) -> Base:
-    from loradeploy.export.trace import load_model, trace
+    from loradeploy.export.trace import answers, load_model, trace
 
     adapters = options.adapters
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
@@ -231,6 +238,9 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         model = model.half()
     config: Any = model.config
     graph = trace(model, task)
+    specs = fixed_specs(required_inputs(graph), options.fixed)
+    feeds = Sample(specs, config.to_dict(), pad=config.get_text_config().pad_token_id).feeds()
+    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
     return Base(
         graph,
         task,
@@ -240,6 +250,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         replaced=_modules(zeroed),
         pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
         weights=weights,
+        source=TrialSource(original, packed_here=precision not in (DEFAULT_PRECISION, "fp16")),
     )
 
 
@@ -307,6 +318,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         parameters=parameters,
         replaced=replaced,
         before=source.manifest,
+        source=TrialSource(graph=source.graph, packed_here=precision != held),
     )
 
 
@@ -322,8 +334,13 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
         for value in graph.graph.outputs
     }
     task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
-    if asked == TOKEN_CLASSIFICATION and ranks.get(LOGITS) == 3:
+    if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
         task = asked  # the outputs have the ranks of a language model's
+    if task is not None and main_output(task, ranks) is None:
+        raise UsageError(
+            f"none of the outputs of {source.name} is known to be what {task} gives:"
+            f" {', '.join(list(ranks)[:_LISTED])}"
+        )
     if task is None:
         raise UsageError(
             f"the inputs and outputs of {source.name} do not tell its task: give --task"
@@ -368,7 +385,7 @@ def _with_side_inputs(
     if (layout := options.layout or _layout(base)) == ROWS:
         lay_in_rows(graph)
     # Branches cost no memory where weights are packed: those are shared between them.
-    packed = base.precision in PACKED_BITS
+    packed = base.precision in PACKED_BITS and branches_problem(graph) is None
     if branches := packed if options.branches is None else options.branches:
         add_branches(graph)
     return dataclasses.replace(manifest, layout=layout, branches=branches), added, arrays

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.manifest import LoraTarget
-from loradeploy.bundle.names import LOGITS, lora_a_name, lora_b_name
+from loradeploy.bundle.names import lora_a_name, lora_b_name
+from loradeploy.bundle.outputs import LOGITS_NAMES
 from loradeploy.errors import ExportError
 from loradeploy.export.naming import PACKED_MODULES, Named, Namer, by_graph
 from loradeploy.export.products import Product, bias_use, describe, products, value_of
@@ -138,7 +139,7 @@ def note_modules(linears: Mapping[str, Linear]) -> None:
 def output_head(model: ir.Model, findings: Findings) -> str | None:
     """The module whose product the graph's logits are."""
     producers = {node: module for module, lin in findings.linears.items() for node in lin.nodes}
-    value = next((output for output in model.graph.outputs if output.name == LOGITS), None)
+    value = next((output for output in model.graph.outputs if output.name in LOGITS_NAMES), None)
     while value is not None and (node := value.producer()) is not None:
         if node in producers:
             return producers[node]

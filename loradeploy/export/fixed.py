@@ -7,14 +7,17 @@ Nodes stay as they are, and the sizes of side inputs open: a merged graph is fix
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError, listed_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from loradeploy.bundle.manifest import TensorSpec
 
 _PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
 _PAIR: Final = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
@@ -61,6 +64,21 @@ def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
                     for dim in value.shape
                 ]
             )
+
+
+def fixed_specs(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+    """`specs` as they are once their dimensions are fixed; names that they lack change nothing."""
+    known = {str(size): None for spec in specs for size in spec.shape if isinstance(size, str)}
+    whole = _complete(sizes, known) if sizes else {}
+    return tuple(
+        dataclasses.replace(
+            spec,
+            shape=tuple(
+                whole.get(size, size) if isinstance(size, str) else size for size in spec.shape
+            ),
+        )
+        for spec in specs
+    )
 
 
 def _complete(sizes: Mapping[str, int], known: Mapping[str, None]) -> dict[str, int]:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
+    CAUSAL_LM,
     GRAPH_NAME,
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
 )
+from loradeploy.bundle.outputs import main_output
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest, TensorSpec
@@ -82,7 +84,7 @@ def genai_config(
                     "past_value_names": "past_key_values.%d.value",
                 },
                 "outputs": {
-                    LOGITS: LOGITS,
+                    LOGITS: _scores(manifest.outputs),
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
@@ -112,8 +114,13 @@ def _context_length(config: Mapping[str, Any]) -> int:
 
 
 def _vocabulary(outputs: Sequence[TensorSpec], config: Mapping[str, Any]) -> Any:
-    last = next((spec.shape[-1] for spec in outputs if spec.name == LOGITS), None)
+    last = next((spec.shape[-1] for spec in outputs if spec.name == _scores(outputs)), None)
     return last if isinstance(last, int) else config.get("vocab_size")
+
+
+def _scores(outputs: Sequence[TensorSpec]) -> str:
+    ranks = {spec.name: len(spec.shape) for spec in outputs}
+    return main_output(CAUSAL_LM, ranks) or LOGITS
 
 
 def _first(*values: Any) -> Any:

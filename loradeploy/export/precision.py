@@ -44,6 +44,8 @@ def precision_of(model: ir.Model) -> str:
     for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, BFLOAT16)):
         if kind in kinds:
             return name
-    if any(product.quantised for product in products(model.graph)):
-        return "int8"
+    weights = [p.weight.const_value for p in products(model.graph) if p.quantised]
+    if weights:
+        few = (ir.DataType.INT4, ir.DataType.UINT4)
+        return "int4" if any(w is not None and w.dtype in few for w in weights) else "int8"
     return DEFAULT_PRECISION

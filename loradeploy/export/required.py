@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-_GRAPH: Final = "required.onnx"
-_BASE: Final = "required.safetensors"
+REQUIRED_NAME: Final = "required.onnx"
+BASE_INPUTS_NAME: Final = "required.safetensors"
 
 
 def write_required(
@@ -47,9 +47,9 @@ def write_required(
             base[name] = np.array(constant_of(value))
             model.graph.initializers.pop(name)
             value.const_value = None
-    with atomic_file(directory / _GRAPH) as temporary:
+    with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
-    write_arrays(directory / _BASE, base, {})
+    write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})

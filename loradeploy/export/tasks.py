@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     TASKS,
     TOKEN_CLASSIFICATION,
 )
+from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
 from loradeploy.errors import ExportError, UsageError, listed_names, shortened, shown
 
 if TYPE_CHECKING:
@@ -166,11 +167,14 @@ def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) ->
     """The task that a graph's inputs, and outputs with their ranks, show; None where they do not.
 
     A cache makes it a causal language model, `logits` [batch, labels] a classifier, and
-    `last_hidden_state` an encoder.
+    `last_hidden_state` an encoder; other exporters have other names for them.
     """
     cached = any(name.startswith(PAST) for name in inputs)
-    if LOGITS in outputs:
-        rank = outputs[LOGITS]
+    logits = next((name for name in LOGITS_NAMES if name in outputs), None)
+    if logits is None and cached:
+        logits = main_output(CAUSAL_LM, outputs)
+    if logits is not None:
+        rank = outputs[logits]
         if DECODER_INPUT_IDS in inputs:
             return None if cached else SEQ2SEQ_LM
         if PIXEL_VALUES in inputs:
@@ -178,7 +182,7 @@ def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) ->
         if cached or rank == 3:
             return CAUSAL_LM
         return SEQUENCE_CLASSIFICATION if rank == 2 else None
-    return FEATURE_EXTRACTION if LAST_HIDDEN_STATE in outputs else None
+    return FEATURE_EXTRACTION if any(name in outputs for name in HIDDEN_NAMES) else None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from loradeploy.errors import (
     listed_names,
     shortened,
 )
+from loradeploy.export.original import Original, of_module
 from loradeploy.export.patches import traceable
 from loradeploy.export.tasks import TASK_TABLE, Task, auto_class, own_task
 from loradeploy.export.tidy import tidy
@@ -43,6 +44,9 @@ from loradeploy.lora.quiet import quiet
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.sample import Feeds
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +179,18 @@ def _unloadable(directory: Path, task: str, problem: Exception) -> str:
         named = config.get("model_type")
         return f"{directory} ({shortened(str(named), 40)}) cannot be loaded for {task}: {advice}"
     return f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
+
+
+def answers(
+    model: torch.nn.Module,
+    task: str,
+    names: Sequence[str],
+    feeds: Feeds,
+    adapters: Mapping[str, Adapter],
+) -> Original | None:
+    """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`."""
+    with quiet():
+        return of_module(model, _wrapper(model, TASK_TABLE[task]), names, feeds, adapters)
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -29,6 +29,7 @@ from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
 from loradeploy.export.held import store_weights
 from loradeploy.export.required import write_required
+from loradeploy.export.trial import Source, try_bundle
 from loradeploy.files import atomic_directory, read_json, write_json
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Content:
     `biases`: those of the base that offsets are computed from, by their names in the base.
     `required`: whether a graph for clients that feed required inputs alone is written too.
     `config`: the object for config.json, empty where the base has none.
+    `source`: what the bundle is held against before it takes its place.
     """
 
     graph: ir.Model
@@ -84,15 +86,17 @@ class Content:
     defaults: Mapping[str, NDArray[Any]]
     biases: Mapping[str, NDArray[Any]]
     required: bool = False
+    source: Source = dataclasses.field(default_factory=Source)
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
     """Write the bundle to the directory `output`, whole or not at all; returns its manifest.
 
-    The digests of the graph's files and the entries of the adapters are filled in.
+    The digests of the graph's files, the entries of the adapters and the padding are filled in.
 
     Raises:
-        ExportError: the disk is full, or something else keeps the files from being written.
+        ExportError: the disk is full, or something else keeps the files from being written; or
+            the bundle does not open in onnxruntime, or does not give what it should.
     """
     try:
         with atomic_directory(output, marker=MANIFEST_NAME, own_files=own_files) as directory:
@@ -169,6 +173,8 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     if content.required:
         write_required(directory, manifest, content.side_inputs)
     _write_assets(directory, manifest, content)
+    pad = padding_token(directory)
+    manifest = try_bundle(directory, manifest, content.source, content.config, pad)
     written = (path for path in directory.rglob("*") if path.is_file())
     files = sorted(path.relative_to(directory).as_posix() for path in written)
     manifest = dataclasses.replace(manifest, files=tuple(files))
@@ -196,6 +202,35 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> None
             (directory / GENAI_CONFIG_NAME).write_text(
                 json.dumps(genai, indent=4) + "\n", encoding="ascii"
             )
+
+
+def padding_token(directory: Path) -> int:
+    """The id that the runtime fills rows up with, by the files of a bundle: see its tokenizer."""
+    settings = _settings(directory, _CONFIG_NAME)
+    tokens = _settings(directory, "tokenizer_config.json")
+    ends = _settings(directory, _GENERATION_NAME)
+    pad = tokens.get("pad_token")
+    text = pad.get("content") if isinstance(pad, Mapping) else pad
+    added = _settings(directory, _TOKENIZER_NAME).get("added_tokens")
+    ids = [
+        token.get("id")
+        for token in (added if isinstance(added, list) else ())
+        if isinstance(token, Mapping) and text is not None and token.get("content") == text
+    ]
+    eos = [ends.get("eos_token_id"), settings.get("eos_token_id")]
+    first = [value[0] if isinstance(value, list) and value else value for value in eos]
+    candidates = [settings.get("pad_token_id"), *ids, *first]
+    return next((i for i in candidates if isinstance(i, int) and i >= 0), 0)
+
+
+def _settings(directory: Path, name: str) -> dict[str, Any]:
+    file = directory / name
+    if not file.is_file():
+        return {}
+    try:
+        return read_json(file, error=ModelError)
+    except ModelError:  # whoever needs the file says so
+        return {}
 
 
 def _make_tokenizer(assets: Path, directory: Path) -> None:

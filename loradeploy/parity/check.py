@@ -200,6 +200,7 @@ def _walk(
         pad=setting.cases.pad,
         phases=phases,
         left=setting.cases.left,
+        alike=setting.cases.alike,
         batched=backend.batched,
     )
     problem = "it gave less than all positions"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import CAUSAL_LM, LOGITS, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -197,7 +198,7 @@ def _label_names(
     if config.get("problem_type") in OTHER_PROBLEMS:
         raise UsageError(f"{bundle} is for {config['problem_type']}, which has no accuracy")
     own = tuple(label_names(config))
-    sizes = [spec.shape[-1] for spec in manifest.outputs if spec.name == LOGITS]
+    sizes = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
     outputs = sizes[0] if sizes and isinstance(sizes[0], int) else len(own)
     if len(own) != outputs:
         own = tuple(f"LABEL_{number}" for number in range(outputs))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, LOGITS
+from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, NO_PADDING
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, DataError, UsageError
 from loradeploy.files import read_json
 from loradeploy.parity.prompts import GENERATED, PROMPTS
@@ -46,7 +47,7 @@ class Cases:
     `prompts`: token ids, one row a case: the prompts, then `fuzz` random rows, then `edges` of
     extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
     `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
-    rows are filled up on the left.
+    rows are filled up on the left. `alike`: whether rows of one length alone share a batch.
     """
 
     prompts: Rows
@@ -56,6 +57,7 @@ class Cases:
     left: bool = True
     fuzz: int = 0
     edges: int = 0
+    alike: bool = False
 
     @property
     def groups(self) -> tuple[tuple[Rows, int], ...]:
@@ -108,7 +110,8 @@ def make_cases(
         raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
     random = _fuzz_rows(vocabulary, longest, seed, fuzz)
     edges = _edge_rows(rows, longest)
-    return Cases((*rows, *random, *edges), follow, pad, source, left, len(random), len(edges))
+    every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
+    return Cases(every, follow, pad, source, left, len(random), len(edges), alike)
 
 
 def _tokenized(
@@ -201,7 +204,11 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
     if isinstance(size, int):
         return size
     for output in manifest.outputs:
-        if output.name == LOGITS and len(output.shape) == 3 and isinstance(output.shape[-1], int):
+        if (
+            output.name == output_of(manifest)
+            and len(output.shape) == 3
+            and isinstance(output.shape[-1], int)
+        ):
             return output.shape[-1]
     if all(spec.name != INPUT_IDS for spec in manifest.inputs):
         return _SEEDS

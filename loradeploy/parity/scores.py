@@ -17,11 +17,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM, LOGITS
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends import Backend, open_backend
 from loradeploy.parity.intervals import mean_interval, proportions_interval
@@ -148,8 +150,14 @@ def answers(model: Model, held: HeldOut, subject: str | None, setting: Setting) 
     size = batch_size(len(examples[order[0]].tokens), _width(manifest))
     sums = np.zeros(len(examples), np.float64)
     counts = np.ones(len(examples), np.int64)
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    if cases.alike:
+        batches = [
+            list(group)
+            for batch in batches
+            for _, group in groupby(batch, lambda index: len(examples[index].tokens))
+        ]
+    for batch in batches:
         tokens = [examples[index].tokens for index in batch]
         ids, mask = pad_rows(tokens, cases.pad, left=causal and cases.left)
         values, _ = model.forward(ids, mask, None, [subject] * len(batch))
@@ -280,7 +288,7 @@ def _right(logits: NDArray[Any], example: Example) -> float:
 
 def _width(manifest: Manifest) -> int:
     """How many values the graph gives for a token."""
-    widths = [spec.shape[-1] for spec in manifest.outputs if spec.name == LOGITS]
+    widths = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
     return widths[0] if widths and isinstance(widths[0], int) else _WIDEST
 
 

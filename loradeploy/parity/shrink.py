@@ -258,6 +258,7 @@ class _Trial:
                 pad=cases.pad,
                 phases=(phase,),
                 left=cases.left,
+                alike=cases.alike,
                 batched=self.backend.batched,
             ):
                 if seen.row is tried:

@@ -23,10 +23,11 @@ from loradeploy.bundle.names import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     INPUT_IDS,
-    LOGITS,
     POSITION_IDS,
 )
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.parity.calibrate import measure_gap
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.packed import (
@@ -68,7 +69,8 @@ class TorchModel:
         self._model = model
         self._manifest = manifest
         self._task = manifest.task
-        self._outputs = output_names(manifest)
+        # The first is the task's own, which a graph may call something else than PyTorch does.
+        self._outputs = (TASK_TABLE[manifest.task].output, *output_names(manifest)[1:])
         self._taken = inspect.signature(model.forward).parameters
 
     def forward(
@@ -153,7 +155,7 @@ def load_model(setting: Setting) -> torch.nn.Module:
     manifest = setting.manifest
     labels = None
     if manifest.task in CLASSIFICATIONS:
-        shapes = [spec.shape for spec in manifest.outputs if spec.name == LOGITS]
+        shapes = [spec.shape for spec in manifest.outputs if spec.name == output_of(manifest)]
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)

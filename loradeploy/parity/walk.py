@@ -38,8 +38,8 @@ from loradeploy.bundle.names import (
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
-from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
@@ -152,11 +152,13 @@ def walk(
     pad: int,
     phases: Sequence[str],
     left: bool = True,
+    alike: bool = False,
     batched: bool = True,
 ) -> Iterator[Observation]:
     """Take `model` through `rows`; phases that the task does not have are left out.
 
-    `left`: whether a decoder's batches are padded there. `batched`: whether the model takes more
+    `left`: whether a decoder's batches are padded there. `alike`: whether rows of one length alone
+    share a batch, because the graph takes no padding. `batched`: whether the model takes more
     than one row; one that does not decodes row by row.
     """
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
@@ -174,10 +176,12 @@ def walk(
     side = left and task == CAUSAL_LM
     if PADDED_BATCH in phases or DECODE in phases:
         shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
-        for batch in _batches(shown, most=_MAX_ROWS if batched else 1):
-            yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+        for some in _batches(shown, most=_MAX_ROWS if batched else 1):
+            for batch in _of_one_length(some) if alike else [some]:
+                yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
-        yield from _walk_permuted(model, permuted, task=task, pad=pad, left=side)
+        for batch in _of_one_length(permuted) if alike else [permuted]:
+            yield from _walk_permuted(model, batch, task=task, pad=pad, left=side)
 
 
 def phases_of(task: str) -> tuple[str, ...]:
@@ -214,6 +218,14 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
         few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
     few = few[: _FEW[phase]]
     return () if phase == PERMUTED and len(few) < 2 else few
+
+
+def _of_one_length(rows: Sequence[Row]) -> list[list[Row]]:
+    """`rows` by the length of their prompts."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(len(row.prompt), []).append(row)
+    return list(groups.values())
 
 
 def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:
@@ -301,7 +313,7 @@ def has_logits(task: str) -> bool:
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
     """The outputs that are compared: the task's own, then what else there is but the cache."""
-    first = TASK_TABLE[manifest.task].output
+    first = output_of(manifest)
     named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
     return (first, *(name for name in named if name != first))
 

@@ -14,12 +14,14 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
+from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 # Positions that a buffer has room for beside those that are asked for; it grows by doubling.
 _ROOM: Final = 256
+_DTYPES: Final = ("float32", "float16", "float64")
 
 
 class DecoderCache:
@@ -32,6 +34,12 @@ class DecoderCache:
 
     def __init__(self, manifest: Manifest, device: tuple[str, int], *, batch: int) -> None:
         self._specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+        unknown = [spec for spec in self._specs if spec.dtype not in _DTYPES]
+        if unknown:
+            raise UsageError(
+                f"{unknown[0].name} is of {unknown[0].dtype}, of which numpy makes no cache: give"
+                " OrtValues of your own to AdapterSession.run"
+            )
         self._batch = batch
         self._device = device
         fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import LOGITS, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
 from loradeploy.runtime.encoder import encoded_batches
@@ -68,10 +69,11 @@ class TextClassifier:
             UnknownAdapterError: an adapter that was never loaded.
         """
         results = []
-        for held, names, feeds in encoded_batches(
+        output = output_of(self.session.manifest)
+        for held, names, feeds, _ in encoded_batches(
             self.session, self.tokenizer, texts, adapters, batch_size
         ):
-            (logits,) = held.run([LOGITS], feeds)  # [batch, labels]
+            (logits,) = held.run([output], feeds)  # [batch, labels]
             for row, (values, name) in enumerate(zip(logits, names, strict=True)):
                 own = held.labels(row)
                 # An adapter may tell fewer labels apart than the graph has outputs.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.names import ATTENTION_MASK, FEATURE_EXTRACTION, LAST_HIDDEN_STATE
+from loradeploy.bundle.names import FEATURE_EXTRACTION
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.encoder import encoded_batches
 from loradeploy.runtime.session import Adapters, AdapterSession
@@ -21,7 +22,7 @@ class TextEmbedder:
     """Embeds texts with a session on a feature extraction bundle.
 
     A text's vector is the mean of its tokens' last hidden states, scaled to length 1, as most
-    sentence encoders are trained.
+    sentence encoders are trained. What the graph gives for a text as a whole is taken as it is.
 
     Raises:
         UsageError: the bundle is for another task.
@@ -48,12 +49,21 @@ class TextEmbedder:
             UnknownAdapterError: an adapter that was never loaded.
         """
         vectors = []
-        for held, _, feeds in encoded_batches(
+        output = output_of(self.session.manifest)
+        for held, _, feeds, mask in encoded_batches(
             self.session, self.tokenizer, texts, adapters, batch_size
         ):
-            (states,) = held.run([LAST_HIDDEN_STATE], feeds)  # [batch, sequence, hidden]
-            mask = feeds[ATTENTION_MASK][:, :, np.newaxis]
-            mean = (states.astype(np.float32) * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+            (states,) = held.run([output], feeds)  # [batch, sequence, hidden]
+            mean = _mean(states, mask) if states.ndim == 3 else states.astype(np.float32)
             length = np.linalg.norm(mean, axis=1, keepdims=True)
             vectors.append((mean / np.maximum(length, 1e-12)).astype(np.float32))
         return np.concatenate(vectors)
+
+
+def _mean(states: NDArray[Any], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The mean of each row's tokens, [batch, hidden]; padding has no part in it."""
+    real = mask[:, :, np.newaxis]
+    mean: NDArray[np.float32] = (states.astype(np.float32) * real).sum(axis=1) / np.maximum(
+        real.sum(axis=1), 1
+    )
+    return mean

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    NO_PADDING,
+    TOKEN_TYPE_IDS,
+)
 from loradeploy.errors import UsageError
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, each_row
@@ -23,10 +28,13 @@ def encoded_batches(
     texts: str | Sequence[str],
     adapters: Adapters,
     batch_size: int,
-) -> Iterator[tuple[HeldAdapters, list[AdapterSpec | None], dict[str, NDArray[Any]]]]:
-    """The texts in batches: the adapters held for a batch, their names by row, and the feeds.
+) -> Iterator[
+    tuple[HeldAdapters, list[AdapterSpec | None], dict[str, NDArray[Any]], NDArray[np.int64]]
+]:
+    """The texts in batches, in their order: adapters held for a batch, names by row, feeds, mask.
 
-    Texts are padded on the right, and cut at the model's positions; special tokens stay.
+    Texts are padded on the right, and cut at the model's positions; special tokens stay. Where
+    padding would change the answer (`padding` in the manifest), a batch is of one length.
 
     Raises:
         UsageError: no texts, not one adapter for each, or a batch size below 1.
@@ -38,15 +46,24 @@ def encoded_batches(
         raise UsageError(f"batch_size is {batch_size}: give 1 or more")
     names = each_row(adapters, len(given))
     inputs = {spec.name for spec in session.manifest.inputs}
-    for start in range(0, len(given), batch_size):
-        part = slice(start, start + batch_size)
-        ids, mask = pad(
-            [tokenizer.encode(text, max_length=tokenizer.max_length) for text in given[part]],
-            tokenizer.pad_id,
-            left=False,
-        )
-        feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask}
-        if TOKEN_TYPE_IDS in inputs:
-            feeds[TOKEN_TYPE_IDS] = np.zeros_like(ids)
+    encoded = [tokenizer.encode(text, max_length=tokenizer.max_length) for text in given]
+    for part in _parts(encoded, batch_size, alike=session.manifest.padding == NO_PADDING):
+        ids, mask = pad(encoded[part], tokenizer.pad_id, left=False)
+        made: dict[str, NDArray[Any]] = {
+            INPUT_IDS: ids,
+            ATTENTION_MASK: mask,
+            TOKEN_TYPE_IDS: np.zeros_like(ids),
+        }
+        feeds = {name: values for name, values in made.items() if name in inputs}
         with session.hold(names[part]) as held:
-            yield held, names[part], feeds
+            yield held, names[part], feeds, mask
+
+
+def _parts(encoded: Sequence[Sequence[int]], size: int, *, alike: bool) -> Iterator[slice]:
+    """Batches of at most `size` rows in their order, those of one length where they are `alike`."""
+    start = 0
+    for stop in range(1, len(encoded) + 1):
+        ends = stop == len(encoded) or stop - start == size
+        if ends or (alike and len(encoded[stop]) != len(encoded[start])):
+            yield slice(start, stop)
+            start = stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
 import onnxruntime
@@ -14,9 +14,12 @@ from loradeploy.bundle.names import (
     CAUSAL_LM,
     INPUT_IDS,
     LEFT,
-    LOGITS,
+    NO_PADDING,
+    PAST,
     POSITION_IDS,
+    TOKEN_TYPE_IDS,
 )
+from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.chat import Message
 from loradeploy.runtime.resident import AdapterSpec
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 # A text, a conversation, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]
+_FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 OnText = Callable[[int, str], None]
 OnResult = Callable[[int, "Generation"], None]
 
@@ -70,7 +74,8 @@ class TextGenerator:
     """Generates text with a session on a decoder bundle.
 
     Raises:
-        UsageError: the bundle is no causal language model, or its shapes are fixed.
+        UsageError: the bundle is no causal language model, its shapes are fixed, or its graph takes
+            something besides tokens and a cache.
         BundleError: the bundle holds no tokenizer.
     """
 
@@ -87,6 +92,14 @@ class TextGenerator:
         self.session = session
         self.tokenizer = Tokenizer(session.path)
         self._inputs = {spec.name: spec for spec in manifest.inputs}
+        other = [n for n in self._inputs if n not in _FED and not n.startswith(PAST)]
+        if other:
+            raise UsageError(
+                f"{session.path} takes {other[0]}, which text generation does not make: run it with"
+                " AdapterSession.run"
+            )
+        self._scores = output_of(manifest)
+        self._cached = any(name.startswith(PAST) for name in self._inputs)
 
     def generate(
         self,
@@ -139,9 +152,10 @@ class TextGenerator:
         size = batch_size or len(rows)
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            for row, piece in self._decode(batch, sampling):
-                if on_text is not None:
-                    on_text(row.number, piece)
+            for together in self._together(batch):
+                for row, piece in self._decode(together, sampling):
+                    if on_text is not None:
+                        on_text(row.number, piece)
             for row in batch:
                 results.append(self._generation(row))
                 if on_result is not None:
@@ -186,6 +200,15 @@ class TextGenerator:
             return [int(token) for token in cast("Sequence[int]", prompt)]
         return self.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
 
+    def _together(self, batch: Sequence[_Row]) -> list[list[_Row]]:
+        """The rows that may share a run: those of one length, where padding changes answers."""
+        if self.session.manifest.padding != NO_PADDING:
+            return [list(batch)]
+        by_length: dict[int, list[_Row]] = {}
+        for row in batch:
+            by_length.setdefault(len(row.prompt), []).append(row)
+        return list(by_length.values())
+
     def _decode(self, rows: Sequence[_Row], sampling: Sampling) -> Iterator[tuple[_Row, str]]:
         """Generate `rows` together, and tell each piece of text once it is complete."""
         left = self.session.manifest.padding == LEFT
@@ -196,22 +219,38 @@ class TextGenerator:
             while True:
                 cache.make_room(mask.shape[1])
                 logits, *present = held.run_with_ort_values(
-                    (LOGITS, *cache.outputs),
+                    (self._scores, *cache.outputs),
                     {**self._feeds(ids, mask), **cache.inputs},
                     places=cache.places,
                 )
                 cache.keep(present)
-                last = logits.numpy()[np.arange(len(rows)), ends]  # [batch, vocabulary]
+                scores_of = logits.numpy()  # [batch, sequence, vocabulary]
+                if scores_of.ndim == 2:
+                    scores_of = scores_of[:, np.newaxis]
+                if scores_of.shape[1] == 1:  # a graph may give the last position alone
+                    ends = np.zeros_like(ends)
+                last = scores_of[np.arange(len(rows)), ends]  # [batch, vocabulary]
                 ends = np.full(len(rows), -1)
                 for row, scores in zip(rows, last, strict=True):
                     if not row.ended and (piece := self._advance(row, scores, sampling)):
                         yield row, piece
                 if all(row.ended for row in rows):
                     return
+                if not self._cached:
+                    ids, mask, ends = self._whole(rows)
+                    continue
                 # A row that has ended goes on as padding, which takes no position.
                 ids = np.array([[self._next(row)] for row in rows], np.int64)
                 going = np.array([[not row.ended] for row in rows], np.int64)
                 mask = np.concatenate([mask, going], axis=1)
+
+    def _whole(
+        self, rows: Sequence[_Row]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """All tokens again, for a graph without a cache: ids, mask, and where each row ends."""
+        left = self.session.manifest.padding == LEFT
+        ids, mask = pad([row.prompt + row.ids for row in rows], self.tokenizer.pad_id, left=left)
+        return ids, mask, np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
 
     def _advance(self, row: _Row, scores: NDArray[Any], sampling: Sampling) -> str:
         """Choose the next token of `row`, and return the text that it completes."""
@@ -238,10 +277,10 @@ class TextGenerator:
     def _feeds(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64]
     ) -> dict[str, NDArray[Any] | onnxruntime.OrtValue]:
-        feeds: dict[str, NDArray[Any] | onnxruntime.OrtValue] = {
-            INPUT_IDS: ids,
-            ATTENTION_MASK: mask,
+        made: dict[str, Callable[[], NDArray[Any]]] = {
+            INPUT_IDS: lambda: ids,
+            ATTENTION_MASK: lambda: mask,
+            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
+            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
         }
-        if POSITION_IDS in self._inputs:
-            feeds[POSITION_IDS] = positions_of(mask, ids.shape[1])
-        return feeds
+        return {name: make() for name, make in made.items() if name in self._inputs}

@@ -41,9 +41,9 @@ _DTYPES: Final = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(bool)": "bool",
+    "tensor(double)": "float64",
+    **{f"tensor({kind})": kind for kind in ("int64", "int32", "int16", "int8", "bool")},
+    **{f"tensor({kind})": kind for kind in ("uint64", "uint32", "uint16", "uint8")},
 }
 _ERRORS_ONLY: Final = 3
 # Which provider runs which node is kept for `placement_of`.

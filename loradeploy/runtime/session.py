@@ -205,6 +205,8 @@ class AdapterSession:
             UnknownAdapterError: an adapter that was never loaded.
             UsageError: a missing, unknown or misshapen feed, an unknown output, not one adapter for
                 each row, or adapters for a merged bundle.
+
+        Whole numbers and masks may be of any integer type or bool, where the graph's holds them.
         """
         with self.hold(adapters) as held:
             return held.run(output_names, feeds)
@@ -373,7 +375,7 @@ class AdapterSession:
             if isinstance(feed, onnxruntime.OrtValue):
                 values[name] = feed  # onnxruntime checks these itself
                 continue
-            array = np.ascontiguousarray(feed)
+            array = _in_type(self._inputs[name], np.ascontiguousarray(feed))
             _check_feed(self._inputs[name], array)
             values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         return values
@@ -435,6 +437,19 @@ def _check_rows(adapters: int, rows: int) -> None:
 def _check_name(name: str) -> None:
     if not name:
         raise UsageError("an adapter needs a name that is not empty")
+
+
+def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
+    """Whole numbers and truth values in the type that the graph takes, where they all fit in it.
+
+    Floats stay as they are: another width would round them.
+    """
+    if array.dtype.name == spec.dtype or array.dtype.kind not in "biu":
+        return array
+    if spec.dtype != "bool" and not spec.dtype.startswith(("int", "uint")):
+        return array
+    cast = array.astype(spec.dtype)
+    return cast if np.array_equal(cast, array) else array
 
 
 def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:

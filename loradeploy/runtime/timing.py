@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.names import ATTENTION_MASK, CAUSAL_LM, POSITION_IDS
-from loradeploy.errors import UsageError
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.bundle.sample import Sample
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.files import read_json
 from loradeploy.runtime.session import Adapters, AdapterSession
 
 if TYPE_CHECKING:
@@ -135,12 +136,6 @@ def sample_feeds(
     session: AdapterSession, batch: int, *, past: int, new: int
 ) -> dict[str, NDArray[Any]]:
     """Feeds of `new` tokens after `past` in the cache; what they hold does not change the time."""
-    sizes = {"batch": batch, "sequence": new, "past": past, "total": past + new}
-    feeds: dict[str, NDArray[Any]] = {}
-    for spec in session.manifest.inputs:
-        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-        fill = 1 if spec.name == ATTENTION_MASK else 0
-        feeds[spec.name] = np.full(shape, fill, spec.dtype)
-        if spec.name == POSITION_IDS:
-            feeds[spec.name][:] = np.arange(past, past + new)
-    return feeds
+    file = session.path / "config.json"
+    config = read_json(file, error=BundleError) if file.is_file() else {}
+    return Sample(session.manifest.inputs, config).feeds(batch, new, past)

@@ -1,0 +1,129 @@
+"""Inputs that a graph can be tried on, made by the inputs' names and shapes.
+
+Rows are of random tokens below a bound, nothing is masked, a cache holds zeros. What a dimension is
+is told by its place (`_PLACES`), and by its symbol where another input has shown that.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.names import INPUT_FEATURES, INPUT_IDS, PAST, PIXEL_VALUES, POSITION_IDS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Feeds = dict[str, "NDArray[Any]"]
+
+_BATCH, _SEQUENCE = 2, 4
+# Ids of the tokens that are fed: above the special ones of most vocabularies, below the smallest.
+_FIRST_TOKEN, _END_TOKEN = 4, 48
+_UNNAMED: Final = ("", "?")
+# The size that a dimension is, by the input and the axis; the first that applies.
+_PLACES: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
+    (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
+    (lambda name, axis, rank: name.startswith(PAST) and axis == rank - 2, "past"),
+    (lambda name, axis, rank: name == INPUT_IDS and axis == 1, "sequence"),
+    (lambda name, axis, rank: "mask" in name and axis == rank - 1, "total"),
+)
+
+
+class Sample:
+    """Makes feeds for a graph with the inputs `specs`; `config` tells sizes of images and sounds.
+
+    `pad`: a token that no row gets, because it means padding.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], config: Mapping[str, Any], *, pad: int | None = None
+    ) -> None:
+        self._specs = specs
+        self._config = config
+        size = config.get("vocab_size")
+        end = min(size, _END_TOKEN) if isinstance(size, int) and size > 0 else _END_TOKEN
+        start = _FIRST_TOKEN if end > _FIRST_TOKEN + 1 else 0
+        self._tokens = np.array([t for t in range(start, end) if t != pad] or [0], np.int64)
+
+    def tokens(self, rows: int, length: int, *, seed: int = 0) -> NDArray[np.int64]:
+        """Random tokens [rows, length], none of them padding."""
+        return np.random.default_rng(seed).choice(self._tokens, (rows, length))
+
+    def feeds(self, batch: int = _BATCH, sequence: int = _SEQUENCE, past: int = 0) -> Feeds:
+        """A feed for every input, of `sequence` tokens behind `past`, where the graph is open.
+
+        Raises:
+            TypeError: an input is of a dtype that numpy does not have.
+        """
+        past = next((size for spec in self._specs if (size := _fixed(spec, "past"))), past)
+        sequence = next(
+            (size for spec in self._specs if (size := _fixed(spec, "sequence"))), sequence
+        )
+        sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
+        symbols: dict[str, int] = {}
+        for spec in sorted(self._specs, key=lambda spec: spec.name != INPUT_IDS):
+            for axis, symbol in enumerate(spec.shape):
+                place = _place(spec, axis)
+                if isinstance(symbol, str) and symbol not in _UNNAMED and place is not None:
+                    symbols.setdefault(symbol, sizes[place])
+        return {
+            spec.name: self._values(spec, self._shape(spec, sizes, symbols), past)
+            for spec in self._specs
+        }
+
+    def _values(self, spec: TensorSpec, shape: tuple[int, ...], past: int) -> NDArray[Any]:
+        name, dtype = spec.name, np.dtype(spec.dtype)
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        if "past" in name:
+            return np.zeros(shape, dtype)
+        if "mask" in name:
+            return np.ones(shape, dtype)
+        if name == POSITION_IDS:
+            return np.broadcast_to(np.arange(shape[-1]) + past, shape).astype(dtype)
+        if dtype.kind == "f":
+            return random.standard_normal(shape).astype(dtype)
+        if "ids" in name and "type" not in name:
+            return random.choice(self._tokens, shape).astype(dtype)
+        return np.zeros(shape, dtype)  # token types, and switches such as use_cache_branch
+
+    def _shape(
+        self, spec: TensorSpec, sizes: Mapping[str, int], symbols: Mapping[str, int]
+    ) -> tuple[int, ...]:
+        told = self._told(spec)
+        shape = []
+        for axis, size in enumerate(spec.shape):
+            place = _place(spec, axis)
+            if isinstance(size, int):
+                shape.append(size)
+            elif place is not None:
+                shape.append(sizes[place])
+            else:
+                shape.append(told.get(axis, symbols.get(size, sizes["sequence"])))
+        return tuple(shape)
+
+    def _told(self, spec: TensorSpec) -> dict[int, int]:
+        """Sizes by axis that the config tells: of an image, of a sound."""
+        config = self._config
+        if spec.name == PIXEL_VALUES:
+            size = config.get("image_size", 224)
+            height, width = size if isinstance(size, list | tuple) else (size, size)
+            return {1: int(config.get("num_channels", 3)), 2: int(height), 3: int(width)}
+        if spec.name == INPUT_FEATURES:
+            frames = 2 * int(config.get("max_source_positions", 1500))
+            return {1: int(config.get("num_mel_bins", 80)), 2: frames}
+        return {}
+
+
+def _place(spec: TensorSpec, axis: int) -> str | None:
+    rank = len(spec.shape)
+    return next((size for applies, size in _PLACES if applies(spec.name, axis, rank)), None)
+
+
+def _fixed(spec: TensorSpec, place: str) -> int | None:
+    """The size that the graph fixes for a place."""
+    sizes = [size for axis, size in enumerate(spec.shape) if _place(spec, axis) == place]
+    return next((size for size in sizes if isinstance(size, int)), None)
