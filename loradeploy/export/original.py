@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import PAST
+from loradeploy.bundle.sample import Sample
 from loradeploy.errors import first_line
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ Outputs = dict[str, "NDArray[Any]"]
 CPU: Final = "CPUExecutionProvider"
 _FATAL: Final = 4  # onnxruntime's log severity: what it says goes into the error
 _RANK: Final = 2
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    **{f"tensor({kind})": kind for kind in ("int64", "int32", "bool")},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,11 +225,19 @@ def of_graph(file: Path, feeds: Feeds, names: Sequence[str]) -> Original:
     """
     session = open_graph(file)
     taken = {node.name: node for node in session.get_inputs()}
-    if missing := sorted(taken.keys() - feeds.keys()):
-        raise NotRunError(f"it takes {missing[0]} besides", lacking=True)
+    besides = [node for name, node in taken.items() if name not in feeds]
+    if any(node.type not in _DTYPES for node in besides):
+        raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
+    # What the bundle's graph no longer takes, such as a switch between two branches.
+    specs = [TensorSpec(n.name, _DTYPES[n.type], _named(n.shape)) for n in besides]
+    every = {**feeds, **Sample(specs, {}).feeds()}
     own = [node.name for node in session.get_outputs()]
-    given = {name: values for name, values in feeds.items() if name in taken}
+    given = {name: every[name] for name in taken}
     return Original(feeds, run_graph(session, given, [name for name in names if name in own]))
+
+
+def _named(shape: Sequence[int | str | None]) -> tuple[int | str, ...]:
+    return tuple("?" if size is None else size for size in shape)
 
 
 def _not_run(problem: Exception) -> NotRunError:

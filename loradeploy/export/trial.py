@@ -79,13 +79,16 @@ def try_bundle(
     Raises:
         ExportError: onnxruntime does not open or run the graph, or it does not give what it should.
     """
+    sample = Sample(manifest.inputs, config, pad=pad)
+    # The source is closed again before the bundle is opened: two would take twice the memory.
+    original = source.original or _given_by(source.graph, manifest, sample)
     try:
         trial = Trial(directory, manifest)
     except NotRunError as problem:
+        if source.graph is not None and original is not None:  # the source does run
+            raise _refused(f"onnxruntime cannot open {GRAPH_NAME}: {problem}") from None
         logger.warning("not tried, onnxruntime does not run it on the CPU: %s", problem)
         return manifest
-    sample = Sample(manifest.inputs, config, pad=pad)
-    original = source.original or _given_by(source.graph, manifest, sample)
     if original is None:
         trial.try_alone(sample)
     else:
@@ -149,6 +152,9 @@ class Trial:
             ExportError: they do not agree, or the side inputs do not do what they are for.
         """
         base = self.run(original.feeds, None)
+        for name, expected in original.outputs.items():
+            if np.isfinite(expected).all() and not np.isfinite(base[name]).all():
+                raise _refused(f"its output {name} holds what is no number")
         merged = self.manifest.mode == "merged"
         if not merged:
             limits = _PACKED_HERE if packed_here else _LIMITS

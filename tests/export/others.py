@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+_TOKENS = ("input_ids", "attention_mask")
 IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
 
 
-def export_with_torch(model: Path, place: Path, *, dynamo: bool) -> None:
+def export_with_torch(model: Path, place: Path, *, dynamo: bool, opset: int = 17) -> None:
     """torch.onnx.export of an encoder, without a word from us: with or without dynamo."""
     import torch
     from transformers import AutoModel
@@ -40,7 +41,8 @@ def export_with_torch(model: Path, place: Path, *, dynamo: bool) -> None:
         options |= {"dynamic_shapes": (sizes, sizes), "verbose": False}
     else:
         symbols = {0: "batch", 1: "sequence"}
-        options |= {"dynamic_axes": dict.fromkeys([*given, made[0]], symbols), "opset_version": 17}
+        options |= {"dynamic_axes": dict.fromkeys([*given, made[0]], symbols)}
+        options["opset_version"] = opset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older exporter is deprecated, and in use
         torch.onnx.export(Plain(), (ids, torch.ones_like(ids)), place / "model.onnx", **options)
@@ -71,6 +73,97 @@ def export_as_optimum(model: Path, file: Path) -> None:
             opset_version=17,
             dynamo=False,
         )
+
+
+def export_decoder(model: Path, place: Path, *, cache: bool, positions: bool = False) -> None:
+    """torch.onnx's older exporter on a decoder, with a cache or none, as many scripts do it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.cache_utils import DynamicCache
+
+    decoder = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    config = decoder.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = config.hidden_size // config.num_attention_heads
+    layers = range(config.num_hidden_layers if cache else 0)
+    plain = ["input_ids", "attention_mask", *(["position_ids"] if positions else [])]
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, *given: torch.Tensor) -> Any:
+            feeds: dict[str, Any] = dict(zip(plain, given, strict=False))
+            past = given[len(plain) :]
+            held = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+            if cache:
+                feeds["past_key_values"] = held
+            logits = self.decoder(**feeds, use_cache=cache).logits
+            return logits, *(part for layer in held.layers for part in (layer.keys, layer.values))
+
+    place.mkdir(parents=True)
+    parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+    pasts, presents = [f"past_key_values.{p}" for p in parts], [f"present.{p}" for p in parts]
+    axes = {key: {0: "batch", 1: "sequence"} for key in [*plain, "logits"]}
+    axes |= {"attention_mask": {0: "batch", 1: "total" if cache else "sequence"}}
+    axes |= {key: {0: "batch", 2: "past"} for key in pasts}
+    axes |= {key: {0: "batch", 2: "total"} for key in presents}
+    ids, before = torch.tensor([[5, 6, 7], [8, 9, 10]]), 4 if cache else 0
+    given: list[torch.Tensor] = [ids, torch.ones(2, 3 + before, dtype=torch.int64)]
+    if positions:
+        given.append(torch.arange(3).repeat(2, 1) + before)
+    given += [torch.ones(2, heads, before, size) for _ in parts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Plain(),
+            tuple(given),
+            place / "model.onnx",
+            input_names=[*plain, *pasts],
+            output_names=["logits", *presents],
+            dynamic_axes=axes,
+            opset_version=17,
+            dynamo=False,
+        )
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, place)
+
+
+def without_mask(graph: Path, place: Path) -> None:
+    """The same graph with every token seen, whatever is padding: it takes no attention_mask."""
+    model = ir.load(graph)
+    ids, mask = (next(v for v in model.graph.inputs if v.name == n) for n in _TOKENS)
+    shape = ir.node("Shape", [ids], name="ids_shape")
+    one = ir.tensor(np.ones(1, np.int64), name="one")
+    ones = ir.node("ConstantOfShape", [shape.outputs[0]], attributes={"value": one}, name="ones")
+    ones.outputs[0].name, shape.outputs[0].name = "all_seen", "ids_shape"
+    for node, index in list(mask.uses()):
+        node.replace_input_with(index, ones.outputs[0])
+    model.graph.insert_before(model.graph[0], [shape, ones])
+    model.graph.inputs.remove(mask)
+    place.mkdir(parents=True)
+    ir.save(model, place / "model.onnx")
+
+
+def with_int32(graph: Path, place: Path, *, output: str | None = None) -> None:
+    """The same graph with integers of 32 bits, and perhaps its first output by another name."""
+    model = ir.load(graph)
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.INT64:
+            to_long = {"to": int(ir.DataType.INT64)}
+            cast = ir.node("Cast", [value], attributes=to_long, name=f"{value.name}_64")
+            cast.outputs[0].name = cast.name
+            for node, index in list(value.uses()):
+                if node is not cast:
+                    node.replace_input_with(index, cast.outputs[0])
+            model.graph.insert_before(model.graph[0], cast)
+            value.dtype = ir.DataType.INT32
+    if output is not None:
+        model.graph.outputs[0].name = output
+    place.mkdir(parents=True)
+    ir.save(model, place / "model.onnx")
 
 
 def without_names(graph: Path, place: Path) -> None:
@@ -140,6 +233,31 @@ def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 1
             model.graph.node.remove(add)
     place.mkdir(parents=True)
     onnx.save(model, place / "model.onnx")
+
+
+def dequantise_in_blocks(graph: Path, place: Path) -> None:
+    """onnxruntime's own quantisation to 4 bits in blocks, as DequantizeLinear."""
+    import logging
+
+    import onnx
+    from onnxruntime.quantization import QuantFormat
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=16, is_symmetric=True, quant_format=QuantFormat.QDQ
+    )
+    quantiser = MatMulNBitsQuantizer(onnx.load(graph), algo_config=config)
+    quantiser.process()
+    place.mkdir(parents=True)
+    quantiser.model.save_model_to_file(str(place / "model.onnx"))
 
 
 def copy_of(directory: Path, place: Path) -> Path:

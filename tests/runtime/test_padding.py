@@ -1,0 +1,182 @@
+"""A row is what it is alone, whatever its neighbors: for every kind of graph that pads in its way.
+
+left    a decoder that takes positions, or counts them by the mask
+right   GroupQueryAttention, a decoder without a cache, an encoder with a mask
+none    a decoder that counts positions from the cache's beginning, an encoder without a mask
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.export.api import export
+from loradeploy.runtime.classification import TextClassifier
+from loradeploy.runtime.embedding import TextEmbedder
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter
+from tests.export import others
+from tests.tolerances import tolerance
+
+PADDING: Final = {
+    "traced llama": "left",
+    "traced gpt2": "left",
+    "gqa": "right",
+    "gpt2 without positions": "none",
+    "gpt2 with positions": "left",
+    "llama without positions": "left",  # rotations are relative
+    "gpt2 without a cache": "right",
+}
+Bundles = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_llama: Path,
+    tiny_gpt2: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundles:
+    """Decoders by kind, each with an adapter `own`."""
+    made: dict[str, Path] = {}
+    graphs: dict[str, tuple[Path, dict[str, bool]]] = {
+        "gpt2 without positions": (tiny_gpt2, {"cache": True}),
+        "gpt2 with positions": (tiny_gpt2, {"cache": True, "positions": True}),
+        "llama without positions": (tiny_llama, {"cache": True}),
+        "gpt2 without a cache": (tiny_gpt2, {"cache": False}),
+    }
+
+    def make(kind: str) -> Path:
+        place = tmp_path_factory.mktemp("padding")
+        model, options = graphs.get(kind, (tiny_gpt2 if "gpt2" in kind else tiny_llama, {}))
+        adapter = make_adapter(model, r=4, scale=0.3)
+        source = model if kind not in graphs else place / "graph"
+        if kind in graphs:
+            others.export_decoder(model, source, **options)
+        elif kind == "gqa":
+            source = tiny_llama_bundle
+        attention = "gqa" if kind == "gqa" else None
+        export(source, place / "bundle", adapters={"own": adapter}, attention=attention)
+        return place / "bundle"
+
+    def bundle(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make(kind)
+        return made[kind]
+
+    return bundle
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_the_export_finds_how_rows_are_padded(kind: str, bundles: Bundles) -> None:
+    assert read_manifest(bundles(kind)).padding == PADDING[kind]
+
+
+rows = st.lists(
+    st.tuples(
+        st.lists(st.integers(3, 511), min_size=1, max_size=12), st.sampled_from([None, "own"])
+    ),
+    min_size=2,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_a_row_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
+    generator = TextGenerator(AdapterSession(bundles(kind)))
+
+    @settings(
+        max_examples=6,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(rows)
+    def check(batch: list[tuple[list[int], str | None]]) -> None:
+        prompts, adapters = [row[0] for row in batch], [row[1] for row in batch]
+        together = generator.generate(prompts, adapters, max_new_tokens=4)
+        for prompt, adapter, got in zip(prompts, adapters, together, strict=True):
+            (alone,) = generator.generate([prompt], [adapter], max_new_tokens=4)
+            assert got.token_ids == alone.token_ids, (prompt, adapter)
+
+    check()
+
+
+def test_an_adapter_changes_what_is_generated_in_a_batch_that_is_not_padded(
+    bundles: Bundles,
+) -> None:
+    generator = TextGenerator(AdapterSession(bundles("gpt2 without positions")))
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12]]
+    base = generator.generate(prompts, max_new_tokens=6)
+    own = generator.generate(prompts, "own", max_new_tokens=6)
+    assert [row.token_ids for row in base] != [row.token_ids for row in own]
+
+
+@pytest.fixture(scope="module")
+def encoders(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Bundles:
+    """An encoder with its mask, without one, and with integers of 32 bits and another output."""
+    place = tmp_path_factory.mktemp("encoders")
+    others.export_with_torch(tiny_bert, place / "masked", dynamo=False)
+    others.without_mask(place / "masked" / "model.onnx", place / "unmasked")
+    others.with_int32(place / "masked" / "model.onnx", place / "int32", output="token_embeddings")
+    adapter = make_adapter(tiny_bert, r=4, scale=0.3)
+    made: dict[str, Path] = {}
+
+    def bundle(kind: str) -> Path:
+        if kind not in made:
+            for file in tiny_bert.iterdir():
+                if file.suffix != ".safetensors":
+                    shutil.copy(file, place / kind)
+            made[kind] = place / f"bundle-{kind}"
+            export(place / kind, made[kind], adapters={"own": adapter})
+        return made[kind]
+
+    return bundle
+
+
+TEXTS = ["Shares rose", "The striker scored twice in the second half of the match", "A", "Go on"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "padding"), [("masked", "right"), ("unmasked", "none"), ("int32", "right")]
+)
+def test_a_text_is_embedded_as_it_is_alone(kind: str, padding: str, encoders: Bundles) -> None:
+    assert read_manifest(encoders(kind)).padding == padding
+    embedder = TextEmbedder(AdapterSession(encoders(kind)))
+    names = ["own", None, "own", None]
+    together = embedder(TEXTS, names)
+    for text, name, got in zip(TEXTS, names, together, strict=True):
+        np.testing.assert_allclose(got, embedder([text], [name])[0], atol=tolerance("rows"))
+    assert np.abs(embedder(TEXTS, "own") - embedder(TEXTS)).max() > 1e-2
+
+
+def test_outputs_and_integers_of_another_exporter_give_the_same_vectors(encoders: Bundles) -> None:
+    one, other = (TextEmbedder(AdapterSession(encoders(kind))) for kind in ("masked", "int32"))
+    np.testing.assert_allclose(one(TEXTS, "own"), other(TEXTS, "own"), atol=tolerance("rows"))
+
+
+def test_a_classifier_without_a_padding_token_answers_each_text_as_alone(
+    tiny_gpt2: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    task = "sequence-classification"
+    adapter = make_adapter(tiny_gpt2, r=4, task=task, modules_to_save=["score"])
+    export(tiny_gpt2, tmp_path / "b", adapters={"own": adapter})
+    classifier = TextClassifier(AdapterSession(tmp_path / "b"))
+    together = classifier(TEXTS, "own")
+    alone = [classifier([text], "own")[0] for text in TEXTS]
+    assert [row.label for row in together] == [row.label for row in alone]
+    np.testing.assert_allclose(
+        [row.score for row in together], [row.score for row in alone], atol=tolerance("rows")
+    )
