@@ -87,12 +87,14 @@ class Lease:
     `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
     `per_row`: whether `rows` has an entry for each row.
     `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
+    `stacked`: whether it reads a stack of several adapters.
     """
 
     rows: tuple[Resident | None, ...]
     per_row: bool
     device: Bindable
-    adapter_ids: onnxruntime.OrtValue | None
+    adapter_ids: onnxruntime.OrtValue | None = None
+    stacked: bool = False
 
 
 class AdapterBank:
@@ -134,6 +136,7 @@ class AdapterBank:
         self._stacks = Stacks(manifest, defaults, self._device, device_budget)
         self._changed = threading.Condition()
         self._stacking = threading.Lock()  # taken before _changed, never within
+        self._stacked = 0  # leases that read a stack
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -265,15 +268,21 @@ class AdapterBank:
         specs = adapters if per_row else [adapters]  # type: ignore[assignment,list-item]
         held: list[Resident] = []
         thread = threading.get_ident()
+        lease: Lease | None = None
         try:
             found = {
                 weights: self._find(weights, held, thread)
                 for weights in dict.fromkeys(weights_of(s) for s in specs if s is not None)
             }
             rows = tuple(None if s is None else found[weights_of(s)] for s in specs)
-            yield self._lease(rows, per_row)
+            lease = self._lease(rows, per_row)
+            yield lease
         finally:
             self._release(held, thread)
+            if lease is not None and lease.stacked:
+                with self._stacking, self._changed:
+                    self._stacked -= 1
+                    self._trim()
 
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
@@ -364,20 +373,21 @@ class AdapterBank:
     def _lease(self, rows: tuple[Resident | None, ...], per_row: bool) -> Lease:
         members = used(rows)
         if not members:
-            return Lease(rows, per_row, self._base, None)
+            return Lease(rows, per_row, self._base)
         if len(members) == 1 and None not in rows:
-            return Lease(rows, per_row, self._bind(members[0]), None)
+            return Lease(rows, per_row, self._bind(members[0]))
         with self._stacking:
             if self._manifest.layout == ROWS:
-                return Lease(rows, per_row, self._stacks.in_rows(rows), None)
-            device, places = self._stacks.of(members, self._in_use)
+                device = self._stacks.in_rows(rows)
+                self._stacked += 1
+                return Lease(rows, per_row, device, stacked=True)
+            with self._changed:
+                busy = frozenset(self._users)
+            device, places = self._stacks.of(members, busy)
+            self._stacked += 1
         slots = [0 if resident is None else places[resident] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return Lease(rows, per_row, device, adapter_ids)
-
-    def _in_use(self, digest: str) -> bool:
-        with self._changed:
-            return digest in self._users
+        return Lease(rows, per_row, device, adapter_ids, stacked=True)
 
     def _bind(self, resident: Resident) -> Bindable:
         """The adapter's side inputs on the device."""
@@ -390,12 +400,18 @@ class AdapterBank:
         with self._stacking, self._changed:
             made = self._bound.pop(resident, made)
             self._bound[resident] = made
-            budget = self._device_budget
-            for idle in [other for other in self._bound if other.digest not in self._users]:
-                if budget is None or self._bound_bytes() + self._stacks.nbytes <= budget:
-                    break
-                del self._bound[idle]
+            self._trim()
         return made
+
+    def _trim(self) -> None:
+        """Let go of what nobody reads on the device, as the budget wants. Both locks are held."""
+        budget = self._device_budget
+        for idle in [other for other in self._bound if other.digest not in self._users]:
+            if budget is None or self._bound_bytes() + self._stacks.nbytes <= budget:
+                return
+            del self._bound[idle]
+        if budget is not None and not self._stacked and self._stacks.nbytes > budget:
+            self._stacks.clear()
 
     # -- memory; `_changed` is held ------------------------------------------------------------
 

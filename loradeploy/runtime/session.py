@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -248,7 +249,11 @@ class AdapterSession:
                 f"{self.path} is merged and takes no adapters: export the base without --merge"
             )
         with self._bank.lease(adapters) as lease:
-            yield HeldAdapters(self, lease)
+            held = HeldAdapters(self, lease)
+            try:
+                yield held
+            finally:
+                held._end()
 
     def _read_own(self, name: str) -> tuple[Arrays, str, tuple[str, ...] | None]:
         """As `_read`, of the adapter `name` of the bundle."""
@@ -382,11 +387,18 @@ class AdapterSession:
 
 
 class HeldAdapters:
-    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it."""
+    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it.
+
+    After its context other adapters may be where these were: a run is refused then. The context's
+    end waits for runs that other threads have begun.
+    """
 
     def __init__(self, session: AdapterSession, lease: Lease) -> None:
         self._session = session
         self._lease = lease
+        self._running = 0
+        self._ended = False
+        self._changed = threading.Condition()
 
     def labels(self, row: int) -> tuple[str, ...] | None:
         """The label names that the adapter of `row` was trained with, where it says."""
@@ -396,8 +408,9 @@ class HeldAdapters:
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """As `AdapterSession.run` with the held adapters."""
-        outputs = self._session._run(self._lease, output_names, feeds, _HOST, {})
-        return [value.numpy() for value in outputs]
+        with self._while_held():
+            outputs = self._session._run(self._lease, output_names, feeds, _HOST, {})
+            return [value.numpy() for value in outputs]
 
     def run_with_ort_values(
         self,
@@ -414,7 +427,28 @@ class HeldAdapters:
             UsageError: as `AdapterSession.run`, or a place of no output that is asked for.
         """
         session = self._session
-        return session._run(self._lease, output_names, feeds, session._device, places or {})
+        with self._while_held():
+            return session._run(self._lease, output_names, feeds, session._device, places or {})
+
+    @contextmanager
+    def _while_held(self) -> Iterator[None]:
+        with self._changed:
+            if self._ended:
+                raise UsageError(
+                    "these adapters were held by a context that has ended: run inside its with"
+                )
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._running)
 
 
 def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:

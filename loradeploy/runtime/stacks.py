@@ -9,7 +9,7 @@ made anew. Where the graph takes a slot for each row, the slots are the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,6 +82,11 @@ class Stacks:
         stacked = 0 if self._stack is None else self._stack.nbytes
         return stacked + sum(nbytes for _, nbytes in self._rows.values())
 
+    def clear(self) -> None:
+        """Let go of all that is kept. Nobody may be reading it."""
+        self._stack = None
+        self._rows.clear()
+
     def in_rows(self, rows: tuple[Resident | None, ...]) -> Bindable:
         """The side inputs in the order of `rows`; the last few batches' are kept."""
         key = tuple(None if resident is None else resident.digest for resident in rows)
@@ -100,25 +105,22 @@ class Stacks:
         return present[0]
 
     def of(
-        self, members: Sequence[Resident], in_use: Callable[[str], bool]
+        self, members: Sequence[Resident], busy: Collection[str]
     ) -> tuple[Bindable, Mapping[Resident, int]]:
         """A stack's tensors that hold `members`, and their slots.
 
-        A slot whose adapter is `in_use`, told by its digest, is left alone: runs may be reading it.
+        The slots of the adapters in `busy`, digests, are left alone: runs may be reading them. One
+        that another thread begins to use after they were noted has not asked for its slot yet.
         """
         stack = self._stack
-        if stack is None or not self._fits_into(stack, members, in_use):
+        if stack is None or not self._fits_into(stack, members, busy):
             stack = self._stack = self._larger(stack, members)
         for member in members:
             slot = stack.slots.pop(member.digest, None)
-            stack.slots[member.digest] = (
-                self._place(stack, member, in_use) if slot is None else slot
-            )
+            stack.slots[member.digest] = self._place(stack, member, busy) if slot is None else slot
         return stack.device, {member: stack.slots[member.digest] for member in members}
 
-    def _fits_into(
-        self, stack: Stack, members: Sequence[Resident], in_use: Callable[[str], bool]
-    ) -> bool:
+    def _fits_into(self, stack: Stack, members: Sequence[Resident], busy: Collection[str]) -> bool:
         new = [member for member in members if member.digest not in stack.slots]
         if not new:
             return True
@@ -133,15 +135,15 @@ class Stacks:
         wanted = min(2 * stack.capacity, self._most(stack.nbytes // (stack.capacity + 1)))
         if wanted > stack.capacity:
             return False
-        idle = sum(not in_use(held) for held in stack.slots)  # the members are in use
+        idle = sum(digest not in busy for digest in stack.slots)  # the members are in use
         return len(new) <= free + idle
 
-    def _place(self, stack: Stack, member: Resident, in_use: Callable[[str], bool]) -> int:
+    def _place(self, stack: Stack, member: Resident, busy: Collection[str]) -> int:
         """Write `member` into a free slot, or that of an adapter that was idle the longest."""
         taken = set(stack.slots.values())
         free = next((slot for slot in range(1, stack.capacity + 1) if slot not in taken), None)
         if free is None:
-            idle = next(held for held in stack.slots if not in_use(held))
+            idle = next(digest for digest in stack.slots if digest not in busy)
             free = stack.slots.pop(idle)
         self._write(stack.arrays, free, member)
         return free

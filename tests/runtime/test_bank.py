@@ -70,6 +70,23 @@ def worst(session: AdapterSession, ids: Ids, rows: list[str | None], expected: d
     return max(float(np.abs(got[i] - expected[name][i]).max()) for i, name in enumerate(rows))
 
 
+@pytest.mark.parametrize("layout", ["slots", "rows"])
+def test_a_batch_that_needs_more_than_the_budget_gives_it_back_when_it_has_ended(
+    layout: str,
+    tiny_llama: Path,
+    shared: Path,
+    small: Callable[..., AdapterSession],
+    alone: dict[str | None, np.ndarray],
+) -> None:
+    budget = 20_000
+    session = small(exported(tiny_llama, shared, layout), device_budget=budget)
+    rows = [None, "tenant0", "tenant1"]
+    with session.hold(rows):
+        assert session.statistics.device_bytes > budget
+    assert session.statistics.device_bytes <= budget
+    assert worst(session, IDS, rows, alone) <= tolerance("rows")
+
+
 # -- names -------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from loradeploy.errors import UnknownAdapterError
+from loradeploy.errors import UnknownAdapterError, UsageError
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.stacks import Stacks
 from tests.conftest import MakeAdapter
 from tests.runtime.feeds import feeds, logits, random_ids
 from tests.tolerances import tolerance
@@ -129,6 +131,64 @@ def test_an_unload_waits_for_the_run_that_uses_the_adapter(
         logits(session, IDS, "a1")  # others go on
     assert unloaded.wait(PATIENCE)
     thread.join(PATIENCE)
+
+
+def test_held_adapters_are_refused_once_their_context_has_ended(
+    tiny_llama_bundle: Path, adapters: dict[str, Path]
+) -> None:
+    session = AdapterSession(tiny_llama_bundle, device_budget=1)
+    for name in ("a0", "a1"):
+        session.load(name, adapters[name])
+    rows = ["a0", None, "a0"]
+    with session.hold(rows) as held:
+        held.run(["logits"], feeds(session.manifest, IDS))
+    logits(session, IDS, ["a1", None, "a1"])  # where a0 was
+    for run in (held.run, held.run_with_ort_values):
+        with pytest.raises(UsageError, match="a context that has ended"):
+            run(["logits"], feeds(session.manifest, IDS))
+
+
+def test_a_slot_is_not_lost_to_a_thread_that_begins_to_use_its_adapter(
+    tiny_llama_bundle: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding that an idle slot is there and taking it, its adapter comes into use."""
+    room = AdapterSession(tiny_llama_bundle)
+    room.load("a1", adapters["a1"])
+    with room.hold(["a1", None]):
+        budget = room.statistics.device_bytes  # a stack of one slot
+    session = AdapterSession(tiny_llama_bundle, device_budget=budget)
+    for name in ("a0", "a1"):
+        session.load(name, adapters[name])
+    expected = logits(session, IDS, "a1")
+    # A stack of a1's rank, whose one slot is a0's and idle afterwards.
+    for name in ("a1", "a0"):
+        logits(session, IDS, name)
+        logits(session, IDS, [name, None, name])
+    found, used = threading.Event(), threading.Event()
+    fits = Stacks._fits_into
+
+    def between(*arguments: Any) -> bool:
+        answer = fits(*arguments)
+        found.set()
+        assert used.wait(PATIENCE)
+        return answer
+
+    def use() -> None:
+        assert found.wait(PATIENCE)
+        with session.hold("a0"):
+            used.set()
+            done.wait(PATIENCE)
+
+    done = threading.Event()
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    monkeypatch.setattr(Stacks, "_fits_into", between)
+    try:
+        mixed = logits(session, IDS, ["a1", None, "a1"])
+    finally:
+        done.set()
+        thread.join(PATIENCE)
+    assert np.abs(mixed[0] - expected[0]).max() <= tolerance("rows")
 
 
 def test_a_first_use_in_many_threads_loads_the_bundles_adapter_once(
