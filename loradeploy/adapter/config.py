@@ -8,7 +8,7 @@ changes the numbers and is not supported), or unknown (refused unless it is off)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, Final, TypeVar
@@ -138,7 +138,7 @@ class AdapterConfig:
                 )
             extra[name] = value
         honoured: dict[str, Any] = {
-            name: tuple(sorted(value)) if name in _UNORDERED and _is_list(value) else value
+            name: _ordered(value) if name in _UNORDERED and _is_list(value) else value
             for name, value in values.items()
             if name in known and value is not None
         }
@@ -187,6 +187,12 @@ _UNORDERED: Final = ("target_modules", "exclude_modules", "modules_to_save")
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple | set | frozenset)
+
+
+def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
+    """The same for the same names, in whatever order; what are no names is refused later."""
+    found = tuple(values)
+    return tuple(sorted(found)) if all(isinstance(value, str) for value in found) else found
 
 
 def _by_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:
@@ -269,7 +275,7 @@ def _pattern_problems(config: AdapterConfig) -> list[str]:
             return [f"{name} has a pattern of {len(pattern):,} characters"]
         try:
             re.compile(pattern)
-        except re.error as problem:
+        except (re.error, RecursionError) as problem:
             told = f"{name} has the pattern {shown(pattern)}, which is no regular expression"
             return [f"{told}: {first_line(problem)}"]
     return []

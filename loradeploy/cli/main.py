@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ from loradeploy.errors import (
     TrainingInterruptedError,
     first_line,
 )
+from loradeploy.lora.quiet import quiet_process
 
 # One line a verb: `--help` shows them without importing any of the modules.
 VERBS: Final = {
@@ -93,7 +95,9 @@ class _Verbs(click.Group):
 )
 @click.version_option(__version__, prog_name="loradeploy")
 @click.option(
-    "--debug", is_flag=True, help="Show the traceback of an error; before or after the verb."
+    "--debug",
+    is_flag=True,
+    help="Show an error's traceback and what libraries log; before or after the verb.",
 )
 def commands(debug: bool) -> None:
     """Train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
@@ -133,6 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str], *, debug: bool) -> int:
+    if debug:
+        logging.getLogger("loradeploy").setLevel(logging.DEBUG)
+    else:
+        quiet_process()
     try:
         result: Any = commands.main(given, prog_name="loradeploy", standalone_mode=False)
         return result if isinstance(result, int) else DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from loradeploy.errors import (
     ExportError,
     MissingDependencyError,
     ModelError,
+    kind_and_line,
     listed_names,
     shortened,
 )
@@ -162,7 +164,8 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
             )
         except Exception as problem:  # torch's own errors have no common base
             raise ExportError(
-                f"{type(model).__name__} cannot be traced for {task}: {_first_line(problem)}"
+                f"{type(model).__name__} cannot be traced for {task}: {_root(problem)} (--debug"
+                " shows where): give an ONNX file that another exporter made of it"
             ) from problem
     if onnx_program is None:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
@@ -178,7 +181,7 @@ def _unloadable(directory: Path, task: str, problem: Exception) -> str:
         advice = f"give --task {own}" if own not in (None, task) else "give another --task"
         named = config.get("model_type")
         return f"{directory} ({shortened(str(named), 40)}) cannot be loaded for {task}: {advice}"
-    return f"{directory} cannot be loaded for {task}: {_first_line(problem)}"
+    return f"{directory} cannot be loaded for {task}: {_root(problem)}"
 
 
 def answers(
@@ -387,9 +390,16 @@ def _parameters(model: Any) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
-def _first_line(problem: BaseException) -> str:
-    """What went wrong at the root, in a line: torch wraps it in advice and colours."""
+def _root(problem: BaseException) -> str:
+    """What went wrong at the root, in a line: torch wraps it in advice and colours.
+
+    An error that says nothing but its kind, or a key, is told with the function that raised it.
+    """
     while problem.__cause__ is not None:
         problem = problem.__cause__
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return _COLOUR.sub("", lines[0]) if lines else type(problem).__name__
+    if lines and not isinstance(problem, AssertionError | LookupError):
+        return shortened(_COLOUR.sub("", lines[0]), 200)
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" in {frames[-1].name} of {Path(frames[-1].filename).name}" if frames else ""
+    return f"{kind_and_line(problem)}{place}"

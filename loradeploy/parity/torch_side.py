@@ -308,9 +308,10 @@ def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 @contextmanager
 def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
     """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
-    import peft
-
     from loradeploy.lora.quiet import quiet
+
+    with quiet():  # it imports bitsandbytes, which has remarks
+        import peft
 
     modules = dict(model.named_modules())
     # PEFT writes trained biases over the base's own.

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,7 +45,8 @@ _DTYPES: Final = {
     **{f"tensor({kind})": kind for kind in ("int64", "int32", "int16", "int8", "bool")},
     **{f"tensor({kind})": kind for kind in ("uint64", "uint32", "uint16", "uint8")},
 }
-_ERRORS_ONLY: Final = 3
+# onnxruntime's log severities. Its errors are raised too, and are told in a line of ours.
+_WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _UNSET: Final = -1
@@ -89,11 +90,15 @@ def open_file(
     if options is None:
         options = onnxruntime.SessionOptions()
     if options.log_severity_level == _UNSET:
-        options.log_severity_level = _ERRORS_ONLY  # else a warning for every side input
+        # Else a warning for every side input, and every error twice.
+        options.log_severity_level = _ERRORS if logger.isEnabledFor(logging.DEBUG) else _FATAL
     options.add_session_config_entry(_RECORD, "1")
     try:
         source = graph.read_bytes() if _weights_elsewhere(options) else os.fspath(graph)
-        session = onnxruntime.InferenceSession(source, options, providers=asked, enable_fallback=0)
+        with _unlogged(names):
+            session = onnxruntime.InferenceSession(
+                source, options, providers=asked, enable_fallback=0
+            )
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
     started = session.get_providers()
@@ -103,6 +108,19 @@ def open_file(
             raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", told, started[0])
     return session
+
+
+@contextlib.contextmanager
+def _unlogged(providers: Sequence[str]) -> Iterator[None]:
+    """Without what onnxruntime's own logger says of a provider's library that does not load."""
+    if set(providers) == {CPU} or logger.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNINGS)
 
 
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:

@@ -1,0 +1,197 @@
+"""What is no adapter of PEFT is called what it is, by its content, with what to do about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import AdapterConfig, load_adapter
+from loradeploy.adapter.tensors import write_arrays
+from loradeploy.errors import AdapterError
+from tests.adapter.test_peft import PREFIX, write
+
+LONGEST = 320  # characters of a message, paths apart
+PAIR = {
+    f"{PREFIX}l.q.lora_A.weight": np.ones((2, 3), np.float32),
+    f"{PREFIX}l.q.lora_B.weight": np.ones((4, 2), np.float32),
+}
+
+
+def tensors(place: Path, name: str, keys: Mapping[str, tuple[int, ...]]) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    arrays = {key: np.ones(shape, np.float32) for key, shape in keys.items()}
+    write_arrays(place / name, arrays, {})
+
+
+def config(place: Path, **fields: Any) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "adapter_config.json").write_text(json.dumps(fields))
+
+
+def mlx(place: Path) -> None:
+    config(place, fine_tune_type="lora", lora_parameters={"rank": 4, "scale": 2.0}, num_layers=2)
+    tensors(place, "adapters.safetensors", {"model.layers.0.self_attn.q_proj.lora_a": (8, 4)})
+
+
+def mlx_without_config(place: Path) -> None:
+    tensors(place, "0000100_adapters.safetensors", {"model.layers.0.q_proj.lora_b": (4, 8)})
+
+
+def mlx_renamed(place: Path) -> None:
+    write(place, {"model.layers.0.self_attn.q_proj.lora_a": np.ones((8, 2), np.float32)})
+
+
+def kohya(place: Path) -> None:
+    names = ("lora_down.weight", "lora_up.weight", "alpha")
+    keys = {f"lora_unet_down_blocks_0_attentions_0_proj_in.{name}": (2, 2) for name in names}
+    tensors(place, "style.safetensors", keys)
+
+
+def diffusers(place: Path) -> None:
+    keys = {f"unet.down_blocks.0.attentions.0.to_q.lora_{half}.weight": (2, 2) for half in "AB"}
+    tensors(place, "pytorch_lora_weights.safetensors", keys)
+
+
+def adapter_hub(place: Path) -> None:
+    inner = {"alpha": 8, "architecture": "lora", "r": 8}
+    config(place, config=inner, hidden_size=48, model_class="BertModel", model_name="bert")
+    (place / "pytorch_adapter.bin").write_bytes(b"pickle")
+
+
+def adapter_hub_bottleneck(place: Path) -> None:
+    inner = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 16}
+    config(place, config=inner, model_class="BertModel", model_name="bert")
+    (place / "head_config.json").write_text("{}")
+
+
+def torchtune(place: Path) -> None:
+    keys = {f"layers.0.attn.q_proj.lora_{half}.weight": (2, 2) for half in "ab"}
+    tensors(place, "adapter_0.safetensors", keys)
+
+
+def zero3(place: Path) -> None:
+    write(place, {key: np.zeros(0, np.float32) for key in PAIR})
+
+
+def whole_model(place: Path) -> None:
+    tensors(place, "model.safetensors", {"model.layers.0.self_attn.q_proj.weight": (4, 4)})
+    (place / "config.json").write_text("{}")
+
+
+def whole_weights(place: Path) -> None:
+    write(place, {f"{PREFIX}model.layers.{i}.q_proj.weight": np.ones((4, 4)) for i in range(3)})
+
+
+def no_config(place: Path) -> None:
+    tensors(place, "adapter_model.safetensors", {key: a.shape for key, a in PAIR.items()})
+
+
+def two_names(place: Path) -> None:
+    named = {k.replace(".weight", f".{name}.weight"): a for k, a in PAIR.items() for name in "ab"}
+    write(place, named)
+
+
+def checkpoints(place: Path) -> None:
+    for step in (5, 500, 60):
+        write_into(place / f"checkpoint-{step}")
+    (place / "trainer_state.json").write_text("{}")
+
+
+def folder_of_its_name(place: Path) -> None:
+    write_into(place / "sport")
+
+
+def several_folders(place: Path) -> None:
+    for name in ("sport", "tech"):
+        write_into(place / name)
+
+
+def write_into(place: Path) -> None:
+    place.mkdir(parents=True)
+    write(place, PAIR)
+
+
+def gguf(place: Path) -> None:
+    place.mkdir()
+    (place / "adapter-f16.gguf").write_bytes(b"GGUF\x03\0\0\0")
+
+
+FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
+    mlx: ("is an adapter of mlx-lm", "mlx_lm.fuse"),
+    mlx_without_config: ("is an adapter of mlx-lm", "mlx_lm.fuse"),
+    mlx_renamed: ("is an adapter of mlx-lm", "mlx_lm.fuse"),
+    kohya: ("kohya's sd-scripts", "fuse it with diffusers"),
+    diffusers: ("is an adapter of diffusers", "fuse it with diffusers"),
+    adapter_hub: ("a LoRA of AdapterHub's", "model.merge_adapter"),
+    adapter_hub_bottleneck: ("of AdapterHub's adapters library", "train a LoRA"),
+    torchtune: ("torchtune's own names", "adapter_model.safetensors"),
+    zero3: (r"2 empty tensors of 2 .*l\.q\.lora_A.*DeepSpeed ZeRO-3", "zero_to_fp32.py"),
+    whole_model: ("is a whole model", "--model"),
+    whole_weights: (r"no LoRA factors but 3 whole weights .*layers\.0\.q_proj", "--model"),
+    no_config: ("holds LoRA factors and no adapter_config.json", "copy it"),
+    two_names: ("names of adapters in its keys", "save_pretrained"),
+    checkpoints: ("holds 3 checkpoints", "give the newest, .*checkpoint-500"),
+    folder_of_its_name: ("its folder sport is", "give .*sport"),
+    several_folders: ("holds 2 in folders", "give one of sport, tech"),
+    gguf: ("GGUF", "give the PEFT directory"),
+}
+
+
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
+def test_what_another_library_wrote_is_named_with_what_to_do(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    place = tmp_path / "adapter"
+    make(place)
+    what, advice = FORMATS[make]
+    with pytest.raises(AdapterError, match=f"{what}.*{advice}") as refusal:
+        load_adapter(place)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value).replace(str(place), "")) <= LONGEST
+
+
+def test_a_checkpoint_with_its_trainers_files_is_an_adapter(tmp_path: Path) -> None:
+    place = write(tmp_path / "checkpoint-500", PAIR)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (place / name).write_bytes(b"")
+    assert load_adapter(place).modules == ("l.q",)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "advice"),
+    [
+        ("IA3", "merge it with PEFT"),
+        ("LOHA", "merge it with PEFT"),
+        ("PROMPT_TUNING", "it learns inputs, not weights"),
+        ("PREFIX_TUNING", "it learns inputs, not weights"),
+        ("XLORA", "cannot be exported"),
+        (["LORA"], "merge it with PEFT"),
+    ],
+)
+def test_another_of_pefts_types_is_named_with_what_to_do(peft_type: Any, advice: str) -> None:
+    with pytest.raises(AdapterError, match=f"only LORA is supported: .*{advice}"):
+        AdapterConfig.from_peft({"peft_type": peft_type})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("lora_alpha", None, "lora_alpha is null, a number is needed"),
+        ("r", None, "r is null, a number is needed"),
+        ("r", "8", "r is '8', a positive integer is needed"),
+        ("lora_alpha", "16", "lora_alpha is '16', a number is needed"),
+        ("task_type", ["CAUSAL_LM"], "task_type is .*, a name or null is needed"),
+        ("base_model_name_or_path", 3, "base_model_name_or_path is 3, a name or null is needed"),
+    ],
+)
+def test_the_file_the_field_the_value_and_what_is_expected_are_named(
+    field: str, value: Any, expected: str, tmp_path: Path
+) -> None:
+    place = write(tmp_path / "sport", PAIR, **{field: value})
+    with pytest.raises(AdapterError, match=f"sport: adapter config: {expected}"):
+        load_adapter(place)

@@ -1,0 +1,96 @@
+"""Only our own lines reach the user: libraries' remarks, bars and colors do not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeAdapter
+
+# A library that has remarks when it is imported, and on every call.
+NOISY = """
+import logging, sys, warnings
+import click
+import loradeploy.cli.main as main
+
+@click.command()
+def command():
+    remarks = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    remarks.warning("Failed to load CPU gemm_4bit_forward")
+    logging.getLogger("somebody.else").error("a remark")
+    warnings.warn("deprecated", FutureWarning)
+    logging.getLogger("loradeploy.runtime.graph").warning("what matters")
+
+main.commands.get_command = lambda ctx, name: command
+main.main(sys.argv[1:])
+"""
+
+
+def called(*arguments: object, code: str | None = None) -> tuple[int, str]:
+    """Exit status and stderr of a process of its own, as a user starts it."""
+    program = ["-m", "loradeploy"] if code is None else ["-c", code]
+    hidden = ("TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS", "TOKENIZERS_PARALLELISM")
+    done = subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+    )
+    return done.returncode, done.stderr
+
+
+def test_what_libraries_log_and_warn_of_is_kept_from_the_user() -> None:
+    assert called("noise", code=NOISY) == (0, "what matters\n")
+
+
+def test_with_debug_all_is_shown() -> None:
+    _, err = called("--debug", "noise", code=NOISY)
+    for told in ("gemm_4bit_forward", "a remark", "deprecated", "what matters"):
+        assert told in err
+
+
+def test_a_good_parity_says_nothing_on_stderr(certified_bundle: Path, tiny_llama: Path) -> None:
+    options = ("--tokens", 1, "--backends", "peft,onnx-side-inputs", "--phases", "prefill")
+    assert called("parity", certified_bundle, "--model", tiny_llama, *options) == (0, "")
+
+
+def test_a_good_export_says_nothing_on_stderr(tiny_bert: Path, tmp_path: Path) -> None:
+    assert called("export", "--model", tiny_bert, "--output", tmp_path / "b") == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["run", "bench", "parity"])
+def test_a_broken_graph_is_one_line(verb: str, tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_llama_bundle, tmp_path / "bundle"))
+    (bundle / "model.onnx").write_bytes(b"\x08\x08nonsense")
+    graph = bundle / "model.onnx"
+    more = {"run": (bundle, "hi"), "bench": (bundle,), "parity": (graph, "--against", graph)}[verb]
+    status, err = called(verb, *more)
+    (line,) = err.splitlines()
+    assert (status, line.startswith("Error: ")) == (2, True)
+    assert "\x1b" not in line
+
+
+def test_a_provider_that_does_not_start_is_one_line(tiny_llama_bundle: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a device here")
+    status, err = called("run", tiny_llama_bundle, "hi", "--provider", "cuda")
+    (line,) = err.splitlines()
+    assert (status, line.startswith("Error: ")) == (2, True)
+
+
+def test_an_adapter_of_another_model_is_one_line(
+    tiny_gpt2: Path, tiny_llama: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(tiny_gpt2)
+    arguments = ("--model", tiny_llama, "--output", tmp_path / "b", "--adapter", adapter)
+    status, err = called("export", *arguments)
+    (line,) = err.splitlines()
+    assert status == 2
+    assert "does not fit this model" in line
+    assert "this bundle" not in line
