@@ -65,6 +65,7 @@ from loradeploy.export.foreign import (
     padding_of,
     settings_beside,
 )
+from loradeploy.export.forms import check_known, note_forms, parameters_in
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.gqa import group_queries, keeps_cache
 from loradeploy.export.graph import (
@@ -238,6 +239,8 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         model = model.half()
     config: Any = model.config
     graph = trace(model, task)
+    norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    note_forms(graph, lambda name: norms[name].detach().float().numpy() if name in norms else None)
     specs = fixed_specs(required_inputs(graph), options.fixed)
     feeds = Sample(specs, config.to_dict(), pad=config.get_text_config().pad_token_id).feeds()
     original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
@@ -400,6 +403,10 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before)
     _check_base(name, adapter, base, findings)
+    if base.before is None and options.evidence.checkpoint is not None:
+        note_forms(base.graph, parameters_in(options.evidence.checkpoint, adapter.saved).get)
+    elif base.identity.kind == "onnx":
+        check_known(base.graph, adapter.saved)
     logger.info("merging %s", name)
     report = merge_adapter(
         base.graph,

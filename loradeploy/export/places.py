@@ -13,6 +13,7 @@ import numpy as np
 
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
+from loradeploy.export.forms import OTHER, PLUS_ONE, form_of
 from loradeploy.export.parts import Part
 from loradeploy.export.products import adds_unclear, bias_use, input_of, output_of, value_of
 from loradeploy.export.rewire import add_constant, constant_of, free_name, set_constant, take_over
@@ -68,6 +69,8 @@ class Layers:
             and (unclear or (linear.bias is None and value is not None))
         ):
             return f"{parameter} is used in a way that is not understood"
+        if part is not None and name == "weight" and form_of(part) == OTHER:
+            return f"{parameter} is in the graph in a form that is not the checkpoint's"
         if linear is None and part is None and value is not None and len(_users(value)) > 1:
             return f"{parameter} is shared by several parts of the graph"
         return None
@@ -89,6 +92,8 @@ class Layers:
             self._replace_linear_bias(linear, values)
             return False
         if part is not None and name == "weight":
+            if form_of(part) == PLUS_ONE:
+                values = values.astype(np.float32) + 1
             return self.replace_weight(
                 part, cast(values, constant_of(part.weight).dtype, parameter)
             )

@@ -16,6 +16,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.find import find_linears
+from loradeploy.export.forms import check_known, note_forms
 from loradeploy.export.gqa import group_queries
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.operators import MICROSOFT, OPERATORS, REFUSED, problem_of
@@ -536,3 +537,42 @@ def test_an_attention_with_what_the_other_operator_lacks_is_refused(
     node.attributes[attribute] = ir.AttrInt64(attribute, value)
     with pytest.raises(ExportError, match=f"Attention has .*{attribute}.*--attention standard"):
         group_queries(model)
+
+
+# -- norms -----------------------------------------------------------------------------------------
+
+
+def _norm(held: Array) -> ir.Model:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    inputs = [x, b.constant("n", held)]
+    model = b.model(b.node("RMSNormalization", inputs, ["batch", IN], module="norm"))
+    model.graph.opset_imports[""] = 23
+    return model
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"), [("as it is", 0.0), ("with one added", 1.0), ("squared", None)]
+)
+def test_a_norm_trained_whole_is_put_there_in_the_form_of_the_base_s(
+    held: str, expected: float | None
+) -> None:
+    own = numbers(IN)
+    model = _norm({"as it is": own, "with one added": own + 1, "squared": own**2}[held])
+    note_forms(model, {"norm.weight": own}.get)
+    trained = numbers(IN, seed=5)
+    config = AdapterConfig(modules_to_save=("norm",))
+    adapter = Adapter(config, {}, {"norm.weight": trained})
+    if expected is None:
+        with pytest.raises(AdapterMismatchError, match="in a form that is not the checkpoint's"):
+            _merge(model, adapter)
+        return
+    _merge(model, adapter)
+    x = numbers(2, IN)
+    normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert _near(run(model, {"x": x}), normed * (trained + np.float32(expected)))
+
+
+def test_a_norm_whose_form_only_a_checkpoint_tells_is_refused_without_one() -> None:
+    with pytest.raises(ExportError, match=r"norm\.weight: some models add 1 .* --checkpoint"):
+        check_known(_norm(numbers(IN)), ["norm.weight"])
