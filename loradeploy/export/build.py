@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -72,6 +72,7 @@ from loradeploy.export.graph import (
     close_inputs,
     complete_shapes,
     graph_digest,
+    lift_constants,
     load_graph,
     opset_of,
     outputs,
@@ -82,11 +83,13 @@ from loradeploy.export.layout import has_rows, lay_in_rows
 from loradeploy.export.loss import Round, warn_of
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
+from loradeploy.export.observe import observe
 from loradeploy.export.operators import unreached
 from loradeploy.export.opsets import convert_opset
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.plain import make_products_plain
 from loradeploy.export.precision import BFLOAT16, DEFAULT_PRECISION, PACKED_BITS, precision_of
+from loradeploy.export.products import input_of, output_of
 from loradeploy.export.quantise import quantise, rounded
 from loradeploy.export.side_inputs import (
     Arrays,
@@ -95,6 +98,7 @@ from loradeploy.export.side_inputs import (
     remove_side_inputs,
 )
 from loradeploy.export.source import Source
+from loradeploy.export.subgraphs import inline_functions, take_branches
 from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.tidy import name_dimensions
@@ -185,6 +189,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if options.merge:
         manifest = _merged(base, findings, options)
     else:
+        if source.graph is not None:
+            own = settings_beside(source.directory, options.evidence.checkpoint)
+            observe(base.graph, _looked_at(base.graph, findings), source.graph.parent, own)
         manifest, added, arrays = _with_side_inputs(base, findings, options)
     if base.precision == BFLOAT16:
         store_as_bfloat16(base.graph.graph)
@@ -283,7 +290,12 @@ def _from_graph(source: Source, options: Options) -> Base:
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
     if source.manifest is None:
+        inline_functions(graph)
         graph = convert_opset(graph)
+        lift_constants(graph)
+        close_inputs(graph)
+        own = settings_beside(source.directory, options.evidence.checkpoint)
+        take_branches(graph, source.graph.parent, own)
     held = precision_of(graph) if source.manifest is None else source.manifest.precision
     compute_as_float32(graph.graph)
     complete_shapes(graph)
@@ -296,7 +308,6 @@ def _from_graph(source: Source, options: Options) -> Base:
         replaced = _modules(parameters)
     else:
         refuse_side_inputs(graph)
-        close_inputs(graph)
         name_dimensions(graph)
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
@@ -323,6 +334,18 @@ def _from_graph(source: Source, options: Options) -> Base:
         before=source.manifest,
         source=TrialSource(graph=source.graph, packed_here=precision != held),
     )
+
+
+def _looked_at(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
+    """The values whose rows tell whether side inputs can have rows of their own."""
+    for linear in findings.linears.values():
+        for node in linear.nodes:
+            yield output_of(node)
+            if (x := input_of(node)) is not None:
+                yield x
+    for part in find_parts(model).values():
+        for node in part.nodes:
+            yield from (value for value in (*node.inputs[:2], node.outputs[0]) if value is not None)
 
 
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:

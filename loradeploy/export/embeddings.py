@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
+from loradeploy.export.observe import FRONT, seen_at
 from loradeploy.export.parts import Part
 from loradeploy.export.rewire import take_over
 from loradeploy.export.surgery import Surgery, call_label, first_input
@@ -25,6 +26,11 @@ def has_token_rows(graph: ir.Graph, part: Part) -> bool:
         return False
     for node in part.nodes:
         ids = node.inputs[1]
+        seen = None if ids is None else seen_at(ids)
+        if seen is not None:
+            if seen.rows != FRONT or len(seen.shape) != 2:
+                return False
+            continue
         if ids is None or ids.shape is None or len(ids.shape) != 2:
             return False
         if ids.shape[0] != first.shape[0]:

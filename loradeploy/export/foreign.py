@@ -21,6 +21,7 @@ from loradeploy.export.gqa import OPERATOR
 from loradeploy.export.identity import CheckpointWeights
 from loradeploy.export.mapping import ModuleMap
 from loradeploy.export.naming import Namer, by_graph, first_of, keeping_whole
+from loradeploy.export.reach import check_reached
 from loradeploy.export.write import read_config
 from loradeploy.files import read_json
 
@@ -56,6 +57,7 @@ def find_modules(
         UsageError: a map that is none, or has an entry for nothing.
         ModelError: no checkpoint is there. ExportError: the graph has another one's numbers.
     """
+    adapters = tuple(adapters)
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
     weights = None if evidence.checkpoint is None else CheckpointWeights(evidence.checkpoint)
     namers: list[Namer] = [] if mapped is None else [mapped]
@@ -66,6 +68,7 @@ def find_modules(
     findings = find_linears(model, first_of(namers))
     if mapped is not None:
         mapped.check_used()
+    check_reached(model.graph, findings, adapters)
     if weights is not None:
         _compare(findings, weights)
     note_modules(findings.linears)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,20 +39,28 @@ def load_graph(file: Path) -> ir.Model:
         raise ModelError(f"{file} is no readable ONNX model: {problem}") from None
     if not len(model.graph):
         raise ModelError(f"{file} is no readable ONNX model: its graph is empty")
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_external(file, value.const_value)
+    for tensor in _external_tensors(model):
+        _check_external(file, tensor)
     return model
+
+
+def lift_constants(model: ir.Model) -> None:
+    """Make initializers of Constant nodes, so that weights are looked for in one place.
+
+    Some exporters state wrong shapes of them too, at which the inference of shapes gives up.
+    """
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 def complete_shapes(model: ir.Model) -> None:
     """Infer the shapes that a graph does not tell, where products need theirs."""
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+    from onnx_ir.passes.common import ShapeInferencePass
 
     inputs = (input_of(node) for node in model.graph if node.op_type in OPERATORS)
     if any(value is not None and value.shape is None for value in inputs):
-        # Some exporters tell wrong shapes of their Constant nodes, at which inference gives up.
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        lift_constants(model)
         ShapeInferencePass()(model)
 
 
@@ -95,6 +104,21 @@ def _spec(value: ir.Value) -> TensorSpec:
         dtype="unknown" if value.dtype is None else np.dtype(value.dtype.numpy()).name,
         shape=tuple(dim if isinstance(dim, int) else str(dim.value or "?") for dim in shape),
     )
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors that are not in the model's own file, of branches, loops and functions too."""
+    import onnx_ir as ir
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+    bodies = [*model.graphs(), *model.functions.values()]
+    for node in (node for body in bodies for node in body):
+        for attribute in node.attributes.values():
+            if isinstance(attribute.value, ir.ExternalTensor):
+                yield attribute.value
 
 
 def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:

@@ -35,7 +35,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
     rows = rows_of(graph, node, module)
-    if rows.flattened:
+    if rows.moved:
         raise ExportError(f"{module} flattens its rows and cannot be a side input: merge instead")
     x = rows.x
     held = constant_of(linear.weight)

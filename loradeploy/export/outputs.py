@@ -109,9 +109,8 @@ def _change_at(
     chain = surgery.chain(end, label)
     y = old
     first = None
-    if rows.flattened:
-        shape = surgery.unflattened(size)
-        y = chain.add("Reshape", "unflatten", [y, shape])  # [batch, sequence, out]
+    if rows.moved:
+        y = rows.front(surgery, chain, y, size, "unflatten")  # [batch, sequence, out]
         first = chain.last
     for name, op in (("scale", "Mul"), ("offset", "Add")):
         if name not in inputs:
@@ -121,10 +120,9 @@ def _change_at(
             value = chain.add("Unsqueeze", f"{name}_unsqueeze", [value, surgery.sequence_axis])
         y = chain.add(op, f"{name}_{op.lower()}", [y, value])  # [batch, (sequence,) out]
         first = first or chain.last
-    if rows.flattened:
-        shape = surgery.integers(f"flat_{size}", [-1, size])
-        y = chain.add("Reshape", "flatten", [y, shape])  # [batch · sequence, out]
-    take_over(surgery.graph, old, y, keep=first)
+    y = rows.back(surgery, chain, y, old, size, "flatten")
+    assert first is not None
+    take_over(surgery.graph, old, y, keep={first, *chain.readers})
 
 
 def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:

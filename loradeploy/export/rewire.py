@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ class Chain:
         self.label = label
         self._dtype = dtype
         self.last = node
+        self.readers: set[ir.Node] = set()
 
-    def add(self, op: str, name: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+    def add(
+        self, op: str, name: str, inputs: list[ir.Value], **attributes: int | list[int]
+    ) -> ir.Value:
         """The output of a new node."""
         import onnx_ir as ir
 
@@ -32,6 +36,15 @@ class Chain:
         self._graph.insert_after(self.last, node)
         self.last = node
         return node.outputs[0]
+
+    def shape(self, name: str, value: ir.Value) -> ir.Value:
+        """The shape of `value`, as numbers in the graph; the node is one of the `readers`."""
+        import onnx_ir as ir
+
+        shape = self.add("Shape", name, [value])
+        shape.dtype = ir.DataType.INT64
+        self.readers.add(self.last)
+        return shape
 
 
 def constant_of(value: ir.Value) -> NDArray[Any]:
@@ -76,10 +89,13 @@ def free_name(graph: ir.Graph, name: str) -> str:
     return name
 
 
-def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node | None) -> None:
+def take_over(
+    graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node | Collection[ir.Node] | None
+) -> None:
     """Let every user of `old` but `keep` use `new`; as a graph output, it takes the name too."""
+    kept = keep if isinstance(keep, Collection) else (keep,)
     for node, index in list(old.uses()):
-        if node is not keep:
+        if node not in kept:
             node.replace_input_with(index, new)
     new.type, new.shape = old.type, old.shape
     for index, output in enumerate(graph.outputs):

@@ -158,9 +158,8 @@ def _add_factors_at(
     x = rows.x
     if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
-    if rows.flattened:
-        shape = surgery.unflattened(product.members[0].in_features)
-        x = chain.add("Reshape", "lora_unflatten", [x, shape])  # [batch, sequence, in]
+    into = product.members[0].in_features
+    x = rows.front(surgery, chain, x, into, "lora_unflatten")  # [batch, sequence, in]
     labels = [call_label(member.module, call) for member in product.members]
     updates = []
     for own, (A, B) in zip(labels, factors, strict=True):
@@ -185,11 +184,9 @@ def _add(
     """Let the users of `y` have y + `update`, which is [batch, sequence, size]."""
     if rows.no_sequence:
         update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
-    if rows.flattened:
-        shape = surgery.integers(f"flat_{size}", [-1, size])
-        update = chain.add("Reshape", "lora_flatten", [update, shape])  # [batch · sequence, size]
+    update = rows.back(surgery, chain, update, y, size, "lora_flatten")
     total = chain.add("Add", "lora_add", [y, update])
-    take_over(surgery.graph, y, total, keep=chain.last)
+    take_over(surgery.graph, y, total, keep={chain.last, *chain.readers})
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

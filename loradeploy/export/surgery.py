@@ -10,6 +10,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
+from loradeploy.export.observe import FLATTENED, FRONT, SECOND, Seen, not_run, seen_at
 from loradeploy.export.products import OPERATORS as PRODUCTS
 from loradeploy.export.products import input_of, output_of
 from loradeploy.export.rewire import Chain, add_constant
@@ -26,6 +27,10 @@ _ROW_BY_ROW: Final = (
     *("SimplifiedLayerNormalization", "SkipLayerNormalization", "Softplus", "Sub", "Tanh"),
     *PRODUCTS,
 )
+
+
+# Of what onnxruntime says about a graph that it does not run.
+_SHOWN: Final = 120
 
 
 class Surgery:
@@ -103,13 +108,41 @@ class Surgery:
 class Rows:
     """Where a product's rows are, so that each row of a batch can have its own adapter.
 
-    `x`: [batch, sequence, in]; [batch, in] where there is `no_sequence`; [batch · sequence, in]
-    where it is `flattened`.
+    `x`: [batch, sequence, in]; [batch, in] where there is `no_sequence`; where it is `flattened`,
+    [batch · sequence, in], or of more axes with the batch's rows one block behind the other;
+    [sequence, batch, in] where the `sequence_first`. `rank`: its number of axes.
     """
 
     x: ir.Value
     no_sequence: bool = False
     flattened: bool = False
+    sequence_first: bool = False
+    rank: int = 3
+
+    @property
+    def moved(self) -> bool:
+        """Whether the rows have to be put in front, and back again."""
+        return self.flattened or self.sequence_first
+
+    def front(self, surgery: Surgery, chain: Chain, x: ir.Value, size: int, name: str) -> ir.Value:
+        """[batch, sequence, `size`] of `x`, which is as the product's input or output."""
+        if self.flattened:
+            return chain.add("Reshape", name, [x, surgery.unflattened(size)])
+        if self.sequence_first:
+            return chain.add("Transpose", name, [x], perm=[1, 0, 2])
+        return x
+
+    def back(
+        self, surgery: Surgery, chain: Chain, x: ir.Value, like: ir.Value, size: int, name: str
+    ) -> ir.Value:
+        """`x` [batch, sequence, `size`] with its rows where `like`, of the product, has them."""
+        if self.flattened and self.rank == 2:
+            return chain.add("Reshape", name, [x, surgery.integers(f"flat_{size}", [-1, size])])
+        if self.flattened:
+            return chain.add("Reshape", name, [x, chain.shape(f"{name}_shape", like)])
+        if self.sequence_first:
+            return chain.add("Transpose", name, [x], perm=[1, 0, 2])
+        return x
 
 
 def call_label(module: str, call: int) -> str:
@@ -142,17 +175,42 @@ def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:
 
 
 def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows:
+    seen = None if x is None else seen_at(x)
+    if x is not None and seen is not None:
+        return _seen_rows(x, seen, module)
     shape = x.shape if x is not None and x.shape is not None else y.shape
+    why = not_run(graph)
     if x is None or shape is None:
-        raise ExportError(f"{module}: the graph does not tell the shape of its input")
+        raise ExportError(
+            f"{module}: the graph does not tell the shape of its input"
+            + ("" if why is None else f", and it does not run here: {why[:_SHOWN]}")
+        )
     if len(shape) == 2 and _is_flattened(graph, x):
-        return Rows(x, flattened=True)
-    if len(shape) not in (2, 3) or not _is_batch(graph, shape, exactly=len(shape) == 2):
+        return Rows(x, flattened=True, rank=2)
+    exactly = len(shape) == 2 or why is not None
+    if len(shape) not in (2, 3) or not _is_batch(graph, shape, exactly=exactly):
         raise ExportError(
             f"{module} takes an input of shape {shape}, whose rows are not those of the batch and"
             " cannot have adapters of their own: merge the adapter instead"
+            + ("" if why is None else f" (the graph does not run here: {why[:_SHOWN]})")
         )
-    return Rows(x, no_sequence=len(shape) == 2)
+    return Rows(x, no_sequence=len(shape) == 2, rank=len(shape))
+
+
+def _seen_rows(x: ir.Value, seen: Seen, module: str) -> Rows:
+    """The rows of `x` as they were seen where the graph ran."""
+    rank = len(seen.shape)
+    if seen.rows == FRONT and rank in (2, 3):
+        return Rows(x, no_sequence=rank == 2, rank=rank)
+    if seen.rows == SECOND:
+        return Rows(x, sequence_first=True, rank=rank)
+    if seen.rows in (FRONT, FLATTENED) and rank > 1:
+        return Rows(x, flattened=True, rank=rank)
+    raise ExportError(
+        f"{module} takes an input of shape {list(seen.shape)} for a batch of {seen.batch}, whose"
+        " rows are not those of the batch and cannot have adapters of their own: merge the adapter"
+        " instead"
+    )
 
 
 def _is_batch(graph: ir.Graph, shape: ir.Shape, *, exactly: bool) -> bool:
