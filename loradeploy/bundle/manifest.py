@@ -126,16 +126,33 @@ class BaseIdentity:
 
 
 @dataclass(frozen=True)
+class AdapterText:
+    """What an adapter brings for its texts, where that is not what the base has.
+
+    `files`: digests of the files in its directory that tell it, by name.
+    `chat_template`: the source of its template. `eos_token_ids`: the tokens that end its texts.
+    `generation`: settings of its generation_config.json that change a text.
+    """
+
+    files: Mapping[str, str]
+    chat_template: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """An adapter that came with the export; `path` is relative to the bundle, None once merged.
 
     `native_digest`: of its .onnx_adapter file, where that alone holds what is computed from
     weights that the bundle has packed.
+    `text`: what it brings for its texts; None where all of that is the base's.
     """
 
     digest: str
     path: str | None = None
     native_digest: str | None = None
+    text: AdapterText | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,8 @@ class Manifest:
     an encoder's bundle anything but "none" is right.
     `cache_in_place`: whether one buffer may be both the past and the present of its cache.
     `files`: every file that the export wrote, but for the manifest; an export replaces no other.
+    `sentence`: digests of the files that tell how an encoder's states become a text's vector, by
+    name (modules.json and what it names); none where the base has no such files.
     """
 
     task: str
@@ -192,6 +211,7 @@ class Manifest:
     merge_loss: MergeLoss | None = None
     requantized: bool = False
     files: tuple[str, ...] = ()
+    sentence: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -228,7 +248,7 @@ class Manifest:
             "saved": lambda value: _nouns(SavedTarget, value, "saved"),
             "adapters": lambda value: MappingProxyType(
                 {
-                    name: _noun(AdapterEntry, entry, f"adapters.{name}")
+                    name: _adapter_entry(entry, f"adapters.{name}")
                     for name, entry in _object(value, "adapters").items()
                 }
             ),
@@ -236,8 +256,9 @@ class Manifest:
                 None if value is None else _noun(MergeLoss, value, "merge_loss")
             ),
             "merged_adapter": lambda value: (
-                None if value is None else _noun(AdapterEntry, value, "merged_adapter")
+                None if value is None else _adapter_entry(value, "merged_adapter")
             ),
+            "sentence": lambda value: _digests(value, "sentence"),
         }
         for name, read in nested.items():
             if name in rest:
@@ -320,6 +341,24 @@ def _lora_targets(value: object) -> tuple[LoraTarget, ...]:
         )
         for index, target in enumerate(targets)
     )
+
+
+def _adapter_entry(value: object, where: str) -> AdapterEntry:
+    entry = _noun(AdapterEntry, value, where)
+    if entry.text is None:
+        return entry
+    text = _noun(AdapterText, entry.text, f"{where}.text")
+    if not _all(text.eos_token_ids, int):
+        raise BundleError(f"{MANIFEST_NAME}: {where}.text.eos_token_ids is no list of numbers")
+    files = _digests(text.files, f"{where}.text.files")
+    return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
+
+
+def _digests(value: object, where: str) -> Mapping[str, str]:
+    digests = _object(value, where)
+    if not all(isinstance(digest, str) for digest in digests.values()):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is no object of digests")
+    return MappingProxyType(dict(digests))
 
 
 def _noun(kind: type[Noun], value: object, where: str) -> Noun:

@@ -53,9 +53,20 @@ class Request:
 @click.option("--chat", is_flag=True, default=None, help="A prompt is a user's message.")
 @click.option("--max-new-tokens", type=int, help="At most this many tokens a prompt.")
 @click.option("--temperature", type=float, help="Sample at this temperature [default: greedy].")
-@click.option("--top-k", type=int, help="Sample from this many tokens.")
-@click.option("--top-p", type=float, help="Sample from the tokens of this probability mass.")
+@click.option(
+    "--top-k", type=int, help="Sample from this many tokens [default: generation_config.json's]."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the tokens of this probability mass [default: generation_config.json's].",
+)
 @click.option("--seed", type=int, help="Of the sampling.")
+@click.option(
+    "--prompt-name",
+    metavar="NAME",
+    help="The prompt before each text, of those that an embedding model names [default: its own].",
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts at a time.")
 @provider_option
 @click.option(
@@ -73,6 +84,7 @@ def command(
     provider: str,
     require_certificate: bool,
     as_json: bool,
+    prompt_name: str | None,
     **generation: Any,
 ) -> None:
     """Print what BUNDLE makes of PROMPT, or of each line of a file.
@@ -102,6 +114,10 @@ def command(
         raise UsageError(
             f"{flags}: for text generation alone, {bundle} is a {session.manifest.task} bundle"
         )
+    if prompt_name is not None:
+        if run is not _embed:
+            raise UsageError(f"--prompt-name: for embedding models alone, {bundle} is for {task}")
+        options["prompt_name"] = prompt_name
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
 
@@ -171,10 +187,14 @@ def _embed(
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Printer,
+    *,
+    prompt_name: str | None = None,
 ) -> None:
     from loradeploy.runtime.embedding import TextEmbedder
 
-    vectors = TextEmbedder(session)(_texts(prompts), adapters, batch_size=batch_size)
+    vectors = TextEmbedder(session)(
+        _texts(prompts), adapters, prompt_name=prompt_name, batch_size=batch_size
+    )
     for text, adapter, row in zip(prompts, adapters, vectors, strict=True):
         vector = [float(f"{value:.7g}") for value in row]
         printer.result(json.dumps(vector), {"text": text, "embedding": vector, "adapter": adapter})

@@ -141,6 +141,7 @@ def export(
         evidence=evidence,
         fixed=fixed or {},
         grouped=attention == "gqa",
+        places=places,
     )
     manifest, content = build(source, options)
     logger.info("writing %s", target)

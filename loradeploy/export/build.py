@@ -101,6 +101,7 @@ from loradeploy.export.source import Source
 from loradeploy.export.subgraphs import inline_functions, take_branches
 from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
+from loradeploy.export.texts import check_recipe
 from loradeploy.export.tidy import name_dimensions
 from loradeploy.export.trial import Source as TrialSource
 from loradeploy.export.write import Content, read_config, with_labels
@@ -135,6 +136,7 @@ class Options:
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
     grouped: bool = False
+    places: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +219,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         biases={} if added is None else added.biases,
         required=options.required,
         source=base.source,
+        places={} if options.merge else options.places,
+        merged=options.places if options.merge else {},
+        recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
     )
 
 
@@ -227,6 +232,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_plain_weights(source.directory, names=[source.name, *named])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
+    check_recipe([source.directory, *options.places.values()], task)
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
     identity = BaseIdentity(source.name, digest, "checkpoint")

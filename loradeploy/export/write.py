@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import save_adapter
 from loradeploy.adapter.tensors import write_arrays
-from loradeploy.bundle.manifest import AdapterEntry, Manifest, own_files
+from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
@@ -25,10 +25,18 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
 )
 from loradeploy.bundle.native import write_side_inputs
+from loradeploy.bundle.settings import read_settings
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
 from loradeploy.export.held import store_weights
 from loradeploy.export.required import write_required
+from loradeploy.export.texts import (
+    bring_recipe,
+    bring_text,
+    make_tokenizer,
+    say_ignored,
+    take_place,
+)
 from loradeploy.export.trial import Source, try_bundle
 from loradeploy.files import atomic_directory, read_json, write_json
 
@@ -55,13 +63,6 @@ _COPIED: Final = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_OLDER_TOKENIZERS: Final = (
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 # Smaller constants stay in the graph's own file, where tools show them.
 _EXTERNAL_BYTES: Final = 1024
 
@@ -76,6 +77,8 @@ class Content:
     `required`: whether a graph for clients that feed required inputs alone is written too.
     `config`: the object for config.json, empty where the base has none.
     `source`: what the bundle is held against before it takes its place.
+    `places`: where the adapters are from, by name; `merged`: where the one merged in is from.
+    `recipes`: where what makes vectors of an encoder's states may be, the first that has it.
     """
 
     graph: ir.Model
@@ -87,6 +90,9 @@ class Content:
     biases: Mapping[str, NDArray[Any]]
     required: bool = False
     source: Source = dataclasses.field(default_factory=Source)
+    places: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    recipes: tuple[Path, ...] = ()
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -150,6 +156,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     manifest, weights = store_weights(directory, manifest)
     known = {target.module for target in manifest.targets if target.stored is not None}
     known.update(name.removesuffix(".weight") for name in weights)
+    manifest = _write_assets(directory, manifest, content)
     entries = {}
     for name, adapter in content.adapters.items():
         path = f"{ADAPTERS_DIRECTORY}/{name}"
@@ -158,7 +165,10 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         write_side_inputs(content.side_inputs[name], manifest, native)
         dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
         entries[name] = AdapterEntry(
-            adapter.digest, path, None if dora <= known else file_digest(native)
+            adapter.digest,
+            path,
+            None if dora <= known else file_digest(native),
+            _text(name, directory, manifest, content),
         )
     manifest = dataclasses.replace(
         manifest,
@@ -172,7 +182,6 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
     if content.required:
         write_required(directory, manifest, content.side_inputs)
-    _write_assets(directory, manifest, content)
     pad = padding_token(directory)
     manifest = try_bundle(directory, manifest, content.source, content.config, pad)
     written = (path for path in directory.rglob("*") if path.is_file())
@@ -182,26 +191,51 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     return manifest
 
 
-def _write_assets(directory: Path, manifest: Manifest, content: Content) -> None:
-    """What the runtime needs of the base: config, tokenizer, generation settings."""
+def _text(name: str, directory: Path, manifest: Manifest, content: Content) -> AdapterText | None:
+    """What the adapter `name` brings for texts, copied beside its weights."""
+    if name not in content.places:
+        return None
+    output = directory / ADAPTERS_DIRECTORY / name
+    place = content.places[name]
+    return bring_text(name, place, output, directory, manifest, content.config)
+
+
+def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Manifest:
+    """What the runtime needs of the base: config, tokenizer, generation settings, pooling.
+
+    What a merged adapter brings takes their place.
+    """
     for pattern in _COPIED:
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
+    for place in content.recipes[:1]:  # the config's place, where it is not the tokenizer's
+        file = place / _GENERATION_NAME
+        if file.is_file() and not (directory / _GENERATION_NAME).exists():
+            shutil.copyfile(file, directory / _GENERATION_NAME)
     if not (directory / _TOKENIZER_NAME).exists():
-        _make_tokenizer(content.assets, directory)
+        make_tokenizer(content.assets, directory)
+    for name, place in content.merged.items():
+        take_place(name, place, directory, manifest, content.config)
+    recipes = (*content.merged.values(), *content.recipes)
+    manifest = dataclasses.replace(
+        manifest, sentence=bring_recipe(recipes, directory, manifest.task)
+    )
     if not content.config:
-        return
+        return manifest
     write_json(directory / _CONFIG_NAME, content.config)
     if manifest.task == CAUSAL_LM:
         file = directory / _GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
+        if not content.merged:
+            say_ignored(manifest.base.name, read_settings(generation, _GENERATION_NAME))
         genai = genai_config(manifest, content.config, generation)
         if genai is not None:
             # onnxruntime-genai's parser takes plain ASCII for certain.
             (directory / GENAI_CONFIG_NAME).write_text(
                 json.dumps(genai, indent=4) + "\n", encoding="ascii"
             )
+    return manifest
 
 
 def padding_token(directory: Path) -> int:
@@ -231,21 +265,3 @@ def _settings(directory: Path, name: str) -> dict[str, Any]:
         return read_json(file, error=ModelError)
     except ModelError:  # whoever needs the file says so
         return {}
-
-
-def _make_tokenizer(assets: Path, directory: Path) -> None:
-    """Write tokenizer.json of the older files that `assets` has instead, where it has any."""
-    if not any((assets / name).is_file() for name in _OLDER_TOKENIZERS):
-        return
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(assets)
-        tokenizer.backend_tokenizer.save(str(directory / _TOKENIZER_NAME))
-    except Exception as problem:  # transformers missing, or whatever an old format sets off
-        logger.warning(
-            "no %s could be made of the tokenizer's older files, the bundle takes token ids only:"
-            " %s",
-            _TOKENIZER_NAME,
-            problem,
-        )

@@ -15,7 +15,7 @@ from loradeploy.files import read_json
 from loradeploy.runtime.encoder import encoded_batches
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession
-from loradeploy.runtime.tokenizer import Tokenizer
+from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class TextClassifier:
                 " logits with AdapterSession.run"
             )
         self.session = session
-        self.tokenizer = Tokenizer(session.path)
+        self.tokenizer = session.texts.base.tokenizer
         self._labels = label_names(config)
 
     def __call__(
@@ -71,7 +71,7 @@ class TextClassifier:
         results = []
         output = output_of(self.session.manifest)
         for held, names, feeds, _ in encoded_batches(
-            self.session, self.tokenizer, texts, adapters, batch_size
+            self.session, texts, adapters, batch_size, _encode
         ):
             (logits,) = held.run([output], feeds)  # [batch, labels]
             for row, (values, name) in enumerate(zip(logits, names, strict=True)):
@@ -80,6 +80,10 @@ class TextClassifier:
                 scores = _softmax(values[: len(own)] if own else values)
                 results.append(_classification(scores, own or self._labels, name))
         return results
+
+
+def _encode(text: str, side: TextSide) -> list[int]:
+    return side.tokenizer.encode(text, max_length=side.tokenizer.max_length)
 
 
 def _classification(

@@ -12,7 +12,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.encoder import encoded_batches
 from loradeploy.runtime.session import Adapters, AdapterSession
-from loradeploy.runtime.tokenizer import Tokenizer
+from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class TextEmbedder:
     """Embeds texts with a session on a feature extraction bundle.
 
-    A text's vector is the mean of its tokens' last hidden states, scaled to length 1, as most
-    sentence encoders are trained. What the graph gives for a text as a whole is taken as it is.
+    How a text becomes a vector is what sentence-transformers saved beside the base, or beside the
+    text's adapter: prompt, longest text, pooling, layers, normalization. Where nothing was saved it
+    is the mean of its tokens' last hidden states, scaled to length 1. What the graph gives for a
+    text as a whole is not pooled again.
 
     Raises:
         UsageError: the bundle is for another task.
@@ -35,35 +37,86 @@ class TextEmbedder:
                 f"{session.path} is a {session.manifest.task} bundle: it gives no embeddings"
             )
         self.session = session
-        self.tokenizer = Tokenizer(session.path)
+        self.tokenizer = session.texts.base.tokenizer
 
     def __call__(
-        self, texts: str | Sequence[str], adapters: Adapters = None, *, batch_size: int = 32
+        self,
+        texts: str | Sequence[str],
+        adapters: Adapters = None,
+        *,
+        prompt_name: str | None = None,
+        batch_size: int = 32,
     ) -> NDArray[np.float32]:
-        """The vector of each text, float32 [texts, hidden]. `adapters` as in `AdapterSession.run`.
+        """The vector of each text, float32 [texts, size]. `adapters` as in `AdapterSession.run`.
 
-        Texts longer than the model's positions are cut at their end.
+        `prompt_name`: the prompt that is put before each text, of those that the base or the
+        text's adapter names; without it the default one, where there is one. Texts longer than the
+        model's positions, or than it was told to take, are cut at their end.
 
         Raises:
-            UsageError: no texts, or not one adapter for each.
+            UsageError: no texts, not one adapter for each, no prompt of this name, or adapters
+                whose vectors have different sizes.
             UnknownAdapterError: an adapter that was never loaded.
         """
-        vectors = []
+
+        def encode(text: str, side: TextSide) -> list[int]:
+            prompt = _prompt(side, prompt_name)
+            return side.tokenizer.encode(prompt + text, max_length=_longest(side))
+
+        vectors: list[NDArray[np.float32]] = []
         output = output_of(self.session.manifest)
-        for held, _, feeds, mask in encoded_batches(
-            self.session, self.tokenizer, texts, adapters, batch_size
+        for held, names, feeds, masks in encoded_batches(
+            self.session, texts, adapters, batch_size, encode
         ):
             (states,) = held.run([output], feeds)  # [batch, sequence, hidden]
-            mean = _mean(states, mask) if states.ndim == 3 else states.astype(np.float32)
-            length = np.linalg.norm(mean, axis=1, keepdims=True)
-            vectors.append((mean / np.maximum(length, 1e-12)).astype(np.float32))
+            for row, (name, mask) in enumerate(zip(names, masks, strict=True)):
+                side, length = self.session.texts.of(name), int(mask.sum())
+                if states.ndim == 2:  # [batch, hidden]
+                    vectors.append(self._whole(states[row : row + 1], side))
+                    continue
+                skipped = _prompt_tokens(side, _prompt(side, prompt_name))
+                alone = states[row : row + 1, :length], mask[np.newaxis, :length]
+                vectors.append(side.recipe.vectors(*alone, skipped))
+        sizes = {vector.shape[1] for vector in vectors}
+        if len(sizes) > 1:
+            raise UsageError(
+                f"the adapters of the texts give vectors of sizes {sorted(sizes)}: embed the texts"
+                " of each on their own"
+            )
         return np.concatenate(vectors)
 
+    def _whole(self, vectors: NDArray[Any], side: TextSide) -> NDArray[np.float32]:
+        """What a graph gives for texts as a whole [batch, size]: it has pooled them itself."""
+        base = self.session.texts.base.recipe
+        if not side.recipe.same(base) or not base.only_scales:
+            raise UsageError(
+                f"the graph of {self.session.path} pools its texts itself, and modules.json tells"
+                " of more than that: export the checkpoint"
+            )
+        return base.scaled(vectors)
 
-def _mean(states: NDArray[Any], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The mean of each row's tokens, [batch, hidden]; padding has no part in it."""
-    real = mask[:, :, np.newaxis]
-    mean: NDArray[np.float32] = (states.astype(np.float32) * real).sum(axis=1) / np.maximum(
-        real.sum(axis=1), 1
-    )
-    return mean
+
+def _prompt(side: TextSide, name: str | None) -> str:
+    prompts = side.recipe.prompts
+    if name is None:
+        name = side.recipe.default_prompt
+        return "" if name is None else prompts[name]
+    if name not in prompts:
+        known = ", ".join(prompts) or "none"
+        raise UsageError(f"no prompt is called {name!r}; there are: {known}")
+    return prompts[name]
+
+
+def _longest(side: TextSide) -> int | None:
+    """The longest text in tokens: what was saved for it, but never more than the positions."""
+    own = side.recipe.max_length
+    limits = [side.tokenizer.max_length if own is None else own, side.tokenizer.positions]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _prompt_tokens(side: TextSide, prompt: str) -> int:
+    """How many tokens a prompt is at the beginning of a text, with the special ones before it."""
+    if not prompt or side.recipe.include_prompt:
+        return 0
+    ids = side.tokenizer.encode(prompt, max_length=_longest(side))
+    return len(ids) - bool(ids and side.tokenizer.is_special(ids[-1]))

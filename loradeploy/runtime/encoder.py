@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import UsageError
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, each_row
-from loradeploy.runtime.tokenizer import Tokenizer, pad
+from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.tokenizer import pad
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 
 def encoded_batches(
     session: AdapterSession,
-    tokenizer: Tokenizer,
     texts: str | Sequence[str],
     adapters: Adapters,
     batch_size: int,
+    encode: Callable[[str, TextSide], list[int]],
 ) -> Iterator[
     tuple[HeldAdapters, list[AdapterSpec | None], dict[str, NDArray[Any]], NDArray[np.int64]]
 ]:
     """The texts in batches, in their order: adapters held for a batch, names by row, feeds, mask.
 
-    Texts are padded on the right, and cut at the model's positions; special tokens stay. Where
+    `encode` makes tokens of a text as its adapter wants it. Texts are padded on the right. Where
     padding would change the answer (`padding` in the manifest), a batch is of one length.
 
     Raises:
@@ -46,9 +47,12 @@ def encoded_batches(
         raise UsageError(f"batch_size is {batch_size}: give 1 or more")
     names = each_row(adapters, len(given))
     inputs = {spec.name for spec in session.manifest.inputs}
-    encoded = [tokenizer.encode(text, max_length=tokenizer.max_length) for text in given]
+    encoded = [
+        encode(text, session.texts.of(name)) for text, name in zip(given, names, strict=True)
+    ]
+    pad_id = session.texts.base.tokenizer.pad_id
     for part in _parts(encoded, batch_size, alike=session.manifest.padding == NO_PADDING):
-        ids, mask = pad(encoded[part], tokenizer.pad_id, left=False)
+        ids, mask = pad(encoded[part], pad_id, left=False)
         made: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids,
             ATTENTION_MASK: mask,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import numpy as np
 import onnxruntime
 
+from loradeploy.bundle.chat import Message
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     CAUSAL_LM,
@@ -21,11 +22,11 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.chat import Message
 from loradeploy.runtime.resident import AdapterSpec
-from loradeploy.runtime.sampling import Sampling
+from loradeploy.runtime.sampling import Sampling, adjusted
 from loradeploy.runtime.session import Adapters, AdapterSession, each_row
-from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad, positions_of
+from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,6 +62,8 @@ class _Row:
     adapter: AdapterSpec | None
     limit: int
     random: np.random.Generator
+    side: TextSide
+    sampling: Sampling
     pieces: PieceDecoder
     ids: list[int] = field(default_factory=list)
     stopped: bool = False
@@ -90,7 +93,7 @@ class TextGenerator:
                 " export it without"
             )
         self.session = session
-        self.tokenizer = Tokenizer(session.path)
+        self.tokenizer = session.texts.base.tokenizer
         self._inputs = {spec.name: spec for spec in manifest.inputs}
         other = [n for n in self._inputs if n not in _FED and not n.startswith(PAST)]
         if other:
@@ -108,8 +111,8 @@ class TextGenerator:
         *,
         max_new_tokens: int = 32,
         temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         chat: bool = False,
         batch_size: int | None = None,
@@ -119,8 +122,14 @@ class TextGenerator:
         """Continue each prompt until a token that ends it, or for `max_new_tokens`.
 
         A prompt is a text, a conversation (a list of messages with `role` and `content`), which
-        goes through the bundle's chat template, or a list of token ids; with `chat` a text is a
-        user's message. `adapters` is as in `AdapterSession.run`.
+        goes through the chat template, or a list of token ids; with `chat` a text is a user's
+        message. `adapters` is as in `AdapterSession.run`.
+
+        The tokenizer, the chat template, the tokens that end a text and the settings of
+        generation_config.json that hold without sampling (such as repetition_penalty) are each
+        row's adapter's, where it brings its own, else the base's. A row is sampled where a
+        `temperature` is given, by its generation_config.json's top_k and top_p unless these are
+        given too.
 
         What a row becomes depends on its prompt, its adapter and its seed alone, not on the batch:
         a single `seed` is every row's. `batch_size` prompts are generated together, by default all.
@@ -132,7 +141,7 @@ class TextGenerator:
                 out of its range.
             UnknownAdapterError: an adapter that was never loaded.
         """
-        sampling = Sampling(temperature, top_k, top_p)
+        Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p)  # checked at once
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: give 1 or more")
@@ -142,18 +151,21 @@ class TextGenerator:
         seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(given):
             raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
-        rows = [
-            self._row(number, prompt, adapter, seed, max_new_tokens, chat)
-            for number, (prompt, adapter, seed) in enumerate(
-                zip(given, each_row(adapters, len(given)), seeds, strict=True)
+        rows = []
+        for number, (prompt, adapter, seed) in enumerate(
+            zip(given, each_row(adapters, len(given)), seeds, strict=True)
+        ):
+            side = self.session.texts.of(adapter)
+            sampling = Sampling.of(temperature, top_k, top_p, side.settings)
+            rows.append(
+                self._row(number, prompt, adapter, seed, max_new_tokens, chat, side, sampling)
             )
-        ]
         results: list[Generation] = []
         size = batch_size or len(rows)
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             for together in self._together(batch):
-                for row, piece in self._decode(together, sampling):
+                for row, piece in self._decode(together):
                     if on_text is not None:
                         on_text(row.number, piece)
             for row in batch:
@@ -170,8 +182,10 @@ class TextGenerator:
         seed: int,
         max_new_tokens: int,
         chat: bool,
+        side: TextSide,
+        sampling: Sampling,
     ) -> _Row:
-        ids = self._encode(prompt, chat)
+        ids = _encode(side, prompt, chat)
         positions = self.tokenizer.max_length
         if not ids:
             raise UsageError(f"prompt {number + 1} is empty")
@@ -186,19 +200,10 @@ class TextGenerator:
             adapter=adapter,
             limit=min(max_new_tokens, positions - len(ids)) if positions else max_new_tokens,
             random=np.random.default_rng(seed),
-            pieces=PieceDecoder(self.tokenizer),
+            side=side,
+            sampling=sampling,
+            pieces=PieceDecoder(side.tokenizer),
         )
-
-    def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                return []
-            if chat:
-                return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            return self.tokenizer.encode(prompt)
-        if all(isinstance(token, int | np.integer) for token in prompt):
-            return [int(token) for token in cast("Sequence[int]", prompt)]
-        return self.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
 
     def _together(self, batch: Sequence[_Row]) -> list[list[_Row]]:
         """The rows that may share a run: those of one length, where padding changes answers."""
@@ -209,7 +214,7 @@ class TextGenerator:
             by_length.setdefault(len(row.prompt), []).append(row)
         return list(by_length.values())
 
-    def _decode(self, rows: Sequence[_Row], sampling: Sampling) -> Iterator[tuple[_Row, str]]:
+    def _decode(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, str]]:
         """Generate `rows` together, and tell each piece of text once it is complete."""
         left = self.session.manifest.padding == LEFT
         ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
@@ -232,7 +237,7 @@ class TextGenerator:
                 last = scores_of[np.arange(len(rows)), ends]  # [batch, vocabulary]
                 ends = np.full(len(rows), -1)
                 for row, scores in zip(rows, last, strict=True):
-                    if not row.ended and (piece := self._advance(row, scores, sampling)):
+                    if not row.ended and (piece := self._advance(row, scores)):
                         yield row, piece
                 if all(row.ended for row in rows):
                     return
@@ -252,10 +257,12 @@ class TextGenerator:
         ids, mask = pad([row.prompt + row.ids for row in rows], self.tokenizer.pad_id, left=left)
         return ids, mask, np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
 
-    def _advance(self, row: _Row, scores: NDArray[Any], sampling: Sampling) -> str:
+    def _advance(self, row: _Row, scores: NDArray[Any]) -> str:
         """Choose the next token of `row`, and return the text that it completes."""
-        token = sampling.choose(scores, row.random)
-        if token in self.tokenizer.eos_ids:
+        side = row.side
+        scores = adjusted(scores, side.settings, row.prompt, row.ids, side.ends)
+        token = row.sampling.choose(scores, row.random)
+        if token in side.ends:
             row.stopped = True
             return row.pieces.close()
         row.ids.append(token)
@@ -264,7 +271,7 @@ class TextGenerator:
 
     def _generation(self, row: _Row) -> Generation:
         return Generation(
-            text=self.tokenizer.decode(row.ids),
+            text=row.side.tokenizer.decode(row.ids),
             token_ids=tuple(row.ids),
             finish_reason="stop" if row.stopped else "length",
             adapter=row.adapter,
@@ -284,3 +291,16 @@ class TextGenerator:
             TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
         }
         return {name: make() for name, make in made.items() if name in self._inputs}
+
+
+def _encode(side: TextSide, prompt: Prompt, chat: bool) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            return []
+        if not chat:
+            return side.tokenizer.encode(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    elif all(isinstance(token, int | np.integer) for token in prompt):
+        return [int(token) for token in cast("Sequence[int]", prompt)]
+    side.check_chat()
+    return side.tokenizer.encode_chat(cast("Sequence[Message]", prompt))

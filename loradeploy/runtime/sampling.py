@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from loradeploy.bundle.settings import GenerationSettings
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+_NOTHING: Final = GenerationSettings()
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Sampling:
                 " taken: give a temperature"
             )
 
+    @classmethod
+    def of(
+        cls, temperature: float, top_k: int | None, top_p: float | None, own: GenerationSettings
+    ) -> Sampling:
+        """What is asked for; a sampled row takes the rest from its own settings."""
+        if temperature > 0:
+            top_k = own.top_k if top_k is None else top_k
+            top_p = own.top_p if top_p is None else top_p
+        return cls(temperature, top_k or 0, 1.0 if top_p is None else top_p)
+
     def choose(self, logits: NDArray[np.floating], random: np.random.Generator) -> int:
         """The next token, by logits [vocabulary]; one number of `random` is used, or none.
 
@@ -58,3 +73,37 @@ class Sampling:
             weights[order[np.searchsorted(mass, self.top_p * mass[-1]) + 1 :]] = 0
         mass = np.cumsum(weights)
         return int(np.searchsorted(mass, random.random() * mass[-1], side="right"))
+
+
+def adjusted(
+    logits: NDArray[np.floating],
+    settings: GenerationSettings,
+    prompt: Sequence[int],
+    made: Sequence[int],
+    ends: Collection[int],
+) -> NDArray[np.floating]:
+    """`logits` [vocabulary] as `settings` change them behind `prompt` and the tokens `made` since.
+
+    The order and the definitions are those of transformers' logits processors.
+    """
+    if settings == replace(_NOTHING, top_k=settings.top_k, top_p=settings.top_p):
+        return logits
+    scores = logits.astype(np.float32)
+    before = np.array([*prompt, *made], np.int64)
+    if settings.repetition_penalty != 1:
+        seen = np.unique(before)
+        values, penalty = scores[seen], np.float32(settings.repetition_penalty)
+        scores[seen] = np.where(values < 0, values * penalty, values / penalty)
+    size = settings.no_repeat_ngram_size
+    if size and len(before) + 1 >= size:
+        last = before[len(before) - size + 1 :]
+        for start in range(len(before) - size + 1):
+            if np.array_equal(before[start : start + size - 1], last):
+                scores[before[start + size - 1]] = -np.inf
+    barred = list(settings.suppress_tokens)
+    if len(made) < settings.min_new_tokens:
+        barred += ends
+    if not made:
+        barred += settings.begin_suppress_tokens
+    scores[[token for token in barred if token < scores.size]] = -np.inf
+    return scores

@@ -36,6 +36,7 @@ from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.resident import AdapterSpec
+from loradeploy.runtime.texts import TextSides
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,6 +63,8 @@ class AdapterSession:
     `require_certificate`: open the bundle only where `loradeploy parity` passed on it, and its
     files are those that were checked (all are read for it); an adapter that was not among those
     checked is refused when it is read.
+
+    `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
     unloading and running are safe from several threads.
@@ -102,6 +105,7 @@ class AdapterSession:
         )
         for name, entry in self.manifest.adapters.items():
             self._bank.register(name, partial(self._read_own, name), digest=entry.digest)
+        self.texts = TextSides(self.path, self.manifest)
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
         # Its first dimension is the batch.
         self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
@@ -147,7 +151,11 @@ class AdapterSession:
         _check_name(name)
         own, given = self._read_own, self._read_given
         read = partial(own, name) if path is None else partial(given, Path(path))
-        return self._bank.add(name, read, replace=replace).digest
+        new = replace or name not in self._bank
+        digest = self._bank.add(name, read, replace=replace).digest
+        if new:
+            self.texts.put(name, None if path is None else Path(path))
+        return digest
 
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Let `name` stand for the adapter at `path`, which is read when a run first uses it.
@@ -163,6 +171,7 @@ class AdapterSession:
                 f"{place} does not exist: give a PEFT directory or an adapter's file"
             )
         self._bank.register(name, partial(self._read_given, place), replace=replace)
+        self.texts.put(name, place)
 
     def pin(self, name: str) -> None:
         """Load the adapter `name`, and keep it in memory whatever the budget.
@@ -191,6 +200,8 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run with adapters.
         """
         self._bank.remove(name)
+        if name not in self._bank:  # nobody has loaded another one meanwhile
+            self.texts.remove(name)
 
     def run(
         self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None

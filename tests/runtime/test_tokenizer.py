@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from loradeploy.bundle.chat import ChatTemplate
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.runtime.chat import ChatTemplate
 from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
 
 TEXTS = [

@@ -1,0 +1,107 @@
+"""The files beside an adapter's weights that tell of its texts, and whether they are unchanged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.names import NATIVE_SUFFIX
+from loradeploy.bundle.outputs import LOGITS_NAMES
+from loradeploy.bundle.sentence import (
+    ENCODER_NAMES,
+    MODULES_NAME,
+    SentenceRecipe,
+    flat_modules,
+    recipe_directory,
+)
+from loradeploy.bundle.tokenizer import (
+    ADDED_NAME,
+    GENERATION_NAME,
+    SETTINGS_NAME,
+    SPECIAL_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+)
+from loradeploy.errors import BundleError
+from loradeploy.files import inside, write_json
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+TEXT_NAMES: Final = (
+    *(TOKENIZER_NAME, SETTINGS_NAME, SPECIAL_NAME, ADDED_NAME, TEMPLATE_NAME),
+    *("chat_template.json", GENERATION_NAME),
+)
+
+
+def text_directory(place: Path) -> Path:
+    """The directory in which an adapter's files for texts are, of what its weights are loaded from.
+
+    Beside an .onnx_adapter file of a bundle it is the PEFT directory of the same name.
+    """
+    if place.suffix == NATIVE_SUFFIX and place.is_file():
+        directory = place.with_suffix("")
+        return directory if directory.is_dir() else place
+    return place.parent if place.is_file() else place
+
+
+def text_files(directory: Path) -> list[str]:
+    """The names of the tokenizer's, the template's and the settings' files that are there."""
+    return [name for name in TEXT_NAMES if (directory / name).is_file()]
+
+
+def tells_of_texts(directory: Path) -> bool:
+    """Whether anything beside an adapter's weights tells of its texts."""
+    return bool(text_files(directory)) or recipe_directory(directory) is not None
+
+
+def copy_recipe(directory: Path, recipe: SentenceRecipe, output: Path) -> list[str]:
+    """Copy the files of `recipe` from `directory`, and return their names in `output`.
+
+    There the encoder has no folder of its own.
+    """
+    copied = []
+    for name in recipe.files:
+        base = name.rpartition("/")[2]
+        target = output / (base if base in ENCODER_NAMES else name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name == MODULES_NAME:
+            write_json(target, flat_modules(directory))
+        else:
+            shutil.copyfile(inside(directory, name), target)
+        copied.append(target.relative_to(output).as_posix())
+    return copied
+
+
+def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests of the files `names` of `directory`."""
+    return {name: file_digest(directory / name) for name in sorted(names)}
+
+
+def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    """Raise BundleError unless the files in `directory` are those that came with the bundle."""
+    for name, digest in digests.items():
+        file = inside(directory, name)
+        if not file.is_file() or file_digest(file) != digest:
+            raise BundleError(
+                f"{directory / name} is not the file that came with the bundle: export again"
+            )
+
+
+def vocabulary_of(manifest: Manifest, config: Mapping[str, Any]) -> int:
+    """How many words the graph has rows for."""
+    for output in manifest.outputs:
+        if (
+            output.name in LOGITS_NAMES
+            and len(output.shape) == 3
+            and isinstance(output.shape[-1], int)
+        ):
+            return output.shape[-1]
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, Mapping) else {}):
+        if isinstance(values.get("vocab_size"), int):
+            return int(values["vocab_size"])
+    return 1 << 62  # nothing tells

@@ -1,0 +1,87 @@
+"""generation_config.json: what it says of how a text is generated, besides where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loradeploy.errors import BundleError
+
+# Settings that change even a greedy text and are not applied, with the values that change nothing.
+_NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "num_beams": (1,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ([], {}),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "penalty_alpha": (0, 0.0),
+    "guidance_scale": (1, 1.0),
+    "encoder_repetition_penalty": (1, 1.0),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "stop_strings": ([],),
+    "watermarking_config": ({},),
+}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the logits are changed before a token is chosen, as transformers names and defines it.
+
+    `top_k`, `top_p`: those of sampling, None where nothing is said.
+    `ignored`: settings that are not applied here and would change the text.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
+    """The settings in the object of a generation_config.json; `where` names it in messages.
+
+    Raises:
+        BundleError: a value is of another type, or out of its range.
+    """
+
+    def number(name: str, default: Any, least: float, whole: bool) -> Any:
+        value = values.get(name)
+        if value is None:
+            return default
+        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not fits or value < least:
+            raise BundleError(f"{where}: {name} is {value!r}")
+        return value
+
+    def tokens(name: str) -> tuple[int, ...]:
+        value = values.get(name)
+        listed = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+            raise BundleError(f"{where}: {name} is {value!r}, a list of token ids is needed")
+        return tuple(token for token in listed if token >= 0)
+
+    penalty = number("repetition_penalty", 1.0, 0, whole=False)
+    if penalty == 0:
+        raise BundleError(f"{where}: repetition_penalty is 0, more is needed")
+    top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 are others' "no limit"
+    return GenerationSettings(
+        repetition_penalty=float(penalty),
+        no_repeat_ngram_size=number("no_repeat_ngram_size", 0, 0, whole=True),
+        min_new_tokens=number("min_new_tokens", 0, 0, whole=True),
+        suppress_tokens=tokens("suppress_tokens"),
+        begin_suppress_tokens=tokens("begin_suppress_tokens"),
+        top_k=top_k if isinstance(top_k, int) and top_k >= 0 else None,
+        top_p=top_p if isinstance(top_p, int | float) and 0 < top_p <= 1 else None,
+        ignored=tuple(
+            name
+            for name, harmless in _NOT_APPLIED.items()
+            if values.get(name) is not None and values[name] not in harmless
+        ),
+    )

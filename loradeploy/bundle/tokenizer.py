@@ -1,0 +1,343 @@
+"""Text to token ids and back, without transformers: the tokenizer files of a bundle or an adapter.
+
+tokenizer.json             the `tokenizers` library's own file: the vocabulary and the rules
+tokenizer_config.json      the special tokens by role, the padding side, perhaps a chat template
+special_tokens_map.json    the special tokens, in older checkpoints
+chat_template.jinja        the chat template, in newer ones (chat_template.json, of processors)
+generation_config.json     which tokens end a text (config.json, where it is silent), and settings
+config.json                how many positions the model has
+
+Trainers write these files beside an adapter too. There they take the place of the base's: an
+adapter is asked in the format that it was trained in, and ends where it was trained to end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from loradeploy.bundle.chat import ChatTemplate, Message, template_source
+from loradeploy.bundle.settings import GenerationSettings, read_settings
+from loradeploy.errors import AdapterMismatchError, BundleError, UsageError
+from loradeploy.files import read_json
+
+TOKENIZER_NAME: Final = "tokenizer.json"
+TEMPLATE_NAME: Final = "chat_template.jinja"
+GENERATION_NAME: Final = "generation_config.json"
+SETTINGS_NAME: Final = "tokenizer_config.json"
+SPECIAL_NAME: Final = "special_tokens_map.json"
+ADDED_NAME: Final = "added_tokens.json"
+_TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"
+_ROLES: Final = tuple(
+    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+# Names that configs give to the number of positions.
+_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+# Models that count positions from the padding's id on, so that the first ones are no text's.
+_FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+# transformers writes 10³⁰ where a tokenizer has no limit of its own.
+_NO_LIMIT: Final = 10**9
+# Stands for an answer where it is asked what a template writes behind one.
+_ANSWER: Final = "⟦answer⟧"
+
+
+class Tokenizer:
+    """The tokenizer of a bundle, or of any directory with a checkpoint's tokenizer files.
+
+    With `base` it is an adapter's: what `directory` holds takes the place of the base's, and what
+    it lacks is the base's. `lowercase`: whether texts are lowercased first.
+
+    `special_tokens`: the special tokens by role (`bos_token`, …).
+    `eos_ids`: the tokens that end a text. An adapter's are those of its generation_config.json,
+    else the base's; and its tokenizer's end of text and its chat template's end of a turn, where
+    these are its own.
+    `pad_id`: fills rows up; which token it is does not matter where the attention mask is heeded.
+    `positions`: how many tokens the model has positions for; `max_length`: how many it is to take.
+    None where nothing says.
+    `settings`: how logits are changed before a token is chosen.
+    `template`: the source of the chat template, None where there is none.
+    `own_words`: whether an adapter has another vocabulary or other rules than the base.
+
+    Raises:
+        BundleError: a file is missing or broken.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        base: Tokenizer | None = None,
+        *,
+        lowercase: bool = False,
+    ) -> None:
+        place = Path(directory)
+        settings = _optional(place / SETTINGS_NAME)
+        config = {} if base is not None else _optional(place / "config.json")
+        generation = _optional(place / GENERATION_NAME)
+        self._place = place
+        self._base = base
+        self._tokenizer = _words(place, base)
+        own_tokens = _special_tokens(_optional(place / SPECIAL_NAME) | settings)
+        self.special_tokens: dict[str, str] = {
+            **(base.special_tokens if base else {}),
+            **own_tokens,
+        }
+        self._mark_special()
+        if base is not None and self._tokenizer.to_str() == base._as_text:
+            self._tokenizer = base._tokenizer
+        self.own_words = base is not None and self._tokenizer is not base._tokenizer
+        if lowercase:
+            self._lowercase()
+        own_template = _template(place, settings)
+        self.template: str | None = own_template or (None if base is None else base.template)
+        self._chat = (
+            None if self.template is None else ChatTemplate(self.template, self.special_tokens)
+        )
+        told = _ids(generation.get("eos_token_id"))
+        if base is None:
+            eos = told or _ids(config.get("eos_token_id")) or self._ids_of("eos_token")
+            # A classifier on a decoder finds the last token by config.json's id: that one is first.
+            pads = (*_ids(config.get("pad_token_id")), *self._ids_of("pad_token"), *eos, 0)
+            self.pad_id: int = pads[0]
+            self.positions = _positions(config)
+            self.max_length = _max_length(self.positions, settings)
+        else:
+            eos = told or tuple(base.eos_ids)
+            if self._ids_of("eos_token") != base._ids_of("eos_token"):
+                eos += self._ids_of("eos_token")
+            if self.template != base.template:
+                eos += self._end_of_turn()
+            self.pad_id = base.pad_id
+            self.positions, self.max_length = base.positions, base.max_length
+        self.eos_ids: frozenset[int] = frozenset(eos)
+        self.settings: GenerationSettings = (
+            base.settings
+            if base is not None and not generation
+            else read_settings(generation, GENERATION_NAME)
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._chat is not None
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every word, those included that were added later."""
+        words: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return words
+
+    @cached_property
+    def _as_text(self) -> str:
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def encode(
+        self, text: str, *, special_tokens: bool = True, max_length: int | None = None
+    ) -> list[int]:
+        """The tokens of `text`, with those that the model wants around it unless told not to.
+
+        Of a text that is longer than `max_length` the end is cut; the special tokens stay.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if max_length is not None:
+            around = self._tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
+            encoding.truncate(max(max_length - around, 0))
+        encoding = self._tokenizer.post_process(encoding, add_special_tokens=special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant is to speak."""
+        return self.encode(self.render_chat(messages), special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The chat template on `messages`, up to where the assistant is to speak.
+
+        Raises:
+            UsageError: there is no chat template, or it refuses the messages.
+        """
+        if self._chat is None:
+            raise UsageError(f"{self._place} has no chat template: give plain prompts")
+        return self._chat.render(messages)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def is_special(self, token: int) -> bool:
+        """Whether `token` is one of the special tokens, which stand for no text."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
+    def same_words(self, other: Tokenizer) -> bool:
+        """Whether both make the same tokens of every text."""
+        return self._tokenizer is other._tokenizer or self._as_text == other._as_text
+
+    def check_words(self, vocabulary: int) -> None:
+        """Hold an adapter's words against the size of the graph's vocabulary.
+
+        A word for padding alone is never fed; what the base's tokenizer has too is not the
+        adapter's doing.
+
+        Raises:
+            AdapterMismatchError: a word has no row in the graph's embedding.
+        """
+        if not self.own_words or self._base is None:
+            return
+        known, pad = self._base.vocabulary, self.special_tokens.get("pad_token")
+        missing = sorted(
+            (index, word)
+            for word, index in self.vocabulary.items()
+            if index >= vocabulary and known.get(word) != index and word != pad
+        )
+        if missing:
+            index, word = missing[0]
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise AdapterMismatchError(
+                f"its tokenizer has {word!r} as token {index}{more}; the graph's vocabulary ends at"
+                f" {vocabulary - 1}: it was trained on a base whose embeddings were resized, export"
+                " that base"
+            )
+
+    def _mark_special(self) -> None:
+        """Let the library know the special tokens that only the other files call so."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        known = {token.content for token in added if token.special}
+        marks = [
+            AddedToken(token, special=True, normalized=False)
+            for token in self.special_tokens.values()
+            # A token that is new to the vocabulary would have no embedding.
+            if token not in known and self._tokenizer.token_to_id(token) is not None
+        ]
+        if marks:
+            self._detach()
+            self._tokenizer.add_special_tokens(marks)
+
+    def _lowercase(self) -> None:
+        before = self._tokenizer.normalizer
+        parts = [normalizers.Lowercase(), *([] if before is None else [before])]
+        self._detach()
+        self._tokenizer.normalizer = normalizers.Sequence(parts)
+
+    def _detach(self) -> None:
+        """Have a tokenizer of one's own before it is changed."""
+        if self._base is not None and self._tokenizer is self._base._tokenizer:
+            self._tokenizer = FastTokenizer.from_str(self._tokenizer.to_str())
+
+    def _end_of_turn(self) -> tuple[int, ...]:
+        """The added token that the chat template writes behind an answer, where it writes one."""
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _ANSWER},
+        ]
+        if self._chat is None:
+            return ()
+        try:
+            text = self._chat.render(messages, add_generation_prompt=False)
+        except UsageError:
+            return ()  # it takes conversations of another kind alone
+        _, found, rest = text.rpartition(_ANSWER)
+        ids = self.encode(rest.lstrip(), special_tokens=False) if found else []
+        added = self._tokenizer.get_added_tokens_decoder()
+        return (ids[0],) if ids and ids[0] in added else ()
+
+    def _ids_of(self, role: str) -> tuple[int, ...]:
+        token = self.special_tokens.get(role)
+        index = None if token is None else self._tokenizer.token_to_id(token)
+        return () if index is None else (index,)
+
+
+def _words(place: Path, base: Tokenizer | None) -> FastTokenizer:
+    """The library's tokenizer of `place`; the base's own where an adapter has none."""
+    file = place / TOKENIZER_NAME
+    if base is None or file.is_file():
+        return _open(file)
+    _check_added(place, base)
+    return base._tokenizer
+
+
+def _check_added(place: Path, base: Tokenizer) -> None:
+    """Raise BundleError where an adapter without a tokenizer.json tells of words of its own."""
+    told = dict(_optional(place / ADDED_NAME))
+    decoder = _optional(place / SETTINGS_NAME).get("added_tokens_decoder")
+    for index, token in decoder.items() if isinstance(decoder, Mapping) else ():
+        if isinstance(token, Mapping) and str(index).isdigit():
+            told[str(token.get("content"))] = int(index)
+    unknown = sorted(word for word, index in told.items() if base.vocabulary.get(word) != index)
+    if unknown:
+        more = f", and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise BundleError(
+            f"{place} adds the word {unknown[0]!r} as token {told[unknown[0]]}{more}, which the"
+            f" base's tokenizer lacks, and has no {TOKENIZER_NAME}: save its tokenizer there with"
+            " transformers"
+        )
+
+
+def _open(file: Path) -> FastTokenizer:
+    if not file.is_file():
+        raise BundleError(f"{file} does not exist: without it text cannot be read or written")
+    try:
+        tokenizer = FastTokenizer.from_file(os.fspath(file))
+    except Exception as problem:  # tokenizers raises bare Exceptions
+        raise BundleError(f"{file} is no valid tokenizer: {problem}") from None
+    # Lengths are this project's business; a setting in the file would cut or pad in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file, error=BundleError) if file.is_file() else {}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by role; files hold each as a text or as an object with its content."""
+    tokens = {}
+    for role in _ROLES:
+        value = settings.get(role)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            tokens[role] = text
+    return tokens
+
+
+def _template(place: Path, settings: Mapping[str, Any]) -> str | None:
+    """The source of the chat template, in the order in which transformers looks for it."""
+    file = place / TEMPLATE_NAME
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise BundleError(f"{file} cannot be read as UTF-8 text: {problem}") from None
+    source = template_source(settings.get("chat_template"))
+    if source is None:
+        source = template_source(_optional(place / _TEMPLATE_OF_PROCESSOR).get("chat_template"))
+    return source
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens the model has positions for."""
+    told = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    if told is not None and config.get("model_type") in _FROM_PADDING_ON:
+        told -= 1 + next(iter(_ids(config.get("pad_token_id"))), 1)
+    return told
+
+
+def _max_length(positions: int | None, settings: Mapping[str, Any]) -> int | None:
+    limits = [] if positions is None else [positions]
+    own = settings.get("model_max_length")
+    if isinstance(own, int | float) and own < _NO_LIMIT:
+        limits.append(int(own))
+    return min(limits, default=None)

@@ -1,0 +1,292 @@
+"""What adapters bring for texts: copied into the bundle, compared with the base's, and said.
+
+A trainer writes its tokenizer beside the adapter: the chat template that was trained, the token
+that ends a turn, words in spare rows of the embedding. sentence-transformers writes its modules.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.bundle.beside import (
+    copy_recipe,
+    digests_of,
+    text_directory,
+    text_files,
+    vocabulary_of,
+)
+from loradeploy.bundle.manifest import AdapterText, Manifest
+from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION
+from loradeploy.bundle.sentence import read_recipe, recipe_directory
+from loradeploy.bundle.settings import GenerationSettings
+from loradeploy.bundle.tokenizer import (
+    ADDED_NAME,
+    GENERATION_NAME,
+    SETTINGS_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    Tokenizer,
+)
+from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+# What the tokenizers library is not read from, by which transformers makes a tokenizer.json.
+OLDER_TOKENIZERS: Final = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_MORE_TEMPLATES: Final = "additional_chat_templates"
+_LISTED: Final = 6
+
+
+def check_recipe(places: Sequence[Path], task: str) -> None:
+    """Raise BundleError where `bring_recipe` would, before anything is traced."""
+    if task == FEATURE_EXTRACTION:
+        for place in places:
+            found = recipe_directory(text_directory(place))
+            if found is not None:
+                read_recipe(found)
+
+
+def bring_recipe(places: Sequence[Path], output: Path, task: str) -> dict[str, str]:
+    """Copy what tells how the base's states become a text's vector; the files' digests by name.
+
+    It is in the first of `places` that has it. What is used where none has it is said.
+
+    Raises:
+        BundleError: a module is of a kind that is not computed.
+    """
+    if task != FEATURE_EXTRACTION:
+        return {}
+    for place in places:
+        found = recipe_directory(text_directory(place))
+        recipe = None if found is None else read_recipe(found)
+        if found is not None and recipe is not None:
+            return digests_of(output, copy_recipe(found, recipe, output))
+    logger.warning(
+        "%s has no modules.json that tells the pooling: a text's vector is the mean of its tokens'"
+        " states, scaled to length 1",
+        places[-1],
+    )
+    return {}
+
+
+def bring_text(
+    name: str,
+    place: Path,
+    output: Path,
+    bundle: Path,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+) -> AdapterText | None:
+    """Copy what the adapter at `place` brings for texts to `output`; None where it is the base's.
+
+    `bundle` holds the base's files already. A difference is said, in one line.
+
+    Raises:
+        AdapterMismatchError: its tokenizer has words that the graph has no row for.
+        BundleError: a file is broken.
+    """
+    differences, files = [], []
+    with _named(name), _with_tokenizer(text_directory(place)) as source:
+        own = _own_tokenizer(source, bundle, manifest, config)
+        if own is not None and (changes := _differences(own, _base_tokenizer(bundle))):
+            differences += changes
+            files += _copy_text(source, output)
+        found = None
+        if manifest.task == FEATURE_EXTRACTION:
+            found = recipe_directory(text_directory(place))
+        recipe = None if found is None else read_recipe(found)
+        if found is not None and recipe is not None:
+            copied = copy_recipe(found, recipe, output)
+            if digests_of(output, copied) != manifest.sentence:
+                differences.append("pooling and prompts")
+            files += copied
+    if not differences:
+        for file in files:
+            (output / file).unlink()
+            if (output / file).parent != output and not any((output / file).parent.iterdir()):
+                (output / file).parent.rmdir()
+        return None
+    _say(name, differences)
+    return AdapterText(
+        files=digests_of(output, files),
+        chat_template=None if own is None else own.template,
+        eos_token_ids=() if own is None else tuple(sorted(own.eos_ids)),
+        generation={} if own is None else _told(own.settings),
+    )
+
+
+def take_place(
+    name: str, place: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
+) -> None:
+    """Let what the merged adapter at `place` brings for texts take the place of the base's.
+
+    Raises:
+        AdapterMismatchError: its tokenizer has words that the graph has no row for.
+        BundleError: a file is broken.
+    """
+    with _named(name), _with_tokenizer(text_directory(place)) as source:
+        own = _own_tokenizer(source, bundle, manifest, config)
+        if own is None or not (changes := _differences(own, _base_tokenizer(bundle))):
+            return
+        if (source / TOKENIZER_NAME).is_file():
+            for older in (*OLDER_TOKENIZERS, "merges.txt", ADDED_NAME):
+                (bundle / older).unlink(missing_ok=True)
+        before = _object(bundle / GENERATION_NAME)
+        _copy_text(source, bundle)
+        _settle(bundle, own, before)
+    _say(name, changes)
+
+
+def make_tokenizer(source: Path, output: Path) -> None:
+    """Write tokenizer.json to `output` of the older files that `source` has instead, if any."""
+    if not any((source / name).is_file() for name in OLDER_TOKENIZERS):
+        return
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
+    except Exception as problem:  # transformers missing, or whatever an old format sets off
+        logger.warning(
+            "no %s could be made of the tokenizer's older files, the bundle takes token ids only:"
+            " %s",
+            TOKENIZER_NAME,
+            problem,
+        )
+
+
+def _told(settings: GenerationSettings) -> dict[str, Any]:
+    """The settings that are not as they are where nothing is said."""
+    usual = GenerationSettings()
+    return {
+        field.name: value
+        for field in fields(settings)
+        if field.name != "ignored"
+        and (value := getattr(settings, field.name)) != getattr(usual, field.name)
+    }
+
+
+def _base_tokenizer(bundle: Path) -> Tokenizer | None:
+    return Tokenizer(bundle) if (bundle / TOKENIZER_NAME).is_file() else None
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except LoraDeployError as problem:
+        raise type(problem)(f"{name}: {problem}") from None
+
+
+@contextmanager
+def _with_tokenizer(source: Path) -> Iterator[Path]:
+    """`source`, or where its tokenizer is in older files alone, its files with one made of them."""
+    has = (source / TOKENIZER_NAME).is_file()
+    if has or not any((source / name).is_file() for name in OLDER_TOKENIZERS):
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        make_tokenizer(source, made)
+        _copy_text(source, made)
+        yield made
+
+
+def _own_tokenizer(
+    source: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
+) -> Tokenizer | None:
+    """The adapter's tokenizer, which fits the graph; None where it brings nothing of one."""
+    base, names = _base_tokenizer(bundle), text_files(source)
+    if not names or (base is None and TOKENIZER_NAME not in names):
+        return None
+    own = Tokenizer(source, base)
+    own.check_words(vocabulary_of(manifest, config))
+    if manifest.task == CAUSAL_LM and (base is None or own.settings != base.settings):
+        say_ignored(source.name, own.settings)
+    return own
+
+
+def _differences(own: Tokenizer, base: Tokenizer | None) -> list[str]:
+    if base is None:
+        return ["tokenizer"]
+    found = []
+    if own.template != base.template:
+        found.append("chat template")
+    if own.own_words:
+        new = own.vocabulary.items() - base.vocabulary.items()
+        words = ", ".join(repr(word) for word, _ in sorted(new, key=lambda item: item[1])[:_LISTED])
+        more = f" and {len(new) - _LISTED} more" if len(new) > _LISTED else ""
+        found.append(f"tokenizer (new words: {words}{more})" if new else "tokenizer")
+    elif own.special_tokens != base.special_tokens:
+        found.append("special tokens")
+    if own.eos_ids != base.eos_ids:
+        found.append(f"end tokens ({', '.join(map(str, sorted(own.eos_ids)[:_LISTED]))})")
+    if own.settings != base.settings:
+        found.append("generation settings")
+    return found
+
+
+def _copy_text(source: Path, output: Path) -> list[str]:
+    """Copy the adapter's files for texts; their names."""
+    more = sorted((source / _MORE_TEMPLATES).glob("*.jinja"))
+    names = [*text_files(source), *(f"{_MORE_TEMPLATES}/{file.name}" for file in more)]
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, output / name)
+    return names
+
+
+def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
+    """Write down what the adapter's files and the base's come to together.
+
+    `before`: the base's generation_config.json.
+    """
+    settings = _object(bundle / SETTINGS_NAME)
+    for role, token in own.special_tokens.items():
+        told = settings.get(role)
+        if token != (told.get("content") if isinstance(told, Mapping) else told):
+            settings[role] = token
+    settings.pop("chat_template", None)
+    write_json(bundle / SETTINGS_NAME, settings)
+    (bundle / "chat_template.json").unlink(missing_ok=True)
+    if own.template is not None:
+        (bundle / TEMPLATE_NAME).write_text(own.template, encoding="utf-8")
+    generation = _object(bundle / GENERATION_NAME)
+    kept = {name: before[name] for name in ("bos_token_id", "pad_token_id") if name in before}
+    generation = {**kept, **generation}
+    if ends := sorted(own.eos_ids):
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_json(bundle / GENERATION_NAME, generation)
+
+
+def say_ignored(name: str, settings: GenerationSettings) -> None:
+    """Say which settings of `name` would change a text and are not applied."""
+    if settings.ignored:
+        logger.warning(
+            "%s: %s asks for %s, which is not applied",
+            *(name, GENERATION_NAME, ", ".join(settings.ignored)),
+        )
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_json(file, error=BundleError) if file.is_file() else {}
+
+
+def _say(name: str, differences: Sequence[str]) -> None:
+    *first, last = differences
+    told = f"{', '.join(first)} and {last}" if first else last
+    logger.warning("%s: with its own %s in place of the base's", name, told)

@@ -1,0 +1,174 @@
+"""What each adapter of a session brings for texts: its tokenizer, chat template, end, pooling."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.bundle.beside import check_digests, tells_of_texts, text_directory, vocabulary_of
+from loradeploy.bundle.names import FEATURE_EXTRACTION
+from loradeploy.bundle.sentence import (
+    SentenceRecipe,
+    default_recipe,
+    read_recipe,
+    recipe_directory,
+)
+from loradeploy.bundle.settings import GenerationSettings
+from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.errors import BundleError, LoraDeployError, UnknownAdapterError, UsageError
+from loradeploy.files import inside, read_json
+from loradeploy.runtime.resident import AdapterSpec, weights_of
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+_OWN: Final = Path()  # an adapter that came with the bundle
+
+
+@dataclass(frozen=True, eq=False)
+class TextSide:
+    """How the rows of one adapter, or of the base, are read and written.
+
+    `recipe`: of an embedder. `ends`: the tokens that end a text. `torn`: of a blend, the names of
+    two members whose chat templates differ.
+    """
+
+    tokenizer: Tokenizer
+    recipe: SentenceRecipe
+    ends: frozenset[int]
+    settings: GenerationSettings
+    torn: tuple[str, str] | None = None
+
+    def check_chat(self) -> None:
+        """Raise UsageError where no chat template is the blend's."""
+        if self.torn is not None:
+            one, other = self.torn
+            raise UsageError(
+                f"the adapters {one!r} and {other!r} of the blend have different chat templates:"
+                " give the text as a plain prompt"
+            )
+
+
+class TextSides:
+    """The text sides of a session's adapters by name, each read when it is first used.
+
+    Safe from several threads.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        self._bundle = bundle
+        self._manifest = manifest
+        self._lock = threading.Lock()
+        self._places: dict[str, Path] = dict.fromkeys(manifest.adapters, _OWN)
+        self._sides: dict[str, TextSide] = {}
+
+    def put(self, name: str, place: Path | None) -> None:
+        """Let `name` stand for the adapter loaded from `place`; None is the bundle's own."""
+        with self._lock:
+            self._places[name] = _OWN if place is None else place
+            self._sides.pop(name, None)
+
+    def remove(self, name: str) -> None:
+        """Forget `name`."""
+        with self._lock:
+            self._places.pop(name, None)
+            self._sides.pop(name, None)
+
+    @cached_property
+    def base(self) -> TextSide:
+        """The base's."""
+        recipe = None
+        if self._manifest.task == FEATURE_EXTRACTION and self._manifest.sentence:
+            check_digests(self._bundle, self._manifest.sentence)
+            recipe = read_recipe(self._bundle)
+        recipe = recipe or default_recipe()
+        return _side(Tokenizer(self._bundle, lowercase=recipe.lowercase), recipe)
+
+    def of(self, spec: AdapterSpec | None) -> TextSide:
+        """The side of an adapter, of a blend, or of the base.
+
+        Raises:
+            UnknownAdapterError: an adapter that was never loaded.
+            UsageError: a blend of adapters with different tokenizers or poolings.
+            BundleError: files that cannot be used, or are not those that came with the bundle.
+            AdapterMismatchError: words that the graph's vocabulary has not.
+        """
+        if spec is None:
+            return self.base
+        if isinstance(spec, str):
+            return self._named(spec)
+        return _blend({name: self._named(name) for name, _ in weights_of(spec)})
+
+    def _named(self, name: str) -> TextSide:
+        with self._lock:
+            place = self._places.get(name)
+            there = self._sides.get(name)
+        if there is not None:
+            return there
+        if place is None:
+            known = ", ".join(sorted(self._places)) or "none"
+            raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
+        try:
+            side = self._read(name, place)
+        except LoraDeployError as problem:
+            raise type(problem)(f"the adapter {name!r}: {problem}") from None
+        with self._lock:
+            if self._places.get(name) is place:
+                self._sides[name] = side
+        return side
+
+    def _read(self, name: str, place: Path) -> TextSide:
+        base = self.base
+        if place is _OWN:
+            entry = self._manifest.adapters[name]
+            if entry.text is None or entry.path is None:
+                return base
+            directory = inside(self._bundle, entry.path)
+            check_digests(directory, entry.text.files)
+        else:
+            directory = text_directory(place)
+        if not tells_of_texts(directory):
+            return base
+        recipe = None
+        if self._manifest.task == FEATURE_EXTRACTION:
+            found = recipe_directory(directory)
+            recipe = None if found is None else read_recipe(found)
+        recipe = recipe or base.recipe
+        tokenizer = Tokenizer(directory, base.tokenizer, lowercase=recipe.lowercase)
+        config = self._bundle / "config.json"
+        known = read_json(config, error=BundleError) if config.is_file() else {}
+        tokenizer.check_words(vocabulary_of(self._manifest, known))
+        return _side(tokenizer, recipe)
+
+
+def _side(tokenizer: Tokenizer, recipe: SentenceRecipe) -> TextSide:
+    return TextSide(tokenizer, recipe, tokenizer.eos_ids, tokenizer.settings)
+
+
+def _blend(members: Mapping[str, TextSide]) -> TextSide:
+    """One side for several: what they agree on, and every end."""
+    (first, side), *others = members.items()
+    for name, other in others:
+        if not side.tokenizer.same_words(other.tokenizer):
+            raise UsageError(
+                f"the adapters {first!r} and {name!r} of the blend have different tokenizers: give"
+                " token ids"
+            )
+        if not side.recipe.same(other.recipe):
+            raise UsageError(
+                f"the adapters {first!r} and {name!r} of the blend make vectors in different ways:"
+                " use AdapterSession.run"
+            )
+    torn = [n for n, other in others if other.tokenizer.template != side.tokenizer.template]
+    ends = frozenset().union(*(member.ends for member in members.values()))
+    agreed = all(other.settings == side.settings for _, other in others)
+    return replace(
+        side,
+        ends=ends,
+        settings=side.settings if agreed else GenerationSettings(),
+        torn=(first, torn[0]) if torn else None,
+    )

@@ -1,0 +1,251 @@
+"""A text's vector as sentence-transformers defines it, computed by hand with torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loradeploy.bundle.sentence import default_recipe, read_recipe, recipe_directory
+from loradeploy.errors import BundleError
+from tests.tolerances import tolerance
+
+HIDDEN = 6
+STATES = torch.randn(3, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+NEW, OLD = "sentence_transformers.sentence_transformer.modules.", "sentence_transformers.models."
+
+
+def write(place: Path, *modules: tuple[str, str, dict[str, Any] | None], **files: Any) -> Path:
+    """A directory with modules of (type, folder, config) behind a Transformer."""
+    place.mkdir(parents=True, exist_ok=True)
+    encoder = {"idx": 0, "name": "0", "path": "", "type": f"{OLD}Transformer"}
+    entries = [encoder]
+    for index, (kind, path, config) in enumerate(modules, start=1):
+        told = kind if "." in kind else OLD + kind
+        entries.append({"idx": index, "name": str(index), "path": path, "type": told})
+        if config is not None:
+            (place / path).mkdir()
+            (place / path / "config.json").write_text(json.dumps(config))
+    (place / "modules.json").write_text(json.dumps(entries))
+    for name, content in files.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
+    return place
+
+
+def vectors(place: Path, skipped: int = 0) -> Any:
+    recipe = read_recipe(place)
+    assert recipe is not None
+    return recipe.vectors(STATES.numpy(), MASK.numpy(), skipped)
+
+
+def _rows(pool: Callable[[Any], Any]) -> Any:
+    """`pool` of each row's real states [tokens, hidden], one row at a time."""
+    return torch.stack([pool(s[m.bool()]) for s, m in zip(STATES, MASK, strict=True)]).numpy()
+
+
+def _weighted(states: Any) -> Any:
+    weights = torch.arange(1, len(states) + 1)[:, None]
+    return (states * weights).sum(0) / weights.sum()
+
+
+POOLINGS: dict[str, Callable[[Any], Any]] = {
+    "cls": lambda s: s[0],
+    "max": lambda s: s.max(0).values,
+    "mean": lambda s: s.mean(0),
+    "mean_sqrt_len_tokens": lambda s: s.sum(0) / len(s) ** 0.5,
+    "weightedmean": _weighted,
+    "lasttoken": lambda s: s[-1],
+}
+FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+@pytest.mark.parametrize("form", ["flags", "name", "list"])
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_each_way_of_pooling_is_obeyed(mode: str, form: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"flags": {flag: flag == FLAGS[mode] for flag in FLAGS.values()}}.get(
+        form, {"pooling_mode": mode if form == "name" else [mode]}
+    )
+    kind = (OLD if form == "flags" else NEW) + ("Pooling" if form == "flags" else "pooling.Pooling")
+    place = write(tmp_path / "m", (kind, "1_Pooling", {"embedding_dimension": HIDDEN, **config}))
+    assert np.abs(vectors(place) - _rows(POOLINGS[mode])).max() <= tolerance("same-torch")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},  # the older order
+        {"pooling_mode": ["cls", "max"]},
+    ],
+)
+def test_several_ways_are_put_side_by_side(config: dict[str, Any], tmp_path: Path) -> None:
+    place = write(tmp_path / "m", ("Pooling", "1_Pooling", config))
+    expected = np.concatenate([_rows(POOLINGS["cls"]), _rows(POOLINGS["max"])], axis=1)
+    assert np.abs(vectors(place) - expected).max() <= tolerance("same-torch")
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_a_prompts_tokens_are_left_out_where_it_says_so(mode: str, tmp_path: Path) -> None:
+    place = write(
+        tmp_path / "m",
+        ("Pooling", "1_Pooling", {"pooling_mode": mode, "include_prompt": False}),
+    )
+    rest = STATES[0, 2:]
+    weights = torch.arange(3, 6)[:, None]  # a token's weight is its place in the whole row
+    expected = (
+        (rest * weights).sum(0) / weights.sum() if mode == "weightedmean" else POOLINGS[mode](rest)
+    ).numpy()
+    assert np.abs(vectors(place, skipped=2)[0] - expected).max() <= tolerance("same-torch")
+    if mode not in ("lasttoken", "max"):  # whose token is none of the prompt's here
+        assert np.abs(vectors(place, skipped=2)[0] - vectors(place)[0]).max() > 1e-3
+
+
+POOL = ("Pooling", "1_Pooling", {"pooling_mode": "mean"})
+MEAN = torch.from_numpy(_rows(POOLINGS["mean"]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ("torch.nn.modules.activation.Tanh", torch.tanh),
+        ("torch.nn.modules.linear.Identity", lambda x: x),
+        ("torch.nn.modules.activation.GELU", torch.nn.functional.gelu),
+        ("torch.nn.modules.activation.ReLU", torch.relu),
+        ("torch.nn.modules.activation.Sigmoid", torch.sigmoid),
+        ("torch.nn.modules.activation.SiLU", torch.nn.functional.silu),
+        (None, torch.tanh),  # nothing said: sentence-transformers takes tanh
+    ],
+)
+def test_a_dense_layer_is_computed(
+    activation: str | None, function: Callable[[Any], Any], bias: bool, tmp_path: Path
+) -> None:
+    config = {"in_features": HIDDEN, "out_features": 4, "bias": bias}
+    if activation is not None:
+        config["activation_function"] = activation  # type: ignore[assignment]
+    layer = torch.nn.Linear(HIDDEN, 4, bias=bias)
+    place = write(tmp_path / "m", POOL, ("Dense", "2_Dense", config), ("Normalize", "3_N", None))
+    tensors = {f"linear.{name}": value.data for name, value in layer.named_parameters()}
+    save_file(tensors, place / "2_Dense" / "model.safetensors")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(function(layer(MEAN)), dim=1).numpy()
+    assert np.abs(vectors(place) - expected).max() <= tolerance("same-torch")
+
+
+@pytest.mark.parametrize("out", [HIDDEN, 4])
+def test_a_dense_layer_beside_which_its_input_goes_on(out: int, tmp_path: Path) -> None:
+    config = {"in_features": HIDDEN, "out_features": out, "use_residual": True}
+    layer, beside = torch.nn.Linear(HIDDEN, out), torch.nn.Linear(HIDDEN, out, bias=False)
+    place = write(tmp_path / "m", POOL, ("Dense", "2_Dense", config))
+    tensors = {"linear.weight": layer.weight.data, "linear.bias": layer.bias.data}
+    if out != HIDDEN:
+        tensors["residual.weight"] = beside.weight.data
+    save_file(tensors, place / "2_Dense" / "model.safetensors")
+    with torch.no_grad():
+        expected = torch.tanh(layer(MEAN)) + (MEAN if out == HIDDEN else beside(MEAN))
+    assert np.abs(vectors(place) - expected.numpy()).max() <= tolerance("same-torch")
+
+
+def test_a_layer_norm_is_computed(tmp_path: Path) -> None:
+    norm = torch.nn.LayerNorm(HIDDEN)
+    torch.nn.init.normal_(norm.weight)
+    place = write(
+        tmp_path / "m", POOL, ("Dropout", "2_D", {"dropout": 0.1}), ("LayerNorm", "3_L", {})
+    )
+    save_file(
+        {"norm.weight": norm.weight.data, "norm.bias": norm.bias.data},
+        place / "3_L/model.safetensors",
+    )
+    with torch.no_grad():
+        assert np.abs(vectors(place) - norm(MEAN).numpy()).max() <= tolerance("same-torch")
+
+
+def test_without_normalization_there_is_none(tmp_path: Path) -> None:
+    plain = vectors(write(tmp_path / "m", POOL))
+    assert np.abs(plain - MEAN.numpy()).max() <= tolerance("same-torch")
+    usual = default_recipe().vectors(STATES.numpy(), MASK.numpy())
+    np.testing.assert_allclose(np.linalg.norm(usual, axis=1), 1, atol=1e-6)
+
+
+def test_prompts_and_the_encoders_settings_are_read(tmp_path: Path) -> None:
+    place = write(
+        tmp_path / "m",
+        POOL,
+        config_sentence_transformers={
+            "prompts": {"query": "Query: ", "document": None},
+            "default_prompt_name": "query",
+        },
+        sentence_bert_config={"max_seq_length": 7, "do_lower_case": True},
+    )
+    recipe = read_recipe(place)
+    assert recipe is not None
+    assert (recipe.prompts, recipe.default_prompt) == (
+        {"query": "Query: ", "document": ""},
+        "query",
+    )
+    assert (recipe.max_length, recipe.lowercase, recipe.include_prompt) == (7, True, True)
+
+
+@pytest.mark.parametrize(
+    ("modules", "files", "message"),
+    [
+        ([("my_code.Pooler", "1_P", None)], {}, "my_code.Pooler, which is code of its own"),
+        ([POOL, ("WeightedLayerPooling", "2_W", {})], {}, "names a module WeightedLayerPooling"),
+        ([("Normalize", "1_N", None)], {}, "names a module Normalize before the Pooling"),
+        ([POOL, ("Pooling", "2_P", {})], {}, "names a module Pooling"),
+        ([], {}, "names no Pooling"),
+        ([("Pooling", "1_P", {"pooling_mode": "median"})], {}, "the pooling 'median'"),
+        ([("Pooling", "1_P", {"pooling_mode_new": True})], {}, "pooling_mode_new is not supported"),
+        ([POOL, ("Dense", "2_D", {})], {}, "model.safetensors does not exist"),
+        ([POOL, ("Dense", "../d", None)], {}, "leads out of"),
+        ([POOL], {"config_sentence_transformers": {"model_type": "SparseEncoder"}}, "SparseEnc"),
+        ([POOL], {"config_sentence_transformers": {"default_prompt_name": "q"}}, "default prompt"),
+        ([POOL], {"sentence_bert_config": {"transformer_task": "fill-mask"}}, "fill-mask"),
+        ([POOL], {"sentence_bert_config": {"max_seq_length": "long"}}, "max_seq_length is 'long'"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(
+    modules: list[Any], files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    place = write(tmp_path / "m", *modules, **files)
+    with pytest.raises(BundleError, match=message) as problem:
+        read_recipe(place)
+    assert len(str(problem.value).replace(str(tmp_path), "")) < 300
+
+
+@pytest.mark.parametrize("change", [{"activation_function": "torch.nn.Softplus"}, {"bias": False}])
+def test_a_dense_layer_that_is_not_understood_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    place = write(tmp_path / "m", POOL, ("Dense", "2_D", {"out_features": 2, **change}))
+    tensors = {"linear.weight": torch.zeros(2, HIDDEN), "linear.bias": torch.zeros(2)}
+    if "bias" in change:
+        tensors["linear.extra"] = torch.zeros(1)
+    save_file(tensors, place / "2_D" / "model.safetensors")
+    with pytest.raises(BundleError, match=r"Softplus|linear\.extra"):
+        read_recipe(place)
+
+
+@pytest.mark.parametrize("folder", ["", "onnx", "0_Transformer"])
+def test_the_recipe_is_found_from_the_folder_of_the_encoder(folder: str, tmp_path: Path) -> None:
+    place = write(tmp_path / "m", POOL)
+    modules = json.loads((place / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (place / "modules.json").write_text(json.dumps(modules))
+    (place / folder).mkdir(exist_ok=True)
+    (place / "other").mkdir()
+    assert recipe_directory(place / folder) == place
+    assert recipe_directory(place / "other") is None

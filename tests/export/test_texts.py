@@ -1,0 +1,379 @@
+"""What trainers write beside an adapter: chat template, tokenizer, ends, settings.
+
+The right answer is that of transformers with the adapter's own tokenizer and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError, LoraDeployError, UsageError
+from loradeploy.export.api import export
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter, once
+from tests.runtime.test_run_command import lines, run
+
+VOCABULARY, WORDS = 64, 60  # the embedding has rows to spare
+NEW = 12  # tokens
+TEXT = "w5 w9"
+OURS = (
+    "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
+    "{% if add_generation_prompt %}w3{% endif %}"
+)
+THEIRS = OURS.replace("w1", "w10").replace("w2", "w11").replace("w3", "w12")
+
+
+def _tokenizer(
+    place: Path, *, words: int = WORDS, template: str | None = None, **tokens: str
+) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(words - 4))]
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    own = PreTrainedTokenizerFast(tokenizer_object=made, **{**roles, **tokens})
+    if template is not None:
+        own.chat_template = template
+    own.save_pretrained(place)
+    return own
+
+
+def _generation(place: Path, **settings: Any) -> None:
+    (place / "generation_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def worded_llama(shared: Path) -> Path:
+    """A random Llama of one layer whose words are counted, with a chat template."""
+
+    def make(place: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
+        _tokenizer(place, template=OURS)
+
+    return once(shared / "worded-llama", make)
+
+
+def _plain(place: Path) -> None:
+    _tokenizer(place, template=OURS)
+
+
+def _template(place: Path) -> None:
+    (place / "chat_template.jinja").write_text(THEIRS)
+
+
+def _word(place: Path) -> None:
+    own = _tokenizer(place, template=THEIRS.replace("w11", "<|end|>"))
+    own.add_special_tokens({"eos_token": "<|end|>"})
+    own.save_pretrained(place)
+
+
+def _settings(place: Path) -> None:
+    _generation(
+        place, eos_token_id=[7, 8], repetition_penalty=1.3, begin_suppress_tokens=[20, 21, 22]
+    )
+
+
+def _list_of_templates(place: Path) -> None:
+    named = [{"name": "default", "template": THEIRS}, {"name": "tools", "template": OURS}]
+    (place / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "plain": _plain,
+    "template": _template,
+    "word": _word,
+    "settings": _settings,
+    "list": _list_of_templates,
+}
+
+
+@pytest.fixture(scope="session")
+def worded_adapters(worded_llama: Path, shared: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
+    """An adapter for each kind of files beside it."""
+
+    def make(place: Path) -> None:
+        for seed, (name, write) in enumerate(KINDS.items()):
+            make_adapter(worded_llama, out=place / name, seed=seed, scale=0.3)
+            write(place / name)
+
+    place = once(shared / "worded-adapters", make)
+    return {name: place / name for name in KINDS}
+
+
+@pytest.fixture(scope="session")
+def worded_bundle(worded_llama: Path, worded_adapters: dict[str, Path], shared: Path) -> Path:
+    """The base with all of the adapters in it."""
+    return once(
+        shared / "bundle-worded",
+        lambda place: export(worded_llama, place, adapters=worded_adapters),
+    )
+
+
+@pytest.fixture(scope="session")
+def expected(
+    worded_llama: Path, worded_adapters: dict[str, Path]
+) -> Callable[[str | None], tuple[list[int], list[int]]]:
+    """A function adapter → the tokens of its prompt, and those that transformers adds to it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    def generate(name: str | None) -> tuple[list[int], list[int]]:
+        model = AutoModelForCausalLM.from_pretrained(worded_llama)
+        place = worded_llama if name is None else worded_adapters[name]
+        if name is not None:
+            model = peft.PeftModel.from_pretrained(model, place)
+        own = place if (place / "tokenizer.json").is_file() else worded_llama
+        tokenizer = AutoTokenizer.from_pretrained(own)
+        if name in ("template", "list"):
+            tokenizer.chat_template = THEIRS
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": TEXT}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        file = (place if (place / "generation_config.json").is_file() else worded_llama).resolve()
+        settings = GenerationConfig.from_pretrained(file)
+        ends = [settings.eos_token_id] if isinstance(settings.eos_token_id, int) else []
+        ends = ends or list(settings.eos_token_id)
+        ends = [*ends, tokenizer.eos_token_id] if name == "word" else ends
+        settings.update(max_new_tokens=NEW, do_sample=False, eos_token_id=ends, pad_token_id=0)
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            out = model.eval().generate(
+                input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings
+            )
+        made = out[0, len(ids) :].tolist()
+        return ids, made[:-1] if made[-1] in ends else made
+
+    return generate
+
+
+NAMES = [None, *KINDS]
+
+
+def _check(
+    results: list[Any], expected: Callable[[str | None], tuple[list[int], list[int]]]
+) -> None:
+    for name, result in zip(NAMES, results, strict=True):
+        ids, made = expected(name)
+        assert (result.prompt_tokens, list(result.token_ids)) == (len(ids), made), name
+    assert len({result.token_ids for result in results}) > 3
+
+
+def test_each_row_is_asked_and_ended_as_its_adapter_was_trained(
+    worded_bundle: Path, expected: Callable[[str | None], tuple[list[int], list[int]]]
+) -> None:
+    generator = TextGenerator(AdapterSession(worded_bundle))
+    _check(generator.generate([TEXT] * len(NAMES), NAMES, chat=True, max_new_tokens=NEW), expected)
+
+
+def test_an_adapter_loaded_later_brings_its_own_too(
+    worded_bundle: Path,
+    worded_adapters: dict[str, Path],
+    expected: Callable[[str | None], tuple[list[int], list[int]]],
+    tmp_path: Path,
+) -> None:
+    export(worded_bundle, tmp_path / "b")
+    session = AdapterSession(tmp_path / "b")
+    for name, place in worded_adapters.items():
+        (session.register if name == "word" else session.load)(name, place)
+    generator = TextGenerator(session)
+    _check(generator.generate([TEXT] * len(NAMES), NAMES, chat=True, max_new_tokens=NEW), expected)
+    session.unload("template")
+    session.load("template", worded_adapters["plain"])
+    answers = generator.generate([TEXT] * 2, ["template", "plain"], chat=True)
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_the_command_mixes_adapters_with_templates_of_their_own(
+    worded_bundle: Path,
+    tmp_path: Path,
+    expected: Callable[[str | None], tuple[list[int], list[int]]],
+) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    file = lines(tmp_path, *({"messages": messages, "adapter": name} for name in NAMES))
+    result = run(worded_bundle, "--input", file, "--json", "--max-new-tokens", NEW)
+    assert result.exit_code == 0, result.output
+    for name, line in zip(NAMES, result.stdout.splitlines(), strict=True):
+        assert json.loads(line)["token_ids"] == expected(name)[1], name
+
+
+@pytest.mark.parametrize("name", ["template", "word", "settings", "list"])
+def test_in_a_merged_bundle_they_take_the_bases_place(
+    name: str,
+    worded_bundle: Path,
+    worded_adapters: dict[str, Path],
+    expected: Callable[[str | None], tuple[list[int], list[int]]],
+    tmp_path: Path,
+) -> None:
+    export(worded_bundle, tmp_path / "b", adapters={name: worded_adapters[name]}, merge=True)
+    generator = TextGenerator(AdapterSession(tmp_path / "b"))
+    (result,) = generator.generate([TEXT], chat=True, max_new_tokens=NEW)
+    ids, made = expected(name)
+    assert (result.prompt_tokens, list(result.token_ids)) == (len(ids), made)
+    genai = json.loads((tmp_path / "b" / "genai_config.json").read_text())
+    ends = {"word": [2, WORDS], "settings": [7, 8]}.get(name, 2)
+    assert genai["model"]["eos_token_id"] == ends
+    assert generator.tokenizer.eos_ids == ({2} if ends == 2 else set(ends))  # type: ignore[call-overload]
+    if name == "settings":
+        assert genai["search"]["repetition_penalty"] == 1.3
+
+
+def test_transformers_reads_a_merged_bundles_tokenizer_as_the_adapters(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    export(worded_bundle, tmp_path / "b", adapters={"word": worded_adapters["word"]}, merge=True)
+    for name in ("chat_template", "eos_token_id"):
+        own, theirs = (
+            getattr(AutoTokenizer.from_pretrained(place), name)
+            for place in (tmp_path / "b", worded_adapters["word"])
+        )
+        assert own == theirs
+
+
+# -- what the export says --------------------------------------------------------------------------
+
+
+def test_a_difference_from_the_base_is_said_in_a_line(
+    worded_bundle: Path,
+    worded_adapters: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        export(worded_bundle, tmp_path / "b", adapters=worded_adapters)
+    said = {r.message.partition(":")[0]: r.message for r in caplog.records}
+    assert said["template"] == "template: with its own chat template in place of the base's"
+    assert "tokenizer (new words: '<|end|>') and end tokens (2, 60)" in said["word"]
+    assert "end tokens (7, 8) and generation settings" in said["settings"]
+    assert "plain" not in said and len(caplog.records) == 4
+
+
+def test_the_manifest_tells_what_an_adapter_brings(worded_bundle: Path) -> None:
+    adapters = read_manifest(worded_bundle).adapters
+    text = {name: entry.text for name, entry in adapters.items()}
+    assert text["plain"] is None
+    assert text["template"] is not None and text["template"].chat_template == THEIRS
+    assert text["word"] is not None and text["word"].eos_token_ids == (2, WORDS)
+    assert text["settings"] is not None
+    assert text["settings"].generation["repetition_penalty"] == 1.3
+    assert not (worded_bundle / "adapters" / "plain" / "tokenizer.json").exists()
+
+
+def test_the_same_export_has_the_same_bytes(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        export(worded_bundle, tmp_path / name, adapters=worded_adapters)
+    files = sorted(p for p in (tmp_path / "one").rglob("*") if p.is_file())
+    for file in files:
+        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert file.read_bytes() == other.read_bytes(), file.name
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def _many_words(place: Path) -> None:
+    _tokenizer(place, words=VOCABULARY + 2)
+
+
+def _older_words(place: Path) -> None:
+    (place / "added_tokens.json").write_text(json.dumps({"<|turn|>": WORDS}))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_many_words, "has 'w60' as token 64, and 1 more; the graph's vocabulary ends at 63"),
+        (_older_words, r"adds the word '<\|turn\|>' as token 60, which the base's tokenizer lacks"),
+        (lambda p: (p / "chat_template.jinja").write_text("{% if %}"), "no valid template"),
+        (lambda p: _generation(p, repetition_penalty="high"), "repetition_penalty is 'high'"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_by_name(
+    write: Callable[[Path], None],
+    message: str,
+    worded_bundle: Path,
+    worded_adapters: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    adapter = tmp_path / "bad"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(worded_adapters["plain"] / name, adapter)
+    write(adapter)
+    with pytest.raises(LoraDeployError, match=f"bad: .*{message}") as problem:
+        export(worded_bundle, tmp_path / "b", adapters=[adapter])
+    assert len(str(problem.value).replace(str(tmp_path), "")) < 300
+    session = AdapterSession(worded_bundle)
+    session.load("bad", adapter)
+    with pytest.raises(LoraDeployError, match=f"'bad': .*{message}"):
+        TextGenerator(session).generate([TEXT], "bad")
+
+
+def test_a_word_for_padding_alone_may_have_no_row(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "padded")
+    own = _tokenizer(adapter, words=VOCABULARY, template=OURS)
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    own.save_pretrained(adapter)
+    session = AdapterSession(worded_bundle)
+    session.load("padded", adapter)
+    answers = TextGenerator(session).generate([TEXT] * 2, ["padded", "plain"], chat=True)
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_a_file_that_changed_since_the_export_is_refused(
+    worded_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(worded_bundle, tmp_path / "b")
+    (bundle / "adapters" / "template" / "chat_template.jinja").write_text(OURS)
+    generator = TextGenerator(AdapterSession(bundle))
+    with pytest.raises(BundleError, match="is not the file that came with the bundle"):
+        generator.generate([TEXT], "template", chat=True)
+    assert generator.generate([TEXT], "word", chat=True)
+
+
+def test_a_blend_takes_what_its_adapters_agree_on(worded_bundle: Path) -> None:
+    generator = TextGenerator(AdapterSession(worded_bundle))
+    alike = {"template": 1.0, "list": 0.0}
+    both = generator.generate([TEXT] * 2, [alike, "template"], chat=True, max_new_tokens=NEW)
+    assert both[0].token_ids == both[1].token_ids
+    torn = {"template": 0.5, "plain": 0.5}
+    assert generator.generate([TEXT], torn)
+    with pytest.raises(UsageError, match="'plain' and 'template' of the blend have different chat"):
+        generator.generate([TEXT], torn, chat=True)
+    with pytest.raises(UsageError, match="'template' and 'word' of the blend have different tok"):
+        generator.generate([TEXT], {"template": 0.5, "word": 0.5})
