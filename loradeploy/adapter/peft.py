@@ -41,6 +41,7 @@ WEIGHTS_NAME: Final = "adapter_model.safetensors"
 # What training and conversion write into an adapter's directory, and replace there.
 OWN_FILES: Final = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
+    | {"modules.json", "1_Pooling/config.json"}  # of an embedder
 )
 _PREFIX: Final = "base_model.model."
 _BASE_DIGEST: Final = "loradeploy.base_digest"

@@ -24,7 +24,7 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.pooling import POOLS
 from loradeploy.errors import BundleError
-from loradeploy.files import MAX_JSON_BYTES, inside, read_json
+from loradeploy.files import MAX_JSON_BYTES, inside, read_json, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,6 +92,12 @@ class SentenceRecipe:
         values = states.astype(np.float32)
         vectors = np.concatenate([POOLS[m](values, pooled_over) for m in self.pooling], axis=1)
         return self.scaled(vectors)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether texts become the vectors of `default_recipe`, up to their length."""
+        plain = self.pooling == ("mean",) and self.only_scales
+        return plain and not self.lowercase and self.default_prompt is None
 
     @property
     def only_scales(self) -> bool:
@@ -179,6 +185,19 @@ def recipe_directory(directory: Path) -> Path | None:
 def default_recipe() -> SentenceRecipe:
     """Where nothing tells: the mean of the tokens' states at length 1, as most are trained."""
     return SentenceRecipe(("mean",), (_normalize,))
+
+
+def write_default(directory: Path) -> None:
+    """Write the files of `default_recipe`, for what was trained by it on a base with another."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    entries = [
+        {"idx": index, "name": str(index), "path": path, "type": f"{_PACKAGE}models.{kind}"}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    write_json(directory / MODULES_NAME, entries)
+    pooling = directory / "1_Pooling"
+    pooling.mkdir(exist_ok=True)
+    write_json(pooling / "config.json", {"pooling_mode": "mean"})
 
 
 def flat_modules(directory: Path) -> list[Any]:

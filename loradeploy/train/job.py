@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,13 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
 from loradeploy.bundle.names import CAUSAL_LM
-from loradeploy.errors import TrainingError, TrainingInterruptedError, UsageError
+from loradeploy.bundle.sentence import (
+    MODULES_NAME,
+    read_recipe,
+    recipe_directory,
+    write_default,
+)
+from loradeploy.errors import BundleError, TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
@@ -30,7 +37,7 @@ from loradeploy.train.api import TrainResult
 from loradeploy.train.board import Board
 from loradeploy.train.card import CARD_NAME, card
 from loradeploy.train.checkpoints import Checkpoints
-from loradeploy.train.config import PACKED, TrainConfig, to_yaml
+from loradeploy.train.config import EMBEDDING, PACKED, TrainConfig, to_yaml
 from loradeploy.train.curve import write_curve
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
@@ -40,6 +47,8 @@ from loradeploy.train.progress import Progress
 from loradeploy.train.signals import Stop, StopAfterStep, stoppable
 from loradeploy.train.tasks import Collate, Task, task_of
 from loradeploy.train.trainer import AdapterTrainer, arguments
+
+logger = logging.getLogger(__name__)
 
 # Settings that do not change the adapter: a resumed run may have others.
 _FREE: Final = ("save_steps", "tensorboard")
@@ -127,7 +136,7 @@ def run(
             accuracy_after=after[1] if task.judged else None,
         )
         if main:
-            _write(result, adapter, trainer, config, prepared.digest)
+            _write(result, adapter, trainer, config, prepared.digest, place)
         trainer.accelerator.wait_for_everyone()
     if main:
         checkpoints.remove()
@@ -196,18 +205,42 @@ def _record(config: TrainConfig, digest_of_base: str, prepared: Prepared) -> dic
 
 
 def _write(
-    result: TrainResult, adapter: Adapter, trainer: AdapterTrainer, config: TrainConfig, data: str
+    result: TrainResult,
+    adapter: Adapter,
+    trainer: AdapterTrainer,
+    config: TrainConfig,
+    data: str,
+    base: Path,
 ) -> None:
     target = result.adapter
     try:
         with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
             save_adapter(adapter, place)
+            if config.task == EMBEDDING:
+                _tell_pooling(base, place)
             write_curve(trainer.curve(), place)
             (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
             text = card(result, adapter.config, config, data)
             (place / CARD_NAME).write_text(text, encoding="utf-8")
     except OSError as problem:
         raise TrainingError(f"{target} cannot be written: {problem.strerror}") from None
+
+
+def _tell_pooling(base: Path, adapter: Path) -> None:
+    """Say beside the adapter how its vectors were made, where the base makes them otherwise."""
+    try:
+        found = recipe_directory(base)
+        recipe = None if found is None else read_recipe(found)
+        usual = recipe is None or recipe.is_usual
+    except BundleError:  # a module of another kind, which was not trained with either
+        usual = False
+    if not usual:
+        logger.warning(
+            "the base's %s makes vectors otherwise; the adapter was trained on the mean of the"
+            " tokens' states, and has a %s that says so",
+            *(MODULES_NAME, MODULES_NAME),
+        )
+        write_default(adapter)
 
 
 @contextmanager

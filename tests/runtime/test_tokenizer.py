@@ -238,3 +238,42 @@ def test_rows_are_padded_on_the_side_asked_for() -> None:
     ids, mask = pad([[5, 6, 7], [8]], 0, left=False)
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# -- an adapter's files over the base's ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "ends"),
+    [
+        ("{{ m.content }}<|im_end|>", {0, 2}),  # an added token: the end of a turn
+        ("{{ m.content }} \n<|im_end|>\n", {0, 2}),
+        ("{{ m.content }} the end", {0}),  # words end nothing
+        ("{{ raise_exception('no') }}", {0}),
+    ],
+)
+def test_the_end_of_a_turn_in_an_adapters_own_template_ends_its_texts(
+    answer: str, ends: set[int], edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = Tokenizer(edited("generation_config.json", eos_token_id=0))
+    assert base.eos_ids == {0}
+    (tmp_path / "own").mkdir()
+    template = "{% for m in messages %}" + answer + "{% endfor %}"
+    (tmp_path / "own" / "chat_template.jinja").write_text(template)
+    own = Tokenizer(tmp_path / "own", base)
+    assert own.eos_ids == ends
+    assert own.encode("The bank") == base.encode("The bank") and not own.own_words
+
+
+def test_an_adapter_without_files_is_read_as_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Tokenizer(tiny_llama)
+    own = Tokenizer(tmp_path, base)
+    assert (own.eos_ids, own.template, own.settings) == (base.eos_ids, base.template, base.settings)
+    assert own.render_chat(CHATS[0]) == base.render_chat(CHATS[0])
+
+
+def test_positions_that_are_counted_from_the_padding_on_are_no_texts(
+    edited: Callable[..., Path],
+) -> None:
+    place = edited("config.json", model_type="roberta", pad_token_id=1)
+    assert Tokenizer(place).positions == 126

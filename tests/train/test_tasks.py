@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -16,11 +18,13 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from loradeploy.adapter import load_adapter
+from loradeploy.bundle.sentence import default_recipe, read_recipe
 from loradeploy.errors import DataError
 from loradeploy.train.data import read_conversations, read_labelled_texts, read_tagged_words
 from loradeploy.train.features import PairCollator
 from loradeploy.train.sources import Source
 from loradeploy.train.task_losses import embedding_loss, multi_label_loss, regression_loss
+from tests.bundle.test_sentence import write
 from tests.tolerances import tolerance
 from tests.train.conftest import WORDS, Quick, write_lines
 
@@ -108,6 +112,24 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
     assert (adapter.config.task_type, adapter.labels) == (peft_name, labels)
     assert bool(adapter.saved) == (task != "embedding"), "a head is trained whole"
     assert peft.PeftConfig.from_pretrained(str(result.adapter)).task_type == peft_name
+
+
+@pytest.mark.parametrize("mode", ["cls", "mean"])
+def test_an_embedder_says_how_it_was_trained_where_the_base_pools_otherwise(
+    mode: str, tiny_bert: Path, tmp_path: Path, quick: Quick
+) -> None:
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    write(base, ("Pooling", "1_Pooling", {"pooling_mode": mode}))
+    data = pairs(tmp_path / "data.jsonl")
+    result = quick(base, data, tmp_path / "adapter", task="embedding", max_steps=1)
+    recipe = read_recipe(result.adapter)
+    if mode == "mean":
+        assert recipe is None
+        return
+    assert recipe is not None and recipe.is_usual
+    states, mask = np.random.default_rng(0).normal(size=(2, 3, 8)), np.ones((2, 3), np.int64)
+    usual = default_recipe().vectors(states, mask)
+    assert (recipe.vectors(states, mask) == usual).all()
 
 
 @pytest.mark.parametrize("problem", ["multi-label", "regression"])
