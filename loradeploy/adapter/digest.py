@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.tensors import map_tensors
-from loradeploy.errors import ModelError
+from loradeploy.adapter.base_files import base_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,18 +37,13 @@ def tensors_digest(tensors: Mapping[str, NDArray[Any]], numbers: Mapping[str, fl
 def base_digest(model: str | Path) -> str:
     """Identity of the base model in the directory `model`: a digest of its checkpoint's tensors.
 
-    Names, dtypes, shapes and bytes of all tensors in name order: how they are sharded, and
-    everything else in the directory, does not matter.
+    Names, dtypes, shapes and bytes, in name order, of all tensors that transformers would load:
+    how they are sharded, and everything else in the directory, does not matter.
 
     Raises:
         ModelError: the directory holds no readable safetensors.
     """
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{model} holds no .safetensors file: save the model with transformers")
-    tensors = {}
-    for file in files:
-        tensors.update(map_tensors(file, error=ModelError)[0])
+    tensors = base_tensors(Path(model))
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

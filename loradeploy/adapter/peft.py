@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -140,6 +141,24 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     write_json(place / CONFIG_NAME, adapter.config.to_peft())
     write_arrays(place / WEIGHTS_NAME, arrays, metadata)
     return adapter.digest
+
+
+def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The config and the weights of the adapter at `path`, which are the files that PEFT reads.
+
+    Raises:
+        AdapterError: as `load_adapter`, for what is not there.
+    """
+    weights = _weights_file(Path(path))
+    return weights.parent / CONFIG_NAME, weights
+
+
+def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
+    """Copy the two files of the adapter at `path` into `directory`, byte by byte."""
+    place = Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    for file, name in zip(adapter_files(path), (CONFIG_NAME, WEIGHTS_NAME), strict=True):
+        shutil.copyfile(file, place / name)
 
 
 def _weights_file(place: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -99,6 +99,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, noun: str = _BUNDLE) -> None
             *_other_base(adapter, manifest, noun),
             *_factor_misfits(adapter, targets, noun),
             *_saved_misfits(adapter, manifest, noun),
+            *not_brought(adapter, (s.parameter for s in manifest.saved if s.lacking)),
             *change_misfits(adapter, manifest, noun),
             *_missing(adapter, targets),
         ],
@@ -249,6 +250,15 @@ def _saved_misfits(adapter: Adapter, manifest: Manifest, noun: str) -> list[str]
                 f"{parameter} is {list(values.shape)}, the base has {list(target.shape)}"
             )
     return problems
+
+
+def not_brought(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
+    """What is wrong where the base lacks the parameters `lacking` and `adapter` does too."""
+    return [
+        f"{parameter} is in neither the base nor the adapter, so that its outputs would mean"
+        " nothing: train it with the adapter (modules_to_save), or use a base that has it"
+        for parameter in sorted(set(lacking).difference(adapter.saved))
+    ]
 
 
 def _missing(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:

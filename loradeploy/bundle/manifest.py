@@ -82,12 +82,15 @@ class SavedTarget:
 
     `input`: the side input, [adapters, *shape]; it is the last two axes swapped where `transposed`.
     `shape`: the parameter's shape in the checkpoint's orientation.
+    `lacking`: the checkpoint has no values for it (a head that was never trained): it is zeros
+    until an adapter brings it, and an adapter that does not means nothing.
     """
 
     parameter: str
     input: str
     shape: tuple[int, ...]
     transposed: bool
+    lacking: bool = False
 
     @property
     def slot_shape(self) -> tuple[int, ...]:

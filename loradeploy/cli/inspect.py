@@ -18,7 +18,7 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
-from loradeploy.errors import AdapterError, BundleError, UsageError, first_line
+from loradeploy.errors import AdapterError, BundleError, ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -66,13 +66,24 @@ def _look(place: Path) -> Facts:
         if (place / MANIFEST_NAME).is_file():
             return _bundle(place)
         if any(place.glob(_ADAPTER_FILES)):
-            return _adapter(place)
+            return {**_adapter(place), **_beside(place)}
         from loradeploy.export.repository import choose_graph, graphs_in
 
         if graphs := graphs_in(place):
             return _graph(choose_graph(place, graphs))
         return _adapter(place)
     return _FILES.get(place.suffix, _adapter)(place)
+
+
+def _beside(place: Path) -> Facts:
+    """What an adapter lies beside: a base, which is loaded without it."""
+    from loradeploy.adapter.base_files import weight_files
+
+    try:
+        files = weight_files(place)
+    except ModelError:
+        return {}
+    return {"beside": f"a base model ({files[0].name}), which is loaded without the adapter"}
 
 
 # -- an adapter ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.adapter.adapter import Adapter, Kind
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
-from loradeploy.bundle.factors import check_fit
+from loradeploy.bundle.factors import check_fit, not_brought
 from loradeploy.bundle.labels import label_parameters
 from loradeploy.bundle.manifest import (
     BaseIdentity,
@@ -29,7 +29,14 @@ from loradeploy.bundle.names import (
     offset_name,
     scale_name,
 )
-from loradeploy.errors import AdapterError, UsageError, listed_names, shown
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    UsageError,
+    listed,
+    listed_names,
+    shown,
+)
 from loradeploy.export.find import is_head
 
 if TYPE_CHECKING:
@@ -124,6 +131,12 @@ def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
         check_fit(adapter, manifest, "this model")
     except AdapterError as problem:  # which a mismatch is too
         raise type(problem)(f"{name}: {problem}") from None
+
+
+def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
+    """Raise AdapterMismatchError where `adapter` does not bring what its base lacks."""
+    if problems := not_brought(adapter, lacking):
+        raise AdapterMismatchError(f"{name}: {listed(problems, 1)}")
 
 
 @dataclass(frozen=True)

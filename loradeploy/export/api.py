@@ -88,6 +88,7 @@ def export(
     from loradeploy.export.tasks import check_task
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
+    from loradeploy.lora.checkpoint import tell_beside
 
     target = Path(output)
     check_output(target, overwrite=overwrite)
@@ -126,6 +127,9 @@ def export(
             f"{source.name} is a checkpoint, which tells its modules itself: --checkpoint and --map"
             " are for ONNX models"
         )
+    if source.kind != "bundle":
+        advice = f"give it with --adapter {source.directory}, if it is not merged already"
+        tell_beside(source.directory, advice, given=places.values())
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     evidence = Evidence(given, module_map)
     options = Options(

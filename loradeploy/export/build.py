@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from loradeploy.adapter.adapter import Kind
+from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.adapter.digest import base_digest
 from loradeploy.bundle.factors import side_inputs
 from loradeploy.bundle.labels import LABELLED, with_all_labels
@@ -42,6 +43,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.adapters import (
     check_adapters,
+    check_brought,
     check_named,
     label_count,
     label_names,
@@ -54,6 +56,7 @@ from loradeploy.export.find import (
     find_linears,
     is_head,
     output_head,
+    refuse_adapter_layers,
     refuse_side_inputs,
 )
 from loradeploy.export.fixed import fix_dimensions, fixed_specs
@@ -144,8 +147,9 @@ class Base:
     """A base graph and what is known of it.
 
     `packed`: the weights already are in the precision that is wanted.
-    `parameters`: names in the checkpoint, where there is one. `replaced`: modules that are to be
-    replaced whole, because the checkpoint lacks them or the bundle has them so.
+    `parameters`: names in the checkpoint, where there is one; `lacking`: those without values.
+    `replaced`: modules that are to be replaced whole, because the checkpoint lacks them or the
+    bundle has them so.
     `before`: the manifest of a bundle.
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
@@ -159,6 +163,7 @@ class Base:
     packed: bool = False
     parameters: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    lacking: frozenset[str] = frozenset()
     before: Manifest | None = None
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
@@ -243,8 +248,13 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     logger.info("loading %s", source.name)
     brought = {name for adapter in adapters.values() for name in adapter.saved}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
+    for name, adapter in adapters.items():
+        check_brought(name, adapter, zeroed)
     if zeroed:
-        logger.info("not in the checkpoint, zero in the graph: %s", listed_names(zeroed))
+        # Of a base alone nobody else will tell.
+        level = logging.INFO if adapters else logging.WARNING
+        told = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
+        logger.log(level, told, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     weights = None
     if precision == "fp16":
@@ -264,6 +274,7 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         precision,
         parameters=parameters,
         replaced=_modules(zeroed),
+        lacking=frozenset(zeroed),
         pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
         weights=weights,
         source=TrialSource(original, packed_here=precision not in (DEFAULT_PRECISION, "fp16")),
@@ -296,7 +307,9 @@ def _from_graph(source: Source, options: Options) -> Base:
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
     if source.manifest is None:
+        refuse_side_inputs(graph)  # while they are inputs
         inline_functions(graph)
+        refuse_adapter_layers(graph)
         graph = convert_opset(graph)
         lift_constants(graph)
         close_inputs(graph)
@@ -311,16 +324,16 @@ def _from_graph(source: Source, options: Options) -> Base:
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
+        lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
         replaced = _modules(parameters)
     else:
-        refuse_side_inputs(graph)
         name_dimensions(graph)
         complete_cache(graph, source.directory)
         identity = _identity(source, graph, options.evidence.checkpoint)
         make_products_plain(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
         task = _task_of(source, graph, options.task)
-        parameters = replaced = frozenset()
+        parameters = replaced = lacking = frozenset()
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
     precision = options.precision or held
@@ -337,6 +350,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         packed=precision == held,
         parameters=parameters,
         replaced=replaced,
+        lacking=lacking,
         before=source.manifest,
         source=TrialSource(graph=source.graph, packed_here=precision != held),
     )
@@ -357,6 +371,7 @@ def _looked_at(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
     if checkpoint is None:
         return BaseIdentity(source.name, graph_digest(graph), "onnx")
+    check_plain(checkpoint, base_tensors(checkpoint))
     return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
 
 
@@ -402,7 +417,10 @@ def _with_side_inputs(
     manifest = dataclasses.replace(
         _manifest(base, "side-inputs"),
         targets=added.targets,
-        saved=added.saved,
+        saved=tuple(
+            dataclasses.replace(saved, lacking=saved.parameter in base.lacking)
+            for saved in added.saved
+        ),
         changed=added.changed,
         factor_dtype=added.dtype,
     )
@@ -432,6 +450,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before)
     _check_base(name, adapter, base, findings)
+    check_brought(name, adapter, base.lacking)
     if base.before is None and options.evidence.checkpoint is not None:
         note_forms(base.graph, parameters_in(options.evidence.checkpoint, adapter.saved).get)
     elif base.identity.kind == "onnx":

@@ -6,23 +6,27 @@ What a product looks like is in products.py, by what evidence it is known for a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.adapter.base_files import peft_parts
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.errors import ExportError
+from loradeploy.errors import ExportError, shortened
 from loradeploy.export.naming import PACKED_MODULES, Named, Namer, by_graph
 from loradeploy.export.products import Product, bias_use, describe, products, value_of
-from loradeploy.export.tidy import linear_scopes
+from loradeploy.export.tidy import NAME_SCOPES, linear_scopes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Heads that adapters replace whole, by the names that PEFT looks for in classifiers.
 HEAD_NAMES: Final = ("classifier", "score")
+
+_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the steps of a path, and of several paths
 
 # What may stand between the output head's product and the logits.
 _AFTER_HEAD: Final = (
@@ -155,6 +159,20 @@ def is_head(module: str) -> bool:
     As in PEFT 0.21 a name counts that ends so: DistilBERT's `pre_classifier` is a part too.
     """
     return any(part.endswith(HEAD_NAMES) for part in module.split("."))
+
+
+def refuse_adapter_layers(model: ir.Model) -> None:
+    """Raise ExportError where the graph computes an adapter as layers of its own, as PEFT does."""
+    names: list[str | None] = list(model.graph.initializers)
+    for node in model.graph.all_nodes():
+        names += [node.name, node.metadata_props.get(NAME_SCOPES)]
+    steps = {_SEPARATORS.sub(".", name) for name in names if name}
+    if parts := peft_parts(steps):
+        raise ExportError(
+            f"the graph holds an adapter as layers of its own ({shortened(parts[0], 80)}), so that"
+            " it is no base: export the model without it (PEFT: unload(), or merge_and_unload() to"
+            " keep it; onnxruntime-genai: without adapter_path)"
+        )
 
 
 def refuse_side_inputs(model: ir.Model) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import map_tensors
-from loradeploy.errors import ExportError, ModelError
+from loradeploy.adapter.base_files import base_tensors
+from loradeploy.errors import ExportError
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.rewire import constant_of
 
@@ -53,12 +53,8 @@ def form_of(part: Part) -> str | None:
 
 def parameters_in(checkpoint: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Those of the parameters `names` that the checkpoint's files have."""
-    found: dict[str, NDArray[Any]] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        for name, stored in map_tensors(file, error=ModelError)[0].items():
-            if name in names:
-                found[name] = stored.array()
-    return found
+    tensors = base_tensors(checkpoint)
+    return {name: stored.array() for name, stored in tensors.items() if name in names}
 
 
 def check_known(model: ir.Model, parameters: Collection[str]) -> None:

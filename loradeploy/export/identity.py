@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from loradeploy.adapter.base_files import weight_files
 from loradeploy.adapter.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ModelError
 from loradeploy.export.naming import Named, Namer
@@ -65,9 +66,7 @@ class CheckpointWeights:
     """
 
     def __init__(self, directory: Path) -> None:
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{directory} holds no .safetensors file: give a checkpoint")
+        files = weight_files(directory)
         self._by_inputs: dict[int, list[_Tensor]] = {}
         self._rows: dict[int, NDArray[np.float32]] = {}
         self._modules: set[str] = set()

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.base_files import (
+    holds_weights,
+    is_loadable,
+    refuse_adapter,
+    weight_files,
+)
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError
@@ -64,6 +69,7 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
     if place.exists() or not is_hub_id(text):
         raise ModelError(f"{text} does not exist: give a model directory, an .onnx file or an id")
     fetched = fetch(text)
+    refuse_adapter(fetched)
     if not any(fetched.glob("*.safetensors")) and not any(fetched.glob("*/*.safetensors")):
         raise ModelError(
             f"{text} holds no .safetensors: give a repository with the PyTorch weights, or fetch"
@@ -83,22 +89,18 @@ def _in_directory(place: Path, precision: str | None) -> Source:
     if (place / MANIFEST_NAME).is_file():
         manifest = read_manifest(place)
         return Source("bundle", manifest.base.name, place, place, place / GRAPH_NAME, manifest)
-    if (place / CONFIG_NAME).is_file() and not (place / "config.json").is_file():
-        raise ModelError(
-            f"{place} is an adapter: give its base as the model, and this as an adapter"
-        )
     checkpoint = transformer_folder(place)
-    if any(checkpoint.glob("*.safetensors")):
+    graphs = graphs_in(place)
+    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs):
+        refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():
             raise ModelError(
                 f"{checkpoint} holds weights but no config.json: it is no model directory"
             )
         return Source("checkpoint", name, checkpoint, checkpoint)
-    graphs = graphs_in(place)
     if not graphs:
         if told := gguf_advice(place):
             raise ModelError(told)
-        raise ModelError(
-            f"{place} holds neither .safetensors nor .onnx files: save the model with transformers"
-        )
+        refuse_adapter(place)
+        weight_files(checkpoint)  # tells what is there instead
     return _of_graph(choose_graph(place, graphs, precision), name)

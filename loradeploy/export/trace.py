@@ -41,6 +41,7 @@ from loradeploy.export.tasks import TASK_TABLE, Task, auto_class, own_task
 from loradeploy.export.tidy import tidy
 from loradeploy.export.write import read_config
 from loradeploy.lora.checkpoint import pad_token
+from loradeploy.lora.loading import load_pretrained
 from loradeploy.lora.quiet import quiet
 
 if TYPE_CHECKING:
@@ -108,21 +109,20 @@ def load_model(
             if meta:
                 with torch.device("meta"):
                     return auto.from_config(config), ()
-            model, loading = auto.from_pretrained(
+            loaded = load_pretrained(
+                auto,
                 directory,
                 config=config,
                 dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
                 # A head with another number of labels than the checkpoint's is a head of its own.
                 ignore_mismatched_sizes=labels is not None,
             )
-    except MemoryError:
+    except (MemoryError, ModelError):
         raise
     except Exception as problem:  # transformers raises nearly everything
         raise ModelError(_unloadable(directory, task, problem)) from None
-    lacking = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
-    return model.eval(), _zero_head(model, lacking, directory, task, brought)
+    model = loaded.model.eval()
+    return model, _zero_head(model, set(loaded.lacking), directory, task, brought)
 
 
 def trace(model: torch.nn.Module, task: str) -> ir.Model:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.digest import file_digest
-from loradeploy.adapter.peft import save_adapter
+from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
@@ -161,7 +161,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     for name, adapter in content.adapters.items():
         path = f"{ADAPTERS_DIRECTORY}/{name}"
         native = directory / f"{path}{NATIVE_SUFFIX}"
-        save_adapter(adapter, directory / path)
+        _write_adapter(adapter, content.places.get(name), directory / path)
         write_side_inputs(content.side_inputs[name], manifest, native)
         dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
         entries[name] = AdapterEntry(
@@ -189,6 +189,18 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     manifest = dataclasses.replace(manifest, files=tuple(files))
     write_json(directory / MANIFEST_NAME, manifest.to_json())
     return manifest
+
+
+def _write_adapter(adapter: Adapter, place: Path | None, directory: Path) -> None:
+    """The adapter's own files, which PEFT can be asked about, where they are `adapter` as it is.
+
+    One that was fitted to the base on the way is written anew.
+    """
+    if place is not None:
+        copy_adapter(place, directory)
+        if load_adapter(directory).digest == adapter.digest:
+            return
+    save_adapter(adapter, directory)
 
 
 def _text(name: str, directory: Path, manifest: Manifest, content: Content) -> AdapterText | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.tensors import map_tensors
+from loradeploy.adapter.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
 
 BITSANDBYTES: Final = "bitsandbytes"
@@ -148,17 +148,16 @@ def _method(config: Mapping[str, Any]) -> str | None:
 
 
 def _method_of_tensors(place: Path) -> str | None:
-    for file in sorted(place.glob("*.safetensors")):
-        try:
-            tensors, _ = map_tensors(file, error=LoraDeployError)
-        except LoraDeployError:
-            continue  # whoever reads it will say so
-        for name, tensor in tensors.items():
-            for ending, method in _PACKED_ENDINGS.items():
-                if name.endswith(ending):
-                    return method
-            if tensor.dtype in _FLOAT8:
-                return "fp8"
+    try:
+        tensors = base_tensors(place)
+    except LoraDeployError:
+        return None  # whoever reads it will say so
+    for name, tensor in tensors.items():
+        for ending, method in _PACKED_ENDINGS.items():
+            if name.endswith(ending):
+                return method
+        if tensor.dtype in _FLOAT8:
+            return "fp8"
     return None
 
 

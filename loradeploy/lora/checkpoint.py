@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.adapter.base_files import (
+    adapter_beside,
+    holds_weights,
+    refuse_adapter,
+    stray_weights,
+    weight_files,
+)
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
+
+logger = logging.getLogger(__name__)
 
 # What is needed of a repository; weights in pickles are never fetched.
 _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -23,13 +33,15 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     `quantized`: quantizers whose packed weights will do, by transformers' names.
 
     Raises:
-        ModelError: it is not there, holds no config.json or no safetensors, or packed weights.
+        ModelError: it is not there, is an adapter, holds no config.json or no safetensors, or
+            packed weights.
         MissingDependencyError: an id, and nothing to fetch it with.
     """
     text = os.fspath(model)
     place = Path(text).expanduser()
     if not place.exists() and is_hub_id(text):
-        fetched = fetch(text)
+        fetched = transformer_folder(fetch(text))
+        refuse_adapter(fetched)
         check_plain_weights(fetched, names=[text], allowed=quantized)
         return fetched
     if place.exists() and not any(place.glob("*.safetensors")) and (told := gguf_advice(place)):
@@ -37,17 +49,32 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     if not place.is_dir():
         raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
     place = transformer_folder(place)
+    refuse_adapter(place)
     if not (place / "config.json").is_file():
         raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
-    if not any(place.glob("*.safetensors")):
-        if any(place.glob("*.onnx")) or any(place.glob("onnx/*.onnx")):
-            raise ModelError(
-                f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
-                " checkpoint that they were exported from"
-            )
-        raise ModelError(f"{place} holds no .safetensors file: save the model with transformers")
+    graphs = any(place.glob("*.onnx")) or any(place.glob("onnx/*.onnx"))
+    if graphs and not holds_weights(place):
+        raise ModelError(
+            f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
+            " checkpoint that they were exported from"
+        )
+    weight_files(place)
     check_plain_weights(place, allowed=quantized)
     return place
+
+
+def tell_beside(directory: Path, advice: str, *, given: Iterable[Path] = ()) -> None:
+    """Warn of what lies beside the base's weights in `directory` and is not loaded.
+
+    `given`: adapters that are used; of another one `advice` says what to do.
+    """
+    used = any(place.resolve() == directory.resolve() for place in given)
+    if adapter_beside(directory) and not used:
+        logger.warning(
+            "an adapter lies beside the base in %s and is not loaded: %s", directory, advice
+        )
+    if (stray := stray_weights(directory)) is not None:
+        logger.warning("not loaded from %s: %s", directory, stray)
 
 
 def transformer_folder(place: Path) -> Path:

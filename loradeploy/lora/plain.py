@@ -22,6 +22,7 @@ from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.initialise import initialisation
 from loradeploy.lora.kinds import kind_of
 from loradeploy.lora.layers import LoraLinear
+from loradeploy.lora.loading import load_pretrained
 from loradeploy.lora.quiet import quiet
 
 # The class that a base is loaded as, by PEFT's task_type; the checkpoint's own without one.
@@ -62,10 +63,19 @@ def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adap
         with quiet():
             named = transformers.AutoConfig.from_pretrained(place).architectures or ["AutoModel"]
             auto = getattr(transformers, _AUTO.get(adapter.config.task_type or "", named[0]))
-            base = auto.from_pretrained(place, dtype="auto")
+            # A head that the checkpoint lacks, or has of other labels, begins at no such factors.
+            loaded = load_pretrained(auto, place, dtype="auto", ignore_mismatched_sizes=True)
+    except ModelError:
+        raise
     except Exception as problem:  # from_pretrained raises whatever its readers do
         raise ModelError(f"{place} cannot be loaded: {first_line(problem)}") from None
-    made = plain(adapter, base)
+    random = sorted(m for m in adapter.factors if f"{m}.weight" in loaded.lacking)
+    if random:
+        raise ModelError(
+            f"{place} lacks the weight of {random[0]}, which the adapter began at: it is not the"
+            " base that it was trained on"
+        )
+    made = plain(adapter, loaded.model)
     return dataclasses.replace(made, base_digest=adapter.base_digest or base_digest(place))
 
 

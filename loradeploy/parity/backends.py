@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.errors import UsageError
 from loradeploy.parity import evaluator_side, genai_side, onnx_side
 from loradeploy.parity.packed import PACKED
+from loradeploy.parity.peft_side import with_peft
 from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import TorchModel, merged, with_peft
+from loradeploy.parity.torch_side import TorchModel, merged
 from loradeploy.parity.walk import (
     CHUNKED,
     DECODE,

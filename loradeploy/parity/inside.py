@@ -16,11 +16,12 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.native import read_onnx_adapter, write_side_inputs
 from loradeploy.parity import onnx_side
 from loradeploy.parity.graph_probe import ProbedGraph, probe_graph
+from loradeploy.parity.peft_side import with_peft
 from loradeploy.parity.rounding import Activations, rounded_activations
 from loradeploy.parity.search import Place, Values
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.torch_probe import Modules, Site, rounded, sites_of, values_at
-from loradeploy.parity.torch_side import Base, TorchModel, as_reference, merged, with_peft
+from loradeploy.parity.torch_side import Base, TorchModel, as_reference, merged
 
 if TYPE_CHECKING:
     import torch

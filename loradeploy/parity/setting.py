@@ -21,6 +21,7 @@ from loradeploy.export.adapters import named_places
 from loradeploy.export.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.lora.checkpoint import tell_beside
 from loradeploy.parity.report import Variant
 from loradeploy.parity.variants import DEFAULT
 
@@ -107,6 +108,7 @@ def find_model(
             f"{model} is an ONNX model: the reference is the PyTorch model, give its directory"
         )
     check_plain_weights(source.directory, names=[source.name])
+    tell_beside(source.directory, "the reference's base is without it")
     digest = base_digest(source.directory)
     base = manifest.base
     if base.kind == "checkpoint" and base.digest not in (None, digest):
@@ -147,8 +149,9 @@ def find_subjects(
         wide = with_all_labels(adapter, manifest)
         if name in found and found[name].digest != adapter.digest:
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
-        subject = Subject(name, place, wide, adapter.digest, widened=wide is not adapter)
-        found.setdefault(name, subject)
+        beside = found[name].native if name in found else None
+        # Of one that the bundle has too, PEFT reads the files that are given.
+        found[name] = Subject(name, place, wide, adapter.digest, beside, wide is not adapter)
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
             f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"

@@ -6,17 +6,14 @@ The base model is loaded once; adapters are put in and taken out again.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.peft import save_adapter
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
@@ -42,7 +39,7 @@ from loradeploy.parity.packed import (
 )
 from loradeploy.parity.requantized import with_roundings
 from loradeploy.parity.row_feeds import plain_feeds
-from loradeploy.parity.setting import Setting, Subject
+from loradeploy.parity.setting import Setting
 from loradeploy.parity.tolerances import Limit, assumed, calibrated
 from loradeploy.parity.walk import (
     WHOLE_ROW,
@@ -141,6 +138,7 @@ def load_model(setting: Setting) -> torch.nn.Module:
     Raises:
         MissingDependencyError: torch or transformers is not installed.
         ModelError: transformers cannot load the model.
+        AdapterMismatchError: an adapter does not bring what the model lacks.
     """
     try:
         import torch  # noqa: F401
@@ -151,6 +149,7 @@ def load_model(setting: Setting) -> torch.nn.Module:
             " pip install 'loradeploy[export]'"
         ) from None
     from loradeploy.export import trace
+    from loradeploy.export.adapters import check_brought
 
     manifest = setting.manifest
     labels = None
@@ -159,7 +158,10 @@ def load_model(setting: Setting) -> torch.nn.Module:
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
     brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
-    return trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)[0]
+    model, lacking = trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)
+    for subject in setting.subjects:
+        check_brought(subject.name, subject.adapter, lacking)
+    return model
 
 
 def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
@@ -305,39 +307,6 @@ def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
         injection.remove()
 
 
-@contextmanager
-def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
-    """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
-    from loradeploy.lora.quiet import quiet
-
-    with quiet():  # it imports bitsandbytes, which has remarks
-        import peft
-
-    modules = dict(model.named_modules())
-    # PEFT writes trained biases over the base's own.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    own = {name: parameters[name].detach().clone() for name in subject.adapter.saved}
-    try:
-        with quiet(), _place_for_peft(subject) as place:
-            peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
-        yield
-    finally:
-        _restore(model, modules)
-        for name, values in own.items():
-            parameters[name].data.copy_(values)
-
-
-@contextmanager
-def _place_for_peft(subject: Subject) -> Iterator[Path]:
-    """A PEFT directory of the adapter as it is compared."""
-    if not subject.widened:
-        yield subject.place if subject.place.is_dir() else subject.place.parent
-        return
-    with TemporaryDirectory() as scratch:
-        save_adapter(subject.adapter, Path(scratch) / subject.name)
-        yield Path(scratch) / subject.name
-
-
 def reference_rows(
     setting: Setting, model: torch.nn.Module, subject: str | None, count: int
 ) -> tuple[Row, ...]:
@@ -382,15 +351,3 @@ def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
 
 def _scale(rows: Sequence[Row]) -> float:
     return max(float(np.nan_to_num(np.abs(row.expected), posinf=0.0).max()) for row in rows)
-
-
-def _restore(model: Any, modules: dict[str, torch.nn.Module]) -> None:
-    """Put every module back where it was, and forget that PEFT was there."""
-    for name, module in modules.items():
-        if name and model.get_submodule(name) is not module:
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, module)
-    for trace in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(trace, None)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)

@@ -29,7 +29,7 @@ from loradeploy.bundle.sentence import (
 from loradeploy.errors import BundleError, TrainingError, TrainingInterruptedError, UsageError
 from loradeploy.files import atomic_directory, check_replaceable
 from loradeploy.lora.base_formats import BITSANDBYTES
-from loradeploy.lora.checkpoint import find_checkpoint
+from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
 from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quantised import quantise
 from loradeploy.lora.quiet import quiet
@@ -70,6 +70,8 @@ def run(
         _check_output(target)
         checkpoints.check(resume=resume)
     place = find_checkpoint(model, quantized=[BITSANDBYTES])
+    if main:
+        tell_beside(place, "training begins at the base alone")
     with quiet(), _explained():
         opened = open_checkpoint(place)
         config = opened.within(config)

@@ -20,6 +20,7 @@ from transformers import (
 
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
+from loradeploy.lora.loading import load_pretrained
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
 
@@ -99,19 +100,20 @@ def load_base(
     if task.outputs is not None:
         options["num_labels"] = task.outputs(len(labels or ()))
     try:
-        model, info = auto_class.from_pretrained(
+        loaded = load_pretrained(
+            auto_class,
             checkpoint.place,
             dtype=_WIDTHS.get(precision, torch.float32),
-            output_loading_info=True,
             ignore_mismatched_sizes=headed,
             **options,
         )
+    except ModelError:
+        raise
     except Exception as problem:  # as above: a broken file, an unknown architecture, a wrong shape
         raise ModelError(
             f"{checkpoint.place} cannot be loaded for {task.name}: {first_line(problem)}"
         ) from None
-    missing = {str(name) for name in info["missing_keys"]}
-    missing |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}
+    model, missing = loaded.model, set(loaded.lacking)
     if not headed and getattr(model, "pooler", None) is not None:
         # Not asked for what it gives: it needs no weights, and is no target.
         model.pooler = None

@@ -1,0 +1,183 @@
+"""PEFT judges by the adapter's own files: what loradeploy's reader leaves out is found."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import loradeploy as ld
+from loradeploy.adapter import load_adapter, save_adapter
+from loradeploy.adapter import peft as reader
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.parity.peft_side import with_peft
+from loradeploy.parity.setting import Subject, find_subjects
+from tests.conftest import MakeAdapter
+from tests.parity.conftest import Check
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DROPPED = "model.layers.1.mlp.up_proj.lora_B.weight"
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def subject_of(place: Path) -> Subject:
+    adapter = load_adapter(place)
+    return Subject("one", place, adapter, adapter.digest)
+
+
+def llama(place: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(place).eval()
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
+    return make_adapter(tiny_llama, seed=1)
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """loradeploy's reader takes one tensor of every adapter for zeros."""
+    read = reader.read_arrays
+
+    def drop(*given: Any, **options: Any) -> Any:
+        arrays, metadata = read(*given, **options)
+        return {k: v * 0 if k.endswith(DROPPED) else v for k, v in arrays.items()}, metadata
+
+    monkeypatch.setattr(reader, "read_arrays", drop)
+
+
+# -- what a check finds ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("dropping")
+def test_a_tensor_that_the_reader_leaves_out_fails_the_check(
+    adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, check: Check
+) -> None:
+    ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
+    backends = ["peft", "torch-merged", "onnx-side-inputs", "onnx-native"]
+    report = check(tmp_path / "bundle", backends=backends, phases=["prefill"], localise=False)
+    assert not report.passed
+    failed = {result.backend for result in report.results if result.outcome == "failed"}
+    assert failed == {"peft"}  # the others share the omission
+    assert any(result.outcome == "passed" for result in report.results)
+
+
+def test_a_graph_that_lacks_a_tensor_of_the_adapter_fails_the_check(
+    adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, check: Check
+) -> None:
+    less = tmp_path / "less"
+    shutil.copytree(adapter, less)
+    tensors = load_file(less / FILES[1])
+    (key,) = (key for key in tensors if key.endswith(DROPPED))
+    save_file({**tensors, key: tensors[key] * 0}, less / FILES[1], {"format": "pt"})
+    ld.export(tiny_llama_bundle, tmp_path / "merged", adapters=[less], merge=True)
+    options: dict[str, Any] = {"phases": ["prefill"], "localise": False}
+    assert not check(tmp_path / "merged", adapters=[adapter], **options).passed
+    assert check(tmp_path / "merged", adapters=[less], **options).passed
+
+
+def test_peft_is_asked_unless_it_is_not_installed(llama_with_adapter: Path, check: Check) -> None:
+    report = check(llama_with_adapter, phases=["prefill"])
+    outcomes = {r.outcome for r in report.results if r.backend == "peft"}
+    assert outcomes == {"passed"}
+
+
+# -- which files PEFT reads ------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_the_adapter_s_own_files(
+    llama_with_adapter: Path, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    own = make_adapter(tiny_llama, seed=1)
+    for name in FILES:
+        held = llama_with_adapter / "adapters" / "one" / name
+        assert held.read_bytes() == (own / name).read_bytes()
+
+
+def test_an_adapter_that_is_given_is_read_where_it_is(
+    llama_with_adapter: Path, adapter: Path
+) -> None:
+    manifest = read_manifest(llama_with_adapter)
+    (held,) = find_subjects(llama_with_adapter, manifest, None)
+    (given,) = find_subjects(llama_with_adapter, manifest, {"one": adapter})
+    assert held.place == llama_with_adapter / "adapters" / "one"
+    assert given.place == adapter
+    assert given.native == held.native is not None
+
+
+def test_a_file_of_another_name_is_the_one_that_peft_reads(
+    adapter: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """Not the adapter_model.safetensors beside it."""
+    save_adapter(load_adapter(make_adapter(tiny_llama, seed=7)), tmp_path)
+    shutil.copyfile(adapter / FILES[1], tmp_path / "best.safetensors")
+    model = llama(tiny_llama)
+    with with_peft(model, subject_of(tmp_path / "best.safetensors")):
+        found = logits(model)
+    with with_peft(model, subject_of(adapter)):
+        assert torch.equal(found, logits(model))
+    with with_peft(model, subject_of(tmp_path)):
+        assert not torch.allclose(found, logits(model))
+
+
+# -- what is left of PEFT in the model -------------------------------------------------------------
+
+
+def biased(place: Path) -> None:
+    """Nothing to add: the adapter's biases are written over the base's."""
+
+
+def with_embeddings(place: Path) -> None:
+    """The base's embedding and head come with the adapter, with rows of their own."""
+    tensors = load_file(place / FILES[1])
+    generator = torch.Generator().manual_seed(5)
+    for module in ("model.embed_tokens", "lm_head"):
+        values = torch.randn((512, 64), generator=generator)
+        tensors[f"base_model.model.{module}.base_layer.weight"] = values
+    save_file(tensors, place / FILES[1], {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, with_embeddings),
+        ({"modules_to_save": ["lm_head"]}, biased),
+        ({"use_dora": True}, biased),
+    ],
+    ids=["embeddings", "head", "dora"],
+)
+def test_the_base_is_itself_again_after_peft(
+    options: dict[str, Any],
+    change: Callable[[Path], None],
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    place = make_adapter(tiny_llama, out=tmp_path / "adapter", **options)
+    subject = subject_of(place)
+    change(place)
+    model = llama(tiny_llama)
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    base = logits(model)
+    with with_peft(model, subject):
+        adapted = logits(model)
+    import peft
+
+    fresh = peft.PeftModel.from_pretrained(llama(tiny_llama), place).eval()
+    assert torch.equal(adapted, logits(fresh))
+    assert (adapted - base).abs().max() > 0.1
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+    assert torch.equal(logits(model), base)
