@@ -45,6 +45,7 @@ class Linear:
     `quantised`: the weight is packed, and cannot be replaced by other numbers.
     `slice`: the module's range of the product's outputs, where the weight is of several modules';
     `weight`, and a `bias` that is added to the whole product, are then those of all.
+    `unseen_bias`: the checkpoint has a bias for it, and none is seen in the graph.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Linear:
     bias: ir.Value | None = None
     quantised: bool = False
     slice: tuple[int, int] | None = None
+    unseen_bias: bool = False
 
     def target(self) -> LoraTarget:
         """The layer as a manifest tells of it."""
@@ -122,6 +124,7 @@ def _linears(product: Product, nodes: tuple[ir.Node, ...], named: Named) -> list
                 bias=None if use is None else value_of(use),
                 quantised=product.quantised,
                 slice=None if len(named.modules) == 1 else (begin, begin + outputs),
+                unseen_bias=module in named.unseen_biases,
             )
         )
         begin += outputs

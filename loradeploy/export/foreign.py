@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import LEFT, PAST, RIGHT
-from loradeploy.errors import ExportError, ModelError, listed_names
+from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.find import Findings, find_linears, note_modules
 from loradeploy.export.genai import GENAI_CONFIG_NAME
 from loradeploy.export.gqa import OPERATOR
@@ -59,13 +59,18 @@ def find_modules(
     """
     adapters = tuple(adapters)
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
-    weights = None if evidence.checkpoint is None else CheckpointWeights(evidence.checkpoint)
+    given = list(adapters)
+    weights = (
+        None
+        if evidence.checkpoint is None
+        else CheckpointWeights(evidence.checkpoint, _modules_of(given))
+    )
     namers: list[Namer] = [] if mapped is None else [mapped]
     if weights is not None:
-        namers += [weights.checked(by_graph), weights]
+        findings = find_linears(model, weights.namer(first_of([*namers, by_graph])))
     else:
-        namers += [keeping_whole(_whole_projections(directory, adapters)), by_graph]
-    findings = find_linears(model, first_of(namers))
+        namers += [keeping_whole(_whole_projections(directory, given)), by_graph]
+        findings = find_linears(model, first_of(namers))
     if mapped is not None:
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
@@ -143,12 +148,24 @@ def _all_projections(directory: Path) -> set[str]:
     return {f"model.layers.{layer}.self_attn.qkv_proj" for layer in range(layers)}
 
 
+def _modules_of(adapters: Iterable[Adapter]) -> set[str]:
+    """The modules that adapters change."""
+    saved = {name.rpartition(".")[0] for adapter in adapters for name in adapter.saved}
+    return saved.union(*(adapter.factors for adapter in adapters))
+
+
 def _compare(findings: Findings, weights: CheckpointWeights) -> None:
     missing = weights.missing()
     if not findings.linears:
+        seen = f" (seen: {weights.reasons[0]})" if weights.reasons else ""
         raise ExportError(
             "no product of the graph has the numbers of a matrix in the checkpoint: it is another"
-            " model's, or the exporter changed the weights"
+            f" model's, or the exporter changed the weights{seen}"
+        )
+    if weights.reasons:
+        logger.warning(
+            "resembling modules of the checkpoint and left without adapters: %s",
+            listed(weights.reasons, _LISTED),
         )
     if missing:
         told = listed_names(missing, _LISTED)

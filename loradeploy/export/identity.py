@@ -1,120 +1,110 @@
-"""A product's modules by the numbers of its weight: the rows that a checkpoint has too.
+"""A product's modules by the numbers of its weight: the matrices that a checkpoint has too.
 
-Names may differ, and a packed weight be made of several tensors. Of each tensor the first, the
-middle and the last row are held against those of the product, so that nothing large is read. What
-quantisation does to a row turns it by little; rows of different tensors are as good as orthogonal.
+Names may differ, and a packed weight be made of several matrices side by side. A product is a
+module only where the whole weight is the checkpoint's (see weights.py), and its bias, where the
+graph adds one, too. Numbers that fit two modules prove nothing until a name tells them apart; a
+name that they contradict is an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-import numpy as np
+from typing import Final
 
 from loradeploy.adapter.base_files import weight_files
 from loradeploy.adapter.tensors import StoredTensor, map_tensors
-from loradeploy.errors import ModelError
+from loradeploy.errors import ExportError, ModelError, listed_names
+from loradeploy.export.mapping import FOUND_BY as GIVEN
 from loradeploy.export.naming import Named, Namer
-from loradeploy.export.products import Product
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from loradeploy.export.products import Product, bias_use, describe, value_of
+from loradeploy.export.rewire import constant_of
+from loradeploy.export.weights import Matrix, bias_difference, difference, resembles
 
 FOUND_BY: Final = "weight identity"
-# 1 − cosine of two rows: 11 bits of a number are kept in fp16, 3 or 4 at int4.
-_FLOAT: Final = 1e-3
-_QUANTISED: Final = 0.2
 # Embeddings are no linear layers, but an output head may be tied to them.
 _EMBEDDINGS: Final = re.compile(r"(.*\.)?(wte|wpe|[a-z_]*embed(dings|_tokens|_positions|_in)?)")
 _HEAD: Final = "lm_head"
 
+# The matrices that a product's outputs consist of, in their order.
+_Matrices = tuple[Matrix, ...]
 
-@dataclass(frozen=True, eq=False)
-class _Tensor:
-    """A matrix of the checkpoint; `turned` where it is read as [in, out]."""
 
-    module: str
-    stored: StoredTensor
-    turned: bool
+@dataclass(frozen=True)
+class _Reason:
+    """Why a product that resembles `modules` is none of them, and what to do."""
 
-    @property
-    def outputs(self) -> int:
-        return self.stored.shape[1 if self.turned else 0]
-
-    @property
-    def inputs(self) -> int:
-        return self.stored.shape[0 if self.turned else 1]
-
-    def picks(self) -> list[int]:
-        return [0, self.outputs // 2, self.outputs - 1]
-
-    def rows(self) -> NDArray[np.float32]:
-        values = self.stored.array()
-        rows = values[:, self.picks()].T if self.turned else values[self.picks()]
-        return np.ascontiguousarray(rows, dtype=np.float32)
+    modules: tuple[str, ...]
+    text: str
+    remedy: str = "export the graph from the checkpoint as it is, or merge the adapter before"
 
 
 class CheckpointWeights:
     """The matrices of the checkpoint in a directory, to be found again in a graph.
 
+    `needed`: the modules that adapters are there for, which have to be found or refused.
+
     Raises:
         ModelError: the directory holds no readable safetensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, needed: Iterable[str] = ()) -> None:
         files = weight_files(directory)
-        self._by_inputs: dict[int, list[_Tensor]] = {}
-        self._rows: dict[int, NDArray[np.float32]] = {}
-        self._modules: set[str] = set()
+        self._directory = directory
+        self._needed = frozenset(needed)
+        self._by_inputs: dict[int, list[Matrix]] = {}
+        self._modules: dict[str, StoredTensor] = {}
         self._found: set[str] = set()
+        self._reasons: list[str] = []
+        stored: dict[str, StoredTensor] = {}
         for file in files:
-            for name, stored in map_tensors(file, error=ModelError)[0].items():
-                if name.endswith(".weight") and len(stored.shape) == 2:
-                    self._add(name.removesuffix(".weight"), stored)
+            stored |= map_tensors(file, error=ModelError)[0]
+        for name, tensor in stored.items():
+            if name.endswith(".weight") and len(tensor.shape) == 2:
+                module = name.removesuffix(".weight")
+                self._add(module, tensor, stored.get(f"{module}.bias"))
+        self._prefix = _prefix(self._needed, self._modules)
 
-    def _add(self, module: str, stored: StoredTensor) -> None:
-        self._modules.add(module)
+    def _add(self, module: str, stored: StoredTensor, bias: StoredTensor | None) -> None:
+        self._modules[module] = stored
         # transformers' Conv1D holds [in, out].
-        for turned in (False, True):
-            tensor = _Tensor(module, stored, turned)
-            self._by_inputs.setdefault(tensor.inputs, []).append(tensor)
+        for transposed in (False, True):
+            matrix = Matrix(module, stored, transposed, bias)
+            self._by_inputs.setdefault(matrix.inputs, []).append(matrix)
 
-    def checked(self, namer: Namer) -> Namer:
-        """What `namer` says, where the checkpoint has these numbers by these names."""
+    def namer(self, names: Namer) -> Namer:
+        """What the numbers prove, told apart by `names` where they fit more than one module.
+
+        The namer raises ExportError where a product is named after a module of the checkpoint whose
+        numbers it does not have, or where its numbers resemble those of a `needed` module without
+        being them.
+        """
 
         def name(product: Product) -> Named | None:
-            named = namer(product)
-            if named is None:
-                return None
-            reached = 0
-            for module, outputs in named.modules:
-                found = (t.module == module for t in self._at(product, reached))
-                if not any(found):
-                    return None
-                reached += outputs
-            self._found.update(module for module, _ in named.modules)
-            return named
+            fitting, reasons = self._fitting(product)
+            named = names(product)
+            known = named is not None and all(
+                self._stored(module) in self._modules for module, _ in named.modules
+            )
+            if named is not None and known:
+                chosen = [one for one in fitting if self._called(one) == named.modules]
+                if not chosen:
+                    raise self._contradiction(product, named, fitting, reasons)
+                return self._proved(product, chosen[0], named.found_by)
+            if named is not None and named.found_by == GIVEN:
+                return named  # a module that the checkpoint has no matrix of
+            if len(fitting) == 1:
+                return self._proved(product, fitting[0], FOUND_BY)
+            if fitting:
+                alike = tuple(m.module for one in fitting for m in one)
+                text = f"its weight is that of {listed_names(alike)}, and no name tells of which"
+                reasons = [_Reason(alike, text, "tell it with --map")]
+            self._note(product, reasons)
+            return None
 
         return name
-
-    def __call__(self, product: Product) -> Named | None:
-        """The modules whose tensors the product's weight consists of."""
-        modules: list[tuple[str, int]] = []
-        reached = 0
-        while reached < product.out_features:
-            tensor = next(self._at(product, reached), None)
-            if tensor is None:
-                return None
-            modules.append((tensor.module, tensor.outputs))
-            reached += tensor.outputs
-        if len(modules) == 1 and _is_embedding(modules[0][0]):
-            return Named(((_HEAD, product.out_features),), f"{FOUND_BY}, tied")
-        self._found.update(module for module, _ in modules)
-        return Named(tuple(modules), FOUND_BY)
 
     def missing(self) -> tuple[str, ...]:
         """The modules with a matrix that no product was found to have, embeddings left out."""
@@ -122,36 +112,133 @@ class CheckpointWeights:
             sorted(m for m in self._modules if m not in self._found and not _is_embedding(m))
         )
 
-    def _at(self, product: Product, first: int) -> Iterator[_Tensor]:
-        """The tensors that the product's outputs from `first` on are of."""
-        fitting = self._by_inputs.get(product.in_features, [])
-        if not fitting:
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why products that resemble modules were not taken for them."""
+        return tuple(self._reasons)
+
+    def _proved(self, product: Product, matrices: _Matrices, found_by: str) -> Named:
+        self._found.update(matrix.module for matrix in matrices)
+        if len(matrices) == 1 and _is_embedding(matrices[0].module):
+            return Named(((_HEAD, product.out_features),), f"{found_by}, tied")
+        unseen: frozenset[str] = frozenset()
+        if bias_use(product.node, product.out_features) is None:
+            # Of zeros an exporter leaves no trace.
+            unseen = frozenset(
+                m.module for m in matrices if m.bias is not None and m.bias.array().any()
+            )
+        return Named(self._called(matrices), found_by, frozenset(map(self._name, unseen)))
+
+    def _called(self, matrices: _Matrices) -> tuple[tuple[str, int], ...]:
+        return tuple((self._name(matrix.module), matrix.outputs) for matrix in matrices)
+
+    def _name(self, stored: str) -> str:
+        """What adapters call a module of the checkpoint."""
+        strip, add = self._prefix
+        return add + stored.removeprefix(strip)
+
+    def _stored(self, module: str) -> str:
+        """What the checkpoint calls a module that adapters and graphs call so."""
+        strip, add = self._prefix
+        return strip + module.removeprefix(add) if module.startswith(add) else module
+
+    def _fitting(self, product: Product) -> tuple[list[_Matrices], list[_Reason]]:
+        """Every way to make the product of matrices, and how others that resemble it differ."""
+        reasons: list[_Reason] = []
+        found: list[_Matrices] = []
+        partial: list[tuple[int, _Matrices]] = [(0, ())]
+        while partial:
+            first, matrices = partial.pop()
+            for matrix in self._by_inputs.get(product.in_features, ()):
+                if not resembles(product, first, matrix):
+                    continue
+                reason = difference(product, first, matrix)
+                if reason is not None:
+                    reasons.append(_Reason((matrix.module,), reason))
+                    continue
+                longer, reached = (*matrices, matrix), first + matrix.outputs
+                if reached < product.out_features:
+                    partial.append((reached, longer))
+                else:
+                    found.append(longer)
+        return self._with_biases(product, _distinct(found), reasons)
+
+    def _with_biases(
+        self, product: Product, found: list[_Matrices], reasons: list[_Reason]
+    ) -> tuple[list[_Matrices], list[_Reason]]:
+        use = bias_use(product.node, product.out_features)
+        value = None if use is None else value_of(use)
+        if value is None:
+            return found, reasons
+        bias = constant_of(value).astype("float32").reshape(-1)
+        fitting = []
+        for matrices in found:
+            begin, problem = 0, None
+            for matrix in matrices:
+                part = bias[begin : begin + matrix.outputs]
+                problem = problem or bias_difference(matrix, part)
+                begin += matrix.outputs
+            if problem is None:
+                fitting.append(matrices)
+            else:
+                modules = tuple(matrix.module for matrix in matrices)
+                text = f"it has the weight of {listed_names(modules)}, but {problem}"
+                reasons.append(_Reason(modules, text))
+        return fitting, reasons
+
+    def _contradiction(
+        self, product: Product, named: Named, fitting: list[_Matrices], reasons: list[_Reason]
+    ) -> ExportError:
+        told = listed_names(module for module, _ in named.modules)
+        if fitting:
+            seen = f"its weight is that of {listed_names(m.module for m in fitting[0])}"
+        else:
+            seen = reasons[0].text if reasons else f"its numbers are not those of {told}.weight"
+        return ExportError(
+            f"{describe(product)} is named after {told} ({named.found_by}), but {seen}: give the"
+            f" checkpoint that the graph was made from in place of {self._directory}"
+        )
+
+    def _note(self, product: Product, reasons: list[_Reason]) -> None:
+        """Note why the product is no module; an error where an adapter is for one it resembles."""
+        if not reasons:
             return
-        limit = _QUANTISED if product.quantised else _FLOAT
-        begin = product.rows([first])
-        if begin is None:
-            return
-        near = np.flatnonzero(_distance(self._first_rows(product.in_features), begin) < limit)
-        for tensor in (fitting[index] for index in near):
-            if first + tensor.outputs > product.out_features:
-                continue
-            rows = product.rows([first + pick for pick in tensor.picks()])
-            if rows is not None and (_distance(rows, tensor.rows()) < limit).all():
-                yield tensor
-
-    def _first_rows(self, inputs: int) -> NDArray[np.float32]:
-        if inputs not in self._rows:
-            self._rows[inputs] = np.stack([t.rows()[0] for t in self._by_inputs[inputs]])
-        return self._rows[inputs]
+        self._reasons.append(f"{describe(product)}: {reasons[0].text}")
+        for reason in reasons:
+            if self._needed.intersection(map(self._name, reason.modules)):
+                raise ExportError(
+                    f"{describe(product)} cannot take adapters: {reason.text}; {reason.remedy}"
+                )
 
 
-def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 − cosine, row by row; rows of zeros are like no other."""
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosine = (a * b).sum(axis=1) / lengths
-    distance: NDArray[np.float32] = 1 - np.where(lengths > 0, cosine, 0)
-    return distance
+def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
+    """What to take from the front of the checkpoint's names, and to add, to have the adapters'.
+
+    A checkpoint may be saved from the bare model (h.0.attn) where adapters are of the one with a
+    head (transformer.h.0.attn), and the other way round. All adapters' modules have to agree.
+    """
+    known = set(modules)
+    unknown = [name for name in needed if name not in known and name != _HEAD]
+    found: set[tuple[str, str]] = set()
+    for name in unknown:
+        longer = [m.removesuffix(name) for m in known if m.endswith(f".{name}")]
+        shorter = [name.removesuffix(m) for m in known if name.endswith(f".{m}")]
+        ways = [(prefix, "") for prefix in longer] + [("", prefix) for prefix in shorter]
+        if len(ways) != 1:
+            return "", ""
+        found.add(ways[0])
+    return found.pop() if len(found) == 1 else ("", "")
+
+
+def _distinct(found: list[_Matrices]) -> list[_Matrices]:
+    """Each way once, and no embedding where a linear layer has the same numbers.
+
+    A square matrix is there twice, as it is and transposed, which are the same where it is
+    symmetric.
+    """
+    ways = list({tuple(matrix.module for matrix in one): one for one in found}.values())
+    layers = [one for one in ways if not any(_is_embedding(m.module) for m in one)]
+    return layers or ways
 
 
 def _is_embedding(module: str) -> bool:

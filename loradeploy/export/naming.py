@@ -34,10 +34,14 @@ _PACKED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
 
 @dataclass(frozen=True)
 class Named:
-    """The modules of a product, each with its outputs, in the order of the product's outputs."""
+    """The modules of a product, each with its outputs, in the order of the product's outputs.
+
+    `unseen_biases`: the modules that have a bias which is not seen behind the product.
+    """
 
     modules: tuple[tuple[str, int], ...]
     found_by: str
+    unseen_biases: frozenset[str] = frozenset()
 
 
 Namer = Callable[[Product], Named | None]

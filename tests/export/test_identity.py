@@ -1,0 +1,206 @@
+"""A product is a module of the checkpoint where the whole of its numbers is the module's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from loradeploy.errors import ExportError
+from loradeploy.export.find import Findings, find_linears
+from loradeploy.export.identity import CheckpointWeights
+from loradeploy.export.naming import by_graph
+from loradeploy.export.quantise import quantise
+from loradeploy.export.side_inputs import SideInputs
+from tests.export.graphs import Builder, manifest_of, numbers
+
+IN, OUT, HEADS = 24, 16, 2
+Weights = NDArray[np.float32]
+A = numbers(OUT, IN, seed=1)  # [out, in], as checkpoints have it
+B = numbers(OUT, IN, seed=2)
+
+
+def interleaved(weight: Weights) -> Weights:
+    """Rows of rotary halves in Meta's order: pairs side by side within each head."""
+    return weight.reshape(HEADS, 2, -1, IN).swapaxes(1, 2).reshape(OUT, IN)
+
+
+def swapped(weight: Weights) -> Weights:
+    """Two rows in the middle exchanged; every sampled one stays."""
+    rows = np.arange(OUT)
+    rows[[2, 3]] = rows[[3, 2]]
+    return weight[rows]
+
+
+def with_row(weight: Weights, factor: float) -> Weights:
+    changed = weight.copy()
+    changed[3] *= factor
+    return changed
+
+
+def graph(*weights: Weights, names: tuple[str | None, ...] = (), bias: Any = None) -> ir.Model:
+    """A product for each weight [out, in], with module paths where `names` gives them."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    outputs = []
+    for index, weight in enumerate(weights):
+        w = b.constant(f"w{index}", np.ascontiguousarray(weight.T))
+        module = names[index] if names else None
+        shape: list[int | str] = ["batch", "sequence", len(weight)]
+        y = b.node("MatMul", [x, w], shape, module=module, name=f"y{index}")
+        if bias is not None:
+            y = b.node("Add", [y, b.constant(f"b{index}", bias)], shape, name=f"z{index}")
+        outputs.append(y)
+    return b.model(*outputs)
+
+
+Look = Callable[..., Findings]
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Look:
+    """(graph, tensors of the checkpoint, modules of adapters) → what was found by the numbers."""
+
+    def run(model: ir.Model, tensors: dict[str, Any], needed: tuple[str, ...] = ()) -> Findings:
+        save_file(
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors"
+        )
+        return find_linears(model, CheckpointWeights(tmp_path, needed).namer(by_graph))
+
+    return run
+
+
+def checkpoint(**modules: Weights) -> dict[str, Weights]:
+    return {f"{name}.weight": weight for name, weight in modules.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_same_numbers_are_the_module_in_either_format(look: Look, dtype: Any) -> None:
+    found = look(graph(A, B), checkpoint(a=A.astype(dtype).astype(np.float32), b=B))
+    assert set(found.linears) == {"a", "b"}
+    assert {linear.found_by for linear in found.linears.values()} == {"weight identity"}
+
+
+def test_a_packed_product_is_the_modules_side_by_side(look: Look) -> None:
+    found = look(graph(np.concatenate([B, A])), checkpoint(a=A, b=B))
+    assert {name: linear.slice for name, linear in found.linears.items()} == {
+        "b": (0, OUT),
+        "a": (OUT, 2 * OUT),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (interleaved, "it has the rows of a.weight in another order"),
+        (swapped, r"it has the rows of a.weight in another order \(2 of 16 moved\)"),
+        (lambda w: w * 0.5, r"it is 0.5 × a.weight"),
+        (lambda w: w * 1.01, r"it is 1.01 × a.weight"),
+        (lambda w: with_row(w, 2), "resembles a.weight and differs"),
+        (lambda w: with_row(w, -1), "1 of 16 rows are not those of a.weight"),
+        (lambda w: w + 1e-3 * B, "resembles a.weight and differs"),
+    ],
+    ids=["interleaved", "swapped", "half", "1-percent", "row", "turned-row", "fine-tuned"],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_what_differs_anywhere_is_not_the_module(
+    look: Look, change: Callable[[Weights], Weights], seen: str, named: bool
+) -> None:
+    model = graph(change(A), B, names=("a", "b") if named else ())
+    with pytest.raises(ExportError, match=seen):
+        look(model, checkpoint(a=A, b=B), ("a",))
+
+
+@pytest.mark.parametrize("change", [interleaved, lambda w: w * 0.5])
+def test_without_an_adapter_for_it_the_product_is_left_out(
+    look: Look, change: Callable[[Weights], Weights]
+) -> None:
+    found = look(graph(change(A), B), checkpoint(a=A, b=B), ("b",))
+    assert set(found.linears) == {"b"}
+    assert len(found.unidentified) == 1
+
+
+def test_numbers_of_two_modules_prove_neither(look: Look) -> None:
+    with pytest.raises(ExportError, match="that of a, b, and no name tells of which; tell it with"):
+        look(graph(A, A), checkpoint(a=A, b=A), ("a",))
+    assert look(graph(A, A), checkpoint(a=A, b=A)).linears == {}
+
+
+def test_names_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
+    found = look(graph(A, A, names=("b", "a")), checkpoint(a=A, b=A), ("a",))
+    assert {name: linear.nodes[0].name for name, linear in found.linears.items()} == {
+        "b": "y0",
+        "a": "y1",
+    }
+
+
+def test_biases_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
+    bias = numbers(OUT, seed=3)
+    tensors = checkpoint(a=A, b=A) | {"a.bias": bias, "b.bias": bias + 1}
+    assert set(look(graph(A, bias=bias + 1), tensors).linears) == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("held", "seen"),
+    [(numbers(OUT, seed=4), "its bias is not a.bias"), (None, "the checkpoint has no a.bias")],
+    ids=["another", "none"],
+)
+def test_a_bias_that_is_not_the_modules_is_a_difference(look: Look, held: Any, seen: str) -> None:
+    tensors = checkpoint(a=A) | ({} if held is None else {"a.bias": held})
+    with pytest.raises(ExportError, match=seen):
+        look(graph(A, bias=numbers(OUT, seed=3)), tensors, ("a",))
+
+
+def test_a_bias_that_is_not_seen_is_noted(look: Look) -> None:
+    zeros = np.zeros(OUT, np.float32)
+    for bias, unseen in ((numbers(OUT, seed=3), True), (zeros, False)):
+        found = look(graph(A), checkpoint(a=A) | {"a.bias": bias}, ("a",))
+        assert found.linears["a"].unseen_bias is unseen
+
+
+def test_a_name_that_the_numbers_contradict_is_an_error(look: Look) -> None:
+    with pytest.raises(
+        ExportError, match=r"named after b \(metadata .*but its weight is that of a"
+    ):
+        look(graph(A, B, names=("b", "a")), checkpoint(a=A, b=B))
+
+
+def test_a_name_that_the_checkpoint_does_not_have_gives_way_to_the_numbers(look: Look) -> None:
+    found = look(graph(A, B, names=("x.one", "x.two")), checkpoint(a=A, b=B))
+    assert set(found.linears) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "needed"),
+    [("h.0.proj", "transformer.h.0.proj"), ("bert.h.0.proj", "h.0.proj")],
+    ids=["bare-checkpoint", "bare-adapter"],
+)
+def test_modules_are_called_as_the_adapters_call_them(look: Look, stored: str, needed: str) -> None:
+    tensors = {f"{stored}.weight": A, f"{stored.replace('0', '1')}.weight": B}
+    found = look(graph(A, B), tensors, (needed,))
+    assert set(found.linears) == {needed, needed.replace("0", "1")}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits: int) -> None:
+    # Enough numbers for a block of quantisation.
+    wide = numbers(64, 64, seed=5)
+    order = np.r_[1:64, 0]
+    for weight, fits in ((wide, True), (wide * 1.3, False), (wide[order], False)):
+        b = Builder()
+        x = b.input("x", ["batch", "sequence", 64])
+        w = b.constant("w", np.ascontiguousarray(weight.T))
+        y = b.node("MatMul", [x, w], ["batch", "sequence", 64], module="a", name="y")
+        model = b.model(y)
+        quantise(model, manifest_of(SideInputs((), (), {}, "float32")), bits)
+        if fits:
+            assert set(look(model, checkpoint(a=wide), ("a",)).linears) == {"a"}
+            continue
+        with pytest.raises(ExportError, match=r"a\.weight"):
+            look(model, checkpoint(a=wide), ("a",))
