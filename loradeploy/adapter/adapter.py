@@ -60,12 +60,27 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a weight that were trained alone (trainable tokens): W[`indices`] ← `values`.
+
+    `values` [tokens, size]; `indices` are all different.
+    """
+
+    indices: tuple[int, ...]
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A trained adapter.
 
     `factors`: the low-rank factors by target module, as named in the base model.
     `saved`: whole parameters by the base's names (`classifier.weight` [out, in], …): those of
-    modules_to_save and the trained biases.
+    modules_to_save and the trained biases. A module that shares such a weight keeps the base's.
+    `carried`: weights of the base itself that came in the file, by the base's names (embeddings
+    below LoRA or of a resized vocabulary). They are copies of the base's, or take the place of
+    them in every module that shares them, below the factors.
+    `rows`: rows of the base's weights that were trained alone, by parameter; shared likewise.
     `base_digest`: the base model it was trained on, where known (`digest.base_digest`).
     `labels`: a classifier's label names in the order of its outputs, where known.
 
@@ -78,9 +93,11 @@ class Adapter:
     saved: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     base_digest: str | None = None
     labels: tuple[str, ...] | None = None
+    carried: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.factors and not self.saved:
+        if not (self.factors or self.saved or self.carried or self.rows):
             raise AdapterError("the adapter holds no tensors: nothing was trained")
         problems = [
             f"{module}: {problem}"
@@ -99,7 +116,8 @@ class Adapter:
     def parameter_count(self) -> int:
         """How many numbers the adapter holds."""
         low_rank = sum(pair.parameter_count for pair in self.factors.values())
-        return low_rank + sum(values.size for values in self.saved.values())
+        rows = sum(rows.values.size for rows in self.rows.values())
+        return low_rank + rows + sum(values.size for values in self.saved.values())
 
     @property
     def changes_base(self) -> bool:
@@ -127,6 +145,7 @@ class Adapter:
         numbers are stored in and however their configs spell the scaling.
         """
         tensors = {f"saved:{name}": values for name, values in self.saved.items()}
+        tensors.update({f"carried:{name}": values for name, values in self.carried.items()})
         numbers = {module: self.scaling(module) for module in self.factors}
         for module, pair in self.factors.items():
             half_A, half_B = _HALVES[pair.kind]
@@ -134,6 +153,8 @@ class Adapter:
             tensors[f"{module}.{half_B}"] = pair.B
             if pair.magnitude is not None:
                 tensors[f"{module}.lora_magnitude_vector"] = pair.magnitude
+        for name, rows in self.rows.items():
+            tensors[f"rows:{name}{list(rows.indices)}"] = rows.values
         if self.changes_base:
             numbers[f"init_lora_weights={self.config.init_lora_weights}"] = 1.0
         return tensors_digest(tensors, numbers)

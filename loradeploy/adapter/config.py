@@ -23,6 +23,7 @@ _NEUTRAL: Final = frozenset(
     {
         "auto_mapping",
         "corda_config",
+        "ensure_weight_tying",  # the file has what the tied modules share for each of them
         "eva_config",
         "inference_mode",
         "loftq_config",
@@ -32,6 +33,7 @@ _NEUTRAL: Final = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
+        "trainable_token_indices",  # read with the rows themselves (adapter/peft.py)
         "velora_config",
     }
 )
@@ -41,13 +43,11 @@ _REFUSED: Final = {
     "lora_bias": "merge it with PEFT and export the merged model",
     "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be exported",
     "arrow_config": "routing between adapters cannot be exported",
-    "ensure_weight_tying": "train again without it",
     "kasa_config": "merge it with PEFT and export the merged model",
     "layer_replication": "apply it to the base model first and train on the result",
     "megatron_config": "export from a Hugging Face checkpoint instead",
     "monteclora_config": "merge it with PEFT and export the merged model",
     "target_parameters": "merge it with PEFT and export the merged model",
-    "trainable_token_indices": "merge it with PEFT and export the merged model",
     "use_bdlora": "merge it with PEFT and export the merged model",
     "use_qalora": "merge it with PEFT and export the merged model",
 }
@@ -137,6 +137,9 @@ class AdapterConfig:
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"
                 )
             extra[name] = value
+        for name in ("r", "lora_alpha"):
+            if name in values and values[name] is None:  # no default is what was trained with
+                raise AdapterError(f"adapter config: {name} is null, a number is needed")
         honoured: dict[str, Any] = {
             name: _ordered(value) if name in _UNORDERED and _is_list(value) else value
             for name, value in values.items()
@@ -145,6 +148,10 @@ class AdapterConfig:
         for name in ("layers_to_transform", "layers_pattern"):
             if _is_list(honoured.get(name)):
                 honoured[name] = tuple(honoured[name])
+        if "r" in honoured:
+            honoured["r"] = _whole(honoured["r"])
+        if isinstance(ranks := honoured.get("rank_pattern"), Mapping):
+            honoured["rank_pattern"] = {key: _whole(rank) for key, rank in ranks.items()}
         return cls(**honoured, extra=extra)
 
     def to_peft(self) -> dict[str, Any]:
@@ -193,6 +200,11 @@ def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
     """The same for the same names, in whatever order; what are no names is refused later."""
     found = tuple(values)
     return tuple(sorted(found)) if all(isinstance(value, str) for value in found) else found
+
+
+def _whole(value: object) -> object:
+    """A whole number that JSON tells as 8.0, as an integer; all else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _by_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:

@@ -12,24 +12,30 @@
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
+    <module>.base_layer.weight, …     the base's own, which PEFT brings along for embeddings
+    <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
-What PEFT has no field for (the base model's digest, a classifier's labels) is in the metadata of
-the safetensors file, which PEFT ignores.
+What else a key may look like is read in `adapter.keys`. What PEFT has no field for (the base
+model's digest, a classifier's labels) is in the metadata of the safetensors file, which PEFT
+ignores.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.adapter import Adapter, Factors, Kind
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
+from loradeploy.adapter.keys import PREFIX, Key, read_keys
 from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed
@@ -44,15 +50,10 @@ OWN_FILES: Final = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
     | {"modules.json", "1_Pooling/config.json"}  # of an embedder
 )
-_PREFIX: Final = "base_model.model."
 _BASE_DIGEST: Final = "loradeploy.base_digest"
 _LABELS: Final = "loradeploy.labels"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
-# A tensor of the factors by its key: the module, and which part it is.
-_FACTOR: Final = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)"
-)
 _MAGNITUDE: Final = "lora_magnitude_vector"
 _PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
@@ -60,15 +61,14 @@ _PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "conv2d": ("lora_A.weight", "lora_B.weight"),
 }
 _INNER: Final = ".base_layer."
+_ORIGINAL: Final = ".original_module."
+_ROWS: Final = ".token_adapter.trainable_tokens_delta"
 
-# What PEFT writes besides and nothing needs: copies of the base's weight below an adapted embedding
-# or head, the bias that a module trained whole had before, and a second copy of its new one.
-_COPY: Final = re.compile(r".+\.(?:base_layer\.weight|original_module\.bias|modules_to_save\.bias)")
-
-# Tensors that are refused, by the ending of their keys, and what they belong to.
-_REFUSED: Final = {
-    ".lora_A.bias": "a trained LoRA bias",
-    ".lora_B.bias": "a trained LoRA bias",
+# Heads that PEFT trains whole for a task, whether modules_to_save names them or not.
+_HEADS: Final[Mapping[str | None, tuple[str, ...]]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 
 
@@ -85,11 +85,10 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     arrays, metadata = read_arrays(weights, error=AdapterError)
     try:
         _check_not_empty(arrays)
-        factors, saved = _sort(arrays, config)
+        config, tensors = _sort(arrays, config)
         return Adapter(
             config=config,
-            factors=factors,
-            saved=saved,
+            **tensors,
             base_digest=metadata.get(_BASE_DIGEST),
             labels=_labels(metadata),
         )
@@ -127,10 +126,13 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
 
     Each file is written atomically, the weights last; the same adapter gives the same bytes.
     """
-    arrays = {_PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
+    arrays = {PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
+    arrays |= {PREFIX + _carried_key(n, adapter): v for n, v in adapter.carried.items()}
     for module, pair in adapter.factors.items():
         for part, values in _parts(pair).items():
-            arrays[f"{_PREFIX}{module}.{part}"] = values
+            arrays[f"{PREFIX}{module}.{part}"] = values
+    for parameter, rows in adapter.rows.items():
+        arrays[f"{PREFIX}{parameter.removesuffix('.weight')}{_ROWS}"] = rows.values
     metadata = {"format": "pt"}
     if adapter.base_digest is not None:
         metadata[_BASE_DIGEST] = adapter.base_digest
@@ -191,25 +193,26 @@ def _weights_file(place: Path) -> Path:
 
 def _sort(
     arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
-) -> tuple[dict[str, Factors], dict[str, NDArray[Any]]]:
-    """The tensors of the file by what they are; every misfit is named in one error."""
+) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The tensors of the file by what they are, and the config with all that is trained whole.
+
+    Every tensor is read or refused; every misfit is named in one error.
+    """
+    keys = read_keys(arrays)
     parts: dict[str, dict[str, NDArray[Any]]] = {}
-    others: dict[str, NDArray[Any]] = {}
+    others: list[tuple[str, Key, NDArray[Any]]] = []
     problems: list[str] = []
     for key, values in sorted(arrays.items()):
-        name = key.removeprefix(_PREFIX)
-        factor = _FACTOR.fullmatch(name)
-        refused = next((what for ending, what in _REFUSED.items() if name.endswith(ending)), None)
-        if name == key:
-            problems.append(f"{key} does not begin with {_PREFIX!r}")
-        elif values.dtype.kind != "f":
+        what = keys[key]
+        if values.dtype.kind != "f":
             problems.append(f"{key} is {values.dtype}, not floating point")
-        elif factor:
-            parts.setdefault(factor["module"], {})[factor["part"]] = values
-        elif refused:
-            problems.append(f"{key} belongs to {refused}, which is not supported")
+        elif what.part == "bias":
+            problems.append(f"{key} belongs to a trained LoRA bias, which is not supported")
+        elif what.part == "factor":
+            half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
+            parts.setdefault(what.name, {})[half] = values
         else:
-            others[name] = values
+            others.append((key, what, values))
     factors: dict[str, Factors] = {}
     for module, there in parts.items():
         found = _factors(there)
@@ -217,24 +220,85 @@ def _sort(
             problems.append(f"{module} {found}")
         else:
             factors[module] = found
-    saved: dict[str, NDArray[Any]] = {}
-    for name, values in others.items():
-        inner = name.replace(_INNER, ".")
-        if _COPY.fullmatch(name) and _is_copy(name, parts, config):
-            continue
-        if is_saved(inner, config) or is_trained_bias(inner, parts, config):
-            saved[inner] = values
-        else:
+    heads = (*config.modules_to_save, *_HEADS.get(config.task_type, ()))
+    saving = dataclasses.replace(config, modules_to_save=heads)
+    tied = bool(config.extra.get("ensure_weight_tying")) and bool(config.modules_to_save)
+    named = set()
+    slots: dict[tuple[str, str], NDArray[Any]] = {}
+    for key, what, values in others:
+        name = what.name
+        whole = what.part == "whole" or (
+            what.part == "plain" and (is_saved(name, saving) or (tied and name.endswith(".weight")))
+        )
+        if what.part == "rows":
+            slot = "rows"
+        elif whole or (what.part != "original" and is_trained_bias(name, parts, config)):
+            slot = "saved"
+            if whole and not is_saved(name, config):
+                named.add(_saved_as(name, saving))
+        elif "lora_" in name or (what.part == "plain" and name.rpartition(".")[0] in parts):
             problems.append(
-                f"{_PREFIX}{name} is neither a factor, nor of modules_to_save, nor a trained bias"
-                " (an embedding: save with save_embedding_layers=False)"
+                f"{key} is neither a factor, nor of modules_to_save, nor a trained bias (PEFT"
+                " ignores it)"
             )
+            continue
+        else:
+            slot = "carried"
+        if not np.array_equal(slots.setdefault((slot, name), values), values):
+            problems.append(f"{key} is not what the file has for {name} under another key")
+    tensors: dict[str, Any] = {"factors": factors, "saved": {}, "carried": {}, "rows": {}}
+    for (slot, name), values in slots.items():
+        if slot != "rows":
+            tensors[slot][name] = values
+            continue
+        rows = _rows(name, values, config)
+        if isinstance(rows, str):
+            problems.append(rows)
+        else:
+            tensors[slot][f"{name}.weight"] = rows
+    if config.extra.get("trainable_token_indices") and not tensors["rows"] and not problems:
+        problems.append("trainable_token_indices is set, and there are no rows of these tokens")
+    if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
+        problems.append(f"{others[0][0]} and all others are no tensors of an adapter")
     if problems:
         told = other_tensors({key: values.shape for key, values in arrays.items()})
         raise AdapterError(
             f"the file {told}" if told else f"tensors are refused: {listed(problems)}"
         )
-    return factors, saved
+    # The bias that a module trained whole had before is nobody's: only a weight can be shared.
+    tensors["carried"] = {
+        name: values
+        for name, values in tensors["carried"].items()
+        if name not in tensors["saved"] or name.endswith(".weight")
+    }
+    known = (*config.modules_to_save, *sorted(named.difference(config.modules_to_save)))
+    return dataclasses.replace(config, modules_to_save=known), tensors
+
+
+def _saved_as(parameter: str, saving: AdapterConfig) -> str:
+    """The module that modules_to_save must name for `parameter`: a head of PEFT's, or its own."""
+    for head in saving.modules_to_save:
+        if is_saved(parameter, dataclasses.replace(saving, modules_to_save=(head,))):
+            return head
+    return parameter.rpartition(".")[0]
+
+
+def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
+    """The trained rows of `module`'s weight, or what is wrong with them."""
+    indices = config.extra.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        fitting = [name for name in indices if f".{module}".endswith(f".{name}")]
+        indices = indices[max(fitting, key=len)] if fitting else None
+    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+        return f"{module} has trained tokens, and trainable_token_indices does not tell which"
+    if len(set(indices)) != len(indices):
+        return f"trainable_token_indices names a token of {module} twice"
+    if values.ndim != 2 or len(values) != len(indices):
+        return (
+            f"{module} has trained tokens {list(values.shape)}, trainable_token_indices names"
+            f" {len(indices)}"
+        )
+    return Rows(tuple(indices), values)
 
 
 def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
@@ -275,10 +339,11 @@ def _key(parameter: str, adapter: Adapter) -> str:
     return f"{module}{_INNER}{last}" if wrapped else parameter
 
 
-def _is_copy(name: str, targets: Iterable[str], config: AdapterConfig) -> bool:
-    if name.endswith(f"{_INNER}weight"):
-        return name.removesuffix(f"{_INNER}weight") in targets
-    return config.bias == "all" and is_saved(name, config)
+def _carried_key(parameter: str, adapter: Adapter) -> str:
+    module, _, last = parameter.rpartition(".")
+    if module in adapter.factors:
+        return f"{module}{_INNER}{last}"
+    return f"{module}{_ORIGINAL}{last}" if parameter in adapter.saved else parameter
 
 
 def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:

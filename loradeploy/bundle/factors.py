@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +12,10 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.digest import short
+from loradeploy.adapter.names import named_as
+from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.scaling import with_ranks
+from loradeploy.adapter.settle import values_digest, without_copies, without_idle
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.bundle.changes import (
     added_biases,
@@ -53,7 +57,7 @@ def side_inputs(
     Raises:
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
     """
-    adapter = with_all_labels(adapter, manifest)
+    adapter = with_all_labels(fitted(adapter, manifest), manifest)
     check_fit(adapter, manifest)
     dtype = np.dtype(manifest.factor_dtype)
     arrays: dict[str, NDArray[Any]] = {}
@@ -74,6 +78,43 @@ def side_inputs(
     return arrays
 
 
+def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """`adapter` as the bundle can take it, for `check_fit` to judge.
+
+    Modules have the names that they have in the graph; copies of the base's own weights, and
+    factors that are zero at modules that the graph lacks, are left out. A weight of the base that
+    came with the file and is a side input here is one of those that are trained whole. A merged
+    bundle takes none, and the adapter is as it was.
+
+    Raises:
+        AdapterMismatchError: it cannot be told which modules of the graph some of its own are.
+    """
+    if manifest.mode == "merged":
+        return adapter
+    adapter = named_as(
+        adapter, _modules(manifest), lambda: renamings(manifest.submodels, manifest.base_prefix)
+    )
+    own = manifest.own_weights
+    adapter = without_copies(
+        adapter, lambda name, values: name in own and own[name] == values_digest(values)
+    )
+    places = {target.parameter for target in manifest.saved}
+    if brought := {n: v for n, v in adapter.carried.items() if n in places}:
+        adapter = dataclasses.replace(
+            adapter,
+            saved={**brought, **adapter.saved},
+            carried={n: v for n, v in adapter.carried.items() if n not in places},
+        )
+    return without_idle(adapter, {target.module for target in manifest.targets})
+
+
+def _modules(manifest: Manifest) -> set[str]:
+    """The modules that the manifest knows of."""
+    parameters = (*(saved.parameter for saved in manifest.saved), *manifest.own_weights)
+    layers = {t.module for t in manifest.targets} | {o.module for o in manifest.changed}
+    return layers | {p.rpartition(".")[0] for p in parameters}
+
+
 def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
     """What is fed beside side inputs to choose the graph's branch for them; empty without one."""
     return {ADAPTER_MODE: np.ones(1, np.int64)} if manifest.branches else {}
@@ -92,7 +133,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, noun: str = _BUNDLE) -> None
             "this bundle is merged and takes no adapters: export the base without --merge"
         )
     adapter.check_plain()
-    adapter = with_all_labels(adapter, manifest)
+    adapter = with_all_labels(fitted(adapter, manifest), manifest)
     targets = {target.module: target for target in manifest.targets}
     _refuse(
         [
@@ -100,8 +141,9 @@ def check_fit(adapter: Adapter, manifest: Manifest, noun: str = _BUNDLE) -> None
             *_factor_misfits(adapter, targets, noun),
             *_saved_misfits(adapter, manifest, noun),
             *not_brought(adapter, (s.parameter for s in manifest.saved if s.lacking)),
+            *_base_misfits(adapter, manifest),
             *change_misfits(adapter, manifest, noun),
-            *_missing(adapter, targets),
+            *_missing(adapter, targets, manifest),
         ],
         noun,
     )
@@ -257,17 +299,38 @@ def not_brought(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
     return [
         f"{parameter} is in neither the base nor the adapter, so that its outputs would mean"
         " nothing: train it with the adapter (modules_to_save), or use a base that has it"
-        for parameter in sorted(set(lacking).difference(adapter.saved))
+        for parameter in sorted(set(lacking).difference(adapter.saved, adapter.carried))
     ]
 
 
-def _missing(adapter: Adapter, targets: Mapping[str, LoraTarget]) -> list[str]:
-    """Modules that the config targets and the tensors lack: half an adapter is no adapter."""
+def _base_misfits(adapter: Adapter, manifest: Manifest) -> list[str]:
+    """Weights of the base that the adapter brings its own numbers for."""
+    problems = []
+    for parameter in sorted(adapter.carried):
+        known = parameter in manifest.own_weights
+        problems.append(
+            f"{parameter} came with the adapter and {'differs from' if known else 'may not be'} the"
+            " base's: merge it instead"
+        )
+    problems += [
+        f"rows of {parameter} were trained (trainable_token_indices), which is no side input: merge"
+        " it instead"
+        for parameter in sorted(adapter.rows)
+    ]
+    return problems
+
+
+def _missing(adapter: Adapter, targets: Mapping[str, LoraTarget], manifest: Manifest) -> list[str]:
+    """What the config names and the tensors lack: half an adapter is no adapter."""
     meant = match_targets(targets, adapter.config, linear_names=tuple(adapter.factors))
+    whole = {saved.parameter for saved in manifest.saved}
     return [
-        f"{module} is targeted and has no tensors"
-        for module in meant
-        if module not in adapter.factors
+        *(f"{m} is targeted and has no tensors" for m in meant if m not in adapter.factors),
+        *(
+            f"{name} is in modules_to_save and has no tensors"
+            for name in sorted(whole)
+            if name not in adapter.saved and is_saved(name, adapter.config)
+        ),
     ]
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
+from loradeploy.adapter.renamings import Submodel
 from loradeploy.bundle.names import (
     CERTIFICATE_NAME,
     LAYOUTS,
@@ -190,6 +191,10 @@ class Manifest:
     `files`: every file that the export wrote, but for the manifest; an export replaces no other.
     `sentence`: digests of the files that tell how an encoder's states become a text's vector, by
     name (modules.json and what it names); none where the base has no such files.
+    `own_weights`: digests of the base's embeddings and output head, by parameter, so that copies of
+    them in an adapter's file are known (`adapter.settle.values_digest`).
+    `submodels`: the transformers models in the base, where module paths in some of them have been
+    renamed; `base_prefix`: what the base model's own paths begin with there.
     """
 
     task: str
@@ -215,6 +220,9 @@ class Manifest:
     requantized: bool = False
     files: tuple[str, ...] = ()
     sentence: Mapping[str, str] = field(default_factory=dict)
+    own_weights: Mapping[str, str] = field(default_factory=dict)
+    submodels: tuple[Submodel, ...] = ()
+    base_prefix: str = ""
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -255,6 +263,8 @@ class Manifest:
                     for name, entry in _object(value, "adapters").items()
                 }
             ),
+            "submodels": lambda value: _nouns(Submodel, value, "submodels"),
+            "own_weights": lambda value: _digests(value, "own_weights"),
             "merge_loss": lambda value: (
                 None if value is None else _noun(MergeLoss, value, "merge_loss")
             ),

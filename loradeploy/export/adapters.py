@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter, Kind
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.settle import shape_problems
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.factors import check_fit, not_brought
 from loradeploy.bundle.labels import label_parameters
@@ -120,9 +122,19 @@ def check_adapters(
     Raises:
         AdapterMismatchError: an adapter does not fit; its name and every misfit are in the message.
     """
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in skeleton.named_parameters(remove_duplicate=False)
+    }
     for name, adapter in adapters.items():
+        if problems := shape_problems(adapter, shapes):
+            raise AdapterMismatchError(
+                f"{name}: the adapter does not fit this base: {listed(problems)}"
+            )
         expected = _expected(skeleton, adapter, task=task, base=base, merge=merge)
-        check_named(name, adapter, expected)
+        # What the base's own weights are is known once they are loaded.
+        rows = {} if merge else adapter.rows
+        check_named(name, dataclasses.replace(adapter, carried={}, rows=rows), expected)
 
 
 def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:

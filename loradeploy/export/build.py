@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.adapter.digest import base_digest
-from loradeploy.bundle.factors import side_inputs
+from loradeploy.adapter.names import named_as
+from loradeploy.adapter.renamings import Submodel, known, renamings
+from loradeploy.adapter.settle import without_idle
+from loradeploy.bundle.factors import fitted, side_inputs
 from loradeploy.bundle.labels import LABELLED, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
@@ -89,6 +92,7 @@ from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.observe import observe
 from loradeploy.export.operators import unreached
 from loradeploy.export.opsets import convert_opset
+from loradeploy.export.own_weights import graph_digests, own_digests, settled
 from loradeploy.export.parts import Part, find_parts
 from loradeploy.export.plain import make_products_plain
 from loradeploy.export.precision import BFLOAT16, DEFAULT_PRECISION, PACKED_BITS, precision_of
@@ -146,6 +150,7 @@ class Options:
 class Base:
     """A base graph and what is known of it.
 
+    `adapters`: those of the options, without what the base has of them already.
     `packed`: the weights already are in the precision that is wanted.
     `parameters`: names in the checkpoint, where there is one; `lacking`: those without values.
     `replaced`: modules that are to be replaced whole, because the checkpoint lacks them or the
@@ -154,12 +159,14 @@ class Base:
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     `source`: what the bundle is to be held against.
+    `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     """
 
     graph: ir.Model
     task: str
     identity: BaseIdentity
     precision: str
+    adapters: Mapping[str, Adapter]
     packed: bool = False
     parameters: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
@@ -168,6 +175,9 @@ class Base:
     pad: int | None = None
     weights: Mapping[str, NDArray[Any]] | None = None
     source: TrialSource = field(default_factory=TrialSource)
+    own_weights: Mapping[str, str] = field(default_factory=dict)
+    submodels: tuple[Submodel, ...] = ()
+    base_prefix: str = ""
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:
@@ -175,9 +185,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
 
     Cheap checks come first: an adapter that does not fit is refused before anything is traced.
     """
+    digests = {name: adapter.digest for name, adapter in options.adapters.items()}
     base = (
         _from_checkpoint(source, options) if source.graph is None else _from_graph(source, options)
     )
+    options = dataclasses.replace(options, adapters=base.adapters)
     if options.grouped:
         if base.task != CAUSAL_LM:
             raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
@@ -189,17 +201,23 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             base.graph, source.graph.parent, options.evidence, options.adapters.values()
         )
     )
+    if source.graph is not None:
+        modules = {*findings.linears, *find_parts(base.graph)}
+        rules = partial(renamings, base.submodels, base.base_prefix)
+        adapters = {n: named_as(a, modules, rules) for n, a in options.adapters.items()}
+        options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     added: SideInputs | None = None
+    held: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}
     if options.merge:
-        manifest = _merged(base, findings, options)
+        manifest = _merged(base, findings, options, digests)
     else:
         if source.graph is not None:
             own = settings_beside(source.directory, options.evidence.checkpoint)
             observe(base.graph, _looked_at(base.graph, findings), source.graph.parent, own)
-        manifest, added, arrays = _with_side_inputs(base, findings, options)
+        manifest, added, held, arrays = _with_side_inputs(base, findings, options)
     if base.precision == BFLOAT16:
         store_as_bfloat16(base.graph.graph)
     if options.fixed:
@@ -218,7 +236,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         graph=base.graph,
         assets=assets_of(source.assets, options.evidence.checkpoint),
         config=config,
-        adapters={} if options.merge else options.adapters,
+        adapters=held,
         side_inputs=arrays,
         defaults={} if added is None else added.defaults,
         biases={} if added is None else added.biases,
@@ -232,6 +250,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
 
 def _from_checkpoint(source: Source, options: Options) -> Base:
     from loradeploy.export.trace import answers, load_model, trace
+    from loradeploy.lora.submodels import named_as_in, submodels
 
     adapters = options.adapters
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
@@ -244,9 +263,10 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if adapters:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
+        adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
         check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
     logger.info("loading %s", source.name)
-    brought = {name for adapter in adapters.values() for name in adapter.saved}
+    brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
@@ -256,6 +276,8 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         told = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
         logger.log(level, told, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    adapters = settled(model, adapters, merge=options.merge)
+    own_weights = {} if options.merge else own_digests(model)
     weights = None
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
@@ -272,12 +294,16 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
         task,
         identity,
         precision,
+        adapters,
         parameters=parameters,
         replaced=_modules(zeroed),
         lacking=frozenset(zeroed),
         pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
         weights=weights,
         source=TrialSource(original, packed_here=precision not in (DEFAULT_PRECISION, "fp16")),
+        own_weights=own_weights,
+        submodels=known(submodels(model)),
+        base_prefix=str(model.base_model_prefix),
     )
 
 
@@ -347,12 +373,16 @@ def _from_graph(source: Source, options: Options) -> Base:
         task,
         identity,
         precision,
+        options.adapters,
         packed=precision == held,
         parameters=parameters,
         replaced=replaced,
         lacking=lacking,
         before=source.manifest,
         source=TrialSource(graph=source.graph, packed_here=precision != held),
+        own_weights={} if source.manifest is None else source.manifest.own_weights,
+        submodels=_submodels(source),
+        base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
     )
 
 
@@ -366,6 +396,15 @@ def _looked_at(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
     for part in find_parts(model).values():
         for node in part.nodes:
             yield from (value for value in (*node.inputs[:2], node.outputs[0]) if value is not None)
+
+
+def _submodels(source: Source) -> tuple[Submodel, ...]:
+    """What the bundle, or the configuration beside a graph, tells of the models in it."""
+    if source.manifest is not None:
+        return source.manifest.submodels
+    config = settings_beside(source.directory, None)
+    names = config.get("architectures") or [""]
+    return known([Submodel("", str(names[0]), str(config.get("model_type") or ""))])
 
 
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
@@ -397,7 +436,7 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
 
 def _with_side_inputs(
     base: Base, findings: Findings, options: Options
-) -> tuple[Manifest, SideInputs, Mapping[str, Arrays]]:
+) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
     targets, heads = _split(base, findings, options.adapters.values())
     parts = find_parts(base.graph)
     needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
@@ -410,6 +449,9 @@ def _with_side_inputs(
             + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
         )
     biased = [head.module for head in heads if f"{head.module}.bias" in base.parameters]
+    own_weights = base.own_weights
+    if not own_weights and base.before is None:
+        own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
     logger.info("giving %d layers side inputs", len(targets) + len(heads) + len(embeddings))
     added = inject_side_inputs(
         base.graph, targets, heads, biased=biased, embeddings=embeddings, changes=changes
@@ -423,14 +465,16 @@ def _with_side_inputs(
         ),
         changed=added.changed,
         factor_dtype=added.dtype,
+        own_weights=own_weights,
+        submodels=base.submodels,
+        base_prefix=base.base_prefix if base.submodels else "",
     )
-    for name, adapter in options.adapters.items():
+    adapters = {name: fitted(adapter, manifest) for name, adapter in options.adapters.items()}
+    for name, adapter in adapters.items():
         _check_named(name, adapter, manifest, graph)
     # Before the weights are packed: DoRA's scales are computed from them.
     held = HeldBase(graph, added.biases)
-    arrays = {
-        name: side_inputs(adapter, manifest, held) for name, adapter in options.adapters.items()
-    }
+    arrays = {name: side_inputs(adapter, manifest, held) for name, adapter in adapters.items()}
     manifest = _packed(base, manifest)
     if (layout := options.layout or _layout(base)) == ROWS:
         lay_in_rows(graph)
@@ -438,7 +482,8 @@ def _with_side_inputs(
     packed = base.precision in PACKED_BITS and branches_problem(graph) is None
     if branches := packed if options.branches is None else options.branches:
         add_branches(graph)
-    return dataclasses.replace(manifest, layout=layout, branches=branches), added, arrays
+    manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
+    return manifest, added, adapters, arrays
 
 
 def _layout(base: Base) -> str:
@@ -446,15 +491,20 @@ def _layout(base: Base) -> str:
     return ROWS if base.precision in PACKED_BITS and has_rows(base.graph.graph) else SLOTS
 
 
-def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
+def _merged(
+    base: Base, findings: Findings, options: Options, digests: Mapping[str, str]
+) -> Manifest:
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before)
-    _check_base(name, adapter, base, findings)
+    layers: dict[str, Linear | Part] = {**find_parts(base.graph), **findings.linears}
+    adapter = without_idle(adapter, layers)
+    _check_base(name, adapter, base, layers.values())
     check_brought(name, adapter, base.lacking)
+    whole = {**adapter.carried, **adapter.saved}
     if base.before is None and options.evidence.checkpoint is not None:
-        note_forms(base.graph, parameters_in(options.evidence.checkpoint, adapter.saved).get)
+        note_forms(base.graph, parameters_in(options.evidence.checkpoint, whole).get)
     elif base.identity.kind == "onnx":
-        check_known(base.graph, adapter.saved)
+        check_known(base.graph, whole)
     logger.info("merging %s", name)
     report = merge_adapter(
         base.graph,
@@ -470,7 +520,7 @@ def _merged(base: Base, findings: Findings, options: Options) -> Manifest:
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         _manifest(base, "merged"),
-        merged_adapter=AdapterEntry(given.digest),
+        merged_adapter=AdapterEntry(digests[name]),
         merge_loss=report.loss,
         requantized=base.packed and options.requantise and base.precision in PACKED_BITS,
     )
@@ -485,12 +535,8 @@ def _rounding(base: Base) -> dict[str, Round]:
     return {} if bits is None or base.packed else {"linear": partial(rounded, bits=bits)}
 
 
-def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> None:
+def _check_base(name: str, adapter: Adapter, base: Base, layers: Iterable[Linear | Part]) -> None:
     """The same base, and no half adapter; sizes and parameters are the merge's own to check."""
-    layers: list[Linear | Part] = [
-        *findings.linears.values(),
-        *find_parts(base.graph).values(),
-    ]
     saved = tuple(
         SavedTarget(parameter, parameter, values.shape, transposed=False)
         for parameter, values in adapter.saved.items()
@@ -504,7 +550,9 @@ def _check_base(name: str, adapter: Adapter, base: Base, findings: Findings) -> 
             for module, pair in adapter.factors.items()
         ),
     )
-    _check_named(name, adapter, expected, base.graph.graph)
+    if adapter.factors or adapter.saved:
+        plain = dataclasses.replace(adapter, carried={}, rows={})
+        _check_named(name, plain, expected, base.graph.graph)
 
 
 def _check_named(name: str, adapter: Adapter, manifest: Manifest, graph: ir.Graph) -> None:

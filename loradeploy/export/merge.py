@@ -12,6 +12,7 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.delta import as_matrix, matrices
 from loradeploy.adapter.dora import output_scale
+from loradeploy.adapter.settle import shape_problems
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
@@ -59,7 +60,8 @@ def merge_adapter(
 
     With DoRA W ← m / ‖W + s · B A‖ · (W + s · B A), over each output's row. Linear layers,
     embeddings and convolutions take factors; what the adapter trained whole (modules_to_save,
-    biases) is put in its place, a bias that the graph lacks is added. `weights` gives modules'
+    biases) is put in its place, a bias that the graph lacks is added; weights and rows that it
+    brings of the base come first, for all that share them. `weights` gives modules'
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
     first: the other user keeps its own. `rounding` tells, for the loss, what the weights of a kind
@@ -75,6 +77,7 @@ def merge_adapter(
     adapter.check_plain()
     layers = Layers(model.graph, linears, find_parts(model))
     _check(layers, adapter, requantise=requantise)
+    _overwrite(layers, adapter)
     untied, tally = [], Tally()
     for module in adapter.modules:
         pair, s = adapter.factors[module], adapter.scaling(module)
@@ -96,6 +99,16 @@ def merge_adapter(
     remove_unused(model.graph, inputs=False)
     saved = tuple(sorted(adapter.saved))
     return MergeReport(adapter.modules, saved, tuple(untied), tally.loss())
+
+
+def _overwrite(layers: Layers, adapter: Adapter) -> None:
+    """Put the base's weights and rows that the adapter brings in their places."""
+    for parameter, values in sorted(adapter.carried.items()):
+        layers.overwrite(parameter, values, others=adapter.carried)
+    for parameter, rows in sorted(adapter.rows.items()):
+        own = layers.values_of(parameter).copy()
+        own[list(rows.indices)] = rows.values
+        layers.overwrite(parameter, own, others=adapter.rows)
 
 
 def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
@@ -181,6 +194,9 @@ def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:
         whole = is_saved(parameter, adapter.config)
         named = f"{parameter} ({'modules_to_save' if whole else 'a trained bias'})"
         problems += _parameter_problems(layers, parameter, values, named)
+    shapes = {name: layers.shape_of(name) for name in (*adapter.carried, *adapter.rows)}
+    problems += shape_problems(adapter, {n: s for n, s in shapes.items() if s is not None})
+    problems += filter(None, map(layers.problem_with, shapes))
     if problems:
         raise AdapterMismatchError(
             f"the adapter does not fit this model: {listed(problems, _LISTED)}"

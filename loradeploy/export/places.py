@@ -5,7 +5,7 @@ A constant that something else uses too is never changed: its user gets one of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,55 @@ class Layers:
         value = self.graph.initializers[parameter]
         set_constant(value, cast(values, constant_of(value).dtype, parameter))
         return False
+
+    def values_of(self, parameter: str) -> NDArray[Any]:
+        """The checkpoint's weight `parameter`, as that has it; it is in the graph, not packed."""
+        module, _, name = parameter.rpartition(".")
+        layer = self._layer(module) if name == "weight" else None
+        if layer is None:
+            return constant_of(self.graph.initializers[parameter])
+        held = constant_of(layer.weight)
+        return held if isinstance(layer, Part) or layer.transposed else held.T
+
+    def overwrite(
+        self, parameter: str, values: NDArray[Any], *, others: Collection[str] = ()
+    ) -> None:
+        """Put the checkpoint's `parameter` in its place for every user of the same constant.
+
+        `others`: parameters that are given likewise.
+
+        Raises:
+            ExportError: another layer has the same numbers as a constant of its own, so that it
+                cannot be told whether it shares them; or the values do not fit into the dtype.
+        """
+        module, _, name = parameter.rpartition(".")
+        layer = self._layer(module) if name == "weight" else None
+        if layer is None or (isinstance(layer, Part) and layer.kind == "norm"):
+            self.replace(parameter, values)  # in the form that the graph holds it in
+            return
+        twins: Mapping[str, Part | Linear] = (
+            self.linears if isinstance(layer, Part) else self.parts  # an embedding and the head
+        )
+        for other, twin in twins.items():
+            named = f"{other}.weight"
+            if twin.weight is not layer.weight and named not in others and self._same(twin, layer):
+                raise ExportError(
+                    f"{named} has the numbers of {parameter} in a constant of its own: whether it"
+                    " shares what the adapter brings cannot be told; merge into the checkpoint"
+                )
+        held = values if isinstance(layer, Part) or layer.transposed else values.T
+        set_constant(layer.weight, cast(held, constant_of(layer.weight).dtype, parameter))
+
+    def _same(self, one: Linear | Part, other: Linear | Part) -> bool:
+        """Whether two layers that can be read have the same numbers."""
+        layers = (one, other)
+        if any(isinstance(x, Linear) and (x.quantised or x.slice is not None) for x in layers):
+            return False
+        mine, theirs = (self.values_of(f"{x.module}.weight") for x in layers)
+        return np.array_equal(mine, theirs)
+
+    def _layer(self, module: str) -> Linear | Part | None:
+        return self.linears.get(module) or self.parts.get(module)
 
     def replace_weight(self, layer: Linear | Part, values: NDArray[Any]) -> bool:
         """Put `values`, as the graph holds them, in the place of the weight; whether untied."""

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
+from loradeploy.adapter.settle import shape_problems, without_idle
+from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import AdapterMismatchError, UsageError, listed, listed_names, shown
 from loradeploy.lora.kinds import WHAT, kind_of
 from loradeploy.lora.layers import LINEAR_LAYERS
 from loradeploy.lora.low_rank import LowRankLayer
 from loradeploy.lora.plain import doubled
-from loradeploy.lora.saved import Swap, saved_names, swap_in
+from loradeploy.lora.saved import Overwritten, Swap, overwrite, saved_names, swap_in
+from loradeploy.lora.submodels import named_as_in
 
 # Heads that "all-linear" leaves alone in classifiers, as PEFT does.
 CLASSIFIER_HEADS = ("classifier", "score")
@@ -32,6 +35,7 @@ class Injection:
 
     `layers`: the LoRA layers by target module. `saved`: the parameters that are trained whole, by
     the base's names (modules_to_save, biases), as they are now; `swaps`: the base's own.
+    `overwritten`: parameters of the base that the adapter brought its own numbers for.
     """
 
     model: nn.Module
@@ -39,6 +43,7 @@ class Injection:
     layers: Mapping[str, LowRankLayer]
     saved: Mapping[str, nn.Parameter]
     swaps: tuple[Swap, ...]
+    overwritten: tuple[Overwritten, ...] = ()
 
     def parameters(self) -> list[nn.Parameter]:
         """What training changes, each once."""
@@ -92,6 +97,8 @@ class Injection:
             _replace(self.model, module, layer.base)
         for swap in self.swaps:
             swap.undo()
+        for done in self.overwritten:
+            done.undo()
 
 
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injection:
@@ -132,7 +139,8 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     adapter.check_plain()
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    problems = []
+    adapter = without_idle(named_as_in(model, adapter), modules)
+    problems = shape_problems(adapter, {n: tuple(p.shape) for n, p in parameters.items()})
     for name, pair in sorted(adapter.factors.items()):
         problems += _misfits(name, modules.get(name), pair)
     for name, values in sorted(adapter.saved.items()):
@@ -147,10 +155,16 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     problems += [
         f"{name} is targeted and has no tensors" for name in meant if name not in adapter.factors
     ]
+    problems += [
+        f"{name} is in modules_to_save and has no tensors"
+        for name in parameters
+        if name not in adapter.saved and name not in adapter.rows and is_saved(name, adapter.config)
+    ]
     if problems:
         raise AdapterMismatchError(
             f"the adapter does not fit this model: {listed(problems, _LISTED)}"
         )
+    overwritten = overwrite(model, adapter)
     injection = _install(
         model,
         adapter.config,
@@ -158,7 +172,7 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         sorted(adapter.saved),
     )
     copy_into(injection, adapter)
-    return injection
+    return dataclasses.replace(injection, overwritten=overwritten)
 
 
 @torch.no_grad()

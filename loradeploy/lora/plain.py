@@ -24,6 +24,7 @@ from loradeploy.lora.kinds import kind_of
 from loradeploy.lora.layers import LoraLinear
 from loradeploy.lora.loading import load_pretrained
 from loradeploy.lora.quiet import quiet
+from loradeploy.lora.submodels import named_as_in
 
 # The class that a base is loaded as, by PEFT's task_type; the checkpoint's own without one.
 _AUTO: Final[Mapping[str, str]] = {
@@ -98,6 +99,7 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
             " convert it where it was trained, with PEFT's"
             " save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
+    adapter = named_as_in(model, adapter)
     modules = dict(model.named_modules())
     begin = initialisation(method)
     factors = {}

@@ -1,16 +1,23 @@
-"""Parameters that are trained whole: those of modules_to_save, and biases."""
+"""Parameters that are trained whole: those of modules_to_save, biases, and the base's own that an
+adapter's file brings.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from loradeploy.adapter import AdapterConfig
+from loradeploy.adapter import Adapter, AdapterConfig
+from loradeploy.adapter.adapter import Rows
+from loradeploy.adapter.settle import same_numbers
 from loradeploy.adapter.targets import is_saved, is_trained_bias
-from loradeploy.errors import UsageError, shown
+from loradeploy.errors import AdapterMismatchError, UsageError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +31,61 @@ class Swap:
     def undo(self) -> None:
         """Put the base's own parameter back: a tie to another module's is there again."""
         setattr(self.module, self.attribute, self.original)
+
+
+@dataclass(frozen=True, eq=False)
+class Overwritten:
+    """A parameter of the base that holds other numbers for a while, and its own."""
+
+    parameter: Tensor
+    original: Tensor
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the base's own numbers back, bit for bit."""
+        self.parameter.copy_(self.original)
+
+
+@torch.no_grad()
+def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
+    """Put the weights and rows of the base that `adapter` brings into `model`; the way back.
+
+    In place, as PEFT does: whatever shares the parameter has them too. Shapes must fit.
+
+    Raises:
+        AdapterMismatchError: two parameters of the adapter are one in the model, and differ.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    done: list[Overwritten] = []
+    groups: list[Mapping[str, NDArray[Any] | Rows]] = [adapter.carried, adapter.rows]
+    for given in groups:
+        seen: dict[int, str] = {}
+        for name, values in sorted(given.items()):
+            parameter = parameters[name]
+            first = seen.setdefault(id(parameter), name)
+            if first != name and not _equal(given[first], values):
+                for one in reversed(done):
+                    one.undo()
+                raise AdapterMismatchError(
+                    f"{first} and {name} are one weight in this model, and two in the adapter:"
+                    " give the base untied (tie_word_embeddings: false), as it was trained"
+                )
+            done.append(Overwritten(parameter, parameter.detach().clone()))
+            _put(parameter, values)
+    return tuple(reversed(done))
+
+
+def _equal(one: NDArray[Any] | Rows, other: NDArray[Any] | Rows) -> bool:
+    if isinstance(one, Rows) and isinstance(other, Rows):
+        return one.indices == other.indices and same_numbers(one.values, other.values)
+    return not isinstance(one, Rows) and not isinstance(other, Rows) and same_numbers(one, other)
+
+
+def _put(parameter: Tensor, values: NDArray[Any] | Rows) -> None:
+    if isinstance(values, Rows):
+        parameter[list(values.indices)] = torch.tensor(values.values).to(parameter)
+    else:
+        parameter.copy_(torch.tensor(values))
 
 
 def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import base_digest, file_digest, short
 from loradeploy.adapter.peft import load_adapter
-from loradeploy.bundle.factors import check_fit
+from loradeploy.bundle.factors import check_fit, fitted
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
@@ -145,7 +145,7 @@ def find_subjects(
         file = native if native.is_file() else None
         found[name] = Subject(name, place, wide, adapter.digest, file, widened=wide is not adapter)
     for name, place in named_places(adapters).items():
-        adapter = load_adapter(place)
+        adapter = fitted(load_adapter(place), manifest)
         wide = with_all_labels(adapter, manifest)
         if name in found and found[name].digest != adapter.digest:
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")

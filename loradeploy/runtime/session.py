@@ -18,7 +18,7 @@ from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.base import BundleBase
 from loradeploy.bundle.certificate import check_certificate, parity_command
-from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.factors import check_side_inputs, fitted, side_inputs
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
@@ -293,7 +293,7 @@ class AdapterSession:
                 arrays = read_onnx_adapter(place)
                 check_side_inputs(arrays, self.manifest)
                 return arrays, tensors_digest(arrays, {}), None
-            adapter = load_adapter(place)
+            adapter = fitted(load_adapter(place), self.manifest)
             arrays = side_inputs(adapter, self.manifest, self._base)
             return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
         except AdapterMismatchError as problem:

@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     GPT2Config,
@@ -76,12 +78,28 @@ def _convnext() -> nn.Module:
     )
 
 
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            num_labels=3,
+            initializer_range=0.2,
+            vocab_size=64,
+        )
+    )
+
+
 # Each builds the same weights whenever it is called.
 MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "llama": _llama,
     "llama-tied": lambda: _llama(tied=True),
     "llama-wide": lambda: _llama(size=128),
     "gpt2": _gpt2,
+    "bert": _bert,
     "vit": _vit,
     "convnext": _convnext,
 }
@@ -103,7 +121,7 @@ def batch(name: str) -> dict[str, Tensor]:
     if name in ("vit", "convnext"):
         pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         return {"pixel_values": pixels, "labels": _LABELS}
-    return {"input_ids": _TOKENS, "labels": _TOKENS}
+    return {"input_ids": _TOKENS, "labels": _LABELS if name == "bert" else _TOKENS}
 
 
 @torch.no_grad()

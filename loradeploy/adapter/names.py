@@ -1,0 +1,175 @@
+"""An adapter's modules by the names that they have in a base.
+
+The same module may be called otherwise where an adapter was trained: transformers has renamed
+paths, a bare model lacks the prefix that a model with a head has, and wrappers add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.renamings import Renaming
+from loradeploy.adapter.scaling import with_ranks
+from loradeploy.adapter.targets import is_saved
+from loradeploy.errors import AdapterMismatchError
+
+logger = logging.getLogger(__name__)
+
+_FACTOR: Final = ".lora_A.weight"  # transformers' rules are for whole keys
+_Value = TypeVar("_Value")
+
+# No wrappers, but parts of models: what is in one of them is not what is in another.
+_PARTS: Final = re.compile(r"vision|visual|image|video|audio|speech|encoder|decoder")
+
+# What a name begins with in the adapter, and in the base.
+Prefixes = tuple[str, str]
+
+
+def named_as(
+    adapter: Adapter, modules: Collection[str], renamings: Callable[[], Sequence[Renaming]]
+) -> Adapter:
+    """`adapter` with its modules named as in a base that has `modules`.
+
+    First by transformers' `renamings`, which are asked for where a name is not known; then, where
+    none is known and one change of the beginning of all makes modules of the base of them, by that.
+    A name for which there is none stays, for its reader to refuse. Ranks and scalings are those
+    that the config has for the old names (PEFT looks for the new ones in its patterns).
+
+    Raises:
+        AdapterMismatchError: several such changes are possible, or two names become one.
+    """
+    known = frozenset(modules)
+    owners = {name: name for name in adapter.factors}
+    parameters = {
+        name: name.rpartition(".")[0] for name in (*adapter.saved, *adapter.carried, *adapter.rows)
+    }
+    if known.issuperset([*owners, *parameters.values()]):
+        return adapter
+    rules = renamings()
+    new = {name: _renamed(name + _FACTOR, rules).removesuffix(_FACTOR) for name in owners}
+    new |= {name: _renamed(name, rules) for name in parameters}
+    old = {**owners, **parameters}
+    final = {}
+    for name, module in old.items():
+        changed = new[name] if name in owners else new[name].rpartition(".")[0]
+        final[name] = new[name] if module not in known and changed in known else name
+    working = [name for name in owners if _does_something(adapter, name)]
+    # Where some are known, the others are of another part of the model, not of another wrapper.
+    lost = [] if any(final[name] in known for name in working) else working
+    prefixes = _prefixes(lost, known)
+    if len(prefixes) > 1:
+        shown = " or ".join(_spelled(lost[0], p) for p in sorted(prefixes)[:2])
+        raise AdapterMismatchError(
+            f"{lost[0]} is not in this base and may be {shown}: give the base that the adapter was"
+            " trained on, or rename the tensors of the adapter"
+        )
+    for before, after in prefixes:
+        for name in old:
+            moved = final[name]
+            owner = moved if name in owners else moved.rpartition(".")[0]
+            if owner not in known and moved.startswith(before):
+                moved = after + moved.removeprefix(before)
+                if (moved if name in owners else moved.rpartition(".")[0]) in known:
+                    final[name] = moved
+    if all(name == given for name, given in final.items()):
+        return adapter
+    if len({(name in owners, given) for name, given in final.items()}) < len(final):
+        raise AdapterMismatchError("two modules of the adapter are one module of this base")
+    first = next(name for name, given in final.items() if name != given)
+    logger.info("the adapter's %s is %s in this base, and so on", first, final[first])
+    return _with_names(adapter, final)
+
+
+def _renamed(name: str, rules: Sequence[Renaming]) -> str:
+    for rule in rules:
+        name = rule(name)
+    return name
+
+
+def _does_something(adapter: Adapter, module: str) -> bool:
+    pair = adapter.factors[module]
+    return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
+
+
+def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
+    """Every change of a beginning that makes modules of the base of all `names`.
+
+    One that adds, takes away or inserts, and is not the same as another that is shorter.
+    """
+    endings: dict[str, list[str]] = defaultdict(list)
+    for module in known:
+        for start in _starts(module):
+            endings[module[start:]].append(module[:start])
+    found: set[Prefixes] | None = None
+    for name in names:
+        own = {
+            (name[:start], before)
+            for start in _starts(name)
+            for before in endings.get(name[start:], ())
+            if name[:start].startswith(before) or before.startswith(name[:start])
+        }
+        own = {pair for pair in map(_shortened, own) if not _PARTS.search("".join(pair))}
+        found = own if found is None else found & own
+        if not found:
+            return set()
+    return found or set()
+
+
+def _starts(name: str) -> list[int]:
+    """Where the parts of a dotted name begin."""
+    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+
+
+def _shortened(prefixes: Prefixes) -> Prefixes:
+    """Without the parts that both end in."""
+    ours, theirs = (prefix.split(".")[:-1] for prefix in prefixes)
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours, theirs = ours[:-1], theirs[:-1]
+    one, other = ("".join(f"{part}." for part in parts) for parts in (ours, theirs))
+    return one, other
+
+
+def _spelled(name: str, prefixes: Prefixes) -> str:
+    before, after = prefixes
+    return after + name.removeprefix(before)
+
+
+def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    def renamed(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        return {names[name]: value for name, value in values.items()}
+
+    config = adapter.config
+    ranks = {names[name]: pair.rank for name, pair in adapter.factors.items()}
+    scalings = {names[name]: adapter.scaling(name) for name in adapter.factors}
+    saved = renamed(adapter.saved)
+    config = dataclasses.replace(
+        with_ranks(config, ranks, scalings)
+        if config.rank_pattern or config.alpha_pattern
+        else config,
+        target_modules=tuple(sorted(ranks)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    own = {
+        new.rpartition(".")[0]
+        for old, new in names.items()
+        if old in adapter.saved and is_saved(old, adapter.config) and not is_saved(new, config)
+    }
+    config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *sorted(own)))
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        factors=renamed(adapter.factors),
+        saved=saved,
+        carried=renamed(adapter.carried),
+        rows=renamed(adapter.rows),
+    )

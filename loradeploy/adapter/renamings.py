@@ -1,0 +1,125 @@
+"""Module paths that transformers has renamed: an adapter's old names as the base's present ones.
+
+The table beside this file is transformers' own (tools/renamings.py writes it, a test compares it
+with the installed one), and the rules are applied as transformers and PEFT apply them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+# Renamings that hold for every model.
+_ALL: Final = "legacy"
+
+Rule = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """A transformers model inside a model: its path there (empty: the whole), class and type."""
+
+    path: str
+    class_name: str
+    model_type: str
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One of `sources` becomes its replacement of `targets`, in names below `scope`.
+
+    `scope`: the path of the submodel without the base model's prefix; None for all names.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    scope: str | None = None
+    base_prefix: str = ""
+
+    def __call__(self, name: str) -> str:
+        """`name` renamed, or as it is."""
+        before, rest = "", name
+        if self.scope is not None:
+            scope = f"{self.scope}." if self.scope else ""
+            whole = f"{self.base_prefix}.{scope}" if self.base_prefix else scope
+            before = next((p for p in (whole, scope) if name.startswith(p)), "\0")
+            if before == "\0":
+                return name
+            rest = name.removeprefix(before)
+        found = _compiled(self.sources).search(rest)
+        if found is None:
+            return name
+        groups = found.groupdict()
+        number = next(g for g, text in groups.items() if text is not None)
+        target = self.targets[0]
+        if r"\1" in target:
+            inner = _compiled(self.sources).groupindex[number] + 1
+            target = target.replace(r"\1", found.group(inner))
+        return before + rest.replace(found.group(0), target, 1)
+
+
+def renamings(submodels: Sequence[Submodel], base_prefix: str) -> tuple[Renaming, ...]:
+    """The renamings of the model that has `submodels`, in the order of its modules.
+
+    A class is looked up before a type; what a submodel's parent was looked up by holds for it too.
+    """
+    table = _table()
+    found: list[Renaming] = []
+    seen: dict[str, list[str]] = defaultdict(list)
+
+    def is_inside(path: str, paths: Sequence[str]) -> bool:
+        return any(outer == "" or path.startswith(f"{outer}.") for outer in paths)
+
+    for model in submodels:
+        if is_inside(model.path, seen[model.class_name]):
+            continue
+        rules = table.get(model.class_name)
+        by_class = rules is not None
+        if not by_class:
+            if is_inside(model.path, seen[model.model_type]):
+                continue
+            rules = table.get(model.model_type)
+        if rules is None:
+            continue
+        scope = None
+        if model.path:
+            scope = model.path.removeprefix(base_prefix).removeprefix(".")
+        found += [Renaming(*rule, scope, base_prefix) for rule in rules]
+        seen[model.class_name].append(model.path)
+        if not by_class:
+            seen[model.model_type].append(model.path)
+    return (*found, *(Renaming(*rule) for rule in table[_ALL]))
+
+
+def known(submodels: Sequence[Submodel]) -> tuple[Submodel, ...]:
+    """`submodels`, or none of them where the table renames nothing of theirs."""
+    table = _table()
+    renamed = any(table.get(m.class_name) or table.get(m.model_type) for m in submodels)
+    return tuple(submodels) if renamed else ()
+
+
+@cache
+def _table() -> Mapping[str, tuple[Rule, ...]]:
+    read = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return {
+        name: tuple((tuple(sources), tuple(targets)) for sources, targets in rules)
+        for name, rules in read.items()
+    }
+
+
+@cache
+def _compiled(sources: tuple[str, ...]) -> re.Pattern[str]:
+    """The alternatives in one pattern, the longest first; a name is not matched in its middle."""
+    branches = []
+    for number, source in sorted(enumerate(sources), key=lambda item: -len(item[1])):
+        pattern = source.replace("*.", r".*\.")
+        if re.search(r"[a-zA-Z0-9]$", pattern):
+            pattern += r"(?!\w)"
+        branches.append(f"(?P<g{number}>{pattern})")
+    return re.compile("|".join(branches))

@@ -1,0 +1,89 @@
+"""What of an adapter file a base has already, or has no place for because it does nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Container, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.adapter.digest import tensors_digest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logging.getLogger(__name__)
+
+
+def values_digest(values: NDArray[Any]) -> str:
+    """The identity of one parameter's numbers, whatever the width they are stored in."""
+    return tensors_digest({"": values}, {})
+
+
+def without_copies(adapter: Adapter, is_own: Callable[[str, NDArray[Any]], bool]) -> Adapter:
+    """`adapter` without the carried weights that the base `is_own` has as they are.
+
+    `is_own` says of a parameter and its numbers [any shape] whether they are the base's.
+    """
+    carried = {n: values for n, values in adapter.carried.items() if not is_own(n, values)}
+    if len(carried) == len(adapter.carried):
+        return adapter
+    return dataclasses.replace(adapter, carried=carried)
+
+
+def same_numbers(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two arrays are equal once both are float32."""
+    return one.shape == other.shape and bool(
+        np.array_equal(one.astype(np.float32, copy=False), other.astype(np.float32, copy=False))
+    )
+
+
+def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
+    """`adapter` without factors that change nothing at modules that are not among `modules`.
+
+    Endings such as q_proj reach into a vision tower too, whose factors stay zero where training saw
+    text alone. With DoRA zero factors may still scale, and stay.
+    """
+    idle = [
+        name
+        for name, pair in adapter.factors.items()
+        if name not in modules
+        and pair.magnitude is None
+        and not (np.any(pair.A) and np.any(pair.B))
+    ]
+    if not idle or len(idle) == len(adapter.factors):
+        return adapter
+    logger.info("%d modules are left out, %s first: their factors are zero", len(idle), idle[0])
+    factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
+    return dataclasses.replace(adapter, factors=factors)
+
+
+def shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Where carried weights and trained rows do not fit a base whose parameters have `shapes`."""
+    problems = []
+    for name, values in sorted(adapter.carried.items()):
+        shape = shapes.get(name)
+        if shape is None:
+            problems.append(f"{name} is no weight of the base (PEFT ignores it)")
+        elif shape != values.shape:
+            problems.append(f"{name} is {list(values.shape)}, the base has {list(shape)}")
+            if values.ndim == 2 and shape[1:] == values.shape[1:]:
+                ours, theirs = shape[0], len(values)
+                problems[-1] += (
+                    f": the adapter's vocabulary has {theirs} tokens, the base's {ours}: resize the"
+                    f" base, resize_token_embeddings({theirs})"
+                )
+    for name, rows in sorted(adapter.rows.items()):
+        shape = shapes.get(name)
+        if shape is None:
+            problems.append(f"{name}, of which rows were trained, is no weight of the base")
+        elif shape[1:] != rows.values.shape[1:] or max(rows.indices, default=0) >= shape[0]:
+            problems.append(
+                f"{name} is {list(shape)} in the base, the adapter has rows"
+                f" {list(rows.values.shape)} of tokens up to {max(rows.indices, default=0)}"
+            )
+    return problems

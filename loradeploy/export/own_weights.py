@@ -1,0 +1,79 @@
+"""The base's embeddings and output head beside what adapters bring of them in their files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.settle import same_numbers, values_digest, without_copies
+from loradeploy.export.find import Linear
+from loradeploy.export.rewire import constant_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.export.parts import Part
+
+
+def settled(
+    model: torch.nn.Module, adapters: Mapping[str, Adapter], *, merge: bool
+) -> dict[str, Adapter]:
+    """The adapters without what `model`, the base in float32, has of them already.
+
+    Where the one adapter is to be merged, its own weights and rows of the base are put into `model`
+    before that is traced, and whatever shares them has them too.
+
+    Raises:
+        AdapterMismatchError: two weights of the adapter are one in the model, and differ.
+    """
+    from loradeploy.lora.saved import overwrite
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_own(name: str, values: NDArray[Any]) -> bool:
+        return same_numbers(parameters[name].detach().numpy(), values)
+
+    found = {name: without_copies(adapter, is_own) for name, adapter in adapters.items()}
+    if not merge:
+        return found
+    for name, adapter in found.items():
+        overwrite(model, adapter)
+        if adapter.factors or adapter.saved:
+            found[name] = dataclasses.replace(adapter, carried={}, rows={})
+    return found
+
+
+def own_digests(model: torch.nn.Module) -> dict[str, str]:
+    """`Manifest.own_weights` of a model in PyTorch."""
+    embeddings = {
+        getattr(model, getter, lambda: None)()
+        for getter in ("get_input_embeddings", "get_output_embeddings")
+    } - {None}
+    return {
+        f"{name}.{part}": values_digest(values.detach().numpy())
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in embeddings
+        for part, values in module.named_parameters(recurse=False)
+    }
+
+
+def graph_digests(
+    linears: Mapping[str, Linear], parts: Mapping[str, Part], head: str | None
+) -> dict[str, str]:
+    """The same of a graph whose output head is the module `head`; none of packed weights."""
+    return {name: values_digest(values) for name, values in _own(linears, parts, head)}
+
+
+def _own(
+    linears: Mapping[str, Linear], parts: Mapping[str, Part], head: str | None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    for module, part in parts.items():
+        if part.kind == "embedding":
+            yield f"{module}.weight", constant_of(part.weight)
+    linear = None if head is None else linears.get(head)
+    if linear is not None and not linear.quantised and linear.slice is None:
+        held = constant_of(linear.weight)
+        yield f"{head}.weight", held if linear.transposed else held.T

@@ -1,0 +1,32 @@
+"""An adapter named as a PyTorch model has its modules."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from loradeploy.adapter import Adapter
+from loradeploy.adapter.names import named_as
+from loradeploy.adapter.renamings import Renaming, Submodel, renamings
+
+
+def submodels(model: nn.Module) -> tuple[Submodel, ...]:
+    """The transformers models in `model`, itself first."""
+    return tuple(
+        Submodel(path, type(module).__name__, module.config.model_type or "")
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    )
+
+
+def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
+    """`adapter` with its modules named as in `model`.
+
+    Raises:
+        AdapterMismatchError: as `adapter.names.named_as`.
+    """
+
+    def rules() -> tuple[Renaming, ...]:
+        return renamings(submodels(model), getattr(model, "base_model_prefix", ""))
+
+    return named_as(adapter, {name for name, _ in model.named_modules()}, rules)

@@ -1,0 +1,48 @@
+"""Write `loradeploy/adapter/renamings.json` from the installed transformers.
+
+    python -m tools.renamings
+
+Module paths that transformers has renamed since a checkpoint or an adapter was made, as it renames
+them on loading: by class or model type, the renamings in their order, [patterns, replacements].
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import loradeploy.adapter.renamings
+
+FILE: Final = Path(loradeploy.adapter.renamings.__file__).with_suffix(".json")
+
+# Renamings that depend on other keys or on numbers, and concern no layer that takes LoRA.
+LEFT_OUT: Final = ("GroupWeightRename", "Inkling2IndexOffsetWeightRename")
+
+
+def table() -> dict[str, list[list[list[str]]]]:
+    """The table of the installed transformers."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping: dict[str, list[Any]] = conversion_mapping._build_checkpoint_conversion_mapping()
+    found = {}
+    for name, transforms in sorted(mapping.items()):
+        renamings = [
+            [list(transform.source_patterns), list(transform.target_patterns)]
+            for transform in transforms
+            if isinstance(transform, WeightRenaming) and type(transform).__name__ not in LEFT_OUT
+        ]
+        # A class or type that renames nothing still hides what its parents would be asked for.
+        found[name] = renamings
+    return found
+
+
+def main() -> None:
+    """Write the file."""
+    lines = [f"{json.dumps(name)}: {json.dumps(rules)}" for name, rules in table().items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
