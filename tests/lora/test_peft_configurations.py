@@ -224,6 +224,11 @@ def test_the_logits_are_pefts_or_the_adapter_is_refused(
     model: str, values: dict[str, Any], tmp_path: Path
 ) -> None:
     trained(model, values, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny.model(model), tmp_path)
+    try:
+        expected = tiny.logits(theirs, model)
+    except (ValueError, RuntimeError) as problem:
+        pytest.skip(f"PEFT itself cannot run it: {problem}")
     base = tiny.model(model)
     before = tiny.logits(base, model)
     try:
@@ -235,7 +240,6 @@ def test_the_logits_are_pefts_or_the_adapter_is_refused(
         untied = model == "llama-tied" and isinstance(tokens, dict) and len(tokens) > 1
         assert values["init_lora_weights"] in CHANGES_BASE or untied, refusal
         return
-    theirs = peft.PeftModel.from_pretrained(tiny.model(model), tmp_path)
-    assert tiny.difference(ours, tiny.logits(theirs, model)) <= tolerance("same-torch")
+    assert tiny.difference(ours, expected) <= tolerance("same-torch")
     assert tiny.difference(ours, before) > 0.01, "it does nothing"
     assert torch.equal(tiny.logits(base, model), before)
