@@ -117,7 +117,8 @@ def _given(
     for name, adapter in adapters.items():
         pairs = adapter.factors
         plain = all(pair.kind == "linear" and pair.magnitude is None for pair in pairs.values())
-        if pairs and plain and not adapter.saved and not adapter.changes_base:
+        brought = adapter.saved or adapter.carried or adapter.rows
+        if pairs and plain and not brought and not adapter.changes_base:
             return name, {
                 module: (
                     pair.A.astype(np.float32).T,
