@@ -198,7 +198,13 @@ def _sort(
 
     Every tensor is read or refused; every misfit is named in one error.
     """
-    keys = read_keys(arrays)
+    try:
+        keys = read_keys(arrays)
+    except AdapterError as problem:
+        told = other_tensors({key: values.shape for key, values in arrays.items()})
+        if told is None:
+            raise
+        raise AdapterError(f"the file {told}") from problem
     parts: dict[str, dict[str, NDArray[Any]]] = {}
     others: list[tuple[str, Key, NDArray[Any]]] = []
     problems: list[str] = []
