@@ -333,7 +333,7 @@ def test_evidence_is_for_onnx_models_alone(tiny_bert: Path, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_that_is_none_is_refused(encoder: Graph, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no .safetensors file"):
+    with pytest.raises(ModelError, match="holds neither .safetensors nor .onnx files"):
         export(encoder("legacy"), tmp_path / "out", checkpoint=tmp_path)
     assert not (tmp_path / "out").exists()
 

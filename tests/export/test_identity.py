@@ -69,7 +69,7 @@ def look(tmp_path: Path) -> Look:
 
     def run(model: ir.Model, tensors: dict[str, Any], needed: tuple[str, ...] = ()) -> Findings:
         save_file(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "m.safetensors"
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors"
         )
         return find_linears(model, CheckpointWeights(tmp_path, needed).namer(by_graph))
 
