@@ -45,6 +45,10 @@ _NO_CONFIG: Final = (
     "holds LoRA factors and no adapter_config.json, which tells their rank, alpha and targets:"
     " copy it from where the adapter was saved"
 )
+_SHARDED: Final = (
+    "holds no adapter_model.safetensors but DeepSpeed's shards of it (global_step…): make it of"
+    " them with the zero_to_fp32.py that lies beside"
+)
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
 _DIFFUSED: Final = re.compile(
@@ -125,7 +129,7 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def other_directory(place: Path) -> str | None:
     """What the directory `place` is, that has no adapter of PEFT in it."""
     if inner := _adapters_inside(place):
-        newest = _newest_checkpoint(inner)
+        newest = newest_checkpoint(inner)
         if newest is not None:
             return (
                 f"is no adapter itself but holds {len(inner)} checkpoints of a training run: give"
@@ -135,11 +139,13 @@ def other_directory(place: Path) -> str | None:
             return f"is no adapter itself, its folder {inner[0]} is: give {place / inner[0]}"
         several = listed_names(inner, 4)
         return f"is no adapter itself but holds {len(inner)} in folders: give one of {several}"
+    peft = False
     if (place / _CONFIG).is_file():
         with contextlib.suppress(OSError, ValueError):
             values = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
             if isinstance(values, dict) and (told := other_config(values)) is not None:
                 return told
+            peft = isinstance(values, dict)
     if any(place.glob("head_config.json")) or any(place.glob("pytorch_adapter.bin")):
         return other_config({"architecture": "unknown"})
     files = sorted(place.glob(f"*{_TENSORS}"))
@@ -150,6 +156,10 @@ def other_directory(place: Path) -> str | None:
             return f"holds {file.name}, which {told}"
     if any(place.glob("*.gguf")):
         return _GGUF
+    if peft and any(place.glob("global_step*")):
+        return _SHARDED
+    if any(place.glob("adapters.npz")):
+        return _MLX
     return None
 
 
@@ -188,7 +198,8 @@ def _adapters_inside(place: Path) -> list[str]:
         return []
 
 
-def _newest_checkpoint(folders: Iterable[str]) -> str | None:
+def newest_checkpoint(folders: Iterable[str]) -> str | None:
+    """The last of a trainer's checkpoint-N among `folders`, None where there is none."""
     steps = {
         int(found[1]): name
         for name in folders

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.errors import LoraDeployError
+from loradeploy.errors import LoraDeployError, first_line
 from loradeploy.files import atomic_file
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _DTYPES = {
     "BOOL": "?",
 }
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items() if name != "BF16"}
+_POINTER = b"version https://git-lfs"
 _HEADER_LENGTH = np.dtype("<u8")
 
 
@@ -72,7 +73,9 @@ def map_tensors(
     except FileNotFoundError:
         raise error(f"{file} does not exist") from None
     except (OSError, SafetensorError, ValueError) as problem:
-        raise error(f"{file} is no valid safetensors file: {problem}") from None
+        if _is_pointer(file):
+            raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
+        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
     start = int(mapped[:8].view(_HEADER_LENGTH)[0]) + 8
     header: dict[str, Any] = json.loads(bytes(mapped[8:start]))
     header.pop("__metadata__", None)
@@ -82,6 +85,15 @@ def map_tensors(
         raw = mapped[start + begin : start + end]
         tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), raw)
     return tensors, metadata
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a repository was cloned without its large files."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def read_arrays(

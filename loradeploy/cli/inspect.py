@@ -152,6 +152,7 @@ def _native(place: Path) -> Facts:
 
 def _safetensors(place: Path) -> Facts:
     from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.adapter.formats import other_file
     from loradeploy.adapter.tensors import map_tensors
 
     if (place.parent / CONFIG_NAME).is_file():
@@ -160,6 +161,7 @@ def _safetensors(place: Path) -> Facts:
     return {
         "kind": "safetensors file",
         "bytes": place.stat().st_size,
+        **({"note": f"it {told}"} if (told := other_file(place)) else {}),
         **({"metadata": [f"{name}={text}" for name, text in metadata.items()]} if metadata else {}),
         "tensors": [
             {"name": name, "dtype": tensor.dtype, "shape": list(tensor.shape)}

@@ -43,6 +43,7 @@ from loradeploy.errors import (
     UsageError,
     listed,
     listed_names,
+    shortened,
 )
 from loradeploy.export.adapters import (
     check_adapters,
@@ -560,12 +561,12 @@ def _check_named(name: str, adapter: Adapter, manifest: Manifest, graph: ir.Grap
     try:
         check_named(name, adapter, manifest)
     except AdapterMismatchError as problem:
-        others = ", ".join(f"{op} ({count})" for op, count in unreached(graph).items())
+        others = [f"{op} ({count})" for op, count in unreached(graph).items()]
         if not others:
             raise
         raise AdapterMismatchError(
-            f"{problem}; layers that are in {others} take no adapters: give the graph as it was"
-            " before its operators were fused or quantized"
+            f"{shortened(str(problem), 180)}; layers in {listed_names(others, 2)} take no adapters:"
+            " give the graph as it was before its operators were fused or quantized"
         ) from None
 
 

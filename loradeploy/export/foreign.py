@@ -24,6 +24,7 @@ from loradeploy.export.naming import Namer, by_graph, first_of, keeping_whole
 from loradeploy.export.reach import check_reached
 from loradeploy.export.write import read_config
 from loradeploy.files import read_json
+from loradeploy.lora.base_formats import check_plain_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,6 +61,8 @@ def find_modules(
     adapters = tuple(adapters)
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
     given = list(adapters)
+    if evidence.checkpoint is not None:
+        check_plain_weights(evidence.checkpoint)
     weights = (
         None
         if evidence.checkpoint is None

@@ -13,6 +13,7 @@ from loradeploy.adapter.base_files import (
     refuse_adapter,
     weight_files,
 )
+from loradeploy.adapter.formats import newest_checkpoint
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError
@@ -102,5 +103,10 @@ def _in_directory(place: Path, precision: str | None) -> Source:
         if told := gguf_advice(place):
             raise ModelError(told)
         refuse_adapter(place)
+        if newest := newest_checkpoint(path.parent.name for path in place.glob("*/config.json")):
+            raise ModelError(
+                f"{place} is no model itself but holds checkpoints of a training run: give the"
+                f" newest, {place / newest}"
+            )
         weight_files(checkpoint)  # tells what is there instead
     return _of_graph(choose_graph(place, graphs, precision), name)

@@ -111,8 +111,9 @@ def choose_task(
             advice = f"give --task {own}" if own else f"give --task, one of {', '.join(TASKS)}"
             if own and meant == FEATURE_EXTRACTION:
                 advice += f", or --task {meant} for its hidden states"
+            headless = " (it brings no head)" if meant in CLASSIFICATIONS else ""
             raise UsageError(
-                f"the adapter's task_type is {shown(told)}, and the model is of the class"
+                f"the adapter's task_type is {shown(told)}{headless}, and the model is of the class"
                 f" {shortened(_architecture(config), 60)}: {advice}"
             )
         return meant

@@ -195,3 +195,11 @@ def test_the_file_the_field_the_value_and_what_is_expected_are_named(
     place = write(tmp_path / "sport", PAIR, **{field: value})
     with pytest.raises(AdapterError, match=f"sport: adapter config: {expected}"):
         load_adapter(place)
+
+
+def test_a_repository_without_its_large_files_is_told(tmp_path: Path) -> None:
+    place = write(tmp_path / "sport", PAIR)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
+    (place / "adapter_model.safetensors").write_text(pointer)
+    with pytest.raises(AdapterError, match="is a pointer of Git LFS, not the file: run git lfs"):
+        load_adapter(place)

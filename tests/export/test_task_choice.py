@@ -1,0 +1,128 @@
+"""The task is the adapter's where the model can be that, else it is asked for by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
+from loradeploy.errors import ExportError, ModelError, UsageError
+from loradeploy.export.tasks import choose_task
+
+LONGEST = 320  # characters of a message
+
+
+def adapter_for(
+    task_type: str | None, *, module: str = "model.layers.0.q", head: bool = False
+) -> Adapter:
+    config = AdapterConfig(
+        r=1,
+        target_modules=("q",),
+        task_type=task_type,
+        modules_to_save=("score",) if head else (),
+    )
+    factors = {module: Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))}
+    saved = {"score.weight": np.ones((2, 2), np.float32)} if head else {}
+    return Adapter(config, factors, saved)
+
+
+def config_of(architecture: str, **more: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], **more}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task_type", "options", "task"),
+    [
+        ("LlamaForCausalLM", "CAUSAL_LM", {}, "causal-lm"),
+        ("LlamaForCausalLM", None, {}, "causal-lm"),
+        ("LlamaForCausalLM", "SEQ_CLS", {"head": True}, "sequence-classification"),
+        ("LlamaForCausalLM", "TOKEN_CLS", {"head": True}, "token-classification"),
+        ("LlamaForCausalLM", "FEATURE_EXTRACTION", {"module": "layers.0.q"}, "feature-extraction"),
+        ("BertForMaskedLM", "FEATURE_EXTRACTION", {}, "feature-extraction"),
+        ("BertModel", "SEQ_CLS", {"head": True}, "sequence-classification"),
+        ("LlamaModel", "CAUSAL_LM", {}, "causal-lm"),
+    ],
+)
+def test_an_adapters_task_is_taken_where_the_model_can_be_that(
+    architecture: str, task_type: str | None, options: dict[str, Any], task: str
+) -> None:
+    assert choose_task(config_of(architecture), None, [adapter_for(task_type, **options)]) == task
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task_type", "task"),
+    [
+        ("LlamaForCausalLM", "SEQ_2_SEQ_LM", "causal-lm"),
+        ("LlamaForCausalLM", "FEATURE_EXTRACTION", "causal-lm"),
+        ("LlamaForCausalLM", "TOKEN_CLS", "causal-lm"),
+        ("LlamaForCausalLM", "QUESTION_ANS", "causal-lm"),
+        ("LlamaForCausalLM", "x" * 900, "causal-lm"),
+        ("Qwen2ForCausalLM", "SEQ_CLS", "causal-lm"),
+        ("GPT2LMHeadModel", "SEQ_2_SEQ_LM", "causal-lm"),
+        ("BertForSequenceClassification", "CAUSAL_LM", "sequence-classification"),
+        ("BertForTokenClassification", "SEQ_2_SEQ_LM", "token-classification"),
+        ("BertModel", "SEQ_2_SEQ_LM", "feature-extraction"),
+        ("BertForMaskedLM", "CAUSAL_LM", "feature-extraction"),
+    ],
+)
+def test_a_task_that_contradicts_the_model_is_refused_with_the_one_that_would_do(
+    architecture: str, task_type: str, task: str
+) -> None:
+    config, adapter = config_of(architecture), adapter_for(task_type)
+    with pytest.raises(UsageError, match=f"task_type.*{architecture}: give --task {task}") as told:
+        choose_task(config, None, [adapter])
+    assert len(str(told.value)) <= LONGEST
+    assert choose_task(config, task, [adapter]) == task, "what is asked for wins"
+
+
+def test_adapters_for_different_tasks_are_refused() -> None:
+    adapters = [adapter_for("CAUSAL_LM"), adapter_for("SEQ_CLS", head=True)]
+    with pytest.raises(UsageError, match=r"CAUSAL_LM, SEQ_CLS.*--task causal-lm"):
+        choose_task(config_of("LlamaForCausalLM"), None, adapters)
+
+
+def test_an_encoder_decoder_is_exported_for_its_own_task_alone() -> None:
+    config = config_of("T5ForConditionalGeneration", is_encoder_decoder=True)
+    assert choose_task(config, None, [adapter_for("SEQ_2_SEQ_LM")]) == "seq2seq-lm"
+    with pytest.raises(ExportError, match="seq2seq-lm"):
+        choose_task(config, "causal-lm", [])
+
+
+@pytest.mark.parametrize("task", ["seq2seq-lm", "image-classification"])
+def test_a_class_that_transformers_does_not_have_is_told_with_the_task_that_would_do(
+    task: str, tmp_path: Path
+) -> None:
+    from loradeploy.export.trace import load_model
+
+    values = {"model_type": "llama", **config_of("LlamaForCausalLM")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=f"for {task}: give --task causal-lm"):
+        load_model(tmp_path, task, meta=True)
+
+
+@pytest.mark.parametrize("problem", [AssertionError(), KeyError("rope_type"), IndexError()])
+def test_an_error_that_says_nothing_is_told_with_where_it_was_raised(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import transformers
+
+    from loradeploy.export.trace import trace
+
+    config = transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+    )
+    model = transformers.BertModel(config).eval()
+
+    def refuses_the_model(*args: Any, **options: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(torch.export, "export", refuses_the_model)
+    kind = type(problem).__name__
+    said = f"BertModel cannot be traced .*{kind}.* in refuses_the_model of .*: give an ONNX file"
+    with pytest.raises(ExportError, match=said):
+        trace(model, "feature-extraction")
