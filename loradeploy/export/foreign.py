@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import LEFT, PAST, RIGHT
+from loradeploy.bundle.names import LEFT, NO_PADDING, PAST, POSITION_IDS, RIGHT
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.find import Findings, find_linears, note_modules
 from loradeploy.export.genai import GENAI_CONFIG_NAME
@@ -127,12 +127,16 @@ def complete_cache(model: ir.Model, directory: Path) -> None:
 
 
 def padding_of(model: ir.Model) -> str:
-    """The side on which the rows of a batch are padded.
+    """The side on which the rows of a batch are padded, where the graph cannot be tried on it.
 
-    GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k).
+    GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k). A decoder
+    that is not told its positions may count them from the beginning of its cache: see rows.py.
     """
-    counted = any(node.op_type == OPERATOR for node in model.graph)
-    return RIGHT if counted else LEFT
+    if any(node.op_type == OPERATOR for node in model.graph):
+        return RIGHT
+    inputs = {str(value.name) for value in model.graph.inputs}
+    told = POSITION_IDS in inputs or not any(name.startswith(PAST) for name in inputs)
+    return LEFT if told else NO_PADDING
 
 
 def _whole_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:

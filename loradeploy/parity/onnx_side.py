@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
+from loradeploy.bundle.names import CAUSAL_LM, NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError
 from loradeploy.parity.row_feeds import plain_feeds
 from loradeploy.parity.setting import Setting, Subject
 from loradeploy.parity.variants import session_options
 from loradeploy.parity.walk import joined, output_names
+from loradeploy.runtime.tokenizer import pad
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -64,6 +65,8 @@ class OnnxModel:
     ) -> tuple[NDArray[Any], Any]:
         """See `walk.Model`."""
         wanted, count = [*self._outputs, *self._presents], len(self._outputs)
+        if not self._past and self._manifest.task == CAUSAL_LM:
+            return self._without_cache(ids, mask, cache, subjects)
         if self._cache is None:
             given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
             cache = list(given[count:])
@@ -74,6 +77,31 @@ class OnnxModel:
             given = self._run(wanted, feeds, subjects, places=cache.places)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
+
+    def _without_cache(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        before: NDArray[np.int64] | None,
+        subjects: Sequence[str | None],
+    ) -> tuple[NDArray[Any], Any]:
+        """All tokens again, what is new in the end: each row's from its beginning, padding behind.
+
+        `before`: the tokens so far, in place of a cache.
+        """
+        whole = ids if before is None else np.concatenate([before, ids], axis=1)
+        real = mask.astype(bool)
+        padded, held = pad(
+            [row[seen] for row, seen in zip(whole, real, strict=True)], 0, left=False
+        )
+        given = self._run(self._outputs, self.feeds(padded, held, None), subjects)
+        values = joined([_array(value) for value in given])
+        new = ids.shape[1]
+        result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
+        for row, seen in enumerate(real):
+            end, count = int(seen.sum()), int(seen[-new:].sum())
+            result[row, seen[-new:]] = values[row, end - count : end]
+        return result, whole
 
     def values(
         self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None

@@ -491,7 +491,7 @@ def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
     """
     if array.dtype.name == spec.dtype or array.dtype.kind not in "biu":
         return array
-    if spec.dtype != "bool" and not spec.dtype.startswith(("int", "uint")):
+    if not spec.dtype.startswith(("int", "uint", "bool", "float")):
         return array
     cast = array.astype(spec.dtype)
     return cast if np.array_equal(cast, array) else array
