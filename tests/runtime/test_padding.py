@@ -29,7 +29,6 @@ from tests.tolerances import tolerance
 
 PADDING: Final = {
     "traced llama": "left",
-    "traced gpt2": "left",
     "gqa": "right",
     "gpt2 without positions": "none",
     "gpt2 with positions": "left",
@@ -58,16 +57,16 @@ def bundles(
 
     def make(kind: str) -> Path:
         place = tmp_path_factory.mktemp("padding")
-        model, options = graphs.get(kind, (tiny_gpt2 if "gpt2" in kind else tiny_llama, {}))
-        adapter = make_adapter(model, r=4, scale=0.3)
-        source = model if kind not in graphs else place / "graph"
+        model, options = graphs.get(kind, (tiny_llama, {}))
+        adapters = {"own": make_adapter(model, r=4, scale=0.3)}
+        bundle = place / "bundle"
         if kind in graphs:
-            others.export_decoder(model, source, **options)
-        elif kind == "gqa":
-            source = tiny_llama_bundle
-        attention = "gqa" if kind == "gqa" else None
-        export(source, place / "bundle", adapters={"own": adapter}, attention=attention)
-        return place / "bundle"
+            others.export_decoder(model, place / "graph", **options)
+            export(place / "graph", bundle, adapters=adapters, checkpoint=model)
+        else:
+            attention = "gqa" if kind == "gqa" else None
+            export(tiny_llama_bundle, bundle, adapters=adapters, attention=attention)
+        return bundle
 
     def bundle(kind: str) -> Path:
         if kind not in made:
@@ -131,7 +130,7 @@ def encoders(
     others.export_with_torch(tiny_bert, place / "masked", dynamo=False)
     others.without_mask(place / "masked" / "model.onnx", place / "unmasked")
     others.with_int32(place / "masked" / "model.onnx", place / "int32", output="token_embeddings")
-    adapter = make_adapter(tiny_bert, r=4, scale=0.3)
+    adapter = make_adapter(tiny_bert, r=4, scale=0.3, task="feature-extraction")
     made: dict[str, Path] = {}
 
     def bundle(kind: str) -> Path:
@@ -140,7 +139,7 @@ def encoders(
                 if file.suffix != ".safetensors":
                     shutil.copy(file, place / kind)
             made[kind] = place / f"bundle-{kind}"
-            export(place / kind, made[kind], adapters={"own": adapter})
+            export(place / kind, made[kind], adapters={"own": adapter}, checkpoint=tiny_bert)
         return made[kind]
 
     return bundle
