@@ -27,6 +27,7 @@ from loradeploy.bundle.manifest import (
 from loradeploy.bundle.names import (
     CAUSAL_LM,
     CLASSIFICATIONS,
+    FEATURE_EXTRACTION,
     ROWS,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
@@ -109,7 +110,7 @@ from loradeploy.export.source import Source
 from loradeploy.export.subgraphs import inline_functions, take_branches
 from loradeploy.export.surgery import rows_problem
 from loradeploy.export.tasks import choose_task, task_of_graph
-from loradeploy.export.texts import check_recipe
+from loradeploy.export.texts import check_recipe, makes_vectors
 from loradeploy.export.tidy import name_dimensions
 from loradeploy.export.trial import Source as TrialSource
 from loradeploy.export.write import Content, read_config, with_labels
@@ -257,6 +258,9 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_plain_weights(source.directory, names=[source.name, *named])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
+    told = options.task or any(adapter.config.task_type for adapter in adapters.values())
+    if task == CAUSAL_LM and not told and makes_vectors(source.directory):
+        task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
     check_recipe([source.directory, *options.places.values()], task)
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)

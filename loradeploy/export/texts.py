@@ -51,6 +51,15 @@ _MORE_TEMPLATES: Final = "additional_chat_templates"
 _LISTED: Final = 6
 
 
+def makes_vectors(directory: Path) -> bool:
+    """Whether sentence-transformers' files say that the checkpoint there is for vectors."""
+    try:
+        found = recipe_directory(directory)
+        return found is not None and read_recipe(found) is not None
+    except BundleError:
+        return False
+
+
 def check_recipe(places: Sequence[Path], task: str) -> None:
     """Raise BundleError where `bring_recipe` would, before anything is traced."""
     if task == FEATURE_EXTRACTION:
@@ -87,13 +96,13 @@ def bring_text(
     name: str,
     place: Path,
     output: Path,
-    bundle: Path,
+    base: Tokenizer | None,
     manifest: Manifest,
     config: Mapping[str, Any],
 ) -> AdapterText | None:
     """Copy what the adapter at `place` brings for texts to `output`; None where it is the base's.
 
-    `bundle` holds the base's files already. A difference is said, in one line.
+    A difference is said, in one line.
 
     Raises:
         AdapterMismatchError: its tokenizer has words that the graph has no row for.
@@ -101,8 +110,8 @@ def bring_text(
     """
     differences, files = [], []
     with _named(name), _with_tokenizer(text_directory(place)) as source:
-        own = _own_tokenizer(source, bundle, manifest, config)
-        if own is not None and (changes := _differences(own, _base_tokenizer(bundle))):
+        own = _own_tokenizer(source, base, manifest, config)
+        if own is not None and (changes := _differences(own, base)):
             differences += changes
             files += _copy_text(source, output)
         found = None
@@ -139,8 +148,9 @@ def take_place(
         BundleError: a file is broken.
     """
     with _named(name), _with_tokenizer(text_directory(place)) as source:
-        own = _own_tokenizer(source, bundle, manifest, config)
-        if own is None or not (changes := _differences(own, _base_tokenizer(bundle))):
+        base = base_tokenizer(bundle)
+        own = _own_tokenizer(source, base, manifest, config)
+        if own is None or not (changes := _differences(own, base)):
             return
         if (source / TOKENIZER_NAME).is_file():
             for older in (*OLDER_TOKENIZERS, "merges.txt", ADDED_NAME):
@@ -180,7 +190,8 @@ def _told(settings: GenerationSettings) -> dict[str, Any]:
     }
 
 
-def _base_tokenizer(bundle: Path) -> Tokenizer | None:
+def base_tokenizer(bundle: Path) -> Tokenizer | None:
+    """The tokenizer in a bundle that is being written, where there is one."""
     return Tokenizer(bundle) if (bundle / TOKENIZER_NAME).is_file() else None
 
 
@@ -207,10 +218,10 @@ def _with_tokenizer(source: Path) -> Iterator[Path]:
 
 
 def _own_tokenizer(
-    source: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
+    source: Path, base: Tokenizer | None, manifest: Manifest, config: Mapping[str, Any]
 ) -> Tokenizer | None:
     """The adapter's tokenizer, which fits the graph; None where it brings nothing of one."""
-    base, names = _base_tokenizer(bundle), text_files(source)
+    names = text_files(source)
     if not names or (base is None and TOKENIZER_NAME not in names):
         return None
     own = Tokenizer(source, base)

@@ -26,11 +26,13 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.bundle.native import write_side_inputs
 from loradeploy.bundle.settings import read_settings
+from loradeploy.bundle.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
 from loradeploy.export.held import store_weights
 from loradeploy.export.required import write_required
 from loradeploy.export.texts import (
+    base_tokenizer,
     bring_recipe,
     bring_text,
     make_tokenizer,
@@ -157,6 +159,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     known = {target.module for target in manifest.targets if target.stored is not None}
     known.update(name.removesuffix(".weight") for name in weights)
     manifest = _write_assets(directory, manifest, content)
+    base = base_tokenizer(directory) if content.places else None
     entries = {}
     for name, adapter in content.adapters.items():
         path = f"{ADAPTERS_DIRECTORY}/{name}"
@@ -168,7 +171,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
             adapter.digest,
             path,
             None if dora <= known else file_digest(native),
-            _text(name, directory, manifest, content),
+            _text(name, directory, manifest, content, base),
         )
     manifest = dataclasses.replace(
         manifest,
@@ -203,13 +206,15 @@ def _write_adapter(adapter: Adapter, place: Path | None, directory: Path) -> Non
     save_adapter(adapter, directory)
 
 
-def _text(name: str, directory: Path, manifest: Manifest, content: Content) -> AdapterText | None:
+def _text(
+    name: str, directory: Path, manifest: Manifest, content: Content, base: Tokenizer | None
+) -> AdapterText | None:
     """What the adapter `name` brings for texts, copied beside its weights."""
     if name not in content.places:
         return None
     output = directory / ADAPTERS_DIRECTORY / name
     place = content.places[name]
-    return bring_text(name, place, output, directory, manifest, content.config)
+    return bring_text(name, place, output, base, manifest, content.config)
 
 
 def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Manifest:

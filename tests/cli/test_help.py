@@ -18,6 +18,7 @@ from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
 from loradeploy.parity.compare import compare
+from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
@@ -102,7 +103,10 @@ def test_every_flag_of_train_is_a_setting_and_every_setting_a_flag() -> None:
 FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
     "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
-    "run": ((AdapterSession, TextGenerator.generate), {"prompt", "file", "adapter", "provider"}),
+    "run": (
+        (AdapterSession, TextGenerator.generate, TextEmbedder.__call__),
+        {"prompt", "file", "adapter", "provider"},
+    ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "convert": ((), {"adapter", "bundle", "rank", "model", "output"}),
     "inspect": ((), {"path"}),

@@ -230,6 +230,21 @@ def test_an_encoder_in_a_folder_of_its_own(
     assert np.abs(both[0] - both[1]).max() <= tolerance("torch-onnx-tiny")
 
 
+def test_a_decoder_with_a_pooling_beside_it_is_an_embedder(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "m")
+    write(base, ("Pooling", "1_Pooling", {"pooling_mode": "lasttoken"}), NORMALIZE)
+    assert export(base, tmp_path / "b").task == "feature-extraction"
+    vectors = TextEmbedder(AdapterSession(tmp_path / "b"))(TEXTS)
+    words, model = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval()
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        with torch.no_grad():
+            last = model(**words(text, return_tensors="pt")).last_hidden_state[0, -1]
+        expected = torch.nn.functional.normalize(last, dim=0).numpy()
+        assert np.abs(vector - expected).max() <= tolerance("torch-onnx-tiny")
+
+
 def test_what_is_used_where_nothing_tells_is_said_once(
     sentence_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
