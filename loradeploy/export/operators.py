@@ -39,7 +39,8 @@ CARRIED, HONORED, REFUSED = Treatment
 class Operator:
     """The inputs of an operator, in their order, and its attributes.
 
-    `refused`: values of refused attributes that say what leaving them out says.
+    `refused`: values of refused attributes that say what leaving them out says; of others any is
+    too much.
     """
 
     inputs: Mapping[str, Treatment]
@@ -73,6 +74,15 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
         ("", "Gemm"): Operator(
             {"A": CARRIED, "B": HONORED, "C": HONORED},
             dict.fromkeys(("alpha", "beta", "transA", "transB"), HONORED),
+        ),
+        (MICROSOFT, "FusedGemm"): Operator(
+            {"A": CARRIED, "B": HONORED, "C": HONORED},
+            {
+                **dict.fromkeys(("activation", "alpha", "beta", "transA", "transB"), HONORED),
+                **dict.fromkeys(
+                    ("activation_alpha", "activation_beta", "activation_gamma"), REFUSED
+                ),
+            },
         ),
         (MICROSOFT, "FusedMatMul"): Operator(
             {"A": HONORED, "B": HONORED},

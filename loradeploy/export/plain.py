@@ -1,6 +1,7 @@
 """Products that are scaled, turned or added to in one operator, as the plain ones that they are.
 
     Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
+    FusedGemm    act(α x W + β C)   →   the same, and act behind it
     FusedMatMul  α x W              →   MatMul x (α W)
     either, of xᵀ                   →   Transpose, and the same of x
 
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.operators import MICROSOFT, check_operators
+from loradeploy.export.operators import MICROSOFT, check_operators, problem_of
 from loradeploy.export.rewire import add_constant, constant_of, free_name, take_over
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # What a float weight may pass through on its way from its initializer to the product.
 _CARRIERS: Final = ("Cast", "Identity", "Transpose")
+# What FusedGemm may do behind its product that has no numbers of its own.
+_ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
 # Numbers of fewer bits than these lose some when they are scaled, but by a power of two.
 _EXACT_BITS: Final = 4
 
@@ -38,10 +41,29 @@ def make_products_plain(graph: ir.Graph) -> None:
         ExportError: a FusedMatMul with a constant weight has an input or attribute that is unknown.
     """
     for node in list(graph):
+        if node.op_type == "FusedGemm" and node.domain == MICROSOFT:
+            _part_activation(graph, node)
         if node.op_type == "Gemm" and node.domain == "":
             _plain_gemm(graph, node)
         elif node.op_type == "FusedMatMul" and node.domain == MICROSOFT:
             _plain_matmul(graph, node)
+
+
+def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
+    """Make a Gemm of a FusedGemm, its activation a node behind it."""
+    import onnx_ir as ir
+
+    given = node.attributes.get("activation")
+    activation = None if given is None else given.as_string()
+    if activation not in _ACTIVATIONS or problem_of(node) or not _is_constant(node.inputs[1]):
+        return
+    node.attributes.pop("activation")
+    node.op_type, node.domain = "Gemm", ""
+    y = node.outputs[0]
+    act = ir.node(activation, [y], name=f"{_name(node)}/{activation}")
+    act.outputs[0].name = act.name
+    graph.insert_after(node, act)
+    take_over(graph, y, act.outputs[0], keep=act)
 
 
 def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:

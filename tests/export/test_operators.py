@@ -71,12 +71,15 @@ REFUSED_ATTRIBUTES = [
 
 @pytest.mark.parametrize(("domain", "name", "attribute", "same"), REFUSED_ATTRIBUTES)
 def test_what_is_refused_may_say_what_leaving_it_out_says(
-    domain: str, name: str, attribute: str, same: int
+    domain: str, name: str, attribute: str, same: int | None
 ) -> None:
     x = ir.Value(name="x")
-    assert problem_of(ir.node(name, [x], attributes={attribute: same}, domain=domain)) is None
-    other = ir.node(name, [x], attributes={attribute: same + 1}, domain=domain)
-    assert problem_of(other) == f"{name} has {attribute} = {same + 1}"
+    if same is not None:
+        given = ir.node(name, [x], attributes={attribute: same}, domain=domain)
+        assert problem_of(given) is None
+    value = (same or 0) + 1
+    other = ir.node(name, [x], attributes={attribute: value}, domain=domain)
+    assert problem_of(other) == f"{name} has {attribute} = {value}"
 
 
 # -- graphs of one product -----------------------------------------------------------------------
@@ -221,6 +224,24 @@ def test_a_fused_product_is_made_plain(given: dict[str, Any]) -> None:
     make_products_plain(model.graph)
     _merge(model, adapter)
     assert _near(run(model, feeds), rows @ (W + _update(adapter)).T)
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "Tanh"])
+def test_what_is_fused_behind_a_product_is_done_after_the_adapter(activation: str) -> None:
+    def fused(weight: Array | None = None) -> ir.Model:
+        b = Builder()
+        x, w, c = b.input("x", [BATCH, IN]), b.weight("w", OUT, IN), b.weight("c", OUT)
+        if weight is not None:
+            w.const_value = ir.tensor(weight, name="w")
+        given = {"alpha": 0.5, "beta": 2.0, "transB": 1, "activation": activation}
+        return _model(b, _node(b, "FusedGemm", [x, w, c], [BATCH, OUT], **given))
+
+    rows, adapter, model = numbers(BATCH, IN), _adapter(), fused()
+    W = model.graph.initializers["w"].const_value.numpy().copy()
+    expected = run(fused(W + 2 * _update(adapter)), {"x": rows})
+    make_products_plain(model.graph)
+    _merge(model, adapter)
+    assert _near(run(model, {"x": rows}), expected)
 
 
 def test_a_weight_that_is_scaled_for_one_product_stays_for_another() -> None:
