@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.errors import ModelError, listed
-from loradeploy.lora.kinds import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,6 +57,8 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
 
 def _check_unexpected(model: Any, directory: Path, names: Iterable[str]) -> None:
     """Refuse tensors of layers that the model has, and tell of the others: heads of other tasks."""
+    from loradeploy.lora.kinds import kind_of
+
     modules = dict(model.named_modules())
     body = model.base_model_prefix
     unused = sorted(str(name) for name in names)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from loradeploy.adapter import Adapter
 from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import Renaming, Submodel, renamings
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def submodels(model: nn.Module) -> tuple[Submodel, ...]:
     """The transformers models in `model`, itself first."""
+    from transformers import PreTrainedModel
+
     return tuple(
         Submodel(path, type(module).__name__, module.config.model_type or "")
         for path, module in model.named_modules()
