@@ -42,6 +42,14 @@ _BIAS_INPUT: Final = {"Gemm": 2, PACKED: 5, **{op: at[2] for op, at in _TO_FLOAT
 # What a weight may pass through on its way from its initializer to the product.
 _CARRIERS: Final = ("Cast", "Identity")
 
+# onnxruntime's operators that add the bias of the product before them, and which input it is.
+_ADDS_BIAS: Final = {
+    **dict.fromkeys(("BiasAdd", "BiasDropout", "BiasGelu", "BiasSplitGelu", "FastGelu"), 1),
+    "MultiHeadAttention": 3,
+    "SkipLayerNormalization": 4,
+    "SkipSimplifiedLayerNormalization": 3,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Product:
@@ -176,8 +184,13 @@ def adds_unclear(node: ir.Node, size: int) -> bool:
         return False
     if own_bias(node) is not None:
         return True
-    adders = (use.node for use in output_of(node).uses() if use.node.op_type == "Add")
-    return any(_is_constant(value) for add in adders for value in add.inputs)
+    for user in (use.node for use in output_of(node).uses()):
+        if user.op_type == "Add" and any(map(_is_constant, user.inputs)):
+            return True
+        index = _ADDS_BIAS.get(user.op_type)
+        if index is not None and _input(user, index) is not None:
+            return True
+    return False
 
 
 def value_of(use: tuple[ir.Node, int]) -> ir.Value | None:

@@ -543,6 +543,22 @@ def test_a_bias_with_axes_of_one_is_replaced_in_its_own_shape(shape: tuple[int, 
     assert _near(after.reshape(BATCH, OUT), expected)
 
 
+@pytest.mark.parametrize(
+    ("op", "index"), [("BiasGelu", 1), ("FastGelu", 1), ("SkipLayerNormalization", 4)]
+)
+def test_a_trained_bias_is_refused_where_another_operator_adds_the_base_s(
+    op: str, index: int
+) -> None:
+    b = Builder()
+    x, w = b.input("x", [BATCH, IN]), b.weight("w", IN, OUT)
+    inputs: list[ir.Value | None] = [b.node("MatMul", [x, w], [BATCH, OUT], module="m")]
+    inputs += [b.weight(f"c{number}", OUT) for number in range(1, index + 1)]
+    y = b.node(op, inputs, [BATCH, OUT])  # type: ignore[arg-type]
+    b.nodes[-1].domain = MICROSOFT
+    with pytest.raises(AdapterMismatchError, match=r"m\.bias is used in a way that is not under"):
+        _merge(_model(b, y), _adapter(bias=numbers(OUT)))
+
+
 # -- attention -------------------------------------------------------------------------------------
 
 
