@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.classification import TextClassifier
 from loradeploy.runtime.embedding import TextEmbedder
@@ -164,6 +165,18 @@ def test_a_text_is_embedded_as_it_is_alone(kind: str, padding: str, encoders: Bu
 def test_outputs_and_integers_of_another_exporter_give_the_same_vectors(encoders: Bundles) -> None:
     one, other = (TextEmbedder(AdapterSession(encoders(kind))) for kind in ("masked", "int32"))
     np.testing.assert_allclose(one(TEXTS, "own"), other(TEXTS, "own"), atol=tolerance("rows"))
+
+
+def test_whole_numbers_are_cast_where_they_fit_and_refused_where_not(encoders: Bundles) -> None:
+    session = AdapterSession(encoders("int32"))
+    ids = np.array([[5, 6, 7]])
+    wide, narrow = (
+        session.run(None, {"input_ids": ids.astype(kind), "attention_mask": ids > 0})[0]
+        for kind in (np.int64, np.int16)
+    )
+    np.testing.assert_array_equal(wide, narrow)
+    with pytest.raises(UsageError, match="input_ids is int64 .*, the graph takes int32"):
+        session.run(None, {"input_ids": ids + 2**40, "attention_mask": np.ones_like(ids)})
 
 
 def test_a_classifier_without_a_padding_token_answers_each_text_as_alone(
