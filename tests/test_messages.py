@@ -163,7 +163,7 @@ def test_spoilt_tensors_are_told_by_the_first(
         {"r": MODULES},
         {"lora_alpha": "1" * 5000},
         {"task_type": MODULES},
-        {"trainable_token_indices": list(range(COUNT))},
+        {"use_qalora": MODULES},
         {"target_parameters": MODULES},
         {"layer_replication": [[0, 1]] * COUNT},
         {"a_field_of_tomorrow": MODULES},

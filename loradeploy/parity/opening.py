@@ -24,7 +24,14 @@ import numpy as np
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
-from loradeploy.errors import BundleError, DataError, ModelError, UsageError, kind_and_line
+from loradeploy.errors import (
+    BundleError,
+    DataError,
+    ModelError,
+    UsageError,
+    kind_and_line,
+    listed_names,
+)
 from loradeploy.files import read_json
 from loradeploy.parity.sides import Side, arrays_of, labels_of
 
@@ -142,7 +149,7 @@ def _graph(place: Path) -> Path:
     if len(graphs) == 1:
         return graphs[0]
     if graphs:
-        listed = ", ".join(graph.name for graph in graphs)
+        listed = listed_names(graph.name for graph in graphs)
         raise UsageError(f"{place} holds several ONNX files, name one of them: {listed}")
     raise UsageError(
         f"{place} holds no ONNX file: of a PyTorch model give module:function of a callable"

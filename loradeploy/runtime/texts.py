@@ -19,7 +19,13 @@ from loradeploy.bundle.sentence import (
 )
 from loradeploy.bundle.settings import GenerationSettings
 from loradeploy.bundle.tokenizer import Tokenizer
-from loradeploy.errors import BundleError, LoraDeployError, UnknownAdapterError, UsageError
+from loradeploy.errors import (
+    BundleError,
+    LoraDeployError,
+    UnknownAdapterError,
+    UsageError,
+    listed_names,
+)
 from loradeploy.files import inside, read_json
 from loradeploy.runtime.resident import AdapterSpec, weights_of
 
@@ -110,7 +116,7 @@ class TextSides:
         if there is not None:
             return there
         if place is None:
-            known = ", ".join(sorted(self._places)) or "none"
+            known = listed_names(sorted(self._places))
             raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
         try:
             side = self._read(name, place)
