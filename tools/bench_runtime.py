@@ -155,10 +155,9 @@ USES: Final = {"idle": 0, "one": 1, "mixed": ADAPTERS}
 
 
 def _torch_model(model: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from loradeploy.export.trace import load_model
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return load_model(Path(model), "causal-lm")[0]
 
 
 def _peft_model(model: str, adapters: Sequence[str]) -> Any:
@@ -269,12 +268,11 @@ def _built(model: Path, adapter: Path, place: Path) -> dict[str, str]:
 
 def random_adapters(model: Path, places: Sequence[Path]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from loradeploy.adapter import AdapterConfig
     from loradeploy.lora.inject import inject
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = _torch_model(str(model))
     for seed, place in enumerate(places):
         config = AdapterConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         injection = inject(base, config, seed=seed)

@@ -164,6 +164,8 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
             shapes[target.lora_B] = (1, rank, target.out_features)
     for saved in manifest.saved:
         shapes[saved.input] = (1, *saved.slot_shape)
+        if saved.lacking and saved.input not in arrays:
+            problems.append(f"{saved.parameter} is not there, which the base lacks too")
     for name, (size, _) in change_inputs(manifest).items():
         shapes[name] = (1, size)
     for name, values in sorted(arrays.items()):

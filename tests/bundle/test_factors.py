@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
-from loradeploy.bundle.factors import side_inputs
+from loradeploy.bundle.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from tests.bundle.test_manifest import a_manifest
@@ -79,6 +79,20 @@ def test_factors_are_transposed_and_the_scaling_is_folded_into_B() -> None:
 def test_a_misfit_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterMismatchError, match=message):
         side_inputs(an_adapter(**changes), a_manifest())
+
+
+def test_what_the_base_lacks_comes_with_every_adapter(tmp_path: Path) -> None:
+    (head,) = a_manifest().saved
+    lacking = a_manifest(saved=(dataclasses.replace(head, lacking=True),))
+    plain = dataclasses.replace(CONFIG, modules_to_save=())
+    whole, headless = an_adapter(), an_adapter(saved={}, config=plain)
+    side_inputs(headless, a_manifest())  # the base's own head is there
+    side_inputs(whole, lacking)
+    with pytest.raises(AdapterMismatchError, match=r"head\.weight is in neither the base nor"):
+        side_inputs(headless, lacking)
+    write_onnx_adapter(headless, a_manifest(), tmp_path / "a.onnx_adapter")
+    with pytest.raises(AdapterMismatchError, match=r"head\.weight is not there"):
+        check_side_inputs(read_onnx_adapter(tmp_path / "a.onnx_adapter"), lacking)
 
 
 def test_every_misfit_is_in_the_one_message() -> None:

@@ -27,6 +27,18 @@ def test_inspect_tells_what_an_adapter_is(tiny_llama: Path, make_adapter: MakeAd
     assert "model.layers.N.self_attn.q_proj  4     2        [4, 64]  [64, 4]  2" in table
 
 
+def test_inspect_tells_what_an_adapter_lies_beside(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, alpha=8)
+    shutil.copytree(adapter, tmp_path / "both")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama / name, tmp_path / "both")
+    assert "beside" not in json.loads(call("inspect", adapter, "--json"))
+    told = json.loads(call("inspect", tmp_path / "both", "--json"))["beside"]
+    assert told == "a base model (model.safetensors), which is loaded without the adapter"
+
+
 def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama_bundle, "--json"))
     assert (facts["kind"], facts["task"], facts["mode"]) == ("bundle", "causal-lm", "side-inputs")
