@@ -79,6 +79,7 @@ from loradeploy.export.gqa import group_queries, keeps_cache
 from loradeploy.export.graph import (
     close_inputs,
     complete_shapes,
+    drop_identities,
     graph_digest,
     lift_constants,
     load_graph,
@@ -344,6 +345,7 @@ def _from_graph(source: Source, options: Options) -> Base:
         graph = convert_opset(graph)
         lift_constants(graph)
         close_inputs(graph)
+        drop_identities(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
     held = precision_of(graph) if source.manifest is None else source.manifest.precision
@@ -453,7 +455,9 @@ def _with_side_inputs(
             "no linear layer of the graph could be told to be a module of the checkpoint"
             + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
         )
-    biased = [head.module for head in heads if f"{head.module}.bias" in base.parameters]
+    # A bias of zeros leaves no trace in a graph.
+    known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
+    biased = [head.module for head in heads if f"{head.module}.bias" in known]
     own_weights = base.own_weights
     if not own_weights and base.before is None:
         own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))

@@ -54,6 +54,22 @@ def lift_constants(model: ir.Model) -> None:
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
+def drop_identities(model: ir.Model) -> None:
+    """Let constants behind Identity nodes be used as they are.
+
+    torch.onnx's older exporter puts one there for a weight or bias that equals another's.
+    """
+    graph = model.graph
+    for node in list(graph):
+        constant, same = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Identity" or constant is None or same.is_graph_output():
+            continue
+        if constant.is_initializer() and not constant.is_graph_input():
+            for user, index in list(same.uses()):
+                user.replace_input_with(index, constant)
+            graph.remove(node, safe=True)
+
+
 def complete_shapes(model: ir.Model) -> None:
     """Infer the shapes that a graph does not tell, where products need theirs."""
     from onnx_ir.passes.common import ShapeInferencePass

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear, find_linears
+from loradeploy.export.graph import drop_identities
 from loradeploy.export.observe import observe
 from loradeploy.export.outputs import Change
 from loradeploy.export.products import input_of, output_of
@@ -234,3 +235,12 @@ def test_types_and_sizes_that_the_graph_lacks_are_filled_in() -> None:
     added = inject_side_inputs(model, _seen(model))
     assert added.dtype == "float16"
     assert y.shape is not None and y.shape[-1] == OUT
+
+
+def test_a_bias_behind_an_identity_is_the_layer_s_bias() -> None:
+    b = Builder()
+    x, shared = b.input("x", ["batch", IN]), b.weight("shared", OUT)
+    same = b.node("Identity", [shared])
+    model = b.model(b.node("Gemm", [x, b.weight("w", IN, OUT), same], module=MODULE, name="y"))
+    drop_identities(model)
+    assert find_linears(model).linears[MODULE].bias is shared
