@@ -293,7 +293,8 @@ def _from_checkpoint(source: Source, options: Options) -> Base:
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     note_forms(graph, lambda name: norms[name].detach().float().numpy() if name in norms else None)
     specs = fixed_specs(required_inputs(graph), options.fixed)
-    feeds = Sample(specs, config.to_dict(), pad=config.get_text_config().pad_token_id).feeds()
+    pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
+    feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
     original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
     return Base(
         graph,
