@@ -54,6 +54,7 @@ from loradeploy.export.adapters import (
     label_names,
 )
 from loradeploy.export.bfloat import compute_as_float32, store_as_bfloat16, to_bfloat16
+from loradeploy.export.biases import separate_biases
 from loradeploy.export.branches import add_branches, branches_problem, remove_branches
 from loradeploy.export.find import (
     Findings,
@@ -88,6 +89,7 @@ from loradeploy.export.graph import (
     required_inputs,
 )
 from loradeploy.export.held import HeldBase
+from loradeploy.export.kinds import BIAS, DORA
 from loradeploy.export.layout import has_rows, lay_in_rows
 from loradeploy.export.loss import Round, warn_of
 from loradeploy.export.merge import merge_adapter
@@ -445,9 +447,10 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
 def _with_side_inputs(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
+    needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
+    findings = _with_biases(base, findings, options, needs.changed)
     targets, heads = _split(base, findings, options.adapters.values())
     parts = find_parts(base.graph)
-    needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
     graph = base.graph.graph
     embeddings = choose_embeddings(graph, parts, needs)
     changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
@@ -496,6 +499,19 @@ def _with_side_inputs(
     return manifest, added, adapters, arrays
 
 
+def _with_biases(
+    base: Base, findings: Findings, options: Options, changed: Iterable[str]
+) -> Findings:
+    """The findings once the biases that adapters change are additions of their own."""
+    modules = {*changed, *(m for m in findings.linears if is_head(m))}
+    for adapter in options.adapters.values():
+        modules |= {name.rpartition(".")[0] for name in adapter.saved}
+    if BIAS in options.side_inputs or DORA in options.side_inputs:
+        modules |= findings.linears.keys()
+    linears = separate_biases(base.graph.graph, findings.linears, modules)
+    return dataclasses.replace(findings, linears=linears)
+
+
 def _layout(base: Base) -> str:
     """Rows where they are the branches' default too, and the graph can have them."""
     return ROWS if base.precision in PACKED_BITS and has_rows(base.graph.graph) else SLOTS
@@ -515,6 +531,7 @@ def _merged(
         note_forms(base.graph, parameters_in(options.evidence.checkpoint, whole).get)
     elif base.identity.kind == "onnx":
         check_known(base.graph, whole)
+    findings = _with_biases(base, findings, options, ())
     logger.info("merging %s", name)
     report = merge_adapter(
         base.graph,

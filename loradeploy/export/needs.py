@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError
+from loradeploy.export.biases import hides_bias
 from loradeploy.export.embeddings import has_token_rows
 from loradeploy.export.find import Linear
 from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
@@ -34,6 +35,11 @@ class Needs:
     shifted: frozenset[str]
     embeddings: frozenset[str]
     everywhere: frozenset[str]
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The modules whose outputs are scaled or shifted."""
+        return self.scaled | self.shifted
 
 
 def needs_of(
@@ -104,7 +110,9 @@ def choose_changes(
                 " merge the adapter instead"
             )
         unclear = isinstance(layer, Linear) and any(
-            adds_unclear(node, layer.out_features) for node in layer.nodes
+            adds_unclear(node, layer.out_features)
+            or (shift and hides_bias(node, layer.out_features))
+            for node in layer.nodes
         )
         if unclear or (layer.bias is None and f"{module}.bias" in graph.initializers):
             raise ExportError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.errors import ExportError
+from loradeploy.export.biases import hides_bias
 from loradeploy.export.find import Linear
 from loradeploy.export.forms import OTHER, PLUS_ONE, form_of
 from loradeploy.export.parts import Part
@@ -61,7 +62,8 @@ class Layers:
         if linear is not None and linear.quantised and name == "weight":
             return f"{parameter} is quantised: merge into the unquantised model"
         unclear = linear is not None and any(
-            adds_unclear(node, linear.out_features) for node in linear.nodes
+            adds_unclear(node, linear.out_features) or hides_bias(node, linear.out_features)
+            for node in linear.nodes
         )
         if (
             linear is not None
