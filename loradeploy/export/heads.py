@@ -35,6 +35,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         adds_unclear(node, linear.out_features) or hides_bias(node, linear.out_features)
         for node in linear.nodes
     )
+    unclear |= linear.unseen_bias and linear.bias is None
     if len(linear.nodes) != 1 or linear.quantised or linear.slice is not None or unclear:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)

@@ -114,7 +114,12 @@ def choose_changes(
             or (shift and hides_bias(node, layer.out_features))
             for node in layer.nodes
         )
-        if unclear or (layer.bias is None and f"{module}.bias" in graph.initializers):
+        unseen = isinstance(layer, Linear) and layer.unseen_bias and layer.bias is None
+        if (
+            unclear
+            or (shift and unseen)
+            or (layer.bias is None and f"{module}.bias" in graph.initializers)
+        ):
             raise ExportError(
                 f"the graph adds the bias of {module} in a way that is not understood, so that it"
                 " cannot take a scale or an offset: merge the adapter instead"

@@ -68,7 +68,7 @@ class Layers:
         if (
             linear is not None
             and name == "bias"
-            and (unclear or (linear.bias is None and value is not None))
+            and (unclear or (linear.bias is None and (value is not None or linear.unseen_bias)))
         ):
             return f"{parameter} is used in a way that is not understood"
         if part is not None and name == "weight" and form_of(part) == OTHER:

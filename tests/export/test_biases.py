@@ -1,0 +1,73 @@
+"""A bias that is fused into what follows its product is found, and is the layer's bias again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from loradeploy.export.biases import fused_bias, hides_bias, separate_biases
+from loradeploy.export.find import find_linears
+from tests.export.graphs import Builder, numbers, run
+from tests.tolerances import tolerance
+
+IN, OUT = 24, 16
+W = numbers(OUT, IN, seed=1)
+Arrays = dict[str, NDArray[Any]]
+
+
+def fused(op: str, bias: NDArray[np.float32]) -> ir.Model:
+    """A product whose bias is in the operator behind it."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    y = b.node("MatMul", [x, b.constant("w", W.T.copy())], ["batch", "sequence", OUT], module="m")
+    own = b.constant("b", bias)
+    if op in ("BiasGelu", "FastGelu"):
+        z = b.node(op, [y, own])
+    else:
+        skip = b.input("skip", ["batch", "sequence", OUT])
+        norms = [b.weight("gamma", OUT)]
+        norms += [b.weight("beta", OUT)] if op == "SkipLayerNormalization" else []
+        z = b.node(op, [y, skip, *norms, own])
+    b.nodes[-1].domain = "com.microsoft"
+    model = b.model(z)
+    model.graph.opset_imports["com.microsoft"] = 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "op",
+    ["BiasGelu", "FastGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"],
+)
+def test_a_fused_bias_is_found_and_made_an_addition_of_its_own(op: str) -> None:
+    bias = numbers(OUT, seed=6)
+    model = fused(op, bias)
+    feeds: Arrays = {"x": numbers(2, 3, IN), "skip": numbers(2, 3, OUT, seed=1)}
+    feeds = {value.name: feeds[value.name] for value in model.graph.inputs if value.name}
+    before = run(model, feeds)
+    linears = find_linears(model).linears
+    assert linears["m"].bias is None
+    seen = fused_bias(linears["m"].nodes[0], OUT)
+    assert seen is not None and (seen.numbers == bias).all()
+    apart = separate_biases(model.graph, linears, ["m"])["m"]
+    assert apart.bias is not None and apart.bias.const_value is not None
+    assert (apart.bias.const_value.numpy() == bias).all()
+    assert np.abs(run(model, feeds) - before).max() < tolerance("torch-onnx-tiny")
+
+
+@pytest.mark.parametrize("behind", ["Reshape", "Unknown", "Relu"])
+def test_what_may_hide_a_bias_is_not_taken_for_a_layer_without_one(behind: str) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    y = b.node("MatMul", [x, b.constant("w", W.T.copy())], module="m")
+    if behind == "Reshape":
+        shape = b.constant("shape", np.array([0, 0, 2, OUT // 2], np.int64))
+        z = b.node("Add", [b.node("Reshape", [y, shape]), b.weight("b", 2, OUT // 2)])
+    else:
+        z = b.node(behind, [y])
+        b.nodes[-1].domain = "com.microsoft" if behind == "Unknown" else ""
+    product = find_linears(b.model(z)).linears["m"].nodes[0]
+    assert hides_bias(product, OUT) == (behind != "Relu")
