@@ -17,10 +17,10 @@ from typing import Final
 from loradeploy.adapter.base_files import weight_files
 from loradeploy.adapter.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ExportError, ModelError, listed_names
+from loradeploy.export.biases import bias_numbers
 from loradeploy.export.mapping import FOUND_BY as GIVEN
 from loradeploy.export.naming import Named, Namer
-from loradeploy.export.products import Product, bias_use, describe, value_of
-from loradeploy.export.rewire import constant_of
+from loradeploy.export.products import Product, describe, products
 from loradeploy.export.weights import Matrix, bias_difference, difference, resembles
 
 FOUND_BY: Final = "weight identity"
@@ -95,9 +95,18 @@ class CheckpointWeights:
                 return self._proved(product, chosen[0], named.found_by)
             if named is not None and named.found_by == GIVEN:
                 return named  # a module that the checkpoint has no matrix of
-            if len(fitting) == 1:
+            calls = _products_of(product)
+            if len(fitting) == 1 and calls == 1:
                 return self._proved(product, fitting[0], FOUND_BY)
-            if fitting:
+            if len(fitting) == 1:
+                # Tied modules are stored once, and look like one that is called several times.
+                modules = tuple(matrix.module for matrix in fitting[0])
+                text = (
+                    f"its weight, that of {listed_names(modules)}, is also that of"
+                    f" {calls - 1} more, and no name tells whether they are one module"
+                )
+                reasons = [_Reason(modules, text, "tell it with --map")]
+            elif fitting:
                 alike = tuple(m.module for one in fitting for m in one)
                 text = f"its weight is that of {listed_names(alike)}, and no name tells of which"
                 reasons = [_Reason(alike, text, "tell it with --map")]
@@ -122,7 +131,7 @@ class CheckpointWeights:
         if len(matrices) == 1 and _is_embedding(matrices[0].module):
             return Named(((_HEAD, product.out_features),), f"{found_by}, tied")
         unseen: frozenset[str] = frozenset()
-        if bias_use(product.node, product.out_features) is None:
+        if bias_numbers(product.node, product.out_features) is None:
             # Of zeros an exporter leaves no trace.
             unseen = frozenset(
                 m.module for m in matrices if m.bias is not None and m.bias.array().any()
@@ -166,11 +175,10 @@ class CheckpointWeights:
     def _with_biases(
         self, product: Product, found: list[_Matrices], reasons: list[_Reason]
     ) -> tuple[list[_Matrices], list[_Reason]]:
-        use = bias_use(product.node, product.out_features)
-        value = None if use is None else value_of(use)
-        if value is None:
+        numbers = bias_numbers(product.node, product.out_features)
+        if numbers is None:
             return found, reasons
-        bias = constant_of(value).astype("float32").reshape(-1)
+        bias = numbers.astype("float32")
         fitting = []
         for matrices in found:
             begin, problem = 0, None
@@ -228,6 +236,12 @@ def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
             return "", ""
         found.add(ways[0])
     return found.pop() if len(found) == 1 else ("", "")
+
+
+def _products_of(product: Product) -> int:
+    """How many products of the graph have the initializer of this one."""
+    graph = product.node.graph
+    return sum(each.weight is product.weight for each in products(graph)) if graph else 1
 
 
 def _distinct(found: list[_Matrices]) -> list[_Matrices]:

@@ -55,10 +55,18 @@ class Builder:
         *,
         name: str = "",
         module: str | None = None,
+        domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
         scopes = {} if module is None else {SCOPES: str(["", module, "linear"])}
-        node = ir.node(op, inputs, attributes=attributes, name=name or None, metadata_props=scopes)
+        node = ir.node(
+            op,
+            inputs,
+            attributes=attributes,
+            name=name or None,
+            metadata_props=scopes,
+            domain=domain,
+        )
         output = node.outputs[0]
         output.name = name or f"{op}_{len(self.nodes)}"
         output.type = ir.TensorType(ir.DataType.FLOAT)

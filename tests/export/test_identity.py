@@ -132,6 +132,36 @@ def test_numbers_of_two_modules_prove_neither(look: Look) -> None:
     assert look(graph(A, A), checkpoint(a=A, b=A)).linears == {}
 
 
+def test_one_initializer_of_two_products_proves_neither_without_a_name(look: Look) -> None:
+    """Tied modules are stored once: an adapter of one must not reach the other."""
+    for names, found in (((), set()), (("a", "a"), {"a"})):
+        b = Builder()
+        x = b.input("x", ["batch", "sequence", IN])
+        w = b.constant("w", np.ascontiguousarray(A.T))
+        shape: list[int | str] = ["batch", "sequence", OUT]
+        outputs = [
+            b.node("MatMul", [x, w], shape, module=names[i] if names else None, name=f"y{i}")
+            for i in (0, 1)
+        ]
+        model = b.model(*outputs)
+        assert set(look(model, checkpoint(a=A)).linears) == found
+        if not names:
+            with pytest.raises(ExportError, match="is also that of 1 more.*tell it with --map"):
+                look(model, checkpoint(a=A), ("a",))
+
+
+@pytest.mark.parametrize("fused", ["BiasGelu", "FastGelu"])
+def test_a_fused_bias_tells_modules_apart_too(look: Look, fused: str) -> None:
+    bias = numbers(OUT, seed=3)
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    shape: list[int | str] = ["batch", "sequence", OUT]
+    y = b.node("MatMul", [x, b.constant("w", np.ascontiguousarray(A.T))], shape, name="y")
+    z = b.node(fused, [y, b.constant("b", bias)], shape, name="z", domain="com.microsoft")
+    found = look(b.model(z), checkpoint(a=A, b=A) | {"a.bias": bias + 1, "b.bias": bias})
+    assert {name: linear.unseen_bias for name, linear in found.linears.items()} == {"b": False}
+
+
 def test_names_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
     found = look(graph(A, A, names=("b", "a")), checkpoint(a=A, b=A), ("a",))
     assert {name: linear.nodes[0].name for name, linear in found.linears.items()} == {
