@@ -79,7 +79,8 @@ def export(
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import LAYOUTS, MANIFEST_NAME
     from loradeploy.export.adapters import named_places, read_adapters
-    from loradeploy.export.build import Options, build
+    from loradeploy.export.base import Options
+    from loradeploy.export.build import build
     from loradeploy.export.foreign import Evidence
     from loradeploy.export.gqa import ATTENTIONS
     from loradeploy.export.kinds import check_kinds

@@ -20,7 +20,7 @@ from loradeploy.bundle.base import BundleBase
 from loradeploy.bundle.certificate import check_certificate, parity_command
 from loradeploy.bundle.factors import check_side_inputs, fitted, side_inputs
 from loradeploy.bundle.labels import with_all_labels
-from loradeploy.bundle.manifest import Manifest, TensorSpec, read_manifest
+from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
 from loradeploy.bundle.native import read_onnx_adapter
 from loradeploy.errors import (
@@ -34,6 +34,7 @@ from loradeploy.errors import (
 from loradeploy.files import inside
 from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.texts import TextSides
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from loradeploy.runtime.resident import Arrays
 
 Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
-Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
 
 _HOST: Final = ("cpu", 0)
 
@@ -356,7 +356,7 @@ class AdapterSession:
             raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
         if unknown := [name for name in places if name not in wanted]:
             raise UsageError(f"there is a place for {unknown[0]!r}, which is not asked for")
-        values = self._values(feeds)
+        values = feed_values(feeds, self._inputs)
         if lease.per_row:
             _check_rows(len(lease.rows), values[self._first].shape()[0])
         binding = lease.device.take(self._session)
@@ -377,24 +377,6 @@ class AdapterSession:
             binding.bind_ortvalue_input(name, self._nothing)
         lease.device.put_back(binding)
         return outputs
-
-    def _values(self, feeds: Feeds) -> dict[str, onnxruntime.OrtValue]:
-        """The feeds as OrtValues, arrays checked against the manifest; on the host, views."""
-        if feeds.keys() != self._inputs.keys():
-            missing = listed_names(sorted(self._inputs.keys() - feeds.keys()))
-            unknown = listed_names(sorted(map(str, feeds.keys() - self._inputs.keys())))
-            raise UsageError(
-                f"the feeds do not fit the graph: missing {missing}; unknown {unknown}"
-            )
-        values = {}
-        for name, feed in feeds.items():
-            if isinstance(feed, onnxruntime.OrtValue):
-                values[name] = feed  # onnxruntime checks these itself
-                continue
-            array = _in_type(self._inputs[name], np.ascontiguousarray(feed))
-            _check_feed(self._inputs[name], array)
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        return values
 
 
 class HeldAdapters:
@@ -482,30 +464,3 @@ def _check_rows(adapters: int, rows: int) -> None:
 def _check_name(name: str) -> None:
     if not name:
         raise UsageError("an adapter needs a name that is not empty")
-
-
-def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
-    """Whole numbers and truth values in the type that the graph takes, where they all fit in it.
-
-    Floats stay as they are: another width would round them.
-    """
-    if array.dtype.name == spec.dtype or array.dtype.kind not in "biu":
-        return array
-    if not spec.dtype.startswith(("int", "uint", "bool", "float")):
-        return array
-    cast = array.astype(spec.dtype)
-    return cast if np.array_equal(cast, array) else array
-
-
-def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:
-    fits = len(array.shape) == len(spec.shape) and all(
-        size == told
-        for size, told in zip(array.shape, spec.shape, strict=True)
-        if isinstance(told, int)
-    )
-    if array.dtype.name != spec.dtype or not fits:
-        told = ", ".join(map(str, spec.shape))
-        raise UsageError(
-            f"the feed {spec.name} is {array.dtype} {list(array.shape)},"
-            f" the graph takes {spec.dtype} [{told}]"
-        )

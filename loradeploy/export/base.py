@@ -1,0 +1,328 @@
+"""The base that a bundle is made from: read of a checkpoint, or of a graph, and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.adapter.base_files import base_tensors, check_plain
+from loradeploy.adapter.digest import base_digest
+from loradeploy.adapter.renamings import Submodel, known
+from loradeploy.bundle.manifest import (
+    BaseIdentity,
+    Manifest,
+)
+from loradeploy.bundle.names import (
+    CAUSAL_LM,
+    CLASSIFICATIONS,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
+from loradeploy.bundle.outputs import main_output
+from loradeploy.bundle.sample import Sample
+from loradeploy.errors import (
+    ExportError,
+    UsageError,
+    listed_names,
+)
+from loradeploy.export.adapters import (
+    check_adapters,
+    check_brought,
+    label_count,
+)
+from loradeploy.export.bfloat import compute_as_float32
+from loradeploy.export.branches import remove_branches
+from loradeploy.export.find import (
+    refuse_adapter_layers,
+    refuse_side_inputs,
+)
+from loradeploy.export.fixed import fixed_specs
+from loradeploy.export.foreign import (
+    Evidence,
+    complete_cache,
+    settings_beside,
+)
+from loradeploy.export.forms import note_forms
+from loradeploy.export.graph import (
+    close_inputs,
+    complete_shapes,
+    drop_identities,
+    graph_digest,
+    lift_constants,
+    load_graph,
+    outputs,
+    required_inputs,
+)
+from loradeploy.export.opsets import convert_opset
+from loradeploy.export.own_weights import own_digests, settled
+from loradeploy.export.plain import make_products_plain
+from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
+from loradeploy.export.side_inputs import (
+    remove_side_inputs,
+)
+from loradeploy.export.source import Source
+from loradeploy.export.subgraphs import inline_functions, take_branches
+from loradeploy.export.tasks import choose_task, task_of_graph
+from loradeploy.export.texts import check_recipe, makes_vectors
+from loradeploy.export.tidy import name_dimensions
+from loradeploy.export.trial import Source as TrialSource
+from loradeploy.export.write import read_config
+from loradeploy.lora.base_formats import check_plain_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logging.getLogger(__name__)
+
+_LISTED: Final = 4  # of a graph's outputs, in a message
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What the user asked for: see `loradeploy.export`."""
+
+    adapters: Mapping[str, Adapter]
+    merge: bool
+    precision: str | None
+    task: str | None
+    side_inputs: frozenset[str] = frozenset()
+    layout: str | None = None
+    branches: bool | None = None
+    required: bool = False
+    requantise: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    grouped: bool = False
+    places: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base graph and what is known of it.
+
+    `adapters`: those of the options, without what the base has of them already.
+    `packed`: the weights already are in the precision that is wanted.
+    `parameters`: names in the checkpoint, where there is one; `lacking`: those without values.
+    `replaced`: modules that are to be replaced whole, because the checkpoint lacks them or the
+    bundle has them so.
+    `before`: the manifest of a bundle.
+    `pad`: the padding token, where the graph depends on it.
+    `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
+    `source`: what the bundle is to be held against.
+    `own_weights`, `submodels`, `base_prefix`: as in the manifest.
+    """
+
+    graph: ir.Model
+    task: str
+    identity: BaseIdentity
+    precision: str
+    adapters: Mapping[str, Adapter]
+    packed: bool = False
+    parameters: frozenset[str] = frozenset()
+    replaced: frozenset[str] = frozenset()
+    lacking: frozenset[str] = frozenset()
+    before: Manifest | None = None
+    pad: int | None = None
+    weights: Mapping[str, NDArray[Any]] | None = None
+    source: TrialSource = field(default_factory=TrialSource)
+    own_weights: Mapping[str, str] = field(default_factory=dict)
+    submodels: tuple[Submodel, ...] = ()
+    base_prefix: str = ""
+
+
+def from_checkpoint(source: Source, options: Options) -> Base:
+    """The base of a Hugging Face checkpoint, traced.
+
+    Raises:
+        ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
+    """
+    from loradeploy.export.trace import answers, load_model, trace
+    from loradeploy.lora.submodels import named_as_in, submodels
+
+    adapters = options.adapters
+    named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
+    check_plain_weights(source.directory, names=[source.name, *named])
+    task = choose_task(read_config(source.directory), options.task, adapters.values())
+    told = options.task or any(adapter.config.task_type for adapter in adapters.values())
+    if task == CAUSAL_LM and not told and makes_vectors(source.directory):
+        task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
+    check_recipe([source.directory, *options.places.values()], task)
+    precision = options.precision or DEFAULT_PRECISION
+    digest = base_digest(source.directory)
+    identity = BaseIdentity(source.name, digest, "checkpoint")
+    labels = label_count(adapters) if task in CLASSIFICATIONS else None
+    if adapters:
+        skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
+        adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
+        check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
+    logger.info("loading %s", source.name)
+    brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
+    model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
+    for name, adapter in adapters.items():
+        check_brought(name, adapter, zeroed)
+    if zeroed:
+        # Of a base alone nobody else will tell.
+        level = logging.INFO if adapters else logging.WARNING
+        told = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
+        logger.log(level, told, listed_names(zeroed))
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    adapters = settled(model, adapters, merge=options.merge)
+    own_weights = {} if options.merge else own_digests(model)
+    weights = None
+    if precision == "fp16":
+        weights = _float_weights(model) if options.merge else None
+        model = model.half()
+    config: Any = model.config
+    graph = trace(model, task)
+    norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    note_forms(graph, lambda name: norms[name].detach().float().numpy() if name in norms else None)
+    specs = fixed_specs(required_inputs(graph), options.fixed)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
+    feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
+    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
+    return Base(
+        graph,
+        task,
+        identity,
+        precision,
+        adapters,
+        parameters=parameters,
+        replaced=_modules(zeroed),
+        lacking=frozenset(zeroed),
+        pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
+        weights=weights,
+        source=TrialSource(original, packed_here=precision not in (DEFAULT_PRECISION, "fp16")),
+        own_weights=own_weights,
+        submodels=known(submodels(model)),
+        base_prefix=str(model.base_model_prefix),
+    )
+
+
+def _modules(parameters: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.rpartition(".")[0] for name in parameters)
+
+
+def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
+    """Every linear's weight [out, in] in fp32, before the model is cast."""
+    from transformers.pytorch_utils import Conv1D
+
+    weights = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2:
+            values = weight.detach().numpy()
+            weights[name] = values.T if isinstance(module, Conv1D) else values
+    return weights
+
+
+def from_graph(source: Source, options: Options) -> Base:
+    """The base of an ONNX file, or of a bundle without its side inputs.
+
+    Raises:
+        ExportError: the graph has side inputs of unknown origin, or cannot be what is asked for.
+        UsageError: it is merged, or its task is not told.
+    """
+    assert source.graph is not None
+    if source.manifest is not None and source.manifest.mode == "merged":
+        raise UsageError(
+            f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
+        )
+    logger.info("reading %s", source.graph)
+    graph = load_graph(source.graph)
+    if source.manifest is None:
+        refuse_side_inputs(graph)  # while they are inputs
+        inline_functions(graph)
+        refuse_adapter_layers(graph)
+        graph = convert_opset(graph)
+        lift_constants(graph)
+        close_inputs(graph)
+        drop_identities(graph)
+        own = settings_beside(source.directory, options.evidence.checkpoint)
+        take_branches(graph, source.graph.parent, own)
+    held = precision_of(graph) if source.manifest is None else source.manifest.precision
+    compute_as_float32(graph.graph)
+    complete_shapes(graph)
+    if source.manifest is not None:
+        if source.manifest.branches:
+            remove_branches(graph.graph)
+        remove_side_inputs(graph, source.manifest)
+        identity, task = source.manifest.base, source.manifest.task
+        parameters = frozenset(saved.parameter for saved in source.manifest.saved)
+        lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
+        replaced = _modules(parameters)
+    else:
+        name_dimensions(graph)
+        complete_cache(graph, source.directory)
+        identity = _identity(source, graph, options.evidence.checkpoint)
+        make_products_plain(graph.graph)
+        complete_shapes(graph)  # those behind what inference did not know before
+        task = _task_of(source, graph, options.task)
+        parameters = replaced = lacking = frozenset()
+    if options.task is not None and options.task != task:
+        raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
+    precision = options.precision or held
+    if precision != held and (held != "fp32" or precision == "fp16"):
+        raise ExportError(
+            f"{source.name} is an ONNX graph in {held} and cannot be made {precision}: export the"
+            " checkpoint instead"
+        )
+    return Base(
+        graph,
+        task,
+        identity,
+        precision,
+        options.adapters,
+        packed=precision == held,
+        parameters=parameters,
+        replaced=replaced,
+        lacking=lacking,
+        before=source.manifest,
+        source=TrialSource(graph=source.graph, packed_here=precision != held),
+        own_weights={} if source.manifest is None else source.manifest.own_weights,
+        submodels=_submodels(source),
+        base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
+    )
+
+
+def _submodels(source: Source) -> tuple[Submodel, ...]:
+    """What the bundle, or the configuration beside a graph, tells of the models in it."""
+    if source.manifest is not None:
+        return source.manifest.submodels
+    config = settings_beside(source.directory, None)
+    names = config.get("architectures") or [""]
+    return known([Submodel("", str(names[0]), str(config.get("model_type") or ""))])
+
+
+def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
+    if checkpoint is None:
+        return BaseIdentity(source.name, graph_digest(graph), "onnx")
+    check_plain(checkpoint, base_tensors(checkpoint))
+    return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
+
+
+def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
+    ranks = {
+        str(value.name): None if value.shape is None else len(value.shape)
+        for value in graph.graph.outputs
+    }
+    task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
+    if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
+        task = asked  # the outputs have the ranks of a language model's
+    if task is not None and main_output(task, ranks) is None:
+        raise UsageError(
+            f"none of the outputs of {source.name} is known to be what {task} gives:"
+            f" {', '.join(list(ranks)[:_LISTED])}"
+        )
+    if task is None:
+        raise UsageError(
+            f"the inputs and outputs of {source.name} do not tell its task: give --task"
+        )
+    return task
