@@ -47,6 +47,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     raw: NDArray[np.uint8]
 
+    def take(self, picks: list[int], axis: int) -> NDArray[Any]:
+        """As `array`, of some indices of one axis alone: the others are not read."""
+        values = self.raw.view(_DTYPES[self.dtype]).reshape(self.shape).take(picks, axis)
+        if self.dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
     def array(self) -> NDArray[Any]:
         """The values: a read-only view of the file, or float32 widened from bfloat16."""
         values = self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)

@@ -21,7 +21,7 @@ from loradeploy.export.biases import bias_numbers
 from loradeploy.export.mapping import FOUND_BY as GIVEN
 from loradeploy.export.naming import Named, Namer
 from loradeploy.export.products import Product, describe, products
-from loradeploy.export.weights import Matrix, bias_difference, difference, resembles
+from loradeploy.export.weights import Matrix, Sample, bias_difference, difference
 
 FOUND_BY: Final = "weight identity"
 # Embeddings are no linear layers, but an output head may be tied to them.
@@ -98,6 +98,10 @@ class CheckpointWeights:
             calls = _products_of(product)
             if len(fitting) == 1 and calls == 1:
                 return self._proved(product, fitting[0], FOUND_BY)
+            if len(fitting) > 1 and named is not None:
+                fitting = self._ending(fitting, named) or fitting
+                if len(fitting) == 1 and calls == 1:
+                    return self._proved(product, fitting[0], named.found_by)
             if len(fitting) == 1:
                 # Tied modules are stored once, and look like one that is called several times.
                 modules = tuple(matrix.module for matrix in fitting[0])
@@ -114,6 +118,18 @@ class CheckpointWeights:
             return None
 
         return name
+
+    def _ending(self, fitting: list[_Matrices], named: Named) -> list[_Matrices]:
+        """Those of the modules that the named paths end with: a wrapper's names are longer."""
+        return [
+            matrices
+            for matrices in fitting
+            if len(matrices) == len(named.modules)
+            and all(
+                module.endswith(f".{matrix.module}") and outputs == matrix.outputs
+                for (module, outputs), matrix in zip(named.modules, matrices, strict=True)
+            )
+        ]
 
     def missing(self) -> tuple[str, ...]:
         """The modules with a matrix that no product was found to have, embeddings left out."""
@@ -156,10 +172,11 @@ class CheckpointWeights:
         reasons: list[_Reason] = []
         found: list[_Matrices] = []
         partial: list[tuple[int, _Matrices]] = [(0, ())]
+        sample = Sample(product)
         while partial:
             first, matrices = partial.pop()
             for matrix in self._by_inputs.get(product.in_features, ()):
-                if not resembles(product, first, matrix):
+                if not sample.resembles(first, matrix):
                     continue
                 reason = difference(product, first, matrix)
                 if reason is not None:

@@ -89,6 +89,20 @@ class Product:
             check_operators(describe(self), [self.scaled])
         return _dequantised_rows(self, held, picks)
 
+    def steps(self, picks: list[int]) -> NDArray[np.float32] | None:
+        """How far apart the numbers are that a quantised weight can have, beside those of `rows`.
+
+        [picks, in] or what broadcasts to it; None where they cannot be read.
+        """
+        if self.node.op_type == PACKED:
+            return _packed_steps(self.node, picks)
+        shape = constant_of(self.weight).shape
+        one, zero = (
+            _dequantised_rows(self, np.broadcast_to(np.float32(number), shape), picks)
+            for number in (1, 0)
+        )
+        return None if one is None or zero is None else one - zero
+
 
 def products(graph: ir.Graph) -> Iterator[Product]:
     """Every product of the graph whose weight is a constant of two dimensions."""
@@ -368,6 +382,16 @@ def _unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | Non
     if groups is not None:
         _check_groups(node, attributes, groups)
     return unpacked(attributes, packed, scales, zeros, picks, groups)
+
+
+def _packed_steps(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None:
+    scales, groups = _constant(node, 2), _constant(node, 4)
+    if scales is None or (groups is None) != (_input(node, 4) is None):
+        return None
+    into, out, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    scale = scales.reshape(out, -(-into // size))[picks].astype(np.float32)
+    block = np.arange(into) // size if groups is None else groups.reshape(-1)[:into].astype(int)
+    return scale[:, block]
 
 
 def _check_groups(

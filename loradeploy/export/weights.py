@@ -7,14 +7,15 @@ that of the numbers' formats, or of the bits that a quantised weight has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loradeploy.adapter.tensors import StoredTensor
-from loradeploy.export.products import INTEGER, PACKED, Product
+from loradeploy.export.products import INTEGER, PACKED, Product, output_of
+from loradeploy.export.rewire import constant_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,11 +28,13 @@ _SIMILAR_QUANTISED: Final = 0.3
 # Between numbers that were never rounded, and the formats that exporters round through.
 _EXACT: Final = 1e-5
 _ROUNDED_THROUGH: Final = ("float16", "bfloat16")
-# By the bits of a quantised weight: how far a row may be from the checkpoint's, in parts of its
-# length, and the factor between the whole matrices, whose rounding errors cancel out.
-_ROUNDED: Final = {16: (1e-3, 1e-3), 8: (0.1, 0.02), 4: (0.4, 0.1), 2: (0.9, 0.4)}
-# A row of next to nothing is held against the length that rows have on average.
-_SHORTEST: Final = 0.3
+# Rounding to the nearest step leaves 0.29 steps (root mean square); clipped numbers and rounded
+# scales make it more.
+_MOST_STEPS: Final = 0.5
+# Quantisers that do not round to the nearest (GPTQ) leave more, in parts of a row's length; they
+# are for few bits. The factor between whole matrices stays 1, since errors cancel out.
+_MOST_OF_A_ROW: Final = {4: 0.25, 2: 0.7}
+_FACTOR: Final = {16: 1e-3, 8: 0.02, 4: 0.05, 2: 0.3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,11 @@ class Matrix:
     stored: StoredTensor
     transposed: bool
     bias: StoredTensor | None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return f"{self.module}.weight"
 
     @property
     def outputs(self) -> int:
@@ -57,24 +65,37 @@ class Matrix:
         """Rows that tell most others apart."""
         return sorted({0, self.outputs // 3, self.outputs // 2, self.outputs - 1})
 
+    @cached_property
+    def sampled(self) -> NDArray[np.float32]:
+        """The rows of `samples`, which every product of the same width is held against."""
+        return self.rows(self.samples())
+
     def rows(self, picks: list[int]) -> NDArray[np.float32]:
         """Some rows [picks, in]."""
-        values = self.stored.array()
-        rows = values[:, picks].T if self.transposed else values[picks]
-        return np.ascontiguousarray(rows, dtype=np.float32)
+        rows = self.stored.take(picks, 1 if self.transposed else 0)
+        return np.ascontiguousarray(rows.T if self.transposed else rows, dtype=np.float32)
 
 
-def resembles(product: Product, first: int, matrix: Matrix) -> bool:
-    """Whether any sampled row of the product's outputs from `first` on is one of the matrix.
+class Sample:
+    """A few rows of a product, each read once however many matrices they are held against."""
 
-    One is enough: the rows of the others may stand elsewhere, or be scaled.
-    """
-    if first + matrix.outputs > product.out_features:
-        return False
-    picks = matrix.samples()
-    rows = product.rows([first + pick for pick in picks])
-    limit = _SIMILAR_QUANTISED if product.quantised else _SIMILAR_FLOAT
-    return rows is not None and bool((_distance(rows, matrix.rows(picks)) < limit).any())
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self._rows: dict[tuple[int, int], NDArray[np.float32] | None] = {}
+
+    def resembles(self, first: int, matrix: Matrix) -> bool:
+        """Whether any sampled row of the product's outputs from `first` on is one of the matrix.
+
+        One is enough: the rows of the others may stand elsewhere, or be scaled.
+        """
+        if first + matrix.outputs > self._product.out_features:
+            return False
+        place = (first, matrix.outputs)
+        if place not in self._rows:
+            self._rows[place] = self._product.rows([first + pick for pick in matrix.samples()])
+        rows = self._rows[place]
+        limit = _SIMILAR_QUANTISED if self._product.quantised else _SIMILAR_FLOAT
+        return rows is not None and bool((_distance(rows, matrix.sampled) < limit).any())
 
 
 def difference(product: Product, first: int, matrix: Matrix) -> str | None:
@@ -82,22 +103,20 @@ def difference(product: Product, first: int, matrix: Matrix) -> str | None:
 
     Memory for a chunk of rows, not for the whole, unless the rows have to be looked for.
     """
-    names = f"{matrix.module}.weight"
     bits = bits_of(product)
     dots = squares = 0.0
-    worst = 0.0
-    average = _average_length(matrix)
-    for rows, expected in _chunks(product, first, matrix):
-        if rows is None:
-            return f"the numbers of {names} cannot be read from the graph"
-        if product.node.op_type == INTEGER:
-            rows = _scaled_alike(rows, expected)
+    same = True
+    for begin in range(0, matrix.outputs, _CHUNK):
+        picks = list(range(begin, min(begin + _CHUNK, matrix.outputs)))
+        given, expected = _read(product, [first + pick for pick in picks]), matrix.rows(picks)
+        if given is None:
+            return f"its numbers, or their scale, cannot be read to be compared with {matrix.name}"
+        rows, steps = given
         dots += float((rows * expected).sum(dtype=np.float64))
         squares += float((expected * expected).sum(dtype=np.float64))
-        worst = max(worst, _worst_row(rows, expected, average, bits))
+        same = same and _same(rows, expected, steps, bits)
     factor = dots / squares if squares else 1.0
-    row_limit, factor_limit = _ROUNDED[bits] if bits else (1.0, np.inf)
-    if worst <= row_limit and abs(factor - 1) <= factor_limit:
+    if same and abs(factor - 1) <= _FACTOR.get(bits, np.inf):
         return None
     return _explained(product, first, matrix, factor, bits)
 
@@ -126,37 +145,61 @@ def bias_difference(matrix: Matrix, given: NDArray[np.float32] | None) -> str | 
     expected = matrix.bias.array().astype(np.float32)
     if expected.shape != given.shape:
         return f"its bias has {given.size} numbers, {name} has {expected.size}"
-    if _worst_row(given[np.newaxis], expected[np.newaxis], 0.0, 0) <= 1:
+    if _same(given[np.newaxis], expected[np.newaxis], None, 0):
         return None
     return f"its bias is not {name}"
 
 
-def _chunks(
-    product: Product, first: int, matrix: Matrix
-) -> Iterator[tuple[NDArray[np.float32] | None, NDArray[np.float32]]]:
-    for begin in range(0, matrix.outputs, _CHUNK):
-        picks = list(range(begin, min(begin + _CHUNK, matrix.outputs)))
-        yield product.rows([first + pick for pick in picks]), matrix.rows(picks)
+def _read(
+    product: Product, picks: list[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
+    """Some rows and, of a quantised weight, the steps of their numbers; None if one is not read."""
+    rows = product.rows(picks)
+    if rows is None or not product.quantised:
+        return None if rows is None else (rows, None)
+    steps = product.steps(picks)
+    if steps is None:
+        return None
+    if product.node.op_type == INTEGER:
+        scale = _scale_behind(product, picks)
+        if scale is None:
+            return None
+        rows, steps = rows * scale, steps * scale
+    return rows, steps
 
 
-def _average_length(matrix: Matrix) -> float:
-    total = sum(
-        float(np.square(matrix.rows(list(range(b, min(b + _CHUNK, matrix.outputs))))).sum())
-        for b in range(0, matrix.outputs, _CHUNK)
-    )
-    return float(np.sqrt(total / max(matrix.outputs, 1)))
+def _scale_behind(product: Product, picks: list[int]) -> NDArray[np.float32] | None:
+    """The scale [picks, 1] of a MatMulInteger's weight, which its result is multiplied by."""
+    last = output_of(product.node).producer()
+    for value in () if last is None else last.inputs:
+        both = None if value is None else value.producer()
+        for scale in () if both is None or both.op_type != "Mul" else both.inputs:
+            if scale is not None and scale.is_initializer() and scale.const_value is not None:
+                numbers = constant_of(scale).astype(np.float32).reshape(-1)
+                if numbers.size == 1:
+                    return numbers.reshape(1, 1)
+                return numbers[picks][:, np.newaxis] if len(numbers) > max(picks) else None
+    return None
 
 
-def _worst_row(
-    rows: NDArray[np.float32], expected: NDArray[np.float32], average: float, bits: int
-) -> float:
-    """The largest deviation of a row; above 1 for floating point that is no rounding of it."""
-    if not bits:
+def _same(
+    rows: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    steps: NDArray[np.float32] | None,
+    bits: int,
+) -> bool:
+    """Whether rows are the expected ones, but for rounding."""
+    if steps is None:
         size = np.maximum(np.abs(expected).max(axis=1, keepdims=True), 1e-30)
-        return float((_nearest_all(rows, expected) / (_EXACT * size)).max(initial=0))
-    lengths = np.maximum(np.linalg.norm(expected, axis=1), _SHORTEST * average)
-    errors = np.linalg.norm(rows - expected, axis=1)
-    return float((errors / np.maximum(lengths, 1e-30)).max(initial=0))
+        return bool((_nearest_all(rows, expected) <= _EXACT * size).all())
+    error = rows - expected
+    smallest = np.abs(expected).max(axis=1, keepdims=True) * 1e-6 + 1e-12
+    in_steps = error / np.maximum(np.abs(steps), smallest)
+    fits = np.sqrt(np.square(in_steps).mean(axis=1)) <= _MOST_STEPS
+    if not fits.all() and bits in _MOST_OF_A_ROW:
+        lengths = np.linalg.norm(expected, axis=1)
+        fits |= np.linalg.norm(error, axis=1) <= _MOST_OF_A_ROW[bits] * lengths
+    return bool(fits.all())
 
 
 def _nearest_all(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -182,21 +225,13 @@ def _rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     return brain
 
 
-def _scaled_alike(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Integers whose scale stands behind the product: by the one that fits each row best."""
-    squares = np.square(rows).sum(axis=1, keepdims=True)
-    fit = (rows * expected).sum(axis=1, keepdims=True) / np.maximum(squares, 1e-30)
-    scaled: NDArray[np.float32] = rows * fit
-    return scaled
-
-
 def _explained(product: Product, first: int, matrix: Matrix, factor: float, bits: int) -> str:
     """What was seen, as far as a factor or another order of the rows explains it."""
-    name = f"{matrix.module}.weight"
-    rows = product.rows([first + index for index in range(matrix.outputs)])
+    name = matrix.name
+    given = _read(product, [first + index for index in range(matrix.outputs)])
     expected = matrix.rows(list(range(matrix.outputs)))
-    if rows is None:
-        return f"its numbers are not those of {name}"
+    assert given is not None, "it was read before"
+    rows = given[0]
     limit = _SIMILAR_QUANTISED if bits else _SIMILAR_FLOAT
     aligned = _distance(rows, expected) < limit
     if aligned.all():
@@ -214,7 +249,7 @@ def _is_factor(
     rows: NDArray[np.float32], expected: NDArray[np.float32], factor: float, bits: int
 ) -> bool:
     error = np.linalg.norm(rows - factor * expected)
-    return bool(error <= (_ROUNDED[bits][0] if bits else 1e-3) * np.linalg.norm(rows))
+    return bool(error <= (_MOST_OF_A_ROW.get(bits, 0.05) if bits else 1e-3) * np.linalg.norm(rows))
 
 
 def _order(

@@ -234,3 +234,65 @@ def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits
             continue
         with pytest.raises(ExportError, match=r"a\.weight"):
             look(model, checkpoint(a=wide), ("a",))
+
+
+def integers(weight: Weights, steps: float = 127) -> tuple[NDArray[np.int8], np.float32]:
+    """A weight [out, in] as integers [in, out] and the one scale of all."""
+    scale = np.float32(np.abs(weight).max() / steps)
+    return np.ascontiguousarray(np.round(weight / scale).astype(np.int8).T), scale
+
+
+def dequantised(weight: Weights, factor: float = 1) -> ir.Model:
+    """DequantizeLinear → MatMul, a scale for the whole weight."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    numbers_, scale = integers(weight)
+    held = [b.constant("q", numbers_), b.constant("s", np.array(scale * factor, np.float32))]
+    w = b.node("DequantizeLinear", held, [IN, OUT], name="w")
+    return b.model(b.node("MatMul", [x, w], ["batch", "sequence", OUT], name="y"))
+
+
+def dynamic(weight: Weights, factor: float = 1) -> ir.Model:
+    """DynamicQuantizeLinear → MatMulInteger → Cast → Mul, as onnxruntime's quantiser writes it."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    numbers_, scale = integers(weight)
+    quantise = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name="dq")
+    for index, value in enumerate(quantise.outputs):
+        value.name = f"dq{index}"
+    b.nodes.append(quantise)
+    q, x_scale, x_zero = quantise.outputs
+    zero = b.constant("z", np.zeros((), np.int8))
+    shape: list[int | str] = ["batch", "sequence", OUT]
+    y = b.node("MatMulInteger", [q, b.constant("q", numbers_), x_zero, zero], shape, name="y")
+    floats = b.node("Cast", [y], shape, name="c", to=1)
+    s = b.constant("s", np.array(scale * factor, np.float32))
+    both = b.node("Mul", [x_scale, s], [], name="m")
+    return b.model(b.node("Mul", [floats, both], shape, name="out"))
+
+
+@pytest.mark.parametrize("form", [dequantised, dynamic])
+@pytest.mark.parametrize(
+    ("change", "factor", "fits"),
+    [
+        (lambda w: w, 1, True),
+        (lambda w: w, 0.125, False),
+        (lambda w: w * 1.05, 1, False),
+        (lambda w: with_row(w, 1.1), 1, False),
+        (interleaved, 1, False),
+    ],
+    ids=["same", "wrong-scale", "scaled", "row", "interleaved"],
+)
+def test_integers_are_the_module_at_their_own_scale(
+    look: Look,
+    form: Callable[..., ir.Model],
+    change: Callable[[Weights], Weights],
+    factor: float,
+    fits: bool,
+) -> None:
+    model = form(change(A), factor)
+    if fits:
+        assert set(look(model, checkpoint(a=A), ("a",)).linears) == {"a"}
+        return
+    with pytest.raises(ExportError, match=r"a\.weight"):
+        look(model, checkpoint(a=A), ("a",))
