@@ -26,7 +26,7 @@ from loradeploy.errors import BundleError
 from loradeploy.files import plain, read_json
 
 FORMAT: Final = "loradeploy-bundle"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]

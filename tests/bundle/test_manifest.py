@@ -54,7 +54,7 @@ def test_a_manifest_survives_the_round_trip() -> None:
     ("path", "value", "message"),
     [
         (["format"], "other", "'format'"),
-        (["format_version"], 2, "format version 2"),
+        (["format_version"], 3, "format version 3"),
         (["task"], "poetry", "the task 'poetry'"),
         (["mode"], "both", "mode is 'both'"),
         (["opset"], "23", "opset is '23'"),

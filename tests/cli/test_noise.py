@@ -60,8 +60,8 @@ def test_a_good_parity_says_nothing_on_stderr(certified_bundle: Path, tiny_llama
     assert called("parity", certified_bundle, "--model", tiny_llama, *options) == (0, "")
 
 
-def test_a_good_export_says_nothing_on_stderr(tiny_bert: Path, tmp_path: Path) -> None:
-    assert called("export", "--model", tiny_bert, "--output", tmp_path / "b") == (0, "")
+def test_a_good_export_says_nothing_on_stderr(tiny_llama: Path, tmp_path: Path) -> None:
+    assert called("export", "--model", tiny_llama, "--output", tmp_path / "b") == (0, "")
 
 
 @pytest.mark.parametrize("verb", ["run", "bench", "parity"])
