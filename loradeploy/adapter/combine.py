@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.delta import matrices
 from loradeploy.adapter.digest import short
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.scaling import with_ranks
+from loradeploy.adapter.settle import same_given, same_numbers
 from loradeploy.errors import AdapterError, UsageError, listed_names
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # One adapter's factors of a module, and what they are multiplied by: its weight times its s.
 Term = tuple[Factors, float]
 
 _Value = TypeVar("_Value")
+_TOKENS: Final = "trainable_token_indices"
 
 
 def combine(
@@ -40,13 +46,15 @@ def combine(
              size, and near the sum only where the adapters are near each other; equal ranks only
 
     An adapter that lacks a module adds nothing to it. What is trained whole (modules_to_save,
-    biases) cannot be added: it is taken as it is from the one adapter that has it.
+    biases, rows of tokens) cannot be added: it is taken as it is from the one adapter that has it.
+    Weights of the base that came with an adapter stay where all adapters have the same.
 
     Raises:
         UsageError: no adapters, an unknown method, a weight that is no number, or a rank without
             method svd.
         AdapterError: DoRA's magnitudes, which do not add; other bases; factors that do not fit
-            each other; two adapters that have trained the same parameter whole.
+            each other; two adapters that have trained the same parameter whole, or whose files
+            have other weights of the base.
     """
     if method not in _METHODS:
         raise UsageError(f"method {method!r} is unknown: use {', '.join(_METHODS)}")
@@ -74,12 +82,16 @@ def combine(
         _check_shapes(module, [pair for pair, _ in terms[module]])
         factors[module] = _METHODS[method](module, terms[module])
     found = [adapter for _, adapter, _ in adapters]
+    rows, tokens = _rows(adapters)
+    config = _config([adapter.config for adapter in found], factors)
     combined = Adapter(
-        config=_config([adapter.config for adapter in found], factors),
+        config=dataclasses.replace(config, extra={**config.extra, **tokens}),
         factors=factors,
         saved=_saved(adapters),
         base_digest=_one("a base of their own", [a.base_digest for a in found], short),
         labels=_one("labels of their own", [a.labels for a in found], str),
+        carried=_carried(adapters),
+        rows=rows,
     )
     if method != "svd":
         return combined
@@ -158,6 +170,53 @@ def _saved(adapters: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
                 )
             saved[parameter], owners[parameter] = values, name
     return saved
+
+
+def _rows(
+    adapters: Sequence[tuple[str, Adapter, float]],
+) -> tuple[Mapping[str, Rows], dict[str, Any]]:
+    """The rows of the one adapter that has trained some, and what its config says of them."""
+    having = [entry for entry in adapters if entry[1].rows]
+    if not having:
+        return {}, {}
+    first, one, _ = having[0]
+    for name, adapter, weight in having:
+        parameter = min(adapter.rows)
+        if weight <= 0:
+            raise AdapterError(
+                f"{name} has trained rows of {parameter} (trainable_token_indices), which cannot be"
+                " taken away"
+            )
+        if not _same_rows(one, adapter):
+            raise AdapterError(
+                f"{first} and {name} have both trained rows of {parameter}"
+                " (trainable_token_indices): what they are to be in the combination cannot be told"
+            )
+    return one.rows, {_TOKENS: one.config.extra.get(_TOKENS)}
+
+
+def _same_rows(one: Adapter, other: Adapter) -> bool:
+    return (
+        one.config.extra.get(_TOKENS) == other.config.extra.get(_TOKENS)
+        and one.rows.keys() == other.rows.keys()
+        and all(same_given(rows, other.rows[name]) for name, rows in one.rows.items())
+    )
+
+
+def _carried(adapters: Sequence[tuple[str, Adapter, float]]) -> Mapping[str, NDArray[Any]]:
+    """The base's weights that came with every one of the adapters."""
+    first, one, _ = adapters[0]
+    for name, adapter, _ in adapters[1:]:
+        for parameter in sorted({*one.carried, *adapter.carried}):
+            mine, theirs = one.carried.get(parameter), adapter.carried.get(parameter)
+            if mine is None or theirs is None or not same_numbers(mine, theirs):
+                raise AdapterError(
+                    f"{parameter} of the base came with {name if mine is None else first}, and not"
+                    f" the same with {first if mine is None else name}: whether they are of one"
+                    " base cannot be told; save both without it (save_embedding_layers=False) if"
+                    " it is the base's own"
+                )
+    return one.carried
 
 
 def _one(

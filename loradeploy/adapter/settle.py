@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loradeploy.adapter.adapter import Adapter, Rows
 from loradeploy.adapter.digest import tensors_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from loradeploy.adapter.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,13 @@ def same_numbers(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return one.shape == other.shape and bool(
         np.array_equal(one.astype(np.float32, copy=False), other.astype(np.float32, copy=False))
     )
+
+
+def same_given(one: NDArray[Any] | Rows, other: NDArray[Any] | Rows) -> bool:
+    """Whether two weights, or two weights' trained rows, are the same."""
+    if isinstance(one, Rows) and isinstance(other, Rows):
+        return one.indices == other.indices and same_numbers(one.values, other.values)
+    return not isinstance(one, Rows) and not isinstance(other, Rows) and same_numbers(one, other)
 
 
 def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -83,8 +84,9 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
 
     Modules have the names that they have in the graph; copies of the base's own weights, and
     factors that are zero at modules that the graph lacks, are left out. A weight of the base that
-    came with the file and is a side input here is one of those that are trained whole. A merged
-    bundle takes none, and the adapter is as it was.
+    came with the file and is a side input here is one of those that are trained whole, unless
+    another module may share it, which would not see it. A merged bundle takes none, and the adapter
+    is as it was.
 
     Raises:
         AdapterMismatchError: it cannot be told which modules of the graph some of its own are.
@@ -98,7 +100,8 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     adapter = without_copies(
         adapter, lambda name, values: name in own and own[name] == values_digest(values)
     )
-    places = {target.parameter for target in manifest.saved}
+    digests = Counter(own.values())
+    places = {t.parameter for t in manifest.saved if digests[own.get(t.parameter, "")] < 2}
     if brought := {n: v for n, v in adapter.carried.items() if n in places}:
         adapter = dataclasses.replace(
             adapter,

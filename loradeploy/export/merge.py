@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.delta import as_matrix, matrices
 from loradeploy.adapter.dora import output_scale
-from loradeploy.adapter.settle import shape_problems
+from loradeploy.adapter.settle import same_given, shape_problems
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
@@ -103,6 +104,15 @@ def merge_adapter(
 
 def _overwrite(layers: Layers, adapter: Adapter) -> None:
     """Put the base's weights and rows that the adapter brings in their places."""
+    groups: list[Mapping[str, NDArray[Any] | Rows]] = [adapter.carried, adapter.rows]
+    for given in groups:
+        for first, second in itertools.combinations(sorted(given), 2):
+            if layers.may_share(first, second) and not same_given(given[first], given[second]):
+                raise AdapterMismatchError(
+                    f"{first} and {second} are one weight in this graph, or have the same numbers,"
+                    " and are two in the adapter: merge it into the checkpoint, untied"
+                    " (tie_word_embeddings: false), as it was trained"
+                )
     for parameter, values in sorted(adapter.carried.items()):
         layers.overwrite(parameter, values, others=adapter.carried)
     for parameter, rows in sorted(adapter.rows.items()):

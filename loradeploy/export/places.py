@@ -144,6 +144,14 @@ class Layers:
         held = values if isinstance(layer, Part) or layer.transposed else values.T
         set_constant(layer.weight, cast(held, constant_of(layer.weight).dtype, parameter))
 
+    def may_share(self, one: str, other: str) -> bool:
+        """Whether two of the checkpoint's weights are one constant, or cannot be told from one."""
+        modules = [name.removesuffix(".weight") for name in (one, other)]
+        mine, theirs = map(self._layer, modules)
+        if mine is None or theirs is None:
+            return False
+        return mine.weight is theirs.weight or self._same(mine, theirs)
+
     def _same(self, one: Linear | Part, other: Linear | Part) -> bool:
         """Whether two layers that can be read have the same numbers."""
         layers = (one, other)

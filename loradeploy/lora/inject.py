@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
+from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.settle import shape_problems, without_idle
 from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import AdapterMismatchError, UsageError, listed, listed_names, shown
@@ -35,7 +37,8 @@ class Injection:
 
     `layers`: the LoRA layers by target module. `saved`: the parameters that are trained whole, by
     the base's names (modules_to_save, biases), as they are now; `swaps`: the base's own.
-    `overwritten`: parameters of the base that the adapter brought its own numbers for.
+    `overwritten`: parameters of the base that the adapter brought its own numbers for, which are
+    `carried` and `rows` as in the adapter.
     """
 
     model: nn.Module
@@ -44,6 +47,8 @@ class Injection:
     saved: Mapping[str, nn.Parameter]
     swaps: tuple[Swap, ...]
     overwritten: tuple[Overwritten, ...] = ()
+    carried: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """What training changes, each once."""
@@ -67,6 +72,8 @@ class Injection:
             saved={name: _array(parameter) for name, parameter in self.saved.items()},
             base_digest=base_digest,
             labels=labels,
+            carried=self.carried,
+            rows=self.rows,
         )
 
     def merge(self) -> None:
@@ -172,7 +179,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         sorted(adapter.saved),
     )
     copy_into(injection, adapter)
-    return dataclasses.replace(injection, overwritten=overwritten)
+    return dataclasses.replace(
+        injection, overwritten=overwritten, carried=adapter.carried, rows=adapter.rows
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.settle import same_numbers
+from loradeploy.adapter.settle import same_given
 from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
 
@@ -63,7 +63,7 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
         for name, values in sorted(given.items()):
             parameter = parameters[name]
             first = seen.setdefault(id(parameter), name)
-            if first != name and not _equal(given[first], values):
+            if first != name and not same_given(given[first], values):
                 for one in reversed(done):
                     one.undo()
                 raise AdapterMismatchError(
@@ -73,12 +73,6 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
             done.append(Overwritten(parameter, parameter.detach().clone()))
             _put(parameter, values)
     return tuple(reversed(done))
-
-
-def _equal(one: NDArray[Any] | Rows, other: NDArray[Any] | Rows) -> bool:
-    if isinstance(one, Rows) and isinstance(other, Rows):
-        return one.indices == other.indices and same_numbers(one.values, other.values)
-    return not isinstance(one, Rows) and not isinstance(other, Rows) and same_numbers(one, other)
 
 
 def _put(parameter: Tensor, values: NDArray[Any] | Rows) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, save_adapter
+from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.delta import as_matrix, update
 from loradeploy.adapter.dora import output_scale
 from loradeploy.errors import AdapterError, UsageError
@@ -159,6 +160,54 @@ def test_what_is_trained_whole_comes_from_the_one_that_has_it() -> None:
     assert (combined.config.modules_to_save, combined.labels) == (("h",), ("a",))
     with pytest.raises(AdapterError, match=r"h\.weight whole, which cannot be taken away"):
         ld.combine({one: -1, an_adapter(2): 1})
+
+
+def bringing(seed: int = 1, size: float = 1.0, tokens: float = 2.0) -> Adapter:
+    """An adapter with a weight of the base below its factors, and two trained rows."""
+    return an_adapter(
+        seed,
+        carried={"emb.weight": np.full((30, 8), size, np.float32)},
+        rows={"head.weight": Rows((3, 7), np.full((2, 8), tokens, np.float32))},
+        config={"extra": {"trainable_token_indices": {"head": [3, 7]}}},
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda a: ld.reduce_rank(a, 2)[0],
+        lambda a: ld.combine({a: 1}),
+        lambda a: ld.combine({a: 1}, method="svd", rank=2),
+        lambda a: ld.combine({a: 1, bringing(2): 0.5}),
+    ],
+    ids=["reduced", "cat of one", "svd of one", "cat of two with the same"],
+)
+def test_what_came_of_the_base_and_trained_rows_stay(changed: Any, tmp_path: Path) -> None:
+    before = bringing()
+    save_adapter(changed(before), tmp_path)
+    after = ld.load_adapter(tmp_path)
+    assert after.carried.keys() == before.carried.keys()
+    np.testing.assert_array_equal(after.carried["emb.weight"], before.carried["emb.weight"])
+    assert after.rows["head.weight"].indices == (3, 7)
+    np.testing.assert_array_equal(
+        after.rows["head.weight"].values, before.rows["head.weight"].values
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({bringing(): 1, an_adapter(2): 1}, r"emb\.weight of the base came with"),
+        ({an_adapter(2): 1, bringing(): 1}, r"emb\.weight of the base came with"),
+        ({bringing(): 1, bringing(2, size=1.5): 1}, r"emb\.weight of the base came with"),
+        ({bringing(): 1, bringing(2, tokens=3): 1}, r"both trained rows of head\.weight"),
+        ({bringing(): -1}, r"rows of head\.weight .* cannot be taken away"),
+    ],
+    ids=["one lacks it", "the first lacks it", "another base", "other rows", "negative"],
+)
+def test_weights_and_rows_that_cannot_be_combined_are_refused(weights: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        ld.combine(weights)
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)

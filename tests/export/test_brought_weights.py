@@ -1,0 +1,193 @@
+"""Weights and rows of the base that an adapter brings, put into a graph that is there already."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import loradeploy as ld
+from loradeploy.adapter import load_adapter
+from loradeploy.errors import AdapterMismatchError
+from tests.conftest import once
+from tests.export.reference import onnx_output
+from tests.tolerances import tolerance
+
+IDS = np.array([[5, 17, 3, 101, 5, 44, 260]])
+BROUGHT: dict[str, dict[str, Any]] = {
+    "whole": {"whole": 0.1},
+    "head": {"whole": 0.1, "only": ("lm_head.weight",)},
+    "embedding": {"whole": 0.1, "only": ("model.embed_tokens.weight",)},
+    "copies": {"whole": 0.0},
+    "rows": {"trainable_token_indices": [3, 17]},
+    "rows of both": {"trainable_token_indices": {"embed_tokens": [3, 17], "lm_head": [9]}},
+}
+
+
+def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
+    """An adapter on q_proj that brings copies of the base's weights, changed, or trained rows."""
+    import peft
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    rest = dict(options)
+    size, only = rest.pop("whole", None), rest.pop("only", None)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    made = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **rest)
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    made.save_pretrained(place, save_embedding_layers=size is not None)
+    if size is not None:
+        file = place / "adapter_model.safetensors"
+        tensors = load_file(file)
+        for key in [key for key in tensors if "lora_" not in key]:
+            if only is not None and not key.endswith(only):
+                del tensors[key]
+            else:
+                torch.manual_seed(1)  # equal weights stay equal
+                tensors[key] = tensors[key] + size * torch.randn_like(tensors[key])
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _logits(model: Path, adapter: Path | None) -> NDArray[np.float32]:
+    """PEFT's logits."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(model).eval()
+    if adapter is not None:
+        made = peft.PeftModel.from_pretrained(made, adapter).eval()
+    with torch.no_grad():
+        found: NDArray[np.float32] = made(torch.tensor(IDS)).logits.numpy()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def bringing(shared: Path) -> Callable[[Path, str], Path]:
+    """A function (model, what it brings) → PEFT directory."""
+
+    def make(model: Path, what: str) -> Path:
+        place = shared / "bringing" / f"{model.name}-{what.replace(' ', '-')}"
+        return once(place, lambda partial: _made(model, partial, BROUGHT[what]))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tied_llama(tiny_llama: Path, shared: Path) -> Path:
+    """The tiny Llama whose head is its embedding."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(place: Path) -> None:
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained(place)
+
+    return once(shared / "tied-llama", make)
+
+
+@pytest.fixture(scope="module")
+def tied_bundle(tied_llama: Path, shared: Path) -> Path:
+    return once(shared / "bundle-tied-llama", lambda place: ld.export(tied_llama, place))
+
+
+@pytest.mark.parametrize("what", BROUGHT)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_merged_into_a_bundle_it_is_pefts(
+    what: str,
+    tied: bool,
+    bringing: Callable[[Path, str], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
+    bundle: Path = request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
+    adapter = bringing(model, what)
+    read = load_adapter(adapter)
+    assert read.carried or read.rows
+    try:
+        ld.export(bundle, tmp_path / "merged", adapters={"a": adapter}, merge=True)
+    except AdapterMismatchError as refusal:
+        assert tied, refusal
+        assert what == "rows of both", refusal  # other rows of the one weight: PEFT unties the head
+        return
+    expected = _logits(model, adapter)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(expected - _logits(model, None)).max() > 0.01, "it does nothing"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_session_without_torch_takes_copies_of_the_bases_weights(
+    tied: bool,
+    bringing: Callable[[Path, str], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
+    bundle: Path = request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
+    adapter = bringing(model, "copies")
+    assert load_adapter(adapter).carried
+    program = """
+import json, sys
+for name in ("torch", "transformers", "onnx"):
+    sys.modules[name] = None
+import numpy as np, loradeploy as ld
+bundle, adapter, out, ids = sys.argv[1:]
+session = ld.AdapterSession(bundle)
+session.register("a", adapter)
+session.load("b", adapter)
+ids = np.array(json.loads(ids))
+feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+feeds["position_ids"] = np.arange(ids.shape[1])[None]
+for spec in session.manifest.inputs:
+    if spec.name.startswith("past_key_values."):
+        feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
+feeds = {name: np.repeat(values, 2, axis=0) for name, values in feeds.items()}
+np.save(out, session.run(["logits"], feeds, ["a", "b"])[0])
+"""
+    out = tmp_path / "logits.npy"
+    arguments = [str(bundle), str(adapter), str(out), str(IDS.tolist())]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    expected = _logits(model, adapter)
+    assert np.abs(np.load(out) - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(expected - _logits(model, None)).max() > 0.01, "it does nothing"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("what", [name for name in BROUGHT if name != "copies"])
+def test_a_session_refuses_other_weights_of_the_base(
+    what: str,
+    tied: bool,
+    bringing: Callable[[Path, str], Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
+    session = ld.AdapterSession(
+        request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
+    )
+    with pytest.raises(AdapterMismatchError, match="merge it instead"):
+        session.load("a", bringing(model, what))
+    assert "a" not in session.adapters
