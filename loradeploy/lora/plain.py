@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
@@ -35,6 +36,9 @@ _AUTO: Final[Mapping[str, str]] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+# What is left of a weight, beside what was left where it was trained: an SVD rounds by machine.
+_ROUNDING: Final = 1e-4
 
 
 def doubled(config: AdapterConfig) -> AdapterConfig:
@@ -88,7 +92,9 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
 
     Raises:
         AdapterMismatchError: a target module is no layer of `model`, or one of another shape.
-        AdapterError: it began at a randomised SVD, which nothing can tell again.
+        AdapterError: it began at a randomised SVD, which nothing can tell again; or its file has
+            other weights of the base below the factors than were left there; or another module
+            shares a target's weight.
     """
     if not adapter.changes_base:
         return adapter
@@ -103,10 +109,17 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
     modules = dict(model.named_modules())
     begin = initialisation(method)
     factors = {}
+    carried = dict(adapter.carried)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, pair in adapter.factors.items():
         module = modules.get(name)
         if module is None or kind_of(module) is not LoraLinear:
             raise AdapterMismatchError(f"{name} is no linear layer of this model")
+        if owners[id(module.weight)] > 1:
+            raise AdapterError(
+                f"{name}.weight is shared by another module, out of which {method} took a part too:"
+                " no adapter can give that back; train again with the head untied"
+            )
         s = adapter.scaling(name)
         layer = LoraLinear(module, pair.rank, s)
         if (pair.A.shape, pair.B.shape) != (layer.lora_A.shape, layer.lora_B.shape):
@@ -126,7 +139,25 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
             B=np.concatenate([pair.B, -_array(B)], axis=1),
             magnitude=pair.magnitude,
         )
-    return dataclasses.replace(adapter, config=doubled(adapter.config), factors=factors)
+        # What came with the file is the weight without what the training took out of it.
+        below = carried.pop(f"{name}.weight", None)
+        if below is not None:
+            left = layer.as_matrix(weight).float() - s * (B.float() @ A.float())
+            if not _nearly(layer.as_matrix(torch.tensor(below)), left):
+                raise AdapterError(
+                    f"{name}.weight came with the adapter and is not what {method} leaves of this"
+                    " base's: give the base that it was trained on"
+                )
+    return dataclasses.replace(
+        adapter, config=doubled(adapter.config), factors=factors, carried=carried
+    )
+
+
+def _nearly(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices are the same but for the rounding of an SVD."""
+    return one.shape == other.shape and bool(
+        torch.linalg.norm(one.float() - other) <= _ROUNDING * torch.linalg.norm(other)
+    )
 
 
 def _array(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

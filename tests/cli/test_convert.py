@@ -105,9 +105,10 @@ def test_a_lower_rank_is_written_with_its_error(
     assert f"relative error of the update: {report.total:.3g} in all" in told
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["q", "head too"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
-    method: str, tiny_llama: Path, tmp_path: Path
+    method: str, targets: list[str], tiny_llama: Path, tmp_path: Path
 ) -> None:
     import torch
     import transformers
@@ -115,7 +116,7 @@ def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     config = LoraConfig(
-        r=4, target_modules=["q_proj"], init_lora_weights=method, task_type="CAUSAL_LM"
+        r=4, target_modules=targets, init_lora_weights=method, task_type="CAUSAL_LM"
     )
     torch.manual_seed(0)
     trained = get_peft_model(base, config).eval()

@@ -1,0 +1,109 @@
+"""How the keys of adapter files are spelled, and what their modules are called in a base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
+from loradeploy.adapter.keys import read_keys
+from loradeploy.adapter.names import named_as
+from loradeploy.adapter.settle import without_idle
+from loradeploy.errors import AdapterError, AdapterMismatchError
+
+P = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    ("key", "part", "name", "half"),
+    [
+        (f"{P}l.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"{P}l.q.lora_B.default.weight", "factor", "l.q", "lora_B"),
+        (f"module.{P}l.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"{P}{P}l.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"_orig_mod.{P}l.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"{P}l._checkpoint_wrapped_module.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"{P}l._fsdp_wrapped_module.q.lora_A.weight", "factor", "l.q", "lora_A"),
+        (f"{P}emb.lora_embedding_A", "factor", "emb", "lora_embedding_A"),
+        (f"{P}emb.lora_embedding_B.default", "factor", "emb", "lora_embedding_B"),
+        (f"{P}l.q.lora_magnitude_vector", "factor", "l.q", "lora_magnitude_vector"),
+        (f"{P}l.q.lora_magnitude_vector.weight", "factor", "l.q", "lora_magnitude_vector"),
+        (f"{P}l.q.lora_magnitude_vector.default", "factor", "l.q", "lora_magnitude_vector"),
+        (f"{P}l.q.lora_magnitude_vector.default.weight", "factor", "l.q", "lora_magnitude_vector"),
+        (f"{P}l.q.lora_B.bias", "bias", "l.q", "lora_B"),
+        (f"{P}l.q.base_layer.bias", "below", "l.q.bias", ""),
+        (f"{P}emb.token_adapter.base_layer.weight", "below", "emb.weight", ""),
+        (f"{P}emb.token_adapter.trainable_tokens_delta", "rows", "emb", ""),
+        (f"{P}head.modules_to_save.weight", "whole", "head.weight", ""),
+        (f"{P}head.modules_to_save.default.weight", "whole", "head.weight", ""),
+        (f"{P}head.modules_to_save.dense.weight", "whole", "head.dense.weight", ""),
+        (f"{P}head.original_module.weight", "original", "head.weight", ""),
+        (f"{P}head.weight", "plain", "head.weight", ""),
+    ],
+)
+def test_a_key_is_read_however_it_is_spelled(key: str, part: str, name: str, half: str) -> None:
+    found = read_keys([key])[key]
+    assert (found.part, found.name, found.half) == (part, name, half)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([f"{P}l.q.lora_A.weight", "l.q.lora_B.weight"], "does not begin with"),
+        ([f"{P}l.q.lora_A.one.weight", f"{P}l.q.lora_A.two.weight"], "2 adapters"),
+    ],
+)
+def test_keys_of_several_files_in_one_are_refused(keys: list[str], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        read_keys(keys)
+
+
+def an_adapter(*modules: str, zeros: str | None = None, **changes: Any) -> Adapter:
+    def factors(module: str) -> Factors:
+        B = np.zeros((4, 2)) if module == zeros else np.ones((4, 2))
+        return Factors(np.ones((2, 3)), B, changes.get("magnitude"))
+
+    config = AdapterConfig(r=2, target_modules=modules, use_dora="magnitude" in changes)
+    return Adapter(config, {module: factors(module) for module in modules})
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "expected"),
+    [
+        ("l.0.q", ["l.0.q", "l.0.k"], "l.0.q"),
+        ("l.0.q", ["model.l.0.q", "model.l.0.k"], "model.l.0.q"),
+        ("model.l.0.q", ["l.0.q", "l.0.k"], "l.0.q"),
+        ("model.l.0.q", ["model.text.l.0.q"], "model.text.l.0.q"),
+        ("l.0.q", ["vision.l.0.q"], "l.0.q"),
+        ("l.7.q", ["model.l.0.q"], "l.7.q"),
+    ],
+    ids=["the same", "added", "taken away", "inserted", "another part of a model", "unknown"],
+)
+def test_a_beginning_that_can_only_be_one_is_changed(
+    module: str, base: list[str], expected: str
+) -> None:
+    assert list(named_as(an_adapter(module), base, list).factors) == [expected]
+
+
+def test_a_beginning_that_can_be_two_is_refused() -> None:
+    with pytest.raises(AdapterMismatchError, match=r"may be one\.l\.q or two\.l\.q"):
+        named_as(an_adapter("l.q"), ["one.l.q", "two.l.q"], list)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"zeros": "vision.q"}, ["text.q"]),
+        ({"zeros": "text.q"}, ["text.q", "vision.q"]),
+        ({}, ["text.q", "vision.q"]),
+        ({"zeros": "vision.q", "magnitude": np.ones(4)}, ["text.q", "vision.q"]),
+    ],
+    ids=["zero and absent", "zero and there", "not zero", "zero with a magnitude"],
+)
+def test_factors_of_zeros_are_left_out_where_the_module_is_absent(
+    options: dict[str, Any], kept: list[str]
+) -> None:
+    adapter = without_idle(an_adapter("text.q", "vision.q", **options), {"text.q"})
+    assert sorted(adapter.factors) == kept
