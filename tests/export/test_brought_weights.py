@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import AdapterMismatchError
-from tests.conftest import once
+from tests.cli.calling import call
+from tests.conftest import MakeAdapter, once
 from tests.export.reference import onnx_output
 from tests.tolerances import tolerance
 
@@ -191,3 +192,59 @@ def test_a_session_refuses_other_weights_of_the_base(
     with pytest.raises(AdapterMismatchError, match="merge it instead"):
         session.load("a", bringing(model, what))
     assert "a" not in session.adapters
+
+
+def test_a_head_that_shares_the_embedding_is_no_side_input_for_what_came_of_the_base(
+    tied_llama: Path,
+    bringing: Callable[[Path, str], Path],
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    own = make_adapter(tied_llama, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ld.export(tied_llama, tmp_path / "bundle", adapters={"own": own})
+    session = ld.AdapterSession(tmp_path / "bundle")
+    session.load("own")
+    # PEFT writes it into the embedding too, which the graph keeps.
+    with pytest.raises(AdapterMismatchError, match="lm_head.weight .* merge it instead"):
+        session.load("head", bringing(tied_llama, "head"))
+
+
+@pytest.mark.parametrize("what", ["whole", "rows of both"])
+def test_an_adapter_comes_out_of_a_model_and_out_of_convert_whole(
+    what: str, bringing: Callable[[Path, str], Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from loradeploy.lora.inject import load
+
+    before = load_adapter(bringing(tiny_llama, what))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert load(model, before).adapter().digest == before.digest
+    call("convert", bringing(tiny_llama, what), "--rank", "2", "--output", tmp_path / "lower")
+    after = load_adapter(tmp_path / "lower")
+    assert after.digest == ld.reduce_rank(before, 2)[0].digest
+    assert (after.carried.keys(), after.rows.keys()) == (before.carried.keys(), before.rows.keys())
+    expected = _logits(tiny_llama, tmp_path / "lower")
+    ld.export(tiny_llama, tmp_path / "merged", adapters={"a": tmp_path / "lower"}, merge=True)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
+
+
+def test_convert_makes_no_onnx_adapter_of_what_a_bundle_cannot_take(
+    bringing: Callable[[Path, str], Path],
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "a.onnx_adapter"
+    for what in ("whole", "rows"):
+        with pytest.raises(AdapterMismatchError, match="merge it instead"):
+            call(
+                "convert",
+                bringing(tiny_llama, what),
+                "--bundle",
+                tiny_llama_bundle,
+                "--output",
+                out,
+            )
+    assert not out.exists()
