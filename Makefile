@@ -8,11 +8,11 @@ GENAI := .venv-genai
 GENAI_STAMP := $(GENAI)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-all check bench clean
 
 help:
 	@echo "make demo    the main job end to end on a real model"
-	@echo "make test    the tests"
+	@echo "make test    the tests; make test-all with all rows of the broad ones"
 	@echo "make check   format, lint, types, layers"
 	@echo "make bench   the performance tables"
 	@echo "make setup   .venv alone; make clean removes what was made"
@@ -38,6 +38,9 @@ demo: $(STAMP)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --all
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

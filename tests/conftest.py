@@ -30,12 +30,39 @@ _CHAT_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, with the reason."""
+# Of the rows of a test marked breadth, how many one stands for.
+_ONE_IN = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all`: every row of every test."""
+    parser.addoption("--all", action="store_true", help="run every row of tests marked breadth")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out breadth, unless all is asked for; skip what needs a GPU where there is none."""
+    if not config.getoption("--all"):
+        _thin(config, items)
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if on_gpu and not _cuda_works():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="CUDAExecutionProvider does not work here"))
+
+
+def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one in `_ONE_IN` rows of each test marked breadth, the same ones every time."""
+    seen: dict[str, int] = {}
+    left_out = []
+    for item in items:
+        if "breadth" in item.keywords:
+            test = item.nodeid.partition("[")[0]
+            seen[test] = seen.get(test, -1) + 1
+            if seen[test] % _ONE_IN:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        dropped = set(left_out)
+        items[:] = [item for item in items if item not in dropped]
 
 
 def _cuda_works() -> bool:

@@ -219,6 +219,7 @@ def test_a_field_that_is_not_supported_is_refused_by_name(name: str) -> None:
         AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], name: value})
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("model", "values"), CASES)
 def test_the_logits_are_pefts_or_the_adapter_is_refused(
     model: str, values: dict[str, Any], tmp_path: Path

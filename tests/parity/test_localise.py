@@ -124,6 +124,7 @@ WRONG: list[tuple[str, str, Change, str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("name", "change", "module", "op"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
 )
