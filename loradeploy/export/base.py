@@ -45,7 +45,7 @@ from loradeploy.export.foreign import (
     complete_cache,
     settings_beside,
 )
-from loradeploy.export.forms import note_forms
+from loradeploy.export.forms import note_forms, vectors_in
 from loradeploy.export.graph import (
     close_inputs,
     complete_shapes,
@@ -260,12 +260,14 @@ def from_graph(source: Source, options: Options) -> Base:
         replaced = _modules(parameters)
     else:
         name_dimensions(graph)
-        complete_cache(graph, source.directory)
+        complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
         make_products_plain(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
         task = _task_of(source, graph, options.task)
         parameters = replaced = lacking = frozenset()
+    if options.evidence.checkpoint is not None:
+        note_forms(graph, vectors_in(options.evidence.checkpoint).get)
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
     precision = options.precision or held
@@ -287,16 +289,16 @@ def from_graph(source: Source, options: Options) -> Base:
         before=source.manifest,
         source=TrialSource(graph=source.graph, packed_here=precision != held),
         own_weights={} if source.manifest is None else source.manifest.own_weights,
-        submodels=_submodels(source),
+        submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
     )
 
 
-def _submodels(source: Source) -> tuple[Submodel, ...]:
-    """What the bundle, or the configuration beside a graph, tells of the models in it."""
+def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
+    """What the bundle, or the configuration of a graph, tells of the models in it."""
     if source.manifest is not None:
         return source.manifest.submodels
-    config = settings_beside(source.directory, None)
+    config = settings_beside(source.directory, checkpoint)
     names = config.get("architectures") or [""]
     return known([Submodel("", str(names[0]), str(config.get("model_type") or ""))])
 

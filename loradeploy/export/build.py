@@ -61,7 +61,7 @@ from loradeploy.export.foreign import (
     padding_of,
     settings_beside,
 )
-from loradeploy.export.forms import check_known, note_forms, parameters_in
+from loradeploy.export.forms import check_known
 from loradeploy.export.fuse import fuse_products
 from loradeploy.export.gqa import group_queries, keeps_cache
 from loradeploy.export.graph import (
@@ -260,10 +260,7 @@ def _merged(
     _check_base(name, adapter, base, layers.values())
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}
-    if base.before is None and options.evidence.checkpoint is not None:
-        note_forms(base.graph, parameters_in(options.evidence.checkpoint, whole).get)
-    elif base.identity.kind == "onnx":
-        check_known(base.graph, whole)
+    check_known(base.graph, whole)
     findings = _with_biases(base, findings, options, ())
     logger.info("merging %s", name)
     report = merge_adapter(

@@ -98,7 +98,7 @@ def assets_of(directory: Path, checkpoint: Path | None) -> Path:
     return checkpoint
 
 
-def complete_cache(model: ir.Model, directory: Path) -> None:
+def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = None) -> None:
     """Put the size of a head in the cache's shapes, where the graph has a symbol there.
 
     Raises:
@@ -114,7 +114,7 @@ def complete_cache(model: ir.Model, directory: Path) -> None:
             continue
         size = _genai_settings(directory).get("decoder", {}).get("head_size")
         if not isinstance(size, int):
-            size = _head_size(read_config(directory))
+            size = _head_size(settings_beside(directory, checkpoint))
         if size is None:
             raise ExportError(
                 f"the graph does not tell the last size of {value.name}, and neither does a"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+AS_IS: Final = "w"
 PLUS_ONE: Final = "1 + w"
 OTHER: Final = "?"
 _FORM: Final = "loradeploy.form"
@@ -34,33 +35,39 @@ _ROUNDINGS: Final = 4
 
 
 def note_forms(model: ir.Model, own: Callable[[str], NDArray[Any] | None]) -> None:
-    """Write into the norms in what form they hold their weight, where it is not as it is.
+    """Write into the norms in what form they hold their weight; bundles keep it.
 
     `own` gives the checkpoint's parameter of a name, or None.
     """
     for module, part in find_parts(model).items():
         values = own(f"{module}.weight") if part.kind == "norm" else None
-        if values is None or values.shape != part.shape or _close(part, values):
+        if values is None or values.shape != part.shape:
             continue
+        form = OTHER
+        if _close(part, values):
+            form = AS_IS
+        elif _close(part, values + 1):
+            form = PLUS_ONE
         for node in part.nodes:
-            node.metadata_props[_FORM] = PLUS_ONE if _close(part, values + 1) else OTHER
+            node.metadata_props[_FORM] = form
 
 
 def form_of(part: Part) -> str | None:
-    """The form that was noted; None where the weight is as it is."""
+    """The form that was noted; None where none was."""
     return part.nodes[0].metadata_props.get(_FORM)
 
 
-def parameters_in(checkpoint: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Those of the parameters `names` that the checkpoint's files have."""
+def vectors_in(checkpoint: Path) -> dict[str, NDArray[Any]]:
+    """The parameters of one axis that the checkpoint's files have, norms' weights among them."""
     tensors = base_tensors(checkpoint)
-    return {name: stored.array() for name, stored in tensors.items() if name in names}
+    return {name: stored.array() for name, stored in tensors.items() if len(stored.shape) == 1}
 
 
 def check_known(model: ir.Model, parameters: Collection[str]) -> None:
     """Raise ExportError where a norm whose form only a checkpoint could tell is to be replaced."""
     for module, part in find_parts(model).items():
-        if f"{module}.weight" in parameters and part.nodes[0].op_type in _MAY_ADD:
+        unknown = part.nodes[0].op_type in _MAY_ADD and form_of(part) is None
+        if f"{module}.weight" in parameters and unknown:
             raise ExportError(
                 f"{module}.weight: some models add 1 to it, and the graph alone does not tell:"
                 " give the base with --checkpoint"

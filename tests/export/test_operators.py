@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -608,6 +609,22 @@ def test_a_norm_trained_whole_is_put_there_in_the_form_of_the_base_s(
     x = numbers(2, IN)
     normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
     assert _near(run(model, {"x": x}), normed * (trained + np.float32(expected)))
+
+
+def test_a_bundle_remembers_the_form_that_a_checkpoint_told(tmp_path: Path) -> None:
+    for added in (0, 1):
+        own = numbers(IN)
+        model = _norm(own + np.float32(added))
+        note_forms(model, {"norm.weight": own}.get)
+        ir.save(model, tmp_path / "model.onnx")
+        kept = ir.load(tmp_path / "model.onnx")
+        check_known(kept, ["norm.weight"])  # nobody has to give the checkpoint again
+        trained = numbers(IN, seed=5)
+        adapter = Adapter(AdapterConfig(modules_to_save=("norm",)), {}, {"norm.weight": trained})
+        _merge(kept, adapter)
+        x = numbers(2, IN)
+        normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
+        assert _near(run(kept, {"x": x}), normed * (trained + np.float32(added)))
 
 
 def test_a_norm_whose_form_only_a_checkpoint_tells_is_refused_without_one() -> None:
