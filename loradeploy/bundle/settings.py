@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from loradeploy.errors import BundleError
 
-# Settings that change even a greedy text and are not applied, with the values that change nothing.
+# Settings that change a text and are not applied, with the values that change nothing.
 _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
     "bad_words_ids": ([],),
@@ -22,6 +22,12 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
     "stop_strings": ([],),
+    "min_length": (0,),
+    "dola_layers": (),
+    "min_p": (0, 0.0),
+    "typical_p": (1, 1.0),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
     "watermarking_config": ({},),
 }
 

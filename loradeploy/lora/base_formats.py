@@ -135,7 +135,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         for field in ("quantization_config", "compression_config"):
             told = values.get(field)
-            if not isinstance(told, Mapping):
+            if not isinstance(told, Mapping) or not told:
                 continue
             if isinstance(method := told.get("quant_method"), str):
                 return BITSANDBYTES if method.startswith(BITSANDBYTES) else method.lower()

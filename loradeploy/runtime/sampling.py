@@ -92,6 +92,7 @@ def adjusted(
     before = np.array([*prompt, *made], np.int64)
     if settings.repetition_penalty != 1:
         seen = np.unique(before)
+        seen = seen[(seen >= 0) & (seen < scores.size)]  # a prompt may have tokens without logits
         values, penalty = scores[seen], np.float32(settings.repetition_penalty)
         scores[seen] = np.where(values < 0, values * penalty, values / penalty)
     size = settings.no_repeat_ngram_size
@@ -99,7 +100,9 @@ def adjusted(
         last = before[len(before) - size + 1 :]
         for start in range(len(before) - size + 1):
             if np.array_equal(before[start : start + size - 1], last):
-                scores[before[start + size - 1]] = -np.inf
+                repeated = int(before[start + size - 1])
+                if repeated < scores.size:
+                    scores[repeated] = -np.inf
     barred = list(settings.suppress_tokens)
     if len(made) < settings.min_new_tokens:
         barred += ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from loradeploy.runtime.resident import AdapterSpec, weights_of
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 _OWN: Final = Path()  # an adapter that came with the bundle
 
@@ -148,6 +151,11 @@ class TextSides:
         config = self._bundle / "config.json"
         known = read_json(config, error=BundleError) if config.is_file() else {}
         tokenizer.check_words(vocabulary_of(self._manifest, known))
+        if place is not _OWN and tokenizer.settings.ignored:  # of its own, the export said so
+            logger.warning(
+                "the adapter %r has settings of generation that are not applied: %s",
+                *(name, listed_names(tokenizer.settings.ignored)),
+            )
         return _side(tokenizer, recipe)
 
 
@@ -169,12 +177,15 @@ def _blend(members: Mapping[str, TextSide]) -> TextSide:
                 f"the adapters {first!r} and {name!r} of the blend make vectors in different ways:"
                 " use AdapterSession.run"
             )
+        if other.settings != side.settings:
+            raise UsageError(
+                f"the adapters {first!r} and {name!r} of the blend have different settings of"
+                " generation: use AdapterSession.run, or give them the same generation_config.json"
+            )
     torn = [n for n, other in others if other.tokenizer.template != side.tokenizer.template]
     ends = frozenset().union(*(member.ends for member in members.values()))
-    agreed = all(other.settings == side.settings for _, other in others)
     return replace(
         side,
         ends=ends,
-        settings=side.settings if agreed else GenerationSettings(),
         torn=(first, torn[0]) if torn else None,
     )

@@ -1,0 +1,84 @@
+"""Logits are changed as transformers changes them, by the settings that lie beside a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.bundle.settings import GenerationSettings, read_settings
+from loradeploy.errors import BundleError
+from loradeploy.runtime.sampling import adjusted
+
+VOCABULARY, ENDS = 24, (2,)
+PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]
+
+
+@pytest.mark.parametrize("made", [[], MADE], ids=["first-token", "later"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 3},
+        {"suppress_tokens": [3, 4]},
+        {"begin_suppress_tokens": [8]},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [1]},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
+def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[int]) -> None:
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    logits = np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32) * 3
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    config = LlamaConfig(num_hidden_layers=1, vocab_size=VOCABULARY, **tiny)
+    model = LlamaForCausalLM(config)
+    told = GenerationConfig(**settings, eos_token_id=list(ENDS), pad_token_id=0, max_length=64)
+    told._eos_token_tensor = torch.tensor(ENDS)
+    processors = model._get_logits_processor(
+        generation_config=told,
+        input_ids_seq_length=len(PROMPT),
+        encoder_input_ids=torch.tensor([PROMPT]),
+        prefix_allowed_tokens_fn=None,
+        logits_processor=[],
+        device="cpu",
+    )
+    ids = torch.tensor([[*PROMPT, *made]])
+    expected = processors(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
+    got = adjusted(logits, read_settings(settings, "s"), PROMPT, made, ENDS)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
+    logits = np.zeros(VOCABULARY, np.float32)
+    settings = GenerationSettings(repetition_penalty=2.0, no_repeat_ngram_size=1)
+    changed = adjusted(logits, settings, [VOCABULARY + 3, 4], [], ENDS)
+    assert np.flatnonzero(np.isinf(changed)).tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless", "telling"),
+    [
+        ("num_beams", 1, 4),
+        ("min_length", 0, 10),
+        ("min_p", 0.0, 0.05),
+        ("typical_p", 1.0, 0.9),
+        ("dola_layers", None, "high"),
+        ("stop_strings", [], ["end"]),
+    ],
+)
+def test_what_is_not_applied_is_named(name: str, harmless: Any, telling: Any) -> None:
+    assert read_settings({name: harmless}, "s") == GenerationSettings()
+    told = read_settings({name: telling}, "s")
+    assert told == dataclasses.replace(GenerationSettings(), ignored=(name,))
+
+
+def test_a_value_that_is_none_is_refused() -> None:
+    with pytest.raises(BundleError, match="repetition_penalty is 0, more is needed"):
+        read_settings({"repetition_penalty": 0}, "s")
