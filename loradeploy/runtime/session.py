@@ -139,8 +139,8 @@ class AdapterSession:
 
         `path` is a PEFT directory, its .safetensors file, or an .onnx_adapter file; without it, the
         adapter `name` of the bundle itself. The same adapter again changes nothing. Another one
-        takes a name only with `replace`: runs that have begun end with the old one. A failure
-        leaves the session as it was.
+        takes a name only with `replace`, and so does the same one with other files for its texts:
+        runs that have begun end with the old one. A failure leaves the session as it was.
 
         Raises:
             AdapterError: the adapter is refused, or does not fit (AdapterMismatchError), or it was
@@ -149,12 +149,19 @@ class AdapterSession:
             UsageError: another adapter has this name.
         """
         _check_name(name)
-        own, given = self._read_own, self._read_given
-        read = partial(own, name) if path is None else partial(given, Path(path))
+        read = (
+            partial(self._read_own, name) if path is None else partial(self._read_given, Path(path))
+        )
         new = replace or name not in self._bank
         digest = self._bank.add(name, read, replace=replace).digest
+        given = None if path is None else Path(path)
         if new:
-            self.texts.put(name, None if path is None else Path(path))
+            self.texts.put(name, given)
+        elif not self.texts.is_told_by(name, given):
+            raise UsageError(
+                f"the adapter {name!r} is loaded with another tokenizer, chat template or settings"
+                " of generation: unload it first, or replace it (replace=True)"
+            )
         return digest
 
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:

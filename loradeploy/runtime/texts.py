@@ -10,7 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.beside import check_digests, tells_of_texts, text_directory, vocabulary_of
+from loradeploy.bundle.beside import (
+    check_digests,
+    digests_of,
+    tells_of_texts,
+    text_directory,
+    text_files,
+    vocabulary_of,
+)
 from loradeploy.bundle.names import FEATURE_EXTRACTION
 from loradeploy.bundle.sentence import (
     SentenceRecipe,
@@ -80,6 +87,26 @@ class TextSides:
         with self._lock:
             self._places[name] = _OWN if place is None else place
             self._sides.pop(name, None)
+
+    def is_told_by(self, name: str, place: Path | None) -> bool:
+        """Whether the files for texts at `place` are those that `name` stands for."""
+        with self._lock:
+            known = self._places.get(name)
+        if known is None:
+            return True
+        told = [self._files(name, _OWN if path is None else path) for path in (known, place)]
+        return told[0] == told[1]
+
+    def _files(self, name: str, place: Path) -> dict[str, str]:
+        """The digests of the files for texts, by name."""
+        if place is _OWN:
+            entry = self._manifest.adapters[name]
+            if entry.path is None:
+                return {}
+            directory = inside(self._bundle, entry.path)
+        else:
+            directory = text_directory(place)
+        return digests_of(directory, text_files(directory))
 
     def remove(self, name: str) -> None:
         """Forget `name`."""

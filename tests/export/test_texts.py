@@ -213,6 +213,20 @@ def test_an_adapter_loaded_later_brings_its_own_too(
     assert answers[0].token_ids == answers[1].token_ids
 
 
+def test_the_same_weights_with_other_files_for_texts_are_another_adapter(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    session = AdapterSession(worded_bundle)
+    for name, place in worded_adapters.items():
+        session.load(name, place)  # again, from where the export had it
+    name, place = next(iter(worded_adapters.items()))
+    shutil.copytree(place, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }} w9")
+    with pytest.raises(UsageError, match="another tokenizer, chat template or settings"):
+        session.load(name, tmp_path / "other")
+    session.load(name, tmp_path / "other", replace=True)
+
+
 def test_the_command_mixes_adapters_with_templates_of_their_own(
     worded_bundle: Path,
     tmp_path: Path,
