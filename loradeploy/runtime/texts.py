@@ -10,14 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.beside import (
-    check_digests,
-    digests_of,
-    tells_of_texts,
-    text_directory,
-    text_files,
-    vocabulary_of,
-)
+from loradeploy.bundle.beside import check_digests, tells_of_texts, text_directory, vocabulary_of
 from loradeploy.bundle.names import FEATURE_EXTRACTION
 from loradeploy.bundle.sentence import (
     SentenceRecipe,
@@ -26,7 +19,7 @@ from loradeploy.bundle.sentence import (
     recipe_directory,
 )
 from loradeploy.bundle.settings import GenerationSettings
-from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from loradeploy.errors import (
     BundleError,
     LoraDeployError,
@@ -89,24 +82,18 @@ class TextSides:
             self._sides.pop(name, None)
 
     def is_told_by(self, name: str, place: Path | None) -> bool:
-        """Whether the files for texts at `place` are those that `name` stands for."""
+        """Whether what lies at `place` makes the texts of `name` as they are made now."""
         with self._lock:
-            known = self._places.get(name)
-        if known is None:
-            return True
-        told = [self._files(name, _OWN if path is None else path) for path in (known, place)]
-        return told[0] == told[1]
-
-    def _files(self, name: str, place: Path) -> dict[str, str]:
-        """The digests of the files for texts, by name."""
-        if place is _OWN:
-            entry = self._manifest.adapters[name]
-            if entry.path is None:
-                return {}
-            directory = inside(self._bundle, entry.path)
-        else:
-            directory = text_directory(place)
-        return digests_of(directory, text_files(directory))
+            known = name in self._places
+        if not known or not (self._bundle / TOKENIZER_NAME).is_file():
+            return True  # without a tokenizer there are no texts
+        now, then = self._named(name), self._read(name, _OWN if place is None else place)
+        return (
+            now.tokenizer.same_words(then.tokenizer)
+            and now.tokenizer.template == then.tokenizer.template
+            and (now.ends, now.settings) == (then.ends, then.settings)
+            and now.recipe.same(then.recipe)
+        )
 
     def remove(self, name: str) -> None:
         """Forget `name`."""
