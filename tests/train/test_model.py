@@ -184,7 +184,7 @@ def test_weights_of_another_model_are_refused(
     [
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{broken}", "safetensors"),
         ("config.json", b'{"model_type": "unheard-of"}', "config.json cannot be used"),
-        ("config.json", b"{", "config.json cannot be used"),
+        ("config.json", b"{", "config.json is not readable as JSON"),
         ("tokenizer.json", b"{", "has no tokenizer that can be used"),
     ],
 )
