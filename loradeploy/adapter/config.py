@@ -121,7 +121,7 @@ class AdapterConfig:
                     f"adapter config: {name}={shown(values[name])} is refused: {advice}"
                 )
         for name in ("r", "lora_alpha"):
-            if name in values and values[name] is None:
+            if name in values and values[name] is None:  # no default is what was trained with
                 raise AdapterError(
                     f"adapter config: {name} is null, a number is needed: take it from the settings"
                     " of the training"
@@ -137,9 +137,6 @@ class AdapterConfig:
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"
                 )
             extra[name] = value
-        for name in ("r", "lora_alpha"):
-            if name in values and values[name] is None:  # no default is what was trained with
-                raise AdapterError(f"adapter config: {name} is null, a number is needed")
         honoured: dict[str, Any] = {
             name: _ordered(value) if name in _UNORDERED and _is_list(value) else value
             for name, value in values.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from loradeploy.errors import BundleError
@@ -48,6 +49,18 @@ class GenerationSettings:
     top_k: int | None = None
     top_p: float | None = None
     ignored: tuple[str, ...] = ()
+
+    @cached_property
+    def changes_scores(self) -> bool:
+        """Whether the logits of any step are changed; what is only for sampling does not."""
+        return self.repetition_penalty != 1 or any(
+            (
+                self.no_repeat_ngram_size,
+                self.min_new_tokens,
+                self.suppress_tokens,
+                self.begin_suppress_tokens,
+            )
+        )
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.export.rewire import source_of
+
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -81,18 +83,9 @@ def _weights(graph: ir.Graph) -> Iterator[ir.Value]:
     for node in ir.traversal.RecursiveGraphIterator(graph):
         for op, index in _USES:
             if node.op_type == op and node.domain == "":
-                value = _source(node.inputs[index])
+                value = source_of(node.inputs[index], _CARRIERS)
                 if value is not None and _is_weight(value):
                     yield value
-
-
-def _source(value: ir.Value | None) -> ir.Value | None:
-    """What `value` is, carried to its user or not."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in _CARRIERS:
-            return None
-        value = node.inputs[0]
-    return value
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -20,7 +20,15 @@ import numpy as np
 from loradeploy.errors import ExportError
 from loradeploy.export.find import Linear
 from loradeploy.export.operators import MICROSOFT
-from loradeploy.export.products import OPERATORS, bias_use, output_of, own_bias, value_of
+from loradeploy.export.products import (
+    ADDS_BIAS,
+    OPERATORS,
+    adds_unclear,
+    bias_use,
+    output_of,
+    own_bias,
+    value_of,
+)
 from loradeploy.export.rewire import add_constant, constant_of, free_name
 
 if TYPE_CHECKING:
@@ -30,24 +38,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Operator:
-    """Which inputs a bias is added to, and which it is itself.
+    """Which inputs an operator adds its bias to; the bias itself is the input `ADDS_BIAS`.
 
     `plain`: the operator that does the same without a bias; None where the input is optional.
     `joint`: the bias is those of all `inputs`, one behind the other.
     """
 
     inputs: tuple[int, ...]
-    bias: int
     plain: str | None = None
     joint: bool = False
 
 
 _FUSED: Final[Mapping[str, _Operator]] = {
-    "BiasGelu": _Operator((0,), 1, plain="Gelu"),
-    "FastGelu": _Operator((0,), 1),
-    "SkipLayerNormalization": _Operator((0, 1), 4),
-    "SkipSimplifiedLayerNormalization": _Operator((0, 1), 3),
-    "MultiHeadAttention": _Operator((0, 1, 2), 3, joint=True),
+    "BiasGelu": _Operator((0,), plain="Gelu"),
+    "FastGelu": _Operator((0,)),
+    "SkipLayerNormalization": _Operator((0, 1)),
+    "SkipSimplifiedLayerNormalization": _Operator((0, 1)),
+    "MultiHeadAttention": _Operator((0, 1, 2), joint=True),
 }
 # Operators of onnxruntime's that add nothing to what they take.
 _ADD_NOTHING: Final = (
@@ -82,11 +89,11 @@ def fused_bias(product: ir.Node, size: int) -> FusedBias | None:
         return None
     user, at = uses[0].node, uses[0].idx
     known = _FUSED.get(user.op_type) if user.domain == MICROSOFT else None
-    if known is None or at not in known.inputs or len(user.inputs) <= known.bias:
+    if known is None or at not in known.inputs or len(user.inputs) <= ADDS_BIAS[user.op_type]:
         return None
     if not known.joint and any(_is_product(user.inputs[i]) for i in known.inputs if i != at):
         return None  # it may be the other's
-    bias = user.inputs[known.bias]
+    bias = user.inputs[ADDS_BIAS[user.op_type]]
     if bias is None or not bias.is_initializer() or bias.const_value is None:
         return None
     numbers = constant_of(bias).reshape(-1)
@@ -118,6 +125,14 @@ def hides_bias(product: ir.Node, size: int) -> bool:
     if bias_numbers(product, size) is not None:
         return False
     return own_bias(product) is not None or _hides(output_of(product))
+
+
+def has_unclear_bias(linear: Linear) -> bool:
+    """Whether the layer has, or may have, a bias that is not seen: it cannot be replaced then."""
+    if linear.unseen_bias and linear.bias is None:
+        return True
+    size = linear.out_features
+    return any(adds_unclear(node, size) or hides_bias(node, size) for node in linear.nodes)
 
 
 def separate_biases(
@@ -152,8 +167,8 @@ def _separate(graph: ir.Graph, node: ir.Node, at: int) -> None:
     """Add the bias of `node` to its input `at`, or to all that it is of, in front of it."""
     import onnx_ir as ir
 
-    known = _FUSED[node.op_type]
-    bias = node.inputs[known.bias]
+    known, last = _FUSED[node.op_type], ADDS_BIAS[node.op_type]
+    bias = node.inputs[last]
     if bias is None:
         return  # it was, for another of its products
     numbers, begin = constant_of(bias).reshape(-1), 0
@@ -173,10 +188,10 @@ def _separate(graph: ir.Graph, node: ir.Node, at: int) -> None:
         out.name, out.type, out.shape = add.name, x.type, x.shape
         graph.insert_before(node, add)
         node.replace_input_with(index, out)
-    node.replace_input_with(known.bias, None)
+    node.replace_input_with(last, None)
     if known.plain is not None:
         node.op_type = known.plain
-        node.resize_inputs(known.bias)
+        node.resize_inputs(last)
 
 
 def _is_product(value: ir.Value | None) -> bool:
@@ -192,7 +207,8 @@ def _hides_at(node: ir.Node, index: int) -> bool:
     if node.domain == MICROSOFT:
         known = _FUSED.get(node.op_type)
         if known is not None:
-            has = len(node.inputs) > known.bias and node.inputs[known.bias] is not None
+            bias = ADDS_BIAS[node.op_type]
+            has = len(node.inputs) > bias and node.inputs[bias] is not None
             return has and index in known.inputs
         return node.op_type not in _ADD_NOTHING and "Normalization" not in node.op_type
     if node.domain not in ("", "ai.onnx"):

@@ -21,7 +21,7 @@ from loradeploy.bundle.names import ADAPTER_MODE, BASE
 from loradeploy.errors import ExportError
 from loradeploy.export.layout import gathered_slots
 from loradeploy.export.products import products
-from loradeploy.export.rewire import add_constant
+from loradeploy.export.rewire import add_constant, remove_all
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -94,7 +94,7 @@ def remove_branches(graph: ir.Graph) -> None:
     body.remove(nodes)
     types = [(value.name, value.type, value.shape) for value in graph.outputs]
     graph.outputs.clear()
-    _release(graph)
+    remove_all(graph)
     prefix = f"{body.name}/"
     for node in nodes:
         node.name = str(node.name).removeprefix(prefix)
@@ -114,17 +114,6 @@ def _name_outputs(
     for value, (name, kind, shape) in zip(values, types, strict=True):
         value.name, value.type, value.shape = name, kind, shape
         graph.outputs.append(value)
-
-
-def _release(graph: ir.Graph) -> None:
-    """Remove all nodes, those in branches too: what is outside of them is no longer used."""
-    for node in list(graph):
-        for attribute in node.attributes.values():
-            if attribute.name in ("then_branch", "else_branch"):
-                branch = attribute.as_graph()
-                branch.outputs.clear()
-                _release(branch)
-    graph.remove(list(graph), safe=True)
 
 
 def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:

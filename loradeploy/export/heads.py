@@ -12,9 +12,8 @@ import numpy as np
 
 from loradeploy.bundle.manifest import SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.biases import hides_bias
+from loradeploy.export.biases import has_unclear_bias
 from loradeploy.export.find import Linear
-from loradeploy.export.products import adds_unclear
 from loradeploy.export.rewire import add_constant, constant_of, take_over
 from loradeploy.export.surgery import Surgery, rows_of
 from loradeploy.export.tidy import linear_scopes
@@ -31,12 +30,8 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         ExportError: the module is called several times, is quantised, or its rows are not known.
     """
     module, graph = linear.module, surgery.graph
-    unclear = any(
-        adds_unclear(node, linear.out_features) or hides_bias(node, linear.out_features)
-        for node in linear.nodes
-    )
-    unclear |= linear.unseen_bias and linear.bias is None
-    if len(linear.nodes) != 1 or linear.quantised or linear.slice is not None or unclear:
+    unclear = linear.slice is not None or has_unclear_bias(linear)
+    if len(linear.nodes) != 1 or linear.quantised or unclear:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
     rows = rows_of(graph, node, module)

@@ -9,10 +9,11 @@ name that they contradict is an error.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.base_files import weight_files
 from loradeploy.adapter.tensors import StoredTensor, map_tensors
@@ -22,6 +23,9 @@ from loradeploy.export.mapping import FOUND_BY as GIVEN
 from loradeploy.export.naming import Named, Namer
 from loradeploy.export.products import Product, describe, products
 from loradeploy.export.weights import Matrix, Sample, bias_difference, difference
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 FOUND_BY: Final = "weight identity"
 # Embeddings are no linear layers, but an output head may be tied to them.
@@ -82,6 +86,8 @@ class CheckpointWeights:
         being them.
         """
 
+        calls_of: Counter[ir.Value] = Counter()
+
         def name(product: Product) -> Named | None:
             fitting, reasons = self._fitting(product)
             named = names(product)
@@ -95,7 +101,9 @@ class CheckpointWeights:
                 return self._proved(product, chosen[0], named.found_by)
             if named is not None and named.found_by == GIVEN:
                 return named  # a module that the checkpoint has no matrix of
-            calls = _products_of(product)
+            if product.weight not in calls_of and product.node.graph is not None:
+                calls_of.update(each.weight for each in products(product.node.graph))
+            calls = calls_of[product.weight]
             if len(fitting) == 1 and calls == 1:
                 return self._proved(product, fitting[0], FOUND_BY)
             if len(fitting) > 1 and named is not None:
@@ -253,12 +261,6 @@ def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
             return "", ""
         found.add(ways[0])
     return found.pop() if len(found) == 1 else ("", "")
-
-
-def _products_of(product: Product) -> int:
-    """How many products of the graph have the initializer of this one."""
-    graph = product.node.graph
-    return sum(each.weight is product.weight for each in products(graph)) if graph else 1
 
 
 def _distinct(found: list[_Matrices]) -> list[_Matrices]:

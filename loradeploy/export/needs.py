@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError
-from loradeploy.export.biases import hides_bias
+from loradeploy.export.biases import has_unclear_bias
 from loradeploy.export.embeddings import has_token_rows
 from loradeploy.export.find import Linear
 from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
@@ -109,17 +109,11 @@ def choose_changes(
                 f"{module} is packed together with others and cannot take a scale or an offset:"
                 " merge the adapter instead"
             )
-        unclear = isinstance(layer, Linear) and any(
-            adds_unclear(node, layer.out_features)
-            or (shift and hides_bias(node, layer.out_features))
-            for node in layer.nodes
+        unclear = isinstance(layer, Linear) and (
+            any(adds_unclear(node, layer.out_features) for node in layer.nodes)
+            or (shift and has_unclear_bias(layer))
         )
-        unseen = isinstance(layer, Linear) and layer.unseen_bias and layer.bias is None
-        if (
-            unclear
-            or (shift and unseen)
-            or (layer.bias is None and f"{module}.bias" in graph.initializers)
-        ):
+        if unclear or (layer.bias is None and f"{module}.bias" in graph.initializers):
             raise ExportError(
                 f"the graph adds the bias of {module} in a way that is not understood, so that it"
                 " cannot take a scale or an offset: merge the adapter instead"

@@ -24,6 +24,7 @@ import numpy as np
 from loradeploy.bundle.sample import Feeds, Sample
 from loradeploy.errors import first_line
 from loradeploy.export.graph import required_inputs
+from loradeploy.export.original import CPU, trial_options
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +49,6 @@ _ROUNDING: Final = 1e-5
 # More than this in memory does not go into one protobuf message.
 _MOST_BYTES: Final = 1 << 30
 _FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
-_FATAL_ONLY: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +120,18 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
     import onnx_ir as ir
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
+    options = trial_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    providers = ["CPUExecutionProvider"]
     held = (value.const_value for value in model.graph.initializers.values())
     own = sum(t.nbytes for t in held if t is not None and not isinstance(t, ir.ExternalTensor))
     if own < _MOST_BYTES:
         options.add_session_config_entry(_FOLDER_OPTION, str(directory.resolve()))
         content = ir.to_proto(model).SerializeToString()
-        return onnxruntime.InferenceSession(content, options, providers=providers)
+        return onnxruntime.InferenceSession(content, options, providers=[CPU])
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.onnx"
         ir.save(model, file, external_data="model.onnx.data")
-        return onnxruntime.InferenceSession(file, options, providers=providers)
+        return onnxruntime.InferenceSession(file, options, providers=[CPU])
 
 
 def _run(

@@ -189,6 +189,18 @@ def _updated(
 # -- a graph ---------------------------------------------------------------------------------------
 
 
+def trial_options() -> onnxruntime.SessionOptions:
+    """For a session that is run a few times: silent, and no memory kept or taken twice."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.enable_cpu_mem_arena = False
+    # Weights laid out anew for one run would cost their memory once more.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
 def open_graph(file: Path) -> onnxruntime.InferenceSession:
     """The graph in `file` on the CPU, as anybody opens it.
 
@@ -197,13 +209,8 @@ def open_graph(file: Path) -> onnxruntime.InferenceSession:
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL
-    options.enable_cpu_mem_arena = False
-    # Weights laid out anew for one run would cost their memory once more.
-    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(file, options, providers=[CPU])
+        return onnxruntime.InferenceSession(file, trial_options(), providers=[CPU])
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
         raise _not_run(problem) from None
 

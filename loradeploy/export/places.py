@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.biases import hides_bias
+from loradeploy.export.biases import has_unclear_bias
 from loradeploy.export.find import Linear
 from loradeploy.export.forms import OTHER, PLUS_ONE, form_of
 from loradeploy.export.parts import Part
-from loradeploy.export.products import adds_unclear, bias_use, input_of, output_of, value_of
+from loradeploy.export.products import bias_use, input_of, output_of, value_of
 from loradeploy.export.rewire import add_constant, constant_of, free_name, set_constant, take_over
 
 if TYPE_CHECKING:
@@ -61,14 +61,10 @@ class Layers:
             return f"{parameter} is packed together with others' and cannot be replaced alone"
         if linear is not None and linear.quantised and name == "weight":
             return f"{parameter} is quantised: merge into the unquantised model"
-        unclear = linear is not None and any(
-            adds_unclear(node, linear.out_features) or hides_bias(node, linear.out_features)
-            for node in linear.nodes
-        )
         if (
             linear is not None
             and name == "bias"
-            and (unclear or (linear.bias is None and (value is not None or linear.unseen_bias)))
+            and ((linear.bias is None and value is not None) or has_unclear_bias(linear))
         ):
             return f"{parameter} is used in a way that is not understood"
         if part is not None and name == "weight" and form_of(part) == OTHER:

@@ -18,7 +18,14 @@ import numpy as np
 
 from loradeploy.errors import ExportError
 from loradeploy.export.operators import MICROSOFT, check_operators, problem_of
-from loradeploy.export.rewire import add_constant, constant_of, free_name, take_over
+from loradeploy.export.rewire import (
+    add_constant,
+    constant_of,
+    free_name,
+    integer_of,
+    number_of,
+    take_over,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -67,8 +74,8 @@ def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
-    alpha, beta = _number(node, "alpha"), _number(node, "beta")
-    turned, addend = _integer(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
+    alpha, beta = number_of(node, "alpha"), number_of(node, "beta")
+    turned, addend = integer_of(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
     plain_addend = addend is None or _is_bias(node, addend) or _comes_quantised(addend)
     if not _is_constant(node.inputs[1]) or (
         alpha == 1 and beta == 1 and not turned and plain_addend
@@ -92,15 +99,15 @@ def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
-    alpha, weight = _number(node, "alpha"), _weight(node.inputs[1])
+    alpha, weight = number_of(node, "alpha"), _weight(node.inputs[1])
     x = node.inputs[0]
     if weight is None or len(weight.shape) != 2 or not _scales(weight, alpha):
         return
-    turned = _integer(node, "transA")
+    turned = integer_of(node, "transA")
     if turned and (x is None or x.shape is None or len(x.shape) < 2):
         return
     check_operators(_name(node), [node])
-    if _integer(node, "transB"):
+    if integer_of(node, "transB"):
         node.replace_input_with(1, _own(graph, node, np.ascontiguousarray(weight.T)))
         weight = _weight(node.inputs[1])
         assert weight is not None
@@ -245,7 +252,7 @@ def _outputs(node: ir.Node) -> int:
     if y is not None and isinstance(y[-1], int):
         return y[-1]
     value = node.inputs[1]
-    turned = _integer(node, "transB")
+    turned = integer_of(node, "transB")
     while value is not None and (carrier := value.producer()) is not None:
         turned ^= carrier.op_type == "Transpose"
         value = carrier.inputs[0]
@@ -256,13 +263,3 @@ def _outputs(node: ir.Node) -> int:
 
 def _name(node: ir.Node) -> str:
     return str(node.name or node.outputs[0].name)
-
-
-def _number(node: ir.Node, name: str) -> float:
-    attribute = node.attributes.get(name)
-    return 1.0 if attribute is None else float(attribute.as_float())
-
-
-def _integer(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())

@@ -21,7 +21,7 @@ import numpy as np
 
 from loradeploy.errors import ExportError
 from loradeploy.export.operators import MICROSOFT, check_operators
-from loradeploy.export.rewire import constant_of
+from loradeploy.export.rewire import constant_of, integer_of, number_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,7 +43,7 @@ _BIAS_INPUT: Final = {"Gemm": 2, PACKED: 5, **{op: at[2] for op, at in _TO_FLOAT
 _CARRIERS: Final = ("Cast", "Identity")
 
 # onnxruntime's operators that add the bias of the product before them, and which input it is.
-_ADDS_BIAS: Final = {
+ADDS_BIAS: Final = {
     **dict.fromkeys(("BiasAdd", "BiasDropout", "BiasGelu", "BiasSplitGelu", "FastGelu"), 1),
     "MultiHeadAttention": 3,
     "SkipLayerNormalization": 4,
@@ -201,7 +201,7 @@ def adds_unclear(node: ir.Node, size: int) -> bool:
     for user in (use.node for use in output_of(node).uses()):
         if user.op_type == "Add" and any(map(_is_constant, user.inputs)):
             return True
-        index = _ADDS_BIAS.get(user.op_type)
+        index = ADDS_BIAS.get(user.op_type)
         if index is not None and _input(user, index) is not None:
             return True
     return False
@@ -225,9 +225,10 @@ def _plain(node: ir.Node) -> Product | None:
         return None
     turned, scaled, turned_first = False, None, False
     if node.op_type == "Gemm":
-        turned = _integer(node, "transB")
+        turned = integer_of(node, "transB")
         # Other scales and a transposed x are no linear layer as adapters know it.
-        if _integer(node, "transA") or _number(node, "alpha") != 1 or _number(node, "beta") != 1:
+        scales = number_of(node, "alpha"), number_of(node, "beta")
+        if integer_of(node, "transA") or scales != (1, 1):
             return None
     while (carrier := weight.producer()) is not None:
         if carrier.op_type == "Transpose" and _swaps(carrier):
@@ -390,8 +391,14 @@ def _packed_steps(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None
         return None
     into, out, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
     scale = scales.reshape(out, -(-into // size))[picks].astype(np.float32)
-    block = np.arange(into) // size if groups is None else groups.reshape(-1)[:into].astype(int)
-    return scale[:, block]
+    return scale[:, _blocks_of_inputs(into, size, groups)]
+
+
+def _blocks_of_inputs(
+    into: int, size: int, groups: NDArray[np.generic] | None
+) -> NDArray[np.int64]:
+    """The block [in] whose scale and zero point each input of a packed weight has."""
+    return np.arange(into) // size if groups is None else groups.reshape(-1)[:into].astype(np.int64)
 
 
 def _check_groups(
@@ -435,7 +442,7 @@ def unpacked(
     elif zeros is not None:
         middle = zeros.reshape(out, blocks)[picks].astype(np.float32)
     scale = scales.reshape(out, blocks)[picks].astype(np.float32)
-    block = np.arange(into) // size if groups is None else groups.reshape(-1)[:into].astype(int)
+    block = _blocks_of_inputs(into, size, groups)
     return ((numbers - middle[:, block]) * scale[:, block]).astype(np.float32)
 
 
@@ -454,16 +461,6 @@ def _constant(node: ir.Node, index: int) -> NDArray[np.generic] | None:
 def _only_user(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def _integer(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())
-
-
-def _number(node: ir.Node, name: str) -> float:
-    attribute = node.attributes.get(name)
-    return 1.0 if attribute is None else float(attribute.as_float())
 
 
 def _swaps(node: ir.Node) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from loradeploy.bundle.names import GRAPH_NAME
-from loradeploy.errors import ModelError, UsageError
+from loradeploy.errors import ModelError, UsageError, listed_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _ENDINGS: Final = (
 # made of model.onnx, where it is there.
 _CALLED: Final = {"fp16": ("_fp16",), "int8": ("_quantized", "_int8"), "int4": ("_q4",)}
 _LISTED: Final = 8
+_ROOM: Final = 400  # characters for their paths
 
 
 def graphs_in(place: Path) -> list[Path]:
@@ -109,8 +110,7 @@ def above(graph: Path) -> Path | None:
 
 
 def _names(place: Path, graphs: Sequence[Path]) -> str:
-    more = f" and {len(graphs) - _LISTED} more" if len(graphs) > _LISTED else ""
-    return ", ".join(str(graph.relative_to(place)) for graph in graphs[:_LISTED]) + more
+    return listed_names((str(graph.relative_to(place)) for graph in graphs), _LISTED, room=_ROOM)
 
 
 def _part(graph: Path) -> str:

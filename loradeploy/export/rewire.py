@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +104,47 @@ def take_over(
             old.name = f"{name}/before"
             new.name = name
             graph.outputs[index] = new
+
+
+def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
+    """Where `value` comes from through nodes of the operators `carriers`; None through others."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in carriers:
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The branches of an If, the body of a loop: the graphs within `node`."""
+    import onnx_ir as ir
+
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def remove_all(graph: ir.Graph) -> None:
+    """Remove all nodes, those within them too: what is outside of them is no longer used."""
+    for node in list(graph):
+        for body in bodies_of(node):
+            body.outputs.clear()
+            remove_all(body)
+    graph.remove(list(graph), safe=True)
+
+
+def integer_of(node: ir.Node, name: str) -> bool:
+    """Whether the attribute `name`, a whole number, is there and not 0."""
+    attribute = node.attributes.get(name)
+    return attribute is not None and bool(attribute.as_int())
+
+
+def number_of(node: ir.Node, name: str) -> float:
+    """The attribute `name`, a factor: 1 where it is not there."""
+    attribute = node.attributes.get(name)
+    return 1.0 if attribute is None else float(attribute.as_float())
 
 
 def remove_unused(graph: ir.Graph, *, inputs: bool) -> None:

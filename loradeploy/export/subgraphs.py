@@ -20,7 +20,14 @@ from loradeploy.bundle.names import PAST
 from loradeploy.errors import ExportError, first_line
 from loradeploy.export.observe import open_model, sample_of
 from loradeploy.export.products import products
-from loradeploy.export.rewire import constant_of, remove_unused, take_over
+from loradeploy.export.rewire import (
+    bodies_of,
+    constant_of,
+    remove_all,
+    remove_unused,
+    source_of,
+    take_over,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,7 +66,7 @@ def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -
     graph = model.graph
     taken: dict[ir.Value, bool] = {}
     while (node := _next_choice(graph)) is not None:
-        condition = _source(node.inputs[0])
+        condition = source_of(node.inputs[0], _CARRIERS)
         assert condition is not None
         if condition.is_graph_input() and condition not in taken:
             branch = _branch_with_cache(graph, node)
@@ -80,21 +87,11 @@ def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -
 def enclosed_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
     """Products in branches and loops: the node of the main graph, the product and its weight."""
     for node in graph:
-        for body in _bodies(node):
+        for body in bodies_of(node):
             for product in products(body):
                 yield node, product.node, product.weight
             for _, inner, weight in enclosed_products(body):
                 yield node, inner, weight
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    import onnx_ir as ir
-
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _next_choice(graph: ir.Graph) -> ir.Node | None:
@@ -102,21 +99,12 @@ def _next_choice(graph: ir.Graph) -> ir.Node | None:
     for node in graph:
         if node.op_type != "If" or node.domain != "":
             continue
-        condition = _source(node.inputs[0])
+        condition = source_of(node.inputs[0], _CARRIERS)
         if condition is None or not (condition.is_graph_input() or condition.is_initializer()):
             continue
-        if any(any(products(body)) or any(enclosed_products(body)) for body in _bodies(node)):
+        if any(any(products(body)) or any(enclosed_products(body)) for body in bodies_of(node)):
             return node
     return None
-
-
-def _source(value: ir.Value | None) -> ir.Value | None:
-    """Where a condition comes from."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in _CARRIERS:
-            return None
-        value = node.inputs[0]
-    return value
 
 
 def _branch_with_cache(graph: ir.Graph, node: ir.Node) -> bool:
@@ -132,7 +120,7 @@ def _branch_with_cache(graph: ir.Graph, node: ir.Node) -> bool:
 def _used(body: ir.Graph) -> Iterator[ir.Value | None]:
     for node in body:
         yield from node.inputs
-        for inner in _bodies(node):
+        for inner in bodies_of(node):
             yield from _used(inner)
 
 
@@ -187,7 +175,7 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
         branch = node.attributes[name].as_graph()
         branch.outputs.clear()
         if name != _BRANCHES[choice]:
-            _release(branch)
+            remove_all(branch)
     body.remove(nodes)
     body.initializers.clear()
     names = _names(graph)
@@ -214,21 +202,12 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
     graph.remove(node, safe=True)
 
 
-def _release(body: ir.Graph) -> None:
-    """Remove all nodes, those within them too: what is outside of them is no longer used."""
-    for node in list(body):
-        for inner in _bodies(node):
-            inner.outputs.clear()
-            _release(inner)
-    body.remove(list(body), safe=True)
-
-
 def _names(graph: ir.Graph) -> set[str]:
     """The names of all values, those in branches and loops too."""
     names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
     for node in graph:
         names.update(str(value.name) for value in node.outputs)
-        for body in _bodies(node):
+        for body in bodies_of(node):
             names |= _names(body)
     return names
 

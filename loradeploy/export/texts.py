@@ -34,7 +34,7 @@ from loradeploy.bundle.tokenizer import (
     TOKENIZER_NAME,
     Tokenizer,
 )
-from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.errors import BundleError, LoraDeployError, listed_names
 from loradeploy.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -239,9 +239,9 @@ def _differences(own: Tokenizer, base: Tokenizer | None) -> list[str]:
         found.append("chat template")
     if own.own_words:
         new = own.vocabulary.items() - base.vocabulary.items()
-        words = ", ".join(repr(word) for word, _ in sorted(new, key=lambda item: item[1])[:_LISTED])
-        more = f" and {len(new) - _LISTED} more" if len(new) > _LISTED else ""
-        found.append(f"tokenizer (new words: {words}{more})" if new else "tokenizer")
+        words = (repr(word) for word, _ in sorted(new, key=lambda item: item[1]))
+        told = listed_names(words, _LISTED)
+        found.append(f"tokenizer (new words: {told})" if new else "tokenizer")
     elif own.special_tokens != base.special_tokens:
         found.append("special tokens")
     if own.eos_ids != base.eos_ids:

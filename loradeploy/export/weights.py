@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.tensors import StoredTensor
+from loradeploy.export.bfloat import to_bfloat16
 from loradeploy.export.products import INTEGER, PACKED, Product, output_of
 from loradeploy.export.rewire import constant_of
 
@@ -129,7 +130,7 @@ def bits_of(product: Product) -> int:
         given = product.node.attributes.get("bits")
         return 4 if given is None else given.as_int()
     dtype = product.weight.dtype
-    return {4: 4, 2: 2, 8: 8}.get(8 if dtype is None else dtype.bitwidth, 16)
+    return 8 if dtype is None else min(dtype.bitwidth, 16)
 
 
 def bias_difference(matrix: Matrix, given: NDArray[np.float32] | None) -> str | None:
@@ -215,14 +216,13 @@ def _nearest_all(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> ND
 
 
 def _rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        if name == "float16":
-            half: NDArray[np.float32] = values.astype(np.float16).astype(np.float32)
-            return half
-    whole = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    nearest = whole + np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))
-    brain: NDArray[np.float32] = (nearest & np.uint32(0xFFFF0000)).view(np.float32)
-    return brain
+    if name == "bfloat16":
+        half = to_bfloat16(values)
+    else:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+    whole: NDArray[np.float32] = half.astype(np.float32)
+    return whole
 
 
 def _explained(product: Product, first: int, matrix: Matrix, factor: float, bits: int) -> str:

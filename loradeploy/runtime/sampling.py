@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-_NOTHING: Final = GenerationSettings()
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def adjusted(
 
     The order and the definitions are those of transformers' logits processors.
     """
-    if settings == replace(_NOTHING, top_k=settings.top_k, top_p=settings.top_p):
+    if not settings.changes_scores:
         return logits
     scores = logits.astype(np.float32)
     before = np.array([*prompt, *made], np.int64)

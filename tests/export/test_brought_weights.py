@@ -114,17 +114,24 @@ def tied_bundle(tied_llama: Path, shared: Path) -> Path:
     return once(shared / "bundle-tied-llama", lambda place: ld.export(tied_llama, place))
 
 
+@pytest.fixture
+def base(tied: bool, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """The tiny Llama, with its head tied to its embedding or not, and the bundle of it."""
+    names = ("tied_llama", "tied_bundle") if tied else ("tiny_llama", "tiny_llama_bundle")
+    model, bundle = map(request.getfixturevalue, names)
+    return model, bundle
+
+
 @pytest.mark.parametrize("what", BROUGHT)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_into_a_bundle_it_is_pefts(
     what: str,
     tied: bool,
     bringing: Callable[[Path, str], Path],
-    request: pytest.FixtureRequest,
+    base: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
-    bundle: Path = request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
+    model, bundle = base
     adapter = bringing(model, what)
     read = load_adapter(adapter)
     assert read.carried or read.rows
@@ -144,11 +151,10 @@ def test_merged_into_a_bundle_it_is_pefts(
 def test_a_session_without_torch_takes_copies_of_the_bases_weights(
     tied: bool,
     bringing: Callable[[Path, str], Path],
-    request: pytest.FixtureRequest,
+    base: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
-    bundle: Path = request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
+    model, bundle = base
     adapter = bringing(model, "copies")
     assert load_adapter(adapter).carried
     program = """
@@ -183,12 +189,10 @@ def test_a_session_refuses_other_weights_of_the_base(
     what: str,
     tied: bool,
     bringing: Callable[[Path, str], Path],
-    request: pytest.FixtureRequest,
+    base: tuple[Path, Path],
 ) -> None:
-    model: Path = request.getfixturevalue("tied_llama" if tied else "tiny_llama")
-    session = ld.AdapterSession(
-        request.getfixturevalue("tied_bundle" if tied else "tiny_llama_bundle")
-    )
+    model, bundle = base
+    session = ld.AdapterSession(bundle)
     with pytest.raises(AdapterMismatchError, match="merge it instead"):
         session.load("a", bringing(model, what))
     assert "a" not in session.adapters
