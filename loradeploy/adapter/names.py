@@ -57,10 +57,15 @@ def named_as(
     new = {name: _renamed(name + _FACTOR, rules).removesuffix(_FACTOR) for name in owners}
     new |= {name: _renamed(name, rules) for name in parameters}
     old = {**owners, **parameters}
+
+    def module_of(name: str, called: str) -> str:
+        """The module of what is `name` in the adapter and may be `called` so in the base."""
+        return called if name in owners else called.rpartition(".")[0]
+
     final = {}
     for name, module in old.items():
-        changed = new[name] if name in owners else new[name].rpartition(".")[0]
-        final[name] = new[name] if module not in known and changed in known else name
+        is_new = module not in known and module_of(name, new[name]) in known
+        final[name] = new[name] if is_new else name
     working = [name for name in owners if _does_something(adapter, name)]
     # Where some are known, the others are of another part of the model, not of another wrapper.
     lost = [] if any(final[name] in known for name in working) else working
@@ -73,12 +78,11 @@ def named_as(
         )
     for before, after in prefixes:
         for name in old:
-            moved = final[name]
-            owner = moved if name in owners else moved.rpartition(".")[0]
-            if owner not in known and moved.startswith(before):
-                moved = after + moved.removeprefix(before)
-                if (moved if name in owners else moved.rpartition(".")[0]) in known:
-                    final[name] = moved
+            given = final[name]
+            moved = after + given.removeprefix(before)
+            lost_one = given.startswith(before) and module_of(name, given) not in known
+            if lost_one and module_of(name, moved) in known:
+                final[name] = moved
     if all(name == given for name, given in final.items()):
         return adapter
     if len({(name in owners, given) for name, given in final.items()}) < len(final):
