@@ -121,7 +121,11 @@ def shortened(text: str, most: int = _ONE) -> str:
 
 def shown(value: object, most: int = 60) -> str:
     """A value out of a file, as Python writes it, in at most `most` characters."""
-    return shortened(repr(value), most)
+    try:
+        text = repr(value)
+    except Exception:  # of an object of any kind; of an integer of more than 4300 digits too
+        text = f"a {type(value).__name__} that cannot be shown"
+    return shortened(text, most)
 
 
 def listed(problems: Sequence[str], most: int = 4, *, room: int = _PROBLEMS) -> str:

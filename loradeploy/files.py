@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
+from loradeploy.parsing import parse_json
 from loradeploy.writing import (
     atomic_directory,
     atomic_file,
@@ -37,33 +38,44 @@ def inside(root: str | os.PathLike[str], relative: str) -> Path:
     """The path of `relative` below `root`.
 
     Raises:
-        BundleError: `relative` is absolute or leads out of `root`, by `..` or through a link.
+        BundleError: `relative` is absolute or leads out of `root`, by `..` or through a link, or is
+            no path at all.
     """
     top = Path(root).resolve()
-    path = (top / relative).resolve()
+    try:
+        path = (top / relative).resolve()
+        path.is_file()  # a name that is too long is found out only here
+    except (OSError, RuntimeError, ValueError):  # a null byte, links in a circle
+        raise BundleError(f"{shown(relative)} is no path of a file in {root}") from None
     if os.path.isabs(relative) or not path.is_relative_to(top):
-        raise BundleError(f"{relative!r} leads out of {root}: only files inside it are read")
+        raise BundleError(f"{shown(relative)} leads out of {root}: only files inside it are read")
     return path
 
 
 def read_json(
-    path: str | os.PathLike[str], *, error: type[LoraDeployError], limit: int = MAX_JSON_BYTES
+    path: str | os.PathLike[str],
+    *,
+    error: type[LoraDeployError],
+    limit: int = MAX_JSON_BYTES,
+    finite: bool = True,
 ) -> dict[str, Any]:
     """The JSON object in the file `path`, of at most `limit` bytes.
 
+    `finite`: whether infinite numbers and NaN are refused, which configs of models may have.
+
     Raises:
-        error: the file is missing, too large, not UTF-8, not JSON, or not an object.
+        error: the file is missing, too large, no JSON as `parse_json` reads it, or not an object.
     """
     file = Path(path)
     try:
         size = file.stat().st_size
         if size > limit:
             raise error(f"{file} has {size:,} bytes, more than the {limit:,} that are read")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_bytes(), finite=finite)
     except FileNotFoundError:
         raise error(f"{file} does not exist") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{file} is not readable as JSON: {problem}") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{file} is not readable as JSON: {first_line(problem)}") from None
     if not isinstance(value, dict):
         raise error(f"{file} holds a JSON {type(value).__name__}, an object is needed")
     return value

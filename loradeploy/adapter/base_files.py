@@ -128,7 +128,9 @@ def check_plain(directory: Path, names: Collection[str]) -> None:
 def _named(directory: Path) -> Path | None:
     """The file that config.json names for the weights."""
     file = directory / _MODEL_CONFIG
-    config: Mapping[str, Any] = read_json(file, error=ModelError) if file.is_file() else {}
+    config: Mapping[str, Any] = (
+        read_json(file, error=ModelError, finite=False) if file.is_file() else {}
+    )
     name = config.get(_NAMED)
     if name is None:
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from math import isfinite
 from typing import Any, Final, TypeVar
 
 from loradeploy.adapter.formats import other_peft_type
@@ -62,6 +61,9 @@ _BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
 BIASES: Final = ("none", "all", "lora_only")
 
 _MAX_PATTERN_LENGTH: Final = 4096
+# Above all ranks there are, and what float32, in which factors are scaled, holds.
+_MAX_RANK: Final = 2**31 - 1
+_MAX_NUMBER: Final = 3.4e38
 
 _Value = TypeVar("_Value")
 
@@ -224,10 +226,13 @@ def _problems(config: AdapterConfig) -> list[str]:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
     def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        # Not isfinite alone: it raises for an integer that no float holds.
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        return known and -_MAX_NUMBER <= value <= _MAX_NUMBER  # type: ignore[operator]
 
     def rank(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        known = isinstance(value, int) and not isinstance(value, bool)
+        return known and 0 < value <= _MAX_RANK  # type: ignore[operator]
 
     check("r", rank(config.r), "a positive integer")
     check("lora_alpha", number(config.lora_alpha), "a number")
@@ -251,7 +256,8 @@ def _problems(config: AdapterConfig) -> list[str]:
         value = getattr(config, name)
         check(
             name,
-            isinstance(value, Mapping) and all(valid(v) for v in value.values()),
+            isinstance(value, Mapping)
+            and all(isinstance(k, str) and valid(v) for k, v in value.items()),
             needs,
         )
     layers = config.layers_to_transform

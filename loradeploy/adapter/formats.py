@@ -7,13 +7,13 @@ mlx-lm: fuse it …"), or None where it knows nothing better than its caller.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.errors import LoraDeployError, listed_names, shortened
+from loradeploy.parsing import parse_json
 
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = ".safetensors"
@@ -142,7 +142,7 @@ def other_directory(place: Path) -> str | None:
     peft = False
     if (place / _CONFIG).is_file():
         with contextlib.suppress(OSError, ValueError):
-            values = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+            values = parse_json((place / _CONFIG).read_bytes())
             if isinstance(values, dict) and (told := other_config(values)) is not None:
                 return told
             peft = isinstance(values, dict)

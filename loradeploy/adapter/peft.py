@@ -40,6 +40,7 @@ from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed
 from loradeploy.files import read_json, write_json
+from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -356,7 +357,7 @@ def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     if _LABELS not in metadata:
         return None
     try:
-        labels = json.loads(metadata[_LABELS])
+        labels = parse_json(metadata[_LABELS])
     except ValueError:
         labels = None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):

@@ -8,6 +8,7 @@ widened to float32 on reading.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.errors import LoraDeployError, first_line
+from loradeploy.errors import LoraDeployError, first_line, shortened, shown
 from loradeploy.files import atomic_file
+from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +39,9 @@ _DTYPES = {
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items() if name != "BF16"}
 _POINTER = b"version https://git-lfs"
 _HEADER_LENGTH = np.dtype("<u8")
+# No array of numpy has more dimensions, before version 2, or bytes.
+_MAX_RANK = 32
+_MAX_SIZE = 2**59
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +54,18 @@ class StoredTensor:
 
     def take(self, picks: list[int], axis: int) -> NDArray[Any]:
         """As `array`, of some indices of one axis alone: the others are not read."""
-        values = self.raw.view(_DTYPES[self.dtype]).reshape(self.shape).take(picks, axis)
-        if self.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values
+        return self._widened(self._values().take(picks, axis))
 
     def array(self) -> NDArray[Any]:
         """The values: a read-only view of the file, or float32 widened from bfloat16."""
-        values = self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
+        return self._widened(self._values())
+
+    def _values(self) -> NDArray[Any]:
+        if self.dtype not in _DTYPES:
+            raise LoraDeployError(f"a tensor has the dtype {self.dtype}, which is not supported")
+        return self.raw.view(_DTYPES[self.dtype]).reshape(self.shape)
+
+    def _widened(self, values: NDArray[Any]) -> NDArray[Any]:
         if self.dtype == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
@@ -84,14 +93,26 @@ def map_tensors(
             raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
         raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
     start = int(mapped[:8].view(_HEADER_LENGTH)[0]) + 8
-    header: dict[str, Any] = json.loads(bytes(mapped[8:start]))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        raw = mapped[start + begin : start + end]
-        tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), raw)
+    try:
+        header: dict[str, Any] = parse_json(bytes(mapped[8:start]))
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(name, entry, mapped[start:]) for name, entry in header.items()}
+    except ValueError as problem:
+        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
     return tensors, metadata
+
+
+def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> StoredTensor:
+    """The tensor that a header's `entry` tells of; ValueError where numpy cannot hold its shape.
+
+    The library has checked that the offsets are of its size, which says nothing of a shape with a
+    zero in it.
+    """
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if len(shape) > _MAX_RANK or math.prod(size or 1 for size in shape) > _MAX_SIZE:
+        raise ValueError(f"{shortened(name)} has the shape {shown(list(shape))}")
+    return StoredTensor(dtype, shape, data[begin:end])
 
 
 def _is_pointer(file: Path) -> bool:
@@ -118,10 +139,17 @@ def read_arrays(
             raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
         # A copy: a file that changes after it was checked must not change what is computed.
         values = np.array(tensor.array())
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
+        if values.dtype.kind == "f" and not _fit_float32(values):
             raise error(f"{path}: {name} holds values that are not finite (NaN or infinite)")
         arrays[name] = values
     return arrays, metadata
+
+
+def _fit_float32(values: NDArray[Any]) -> bool:
+    """Whether all are numbers, and stay so in float32, in which adapters are computed."""
+    if values.dtype.itemsize > 4:
+        return bool((np.abs(values) <= np.finfo(np.float32).max).all())  # False for NaN
+    return bool(np.isfinite(values).all())
 
 
 def write_arrays(

@@ -200,9 +200,9 @@ def _certificate(values: Mapping[str, Any]) -> Certificate:
         task=_text(values, "task"),
         mode=mode,
         precision=_text(values, "precision"),
-        base_digest=values.get("base_digest"),
-        graph_digest=values.get("graph_digest"),
-        data_digest=values.get("data_digest"),
+        base_digest=_text(values, "base_digest") or None,
+        graph_digest=_text(values, "graph_digest") or None,
+        data_digest=_text(values, "data_digest") or None,
         files=_texts(values, "files"),
         adapters=tuple(
             CertifiedAdapter(

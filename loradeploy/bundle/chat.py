@@ -14,7 +14,7 @@ import jinja2.utils
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
 
 # {"role": "user", "content": "…"}, and whatever else the template reads.
 Message = Mapping[str, Any]
@@ -41,8 +41,10 @@ class ChatTemplate:
         environment.globals["namespace"] = _Namespace
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as problem:
-            raise BundleError(f"the chat template is no valid template: {problem}") from None
+        except Exception as problem:  # deep nesting and constants that are computed fail otherwise
+            raise BundleError(
+                f"the chat template is no valid template: {first_line(problem)}"
+            ) from None
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -68,8 +70,12 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as problem:
+        except jinja2.TemplateError as problem:  # what a template says on purpose
             raise UsageError(f"the chat template refuses the messages: {problem}") from None
+        except Exception as problem:  # a template is code of others, which fails as it likes
+            raise UsageError(
+                f"the chat template fails on the messages: {kind_and_line(problem)}"
+            ) from None
 
 
 class _Generation(Extension):

@@ -66,7 +66,8 @@ def side_inputs(
         own = adapter.factors.get(target.module)
         if own is not None:
             s = np.float32(adapter.scaling(target.module))
-            A, B = own.A.astype(np.float32).T, own.B.astype(np.float32).T * s
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                A, B = own.A.astype(np.float32).T, own.B.astype(np.float32).T * s
             arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
             arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
     for place in manifest.saved:

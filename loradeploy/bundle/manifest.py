@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,11 +23,14 @@ from loradeploy.bundle.names import (
     SLOTS,
     TASKS,
 )
-from loradeploy.errors import BundleError
+from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import plain, read_json
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 2
+# The largest size, and product of a shape's sizes, that is not a mistake.
+_LARGEST: Final = 2**31 - 1
+_LARGEST_SHAPE: Final = 2**48
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]
@@ -247,7 +251,7 @@ class Manifest:
         version = rest.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST_NAME}: format version {version!r}, this loradeploy reads"
+                f"{MANIFEST_NAME}: format version {shown(version)}, this loradeploy reads"
                 f" {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
             )
         nested: dict[str, Any] = {
@@ -315,17 +319,30 @@ def own_files(bundle: Path) -> frozenset[str]:
 _CHECKS: Final[Mapping[str, Any]] = {
     "str": lambda v: isinstance(v, str),
     "str | None": lambda v: v is None or isinstance(v, str),
-    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "int": lambda v: _is_whole(v),
     "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "bool": lambda v: isinstance(v, bool),
-    "tuple[int | str, ...]": lambda v: _all(v, int | str),
-    "tuple[int, ...]": lambda v: _all(v, int),
+    "tuple[int | str, ...]": lambda v: (
+        isinstance(v, tuple) and all(isinstance(d, str) or _is_size(d) for d in v)
+    ),
+    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(_is_size(d) for d in v),
     "tuple[str, ...]": lambda v: _all(v, str),
-    "tuple[int, int] | None": lambda v: v is None or (_all(v, int) and len(v) == 2),
+    "tuple[int, int] | None": lambda v: (
+        v is None or (isinstance(v, tuple) and len(v) == 2 and all(_is_size(d) for d in v))
+    ),
+    "Mapping[str, Any]": lambda v: isinstance(v, Mapping),
     "Mode": lambda v: v in get_args(Mode),
     "BaseKind": lambda v: v in get_args(BaseKind),
     "Kind": lambda v: v in get_args(Kind),
 }
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return _is_whole(value) and 0 <= value <= _LARGEST  # type: ignore[operator]
 
 
 def _all(value: object, kind: Any) -> bool:
@@ -361,8 +378,6 @@ def _adapter_entry(value: object, where: str) -> AdapterEntry:
     if entry.text is None:
         return entry
     text = _noun(AdapterText, entry.text, f"{where}.text")
-    if not _all(text.eos_token_ids, int):
-        raise BundleError(f"{MANIFEST_NAME}: {where}.text.eos_token_ids is no list of numbers")
     files = _digests(text.files, f"{where}.text.files")
     return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
 
@@ -381,7 +396,7 @@ def _noun(kind: type[Noun], value: object, where: str) -> Noun:
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is unknown")
+            raise BundleError(f"{MANIFEST_NAME}: the field {label}{shortened(name)} is unknown")
     for name, f in known.items():
         if name not in values:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
@@ -392,7 +407,7 @@ def _noun(kind: type[Noun], value: object, where: str) -> Noun:
         check = _CHECKS.get(str(f.type))
         if check is not None and not check(values[name]):
             raise BundleError(
-                f"{MANIFEST_NAME}: {label}{name} is {values[name]!r}, {f.type} is needed"
+                f"{MANIFEST_NAME}: {label}{name} is {shown(values[name])}, {f.type} is needed"
             )
     return kind(**values)
 
@@ -400,21 +415,29 @@ def _noun(kind: type[Noun], value: object, where: str) -> Noun:
 def _check(manifest: Manifest) -> None:
     """What the fields must be to each other."""
     if manifest.task not in TASKS:
-        raise BundleError(f"{MANIFEST_NAME}: the task {manifest.task!r} is none of {TASKS}")
+        raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
-        raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {manifest.factor_dtype!r}")
+        raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {shown(manifest.factor_dtype)}")
     if manifest.layout not in LAYOUTS:
-        raise BundleError(f"{MANIFEST_NAME}: layout is {manifest.layout!r}, not of {LAYOUTS}")
+        raise BundleError(f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not of {LAYOUTS}")
     if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
         raise BundleError(
-            f"{MANIFEST_NAME}: padding is {manifest.padding!r}, not left, right or none"
+            f"{MANIFEST_NAME}: padding is {shown(manifest.padding)}, not left, right or none"
         )
     for saved in manifest.saved:
         if saved.transposed and len(saved.shape) < 2:
-            raise BundleError(f"{MANIFEST_NAME}: {saved.parameter} has no axes to transpose")
+            raise BundleError(
+                f"{MANIFEST_NAME}: {shortened(saved.parameter)} has no axes to transpose"
+            )
+    _check_specs("inputs", manifest.inputs)
+    _check_specs("outputs", manifest.outputs)
     for target in manifest.targets:
-        if target.in_features < 1 or target.out_features < 1:
-            raise BundleError(f"{MANIFEST_NAME}: the sizes of {target.module} are not positive")
+        for size in (target.in_features, target.out_features):
+            if not 0 < size <= _LARGEST:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
+                    " positive or too large"
+                )
         if target.stored is not None:
             _check_stored(target, target.stored)
     _check_slices(manifest.targets)
@@ -422,14 +445,29 @@ def _check(manifest: Manifest) -> None:
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
     for output in manifest.changed:
-        if output.size < 1:
-            raise BundleError(f"{MANIFEST_NAME}: the size of {output.module} is not positive")
+        if not 0 < output.size <= _LARGEST:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
+                " not positive or too large"
+            )
     if len(set(side_inputs)) != len(side_inputs):
         raise BundleError(
             f"{MANIFEST_NAME}: two targets share the name of a side input: export again"
         )
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
+
+
+def _check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
+    """There are some, none has another's name, and none is larger than anything."""
+    names = [spec.name for spec in specs]
+    if not names or len(set(names)) != len(names):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
+    for spec in specs:
+        if math.prod(d for d in spec.shape if isinstance(d, int) and d) > _LARGEST_SHAPE:
+            raise BundleError(
+                f"{MANIFEST_NAME}: {shortened(spec.name)} has the shape {shown(list(spec.shape))}"
+            )
 
 
 def _check_slices(targets: Iterable[LoraTarget]) -> None:

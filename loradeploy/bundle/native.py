@@ -85,7 +85,7 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
     try:
         content = onnxruntime.AdapterFormat.read_adapter(os.fspath(place))
         arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
-    except RuntimeError:  # its text is a C++ source line
+    except (RuntimeError, ValueError):  # its text is a C++ source line; a name that is no UTF-8
         raise AdapterError(f"{place} is truncated or no .onnx_adapter file") from None
     arrays.pop(ADAPTER_MODE, None)  # of the graph that the file was written for
     for name, values in arrays.items():

@@ -11,7 +11,6 @@ They lie beside the base, and beside an adapter that sentence-transformers train
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ import numpy as np
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.pooling import POOLS
-from loradeploy.errors import BundleError
+from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
 from loradeploy.files import MAX_JSON_BYTES, inside, read_json, write_json
+from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,7 +129,7 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
     model_type, prompts, default = reader.prompts()
     if model_type != "SentenceTransformer":
         raise BundleError(
-            f"{directory / PROMPTS_NAME} is a {model_type}'s, which is not supported: a"
+            f"{directory / PROMPTS_NAME} is a {shortened(model_type)}'s, which is not supported: a"
             " SentenceTransformer gives one vector a text"
         )
     max_length, lowercase = reader.encoder(encoder[1])
@@ -148,8 +148,8 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
             where = "" if pooling else " before the Pooling"
             known = ", ".join(("Transformer", "Pooling", "Dropout", *_STEPS))
             raise BundleError(
-                f"{file} names a module {kind}{where} ({path}), which is not supported; there are"
-                f" {known}"
+                f"{file} names a module {shortened(kind)}{where} ({shortened(path)}), which is not"
+                f" supported; there are {known}"
             )
     if not pooling:
         raise BundleError(f"{file} names no Pooling: nothing tells what a text's vector is")
@@ -219,9 +219,9 @@ class _Reader:
         try:
             if file.stat().st_size > MAX_JSON_BYTES:
                 raise ValueError("it is too large")
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as problem:
-            raise BundleError(f"{file} is not readable as JSON: {problem}") from None
+            value = parse_json(file.read_bytes())
+        except (OSError, ValueError) as problem:
+            raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             raise BundleError(f"{file} holds no list of modules")
         self.files.append(name)
@@ -246,8 +246,10 @@ class _Reader:
             raise BundleError(f"{where}: prompts is no object of texts")
         prompts = {name: text or "" for name, text in told.items()}
         default = values.get("default_prompt_name")
-        if default is not None and default not in prompts:
-            raise BundleError(f"{where}: the default prompt {default!r} is not among its prompts")
+        if default is not None and not (isinstance(default, str) and default in prompts):
+            raise BundleError(
+                f"{where}: the default prompt {shown(default)} is not among its prompts"
+            )
         return str(values.get("model_type") or "SentenceTransformer"), prompts, default
 
     def encoder(self, path: str) -> tuple[int | None, bool]:
@@ -261,16 +263,17 @@ class _Reader:
         where = self.directory / path
         if values.get("transformer_task") not in (None, "feature-extraction"):
             raise BundleError(
-                f"{where}: the encoder is used for {values['transformer_task']}, not for its states"
+                f"{where}: the encoder is used for {shown(values['transformer_task'])}, not for its"
+                " states"
             )
         if values.get("module_output_name") not in (None, "token_embeddings"):
-            raise BundleError(f"{where}: the encoder gives {values['module_output_name']!r}")
+            raise BundleError(f"{where}: the encoder gives {shown(values['module_output_name'])}")
         ways = values.get("modality_config")
         if isinstance(ways, dict) and "text" not in ways:
-            raise BundleError(f"{where}: the encoder takes {', '.join(ways)}, and no plain text")
+            raise BundleError(f"{where}: the encoder takes {listed_names(ways)}, and no plain text")
         longest = values.get("max_seq_length")
-        if longest is not None and (not isinstance(longest, int) or longest < 1):
-            raise BundleError(f"{where}: max_seq_length is {longest!r}")
+        if longest is not None and not (type(longest) is int and longest > 0):
+            raise BundleError(f"{where}: max_seq_length is {shown(longest)}")
         return longest, values.get("do_lower_case") is True
 
     def pooling(self, path: str) -> tuple[tuple[str, ...], bool]:
@@ -286,11 +289,13 @@ class _Reader:
                     f" {', '.join(_FLAGS)}"
                 )
             told = [mode for key, mode in _FLAGS.items() if values.get(key)] or "mean"
-        modes = (told,) if isinstance(told, str) else tuple(told)
+        modes = tuple(told) if isinstance(told, list) else (told,)
+        if not 0 < len(modes) <= len(POOLS) or not all(isinstance(mode, str) for mode in modes):
+            raise BundleError(f"{self.directory / name}: pooling_mode is {shown(told)}")
         if unknown := [mode for mode in modes if mode not in POOLS]:
             raise BundleError(
-                f"{self.directory / name}: the pooling {unknown[0]!r} is not supported; there are"
-                f" {', '.join(POOLS)}"
+                f"{self.directory / name}: the pooling {shown(unknown[0])} is not supported;"
+                f" there are {', '.join(POOLS)}"
             )
         return modes, values.get("include_prompt", True) is not False
 
@@ -309,8 +314,17 @@ class _Reader:
             if needed and tensor not in arrays:
                 raise BundleError(f"{file} lacks {tensor}")
         if more := sorted(arrays.keys() - names.keys()):
-            raise BundleError(f"{file} holds {more[0]}, which is not of its module")
+            raise BundleError(f"{file} holds {shortened(more[0])}, which is not of its module")
+        sizes = {array.shape[0] for array in arrays.values() if array.ndim}
+        ranks = {tensor: 1 if _is_vector(tensor) else 2 for tensor in arrays}
+        if len(sizes) != 1 or any(arrays[tensor].ndim != rank for tensor, rank in ranks.items()):
+            shapes = {tensor: list(array.shape) for tensor, array in sorted(arrays.items())}
+            raise BundleError(f"{file} holds tensors that do not fit: {shown(shapes, 120)}")
         return {tensor: values.astype(np.float32) for tensor, values in arrays.items()}
+
+
+def _is_vector(tensor: str) -> bool:
+    return tensor.endswith("bias") or tensor.startswith("norm.")
 
 
 def _module(entry: Mapping[str, Any], file: Path) -> tuple[str, str]:
@@ -320,8 +334,8 @@ def _module(entry: Mapping[str, Any], file: Path) -> tuple[str, str]:
         raise BundleError(f"{file}: a module has no type or no path")
     if not told.startswith(_PACKAGE):
         raise BundleError(
-            f"{file} names the module {told}, which is code of its own and is not run: only"
-            " sentence-transformers' modules are supported"
+            f"{file} names the module {shortened(told)}, which is code of its own and is not run:"
+            " only sentence-transformers' modules are supported"
         )
     return told.rpartition(".")[2], path
 
@@ -343,7 +357,8 @@ def _dense(reader: _Reader, path: str) -> Step:
     activation = _ACTIVATIONS.get(str(told).rpartition(".")[2])
     if activation is None or not str(told).startswith("torch.nn."):
         raise BundleError(
-            f"{where}: the activation {told} is not supported; there are {', '.join(_ACTIVATIONS)}"
+            f"{where}: the activation {shown(told)} is not supported; there are"
+            f" {', '.join(_ACTIVATIONS)}"
         )
     W, bias = weights["linear.weight"], weights.get("linear.bias")
     beside = weights.get("residual.weight")
@@ -403,7 +418,9 @@ _ACTIVATIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
 def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:
     for name in ("module_input_name", "module_output_name"):
         if values.get(name) not in (None, _VECTOR):
-            raise BundleError(f"{where}: {name} is {values[name]!r}, only {_VECTOR!r} is supported")
+            raise BundleError(
+                f"{where}: {name} is {shown(values[name])}, only {_VECTOR!r} is supported"
+            )
 
 
 def _check_size(x: Floats, size: int, where: Path) -> None:

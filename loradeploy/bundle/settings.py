@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from loradeploy.errors import BundleError
+from loradeploy.errors import BundleError, shown
 
 # Settings that change a text and are not applied, with the values that change nothing.
 _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -76,14 +76,14 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
             return default
         fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not fits or value < least:
-            raise BundleError(f"{where}: {name} is {value!r}")
+            raise BundleError(f"{where}: {name} is {shown(value)}")
         return value
 
     def tokens(name: str) -> tuple[int, ...]:
         value = values.get(name)
         listed = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
-            raise BundleError(f"{where}: {name} is {value!r}, a list of token ids is needed")
+            raise BundleError(f"{where}: {name} is {shown(value)}, a list of token ids is needed")
         return tuple(token for token in listed if token >= 0)
 
     penalty = number("repetition_penalty", 1.0, 0, whole=False)

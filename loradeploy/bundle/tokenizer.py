@@ -14,7 +14,9 @@ adapter is asked in the format that it was trained in, and ends where it was tra
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +26,17 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from loradeploy.bundle.chat import ChatTemplate, Message, template_source
 from loradeploy.bundle.settings import GenerationSettings, read_settings
-from loradeploy.errors import AdapterMismatchError, BundleError, UsageError
+from loradeploy.errors import (
+    AdapterMismatchError,
+    BundleError,
+    UsageError,
+    first_line,
+    shortened,
+    shown,
+)
 from loradeploy.files import read_json
 
+CONFIG_NAME: Final = "config.json"
 TOKENIZER_NAME: Final = "tokenizer.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 GENERATION_NAME: Final = "generation_config.json"
@@ -43,6 +53,9 @@ _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq
 _FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
+_LARGEST_ID: Final = 2**31 - 1
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_TRIED: Final = "a"  # a text that a new tokenizer is tried on
 # Stands for an answer where it is asked what a template writes behind one.
 _ANSWER: Final = "⟦answer⟧"
 
@@ -77,7 +90,7 @@ class Tokenizer:
     ) -> None:
         place = Path(directory)
         settings = _optional(place / SETTINGS_NAME)
-        config = {} if base is not None else _optional(place / "config.json")
+        config = {} if base is not None else _optional(place / CONFIG_NAME)
         generation = _optional(place / GENERATION_NAME)
         self._place = place
         self._base = base
@@ -98,21 +111,23 @@ class Tokenizer:
         self._chat = (
             None if self.template is None else ChatTemplate(self.template, self.special_tokens)
         )
-        told = _ids(generation.get("eos_token_id"))
+        told = _ids(generation, "eos_token_id", place / GENERATION_NAME)
         if base is None:
-            eos = told or _ids(config.get("eos_token_id")) or self._ids_of("eos_token")
+            own = _ids(config, "eos_token_id", place / CONFIG_NAME)
+            eos = told or own or self._ids_of("eos_token")
             # A classifier on a decoder finds the last token by config.json's id: that one is first.
-            pads = (*_ids(config.get("pad_token_id")), *self._ids_of("pad_token"), *eos, 0)
-            self.pad_id: int = pads[0]
-            self.positions = _positions(config)
-            self.max_length = _max_length(self.positions, settings)
+            pads = _ids(config, "pad_token_id", place / CONFIG_NAME)
+            self._pads = (*pads, *self._ids_of("pad_token"), *eos, 0)
+            self.pad_id: int = self._pads[0]
+            self.positions = _positions(config, place / CONFIG_NAME)
+            self.max_length = _max_length(self.positions, settings, place / SETTINGS_NAME)
         else:
             eos = told or tuple(base.eos_ids)
             if self._ids_of("eos_token") != base._ids_of("eos_token"):
                 eos += self._ids_of("eos_token")
             if self.template != base.template:
                 eos += self._end_of_turn()
-            self.pad_id = base.pad_id
+            self._pads, self.pad_id = base._pads, base.pad_id
             self.positions, self.max_length = base.positions, base.max_length
         self.eos_ids: frozenset[int] = frozenset(eos)
         self.settings: GenerationSettings = (
@@ -143,13 +158,24 @@ class Tokenizer:
         """The tokens of `text`, with those that the model wants around it unless told not to.
 
         Of a text that is longer than `max_length` the end is cut; the special tokens stay.
+
+        Raises:
+            UsageError: it is no text. BundleError: the tokenizer fails on it.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if max_length is not None:
-            around = self._tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
-            encoding.truncate(max(max_length - around, 0))
-        encoding = self._tokenizer.post_process(encoding, add_special_tokens=special_tokens)
-        ids: list[int] = encoding.ids
+        if not isinstance(text, str):
+            raise UsageError(f"a text is {shown(text)}: give a str")
+        if not text.isascii() and _SURROGATE.search(text):
+            raise UsageError(
+                f"the text {shortened(ascii(text), 60)} holds half a surrogate pair, which is no"
+                " character: decode what it is from as UTF-8"
+            )
+        with _library(f"the tokenizer of {self._place} fails"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if max_length is not None:
+                around = self._tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
+                encoding.truncate(max(max_length - around, 0))
+            encoding = self._tokenizer.post_process(encoding, add_special_tokens=special_tokens)
+            ids: list[int] = encoding.ids
         return ids
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -168,7 +194,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _library(f"the tokenizer of {self._place} fails"):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def is_special(self, token: int) -> bool:
@@ -179,6 +206,13 @@ class Tokenizer:
     def same_words(self, other: Tokenizer) -> bool:
         """Whether both make the same tokens of every text."""
         return self._tokenizer is other._tokenizer or self._as_text == other._as_text
+
+    def pad_within(self, vocabulary: int) -> None:
+        """Fill rows up with a token that the graph's vocabulary has: the first that is told.
+
+        Configs name one beyond it where a token was added for padding alone.
+        """
+        self.pad_id = next(index for index in self._pads if index < max(vocabulary, 1))
 
     def check_words(self, vocabulary: int) -> None:
         """Hold an adapter's words against the size of the graph's vocabulary.
@@ -268,7 +302,7 @@ def _check_added(place: Path, base: Tokenizer) -> None:
     told = dict(_optional(place / ADDED_NAME))
     decoder = _optional(place / SETTINGS_NAME).get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, Mapping) else ():
-        if isinstance(token, Mapping) and str(index).isdigit():
+        if isinstance(token, Mapping) and index.isascii() and index.isdigit() and len(index) < 10:
             told[str(token.get("content"))] = int(index)
     unknown = sorted(word for word, index in told.items() if base.vocabulary.get(word) != index)
     if unknown:
@@ -283,14 +317,31 @@ def _check_added(place: Path, base: Tokenizer) -> None:
 def _open(file: Path) -> FastTokenizer:
     if not file.is_file():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")
-    try:
+    with _library(f"{file} is no valid tokenizer"):
         tokenizer = FastTokenizer.from_file(os.fspath(file))
-    except Exception as problem:  # tokenizers raises bare Exceptions
-        raise BundleError(f"{file} is no valid tokenizer: {problem}") from None
-    # Lengths are this project's business; a setting in the file would cut or pad in silence.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        # Lengths are this project's business; a setting in the file would cut or pad in silence.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Some of what is wrong with a file shows only when it is used.
+        tokenizer.decode(tokenizer.encode(_TRIED).ids)
     return tokenizer
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Raise BundleError, which begins with `what`, where the tokenizers library fails.
+
+    It raises bare Exceptions; and where its own code panics, an error that is no Exception and
+    that no module exports.
+    """
+    try:
+        yield
+    except Exception as problem:
+        raise BundleError(f"{what}: {first_line(problem)}") from None
+    except BaseException as problem:
+        if type(problem).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what}: {first_line(problem)}") from None
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -322,22 +373,33 @@ def _template(place: Path, settings: Mapping[str, Any]) -> str | None:
     return source
 
 
-def _ids(value: object) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+def _ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ...]:
+    """The token ids that `values`, of `file`, has under `name`; a negative one is none."""
+    told = values.get(name)
+    listed = [] if told is None else told if isinstance(told, list) else [told]
+    if not all(type(token) is int and token <= _LARGEST_ID for token in listed):
+        raise BundleError(f"{file}: {name} is {shown(told)}, which is no id of a token")
+    return tuple(token for token in listed if token >= 0)
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
+def _positions(config: Mapping[str, Any], file: Path) -> int | None:
     """How many tokens the model has positions for."""
-    told = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
-    if told is not None and config.get("model_type") in _FROM_PADDING_ON:
-        told -= 1 + next(iter(_ids(config.get("pad_token_id"))), 1)
+    name = next((name for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    if name is None:
+        return None
+    told = int(config[name])
+    if config.get("model_type") in _FROM_PADDING_ON:
+        told -= 1 + next(iter(_ids(config, "pad_token_id", file)), 1)
+    if told < 1:
+        raise BundleError(f"{file}: {name} is {config[name]}, which leaves no position for a token")
     return told
 
 
-def _max_length(positions: int | None, settings: Mapping[str, Any]) -> int | None:
+def _max_length(positions: int | None, settings: Mapping[str, Any], file: Path) -> int | None:
     limits = [] if positions is None else [positions]
     own = settings.get("model_max_length")
     if isinstance(own, int | float) and own < _NO_LIMIT:
+        if own < 1:
+            raise BundleError(f"{file}: model_max_length is {own}, which leaves no token of a text")
         limits.append(int(own))
     return min(limits, default=None)

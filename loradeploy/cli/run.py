@@ -13,7 +13,14 @@ import click
 
 from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.cli.console import PROVIDERS, provider_option
-from loradeploy.errors import DataError, UnknownAdapterError, UsageError, listed_names
+from loradeploy.errors import (
+    DataError,
+    UnknownAdapterError,
+    UsageError,
+    first_line,
+    listed_names,
+)
+from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from loradeploy.runtime.resident import AdapterSpec
@@ -274,9 +281,9 @@ def _read(name: str, adapter: str | None) -> Iterator[Request]:
 
 def _request(line: str, place: str, adapter: str | None) -> Request:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError as problem:
-        raise DataError(f"{place}: no valid JSON: {problem}") from None
+        raise DataError(f"{place}: no valid JSON: {first_line(problem)}") from None
     if not isinstance(values, dict):
         raise DataError(f'{place}: not an object, such as {{"prompt": "…"}}')
     key = next((key for key in _PROMPT_KEYS if key in values), None)

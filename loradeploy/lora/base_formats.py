@@ -6,7 +6,6 @@ is added to here. config.json tells the quantizer; where it does not, the tensor
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
+from loradeploy.parsing import parse_json
 
 BITSANDBYTES: Final = "bitsandbytes"
 
@@ -123,8 +123,8 @@ def _way_out(method: str, original: str | None) -> str:
 
 def _config(place: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = parse_json((place / "config.json").read_bytes(), finite=False)
+    except (OSError, ValueError):
         return {}  # whoever needs it will say so
     return values if isinstance(values, dict) else {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from loradeploy.adapter.base_files import (
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
+from loradeploy.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def transformer_folder(place: Path) -> Path:
     sentence-transformers wrote the encoder to 0_Transformer/ beside its other modules.
     """
     try:
-        modules = json.loads((place / "modules.json").read_text(encoding="utf-8"))
+        modules = parse_json((place / "modules.json").read_bytes(), finite=False)
     except (OSError, ValueError):
         return place
     first = modules[0] if isinstance(modules, list) and modules else {}

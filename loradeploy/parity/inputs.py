@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, DataError, UsageError
+from loradeploy.errors import BundleError, DataError, UsageError, first_line
 from loradeploy.files import read_json
 from loradeploy.parity.prompts import GENERATED, PROMPTS
+from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from loradeploy.runtime.tokenizer import Tokenizer
@@ -160,9 +160,9 @@ def _read(file: Path) -> list[Prompt]:
 
 def _line(file: Path, number: int, line: str) -> Prompt:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as problem:
-        raise DataError(f"{file}, line {number} is no JSON: {problem}") from None
+        raise DataError(f"{file}, line {number} is no JSON: {first_line(problem)}") from None
     if isinstance(value, str):
         return value
     for name in _TEXT_FIELDS if isinstance(value, dict) else ():

@@ -40,6 +40,15 @@ class DecoderCache:
                 f"{unknown[0].name} is of {unknown[0].dtype}, of which numpy makes no cache: give"
                 " OrtValues of your own to AdapterSession.run"
             )
+        for spec in self._specs:
+            if len(spec.shape) != 4 or not all(isinstance(spec.shape[i], int) for i in (1, 3)):
+                raise UsageError(
+                    f"{spec.name} is {list(spec.shape)}, a cache of [batch, heads, past, size] with"
+                    " numbers for heads and size is needed: give OrtValues of your own to"
+                    " AdapterSession.run"
+                )
+        if batch < 1:
+            raise UsageError(f"a cache for {batch} rows: give 1 or more")
         self._batch = batch
         self._device = device
         fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)

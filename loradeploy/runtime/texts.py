@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.beside import check_digests, tells_of_texts, text_directory, vocabulary_of
-from loradeploy.bundle.names import FEATURE_EXTRACTION
+from loradeploy.bundle.names import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.sentence import (
     SentenceRecipe,
     default_recipe,
@@ -19,7 +19,7 @@ from loradeploy.bundle.sentence import (
     recipe_directory,
 )
 from loradeploy.bundle.settings import GenerationSettings
-from loradeploy.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
+from loradeploy.bundle.tokenizer import CONFIG_NAME, TOKENIZER_NAME, Tokenizer
 from loradeploy.errors import (
     BundleError,
     LoraDeployError,
@@ -109,7 +109,22 @@ class TextSides:
             check_digests(self._bundle, self._manifest.sentence)
             recipe = read_recipe(self._bundle)
         recipe = recipe or default_recipe()
-        return _side(Tokenizer(self._bundle, lowercase=recipe.lowercase), recipe)
+        tokenizer = Tokenizer(self._bundle, lowercase=recipe.lowercase)
+        vocabulary = self._vocabulary()
+        if tokenizer.pad_id >= vocabulary and self._manifest.task == SEQUENCE_CLASSIFICATION:
+            # The graph of a decoder finds the end of a text by it.
+            raise BundleError(
+                f"{self._bundle / CONFIG_NAME}: pad_token_id is {tokenizer.pad_id}, and the"
+                f" vocabulary ends at {vocabulary - 1}: set it to the token that the model was"
+                " trained with, and export again"
+            )
+        tokenizer.pad_within(vocabulary)
+        return _side(tokenizer, recipe)
+
+    def _vocabulary(self) -> int:
+        file = self._bundle / CONFIG_NAME
+        known = read_json(file, error=BundleError) if file.is_file() else {}
+        return vocabulary_of(self._manifest, known)
 
     def of(self, spec: AdapterSpec | None) -> TextSide:
         """The side of an adapter, of a blend, or of the base.
@@ -162,9 +177,7 @@ class TextSides:
             recipe = None if found is None else read_recipe(found)
         recipe = recipe or base.recipe
         tokenizer = Tokenizer(directory, base.tokenizer, lowercase=recipe.lowercase)
-        config = self._bundle / "config.json"
-        known = read_json(config, error=BundleError) if config.is_file() else {}
-        tokenizer.check_words(vocabulary_of(self._manifest, known))
+        tokenizer.check_words(self._vocabulary())
         if place is not _OWN and tokenizer.settings.ignored:  # of its own, the export said so
             logger.warning(
                 "the adapter %r has settings of generation that are not applied: %s",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any, Final
 
 from loradeploy.errors import DataError, first_line, listed_names
 from loradeploy.lora.checkpoint import is_hub_id
+from loradeploy.parsing import parse_json
 
 # Where a row is, for messages to the user, and what it holds.
 Row = tuple[str, dict[str, Any]]
@@ -119,9 +119,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise DataError(f"{where}: not JSON ({problem}); each line is an object") from None
+            value = parse_json(line, finite=False)
+        except ValueError as problem:
+            told = first_line(problem)
+            raise DataError(f"{where}: not JSON ({told}); each line is an object") from None
         if not isinstance(value, dict):
             raise DataError(f"{where}: a JSON {type(value).__name__}, an object is needed")
         yield where, value
