@@ -11,6 +11,7 @@
     │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported in the way asked for
+    ├── OutputError             a file that cannot be written, as on a full disk (also an OSError)
     └── MissingDependencyError  a part of loradeploy whose extra is not installed
 
 The command line prints the message and exits with 2, or with the status of the signal that
@@ -19,6 +20,7 @@ interrupted it; anything else is a defect of loradeploy.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -83,6 +85,25 @@ class BundleError(LoraDeployError):
 
 class ExportError(LoraDeployError):
     """A model or graph that cannot be exported in the way asked for."""
+
+
+class OutputError(LoraDeployError, OSError):
+    """A file or directory that cannot be written: the disk is full, or is not ours to write.
+
+    `filename` is its path, `strerror` the reason with what to do, `errno` the system's number.
+    """
+
+    # OSError shows its number; the message is a sentence, show it as one.
+    __str__ = Exception.__str__
+
+    def __init__(
+        self, path: str | os.PathLike[str], reason: str, number: int | None = None
+    ) -> None:
+        super().__init__(f"{os.fspath(path)} cannot be written: {reason}")
+        self.filename, self.strerror, self.errno = os.fspath(path), reason, number
+
+    def __reduce__(self) -> tuple[type[OutputError], tuple[str, str, int | None]]:
+        return type(self), (self.filename, self.strerror or "", self.errno)
 
 
 class MissingDependencyError(LoraDeployError):

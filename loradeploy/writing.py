@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from loradeploy.disk import explained
 from loradeploy.errors import UsageError
 
 if sys.platform == "win32":
@@ -43,15 +44,21 @@ def just_the_marker(directory: Path) -> Collection[str]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is renamed on success and removed on failure."""
+    """Yield a temporary path beside `path`; it is renamed on success and removed on failure.
+
+    Raises:
+        OutputError: the file cannot be written. What stood at `path` is still there.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(target, _create_file) as temporary:
-        try:
-            yield temporary
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target, _create_file) as temporary:
+            try:
+                with explained(target, temporary):
+                    yield temporary
+                    os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -65,16 +72,64 @@ def atomic_directory(
 
     Raises:
         UsageError: `path` is something that is not replaced, see `check_replaceable`.
+        OutputError: something in it cannot be written. What stood at `path` is still there.
     """
     target = Path(path).absolute()
-    check_replaceable(target, marker=marker, own_files=own_files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(target, Path.mkdir) as temporary:
+    with explained(target):
+        check_replaceable(target, marker=marker, own_files=own_files)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target, Path.mkdir) as temporary:
+            try:
+                with explained(target, temporary):
+                    yield temporary
+                    _put_in_place(temporary, target, marker, own_files)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Make `directory` and be the only process that writes in it; removed where it stays empty.
+
+    Raises:
+        UsageError: another process is writing in it. OutputError: it cannot be made.
+    """
+    while True:
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         try:
-            yield temporary
-            _put_in_place(temporary, target, marker, own_files)
+            lock = _lock(directory)
+        except BlockingIOError:
+            raise UsageError(_busy(directory)) from None
+        except FileNotFoundError:
+            continue  # removed by the one before
+        try:
+            if lock is None or _is_at(directory, lock):
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
+                return
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def check_no_writer(directory: Path) -> None:
+    """Raise UsageError where another process is writing in `directory`, see `only_writer`."""
+    try:
+        lock = _lock(directory)
+    except BlockingIOError:
+        raise UsageError(_busy(directory)) from None
+    except OSError:
+        return  # there is none
+    if lock is not None:
+        os.close(lock)
+
+
+def _busy(directory: Path) -> str:
+    return f"another process is writing in {directory}: wait for its end, or choose another output"
 
 
 def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the_marker) -> None:

@@ -40,7 +40,7 @@ def write_onnx_adapter(
 
     Raises:
         AdapterMismatchError: the adapter does not fit the bundle.
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     write_side_inputs(side_inputs(adapter, manifest, base), manifest, file)
 
@@ -53,7 +53,7 @@ def write_side_inputs(
     Where the graph has branches the file chooses the one for its adapter.
 
     Raises:
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     import onnxruntime
 
@@ -68,7 +68,7 @@ def write_side_inputs(
         try:
             content.export_adapter(os.fspath(temporary))
         except RuntimeError:  # its text is a C++ source line
-            raise OSError(errno.EIO, "cannot be written: is the disk full?", str(file)) from None
+            raise OSError(errno.EIO, "onnxruntime failed to write it", str(file)) from None
 
 
 def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]]:

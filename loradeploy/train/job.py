@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import time
@@ -26,8 +28,15 @@ from loradeploy.bundle.sentence import (
     recipe_directory,
     write_default,
 )
-from loradeploy.errors import BundleError, TrainingError, TrainingInterruptedError, UsageError
-from loradeploy.files import atomic_directory, check_replaceable
+from loradeploy.errors import (
+    BundleError,
+    ModelError,
+    OutputError,
+    TrainingError,
+    TrainingInterruptedError,
+    UsageError,
+)
+from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
 from loradeploy.lora.inject import copy_into, inject
@@ -42,7 +51,7 @@ from loradeploy.train.curve import write_curve
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
 from loradeploy.train.prepared import Prepared, prepare
-from loradeploy.train.processes import is_main_process
+from loradeploy.train.processes import is_main_process, process_count
 from loradeploy.train.progress import Progress
 from loradeploy.train.signals import Stop, StopAfterStep, stoppable
 from loradeploy.train.tasks import Collate, Task, task_of
@@ -52,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that do not change the adapter: a resumed run may have others.
 _FREE: Final = ("save_steps", "tensorboard")
+# Of the base's config.json, what says nothing of the model.
+_UNHEEDED: Final = ("_name_or_path", "transformers_version")
 
 
 def run(
@@ -86,12 +97,12 @@ def run(
         describe = functools.partial(
             injection.adapter, base_digest=digest_of_base, labels=prepared.labels
         )
-        newest = checkpoints.newest() if resume else None
+        record = _record(config, digest_of_base, prepared, opened)
+        newest: Path | None = None
         callbacks: list[Any] = []
         with ExitStack() as closing:
             if main:
-                checkpoints.begin(_record(config, digest_of_base, prepared), resume=resume)
-                closing.callback(checkpoints.remove_unless_resumable)
+                newest = closing.enter_context(checkpoints.begun(record, resume=resume))
                 callbacks.append(closing.enter_context(contextlib.closing(Progress())))
             if main and config.tensorboard:
                 board = Board(target.with_name(f"{target.name}-tensorboard"))
@@ -101,6 +112,7 @@ def run(
                 injection=injection,
                 loss=task.loss,
                 adapter=describe,
+                checkpoint=functools.partial(checkpoints.writing, record=record),
                 args=arguments(config, checkpoints.place, examples=len(prepared.training)),
                 train_dataset=prepared.training,
                 data_collator=_collator(base.model, opened, task, packing=config.packing),
@@ -120,37 +132,49 @@ def run(
                 adapter, kept = trainer.best, state.best_global_step
                 copy_into(injection, adapter)
             after = trainer.mean_loss(prepared.evaluation)
-        result = TrainResult(
-            adapter=target,
-            digest=adapter.digest,
-            base_digest=digest_of_base,
-            parameters=adapter.parameter_count,
-            examples=len(prepared.training),
-            truncated=prepared.truncated,
-            steps=state.global_step,
-            kept_step=kept,
-            tokens=int(state.num_input_tokens_seen),
-            seconds=round(time.perf_counter() - begin, 2),
-            evaluated_on=prepared.evaluated_on,
-            loss_before=before[0],
-            loss_after=after[0],
-            accuracy_before=before[1] if task.judged else None,
-            accuracy_after=after[1] if task.judged else None,
-        )
-        if main:
-            _write(result, adapter, trainer, config, prepared.digest, place)
-        trainer.accelerator.wait_for_everyone()
-    if main:
-        checkpoints.remove()
+            result = TrainResult(
+                adapter=target,
+                digest=adapter.digest,
+                base_digest=digest_of_base,
+                parameters=adapter.parameter_count,
+                examples=len(prepared.training),
+                truncated=prepared.truncated,
+                steps=state.global_step,
+                kept_step=kept,
+                tokens=int(state.num_input_tokens_seen),
+                seconds=round(time.perf_counter() - begin, 2),
+                evaluated_on=prepared.evaluated_on,
+                loss_before=before[0],
+                loss_after=after[0],
+                accuracy_before=before[1] if task.judged else None,
+                accuracy_after=after[1] if task.judged else None,
+            )
+            if main:
+                with _naming_what_is_left(checkpoints):
+                    _write(result, adapter, trainer, config, prepared.digest, place)
+            trainer.accelerator.wait_for_everyone()
+            if main:
+                checkpoints.remove()
     return result
 
 
 def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | None) -> None:
     """Train from `newest` on; what stops it says which checkpoint is left."""
+    with _naming_what_is_left(checkpoints):
+        begin = trainer.agreed(newest)
+        if begin is None or not trainer.restore_finished(begin):
+            trainer.train(resume_from_checkpoint=begin)
+
+
+@contextmanager
+def _naming_what_is_left(checkpoints: Checkpoints) -> Iterator[None]:
     try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    except TrainingError as problem:
+        yield
+    except (TrainingError, OutputError) as problem:
         left = checkpoints.newest()
+        if isinstance(problem, OutputError):
+            go_on = f"; {left} is whole: go on from it with --resume" if left else ""
+            raise TrainingError(f"{problem}{go_on}") from problem
         if left is None:
             raise
         raise TrainingError(f"{problem}; the last good checkpoint is {left}") from None
@@ -200,10 +224,20 @@ def _adapter_config(
     )
 
 
-def _record(config: TrainConfig, digest_of_base: str, prepared: Prepared) -> dict[str, Any]:
+def _record(
+    config: TrainConfig, digest_of_base: str, prepared: Prepared, opened: Checkpoint
+) -> dict[str, Any]:
     """What decides the adapter, for a resumed run to be held against."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return {**settings, "base": digest_of_base, "data": prepared.digest}
+    told = read_json(opened.place / "config.json", error=ModelError)
+    described = json.dumps({n: v for n, v in told.items() if n not in _UNHEEDED}, sort_keys=True)
+    return {
+        **settings,
+        "base": digest_of_base,
+        "base_config": hashlib.sha256(described.encode()).hexdigest(),
+        "data": prepared.digest,
+        "processes": process_count(),  # as many batches are a step
+    }
 
 
 def _write(
@@ -215,17 +249,14 @@ def _write(
     base: Path,
 ) -> None:
     target = result.adapter
-    try:
-        with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
-            save_adapter(adapter, place)
-            if config.task == EMBEDDING:
-                _tell_pooling(base, place)
-            write_curve(trainer.curve(), place)
-            (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
-            text = card(result, adapter.config, config, data)
-            (place / CARD_NAME).write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise TrainingError(f"{target} cannot be written: {problem.strerror}") from None
+    with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
+        save_adapter(adapter, place)
+        if config.task == EMBEDDING:
+            _tell_pooling(base, place)
+        write_curve(trainer.curve(), place)
+        (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
+        text = card(result, adapter.config, config, data)
+        (place / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _tell_pooling(base: Path, adapter: Path) -> None:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
-from loradeploy.errors import TrainingError, UsageError
+from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_and_line
 from loradeploy.lora.inject import Injection, copy_into
 from loradeploy.lora.plus import parameter_groups
+from loradeploy.train.checkpoints import BEST
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.curve import COLUMNS
 from loradeploy.train.losses import BatchLoss, LossFunction
 from loradeploy.train.processes import process_count
 from loradeploy.train.sampler import ByLength
 
-# Beside a checkpoint's adapter: the best one so far.
-_BEST = "best"
 _ADVICE = "lower learning_rate, or look at the data"
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints are adapters, and whose loss is checked at every step.
 
-    `injection` is what it trains, `adapter` gives that as data. `evaluation`: the examples that it
+    `injection` is what it trains, `adapter` gives that as data. `checkpoint`: yields the directory
+    for the checkpoint of a step, which counts when that is left; used by the main process.
+    `evaluation`: the examples that it
     is judged by; `patience`: after how many evaluations without a lower loss it stops, 0 never;
     `keep_best`: whether `best` is the adapter of the lowest. `ratio`: how much faster B learns
     (LoRA+).
@@ -41,6 +45,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         injection: Injection,
         loss: LossFunction,
         adapter: Callable[[], Adapter],
+        checkpoint: Callable[[int], AbstractContextManager[Path]],
         evaluation: Sequence[dict[str, Any]] = (),
         patience: int = 0,
         keep_best: bool = False,
@@ -51,12 +56,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._injection = injection
         self._loss = loss
         self._adapter = adapter
+        self._checkpoint = checkpoint
         self._evaluation = evaluation
         self._patience = patience
         self._keep_best = keep_best
         self._ratio = ratio
         self.optimizer: Any
         self.control: Any
+        self.state: Any
         self.best: Adapter | None = None
         # Gradients of several batches are summed: each loss is divided by the labels of all.
         self.model_accepts_loss_kwargs = True
@@ -124,7 +131,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.state.best_metric is None or loss < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
             self.best = self._adapter() if self._keep_best else None
-        elif self._patience and self._evaluations_since_best() >= self._patience:
+        elif self._is_out_of_patience():
             self.control.should_training_stop = True
         return metrics
 
@@ -152,9 +159,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             row.update({name: entry[name] for name in COLUMNS if name in entry})
         return [row for row in rows.values() if len(row) > 1]
 
-    def _evaluations_since_best(self) -> int:
+    def _is_out_of_patience(self) -> bool:
+        if not self._patience or self.state.best_global_step is None:
+            return False
         steps = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
-        return sum(step > self.state.best_global_step for step in steps)
+        best = self.state.best_global_step
+        return sum(bool(step > best) for step in steps) >= self._patience
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
@@ -173,6 +183,25 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     # What Trainer calls to write a checkpoint and to read it: the adapter alone, not the base.
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        main = self.args.should_save
+        with self._checkpoint(self.state.global_step) if main else nullcontext() as place:
+            directory = self.agreed(place) or ""
+            self.save_model(directory)
+            self._save_optimizer_and_scheduler(directory)
+            self._save_scaler(directory)
+            self._save_rng_state(directory)
+            if main:
+                self.state.save_to_json(str(Path(directory, TRAINER_STATE_NAME)))
+            self.accelerator.wait_for_everyone()
+
+    def agreed(self, place: Path | None) -> str | None:
+        """The main process's `place`, in every process."""
+        box = [None if place is None else str(place)]
+        if process_count() > 1:
+            broadcast_object_list(box)
+        return box[0]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, and the best one where it is another; the main process does."""
         place = Path(output_dir or self.args.output_dir)
@@ -180,13 +209,55 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             save_adapter(adapter, place)
             if self.best is not None:
-                save_adapter(self.best, place / _BEST)
+                save_adapter(self.best, place / BEST)
+
+    def restore_finished(self, checkpoint: str) -> bool:
+        """Whether no step is left to a run that wrote `checkpoint`; then it stands at its end.
+
+        Trainer would take one more (5.23).
+        """
+        with _readable(checkpoint):
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            fresh, self.state = self.state, state
+            ended = bool(state.global_step >= state.max_steps) or self._is_out_of_patience()
+        if not ended:
+            self.state = fresh
+            return False
+        self._load_from_checkpoint(checkpoint)
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         place = Path(resume_from_checkpoint)
-        copy_into(self._injection, load_adapter(place))
-        if (place / _BEST).is_dir():
-            self.best = load_adapter(place / _BEST)
+        with _readable(place):
+            copy_into(self._injection, load_adapter(place))
+            if (place / BEST).is_dir():
+                self.best = load_adapter(place / BEST)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: str | Path | None) -> Iterator[None]:
+    """What torch reads is read as data alone (weights_only), and refused in one line."""
+    try:
+        yield
+    except LoraDeployError:
+        raise
+    except Exception as problem:  # torch, pickle and json raise whatever they do
+        raise TrainingError(
+            f"{checkpoint} cannot be read ({kind_and_line(problem)}): remove it, and go on from the"
+            " one before it"
+        ) from None
 
 
 def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> TrainingArguments:
@@ -219,7 +290,6 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
         eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 1,
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
