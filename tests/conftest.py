@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from filelock import FileLock
 
+from tests.traces import remembered
 from tools import real_models
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +104,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     return shared / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(shared: Path) -> Iterator[None]:
+    """Exports of one tiny model share its trace; `tests.traces` says which models are the same."""
+    from loradeploy.export import trace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "trace", remembered(trace.trace, shared / "traces"))
+        yield
 
 
 # -- real models and data ----------------------------------------------------------------------

@@ -22,7 +22,9 @@ TOLERANCES: Final = {
         1e-4, "float32 in two libraries over two layers; logits of these models reach 10"
     ),
     "torch-onnx-smollm2": Tolerance(
-        2e-4, "float32 in two libraries over thirty layers; logits reach 30"
+        5e-4,
+        "float32 in two libraries over thirty layers; logits reach 30. The sums' order is the"
+        " processor's: 1.1e-4 to 2.2e-4 are seen",
     ),
     "merged-torch": Tolerance(
         3e-5, "as same-torch, and each merged weight is rounded to float32 once more"

@@ -154,7 +154,10 @@ class Trial:
         base = self.run(original.feeds, None)
         for name, expected in original.outputs.items():
             if np.isfinite(expected).all() and not np.isfinite(base[name]).all():
-                raise _refused(f"its output {name} holds what is no number")
+                raise _refused(
+                    f"its output {name} is NaN or infinite on the CPU where the source's is finite"
+                    f"{_overflow(self.manifest.precision)}"
+                )
         merged = self.manifest.mode == "merged"
         if not merged:
             limits = _PACKED_HERE if packed_here else _LIMITS
@@ -294,6 +297,11 @@ def _opened(file: Path) -> onnxruntime.InferenceSession:
         if problem.lacking:
             raise
         raise _refused(f"onnxruntime cannot open {file.name}: {problem}") from None
+
+
+def _overflow(precision: str) -> str:
+    """What to do about numbers that are too large for `precision`."""
+    return ": float16 ends at 65504, give --precision fp32 or bf16" if precision == "fp16" else ""
 
 
 def _refused(reason: str) -> ExportError:

@@ -19,8 +19,9 @@ import pytest
 from onnxruntime import GraphOptimizationLevel, SessionOptions
 
 import loradeploy as ld
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.digest import base_digest, file_digest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
+from loradeploy.errors import ExportError
 from loradeploy.export.rewire import add_constant, constant_of, set_constant
 from loradeploy.parity.report import ParityReport
 from tests.conftest import MakeAdapter, once
@@ -308,28 +309,58 @@ def test_rows_that_are_masked_with_infinity_alone_are_caught_in_batches(
     assert phases(tiny_llama_bundle, tiny_llama, change) == expected
 
 
-@pytest.fixture(scope="module")
-def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
-    """The tiny GPT-2 with attention scores of 75,000, the same for all keys.
+def make_loud(weight: Any, bias: Any, size: int) -> None:
+    """Change what gives queries and keys [in, 3 × in], so that all attention scores are 75,000.
 
     A softmax does not see what all of its inputs have in common, so float32 computes it as ever.
     """
+    for start in range(0, 2 * len(weight), size):  # a feature of each query and key head
+        weight[:, start] = 0
+        bias[start] = 512  # 512² / √12 = 75,674
+
+
+@pytest.fixture(scope="module")
+def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
+    """The tiny GPT-2 with attention scores of 75,000, the same for all keys."""
 
     def make(place: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-        width, size = model.config.n_embd, model.config.n_embd // model.config.n_head
         with torch.no_grad():
             for block in model.transformer.h:
-                for start in range(0, 2 * width, size):  # a feature of each query and key head
-                    block.attn.c_attn.weight[:, start] = 0
-                    block.attn.c_attn.bias[start] = 512  # 512² / √12 = 75,674
+                layer = block.attn.c_attn
+                make_loud(layer.weight, layer.bias, model.config.n_embd // model.config.n_head)
         model.save_pretrained(place)
         AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(place)
 
     return once(shared / "loud-gpt2", make)
+
+
+@pytest.fixture(scope="module")
+def loud_half_bundle(tiny_gpt2: Path, loud_gpt2: Path, shared: Path) -> Path:
+    """`loud_gpt2` in float16, as export refuses to make it: tiny GPT-2 with the other's weights."""
+    half = once(shared / "half-gpt2", lambda place: ld.export(tiny_gpt2, place, precision="fp16"))
+
+    def loud(graph: ir.Graph) -> None:
+        for layer in range(2):
+            weight, bias = (
+                graph.initializers[f"transformer.h.{layer}.attn.c_attn.{name}"]
+                for name in ("weight", "bias")
+            )
+            values = constant_of(weight).copy(), constant_of(bias).copy()
+            make_loud(*values, size=12)
+            set_constant(weight, values[0])
+            set_constant(bias, values[1])
+
+    def make(place: Path) -> None:
+        bundle = changed(half, place, loud)
+        manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+        manifest["base"]["digest"] = base_digest(loud_gpt2)
+        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+    return once(shared / "loud-half", make)
 
 
 @pytest.mark.parametrize(
@@ -338,13 +369,24 @@ def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
     ids=["fp32", "fp16"],
 )
 def test_scores_that_overflow_float16_are_caught_and_attention_in_float32_is_right(
-    change: Change, expected: set[str | None], loud_gpt2: Path, shared: Path, phases: Phases
+    change: Change,
+    expected: set[str | None],
+    loud_gpt2: Path,
+    loud_half_bundle: Path,
+    phases: Phases,
 ) -> None:
     """Float16 ends at 65504. OPT's attention in float16 gave NaN until its softmax was computed in
     float32 (huggingface/transformers#17437); onnxruntime's Attention on the CPU takes the products
     of float16 queries and keys in float16."""
-    bundle = once(shared / "loud-half", lambda place: ld.export(loud_gpt2, place, precision="fp16"))
-    assert phases(bundle, loud_gpt2, change) == expected
+    assert phases(loud_half_bundle, loud_gpt2, change) == expected
+
+
+def test_an_export_whose_scores_overflow_float16_is_refused(
+    loud_gpt2: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"logits is NaN or infinite .*--precision fp32"):
+        ld.export(loud_gpt2, tmp_path / "half", precision="fp16")
+    assert not (tmp_path / "half").exists()
 
 
 # -- fusions -----------------------------------------------------------------------------------
