@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
     from loradeploy.adapter.combine import combine
     from loradeploy.adapter.reduce import reduce_rank
-    from loradeploy.parity.compare import compare
+    from loradeploy.parity.compare.api import compare
     from loradeploy.runtime.classification import TextClassifier
     from loradeploy.runtime.embedding import TextEmbedder
     from loradeploy.runtime.generation import TextGenerator
@@ -54,7 +54,7 @@ _LAZY = {
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
     "combine": "loradeploy.adapter.combine",
-    "compare": "loradeploy.parity.compare",
+    "compare": "loradeploy.parity.compare.api",
     "load_adapter": "loradeploy.adapter",
     "reduce_rank": "loradeploy.adapter.reduce",
     "save_adapter": "loradeploy.adapter",

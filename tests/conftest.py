@@ -341,7 +341,7 @@ def smollm2_bundle(smollm2: Path) -> Path:
     """SmolLM2 with side inputs and no adapter, kept while the code that makes it is the same."""
     made_by = hashlib.sha256()
     for package in ("adapter", "bundle", "export"):
-        for file in sorted((ROOT / "loradeploy" / package).glob("*.py")):
+        for file in sorted((ROOT / "loradeploy" / package).rglob("*.py")):
             made_by.update(file.read_bytes())
     versions = {
         name: importlib.metadata.version(name)

@@ -23,7 +23,7 @@ from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest
 from loradeploy.errors import LoraDeployError, first_line, listed, listed_names, shortened
-from loradeploy.export.find import Linear, find_linears
+from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.merge import merge_adapter
 from tests.export.graphs import Builder
 

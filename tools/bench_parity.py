@@ -24,13 +24,18 @@ from rich.console import Console
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.files import write_json
-from loradeploy.parity.backends import choose_backends, open_backend
+from loradeploy.parity.backends.table import choose_backends, open_backend
 from loradeploy.parity.check import Progress, run_backends
-from loradeploy.parity.inputs import make_cases
-from loradeploy.parity.prompts import PROMPTS
-from loradeploy.parity.setting import Setting, find_subjects
-from loradeploy.parity.torch_side import as_reference, load_base, make_reference, reference_rows
-from loradeploy.parity.walk import phases_of, walk
+from loradeploy.parity.context import Setting, find_subjects
+from loradeploy.parity.inputs.prompts import PROMPTS
+from loradeploy.parity.inputs.tokens import make_cases
+from loradeploy.parity.phases import phases_of, walk
+from loradeploy.parity.reference.pytorch import (
+    as_reference,
+    load_base,
+    make_reference,
+    reference_rows,
+)
 from tools.alternate import ratio
 from tools.bench_runtime import random_adapters
 from tools.real_models import cache, smollm2

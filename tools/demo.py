@@ -25,7 +25,7 @@ from tools.news_tasks import Story, stories, write_tasks
 from tools.real_models import bbc_news, smollm2
 
 if TYPE_CHECKING:
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.report.results import ParityReport
     from loradeploy.train.api import TrainResult
 
 TASKS = ("headline", "topic")

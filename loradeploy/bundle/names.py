@@ -52,6 +52,7 @@ GRAPH_DATA_NAME: Final = "model.onnx.data"
 DEFAULTS_NAME: Final = "defaults.safetensors"
 BASE_NAME: Final = "base.safetensors"
 CERTIFICATE_NAME: Final = "parity.json"
+GENAI_CONFIG_NAME: Final = "genai_config.json"
 ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"
 

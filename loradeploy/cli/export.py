@@ -8,9 +8,9 @@ import click
 
 from loradeploy.bundle.names import LAYOUTS, TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
-from loradeploy.export.fixed import parse_sizes
-from loradeploy.export.gqa import ATTENTIONS
 from loradeploy.export.kinds import SIDE_INPUT_KINDS
+from loradeploy.export.passes.gqa import ATTENTIONS
+from loradeploy.export.passes.static_shapes import parse_sizes
 from loradeploy.export.precision import PRECISIONS
 from loradeploy.files import plain
 

@@ -67,7 +67,7 @@ def _look(place: Path) -> Facts:
             return _bundle(place)
         if any(place.glob(_ADAPTER_FILES)):
             return {**_adapter(place), **_beside(place)}
-        from loradeploy.export.repository import choose_graph, graphs_in
+        from loradeploy.export.read.repository import choose_graph, graphs_in
 
         if graphs := graphs_in(place):
             return _graph(choose_graph(place, graphs))

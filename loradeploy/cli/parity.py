@@ -10,10 +10,10 @@ from click.core import ParameterSource
 
 from loradeploy.cli.console import json_option, print_json, progress
 from loradeploy.errors import UsageError
-from loradeploy.parity.prompts import CASES, EXAMPLES, GENERATED
+from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
 
 if TYPE_CHECKING:
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.report.results import ParityReport
 
 # Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
@@ -192,7 +192,7 @@ def command(
     _refuse_mixture(context, compared=reference is not None)
     with progress("loradeploy.parity"):
         if reference is not None:
-            from loradeploy.parity.compare import compare
+            from loradeploy.parity.compare.api import compare
 
             found = compare(
                 reference,
@@ -270,7 +270,7 @@ def _tell(found: ParityReport, *, as_json: bool) -> int:
     else:
         from rich.console import Console
 
-        from loradeploy.parity.table import print_report
+        from loradeploy.parity.report.table import print_report
 
         # Nobody can widen a log: what is no terminal gets the whole table.
         width = None if sys.stdout.isatty() else _WHOLE

@@ -78,14 +78,14 @@ def export(
 
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import LAYOUTS, MANIFEST_NAME
-    from loradeploy.export.adapters import named_places, read_adapters
     from loradeploy.export.base import Options
     from loradeploy.export.build import build
-    from loradeploy.export.foreign import Evidence
-    from loradeploy.export.gqa import ATTENTIONS
+    from loradeploy.export.given_adapters import named_places, read_adapters
     from loradeploy.export.kinds import check_kinds
+    from loradeploy.export.passes.gqa import ATTENTIONS
     from loradeploy.export.precision import check_precision
-    from loradeploy.export.source import resolve
+    from loradeploy.export.read.source import resolve
+    from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable

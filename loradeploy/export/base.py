@@ -28,48 +28,44 @@ from loradeploy.errors import (
     UsageError,
     listed_names,
 )
-from loradeploy.export.adapters import (
+from loradeploy.export.given_adapters import (
     check_adapters,
     check_brought,
     label_count,
 )
-from loradeploy.export.bfloat import compute_as_float32
-from loradeploy.export.branches import remove_branches
-from loradeploy.export.find import (
+from loradeploy.export.graph.file import graph_digest, load_graph, outputs, required_inputs
+from loradeploy.export.match.linears import (
     refuse_adapter_layers,
     refuse_side_inputs,
 )
-from loradeploy.export.fixed import fixed_specs
-from loradeploy.export.foreign import (
+from loradeploy.export.match.norm_forms import note_forms, vectors_in
+from loradeploy.export.own_weights import own_digests, settled
+from loradeploy.export.passes.bf16 import compute_as_float32
+from loradeploy.export.passes.branches import remove_branches
+from loradeploy.export.passes.side_inputs import (
+    remove_side_inputs,
+)
+from loradeploy.export.passes.static_shapes import fixed_specs
+from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
+from loradeploy.export.read.opsets import convert_opset
+from loradeploy.export.read.plain import make_products_plain
+from loradeploy.export.read.regular import (
+    close_inputs,
+    complete_shapes,
+    drop_identities,
+    lift_constants,
+)
+from loradeploy.export.read.source import Source, read_config
+from loradeploy.export.read.subgraphs import inline_functions, take_branches
+from loradeploy.export.read.third_party import (
     Evidence,
     complete_cache,
     settings_beside,
 )
-from loradeploy.export.forms import note_forms, vectors_in
-from loradeploy.export.graph import (
-    close_inputs,
-    complete_shapes,
-    drop_identities,
-    graph_digest,
-    lift_constants,
-    load_graph,
-    outputs,
-    required_inputs,
-)
-from loradeploy.export.opsets import convert_opset
-from loradeploy.export.own_weights import own_digests, settled
-from loradeploy.export.plain import make_products_plain
-from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
-from loradeploy.export.side_inputs import (
-    remove_side_inputs,
-)
-from loradeploy.export.source import Source
-from loradeploy.export.subgraphs import inline_functions, take_branches
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.texts import check_recipe, makes_vectors
-from loradeploy.export.tidy import name_dimensions
-from loradeploy.export.trial import Source as TrialSource
-from loradeploy.export.write import read_config
+from loradeploy.export.trace.tidy import name_dimensions
+from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.lora.base_formats import check_plain_weights
 
 if TYPE_CHECKING:

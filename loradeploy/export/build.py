@@ -37,58 +37,59 @@ from loradeploy.errors import (
     listed_names,
     shortened,
 )
-from loradeploy.export.adapters import (
+from loradeploy.export.base import Base, Options, from_checkpoint, from_graph
+from loradeploy.export.given_adapters import (
     check_brought,
     check_named,
     label_count,
     label_names,
 )
-from loradeploy.export.base import Base, Options, from_checkpoint, from_graph
-from loradeploy.export.bfloat import store_as_bfloat16, to_bfloat16
-from loradeploy.export.biases import separate_biases
-from loradeploy.export.branches import add_branches, branches_problem
-from loradeploy.export.find import (
+from loradeploy.export.graph.file import (
+    opset_of,
+    outputs,
+    required_inputs,
+)
+from loradeploy.export.kinds import BIAS, DORA
+from loradeploy.export.match.biases import separate_biases
+from loradeploy.export.match.linears import (
     Findings,
     Linear,
     find_linears,
     is_head,
     output_head,
 )
-from loradeploy.export.fixed import fix_dimensions
-from loradeploy.export.foreign import (
+from loradeploy.export.match.norm_forms import check_known
+from loradeploy.export.match.observe import observe
+from loradeploy.export.match.operators import unreached
+from loradeploy.export.match.parts import Part, find_parts
+from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.weights import to_bfloat16
+from loradeploy.export.merge import merge_adapter
+from loradeploy.export.merge_error import Round, warn_of
+from loradeploy.export.own_weights import graph_digests
+from loradeploy.export.passes.base_weights import HeldBase
+from loradeploy.export.passes.bf16 import store_as_bfloat16
+from loradeploy.export.passes.branches import add_branches, branches_problem
+from loradeploy.export.passes.fuse import fuse_products
+from loradeploy.export.passes.gqa import group_queries, keeps_cache
+from loradeploy.export.passes.layout import has_rows, lay_in_rows
+from loradeploy.export.passes.quantize import quantise, rounded
+from loradeploy.export.passes.side_inputs import (
+    Arrays,
+    SideInputs,
+    inject_side_inputs,
+)
+from loradeploy.export.passes.static_shapes import fix_dimensions
+from loradeploy.export.passes.surgery import rows_problem
+from loradeploy.export.precision import BFLOAT16, PACKED_BITS
+from loradeploy.export.read.source import Source
+from loradeploy.export.read.third_party import (
     assets_of,
     find_modules,
     padding_of,
     settings_beside,
 )
-from loradeploy.export.forms import check_known
-from loradeploy.export.fuse import fuse_products
-from loradeploy.export.gqa import group_queries, keeps_cache
-from loradeploy.export.graph import (
-    opset_of,
-    outputs,
-    required_inputs,
-)
-from loradeploy.export.held import HeldBase
-from loradeploy.export.kinds import BIAS, DORA
-from loradeploy.export.layout import has_rows, lay_in_rows
-from loradeploy.export.loss import Round, warn_of
-from loradeploy.export.merge import merge_adapter
-from loradeploy.export.needs import choose_changes, choose_embeddings, needs_of
-from loradeploy.export.observe import observe
-from loradeploy.export.operators import unreached
-from loradeploy.export.own_weights import graph_digests
-from loradeploy.export.parts import Part, find_parts
-from loradeploy.export.precision import BFLOAT16, PACKED_BITS
-from loradeploy.export.products import input_of, output_of
-from loradeploy.export.quantise import quantise, rounded
-from loradeploy.export.side_inputs import (
-    Arrays,
-    SideInputs,
-    inject_side_inputs,
-)
-from loradeploy.export.source import Source
-from loradeploy.export.surgery import rows_problem
+from loradeploy.export.requirements import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.write import Content, with_labels
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from loradeploy.bundle.outputs import main_output
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest, TensorSpec
 
-GENAI_CONFIG_NAME: Final = "genai_config.json"
 
 # The decoders that onnxruntime-genai knows by name (src/models/model_type.h, 0.18); any other
 # graph of the same shape opens as "decoder".

@@ -17,14 +17,14 @@ from loradeploy.adapter.settle import same_given, shape_problems
 from loradeploy.adapter.targets import is_saved
 from loradeploy.bundle.manifest import MergeLoss
 from loradeploy.errors import AdapterMismatchError, ExportError, listed
-from loradeploy.export.find import Linear
-from loradeploy.export.loss import Round, Tally
-from loradeploy.export.operators import check_operators
-from loradeploy.export.parts import Part, find_parts
-from loradeploy.export.places import Layers, cast
-from loradeploy.export.products import PACKED, products
-from loradeploy.export.quantise import pack_again
-from loradeploy.export.rewire import constant_of, remove_unused
+from loradeploy.export.graph.edit import constant_of, remove_unused
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.operators import check_operators
+from loradeploy.export.match.parameters import Layers, cast
+from loradeploy.export.match.parts import Part, find_parts
+from loradeploy.export.match.products import PACKED, products
+from loradeploy.export.merge_error import Round, Tally
+from loradeploy.export.passes.quantize import pack_again
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.settle import same_numbers, values_digest, without_copies
-from loradeploy.export.find import Linear
-from loradeploy.export.rewire import constant_of
+from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.match.linears import Linear
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
-    from loradeploy.export.parts import Part
+    from loradeploy.export.match.parts import Part
 
 
 def settled(

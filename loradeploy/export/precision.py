@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
-from loradeploy.export.products import products
+from loradeploy.export.match.products import products
 
 if TYPE_CHECKING:
     import onnx_ir as ir

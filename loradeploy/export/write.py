@@ -19,6 +19,7 @@ from loradeploy.bundle.names import (
     BASE_NAME,
     CAUSAL_LM,
     DEFAULTS_NAME,
+    GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MANIFEST_NAME,
@@ -28,9 +29,9 @@ from loradeploy.bundle.native import write_side_inputs
 from loradeploy.bundle.settings import read_settings
 from loradeploy.bundle.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
-from loradeploy.export.genai import GENAI_CONFIG_NAME, genai_config
-from loradeploy.export.held import store_weights
-from loradeploy.export.required import write_required
+from loradeploy.export.genai import genai_config
+from loradeploy.export.passes.base_weights import store_weights
+from loradeploy.export.passes.required import write_required
 from loradeploy.export.texts import (
     base_tokenizer,
     bring_recipe,
@@ -39,7 +40,7 @@ from loradeploy.export.texts import (
     say_ignored,
     take_place,
 )
-from loradeploy.export.trial import Source, try_bundle
+from loradeploy.export.trial.bundle import Source, try_bundle
 from loradeploy.files import atomic_directory, read_json, write_json
 
 if TYPE_CHECKING:
@@ -113,12 +114,6 @@ def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest
         raise ExportError(
             f"{output} cannot be written: {problem.strerror or problem}; nothing was changed there"
         ) from problem
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The object in config.json, empty where there is none."""
-    file = directory / _CONFIG_NAME
-    return read_json(file, error=ModelError) if file.is_file() else {}
 
 
 def with_labels(

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
-from loradeploy.parity.prompts import EXAMPLES
+from loradeploy.parity.inputs.prompts import EXAMPLES
 
 if TYPE_CHECKING:
-    from loradeploy.parity.heldout import Places
-    from loradeploy.parity.others import Others
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.backends.others import Others
+    from loradeploy.parity.report.results import ParityReport
+    from loradeploy.parity.score.heldout import Places
 
 
 def parity(
@@ -50,9 +50,9 @@ def parity(
         adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
             merged bundle claims to hold.
         report: files to write, .json, .xml (JUnit), .md or .html.
-        backends: names from `loradeploy.parity.backends.BACKENDS`; by default all that the bundle
-            has and that can be run here.
-        phases: names from `loradeploy.parity.walk`, such as "prefill" or "chunked prefill"; by
+        backends: names from `loradeploy.parity.backends.table.BACKENDS`; by default all that the
+            bundle has and that can be run here.
+        phases: names from `loradeploy.parity.phases`, such as "prefill" or "chunked prefill"; by
             default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
@@ -72,7 +72,7 @@ def parity(
         localise: look for the first module that diverges, comparing values inside the model and
             the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
-        others: besides, what else is held against PyTorch: see `loradeploy.parity.others`.
+        others: besides, what else is held against PyTorch: see `loradeploy.parity.backends.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
 
     Raises:
@@ -89,19 +89,19 @@ def parity(
     from pathlib import Path
 
     from loradeploy.bundle.manifest import read_manifest
-    from loradeploy.parity.backends import choose_backends, not_silent
-    from loradeploy.parity.baseline import check_comparable, hold_against, read_baseline
-    from loradeploy.parity.genai_side import find_interpreter
-    from loradeploy.parity.heldout import read_held_out
-    from loradeploy.parity.inputs import make_cases
+    from loradeploy.parity.backends.genai import find_interpreter
+    from loradeploy.parity.backends.others import other_backends
+    from loradeploy.parity.backends.table import choose_backends, not_silent
+    from loradeploy.parity.context import Setting, find_model, find_subjects, graph_digests
+    from loradeploy.parity.inputs.row_feeds import check_inputs
+    from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.job import run, write
-    from loradeploy.parity.others import other_backends
-    from loradeploy.parity.row_feeds import check_inputs
-    from loradeploy.parity.scores import check_scored
-    from loradeploy.parity.setting import Setting, find_model, find_subjects, graph_digests
+    from loradeploy.parity.phases import choose_phases
+    from loradeploy.parity.report.baseline import check_comparable, hold_against, read_baseline
+    from loradeploy.parity.report.writers import check_reports
+    from loradeploy.parity.score.heldout import read_held_out
+    from loradeploy.parity.score.scores import check_scored
     from loradeploy.parity.variants import choose_variants
-    from loradeploy.parity.walk import choose_phases
-    from loradeploy.parity.writers import check_reports
 
     place = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loradeploy.parity.opening import Comparable
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.compare.opening import Comparable
+    from loradeploy.parity.report.results import ParityReport
 
 
 def assert_parity(
@@ -42,7 +42,7 @@ def run_check(
     """
     from loradeploy.errors import UsageError
     from loradeploy.parity.api import parity
-    from loradeploy.parity.compare import compare
+    from loradeploy.parity.compare.api import compare
 
     if _is_bundle(candidate) and (reference is None or _is_checkpoint(reference)):
         return parity(candidate, model=reference, **options)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def failure_text(report: ParityReport) -> str:
     """The failures, a line each, and the table of figures."""
     from rich.console import Console
 
-    from loradeploy.parity.table import print_report
+    from loradeploy.parity.report.table import print_report
 
     out = io.StringIO()
     print_report(report, Console(file=out, color_system=None, force_terminal=False, width=120))

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import LoraDeployError, kind_and_line
-from loradeploy.parity.backends import Backend, open_backend
+from loradeploy.parity.backends.ort import NotRunError
+from loradeploy.parity.backends.table import Backend, open_backend
+from loradeploy.parity.context import Setting
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.onnx_side import NotRunError
-from loradeploy.parity.report import BASE_LABEL, AdapterFacts, Result, Variant
-from loradeploy.parity.setting import Setting
-from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.walk import (
+from loradeploy.parity.phases import (
     REPEAT,
     Model,
     Observation,
@@ -25,12 +23,14 @@ from loradeploy.parity.walk import (
     rows_of,
     walk,
 )
+from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
+from loradeploy.parity.verdict import failure, judge
 
 if TYPE_CHECKING:
     import torch
 
     from loradeploy.parity.metrics import Figures
-    from loradeploy.parity.torch_side import Reference
+    from loradeploy.parity.reference.pytorch import Reference
 
 logger = logging.getLogger(__name__)
 

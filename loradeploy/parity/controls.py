@@ -16,16 +16,16 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.targets import is_saved
+from loradeploy.parity.context import Setting
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report import Control
-from loradeploy.parity.setting import Setting
-from loradeploy.parity.torch_side import as_reference_with, reference_rows
+from loradeploy.parity.phases import has_logits
+from loradeploy.parity.reference.pytorch import as_reference_with, reference_rows
+from loradeploy.parity.report.results import Control
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.walk import has_logits
 
 if TYPE_CHECKING:
-    from loradeploy.parity.torch_side import Base, Reference
-    from loradeploy.parity.walk import Row
+    from loradeploy.parity.phases import Row
+    from loradeploy.parity.reference.pytorch import Base, Reference
 
 _WRONG_ADAPTER_SEED: Final = 1
 

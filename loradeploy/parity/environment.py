@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Final
 
-from loradeploy.parity.report import Environment
+from loradeploy.parity.report.results import Environment
 
 _PACKAGES: Final = (
     "loradeploy",

@@ -16,14 +16,22 @@ from loradeploy.bundle.certificate import FILES
 from loradeploy.bundle.certificate import digests as file_digests
 from loradeploy.bundle.names import CERTIFICATE_NAME
 from loradeploy.files import write_json
-from loradeploy.parity.backends import REFERENCE_TITLE, Backend
+from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
+from loradeploy.parity.context import Setting
 from loradeploy.parity.controls import run_controls
+from loradeploy.parity.diagnose.localize import localisations
+from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
-from loradeploy.parity.heldout import HeldOut
-from loradeploy.parity.localise import localisations
+from loradeploy.parity.reference.pytorch import (
+    Reference,
+    load_base,
+    load_model,
+    make_reference,
+    take_weights,
+)
 from loradeploy.parity.repeat import second_run
-from loradeploy.parity.report import (
+from loradeploy.parity.report.results import (
     Control,
     Counterexample,
     Inputs,
@@ -32,18 +40,10 @@ from loradeploy.parity.report import (
     Result,
     Score,
 )
-from loradeploy.parity.scores import score_backends, score_notes, score_reference
-from loradeploy.parity.setting import Setting
-from loradeploy.parity.shrink import shrink_failures
-from loradeploy.parity.torch_side import (
-    Reference,
-    load_base,
-    load_model,
-    make_reference,
-    take_weights,
-)
+from loradeploy.parity.report.writers import write_report
+from loradeploy.parity.score.heldout import HeldOut
+from loradeploy.parity.score.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.variants import start
-from loradeploy.parity.writers import write_report
 
 logger = logging.getLogger(__name__)
 

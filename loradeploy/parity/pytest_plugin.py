@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from loradeploy.parity.report import ParityReport
+    from loradeploy.parity.report.results import ParityReport
 
 _PROPERTY: Final = "loradeploy_parity"
 _LONGEST_NAME: Final = 100
@@ -100,9 +100,9 @@ def _check(
 ) -> ParityReport:
     __tracebackhide__ = True
     from loradeploy.parity.assertion import failure_text, run_check
-    from loradeploy.parity.baseline import hold_against, read_baseline
-    from loradeploy.parity.table import headline
-    from loradeploy.parity.writers import WRITERS, write_report
+    from loradeploy.parity.report.baseline import hold_against, read_baseline
+    from loradeploy.parity.report.table import headline
+    from loradeploy.parity.report.writers import WRITERS, write_report
 
     config = request.config
     seed, baselines = config.getoption("parity_seed"), config.getoption("parity_baseline")

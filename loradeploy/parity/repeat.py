@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loradeploy.bundle.names import CAUSAL_LM
-from loradeploy.parity.backends import REFERENCE_TITLE
+from loradeploy.parity.backends.table import REFERENCE_TITLE
+from loradeploy.parity.context import Setting
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report import Result
-from loradeploy.parity.setting import Setting
+from loradeploy.parity.phases import ONE_ROW, PREFILL, REPEAT, has_logits, rows_of, walk
+from loradeploy.parity.reference.pytorch import TorchModel, as_reference
+from loradeploy.parity.report.results import Result
 from loradeploy.parity.tolerances import assumed
-from loradeploy.parity.torch_side import TorchModel, as_reference
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.walk import ONE_ROW, PREFILL, REPEAT, has_logits, rows_of, walk
 
 if TYPE_CHECKING:
-    from loradeploy.parity.torch_side import Base, Reference
+    from loradeploy.parity.reference.pytorch import Base, Reference
 
 
 def second_run(setting: Setting, reference: Reference, base: Base) -> Result | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
-from loradeploy.parity.report import Variant
+from loradeploy.parity.report.results import Variant
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from loradeploy.parity.report import Check
+from loradeploy.parity.report.results import Check
 from loradeploy.parity.tolerances import METRICS, Limit
 
 if TYPE_CHECKING:

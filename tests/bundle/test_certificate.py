@@ -14,7 +14,7 @@ from loradeploy.bundle.certificate import FORMAT, RUN_THE_BUNDLE, Certificate, c
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_JSON_BYTES
-from loradeploy.parity.backends import BACKENDS
+from loradeploy.parity.backends.table import BACKENDS
 from tests.conftest import MakeAdapter, export_and_check
 
 Edit = Callable[[dict[str, Any]], object]

@@ -17,7 +17,7 @@ from loradeploy.cli.main import VERBS
 from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
-from loradeploy.parity.compare import compare
+from loradeploy.parity.compare.api import compare
 from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.generation import TextGenerator

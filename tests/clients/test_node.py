@@ -13,7 +13,7 @@ import pytest
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import ROOT, MakeAdapter
 from tests.runtime.feeds import logits

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.export.biases import fused_bias, hides_bias, separate_biases
-from loradeploy.export.find import find_linears
+from loradeploy.export.match.biases import fused_bias, hides_bias, separate_biases
+from loradeploy.export.match.linears import find_linears
 from tests.export.graphs import Builder, numbers, run
 from tests.tolerances import tolerance
 

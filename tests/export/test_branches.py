@@ -14,7 +14,7 @@ import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError, ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
 from tests.export.reference import token_feeds

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.errors import ExportError
-from loradeploy.export.find import find_linears, output_head, refuse_adapter_layers
+from loradeploy.export.match.linears import find_linears, output_head, refuse_adapter_layers
 from tests.export.graphs import IN, OUT, Builder, linear
 
 

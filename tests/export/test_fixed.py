@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
-from loradeploy.export.fixed import fix_dimensions, parse_sizes
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.passes.static_shapes import fix_dimensions, parse_sizes
 from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter

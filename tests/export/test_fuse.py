@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
-from loradeploy.export.branches import add_branches, remove_branches
-from loradeploy.export.find import Linear, find_linears
-from loradeploy.export.fuse import fuse_products
-from loradeploy.export.graph import load_graph
-from loradeploy.export.layout import lay_in_rows
-from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.match.linears import Linear, find_linears
+from loradeploy.export.passes.branches import add_branches, remove_branches
+from loradeploy.export.passes.fuse import fuse_products
+from loradeploy.export.passes.layout import lay_in_rows
+from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
 from tests.conftest import MakeAdapter
 from tests.export.graphs import IN, Builder, manifest_of, numbers, ops, run
 from tests.export.reference import difference, onnx_output

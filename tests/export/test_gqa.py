@@ -13,8 +13,8 @@ import pytest
 import loradeploy as ld
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.gqa import group_queries, keeps_cache
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.passes.gqa import group_queries, keeps_cache
 from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.timing import time_bundle

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from loradeploy.errors import ExportError
-from loradeploy.export.find import Findings, find_linears
-from loradeploy.export.identity import CheckpointWeights
-from loradeploy.export.naming import by_graph
-from loradeploy.export.quantise import quantise
-from loradeploy.export.side_inputs import SideInputs
+from loradeploy.export.match.identity import CheckpointWeights
+from loradeploy.export.match.linears import Findings, find_linears
+from loradeploy.export.match.naming import by_graph
+from loradeploy.export.passes.quantize import quantise
+from loradeploy.export.passes.side_inputs import SideInputs
 from tests.export.graphs import Builder, manifest_of, numbers
 
 IN, OUT, HEADS = 24, 16, 2

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterMismatchError, ExportError
-from loradeploy.export.find import find_linears
+from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import MergeReport, merge_adapter
 from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
 

@@ -9,7 +9,7 @@ import pytest
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterError, AdapterMismatchError
-from loradeploy.export.find import find_linears
+from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import MergeReport, merge_adapter
 from tests.export.graphs import IN, OUT, Builder, linear, numbers, run
 

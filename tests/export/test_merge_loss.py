@@ -12,7 +12,7 @@ import pytest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.loss import Tally
+from loradeploy.export.merge_error import Tally
 from loradeploy.parity.api import parity
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter

@@ -16,15 +16,15 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterMismatchError, ExportError
-from loradeploy.export.find import find_linears
-from loradeploy.export.forms import check_known, note_forms
-from loradeploy.export.gqa import group_queries
+from loradeploy.export.match.linears import find_linears
+from loradeploy.export.match.norm_forms import check_known, note_forms
+from loradeploy.export.match.operators import MICROSOFT, OPERATORS, REFUSED, problem_of
+from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.products import products
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.operators import MICROSOFT, OPERATORS, REFUSED, problem_of
-from loradeploy.export.parts import find_parts
-from loradeploy.export.plain import make_products_plain
-from loradeploy.export.products import products
-from loradeploy.export.side_inputs import inject_side_inputs
+from loradeploy.export.passes.gqa import group_queries
+from loradeploy.export.passes.side_inputs import inject_side_inputs
+from loradeploy.export.read.plain import make_products_plain
 from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.export.test_gqa import attention
 from tests.tolerances import tolerance

@@ -5,7 +5,7 @@ import torch
 from transformers import masking_utils
 from transformers.pytorch_utils import Conv1D
 
-from loradeploy.export.patches import traceable
+from loradeploy.export.trace.patches import traceable
 
 
 def _mask(attention: torch.Tensor, function: object) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
-from loradeploy.export.find import find_linears
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.match.linears import find_linears
 from tests.conftest import MakeAdapter
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance

@@ -11,8 +11,8 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.repository import choose_graph, graphs_in
-from loradeploy.export.source import resolve
+from loradeploy.export.read.repository import choose_graph, graphs_in
+from loradeploy.export.read.source import resolve
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession

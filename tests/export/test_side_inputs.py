@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.errors import ExportError
-from loradeploy.export.find import Linear, find_linears
-from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.match.linears import Linear, find_linears
+from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
 from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 

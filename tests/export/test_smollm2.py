@@ -11,10 +11,10 @@ import pytest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
-from loradeploy.export.find import find_linears
-from loradeploy.export.graph import load_graph
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
 from tests.export.reference import difference, factors, onnx_output, stacked, torch_output
 from tests.tolerances import tolerance
 

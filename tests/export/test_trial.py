@@ -12,11 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.errors import ExportError
-from loradeploy.export import build, side_inputs
+from loradeploy.export import build
 from loradeploy.export.api import export
-from loradeploy.export.graph import load_graph
-from loradeploy.export.opsets import LEAST_OPSET, convert_opset
-from loradeploy.export.rewire import constant_of, set_constant
+from loradeploy.export.graph.edit import constant_of, set_constant
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.passes import side_inputs
+from loradeploy.export.read.opsets import LEAST_OPSET, convert_opset
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
 from tests.export import others

@@ -13,7 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.errors import LoraDeployError, ModelError
-from loradeploy.export.source import resolve
+from loradeploy.export.read.source import resolve
 from loradeploy.lora.base_formats import BITSANDBYTES, check_plain_weights, original_name
 from loradeploy.lora.checkpoint import find_checkpoint
 from tests.conftest import MakeAdapter

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import AdapterMismatchError, ModelError
-from loradeploy.export.adapters import check_brought
-from loradeploy.export.source import resolve
+from loradeploy.export.given_adapters import check_brought
+from loradeploy.export.read.source import resolve
 from loradeploy.export.trace import load_model
 from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
 from loradeploy.lora.plain import plain_on_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import loradeploy as ld
-from loradeploy.parity.report import ParityReport
+from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter, once
 
 # Few enough to be quick, of different lengths so that a batch is padded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report import (
+from loradeploy.parity.report.results import (
     AdapterFacts,
     Control,
     Counterexample,

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
-from loradeploy.export.rewire import constant_of, set_constant
+from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.files import write_json
 
 Change = Callable[[ir.Graph], None]

@@ -13,7 +13,7 @@ import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.native import write_onnx_adapter
-from loradeploy.parity import genai_side
+from loradeploy.parity.backends import genai
 from loradeploy.parity.controls import doubled_alpha
 from tests.conftest import ROOT, MakeAdapter
 from tests.parity.conftest import Check
@@ -118,9 +118,9 @@ def test_a_worker_that_fails_is_a_failure_in_its_own_words(
     program, said = WORKERS[kind]
     worker = tmp_path / "worker.py"
     worker.write_text(program)
-    monkeypatch.setattr(genai_side, "_WORKER", worker)
+    monkeypatch.setattr(genai, "_WORKER", worker)
     if kind == "silence":
-        monkeypatch.setattr(genai_side, "_OPEN_TIMEOUT", 1.0)
+        monkeypatch.setattr(genai, "_OPEN_TIMEOUT", 1.0)
     begin = time.monotonic()
     report = check(llama_with_adapter, genai_python=sys.executable, phases=["prefill"], **ONLY)
     assert {result.outcome for result in report.results} == {"failed"}

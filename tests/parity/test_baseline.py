@@ -15,9 +15,9 @@ import loradeploy as ld
 from loradeploy.cli.main import main
 from loradeploy.errors import UsageError
 from loradeploy.files import write_json
-from loradeploy.parity.baseline import FACTOR, check_comparable, hold_against, read_baseline
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report import (
+from loradeploy.parity.report.baseline import FACTOR, check_comparable, hold_against, read_baseline
+from loradeploy.parity.report.results import (
     AdapterFacts,
     Control,
     Environment,

@@ -11,8 +11,13 @@ import torch
 import loradeploy as ld
 from loradeploy.errors import BundleError
 from loradeploy.parity import controls
-from loradeploy.parity.report import ParityReport
-from loradeploy.parity.rounding import Activations, in_dtype, round_to_8_bits, rounded_activations
+from loradeploy.parity.reference.rounding import (
+    Activations,
+    in_dtype,
+    round_to_8_bits,
+    rounded_activations,
+)
+from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]

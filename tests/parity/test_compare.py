@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.cli.main import main
 from loradeploy.errors import DataError, LoraDeployError, ModelError, UsageError
-from loradeploy.parity.report import ParityReport, Result
+from loradeploy.parity.report.results import ParityReport, Result
 from tests.parity.graphs import HIDDEN, LABELS, in_numpy, token_model, weights
 
 Feeds = dict[str, NDArray[Any]]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from loradeploy.parity.html import html
-from loradeploy.parity.plots import LogScale, condensed, number, shade
-from loradeploy.parity.report import Heatmap, Localisation, ParityReport
-from loradeploy.parity.writers import write_report
+from loradeploy.parity.report.html import html
+from loradeploy.parity.report.plots import LogScale, condensed, number, shade
+from loradeploy.parity.report.results import Heatmap, Localisation, ParityReport
+from loradeploy.parity.report.writers import write_report
 from tests.parity.made_up import FULL, HEATMAP, PASSED
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>{{ 7 * 7 }}\x00"

@@ -11,8 +11,8 @@ import pytest
 
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import DataError, LoraDeployError, UsageError
-from loradeploy.parity.inputs import Cases, make_cases
-from loradeploy.parity.prompts import GENERATED, PROMPTS
+from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
+from loradeploy.parity.inputs.tokens import Cases, make_cases
 
 DECODER = Manifest(
     task="causal-lm",

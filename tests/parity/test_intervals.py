@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loradeploy.parity.intervals import mean_interval, proportions_interval, t_quantile
+from loradeploy.parity.score.intervals import mean_interval, proportions_interval, t_quantile
 
 
 @pytest.mark.parametrize(

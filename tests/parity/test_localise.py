@@ -19,14 +19,14 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.cli.main import main
 from loradeploy.export.trace import load_model
-from loradeploy.parity.inputs import Cases
-from loradeploy.parity.localise import localise
-from loradeploy.parity.report import Localisation, ParityReport
-from loradeploy.parity.setting import Setting, find_subjects
-from loradeploy.parity.table import place_lines
-from loradeploy.parity.torch_probe import Modules, rounded, sites_of, values_at
-from loradeploy.parity.torch_side import load_base
-from loradeploy.parity.writers import markdown
+from loradeploy.parity.context import Setting, find_subjects
+from loradeploy.parity.diagnose.localize import localise
+from loradeploy.parity.diagnose.torch_probe import Modules, rounded, sites_of, values_at
+from loradeploy.parity.inputs.tokens import Cases
+from loradeploy.parity.reference.pytorch import load_base
+from loradeploy.parity.report.results import Localisation, ParityReport
+from loradeploy.parity.report.table import place_lines
+from loradeploy.parity.report.writers import markdown
 from tests.conftest import MakeAdapter, following
 from tests.parity.spoil import Change, attribute, operator, spoiled, weight
 

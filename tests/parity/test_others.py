@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.cli.main import main
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
-from loradeploy.parity.report import ParityReport, Result
+from loradeploy.parity.report.results import ParityReport, Result
 from tests.conftest import MakeAdapter
 from tests.parity.graphs import token_model
 
@@ -150,7 +150,8 @@ def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from loradeploy.parity import check as walks
-    from loradeploy.parity import job, others, variants
+    from loradeploy.parity import job, variants
+    from loradeploy.parity.backends import others
 
     right, asked = others.open_side, []
 

@@ -21,7 +21,7 @@ from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.cli.main import main
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
 from loradeploy.parity.controls import MISTAKES, Mistake
-from loradeploy.parity.report import ParityReport
+from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, following
 

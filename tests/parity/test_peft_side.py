@@ -16,8 +16,8 @@ import loradeploy as ld
 from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.adapter import peft as reader
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.parity.peft_side import with_peft
-from loradeploy.parity.setting import Subject, find_subjects
+from loradeploy.parity.context import Subject, find_subjects
+from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
 

@@ -14,7 +14,7 @@ import pytest
 
 from loradeploy.errors import UsageError
 from loradeploy.parity import assert_parity
-from loradeploy.parity.writers import WRITERS
+from loradeploy.parity.report.writers import WRITERS
 from tests.conftest import ROOT, MakeAdapter
 from tests.parity.graphs import in_numpy, token_model
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 import loradeploy as ld
-from loradeploy.parity import evaluator_side
+from loradeploy.parity.backends import evaluator
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import PROMPTS, Check
 from tests.parity.tampering import change_graph, see_the_future_in_chunks
@@ -50,7 +50,7 @@ def test_a_mask_that_is_wrong_is_wrong_by_the_standard_too(
 def test_a_graph_that_takes_long_is_run_if_asked_for_and_not_spoken_of_else(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator_side, "_QUICK", 1)
+    monkeypatch.setattr(evaluator, "_QUICK", 1)
     assert check(llama_with_adapter, **ONLY, phases=["prefill"]).passed
     silent = check(llama_with_adapter, phases=["decode"])
     assert "onnx-reference" not in {result.backend for result in silent.results}
@@ -59,7 +59,7 @@ def test_a_graph_that_takes_long_is_run_if_asked_for_and_not_spoken_of_else(
 def test_a_graph_that_is_too_large_is_not_run(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator_side, "_LARGEST", 1)
+    monkeypatch.setattr(evaluator, "_LARGEST", 1)
     (result,) = check(llama_with_adapter, **ONLY).results
     assert result.outcome == "not run"
     assert "the graph is too large for it (" in str(result.message)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loradeploy.errors import UsageError
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report import (
+from loradeploy.parity.report.results import (
     SCHEMA_VERSION,
     AdapterFacts,
     Control,
@@ -24,10 +24,10 @@ from loradeploy.parity.report import (
     ParityReport,
     Result,
 )
-from loradeploy.parity.table import print_report
+from loradeploy.parity.report.table import print_report
+from loradeploy.parity.report.writers import WRITERS, check_reports, junit, markdown, write_report
 from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import failure, judge
-from loradeploy.parity.writers import WRITERS, check_reports, junit, markdown, write_report
 from tests.parity.made_up import FULL, PASSED
 
 

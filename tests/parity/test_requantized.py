@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.parity.packed import PackedWeight
-from loradeploy.parity.requantized import with_roundings
+from loradeploy.parity.reference.packed import PackedWeight
+from loradeploy.parity.reference.requantized import with_roundings
 from tests.conftest import MakeAdapter, once
 from tests.export import others
 from tests.parity.tampering import change_graph

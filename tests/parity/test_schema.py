@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loradeploy.parity.report import ParityReport
-from loradeploy.parity.schema import SCHEMA_FILE, report_schema
+from loradeploy.parity.report.results import ParityReport
+from loradeploy.parity.report.schema import SCHEMA_FILE, report_schema
 from tests.parity.made_up import FULL, PASSED
 
 TYPES: dict[str, Any] = {
@@ -67,7 +67,7 @@ def check(value: Any) -> list[str]:
 
 def test_the_shipped_schema_is_that_of_the_nouns() -> None:
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == report_schema(), (
-        f"run python -m loradeploy.parity.schema > {SCHEMA_FILE.name}"
+        f"run python -m loradeploy.parity.report.schema > {SCHEMA_FILE.name}"
     )
     assert report_schema()["title"].endswith("schema version 2")
 

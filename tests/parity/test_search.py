@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loradeploy.parity import search as module
-from loradeploy.parity.search import Found, Place, Rounding, Sides, groups, measure, search
-from loradeploy.parity.torch_probe import Site
+from loradeploy.parity.diagnose import search as module
+from loradeploy.parity.diagnose.search import Found, Place, Rounding, Sides, groups, measure, search
+from loradeploy.parity.diagnose.torch_probe import Site
 
 UNIT = 2.0**-24
 LIMIT = 16.0

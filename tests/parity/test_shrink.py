@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.parity import job
-from loradeploy.parity.inputs import make_cases
-from loradeploy.parity.report import Counterexample
-from loradeploy.parity.shrink import MOST, TRIES, Fault, shrink
+from loradeploy.parity.diagnose.shrink import MOST, TRIES, Fault, shrink
+from loradeploy.parity.inputs.tokens import make_cases
+from loradeploy.parity.report.results import Counterexample
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tokenizer import Tokenizer
 from tests.parity.conftest import PROMPTS, Check
@@ -184,7 +184,7 @@ def test_a_backend_that_raises_has_a_counterexample(
 def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loradeploy.parity.onnx_side import OnnxModel
+    from loradeploy.parity.backends.ort import OnnxModel
 
     right = OnnxModel.forward
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import loradeploy as ld
-from loradeploy.parity.report import ParityReport
+from loradeploy.parity.report.results import ParityReport
 from tests.tolerances import tolerance
 
 ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}

@@ -13,8 +13,8 @@ from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import UsageError
 from loradeploy.parity.controls import wrong_adapter
-from loradeploy.parity.row_feeds import TARGET, check_inputs, plain_feeds
-from loradeploy.parity.walk import phases_of
+from loradeploy.parity.inputs.row_feeds import TARGET, check_inputs, plain_feeds
+from loradeploy.parity.phases import phases_of
 from tests.export.test_tasks import KINDS, prepared
 
 

@@ -22,8 +22,8 @@ import loradeploy as ld
 from loradeploy.adapter.digest import base_digest, file_digest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ExportError
-from loradeploy.export.rewire import add_constant, constant_of, set_constant
-from loradeploy.parity.report import ParityReport
+from loradeploy.export.graph.edit import add_constant, constant_of, set_constant
+from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import difference
 from tests.runtime.feeds import logits, random_ids

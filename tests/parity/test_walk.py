@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.parity.walk import (
+from loradeploy.parity.phases import (
     CHUNKED,
     DECODE,
     ONE_ROW,

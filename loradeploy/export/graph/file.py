@@ -1,0 +1,111 @@
+"""Graphs read from files: checked, identified, and described."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.errors import BundleError, MissingDependencyError, ModelError
+from loradeploy.files import inside
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def load_graph(file: Path) -> ir.Model:
+    """The ONNX model in `file`; weights stay on disk until they are used.
+
+    Raises:
+        ModelError: it is no ONNX file, or its external data is missing, too short or elsewhere.
+        MissingDependencyError: onnx-ir is not installed.
+    """
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        raise MissingDependencyError(
+            "changing a graph needs onnx-ir: pip install 'loradeploy[export]'"
+        ) from None
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist")
+    try:
+        model = ir.load(file)
+    except Exception as problem:  # protobuf's errors, and whatever a broken graph sets off
+        raise ModelError(f"{file} is no readable ONNX model: {problem}") from None
+    if not len(model.graph):
+        raise ModelError(f"{file} is no readable ONNX model: its graph is empty")
+    for tensor in _external_tensors(model):
+        _check_external(file, tensor)
+    return model
+
+
+def graph_digest(model: ir.Model) -> str:
+    """Identity of a base graph: a digest of its initializers of rank 2 and more, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) > 1 and not value.is_graph_input():
+            digest.update(f"\n{name}:{tensor.dtype.name}{list(tensor.shape.numpy())}:".encode())
+            digest.update(tensor.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def required_inputs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """The inputs that have no default, as the manifest tells of them."""
+    return tuple(_spec(v) for v in model.graph.inputs if not v.is_initializer())
+
+
+def outputs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """The outputs, as the manifest tells of them."""
+    return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of ONNX's own operators that the graph uses."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = value.shape if value.shape is not None else ()
+    return TensorSpec(
+        name=str(value.name),
+        dtype="unknown" if value.dtype is None else np.dtype(value.dtype.numpy()).name,
+        shape=tuple(dim if isinstance(dim, int) else str(dim.value or "?") for dim in shape),
+    )
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors that are not in the model's own file, of branches, loops and functions too."""
+    import onnx_ir as ir
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+    bodies = [*model.graphs(), *model.functions.values()]
+    for node in (node for body in bodies for node in body):
+        for attribute in node.attributes.values():
+            if isinstance(attribute.value, ir.ExternalTensor):
+                yield attribute.value
+
+
+def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
+    try:
+        data = inside(file.parent, str(tensor.location))
+    except BundleError as problem:
+        raise ModelError(f"{file}: the external data of {tensor.name}: {problem}") from None
+    if tensor.length not in (None, tensor.nbytes):
+        raise ModelError(
+            f"{file}: the external data of {tensor.name} is told to be {tensor.length} bytes long,"
+            f" its shape takes {tensor.nbytes}"
+        )
+    end = (tensor.offset or 0) + tensor.nbytes
+    if not data.is_file() or data.stat().st_size < end:
+        raise ModelError(
+            f"{file}: the external data of {tensor.name} is not in {data.name}, which is"
+            f" {'too short' if data.is_file() else 'missing'}"
+        )

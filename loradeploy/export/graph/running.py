@@ -1,0 +1,71 @@
+"""A graph run by onnxruntime on the CPU, to see what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import first_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+Outputs = dict[str, "NDArray[Any]"]
+CPU: Final = "CPUExecutionProvider"
+_FATAL: Final = 4  # onnxruntime's log severity: what it says goes into the error
+
+
+class NotRunError(Exception):
+    """Something that onnxruntime does not open or run here, and why. `lacking`: an operator is."""
+
+    def __init__(self, reason: str, *, lacking: bool) -> None:
+        super().__init__(reason)
+        self.lacking = lacking
+
+
+def trial_options() -> onnxruntime.SessionOptions:
+    """For a session that is run a few times: silent, and no memory kept or taken twice."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.enable_cpu_mem_arena = False
+    # Weights laid out anew for one run would cost their memory once more.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def open_graph(file: Path) -> onnxruntime.InferenceSession:
+    """The graph in `file` on the CPU, as anybody opens it.
+
+    Raises:
+        NotRunError: onnxruntime does not open it.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(file, trial_options(), providers=[CPU])
+    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+        raise _not_run(problem) from None
+
+
+def run_graph(
+    session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], names: Sequence[str]
+) -> Outputs:
+    """The outputs `names`.
+
+    Raises:
+        NotRunError: onnxruntime does not run it.
+    """
+    try:
+        return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
+    except Exception as problem:
+        raise _not_run(problem) from None
+
+
+def _not_run(problem: Exception) -> NotRunError:
+    line = first_line(problem)
+    lacking = type(problem).__name__ == "NotImplemented" or "not a registered function" in line
+    return NotRunError(line, lacking=lacking)

@@ -1,0 +1,1 @@
+"""Which node of a graph is which module of the checkpoint, and by what evidence."""

@@ -1,0 +1,278 @@
+"""A product's modules by the numbers of its weight: the matrices that a checkpoint has too.
+
+Names may differ, and a packed weight be made of several matrices side by side. A product is a
+module only where the whole weight is the checkpoint's (see weights.py), and its bias, where the
+graph adds one, too. Numbers that fit two modules prove nothing until a name tells them apart; a
+name that they contradict is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.adapter.base_files import weight_files
+from loradeploy.adapter.tensors import StoredTensor, map_tensors
+from loradeploy.errors import ExportError, ModelError, listed_names
+from loradeploy.export.match.biases import bias_numbers
+from loradeploy.export.match.mapping import FOUND_BY as GIVEN
+from loradeploy.export.match.naming import Named, Namer
+from loradeploy.export.match.products import Product, describe, products
+from loradeploy.export.match.weights import Matrix, Sample, bias_difference, difference
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FOUND_BY: Final = "weight identity"
+# Embeddings are no linear layers, but an output head may be tied to them.
+_EMBEDDINGS: Final = re.compile(r"(.*\.)?(wte|wpe|[a-z_]*embed(dings|_tokens|_positions|_in)?)")
+_HEAD: Final = "lm_head"
+
+# The matrices that a product's outputs consist of, in their order.
+_Matrices = tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
+class _Reason:
+    """Why a product that resembles `modules` is none of them, and what to do."""
+
+    modules: tuple[str, ...]
+    text: str
+    remedy: str = "export the graph from the checkpoint as it is, or merge the adapter before"
+
+
+class CheckpointWeights:
+    """The matrices of the checkpoint in a directory, to be found again in a graph.
+
+    `needed`: the modules that adapters are there for, which have to be found or refused.
+
+    Raises:
+        ModelError: the directory holds no readable safetensors.
+    """
+
+    def __init__(self, directory: Path, needed: Iterable[str] = ()) -> None:
+        files = weight_files(directory)
+        self._directory = directory
+        self._needed = frozenset(needed)
+        self._by_inputs: dict[int, list[Matrix]] = {}
+        self._modules: dict[str, StoredTensor] = {}
+        self._found: set[str] = set()
+        self._reasons: list[str] = []
+        stored: dict[str, StoredTensor] = {}
+        for file in files:
+            stored |= map_tensors(file, error=ModelError)[0]
+        for name, tensor in stored.items():
+            if name.endswith(".weight") and len(tensor.shape) == 2:
+                module = name.removesuffix(".weight")
+                self._add(module, tensor, stored.get(f"{module}.bias"))
+        self._prefix = _prefix(self._needed, self._modules)
+
+    def _add(self, module: str, stored: StoredTensor, bias: StoredTensor | None) -> None:
+        self._modules[module] = stored
+        # transformers' Conv1D holds [in, out].
+        for transposed in (False, True):
+            matrix = Matrix(module, stored, transposed, bias)
+            self._by_inputs.setdefault(matrix.inputs, []).append(matrix)
+
+    def namer(self, names: Namer) -> Namer:
+        """What the numbers prove, told apart by `names` where they fit more than one module.
+
+        The namer raises ExportError where a product is named after a module of the checkpoint whose
+        numbers it does not have, or where its numbers resemble those of a `needed` module without
+        being them.
+        """
+
+        calls_of: Counter[ir.Value] = Counter()
+
+        def name(product: Product) -> Named | None:
+            fitting, reasons = self._fitting(product)
+            named = names(product)
+            known = named is not None and all(
+                self._stored(module) in self._modules for module, _ in named.modules
+            )
+            if named is not None and known:
+                chosen = [one for one in fitting if self._called(one) == named.modules]
+                if not chosen:
+                    raise self._contradiction(product, named, fitting, reasons)
+                return self._proved(product, chosen[0], named.found_by)
+            if named is not None and named.found_by == GIVEN:
+                return named  # a module that the checkpoint has no matrix of
+            if product.weight not in calls_of and product.node.graph is not None:
+                calls_of.update(each.weight for each in products(product.node.graph))
+            calls = calls_of[product.weight]
+            if len(fitting) == 1 and calls == 1:
+                return self._proved(product, fitting[0], FOUND_BY)
+            if len(fitting) > 1 and named is not None:
+                fitting = self._ending(fitting, named) or fitting
+                if len(fitting) == 1 and calls == 1:
+                    return self._proved(product, fitting[0], named.found_by)
+            if len(fitting) == 1:
+                # Tied modules are stored once, and look like one that is called several times.
+                modules = tuple(matrix.module for matrix in fitting[0])
+                text = (
+                    f"its weight, that of {listed_names(modules)}, is also that of"
+                    f" {calls - 1} more, and no name tells whether they are one module"
+                )
+                reasons = [_Reason(modules, text, "tell it with --map")]
+            elif fitting:
+                alike = tuple(m.module for one in fitting for m in one)
+                text = f"its weight is that of {listed_names(alike)}, and no name tells of which"
+                reasons = [_Reason(alike, text, "tell it with --map")]
+            self._note(product, reasons)
+            return None
+
+        return name
+
+    def _ending(self, fitting: list[_Matrices], named: Named) -> list[_Matrices]:
+        """Those of the modules that the named paths end with: a wrapper's names are longer."""
+        return [
+            matrices
+            for matrices in fitting
+            if len(matrices) == len(named.modules)
+            and all(
+                module.endswith(f".{matrix.module}") and outputs == matrix.outputs
+                for (module, outputs), matrix in zip(named.modules, matrices, strict=True)
+            )
+        ]
+
+    def missing(self) -> tuple[str, ...]:
+        """The modules with a matrix that no product was found to have, embeddings left out."""
+        return tuple(
+            sorted(m for m in self._modules if m not in self._found and not _is_embedding(m))
+        )
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why products that resemble modules were not taken for them."""
+        return tuple(self._reasons)
+
+    def _proved(self, product: Product, matrices: _Matrices, found_by: str) -> Named:
+        self._found.update(matrix.module for matrix in matrices)
+        if len(matrices) == 1 and _is_embedding(matrices[0].module):
+            return Named(((_HEAD, product.out_features),), f"{found_by}, tied")
+        unseen: frozenset[str] = frozenset()
+        if bias_numbers(product.node, product.out_features) is None:
+            # Of zeros an exporter leaves no trace.
+            unseen = frozenset(
+                m.module for m in matrices if m.bias is not None and m.bias.array().any()
+            )
+        return Named(self._called(matrices), found_by, frozenset(map(self._name, unseen)))
+
+    def _called(self, matrices: _Matrices) -> tuple[tuple[str, int], ...]:
+        return tuple((self._name(matrix.module), matrix.outputs) for matrix in matrices)
+
+    def _name(self, stored: str) -> str:
+        """What adapters call a module of the checkpoint."""
+        strip, add = self._prefix
+        return add + stored.removeprefix(strip)
+
+    def _stored(self, module: str) -> str:
+        """What the checkpoint calls a module that adapters and graphs call so."""
+        strip, add = self._prefix
+        return strip + module.removeprefix(add) if module.startswith(add) else module
+
+    def _fitting(self, product: Product) -> tuple[list[_Matrices], list[_Reason]]:
+        """Every way to make the product of matrices, and how others that resemble it differ."""
+        reasons: list[_Reason] = []
+        found: list[_Matrices] = []
+        partial: list[tuple[int, _Matrices]] = [(0, ())]
+        sample = Sample(product)
+        while partial:
+            first, matrices = partial.pop()
+            for matrix in self._by_inputs.get(product.in_features, ()):
+                if not sample.resembles(first, matrix):
+                    continue
+                reason = difference(product, first, matrix)
+                if reason is not None:
+                    reasons.append(_Reason((matrix.module,), reason))
+                    continue
+                longer, reached = (*matrices, matrix), first + matrix.outputs
+                if reached < product.out_features:
+                    partial.append((reached, longer))
+                else:
+                    found.append(longer)
+        return self._with_biases(product, _distinct(found), reasons)
+
+    def _with_biases(
+        self, product: Product, found: list[_Matrices], reasons: list[_Reason]
+    ) -> tuple[list[_Matrices], list[_Reason]]:
+        numbers = bias_numbers(product.node, product.out_features)
+        if numbers is None:
+            return found, reasons
+        bias = numbers.astype("float32")
+        fitting = []
+        for matrices in found:
+            begin, problem = 0, None
+            for matrix in matrices:
+                part = bias[begin : begin + matrix.outputs]
+                problem = problem or bias_difference(matrix, part)
+                begin += matrix.outputs
+            if problem is None:
+                fitting.append(matrices)
+            else:
+                modules = tuple(matrix.module for matrix in matrices)
+                text = f"it has the weight of {listed_names(modules)}, but {problem}"
+                reasons.append(_Reason(modules, text))
+        return fitting, reasons
+
+    def _contradiction(
+        self, product: Product, named: Named, fitting: list[_Matrices], reasons: list[_Reason]
+    ) -> ExportError:
+        told = listed_names(module for module, _ in named.modules)
+        if fitting:
+            seen = f"its weight is that of {listed_names(m.module for m in fitting[0])}"
+        else:
+            seen = reasons[0].text if reasons else f"its numbers are not those of {told}.weight"
+        return ExportError(
+            f"{describe(product)} is named after {told} ({named.found_by}), but {seen}: give the"
+            f" checkpoint that the graph was made from in place of {self._directory}"
+        )
+
+    def _note(self, product: Product, reasons: list[_Reason]) -> None:
+        """Note why the product is no module; an error where an adapter is for one it resembles."""
+        if not reasons:
+            return
+        self._reasons.append(f"{describe(product)}: {reasons[0].text}")
+        for reason in reasons:
+            if self._needed.intersection(map(self._name, reason.modules)):
+                raise ExportError(
+                    f"{describe(product)} cannot take adapters: {reason.text}; {reason.remedy}"
+                )
+
+
+def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
+    """What to take from the front of the checkpoint's names, and to add, to have the adapters'.
+
+    A checkpoint may be saved from the bare model (h.0.attn) where adapters are of the one with a
+    head (transformer.h.0.attn), and the other way round. All adapters' modules have to agree.
+    """
+    known = set(modules)
+    unknown = [name for name in needed if name not in known and name != _HEAD]
+    found: set[tuple[str, str]] = set()
+    for name in unknown:
+        longer = [m.removesuffix(name) for m in known if m.endswith(f".{name}")]
+        shorter = [name.removesuffix(m) for m in known if name.endswith(f".{m}")]
+        ways = [(prefix, "") for prefix in longer] + [("", prefix) for prefix in shorter]
+        if len(ways) != 1:
+            return "", ""
+        found.add(ways[0])
+    return found.pop() if len(found) == 1 else ("", "")
+
+
+def _distinct(found: list[_Matrices]) -> list[_Matrices]:
+    """Each way once, and no embedding where a linear layer has the same numbers.
+
+    A square matrix is there twice, as it is and transposed, which are the same where it is
+    symmetric.
+    """
+    ways = list({tuple(matrix.module for matrix in one): one for one in found}.values())
+    layers = [one for one in ways if not any(_is_embedding(m.module) for m in one)]
+    return layers or ways
+
+
+def _is_embedding(module: str) -> bool:
+    return _EMBEDDINGS.fullmatch(module) is not None

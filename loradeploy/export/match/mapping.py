@@ -1,0 +1,91 @@
+"""The user's own word on which nodes are which modules: a JSON file.
+
+    {"/model/layers\\.(\\d+)/attn/o_proj/MatMul": "model.layers.\\1.self_attn.o_proj",
+     "qkv_(\\d+)": [["layers.\\1.q_proj", 64], ["layers.\\1.k_proj", 32], …]}
+
+A key is a regular expression for the whole name of a node, of its weight, or of its output. A value
+is the module, or several with their outputs, in their order in a packed weight.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.errors import UsageError
+from loradeploy.export.match.naming import Named
+from loradeploy.export.match.products import Product, describe
+from loradeploy.files import read_json
+
+FOUND_BY: Final = "the given map"
+
+
+class ModuleMap:
+    """The map in the file `path`; it names products, and knows which entries named none.
+
+    Raises:
+        UsageError: the file is no map as above.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = Path(path)
+        entries = read_json(self._file, error=UsageError)
+        self._entries = [(self._pattern(key), value) for key, value in entries.items()]
+        for (pattern, value), key in zip(self._entries, entries, strict=True):
+            self._check(key, pattern, value)
+        self._unused = dict.fromkeys(entries)
+
+    def __call__(self, product: Product) -> Named | None:
+        """The modules of `product`; None where no entry is for it.
+
+        Raises:
+            UsageError: the outputs that the entry tells are not the product's.
+        """
+        node = product.node
+        names = [str(name) for name in (node.name, product.weight.name, node.outputs[0].name)]
+        for pattern, value in self._entries:
+            found = next((m for name in names if (m := pattern.fullmatch(name))), None)
+            if found is None:
+                continue
+            self._unused.pop(pattern.pattern, None)
+            if isinstance(value, str):
+                return Named(((found.expand(value), product.out_features),), FOUND_BY)
+            modules = tuple((found.expand(module), outputs) for module, outputs in value)
+            if sum(outputs for _, outputs in modules) != product.out_features:
+                raise UsageError(
+                    f"{self._file}: {pattern.pattern!r} tells of"
+                    f" {sum(outputs for _, outputs in modules)} outputs, {describe(product)} has"
+                    f" {product.out_features}"
+                )
+            return Named(modules, FOUND_BY)
+        return None
+
+    def check_used(self) -> None:
+        """Raise UsageError where an entry named nothing: a typing error would go unseen."""
+        for key in self._unused:
+            raise UsageError(f"{self._file}: no product of the graph is called {key!r}")
+
+    def _pattern(self, key: str) -> re.Pattern[str]:
+        try:
+            return re.compile(key)
+        except re.error as problem:
+            raise UsageError(f"{self._file}: {key!r} is no regular expression: {problem}") from None
+
+    def _check(self, key: str, pattern: re.Pattern[str], value: Any) -> None:
+        several = isinstance(value, list) and bool(value)
+        for item in value if several else [[value, 1]]:
+            if not (
+                isinstance(item, list)
+                and len(item) == 2
+                and isinstance(item[0], str)
+                and isinstance(item[1], int)
+                and item[1] > 0
+            ):
+                raise UsageError(
+                    f"{self._file}: {key!r} needs a module, or a list of [module, outputs]"
+                )
+            groups = [int(number) for number in re.findall(r"\\(\d+)", item[0])]
+            if any(group > pattern.groups for group in groups):
+                raise UsageError(f"{self._file}: {key!r} has no group for {item[0]!r}")

@@ -1,0 +1,158 @@
+"""Which modules of the checkpoint a product of a graph computes, and by what evidence.
+
+A product may be of several modules, their outputs side by side: q, k and v packed. From the
+strongest evidence to the weakest: a map that the user gives, module paths in the nodes' metadata,
+node names that spell a path, and the numbers of a checkpoint (identity.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
+from loradeploy.export.match.products import Product
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Of our own making: the modules of a packed product, [[module, outputs], …] as JSON.
+PACKED_MODULES: Final = "loradeploy.modules"
+
+_ATTENTION: Final = ("GroupQueryAttention", "MultiHeadAttention", "PagedAttention")
+# The onnxruntime-genai builder's names beside those of transformers' modules, which it renames.
+_BUILDER: Final = (
+    (re.compile(r"(.*\.layers\.\d+)\.attn\.([a-z_]+_proj|[qk]_norm)"), r"\1.self_attn.\2"),
+    (re.compile(r"(.*)\.layers\.\d+\.final_norm_layernorm"), r"\1.norm"),
+)
+_PACKED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
+
+
+@dataclass(frozen=True)
+class Named:
+    """The modules of a product, each with its outputs, in the order of the product's outputs.
+
+    `unseen_biases`: the modules that have a bias which is not seen behind the product.
+    """
+
+    modules: tuple[tuple[str, int], ...]
+    found_by: str
+    unseen_biases: frozenset[str] = frozenset()
+
+
+Namer = Callable[[Product], Named | None]
+
+
+def first_of(namers: Sequence[Namer]) -> Namer:
+    """The first evidence that says something."""
+
+    def name(product: Product) -> Named | None:
+        return next((named for namer in namers if (named := namer(product)) is not None), None)
+
+    return name
+
+
+def by_graph(product: Product) -> Named | None:
+    """By the graph alone: its metadata, then its node names."""
+    node = product.node
+    packed = node.metadata_props.get(PACKED_MODULES)
+    if packed:
+        modules = tuple((str(name), int(size)) for name, size in json.loads(packed))
+        return Named(modules, f"metadata {PACKED_MODULES}")
+    found = module_of(node)
+    if found is None:
+        return None
+    module, found_by = found
+    return Named(_unpacked(product, module, found_by), found_by)
+
+
+def keeping_whole(modules: Iterable[str]) -> Namer:
+    """As `by_graph`, but the packed projections in `modules` are modules of the checkpoint."""
+    whole = frozenset(modules)
+
+    def name(product: Product) -> Named | None:
+        found = module_of(product.node)
+        if found is None or found[0] not in whole:
+            return None
+        return Named(((found[0], product.out_features),), found[1])
+
+    return name
+
+
+def module_of(node: ir.Node) -> tuple[str, str] | None:
+    """The path of the module that a node is of, and by what it was found."""
+    path = module_path(node)
+    if path is not None:
+        return path, f"metadata {NAME_SCOPES}"
+    name = node.name or ""
+    if not name.startswith("/") or name.count("/") < 2:
+        return None
+    module = name.strip("/").rsplit("/", 1)[0].replace("/", ".")
+    if not _is_built(node):
+        return module, "node name"
+    for pattern, ours in _BUILDER:
+        if (found := pattern.fullmatch(module)) is not None:
+            return found.expand(ours), "node name of onnxruntime-genai's builder"
+    return module, "node name"
+
+
+def _is_built(node: ir.Node) -> bool:
+    """Whether onnxruntime-genai's builder wrote the node's graph: its attention is called so."""
+    graph = node.graph
+    if graph is None:
+        return False
+    built: bool | None = graph.meta.get("loradeploy.built")
+    if built is None:
+        built = any(
+            each.op_type in _ATTENTION and str(each.name).endswith(f"/attn/{each.op_type}")
+            for each in graph
+        )
+        graph.meta["loradeploy.built"] = built
+    return built
+
+
+def _unpacked(product: Product, module: str, found_by: str) -> tuple[tuple[str, int], ...]:
+    """A packed projection's modules, told by the attention that takes it; else the one module."""
+    found = _PACKED_QKV.fullmatch(module)
+    sizes = None if found is None or "builder" not in found_by else _parts_of(product.node)
+    if found is None or sizes is None or sum(sizes) != product.out_features:
+        return ((module, product.out_features),)
+    return tuple((f"{found[1]}.{part}_proj", size) for part, size in zip("qkv", sizes, strict=True))
+
+
+def _parts_of(node: ir.Node) -> tuple[int, int, int] | None:
+    """The outputs of q, k and v, from the node that tells them apart behind the product `node`."""
+    for user in _behind(node):
+        if user.op_type in _ATTENTION:
+            heads = _attribute(user, "num_heads")
+            shared = _attribute(user, "kv_num_heads", heads)
+            size = node.outputs[0].shape
+            width = None if size is None else size[-1]
+            if not isinstance(width, int) or not heads or width % (heads + 2 * shared):
+                return None
+            each = width // (heads + 2 * shared)
+            return heads * each, shared * each, shared * each
+        if user.op_type == "Split" and len(user.outputs) == 3:
+            split = user.inputs[1] if len(user.inputs) > 1 else None
+            if split is None or split.const_value is None:
+                return None
+            q, k, v = (int(part) for part in constant_of(split))
+            return q, k, v
+    return None
+
+
+def _behind(node: ir.Node) -> list[ir.Node]:
+    """The users of a product, seen through its bias."""
+    users: list[ir.Node] = []
+    for use in node.outputs[0].uses():
+        users += _behind(use.node) if use.node.op_type == "Add" else [use.node]
+    return users
+
+
+def _attribute(node: ir.Node, name: str, default: Any = 0) -> int:
+    attribute = node.attributes.get(name)
+    return int(default if attribute is None else attribute.as_int())

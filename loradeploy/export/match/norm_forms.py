@@ -1,0 +1,82 @@
+"""In what form a graph holds the weights of norms.
+
+Some models add one to theirs (Gemma's y = x / rms(x) · (1 + w)), and exporters fold that into the
+constant. A weight that an adapter trained whole has to be put there in the same form. Which it is,
+only the checkpoint's numbers tell; the nodes remember it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.base_files import base_tensors
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.match.parts import Part, find_parts
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+AS_IS: Final = "w"
+PLUS_ONE: Final = "1 + w"
+OTHER: Final = "?"
+_FORM: Final = "loradeploy.form"
+# Norms to whose weights models are known to add one.
+_MAY_ADD: Final = (
+    *("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+)
+# Roundings of the graph's dtype between equal numbers: of the sum, and of the cast.
+_ROUNDINGS: Final = 4
+
+
+def note_forms(model: ir.Model, own: Callable[[str], NDArray[Any] | None]) -> None:
+    """Write into the norms in what form they hold their weight; bundles keep it.
+
+    `own` gives the checkpoint's parameter of a name, or None.
+    """
+    for module, part in find_parts(model).items():
+        values = own(f"{module}.weight") if part.kind == "norm" else None
+        if values is None or values.shape != part.shape:
+            continue
+        form = OTHER
+        if _close(part, values):
+            form = AS_IS
+        elif _close(part, values + 1):
+            form = PLUS_ONE
+        for node in part.nodes:
+            node.metadata_props[_FORM] = form
+
+
+def form_of(part: Part) -> str | None:
+    """The form that was noted; None where none was."""
+    return part.nodes[0].metadata_props.get(_FORM)
+
+
+def vectors_in(checkpoint: Path) -> dict[str, NDArray[Any]]:
+    """The parameters of one axis that the checkpoint's files have, norms' weights among them."""
+    tensors = base_tensors(checkpoint)
+    return {name: stored.array() for name, stored in tensors.items() if len(stored.shape) == 1}
+
+
+def check_known(model: ir.Model, parameters: Collection[str]) -> None:
+    """Raise ExportError where a norm whose form only a checkpoint could tell is to be replaced."""
+    for module, part in find_parts(model).items():
+        unknown = part.nodes[0].op_type in _MAY_ADD and form_of(part) is None
+        if f"{module}.weight" in parameters and unknown:
+            raise ExportError(
+                f"{module}.weight: some models add 1 to it, and the graph alone does not tell:"
+                " give the base with --checkpoint"
+            )
+
+
+def _close(part: Part, values: NDArray[Any]) -> bool:
+    held = constant_of(part.weight)
+    room = _ROUNDINGS * float(np.finfo(np.float32).eps)
+    if held.dtype != np.float32:
+        room = _ROUNDINGS * 2.0**-8 if held.dtype.name == "bfloat16" else _ROUNDINGS * 2.0**-11
+    return np.allclose(held.astype(np.float64), values.astype(np.float64), rtol=room, atol=room)

@@ -1,0 +1,267 @@
+"""Where a checkpoint's parameters are in a graph, and how their numbers are put there.
+
+A constant that something else uses too is never changed: its user gets one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    set_constant,
+    take_over,
+)
+from loradeploy.export.match.biases import has_unclear_bias
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.norm_forms import OTHER, PLUS_ONE, form_of
+from loradeploy.export.match.parts import Part
+from loradeploy.export.match.products import bias_use, input_of, output_of, value_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# What a weight passes through on its way to its user.
+_CARRIERS = ("Cast", "Identity", "Transpose")
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The layers of a graph by module."""
+
+    graph: ir.Graph
+    linears: Mapping[str, Linear]
+    parts: Mapping[str, Part]
+
+    def shape_of(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of the checkpoint's `parameter`; None where the graph does not have it."""
+        module, _, name = parameter.rpartition(".")
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None:
+            shapes = {
+                "weight": (linear.out_features, linear.in_features),
+                "bias": (linear.out_features,),
+            }
+            return shapes.get(name)
+        if part is not None and name == "weight":
+            return part.shape
+        if part is not None and name == "bias" and part.bias_input is not None:
+            return (part.outputs,)
+        value = self.graph.initializers.get(parameter)
+        return None if value is None else tuple(constant_of(value).shape)
+
+    def problem_with(self, parameter: str) -> str | None:
+        """Why the checkpoint's `parameter` cannot be replaced in the graph; None where it can."""
+        module, _, name = parameter.rpartition(".")
+        value = self.graph.initializers.get(parameter)
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and linear.slice is not None:
+            return f"{parameter} is packed together with others' and cannot be replaced alone"
+        if linear is not None and linear.quantised and name == "weight":
+            return f"{parameter} is quantised: merge into the unquantised model"
+        if (
+            linear is not None
+            and name == "bias"
+            and ((linear.bias is None and value is not None) or has_unclear_bias(linear))
+        ):
+            return f"{parameter} is used in a way that is not understood"
+        if part is not None and name == "weight" and form_of(part) == OTHER:
+            return f"{parameter} is in the graph in a form that is not the checkpoint's"
+        if linear is None and part is None and value is not None and len(_users(value)) > 1:
+            return f"{parameter} is shared by several parts of the graph"
+        return None
+
+    def replace(self, parameter: str, values: NDArray[Any]) -> bool:
+        """Put the checkpoint's `parameter` in its place; whether it had to be untied.
+
+        Raises:
+            ExportError: the values do not fit into the graph's dtype.
+        """
+        module, _, name = parameter.rpartition(".")
+        linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and name == "weight":
+            held = values if linear.transposed else values.T
+            return self.replace_weight(
+                linear, cast(held, constant_of(linear.weight).dtype, parameter)
+            )
+        if linear is not None:
+            self._replace_linear_bias(linear, values)
+            return False
+        if part is not None and name == "weight":
+            if form_of(part) == PLUS_ONE:
+                values = values.astype(np.float32) + 1
+            return self.replace_weight(
+                part, cast(values, constant_of(part.weight).dtype, parameter)
+            )
+        if part is not None:
+            self._replace_part_bias(part, values)
+            return False
+        value = self.graph.initializers[parameter]
+        set_constant(value, cast(values, constant_of(value).dtype, parameter))
+        return False
+
+    def values_of(self, parameter: str) -> NDArray[Any]:
+        """The checkpoint's weight `parameter`, as that has it; it is in the graph, not packed."""
+        module, _, name = parameter.rpartition(".")
+        layer = self._layer(module) if name == "weight" else None
+        if layer is None:
+            return constant_of(self.graph.initializers[parameter])
+        held = constant_of(layer.weight)
+        return held if isinstance(layer, Part) or layer.transposed else held.T
+
+    def overwrite(
+        self, parameter: str, values: NDArray[Any], *, others: Collection[str] = ()
+    ) -> None:
+        """Put the checkpoint's `parameter` in its place for every user of the same constant.
+
+        `others`: parameters that are given likewise.
+
+        Raises:
+            ExportError: another layer has the same numbers as a constant of its own, so that it
+                cannot be told whether it shares them; or the values do not fit into the dtype.
+        """
+        module, _, name = parameter.rpartition(".")
+        layer = self._layer(module) if name == "weight" else None
+        if layer is None or (isinstance(layer, Part) and layer.kind == "norm"):
+            self.replace(parameter, values)  # in the form that the graph holds it in
+            return
+        twins: Mapping[str, Part | Linear] = (
+            self.linears if isinstance(layer, Part) else self.parts  # an embedding and the head
+        )
+        for other, twin in twins.items():
+            named = f"{other}.weight"
+            if twin.weight is not layer.weight and named not in others and self._same(twin, layer):
+                raise ExportError(
+                    f"{named} has the numbers of {parameter} in a constant of its own: whether it"
+                    " shares what the adapter brings cannot be told; merge into the checkpoint"
+                )
+        held = values if isinstance(layer, Part) or layer.transposed else values.T
+        set_constant(layer.weight, cast(held, constant_of(layer.weight).dtype, parameter))
+
+    def may_share(self, one: str, other: str) -> bool:
+        """Whether two of the checkpoint's weights are one constant, or cannot be told from one."""
+        modules = [name.removesuffix(".weight") for name in (one, other)]
+        mine, theirs = map(self._layer, modules)
+        if mine is None or theirs is None:
+            return False
+        return mine.weight is theirs.weight or self._same(mine, theirs)
+
+    def _same(self, one: Linear | Part, other: Linear | Part) -> bool:
+        """Whether two layers that can be read have the same numbers."""
+        layers = (one, other)
+        if any(isinstance(x, Linear) and (x.quantised or x.slice is not None) for x in layers):
+            return False
+        mine, theirs = (self.values_of(f"{x.module}.weight") for x in layers)
+        return np.array_equal(mine, theirs)
+
+    def _layer(self, module: str) -> Linear | Part | None:
+        return self.linears.get(module) or self.parts.get(module)
+
+    def replace_weight(self, layer: Linear | Part, values: NDArray[Any]) -> bool:
+        """Put `values`, as the graph holds them, in the place of the weight; whether untied."""
+        if _users(layer.weight) <= set(layer.nodes):
+            set_constant(layer.weight, values)
+            return False
+        # The copy is fed past whatever stands between the shared weight and its user.
+        own: dict[bool, ir.Value] = {}
+        for node in layer.nodes:
+            turned = isinstance(layer, Linear) and layer.transposed != _turns(node)
+            index = 1 if isinstance(layer, Linear) else layer.weight_input
+            kind = None if (used := node.inputs[index]) is None else used.dtype
+            if turned not in own:
+                oriented = np.ascontiguousarray(values.T) if turned else values
+                name = free_name(self.graph, f"{layer.module}.weight")
+                if kind is not None and oriented.dtype != kind.numpy():
+                    oriented = cast(oriented, kind.numpy(), name)  # as the Cast passed by gave it
+                own[turned] = add_constant(self.graph, name, oriented)
+            node.replace_input_with(index, own[turned])
+        return True
+
+    def _replace_linear_bias(self, linear: Linear, values: NDArray[Any]) -> None:
+        """Every call's bias; one of zeros leaves no trace in a graph, and is added."""
+        import onnx_ir as ir
+
+        own = self._own_bias(linear.module, values, _bias_dtype(linear))
+        for node in linear.nodes:
+            use = bias_use(node, linear.out_features)
+            if use is not None:
+                use[0].replace_input_with(use[1], self._shaped_as(use, own))
+                continue
+            product = output_of(node)
+            add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
+            add.outputs[0].name = add.name
+            self.graph.insert_after(product.producer() or node, add)
+            take_over(self.graph, product, add.outputs[0], keep=add)
+
+    def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:
+        assert part.bias_input is not None
+        own = self._own_bias(part.module, values, constant_of(part.weight).dtype)
+        for node in part.nodes:
+            if len(node.inputs) <= part.bias_input:
+                node.resize_inputs(part.bias_input + 1)
+            node.replace_input_with(part.bias_input, own)
+
+    def _shaped_as(self, use: tuple[ir.Node, int], own: ir.Value) -> ir.Value:
+        """A bias [out] with the axes, of 1, of the one that is used now: the sum has as many."""
+        old = value_of(use)
+        assert old is not None
+        shape, numbers = constant_of(old).shape, constant_of(own)
+        if shape == numbers.shape:
+            return own
+        return add_constant(
+            self.graph, free_name(self.graph, str(own.name)), numbers.reshape(shape)
+        )
+
+    def _own_bias(self, module: str, values: NDArray[Any], dtype: np.dtype[Any]) -> ir.Value:
+        name = f"{module}.bias"
+        free = free_name(self.graph, f"{name}.new")
+        return add_constant(self.graph, free, cast(values, dtype, name))
+
+
+def _bias_dtype(linear: Linear) -> np.dtype[Any]:
+    """The dtype in which a bias is added to the linear's product."""
+    if linear.bias is not None:
+        return constant_of(linear.bias).dtype
+    if not linear.quantised:
+        return constant_of(linear.weight).dtype
+    # A packed weight has no dtype of numbers; what goes in has, and so have its scales.
+    node = linear.nodes[0]
+    values = [input_of(node), *node.inputs[2:3], output_of(node)]
+    kinds = (v.dtype for v in values if v is not None and v.dtype is not None)
+    floats = (kind.numpy() for kind in kinds if kind.is_floating_point())
+    return next(floats, np.dtype(np.float32))
+
+
+def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]:
+    """`values` in `dtype`, contiguous.
+
+    Raises:
+        ExportError: a value is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(values, dtype=dtype)
+    if dtype.itemsize < values.dtype.itemsize and not np.isfinite(narrow).all():
+        raise ExportError(
+            f"{label}: the merged weight does not fit into {dtype}: export with --precision fp32"
+        )
+    return narrow
+
+
+def _users(value: ir.Value) -> set[ir.Node]:
+    """The nodes that use `value`, seen through whatever only carries or turns it."""
+    users: set[ir.Node] = set()
+    for node, _ in value.uses():
+        users |= _users(node.outputs[0]) if node.op_type in _CARRIERS else {node}
+    return users
+
+
+def _turns(node: ir.Node) -> bool:
+    return "transB" in node.attributes and bool(node.attributes["transB"].as_int())

@@ -1,0 +1,143 @@
+"""The layers of a graph that are no products: embeddings, convolutions and norms, by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from loradeploy.bundle.manifest import LoraTarget
+from loradeploy.bundle.names import lora_a_name, lora_b_name
+from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.operators import MICROSOFT
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PartKind = Literal["embedding", "conv2d", "norm"]
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """What an operator computes, and which of its inputs are the weight and the bias."""
+
+    kind: PartKind
+    weight: int
+    bias: int | None
+    rank: int  # of the weight
+    domain: str = ""
+
+
+_OPERATORS: Final[Mapping[str, _Operator]] = {
+    "Gather": _Operator("embedding", 0, None, 2),
+    "Conv": _Operator("conv2d", 1, 2, 4),
+    "LayerNormalization": _Operator("norm", 1, 2, 1),
+    "RMSNormalization": _Operator("norm", 1, None, 1),
+    "GroupNormalization": _Operator("norm", 1, 2, 1),
+    "BatchNormalization": _Operator("norm", 1, 2, 1),
+    "SimplifiedLayerNormalization": _Operator("norm", 1, None, 1),
+    "SkipLayerNormalization": _Operator("norm", 2, 3, 1, MICROSOFT),
+    "SkipSimplifiedLayerNormalization": _Operator("norm", 2, None, 1, MICROSOFT),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer with a constant weight.
+
+    `nodes`: its calls. `weight`: an initializer, their input number `weight_input`: [vocabulary,
+    size], [out, in, height, width] or [size]. `bias_input`: where they take a bias; None where
+    they take none. `found_by`: the evidence for `module`.
+    """
+
+    module: str
+    kind: PartKind
+    nodes: tuple[ir.Node, ...]
+    weight: ir.Value
+    weight_input: int
+    bias_input: int | None
+    found_by: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        assert self.weight.const_value is not None
+        return tuple(int(size) for size in self.weight.const_value.shape.numpy())
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The bias, where there is one."""
+        inputs = self.nodes[0].inputs
+        if self.bias_input is None or len(inputs) <= self.bias_input:
+            return None
+        return inputs[self.bias_input]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a bias of it has."""
+        return self.shape[-1] if self.kind == "embedding" else self.shape[0]
+
+    def target(self) -> LoraTarget | None:
+        """The layer as a manifest tells of it; None where it takes no factors."""
+        if self.kind == "norm":
+            return None
+        embeds = self.kind == "embedding"
+        return LoraTarget(
+            module=self.module,
+            in_features=self.shape[0] if embeds else math.prod(self.shape[1:]),
+            out_features=self.outputs,
+            lora_A=lora_a_name(self.module),
+            lora_B=lora_b_name(self.module),
+            weight=str(self.weight.name),
+            transposed=not embeds,
+            found_by=self.found_by,
+            kind=self.kind,
+        )
+
+
+def find_parts(model: ir.Model) -> dict[str, Part]:
+    """Every embedding, convolution and norm whose weight is constant, by its module."""
+    parts: dict[str, Part] = {}
+    calls: dict[str, list[ir.Node]] = {}
+    strange = set()
+    for node in model.graph:
+        operator = _OPERATORS.get(node.op_type)
+        weight = None if operator is None else _weight(node, operator)
+        found = None if weight is None else module_of(node)
+        if operator is None or weight is None or found is None:
+            continue
+        module, found_by = found
+        first = parts.get(module)
+        if first is not None and first.weight is not weight:
+            strange.add(module)  # one module with two weights is no layer
+            continue
+        calls.setdefault(module, []).append(node)
+        parts[module] = Part(
+            module=module,
+            kind=operator.kind,
+            nodes=tuple(calls[module]),
+            weight=weight,
+            weight_input=operator.weight,
+            bias_input=operator.bias,
+            found_by=found_by,
+        )
+    return {module: part for module, part in parts.items() if module not in strange}
+
+
+def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:
+    """The constant weight of `node`, where it has one of the right rank.
+
+    Operators of other domains hold it in another order, and tables looked up by columns are none.
+    """
+    axis = node.attributes.get("axis")
+    turned = node.op_type == "Gather" and axis is not None and axis.as_int() % 2
+    if node.domain != operator.domain or turned:
+        return None
+    value = node.inputs[operator.weight] if len(node.inputs) > operator.weight else None
+    if value is None or not value.is_initializer() or value.is_graph_input():
+        return None
+    tensor = value.const_value
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return None
+    return value if len(tensor.shape) == operator.rank else None

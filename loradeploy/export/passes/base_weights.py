@@ -1,0 +1,77 @@
+"""The base's numbers that side inputs are computed from: in the graph, then in the bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import LoraTarget, Manifest, StoredWeight
+from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.export.graph.edit import constant_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_READABLE: Final = ("float32", "float16", "bfloat16")
+
+
+class HeldBase:
+    """The base in a graph under surgery; `biases` by their names in the base."""
+
+    def __init__(self, graph: ir.Graph, biases: Mapping[str, NDArray[np.float32]]) -> None:
+        self._graph = graph
+        self._biases = biases
+
+    def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
+        """See `bundle.base.BaseValues`; None where the weight is packed."""
+        return _weight(self._graph, target)
+
+    def bias(self, module: str) -> NDArray[np.float32] | None:
+        """See `bundle.base.BaseValues`."""
+        return self._biases.get(f"{module}.bias")
+
+
+def store_weights(
+    directory: Path, manifest: Manifest
+) -> tuple[Manifest, dict[str, NDArray[np.float32]]]:
+    """Where the bundle's data file holds the weights that DoRA needs, in the manifest.
+
+    Weights that are too small for that file are the second value, [out, in] by `M.weight`.
+    """
+    import onnx_ir as ir
+
+    scaled = {output.module for output in manifest.changed if output.scale is not None}
+    if not scaled:
+        return manifest, {}
+    graph = ir.load(directory / GRAPH_NAME).graph
+    small: dict[str, NDArray[np.float32]] = {}
+    targets = []
+    for target in manifest.targets:
+        if target.module in scaled:
+            tensor = graph.initializers[target.weight].const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                target = dataclasses.replace(target, stored=_stored(tensor))
+            elif (weight := _weight(graph, target)) is not None:
+                small[f"{target.module}.weight"] = np.ascontiguousarray(weight)
+        targets.append(target)
+    return dataclasses.replace(manifest, targets=tuple(targets)), small
+
+
+def _stored(tensor: ir.ExternalTensor) -> StoredWeight | None:
+    dtype = np.dtype(tensor.dtype.numpy()).name
+    if dtype not in _READABLE or tensor.length is None:
+        return None
+    return StoredWeight(tensor.offset or 0, tensor.length, dtype)
+
+
+def _weight(graph: ir.Graph, target: LoraTarget) -> NDArray[np.float32] | None:
+    """[out, in]; None where the weight is packed."""
+    held: NDArray[Any] = constant_of(graph.initializers[target.weight])
+    if held.dtype.name not in _READABLE:
+        return None
+    return (held if target.transposed else held.T).astype(np.float32, copy=False)

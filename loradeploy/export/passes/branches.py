@@ -1,0 +1,173 @@
+"""One graph, two branches over the same weights: the base, and the base with an adapter.
+
+    If adapter_mode = 0   base      no side input is looked at: the graph without them
+                    = 1   adapted   the graph with them, as its layout says
+
+Hundreds of small nodes cost an idle graph 2 to 18 % of a decode step, and gathering factors costs
+an active one as much again; an `If` costs nothing that can be measured. The branches share the
+initializers. ONNX Runtime shares packed weights of 8 and 4 bits between them too, but lays float
+weights out anew for each. It does neither in a branch of a branch, where a step takes 20 times as
+long: there are never more than two. A CUDA graph cannot capture an `If`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import ADAPTER_MODE, BASE
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import add_constant, remove_all
+from loradeploy.export.match.products import products
+from loradeploy.export.passes.layout import gathered_slots
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_NAME: Final = f"{ADAPTER_MODE}/If"
+_ADAPTED: Final = "adapted"
+
+
+def branches_problem(graph: ir.Graph) -> str | None:
+    """Why ONNX Runtime would not open the graph with branches; None where it does.
+
+    Of a DequantizeLinear and the product behind it it makes a MatMulNBits, and in a branch (1.31)
+    it does not find the weights that all branches share. Where the other factor is dequantized too
+    it makes something else, which works.
+    """
+    for product in products(graph):
+        x = product.node.inputs[0]
+        before = None if x is None else x.producer()
+        if product.scaled is not None and (before is None or before.op_type != "DequantizeLinear"):
+            return (
+                f"onnxruntime does not open branches over a DequantizeLinear ({product.node.name}):"
+                " export with --no-branches"
+            )
+    return None
+
+
+def add_branches(graph: ir.Graph) -> None:
+    """Give a graph with side inputs its two branches.
+
+    Raises:
+        ExportError: the graph has branches or loops of its own, or weights that cannot be shared.
+    """
+    import onnx_ir as ir
+
+    if (problem := branches_problem(graph)) is not None:
+        raise ExportError(problem)
+    nodes, outputs = list(graph), list(graph.outputs)
+    attributes = (attribute for node in nodes for attribute in node.attributes.values())
+    if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
+        raise ExportError("the graph has branches or loops of its own: export with --no-branches")
+    # Where the base's own numbers are side inputs, they are the only slot.
+    base = _copy(nodes, outputs, BASE, {**gathered_slots(graph), **_without_factors(nodes)})
+    other = _copy(nodes, outputs, _ADAPTED, {})
+    types = [(value.name, value.type, value.shape) for value in outputs]
+    graph.outputs.clear()
+    graph.remove(nodes, safe=True)
+    mode = add_constant(graph, ADAPTER_MODE, np.zeros(1, np.int64), shape=[1])
+    graph.inputs.append(mode)
+    to_bool = {"to": int(ir.DataType.BOOL)}
+    active = ir.node("Cast", [mode], attributes=to_bool, name=f"{_NAME}/active")
+    active.outputs[0].name = active.name
+    branches = [ir.AttrGraph("then_branch", other), ir.AttrGraph("else_branch", base)]
+    choice = ir.Node("", "If", [active.outputs[0]], branches, num_outputs=len(outputs), name=_NAME)
+    graph.extend([active, choice])
+    _name_outputs(graph, choice.outputs, types)
+
+
+def remove_branches(graph: ir.Graph) -> None:
+    """Undo `add_branches`: the branch with an adapter is the graph again.
+
+    Raises:
+        ExportError: the graph does not have the branches.
+    """
+    choice = next((node for node in graph if node.name == _NAME), None)
+    if choice is None:
+        raise ExportError("the graph lacks the branches that its manifest tells of: it was changed")
+    body = choice.attributes["then_branch"].as_graph()
+    nodes, values = list(body), list(body.outputs)
+    body.outputs.clear()
+    body.remove(nodes)
+    types = [(value.name, value.type, value.shape) for value in graph.outputs]
+    graph.outputs.clear()
+    remove_all(graph)
+    prefix = f"{body.name}/"
+    for node in nodes:
+        node.name = str(node.name).removeprefix(prefix)
+        for value in node.outputs:
+            value.name = str(value.name).removeprefix(prefix)
+    graph.extend(nodes)
+    _name_outputs(graph, values, types)
+    graph.inputs.remove(graph.initializers[ADAPTER_MODE])
+    graph.initializers.pop(ADAPTER_MODE)
+
+
+def _name_outputs(
+    graph: ir.Graph,
+    values: Sequence[ir.Value],
+    types: Sequence[tuple[str | None, ir.TypeProtocol | None, ir.Shape | None]],
+) -> None:
+    for value, (name, kind, shape) in zip(values, types, strict=True):
+        value.name, value.type, value.shape = name, kind, shape
+        graph.outputs.append(value)
+
+
+def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
+    """What each sum of a product and its factors' is without the factors."""
+    sums = (node for node in nodes if str(node.name).endswith("/lora_add"))
+    return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
+
+
+def _copy(
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    name: str,
+    instead: Mapping[ir.Value, ir.Value],
+) -> ir.Graph:
+    """A branch that computes `outputs`, some values `instead` of others."""
+    import onnx_ir as ir
+
+    def seen(value: ir.Value) -> ir.Value:
+        while value in instead:
+            value = instead[value]
+        return value
+
+    copied: dict[ir.Value, ir.Value] = {}
+    made = []
+    for node in _needed(nodes, outputs, seen):
+        inputs = [None if v is None else copied.get(seen(v), seen(v)) for v in node.inputs]
+        new = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            attributes=list(node.attributes.values()),
+            overload=node.overload,
+            num_outputs=len(node.outputs),
+            name=f"{name}/{node.name}",
+            metadata_props=dict(node.metadata_props),
+        )
+        for old, own in zip(node.outputs, new.outputs, strict=True):
+            own.name = f"{name}/{old.name}" if old.name else ""
+            own.type, own.shape = old.type, old.shape
+            copied[old] = own
+        made.append(new)
+    return ir.Graph([], [copied[seen(value)] for value in outputs], nodes=made, name=name)
+
+
+def _needed(
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    seen: Callable[[ir.Value], ir.Value],
+) -> list[ir.Node]:
+    """The nodes that `outputs` come of, in their order."""
+    wanted = {seen(value) for value in outputs}
+    kept = []
+    for node in reversed(nodes):
+        if any(value in wanted for value in node.outputs):
+            kept.append(node)
+            wanted.update(seen(value) for value in node.inputs if value is not None)
+    return kept[::-1]

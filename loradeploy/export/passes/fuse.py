@@ -1,0 +1,234 @@
+"""Products of the same input made one: q, k and v; gate and up.
+
+    x W_q, x W_k, x W_v   →   Split(x [W_q W_k W_v])
+
+A decoder at batch 1 spends much of its time between products, so that fewer and larger ones are
+faster. Each member keeps factors of its own: a joint B would be block diagonal, its zeros read at
+every step like any other number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import LoraTarget
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import add_constant, constant_of, take_over
+from loradeploy.export.graph.scopes import linear_scopes
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.products import output_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_JOINT: Final = "+"
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """One product called `label`, and the `members` whose outputs it gives, in their order.
+
+    A linear that shares its input with no other is the only member of its product.
+    `outputs`: the members' own, where the graph takes the product's output apart; None where it
+    does not, as in graphs that come with packed products.
+    """
+
+    label: str
+    members: tuple[Linear, ...]
+    outputs: tuple[ir.Value, ...] | None = None
+
+
+def fuse_products(
+    graph: ir.Graph, linears: Iterable[Linear], *, apart: Collection[str] = ()
+) -> list[Fused]:
+    """Make one product of those linears of one module that take the same input.
+
+    Modules in `apart` stay as they are, and so does a linear that is called twice, whose weight
+    something else uses, or is packed or turned. The order of the linears is kept.
+    """
+    groups: dict[object, list[Linear]] = {}
+    for linear in linears:
+        key = _key(linear) if linear.module not in apart else None
+        groups.setdefault(linear if key is None else key, []).append(linear)
+    return [_product(graph, members) for members in groups.values()]
+
+
+def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
+    """Undo `fuse_products`, once the graph's side inputs are out.
+
+    Raises:
+        ExportError: the graph does not have the products that the targets tell of.
+    """
+    nodes = {str(node.name): node for node in graph}
+    for label, members in products_of(targets):
+        if members[0].slice is not None and not is_packed(label, members):
+            _separate(graph, label, members, nodes.get(f"{label}/split"))
+
+
+def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarget]]]:
+    """The products that the targets are of, by label, members in the order of their outputs."""
+    grouped: dict[object, list[LoraTarget]] = {}
+    for target in targets:
+        grouped.setdefault(target if target.slice is None else target.weight, []).append(target)
+    products = []
+    for members in grouped.values():
+        members.sort(key=lambda member: member.slice or (0, 0))
+        products.append((label_of([member.module for member in members]), members))
+    return products
+
+
+def is_packed(label: str, members: Sequence[LoraTarget]) -> bool:
+    """Whether the product came with the graph: the weight of one fused here is called after it."""
+    return members[0].slice is not None and not members[0].weight.startswith(f"{label}.weight")
+
+
+def label_of(modules: Sequence[str]) -> str:
+    """What a product of several modules is called: after all of them, their parent's path once."""
+    parent = modules[0].rpartition(".")[0]
+    names = _JOINT.join(module.removeprefix(f"{parent}.") for module in modules)
+    return f"{parent}.{names}" if parent else names
+
+
+def called_after(product: str) -> list[str]:
+    """The modules that a product of several is called after; itself where it is of one."""
+    parent, dot, names = product.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
+
+
+def _key(linear: Linear) -> object:
+    """What linears that can be fused have in common; None where this one cannot."""
+    if linear.slice is not None:
+        return linear.nodes
+    (node, *more) = linear.nodes
+    x, weight = node.inputs[0], linear.weight
+    if more or linear.quantised or linear.transposed or node.op_type != "MatMul":
+        return None
+    if node.inputs[1] is not weight or len(list(weight.uses())) > 1 or x is None:
+        return None
+    return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
+
+
+def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
+    """The one product of `members`."""
+    label = label_of([member.module for member in members])
+    if members[0].slice is not None:
+        _check_whole(label, members)
+        return Fused(label, tuple(members), _taken_apart(label, members))
+    return Fused(label, tuple(members)) if len(members) == 1 else _fuse(graph, label, members)
+
+
+def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
+    """The members' own outputs where the product was fused here before, as in a merged graph."""
+    users = [use.node for use in output_of(members[0].nodes[0]).uses()]
+    if [node.name for node in users] != [f"{label}/split"]:
+        return None
+    return tuple(users[0].outputs) if len(users[0].outputs) == len(members) else None
+
+
+def _check_whole(label: str, members: Sequence[Linear]) -> None:
+    """Raise ExportError unless the members are all of a packed product."""
+    slices = [member.slice or (0, 0) for member in members]
+    begins, ends = [begin for begin, _ in slices], [end for _, end in slices]
+    shape = output_of(members[0].nodes[0]).shape
+    outputs = ends[-1] if shape is None or not isinstance(shape[-1], int) else shape[-1]
+    if [*begins, outputs] == [0, *ends]:
+        return
+    raise ExportError(
+        f"{label} is a part of a packed product, of which other parts take no adapters: merge the"
+        " adapter instead"
+    )
+
+
+def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
+    import onnx_ir as ir
+
+    weight = np.concatenate([constant_of(member.weight) for member in members], axis=1)
+    nodes = [member.nodes[0] for member in members]
+    # The input is there before any of them; which comes first, only the graph tells.
+    first = next(node for node in graph if node in nodes)
+    x, y = first.inputs[0], first.outputs[0]
+    assert x is not None
+    constant = add_constant(graph, f"{label}.weight", weight)
+    product = ir.node(
+        "MatMul",
+        [x, constant],
+        name=f"{label}/MatMul",
+        metadata_props=linear_scopes(label),
+    )
+    out = product.outputs[0]
+    out.name, out.type = product.name, y.type
+    if y.shape is not None:
+        out.shape = ir.Shape([*list(y.shape)[:-1], weight.shape[1]])
+    sizes = np.array([member.out_features for member in members], np.int64)
+    split = ir.node(
+        "Split",
+        [out, add_constant(graph, f"{label}.sizes", sizes)],
+        attributes={"axis": -1},
+        num_outputs=len(members),
+        name=f"{label}/split",
+    )
+    graph.insert_before(first, [product, split])
+    fused, begin = [], 0
+    for member, part in zip(members, split.outputs, strict=True):
+        old, end = member.nodes[0].outputs[0], begin + member.out_features
+        part.name = f"{member.module}/output"
+        take_over(graph, old, part, keep=None)
+        graph.remove(member.nodes[0], safe=True)
+        graph.initializers.pop(str(member.weight.name))
+        fused.append(
+            dataclasses.replace(member, nodes=(product,), weight=constant, slice=(begin, end))
+        )
+        begin = end
+    return Fused(label, tuple(fused), tuple(split.outputs))
+
+
+def _separate(
+    graph: ir.Graph, label: str, members: Sequence[LoraTarget], split: ir.Node | None
+) -> None:
+    import onnx_ir as ir
+
+    whole = None if split is None else split.inputs[0]
+    product = None if whole is None else whole.producer()
+    if split is None or product is None or len(split.outputs) != len(members):
+        raise ExportError(f"the graph has no fused product at {label}: it was changed")
+    total, end = sum(member.out_features for member in members), 0
+    for member, old in zip(members, split.outputs, strict=True):
+        begin, end = end, end + member.out_features
+        inputs: list[ir.Value | None] = [product.inputs[0]]
+        for index, value in enumerate(product.inputs[1:], start=1):
+            if value is None:
+                inputs.append(None)
+                continue
+            own = _outputs(constant_of(value), begin, end, total, product.op_type)
+            part = "weight" if index == 1 else f"weight.{index}"
+            inputs.append(add_constant(graph, f"{member.module}.{part}", own))
+        attributes = {name: value for name, value in product.attributes.items() if name != "N"}
+        if "N" in product.attributes:
+            attributes["N"] = ir.AttrInt64("N", member.out_features)
+        node = ir.Node(
+            product.domain,
+            product.op_type,
+            inputs,
+            attributes=list(attributes.values()),
+            name=f"{member.module}/MatMul",
+            metadata_props=linear_scopes(member.module),
+        )
+        node.outputs[0].name = node.name
+        graph.insert_before(product, node)
+        take_over(graph, old, node.outputs[0], keep=None)
+
+
+def _outputs(
+    numbers: NDArray[np.generic], begin: int, end: int, outputs: int, op_type: str
+) -> NDArray[np.generic]:
+    """The part of a product's constant that makes its outputs from `begin` to `end`."""
+    if op_type == "MatMul":
+        return numbers[:, begin:end]
+    # MatMulNBits has everything in the order of the outputs, its scales flat in older versions.
+    return numbers.reshape(outputs, -1)[begin:end].reshape(-1, *numbers.shape[1:])

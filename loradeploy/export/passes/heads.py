@@ -1,0 +1,140 @@
+"""Heads as side inputs: y = x W + b becomes y = x W[adapter_ids] + b[adapter_ids].
+
+`M.weight` [adapters, in, out] and `M.bias` [adapters, out] default to the base's own, [1, …].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.manifest import SavedTarget
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import add_constant, constant_of, take_over
+from loradeploy.export.graph.scopes import linear_scopes
+from loradeploy.export.match.biases import has_unclear_bias
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.passes.surgery import Surgery, rows_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+
+def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[SavedTarget]:
+    """Make the weight and bias of `linear` side inputs; a bias of zeros `with_bias` if it has none.
+
+    Raises:
+        ExportError: the module is called several times, is quantised, or its rows are not known.
+    """
+    module, graph = linear.module, surgery.graph
+    unclear = linear.slice is not None or has_unclear_bias(linear)
+    if len(linear.nodes) != 1 or linear.quantised or unclear:
+        raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
+    node, last = linear.nodes[0], _last_of(linear)
+    rows = rows_of(graph, node, module)
+    if rows.moved:
+        raise ExportError(f"{module} flattens its rows and cannot be a side input: merge instead")
+    x = rows.x
+    held = constant_of(linear.weight)
+    weight = np.ascontiguousarray(held.T if linear.transposed else held)[np.newaxis]
+    bias = None
+    if linear.bias is not None:
+        bias = constant_of(linear.bias).reshape(1, -1)
+        _free(graph, linear.bias)
+    elif with_bias:
+        bias = np.zeros((1, linear.out_features), weight.dtype)
+    _free(graph, linear.weight)
+
+    W = _parameter(surgery, f"{module}.weight", weight)
+    saved = [
+        SavedTarget(
+            parameter=f"{module}.weight",
+            input=f"{module}.weight",
+            shape=(linear.out_features, linear.in_features),
+            transposed=True,
+        )
+    ]
+    chain = surgery.chain(last, module)
+    w = chain.add("Gather", "head_weight_gather", [W, surgery.ids], axis=0)  # [rows, in, out]
+    if rows.no_sequence:
+        x = chain.add("Unsqueeze", "head_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
+    y = chain.add("MatMul", "head_matmul", [x, w])  # [batch, sequence, out]
+    if bias is not None:
+        b = _parameter(surgery, f"{module}.bias", bias)
+        saved.append(
+            SavedTarget(
+                parameter=f"{module}.bias",
+                input=f"{module}.bias",
+                shape=(linear.out_features,),
+                transposed=False,
+            )
+        )
+        b = chain.add("Gather", "head_bias_gather", [b, surgery.ids], axis=0)  # [rows, out]
+        b = chain.add("Unsqueeze", "head_bias_unsqueeze", [b, surgery.sequence_axis])
+        y = chain.add("Add", "head_add", [y, b])
+    if rows.no_sequence:
+        y = chain.add("Squeeze", "head_squeeze", [y, surgery.sequence_axis])  # [batch, out]
+    take_over(graph, last.outputs[0], y, keep=None)
+    for dead in dict.fromkeys((last, node)):
+        graph.remove(dead, safe=True)
+    return saved
+
+
+def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> None:
+    """Make the head `module` constant again, with its defaults.
+
+    Raises:
+        ExportError: the graph does not have it as `replace_head` made it.
+    """
+    import onnx_ir as ir
+
+    product = nodes.get(f"{module}/head_matmul")
+    if product is None:
+        raise ExportError(f"the graph has no side input at {module}: it was changed")
+    named = [nodes.get(f"{module}/head_{name}") for name in ("unsqueeze", "squeeze", "add")]
+    first = named[0] or product
+    last = named[1] or named[2] or product
+    x = first.inputs[0]
+    scopes = linear_scopes(module)
+    made: list[ir.Node] = []
+    for part, op in (("weight", "MatMul"), ("bias", "Add")):
+        name = f"{module}.{part}"
+        side_input = graph.initializers.get(name)
+        if side_input is None:
+            continue
+        default = np.ascontiguousarray(constant_of(side_input)[0])
+        _free(graph, side_input)
+        constant = add_constant(graph, name, default)
+        operand = made[-1].outputs[0] if made else x
+        node = ir.node(op, [operand, constant], name=f"{module}/{op}", metadata_props=scopes)
+        node.outputs[0].name = node.name
+        node.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(default.dtype))
+        made.append(node)
+    graph.insert_after(last, made)
+    shape = last.outputs[0].shape
+    for node in made:
+        node.outputs[0].shape = shape
+    take_over(graph, last.outputs[0], made[-1].outputs[0], keep=None)
+
+
+def _parameter(surgery: Surgery, name: str, default: NDArray[Any]) -> ir.Value:
+    surgery.defaults[name] = default
+    return surgery.side_input(name, ["adapters", *default.shape[1:]], default)
+
+
+def _free(graph: ir.Graph, constant: ir.Value) -> None:
+    """Let the initializer go by another name: its own is wanted, and others may still use it."""
+    graph.initializers.pop(str(constant.name))
+    constant.name = f"{constant.name}/replaced"
+    graph.register_initializer(constant)
+
+
+def _last_of(linear: Linear) -> ir.Node:
+    """The node that gives the linear's result: its product, or the addition of its bias."""
+    node = linear.nodes[0]
+    if linear.bias is None or node.op_type == "Gemm":
+        return node
+    return next(iter(node.outputs[0].uses())).node

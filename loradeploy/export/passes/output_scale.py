@@ -1,0 +1,130 @@
+"""Outputs as side inputs change them: y becomes scale[adapter_ids] ⊙ y + offset[adapter_ids].
+
+`M.scale` and `M.offset` [adapters, out] default to ones and zeros. They stand behind the layer's
+bias where the graph adds a known one, else directly behind its product; see `bundle.changes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.bundle.manifest import OutputTarget
+from loradeploy.bundle.names import offset_name, scale_name
+from loradeploy.export.graph.edit import constant_of, take_over
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.parts import Part
+from loradeploy.export.match.products import bias_use
+from loradeploy.export.passes.surgery import Rows, Surgery, call_label, rows_of, rows_of_output
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_FIRST = ("unflatten", "scale_mul", "offset_add")
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A layer whose output is to take a scale, an offset, or both."""
+
+    layer: Linear | Part
+    scale: bool
+    offset: bool
+
+    @property
+    def size(self) -> int:
+        """The numbers of one row of the output."""
+        return self.layer.out_features if isinstance(self.layer, Linear) else self.layer.outputs
+
+    def ends(self) -> Sequence[tuple[ir.Node, ir.Node]]:
+        """Each call's own node, and the node that gives its result, bias included."""
+        if isinstance(self.layer, Part):
+            return [(node, node) for node in self.layer.nodes]
+        uses = [bias_use(node, self.size) for node in self.layer.nodes]
+        return [
+            (node, node if use is None else use[0])
+            for node, use in zip(self.layer.nodes, uses, strict=True)
+        ]
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """The bias that is in the output."""
+        bias = self.layer.bias
+        return None if bias is None else constant_of(bias).astype(np.float32).reshape(-1)
+
+
+def change_output(surgery: Surgery, change: Change) -> OutputTarget:
+    """Let side inputs scale and shift the output of every call of the layer.
+
+    Raises:
+        ExportError: the rows of the output cannot be told from the graph.
+    """
+    module, size = change.layer.module, change.size
+    dtype = surgery.dtype.numpy()
+    inputs: dict[str, ir.Value] = {}
+    if change.scale:
+        default = np.ones((1, size), dtype)
+        inputs["scale"] = surgery.side_input(scale_name(module), ["adapters", size], default)
+    if change.offset:
+        default = np.zeros((1, size), dtype)
+        inputs["offset"] = surgery.side_input(offset_name(module), ["adapters", size], default)
+    for call, (node, end) in enumerate(change.ends()):
+        if isinstance(change.layer, Part) and change.layer.kind == "embedding":
+            rows = rows_of_output(surgery.graph, node.outputs[0], module)
+        else:
+            rows = rows_of(surgery.graph, node, module)
+        _change_at(surgery, call_label(module, call), end, rows, size, inputs)
+    return OutputTarget(
+        module=module,
+        size=size,
+        scale=scale_name(module) if change.scale else None,
+        offset=offset_name(module) if change.offset else None,
+    )
+
+
+def keep_output(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
+    """Undo `change_output`; whether there was anything to undo."""
+    call = 0
+    while (last := _last(nodes, label := call_label(module, call))) is not None:
+        first = next(node for name in _FIRST if (node := nodes.get(f"{label}/{name}")) is not None)
+        base = first.inputs[0]
+        assert base is not None
+        take_over(graph, last.outputs[0], base, keep=None)
+        call += 1
+    return call > 0
+
+
+def _change_at(
+    surgery: Surgery,
+    label: str,
+    end: ir.Node,
+    rows: Rows,
+    size: int,
+    inputs: Mapping[str, ir.Value],
+) -> None:
+    old = end.outputs[0]
+    chain = surgery.chain(end, label)
+    y = old
+    first = None
+    if rows.moved:
+        y = rows.front(surgery, chain, y, size, "unflatten")  # [batch, sequence, out]
+        first = chain.last
+    for name, op in (("scale", "Mul"), ("offset", "Add")):
+        if name not in inputs:
+            continue
+        value = chain.add("Gather", f"{name}_gather", [inputs[name], surgery.ids], axis=0)
+        if not rows.no_sequence:
+            value = chain.add("Unsqueeze", f"{name}_unsqueeze", [value, surgery.sequence_axis])
+        y = chain.add(op, f"{name}_{op.lower()}", [y, value])  # [batch, (sequence,) out]
+        first = first or chain.last
+    y = rows.back(surgery, chain, y, old, size, "flatten")
+    assert first is not None
+    take_over(surgery.graph, old, y, keep={first, *chain.readers})
+
+
+def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:
+    names = ("flatten", "offset_add", "scale_mul")
+    return next((node for name in names if (node := nodes.get(f"{label}/{name}"))), None)

@@ -1,0 +1,195 @@
+"""Weights packed to 8 or 4 bits by onnxruntime's own quantiser, after surgery or merge.
+
+Only products of the base are packed: factors and heads are no constants of theirs. Each weight is
+given to the quantiser in a model of its own, so that the whole graph never is in memory twice and
+its other nodes stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.errors import ExportError, MissingDependencyError
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
+from loradeploy.export.match.linears import Linear, find_linears, output_head
+from loradeploy.export.match.operators import check_operators
+from loradeploy.export.match.products import unpack, unpacked
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_DOMAIN: Final = "com.microsoft"
+_BLOCK: Final = 32
+_HEAD_BITS: Final = 8
+# Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
+_ACCURACY_LEVEL: Final = 4
+# Where a MatMulNBits has its zero points, and its g_idx.
+_ZEROS, _GROUPS = 3, 4
+
+
+def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
+    """Pack every product with a constant weight to `bits` bits; the manifest with the new names.
+
+    Weights are packed symmetrically in blocks of 32 along the input, the output head, which suffers
+    most, to 8 bits at least. Embeddings, and products that add a bias of their own (Gemm), stay as
+    they are.
+
+    Raises:
+        ExportError: nothing can be packed. MissingDependencyError: onnx is not installed.
+    """
+    packed: dict[str, str] = {}
+    findings = find_linears(model)
+    head = output_head(model, findings)
+    for module, linear in findings.linears.items():
+        name = str(linear.weight.name)
+        if name in packed:
+            continue  # of several modules
+        if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
+            own = max(bits, _HEAD_BITS) if module == head else bits
+            packed[name] = _pack(model.graph, linear, own)
+    if not packed:
+        raise ExportError(f"the graph has no product that could be packed to int{bits}")
+    model.opset_imports.setdefault(_DOMAIN, 1)
+    remove_unused(model.graph, inputs=False)
+    return dataclasses.replace(
+        manifest,
+        targets=tuple(
+            dataclasses.replace(target, weight=packed[target.weight], transposed=True)
+            if target.weight in packed
+            else target
+            for target in manifest.targets
+        ),
+    )
+
+
+def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDArray[np.float32]:
+    """A weight [out, in] as it is once packed and unpacked again."""
+    node, constants = _quantised(np.ascontiguousarray(weight.T), bits, block)
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    packed, scales = (constants[name] for name in node.input[1:3])
+    result = unpacked(attributes, packed, scales, None, list(range(len(weight))))
+    assert result is not None
+    return result
+
+
+def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
+    """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks.
+
+    Where it has zero points it has some again, in their form, packed or as floats. A g_idx goes:
+    the new blocks are of inputs that stand side by side. Its bias and the rest stay.
+
+    Raises:
+        ExportError: it has an input or attribute that is not known.
+    """
+    check_operators(str(product.name or product.outputs[0].name), [product])
+    bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
+    block = product.attributes["block_size"].as_int()
+    scales = product.inputs[2]
+    zeros = product.inputs[_ZEROS] if len(product.inputs) > _ZEROS else None
+    kind = np.float32 if scales is None or scales.dtype is None else scales.dtype.numpy()
+    node, constants = _quantised(
+        np.ascontiguousarray(weight.T).astype(kind), bits, block, symmetric=zeros is None
+    )
+    for index, name in enumerate(node.input[1:], start=1):
+        old, own = product.inputs[index], constants[name]
+        assert old is not None and old.const_value is not None
+        if index == _ZEROS and old.const_value.dtype.is_floating_point():
+            blocks = -(-weight.shape[1] // block)
+            own = unpack(own.reshape(len(weight), -1), bits)[:, :blocks]
+            own = own.astype(old.const_value.dtype.numpy())
+        shape = old.const_value.shape.numpy()
+        value = add_constant(graph, free_name(graph, f"{old.name}.merged"), own.reshape(shape))
+        product.replace_input_with(index, value)
+    if len(product.inputs) > _GROUPS:
+        product.replace_input_with(_GROUPS, None)
+
+
+def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
+    """Replace the linear's products by packed ones; the name of the packed weight."""
+    import onnx_ir as ir
+
+    held = constant_of(linear.weight)
+    weight = np.ascontiguousarray(held.T if linear.transposed else held)  # [in, out]
+    node, constants = _quantised(weight, bits)
+    base = f"{linear.module}.weight"
+    inputs = [
+        add_constant(graph, free_name(graph, f"{base}.int{bits}{part}"), constants[name])
+        for part, name in zip(("", ".scales"), node.input[1:3], strict=True)
+    ]
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    for product in linear.nodes:
+        new = ir.node(
+            node.op_type,
+            [product.inputs[0], *inputs],
+            attributes=attributes,
+            domain=_DOMAIN,
+            name=product.name,
+            metadata_props=dict(product.metadata_props),
+        )
+        old = product.outputs[0]
+        new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+        name = old.name
+        old.name = f"{name}/unpacked"
+        new.outputs[0].name = name
+        graph.insert_after(product, new)
+        for user, index in list(old.uses()):
+            user.replace_input_with(index, new.outputs[0])
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new.outputs[0]
+        graph.remove(product, safe=True)
+    return str(inputs[0].name)
+
+
+def _quantised(
+    weight: NDArray[Any], bits: int, block: int = _BLOCK, *, symmetric: bool = True
+) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
+    """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError:
+        raise MissingDependencyError(
+            "packing weights needs onnx: pip install 'loradeploy[export]'"
+        ) from None
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    into, out = weight.shape
+    if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        raise ExportError(f"weights in {weight.dtype} cannot be packed: export in fp32")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
+        "one_product",
+        [helper.make_tensor_value_info("x", kind, ["rows", into])],
+        [helper.make_tensor_value_info("y", kind, ["rows", out])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    quantiser = _quantiser_class()(
+        model,
+        bits=bits,
+        block_size=block,
+        is_symmetric=symmetric,
+        accuracy_level=_ACCURACY_LEVEL,
+    )
+    quantiser.process()
+    result = quantiser.model.model.graph
+    (node,) = (node for node in result.node if node.op_type == "MatMulNBits")
+    return node, {t.name: numpy_helper.to_array(t) for t in result.initializer}
+
+
+def _quantiser_class() -> Any:
+    """onnxruntime's quantiser, whose import configures the root logger for INFO (1.31)."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return MatMulNBitsQuantizer

@@ -1,0 +1,55 @@
+"""The graph once more for clients that feed required inputs alone.
+
+Some bindings of ONNX Runtime pass on only what the graph cannot do without: onnxruntime-node drops
+feeds named after inputs that have defaults, without a word, and answers as the base. For them
+`required.onnx` has the side inputs without defaults, beside model.onnx and on the same weights.
+`required.safetensors` holds what they are for the base, `adapters/NAME.safetensors` for an adapter:
+every side input of the graph, so that a client feeds one file as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.tensors import write_arrays
+from loradeploy.bundle.factors import branch_choice
+from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME
+from loradeploy.export.graph.edit import constant_of
+from loradeploy.files import atomic_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+REQUIRED_NAME: Final = "required.onnx"
+BASE_INPUTS_NAME: Final = "required.safetensors"
+
+
+def write_required(
+    directory: Path, manifest: Manifest, adapters: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> None:
+    """Write the files into the bundle of `manifest` in `directory`.
+
+    `adapters` are side inputs by adapter and name.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(directory / GRAPH_NAME)
+    base: dict[str, NDArray[Any]] = {}
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            name = str(value.name)
+            base[name] = np.array(constant_of(value))
+            model.graph.initializers.pop(name)
+            value.const_value = None
+    with atomic_file(directory / REQUIRED_NAME) as temporary:
+        ir.save(model, temporary)
+    write_arrays(directory / BASE_INPUTS_NAME, base, {})
+    for name, own in adapters.items():
+        arrays = {**base, **own, **branch_choice(manifest)}
+        write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})

@@ -1,0 +1,208 @@
+"""Graph surgery: low-rank factors become inputs of the graph, and are taken out again.
+
+Per target module M, y = x W becomes
+
+    y = x W + (x A[adapter_ids]) B[adapter_ids]
+
+with `M.lora_A` [adapters, in, rank], `M.lora_B` [adapters, rank, out] and `adapter_ids` [batch] or
+[1]. All are initializers that are also inputs: left out, their defaults hold, which have rank 0, so
+that the graph computes the base model. Embeddings (embeddings.py) and the outputs that DoRA and
+trained biases change (outputs.py) take more; heads are replaced instead of added to (heads.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import Chain, remove_unused, take_over
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.parts import Part
+from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.passes.embeddings import add_embedding_factors
+from loradeploy.export.passes.fuse import (
+    Fused,
+    fuse_products,
+    is_packed,
+    products_of,
+    separate_products,
+)
+from loradeploy.export.passes.heads import replace_head, restore_head
+from loradeploy.export.passes.output_scale import Change, change_output, keep_output
+from loradeploy.export.passes.surgery import Rows, Surgery, call_label, rows_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+Arrays = Mapping[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True, eq=False)
+class SideInputs:
+    """What surgery added.
+
+    `targets`, `saved`, `changed`: for the manifest. `defaults`: of the replaced parameters, by
+    input name. `biases`: those that are in the outputs of `changed`, by their names in the base.
+    `dtype`: numpy's name of the side inputs' dtype.
+    """
+
+    targets: tuple[LoraTarget, ...]
+    saved: tuple[SavedTarget, ...]
+    defaults: Mapping[str, NDArray[Any]]
+    dtype: str
+    changed: tuple[OutputTarget, ...] = ()
+    biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def inject_side_inputs(
+    model: ir.Model,
+    targets: Sequence[Linear],
+    heads: Sequence[Linear] = (),
+    *,
+    biased: Iterable[str] = (),
+    embeddings: Sequence[Part] = (),
+    changes: Sequence[Change] = (),
+) -> SideInputs:
+    """Give `targets` and `embeddings` low-rank side inputs, and make `heads` side inputs.
+
+    `biased` names heads with a bias in the checkpoint that the graph lacks because it is zero.
+    The outputs of `changes` take scales and offsets besides.
+
+    Raises:
+        ExportError: a name is taken, or the rows of an input cannot be told from the graph.
+    """
+    layers = [*targets, *heads, *(c.layer for c in changes if isinstance(c.layer, Linear))]
+    surgery = Surgery(model.graph, _factor_type(layers))
+    held = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
+    # First: what is added to a product later is scaled with it.
+    changed = tuple(change_output(surgery, change) for change in changes)
+    with_bias = set(biased)
+    saved = [
+        target
+        for linear in heads
+        for target in replace_head(surgery, linear, with_bias=linear.module in with_bias)
+    ]
+    apart = {change.layer.module for change in changes}
+    products = fuse_products(model.graph, targets, apart=apart)
+    for product in products:
+        _add_factors(surgery, product)
+    lora = [member.target() for product in products for member in product.members]
+    lora += [add_embedding_factors(surgery, part) for part in embeddings]
+    remove_unused(model.graph, inputs=False)
+    return SideInputs(
+        targets=tuple(lora),
+        saved=tuple(saved),
+        defaults=surgery.defaults,
+        dtype=surgery.dtype.numpy().name,
+        changed=changed,
+        biases={f"{module}.bias": bias for module, bias in held.items()},
+    )
+
+
+def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
+    """Undo `inject_side_inputs`: the graph computes the base model and takes no side inputs.
+
+    Raises:
+        ExportError: the graph does not have the nodes that the manifest tells of.
+    """
+    nodes = {str(node.name): node for node in model.graph}
+    for label in _updated(manifest.targets):
+        call = 0
+        while (add := nodes.get(f"{call_label(label, call)}/lora_add")) is not None:
+            base = add.inputs[0]
+            if base is not None:
+                take_over(model.graph, add.outputs[0], base, keep=None)
+            call += 1
+        if call == 0:
+            raise ExportError(f"the graph has no side input at {label}: it was changed")
+    for output in manifest.changed:
+        if not keep_output(model.graph, output.module, nodes):
+            raise ExportError(f"the graph has no side input at {output.module}: it was changed")
+    for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
+        restore_head(model.graph, head, nodes)
+    separate_products(model.graph, manifest.targets)
+    remove_unused(model.graph, inputs=True)
+
+
+def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
+    """Where updates are added: to what each module gives, or to all of a packed product."""
+    for label, members in products_of(targets):
+        if is_packed(label, members):
+            yield label
+        else:
+            yield from (member.module for member in members)
+
+
+def _add_factors(surgery: Surgery, product: Fused) -> None:
+    """y = x W → y = x W + (x A) B, at every call of the product, for each member its own."""
+    factors = [
+        surgery.factors(member.module, member.in_features, member.out_features)
+        for member in product.members
+    ]
+    for call in range(len(product.members[0].nodes)):
+        _add_factors_at(surgery, product, call, factors)
+
+
+def _add_factors_at(
+    surgery: Surgery, product: Fused, call: int, factors: Sequence[tuple[ir.Value, ir.Value]]
+) -> None:
+    node, label = product.members[0].nodes[call], call_label(product.label, call)
+    rows = rows_of(surgery.graph, node, product.label)
+    outputs = product.outputs or (output_of(node),)
+    chain = surgery.chain(outputs[0].producer() or node, label)
+    x = rows.x
+    if rows.no_sequence:
+        x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
+    into = product.members[0].in_features
+    x = rows.front(surgery, chain, x, into, "lora_unflatten")  # [batch, sequence, in]
+    labels = [call_label(member.module, call) for member in product.members]
+    updates = []
+    for own, (A, B) in zip(labels, factors, strict=True):
+        chain.label = own
+        a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
+        b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
+        low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
+        updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
+    sizes = [member.out_features for member in product.members]
+    if len(outputs) < len(updates):  # packed: what follows takes all members together
+        chain.label = label
+        updates = [chain.add("Concat", "lora_concat", updates, axis=-1)]
+        labels, sizes = [label], [sum(sizes)]
+    for own, y, update, size in zip(labels, outputs, updates, sizes, strict=True):
+        chain.label = own
+        _add(surgery, chain, rows, y, update, size)
+
+
+def _add(
+    surgery: Surgery, chain: Chain, rows: Rows, y: ir.Value, update: ir.Value, size: int
+) -> None:
+    """Let the users of `y` have y + `update`, which is [batch, sequence, size]."""
+    if rows.no_sequence:
+        update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
+    update = rows.back(surgery, chain, update, y, size, "lora_flatten")
+    total = chain.add("Add", "lora_add", [y, update])
+    take_over(surgery.graph, y, total, keep={chain.last, *chain.readers})
+
+
+def _factor_type(linears: Sequence[Linear]) -> ir.DataType:
+    """The dtype of the products' inputs, which is that of the factors."""
+    import onnx_ir as ir
+
+    types = {
+        value.dtype
+        for linear in linears
+        for node in linear.nodes
+        for value in (input_of(node), output_of(node))
+        if value is not None and value.dtype is not None
+    } or {ir.DataType.FLOAT}
+    if len(types) > 1 or not types <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
+        listed = ", ".join(sorted(dtype.name for dtype in types))
+        raise ExportError(
+            f"the linear layers compute in {listed}: side inputs are float32 or float16"
+        )
+    return types.pop()

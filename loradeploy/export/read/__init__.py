@@ -1,0 +1,1 @@
+"""Graphs that others exported: chosen, completed, and made regular before anything is changed."""

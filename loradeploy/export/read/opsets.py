@@ -1,0 +1,107 @@
+"""Graphs of older versions of ONNX: brought to one that has the operators that are added.
+
+    opset 7 … 12   →   opset 13
+
+From 13 on Split, Squeeze and Unsqueeze take sizes and axes as inputs, as the nodes that side inputs
+and merges add do. onnx's own converter does the work, on the graph without its large weights: these
+stay where they are, on disk, whatever their size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.errors import ExportError, MissingDependencyError, first_line
+from loradeploy.export.graph.file import opset_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+logger = logging.getLogger(__name__)
+
+# Nodes that are added are those of this version.
+LEAST_OPSET: Final = 13
+# Initializers with a default that an input may override came with IR 4; opset 13 with IR 7.
+_LEAST_IR: Final = 7
+# The converter may read a small constant (an axis, a size); it never looks at a weight.
+_LARGE_BYTES: Final = 4096
+_DEFAULT_DOMAINS: Final = ("", "ai.onnx")
+
+
+def convert_opset(model: ir.Model) -> ir.Model:
+    """`model` at `LEAST_OPSET` where it is older, else as it is; its IR version is mended too.
+
+    Raises:
+        ExportError: the graph does not tell its version, or cannot be converted.
+        MissingDependencyError: onnx is not installed.
+    """
+    opset = opset_of(model)
+    if not opset:
+        raise ExportError("the graph does not tell which opset it is of: export it anew")
+    model.opset_imports.pop("ai.onnx", None)  # another spelling of the default domain
+    model.opset_imports[""] = opset
+    if opset < LEAST_OPSET:
+        logger.info("converting the graph from opset %d to %d", opset, LEAST_OPSET)
+        model = _converted(model, opset)
+    model.ir_version = max(model.ir_version or 0, _LEAST_IR)
+    return model
+
+
+def _converted(model: ir.Model, opset: int) -> ir.Model:
+    import onnx_ir as ir
+
+    try:
+        import onnx.version_converter
+    except ImportError:
+        raise MissingDependencyError(
+            f"the graph is of opset {opset}, and converting it needs onnx:"
+            " pip install 'loradeploy[export]'"
+        ) from None
+    if model.functions:
+        raise _refused(opset, "it has functions of its own")
+    order = [value.name for value in model.graph.inputs]
+    weights = _take_out_weights(model.graph)
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET)
+        converted = ir.from_proto(proto)
+    except Exception as problem:  # the converter's own errors, and protobuf's
+        raise _refused(opset, first_line(problem)) from None
+    _put_back_weights(converted.graph, weights)
+    if [value.name for value in converted.graph.inputs] != order:
+        raise _refused(opset, "its inputs have changed on the way")
+    return converted
+
+
+def _take_out_weights(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Make inputs of the large initializers, and return them by name."""
+    taken = {
+        name: value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.nbytes >= _LARGE_BYTES
+        and not value.is_graph_input()
+    }
+    for name, value in taken.items():
+        graph.initializers.pop(name)
+        tensor = value.const_value
+        assert tensor is not None
+        value.dtype, value.shape = tensor.dtype, tensor.shape  # type: ignore[assignment]
+        graph.inputs.append(value)
+    return taken
+
+
+def _put_back_weights(graph: ir.Graph, weights: dict[str, ir.Value]) -> None:
+    for value in list(graph.inputs):
+        held = weights.get(str(value.name))
+        if held is not None:
+            graph.inputs.remove(value)
+            value.const_value = held.const_value
+            graph.register_initializer(value)
+
+
+def _refused(opset: int, reason: str) -> ExportError:
+    return ExportError(
+        f"the graph is of opset {opset} and cannot be converted to {LEAST_OPSET}: {reason};"
+        f" export it anew with opset {LEAST_OPSET} or later"
+    )

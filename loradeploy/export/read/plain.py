@@ -1,0 +1,265 @@
+"""Products that are scaled, turned or added to in one operator, as the plain ones that they are.
+
+    Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
+    FusedGemm    act(α x W + β C)   →   the same, and act behind it
+    FusedMatMul  α x W              →   MatMul x (α W)
+    either, of xᵀ                   →   Transpose, and the same of x
+
+An adapter's update is not scaled, and its bias is no half of one: the rest of the export knows
+y = x W + b alone. The graph computes what it did, but for the rounding of α W.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    integer_of,
+    number_of,
+    take_over,
+)
+from loradeploy.export.match.operators import MICROSOFT, check_operators, problem_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# What a float weight may pass through on its way from its initializer to the product.
+_CARRIERS: Final = ("Cast", "Identity", "Transpose")
+# What FusedGemm may do behind its product that has no numbers of its own.
+_ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
+# Numbers of fewer bits than these lose some when they are scaled, but by a power of two.
+_EXACT_BITS: Final = 4
+
+
+def make_products_plain(graph: ir.Graph) -> None:
+    """Rewrite every Gemm and FusedMatMul with a constant weight that is no plain product.
+
+    What cannot be made plain stays as it is, and is no layer that an adapter could be for.
+
+    Raises:
+        ExportError: a FusedMatMul with a constant weight has an input or attribute that is unknown.
+    """
+    for node in list(graph):
+        if node.op_type == "FusedGemm" and node.domain == MICROSOFT:
+            _part_activation(graph, node)
+        if node.op_type == "Gemm" and node.domain == "":
+            _plain_gemm(graph, node)
+        elif node.op_type == "FusedMatMul" and node.domain == MICROSOFT:
+            _plain_matmul(graph, node)
+
+
+def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
+    """Make a Gemm of a FusedGemm, its activation a node behind it."""
+    import onnx_ir as ir
+
+    given = node.attributes.get("activation")
+    activation = None if given is None else given.as_string()
+    if activation not in _ACTIVATIONS or problem_of(node) or not _is_constant(node.inputs[1]):
+        return
+    node.attributes.pop("activation")
+    node.op_type, node.domain = "Gemm", ""
+    y = node.outputs[0]
+    act = ir.node(activation, [y], name=f"{_name(node)}/{activation}")
+    act.outputs[0].name = act.name
+    graph.insert_after(node, act)
+    take_over(graph, y, act.outputs[0], keep=act)
+
+
+def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
+    alpha, beta = number_of(node, "alpha"), number_of(node, "beta")
+    turned, addend = integer_of(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
+    plain_addend = addend is None or _is_bias(node, addend) or _comes_quantised(addend)
+    if not _is_constant(node.inputs[1]) or (
+        alpha == 1 and beta == 1 and not turned and plain_addend
+    ):
+        return
+    weight = _weight(node.inputs[1]) if alpha != 1 else None
+    x = node.inputs[0]
+    if alpha != 1 and (weight is None or not _scales(weight, alpha)):
+        return
+    if turned and (x is None or x.shape is None):
+        return
+    check_operators(_name(node), [node])
+    if weight is not None:
+        _scale_weight(graph, node, weight, alpha)
+    if turned:
+        _turn_input(graph, node)
+    if addend is not None and not (beta == 1 and plain_addend):
+        _plain_addend(graph, node, addend, beta)
+    for name in ("alpha", "beta", "transA"):
+        node.attributes.pop(name, None)
+
+
+def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
+    alpha, weight = number_of(node, "alpha"), _weight(node.inputs[1])
+    x = node.inputs[0]
+    if weight is None or len(weight.shape) != 2 or not _scales(weight, alpha):
+        return
+    turned = integer_of(node, "transA")
+    if turned and (x is None or x.shape is None or len(x.shape) < 2):
+        return
+    check_operators(_name(node), [node])
+    if integer_of(node, "transB"):
+        node.replace_input_with(1, _own(graph, node, np.ascontiguousarray(weight.T)))
+        weight = _weight(node.inputs[1])
+        assert weight is not None
+    if alpha != 1:
+        _scale_weight(graph, node, weight, alpha)
+    if turned:
+        _turn_input(graph, node)
+    node.attributes.clear()
+    node.op_type, node.domain = "MatMul", ""
+
+
+def _scale_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[Any], alpha: float) -> None:
+    scaled = weight.astype(np.float32) * np.float32(alpha)
+    node.replace_input_with(1, _own(graph, node, scaled.astype(weight.dtype)))
+
+
+def _own(graph: ir.Graph, node: ir.Node, numbers: NDArray[Any]) -> ir.Value:
+    """A weight of the node's own; the one that it had may be another's too."""
+    value: ir.Value | None = node.inputs[1]
+    while value is not None and (carrier := value.producer()) is not None:
+        value = carrier.inputs[0]
+    assert value is not None
+    return add_constant(graph, free_name(graph, f"{value.name}.plain"), numbers)
+
+
+def _turn_input(graph: ir.Graph, node: ir.Node) -> None:
+    """Feed the node xᵀ: its last two axes swapped."""
+    import onnx_ir as ir
+
+    x = node.inputs[0]
+    assert x is not None and x.shape is not None
+    order = list(range(len(x.shape)))
+    order[-2:] = order[:-3:-1]
+    turn = ir.node("Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/turned")
+    turned = turn.outputs[0]
+    turned.name, turned.type = turn.name, x.type
+    turned.shape = ir.Shape([x.shape[axis] for axis in order])
+    graph.insert_before(node, turn)
+    node.replace_input_with(0, turned)
+
+
+def _plain_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float) -> None:
+    """C as a constant [out]; any other is added behind the product."""
+    import onnx_ir as ir
+
+    node.replace_input_with(2, None)
+    if beta == 0:
+        return
+    if _is_initializer(addend):
+        numbers, size = constant_of(addend), _outputs(node)
+        flat = numbers.size in (1, size) and numbers.size == (numbers.shape or (1,))[-1]
+        scaled = (numbers.astype(np.float32) * np.float32(beta)).astype(numbers.dtype)
+        if flat:
+            scaled = np.ascontiguousarray(np.broadcast_to(scaled.reshape(-1), (size,)))
+        addend = add_constant(graph, free_name(graph, f"{addend.name}.plain"), scaled)
+        if flat:
+            node.replace_input_with(2, addend)
+            return
+    elif beta != 1:
+        kind = np.float32 if addend.dtype is None else addend.dtype.numpy()
+        factor = add_constant(graph, free_name(graph, f"{_name(node)}.beta"), np.array(beta, kind))
+        scale = ir.node("Mul", [addend, factor], name=f"{_name(node)}/scaled")
+        scaled_addend = scale.outputs[0]
+        scaled_addend.name, scaled_addend.type = scale.name, addend.type
+        scaled_addend.shape = addend.shape
+        graph.insert_before(node, scale)
+        addend = scaled_addend
+    y = node.outputs[0]
+    add = ir.node("Add", [y, addend], name=f"{_name(node)}/added")
+    add.outputs[0].name = add.name
+    graph.insert_after(node, add)
+    take_over(graph, y, add.outputs[0], keep=add)
+
+
+def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
+    """Whether C is a constant [out]."""
+    return _is_initializer(addend) and constant_of(addend).shape == (_outputs(node),)
+
+
+def _comes_quantised(value: ir.Value) -> bool:
+    """Whether C is a constant of integers, which stays with its product."""
+    node = value.producer()
+    return node is not None and node.op_type == "DequantizeLinear" and _is_constant(value)
+
+
+def _is_initializer(value: ir.Value | None) -> bool:
+    if value is None or not value.is_initializer() or value.is_graph_input():
+        return False
+    return value.const_value is not None
+
+
+def _weight(value: ir.Value | None) -> NDArray[Any] | None:
+    """The float numbers that come to a product's input, where they are constant."""
+    steps = []
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in _CARRIERS or node.domain != "":
+            return None
+        steps.append(node)
+        value = node.inputs[0]
+    if value is None or not _is_initializer(value):
+        return None
+    numbers = constant_of(value)
+    if value.dtype is None or not value.dtype.is_floating_point():
+        return None
+    for node in reversed(steps):
+        check_operators(_name(node), [node])
+        if node.op_type == "Transpose":
+            perm = node.attributes.get("perm")
+            numbers = numbers.transpose(None if perm is None else perm.as_ints())
+        elif node.op_type == "Cast":
+            numbers = numbers.astype(_dtype(node))
+    return numbers
+
+
+def _dtype(cast: ir.Node) -> np.dtype[Any]:
+    import onnx_ir as ir
+
+    return ir.DataType(cast.attributes["to"].as_int()).numpy()
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """Whether a product's weight is a constant, of floats or of integers that become floats."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in (*_CARRIERS, "DequantizeLinear"):
+            return False
+        value = node.inputs[0]
+    return _is_initializer(value)
+
+
+def _scales(weight: NDArray[Any], alpha: float) -> bool:
+    """Whether `weight` can be scaled without more than a rounding of float32."""
+    if weight.dtype.itemsize >= _EXACT_BITS or alpha == 1:
+        return True
+    scaled = weight.astype(np.float32) * np.float32(alpha)
+    held = scaled.astype(weight.dtype).astype(np.float32)
+    return abs(math.frexp(alpha)[0]) == 0.5 and bool((held == scaled).all())
+
+
+def _outputs(node: ir.Node) -> int:
+    """How many numbers a row of the Gemm's result has."""
+    y = node.outputs[0].shape
+    if y is not None and isinstance(y[-1], int):
+        return y[-1]
+    value = node.inputs[1]
+    turned = integer_of(node, "transB")
+    while value is not None and (carrier := value.producer()) is not None:
+        turned ^= carrier.op_type == "Transpose"
+        value = carrier.inputs[0]
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        raise ExportError(f"{_name(node)}: the graph does not tell the size of its outputs")
+    return int(value.const_value.shape.numpy()[0 if turned else 1])
+
+
+def _name(node: ir.Node) -> str:
+    return str(node.name or node.outputs[0].name)

@@ -1,0 +1,121 @@
+"""Where a base model comes from: a checkpoint, an ONNX file, or a bundle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from loradeploy.adapter.base_files import (
+    holds_weights,
+    is_loadable,
+    refuse_adapter,
+    weight_files,
+)
+from loradeploy.adapter.formats import newest_checkpoint
+from loradeploy.bundle.manifest import Manifest, read_manifest
+from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
+from loradeploy.errors import ModelError
+from loradeploy.export.read.repository import (
+    above,
+    choose_graph,
+    config_directory,
+    graphs_in,
+    tokenizer_directory,
+)
+from loradeploy.files import read_json
+from loradeploy.lora.base_formats import gguf_advice
+from loradeploy.lora.checkpoint import fetch, is_hub_id, transformer_folder
+
+_CONFIG_NAME: Final = "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on disk.
+
+    `directory`: holds the config, where there is any, and a checkpoint's weights.
+    `assets`: holds the tokenizer.
+    `graph`: the ONNX file, None for a checkpoint.
+    `manifest`: of a bundle, None for the other kinds.
+    """
+
+    kind: Literal["checkpoint", "onnx", "bundle"]
+    name: str
+    directory: Path
+    assets: Path
+    graph: Path | None = None
+    manifest: Manifest | None = None
+
+
+def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Source:
+    """The base model that `model` names: a directory, an ONNX file, a bundle or a hub's id.
+
+    `precision`: the one that is wanted, by which one of several ONNX files may be meant.
+
+    Raises:
+        ModelError: nothing usable is there.
+        UsageError: a directory with several ONNX files.
+        BundleError: a bundle whose manifest is broken.
+    """
+    text = os.fspath(model)
+    place = Path(text).expanduser()
+    if place.is_file():
+        if place.suffix != ".onnx":
+            if told := gguf_advice(place):
+                raise ModelError(told)
+            raise ModelError(f"{place} is no model: give a directory or an .onnx file")
+        repository = above(place)
+        return _of_graph(place, place.stem if repository is None else repository.name)
+    if place.is_dir():
+        return _in_directory(place, precision)
+    if place.exists() or not is_hub_id(text):
+        raise ModelError(f"{text} does not exist: give a model directory, an .onnx file or an id")
+    fetched = fetch(text)
+    refuse_adapter(fetched)
+    if not any(fetched.glob("*.safetensors")) and not any(fetched.glob("*/*.safetensors")):
+        raise ModelError(
+            f"{text} holds no .safetensors: give a repository with the PyTorch weights, or fetch"
+            f" its ONNX graph (hf download {text} --local-dir DIR) and give the directory"
+        )
+    checkpoint = transformer_folder(fetched)
+    return Source("checkpoint", text, checkpoint, checkpoint)
+
+
+def _of_graph(graph: Path, name: str) -> Source:
+    directory, assets = config_directory(graph), tokenizer_directory(graph)
+    return Source("onnx", name, directory, assets, graph)
+
+
+def _in_directory(place: Path, precision: str | None) -> Source:
+    name = place.resolve().name
+    if (place / MANIFEST_NAME).is_file():
+        manifest = read_manifest(place)
+        return Source("bundle", manifest.base.name, place, place, place / GRAPH_NAME, manifest)
+    checkpoint = transformer_folder(place)
+    graphs = graphs_in(place)
+    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs):
+        refuse_adapter(checkpoint)
+        if not (checkpoint / "config.json").is_file():
+            raise ModelError(
+                f"{checkpoint} holds weights but no config.json: it is no model directory"
+            )
+        return Source("checkpoint", name, checkpoint, checkpoint)
+    if not graphs:
+        if told := gguf_advice(place):
+            raise ModelError(told)
+        refuse_adapter(place)
+        if newest := newest_checkpoint(path.parent.name for path in place.glob("*/config.json")):
+            raise ModelError(
+                f"{place} is no model itself but holds checkpoints of a training run: give the"
+                f" newest, {place / newest}"
+            )
+        weight_files(checkpoint)  # tells what is there instead
+    return _of_graph(choose_graph(place, graphs, precision), name)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The object in config.json, empty where there is none."""
+    file = directory / _CONFIG_NAME
+    return read_json(file, error=ModelError) if file.is_file() else {}

@@ -1,0 +1,220 @@
+"""Work that is not in the main graph: functions of the model, branches of an If, bodies of loops.
+
+functions           are inlined
+If with a product   is replaced by its one branch, where the condition is constant; where it is
+                    an input such as use_cache_branch, by the branch that uses the cache, once
+                    both have given the same for an empty one
+what remains        in branches and loops is refused by name where an adapter is for it
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import PAST
+from loradeploy.errors import ExportError, first_line
+from loradeploy.export.graph.edit import (
+    bodies_of,
+    constant_of,
+    remove_all,
+    remove_unused,
+    source_of,
+    take_over,
+)
+from loradeploy.export.match.observe import open_model, sample_of
+from loradeploy.export.match.products import products
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.bundle.sample import Feeds
+
+logger = logging.getLogger(__name__)
+
+_BRANCHES: Final = ("else_branch", "then_branch")  # by the condition
+# What a condition may pass through on its way from the input that it is.
+_CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+# Errors of rounding between two branches of one model, relative to what they give.
+_ROUNDING: Final = 1e-3
+_SAID: Final = 120
+# Rows, and positions behind an empty cache: a prompt's, and one.
+_SIZES: Final = ((3, 5), (2, 1))
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Put the nodes of the model's own functions where they are called."""
+    from onnx_ir.passes import common
+
+    if model.functions:
+        common.InlinePass()(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+
+
+def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -> None:
+    """Replace every If that has products in it by the branch that does the work.
+
+    `directory`: that of the graph's external data. `config`: that of the model.
+
+    Raises:
+        ExportError: the branches of an input's choice do not give the same.
+    """
+    graph = model.graph
+    taken: dict[ir.Value, bool] = {}
+    while (node := _next_choice(graph)) is not None:
+        condition = source_of(node.inputs[0], _CARRIERS)
+        assert condition is not None
+        if condition.is_graph_input() and condition not in taken:
+            branch = _branch_with_cache(graph, node)
+            _check_same(model, condition, branch, directory, config)
+            taken[condition] = branch
+            logger.info("took the %s of %s", _BRANCHES[branch], node.name or node.op_type)
+        choice = taken.get(condition)
+        if choice is None:
+            choice = bool(constant_of(condition).reshape(-1)[0])
+        _inline_branch(graph, node, choice)
+    remove_unused(graph, inputs=False)
+    for value in taken:
+        if not value.uses():
+            graph.inputs.remove(value)
+            graph.initializers.pop(str(value.name), None)
+
+
+def enclosed_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
+    """Products in branches and loops: the node of the main graph, the product and its weight."""
+    for node in graph:
+        for body in bodies_of(node):
+            for product in products(body):
+                yield node, product.node, product.weight
+            for _, inner, weight in enclosed_products(body):
+                yield node, inner, weight
+
+
+def _next_choice(graph: ir.Graph) -> ir.Node | None:
+    """An If with products in it, whose condition is constant or an input."""
+    for node in graph:
+        if node.op_type != "If" or node.domain != "":
+            continue
+        condition = source_of(node.inputs[0], _CARRIERS)
+        if condition is None or not (condition.is_graph_input() or condition.is_initializer()):
+            continue
+        if any(any(products(body)) or any(enclosed_products(body)) for body in bodies_of(node)):
+            return node
+    return None
+
+
+def _branch_with_cache(graph: ir.Graph, node: ir.Node) -> bool:
+    """The branch that uses more of the cache; the first one where they do not differ."""
+    cache = {value for value in graph.inputs if str(value.name).startswith(PAST)}
+    uses = {
+        branch: sum(value in cache for value in _used(node.attributes[name].as_graph()))
+        for branch, name in enumerate(_BRANCHES)
+    }
+    return uses[True] >= uses[False]
+
+
+def _used(body: ir.Graph) -> Iterator[ir.Value | None]:
+    for node in body:
+        yield from node.inputs
+        for inner in bodies_of(node):
+            yield from _used(inner)
+
+
+def _check_same(
+    model: ir.Model,
+    condition: ir.Value,
+    branch: bool,
+    directory: Path,
+    config: Mapping[str, Any],
+) -> None:
+    """Raise ExportError unless the branch gives what the other one does, with an empty cache."""
+    name, sample = str(condition.name), sample_of(model, config)
+    made = [sample.feeds(*rows_and_positions) for rows_and_positions in _SIZES]
+    try:
+        session = open_model(model, directory)
+        pairs = [
+            (_run(session, feeds, name, branch), _run(session, feeds, name, not branch))
+            for feeds in made
+        ]
+    except Exception as problem:  # onnxruntime's own errors, of many kinds
+        raise ExportError(
+            f"the graph computes in two branches, as its input {name} says, and does not run here"
+            f" with both, so that one could stand for both: {first_line(problem)[:_SAID]}; export"
+            " the model in one branch, with a cache"
+        ) from None
+    for own, other in pairs:
+        for output, a, b in zip(model.graph.outputs, own, other, strict=True):
+            if a.shape != b.shape or not np.allclose(
+                a, b, rtol=_ROUNDING, atol=_ROUNDING * float(np.abs(b).max(initial=0))
+            ):
+                raise ExportError(
+                    f"the graph computes in two branches, as its input {name} says, which do not"
+                    f" give the same {output.name} where the cache is empty, so that one could"
+                    " stand for both: export the model in one branch, with a cache"
+                )
+
+
+def _run(session: Any, feeds: Feeds, condition: str, value: bool) -> list[Any]:
+    switch = np.full_like(feeds[condition], value)
+    outputs: list[Any] = session.run(None, {**feeds, condition: switch})
+    return outputs
+
+
+def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
+    """Put the nodes and initializers of one branch in the place of the If `node`."""
+    import onnx_ir as ir
+
+    body = node.attributes[_BRANCHES[choice]].as_graph()
+    nodes, given = list(body), list(body.outputs)
+    constants = list(body.initializers.values())
+    for name in _BRANCHES:
+        branch = node.attributes[name].as_graph()
+        branch.outputs.clear()
+        if name != _BRANCHES[choice]:
+            remove_all(branch)
+    body.remove(nodes)
+    body.initializers.clear()
+    names = _names(graph)
+    for value in constants:
+        value.name = _free(names, str(value.name))
+        if value.const_value is not None:
+            value.const_value.name = value.name
+        graph.register_initializer(value)
+    for each in nodes:
+        for value in each.outputs:
+            if value.name:
+                value.name = _free(names, value.name)
+    graph.insert_before(node, nodes)
+    last: ir.Node = node
+    for old, new in zip(node.outputs, given, strict=True):
+        if new.producer() not in nodes or new.is_graph_output():
+            same = ir.node("Identity", [new])
+            graph.insert_after(last, same)
+            last, new = same, same.outputs[0]
+            new.name = _free(names, f"{old.name}/chosen")
+        own = new.type, new.shape
+        take_over(graph, old, new, keep=None)
+        new.type, new.shape = new.type or own[0], new.shape or own[1]
+    graph.remove(node, safe=True)
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    """The names of all values, those in branches and loops too."""
+    names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        names.update(str(value.name) for value in node.outputs)
+        for body in bodies_of(node):
+            names |= _names(body)
+    return names
+
+
+def _free(names: set[str], name: str) -> str:
+    """`name`, or what comes near it and no value has."""
+    while name in names:
+        name += ".own"
+    names.add(name)
+    return name

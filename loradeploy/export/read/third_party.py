@@ -1,0 +1,211 @@
+"""Graphs that others exported: what they leave open is read from what lies beside them.
+
+The onnxruntime-genai builder writes no config.json and leaves the size of a head a symbol; both are
+in its genai_config.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import GENAI_CONFIG_NAME, LEFT, NO_PADDING, PAST, POSITION_IDS, RIGHT
+from loradeploy.errors import ExportError, ModelError, listed, listed_names
+from loradeploy.export.match.identity import CheckpointWeights
+from loradeploy.export.match.linears import Findings, find_linears, note_modules
+from loradeploy.export.match.mapping import ModuleMap
+from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_whole
+from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
+from loradeploy.export.read.reach import check_reached
+from loradeploy.export.read.source import read_config
+from loradeploy.files import read_json
+from loradeploy.lora.base_formats import check_plain_weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logging.getLogger(__name__)
+
+# Architectures whose own checkpoints have q, k and v in one weight, by onnxruntime-genai's name.
+_WHOLE_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
+_LISTED: Final = 4
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a user gives that tells which modules the products of a graph are.
+
+    `checkpoint`: the directory that the graph was exported from. `map`: a file, see mapping.py.
+    """
+
+    checkpoint: Path | None = None
+    map: str | os.PathLike[str] | None = None
+
+
+def find_modules(
+    model: ir.Model, directory: Path, evidence: Evidence, adapters: Iterable[Adapter]
+) -> Findings:
+    """The linear layers of a graph by all evidence there is, which is then noted in the graph.
+
+    Raises:
+        UsageError: a map that is none, or has an entry for nothing.
+        ModelError: no checkpoint is there. ExportError: the graph has another one's numbers.
+    """
+    adapters = tuple(adapters)
+    mapped = None if evidence.map is None else ModuleMap(evidence.map)
+    given = list(adapters)
+    if evidence.checkpoint is not None:
+        check_plain_weights(evidence.checkpoint)
+    weights = (
+        None
+        if evidence.checkpoint is None
+        else CheckpointWeights(evidence.checkpoint, _modules_of(given))
+    )
+    namers: list[Namer] = [] if mapped is None else [mapped]
+    if weights is not None:
+        findings = find_linears(model, weights.namer(first_of([*namers, by_graph])))
+    else:
+        namers += [keeping_whole(_whole_projections(directory, given)), by_graph]
+        findings = find_linears(model, first_of(namers))
+    if mapped is not None:
+        mapped.check_used()
+    check_reached(model.graph, findings, adapters)
+    if weights is not None:
+        _compare(findings, weights)
+    note_modules(findings.linears)
+    return findings
+
+
+def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """What config.json would say: the graph's own, the checkpoint's, or onnxruntime-genai's."""
+    config = read_config(directory)
+    if not config and checkpoint is not None:
+        config = read_config(checkpoint)
+    return config or _from_genai(_genai_settings(directory))
+
+
+def assets_of(directory: Path, checkpoint: Path | None) -> Path:
+    """Where the tokenizer is: beside the graph, or in the checkpoint."""
+    if checkpoint is None or any(directory.glob("tokenizer*")):
+        return directory
+    return checkpoint
+
+
+def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = None) -> None:
+    """Put the size of a head in the cache's shapes, where the graph has a symbol there.
+
+    Raises:
+        ExportError: nothing tells it.
+    """
+    import onnx_ir as ir
+
+    symbols: dict[str, int] = {}
+    for value in model.graph.inputs:
+        if not str(value.name).startswith(PAST) or value.shape is None:
+            continue
+        if len(value.shape) != 4 or isinstance(value.shape[3], int):
+            continue
+        size = _genai_settings(directory).get("decoder", {}).get("head_size")
+        if not isinstance(size, int):
+            size = _head_size(settings_beside(directory, checkpoint))
+        if size is None:
+            raise ExportError(
+                f"the graph does not tell the last size of {value.name}, and neither does a"
+                f" config.json or {GENAI_CONFIG_NAME} beside it"
+            )
+        symbols[str(value.shape[3])] = size
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and any(str(size) in symbols for size in value.shape):
+            value.shape = ir.Shape([symbols.get(str(size), size) for size in value.shape])
+
+
+def padding_of(model: ir.Model) -> str:
+    """The side on which the rows of a batch are padded, where the graph cannot be tried on it.
+
+    GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k). A decoder
+    that is not told its positions may count them from the beginning of its cache: see rows.py.
+    """
+    if any(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph):
+        return RIGHT
+    inputs = {str(value.name) for value in model.graph.inputs}
+    told = POSITION_IDS in inputs or not any(name.startswith(PAST) for name in inputs)
+    return LEFT if told else NO_PADDING
+
+
+def _whole_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:
+    """The packed projections that are modules of the checkpoint, as far as anything tells."""
+    return {
+        module for adapter in adapters for module in adapter.factors if module.endswith(".qkv_proj")
+    } | (_all_projections(directory) if _packs_qkv(directory) else set())
+
+
+def _packs_qkv(directory: Path) -> bool:
+    return _genai_settings(directory).get("type") in _WHOLE_QKV
+
+
+def _all_projections(directory: Path) -> set[str]:
+    layers = _genai_settings(directory).get("decoder", {}).get("num_hidden_layers", 0)
+    return {f"model.layers.{layer}.self_attn.qkv_proj" for layer in range(layers)}
+
+
+def _modules_of(adapters: Iterable[Adapter]) -> set[str]:
+    """The modules that adapters change."""
+    saved = {name.rpartition(".")[0] for adapter in adapters for name in adapter.saved}
+    return saved.union(*(adapter.factors for adapter in adapters))
+
+
+def _compare(findings: Findings, weights: CheckpointWeights) -> None:
+    missing = weights.missing()
+    if not findings.linears:
+        seen = f" (seen: {weights.reasons[0]})" if weights.reasons else ""
+        raise ExportError(
+            "no product of the graph has the numbers of a matrix in the checkpoint: it is another"
+            f" model's, or the exporter changed the weights{seen}"
+        )
+    if weights.reasons:
+        logger.warning(
+            "resembling modules of the checkpoint and left without adapters: %s",
+            listed(weights.reasons, _LISTED),
+        )
+    if missing:
+        told = listed_names(missing, _LISTED)
+        logger.warning("not found in the graph, of the checkpoint: %s", told)
+
+
+def _genai_settings(directory: Path) -> dict[str, Any]:
+    file = directory / GENAI_CONFIG_NAME
+    if not file.is_file():
+        return {}
+    model = read_json(file, error=ModelError).get("model")
+    return model if isinstance(model, dict) else {}
+
+
+def _from_genai(model: Mapping[str, Any]) -> dict[str, Any]:
+    decoder = model.get("decoder")
+    if not isinstance(decoder, Mapping):
+        return {}
+    named = {
+        "model_type": model.get("type"),
+        "vocab_size": model.get("vocab_size"),
+        "max_position_embeddings": model.get("context_length"),
+        "hidden_size": decoder.get("hidden_size"),
+        "head_dim": decoder.get("head_size"),
+        "num_hidden_layers": decoder.get("num_hidden_layers"),
+        "num_attention_heads": decoder.get("num_attention_heads"),
+        "num_key_value_heads": decoder.get("num_key_value_heads"),
+        **{f"{token}_token_id": model.get(f"{token}_token_id") for token in ("bos", "eos", "pad")},
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _head_size(config: Mapping[str, Any]) -> int | None:
+    size, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if isinstance(config.get("head_dim"), int):
+        return int(config["head_dim"])
+    return size // heads if isinstance(size, int) and isinstance(heads, int) and heads else None

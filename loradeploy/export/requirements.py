@@ -1,0 +1,122 @@
+"""Which layers get which kinds of side inputs: what the given adapters need, or what is asked for.
+
+Low-rank factors of linear layers are always there. The other kinds cost time even when no adapter
+uses them, so that they are put in for adapters that need them, or for every layer when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.errors import ExportError
+from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
+from loradeploy.export.match.biases import has_unclear_bias
+from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.parts import Part
+from loradeploy.export.match.products import adds_unclear
+from loradeploy.export.passes.embeddings import has_token_rows
+from loradeploy.export.passes.output_scale import Change
+from loradeploy.export.passes.surgery import rows_problem
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.adapter.adapter import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """Modules by what they need. `everywhere`: kinds that every layer is to have."""
+
+    scaled: frozenset[str]
+    shifted: frozenset[str]
+    embeddings: frozenset[str]
+    everywhere: frozenset[str]
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The modules whose outputs are scaled or shifted."""
+        return self.scaled | self.shifted
+
+
+def needs_of(
+    adapters: Iterable[Adapter], asked: Collection[str], before: Manifest | None = None
+) -> Needs:
+    """What `adapters` need, what is `asked` for, and what the bundle had `before`."""
+    scaled, shifted, embeddings = set(), set(), set()
+    for adapter in adapters:
+        for module, pair in adapter.factors.items():
+            if pair.magnitude is not None:
+                scaled.add(module)
+            if pair.kind == "embedding":
+                embeddings.add(module)
+        shifted |= {name.removesuffix(".bias") for name in adapter.saved if name.endswith(".bias")}
+    if before is not None:
+        scaled |= {output.module for output in before.changed if output.scale is not None}
+        shifted |= {output.module for output in before.changed if output.offset is not None}
+        embeddings |= {t.module for t in before.targets if t.kind == "embedding"}
+    return Needs(frozenset(scaled), frozenset(shifted), frozenset(embeddings), frozenset(asked))
+
+
+def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
+    """The embeddings that take factors."""
+    return [
+        part
+        for module, part in parts.items()
+        if part.kind == "embedding"
+        and (
+            module in needs.embeddings
+            or (EMBEDDING in needs.everywhere and has_token_rows(graph, part))
+        )
+    ]
+
+
+def choose_changes(
+    graph: ir.Graph,
+    targets: Sequence[Linear],
+    embeddings: Sequence[Part],
+    parts: Mapping[str, Part],
+    needs: Needs,
+    parameters: Collection[str],
+) -> list[Change]:
+    """The layers whose outputs take scales and offsets.
+
+    `parameters` are names in the checkpoint: a bias of zeros leaves no trace in a graph.
+
+    Raises:
+        ExportError: a layer has a bias that the graph adds in a way that is not understood.
+    """
+    changes = []
+    norms = [part for part in parts.values() if part.kind == "norm" and part.bias_input is not None]
+    layers: list[Linear | Part] = [*targets, *embeddings, *norms]
+    for layer in layers:
+        module, norm = layer.module, layer in norms
+        biased = layer.bias is not None or f"{module}.bias" in parameters
+        scale = not norm and (module in needs.scaled or DORA in needs.everywhere)
+        asked = BIAS in needs.everywhere and biased
+        if norm and asked:
+            asked = rows_problem(graph, layer.nodes, module) is None
+        shift = module in needs.shifted or asked
+        if not scale and not shift:
+            continue
+        if isinstance(layer, Linear) and layer.slice is not None:
+            if module not in needs.scaled and module not in needs.shifted:
+                continue
+            raise ExportError(
+                f"{module} is packed together with others and cannot take a scale or an offset:"
+                " merge the adapter instead"
+            )
+        unclear = isinstance(layer, Linear) and (
+            any(adds_unclear(node, layer.out_features) for node in layer.nodes)
+            or (shift and has_unclear_bias(layer))
+        )
+        if unclear or (layer.bias is None and f"{module}.bias" in graph.initializers):
+            raise ExportError(
+                f"the graph adds the bias of {module} in a way that is not understood, so that it"
+                " cannot take a scale or an offset: merge the adapter instead"
+            )
+        changes.append(Change(layer, scale=scale, offset=shift or (scale and biased)))
+    return changes

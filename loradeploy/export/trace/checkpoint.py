@@ -1,0 +1,151 @@
+"""The PyTorch model that is traced: a checkpoint with the head of the task."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.errors import (
+    MissingDependencyError,
+    ModelError,
+    kind_and_line,
+    listed_names,
+    shortened,
+)
+from loradeploy.export.read.source import read_config
+from loradeploy.export.tasks import auto_class, own_task
+from loradeploy.lora.checkpoint import pad_token
+from loradeploy.lora.loading import load_pretrained
+from loradeploy.lora.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+_COLOR: Final = re.compile(r"\x1b\[\d*m")
+
+
+def load_model(
+    directory: Path,
+    task: str,
+    *,
+    labels: int | None = None,
+    brought: Collection[str] = (),
+    meta: bool = False,
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The model of the checkpoint in `directory` with the task's head, in fp32 and eval mode.
+
+    A head that the checkpoint lacks is set to zero, so that every export of the same checkpoint is
+    the same; its parameters are named in the second value. An encoder that lacks its pooler has
+    none, unless that is part of a classifier's head or its parameters are `brought` by adapters.
+    With `meta` nothing is read but the config: the modules have shapes and no values.
+
+    Raises:
+        ModelError: transformers cannot load it, or it lacks more than a head.
+        MissingDependencyError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"exporting a checkpoint needs {problem.name}: pip install 'loradeploy[export]'"
+        ) from None
+    changes: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(directory, **changes)
+            auto = getattr(transformers, auto_class(task, config.to_dict()))
+            if task == SEQUENCE_CLASSIFICATION:
+                told = config.get_text_config()
+                known = told.pad_token_id is not None
+                config.pad_token_id = pad_token(told, None if known else _tokenizer(directory))
+            if meta:
+                with torch.device("meta"):
+                    return auto.from_config(config), ()
+            loaded = load_pretrained(
+                auto,
+                directory,
+                config=config,
+                dtype=torch.float32,
+                # A head with another number of labels than the checkpoint's is a head of its own.
+                ignore_mismatched_sizes=labels is not None,
+            )
+    except (MemoryError, ModelError):
+        raise
+    except Exception as problem:  # transformers raises nearly everything
+        raise ModelError(_unloadable(directory, task, problem)) from None
+    model = loaded.model.eval()
+    return model, _zero_head(model, set(loaded.lacking), directory, task, brought)
+
+
+def _unloadable(directory: Path, task: str, problem: Exception) -> str:
+    """Why transformers does not load the checkpoint, and what to do about it."""
+    if "Unrecognized configuration class" in str(problem):
+        config = read_config(directory)
+        own = own_task(config)
+        advice = f"give --task {own}" if own not in (None, task) else "give another --task"
+        named = config.get("model_type")
+        return f"{directory} ({shortened(str(named), 40)}) cannot be loaded for {task}: {advice}"
+    return f"{directory} cannot be loaded for {task}: {root_cause(problem)}"
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer; None where it has none, or none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception:  # whatever its readers raise
+        return None
+
+
+def _zero_head(
+    model: Any, lacking: set[str], directory: Path, task: str, brought: Collection[str]
+) -> tuple[str, ...]:
+    """Zero what the checkpoint lacks and adapters bring; nothing else may be missing."""
+    import torch
+
+    bare = model is model.base_model
+    if bare and getattr(model, "pooler", None) is not None:
+        # An encoder that was trained for something else than its pooler is exported without one.
+        unpooled = {name for name in lacking if name.startswith("pooler.")}
+        if unpooled and unpooled.isdisjoint(brought):
+            model.pooler = None
+            lacking = lacking - unpooled
+    # Of a classifier the head may be yet to be trained, and a pooler is a part of it.
+    classifies = task in CLASSIFICATIONS and not bare
+    body = f"{model.base_model_prefix}." if classifies else ""
+    missing = sorted(
+        name
+        for name in lacking.difference(brought)
+        if name.startswith(body) and not (classifies and name.startswith(f"{body}pooler."))
+    )
+    if missing:
+        raise ModelError(
+            f"{directory} lacks weights of {type(model).__name__}: {listed_names(missing)}: it is"
+            f" no complete checkpoint, or one for another task than {task} (--task)"
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in lacking:
+            parameters[name].zero_()
+    return tuple(sorted(lacking))
+
+
+def root_cause(problem: BaseException) -> str:
+    """What went wrong at the root, in a line: torch wraps it in advice and colours.
+
+    An error that says nothing but its kind, or a key, is told with the function that raised it.
+    """
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    if lines and not isinstance(problem, AssertionError | LookupError):
+        return shortened(_COLOR.sub("", lines[0]), 200)
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" in {frames[-1].name} of {Path(frames[-1].filename).name}" if frames else ""
+    return f"{kind_and_line(problem)}{place}"

@@ -1,0 +1,269 @@
+"""From a checkpoint to a graph: torch.export and torch.onnx, for each kind of task."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    DECODER_INPUT_IDS,
+    FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
+    INPUT_FEATURES,
+    INPUT_IDS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    SEQ2SEQ_LM,
+    TOKEN_TYPE_IDS,
+    past_name,
+    present_name,
+)
+from loradeploy.errors import (
+    ExportError,
+)
+from loradeploy.export.tasks import TASK_TABLE, Task
+from loradeploy.export.trace.checkpoint import root_cause
+from loradeploy.export.trace.patches import traceable
+from loradeploy.export.trace.tidy import tidy
+from loradeploy.export.trial.original import Original, of_module
+from loradeploy.lora.quiet import quiet
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.sample import Feeds
+
+logger = logging.getLogger(__name__)
+
+OPSET: Final = 23
+# Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 4
+POOLER_OUTPUT: Final = "pooler_output"
+WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """One layer's share of a decoder's cache: keys and values [batch, heads, past, head_dim]."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+
+
+def trace(model: torch.nn.Module, task: str) -> ir.Model:
+    """The ONNX graph of `model`, tidied; batch, sequence and past are dynamic.
+
+    Decoders: `input_ids`, `attention_mask`, `position_ids` where the model takes them, and the
+    cache → `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`,
+    `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
+    or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
+    is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
+    `pixel_values` → `logits`. Encoder-decoders: `input_ids` and `attention_mask`, or
+    `input_features`, and `decoder_input_ids` → `logits` [batch, target, vocabulary], no cache.
+
+    Raises:
+        ExportError: torch.export or torch.onnx refuses the model.
+    """
+    import torch
+
+    kind = TASK_TABLE[task]
+    with quiet(), traceable(), torch.no_grad():
+        caches = _caches(model) if kind.cached else ()
+        wrapper = _wrapper(model, kind)
+        arguments, dynamic, names = _example(model, kind, caches)
+        outputs = _outputs(model, kind)
+        outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+        try:
+            logger.info("tracing %s with torch.export", type(model).__name__)
+            program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
+            logger.info("translating the trace to ONNX")
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=outputs,
+                optimize=False,
+                verify=False,
+                verbose=False,
+            )
+        except Exception as problem:  # torch's own errors have no common base
+            raise ExportError(
+                f"{type(model).__name__} cannot be traced for {task}: {root_cause(problem)}"
+                " (--debug shows where): give an ONNX file that another exporter made of it"
+            ) from problem
+    if onnx_program is None:
+        raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
+    logger.info("optimising the graph")
+    return tidy(onnx_program.model, prefix=WRAPPED)
+
+
+def answers(
+    model: torch.nn.Module,
+    task: str,
+    names: Sequence[str],
+    feeds: Feeds,
+    adapters: Mapping[str, Adapter],
+) -> Original | None:
+    """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`."""
+    with quiet():
+        return of_module(model, _wrapper(model, TASK_TABLE[task]), names, feeds, adapters)
+
+
+def _caches(model: Any) -> tuple[Cache, ...]:
+    """The cache's layout, from a run of two tokens: every architecture tells it this way."""
+    import torch
+
+    ids = torch.ones((1, 2), dtype=torch.int64)
+    result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    layers = getattr(getattr(result, "past_key_values", None), "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        raise ExportError(
+            f"{type(model).__name__} keeps another state than keys and values per layer, which"
+            " cannot be exported as a cache yet"
+        )
+    return tuple(
+        Cache(
+            key_heads=layer.keys.shape[1],
+            key_size=layer.keys.shape[3],
+            value_heads=layer.values.shape[1],
+            value_size=layer.values.shape[3],
+        )
+        for layer in layers
+    )
+
+
+def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
+    """`model` as a module of positional tensors, in the order of `_example`."""
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+    names, taken, outputs = _plain_inputs(model, kind), _parameters(model), _outputs(model, kind)
+    # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
+    rotates = POSITION_IDS in taken and bool(getattr(model.config, "rope_parameters", None))
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = model
+
+        def forward(
+            self, plain: Sequence[torch.Tensor], past: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        ) -> tuple[torch.Tensor, ...]:
+            cache = DynamicCache([(key, value) for key, value in past])
+            feeds = dict(zip(names, plain, strict=True))
+            result = self.wrapped(**feeds, past_key_values=cache, use_cache=True)
+            present = (part for layer in cache.layers for part in (layer.keys, layer.values))
+            return (result.logits, *present)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = model
+
+        def forward(self, plain: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            feeds: dict[str, Any] = dict(zip(names, plain, strict=True))
+            if "use_cache" in taken:
+                feeds["use_cache"] = False
+            if rotates:
+                ids = plain[0]
+                feeds[POSITION_IDS] = torch.zeros_like(ids) + torch.arange(ids.shape[1])
+            result = self.wrapped(**feeds)
+            return tuple(result[name] for name in outputs)
+
+    return Decoder() if kind.cached else Encoder()
+
+
+def _outputs(model: Any, kind: Task) -> list[str]:
+    """What the model gives, the cache apart; an encoder with a pooler gives its output too."""
+    pooled = kind.name == FEATURE_EXTRACTION and getattr(model, "pooler", None) is not None
+    return [kind.output, POOLER_OUTPUT] if pooled else [kind.output]
+
+
+def _plain_inputs(model: Any, kind: Task) -> list[str]:
+    """The inputs of `model`, the cache apart."""
+    taken = _parameters(model)
+    if kind.name == IMAGE_CLASSIFICATION:
+        return [PIXEL_VALUES]
+    if kind.name == SEQ2SEQ_LM:
+        heard = INPUT_FEATURES in taken
+        source = [INPUT_FEATURES] if heard else [INPUT_IDS, ATTENTION_MASK]
+        return [*source, DECODER_INPUT_IDS]
+    names = [INPUT_IDS, ATTENTION_MASK]
+    if kind.cached and POSITION_IDS in taken:
+        names.append(POSITION_IDS)
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    if not kind.cached and TOKEN_TYPE_IDS in taken and types > 1:
+        names.append(TOKEN_TYPE_IDS)
+    return names
+
+
+def _example(
+    model: Any, kind: Task, caches: Sequence[Cache]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str]]:
+    """Example arguments, their dynamic dimensions, and the names of the graph's inputs."""
+    import torch
+
+    batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
+    # Free to find its limit: encoders' positions end at the length of their embedding table.
+    total = torch.export.Dim.AUTO
+    sequence = torch.export.Dim("sequence") if kind.cached else total
+    dtype = next(model.parameters()).dtype
+    ids = torch.ones((_BATCH, _SEQUENCE), dtype=torch.int64)
+    held = _PAST if kind.cached else 0
+    examples: Mapping[str, tuple[torch.Tensor, dict[int, Any]]] = {
+        INPUT_IDS: (ids, {0: batch, 1: sequence}),
+        ATTENTION_MASK: (
+            torch.ones((_BATCH, held + _SEQUENCE), dtype=torch.int64),
+            {0: batch, 1: total},
+        ),
+        POSITION_IDS: (
+            torch.arange(held, held + _SEQUENCE)[None].repeat(_BATCH, 1),
+            {0: batch, 1: sequence},
+        ),
+        TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
+        DECODER_INPUT_IDS: (torch.ones((_BATCH, _PAST), dtype=torch.int64), {0: batch, 1: total}),
+    }
+    names = _plain_inputs(model, kind)
+    sizes = _fixed_sizes(model.config, names[0])
+    if sizes is not None:
+        examples = {**examples, names[0]: (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})}
+    plain = [examples[name][0] for name in names]
+    plain_dims = [examples[name][1] for name in names]
+    if not kind.cached:
+        return (plain,), (plain_dims,), names
+    make: Callable[..., torch.Tensor] = torch.ones
+    cached = [
+        (
+            make((_BATCH, layer.key_heads, _PAST, layer.key_size), dtype=dtype),
+            make((_BATCH, layer.value_heads, _PAST, layer.value_size), dtype=dtype),
+        )
+        for layer in caches
+    ]
+    cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
+    names += [past_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+    return (plain, cached), (plain_dims, cached_dims), names
+
+
+def _fixed_sizes(config: Any, name: str) -> tuple[int, ...] | None:
+    """The sizes of an image or of sound, the batch apart; None for another input."""
+    if name == PIXEL_VALUES:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.num_channels, height, width
+    # Whisper's encoder halves the frames into its positions.
+    return (
+        (config.num_mel_bins, 2 * config.max_source_positions) if name == INPUT_FEATURES else None
+    )
+
+
+def _parameters(model: Any) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters

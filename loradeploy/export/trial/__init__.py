@@ -1,0 +1,1 @@
+"""A bundle run before it is handed over, and compared with what it was made from."""

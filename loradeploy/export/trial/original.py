@@ -1,0 +1,201 @@
+"""What a bundle's source gives for a sample: a checkpoint in PyTorch, a graph in onnxruntime.
+
+Of a checkpoint an update is computed too, by the equation y = x Wᵀ + (x A) B at the outputs of
+PyTorch's own modules: nothing of the graph has a part in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.names import PAST
+from loradeploy.bundle.sample import Sample
+from loradeploy.errors import first_line
+from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.sample import Feeds
+
+logger = logging.getLogger(__name__)
+
+_RANK: Final = 2
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    **{f"tensor({kind})": kind for kind in ("int64", "int32", "bool")},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A low-rank update of modules' outputs by name: (A [in, rank], B [rank, out], s in B).
+
+    `of`: the adapter it is of, None of a made one. `outputs`: what the source gives with it.
+    """
+
+    of: str | None
+    factors: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+    outputs: Outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """What the source gives: `outputs` by name for `feeds`, and with an `update` where known."""
+
+    feeds: Feeds
+    outputs: Outputs
+    update: Update | None = None
+
+
+# -- a checkpoint ----------------------------------------------------------------------------------
+
+
+def of_module(
+    model: Any,
+    wrapper: torch.nn.Module,
+    names: Sequence[str],
+    feeds: Feeds,
+    adapters: Mapping[str, Adapter],
+) -> Original | None:
+    """What PyTorch gives; None where it does not take the sample.
+
+    `wrapper` takes the inputs as they were traced and gives the outputs `names`. The update is that
+    of the first of `adapters` that has factors of linear layers alone, else a made one.
+    """
+    try:
+        outputs = _run(wrapper, names, feeds)
+    except Exception as problem:  # whatever a model's own code raises at rows of a few tokens
+        logger.warning("not compared with PyTorch, it fails on a sample: %s", first_line(problem))
+        return None
+    try:
+        given = _given(adapters)
+        of, factors = given if given is not None else (None, _made(model))
+        with _updated(model, factors) as all_found:
+            updated = _run(wrapper, names, feeds)
+    except Exception as problem:  # a layer that is called in a way of its own
+        logger.warning("an update was not compared with PyTorch: %s", first_line(problem))
+        return Original(feeds, outputs)
+    return Original(feeds, outputs, Update(of, factors, updated) if all_found else None)
+
+
+def _run(wrapper: torch.nn.Module, names: Sequence[str], feeds: Feeds) -> Outputs:
+    import torch
+
+    tensors = {name: torch.from_numpy(values) for name, values in feeds.items()}
+    plain = [tensor for name, tensor in tensors.items() if not name.startswith(PAST)]
+    past = [tensor for name, tensor in tensors.items() if name.startswith(PAST)]
+    arguments: list[Any] = [plain]
+    if past:
+        arguments.append(list(zip(past[::2], past[1::2], strict=True)))
+    with torch.no_grad():
+        results = wrapper(*arguments)
+    return {name: np.array(value) for name, value in zip(names, results, strict=True)}
+
+
+def _given(
+    adapters: Mapping[str, Adapter],
+) -> tuple[str, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]] | None:
+    for name, adapter in adapters.items():
+        pairs = adapter.factors
+        plain = all(pair.kind == "linear" and pair.magnitude is None for pair in pairs.values())
+        brought = adapter.saved or adapter.carried or adapter.rows
+        if pairs and plain and not brought and not adapter.changes_base:
+            return name, {
+                module: (
+                    pair.A.astype(np.float32).T,
+                    pair.B.astype(np.float32).T * np.float32(adapter.scaling(module)),
+                )
+                for module, pair in pairs.items()
+            }
+    return None
+
+
+def _made(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Random factors for one linear layer in the middle of the model."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    if not found:
+        return {}
+    name, module = found[len(found) // 2]
+    out, into = module.weight.shape
+    if isinstance(module, Conv1D):
+        out, into = into, out
+    return {name: made_factors(int(into), int(out), scale=0.5)}
+
+
+def made_factors(
+    into: int, out: int, *, scale: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Random A [in, rank] and B [rank, out]; of x of size 1 the update is of size `scale`."""
+    random = np.random.default_rng([into, out])
+    A = random.standard_normal((into, _RANK)) / np.sqrt(into)
+    B = random.standard_normal((_RANK, out)) * (scale / np.sqrt(_RANK))
+    return A.astype(np.float32), B.astype(np.float32)
+
+
+@contextmanager
+def _updated(
+    model: Any, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+) -> Iterator[bool]:
+    """`model` with the updates; whether it has all those modules."""
+    import torch
+
+    modules = dict(model.named_modules())
+    handles = []
+    try:
+        for name, (A, B) in factors.items():
+            if name in modules:
+                a, b = torch.from_numpy(A), torch.from_numpy(B)
+
+                def add(_: Any, inputs: Any, y: Any, a: Any = a, b: Any = b) -> Any:
+                    return y + ((inputs[0].to(a.dtype) @ a) @ b).to(y.dtype)
+
+                handles.append(modules[name].register_forward_hook(add))
+        yield bool(factors) and len(handles) == len(factors)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- a graph ---------------------------------------------------------------------------------------
+
+
+def of_graph(file: Path, feeds: Feeds, names: Sequence[str]) -> Original:
+    """What the graph in `file` gives of the outputs `names` that it has.
+
+    Raises:
+        NotRunError: onnxruntime does not open it, or does not run it on these feeds.
+    """
+    session = open_graph(file)
+    taken = {node.name: node for node in session.get_inputs()}
+    besides = [node for name, node in taken.items() if name not in feeds]
+    if any(node.type not in _DTYPES for node in besides):
+        raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
+    # What the bundle's graph no longer takes, such as a switch between two branches.
+    specs = [TensorSpec(n.name, _DTYPES[n.type], _named(n.shape)) for n in besides]
+    every = {**feeds, **Sample(specs, {}).feeds()}
+    own = [node.name for node in session.get_outputs()]
+    given = {name: every[name] for name in taken}
+    return Original(feeds, run_graph(session, given, [name for name in names if name in own]))
+
+
+def _named(shape: Sequence[int | str | None]) -> tuple[int | str, ...]:
+    return tuple("?" if size is None else size for size in shape)

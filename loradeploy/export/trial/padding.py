@@ -1,0 +1,187 @@
+"""How rows of different lengths may share a batch: found by looking, a row alone and beside others.
+
+    left    rows are padded in front: a decoder that counts positions by `position_ids` or the mask
+    right   rows are padded behind: GroupQueryAttention, and an encoder that heeds the mask
+    none    rows of one length alone: whatever is padded changes the answer
+
+A decoder is tried with one step more on its cache, which shows what padding leaves there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    INPUT_IDS,
+    LEFT,
+    NO_PADDING,
+    PAST,
+    POSITION_IDS,
+    RIGHT,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    TOKEN_TYPE_IDS,
+    present_of,
+)
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import ExportError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+    from loradeploy.bundle.sample import Sample
+    from loradeploy.export.graph.running import Outputs
+    from loradeploy.export.trial.bundle import Trial
+
+_ENCODERS: Final = (SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION, TOKEN_CLASSIFICATION)
+_FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+_SHORT, _LONG = 3, 7
+# The largest change of a row that is rounding, relative to its size, and to what another neighbor
+# of its own length makes of it (activations that are quantized together).
+_ROUNDING: Final = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-3, "int8": 1e-2, "int4": 1e-2}
+_NOISE: Final = 4.0
+_MOST: Final = 0.2
+
+
+def padding_by_trial(trial: Trial, sample: Sample, pad: int) -> str | None:
+    """The side on which rows are padded; None where the graph cannot be tried on token rows."""
+    manifest = trial.manifest
+    decoder = manifest.task == CAUSAL_LM
+    if not _can_be_tried(manifest, decoder):
+        return None
+    if not decoder:
+        sides: tuple[str, ...] = (RIGHT,)
+    elif not any(spec.name.startswith(PAST) for spec in manifest.inputs):
+        sides = (RIGHT, LEFT)  # what comes behind a token is not seen by it
+    else:
+        sides = (RIGHT, LEFT) if manifest.padding == RIGHT else (LEFT, RIGHT)
+    return _Rows(trial, sample, pad).padding(sides)
+
+
+def _can_be_tried(manifest: Manifest, decoder: bool) -> bool:
+    inputs = {spec.name: spec for spec in manifest.inputs}
+    if INPUT_IDS not in inputs or (not decoder and manifest.task not in _ENCODERS):
+        return False
+    known = all(name in _FED or name.startswith(PAST) for name in inputs)
+    plain = [spec for name, spec in inputs.items() if not name.startswith(PAST)]
+    is_open = all(
+        len(spec.shape) == 2 and not any(isinstance(size, int) for size in spec.shape)
+        for spec in plain
+    )
+    caches = [spec for name, spec in inputs.items() if name.startswith(PAST)]
+    grows = all(len(s.shape) == 4 and not isinstance(s.shape[2], int) for s in caches)
+    sized = all(isinstance(s.shape[1], int) and isinstance(s.shape[3], int) for s in caches)
+    return known and is_open and grows and sized
+
+
+class _Rows:
+    """Rows of two lengths, and what the graph makes of them alone, together, and padded."""
+
+    def __init__(self, trial: Trial, sample: Sample, pad: int) -> None:
+        self._trial = trial
+        self._manifest = trial.manifest
+        self._pad = pad
+        self._scores = output_of(trial.manifest)
+        self._short = sample.tokens(2, _SHORT, seed=1)
+        self._long = sample.tokens(1, _LONG, seed=2)[0]
+        self._next = sample.tokens(1, 1, seed=3)
+        self._made = trial.made_side_inputs() or None
+
+    def padding(self, sides: tuple[str, ...]) -> str | None:
+        """The first of `sides` that changes nothing, or none; None where no row runs at all."""
+        try:
+            alone = self._answers(self._short[:1], np.ones((1, _SHORT), np.int64), [-1])
+        except ExportError:
+            return None
+        if not all(np.isfinite(values).all() for values in alone):
+            return None
+        return next((side for side in sides if self._holds(side, alone)), NO_PADDING)
+
+    def _holds(self, side: str, alone: list[NDArray[Any]]) -> bool:
+        try:
+            limit = self._limit(alone)
+            padded = self._padded(side)
+        except ExportError:  # it does not run on such a batch
+            return False
+        return all(_change(a, p) <= limit for a, p in zip(alone, padded, strict=True))
+
+    def _limit(self, alone: list[NDArray[Any]]) -> float:
+        """The largest change that is rounding: what a neighbor of the same length makes."""
+        beside = self._answers(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
+        noise = max(_change(a, b[:1]) for a, b in zip(alone, beside, strict=True))
+        return min(max(_ROUNDING.get(self._manifest.precision, 1e-3), _NOISE * noise), _MOST)
+
+    def _padded(self, side: str) -> list[NDArray[Any]]:
+        """The answers for the short row, a longer one beside it."""
+        ids = np.full((2, _LONG), self._pad, np.int64)
+        mask = np.zeros_like(ids)
+        place = slice(_LONG - _SHORT, None) if side == LEFT else slice(0, _SHORT)
+        ids[0, place], mask[0, place] = self._short[0], 1
+        ids[1], mask[1] = self._long, 1
+        ends = [-1, -1] if side == LEFT else [_SHORT - 1, _LONG - 1]
+        return [values[:1] for values in self._answers(ids, mask, ends)]
+
+    def _answers(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], ends: list[int]
+    ) -> list[NDArray[Any]]:
+        """What is given for each row: of a decoder the next token's scores, then a step's."""
+        outputs = self._trial.run(self._feeds(ids, mask, None), self._made)
+        if self._manifest.task != CAUSAL_LM:
+            return self._of_encoder(outputs, mask)
+        first = outputs[self._scores]
+        if first.ndim == 2:
+            prefill = first  # of the last position alone, as is one of a single position
+        else:
+            prefill = first[np.arange(len(ids)), ends if first.shape[1] == ids.shape[1] else -1]
+        if not any(spec.name.startswith(PAST) for spec in self._manifest.inputs):
+            return [prefill]
+        step = np.repeat(self._next, len(ids), axis=0)
+        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
+        after = self._trial.run(self._feeds(step, mask, outputs), self._made)
+        last = after[self._scores]
+        return [prefill, last if last.ndim == 2 else last[:, -1]]
+
+    def _of_encoder(self, outputs: Outputs, mask: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """The rows of every output; of one with a value a position those that all rows have."""
+        count, length = mask.shape
+        rows = [values for values in outputs.values() if values.shape[:1] == (count,)]
+        shared = int(mask.sum(axis=1).min())
+        return [v[:, :shared] if v.ndim > 2 and v.shape[1] == length else v for v in rows]
+
+    def _feeds(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], before: Mapping[str, Any] | None
+    ) -> dict[str, NDArray[Any]]:
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        given = {
+            INPUT_IDS: ids,
+            ATTENTION_MASK: mask,
+            POSITION_IDS: positions,
+            TOKEN_TYPE_IDS: np.zeros_like(ids),
+        }
+        feeds: dict[str, NDArray[Any]] = {}
+        for spec in self._manifest.inputs:
+            if spec.name in given:
+                feeds[spec.name] = given[spec.name].astype(spec.dtype)
+            elif before is not None:
+                feeds[spec.name] = before[present_of(spec.name)]
+            else:
+                _, heads, _, size = spec.shape
+                feeds[spec.name] = np.zeros((len(ids), int(heads), 0, int(size)), spec.dtype)
+        return feeds
+
+
+def _change(alone: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest difference, relative to the largest value; inf where either is no number."""
+    one, two = alone.astype(np.float64), other.astype(np.float64)
+    if one.shape != two.shape or not np.isfinite(two).all():
+        return float("inf")
+    size = np.abs(one).max(initial=0.0)
+    change = float(np.abs(one - two).max(initial=0.0))
+    return change / size if size else change

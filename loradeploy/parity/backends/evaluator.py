@@ -1,0 +1,94 @@
+"""ONNX's reference evaluator as a backend: numpy, operator by operator, as the standard says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.errors import first_line
+from loradeploy.parity.backends.ort import Feeds, NotRunError, OnnxModel
+from loradeploy.parity.context import Setting
+
+if TYPE_CHECKING:
+    import onnx
+
+# Nodes times parameters. MiniLM (6 layers, 22 million parameters) is below the largest, and takes
+# 7 s for each adapter on a core; what is quick takes less than a second.
+_LARGEST: Final = 10**10
+_QUICK: Final = 10**9
+_STANDARD: Final = ("", "ai.onnx")
+
+
+def lacks(setting: Setting) -> str | None:
+    """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
+    return _lacks(setting, _LARGEST)
+
+
+def is_quick(setting: Setting) -> bool:
+    """Whether the evaluator is there, and runs the bundle's graph in little time."""
+    return importlib.util.find_spec("onnx") is not None and _lacks(setting, _QUICK) is None
+
+
+def evaluator(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """The base and each adapter as feeds; of a merged bundle, the graph as it is.
+
+    Raises:
+        NotRunError: the evaluator does not have one of the graph's operators.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    from loradeploy.bundle.base import BundleBase
+    from loradeploy.bundle.factors import branch_choice, side_inputs
+
+    graph = setting.bundle / GRAPH_NAME
+    try:
+        made = ReferenceEvaluator(os.fspath(graph))
+    except Exception as problem:  # of several kinds, all for want of an operator
+        raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
+    manifest = setting.manifest
+    if setting.merged:
+        for subject in setting.subjects:
+            yield subject.name, OnnxModel(manifest, partial(_evaluate, made, {}))
+        return
+    yield None, OnnxModel(manifest, partial(_evaluate, made, {}))
+    base = BundleBase(setting.bundle, manifest)
+    for subject in setting.subjects:
+        side = side_inputs(subject.adapter, manifest, base) | branch_choice(manifest)
+        yield subject.name, OnnxModel(manifest, partial(_evaluate, made, side))
+
+
+def _evaluate(
+    made: Any, side: Feeds, outputs: Sequence[str], feeds: Feeds, subjects: object
+) -> Sequence[Any]:
+    values: Sequence[Any] = made.run(list(outputs), {**feeds, **side})
+    return values
+
+
+def _lacks(setting: Setting, largest: int) -> str | None:
+    import onnx
+
+    graph = onnx.load(os.fspath(setting.bundle / GRAPH_NAME), load_external_data=False).graph
+    nodes = parameters = 0
+    for part in _graphs(graph):
+        nodes += len(part.node)
+        parameters += sum(prod(tensor.dims) for tensor in part.initializer)
+        for node in part.node:
+            if node.domain not in _STANDARD:
+                return f"{node.domain}.{node.op_type} is no operator of the ONNX standard"
+    if nodes * parameters <= largest:
+        return None
+    return f"the graph is too large for it ({nodes} nodes, {parameters / 1e6:.0f} M parameters)"
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and those of its branches."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)

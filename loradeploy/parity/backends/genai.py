@@ -1,0 +1,186 @@
+"""onnxruntime-genai as a backend, in an interpreter of its own.
+
+Its onnxruntime and the one that loradeploy runs on overwrite each other in one environment, so a
+worker program (genai_worker.py) is started with the interpreter that has it. It is told tokens in
+lines of JSON, and gives logits in a file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Timer
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.errors import UsageError
+from loradeploy.parity.backends.ort import native_file
+from loradeploy.parity.context import Setting
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PACKAGE: Final = "onnxruntime_genai"
+_CONFIG: Final = "genai_config.json"
+_WORKER: Final = Path(__file__).with_name("genai_worker.py")
+# Seconds until an answer must be there: to open a bundle of gigabytes, to run a prompt.
+_OPEN_TIMEOUT: Final = 300.0
+_RUN_TIMEOUT: Final = 120.0
+
+
+class GenaiError(Exception):
+    """The worker failed, ended or did not answer; the message is one line."""
+
+
+class GenaiModel:
+    """A sequence of tokens in onnxruntime-genai, one row at a time, with one adapter or none."""
+
+    def __init__(self, worker: Worker, adapter: str | None, room: int) -> None:
+        self._worker = worker
+        self._adapter = adapter
+        self._room = room
+
+    def forward(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Any,
+        subjects: Sequence[str | None],
+    ) -> tuple[NDArray[Any], Any]:
+        """See `walk.Model`; the cache is the worker's own, of the sequence that was last begun."""
+        values = self._worker.ask(
+            tokens=ids[0].tolist(), first=cache is None, adapter=self._adapter, room=self._room
+        )
+        return values[np.newaxis], self._worker
+
+
+def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
+    """The interpreter that was named, as a path that holds from anywhere.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if python is None:
+        return None
+    found = shutil.which(python)
+    if found is None:
+        raise UsageError(
+            f"{os.fspath(python)} is no program: give the Python of an environment"
+            " with onnxruntime-genai"
+        )
+    return Path(found).absolute()  # not resolved: that would leave its environment
+
+
+def lacks(setting: Setting) -> str | None:
+    """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
+    if setting.manifest.task != CAUSAL_LM:
+        return "it runs decoders alone"
+    if not (setting.bundle / _CONFIG).is_file():
+        return f"the bundle holds no {_CONFIG}"
+    if setting.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
+        return "onnxruntime-genai is not installed: give --genai-python"
+    return None
+
+
+def genai(setting: Setting) -> Iterator[tuple[str | None, GenaiModel]]:
+    """The base and each adapter, as an .onnx_adapter file, in one worker.
+
+    Raises:
+        GenaiError: the worker does not start.
+    """
+    from loradeploy.bundle.base import BundleBase
+
+    base = BundleBase(setting.bundle, setting.manifest)
+    cases = setting.cases
+    room = max(map(len, cases.prompts)) + cases.generated
+    names = [subject.name for subject in setting.subjects]
+    files = {}
+    if not setting.merged:
+        files = {s.name: native_file(setting, s, base) for s in setting.subjects}
+    with _started(setting, files) as worker:
+        for name in names if setting.merged else (None, *names):
+            yield name, GenaiModel(worker, None if setting.merged else name, room)
+
+
+class Worker:
+    """The worker program, started. `stderr` is the file that its complaints go to."""
+
+    def __init__(self, process: subprocess.Popen[str], logits: Path, stderr: Path) -> None:
+        self._process = process
+        self._logits = logits
+        self._stderr = stderr
+
+    def ask(self, **request: object) -> NDArray[Any]:
+        """The logits of the tokens of `request`, [tokens, vocabulary]; see genai_worker.py.
+
+        Raises:
+            GenaiError: onnxruntime-genai failed, or the worker ended or did not answer in time.
+        """
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        except OSError:
+            raise GenaiError(self._last_words()) from None
+        self.answer(_RUN_TIMEOUT)
+        values: NDArray[Any] = np.load(self._logits, allow_pickle=False)
+        return values
+
+    def answer(self, timeout: float) -> None:
+        """Wait for the worker's next line.
+
+        Raises:
+            GenaiError: as `ask`.
+        """
+        assert self._process.stdout is not None
+        timer = Timer(timeout, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+        if not line:
+            raise GenaiError(f"no answer in {timeout:.0f} s" if late else self._last_words())
+        if "error" in (told := json.loads(line)):
+            raise GenaiError(told["error"])
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        said = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        return f"the worker ended with status {self._process.returncode}: {last}"
+
+
+@contextmanager
+def _started(setting: Setting, adapters: dict[str, Path]) -> Iterator[Worker]:
+    logits, stderr = setting.scratch / "genai.npy", setting.scratch / "genai.stderr"
+    python = setting.genai_python or Path(sys.executable)
+    named = [f"{name}={file}" for name, file in adapters.items()]
+    # The worker's folder holds modules of loradeploy's, which are no business of its interpreter.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    with stderr.open("w", encoding="utf-8") as complaints:
+        process = subprocess.Popen(
+            [python, _WORKER, setting.bundle, logits, *named],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+        )
+    try:
+        worker = Worker(process, logits, stderr)
+        worker.answer(_OPEN_TIMEOUT)
+        yield worker
+    finally:
+        process.kill()
+        process.communicate()

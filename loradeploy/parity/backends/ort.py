@@ -1,0 +1,251 @@
+"""The ONNX Runtime side: bundles and plain sessions, opened as backends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import CAUSAL_LM, NATIVE_SUFFIX, PAST, present_of
+from loradeploy.errors import ExportError
+from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.inputs.row_feeds import plain_feeds
+from loradeploy.parity.phases import joined, output_names
+from loradeploy.parity.variants import session_options
+from loradeploy.runtime.tokenizer import pad
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.base import BaseValues
+    from loradeploy.runtime.cache import DecoderCache
+    from loradeploy.runtime.session import AdapterSession
+
+Feeds = Mapping[str, Any]
+# Runs a graph: output names, feeds, and each row's adapter → values in the order of the names; for
+# a model with a `cache`, the places of outputs besides, by the keyword `places`.
+Run = Callable[..., Sequence[Any]]
+
+
+class NotRunError(Exception):
+    """A backend that cannot be run here, and why."""
+
+
+class OnnxModel:
+    """A graph as a backend; `run` may give arrays or OrtValues.
+
+    `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
+    graph's present outputs are the next past, as they come.
+    """
+
+    def __init__(
+        self, manifest: Manifest, run: Run, cache: Callable[[int], DecoderCache] | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._run = run
+        self._cache = cache
+        self._outputs = output_names(manifest)
+        self._past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+        self._presents = [present_of(spec.name) for spec in self._past]
+
+    def forward(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Any,
+        subjects: Sequence[str | None],
+    ) -> tuple[NDArray[Any], Any]:
+        """See `walk.Model`."""
+        wanted, count = [*self._outputs, *self._presents], len(self._outputs)
+        if not self._past and self._manifest.task == CAUSAL_LM:
+            return self._without_cache(ids, mask, cache, subjects)
+        if self._cache is None:
+            given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
+            cache = list(given[count:])
+        else:
+            cache = self._cache(len(ids)) if cache is None else cache
+            cache.make_room(mask.shape[1])
+            feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
+            given = self._run(wanted, feeds, subjects, places=cache.places)
+            cache.keep(given[count:])
+        return joined([_array(value) for value in given[:count]]), cache
+
+    def _without_cache(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        before: NDArray[np.int64] | None,
+        subjects: Sequence[str | None],
+    ) -> tuple[NDArray[Any], Any]:
+        """All tokens again, what is new in the end: each row's from its beginning, padding behind.
+
+        `before`: the tokens so far, in place of a cache.
+        """
+        whole = ids if before is None else np.concatenate([before, ids], axis=1)
+        real = mask.astype(bool)
+        padded, held = pad(
+            [row[seen] for row, seen in zip(whole, real, strict=True)], 0, left=False
+        )
+        given = self._run(self._outputs, self.feeds(padded, held, None), subjects)
+        values = joined([_array(value) for value in given])
+        new = ids.shape[1]
+        result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
+        for row, seen in enumerate(real):
+            end, count = int(seen.sum()), int(seen[-new:].sum())
+            result[row, seen[-new:]] = values[row, end - count : end]
+        return result, whole
+
+    def values(
+        self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None
+    ) -> list[NDArray[Any]]:
+        """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
+        feeds = self.feeds(ids, np.ones_like(ids), None)
+        return [_array(value) for value in self._run(names, feeds, [subject] * len(ids))]
+
+    def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
+        """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
+        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask))
+        past = self._empty(len(ids)) if cache is None else cache
+        return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
+
+    def _empty(self, rows: int) -> list[NDArray[Any]]:
+        """A cache of no tokens: [rows, heads, 0, head_dim] for each of a layer's parts."""
+        shapes = [(rows, int(s.shape[1]), 0, int(s.shape[3])) for s in self._past]
+        return [np.zeros(shape, s.dtype) for shape, s in zip(shapes, self._past, strict=True)]
+
+
+def side_inputs(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """The base and each adapter by itself, through `AdapterSession`."""
+    session = _open(setting, setting.bundle)
+    _load(session, setting.subjects)
+    for name in (None, *(subject.name for subject in setting.subjects)):
+        run = partial(_all_rows, session, name)
+        yield name, OnnxModel(setting.manifest, run, session.empty_cache)
+
+
+def mixed_batch(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """All adapters and the base at once, through `AdapterSession`: each row has its own."""
+    session = _open(setting, setting.bundle)
+    _load(session, setting.subjects)
+    yield None, OnnxModel(setting.manifest, session.run_with_ort_values, session.empty_cache)
+
+
+def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
+    import onnxruntime
+
+    from loradeploy.bundle.base import BundleBase
+    from loradeploy.runtime.graph import open_graph
+
+    session = open_graph(setting.bundle, setting.providers, _options(setting))
+    base = BundleBase(setting.bundle, setting.manifest)
+    for subject in setting.subjects:
+        adapter = onnxruntime.LoraAdapter()
+        adapter.Load(os.fspath(native_file(setting, subject, base)))
+        active = onnxruntime.RunOptions()
+        active.add_active_adapter(adapter)
+        yield subject.name, OnnxModel(setting.manifest, partial(_activated, session, active))
+
+
+def native_file(setting: Setting, subject: Subject, base: BaseValues) -> Path:
+    """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
+    from loradeploy.bundle.native import write_onnx_adapter
+
+    if subject.native is not None:
+        return subject.native
+    file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
+    if not file.is_file():
+        write_onnx_adapter(subject.adapter, setting.manifest, file, base)
+    return file
+
+
+def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+    """Each adapter folded into the graph: the merged bundle itself, or a merge made for the check.
+
+    Raises:
+        NotRunError: the graph cannot be merged into.
+    """
+    for subject in setting.subjects:
+        with merged_bundle(setting, subject) as bundle:
+            session = _open(setting, bundle)
+            run = partial(_all_rows, session, None)
+            yield subject.name, OnnxModel(session.manifest, run, session.empty_cache)
+            del session
+
+
+def _all_rows(
+    session: AdapterSession,
+    adapter: str | None,
+    outputs: Sequence[str],
+    feeds: Feeds,
+    subjects: object,
+    places: Mapping[str, onnxruntime.OrtValue] | None = None,
+) -> Sequence[Any]:
+    """Run an AdapterSession with one adapter for all rows."""
+    return session.run_with_ort_values(outputs, feeds, adapter, places=places)
+
+
+def _activated(
+    session: Any, active: Any, outputs: Sequence[str], feeds: Feeds, subjects: object
+) -> Sequence[Any]:
+    """Run a plain session with the adapter that its run options have activated."""
+    values: Sequence[Any] = session.run(list(outputs), dict(feeds), active)
+    return values
+
+
+@contextmanager
+def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+    """The setting's merged bundle, or one that is made for the check.
+
+    Raises:
+        NotRunError: the graph cannot be merged into.
+    """
+    if setting.merged:
+        yield setting.bundle
+        return
+    from loradeploy.export.api import export
+
+    place = setting.scratch / f"merged-{subject.name}"
+    try:
+        try:
+            export(setting.bundle, place, adapters={subject.name: subject.place}, merge=True)
+        except ExportError as problem:
+            raise NotRunError(str(problem)) from None
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _open(setting: Setting, bundle: Path) -> AdapterSession:
+    from loradeploy.runtime.session import AdapterSession
+
+    return AdapterSession(bundle, setting.providers, session_options=_options(setting))
+
+
+def _options(setting: Setting) -> onnxruntime.SessionOptions:
+    from loradeploy.runtime.graph import WEIGHTS_AT
+
+    options = session_options(setting.variant)
+    if setting.weights is not None:
+        options.add_session_config_entry(WEIGHTS_AT, os.fspath(setting.weights.resolve()))
+    return options
+
+
+def _load(session: AdapterSession, subjects: Sequence[Subject]) -> None:
+    """Load what did not come with the bundle; the session finds the others itself."""
+    for subject in subjects:
+        if subject.name not in session.adapters:
+            session.load(subject.name, subject.place)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    array: NDArray[Any] = value if isinstance(value, np.ndarray) else value.numpy()
+    return array

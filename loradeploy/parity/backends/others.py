@@ -1,0 +1,235 @@
+"""Backends of the user's own, held against PyTorch on the same way as ours.
+
+    model.onnx              an ONNX file, by whatever exporter, with inputs of the usual names
+    package.module:function feeds → outputs, numpy arrays by the names of the bundle's graph
+    …@sport                 it claims to compute what the adapter `sport` makes of the base
+    name=…                  what the report calls it
+
+Without an adapter it claims to be what the bundle's own graph is: the base, or, where an adapter is
+merged into the bundle, that. A decoder that keeps a cache takes `past_key_values.{i}.key` and
+`.value`, empty at first, and gives `present.{i}.key` and `.value` beside `logits`. One without a
+cache is shown whole prompts alone and in batches, not in chunks, and does not decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest, TensorSpec
+from loradeploy.bundle.names import PAST, PRESENT
+from loradeploy.errors import UsageError, listed, listed_names
+from loradeploy.parity.backends.ort import OnnxModel
+from loradeploy.parity.backends.table import Backend
+from loradeploy.parity.compare.opening import open_side, short_title
+from loradeploy.parity.compare.sides import Side
+from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.inputs.row_feeds import FED
+from loradeploy.parity.phases import (
+    CHUNKED,
+    DECODE,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.compare.opening import Comparable
+    from loradeploy.parity.compare.sides import Feeds, Given
+
+    # By title: the model, or the model and the adapter that it claims to have. Or texts as above.
+    Others = Mapping[str, Comparable | tuple[Comparable, str]] | Iterable[str]
+
+_WITHOUT_CACHE: Final = (PREFILL, ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
+_LISTED: Final = 5
+
+
+@dataclass(frozen=True)
+class _Other:
+    title: str
+    place: Any
+    adapter: str | None
+
+
+def other_backends(
+    others: Others,
+    manifest: Manifest,
+    subjects: Sequence[Subject],
+    providers: Sequence[str] | None = None,
+) -> tuple[Backend, ...]:
+    """A backend for each of `others`.
+
+    Each is opened here, so that what cannot be is told before anything runs, and let go again.
+
+    Raises:
+        UsageError: what is no model, an adapter that is not compared, an input that is not fed, or
+            one title for two.
+        ModelError: a file that onnxruntime cannot open.
+    """
+    known = [subject.name for subject in subjects]
+    found: dict[tuple[str, str | None], Backend] = {}
+    for other in _parsed(others):
+        claim = other.adapter
+        if claim is None and manifest.mode == "merged":
+            claim = known[0]
+        if claim is not None and claim not in known:
+            raise UsageError(
+                f"{other.title}: no adapter {claim!r} is in the bundle or given, there are:"
+                f" {listed_names(known)}"
+            )
+        if (other.title, claim) in found:
+            raise UsageError(f"two backends are named {other.title!r}: name them, NAME=PLACE")
+        inputs = _inputs(open_side(other.place, providers), manifest)
+        cached = any(spec.name.startswith(PAST) for spec in inputs)
+        lacks_cache = any(spec.name.startswith(PAST) for spec in manifest.inputs) and not cached
+        found[other.title, claim] = Backend(
+            f"other:{other.title}",
+            f"{other.title} (no cache)" if lacks_cache else other.title,
+            (manifest.mode,),
+            _WITHOUT_CACHE if lacks_cache else (*_WITHOUT_CACHE, CHUNKED, DECODE),
+            partial(_open, other.place, claim, inputs),
+            needs_adapter=False,
+        )
+    return tuple(found.values())
+
+
+def _open(
+    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], setting: Setting
+) -> Iterator[tuple[str | None, OnnxModel]]:
+    side = open_side(place, setting.providers)
+    yield claim, _model(side, inputs, setting.manifest)
+
+
+def _model(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> OnnxModel:
+    own = dataclasses.replace(manifest, inputs=inputs)
+    return OnnxModel(own, partial(_run, side, manifest))
+
+
+def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:
+    """What the side is fed; the sizes of a cache are the bundle's.
+
+    Raises:
+        UsageError: a graph takes something that is not fed.
+    """
+    if side.inputs is None:
+        return manifest.inputs if _keeps_cache(side, manifest) else _without_cache(manifest.inputs)
+    cache = {spec.name: spec for spec in manifest.inputs if spec.name.startswith(PAST)}
+    unknown = [s.name for s in side.inputs if s.name not in FED and s.name not in cache]
+    if unknown:
+        raise UsageError(
+            f"{side.title} takes {listed(unknown, _LISTED)}, which a check of this bundle does not"
+            f" feed: it feeds {', '.join(FED)} and the bundle's own cache"
+        )
+    return tuple(
+        dataclasses.replace(cache.get(spec.name, spec), dtype=spec.dtype) for spec in side.inputs
+    )
+
+
+def _keeps_cache(side: Side, manifest: Manifest) -> bool:
+    """Whether a callable gives a cache for one token.
+
+    One that raises with a cache and not without has none; where it raises always, the check will
+    tell of it.
+    """
+    given = _given(side, manifest.inputs, manifest)
+    if given is None:
+        return _given(side, _without_cache(manifest.inputs), manifest) is None
+    outputs = {spec.name for spec in manifest.outputs}
+    presents = {name for name in outputs if name.startswith(PRESENT)}
+    return presents <= set(given) if isinstance(given, dict) else len(given) == len(outputs)
+
+
+def _given(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> Given | None:
+    """What it gives for one token; None where it raises."""
+    one = np.ones((1, 1), np.int64)
+    try:
+        return side.run(_model(side, inputs, manifest).feeds(one, one, None))
+    except (Exception, SystemExit):
+        return None
+
+
+def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(spec for spec in specs if not spec.name.startswith(PAST))
+
+
+def _run(
+    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, subjects: object
+) -> list[NDArray[Any]]:
+    """The outputs `wanted`, in their order.
+
+    Raises:
+        ValueError: an output is missing, or not of the shape that the bundle gives.
+    """
+    try:
+        given = side.run(feeds)
+    except SystemExit as problem:  # sys.exit(0) must not end the check as one that passed
+        raise RuntimeError(f"it called sys.exit({problem.code})") from None
+    if isinstance(given, list):
+        if len(given) != len(wanted):
+            raise ValueError(
+                f"it gives {len(given)} outputs without names, not {len(wanted)}:"
+                f" {listed(wanted, _LISTED)}"
+            )
+        given = dict(zip(wanted, given, strict=True))
+    if missing := [name for name in wanted if name not in given]:
+        raise ValueError(
+            f"it does not give {listed(missing, _LISTED)} (it gives {listed(list(given), _LISTED)})"
+        )
+    sizes = _sizes(manifest.inputs, feeds)
+    for spec in manifest.outputs:
+        shape = [sizes.get(size, size) for size in spec.shape]
+        if spec.name in wanted and list(given[spec.name].shape) != shape:
+            raise ValueError(
+                f"{spec.name} is {list(given[spec.name].shape)} where {shape} is expected"
+            )
+    return [given[name] for name in wanted]
+
+
+def _sizes(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[int | str, int]:
+    """What the symbols of the bundle's shapes stand for in `feeds`."""
+    fed = [(spec, feeds[spec.name]) for spec in inputs if spec.name in feeds]
+    return {
+        symbol: size
+        for spec, values in fed
+        for symbol, size in zip(spec.shape, values.shape, strict=True)
+        if isinstance(symbol, str)
+    }
+
+
+# -- what is given ---------------------------------------------------------------------------------
+
+
+def _parsed(others: Others) -> Iterator[_Other]:
+    if isinstance(others, str):
+        others = [others]
+    if not isinstance(others, Mapping):
+        yield from map(_of_text, others)
+        return
+    for title, given in others.items():
+        if isinstance(given, tuple):
+            yield _Other(title, *given)
+        elif isinstance(given, str):
+            yield dataclasses.replace(_of_text(given), title=title)
+        else:
+            yield _Other(title, given, None)
+
+
+def _of_text(text: str) -> _Other:
+    """[NAME=]PLACE[@ADAPTER]; what exists as a file is a place as it stands."""
+    title, equals, place = text.partition("=")
+    if not equals or Path(text).exists():
+        title, place = "", text
+    adapter = None
+    if not Path(place).exists() and "@" in place:
+        place, _, adapter = place.rpartition("@")
+    return _Other(title or short_title(place), place, adapter)

@@ -1,0 +1,193 @@
+"""The backends, one row each: what is held against the reference, and what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import UsageError
+from loradeploy.parity.backends import evaluator, genai, ort
+from loradeploy.parity.context import Setting
+from loradeploy.parity.phases import (
+    CHUNKED,
+    DECODE,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+    Model,
+)
+from loradeploy.parity.reference.packed import PACKED
+from loradeploy.parity.reference.peft import with_peft
+from loradeploy.parity.reference.pytorch import TorchModel, merged
+
+if TYPE_CHECKING:
+    import torch
+
+# Opens a backend with one adapter after the other (None is the base); a model is closed when the
+# next one is asked for.
+Opened = Iterator[tuple[str | None, Model]]
+
+REFERENCE_TITLE: Final = "PyTorch, loradeploy's LoRA"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute what the reference computes.
+
+    `needs_adapter`: it means nothing for the base alone. `mixed`: every row has its own adapter.
+    `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
+    `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
+    `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
+    `batched`: it takes more than one row. `lacks`: why it cannot be run besides. `unasked`:
+    whether it is run where nobody asks for it by name; where it is not, nothing is said of it.
+    """
+
+    name: str
+    title: str
+    modes: tuple[str, ...]
+    phases: tuple[str, ...]
+    open: Callable[..., Opened]
+    on_torch: bool = False
+    needs_adapter: bool = True
+    mixed: bool = False
+    needs: str | None = None
+    on_onnxruntime: bool = False
+    batched: bool = True
+    lacks: Callable[[Setting], str | None] | None = None
+    unasked: Callable[[Setting], bool] | None = None
+
+    def missing(self, setting: Setting) -> str | None:
+        """Why it cannot be run here; None where it can."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.needs_adapter and not setting.subjects:
+            return "no adapter is in the bundle or given"
+        if self.on_torch and setting.merged and setting.manifest.precision in PACKED:
+            return "it does not round what it merged, as the graph does"
+        return None if self.lacks is None else self.lacks(setting)
+
+
+def _torch_merged(setting: Setting, model: torch.nn.Module) -> Opened:
+    for subject in setting.subjects:
+        with merged(model, subject.adapter):
+            yield subject.name, TorchModel(model, setting.manifest)
+
+
+def _peft(setting: Setting, model: torch.nn.Module) -> Opened:
+    for subject in setting.subjects:
+        with with_peft(model, subject):
+            yield subject.name, TorchModel(model, setting.manifest)
+
+
+_SIDE, _MERGED = "side-inputs", "merged"
+_ALONE: Final = (PREFILL, ONE_ROW)
+_ALL: Final = (PREFILL, ONE_ROW, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
+_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE)
+_ROW_BY_ROW: Final = (PREFILL, CHUNKED, DECODE)
+
+BACKENDS: Final[tuple[Backend, ...]] = (
+    Backend(
+        "torch-merged",
+        "PyTorch merged",
+        (_SIDE, _MERGED),
+        _ALONE,
+        _torch_merged,
+        on_torch=True,
+    ),
+    Backend("peft", "PEFT", (_SIDE, _MERGED), _ALONE, _peft, on_torch=True, needs="peft"),
+    Backend(
+        "onnx-merged",
+        "ONNX merged",
+        (_SIDE, _MERGED),
+        _ALL,
+        ort.merged_graph,
+        on_onnxruntime=True,
+    ),
+    Backend(
+        "onnx-side-inputs",
+        "ONNX side inputs",
+        (_SIDE,),
+        _ALL,
+        ort.side_inputs,
+        needs_adapter=False,
+        on_onnxruntime=True,
+    ),
+    Backend(
+        "onnx-native",
+        "ONNX Runtime adapter",
+        (_SIDE,),
+        _ALL,
+        ort.native_adapter,
+        on_onnxruntime=True,
+    ),
+    Backend(
+        "onnx-mixed",
+        "ONNX mixed batch",
+        (_SIDE,),
+        _BATCHED,
+        ort.mixed_batch,
+        mixed=True,
+        on_onnxruntime=True,
+    ),
+    Backend(
+        "onnx-genai",
+        "onnxruntime-genai",
+        (_SIDE, _MERGED),
+        _ROW_BY_ROW,
+        genai.genai,
+        needs_adapter=False,
+        batched=False,
+        lacks=genai.lacks,
+        unasked=lambda setting: genai.lacks(setting) is None,
+    ),
+    Backend(
+        "onnx-reference",
+        "ONNX reference evaluator",
+        (_SIDE, _MERGED),
+        _ALL,
+        evaluator.evaluator,
+        needs_adapter=False,
+        needs="onnx",
+        lacks=evaluator.lacks,
+        unasked=evaluator.is_quick,
+    ),
+)
+
+
+def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ...]:
+    """The backends that a bundle of `mode` has, or those asked for.
+
+    Raises:
+        UsageError: an unknown name, or one that this kind of bundle does not have.
+    """
+    known = {backend.name: backend for backend in BACKENDS}
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(f"no backend is called {name!r}: there are {', '.join(known)}")
+        if mode not in known[name].modes:
+            raise UsageError(f"a bundle of the kind {mode!r} has no {known[name].title}: {name!r}")
+    return tuple(
+        backend
+        for backend in BACKENDS
+        if mode in backend.modes and (asked is None or backend.name in asked)
+    )
+
+
+def not_silent(
+    backends: Sequence[Backend], setting: Setting, asked: Collection[str]
+) -> tuple[Backend, ...]:
+    """`backends` without those that nobody asked for by name and that do not run unasked."""
+    return tuple(
+        backend
+        for backend in backends
+        if backend.name in asked or backend.unasked is None or backend.unasked(setting)
+    )
+
+
+def open_backend(backend: Backend, setting: Setting, model: Any) -> Opened:
+    """Open `backend`; `model` is the reference's PyTorch model, for those that run in it."""
+    return backend.open(setting, model) if backend.on_torch else backend.open(setting)

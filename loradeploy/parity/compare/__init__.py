@@ -1,0 +1,1 @@
+"""Two models of anybody's compared as they are."""

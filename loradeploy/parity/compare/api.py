@@ -1,0 +1,258 @@
+"""`loradeploy.compare`: two models of anybody's held against each other, as they are."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import INPUT_IDS
+from loradeploy.errors import UsageError, first_line, listed_names
+from loradeploy.export.precision import DEFAULT_PRECISION
+from loradeploy.parity.compare.feeds import Fed, FeedsPlace, make_feeds, read_feeds
+from loradeploy.parity.compare.opening import open_side
+from loradeploy.parity.compare.outputs import LimitsOf, Outputs, outcome
+from loradeploy.parity.compare.runs import Runs, kept_in
+from loradeploy.parity.compare.sides import Side
+from loradeploy.parity.environment import environment
+from loradeploy.parity.inputs.prompts import CASES
+from loradeploy.parity.report.baseline import hold_against, read_baseline
+from loradeploy.parity.report.results import (
+    CANDIDATE,
+    COMPARED,
+    REFERENCE,
+    Inputs,
+    ParityReport,
+    Result,
+)
+from loradeploy.parity.report.writers import check_reports, write_report
+from loradeploy.parity.tolerances import ASSUMED, METRICS, Limit, assumed
+
+if TYPE_CHECKING:
+    from loradeploy.parity.compare.feeds import Feed
+    from loradeploy.parity.compare.opening import Comparable
+    from loradeploy.parity.compare.sides import Given
+
+Tolerances = str | Mapping[str, float | Limit]
+
+_ANY_TASK: Final = "any"
+_LISTED: Final = 5
+
+
+def compare(
+    reference: Comparable,
+    candidate: Comparable,
+    inputs: FeedsPlace | None = None,
+    *,
+    cases: int = CASES,
+    seed: int = 0,
+    tolerances: Tolerances | None = None,
+    names: Mapping[str, str] | None = None,
+    providers: Sequence[str] | None = None,
+    report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
+    baseline: str | os.PathLike[str] | None = None,
+) -> ParityReport:
+    """Hold `candidate` against `reference`, output by output, and return what was found.
+
+    Either is an ONNX file, a bundle (its base, or what is merged into it), a `torch.nn.Module`, a
+    function of feeds (numpy arrays by name) that returns outputs (by name, or as a sequence in the
+    order of the other side's), or "module:function" of one. Outputs are matched by name. What only
+    one side gives fails, and so do another shape, values that are not finite, a side that raises,
+    and one that differs from itself when the first case is run again.
+
+    Args:
+        inputs: feeds, one mapping of names to arrays for each case; an .npz file or a directory of
+            them; None makes them up from the inputs that an ONNX side tells of.
+        cases: how many are made up; the second has 1 for every dynamic dimension.
+        seed: for those.
+        tolerances: a precision whose limits are taken, or limits by metric in place of those of
+            the candidate's precision; by default the latter (`loradeploy.parity.tolerances`).
+        names: what the candidate calls inputs and outputs of the reference that it calls otherwise.
+        providers: onnxruntime's execution providers, the CPU's by default.
+        report: files to write, as in `loradeploy.parity`.
+        baseline: an earlier report (JSON): what got worse since is a failure.
+
+    Raises:
+        UsageError: what is no model, inputs that are lacking, unknown tolerances, a baseline of
+            something else.
+        ModelError, BundleError: a file that cannot be opened.
+        DataError: inputs that cannot be read.
+    """
+    files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
+    earlier = None if baseline is None else read_baseline(baseline)
+    started = time.monotonic()
+    wanted, held = open_side(reference, providers), open_side(candidate, providers)
+    _limits(held.precision, tolerances)  # refused before anything runs
+    renamed = dict(names or {})
+    fed = _feeds(wanted, held, renamed, inputs, cases, seed)
+    with TemporaryDirectory(prefix="loradeploy-compare-") as scratch:
+        expected = Runs(wanted, REFERENCE, fed, {})
+        kept = [kept_in(given, Path(scratch)) for given in expected]
+        actual = Runs(held, CANDIDATE, fed, renamed)
+        outputs = Outputs(kept, fed)
+        for number, given in enumerate(actual):
+            outputs.add(number, given)
+        precision = held.precision or outputs.precision
+        limits = _limits(precision, tolerances)
+        results = [
+            *(runs.result(limits) for runs in (expected, actual)),
+            *_same_meaning(wanted, held),
+            *outputs.results(held.name, limits),
+        ]
+    found = ParityReport(
+        bundle=held.title,
+        task=_ANY_TASK,
+        mode=COMPARED,
+        precision=precision,
+        base=wanted.title,
+        base_digest=wanted.digest,
+        graph_digest=held.digest,
+        data_digest=held.data_digest,
+        inputs=Inputs(
+            source=fed.source,
+            prompts=len(fed.cases),
+            prompt_tokens=sum(feed[INPUT_IDS].size for feed in fed.cases if INPUT_IDS in feed),
+            generated=0,
+            seed=seed,
+        ),
+        environment=environment(None if providers is None else tuple(providers)),
+        created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        results=tuple(results),
+        notes=(*fed.notes, *expected.notes, *actual.notes, *_alone(wanted, held, fed, renamed)),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    if earlier is not None:
+        found = hold_against(found, earlier)
+    for file in files:
+        write_report(found, file)
+    return found
+
+
+# -- inputs and limits -----------------------------------------------------------------------------
+
+
+def _feeds(
+    wanted: Side,
+    held: Side,
+    renamed: Mapping[str, str],
+    inputs: FeedsPlace | None,
+    cases: int,
+    seed: int,
+) -> Fed:
+    back = {theirs: name for name, theirs in renamed.items()}
+    if inputs is not None:
+        fed = read_feeds(inputs)
+    else:
+        if wanted.inputs is None and held.inputs is None:
+            raise UsageError(
+                f"neither {wanted.title} nor {held.title} tells which inputs it takes: give inputs,"
+                " an .npz file of arrays by name"
+            )
+        specs = {spec.name: spec for spec in wanted.inputs or ()}
+        for spec in held.inputs or ():
+            name = back.get(spec.name, spec.name)
+            specs.setdefault(name, type(spec)(name, spec.dtype, spec.shape))
+        known = [side.vocabulary for side in (wanted, held) if side.vocabulary is not None]
+
+        def run(feed: Feed) -> Given:
+            if wanted.inputs is not None:
+                return wanted.run(feed)
+            return held.run({renamed.get(name, name): values for name, values in feed.items()})
+
+        fed = make_feeds(
+            tuple(specs.values()),
+            count=cases,
+            seed=seed,
+            vocabulary=min(known, default=None),
+            run=run,
+        )
+    for number, feed in enumerate(fed.cases, start=1):
+        for side, own in ((wanted, {}), (held, back)):
+            lacking = [
+                spec.name for spec in side.inputs or () if own.get(spec.name, spec.name) not in feed
+            ]
+            if lacking:
+                raise UsageError(
+                    f"{fed.source}: case {number} has no {listed_names(lacking, _LISTED)}, which"
+                    f" {side.title} takes"
+                )
+    return fed
+
+
+def _alone(wanted: Side, held: Side, fed: Fed, renamed: Mapping[str, str]) -> list[str]:
+    """Inputs that only one of two graphs takes: a function may do with them what it likes."""
+    notes = []
+    for side, own in ((wanted, {}), (held, renamed)):
+        if side.inputs is not None:
+            takes = {spec.name for spec in side.inputs}
+            left = [name for name in fed.cases[0] if own.get(name, name) not in takes]
+            notes += [f"{side.title} takes no {name}" for name in left]
+    return notes
+
+
+def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
+    """The limits to judge by, for values of a `scale`.
+
+    Raises:
+        UsageError: an unknown metric, or a precision that nothing is known of.
+    """
+    if isinstance(given, str):
+        assumed(given, scale=1.0)  # refuses what is no precision
+        return partial(assumed, given)
+    own = dict(given or {})
+    known = [metric.name for metric in METRICS]
+    if unknown := [name for name in own if name not in known]:
+        raise UsageError(f"no metric is called {unknown[0]!r}: there are {', '.join(known)}")
+    stated = {
+        name: limit if isinstance(limit, Limit) else Limit(float(limit), "given")
+        for name, limit in own.items()
+    }
+    precision = precision or DEFAULT_PRECISION
+    if precision not in ASSUMED and not own:
+        raise UsageError(
+            f"how far {precision} may be off is not known of anybody's model: give tolerances, as"
+            f" one of {', '.join(ASSUMED)} or by metric"
+        )
+    base = precision if precision in ASSUMED else DEFAULT_PRECISION
+    return lambda *, scale: {**assumed(base, scale=scale), **stated}
+
+
+# -- meanings --------------------------------------------------------------------------------------
+
+
+def _same_meaning(wanted: Side, held: Side) -> list[Result]:
+    """Whether ids and labels mean the same, where both sides tell: numbers alone do not show it."""
+    told: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    if wanted.labels is not None and held.labels is not None:
+        told.append(("label map", wanted.labels, held.labels))
+    if wanted.tokenizer is not None and held.tokenizer is not None:
+        told.append(("vocabulary", _vocabulary(wanted.tokenizer), _vocabulary(held.tokenizer)))
+    results = []
+    for what, one, other in told:
+        differ = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+        message = None
+        if differ:
+            first = differ[0]
+            message = (
+                f"the {what} is another one, in {len(differ)} places: {first!r} is"
+                f" {one.get(first)!r} in the reference and {other.get(first)!r} in the candidate"
+            )
+        results.append(
+            Result(COMPARED, f"{CANDIDATE} {held.name}", None, what, outcome(message), message)
+        )
+    return results
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    try:
+        found: dict[str, int] = Tokenizer.from_file(os.fspath(file)).get_vocab()
+    except Exception as problem:  # the library raises nothing narrower
+        raise UsageError(f"{file} is no tokenizer: {first_line(problem)}") from None
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))

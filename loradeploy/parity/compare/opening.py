@@ -1,0 +1,327 @@
+"""Models to be compared, opened: ONNX files, bundles, Python callables, PyTorch modules.
+
+side = open_side("model.onnx")              an ONNX file, or a directory with one
+side = open_side("bundle")                  a bundle: the base, or what is merged into it
+side = open_side("package.module:function") a callable by name, imported as Python would here
+side = open_side(function)                  feeds → outputs, both numpy arrays by name
+side = open_side(module)                    a torch.nn.Module, as it is
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.manifest import TensorSpec, read_manifest
+from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
+from loradeploy.errors import (
+    BundleError,
+    DataError,
+    ModelError,
+    UsageError,
+    kind_and_line,
+    listed_names,
+)
+from loradeploy.files import read_json
+from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.compare.sides import Feeds, Given
+
+    Function = Callable[[dict[str, NDArray[Any]]], Any]
+    Comparable = str | os.PathLike[str] | Function | torch.nn.Module
+
+_NUMPY: Final = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+    "tensor(string)": "str",
+}
+
+
+def open_side(
+    given: Comparable,
+    providers: Sequence[str] | None = None,
+) -> Side:
+    """Open a model to be compared; `providers` are onnxruntime's, the CPU's by default.
+
+    Raises:
+        UsageError: a text that names nothing of the kind, or what is no model.
+        ModelError: onnxruntime cannot open the file.
+        BundleError: the bundle is broken.
+    """
+    if not isinstance(given, str | os.PathLike):
+        return _open_object(given, _title(given))
+    place = Path(given).expanduser()
+    if not place.exists():
+        text = os.fspath(given)
+        module, colon, attribute = text.partition(":")
+        if colon and _is_dotted(module) and _is_dotted(attribute):
+            return _open_object(_imported(module, attribute), text)
+        raise UsageError(
+            f"{text} does not exist: give an ONNX file, a bundle, or module:function of a callable"
+        )
+    if (place / MANIFEST_NAME).is_file():
+        return _open_bundle(place, os.fspath(given), providers)
+    return _open_file(_graph(place), os.fspath(given), providers)
+
+
+# -- ONNX ------------------------------------------------------------------------------------------
+
+
+def _open_bundle(place: Path, title: str, providers: Sequence[str] | None) -> Side:
+    from loradeploy.runtime.session import AdapterSession
+
+    manifest = read_manifest(place)
+    session = AdapterSession(place, providers)
+    inputs, outputs = manifest.inputs, manifest.outputs
+    names = [spec.name for spec in outputs]
+
+    def run(feeds: Feeds) -> Given:
+        return dict(zip(names, session.run(names, _taken(inputs, feeds)), strict=True))
+
+    data = place / GRAPH_DATA_NAME
+    return Side(
+        title,
+        place.resolve().name,
+        run,
+        inputs,
+        manifest.precision,
+        file_digest(place / GRAPH_NAME),
+        file_digest(data) if data.is_file() else None,
+        **_beside(place, outputs),
+    )
+
+
+def _open_file(graph: Path, title: str, providers: Sequence[str] | None) -> Side:
+    from loradeploy.runtime.graph import open_file
+
+    try:
+        session = open_file(graph, providers, None)
+    except BundleError as problem:
+        raise ModelError(str(problem)) from None
+    inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+    names = [spec.name for spec in outputs]
+
+    def run(feeds: Feeds) -> Given:
+        values = session.run(names, _taken(inputs, feeds))
+        return arrays_of(dict(zip(names, values, strict=True)))
+
+    return Side(
+        title,
+        graph.name,
+        run,
+        inputs,
+        _precision(graph, (*inputs, *outputs)),
+        file_digest(graph),
+        **_beside(graph.parent, outputs),
+    )
+
+
+def _graph(place: Path) -> Path:
+    if place.is_file():
+        if place.suffix == ".onnx":
+            return place
+        raise UsageError(f"{place} is no ONNX file: give one, a bundle, or module:function")
+    graphs = sorted(place.glob("*.onnx"))
+    if place / GRAPH_NAME in graphs:
+        return place / GRAPH_NAME
+    if len(graphs) == 1:
+        return graphs[0]
+    if graphs:
+        listed = listed_names(graph.name for graph in graphs)
+        raise UsageError(f"{place} holds several ONNX files, name one of them: {listed}")
+    raise UsageError(
+        f"{place} holds no ONNX file: of a PyTorch model give module:function of a callable"
+    )
+
+
+def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    """What an onnxruntime session tells; a dimension without a name gets the tensor's."""
+    return tuple(
+        TensorSpec(
+            node.name,
+            _NUMPY.get(node.type, node.type),
+            tuple(
+                f"{node.name} {axis}" if size is None else size
+                for axis, size in enumerate(node.shape)
+            ),
+        )
+        for node in nodes
+    )
+
+
+def _taken(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, NDArray[Any]]:
+    """Those of the feeds that a graph takes, in its width of integers and floats."""
+    taken = {}
+    for spec in inputs:
+        value = np.asarray(feeds[spec.name])
+        try:
+            wanted = np.dtype(spec.dtype)
+        except TypeError:
+            wanted = value.dtype  # one that numpy does not have: onnxruntime will say so
+        taken[spec.name] = value.astype(wanted) if wanted.kind == value.dtype.kind else value
+    return taken
+
+
+def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
+    """The precision of the weights, or, where onnx_ir is not installed, of inputs and outputs."""
+    if importlib.util.find_spec("onnx_ir") is None:
+        return "fp16" if any(spec.dtype == "float16" for spec in specs) else None
+    import onnx_ir as ir
+
+    from loradeploy.export.precision import precision_of
+
+    return precision_of(ir.load(graph))
+
+
+def _beside(place: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
+    """What the files beside a graph say of ids and labels."""
+    file = place / "config.json"
+    config: dict[str, Any] = read_json(file, error=DataError) if file.is_file() else {}
+    vocabulary = config.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        last = [s.shape[-1] for s in outputs if s.name == LOGITS and len(s.shape) == 3]
+        vocabulary = last[0] if last and isinstance(last[0], int) else None
+    tokenizer = place / "tokenizer.json"
+    return {
+        "vocabulary": vocabulary,
+        "labels": labels_of(config.get("id2label")),
+        "tokenizer": tokenizer if tokenizer.is_file() else None,
+    }
+
+
+# -- Python ----------------------------------------------------------------------------------------
+
+
+def _is_dotted(text: str) -> bool:
+    return bool(text) and all(part.isidentifier() for part in text.split("."))
+
+
+def _imported(module: str, attribute: str) -> Any:
+    """`module:attribute`, with the working directory on the path as `python -m` has it."""
+    with _working_directory():
+        try:
+            found: Any = importlib.import_module(module)
+        except (Exception, SystemExit) as problem:  # the module's own, whatever it is
+            raise UsageError(
+                f"{module}:{attribute} cannot be imported: {kind_and_line(problem)}"
+            ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"{module} has no {attribute}: give module:function of a callable")
+        found = getattr(found, part)
+    return found
+
+
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _open_object(given: Any, title: str) -> Side:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.nn.Module):
+        return _open_module(given, title)
+    if not callable(given) or inspect.isclass(given):
+        raise UsageError(
+            f"{title} is no model to compare: give an ONNX file, a bundle, a torch.nn.Module, or a"
+            " function of feeds that returns outputs"
+        )
+
+    def run(feeds: Feeds) -> Given:
+        # Its own copies: what it does to them must not reach the other side.
+        return arrays_of(given({name: np.array(value) for name, value in feeds.items()}))
+
+    return Side(title, short_title(title), run)
+
+
+def _open_module(module: torch.nn.Module, title: str) -> Side:
+    """A module in the state that it is in; float64 if its weights are, on the device they are on.
+
+    Feeds go to the parameters of `forward` by name where it knows any of the names, by their order
+    otherwise.
+    """
+    import torch
+
+    takes = inspect.signature(module.forward).parameters
+    tensors = [*module.parameters(), *module.buffers()]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    width = floats[0].dtype if floats else torch.float32
+
+    def tensor(value: NDArray[Any]) -> torch.Tensor:
+        made = torch.from_numpy(np.array(value)).to(device)
+        return made.to(width) if made.is_floating_point() else made
+
+    def run(feeds: Feeds) -> Given:
+        given: dict[str, Any] = {name: tensor(value) for name, value in feeds.items()}
+        if "past_key_values" in takes:
+            given |= _cache(given)
+        named = {name: value for name, value in given.items() if name in takes}
+        with torch.inference_mode():
+            return arrays_of(module(**named) if named else module(*given.values()))
+
+    config = getattr(module, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    halves = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return Side(
+        title,
+        short_title(title),
+        run,
+        precision=halves.get(width, "fp32"),
+        vocabulary=vocabulary if isinstance(vocabulary, int) else None,
+        labels=labels_of(getattr(config, "id2label", None)),
+        hint=" (it is in training mode: call .eval() on it)" if module.training else "",
+    )
+
+
+def _cache(given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """transformers' cache of the feeds `past_key_values.{i}.key` and `.value`, if there are any."""
+    layers = sum(name.startswith(PAST) and name.endswith(".key") for name in given)
+    if not layers:
+        return {}
+    from transformers.cache_utils import DynamicCache
+
+    pairs = [(given[f"{PAST}{i}.key"], given[f"{PAST}{i}.value"]) for i in range(layers)]
+    return {"past_key_values": DynamicCache(pairs), "use_cache": True}
+
+
+def _title(given: Any) -> str:
+    named = given if hasattr(given, "__qualname__") else type(given)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def short_title(title: str) -> str:
+    """A file's name of its path, a function's of module:function."""
+    if os.path.exists(title) or os.sep in title:
+        return Path(title).name
+    return title.rpartition(":")[2].rpartition(".")[2]

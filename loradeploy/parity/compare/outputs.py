@@ -1,0 +1,199 @@
+"""What two sides gave, matched by name and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from loradeploy.bundle.names import LOGITS, PRESENT
+from loradeploy.errors import listed
+from loradeploy.parity.compare.feeds import Fed, shapes
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.report.results import CANDIDATE, COMPARED, REFERENCE, Outcome, Result
+from loradeploy.parity.tolerances import Limit
+from loradeploy.parity.verdict import failure, judge
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.compare.sides import Given
+
+
+class LimitsOf(Protocol):
+    """Limits by metric, for values of which the largest is `scale`."""
+
+    def __call__(self, *, scale: float) -> Mapping[str, Limit]: ...
+
+
+_LISTED: Final = 5
+_CACHE: Final = PRESENT.rstrip(".")
+_ALL: Final = "outputs"  # what a problem with all of them stands under
+
+
+@dataclass
+class _Output:
+    """What an output, or a cache, has come to. `problems`: why it fails; the first is told."""
+
+    comparison: Comparison
+    scale: float
+    problems: list[str] = field(default_factory=list)
+    nan_on_both: bool = False
+
+
+class Outputs:
+    """What both sides gave, matched by name; `kept` is what the reference gave for each case."""
+
+    def __init__(self, kept: Sequence[Given | None], fed: Fed) -> None:
+        self._kept = list(kept)
+        self._fed = fed
+        self._found: dict[str, _Output] = {}
+        self._halves = False
+
+    @property
+    def precision(self) -> str:
+        """Told from the candidate's outputs."""
+        return "fp16" if self._halves else "fp32"
+
+    def add(self, number: int, given: Given | None) -> None:
+        """Take in what the candidate gave for a case."""
+        kept = self._kept[number]
+        if kept is None or given is None:
+            return
+        problem = _unmatched(kept, given, REFERENCE) or _unmatched(given, kept, CANDIDATE)
+        if problem is not None:
+            self._of(_ALL).problems.append(problem)
+            return
+        if isinstance(kept, list):  # all of them have their names from here on
+            self._kept = [
+                its if its is None or _unmatched(its, given, REFERENCE) else named(its, given)
+                for its in self._kept
+            ]
+        wanted, held = named(kept, given), named(given, kept)
+        case = f"case {number + 1} ({shapes(self._fed.cases[number])})"
+        self._halves |= any(values.dtype == np.float16 for values in held.values())
+        for who, gives, others in ((CANDIDATE, held, wanted), (REFERENCE, wanted, held)):
+            if missing := [name for name in others if name not in gives]:
+                self._of(_ALL).problems.append(
+                    f"the {who} does not give {listed(missing, _LISTED)}"
+                    f" (it gives {listed(list(gives), _LISTED)})"
+                )
+        for name in wanted:
+            if name in held:
+                self._compare(name, wanted[name], held[name], number, case)
+
+    def results(self, name: str, limits: LimitsOf) -> list[Result]:
+        """One for each output, judged."""
+        results = []
+        if not self._found:
+            self._of(_ALL).problems.append("there is none that both sides gave")
+        for phase, output in self._found.items():
+            figures = output.comparison.figures()
+            checks = judge(figures, limits(scale=output.scale), effect=None)
+            message = output.problems[0] if output.problems else failure(figures, checks)
+            if output.nan_on_both and not output.problems:
+                message = f"{message}: NaN on both sides proves nothing"
+            results.append(
+                Result(
+                    COMPARED,
+                    f"{CANDIDATE} {name}",
+                    None,
+                    phase,
+                    outcome(message),
+                    message,
+                    figures if figures.positions else None,
+                    checks if figures.positions else (),
+                )
+            )
+        return results
+
+    def _compare(
+        self, name: str, wanted: NDArray[Any], held: NDArray[Any], number: int, case: str
+    ) -> None:
+        output = self._of(_family(name))
+        if wanted.shape != held.shape:
+            narrow = wanted.ndim > 1 and wanted.shape[:-1] == held.shape[:-1]
+            why = ": another vocabulary, or another number of labels" if narrow else ""
+            output.problems.append(
+                f"{name} is {list(held.shape)} where {list(wanted.shape)} is expected,"
+                f" in {case}{why}"
+            )
+            return
+        if not wanted.size:
+            return
+        expected, actual = positions(name, wanted), positions(name, held)
+        output.comparison.add(expected, actual, case=number)
+        output.nan_on_both |= bool((np.isnan(expected) & np.isnan(actual)).any())
+
+    def _of(self, name: str) -> _Output:
+        if name not in self._found:
+            given = [
+                values
+                for its in self._kept
+                if isinstance(its, dict)
+                for own, values in its.items()
+                if _family(own) == name
+            ]
+            scale = scale_of(given)
+            self._found[name] = _Output(Comparison(scale=scale, logits=is_logits(name)), scale)
+        return self._found[name]
+
+
+def named(given: Given, like: Given) -> dict[str, NDArray[Any]]:
+    """Outputs by name: those of `like` for what has none."""
+    if isinstance(given, dict):
+        return given
+    names = list(like) if isinstance(like, dict) else [f"output {n}" for n in range(len(given))]
+    return dict(zip(names, given, strict=True))
+
+
+def _family(name: str) -> str:
+    """What is judged together: a cache has a tensor for each layer and part."""
+    return _CACHE if name.startswith(PRESENT) else name
+
+
+def _unmatched(given: Given, like: Given, who: str) -> str | None:
+    """Why outputs without names cannot have those of `like`."""
+    if not isinstance(given, list) or not isinstance(like, dict) or len(given) == len(like):
+        return None
+    return (
+        f"the {who} gives {len(given)} without names, the other side {len(like)}:"
+        f" {listed(list(like), _LISTED)}"
+    )
+
+
+def is_logits(name: str) -> bool:
+    """Whether the values are logits, by the output's name: a distribution over the last axis."""
+    return name.endswith(LOGITS)
+
+
+def positions(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """`values` as [positions, width]: of logits each position's own, of others a row's of a batch.
+
+    A direction or a distribution means nothing for one value, so columns of one are one position.
+    """
+    if values.dtype.kind == "b":
+        values = values.astype(np.int8)
+    if values.ndim < 2 or values[0].size == 1:
+        return values.reshape(1, -1)
+    width = values.shape[-1] if is_logits(name) else values[0].size
+    return values.reshape(-1, width)
+
+
+def scale_of(given: Sequence[NDArray[Any]]) -> float:
+    """The largest finite absolute value; 0 for integers, which are the same or are not."""
+    return max(
+        (
+            float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
+            for values in given
+            if values.dtype.kind == "f"
+        ),
+        default=0.0,
+    )
+
+
+def outcome(message: str | None) -> Outcome:
+    """Failed where there is a message."""
+    return "passed" if message is None else "failed"

@@ -1,0 +1,195 @@
+"""What a parity check works on: the bundle, the adapters, the inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.digest import base_digest, file_digest, short
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.bundle.factors import check_fit, fitted
+from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
+from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
+from loradeploy.export.given_adapters import named_places
+from loradeploy.export.read.source import resolve
+from loradeploy.files import inside
+from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.lora.checkpoint import tell_beside
+from loradeploy.parity.report.results import Variant
+from loradeploy.parity.variants import DEFAULT
+
+if TYPE_CHECKING:
+    from loradeploy.parity.inputs.tokens import Cases
+
+AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An adapter that is checked, with outputs for all labels of the bundle.
+
+    `digest`: of the adapter at `place`, which has fewer labels where it is `widened`. `native`: its
+    .onnx_adapter file, where the bundle has one.
+    """
+
+    name: str
+    place: Path
+    adapter: Adapter
+    digest: str
+    native: Path | None = None
+    widened: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """All that the backends need. `scratch` is a directory for temporary files.
+
+    `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
+    `variant`, and that one's provider as the only one in `providers`. `phases`: None is all.
+    `genai_python`: the interpreter that has onnxruntime-genai.
+    `weights`: where those of the bundle's graph are, if not beside it.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    model: Path
+    subjects: tuple[Subject, ...]
+    cases: Cases
+    scratch: Path
+    providers: tuple[str, ...] | None
+    variants: tuple[Variant, ...] = (DEFAULT,)
+    variant: Variant = DEFAULT
+    phases: tuple[str, ...] | None = None
+    genai_python: Path | None = None
+    weights: Path | None = None
+
+    def at(self, variant: Variant) -> Setting:
+        """The same for one of the variants."""
+        return dataclasses.replace(self, variant=variant, providers=(variant.provider,))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the bundle's graph claims to hold its one adapter itself."""
+        return self.manifest.mode == "merged"
+
+
+def find_model(
+    bundle: Path, manifest: Manifest, model: str | os.PathLike[str] | None
+) -> tuple[Path, str]:
+    """The directory of the base model, and its digest.
+
+    Without `model` it is the one that the manifest names, in the working directory or beside the
+    bundle.
+
+    Raises:
+        UsageError: no model is given and none is found, or an ONNX file is given.
+        ModelError: it is missing, or it is not the base that the bundle was made from.
+    """
+    if model is None:
+        name = manifest.base.name
+        candidates = [place / name for place in (Path(), bundle.resolve().parent)]
+        found = [place for place in candidates if (place / "config.json").is_file()]
+        if not found:
+            raise UsageError(
+                f"the reference is the PyTorch model: give it with --model; {bundle} was made from"
+                f" {name}, which is neither here nor beside the bundle"
+            )
+        model = found[0]
+    source = resolve(model)
+    if source.kind != "checkpoint":
+        raise UsageError(
+            f"{model} is an ONNX model: the reference is the PyTorch model, give its directory"
+        )
+    check_plain_weights(source.directory, names=[source.name])
+    tell_beside(source.directory, "the reference's base is without it")
+    digest = base_digest(source.directory)
+    base = manifest.base
+    if base.kind == "checkpoint" and base.digest not in (None, digest):
+        raise ModelError(
+            f"{model} is not the base of {bundle}: its digest is {short(digest)}, the bundle was"
+            f" made from {base.name} with {short(base.digest)}"
+        )
+    return source.directory, digest
+
+
+def find_subjects(
+    bundle: Path, manifest: Manifest, adapters: AdapterPlaces | None
+) -> tuple[Subject, ...]:
+    """The adapters to check: those in the bundle, then those given.
+
+    Raises:
+        UsageError: one name for two adapters, or not exactly one adapter for a merged bundle.
+        BundleError: an adapter in the bundle is not the one that was exported.
+        AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
+    """
+    found: dict[str, Subject] = {}
+    for name, entry in manifest.adapters.items():
+        if entry.path is None:
+            raise BundleError(f"{bundle}: its manifest tells no place for the adapter {name!r}")
+        place = inside(bundle, entry.path)
+        adapter = load_adapter(place)
+        if adapter.digest != entry.digest:
+            raise BundleError(
+                f"{place} is not the adapter that came with the bundle: its digest has changed;"
+                " export again"
+            )
+        native = place.with_name(f"{name}{NATIVE_SUFFIX}")
+        wide = with_all_labels(adapter, manifest)
+        file = native if native.is_file() else None
+        found[name] = Subject(name, place, wide, adapter.digest, file, widened=wide is not adapter)
+    for name, place in named_places(adapters).items():
+        adapter = fitted(load_adapter(place), manifest)
+        wide = with_all_labels(adapter, manifest)
+        if name in found and found[name].digest != adapter.digest:
+            raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
+        beside = found[name].native if name in found else None
+        # Of one that the bundle has too, PEFT reads the files that are given.
+        found[name] = Subject(name, place, wide, adapter.digest, beside, wide is not adapter)
+    if manifest.mode == "merged" and len(found) != 1:
+        raise UsageError(
+            f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"
+            f" ({len(found)} are given)"
+        )
+    if manifest.mode == "side-inputs":
+        for subject in found.values():
+            try:
+                check_fit(subject.adapter, manifest)
+            except AdapterMismatchError as problem:
+                raise AdapterMismatchError(f"{subject.name}: {problem}") from None
+    return tuple(found.values())
+
+
+def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:
+    """Digests of the bundle's graph and of its data file, as they are.
+
+    Raises:
+        BundleError: a file is missing, or has changed since the export.
+    """
+    digests: list[str | None] = []
+    for name, told in (
+        (GRAPH_NAME, manifest.graph_digest),
+        (GRAPH_DATA_NAME, manifest.data_digest),
+    ):
+        file = bundle / name
+        if not file.is_file():
+            if told is not None or name == GRAPH_NAME:
+                raise BundleError(f"{bundle} holds no {name}: export again")
+            digests.append(None)
+            continue
+        digest = file_digest(file)
+        if told not in (None, digest):
+            raise BundleError(
+                f"{file} has changed since the export (digest {short(digest)}, the manifest says"
+                f" {short(told)}): export again"
+            )
+        digests.append(digest)
+    graph, data = digests
+    assert graph is not None
+    return graph, data

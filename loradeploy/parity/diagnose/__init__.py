@@ -1,0 +1,1 @@
+"""Where a backend that fails parts from the reference, and on how little."""

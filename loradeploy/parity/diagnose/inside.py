@@ -1,0 +1,199 @@
+"""Both sides of one row, opened: PyTorch's modules, and what a backend has of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.native import read_onnx_adapter, write_side_inputs
+from loradeploy.parity.backends import ort
+from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
+from loradeploy.parity.diagnose.search import Place, Values
+from loradeploy.parity.diagnose.torch_probe import Modules, Site, rounded, sites_of, values_at
+from loradeploy.parity.reference.peft import with_peft
+from loradeploy.parity.reference.pytorch import Base, TorchModel, as_reference, merged
+from loradeploy.parity.reference.rounding import Activations, rounded_activations
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.backends.table import Opened
+
+    InTorch = Callable[[torch.nn.Module, Subject], AbstractContextManager[None]]
+
+# How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
+GRAPHS: Final[Mapping[str, Callable[[Setting], Opened]]] = {
+    "onnx-side-inputs": ort.side_inputs,
+    "onnx-mixed": ort.side_inputs,
+    "onnx-native": ort.native_adapter,
+    "onnx-merged": ort.merged_graph,
+}
+
+
+def _merged(model: torch.nn.Module, subject: Subject) -> AbstractContextManager[None]:
+    return merged(model, subject.adapter)
+
+
+MODELS: Final[Mapping[str, InTorch]] = {"torch-merged": _merged, "peft": with_peft}
+
+
+class TorchRow:
+    """One row of tokens, alone and without a cache, and the model that it goes through."""
+
+    def __init__(
+        self, setting: Setting, base: Base, adapter: str | None, tokens: Sequence[int]
+    ) -> None:
+        self.setting = setting
+        self.base = base
+        self.subject = next((s for s in setting.subjects if s.name == adapter), None)
+        self.ids = np.array([tokens], np.int64)
+        self.modules = Modules.of(base.model)
+        self._forward = TorchModel(base.model, setting.manifest)
+
+    @property
+    def name(self) -> str | None:
+        """The adapter's; None is the base."""
+        return None if self.subject is None else self.subject.name
+
+    def run(self) -> None:
+        """Take the row through the model as it is."""
+        self._forward.forward(self.ids, np.ones_like(self.ids), None, [self.name])
+
+    def sites(self) -> tuple[Site, ...]:
+        """The tensors on the way through the reference."""
+        with self.reference():
+            return sites_of(self.base.model, self.modules, self.run)
+
+    def reference(self) -> AbstractContextManager[object]:
+        """The model as the reference while the context lasts."""
+        return as_reference(self.setting, self.base, self.name)
+
+    @contextmanager
+    def disturbed(
+        self, unit: float, activations: Mapping[str, Activations], seed: int
+    ) -> Iterator[None]:
+        """The same, as far off as rounding brings it: by `unit`, and `activations` to 8 bits."""
+        model = self.base.model
+        with (
+            self.reference(),
+            rounded(model, self.modules, unit, seed),
+            rounded_activations(model, activations),
+        ):
+            yield
+
+    def values(
+        self, places: Sequence[Place], holding: Callable[[], AbstractContextManager[object]]
+    ) -> Values:
+        """The values at `places` of the model while it is `holding` something."""
+
+        def values(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
+            with holding():
+                return values_at(self.base.model, [places[n].site for n in numbers], self.run)
+
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class OtherSide:
+    """What a backend shows of the reference's sites; see `search.Sides`."""
+
+    places: Sequence[Place]
+    values: Values
+    upstream: Sequence[int] | None = None
+    unmatched: tuple[str, ...] = ()
+
+
+@contextmanager
+def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[OtherSide]:
+    """The backend, opened with the row's adapter.
+
+    Raises:
+        ValueError: it has no inside that is known, or does not run the base alone.
+        LoraDeployError: its graph cannot be read or opened.
+    """
+    if backend in GRAPHS:
+        with _bundle_of(row, backend) as bundle, _scratch(row) as scratch:
+            probed = probe_graph(bundle, read_manifest(bundle), sites, row.modules)
+            places = [Place(p.site, p.module, p.node, p.op) for p in probed.probes]
+            upstream = probed.upstream()
+            with _graph_values(row, backend, probed, scratch) as values:
+                yield OtherSide(places, values, upstream, probed.unmatched)
+    elif backend in MODELS and row.subject is not None:
+        model, subject = row.base.model, row.subject
+        places = [_torch_place(model, site) for site in sites]
+        values = row.values(places, lambda: MODELS[backend](model, subject))
+        yield OtherSide(places, values)
+    else:
+        raise ValueError(f"nothing is known of what is inside of {backend}")
+
+
+def _scratch(row: TorchRow) -> AbstractContextManager[str]:
+    return TemporaryDirectory(dir=row.setting.scratch)
+
+
+@contextmanager
+def _bundle_of(row: TorchRow, backend: str) -> Iterator[Path]:
+    """The bundle that the backend runs."""
+    if backend == "onnx-merged" and row.subject is not None:
+        with ort.merged_bundle(row.setting, row.subject) as bundle:
+            yield bundle
+    else:
+        yield row.setting.bundle
+
+
+@contextmanager
+def _graph_values(
+    row: TorchRow, backend: str, probed: ProbedGraph, scratch: str
+) -> Iterator[Values]:
+    """The probed graph, opened as the backend opens its own, with the one adapter."""
+    place = Path(scratch) / "probed"
+    manifest = probed.write(place)
+    subject = row.subject
+    if subject is not None and subject.native is not None and probed.manifest.branches:
+        native = place / subject.native.name  # the same, without a choice of the branch
+        write_side_inputs(read_onnx_adapter(subject.native), manifest, native)
+        subject = dataclasses.replace(subject, native=native)
+    opened = GRAPHS[backend](
+        dataclasses.replace(
+            row.setting,
+            bundle=place,
+            manifest=manifest,
+            weights=probed.bundle,
+            subjects=() if subject is None else (subject,),
+        )
+    )
+    graph: Any = next((model for given, model in opened if given == row.name), None)
+    if graph is None:
+        raise ValueError(f"{backend} does not run the base alone")
+
+    def values(numbers: Sequence[int]) -> Sequence[NDArray[np.float32] | None]:
+        probes = [probed.probes[n] for n in numbers]
+        names = list(dict.fromkeys(str(probe.value.name) for probe in probes))
+        given = dict(zip(names, graph.values(names, row.ids, row.name), strict=True))
+        found: list[NDArray[np.float32] | None] = []
+        for probe in probes:
+            array = given[str(probe.value.name)]
+            if probe.part is not None:
+                array = array[..., slice(*probe.part)]
+            fits = array.size == np.prod(probe.site.shape)
+            found.append(array.astype(np.float32).reshape(probe.site.shape) if fits else None)
+        return found
+
+    yield values
+    del opened  # until here it holds what the session needs
+
+
+def _torch_place(model: torch.nn.Module, site: Site) -> Place:
+    """A site as a step of PyTorch's: the class of the module that computes it."""
+    module = site.given_by[0] if site.given_by else site.taken_by[0].rpartition(".")[0]
+    return Place(site, module, "", type(model.get_submodule(module)).__name__)

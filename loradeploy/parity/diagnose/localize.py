@@ -1,0 +1,194 @@
+"""Failures of a check, localised: both sides opened with their inner values, and searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.errors import first_line
+from loradeploy.parity.backends.table import Backend
+from loradeploy.parity.context import Setting
+from loradeploy.parity.diagnose.inside import GRAPHS, MODELS, TorchRow, other_side
+from loradeploy.parity.diagnose.search import ROUNDINGS, Found, Sides, search
+from loradeploy.parity.reference.packed import activations_of
+from loradeploy.parity.reference.pytorch import Base, Reference
+from loradeploy.parity.report.results import BASE_LABEL, Localisation
+
+if TYPE_CHECKING:
+    from loradeploy.parity.report.results import Result, Variant
+
+logger = logging.getLogger(__name__)
+
+# How many failures are looked into, the first of each backend and adapter.
+AT_MOST: Final = 3
+# Where large values cancel, an error is that of one number, and one draw may hardly move it.
+_DRAWS: Final = 3
+# With few positions there are few numbers to tell rounding by.
+_LEAST_TOKENS: Final = 8
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be looked into, on `case` up to `position`, or all of it.
+
+    `variant`: how onnxruntime ran it; None is as it does by itself.
+    """
+
+    backend: str
+    title: str
+    adapter: str | None
+    case: int
+    position: int | None = None
+    variant: Variant | None = None
+
+
+def localisations(
+    setting: Setting,
+    reference: Reference,
+    backends: Sequence[Backend],
+    results: Sequence[Result],
+    load: Callable[[], Base],
+    *,
+    always: bool,
+) -> tuple[Localisation, ...]:
+    """Look into what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
+
+    With `always` and nothing failed, the base and the first adapter are looked into with one of
+    `backends`.
+    """
+    requests = _failures(setting, reference, results)
+    failed = bool(requests)
+    if not requests and always:
+        requests = _samples(setting, backends)
+    if not requests:
+        return ()
+    logger.info("looking inside, for where it begins" if failed else "looking inside")
+    try:
+        base = load()
+    except Exception as problem:  # it was loaded before: memory, or a file that is gone
+        logger.warning("nothing can be looked into: %s", first_line(problem))
+        return ()
+    found = []
+    for request in requests[:AT_MOST]:
+        logger.info("%s, %s", request.title, request.adapter or BASE_LABEL)
+        tokens = reference.rows[request.adapter][request.case].tokens
+        if request.position is not None:
+            tokens = tokens[: max(request.position + 1, _LEAST_TOKENS)]
+        its = setting if request.variant is None else setting.at(request.variant)
+        place = localise(its, base, request.backend, request.adapter, tokens, failed=failed)
+        found.append(dataclasses.replace(place, title=request.title, case=request.case))
+    return tuple(found)
+
+
+def localise(
+    setting: Setting,
+    base: Base,
+    backend: str,
+    adapter: str | None,
+    tokens: Sequence[int],
+    *,
+    failed: bool = True,
+) -> Localisation:
+    """Where `backend` with `adapter` (None is the base) parts from PyTorch on one row of `tokens`.
+
+    `failed`: whether the backend is known to fail, so that nothing found is worth a word. What goes
+    wrong is the localisation's message, never an error.
+    """
+    nothing = Localisation(backend, backend, adapter, 0, len(tokens), ())
+    # What runs in PyTorch is float32, whatever the graph is.
+    rounding = ROUNDINGS["fp32" if backend in MODELS else setting.manifest.precision]
+    activations = {} if backend in MODELS else activations_of(base.packed)
+    try:
+        row = TorchRow(setting, base, adapter, tokens)
+        with other_side(row, backend, row.sites()) as other:
+            sides = Sides(
+                other.places,
+                reference=row.values(other.places, row.reference),
+                disturbed=[
+                    row.values(
+                        other.places, partial(row.disturbed, rounding.unit, activations, seed)
+                    )
+                    for seed in range(_DRAWS)
+                ],
+                backend=other.values,
+                rounding=rounding,
+                upstream=other.upstream,
+            )
+            found = search(sides, tokens=len(tokens))
+    except Exception as problem:  # whatever a broken graph sets off must not hide the verdict
+        said = f"it could not be looked into: {first_line(problem)}"
+        return dataclasses.replace(nothing, message=said)
+    return dataclasses.replace(
+        nothing,
+        steps=found.steps,
+        first=found.first,
+        before=found.before,
+        offenders=found.offenders,
+        heatmap=found.heatmap,
+        unmatched=(*other.unmatched, *found.lost),
+        message=_message(found, rounding.limit, failed),
+    )
+
+
+def _failures(setting: Setting, reference: Reference, results: Sequence[Result]) -> list[_Request]:
+    """The first failure of each backend and adapter, where it is worst.
+
+    Where that is not known, as of values that are not finite, the longest case is as good as any.
+    """
+    # Only there do positions not see what comes after them.
+    causal = setting.manifest.task == CAUSAL_LM
+    requests: dict[tuple[str, str | None], _Request] = {}
+    for result in results:
+        if result.outcome != "failed" or result.figures is None:
+            continue
+        if result.backend not in (*GRAPHS, *MODELS):
+            continue
+        worst = result.figures.worst
+        rows = reference.rows[result.adapter]
+        longest = max(range(len(rows)), key=lambda case: len(rows[case].tokens))
+        request = _Request(
+            result.backend,
+            result.title,
+            result.adapter,
+            case=longest if worst is None else worst.case,
+            position=worst.position if worst is not None and causal else None,
+            variant=result.variant,
+        )
+        requests.setdefault((result.backend, result.adapter), request)
+    return list(requests.values())
+
+
+def _samples(setting: Setting, backends: Sequence[Backend]) -> list[_Request]:
+    """The base and the first adapter, with one backend that has a graph, for both if there is."""
+    able = [b for b in backends if b.name in GRAPHS and not b.missing(setting)]
+    if not able:
+        return []
+    backend = min(able, key=lambda each: each.needs_adapter)
+    adapters: list[str | None] = [] if backend.needs_adapter else [None]
+    adapters += [subject.name for subject in setting.subjects[:1]]
+    return [_Request(backend.name, backend.title, adapter, case=0) for adapter in adapters]
+
+
+def _message(found: Found, limit: float, failed: bool) -> str | None:
+    if found.first is not None and not np.isfinite(found.first.scale):
+        return "PyTorch's own values are not finite there either"
+    if found.first is not None or not failed:
+        return None
+    if not found.steps:
+        return "no module of the model was found in the graph"
+    if found.largest > limit:
+        return (
+            f"no module stands out: the error grows little by little, to {found.largest:.0f} times"
+            " what rounding does"
+        )
+    return (
+        "alone in its batch, without a cache and with its inner values shown, every module agrees"
+        " but for rounding: it is a batch, the cache, a fusion of onnxruntime's, or a tight limit"
+    )

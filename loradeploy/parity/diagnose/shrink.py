@@ -1,0 +1,310 @@
+"""The smallest input that fails still: what is left of a prompt once all that can go is gone.
+
+A failing row is cut after the place where it fails, where the model looks back only; then tokens
+are left out, by halves and one by one, as long as what is left fails in the same phase by the same
+limits. A row that fails in a batch has a row of the prompts beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.errors import kind_and_line
+from loradeploy.parity.backends.table import Backend, open_backend
+from loradeploy.parity.check import mixed_rows
+from loradeploy.parity.context import Setting
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.phases import (
+    DECODE,
+    PADDED_BATCH,
+    PERMUTED,
+    REPEAT,
+    WHOLE_ROW,
+    Model,
+    Row,
+    has_logits,
+    phases_of,
+    walk,
+)
+from loradeploy.parity.reference.pytorch import TorchModel, as_reference
+from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
+from loradeploy.parity.verdict import failure, judge
+
+if TYPE_CHECKING:
+    import torch
+
+    from loradeploy.parity.reference.pytorch import Base, Reference
+
+logger = logging.getLogger(__name__)
+
+Tokens = tuple[int, ...]
+
+# How many failures are made smaller, and how many inputs are tried for one.
+MOST: Final = 3
+TRIES: Final = 40
+# How many rows are tried for the failure to be seen again.
+_ROWS: Final = 4
+_BESIDE: Final = (PADDED_BATCH, PERMUTED, DECODE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an input fails, and the largest error there."""
+
+    message: str
+    error: float
+
+
+def shrink(
+    tokens: Tokens,
+    fails: Callable[[Tokens], Fault | None],
+    *,
+    causal: bool,
+    tries: int = TRIES,
+) -> tuple[Tokens, Fault, int] | None:
+    """The smallest part of `tokens` that was found to fail, its fault, and how many were tried.
+
+    None where `tokens` themselves do not fail. `causal`: what follows a token changes nothing at
+    it, so that the shortest beginning that fails is found by halving.
+    """
+    tried = 0
+    found: Fault | None = None
+
+    def still(candidate: Tokens) -> bool:
+        nonlocal tried, found
+        tried += 1
+        fault = fails(candidate)
+        found = fault or found
+        return fault is not None
+
+    if not tokens or not still(tokens):
+        return None
+    if causal:
+        low, high = 0, len(tokens)  # tokens[:low] passes, tokens[:high] fails
+        while high - low > 1 and tried < tries:
+            middle = (low + high) // 2
+            low, high = (low, middle) if still(tokens[:middle]) else (middle, high)
+        tokens = tokens[:high]
+    size = len(tokens) // 2
+    while size:
+        start, smaller = 0, False
+        while start < len(tokens) and tried < tries:
+            candidate = tokens[:start] + tokens[start + size :]
+            if candidate and still(candidate):
+                tokens, smaller = candidate, True
+            else:
+                start += size
+        # One by one until none can go; then nothing can.
+        size = size if size == 1 and smaller and tried < tries else size // 2
+        size = min(size, len(tokens) // 2) if size > 1 else size
+    assert found is not None
+    return tokens, found, tried
+
+
+def shrink_failures(
+    backends: Sequence[Backend],
+    setting: Setting,
+    reference: Reference,
+    results: Sequence[Result],
+    load: Callable[[], Base],
+) -> tuple[tuple[Counterexample, ...], tuple[str, ...]]:
+    """A counterexample for each backend and adapter that failed, a few at most, and remarks.
+
+    `backends` are those that do not run in the reference's model; `load` gives the base in PyTorch
+    where there is something to do. What goes wrong meanwhile is a remark, and no verdict.
+    """
+    failed = _failures(backends, setting.manifest.task, results)
+    if not failed:
+        return (), ()
+    remarks = []
+    if len(failed) > MOST:
+        remarks.append(f"the smallest failing input was looked for in {MOST} of {len(failed)}")
+    found = []
+    try:
+        base = load()
+        for backend, result in failed[:MOST]:
+            logger.info("the smallest input that fails: %s, %s", result.title, result.subject)
+            example = _smallest(backend, result, setting, reference, base)
+            if example is None:
+                remarks.append(
+                    f"{result.title}, {result.subject}, {result.phase}: no prompt by itself fails"
+                    " again, so no smallest input was found"
+                )
+            else:
+                found.append(example)
+    except Exception as problem:  # of whatever kind: the verdict stands without it
+        remarks.append(f"the search for the smallest failing input ended: {kind_and_line(problem)}")
+    return tuple(found), tuple(remarks)
+
+
+def _failures(
+    backends: Sequence[Backend], task: str, results: Sequence[Result]
+) -> list[tuple[Backend, Result]]:
+    """The plainest failure of each backend with each adapter: by itself before in a batch."""
+    known = {backend.name: backend for backend in backends}
+    order = {phase: number for number, phase in enumerate(phases_of(task))}
+    plainest: dict[tuple[str, str | None], Result] = {}
+    for result in results:
+        # A second run that differs does so on whatever is fed.
+        if result.outcome != "failed" or result.phase in (None, REPEAT):
+            continue
+        if result.backend not in known:
+            continue
+        key = (result.backend, result.adapter)
+        before = plainest.get(key)
+        if before is None or order[str(result.phase)] < order[str(before.phase)]:
+            plainest[key] = result
+    return [(known[result.backend], result) for result in plainest.values()]
+
+
+def _smallest(
+    backend: Backend,
+    result: Result,
+    setting: Setting,
+    reference: Reference,
+    base: Base,
+) -> Counterexample | None:
+    if result.variant is not None:
+        setting = setting.at(result.variant)
+    rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[result.adapter]
+    with (
+        as_reference(setting, base, result.adapter) as model,
+        closing(_opened(backend, result.adapter, setting)) as opened,
+    ):
+        trial = _Trial(backend, next(opened), model, result, setting, reference, rows)
+        for row in _likeliest(rows, result):
+            smallest = shrink(row.tokens, trial.on(row), causal=setting.manifest.task == CAUSAL_LM)
+            if smallest is not None:
+                tokens, fault, tried = smallest
+                return Counterexample(
+                    backend=result.backend,
+                    title=result.title,
+                    adapter=result.adapter,
+                    tokens=tokens,
+                    text=_text(setting, tokens),
+                    error=fault.error,
+                    message=f"{result.phase}{trial.beside(row)}: {fault.message}",
+                    length=len(row.tokens),
+                    tried=tried,
+                )
+    return None
+
+
+def _opened(
+    backend: Backend, adapter: str | None, setting: Setting
+) -> Generator[Model, None, None]:
+    """The backend with the one adapter; open until the iterator is closed."""
+    for name, model in open_backend(backend, setting, None):
+        if backend.mixed or name == adapter:
+            yield model
+
+
+def _likeliest(rows: Sequence[Row], result: Result) -> list[Row]:
+    """The rows of the failing adapter, that with the largest error first."""
+    worst = None if result.figures is None else result.figures.worst
+    case = None if worst is None else worst.case
+    own = [row for row in rows if row.subject == result.adapter]
+    return sorted(own, key=lambda row: row.case != case)[:_ROWS]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """One backend in one phase, to be tried on any tokens."""
+
+    backend: Backend
+    model: Model
+    torch_model: torch.nn.Module
+    result: Result
+    setting: Setting
+    reference: Reference
+    rows: Sequence[Row]
+
+    def on(self, row: Row) -> Callable[[Tokens], Fault | None]:
+        """What tells whether tokens in the place of `row` fail."""
+        return lambda tokens: self._fault(tokens, row)
+
+    def beside(self, row: Row) -> str:
+        """Which row the tokens share their batch with, in words."""
+        other = self._other(row)
+        if other is None:
+            return ""
+        subject = f" with {other.subject or BASE_LABEL}" if self.backend.mixed else ""
+        return f", beside prompt {other.case + 1}{subject}"
+
+    def _fault(self, tokens: Tokens, row: Row) -> Fault | None:
+        phase = str(self.result.phase)
+        steps = max(0, len(row.forced) - 1) if phase == DECODE else 0
+        steps = min(steps, len(tokens) - 1)
+        if phase == DECODE and not steps:
+            return None
+        tried = self._row(tokens, row.subject, steps)
+        other = self._other(row)
+        batch = [tried] if other is None else [tried, _shortened(other, steps)]
+        cases, task = self.setting.cases, self.setting.manifest.task
+        comparison = Comparison(scale=self.reference.scale[row.subject], logits=has_logits(task))
+        try:
+            for seen in walk(
+                self.model,
+                batch,
+                task=task,
+                pad=cases.pad,
+                phases=(phase,),
+                left=cases.left,
+                alike=cases.alike,
+                batched=self.backend.batched,
+            ):
+                if seen.row is tried:
+                    comparison.add(seen.expected, seen.values, first=seen.first)
+        except Exception as problem:  # whatever a backend raises is its failure
+            return Fault(kind_and_line(problem), float("nan"))
+        figures = comparison.figures()
+        if not figures.positions:
+            return None  # too short for the phase
+        limits = self.reference.limits[row.subject]
+        effect = None if row.subject is None else self.reference.effect[row.subject].largest
+        message = failure(figures, judge(figures, limits, effect=effect))
+        return None if message is None else Fault(message, figures.max_abs)
+
+    def _row(self, tokens: Tokens, subject: str | None, steps: int) -> Row:
+        """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
+        manifest = self.setting.manifest
+        ids = np.array([tokens], np.int64)
+        reference = TorchModel(self.torch_model, manifest)
+        values, _ = reference.forward(ids, np.ones_like(ids), None, [subject])
+        if manifest.task not in WHOLE_ROW:
+            values = values[0]  # [positions, width]
+        if not steps:
+            return Row(0, subject, tokens, (), values)
+        # The last of the forced tokens is one that nobody is fed.
+        return Row(0, subject, tokens[:-steps], (*tokens[-steps:], 0), values)
+
+    def _other(self, row: Row) -> Row | None:
+        """A row to share the batch with, of another adapter where each row has its own."""
+        if self.result.phase not in _BESIDE or not self.backend.batched:
+            return None
+        others = [other for other in self.rows if other is not row and other.edge == row.edge]
+        if self.backend.mixed:
+            others = [other for other in others if other.subject != row.subject]
+        return max(others, key=lambda other: len(other.prompt), default=None)
+
+
+def _shortened(row: Row, steps: int) -> Row:
+    """`row` followed for `steps` steps, as one that may share a batch with any."""
+    forced = row.forced[: steps + 1] if steps else ()
+    return dataclasses.replace(row, forced=forced, edge=False)
+
+
+def _text(setting: Setting, tokens: Tokens) -> str | None:
+    if not (setting.bundle / "tokenizer.json").is_file():
+        return None
+    from loradeploy.runtime.tokenizer import Tokenizer
+
+    return Tokenizer(setting.bundle).decode(tokens)

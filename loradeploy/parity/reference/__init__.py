@@ -1,0 +1,1 @@
+"""The PyTorch side: the reference, and what is compared with it in PyTorch."""

@@ -1,0 +1,65 @@
+"""The gap of a precision, measured in PyTorch on the inputs of the check (see tolerances.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.parity.metrics import Comparison, Figures
+from loradeploy.parity.reference.packed import PACKED
+from loradeploy.parity.reference.rounding import DTYPES, Activations, in_dtype, rounded_activations
+
+if TYPE_CHECKING:
+    import torch
+
+    from loradeploy.parity.phases import Model, Row
+
+# Prompts, of all lengths, that are computed once more.
+_CASES: Final = 6
+
+
+def measure_gap(
+    model: torch.nn.Module,
+    forward: Model,
+    rows: Sequence[Row],
+    precision: str,
+    activations: Mapping[str, Activations],
+    *,
+    scale: float,
+    logits: bool,
+) -> Figures:
+    """How far PyTorch is off by the rounding of `precision` alone, on some of `rows`.
+
+    `forward` runs `model`, whose adapter is in it; the rows hold what it gives in float32.
+    `activations` are the modules whose inputs packed weights round.
+    """
+    gap = Comparison(scale=scale, logits=logits)
+    with _less_exact(model, precision, activations):
+        for row in _some(rows):
+            ids = np.array([row.tokens], np.int64)
+            values, _ = forward.forward(ids, np.ones_like(ids), None, [row.subject])
+            values = values.reshape(row.expected.shape)
+            # float64 is the more exact side, any other the less exact one.
+            exact, rounded = row.expected, values
+            if values.dtype == np.float64:
+                exact, rounded = rounded, exact
+            gap.add(exact, rounded)
+    return gap.figures()
+
+
+def _less_exact(
+    model: torch.nn.Module, precision: str, activations: Mapping[str, Activations]
+) -> AbstractContextManager[None]:
+    if precision in PACKED and activations:
+        return rounded_activations(model, activations)
+    return in_dtype(model, DTYPES.get(precision, DTYPES["fp32"]))
+
+
+def _some(rows: Sequence[Row]) -> list[Row]:
+    """Rows of all lengths, the longest, whose errors add up the most, among them."""
+    ordered = sorted(rows, key=lambda row: len(row.tokens))
+    picks = np.unique(np.linspace(0, len(ordered) - 1, _CASES).astype(int))
+    return [ordered[pick] for pick in picks]

@@ -1,0 +1,124 @@
+"""PEFT in the reference's model: what PEFT itself reads from the adapter's own files.
+
+Nothing that loradeploy read, left out or wrote anew goes in here, so that a mistake of its reader
+shows as a difference.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
+from loradeploy.adapter.tensors import map_tensors, read_arrays, write_arrays
+from loradeploy.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loradeploy.parity.context import Subject
+
+_PREFIX: Final = "base_model.model."
+
+
+@contextmanager
+def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
+    """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
+    from loradeploy.lora.quiet import quiet
+
+    with quiet():  # it imports bitsandbytes, which has remarks
+        import peft
+
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, torch.Tensor] = {}
+    versions = {name: parameter._version for name, parameter in parameters.items()}
+    try:
+        with quiet(), _place_for_peft(subject) as place:
+            own = _may_be_written(place / WEIGHTS_NAME, parameters)
+            peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
+        yield
+    finally:
+        _restore(model, modules, parameters)
+        for name, values in own.items():
+            parameters[name].data.copy_(values)
+            versions[name] = parameters[name]._version
+    changed = [name for name, version in versions.items() if parameters[name]._version != version]
+    if changed:  # what is compared after this must be the base
+        raise RuntimeError(f"PEFT wrote over the base's {changed[0]}, which is not put back")
+
+
+@contextmanager
+def _place_for_peft(subject: Subject) -> Iterator[Path]:
+    """A PEFT directory with the adapter's own files.
+
+    Where the bundle has more labels than the adapter, the tensors of its head are those that are
+    compared; all others are the file's.
+    """
+    config, weights = adapter_files(subject.place)
+    if not subject.widened and weights.name == WEIGHTS_NAME:
+        yield weights.parent
+        return
+    with TemporaryDirectory() as scratch:
+        place = Path(scratch) / subject.name
+        place.mkdir()
+        shutil.copyfile(config, place / CONFIG_NAME)
+        if subject.widened:
+            _write_widened(subject, weights, place / WEIGHTS_NAME)
+        else:
+            shutil.copyfile(weights, place / WEIGHTS_NAME)
+        yield place
+
+
+def _write_widened(subject: Subject, weights: Path, output: Path) -> None:
+    arrays, metadata = read_arrays(weights, error=AdapterError)
+    for name, values in subject.adapter.saved.items():
+        key = f"{_PREFIX}{name}"
+        if key in arrays and arrays[key].shape != values.shape:
+            arrays[key] = np.asarray(values)
+    write_arrays(output, arrays, metadata)
+
+
+def _may_be_written(
+    weights: Path, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Copies of the base's parameters that a tensor of the file could be loaded into.
+
+    PEFT writes trained biases, and the embeddings that come with an adapter, over the base's own.
+    Names differ by what PEFT wraps and transformers renamed: ending and shape do not.
+    """
+    tensors = map_tensors(weights, error=AdapterError)[0]
+    shapes = {(name.rpartition(".")[2], tensor.shape) for name, tensor in tensors.items()}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in parameters.items()
+        if (name.rpartition(".")[2], tuple(parameter.shape)) in shapes
+    }
+
+
+def _restore(
+    model: Any,
+    modules: Mapping[str, torch.nn.Module],
+    parameters: Mapping[str, torch.nn.Parameter],
+) -> None:
+    """Put every module and parameter back where it was, and forget that PEFT was there."""
+    for name, module in modules.items():
+        if name and model.get_submodule(name) is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, module)
+    for name, parameter in parameters.items():
+        parent, _, child = name.rpartition(".")
+        if getattr(modules[parent], child) is not parameter:
+            setattr(modules[parent], child, parameter)
+    for trace in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(trace, None)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)

@@ -1,0 +1,353 @@
+"""The PyTorch side: the reference, and the backends that are held against it in PyTorch.
+
+The base model is loaded once; adapters are put in and taken out again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    CAUSAL_LM,
+    CLASSIFICATIONS,
+    INPUT_IDS,
+    POSITION_IDS,
+)
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.export.tasks import TASK_TABLE
+from loradeploy.parity.context import Setting
+from loradeploy.parity.inputs.row_feeds import plain_feeds
+from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.phases import (
+    WHOLE_ROW,
+    Row,
+    batch_size,
+    generate,
+    has_logits,
+    joined,
+    output_names,
+)
+from loradeploy.parity.reference.calibrate import measure_gap
+from loradeploy.parity.reference.packed import (
+    PACKED,
+    PackedWeight,
+    activations_of,
+    layers_of,
+    packed_weights,
+    rounded_as,
+    unpack_into,
+    weight_of,
+)
+from loradeploy.parity.reference.requantized import with_roundings
+from loradeploy.parity.tolerances import Limit, assumed, calibrated
+from loradeploy.runtime.tokenizer import positions_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+
+class TorchModel:
+    """A PyTorch model as a backend; the adapter is what is in it at the time."""
+
+    def __init__(self, model: torch.nn.Module, manifest: Manifest) -> None:
+        self._model = model
+        self._manifest = manifest
+        self._task = manifest.task
+        # The first is the task's own, which a graph may call something else than PyTorch does.
+        self._outputs = (TASK_TABLE[manifest.task].output, *output_names(manifest)[1:])
+        self._taken = inspect.signature(model.forward).parameters
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
+    ) -> tuple[NDArray[Any], Any]:
+        """See `walk.Model`; the cache is transformers' own."""
+        import torch
+
+        if self._task != CAUSAL_LM:
+            made = plain_feeds(self._manifest, ids, mask)
+            feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
+        else:
+            feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
+            feeds |= {"past_key_values": cache, "use_cache": True}
+            if POSITION_IDS in self._taken:
+                feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
+        with torch.inference_mode():
+            result = self._model(**feeds)
+        values = []
+        for name in self._outputs:
+            value = getattr(result, name, None)
+            if value is None:
+                raise ModelError(f"the bundle gives {name}, which the PyTorch model does not give")
+            if value.dtype != torch.float64:  # calibration runs in that, too
+                value = value.float()
+            values.append(value.numpy())
+        return joined(values), getattr(result, "past_key_values", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What an adapter changes in the reference: |adapter − base| over the prompts' outputs."""
+
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What PyTorch gives, by adapter name; None is the base.
+
+    `scale`: the largest absolute value of each. `limits`: how far a deployment may be off. The
+    rows' values are in files, mapped on reading. `notes`: what its reader must know.
+    """
+
+    rows: dict[str | None, tuple[Row, ...]]
+    scale: dict[str | None, float]
+    effect: dict[str, Effect]
+    limits: dict[str | None, Mapping[str, Limit]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The base model in PyTorch, float32, and the weights that the graph holds packed.
+
+    `notes`: what a reader of the report must know of them.
+    """
+
+    model: torch.nn.Module
+    packed: Mapping[str, PackedWeight]
+    notes: tuple[str, ...] = ()
+
+
+def load_model(setting: Setting) -> torch.nn.Module:
+    """The base model of `setting` with the bundle's head, float32.
+
+    Raises:
+        MissingDependencyError: torch or transformers is not installed.
+        ModelError: transformers cannot load the model.
+        AdapterMismatchError: an adapter does not bring what the model lacks.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"parity's reference is the PyTorch model, and {problem.name} is not installed:"
+            " pip install 'loradeploy[export]'"
+        ) from None
+    from loradeploy.export import trace
+    from loradeploy.export.given_adapters import check_brought
+
+    manifest = setting.manifest
+    labels = None
+    if manifest.task in CLASSIFICATIONS:
+        shapes = [spec.shape for spec in manifest.outputs if spec.name == output_of(manifest)]
+        labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
+    brought = {saved.parameter for saved in manifest.saved}
+    brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
+    model, lacking = trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)
+    for subject in setting.subjects:
+        check_brought(subject.name, subject.adapter, lacking)
+    return model
+
+
+def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
+    """`model` as the base, with the graph's own weights where those are packed.
+
+    Raises:
+        BundleError: the graph's packed weights cannot be read, or are not the base's.
+    """
+    if setting.manifest.precision not in PACKED:
+        return Base(model, {})
+    packed = packed_weights(setting.bundle, setting.manifest)
+    if not setting.merged:
+        unpack_into(model, packed, setting.manifest)
+    elif setting.manifest.requantized:
+        return _requantized(setting, model, packed)
+    return Base(model, packed)
+
+
+def _requantized(
+    setting: Setting, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
+) -> Base:
+    """The base with what the packings before and after the merge rounded, where it is no more."""
+
+    def weights() -> dict[str, NDArray[np.float32]]:
+        return {name: weight_of(layer).copy() for name, layer in layers_of(model, packed)}
+
+    (subject,) = setting.subjects
+    base = weights()
+    with merged(model, subject.adapter):
+        wanted = weights()
+    found, problems = with_roundings(packed, base.get, wanted.get)
+    notes = (f"not rounding alone: {problem}" for problem in problems)
+    return Base(model, found, tuple(notes))
+
+
+def load_base(setting: Setting) -> Base:
+    """The base model of `setting`, with the graph's own weights where those are packed.
+
+    Raises: as `load_model` and `take_weights`.
+    """
+    return take_weights(setting, load_model(setting))
+
+
+def make_reference(setting: Setting, base: Base) -> Reference:
+    """Run the base and every adapter over the cases with PyTorch and loradeploy's LoRA.
+
+    Raises:
+        AdapterMismatchError: an adapter does not fit the model.
+    """
+    notes = list(base.notes)
+    rows: dict[str | None, tuple[Row, ...]] = {}
+    limits: dict[str | None, Mapping[str, Limit]] = {}
+
+    def run(name: str | None, generated: int) -> None:
+        rows[name] = reference_rows(setting, base.model, name, generated)
+        limits[name] = _limits(setting, base, rows[name], notes)
+
+    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
+    with as_reference(setting, base, None):
+        run(None, 0 if setting.merged else setting.cases.generated)
+    for subject in setting.subjects:
+        with as_reference(setting, base, subject.name):
+            run(subject.name, setting.cases.generated)
+    return Reference(
+        rows=rows,
+        scale={name: _scale(its) for name, its in rows.items()},
+        effect={s.name: effect(rows[None], rows[s.name]) for s in setting.subjects},
+        limits=limits,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def as_reference(
+    setting: Setting, base: Base, name: str | None
+) -> AbstractContextManager[torch.nn.Module]:
+    """The model as the reference for the adapter `name`, None is the base, while it lasts."""
+    adapters = {subject.name: subject.adapter for subject in setting.subjects}
+    return as_reference_with(setting, base, None if name is None else adapters[name])
+
+
+@contextmanager
+def as_reference_with(
+    setting: Setting, base: Base, adapter: Adapter | None
+) -> Iterator[torch.nn.Module]:
+    """The same for any adapter that fits the model, in the place of the setting's own."""
+    from loradeploy.lora.inject import adapted
+
+    with ExitStack() as stack:
+        if adapter is not None:
+            holding = merged if setting.merged and base.packed else adapted
+            stack.enter_context(holding(base.model, adapter))
+        if setting.merged:
+            stack.enter_context(rounded_as(base.model, base.packed))
+        yield base.model
+
+
+def _limits(
+    setting: Setting, base: Base, rows: Sequence[Row], notes: list[str]
+) -> Mapping[str, Limit]:
+    """How far a deployment of what is in the model may be from `rows`."""
+    manifest, scale = setting.manifest, _scale(rows)
+    try:
+        gap = measure_gap(
+            base.model,
+            TorchModel(base.model, manifest),
+            rows,
+            manifest.precision,
+            activations_of(base.packed),
+            scale=scale,
+            logits=has_logits(manifest.task),
+        )
+    except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
+        notes.append(
+            f"the limits are assumed, not measured: {manifest.base.name} cannot be computed in"
+            f" other numbers ({first_line(problem)})"
+        )
+        return assumed(manifest.precision, scale=scale)
+    return calibrated(manifest.precision, gap, scale=scale)
+
+
+def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
+    """How far `adapted` is from `base` over the prompts."""
+    comparison = Comparison(scale=1.0, logits=False)
+    for one, other in zip(base, adapted, strict=True):
+        count = min(len(one.expected), len(other.expected))
+        if one.forced or other.forced:
+            count = len(one.prompt)
+        comparison.add(one.expected[:count], other.expected[:count])
+    figures = comparison.figures()
+    return Effect(figures.max_abs, figures.mean_abs)
+
+
+@contextmanager
+def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
+    """`model` with `adapter` folded into its weights while the context lasts."""
+    from loradeploy.lora.inject import load
+
+    injection = load(model, adapter)
+    try:
+        injection.merge()
+        yield
+    finally:
+        injection.remove()
+
+
+def reference_rows(
+    setting: Setting, model: torch.nn.Module, subject: str | None, count: int
+) -> tuple[Row, ...]:
+    """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
+    cases = setting.cases
+    backend = TorchModel(model, setting.manifest)
+    forced: list[tuple[int, ...]] = []
+    vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
+    for prompts, after in cases.groups:
+        size = batch_size(max(map(len, prompts), default=1), vocabulary)
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            steps = min(count, after)
+            forced += generate(backend, batch, count=steps, pad=cases.pad, subject=subject)
+    rows = []
+    for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
+        ids = np.array([prompt + follow[:-1]], np.int64)
+        values, _ = backend.forward(ids, np.ones_like(ids), None, [subject])
+        if setting.manifest.task not in WHOLE_ROW:
+            values = values[0]  # [positions, width]
+        kept = _keep(setting.scratch, values)
+        edge = number >= len(cases.prompts) - cases.edges
+        rows.append(Row(number, subject, prompt, follow, kept, edge))
+    return tuple(rows)
+
+
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    """The values for the reference, which is float32 whatever the graph takes."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
+    """The values in a file of their own, mapped: a vocabulary's logits are large."""
+    file = scratch / f"reference-{len(list(scratch.glob('reference-*')))}.npy"
+    np.save(file, values.astype(np.float32, copy=False))
+    mapped: NDArray[np.float32] = np.load(file, mmap_mode="r")
+    return mapped
+
+
+def _scale(rows: Sequence[Row]) -> float:
+    return max(float(np.nan_to_num(np.abs(row.expected), posinf=0.0).max()) for row in rows)

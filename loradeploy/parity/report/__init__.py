@@ -1,0 +1,1 @@
+"""What a check found, and the files and tables that show it."""

@@ -1,0 +1,303 @@
+"""A report held against an earlier one: what got worse since, though it may be within its limits.
+
+A figure is a regression where it is more than `FACTOR` times what it was, and above a floor that is
+a share of its limit. Rounding is no constant of a model: kernels of another processor or release
+and the order of a sum change which roundings meet. On SmolLM2-135M the largest error differs by 6 %
+between onnxruntime's optimisation levels, by nothing between numbers of threads, and by 40 %
+between two correct graphs of one adapter (side inputs and merged); `FACTOR` is above all of these.
+What is quadratic in the error has the square of it. Below the floor an error is a tenth of what is
+allowed, and twice as much of it tells nothing.
+
+An agreement (top-1, greedy) is a regression where more than `FACTOR` times as many positions
+disagree, and by more than `AGREEMENT_FLOOR` or one position, which may be a tie. A score is one
+where its difference from the reference has left the confidence interval that it had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.adapter.digest import short
+from loradeploy.errors import UsageError
+from loradeploy.files import read_json
+from loradeploy.parity.report.results import (
+    BASE_LABEL,
+    CANDIDATE,
+    COMPARED,
+    FORMAT,
+    REFERENCE,
+    SCHEMA_VERSION,
+    ParityReport,
+    Regression,
+)
+
+FACTOR: Final = 1.5
+_QUADRATIC: Final = ("kl", "cosine_distance")
+FLOOR: Final = 0.1  # of the figure's limit
+AGREEMENT_FLOOR: Final = 0.01
+
+# What two reports must have alike to be comparable.
+_ALIKE: Final = ("task", "mode", "precision")
+_AGREEMENTS: Final = {"top1": "top-1", "greedy": "greedy"}
+# Scores that are better where they are higher; of others, perplexity, lower is better.
+_HIGHER_IS_BETTER: Final = ("accuracy",)
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A result as far as it is compared: `figures` and `limits` by metric, shares by their name."""
+
+    where: str
+    outcome: str
+    message: str | None
+    positions: int
+    figures: Mapping[str, float]
+    limits: Mapping[str, float]
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Score:
+    where: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier report, read and checked."""
+
+    place: str
+    told: Mapping[str, Any]
+    prompts: int
+    mutation_score: float | None
+    results: Mapping[Key, _Entry]
+    adapters: tuple[str, ...]
+    scores: Mapping[Key, _Score]
+
+
+def read_baseline(file: str | os.PathLike[str]) -> Baseline:
+    """The report in the JSON file `file`, to hold a later one against.
+
+    Raises:
+        UsageError: it is missing, too large, no parity report, or of another schema version.
+    """
+    place = Path(file)
+    values = read_json(place, error=UsageError)
+    if values.get("format") != FORMAT:
+        raise UsageError(f"{place} is no parity report: give the .json of an earlier --report")
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UsageError(
+            f"{place} has schema version {version!r}, this loradeploy compares {SCHEMA_VERSION}:"
+            " make the baseline again"
+        )
+    try:
+        return _baseline(os.fspath(file), values)
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UsageError(
+            f"{place} is a broken parity report ({type(problem).__name__}: {problem}): make the"
+            " baseline again"
+        ) from None
+
+
+def check_comparable(
+    baseline: Baseline, *, base: str, base_digest: str | None, **told: str
+) -> None:
+    """Raise UsageError unless the baseline is of the same thing: `told` task, mode, precision."""
+    before = baseline.told
+    differ = [name for name in _ALIKE if before[name] != told[name]]
+    if differ:
+        name = differ[0]
+        raise UsageError(
+            f"{baseline.place} is not comparable: its {name} is {before[name]}, not {told[name]}"
+        )
+    digest = before["base_digest"]
+    if digest is not None and base_digest is not None:
+        if digest != base_digest:
+            raise UsageError(
+                f"{baseline.place} is not comparable: it is against another reference (digest"
+                f" {short(digest)}, now {short(base_digest)}); make the baseline again"
+            )
+    elif before["base"] != base:
+        raise UsageError(
+            f"{baseline.place} is not comparable: it is against {before['base']}, not {base}"
+        )
+
+
+def hold_against(report: ParityReport, baseline: Baseline) -> ParityReport:
+    """`report` with what got worse since `baseline`; any of it fails the verdict.
+
+    Raises:
+        UsageError: the baseline is of something else.
+    """
+    check_comparable(
+        baseline,
+        base=report.base,
+        base_digest=report.base_digest,
+        task=report.task,
+        mode=report.mode,
+        precision=report.precision,
+    )
+    now = _baseline("", report.to_json())
+    found = tuple(_regressions(baseline, now))
+    return dataclasses.replace(report, regressions=found, baseline=baseline.place)
+
+
+def _regressions(before: Baseline, now: Baseline) -> Iterator[Regression]:
+    if now.prompts < before.prompts:
+        yield _fewer("inputs", "prompts", before.prompts, now.prompts)
+    for name in before.adapters:
+        if name not in now.adapters:
+            yield Regression(name, "adapter", "compared", "missing", "it was compared before")
+    for key, entry in before.results.items():
+        if entry.outcome == "passed":
+            yield from _result_regressions(entry, now.results.get(key))
+    for key, score in before.scores.items():
+        yield from _score_regressions(score, now.scores.get(key))
+    if before.mutation_score is not None and (now.mutation_score or 0.0) < before.mutation_score:
+        caught = "not run" if now.mutation_score is None else now.mutation_score
+        yield Regression(
+            "controls",
+            "mutation score",
+            before.mutation_score,
+            caught,
+            f"{before.mutation_score:.0%} of the mistakes were caught before, now: {caught}",
+        )
+
+
+def _result_regressions(before: _Entry, now: _Entry | None) -> Iterator[Regression]:
+    outcome = "missing" if now is None else now.outcome
+    if now is None or outcome != "passed":
+        said = "" if now is None or now.message is None else f": {now.message}"
+        yield Regression(
+            before.where, "outcome", "passed", outcome, f"passed before, now {outcome}{said}"
+        )
+        return
+    if now.positions < before.positions:
+        yield _fewer(before.where, "positions", before.positions, now.positions)
+    for metric, value in before.figures.items():
+        later = now.figures.get(metric, math.nan)
+        floor = FLOOR * now.limits.get(metric, 0.0)
+        factor = FACTOR**2 if metric in _QUADRATIC else FACTOR
+        if not later <= max(factor * value, floor):
+            yield Regression(
+                before.where,
+                metric,
+                value,
+                later,
+                f"{metric} was {value:.2g}, now {later:.2g}: more than {factor:.3g} times as much"
+                f" and above {floor:.2g}",
+            )
+    for name, share in before.shares.items():
+        later = now.shares.get(name, 0.0)
+        tie = max(AGREEMENT_FLOOR, 1.0 / max(1, now.positions))
+        lost, was_lost = 1.0 - later, 1.0 - share
+        if lost > FACTOR * was_lost and lost - was_lost > tie:
+            yield Regression(
+                before.where,
+                name,
+                share,
+                later,
+                f"{_AGREEMENTS[name]} agreement was {share:.1%}, now {later:.1%}",
+            )
+
+
+def _score_regressions(before: _Score, now: _Score | None) -> Iterator[Regression]:
+    if now is None:
+        yield Regression(
+            before.where, before.metric, before.value, "missing", f"{before.metric} is not scored"
+        )
+        return
+    higher = before.metric in _HIGHER_IS_BETTER
+    kept = now.difference >= before.low if higher else now.difference <= before.high
+    if not kept:  # which no number is not either
+        yield Regression(
+            before.where,
+            before.metric,
+            before.value,
+            now.value,
+            f"{before.metric} is {now.difference:+.2g} from the reference, before"
+            f" {before.difference:+.2g} ({before.low:+.2g} to {before.high:+.2g})",
+        )
+
+
+def _fewer(where: str, what: str, before: int, now: int) -> Regression:
+    return Regression(where, what, before, now, f"{now} {what} were compared, {before} before")
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _baseline(place: str, values: Mapping[str, Any]) -> Baseline:
+    for name in (*_ALIKE, "base"):
+        _text(values, name)
+    return Baseline(
+        place=place,
+        told={name: values[name] for name in (*_ALIKE, "base", "base_digest")},
+        prompts=int(values["inputs"]["prompts"]),
+        mutation_score=_optional(values.get("mutation_score")),
+        results={_key(entry): _entry(entry) for entry in values["results"]},
+        adapters=tuple(_text(facts, "name") for facts in values["adapters"]),
+        scores={(*_key(s), _text(s, "metric")): _score(s) for s in values["scores"]},
+    )
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    """What tells a result, or a score, from the others of its report."""
+    variant = entry.get("variant") or {}
+    parts = [entry["backend"], entry["adapter"], entry.get("phase"), *map(variant.get, _VARIANT)]
+    return tuple("" if part is None else str(part) for part in parts)
+
+
+_VARIANT: Final = ("provider", "optimisation")
+
+
+def _entry(entry: Mapping[str, Any]) -> _Entry:
+    figures = entry["figures"] or {}
+    checks = [check for check in entry["checks"] if check["value"] is not None]
+    shares = {name: _optional(figures.get(name)) for name in _AGREEMENTS}
+    return _Entry(
+        where=_where(entry),
+        outcome=_text(entry, "outcome"),
+        message=entry.get("message"),
+        positions=int(figures.get("positions", 0)),
+        figures={_text(check, "metric"): float(check["value"]) for check in checks},
+        limits={_text(check, "metric"): _optional(check["limit"]) or 0.0 for check in checks},
+        shares={name: share for name, share in shares.items() if share is not None},
+    )
+
+
+def _score(score: Mapping[str, Any]) -> _Score:
+    names = ("difference", "low", "high", "value")
+    numbers = {name: math.nan if score[name] is None else float(score[name]) for name in names}
+    return _Score(_where(score), _text(score, "metric"), **numbers)
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    alone = entry["backend"] in (COMPARED, REFERENCE, CANDIDATE)
+    subject = "" if alone else entry["adapter"] or BASE_LABEL
+    variant = ", ".join(filter(None, map((entry.get("variant") or {}).get, _VARIANT)))
+    return ", ".join(filter(None, (entry["title"], subject, entry.get("phase"), variant)))
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, no text")
+    return value
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,213 @@
+"""The report as one HTML page that needs nothing else: no network, no script, no other file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.parity.tolerances import METRICS
+
+if TYPE_CHECKING:
+    from loradeploy.parity.metrics import Figures
+    from loradeploy.parity.report.results import Check, ParityReport, Result
+
+TEMPLATE: Final = Path(__file__).with_name("report.html.jinja")
+# What is said of a figure elsewhere than in the list of all of them.
+_OWN_PLACE: Final = ("worst", "first_divergence", "distribution")
+_MOST_FAILURES: Final = 5  # that are told at the top; the others are folded away
+_FEW_RESULTS: Final = 15  # up to here those that passed are not folded away either
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A backend with one adapter, at its worst over phases and variants.
+
+    `limit`: of `max_abs`, None where nothing was judged.
+    """
+
+    title: str
+    subject: str
+    passed: bool
+    max_abs: float
+    limit: float | None
+    effect: float | None
+    top1: float | None
+    greedy: float | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the same token or label comes out on top everywhere."""
+        return self.top1 == 1 and self.greedy in (None, 1)
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric over all results: its limits from the lowest to the highest, and the worst value."""
+
+    title: str
+    meaning: str
+    low: float
+    high: float
+    worst: float
+    failed: int
+    reasons: tuple[str, ...]
+
+
+def html(report: ParityReport) -> str:
+    """The report as a page. Whatever is told in it is escaped: names come from users."""
+    from jinja2 import Environment, StrictUndefined
+
+    from loradeploy.parity.report import plots
+    from loradeploy.parity.report.table import has_variants, headline
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=plots.number, share=share)
+    worst = worst_by_backend(report)
+    spread = distributions(report)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        headline=headline(report),
+        plots=plots,
+        base=BASE_LABEL,
+        counts=Counter(result.outcome for result in report.results),
+        most=_MOST_FAILURES,
+        few=_FEW_RESULTS,
+        worst=worst,
+        scale=plots.LogScale.over(
+            value
+            for row in worst
+            for value in (row.max_abs / 10, row.max_abs, row.limit, row.effect)
+        ),
+        spread=spread,
+        spread_scale=plots.LogScale.over(
+            value for _, rows in spread for edge, _ in rows for value in (edge, edge / 3)
+        ),
+        groups=groups(report),
+        not_run=[result for result in report.results if result.outcome == "not run"],
+        metrics=metric_rows(report),
+        divergences=divergences(report),
+        figures_of=figures_of,
+        several_variants=has_variants(report),
+        symbols={"passed": "✓", "failed": "✕", "not run": "–"},
+    )
+
+
+def share(value: float | None) -> str:
+    """A share in per cent; 100 % only where it is all of them."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    return "100 %" if value == 1 else f"{min(99.9, 100 * value):.1f} %"
+
+
+def groups(report: ParityReport) -> list[tuple[str, list[Result]]]:
+    """The results that ran, by adapter, in their order."""
+    found: dict[str, list[Result]] = {}
+    for result in report.results:
+        if result.outcome != "not run":
+            found.setdefault(result.subject or result.title, []).append(result)
+    return list(found.items())
+
+
+def worst_by_backend(report: ParityReport) -> list[Worst]:
+    """Every backend with every adapter, one row for all phases and variants."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in report.results:
+        if result.figures is not None:
+            found.setdefault((result.title, result.subject), []).append(result)
+    rows = []
+    for (title, subject), results in found.items():
+        at = max(results, key=lambda result: _figures(result).max_abs)
+        figures = [_figures(result) for result in results]
+        rows.append(
+            Worst(
+                title=title,
+                subject=subject,
+                passed=all(result.outcome == "passed" for result in results),
+                max_abs=_figures(at).max_abs,
+                limit=next((c.limit for c in at.checks if c.metric == "max_abs"), None),
+                effect=at.effect,
+                top1=_least(own.top1 for own in figures),
+                greedy=_least(own.greedy for own in figures),
+            )
+        )
+    return rows
+
+
+def distributions(report: ParityReport) -> list[tuple[str, list[tuple[float, int]]]]:
+    """The distribution of every backend's absolute errors, all adapters and phases together."""
+    found: dict[str, Counter[float]] = {}
+    for result in report.results:
+        if result.figures is not None and result.figures.distribution:
+            found.setdefault(result.title, Counter()).update(dict(result.figures.distribution))
+    return [(title, sorted(counts.items())) for title, counts in found.items()]
+
+
+def metric_rows(report: ParityReport) -> list[MetricRow]:
+    """What was judged, metric by metric, in the order of the table of tolerances."""
+    meanings = {metric.name: metric.meaning for metric in METRICS}
+    found: dict[str, list[Check]] = {}
+    for result in report.results:
+        for check in result.checks:
+            found.setdefault(check.metric, []).append(check)
+    return [
+        MetricRow(
+            title=checks[0].title,
+            meaning=meanings.get(name, ""),
+            low=min(check.limit for check in checks),
+            high=max(check.limit for check in checks),
+            worst=max(check.value for check in checks),
+            failed=sum(not check.passed for check in checks),
+            reasons=tuple(dict.fromkeys(check.reason for check in checks)),
+        )
+        for name, checks in found.items()
+    ]
+
+
+def divergences(report: ParityReport) -> list[tuple[Result, bool]]:
+    """The results in which another token was chosen, and whether each was only a tie.
+
+    For each backend and adapter the one that matters most: the one with the largest margin.
+    """
+    found: dict[tuple[str, str], Result] = {}
+    for result in sorted(report.results, key=_margin, reverse=True):
+        if result.figures is not None and result.figures.first_divergence is not None:
+            found.setdefault((result.title, result.subject), result)
+    return [
+        (result, all(check.passed for check in result.checks if check.metric == "margin"))
+        for result in found.values()
+    ]
+
+
+def figures_of(result: Result) -> list[tuple[str, Any]]:
+    """The numbers of a result by name, but for those that have a place of their own."""
+    if result.figures is None:
+        return []
+    return [
+        (f.name.replace("_", " "), getattr(result.figures, f.name))
+        for f in dataclasses.fields(result.figures)
+        if f.name not in _OWN_PLACE and getattr(result.figures, f.name) is not None
+    ]
+
+
+def _margin(result: Result) -> float:
+    return 0.0 if result.figures is None else result.figures.margin
+
+
+def _figures(result: Result) -> Figures:
+    assert result.figures is not None
+    return result.figures
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    known: Sequence[float] = [value for value in values if value is not None]
+    return min(known, default=None)

@@ -1,0 +1,175 @@
+"""A report as rows of text, and as a table on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.parity.report.results import BASE_LABEL, COMPARED
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loradeploy.parity.report.results import Localisation, ParityReport, Result
+
+_NAMED: Final = ("backend", "adapter", "phase")
+_VARIANT: Final = "variant"  # a column only where there is more than one
+_FIGURES: Final = (
+    "max abs", "p99 abs", "max rel", "1 − cos", "KL", "top-1",
+    "greedy", "effect",
+)  # fmt: skip
+_MOST_OFFENDERS: Final = 3
+_MOST_TOKENS: Final = 24
+_COLOURS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
+
+
+def headline(report: ParityReport) -> str:
+    """The verdict in one line."""
+    verdict = "passed" if report.passed else "FAILED"
+    if report.mode == COMPARED:
+        return f"parity {verdict}: {report.bundle} ({report.precision}) against {report.base}"
+    return (
+        f"parity {verdict}: {report.bundle} ({report.task}, {report.mode}, {report.precision})"
+        f" against PyTorch with {report.base}"
+    )
+
+
+def rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
+    """The results as rows of text, the header first."""
+    varied = has_variants(report)
+    yield (*_NAMED, *((_VARIANT,) if varied else ()), *_FIGURES, "verdict")
+    for result in report.results:
+        yield _row(result, varied)
+
+
+def has_variants(report: ParityReport) -> bool:
+    """Whether onnxruntime ran the graphs in more than one way."""
+    return len({result.variant for result in report.results if result.variant is not None}) > 1
+
+
+def adapter_lines(report: ParityReport) -> list[str]:
+    """What is to be said of the adapters, the controls, and the check itself."""
+    lines = []
+    for facts in report.adapters:
+        said = "" if facts.message is None else f": {facts.message}"
+        lines.append(f"adapter {facts.name}: effect {facts.effect:.2g} max abs{said}")
+    caught = sum(control.caught for control in report.controls)
+    if report.controls:
+        lines.append(
+            f"controls: {caught} of {len(report.controls)} mistakes caught, mutation score"
+            f" {_share(report.mutation_score)}"
+        )
+    inputs = report.inputs
+    unit = "cases" if report.mode == COMPARED else "prompts"
+    besides = [f"{inputs.fuzz} random rows"] if inputs.fuzz else []
+    besides += [f"{inputs.edges} of extreme lengths"] if inputs.edges else []
+    lines.append(
+        f"inputs: {', '.join([f'{inputs.prompts} {unit}', *besides])},"
+        f" {inputs.prompt_tokens} tokens"
+        f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"
+        f" ({inputs.source})"
+    )
+    if report.baseline is not None:
+        lines.append(f"baseline {report.baseline}: {len(report.regressions) or 'none'} worse")
+    return lines + list(report.notes)
+
+
+def score_lines(report: ParityReport) -> list[str]:
+    """Each score with its confidence interval."""
+    return [
+        f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g} for"
+        f" PyTorch's {score.reference:.4g}, {score.difference:+.2g}"
+        f" [95 %: {score.low:+.2g} to {score.high:+.2g}] on {score.examples} examples"
+        for score in report.scores
+    ]
+
+
+def place_lines(report: ParityReport) -> list[str]:
+    """Where errors begin, and the smallest inputs that show them."""
+    lines = [
+        f"{place.title}, {place.adapter or BASE_LABEL}, prompt {place.case + 1}: {_place(place)}"
+        for place in report.localisations
+    ]
+    for found in report.counterexamples:
+        tokens = ", ".join(map(str, found.tokens[:_MOST_TOKENS]))
+        more = ", …" if len(found.tokens) > _MOST_TOKENS else ""
+        text = "" if found.text is None else f"{found.text!r}, "
+        lines.append(
+            f"{found.title}, {found.adapter or BASE_LABEL}: the smallest input that fails is"
+            f" {text}{len(found.tokens)} of {found.length} tokens ({tokens}{more}), error"
+            f" {found.error:.2g}"
+        )
+    return lines
+
+
+def print_report(report: ParityReport, console: Console) -> None:
+    """Print the verdict, the table, and why it failed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    header, *body = rows(report)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for result, cells in zip(report.results, body, strict=True):
+        verdict = Text(cells[-1], style=_COLOURS[result.outcome])
+        table.add_row(*map(Text, cells[:-1]), verdict)
+    # Off a terminal nobody can widen the window: let the table be as wide as it is.
+    if console.is_terminal:
+        console.print(table)
+    else:
+        console.print(table, width=max(console.width, 200), crop=False)
+    for result in report.results:
+        if result.outcome == "not run":
+            console.print(Text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
+    for line in (*place_lines(report), *score_lines(report), *adapter_lines(report)):
+        console.print(Text(line), soft_wrap=True)
+    for line in report.failures:
+        console.print(Text(f"FAILED: {line}", style="red"), soft_wrap=True)
+    style = "bold green" if report.passed else "bold red"
+    console.print(Text(headline(report), style=style), soft_wrap=True)
+
+
+def _place(place: Localisation) -> str:
+    first = place.first
+    if first is None:
+        return place.message or "no module diverges by itself"
+    said = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
+    if place.before is not None:
+        said += f", after {place.before.module} with {place.before.share:.1g}"
+    if place.offenders:
+        worst = ", ".join(step.module for step in place.offenders[:_MOST_OFFENDERS])
+        said += f"; the error grows most at {worst}"
+    return said
+
+
+def _row(result: Result, varied: bool) -> tuple[str, ...]:
+    figures = result.figures
+    subject = "" if result.phase is None else result.subject
+    variant = (str(result.variant or ""),) if varied else ()
+    named = (result.title, subject, result.phase or "", *variant)
+    if figures is None:
+        return (*named, *("" for _ in _FIGURES), result.outcome)
+    return (
+        *named,
+        f"{figures.max_abs:.1e}",
+        f"{figures.p99_abs:.1e}",
+        f"{figures.max_rel:.1e}",
+        f"{figures.cosine_distance:.0e}",
+        _number(figures.kl),
+        _share(figures.top1),
+        _share(figures.greedy),
+        "" if result.effect is None else f"{result.effect:.2g}",
+        result.outcome,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
+
+
+def _share(value: float | None) -> str:
+    """A share in per cent; 100 % only where it is all of them."""
+    if value is None:
+        return ""
+    return "100%" if value == 1 else f"{min(99.9, 100 * value):.1f}%"

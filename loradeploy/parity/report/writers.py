@@ -1,0 +1,173 @@
+"""Reports on disk: JSON, JUnit XML, Markdown and HTML, chosen by the file's ending."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from xml.etree import ElementTree as ET
+
+from loradeploy.errors import UsageError
+from loradeploy.files import atomic_file, write_json
+from loradeploy.parity.report.html import html
+from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.parity.report.table import (
+    adapter_lines,
+    has_variants,
+    headline,
+    place_lines,
+    rows,
+    score_lines,
+)
+
+if TYPE_CHECKING:
+    from loradeploy.parity.report.results import ParityReport, Result
+
+# Of Markdown: rows that are shown unfolded, and failures that are listed.
+_LONG: Final = 10
+_MOST_FAILURES: Final = 20
+# What XML 1.0 cannot hold at all.
+_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
+    """The report files, every one of a kind that can be written.
+
+    Raises:
+        UsageError: an ending that is unknown, or a directory.
+    """
+    paths = tuple(map(Path, files))
+    for path in paths:
+        if path.suffix not in WRITERS:
+            raise UsageError(f"{path}: a report ends in one of {', '.join(WRITERS)}")
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory: give the name of a file")
+    return paths
+
+
+def write_report(report: ParityReport, file: Path) -> None:
+    """Write `report` to `file` in the form that its ending names, atomically.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        WRITERS[file.suffix](report, file)
+    except OSError as problem:
+        raise UsageError(f"{file} cannot be written: {problem.strerror or problem}") from None
+
+
+def junit(report: ParityReport) -> str:
+    """The report as JUnit XML: a test case for each backend, adapter and phase."""
+    suite = ET.Element(
+        "testsuite",
+        name=f"loradeploy parity {_clean(report.bundle)}",
+        timestamp=report.created,
+        time=f"{report.seconds:.3f}",
+    )
+    counts = {"tests": 0, "failures": 0, "skipped": 0, "errors": 0}
+    varied = has_variants(report)
+    cases: list[tuple[str, str, float, str, str | None]] = [
+        (result.backend, _case(result, varied), result.seconds, result.outcome, result.message)
+        for result in report.results
+    ]
+    cases += [
+        ("adapter", facts.name, 0.0, "failed" if facts.failed else "passed", facts.message)
+        for facts in report.adapters
+    ]
+    cases += [
+        ("control", f"{control.name}, {control.adapter}", 0.0,
+         "passed" if control.caught else "failed", f"not caught: {control.meaning}")
+        for control in report.controls
+    ]  # fmt: skip
+    cases += [
+        ("score", f"{score.metric}, {score.title}, {score.adapter or BASE_LABEL}", 0.0,
+         "passed" if score.passed else "failed", score.message)
+        for score in report.scores
+    ]  # fmt: skip
+    cases += [
+        ("baseline", f"{regression.where}, {regression.metric}", 0.0, "failed", regression.message)
+        for regression in report.regressions
+    ]
+    for backend, name, seconds, outcome, message in cases:
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname=f"parity.{backend}",
+            name=_clean(name),
+            time=f"{seconds:.3f}",
+        )
+        counts["tests"] += 1
+        if outcome == "failed":
+            counts["failures"] += 1
+            ET.SubElement(case, "failure", message=_clean(message or "failed"))
+        elif outcome == "not run":
+            counts["skipped"] += 1
+            ET.SubElement(case, "skipped", message=_clean(message or "not run"))
+    for name, count in counts.items():
+        suite.set(name, str(count))
+    if places := place_lines(report):
+        ET.SubElement(suite, "system-out").text = _clean("\n".join(places))
+    ET.indent(suite)
+    text: str = ET.tostring(suite, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+def markdown(report: ParityReport) -> str:
+    """The report for a pull request comment: what matters, and the long table folded away."""
+    mark = "✅" if report.passed else "❌"
+    lines = [f"### {mark} {_escape(headline(report))}", ""]
+    if report.failures:
+        lines += ["**Failures**", "", *_bullets(report.failures[:_MOST_FAILURES])]
+        more = len(report.failures) - _MOST_FAILURES
+        lines += [f"- and {more} more", ""] if more > 0 else [""]
+    if places := place_lines(report):
+        lines += ["**Where**", "", *_bullets(places), ""]
+    header, *body = rows(report)
+    table = [_row(header), _row("---" for _ in header), *map(_row, body), ""]
+    if len(body) > _LONG:
+        said = f"{len(body)} results"
+        table = [f"<details><summary>{said}</summary>", "", *table, "</details>", ""]
+    lines += [*table, *_bullets([*score_lines(report), *adapter_lines(report)])]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in report.environment.versions.items()
+    )
+    lines += ["", f"<sub>{_escape(versions)}; {report.seconds:.0f} s; {report.created}</sub>", ""]
+    return "\n".join(lines)
+
+
+def _write_text(text: str, file: Path) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(_clean(text), encoding="utf-8")
+
+
+WRITERS: Final[Mapping[str, Callable[[ParityReport, Path], None]]] = {
+    ".json": lambda report, file: write_json(file, report.to_json()),
+    ".xml": lambda report, file: _write_text(junit(report), file),
+    ".md": lambda report, file: _write_text(markdown(report), file),
+    ".html": lambda report, file: _write_text(html(report), file),
+}
+
+
+def _case(result: Result, varied: bool) -> str:
+    variant = str(result.variant or "") if varied else ""
+    return ", ".join(filter(None, (result.subject, result.phase, variant)))
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {_escape(line)}" for line in lines]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(_escape(cell) for cell in cells)} |"
+
+
+def _escape(text: str) -> str:
+    """What Markdown would take for its own; names come from users."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub("�", text)

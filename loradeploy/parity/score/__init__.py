@@ -1,0 +1,1 @@
+"""How well a deployment does its task on held-out data."""

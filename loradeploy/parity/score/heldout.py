@@ -1,0 +1,205 @@
+"""Held-out data as a model reads it: token ids, and labels where answers are scored.
+
+It is read, rendered and labelled as data to train on is (see `loradeploy.train.data`): the score of
+an adapter is of the very task that it was trained for.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    UsageError,
+    listed_names,
+    shown,
+)
+from loradeploy.files import read_json
+from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.runtime.classification import OTHER_PROBLEMS, label_names
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+    from loradeploy.parity.context import Subject
+    from loradeploy.train.model import Checkpoint
+    from loradeploy.train.tasks import Task
+
+Place = str | os.PathLike[str]
+Places = Place | Mapping[str, Place] | Iterable[Place]
+
+_SPLIT: Final = "test"  # of a dataset that has splits
+_METRICS: Final = {CAUSAL_LM: "perplexity", SEQUENCE_CLASSIFICATION: "accuracy"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example of `tokens`; `labels` are as many, or the one class of a text."""
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one adapter, or the base, is scored on.
+
+    `metric`: what it tells. `source`: where the data is from, `available` how many there are.
+    """
+
+    metric: str
+    examples: tuple[Example, ...]
+    source: str
+    available: int
+
+
+def read_held_out(
+    bundle: Path,
+    manifest: Manifest,
+    model: Path,
+    subjects: Sequence[Subject],
+    evaluate: Places | None,
+    *,
+    examples: int,
+    seed: int,
+) -> dict[str | None, HeldOut]:
+    """What is scored on what, by adapter name (None is the base); nothing without `evaluate`.
+
+    `evaluate` is one place of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
+    of their own. `examples` of it are drawn, as `seed` decides. A classifier's base is scored only
+    where no adapter is, since a head of its own it seldom has.
+
+    Raises:
+        UsageError: a task without a metric, an unknown name, or no examples are asked for.
+        DataError: the data cannot be read, is of another task, or has labels that are not known.
+        MissingDependencyError: what reads training data is not installed.
+    """
+    if evaluate is None:
+        return {}
+    if manifest.task not in _METRICS:
+        raise UsageError(
+            f"no task metric is known for {manifest.task}, only for {', '.join(_METRICS)}"
+        )
+    if examples < 2:
+        raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
+    names: list[str | None] = [subject.name for subject in subjects]
+    # In a merged bundle there is no base; a classifier's has no head of its own, but for one alone.
+    if manifest.mode != "merged" and (manifest.task == CAUSAL_LM or not names):
+        names.insert(0, None)
+    try:
+        from loradeploy.train.config import TrainConfig
+        from loradeploy.train.model import open_checkpoint
+        from loradeploy.train.tasks import task_of
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"held-out data is read as training data is, and {problem.name} is not installed:"
+            " pip install 'loradeploy[train]'"
+        ) from None
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.within(TrainConfig(task=manifest.task))
+    task = task_of(config)
+    labels = _label_names(bundle, manifest, subjects)
+    found = {}
+    for name, place in _places(evaluate, names).items():
+        drawn, available = _draw(task, place, examples, seed)
+        try:
+            coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)
+        except DataError as problem:
+            raise DataError(f"{name or BASE_LABEL}: {problem}") from None
+        found[name] = HeldOut(_METRICS[manifest.task], coded, os.fspath(place), available)
+    return found
+
+
+def _places(evaluate: Places, names: Sequence[str | None]) -> dict[str | None, Place]:
+    """The data of every one of `names`, or of those that `evaluate` names."""
+    known = {name or BASE_LABEL: name for name in names}
+    given: list[tuple[str, Place]] = []
+    if isinstance(evaluate, Mapping):
+        given += evaluate.items()
+    else:
+        for place in [evaluate] if isinstance(evaluate, str | os.PathLike) else evaluate:
+            name, equals, rest = os.fspath(place).partition("=")
+            given.append((name, rest) if equals and name in known else ("", place))
+    found: dict[str | None, Place] = {}
+    for name, place in given:
+        if name and name not in known:
+            raise UsageError(
+                f"{shown(name)} is not scored, only {listed_names(known)}: evaluate one of it"
+            )
+        for one in [known[name]] if name else names:
+            if one in found:
+                raise UsageError(
+                    f"two data sets to evaluate {one or BASE_LABEL} on: give one, or one for each"
+                    " adapter, as in --evaluate NAME=DATA"
+                )
+            found[one] = place
+    return found
+
+
+def _draw(task: Task, place: Place, count: int, seed: int) -> tuple[list[Any], int]:
+    """`count` examples of the data in `place`, and how many there are."""
+    from loradeploy.train.sources import Source, rows
+
+    source = Source(place, _SPLIT)
+    if task.name == CAUSAL_LM:
+        # A text with a label would do as a text.
+        where, row = next(rows(source), ("", {}))
+        if "label" in row:
+            raise DataError(
+                f"{where}: has a label, which is data for a classifier: this bundle is {task.name}"
+            )
+    read = task.read(source)
+    chosen = random.Random(seed).sample(range(len(read)), min(count, len(read)))
+    if len(chosen) < 2:
+        raise DataError(f"{source} holds one example, which tells no interval: give 2 or more")
+    return [read[index] for index in sorted(chosen)], len(read)
+
+
+def _coded(
+    drawn: Sequence[Any],
+    names: Sequence[str],
+    task: Task,
+    checkpoint: Checkpoint,
+    longest: int,
+) -> tuple[Example, ...]:
+    """The examples as tokens; labels that are all numbers are those of the outputs."""
+    if task.name == SEQUENCE_CLASSIFICATION:
+        told = {example.label for example in drawn}
+        if not told <= set(names) and all(label.isdecimal() for label in told):
+            names = tuple(map(str, range(len(names))))
+    features = task.encode(drawn, names, checkpoint.tokenizer, longest).features
+    return tuple(
+        Example(
+            tuple(feature["input_ids"]),
+            tuple(feature["labels"])
+            if isinstance(feature["labels"], list)
+            else (feature["labels"],),
+        )
+        for feature in features
+    )
+
+
+def _label_names(
+    bundle: Path, manifest: Manifest, subjects: Sequence[Subject]
+) -> dict[str | None, tuple[str, ...]]:
+    """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
+    if manifest.task != SEQUENCE_CLASSIFICATION:
+        return {None: (), **{subject.name: () for subject in subjects}}
+    file = bundle / "config.json"
+    config = read_json(file, error=BundleError) if file.is_file() else {}
+    if config.get("problem_type") in OTHER_PROBLEMS:
+        raise UsageError(f"{bundle} is for {config['problem_type']}, which has no accuracy")
+    own = tuple(label_names(config))
+    sizes = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
+    outputs = sizes[0] if sizes and isinstance(sizes[0], int) else len(own)
+    if len(own) != outputs:
+        own = tuple(f"LABEL_{number}" for number in range(outputs))
+    return {None: own, **{subject.name: subject.adapter.labels or own for subject in subjects}}
