@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -249,14 +250,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 @contextmanager
 def _readable(checkpoint: str | Path | None) -> Iterator[None]:
     """What torch reads is read as data alone (weights_only), and refused in one line."""
+    advice = "remove it, and go on from the one before it"
     try:
         yield
     except LoraDeployError:
         raise
-    except Exception as problem:  # torch, pickle and json raise whatever they do
-        raise TrainingError(
-            f"{checkpoint} cannot be read ({kind_and_line(problem)}): remove it, and go on from the"
-            " one before it"
+    except pickle.UnpicklingError:  # its text tells how to load it all the same
+        raise UsageError(
+            f"{checkpoint} is broken, or holds code, which is not loaded: {advice}"
+        ) from None
+    except Exception as problem:  # torch and json raise whatever they do
+        raise UsageError(
+            f"{checkpoint} cannot be read ({kind_and_line(problem)}): {advice}"
         ) from None
 
 

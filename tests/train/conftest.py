@@ -43,16 +43,26 @@ def write_lines(file: Path, lines: list[Any]) -> Path:
     return file
 
 
-@pytest.fixture
-def lessons(tmp_path: Path) -> Path:
-    """Twelve prompts of different lengths with completions, as JSONL."""
+def write_lessons(file: Path) -> Path:
     return write_lines(
-        tmp_path / "lessons.jsonl",
+        file,
         [
             {"prompt": f"Question {'!' * n} {n}:", "completion": f" answer {n % 3}."}
             for n in range(12)
         ],
     )
+
+
+def train_quickly(model: Path, data: Path, output: Path, **flags: Any) -> TrainResult:
+    """`train` with few steps on short texts."""
+    settings = {"max_steps": 4, "batch_size": 4, "rank": 4, "max_length": 64, **flags}
+    return train(model, data, output, **settings)
+
+
+@pytest.fixture
+def lessons(tmp_path: Path) -> Path:
+    """Twelve prompts of different lengths with completions, as JSONL."""
+    return write_lessons(tmp_path / "lessons.jsonl")
 
 
 @pytest.fixture
@@ -70,9 +80,4 @@ def topics(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick() -> Quick:
     """`train` with few steps on short texts."""
-
-    def run(model: Path, data: Path, output: Path, **flags: Any) -> TrainResult:
-        settings = {"max_steps": 4, "batch_size": 4, "rank": 4, "max_length": 64, **flags}
-        return train(model, data, output, **settings)
-
-    return run
+    return train_quickly

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import itertools
+import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loradeploy.adapter import load_adapter
-from loradeploy.errors import UsageError
+from loradeploy.errors import OutputError, TrainingError, UsageError
+from loradeploy.train import job
 from loradeploy.train.api import TrainResult
+from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.trainer import AdapterTrainer
-from tests.train.conftest import Quick, write_lines
+from tests.train.conftest import Quick, train_quickly, write_lessons, write_lines
 
 SETTINGS = {"max_steps": 8, "save_steps": 2, "dropout": 0.1, "warmup_steps": 2}
 
@@ -23,23 +32,30 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch, quick: Quick) -> Any:
+def cut(quick: Quick) -> Any:
     """A function that trains as `quick` does and is killed after a number of steps."""
 
     def run(*arguments: Any, after: int, **flags: Any) -> None:
-        counter = itertools.count(1)
-        whole = AdapterTrainer.training_step
-
-        def step(*inputs: Any) -> Any:
-            if next(counter) > after:
-                raise Killed
-            return whole(*inputs)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(AdapterTrainer, "training_step", step)
+        with killed_after(after):
             quick(*arguments, **flags)
 
     return run
+
+
+@contextlib.contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Whatever trains inside dies in the step after so many."""
+    counter = itertools.count(1)
+    whole = AdapterTrainer.training_step
+
+    def step(*inputs: Any) -> Any:
+        if next(counter) > steps:
+            raise Killed
+        return whole(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(AdapterTrainer, "training_step", step)
+        yield
 
 
 @pytest.mark.parametrize("after", [2, 5, 7])
@@ -67,10 +83,20 @@ def test_a_classifier_is_resumed_with_its_head(
     assert resumed.digest == whole.digest
 
 
+@pytest.fixture(scope="module")
+def interrupted_once(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that was killed after step 5; checkpoints of steps 2 and 4."""
+    place = tmp_path_factory.mktemp("interrupted")
+    data = write_lessons(place / "lessons.jsonl")
+    with killed_after(5):
+        train_quickly(tiny_llama, data, place / "adapter", **SETTINGS)
+    return place / "adapter-checkpoints"
+
+
 @pytest.fixture
-def interrupted(tiny_llama: Path, lessons: Path, tmp_path: Path, cut: Any) -> Path:
-    """The output of a run that was killed after step 5; checkpoints of steps 2 and 4 are left."""
-    cut(tiny_llama, lessons, tmp_path / "adapter", after=5, **SETTINGS)
+def interrupted(interrupted_once: Path, tmp_path: Path) -> Path:
+    """The output of such a run, with the data `lessons`."""
+    shutil.copytree(interrupted_once, tmp_path / "adapter-checkpoints")
     return tmp_path / "adapter"
 
 
@@ -98,6 +124,252 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"global')
     whole = quick(tiny_llama, lessons, tmp_path / "whole", **SETTINGS)
     assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).digest == whole.digest
+
+
+def checkpoint_of(output: Path, step: int) -> Path:
+    return output.with_name(f"{output.name}-checkpoints") / f"checkpoint-{step}"
+
+
+def flip(file: Path) -> None:
+    """Let one bit of `file` be another."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def make_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("optimizer.pt", flip, "other bytes in optimizer.pt"),
+        ("adapter_model.safetensors", flip, "other bytes in adapter_model.safetensors"),
+        ("scheduler.pt", shorten, "of scheduler.pt"),
+        ("rng_state.pth", Path.unlink, "no file rng_state.pth"),
+        ("trainer_state.json", make_a_pipe, "no file trainer_state.json"),
+        ("checkpoint.json", shorten, "checkpoint.json is not"),
+        ("checkpoint.json", Path.unlink, "no checkpoint.json"),
+    ],
+)
+def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
+    file: str,
+    damage: Callable[[Path], None],
+    said: str,
+    interrupted: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damage(checkpoint_of(interrupted, 4) / file)
+    checkpoints = Checkpoints(interrupted)
+    record = json.loads((checkpoints.place / "run.json").read_text())
+    with checkpoints.begun(record, resume=True) as begin:
+        assert begin == checkpoint_of(interrupted, 2)
+    (told,) = caplog.messages
+    assert "checkpoint-4 is damaged" in told and said in told
+    assert told.endswith(f"the run goes on from {begin}")
+    assert "\n" not in told
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_ends_at_the_same_adapter(
+    interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    flip(checkpoint_of(interrupted, 4) / "optimizer.pt")
+    whole = quick(tiny_llama, lessons, tmp_path / "whole", **SETTINGS)
+    assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).digest == whole.digest
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_left(
+    interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
+) -> None:
+    for step in (2, 4):
+        shorten(checkpoint_of(interrupted, step) / "optimizer.pt")
+    with pytest.raises(UsageError, match=r"no checkpoint is whole \(.*checkpoint-4 has .* remove"):
+        quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+    assert checkpoint_of(interrupted, 2).is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick, cut: Any
+) -> None:
+    cut(tiny_llama, lessons, tmp_path / "other", after=7, **{**SETTINGS, "seed": 1})
+    shutil.copytree(checkpoint_of(tmp_path / "other", 6), checkpoint_of(interrupted, 6))
+    with pytest.raises(UsageError, match=r"checkpoint-6 is of another run than the one that"):
+        quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+
+
+class Runs:
+    """Something that leaves a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.trace), "w"))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
+    file: str, interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    place = checkpoint_of(interrupted, 4)
+    torch.save({"state": Runs(tmp_path / "trace")}, place / file)
+    record = json.loads((place / "checkpoint.json").read_text())
+    content = (place / file).read_bytes()
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    record["files"][file] = {"bytes": len(content), "digest": digest}
+    (place / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and go on") as told:
+        quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_run_that_was_killed_at_its_end_takes_no_further_step(
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 3 batches an epoch, so that the last step is in the middle of one."""
+    settings = {**SETTINGS, "keep_best": True, "eval_steps": 2, "validation_split": 0.1}
+    whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(job, "_write", lambda *_: _raise(Killed()))
+        quick(tiny_llama, lessons, tmp_path / "cut", **settings)
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_: pytest.fail("a step too many"))
+    resumed = quick(tiny_llama, lessons, tmp_path / "cut", resume=True, **settings)
+    assert (resumed.digest, resumed.steps, resumed.tokens, resumed.kept_step) == (
+        *(whole.digest, whole.steps, whole.tokens, whole.kept_step),
+    )
+    assert (resumed.adapter / "loss.csv").read_bytes() == (whole.adapter / "loss.csv").read_bytes()
+
+
+def test_a_run_that_was_killed_when_its_patience_ended_does_not_go_on(
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {
+        "max_steps": 20,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "early_stopping": 1,
+        "validation_split": 0.25,
+        "learning_rate": 8.0,
+        "warmup_steps": 0,
+    }
+    whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
+    assert whole.steps < 20
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(job, "_write", lambda *_: _raise(Killed()))
+        quick(tiny_llama, lessons, tmp_path / "cut", **settings)
+    resumed = quick(tiny_llama, lessons, tmp_path / "cut", resume=True, **settings)
+    assert (resumed.digest, resumed.steps) == (whole.digest, whole.steps)
+
+
+def _raise(problem: BaseException) -> None:
+    raise problem
+
+
+def test_two_runs_of_one_output_do_not_write_at_the_same_time(
+    interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
+) -> None:
+    checkpoints = Checkpoints(interrupted)
+    record = json.loads((checkpoints.place / "run.json").read_text())
+    with checkpoints.begun(record, resume=True):
+        for resume in (True, False):
+            with pytest.raises(UsageError, match="another process is writing in .*-checkpoints"):
+                quick(tiny_llama, lessons, interrupted, resume=resume, **SETTINGS)
+    assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).steps == 8
+
+
+def test_notes_in_a_checkpoint_are_kept_when_it_goes(
+    interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
+) -> None:
+    notes = checkpoint_of(interrupted, 4) / "notes.txt"
+    notes.write_text("mine")
+    quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+    assert [path.name for path in notes.parent.parent.glob("**/*")] == ["checkpoint-4", "notes.txt"]
+
+
+def test_as_many_processes_as_before_and_the_same_config_are_needed(
+    interrupted: Path,
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "process_count", lambda: 2)
+        with pytest.raises(UsageError, match="processes was 1 and is 2"):
+            quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(UsageError, match="base_config was "):
+        quick(other, lessons, interrupted, resume=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES"])
+def test_what_keeps_a_checkpoint_from_being_written_is_told_with_its_path_and_the_last_is_left(
+    name: str, interrupted: Path
+) -> None:
+    number = getattr(errno, name)
+    checkpoints = Checkpoints(interrupted)
+    with pytest.raises(OutputError) as told, checkpoints.writing(6, {}) as place:
+        (place / "optimizer.pt").write_bytes(b"half")
+        raise OSError(number, os.strerror(number), str(place / "optimizer.pt"))
+    target = checkpoint_of(interrupted, 6)
+    assert str(told.value).startswith(f"{target} cannot be written: {os.strerror(number)}")
+    assert (told.value.errno, told.value.filename) == (number, str(target))
+    assert checkpoints.newest() == checkpoint_of(interrupted, 4)
+    left = sorted(path.name for path in target.parent.iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "run.json"]
+
+
+@pytest.mark.parametrize("place", ["checkpoint-4", "adapter"])
+def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
+    place: str,
+    tiny_llama: Path,
+    lessons: Path,
+    tmp_path: Path,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {**SETTINGS, "max_steps": 4, "save_steps": 2}
+    written, reason = torch.save, os.strerror(errno.ENOSPC)
+
+    def save(value: Any, file: Any, *rest: Any) -> None:
+        if place in str(file).removeprefix(str(tmp_path / "adapter")) and "optimizer" in str(file):
+            raise OSError(errno.ENOSPC, reason)
+        written(value, file, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        if place == "adapter":
+            patch.setattr(job, "write_curve", lambda *_: _raise(OSError(errno.ENOSPC, reason)))
+        with pytest.raises(TrainingError) as told:
+            quick(tiny_llama, lessons, tmp_path / "adapter", **settings)
+    said = str(told.value)
+    unwritten = tmp_path / "adapter"
+    last = checkpoint_of(unwritten, 4)
+    if place == "checkpoint-4":
+        unwritten, last = last, checkpoint_of(unwritten, 2)
+    assert said.startswith(f"{unwritten} cannot be written: {reason}: free some space there, ")
+    assert said.endswith(f"; {last} is whole: go on from it with --resume")
+    assert "\n" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-checkpoints", lessons.name]
+    assert quick(tiny_llama, lessons, tmp_path / "adapter", resume=True, **settings).steps == 4
 
 
 def test_an_unfinished_run_is_not_lost_to_a_fresh_one(
