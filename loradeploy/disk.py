@@ -57,15 +57,30 @@ def explained(
         raise OutputError(target, reason, number) from problem
 
 
+@contextlib.contextmanager
+def scratch_directory(prefix: str = "loradeploy-") -> Iterator[Path]:
+    """A directory for what is needed for a while, where the system keeps such.
+
+    Raises:
+        OutputError: something in it cannot be written.
+    """
+    with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix=prefix) as name:
+        place = Path(name)
+        with explained(place.parent, place):
+            yield place
+
+
 def _reason(problem: Exception, target: Path, temporary: Path | None) -> str | None:
     """Why `target` cannot be written, or None where `problem` is something else."""
     if not isinstance(problem, OSError):
         return None
     if problem.errno is None:  # numpy counts what it wrote, and says no more
         return first_line(problem)
-    if problem.errno in _ADVICE:
+    names = [name for name in (problem.filename, problem.filename2) if name is not None]
+    ours = any(_is_of(name, target, temporary) for name in names)
+    if problem.errno in _ADVICE and (ours or not names):
         return f"{problem.strerror}: {_ADVICE[problem.errno]}"
-    return problem.strerror if _is_of(problem.filename, target, temporary) else None
+    return problem.strerror if ours else None
 
 
 def _is_of(name: object, target: Path, temporary: Path | None) -> bool:

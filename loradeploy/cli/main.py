@@ -13,6 +13,7 @@ Exit status:
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -179,6 +180,8 @@ def _explain(problem: Exception) -> int:
     if isinstance(problem, OSError) and problem.errno is not None:
         # The disk is full, a directory is not ours to write: nothing that a traceback explains.
         place = f"{problem.filename}: " if problem.filename is not None else ""
+        if not place and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            place = "the standard output cannot be written: "  # files are named by who writes them
         return _say(f"Error: {place}{problem.strerror}", REFUSED)
     if isinstance(problem, MemoryError):
         return _say("Error: out of memory: take a smaller batch, precision or model", REFUSED)
@@ -188,5 +191,6 @@ def _explain(problem: Exception) -> int:
 
 
 def _say(line: str, status: int) -> int:
-    click.echo(" ".join(line.split()), err=True)
+    with contextlib.suppress(OSError):  # the status says it too
+        click.echo(" ".join(line.split()), err=True)
     return status

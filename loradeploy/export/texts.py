@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -34,6 +33,7 @@ from loradeploy.bundle.tokenizer import (
     TOKENIZER_NAME,
     Tokenizer,
 )
+from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, listed_names
 from loradeploy.files import read_json, write_json
 
@@ -210,8 +210,7 @@ def _with_tokenizer(source: Path) -> Iterator[Path]:
     if has or not any((source / name).is_file() for name in OLDER_TOKENIZERS):
         yield source
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch)
+    with scratch_directory() as made:
         make_tokenizer(source, made)
         _copy_text(source, made)
         yield made

@@ -85,10 +85,10 @@ def parity(
         MissingDependencyError: torch or transformers is not installed.
     """
     import dataclasses
-    import tempfile
     from pathlib import Path
 
     from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.disk import scratch_directory
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import choose_backends, not_silent
@@ -135,14 +135,14 @@ def parity(
     held_out = read_held_out(
         place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
     )
-    with tempfile.TemporaryDirectory(prefix="loradeploy-parity-") as scratch:
+    with scratch_directory("loradeploy-parity-") as scratch:
         setting = Setting(
             bundle=place,
             manifest=manifest,
             model=directory,
             subjects=subjects,
             cases=cases,
-            scratch=Path(scratch),
+            scratch=scratch,
             providers=used,
             variants=variants,
             phases=shown,

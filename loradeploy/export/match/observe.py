@@ -13,7 +13,6 @@ of a second run tell it from an axis that has the same size by chance.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.sample import Feeds, Sample
+from loradeploy.disk import scratch_directory
 from loradeploy.errors import first_line
 from loradeploy.export.graph.file import required_inputs
 from loradeploy.export.graph.running import CPU, trial_options
@@ -128,8 +128,8 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
         options.add_session_config_entry(_FOLDER_OPTION, str(directory.resolve()))
         content = ir.to_proto(model).SerializeToString()
         return onnxruntime.InferenceSession(content, options, providers=[CPU])
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "model.onnx"
+    with scratch_directory() as place:
+        file = place / "model.onnx"
         ir.save(model, file, external_data="model.onnx.data")
         return onnxruntime.InferenceSession(file, options, providers=[CPU])
 

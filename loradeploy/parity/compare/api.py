@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import INPUT_IDS
+from loradeploy.disk import scratch_directory
 from loradeploy.errors import UsageError, first_line, listed_names
 from loradeploy.export.precision import DEFAULT_PRECISION
 from loradeploy.parity.compare.feeds import Fed, FeedsPlace, make_feeds, read_feeds
@@ -90,9 +90,9 @@ def compare(
     _limits(held.precision, tolerances)  # refused before anything runs
     renamed = dict(names or {})
     fed = _feeds(wanted, held, renamed, inputs, cases, seed)
-    with TemporaryDirectory(prefix="loradeploy-compare-") as scratch:
+    with scratch_directory("loradeploy-compare-") as scratch:
         expected = Runs(wanted, REFERENCE, fed, {})
-        kept = [kept_in(given, Path(scratch)) for given in expected]
+        kept = [kept_in(given, scratch) for given in expected]
         actual = Runs(held, CANDIDATE, fed, renamed)
         outputs = Outputs(kept, fed)
         for number, given in enumerate(actual):

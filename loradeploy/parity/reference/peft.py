@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
 from loradeploy.adapter.tensors import map_tensors, read_arrays, write_arrays
+from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def _place_for_peft(subject: Subject) -> Iterator[Path]:
     if not subject.widened and weights.name == WEIGHTS_NAME:
         yield weights.parent
         return
-    with TemporaryDirectory() as scratch:
-        place = Path(scratch) / subject.name
+    with scratch_directory() as scratch:
+        place = scratch / subject.name
         place.mkdir()
         shutil.copyfile(config, place / CONFIG_NAME)
         if subject.widened:
