@@ -98,7 +98,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         with explained(directory):
             directory.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _lock(directory)
+            lock = _lock(directory.resolve())  # a link may lead to a larger disk
         except BlockingIOError:
             raise UsageError(_busy(directory)) from None
         except FileNotFoundError:
@@ -119,7 +119,7 @@ def only_writer(directory: Path) -> Iterator[None]:
 def check_no_writer(directory: Path) -> None:
     """Raise UsageError where another process is writing in `directory`, see `only_writer`."""
     try:
-        lock = _lock(directory)
+        lock = _lock(directory.resolve())
     except BlockingIOError:
         raise UsageError(_busy(directory)) from None
     except OSError:

@@ -142,7 +142,13 @@ class Checkpoints:
     def _resumable(self, record: Mapping[str, Any]) -> Path:
         """The newest checkpoint that is whole; those that are damaged are passed over, aloud."""
         file = self.place / _RUN
-        differences = _differences(read_json(file, error=UsageError), record)
+        then = read_json(file, error=UsageError)
+        if not then.keys() >= record.keys():
+            raise UsageError(
+                f"{file} was written by another version of loradeploy: end the run with that one,"
+                f" or remove {self.place} to begin again"
+            )
+        differences = _differences(then, record)
         if differences:
             raise UsageError(
                 f"{self.place} is of another run and cannot be resumed: " + listed(differences)

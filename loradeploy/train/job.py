@@ -35,6 +35,7 @@ from loradeploy.errors import (
     TrainingError,
     TrainingInterruptedError,
     UsageError,
+    first_line,
 )
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
@@ -285,6 +286,10 @@ def _explained() -> Iterator[None]:
     except RuntimeError as problem:
         if "can't allocate memory" in str(problem):  # torch's CPU allocator has no class for it
             raise _out_of_memory() from problem
+        if process_count() > 1 and ("gloo" in str(problem) or "NCCL" in str(problem)):
+            raise TrainingError(
+                f"another process of this run has ended, or is out of reach: {first_line(problem)}"
+            ) from problem
         raise
 
 

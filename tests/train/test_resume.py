@@ -292,6 +292,26 @@ def test_two_runs_of_one_output_do_not_write_at_the_same_time(
     assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).steps == 8
 
 
+def test_checkpoints_may_lie_on_another_disk_behind_a_link(
+    interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    place = Checkpoints(interrupted).place
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).steps == 8
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_checkpoints_of_another_version_are_refused(
+    interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
+) -> None:
+    file = Checkpoints(interrupted).place / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({n: v for n, v in record.items() if n != "processes"}))
+    with pytest.raises(UsageError, match=r"run.json was written by another version"):
+        quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+
+
 def test_notes_in_a_checkpoint_are_kept_when_it_goes(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
