@@ -193,15 +193,40 @@ class Tokenizer:
         return self._chat.render(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        with _library(f"the tokenizer of {self._place} fails"):
-            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of `ids`, without special tokens.
+
+        Raises:
+            BundleError: the tokenizer's own rules fail on them.
+        """
+        try:
+            with _library(f"the tokenizer of {self._place} fails"):
+                text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        except BundleError:
+            if any(self.word(token) is not None for token in ids):
+                raise
+            return ""  # where spaces are to be stripped, the library fails on no text at all
         return text
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is one of the special tokens, which stand for no text."""
         added = self._tokenizer.get_added_tokens_decoder().get(token)
         return added is not None and added.special
+
+    def word(self, token: int) -> str | None:
+        """What `token` is in the vocabulary; None where `decode` passes over it."""
+        word: str | None = self._tokenizer.id_to_token(token)
+        return None if word in self._passed_over else word
+
+    @property
+    def decoder(self) -> str | None:
+        """How text is made of words, as tokenizer.json says it; None where it does not say."""
+        decoder = self._tokenizer.decoder
+        return None if decoder is None else decoder.__getstate__().decode()
+
+    @cached_property
+    def _passed_over(self) -> frozenset[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
     def same_words(self, other: Tokenizer) -> bool:
         """Whether both make the same tokens of every text."""

@@ -1,4 +1,4 @@
-"""Tokens of a batch and text that comes piece by piece; the tokenizer itself is the bundle's."""
+"""Tokens of a batch; the tokenizer itself is the bundle's, and text by pieces in pieces.py."""
 
 from __future__ import annotations
 
@@ -8,43 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.runtime.pieces import PieceDecoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["PieceDecoder", "Tokenizer", "pad", "positions_of"]
-
-
-class PieceDecoder:
-    """Text from tokens that arrive one by one; the pieces together are the whole text.
-
-    What a token adds can depend on the one before (a leading space) and may be half a character.
-    So the last tokens are decoded twice, without and with the new one, and the difference is held
-    back while it ends in the replacement character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # decoding begins at this token
-        self._told = 0  # the text of the tokens before this one was given out
-
-    def push(self, token: int) -> str:
-        """The text that is complete with `token`, perhaps none."""
-        self._ids.append(token)
-        return self._advance(hold=True)
-
-    def close(self) -> str:
-        """The text that was held back."""
-        return self._advance(hold=False)
-
-    def _advance(self, *, hold: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._told])
-        now = self._tokenizer.decode(self._ids[self._start :])
-        if len(now) <= len(before) or (hold and now.endswith("\ufffd")):
-            return ""
-        self._start, self._told = self._told, len(self._ids)
-        return now[len(before) :]
 
 
 def pad(
