@@ -9,6 +9,7 @@
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
     ├── TrainingError           a training run that cannot go on
     │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
+    ├── RunError                a run that ONNX Runtime could not do
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported in the way asked for
     ├── OutputError             a file that cannot be written, as on a full disk (also an OSError)
@@ -77,6 +78,10 @@ class TrainingInterruptedError(TrainingError):
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class RunError(LoraDeployError):
+    """A run that ONNX Runtime could not do: no memory, or what its checks of inputs found."""
 
 
 class BundleError(LoraDeployError):

@@ -50,7 +50,7 @@ _ROLES: Final = tuple(
 # Names that configs give to the number of positions.
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 # Models that count positions from the padding's id on, so that the first ones are no text's.
-_FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
@@ -119,7 +119,7 @@ class Tokenizer:
             pads = _ids(config, "pad_token_id", place / CONFIG_NAME)
             self._pads = (*pads, *self._ids_of("pad_token"), *eos, 0)
             self.pad_id: int = self._pads[0]
-            self.positions = _positions(config, place / CONFIG_NAME)
+            self.positions = positions_of_model(config, place / CONFIG_NAME)
             self.max_length = _max_length(self.positions, settings, place / SETTINGS_NAME)
         else:
             eos = told or tuple(base.eos_ids)
@@ -407,13 +407,17 @@ def _ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ...]:
     return tuple(token for token in listed if token >= 0)
 
 
-def _positions(config: Mapping[str, Any], file: Path) -> int | None:
-    """How many tokens the model has positions for."""
+def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
+    """How many tokens the model has positions for, by its `config`, which `file` holds.
+
+    Raises:
+        BundleError: not one.
+    """
     name = next((name for name in _POSITIONS if isinstance(config.get(name), int)), None)
     if name is None:
         return None
     told = int(config[name])
-    if config.get("model_type") in _FROM_PADDING_ON:
+    if config.get("model_type") in FROM_PADDING_ON:
         told -= 1 + next(iter(_ids(config, "pad_token_id", file)), 1)
     if told < 1:
         raise BundleError(f"{file}: {name} is {config[name]}, which leaves no position for a token")

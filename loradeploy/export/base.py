@@ -34,6 +34,7 @@ from loradeploy.export.given_adapters import (
     label_count,
 )
 from loradeploy.export.graph.file import graph_digest, load_graph, outputs, required_inputs
+from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.linears import (
     refuse_adapter_layers,
     refuse_side_inputs,
@@ -234,6 +235,7 @@ def from_graph(source: Source, options: Options) -> Base:
     logger.info("reading %s", source.graph)
     graph = load_graph(source.graph)
     if source.manifest is None:
+        check_opens(source.graph)
         refuse_side_inputs(graph)  # while they are inputs
         inline_functions(graph)
         refuse_adapter_layers(graph)

@@ -13,9 +13,15 @@ from loradeploy.bundle.names import (
     NO_PADDING,
     TOKEN_TYPE_IDS,
 )
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.resident import AdapterSpec
-from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, each_row
+from loradeploy.runtime.session import (
+    Adapters,
+    AdapterSession,
+    HeldAdapters,
+    check_count,
+    each_row,
+)
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import pad
 
@@ -40,11 +46,15 @@ def encoded_batches(
     Raises:
         UsageError: no texts, not one adapter for each, or a batch size below 1.
     """
-    given = [texts] if isinstance(texts, str) else list(texts)
-    if not given:
+    given = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, list | tuple | np.ndarray):
+        raise UsageError(f"the texts are {shown(texts)}: give a text, or a list of them")
+    if not len(given):
         raise UsageError("there are no texts")
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}: give 1 or more")
+    for number, text in enumerate(given, start=1):
+        if not isinstance(text, str):
+            raise UsageError(f"text {number} is {shown(text)}: give a str")
+    check_count("batch_size", batch_size)
     names = each_row(adapters, len(given))
     inputs = {spec.name for spec in session.manifest.inputs}
     encoded = [

@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.errors import UsageError, listed_names
+from loradeploy.errors import UsageError, first_line, listed_names, shown
+from loradeploy.runtime.limits import LOOKED_AT, Limits, check_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_HOST: Final = "cpu"
+
 Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
 
 
-def feed_values(feeds: Feeds, inputs: Mapping[str, TensorSpec]) -> dict[str, onnxruntime.OrtValue]:
-    """The feeds as OrtValues, arrays checked against `inputs`; on the host, views of them.
+def feed_values(
+    feeds: Feeds, inputs: Mapping[str, TensorSpec], limits: Limits
+) -> dict[str, onnxruntime.OrtValue]:
+    """The feeds as OrtValues, checked against `inputs` and `limits`; on the host, views of them.
 
     Raises:
-        UsageError: a feed is missing, unknown, or of a type or shape that the graph does not take.
+        UsageError: a feed is missing, unknown, of a type or shape that the graph does not take, or
+            of numbers that it would answer wrongly.
     """
+    if not isinstance(feeds, Mapping):
+        raise UsageError(f"the feeds are {shown(feeds)}: give a mapping of names to arrays")
     if feeds.keys() != inputs.keys():
         missing = listed_names(sorted(inputs.keys() - feeds.keys()))
         unknown = listed_names(sorted(map(str, feeds.keys() - inputs.keys())))
         raise UsageError(f"the feeds do not fit the graph: missing {missing}; unknown {unknown}")
     values = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    numbers: dict[str, NDArray[Any]] = {}
     for name, feed in feeds.items():
         if isinstance(feed, onnxruntime.OrtValue):
-            values[name] = feed  # onnxruntime checks these itself
+            values[name] = feed  # onnxruntime checks their types and shapes itself
+            looked_at = name in LOOKED_AT
+            if looked_at or name == limits.first_past:
+                shapes[name] = tuple(feed.shape())
+            if looked_at and feed.device_name() == _HOST and feed.is_tensor():
+                numbers[name] = feed.numpy()
             continue
-        array = _in_type(inputs[name], np.ascontiguousarray(feed))
+        array = _in_type(inputs[name], _array(name, feed))
         _check_feed(inputs[name], array)
+        check_finite(name, array)
+        shapes[name] = array.shape
+        if name in LOOKED_AT:
+            numbers[name] = array
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    limits.check(shapes, numbers)
     return values
+
+
+def _array(name: str, feed: object) -> NDArray[Any]:
+    try:
+        return np.ascontiguousarray(feed)
+    except (TypeError, ValueError, OverflowError) as problem:
+        raise UsageError(f"the feed {name} makes no array: {first_line(problem)}") from None
 
 
 def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
@@ -60,6 +87,6 @@ def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:
     if array.dtype.name != spec.dtype or not fits:
         told = ", ".join(map(str, spec.shape))
         raise UsageError(
-            f"the feed {spec.name} is {array.dtype} {list(array.shape)},"
+            f"the feed {spec.name} is {array.dtype} {shown(list(array.shape))},"
             f" the graph takes {spec.dtype} [{told}]"
         )

@@ -21,10 +21,10 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.sampling import Sampling, adjusted
-from loradeploy.runtime.session import Adapters, AdapterSession, each_row
+from loradeploy.runtime.session import Adapters, AdapterSession, check_count, each_row
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # A text, a conversation, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]
+_LISTS: Final = (list, tuple, np.ndarray)
 _FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 OnText = Callable[[int, str], None]
 OnResult = Callable[[int, "Generation"], None]
@@ -142,23 +143,28 @@ class TextGenerator:
             UnknownAdapterError: an adapter that was never loaded.
         """
         Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p)  # checked at once
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: give 1 or more")
+        check_count("max_new_tokens", max_new_tokens)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        if not given:
+        if not isinstance(given, _LISTS):
+            raise UsageError(f"the prompts are {shown(prompts)}: give a text, or a list")
+        if not len(given):
             raise UsageError("there are no prompts")
-        seeds = [seed] * len(given) if isinstance(seed, int) else list(seed)
+        seeds: list[Any] = list(seed) if isinstance(seed, _LISTS) else [seed] * len(given)
         if len(seeds) != len(given):
             raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
+        for each in seeds:
+            if not isinstance(each, int | np.integer) or isinstance(each, bool) or each < 0:
+                raise UsageError(f"a seed is {shown(each)}: give a whole number of 0 or more")
         rows = []
-        for number, (prompt, adapter, seed) in enumerate(
+        for number, (prompt, adapter, own_seed) in enumerate(
             zip(given, each_row(adapters, len(given)), seeds, strict=True)
         ):
             side = self.session.texts.of(adapter)
             sampling = Sampling.of(temperature, top_k, top_p, side.settings)
             rows.append(
-                self._row(number, prompt, adapter, seed, max_new_tokens, chat, side, sampling)
+                self._row(number, prompt, adapter, own_seed, max_new_tokens, chat, side, sampling)
             )
         results: list[Generation] = []
         size = batch_size or len(rows)
@@ -185,7 +191,7 @@ class TextGenerator:
         side: TextSide,
         sampling: Sampling,
     ) -> _Row:
-        ids = _encode(side, prompt, chat)
+        ids = self._encode(side, prompt, chat, f"prompt {number + 1}")
         positions = self.tokenizer.max_length
         if not ids:
             raise UsageError(f"prompt {number + 1} is empty")
@@ -204,6 +210,28 @@ class TextGenerator:
             sampling=sampling,
             pieces=PieceDecoder(side.tokenizer),
         )
+
+    def _encode(self, side: TextSide, prompt: Prompt, chat: bool, what: str) -> list[int]:
+        """The tokens of a prompt, which messages call `what`."""
+        if isinstance(prompt, str):
+            if not prompt:
+                return []
+            if chat:
+                prompt = [{"role": "user", "content": prompt}]
+        elif not isinstance(prompt, _LISTS):
+            raise UsageError(
+                f"{what} is {shown(prompt)}: give a text, a list of messages, or of token ids"
+            )
+        if isinstance(prompt, str):
+            ids = side.tokenizer.encode(prompt)
+        elif all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
+            ids = [int(token) for token in cast("Sequence[int]", prompt)]
+        else:
+            side.check_chat()
+            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+        if ids:
+            self.session.limits.check_tokens((min(ids), max(ids)), what)
+        return ids
 
     def _together(self, batch: Sequence[_Row]) -> list[list[_Row]]:
         """The rows that may share a run: those of one length, where padding changes answers."""
@@ -291,16 +319,3 @@ class TextGenerator:
             TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
         }
         return {name: make() for name, make in made.items() if name in self._inputs}
-
-
-def _encode(side: TextSide, prompt: Prompt, chat: bool) -> list[int]:
-    if isinstance(prompt, str):
-        if not prompt:
-            return []
-        if not chat:
-            return side.tokenizer.encode(prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    elif all(isinstance(token, int | np.integer) for token in prompt):
-        return [int(token) for token in cast("Sequence[int]", prompt)]
-    side.check_chat()
-    return side.tokenizer.encode_chat(cast("Sequence[Message]", prompt))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shortened, shown
 from loradeploy.runtime.block import in_one_block
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ AdapterSpec = str | Mapping[str, float]
 
 # More runs at a time than this and some of them bind their side inputs anew.
 _SPARE_BINDINGS: Final = 16
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,14 @@ def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
         return ((spec, 1.0),)
     weights = []
     for name, weight in spec.items():
-        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-        if not number or not np.isfinite(weight):
-            raise UsageError(f"the weight of {name!r} is {weight!r}: give a finite number")
+        known = isinstance(weight, int | float | np.integer | np.floating)
+        # float32 holds no larger one, and float() no integer without end.
+        if isinstance(weight, bool) or not known or not -_LARGEST <= weight <= _LARGEST:
+            raise UsageError(
+                f"the weight of {shown(name)} is {shown(weight)}: give a finite number"
+            )
+        if not isinstance(name, str):
+            raise UsageError(f"a blend names {shown(name)}: give the name of an adapter")
         weights.append((name, float(weight)))
     if not weights:
         raise UsageError("a blend names no adapter: give {name: weight, …}, or None for the base")
@@ -118,7 +124,15 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
         touched = [(r.host, weight) for r, weight in members if A in r.host]
         if touched:
             host[A] = np.concatenate([own[A] for own, _ in touched], axis=2)
-            host[B] = np.concatenate([own[B] * own[B].dtype.type(w) for own, w in touched], axis=1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                scaled = [own[B] * own[B].dtype.type(w) for own, w in touched]
+            host[B] = np.concatenate(scaled, axis=1)
+            if not np.isfinite(host[B]).all():
+                told = ", ".join(f"{weight:g}" for _, weight in members)
+                raise UsageError(
+                    f"the weights {shortened(told)} of a blend do not fit into {host[B].dtype}:"
+                    " give smaller ones"
+                )
     parts = tuple(resident.digest for resident, _ in members)
     return Resident(blend_digest(members), None, in_one_block(host), parts)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.bundle.settings import GenerationSettings
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +30,13 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("temperature", self.temperature, int | float | np.floating),
+            ("top_k", self.top_k, int | np.integer),
+            ("top_p", self.top_p, int | float | np.floating),
+        ):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UsageError(f"{name} is {shown(value)}: give a number")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if self.top_k < 0:

@@ -27,15 +27,19 @@ from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
     BundleError,
+    RunError,
     UnknownAdapterError,
     UsageError,
+    first_line,
     listed_names,
+    shown,
 )
-from loradeploy.files import inside
+from loradeploy.files import inside, read_json
 from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
+from loradeploy.runtime.limits import Limits
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.texts import TextSides
 
@@ -64,6 +68,7 @@ class AdapterSession:
     files are those that were checked (all are read for it); an adapter that was not among those
     checked is refused when it is read.
 
+    `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
@@ -110,6 +115,9 @@ class AdapterSession:
         # Its first dimension is the batch.
         self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
         self._outputs = tuple(spec.name for spec in self.manifest.outputs)
+        file = self.path / "config.json"
+        config = read_json(file, error=BundleError) if file.is_file() else {}
+        self.limits = Limits.of(self.manifest, config, file)
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
     @property
@@ -186,6 +194,7 @@ class AdapterSession:
         Raises:
             UnknownAdapterError: no adapter has this name. AdapterError: as `load`.
         """
+        _check_name(name)
         self._bank.pin(name)
 
     def unpin(self, name: str) -> None:
@@ -194,6 +203,7 @@ class AdapterSession:
         Raises:
             UnknownAdapterError: no adapter has this name.
         """
+        _check_name(name)
         self._bank.pin(name, pinned=False)
 
     def unload(self, name: str) -> None:
@@ -206,6 +216,7 @@ class AdapterSession:
             UnknownAdapterError: no adapter has this name.
             UsageError: this thread is itself in the middle of a run with adapters.
         """
+        _check_name(name)
         self._bank.remove(name)
         if name not in self._bank:  # nobody has loaded another one meanwhile
             self.texts.remove(name)
@@ -222,8 +233,11 @@ class AdapterSession:
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
-            UsageError: a missing, unknown or misshapen feed, an unknown output, not one adapter for
-                each row, or adapters for a merged bundle.
+            UsageError: a missing, unknown or misshapen feed, one that the graph would answer
+                wrongly (tokens outside of the vocabulary, no rows, a mask that does not fit, more
+                tokens than positions), an unknown output, not one adapter for each row, or adapters
+                for a merged bundle.
+            RunError: onnxruntime cannot run it.
 
         Whole numbers and masks may be of any integer type or bool, where the graph's holds them.
         """
@@ -259,6 +273,7 @@ class AdapterSession:
             UnknownAdapterError: an adapter that was never loaded.
             UsageError: adapters for a merged bundle.
         """
+        check_adapters(adapters)
         if not (adapters is None or isinstance(adapters, str | Mapping)):
             adapters = tuple(adapters)
         named = adapters if isinstance(adapters, tuple) else (adapters,)
@@ -358,12 +373,12 @@ class AdapterSession:
         places: Mapping[str, onnxruntime.OrtValue],
     ) -> list[onnxruntime.OrtValue]:
         """The outputs, those in `places` written there, the others made on `device`."""
-        wanted = tuple(output_names) if output_names else self._outputs
+        wanted = _asked_for(output_names) or self._outputs
         if unknown := [name for name in wanted if name not in self._outputs]:
             raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
         if unknown := [name for name in places if name not in wanted]:
             raise UsageError(f"there is a place for {unknown[0]!r}, which is not asked for")
-        values = feed_values(feeds, self._inputs)
+        values = feed_values(feeds, self._inputs, self.limits)
         if lease.per_row:
             _check_rows(len(lease.rows), values[self._first].shape()[0])
         binding = lease.device.take(self._session)
@@ -376,7 +391,12 @@ class AdapterSession:
                 binding.bind_ortvalue_output(name, places[name])
             else:
                 binding.bind_output(name, *device)
-        self._session.run_with_iobinding(binding)  # a binding of a run that failed is not reused
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
+            raise RunError(
+                f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}"
+            ) from None
         outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
         # A spare binding must not keep a whole cache alive.
         binding.clear_binding_outputs()
@@ -451,12 +471,37 @@ class HeldAdapters:
             self._changed.wait_for(lambda: not self._running)
 
 
+def check_adapters(adapters: object) -> None:
+    """Raise UsageError unless `adapters` names adapters: a set, say, has no order of rows."""
+    if adapters is None or isinstance(adapters, str | Mapping):
+        return
+    if not isinstance(adapters, Sequence) or isinstance(adapters, bytes):
+        raise UsageError(
+            f"adapters is {shown(adapters)}: give a name, a mapping of names to weights, or a list"
+            " with one for each row"
+        )
+    for adapter in adapters:
+        if not (adapter is None or isinstance(adapter, str | Mapping)):
+            raise UsageError(
+                f"an adapter is {shown(adapter)}: give a name, a mapping of names to weights, or"
+                " None for the base"
+            )
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise UsageError unless `value`, which the user calls `name`, is a whole number above 0."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:  # type: ignore[operator]
+        raise UsageError(f"{name} is {shown(value)}: give 1 or more")
+
+
 def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
     """The adapter of each of `rows` rows.
 
     Raises:
-        UsageError: a sequence of another length.
+        UsageError: a sequence of another length, or what names no adapters.
     """
+    check_adapters(adapters)
     if adapters is None or isinstance(adapters, str | Mapping):
         return [adapters] * rows
     _check_rows(len(adapters), rows)
@@ -468,6 +513,18 @@ def _check_rows(adapters: int, rows: int) -> None:
         raise UsageError(f"{adapters} adapters for a batch of {rows} rows: give one for each row")
 
 
-def _check_name(name: str) -> None:
-    if not name:
-        raise UsageError("an adapter needs a name that is not empty")
+def _asked_for(output_names: object) -> tuple[str, ...]:
+    if output_names is None:
+        return ()
+    if isinstance(output_names, str) or not isinstance(output_names, Sequence):
+        raise UsageError(f"the outputs asked for are {shown(output_names)}: give a list of names")
+    return tuple(output_names)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"an adapter's name is {shown(name)}: give a text that is not empty")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"an adapter's name is {name!a}, which is no text") from None

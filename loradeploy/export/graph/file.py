@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.errors import BundleError, MissingDependencyError, ModelError
+from loradeploy.errors import BundleError, MissingDependencyError, ModelError, first_line
+from loradeploy.export.graph.sound import check_sound
 from loradeploy.files import inside
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def load_graph(file: Path) -> ir.Model:
     """The ONNX model in `file`; weights stay on disk until they are used.
 
     Raises:
-        ModelError: it is no ONNX file, or its external data is missing, too short or elsewhere.
+        ModelError: it is no ONNX file, no graph, or its external data is missing, too short or
+            elsewhere.
         MissingDependencyError: onnx-ir is not installed.
     """
     try:
@@ -35,9 +37,11 @@ def load_graph(file: Path) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as problem:  # protobuf's errors, and whatever a broken graph sets off
-        raise ModelError(f"{file} is no readable ONNX model: {problem}") from None
+        told = first_line(problem)
+        raise ModelError(f"{file} is no readable ONNX model: {told}") from None
     if not len(model.graph):
         raise ModelError(f"{file} is no readable ONNX model: its graph is empty")
+    check_sound(model, file)
     for tensor in _external_tensors(model):
         _check_external(file, tensor)
     return model
@@ -103,7 +107,14 @@ def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
             f"{file}: the external data of {tensor.name} is told to be {tensor.length} bytes long,"
             f" its shape takes {tensor.nbytes}"
         )
+    if data.is_file() and data.stat().st_nlink > 1:
+        raise ModelError(  # onnx and onnx-ir refuse to read it
+            f"{file}: {data.name} has several names (hard links), by which a file elsewhere could"
+            f" be read: give it a copy of its own, cp {data.name} copy && mv copy {data.name}"
+        )
     end = (tensor.offset or 0) + tensor.nbytes
+    if (tensor.offset or 0) < 0:
+        raise ModelError(f"{file}: the external data of {tensor.name} begins before its file")
     if not data.is_file() or data.stat().st_size < end:
         raise ModelError(
             f"{file}: the external data of {tensor.name} is not in {data.name}, which is"

@@ -51,6 +51,22 @@ def open_graph(file: Path) -> onnxruntime.InferenceSession:
         raise _not_run(problem) from None
 
 
+def open_unchanged(file: Path) -> None:
+    """Open the graph in `file` as it is, to see whether it can be: nothing in it is computed.
+
+    Raises:
+        NotRunError: onnxruntime does not open it.
+    """
+    import onnxruntime
+
+    options = trial_options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        onnxruntime.InferenceSession(file, options, providers=[CPU])
+    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+        raise _not_run(problem) from None
+
+
 def run_graph(
     session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], names: Sequence[str]
 ) -> Outputs:

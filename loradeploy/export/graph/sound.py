@@ -1,0 +1,168 @@
+"""Whether a graph that was read from a file is one at all, before anything is made of it.
+
+tensors     have a dtype, a size that memory can hold, and as many bytes as their shape takes
+values      come from somewhere before they are used: no circles, no loose ends
+functions   call no one in a circle, and stay of a size that can be written out
+all else    (arities, attributes, types, shapes that contradict each other) onnxruntime tells, which
+            opens the file without running or changing anything
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import ModelError, first_line, shortened, shown
+from loradeploy.export.graph.edit import bodies_of
+from loradeploy.export.graph.running import NotRunError, open_unchanged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import onnx_ir as ir
+
+_MAX_BYTES: Final = 2**46
+# The largest models that are traced have some ten thousands.
+_MAX_NODES: Final = 1_000_000
+
+
+def check_sound(model: ir.Model, file: Path) -> None:
+    """Raise ModelError unless the `model` that `file` holds is a graph.
+
+    Tensors outside of the file are looked at elsewhere (`graph.load_graph`).
+    """
+    try:
+        for tensor in _tensors(model):
+            _check_tensor(tensor)
+        _check_values(model.graph, frozenset())
+        for function in model.functions.values():
+            _check_values(function.graph, frozenset())
+        _check_functions(model)
+    except ModelError as problem:
+        raise ModelError(f"{file} is no sound ONNX model: {problem}") from None
+    except RecursionError:
+        raise ModelError(
+            f"{file} is no sound ONNX model: its graphs are nested too deeply"
+        ) from None
+
+
+def check_opens(file: Path) -> None:
+    """Raise ModelError where onnxruntime finds `file` wrong; kernels that it lacks do not count."""
+    try:
+        open_unchanged(file)
+    except NotRunError as problem:
+        if not problem.lacking:
+            raise ModelError(f"{file} is no ONNX model that onnxruntime opens: {problem}") from None
+
+
+def _tensors(model: ir.Model) -> Iterator[Any]:
+    import onnx_ir as ir
+
+    bodies = [*model.graphs(), *(function.graph for function in model.functions.values())]
+    for body in bodies:
+        for value in body.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in body:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield attribute.value
+                elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                    yield from attribute.value
+
+
+def _check_tensor(tensor: Any) -> None:
+    name = shortened(str(tensor.name))
+    try:
+        sizes = [int(size) for size in tensor.shape]
+        dtype = tensor.dtype
+    except Exception as problem:  # a dtype that there is not
+        raise ModelError(f"the tensor {name}: {first_line(problem)}") from None
+    if any(size < 0 for size in sizes) or math.prod(size or 1 for size in sizes) > _MAX_BYTES:
+        raise ModelError(f"the tensor {name} has the shape {shown(sizes)}")
+    import onnx_ir as ir
+
+    if isinstance(tensor, ir.ExternalTensor):
+        return
+    try:
+        proto: Any = getattr(tensor, "raw", None)
+        if dtype != ir.DataType.STRING and getattr(proto, "raw_data", b""):
+            size = len(proto.raw_data)
+            if size != tensor.nbytes:
+                raise ModelError(
+                    f"the tensor {name} is of {size} bytes, its shape takes {tensor.nbytes}"
+                )
+        else:
+            tensor.numpy()
+    except ModelError:
+        raise
+    except Exception as problem:  # of numpy, protobuf and onnx-ir, by what is wrong
+        raise ModelError(f"the tensor {name}: {first_line(problem)}") from None
+
+
+def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
+    """Every value is an input, an initializer, or made by a node before it is used."""
+    known = {*graph.inputs, *graph.initializers.values()}
+    nodes = list(graph)
+    if not _in_order(nodes, known, outer):
+        try:
+            graph.sort()
+        except ValueError:
+            raise ModelError("its nodes are in a circle") from None
+    made = set(known)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in made and value not in outer:
+                raise ModelError(
+                    f"{_of(node)} takes {shortened(str(value.name))}, which nothing makes"
+                )
+        for body in bodies_of(node):
+            _check_values(body, outer | made)
+        made.update(node.outputs)
+    for value in graph.outputs:
+        if value not in made and value not in outer:
+            raise ModelError(f"nothing makes its output {shortened(str(value.name))}")
+
+
+def _in_order(nodes: Iterable[ir.Node], known: set[ir.Value], outer: frozenset[ir.Value]) -> bool:
+    made = set(known)
+    for node in nodes:
+        if any(v is not None and v not in made and v not in outer for v in node.inputs):
+            return False
+        made.update(node.outputs)
+    return True
+
+
+def _check_functions(model: ir.Model) -> None:
+    """The nodes of the graph with all functions written out are not too many."""
+    sizes: dict[Any, int] = {}
+    open_calls: set[Any] = set()
+
+    def size_of(graph: ir.Graph) -> int:
+        total = 0
+        for node in graph:
+            called = node.op_identifier()
+            total += of_function(called) if called in model.functions else 1
+            total += sum(size_of(body) for body in bodies_of(node))
+        return total
+
+    def of_function(called: Any) -> int:
+        if called in open_calls:
+            raise ModelError(f"its function {shortened(str(called[1]))} calls itself")
+        if called not in sizes:
+            open_calls.add(called)
+            sizes[called] = size_of(model.functions[called].graph)
+            open_calls.remove(called)
+        return sizes[called]
+
+    if (count := size_of(model.graph)) > _MAX_NODES:
+        raise ModelError(
+            f"it has {shown(count)} nodes with its functions written out, {_MAX_NODES:,} are the"
+            " most"
+        )
+
+
+def _of(node: ir.Node) -> str:
+    return f"the {node.op_type} {shortened(str(node.name))}"

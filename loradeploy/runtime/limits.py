@@ -1,0 +1,211 @@
+"""What feeds must be besides their types: what a graph takes without a word and answers wrongly.
+
+sizes       of one symbol are one; no rows and no tokens are refused, a cache may be empty
+tokens      are of the vocabulary: a negative one is taken for one of its end
+mask        zeros and ones, over the cache and the new tokens
+positions   are of the model, or as many tokens as it has positions
+numbers     of images and sounds are finite
+
+Only what is small is looked at: of a cache just the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    DECODER_INPUT_IDS,
+    INPUT_IDS,
+    PAST,
+    POSITION_IDS,
+    SEQ2SEQ_LM,
+    TOKEN_TYPE_IDS,
+)
+from loradeploy.bundle.outputs import LOGITS_NAMES
+from loradeploy.bundle.tokenizer import FROM_PADDING_ON, positions_of_model
+from loradeploy.errors import UsageError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest, TensorSpec
+
+# Inputs whose numbers are looked at: small ones, on the host.
+LOOKED_AT: Final = (INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+_UNNAMED: Final = ("", "?")
+# Models whose positions are differences, or slopes, which have no end.
+_ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a bundle's graph takes.
+
+    `vocabulary`, `positions`, `types`: how many tokens, positions and token types there are; None
+    where nothing tells. `symbols`: by input, the axes whose sizes another input has too.
+    `mask_ends`: whether the attention mask is as long as the cache and the new tokens together.
+    """
+
+    vocabulary: int | None
+    positions: int | None
+    types: int | None
+    symbols: Mapping[str, tuple[tuple[int, str], ...]]
+    first_past: str | None
+    mask_ends: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, config: Mapping[str, Any], file: Path) -> Limits:
+        """By the manifest and `config`, which was read from `file`.
+
+        Raises:
+            BundleError: `config` has no position for a token.
+        """
+        past = [spec.name for spec in manifest.inputs if spec.name.startswith(PAST)]
+        return cls(
+            vocabulary=_vocabulary(manifest, config),
+            positions=_positions(manifest, config, file),
+            types=_size(config, "type_vocab_size"),
+            symbols={spec.name: _shared(spec, manifest) for spec in manifest.inputs},
+            first_past=past[0] if past else None,
+            # A cache that is written in place has room besides.
+            mask_ends=not manifest.cache_in_place,
+        )
+
+    def check_tokens(self, tokens: Any, what: str) -> None:
+        """Raise UsageError unless `tokens` (least and largest) are of the vocabulary."""
+        least, largest = tokens
+        if least < 0:
+            raise UsageError(f"{what} holds the token {shown(least)}, and there are none below 0")
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise UsageError(
+                f"{what} holds the token {shown(largest)}, the vocabulary ends at"
+                f" {self.vocabulary - 1}"
+            )
+
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Raise UsageError unless feeds of these `shapes`, some with `numbers`, make sense."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, shape in shapes.items():
+            if 0 in shape:
+                _check_empty(name, shape)
+            for axis, symbol in self.symbols[name]:
+                size, other = sizes.setdefault(symbol, (shape[axis], name))
+                if size != shape[axis]:
+                    raise UsageError(
+                        f"the feeds do not fit together: {other} has {size} for {symbol}, {name}"
+                        f" has {shape[axis]}"
+                    )
+        for name in (INPUT_IDS, DECODER_INPUT_IDS):
+            if (ids := numbers.get(name)) is not None:
+                self.check_tokens((ids.min(), ids.max()), f"the feed {name}")
+        if (types := numbers.get(TOKEN_TYPE_IDS)) is not None:
+            _check_range(TOKEN_TYPE_IDS, types, self.types)
+        mask = numbers.get(ATTENTION_MASK)
+        if mask is not None and (mask.ndim != 2 or mask.dtype.kind not in "iu"):
+            mask = None  # one that is added to the scores, or of each pair of tokens
+        if mask is not None:
+            _check_range(ATTENTION_MASK, mask, 2)
+        self._check_lengths(shapes, numbers, mask)
+
+    def _check_lengths(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        numbers: Mapping[str, NDArray[Any]],
+        mask: NDArray[Any] | None,
+    ) -> None:
+        ids = shapes.get(INPUT_IDS, ())
+        if len(ids) != 2:
+            return
+        cache = shapes.get(self.first_past or "", ())
+        past = cache[2] if len(cache) == 4 and self.mask_ends else 0
+        total = past + ids[1]
+        if mask is not None:
+            length = mask.shape[1]
+            if length < ids[1] or (self.mask_ends and length != total):
+                raise UsageError(
+                    f"the feed {ATTENTION_MASK} is of {length} tokens, there are {past} in the"
+                    f" cache and {ids[1]} new ones"
+                )
+        if self.positions is None:
+            return
+        told = numbers.get(POSITION_IDS)
+        if told is not None:
+            _check_range(POSITION_IDS, told, self.positions)
+        elif POSITION_IDS not in shapes:
+            longest = total if mask is None else int(mask.sum(axis=1).max())
+            if longest > self.positions:
+                raise UsageError(
+                    f"a row has {longest} tokens, the model has {self.positions} positions: shorten"
+                    " it"
+                )
+
+
+def check_finite(name: str, values: NDArray[Any]) -> None:
+    """Raise UsageError unless the floats that are fed as `name` are numbers; a cache's may be."""
+    if values.dtype.kind == "f" and not name.startswith(PAST) and not np.isfinite(values).all():
+        raise UsageError(f"the feed {name} holds values that are not finite (NaN or infinite)")
+
+
+def _check_empty(name: str, shape: tuple[int, ...]) -> None:
+    empty = [axis for axis, size in enumerate(shape) if size == 0]
+    if "past" in name and empty == [len(shape) - 2] and empty != [0]:
+        return
+    raise UsageError(f"the feed {name} is {list(shape)}: there must be rows, and tokens in them")
+
+
+def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:
+    least, largest = values.min(), values.max()
+    if least < 0 or (end is not None and largest >= end):
+        wrong = least if least < 0 else largest
+        told = "0 or more" if end is None else f"0 to {end - 1}"
+        raise UsageError(f"the feed {name} holds {wrong}, the graph takes {told}")
+
+
+def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:
+    """The rows of the embedding: the logits may have fewer, and what config.json says too."""
+    inner = config.get("text_config")
+    found = [_size(config, "vocab_size")]
+    found.append(_size(inner, "vocab_size") if isinstance(inner, Mapping) else None)
+    for output in manifest.outputs:
+        if output.name in LOGITS_NAMES and len(output.shape) == 3:
+            last = output.shape[-1]
+            found.append(last if isinstance(last, int) else None)
+    return max((size for size in found if size is not None), default=None)
+
+
+def _positions(manifest: Manifest, config: Mapping[str, Any], file: Path) -> int | None:
+    endless = config.get("model_type") in _ENDLESS or config.get("alibi") is True
+    if endless or manifest.task == SEQ2SEQ_LM:
+        return None
+    inputs = {spec.name for spec in manifest.inputs}
+    if POSITION_IDS in inputs and config.get("model_type") in FROM_PADDING_ON:
+        return None  # they are counted from elsewhere
+    return positions_of_model(config, file)
+
+
+def _size(values: Mapping[str, Any], name: str) -> int | None:
+    value = values.get(name)
+    return value if type(value) is int and value > 0 else None
+
+
+def _shared(spec: TensorSpec, manifest: Manifest) -> tuple[tuple[int, str], ...]:
+    """The axes of an input that have a symbol, where symbols mean something.
+
+    They do where loradeploy traced the graph. Other exporters may use one for different sizes, but
+    for that of the rows.
+    """
+    ours = manifest.base.kind == "checkpoint"
+    return tuple(
+        (axis, symbol)
+        for axis, symbol in enumerate(spec.shape)
+        if isinstance(symbol, str) and symbol not in _UNNAMED and (ours or axis == 0)
+    )
