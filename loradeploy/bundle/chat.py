@@ -71,7 +71,9 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except jinja2.TemplateError as problem:  # what a template says on purpose
-            raise UsageError(f"the chat template refuses the messages: {problem}") from None
+            raise UsageError(
+                f"the chat template refuses the messages: {first_line(problem)}"
+            ) from None
         except Exception as problem:  # a template is code of others, which fails as it likes
             raise UsageError(
                 f"the chat template fails on the messages: {kind_and_line(problem)}"

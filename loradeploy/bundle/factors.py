@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from loradeploy.bundle.base import BaseValues
 
 _LISTED = 6
+# Near the root of float32's largest number. No float16 is as large, but for the infinite one.
+_OVERFLOWS: Final = 1e18
 _BUNDLE: Final = "this bundle"
 _ABSENT: Final[Mapping[str, str]] = {
     "linear": "no target module of {noun}",
@@ -343,6 +345,11 @@ def _missing(adapter: Adapter, targets: Mapping[str, LoraTarget], manifest: Mani
 def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         slot = np.ascontiguousarray(values, dtype=dtype)[np.newaxis]
-    if not np.isfinite(slot).all():
+    if not computable(slot):
         raise AdapterMismatchError(f"{name} does not fit into {dtype}: its values overflow")
     return slot
+
+
+def computable(values: NDArray[Any]) -> bool:
+    """Whether products of `values` and what a model computes are numbers, as far as one can say."""
+    return bool((np.abs(values) < _OVERFLOWS).all())  # False for NaN

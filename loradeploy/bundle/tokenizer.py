@@ -54,6 +54,7 @@ FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
+_LARGEST_WORD: Final = 2**24  # of a word that is in a tokenizer; vocabularies have some 2**18
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _TRIED: Final = "a"  # a text that a new tokenizer is tried on
 # Stands for an answer where it is asked what a template writes behind one.
@@ -349,6 +350,11 @@ def _open(file: Path) -> FastTokenizer:
         tokenizer.no_padding()
         # Some of what is wrong with a file shows only when it is used.
         tokenizer.decode(tokenizer.encode(_TRIED).ids)
+        words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    word = max(words, key=lambda word: words[word], default=None)
+    if word is not None and words[word] > _LARGEST_WORD:
+        # The library counts up to it when it writes or compares.
+        raise BundleError(f"{file} is no valid tokenizer: {shown(word)} is token {words[word]}")
     return tokenizer
 
 

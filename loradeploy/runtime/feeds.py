@@ -10,6 +10,7 @@ import onnxruntime
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
+from loradeploy.runtime.graph import DTYPES
 from loradeploy.runtime.limits import LOOKED_AT, Limits, check_finite
 
 if TYPE_CHECKING:
@@ -44,11 +45,12 @@ def feed_values(
             looked_at = name in LOOKED_AT
             if looked_at or name == limits.first_past:
                 shapes[name] = tuple(feed.shape())
+                _check_feed(inputs[name], _dtype_of(feed, inputs[name]), shapes[name])
             if looked_at and feed.device_name() == _HOST and feed.is_tensor():
                 numbers[name] = feed.numpy()
             continue
         array = _in_type(inputs[name], _array(name, feed))
-        _check_feed(inputs[name], array)
+        _check_feed(inputs[name], array.dtype.name, array.shape)
         check_finite(name, array)
         shapes[name] = array.shape
         if name in LOOKED_AT:
@@ -74,19 +76,24 @@ def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
         return array
     if not spec.dtype.startswith(("int", "uint", "bool", "float")):
         return array
-    cast = array.astype(spec.dtype)
+    with np.errstate(over="ignore"):  # what does not fit is seen below
+        cast = array.astype(spec.dtype)
     return cast if np.array_equal(cast, array) else array
 
 
-def _check_feed(spec: TensorSpec, array: NDArray[Any]) -> None:
-    fits = len(array.shape) == len(spec.shape) and all(
-        size == told
-        for size, told in zip(array.shape, spec.shape, strict=True)
-        if isinstance(told, int)
+def _dtype_of(value: onnxruntime.OrtValue, spec: TensorSpec) -> str:
+    """numpy's name of its dtype where that is the input's, else onnxruntime's."""
+    own = str(value.data_type())
+    return spec.dtype if DTYPES.get(own) == spec.dtype else own
+
+
+def _check_feed(spec: TensorSpec, dtype: str, shape: tuple[int, ...]) -> None:
+    fits = len(shape) == len(spec.shape) and all(
+        size == told for size, told in zip(shape, spec.shape, strict=True) if isinstance(told, int)
     )
-    if array.dtype.name != spec.dtype or not fits:
+    if dtype != spec.dtype or not fits:
         told = ", ".join(map(str, spec.shape))
         raise UsageError(
-            f"the feed {spec.name} is {array.dtype} {shown(list(array.shape))},"
+            f"the feed {spec.name} is {dtype} {shown(list(shape))},"
             f" the graph takes {spec.dtype} [{told}]"
         )

@@ -37,7 +37,7 @@ _PACKAGES: Final = {
     "OpenVINOExecutionProvider": "onnxruntime-openvino",
     "QNNExecutionProvider": "onnxruntime-qnn",
 }
-_DTYPES: Final = {
+DTYPES: Final = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
@@ -225,7 +225,7 @@ def _misfits(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -
         node = nodes.get(spec.name)
         if node is None:
             problems.append(f"the graph has no {kind} {spec.name}")
-        elif _DTYPES.get(node.type) != spec.dtype or not _fits(node.shape, spec.shape):
+        elif DTYPES.get(node.type) != spec.dtype or not _fits(node.shape, spec.shape):
             problems.append(
                 f"the {kind} {spec.name} is {node.type} {_shown(node.shape)},"
                 f" the manifest says {spec.dtype} {_shown(spec.shape)}"

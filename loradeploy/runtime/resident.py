@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
+from loradeploy.bundle.factors import computable
 from loradeploy.errors import UsageError, shortened, shown
 from loradeploy.runtime.block import in_one_block
 
@@ -127,7 +128,7 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
             with np.errstate(over="ignore", invalid="ignore"):
                 scaled = [own[B] * own[B].dtype.type(w) for own, w in touched]
             host[B] = np.concatenate(scaled, axis=1)
-            if not np.isfinite(host[B]).all():
+            if not computable(host[B]):
                 told = ", ".join(f"{weight:g}" for _, weight in members)
                 raise UsageError(
                     f"the weights {shortened(told)} of a blend do not fit into {host[B].dtype}:"

@@ -523,7 +523,7 @@ def _asked_for(output_names: object) -> tuple[str, ...]:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
-        raise UsageError(f"an adapter's name is {shown(name)}: give a text that is not empty")
+        raise UsageError(f"an adapter needs a name that is not empty, not {shown(name)}")
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _MAX_BYTES: Final = 2**46
+_MAX_INPUT: Final = 2**28  # numbers; images and sounds have less than a millionth of it
 # The largest models that are traced have some ten thousands.
 _MAX_NODES: Final = 1_000_000
 
@@ -36,6 +37,9 @@ def check_sound(model: ir.Model, file: Path) -> None:
     try:
         for tensor in _tensors(model):
             _check_tensor(tensor)
+        for value in model.graph.inputs:
+            if not value.is_initializer():
+                _check_input(value)
         _check_values(model.graph, frozenset())
         for function in model.functions.values():
             _check_values(function.graph, frozenset())
@@ -100,6 +104,13 @@ def _check_tensor(tensor: Any) -> None:
         raise
     except Exception as problem:  # of numpy, protobuf and onnx-ir, by what is wrong
         raise ModelError(f"the tensor {name}: {first_line(problem)}") from None
+
+
+def _check_input(value: ir.Value) -> None:
+    """A graph is tried on inputs of the sizes that it tells."""
+    sizes = [] if value.shape is None else [s for s in value.shape if isinstance(s, int)]
+    if any(size < 0 for size in sizes) or math.prod(size or 1 for size in sizes) > _MAX_INPUT:
+        raise ModelError(f"its input {shortened(str(value.name))} has the shape {shown(sizes)}")
 
 
 def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:

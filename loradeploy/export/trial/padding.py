@@ -78,7 +78,9 @@ def _can_be_tried(manifest: Manifest, decoder: bool) -> bool:
     caches = [spec for name, spec in inputs.items() if name.startswith(PAST)]
     grows = all(len(s.shape) == 4 and not isinstance(s.shape[2], int) for s in caches)
     sized = all(isinstance(s.shape[1], int) and isinstance(s.shape[3], int) for s in caches)
-    return known and is_open and grows and sized
+    outputs = {spec.name for spec in manifest.outputs}
+    goes_on = all(present_of(spec.name) in outputs for spec in caches)
+    return known and is_open and grows and sized and goes_on
 
 
 class _Rows:
@@ -110,12 +112,12 @@ class _Rows:
             padded = self._padded(side)
         except ExportError:  # it does not run on such a batch
             return False
-        return all(_change(a, p) <= limit for a, p in zip(alone, padded, strict=True))
+        return _largest_change(alone, padded) <= limit
 
     def _limit(self, alone: list[NDArray[Any]]) -> float:
         """The largest change that is rounding: what a neighbor of the same length makes."""
         beside = self._answers(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
-        noise = max(_change(a, b[:1]) for a, b in zip(alone, beside, strict=True))
+        noise = _largest_change(alone, [values[:1] for values in beside])
         return min(max(_ROUNDING.get(self._manifest.precision, 1e-3), _NOISE * noise), _MOST)
 
     def _padded(self, side: str) -> list[NDArray[Any]]:
@@ -175,6 +177,13 @@ class _Rows:
                 _, heads, _, size = spec.shape
                 feeds[spec.name] = np.zeros((len(ids), int(heads), 0, int(size)), spec.dtype)
         return feeds
+
+
+def _largest_change(alone: list[NDArray[Any]], other: list[NDArray[Any]]) -> float:
+    """As `_change`, of several; inf where there are not as many."""
+    if len(alone) != len(other):
+        return float("inf")
+    return max(map(_change, alone, other), default=0.0)
 
 
 def _change(alone: NDArray[Any], other: NDArray[Any]) -> float:

@@ -1,0 +1,418 @@
+"""What is fuzzed: each reader breaks a valid file in a scratch directory, and reads it as users do.
+
+A try is right where it succeeds or ends in a `LoraDeployError` of one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import numpy as np
+
+from loradeploy.errors import LoraDeployError
+from tools.fuzzing import mutate
+
+_LONGEST: Final = 1000  # characters of a message: paths and names may be long
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What is valid: an adapter, a bundle that takes it, an ONNX file of an encoder."""
+
+    adapter: Path
+    bundle: Path
+    native: Path
+    graph: Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A try that ended in anything else: which, what was done, and how it ended."""
+
+    reader: str
+    index: int
+    what: str
+    ended: str
+
+
+class Reader:
+    """Reads broken copies of what `seeds` has, in the directory `scratch`."""
+
+    def __init__(self, seeds: Seeds, scratch: Path) -> None:
+        self.seeds = seeds
+        self.scratch = scratch
+        self.what = ""
+
+    def attempt(self, random: Random) -> None:
+        """One try."""
+        raise NotImplementedError
+
+    def spoil(self, file: Path, random: Random, how: Callable[[Random, bytes], bytes]) -> None:
+        """Break `file`, which may be a copy that shares its bytes with nothing."""
+        self.what = f"{how.__name__} of {file.name}"
+        content = how(random, file.read_bytes())
+        file.unlink()
+        file.write_bytes(content)
+
+    def inspect(self, path: Path) -> None:
+        """As `loradeploy inspect` does."""
+        from loradeploy.cli.main import commands
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            commands.main(["inspect", str(path)], standalone_mode=False)
+
+
+class AdapterReader(Reader):
+    """PEFT directories: the config and the safetensors file."""
+
+    def attempt(self, random: Random) -> None:
+        from loradeploy.adapter import load_adapter, match_targets, save_adapter
+        from loradeploy.bundle.base import BundleBase
+        from loradeploy.bundle.factors import side_inputs
+        from loradeploy.bundle.manifest import read_manifest
+
+        place = self._copy()
+        kind = random.randrange(5)
+        if kind < 2:
+            self.spoil(place / "adapter_config.json", random, mutate.in_json)
+        elif kind == 2:
+            self.spoil(place / "adapter_config.json", random, _patterns)
+        else:
+            self.spoil(place / "adapter_model.safetensors", random, mutate.in_safetensors)
+        if random.randrange(10) == 0:
+            self.inspect(place)
+        adapter = load_adapter(place)
+        manifest = read_manifest(self.seeds.bundle)
+        match_targets((t.module for t in manifest.targets), adapter.config)
+        save_adapter(adapter, self.scratch / "again")
+        side_inputs(adapter, manifest, BundleBase(self.seeds.bundle, manifest))
+
+    def _copy(self) -> Path:
+        place = self.scratch / "adapter"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(self.seeds.adapter / name, place / name)
+        return place
+
+
+class NativeReader(Reader):
+    """.onnx_adapter files."""
+
+    def attempt(self, random: Random) -> None:
+        from loradeploy.bundle.base import BundleBase
+        from loradeploy.bundle.factors import adapter_from_side_inputs
+        from loradeploy.bundle.manifest import read_manifest
+        from loradeploy.bundle.native import read_onnx_adapter
+
+        file = self.scratch / "broken.onnx_adapter"
+        shutil.copyfile(self.seeds.native, file)
+        self.spoil(file, random, mutate.in_bytes)
+        manifest = read_manifest(self.seeds.bundle)
+        arrays = read_onnx_adapter(file)
+        adapter_from_side_inputs(arrays, manifest, BundleBase(self.seeds.bundle, manifest))
+
+
+class _InBundle(Reader):
+    """Copies of the bundle of which the large file is shared, unless it is to be broken."""
+
+    def bundle(self) -> Path:
+        """A new copy."""
+        place = self.scratch / "bundle"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.seeds.bundle, place)
+        return place
+
+
+class BundleReader(_InBundle):
+    """The manifest, the graph, its data, the certificate, and the configs beside them."""
+
+    _JSON: Final = (
+        *("loradeploy.json",) * 6,
+        "config.json",
+        "generation_config.json",
+        "parity.json",
+    )
+
+    def attempt(self, random: Random) -> None:
+        import loradeploy as ld
+
+        place = self.bundle()
+        kind = random.randrange(10)
+        names = [name for name in self._JSON if (place / name).is_file()]
+        if kind < 8:
+            self.spoil(place / random.choice(names), random, mutate.in_json)
+        elif kind == 8:
+            self.spoil(place / "model.onnx", random, mutate.in_bytes)
+        else:
+            self.spoil(place / "model.onnx.data", random, mutate.in_bytes)
+        if random.randrange(10) == 0:
+            self.inspect(place)
+        certified = (place / "parity.json").is_file() and random.randrange(3) == 0
+        session = ld.AdapterSession(place, require_certificate=certified)
+        name = next(iter(session.manifest.adapters), None)
+        ld.TextGenerator(session).generate(["hi", "abc"], name, max_new_tokens=1)
+
+
+class TokenizerReader(Reader):
+    """tokenizer.json, what lies beside it, and chat templates."""
+
+    _NAMES: Final = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "config.json")
+
+    def attempt(self, random: Random) -> None:
+        from loradeploy.bundle.tokenizer import Tokenizer
+
+        place = self.scratch / "tokenizer"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in (*self._NAMES, "generation_config.json", "chat_template.jinja"):
+            if (self.seeds.bundle / name).is_file():
+                shutil.copyfile(self.seeds.bundle / name, place / name)
+        if random.randrange(3):
+            self.spoil(place / random.choice(self._NAMES), random, mutate.in_json)
+        else:
+            self.what = source = _template(random)
+            (place / "chat_template.jinja").write_text(source, encoding="utf-8")
+        tokenizer = Tokenizer(place)
+        tokenizer.decode(tokenizer.encode("Hello, wörld! <|im_end|>", max_length=7))
+        if tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "."}]
+            tokenizer.encode_chat(messages)
+        Tokenizer(place, Tokenizer(self.seeds.bundle))
+
+
+class GraphReader(Reader):
+    """ONNX files of others, exported with side inputs."""
+
+    def attempt(self, random: Random) -> None:
+        from loradeploy.export.api import export
+
+        file = self.scratch / "graph" / "model.onnx"
+        shutil.rmtree(file.parent, ignore_errors=True)
+        shutil.rmtree(self.scratch / "out", ignore_errors=True)
+        file.parent.mkdir()
+        shutil.copyfile(self.seeds.graph, file)
+        self.spoil(file, random, mutate.in_onnx)
+        if random.randrange(10) == 0:
+            self.inspect(file)
+        export(file, self.scratch / "out", task="feature-extraction")
+
+
+class FeedsReader(Reader):
+    """What a session is fed, and what a generator is asked for."""
+
+    def __init__(self, seeds: Seeds, scratch: Path) -> None:
+        import loradeploy as ld
+
+        super().__init__(seeds, scratch)
+        self._session = ld.AdapterSession(seeds.bundle)
+        self._session.load("own", seeds.adapter)
+        self._generator = ld.TextGenerator(self._session)
+
+    def attempt(self, random: Random) -> None:
+        if random.randrange(3) == 0:
+            options = {
+                name: self._option(random, name) for name in _OPTIONS if random.randrange(3) == 0
+            }
+            prompts = random.choice(_PROMPTS)
+            self.what = f"generate({prompts!r:.80}, {options!r:.200})"
+            self._generator.generate(prompts, **{"max_new_tokens": 1, **options})
+            return
+        from loradeploy.runtime.timing import sample_feeds
+
+        rows = random.choice((1, 2))
+        feeds: dict[str, Any] = dict(
+            sample_feeds(self._session, rows, past=random.choice((0, 2)), new=3)
+        )
+        changed: set[str] = set()
+        for _ in range(random.choice((0, 1, 1, 2))):
+            name = random.choice(list(feeds))
+            feeds[name] = _other_feed(random, feeds[name])
+            changed.add(name)
+        if random.randrange(10) == 0:
+            feeds.pop(random.choice(list(feeds)))
+        if random.randrange(10) == 0:
+            feeds[random.choice(("", "x", "own"))] = np.zeros(1)
+        adapters = random.choice((None, "own", ["own"] * rows, [None] * rows, *_ADAPTERS))
+        outputs: Any = random.choice((None, ["logits"], ["logits"], [], ["x"], "logits", 3, [None]))
+        shapes = {n: getattr(v, "shape", v) for n, v in feeds.items() if "past" not in n}
+        self.what = f"run({outputs!r}, {shapes!r:.200}, {adapters!r:.80})"
+        given = self._session.run(outputs, feeds, adapters)
+        # A cache is the user's own: it is not looked at.
+        own = any("past" in name for name in changed)
+        if not own and not all(np.isfinite(values).all() for values in given):
+            raise AssertionError("the outputs are no numbers")
+
+    def _option(self, random: Random, name: str) -> Any:
+        return random.choice((*_OPTIONS[name], *_ODD_OPTIONS))
+
+
+READERS: Final[Mapping[str, type[Reader]]] = {
+    "adapter": AdapterReader,
+    "native": NativeReader,
+    "bundle": BundleReader,
+    "tokenizer": TokenizerReader,
+    "graph": GraphReader,
+    "feeds": FeedsReader,
+}
+
+
+def tries(name: str, seeds: Seeds, scratch: Path, seed: int) -> Iterator[Finding | None]:
+    """Endless tries of the reader `name`: None where one is right, else what was found."""
+    reader = READERS[name](seeds, scratch)
+    index = 0
+    while True:
+        yield attempt(reader, name, seed, index)
+        index += 1
+
+
+def attempt(reader: Reader, name: str, seed: int, index: int) -> Finding | None:
+    """Try number `index` of `reader`, which depends on the seed and on nothing else."""
+    random = Random(f"{seed}/{name}/{index}")
+    reader.what = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            reader.attempt(random)
+    except LoraDeployError as problem:
+        said = str(problem)
+        if not said or "\n" in said or len(said) > _LONGEST:
+            return Finding(name, index, reader.what, f"a message of {len(said)}: {said!r:.300}")
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as problem:  # a panic of a library is no Exception
+        return Finding(name, index, reader.what, f"{type(problem).__name__}: {str(problem)[:300]}")
+    return None
+
+
+# -- odd things --------------------------------------------------------------------------------
+
+_PATTERNED: Final = (
+    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+    *("modules_to_save", "layers_pattern"),
+)
+_REGULAR: Final = (
+    "(",
+    ")",
+    "a{9999999999999}",
+    "(?i)x",
+    "(?P<index>x)",
+    "(a+)+$",
+    "[",
+    "*",
+    ".*",
+    "q_proj",
+)
+_PROMPTS: Final[tuple[Any, ...]] = (
+    *("hi", "", "\ud800", None, 3, b"abc", [], ["a", "b"], [""], [None], [[]], [[1, 2]], [[-1]]),
+    *([[2**70]], [[300, 9**9]], [[True]], [1, 2], [[1.5]], ["a", [5]], [[5] * 500], ("a",), {"a"}),
+    *([[{"role": "user", "content": "x"}]], [[{"role": 1}]], [[{}]], [["a"]], "\0", "a" * 3000),
+)
+_ADAPTERS: Final[tuple[Any, ...]] = (
+    *("nobody", 3, [3], [], {"own"}, {"own": 1e39}, {"own": float("nan")}, {"own": 10**400}, {}),
+    *({"own": 0.5}, {"own": 1, "nobody": 1}, {3: 1}, {"own": "1"}, {"own": True}, ["own"], b"own"),
+    *(
+        [{"own": 2}],
+        [b"own"],
+        ["own", None, "own"],
+        {"own": -1.0},
+        {"own": 3e38},
+        {"own": 1j},
+        [""],
+    ),
+)
+_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "adapters": ("own", None, *_ADAPTERS),
+    "max_new_tokens": (1, 2),
+    "temperature": (0.5, 1e-30, 1e30),
+    "top_k": (1, 5, 10**9),
+    "top_p": (0.5, 1e-9),
+    "seed": (1, 2**64, [1], [1, 2]),
+    "batch_size": (1, 100),
+    "chat": (True,),
+}
+_ODD_OPTIONS: Final[tuple[Any, ...]] = (
+    *(None, -1, 0, 2.5, "1", float("nan"), float("inf"), True, [], 10**30),
+)
+
+
+def _patterns(random: Random, content: bytes) -> bytes:
+    """A config with odd patterns where names may be patterns."""
+    import json
+
+    values = json.loads(content)
+    for _ in range(random.choice((1, 2))):
+        name = random.choice(_PATTERNED)
+        odd = "".join(random.choice(_REGULAR) for _ in range(random.choice((1, 1, 2, 30))))
+        if name.endswith("_pattern") and name != "layers_pattern":
+            values[name] = {odd: 2}
+        else:
+            values[name] = random.choice(([odd], odd))
+        if name == "layers_pattern":
+            values["layers_to_transform"] = [0]
+    return json.dumps(values).encode()
+
+
+_TEMPLATES: Final = (
+    *("{{ messages[0]['content'] }}", "{% for m in messages %}", "{% endfor %}", "{{ 1/0 }}"),
+    *("{{ x.y.z }}", "{% for i in range(10**6) %}", "{{ cycler() }}", "{{ 1|dictsort }}"),
+    *("{{ m.content }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.__class__ }}"),
+    *("{{ namespace(__class__=1) }}", "{{ [].append(1) }}", "{{ raise_exception('no') }}"),
+    *(
+        "{{ raise_exception('a\nb') }}",
+        "{{ raise_exception('a' * 9000) }}",
+        "{{ (",
+        "{#",
+        "{{ 2**99",
+    ),
+    *("{{ strftime_now('%Q') }}", "{{ strftime_now(3) }}", "{{ messages|tojson }}", "\ufffd"),
+    *("{% set x = messages %}", "{% if add_generation_prompt %}", "{% endif %}", "{{ 2**10**5 }}"),
+    *("{{ messages|tojson(indent='a'*3) }}", "{{ '%s'|format }}", "{{ lipsum(n=3) }}"),
+    *("{% generation %}a{% endgeneration %}", "{{ messages|sum }}", "{{ {}|first }}"),
+    *("{{ -1|round(-5000) }}", "{{ '\\ud800' }}", "{{ (" * 300, "{% if 1 %}" * 300, "{{ 9" * 30),
+)
+
+
+def _template(random: Random) -> str:
+    return "".join(random.choice(_TEMPLATES) for _ in range(random.choice((1, 1, 2, 4))))
+
+
+def _other_feed(random: Random, values: Any) -> Any:
+    """Something else than an array that fits."""
+    import onnxruntime
+
+    numbers = isinstance(values, np.ndarray) and values.ndim > 0 and values.dtype.kind in "biuf"
+    array = values if numbers else np.zeros((1, 1))
+    what = random.randrange(10)
+    if what == 0:
+        return array.astype(
+            random.choice((np.float32, np.float16, np.int8, np.uint64, bool, object))
+        )
+    if what == 1:
+        return array[:, : random.randrange(3)] if array.ndim > 1 else array[:0]
+    if what == 2:
+        return array[: random.randrange(3)]
+    if what == 3:
+        return array[..., np.newaxis]
+    if what == 4:
+        return np.full_like(array, random.choice((-1, 2, 300, 127, 2**31 - 1)))
+    if what == 5 and array.dtype.kind == "f":
+        return np.full_like(array, random.choice((np.nan, np.inf, 1e38)))
+    if what == 6:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    if what == 7:
+        return array.tolist()
+    if what == 8:
+        odd = array.reshape(-1)[:1].astype(random.choice((np.int32, np.float64)))
+        return onnxruntime.OrtValue.ortvalue_from_numpy(odd)
+    return random.choice(
+        (None, "x", 3, [], [[1], [1, 2]], {}, [["a"]], 10**30, b"a", np.array("a"))
+    )

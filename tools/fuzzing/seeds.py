@@ -1,0 +1,128 @@
+"""Valid files that fuzzers start from: a tiny bundle, an adapter for it, an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tools.fuzzing.readers import Seeds
+
+
+def make_seeds(place: Path) -> Seeds:
+    """Seeds in the directory `place`; takes some ten seconds, most of them PyTorch's."""
+    from loradeploy.export.api import export
+
+    model = _model(place / "model")
+    adapter = make_adapter(place / "adapter")
+    bundle = place / "bundle"
+    export(model, bundle, adapters={"own": adapter})
+    return Seeds(adapter, bundle, bundle / "adapters" / "own.onnx_adapter", make_graph(place / "g"))
+
+
+def make_adapter(place: Path) -> Path:
+    """An adapter of rank 2 for the tiny Llama of two layers, hidden size 32."""
+    from loradeploy.adapter.tensors import write_arrays
+
+    place.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for layer in range(2):
+        for module, into, out in (("self_attn.q_proj", 32, 32), ("mlp.down_proj", 48, 32)):
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            for half, shape in (("lora_A", (2, into)), ("lora_B", (out, 2))):
+                arrays[f"{name}.{half}.weight"] = random.normal(size=shape).astype(np.float32)
+    write_arrays(place / "adapter_model.safetensors", arrays, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "bias": "none",
+        "use_dora": False,
+    }
+    (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return place
+
+
+def make_graph(place: Path) -> Path:
+    """An encoder of one product in ONNX, as another exporter may write it."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    place.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    sizes = {"emb": (60, 8), "q_proj.weight": (8, 8), "norm.weight": (8,)}
+    tensors = [
+        onnx.numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        for name, shape in sizes.items()
+    ]
+    nodes = [
+        helper.make_node("Gather", ["emb", "input_ids"], ["e"]),
+        helper.make_node("MatMul", ["e", "q_proj.weight"], ["q"], name="/q_proj/MatMul"),
+        helper.make_node("Mul", ["q", "norm.weight"], ["n"]),
+        helper.make_node("Transpose", ["n"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["n", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "n"], ["last_hidden_state"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [
+            helper.make_tensor_value_info(
+                "last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", 8]
+            )
+        ],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    file = place / "model.onnx"
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+def _model(place: Path) -> Path:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ]
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        vocab_size=300,
+    )
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
+    tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template="{{ messages[0]['content'] }}",
+        model_max_length=128,
+    ).save_pretrained(place)
+    return place
