@@ -78,7 +78,7 @@ class Limits:
             mask_ends=not manifest.cache_in_place,
         )
 
-    def check_tokens(self, tokens: Any, what: str) -> None:
+    def check_tokens(self, tokens: tuple[int, int], what: str) -> None:
         """Raise UsageError unless `tokens` (least and largest) are of the vocabulary."""
         least, largest = tokens
         if least < 0:
@@ -106,7 +106,7 @@ class Limits:
                     )
         for name in (INPUT_IDS, DECODER_INPUT_IDS):
             if (ids := numbers.get(name)) is not None:
-                self.check_tokens((ids.min(), ids.max()), f"the feed {name}")
+                self.check_tokens((int(ids.min()), int(ids.max())), f"the feed {name}")
         if (types := numbers.get(TOKEN_TYPE_IDS)) is not None:
             _check_range(TOKEN_TYPE_IDS, types, self.types)
         mask = numbers.get(ATTENTION_MASK)

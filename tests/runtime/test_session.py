@@ -20,6 +20,7 @@ from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
     BundleError,
+    RunError,
     UnknownAdapterError,
     UsageError,
 )
@@ -322,8 +323,9 @@ def test_a_batch_needs_one_adapter_for_each_row(
 def test_a_run_that_fails_leaves_the_session_usable(llama_session: AdapterSession) -> None:
     expected = logits(llama_session, IDS, "small")
     batch = feeds(llama_session.manifest, IDS)
-    batch["attention_mask"] = np.ones((2, 99), np.int64)
-    with pytest.raises(RuntimeError):
+    wrong = np.zeros((2, 2, 0, 16))
+    batch["past_key_values.1.value"] = onnxruntime.OrtValue.ortvalue_from_numpy(wrong)
+    with pytest.raises(RunError):
         llama_session.run(None, batch, "small")
     np.testing.assert_array_equal(logits(llama_session, IDS, "small"), expected)
 

@@ -124,6 +124,8 @@ def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
             raise ModelError("its nodes are in a circle") from None
     made = set(known)
     for node in graph:
+        if not node.outputs:
+            raise ModelError(f"{_of(node)} makes nothing")
         for value in node.inputs:
             if value is not None and value not in made and value not in outer:
                 raise ModelError(

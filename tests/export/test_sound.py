@@ -1,0 +1,127 @@
+"""A file that is no graph is refused by name, before anything is made of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from loradeploy.errors import ModelError
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.graph.sound import check_opens
+from tools.fuzzing.seeds import make_graph
+
+Change = Callable[[Any, Path], object]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """An encoder of one product."""
+    return make_graph(tmp_path)
+
+
+def changed(file: Path, change: Change) -> Path:
+    model = onnx.load(file)
+    change(model, file.parent)
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+def outside(model: Any, place: Path, location: str = "w.bin", offset: str = "0") -> None:
+    """The second weight in the file `w.bin`."""
+    tensor = model.graph.initializer[1]
+    (place / "w.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", "256")):
+        tensor.external_data.add(key=key, value=value)
+
+
+def linked(model: Any, place: Path) -> None:
+    outside(model, place)
+    os.link(place / "w.bin", place / "other.bin")
+
+
+def functions(model: Any, count: int, calls: Callable[[int], int]) -> None:
+    """`count` functions that each call another one twice, the first but Neg."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
+    for number in range(count):
+        name, domain = (f"F{calls(number)}", "f") if number else ("Neg", "")
+        nodes = [
+            helper.make_node(name, [a], [b], domain=domain) for a, b in (("x", "t"), ("t", "y"))
+        ]
+        model.functions.append(helper.make_function("f", f"F{number}", ["x"], ["y"], nodes, opsets))
+    model.graph.node[-1].output[0] = "last"
+    call = helper.make_node(f"F{count - 1}", ["last"], ["last_hidden_state"], domain="f")
+    model.graph.node.append(call)
+    model.opset_import.append(opsets[1])
+
+
+BROKEN: dict[str, tuple[Change, str]] = {
+    "fewer bytes than the shape": (
+        lambda m, _: setattr(m.graph.initializer[1], "raw_data", b"abcd"),
+        "of 4 bytes, its shape takes 256",
+    ),
+    "a size below zero": (lambda m, _: m.graph.initializer[1].dims.__setitem__(0, -8), "shape"),
+    "a size without end": (lambda m, _: m.graph.initializer[1].dims.extend([2**62]), "shape"),
+    "a dtype that there is not": (
+        lambda m, _: setattr(m.graph.initializer[1], "data_type", 99),
+        "ONNX model",
+    ),
+    "a loose end": (lambda m, _: m.graph.node[1].input.__setitem__(0, "no"), "nothing makes"),
+    "an output of nothing": (lambda m, _: m.graph.node.pop(), "nothing makes its output"),
+    "a node of nothing": (lambda m, _: m.graph.node[2].output.pop(), "ONNX model"),
+    "a circle": (lambda m, _: m.graph.node[2].input.__setitem__(1, "p"), "in a circle"),
+    "an input without end": (
+        lambda m, _: m.graph.input[0].type.tensor_type.shape.dim.add(dim_value=2**40),
+        "its input input_ids",
+    ),
+    "a null byte in a path": (lambda m, p: outside(m, p, "w\0.bin"), "no path"),
+    "a name that is too long": (lambda m, p: outside(m, p, "w" * 5000), "no path"),
+    "a way out": (lambda m, p: outside(m, p, "../w.bin"), "leads out"),
+    "data that ends early": (lambda m, p: outside(m, p, offset="8"), "too short"),
+    "data before its file": (lambda m, p: outside(m, p, offset="-8"), "ONNX model|before"),
+    "data of several names": (linked, "hard links"),
+    "functions that grow": (lambda m, _: functions(m, 40, lambda n: n - 1), "nodes with its func"),
+    "functions in a circle": (lambda m, _: functions(m, 3, lambda n: 2), "calls itself"),
+    "functions in a row": (lambda m, _: functions(m, 2000, lambda n: n - 1), "ONNX model"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_file_that_is_no_graph_is_refused(what: str, file: Path) -> None:
+    change, told = BROKEN[what]
+    with pytest.raises(ModelError, match=told) as raised:
+        load_graph(changed(file, change))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_unusual_and_whole_is_read(file: Path) -> None:
+    def unsorted(model: Any, place: Path) -> None:
+        outside(model, place)
+        functions(model, 4, lambda number: number - 1)  # 2⁴ nodes, as Neg cancels itself
+        nodes = [*model.graph.node]
+        del model.graph.node[:]
+        model.graph.node.extend(reversed(nodes))
+
+    expected = onnx.load(file).graph.initializer[1]
+    model = load_graph(changed(file, unsorted))
+    weight = model.graph.initializers["q_proj.weight"].const_value
+    assert weight is not None
+    assert np.array_equal(weight.numpy(), onnx.numpy_helper.to_array(expected))
+    check_opens(file)
+
+
+def test_what_contradicts_itself_is_onnxruntimes_to_tell(file: Path) -> None:
+    def other_rank(model: Any, _: Path) -> None:
+        model.graph.initializer[1].dims[:] = [2, 4, 8]
+
+    changed(file, other_rank)
+    with pytest.raises(ModelError, match="onnxruntime"):
+        check_opens(file)

@@ -1,0 +1,130 @@
+"""What a graph would answer wrongly, or not at all, is refused before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from loradeploy.errors import LoraDeployError, RunError, UsageError
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from tests.runtime.feeds import feeds, random_ids
+
+Feeds = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def session(tiny_llama_bundle: Path, llama_adapters: dict[str, Path]) -> AdapterSession:
+    """A session on the tiny Llama: 512 words, 128 positions."""
+    session = AdapterSession(tiny_llama_bundle)
+    session.load("small", llama_adapters["small"])
+    return session
+
+
+def good(session: AdapterSession, rows: int = 2, length: int = 5) -> Feeds:
+    return feeds(session.manifest, random_ids(rows, length))
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Feeds], Feeds]:
+    return lambda values: {**values, name: change(values[name])}
+
+
+REFUSED: dict[str, tuple[Callable[[Feeds], Any], str]] = {
+    "no rows": (lambda f: {n: v[:0] for n, v in f.items()}, "there must be rows"),
+    "no tokens": (changed("input_ids", lambda v: v[:, :0]), "there must be rows"),
+    "two batches": (changed("attention_mask", lambda v: v[:1]), "2 for batch"),
+    "two lengths": (changed("position_ids", lambda v: v[:, :3]), "5 for sequence"),
+    "a token below zero": (changed("input_ids", lambda v: v * 0 - 1), "the token -1"),
+    "a token too far": (changed("input_ids", lambda v: v * 0 + 512), "ends at 511"),
+    "a mask of more": (changed("attention_mask", lambda v: np.ones((2, 9), int)), "of 9 tokens"),
+    "a mask of less": (changed("attention_mask", lambda v: v[:, :2]), "of 2 tokens"),
+    "a mask of twos": (changed("attention_mask", lambda v: v + 1), "takes 0 to 1"),
+    "a position too far": (changed("position_ids", lambda v: v + 124), "takes 0 to 127"),
+    "a position below zero": (changed("position_ids", lambda v: v - 1), "holds -1"),
+    "another type": (changed("input_ids", lambda v: v * 1.5), "float64"),
+    "another rank": (changed("input_ids", lambda v: v[0]), r"\[5\]"),
+    "a value of another rank": (
+        changed("input_ids", lambda v: onnxruntime.OrtValue.ortvalue_from_numpy(v[0])),
+        r"\[5\]",
+    ),
+    "a value with a token too far": (
+        changed("input_ids", lambda v: onnxruntime.OrtValue.ortvalue_from_numpy(v * 0 + 600)),
+        "ends at 511",
+    ),
+    "no array": (changed("input_ids", lambda v: [[1], [1, 2]]), "makes no array"),
+    "no mapping": (lambda f: list(f), "give a mapping"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_feed_that_would_be_answered_wrongly_is_refused(
+    what: str, session: AdapterSession
+) -> None:
+    change, told = REFUSED[what]
+    with pytest.raises(UsageError, match=told):
+        session.run(["logits"], change(good(session)))
+    assert np.isfinite(session.run(["logits"], good(session))[0]).all()
+
+
+def test_what_onnxruntime_refuses_is_one_typed_line(session: AdapterSession) -> None:
+    values = good(session)
+    values["past_key_values.1.value"] = onnxruntime.OrtValue.ortvalue_from_numpy(
+        np.zeros((2, 2, 0, 16))
+    )
+    with pytest.raises(RunError, match="onnxruntime cannot run") as raised:
+        session.run(["logits"], values)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_last_position_and_the_last_word_are_taken(session: AdapterSession) -> None:
+    values = feeds(session.manifest, np.full((1, 128), 511))
+    assert np.isfinite(session.run(["logits"], values)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        *(3, [3, None], {"small"}, b"small", {"small": np.nan}, {"small": 1e39}, {}, ["small"]),
+        *({"small": 10**400}, {"small": 1e38}, {"small": "1"}, {3: 1.0}, [b"small", None]),
+    ],
+    ids=repr,
+)
+def test_what_names_no_adapters_is_refused(adapters: Any, session: AdapterSession) -> None:
+    with pytest.raises(UsageError):
+        session.run(["logits"], good(session), adapters)
+
+
+@pytest.mark.parametrize("name", [3, "", None, b"x", "\ud800"])
+def test_a_name_is_a_text(name: Any, session: AdapterSession, tmp_path: Path) -> None:
+    before = session.adapters
+    with pytest.raises(UsageError, match="adapter"):
+        session.register(name, tmp_path)
+    assert session.adapters == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [
+        *[
+            (prompts, {})
+            for prompts in (None, 3, {"a"}, [None], [b"ab"], [[-1]], [[512]], [[True]])
+        ],
+        *[(prompts, {}) for prompts in ([[2**70]], ["\ud800"], [1, 2], [[1.5]], [[]], [])],
+        *[("a", {"max_new_tokens": value}) for value in (None, 0, 1.5, "1", True)],
+        *[("a", {"seed": value, "temperature": 1.0}) for value in (-1, 0.5, [1, 2], None)],
+        *[("a", {"top_k": value, "temperature": 1.0}) for value in (-1, 2.5, "2")],
+        *[("a", {"temperature": value}) for value in (-1.0, float("nan"), float("inf"), None)],
+        ("a", {"batch_size": 0}),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_generated_is_refused(
+    prompts: Any, options: dict[str, Any], session: AdapterSession
+) -> None:
+    with pytest.raises(LoraDeployError):
+        TextGenerator(session).generate(prompts, **options)
