@@ -1,0 +1,36 @@
+"""Every promise of docs/security.md names the tests that hold it, and they exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+PROMISES = PAGE.partition("## Promises")[2].partition("## Reporting")[0]
+ROWS = [
+    line
+    for line in PROMISES.splitlines()
+    if line.startswith("| ") and not line.startswith("| Promise")
+]
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", PROMISES)))
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
+def test_the_tests_that_the_page_names_exist(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert [name for of, name in NAMED if of == file and name not in there] == []
+
+
+def test_every_promise_names_a_test() -> None:
+    assert len(ROWS) >= 10
+    assert [row for row in ROWS if "::test_" not in row] == []
+
+
+def test_the_page_is_found_from_the_readme_and_from_contributing() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert "docs/security.md" in (ROOT / name).read_text(encoding="utf-8"), name
