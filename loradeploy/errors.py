@@ -26,12 +26,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-# What colors a terminal, and what would move its cursor.
-_CONTROL: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+from loradeploy.printable import printable
+
+# What colors the words of a library on a terminal.
+_COLORS: Final = re.compile(r"\x1b\[[0-9;]*m")
+# Where a message of one line would begin another.
+_BREAK: Final = re.compile(r"\s*\n\s*")
 
 
 class LoraDeployError(Exception):
-    """A mistake that the reader of the message can mend."""
+    """A mistake that the reader of the message can mend.
+
+    Names and values of others are in the message: it is printable, and one line.
+    """
+
+    def __str__(self) -> str:
+        # That of Exception: KeyError's is the repr, OSError's has a number.
+        return printable(_BREAK.sub(" ", Exception.__str__(self)))
 
 
 class UsageError(LoraDeployError):
@@ -56,9 +67,6 @@ class AdapterMismatchError(AdapterError):
 
 class UnknownAdapterError(LoraDeployError, KeyError):
     """An adapter name that was never loaded."""
-
-    # KeyError shows the repr of its argument; the message is a sentence, show it as one.
-    __str__ = Exception.__str__
 
 
 class BudgetError(LoraDeployError):
@@ -98,9 +106,6 @@ class OutputError(LoraDeployError, OSError):
     `filename` is its path, `strerror` the reason with what to do, `errno` the system's number.
     """
 
-    # OSError shows its number; the message is a sentence, show it as one.
-    __str__ = Exception.__str__
-
     def __init__(
         self, path: str | os.PathLike[str], reason: str, number: int | None = None
     ) -> None:
@@ -128,7 +133,7 @@ def first_line(problem: BaseException) -> str:
     They are put into a message of one line, and many say more than one, or pages in one.
     """
     said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    return shortened(_CONTROL.sub("", said), _NAMES)
+    return shortened(printable(_COLORS.sub("", said)), _NAMES)
 
 
 def kind_and_line(problem: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
 from loradeploy.parsing import parse_json
+from loradeploy.printable import as_json
 from loradeploy.writing import (
     atomic_directory,
     atomic_file,
@@ -84,10 +84,7 @@ def read_json(
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write `value` as indented JSON, atomically, the same bytes for the same value."""
     with atomic_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
+        temporary.write_text(as_json(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ paths, a bare model lacks the prefix that a model with a head has, and wrappers 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,8 +19,9 @@ from loradeploy.adapter.renamings import Renaming
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import AdapterMismatchError
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _FACTOR: Final = ".lora_A.weight"  # transformers' rules are for whole keys
 _Value = TypeVar("_Value")

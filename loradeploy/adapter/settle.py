@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
 from loradeploy.adapter.digest import tensors_digest
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def values_digest(values: NDArray[Any]) -> str:

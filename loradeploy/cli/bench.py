@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loradeploy.cli.console import PROVIDERS, json_option, print_json, print_rows, provider_option
+from loradeploy.cli.console import (
+    PROVIDERS,
+    json_option,
+    print_json,
+    print_rows,
+    provider_option,
+    say,
+)
 
 if TYPE_CHECKING:
     from loradeploy.runtime.timing import Timing
@@ -87,7 +94,7 @@ def command(
         for name, counts in session.placement.items()
     ]
     print_rows("nodes", ("provider", "nodes", "operators"), nodes)
-    click.echo(f"opened in {opened:.2f} s")
+    say(f"opened in {opened:.2f} s")
 
 
 def _row(timing: Timing) -> tuple[Any, ...]:

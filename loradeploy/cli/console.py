@@ -18,13 +18,14 @@ returns an exit status where it has one to tell.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import click
+
+from loradeploy.printable import as_json, printable, readable
 
 # onnxruntime's names of what --provider chooses.
 PROVIDERS: Final = {
@@ -42,33 +43,52 @@ provider_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+def say(line: str) -> None:
+    """Print a line on stdout; names and values of others may be in it."""
+    click.echo(printable(line))
+
+
+def say_text(text: str, *, end: str = "\n") -> None:
+    """Print a text that a model made, or a piece of it, at once.
+
+    On a terminal nothing in it acts on the terminal; a program that reads it gets it as it is.
+    """
+    # click.echo would take colors out of it where there is no terminal.
+    sys.stdout.write((readable(text) if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
+
+
 def print_json(value: object) -> None:
     """Print `value` as JSON on stdout; a path is printed as its text."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    click.echo(as_json(value, indent=2, default=str))
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
     """Print names and values in two columns under a title; those that are None are left out."""
-    rows = [(_words(name), _plain(value)) for name, value in pairs.items() if value is not None]
+    rows = [
+        (_words(name), printable(_plain(value)))
+        for name, value in pairs.items()
+        if value is not None
+    ]
     width = max((len(name) for name, _ in rows), default=0)
-    click.echo(title)
+    say(title)
     for name, text in rows:
-        click.echo(f"  {name:<{width}}  {text}")
+        say(f"  {name:<{width}}  {text}")
 
 
 def print_rows(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print a table with a header under a title; nothing where there are no rows."""
-    lines = [[_plain(cell) for cell in row] for row in rows]
+    lines = [[printable(_plain(cell)) for cell in row] for row in rows]
     if not lines:
         return
     names = [_words(name) for name in header]
     if any(names):
         lines.insert(0, names)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    click.echo(_words(title))
+    say(_words(title))
     for line in lines:
         padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-        click.echo(f"  {'  '.join(padded)}".rstrip())
+        say(f"  {'  '.join(padded)}".rstrip())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
-from loradeploy.cli.console import json_option, print_json
+from loradeploy.cli.console import json_option, print_json, say
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -67,9 +67,9 @@ def command(
     if as_json:
         print_json({"output": output, "digest": made.digest, "targets": len(made.factors), **facts})
         return
-    click.echo(f"{output}: {len(made.factors)} target modules, digest {made.digest}")
+    say(f"{output}: {len(made.factors)} target modules, digest {made.digest}")
     if "error" in facts:
-        click.echo(
+        say(
             f"relative error of the update: {facts['error']:.3g} in all,"
             f" {facts['worst_error']:.3g} at most, in {facts['worst_module']}"
         )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_rows
+from loradeploy.cli.console import json_option, print_json, print_rows, say
 
 _MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
@@ -35,5 +35,5 @@ def command(as_json: bool) -> int:
         )
         for finding in findings:
             if finding.advice:
-                click.echo(f"{finding.name}: {finding.advice}")
+                say(f"{finding.name}: {finding.advice}")
     return int(any(finding.status == "problem" for finding in findings))

@@ -35,6 +35,7 @@ from loradeploy.errors import (
     first_line,
 )
 from loradeploy.lora.quiet import quiet_process
+from loradeploy.printable import printable
 
 # One line a verb: `--help` shows them without importing any of the modules.
 VERBS: Final = {
@@ -162,7 +163,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         return UNREAD
     except Exception as problem:
         if debug:
-            traceback.print_exception(problem)
+            text = "".join(traceback.format_exception(problem))
+            click.echo(printable(text, lines=True), err=True, nl=False)
         return _explain(problem)
 
 
@@ -192,5 +194,5 @@ def _explain(problem: Exception) -> int:
 
 def _say(line: str, status: int) -> int:
     with contextlib.suppress(OSError):  # the status says it too
-        click.echo(" ".join(line.split()), err=True)
+        click.echo(printable(" ".join(line.split())), err=True)
     return status

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
-from loradeploy.cli.console import PROVIDERS, provider_option
+from loradeploy.cli.console import PROVIDERS, provider_option, say_text
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -21,6 +21,7 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.parsing import parse_json
+from loradeploy.printable import as_json, one_line, printable
 
 if TYPE_CHECKING:
     from loradeploy.runtime.resident import AdapterSpec
@@ -136,14 +137,13 @@ class Printer:
     one: bool
 
     def piece(self, text: str) -> None:
-        click.echo(text, nl=False)
-        sys.stdout.flush()
+        say_text(text, end="")
 
     def result(self, plain: str, values: dict[str, Any]) -> None:
         if self.as_json:
-            click.echo(json.dumps(values, ensure_ascii=False, indent=2 if self.one else None))
+            click.echo(as_json(values, indent=2 if self.one else None))
         else:
-            click.echo(plain if self.one else plain.replace("\n", "\\n"))
+            say_text(plain if self.one else one_line(plain))
 
 
 def _generate(
@@ -184,7 +184,7 @@ def _classify(
 
     results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
     for text, result in zip(prompts, results, strict=True):
-        plain = f"{result.label}\t{result.score:.4f}"
+        plain = f"{printable(result.label)}\t{result.score:.4f}"
         printer.result(plain, {"text": text, **asdict(result)})
 
 

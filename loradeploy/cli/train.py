@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_pairs
+from loradeploy.cli.console import json_option, print_json, print_pairs, say
 from loradeploy.errors import UsageError
+from loradeploy.printable import readable
 from loradeploy.train.config import CHOICES, PLACES, TrainConfig
 
 _TYPES: Final = {"int": int, "float": float}  # all else is text that the settings parse
@@ -118,9 +119,9 @@ def _show(places: dict[str, str], config: TrainConfig, *, as_json: bool) -> None
     click.echo("Learnt is what stands in ⟦…⟧; special tokens are spelled out.")
     for number, example in enumerate(shown, start=1):
         label = f", label {example['label']}" if example["label"] is not None else ""
-        click.echo(
-            f"\nExample {number}: {example['tokens']} tokens, {example['learnt']} learnt{label}"
-        )
+        click.echo()
+        say(f"Example {number}: {example['tokens']} tokens, {example['learnt']} learnt{label}")
         for text, learnt in example["pieces"]:
+            text = readable(text)
             click.echo(click.style(f"⟦{text}⟧", fg="green") if learnt else text, nl=False)
         click.echo()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def export(

@@ -68,6 +68,7 @@ from loradeploy.export.texts import check_recipe, makes_vectors
 from loradeploy.export.trace.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Adapter
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _LISTED: Final = 4  # of a graph's outputs, in a message
 

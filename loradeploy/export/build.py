@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -91,13 +90,14 @@ from loradeploy.export.read.third_party import (
 )
 from loradeploy.export.requirements import choose_changes, choose_embeddings, needs_of
 from loradeploy.export.write import Content, with_labels
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loradeploy.adapter.adapter import Adapter
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:

@@ -8,18 +8,18 @@ dtype of the update itself gives 1 and 0. Noise of 1 is as large as the update, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.bundle.manifest import MergeLoss
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Rounding works row by row (or block by block of a row), so that some rows tell of all.
 _ROWS: Final = 64

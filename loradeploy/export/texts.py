@@ -6,7 +6,6 @@ that ends a turn, words in spare rows of the embedding. sentence-transformers wr
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,8 +35,9 @@ from loradeploy.bundle.tokenizer import (
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, listed_names
 from loradeploy.files import read_json, write_json
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # What the tokenizers library is not read from, by which transformers makes a tokenizer.json.
 OLDER_TOKENIZERS: Final = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +41,7 @@ from loradeploy.export.texts import (
 )
 from loradeploy.export.trial.bundle import Source, try_bundle
 from loradeploy.files import atomic_directory, read_json, write_json
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Adapter
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _CONFIG_NAME: Final = "config.json"
 _GENERATION_NAME: Final = "generation_config.json"

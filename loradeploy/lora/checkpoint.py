@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -19,8 +18,9 @@ from loradeploy.adapter.base_files import (
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
 from loradeploy.parsing import parse_json
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # What is needed of a repository; weights in pickles are never fetched.
 _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")

@@ -7,18 +7,18 @@ has no place for. Here the first never happens, and the others are known to the 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.errors import ModelError, listed
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # transformers 5 looks for an adapter in this folder of the model's directory instead.
 _NO_ADAPTER: Final = {"adapter_kwargs": {"subfolder": "no adapter, whatever lies beside"}}

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loradeploy.printable import printable
+
 if TYPE_CHECKING:
     from loradeploy.parity.compare.opening import Comparable
     from loradeploy.parity.report.results import ParityReport
@@ -59,7 +61,7 @@ def failure_text(report: ParityReport) -> str:
 
     out = io.StringIO()
     print_report(report, Console(file=out, color_system=None, force_terminal=False, width=120))
-    failures = "\n".join(f"  {line}" for line in report.failures)
+    failures = "\n".join(f"  {printable(line)}" for line in report.failures)
     return f"{len(report.failures)} parity failures\n{failures}\n\n{out.getvalue().rstrip()}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from loradeploy.parity.phases import (
 )
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.verdict import failure, judge
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.metrics import Figures
     from loradeploy.parity.reference.pytorch import Reference
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass

@@ -6,7 +6,6 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,8 +43,9 @@ from loradeploy.parity.report.writers import write_report
 from loradeploy.parity.score.heldout import HeldOut
 from loradeploy.parity.score.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.variants import start
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def run(

@@ -83,12 +83,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     ]
     if not found:
         return
+    from loradeploy.printable import printable
+
     terminalreporter.section("parity")
     for nodeid, said in found:
         colour = {"green" if said["passed"] else "red": True}
-        terminalreporter.write_line(f"{nodeid}: {said['headline']}", **colour)
+        terminalreporter.write_line(printable(f"{nodeid}: {said['headline']}"), **colour)
         for line in said["lines"]:
-            terminalreporter.write_line(f"    {line}")
+            terminalreporter.write_line(printable(f"    {line}"))
 
 
 def _check(

@@ -18,11 +18,12 @@ from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
 from loradeploy.errors import BundleError, UsageError, first_line, listed
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # onnxruntime's name of a provider, alone or with options for it.
 Provider = str | tuple[str, Mapping[str, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +27,13 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.files import inside, read_json
+from loradeploy.printable import logger_of
 from loradeploy.runtime.resident import AdapterSpec, weights_of
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _OWN: Final = Path()  # an adapter that came with the bundle
 

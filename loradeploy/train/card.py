@@ -6,6 +6,8 @@ import json
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.printable import as_markdown, printable
+
 if TYPE_CHECKING:
     from loradeploy.adapter import AdapterConfig
     from loradeploy.train.api import TrainResult
@@ -22,14 +24,14 @@ def card(
 
     `data_digest` identifies the examples as the model read them.
     """
-    base = str(adapter.base_model_name_or_path)
+    base = printable(str(adapter.base_model_name_or_path))
     front = {
         "base_model": base,
         "library_name": "peft",
         "tags": ["loradeploy", "lora", settings.task],
     }
     facts: list[tuple[str, Any]] = [
-        ("base model", f"`{base}`"),
+        ("base model", as_markdown(base)),
         ("base digest", f"`{result.base_digest}`"),
         ("adapter digest", f"`{result.digest}`"),
         ("data", f"{result.examples:,} examples, digest `{data_digest}`"),
@@ -48,7 +50,7 @@ def card(
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         "---",
         "",
-        f"# A LoRA adapter for {base}",
+        f"# A LoRA adapter for {as_markdown(base)}",
         "",
         "| | |",
         "|---|---|",

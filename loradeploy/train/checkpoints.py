@@ -16,7 +16,6 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -30,9 +29,10 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import WEIGHTS_NAME
 from loradeploy.errors import UsageError, listed
 from loradeploy.files import read_json, write_json
+from loradeploy.printable import logger_of
 from loradeploy.writing import atomic_directory, check_no_writer, only_writer
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _RUN: Final = "run.json"
 _RECORD: Final = "checkpoint.json"

@@ -14,6 +14,7 @@ from typing import Any, Final
 from loradeploy.adapter.config import BIASES
 from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.errors import UsageError
+from loradeploy.printable import printable
 
 EMBEDDING: Final = "embedding"
 # Keys of the YAML file that are no settings of the training itself: see `read_places`.
@@ -243,7 +244,9 @@ def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
         value = getattr(config, field.name)
         if explained:
             lines.append(f"# {field.metadata['help']}\n")
-        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=True, width=1000))
+        # Where there is something to hide, YAML's own escapes.
+        seen = printable(str(value)) == str(value)
+        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=seen, width=1000))
     return "".join(lines)
 
 

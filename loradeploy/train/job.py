@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
 from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quantised import quantise
 from loradeploy.lora.quiet import quiet
+from loradeploy.printable import logger_of
 from loradeploy.train.api import TrainResult
 from loradeploy.train.board import Board
 from loradeploy.train.card import CARD_NAME, card
@@ -58,7 +58,7 @@ from loradeploy.train.signals import Stop, StopAfterStep, stoppable
 from loradeploy.train.tasks import Collate, Task, task_of
 from loradeploy.train.trainer import AdapterTrainer, arguments
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Settings that do not change the adapter: a resumed run may have others.
 _FREE: Final = ("save_steps", "tensorboard")

@@ -12,7 +12,6 @@ of a second run tell it from an axis that has the same size by chance.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from loradeploy.disk import scratch_directory
 from loradeploy.errors import first_line
 from loradeploy.export.graph.file import required_inputs
 from loradeploy.export.graph.running import CPU, trial_options
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import TensorSpec
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 FRONT, SECOND, FLATTENED = "front", "second", "flattened"
 

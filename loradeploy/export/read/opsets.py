@@ -9,16 +9,16 @@ stay where they are, on disk, whatever their size.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import ExportError, MissingDependencyError, first_line
 from loradeploy.export.graph.file import opset_of
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Nodes that are added are those of this version.
 LEAST_OPSET: Final = 13

@@ -7,15 +7,15 @@ parts (decoder_model.onnx, decoder_with_past_model.onnx, decoder_model_merged.on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import ModelError, UsageError, listed_names
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 ONNX_FOLDER: Final = "onnx"
 CONFIG_NAME: Final = "config.json"

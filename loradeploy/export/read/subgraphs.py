@@ -9,7 +9,6 @@ what remains        in branches and loops is refused by name where an adapter is
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,13 +27,14 @@ from loradeploy.export.graph.edit import (
 )
 from loradeploy.export.match.observe import open_model, sample_of
 from loradeploy.export.match.products import products
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loradeploy.bundle.sample import Feeds
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _BRANCHES: Final = ("else_branch", "then_branch")  # by the condition
 # What a condition may pass through on its way from the input that it is.

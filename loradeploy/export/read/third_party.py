@@ -6,7 +6,6 @@ in its genai_config.json.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
 from loradeploy.files import read_json
 from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loradeploy.adapter.adapter import Adapter
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Architectures whose own checkpoints have q, k and v in one weight, by onnxruntime-genai's name.
 _WHOLE_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +30,7 @@ from loradeploy.export.trace.patches import traceable
 from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
 from loradeploy.lora.quiet import quiet
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.sample import Feeds
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 OPSET: Final = 23
 # Every dynamic size of the example is at least 2, or torch.export takes it for a constant.

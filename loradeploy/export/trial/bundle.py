@@ -12,7 +12,6 @@ The limits catch what is wrong, not what is coarse: how close a bundle comes is 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +28,7 @@ from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, ru
 from loradeploy.export.passes.required import BASE_INPUTS_NAME, REQUIRED_NAME
 from loradeploy.export.trial.original import Original, made_factors, of_graph
 from loradeploy.export.trial.padding import padding_by_trial
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.bundle.sample import Feeds
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # The largest error that is rounding, relative to the size of an output. Where weights are packed
 # here, the source has other numbers: then only what is no answer at all is told.

@@ -6,7 +6,6 @@ PyTorch's own modules: nothing of the graph has a part in it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from loradeploy.bundle.names import PAST
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import first_line
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.sample import Feeds
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _RANK: Final = 2
 _DTYPES: Final = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +25,14 @@ from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report.results import Result
 from loradeploy.parity.verdict import failure, judge
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.parity.compare.sides import Given
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Larger arrays of the reference wait in files until the candidate has been run.
 _IN_MEMORY: Final = 1 << 20  # values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,12 @@ from loradeploy.parity.diagnose.search import ROUNDINGS, Found, Sides, search
 from loradeploy.parity.reference.packed import activations_of
 from loradeploy.parity.reference.pytorch import Base, Reference
 from loradeploy.parity.report.results import BASE_LABEL, Localisation
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import Result, Variant
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # How many failures are looked into, the first of each backend and adapter.
 AT_MOST: Final = 3

@@ -8,7 +8,6 @@ limits. A row that fails in a batch has a row of the prompts beside it.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,13 +36,14 @@ from loradeploy.parity.phases import (
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import failure, judge
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import torch
 
     from loradeploy.parity.reference.pytorch import Base, Reference
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 Tokens = tuple[int, ...]
 

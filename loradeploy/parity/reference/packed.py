@@ -12,7 +12,6 @@ base that was packed before the merge, both roundings are taken from the graph (
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import BundleError
 from loradeploy.parity.reference.rounding import Activations
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.export.match.products import Product
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 PACKED: Final = ("int8", "int4")
 # What rounding may change of a row of a weight, ‖difference‖ / ‖row‖. With s steps to each side of

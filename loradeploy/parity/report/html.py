@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.tolerances import METRICS
+from loradeploy.printable import printable
 
 if TYPE_CHECKING:
     from loradeploy.parity.metrics import Figures
@@ -72,7 +73,7 @@ def html(report: ParityReport) -> str:
     environment.filters.update(number=plots.number, share=share)
     worst = worst_by_backend(report)
     spread = distributions(report)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         headline=headline(report),
         plots=plots,
@@ -98,6 +99,7 @@ def html(report: ParityReport) -> str:
         several_variants=has_variants(report),
         symbols={"passed": "✓", "failed": "✕", "not run": "–"},
     )
+    return printable(page, lines=True)
 
 
 def share(value: float | None) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.parity.report.results import BASE_LABEL, COMPARED
+from loradeploy.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from loradeploy.parity.report.results import Localisation, ParityReport, Result
 
@@ -105,15 +107,14 @@ def place_lines(report: ParityReport) -> list[str]:
 def print_report(report: ParityReport, console: Console) -> None:
     """Print the verdict, the table, and why it failed."""
     from rich.table import Table
-    from rich.text import Text
 
     header, *body = rows(report)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
         table.add_column(name, no_wrap=True)
     for result, cells in zip(report.results, body, strict=True):
-        verdict = Text(cells[-1], style=_COLOURS[result.outcome])
-        table.add_row(*map(Text, cells[:-1]), verdict)
+        verdict = _text(cells[-1], style=_COLOURS[result.outcome])
+        table.add_row(*map(_text, cells[:-1]), verdict)
     # Off a terminal nobody can widen the window: let the table be as wide as it is.
     if console.is_terminal:
         console.print(table)
@@ -121,13 +122,19 @@ def print_report(report: ParityReport, console: Console) -> None:
         console.print(table, width=max(console.width, 200), crop=False)
     for result in report.results:
         if result.outcome == "not run":
-            console.print(Text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
+            console.print(_text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
     for line in (*place_lines(report), *score_lines(report), *adapter_lines(report)):
-        console.print(Text(line), soft_wrap=True)
+        console.print(_text(line), soft_wrap=True)
     for line in report.failures:
-        console.print(Text(f"FAILED: {line}", style="red"), soft_wrap=True)
+        console.print(_text(f"FAILED: {line}", style="red"), soft_wrap=True)
     style = "bold green" if report.passed else "bold red"
-    console.print(Text(headline(report), style=style), soft_wrap=True)
+    console.print(_text(headline(report), style=style), soft_wrap=True)
+
+
+def _text(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
 
 
 def _place(place: Localisation) -> str:

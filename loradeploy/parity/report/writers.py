@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +20,7 @@ from loradeploy.parity.report.table import (
     rows,
     score_lines,
 )
+from loradeploy.printable import as_markdown, printable
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport, Result
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Of Markdown: rows that are shown unfolded, and failures that are listed.
 _LONG: Final = 10
 _MOST_FAILURES: Final = 20
-# What XML 1.0 cannot hold at all.
-_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
@@ -63,7 +61,7 @@ def junit(report: ParityReport) -> str:
     """The report as JUnit XML: a test case for each backend, adapter and phase."""
     suite = ET.Element(
         "testsuite",
-        name=f"loradeploy parity {_clean(report.bundle)}",
+        name=f"loradeploy parity {printable(report.bundle)}",
         timestamp=report.created,
         time=f"{report.seconds:.3f}",
     )
@@ -96,29 +94,29 @@ def junit(report: ParityReport) -> str:
             suite,
             "testcase",
             classname=f"parity.{backend}",
-            name=_clean(name),
+            name=printable(name),
             time=f"{seconds:.3f}",
         )
         counts["tests"] += 1
         if outcome == "failed":
             counts["failures"] += 1
-            ET.SubElement(case, "failure", message=_clean(message or "failed"))
+            ET.SubElement(case, "failure", message=printable(message or "failed"))
         elif outcome == "not run":
             counts["skipped"] += 1
-            ET.SubElement(case, "skipped", message=_clean(message or "not run"))
+            ET.SubElement(case, "skipped", message=printable(message or "not run"))
     for name, count in counts.items():
         suite.set(name, str(count))
     if places := place_lines(report):
-        ET.SubElement(suite, "system-out").text = _clean("\n".join(places))
+        ET.SubElement(suite, "system-out").text = printable("\n".join(places), lines=True)
     ET.indent(suite)
     text: str = ET.tostring(suite, encoding="unicode")
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{printable(text, lines=True)}\n'
 
 
 def markdown(report: ParityReport) -> str:
     """The report for a pull request comment: what matters, and the long table folded away."""
     mark = "✅" if report.passed else "❌"
-    lines = [f"### {mark} {_escape(headline(report))}", ""]
+    lines = [f"### {mark} {as_markdown(headline(report))}", ""]
     if report.failures:
         lines += ["**Failures**", "", *_bullets(report.failures[:_MOST_FAILURES])]
         more = len(report.failures) - _MOST_FAILURES
@@ -134,13 +132,14 @@ def markdown(report: ParityReport) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in report.environment.versions.items()
     )
-    lines += ["", f"<sub>{_escape(versions)}; {report.seconds:.0f} s; {report.created}</sub>", ""]
+    made = f"{versions}; {report.seconds:.0f} s; {report.created}"
+    lines += ["", f"<sub>{as_markdown(made)}</sub>", ""]
     return "\n".join(lines)
 
 
 def _write_text(text: str, file: Path) -> None:
     with atomic_file(file) as temporary:
-        temporary.write_text(_clean(text), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 WRITERS: Final[Mapping[str, Callable[[ParityReport, Path], None]]] = {
@@ -157,17 +156,8 @@ def _case(result: Result, varied: bool) -> str:
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
-    return [f"- {_escape(line)}" for line in lines]
+    return [f"- {as_markdown(line)}" for line in lines]
 
 
 def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(_escape(cell) for cell in cells)} |"
-
-
-def _escape(text: str) -> str:
-    """What Markdown would take for its own; names come from users."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
-
-
-def _clean(text: str) -> str:
-    return _NOT_XML.sub("�", text)
+    return f"| {' | '.join(as_markdown(cell) for cell in cells)} |"

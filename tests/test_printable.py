@@ -1,0 +1,130 @@
+"""What others wrote reaches a terminal or a page without acting on it or hiding in it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from loradeploy.errors import (
+    LoraDeployError,
+    OutputError,
+    UnknownAdapterError,
+    first_line,
+)
+from loradeploy.printable import as_json, as_markdown, logger_of, one_line, printable, readable
+
+PACKAGE = Path(__file__).parent.parent / "loradeploy"
+# A terminal's title and clipboard, C1's form of ESC [, an overwritten line, a turned order, what
+# shows nothing, a line of a log, a byte of a file name that is no UTF-8, what XML cannot hold.
+ACTIVE = [
+    "\x1b]0;title\x07", "\x1b]52;c;QQ==\x07", "\x9b2J", "\rok", "\x08\x08", "\x7f", "\0",
+    "\u202egnp", "\u2066", "\u200b", "\u2060", "\ufeff", "\u00ad", "\u3164", "\u2800", "\ufe0f",
+    "\u034f", "\U000e0041", "\u2028", "\u2029", "\x85", "\n2026-01-01 INFO all is well", "\x0b",
+    "\udcff", "\ufffe", "\uffff", "\U0001ffff",
+]  # fmt: skip
+VISIBLE = ["plain", "Füße", "東京", "🦙", "a b", "\u00a0", "\u3000", "«a|b»", "\\x1b", "e\u0301"]
+# Format characters that are drawn: signs of Arabic, Syriac and Kaithi before a number.
+DRAWN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
+
+
+def test_every_control_and_format_character_is_escaped() -> None:
+    for number in range(0x110000):
+        character = chr(number)
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            shown = printable(character)
+            assert number in DRAWN or (shown.isascii() and shown.startswith("\\")), hex(number)
+
+
+@pytest.mark.parametrize("text", ACTIVE, ids=ascii)
+def test_what_acts_or_hides_is_escaped_and_the_rest_stays(text: str) -> None:
+    shown = printable(f"a{text}b")
+    assert shown != f"a{text}b" and shown[0] + shown[-1] == "ab"
+    assert printable(shown) == shown
+    assert shown.encode().decode("unicode_escape").encode("utf-16", "surrogatepass") == (
+        f"a{text}b".encode("utf-16", "surrogatepass")
+    )
+
+
+@pytest.mark.parametrize("text", VISIBLE)
+def test_what_is_seen_stays_as_it_is(text: str) -> None:
+    assert printable(text) == readable(text) == one_line(text) == text
+
+
+def test_texts_keep_what_scripts_and_emoji_need() -> None:
+    kept = "می\u200cخواهم ❤\ufe0f 👩\u200d🔬 \u200fשלום\tx\ny"
+    assert readable(kept) == kept
+    acting = [text for text in ACTIVE if unicodedata.category(text[0]) != "Cf" and text[0] != "\n"]
+    for text in ("\x1b[2J", "\u202e", "\u2066", "\U000e0041", "\x9b", *acting[:7]):
+        assert readable(text) != text
+
+
+def test_one_line_has_one_line_for_every_reader() -> None:
+    text = "a\nb\rc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
+    assert len(one_line(text).splitlines()) == 1
+    assert one_line("\x1b[1mtext") == "\x1b[1mtext"  # who reads it through a pipe gets the rest
+
+
+@pytest.mark.parametrize("text", ACTIVE, ids=ascii)
+def test_json_hides_nothing_and_loses_nothing(text: str) -> None:
+    told = as_json({text: [text]}, indent=2)
+    assert printable(told, lines=True) == told
+    assert json.loads(told) == {text: [text]}
+
+
+def test_markdown_shows_names_as_they_are() -> None:
+    name = "a|b`c`_d_ *e* [f](http://g) <img src=x> &#x202e; ~~h~~ #1 $i$ www.j \\ \x1b\nk"
+    shown = as_markdown(name)
+    assert "\n" not in shown and "\x1b" not in shown
+    for mark in "|`*[]<>&~#$_":
+        assert shown.count(f"\\{mark}") == shown.count(mark) == name.count(mark)
+    assert "http://" not in shown and "www." not in shown
+
+
+@pytest.mark.parametrize("text", ACTIVE, ids=ascii)
+def test_messages_of_errors_are_printable_and_one_line(text: str) -> None:
+    problems: list[LoraDeployError] = [LoraDeployError(f"no {text}"), UnknownAdapterError(text)]
+    problems.append(OutputError(f"/a{text}", "full"))
+    for problem in problems:
+        assert printable(str(problem)) == str(problem)
+    told = first_line(ValueError(f"\x1b[31mred\x1b[0m {text}"))
+    assert told.startswith("red") and printable(told) == told
+
+
+def test_lines_of_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logger_of("loradeploy.test")
+    assert logger is logger_of("loradeploy.test") and len(logger.filters) == 1
+    with caplog.at_level(logging.WARNING, "loradeploy.test"):
+        logger.warning("left out: %s, 100 %%", "\x1b[2J\nINFO fine")
+    assert caplog.messages == ["left out: \\x1b[2J\\nINFO fine, 100 %"]
+
+
+# What writes past the rule: the functions that are allowed it, and why.
+ALLOWED = {
+    "printable.py": {"getLogger"},
+    "lora/quiet.py": {"getLogger"},  # levels of other libraries' loggers
+    "export/passes/quantize.py": {"getLogger"},
+    "cli/main.py": {"getLogger", "echo"},
+    "cli/console.py": {"getLogger", "echo"},
+    "cli/run.py": {"echo"},  # JSON by the rule
+    "cli/train.py": {"echo"},  # YAML and examples by the rule
+}
+
+
+def test_nothing_writes_to_a_terminal_past_the_rule() -> None:
+    """`logging.getLogger(__name__)` and `click.echo` have their printable forms."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        place = file.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name = ast.unparse(node.func)
+                if name in ("logging.getLogger", "click.echo", "click.secho", "warnings.warn"):
+                    kind = node.func.attr
+                    if kind not in ALLOWED.get(place, ()):
+                        found.add(f"{place}: {name}")
+    assert not found
