@@ -16,6 +16,7 @@ import loradeploy as ld
 from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.adapter import peft as reader
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import AdapterError
 from loradeploy.parity.context import Subject, find_subjects
 from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
@@ -181,3 +182,13 @@ def test_the_base_is_itself_again_after_peft(
     assert set(after) == set(before)
     assert all(torch.equal(after[name], values) for name, values in before.items())
     assert torch.equal(logits(model), base)
+
+
+def test_a_base_that_was_written_over_is_told_by_name(tiny_llama: Path, adapter: Path) -> None:
+    model = llama(tiny_llama)
+    with (
+        pytest.raises(AdapterError, match=r"writes over the base's model\.norm\.weight"),
+        with_peft(model, subject_of(adapter)),
+        torch.no_grad(),
+    ):
+        model.model.norm.weight.add_(1)

@@ -19,7 +19,7 @@ from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
 from loradeploy.adapter.tensors import map_tensors, read_arrays, write_arrays
 from loradeploy.disk import scratch_directory
-from loradeploy.errors import AdapterError
+from loradeploy.errors import AdapterError, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,11 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
             versions[name] = parameters[name]._version
     changed = [name for name, version in versions.items() if parameters[name]._version != version]
     if changed:  # what is compared after this must be the base
-        raise RuntimeError(f"PEFT wrote over the base's {changed[0]}, which is not put back")
+        raise AdapterError(
+            f"the adapter {subject.name!r}: PEFT writes over the base's {shortened(changed[0])} when"
+            " it loads it, so that what is compared next would be another base: check without it,"
+            " --backends"
+        )
 
 
 @contextmanager
