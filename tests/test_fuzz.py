@@ -21,6 +21,7 @@ TRIES = {
     "native": 300,
     "bundle": 40,
     "tokenizer": 200,
+    "recipe": 150,
     "graph": 60,
     "feeds": 800,
 }

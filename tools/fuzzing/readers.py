@@ -17,7 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from loradeploy.errors import LoraDeployError
+from loradeploy.adapter.tensors import write_arrays
+from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.files import read_json, write_json
 from tools.fuzzing import mutate
 
 _LONGEST: Final = 1000  # characters of a message: paths and names may be long
@@ -189,6 +191,25 @@ class TokenizerReader(Reader):
         Tokenizer(place, Tokenizer(self.seeds.bundle))
 
 
+class RecipeReader(Reader):
+    """modules.json of sentence-transformers and what it names, and the labels of classifiers."""
+
+    def attempt(self, random: Random) -> None:
+        from loradeploy.bundle.sentence import read_recipe
+        from loradeploy.runtime.classification import label_names
+
+        place = self.scratch / "recipe"
+        shutil.rmtree(place, ignore_errors=True)
+        make_recipe(place)
+        file = random.choice(sorted(path for path in place.rglob("*") if path.is_file()))
+        broken = mutate.in_json if file.suffix == ".json" else mutate.in_safetensors
+        self.spoil(file, random, broken)
+        label_names(read_json(place / "config.json", error=BundleError))
+        recipe = read_recipe(place)
+        if recipe is not None:
+            recipe.vectors(np.ones((2, 3, 8), np.float32), np.ones((2, 3), np.int64), 1)
+
+
 class GraphReader(Reader):
     """ONNX files of others, exported with side inputs."""
 
@@ -260,6 +281,7 @@ READERS: Final[Mapping[str, type[Reader]]] = {
     "native": NativeReader,
     "bundle": BundleReader,
     "tokenizer": TokenizerReader,
+    "recipe": RecipeReader,
     "graph": GraphReader,
     "feeds": FeedsReader,
 }
@@ -291,6 +313,27 @@ def attempt(reader: Reader, name: str, seed: int, index: int) -> Finding | None:
     except BaseException as problem:  # a panic of a library is no Exception
         return Finding(name, index, reader.what, f"{type(problem).__name__}: {str(problem)[:300]}")
     return None
+
+
+def make_recipe(place: Path) -> None:
+    """Files of sentence-transformers in the directory `place`: pooling, a layer, normalization."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3": "Normalize"}
+    package = "sentence_transformers.models."
+    for folder in kinds:
+        (place / folder).mkdir(parents=True, exist_ok=True)
+    modules = [{"path": path, "type": package + kind} for path, kind in kinds.items()]
+    write_json(place / "modules.json", modules)
+    write_json(place / "config.json", {"id2label": {"0": "no", "1": "yes"}})
+    write_json(place / "sentence_bert_config.json", {"max_seq_length": 7, "do_lower_case": True})
+    prompts = {"prompts": {"query": "q: "}, "default_prompt_name": "query"}
+    write_json(place / "config_sentence_transformers.json", prompts)
+    write_json(place / "1_Pooling" / "config.json", {"pooling_mode": ["cls", "mean"]})
+    dense = {"in_features": 16, "out_features": 4, "bias": True}
+    activation = {"activation_function": "torch.nn.modules.activation.Tanh"}
+    write_json(place / "2_Dense" / "config.json", {**dense, **activation})
+    weights = {"linear.weight": (4, 16), "linear.bias": (4,)}
+    arrays = {name: np.ones(shape, np.float32) for name, shape in weights.items()}
+    write_arrays(place / "2_Dense" / "model.safetensors", arrays, {})
 
 
 # -- odd things --------------------------------------------------------------------------------

@@ -54,9 +54,8 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
     changed = [name for name, version in versions.items() if parameters[name]._version != version]
     if changed:  # what is compared after this must be the base
         raise AdapterError(
-            f"the adapter {subject.name!r}: PEFT writes over the base's {shortened(changed[0])} when"
-            " it loads it, so that what is compared next would be another base: check without it,"
-            " --backends"
+            f"the adapter {subject.name!r}: PEFT writes over the base's {shortened(changed[0])},"
+            " so that what is compared next would be another base: check without it (--backends)"
         )
 
 
