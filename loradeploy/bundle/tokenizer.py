@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -56,6 +58,7 @@ _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
 _LARGEST_WORD: Final = 2**24  # of a word that is in a tokenizer; vocabularies have some 2**18
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_STDERR: Final = 2
 _TRIED: Final = "a"  # a text that a new tokenizer is tried on
 # Stands for an answer where it is asked what a template writes behind one.
 _ANSWER: Final = "⟦answer⟧"
@@ -343,7 +346,7 @@ def _check_added(place: Path, base: Tokenizer) -> None:
 def _open(file: Path) -> FastTokenizer:
     if not file.is_file():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")
-    with _library(f"{file} is no valid tokenizer"):
+    with _without_panics(), _library(f"{file} is no valid tokenizer"):
         tokenizer = FastTokenizer.from_file(os.fspath(file))
         # Lengths are this project's business; a setting in the file would cut or pad in silence.
         tokenizer.no_truncation()
@@ -356,6 +359,31 @@ def _open(file: Path) -> FastTokenizer:
         # The library counts up to it when it writes or compares.
         raise BundleError(f"{file} is no valid tokenizer: {shown(word)} is token {words[word]}")
     return tokenizer
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Without the lines that a panic of the library writes to standard error by itself.
+
+    Where other threads run they may have something to say there: then nothing is held back.
+    """
+    if threading.active_count() > 1:
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        own = os.dup(_STDERR)
+    except (AttributeError, OSError, ValueError):  # there is none
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, _STDERR)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(own, _STDERR)
+        os.close(own)
 
 
 @contextmanager
