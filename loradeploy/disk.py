@@ -75,7 +75,7 @@ def _reason(problem: Exception, target: Path, temporary: Path | None) -> str | N
     if not isinstance(problem, OSError):
         return None
     if problem.errno is None:  # numpy counts what it wrote, and says no more
-        return first_line(problem)
+        return f"{first_line(problem)}: is the disk full?"
     names = [name for name in (problem.filename, problem.filename2) if name is not None]
     ours = any(_is_of(name, target, temporary) for name in names)
     if problem.errno in _ADVICE and (ours or not names):
