@@ -15,31 +15,77 @@ from typing import TYPE_CHECKING, Any
 
 # Functions that share their package's name. They are bound here, after the packages, so that
 # `loradeploy.train` is the function; what they need is imported when they are called.
-from loradeploy.errors import LoraDeployError
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    BudgetError,
+    BundleError,
+    DataError,
+    ExportError,
+    LoraDeployError,
+    MissingDependencyError,
+    ModelError,
+    OutputError,
+    TrainingError,
+    TrainingInterruptedError,
+    UnknownAdapterError,
+    UsageError,
+)
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
+from loradeploy.parity.assertion import assert_parity
 from loradeploy.train.api import train
+
+# `loradeploy.parity.assert_parity` is there whichever of the two `loradeploy.parity` is.
+vars(parity)["assert_parity"] = assert_parity
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
     from loradeploy.adapter.combine import combine
     from loradeploy.adapter.reduce import reduce_rank
+    from loradeploy.bundle.graph_form import GraphForm
+    from loradeploy.bundle.manifest import Manifest
     from loradeploy.parity.compare.api import compare
+    from loradeploy.parity.report.results import ParityReport
+    from loradeploy.parity.tolerances import Limit
     from loradeploy.runtime.classification import TextClassifier
     from loradeploy.runtime.embedding import TextEmbedder
-    from loradeploy.runtime.generation import TextGenerator
+    from loradeploy.runtime.generation import Generation, TextGenerator
     from loradeploy.runtime.session import AdapterSession
+    from loradeploy.train.api import TrainResult
+    from loradeploy.train.config import TrainConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "AdapterError",
+    "AdapterMismatchError",
     "AdapterSession",
+    "BudgetError",
+    "BundleError",
+    "DataError",
+    "ExportError",
+    "Generation",
+    "GraphForm",
+    "Limit",
     "LoraDeployError",
+    "Manifest",
+    "MissingDependencyError",
+    "ModelError",
+    "OutputError",
+    "ParityReport",
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "TrainingInterruptedError",
+    "UnknownAdapterError",
+    "UsageError",
+    "assert_parity",
     "combine",
     "compare",
     "export",
@@ -51,6 +97,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GraphForm": "loradeploy.bundle.graph_form",
+    "Manifest": "loradeploy.bundle.manifest",
+    "Limit": "loradeploy.parity.tolerances",
+    "ParityReport": "loradeploy.parity.report.results",
+    "Generation": "loradeploy.runtime.generation",
+    "TrainConfig": "loradeploy.train.config",
+    "TrainResult": "loradeploy.train.api",
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
     "combine": "loradeploy.adapter.combine",

@@ -7,6 +7,7 @@
     ├── AdapterError            an adapter that cannot be read or is refused
     │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
+    ├── BudgetError             an adapter that takes more memory than a session may use
     ├── TrainingError           a training run that cannot go on
     │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
     ├── RunError                a run that ONNX Runtime could not do

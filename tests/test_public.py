@@ -6,15 +6,37 @@ import importlib
 import importlib.metadata
 
 import loradeploy as ld
+from loradeploy import errors
 
 PUBLIC = [
     "Adapter",
     "AdapterConfig",
+    "AdapterError",
+    "AdapterMismatchError",
     "AdapterSession",
+    "BudgetError",
+    "BundleError",
+    "DataError",
+    "ExportError",
+    "Generation",
+    "GraphForm",
+    "Limit",
     "LoraDeployError",
+    "Manifest",
+    "MissingDependencyError",
+    "ModelError",
+    "OutputError",
+    "ParityReport",
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "TrainingInterruptedError",
+    "UnknownAdapterError",
+    "UsageError",
+    "assert_parity",
     "combine",
     "compare",
     "export",
@@ -42,6 +64,19 @@ def test_a_verb_is_a_function_though_a_package_has_its_name() -> None:
     assert callable(ld.train)
     assert callable(ld.export)
     assert callable(ld.parity)
+
+
+def test_parity_asserts_whether_it_is_the_verb_or_the_package() -> None:
+    from loradeploy.parity import assert_parity
+
+    assert ld.parity.assert_parity is assert_parity is ld.assert_parity  # type: ignore[attr-defined]
+
+
+def test_every_error_can_be_caught_by_its_name() -> None:
+    tree = set(ld.LoraDeployError.__subclasses__())
+    tree |= {below for error in tree for below in error.__subclasses__()}
+    assert {error.__name__ for error in tree} <= set(PUBLIC)
+    assert all(error.__name__ in (errors.__doc__ or "") for error in tree)
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -27,6 +27,7 @@ from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from loradeploy.bundle.chat import ChatTemplate, Message, template_source
+from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.settings import GenerationSettings, read_settings
 from loradeploy.errors import (
     AdapterMismatchError,
@@ -49,10 +50,6 @@ _TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"
 _ROLES: Final = tuple(
     f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-# Names that configs give to the number of positions.
-_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-# Models that count positions from the padding's id on, so that the first ones are no text's.
-FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
@@ -447,15 +444,10 @@ def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
     Raises:
         BundleError: not one.
     """
-    name = next((name for name in _POSITIONS if isinstance(config.get(name), int)), None)
-    if name is None:
-        return None
-    told = int(config[name])
-    if config.get("model_type") in FROM_PADDING_ON:
-        told -= 1 + next(iter(_ids(config, "pad_token_id", file)), 1)
-    if told < 1:
-        raise BundleError(f"{file}: {name} is {config[name]}, which leaves no position for a token")
-    return told
+    positions = context_length(config)
+    if positions is not None and positions < 1:
+        raise BundleError(f"{file}: {positions} positions, which leaves none for a token")
+    return positions
 
 
 def _max_length(positions: int | None, settings: Mapping[str, Any], file: Path) -> int | None:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import click
 
-from loradeploy.bundle.names import LAYOUTS, TASKS
+from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
+from loradeploy.bundle.names import TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress
-from loradeploy.export.kinds import SIDE_INPUT_KINDS
-from loradeploy.export.passes.gqa import ATTENTIONS
 from loradeploy.export.passes.static_shapes import parse_sizes
-from loradeploy.export.precision import PRECISIONS
 from loradeploy.files import plain
+
+_METAVARS = {"side_inputs": "KIND[,KIND…]", "fixed": "NAME=SIZE[,…]"}
+
+
+def form_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of the form of a graph, as the table has them."""
+    for option in reversed(FORM_OPTIONS):
+        command = _form_option(option)(command)
+    return command
+
+
+def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    kept = "; an exported bundle keeps its own" if option.inherited else ""
+    told = f"{option.help} [default: {option.default}{kept}]"
+    if option.name == "merge":
+        return click.option(option.flag, is_flag=True, help=told)
+    if "/" in option.flag:
+        return click.option(option.flag, default=None, help=told)
+    kind = click.Choice(option.values) if option.values else None
+    return click.option(option.flag, type=kind, metavar=_METAVARS.get(option.name), help=told)
 
 
 @click.command(
@@ -29,40 +48,12 @@ from loradeploy.files import plain
     metavar="[NAME=]DIR",
     help="PEFT adapter to put into the bundle; repeat for more.",
 )
-@click.option("--merge", is_flag=True, help="Fold the one adapter in; no side inputs.")
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="Of the base's weights [default: fp32, or what an ONNX model has].",
-)
 @click.option(
     "--task",
     type=click.Choice(TASKS),
     help="Where adapters and architecture do not tell it.",
 )
-@click.option(
-    "--side-inputs",
-    metavar="KIND[,KIND…]",
-    help=f"Of every layer, for adapters that come later: {', '.join(SIDE_INPUT_KINDS)}"
-    " [default: lora, and what the given adapters need].",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(LAYOUTS),
-    help="Of side inputs: slots that adapter_ids names, or one slot a row, which is faster"
-    " [default: rows for int8 and int4, else slots].",
-)
-@click.option(
-    "--branches/--no-branches",
-    default=None,
-    help="A branch of the graph for the base, so that idle side inputs cost nothing; costs memory"
-    " with fp32 and fp16 [default: for int8 and int4].",
-)
-@click.option(
-    "--required-inputs",
-    is_flag=True,
-    help="Also write required.onnx, for clients as onnxruntime-node that feed no optional input.",
-)
+@form_options
 @click.option(
     "--requantise",
     is_flag=True,
@@ -79,17 +70,6 @@ from loradeploy.files import plain
     type=click.Path(),
     help="JSON file that tells the modules of an ONNX model's nodes.",
 )
-@click.option(
-    "--fixed",
-    metavar="NAME=SIZE[,…]",
-    help="Dimensions (batch, sequence, past, total) as numbers, for providers that want them so.",
-)
-@click.option(
-    "--attention",
-    type=click.Choice(ATTENTIONS),
-    help="Of a decoder: ONNX's own, or GroupQueryAttention, whose cache can be written in place"
-    " [default: standard].",
-)
 @json_option
 def command(
     model: str,
@@ -101,7 +81,7 @@ def command(
     side_inputs: str | None,
     layout: str | None,
     branches: bool | None,
-    required_inputs: bool,
+    required_inputs: bool | None,
     requantise: bool,
     checkpoint: str | None,
     module_map: str | None,

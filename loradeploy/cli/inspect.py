@@ -179,10 +179,12 @@ def _tensor(name: str, values: Any) -> Facts:
 
 def _bundle(place: Path) -> Facts:
     from loradeploy.bundle.certificate import digests
+    from loradeploy.bundle.graph_form import LORA, form_of
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.files import plain
 
     manifest = read_manifest(place)
+    form = form_of(manifest)
     merged = manifest.merged_adapter
     files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
     found = digests(place)
@@ -195,11 +197,17 @@ def _bundle(place: Path) -> Facts:
         "base_model": manifest.base.name,
         "base_digest": manifest.base.digest,
         "base_kind": manifest.base.kind,
-        "precision": manifest.precision,
+        "precision": form.precision,
         "opset": manifest.opset,
         "factor_dtype": None if merged else manifest.factor_dtype,
-        "layout": None if merged else manifest.layout,
-        "branches": None if merged else manifest.branches,
+        "layout": form.layout,
+        "branches": form.branches,
+        "side_inputs": None if merged else [LORA, *sorted(form.side_inputs)],
+        "attention": form.attention,
+        "cache_in_place": manifest.cache_in_place,
+        "padding": manifest.padding,
+        "required_inputs": form.required_inputs,
+        "static_shapes": [f"{name}={size}" for name, size in form.static_shapes.items()],
         "merged_adapter": None if merged is None else merged.digest,
         "merge_loss": plain(manifest.merge_loss),
         "graph_digest": manifest.graph_digest,

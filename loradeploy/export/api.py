@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import UsageError
 from loradeploy.printable import logger_of
@@ -26,7 +26,7 @@ def export(
     side_inputs: Iterable[str] = (),
     layout: str | None = None,
     branches: bool | None = None,
-    required_inputs: bool = False,
+    required_inputs: bool | None = None,
     requantise: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     module_map: str | os.PathLike[str] | None = None,
@@ -35,6 +35,9 @@ def export(
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
+
+    The form of the graph (precision, layout, …) is what is asked for; what is not, a bundle that is
+    exported again keeps, and other models get the default (`loradeploy.bundle.graph_form`).
 
     Args:
         model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.
@@ -48,9 +51,9 @@ def export(
         side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
             which come later may use them: dora, bias, embedding (lora is always there).
         layout: "slots", which `adapter_ids` names for each row, or "rows": slot i of the side
-            inputs belongs to row i, which is faster. None means rows for int8 and int4, else slots.
+            inputs belongs to row i, which is faster. By default rows for int8 and int4, else slots.
         branches: whether the base has a branch of the graph to itself, so that idle side inputs
-            cost nothing. None means for int8 and int4: each branch holds the weights of fp32 and
+            cost nothing. By default for int8 and int4: each branch holds the weights of fp32 and
             fp16 in memory anew.
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
@@ -63,8 +66,8 @@ def export(
         fixed: sizes of dimensions by name (batch, sequence, past, total), for providers that
             compile a graph for its shapes.
         attention: "gqa" for onnxruntime's GroupQueryAttention, whose cache may be one buffer that
-            is written in place; batches are padded on the right then. None and "standard" are
-            ONNX's own.
+            is written in place; batches are padded on the right then. "standard", the default, is
+            ONNX's own, which GroupQueryAttention cannot be made again.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -76,14 +79,12 @@ def export(
     """
     from pathlib import Path
 
+    from loradeploy.bundle.graph_form import check_form, inherit
     from loradeploy.bundle.manifest import own_files
-    from loradeploy.bundle.names import LAYOUTS, MANIFEST_NAME
+    from loradeploy.bundle.names import MANIFEST_NAME
     from loradeploy.export.base import Options
     from loradeploy.export.build import build
     from loradeploy.export.given_adapters import named_places, read_adapters
-    from loradeploy.export.kinds import check_kinds
-    from loradeploy.export.passes.gqa import ATTENTIONS
-    from loradeploy.export.precision import check_precision
     from loradeploy.export.read.source import resolve
     from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task
@@ -96,26 +97,19 @@ def export(
     check_replaceable(target, marker=MANIFEST_NAME, own_files=own_files)
     if task is not None:
         check_task(task)
-    if precision is not None:
-        check_precision(precision)
-    kinds = check_kinds(side_inputs)
-    if merge and kinds:
-        raise UsageError("--side-inputs and --merge do not go together: a merged graph has none")
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"no layout is called {layout!r}: there are {', '.join(LAYOUTS)}")
-    if merge and (layout or branches):
-        flag = "--layout" if layout else "--branches"
-        raise UsageError(
-            f"{flag} and --merge do not go together: a merged graph has no side inputs"
-        )
-    if attention is not None and attention not in ATTENTIONS:
-        raise UsageError(f"no attention is called {attention!r}: there are {', '.join(ATTENTIONS)}")
+    asked: dict[str, Any] = {
+        "merge": merge,
+        "precision": precision,
+        "side_inputs": frozenset([side_inputs] if isinstance(side_inputs, str) else side_inputs),
+        "layout": layout,
+        "branches": branches,
+        "required_inputs": required_inputs,
+        "fixed": dict(fixed or {}),
+        "attention": attention,
+    }
+    check_form(asked)
     if requantise and not merge:
         raise UsageError("--requantise is for --merge: side inputs leave packed weights alone")
-    if merge and required_inputs:
-        raise UsageError(
-            "--required-inputs and --merge do not go together: a merged graph has no side inputs"
-        )
     places = named_places(adapters)
     beside = (place for place in (checkpoint, module_map) if place is not None)
     check_keeps_inputs(target, [model, *places.values(), *beside])
@@ -132,20 +126,14 @@ def export(
         advice = f"give it with --adapter {source.directory}, if it is not merged already"
         tell_beside(source.directory, advice, given=places.values())
     given = None if checkpoint is None else Path(checkpoint).expanduser()
-    evidence = Evidence(given, module_map)
+    if source.manifest is not None:
+        asked = inherit(asked, source.manifest)
     options = Options(
         adapters=read,
-        merge=merge,
-        precision=precision,
+        **asked,
         task=task,
-        side_inputs=kinds,
-        layout=layout,
-        branches=branches,
-        required=required_inputs,
         requantise=requantise,
-        evidence=evidence,
-        fixed=fixed or {},
-        grouped=attention == "gqa",
+        evidence=Evidence(given, module_map),
         places=places,
     )
     manifest, content = build(source, options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.renamings import Submodel, known
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.manifest import (
     BaseIdentity,
     Manifest,
@@ -47,7 +48,7 @@ from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
 from loradeploy.export.passes.static_shapes import fixed_specs
-from loradeploy.export.precision import DEFAULT_PRECISION, precision_of
+from loradeploy.export.precision import precision_of
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.plain import make_products_plain
 from loradeploy.export.read.regular import (
@@ -94,11 +95,11 @@ class Options:
     side_inputs: frozenset[str] = frozenset()
     layout: str | None = None
     branches: bool | None = None
-    required: bool = False
+    required_inputs: bool | None = None
     requantise: bool = False
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
-    grouped: bool = False
+    attention: str | None = None
     places: Mapping[str, Path] = field(default_factory=dict)
 
 

@@ -12,6 +12,16 @@ from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
 from loradeploy.bundle.factors import fitted, side_inputs
+from loradeploy.bundle.graph_form import (
+    BFLOAT16,
+    BIAS,
+    DORA,
+    GQA,
+    PACKED_BITS,
+    STANDARD,
+    default_layout,
+    is_packed,
+)
 from loradeploy.bundle.labels import LABELLED, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
@@ -48,7 +58,6 @@ from loradeploy.export.graph.file import (
     outputs,
     required_inputs,
 )
-from loradeploy.export.kinds import BIAS, DORA
 from loradeploy.export.match.biases import separate_biases
 from loradeploy.export.match.linears import (
     Findings,
@@ -70,7 +79,7 @@ from loradeploy.export.passes.base_weights import HeldBase
 from loradeploy.export.passes.bf16 import store_as_bfloat16
 from loradeploy.export.passes.branches import add_branches, branches_problem
 from loradeploy.export.passes.fuse import fuse_products
-from loradeploy.export.passes.gqa import group_queries, keeps_cache
+from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
 from loradeploy.export.passes.layout import has_rows, lay_in_rows
 from loradeploy.export.passes.quantize import quantise, rounded
 from loradeploy.export.passes.side_inputs import (
@@ -80,7 +89,6 @@ from loradeploy.export.passes.side_inputs import (
 )
 from loradeploy.export.passes.static_shapes import fix_dimensions
 from loradeploy.export.passes.surgery import rows_problem
-from loradeploy.export.precision import BFLOAT16, PACKED_BITS
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.third_party import (
     assets_of,
@@ -108,10 +116,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     digests = {name: adapter.digest for name, adapter in options.adapters.items()}
     base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
     options = dataclasses.replace(options, adapters=base.adapters)
-    if options.grouped:
-        if base.task != CAUSAL_LM:
-            raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
-        group_queries(base.graph)
+    _choose_attention(base, options.attention)
     findings = (
         find_linears(base.graph)
         if source.graph is None
@@ -158,12 +163,25 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         side_inputs=arrays,
         defaults={} if added is None else added.defaults,
         biases={} if added is None else added.biases,
-        required=options.required,
+        required=bool(options.required_inputs),
         source=base.source,
         places={} if options.merge else options.places,
         merged=options.places if options.merge else {},
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
     )
+
+
+def _choose_attention(base: Base, attention: str | None) -> None:
+    """Give the graph the attention that is asked for, where it has another."""
+    if attention == STANDARD and has_grouped_attention(base.graph):
+        raise ExportError(
+            "--attention standard: the graph has GroupQueryAttention, which cannot be made ONNX's"
+            " Attention again: export the checkpoint"
+        )
+    if attention == GQA and not keeps_cache(base.graph):
+        if base.task != CAUSAL_LM:
+            raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
+        group_queries(base.graph)
 
 
 def _looked_at(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
@@ -226,7 +244,7 @@ def _with_side_inputs(
     if (layout := options.layout or _layout(base)) == ROWS:
         lay_in_rows(graph)
     # Branches cost no memory where weights are packed: those are shared between them.
-    packed = base.precision in PACKED_BITS and branches_problem(graph) is None
+    packed = is_packed(base.precision) and branches_problem(graph) is None
     if branches := packed if options.branches is None else options.branches:
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
@@ -248,7 +266,8 @@ def _with_biases(
 
 def _layout(base: Base) -> str:
     """Rows where they are the branches' default too, and the graph can have them."""
-    return ROWS if base.precision in PACKED_BITS and has_rows(base.graph.graph) else SLOTS
+    layout = default_layout(base.precision)
+    return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
 
 
 def _merged(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     CAUSAL_LM,
@@ -29,6 +30,7 @@ _KNOWN: Final = frozenset(
     )
 )
 
+_UNKNOWN_LENGTH: Final = 2048  # of a context, where config.json does not say
 _SEARCH: Final[Mapping[str, Any]] = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -65,7 +67,7 @@ def genai_config(
     merged = {**config, **{k: v for k, v in generation.items() if v is not None}}
     end = merged.get("eos_token_id")
     first_end = end[0] if isinstance(end, list) and end else end
-    length = _context_length(config)
+    length = context_length(config) or _UNKNOWN_LENGTH
     search = {**_SEARCH, "past_present_share_buffer": manifest.cache_in_place}
     model_type = str(config.get("model_type", "decoder"))
     return {
@@ -103,13 +105,6 @@ def genai_config(
             "max_length": length,
         },
     }
-
-
-def _context_length(config: Mapping[str, Any]) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    return 2048
 
 
 def _vocabulary(outputs: Sequence[TensorSpec], config: Mapping[str, Any]) -> Any:

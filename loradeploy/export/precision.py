@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from loradeploy.errors import UsageError
+from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION
 from loradeploy.export.match.products import products
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DEFAULT_PRECISION: Final = "fp32"
-
-# The bits of weights that are packed after surgery or merge.
-PACKED_BITS: Final[Mapping[str, int]] = {"int8": 8, "int4": 4}
-BFLOAT16: Final = "bf16"  # how weights are held after surgery or merge; they compute in fp32
-PRECISIONS: Final = ("fp32", "fp16", BFLOAT16, *PACKED_BITS)
-
-
-def check_precision(precision: str) -> None:
-    """Raise UsageError for an unknown precision."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"the precision {precision!r} is none of {', '.join(PRECISIONS)}")
-
 
 def precision_of(model: ir.Model) -> str:
-    """The precision of a graph's products, as one of `PRECISIONS` where it is one."""
+    """The precision of a graph's products, as one of `graph_form.PRECISIONS` where it is one."""
     import onnx_ir as ir
 
     bits = {

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError
-from loradeploy.export.kinds import BIAS, DORA, EMBEDDING
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part

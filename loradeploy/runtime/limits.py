@@ -27,7 +27,8 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.tokenizer import FROM_PADDING_ON, positions_of_model
+from loradeploy.bundle.context_length import FROM_PADDING_ON
+from loradeploy.bundle.tokenizer import positions_of_model
 from loradeploy.errors import UsageError, shown
 
 if TYPE_CHECKING:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from loradeploy.train.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -45,7 +47,7 @@ def train(
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None = None,
     resume: bool = False,
     **flags: Any,
 ) -> TrainResult:
@@ -56,7 +58,7 @@ def train(
         data: a file, a folder or a dataset: see `loradeploy.train.sources` for the forms, and
             `loradeploy.train.data` for what a row of each task has.
         output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
-        config: a YAML file of settings, or a mapping; names and defaults are `TrainConfig`'s.
+        config: settings: a `TrainConfig`, a YAML file, or a mapping with its names.
         resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which
             a run that finishes removes. The end is the same, bit for bit, as without the break.
         flags: settings again, over those of the file.

@@ -202,15 +202,18 @@ CHOICES: Final = {
 
 
 def read_config(
-    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None,
     flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """The settings in `config`, a YAML file or what was read of one, with `flags` over them.
 
+    Settings that are whole already are taken as they are.
+
     Raises:
         UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type.
     """
-    values = {**read_yaml(config), **(flags or {})}
+    known = dataclasses.asdict(config) if isinstance(config, TrainConfig) else read_yaml(config)
+    values = {**known, **(flags or {})}
     values = {name: value for name, value in values.items() if name not in PLACES}
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for name, value in values.items():

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loradeploy.bundle.context_length import context_length
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.loading import load_pretrained
@@ -44,12 +45,9 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """The most tokens that the model and its tokenizer take."""
-        text = self.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or getattr(
-            text, "n_positions", None
-        )
+        positions = context_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
-        return min(longest, int(positions)) if positions else longest
+        return longest if positions is None else min(longest, positions)
 
     def within(self, config: TrainConfig) -> TrainConfig:
         """`config` with no longer examples than the model takes."""

@@ -163,3 +163,9 @@ def remove_unused(graph: ir.Graph, *, inputs: bool) -> None:
             del graph.inputs[index]
     for value in unused:
         graph.initializers.pop(str(value.name))
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The node that alone uses `value`; None where it is an output of the graph too."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

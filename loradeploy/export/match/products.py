@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import constant_of, integer_of, number_of
+from loradeploy.export.graph.edit import constant_of, integer_of, number_of, only_user
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 
 if TYPE_CHECKING:
@@ -145,14 +145,14 @@ def output_of(node: ir.Node) -> ir.Value:
     y = node.outputs[0]
     if node.op_type == INTEGER:
         for op in ("Cast", "Mul"):
-            after = _only_user(y)
+            after = only_user(y)
             if after is None or after.op_type != op:
                 return node.outputs[0]
             y = after.outputs[0]
         return y
-    quantise = _only_user(y)
+    quantise = only_user(y)
     if quantise is not None and quantise.op_type == "QuantizeLinear":
-        dequantise = _only_user(quantise.outputs[0])
+        dequantise = only_user(quantise.outputs[0])
         if dequantise is not None and _undoes(dequantise, quantise):
             return dequantise.outputs[0]
     return y
@@ -167,7 +167,7 @@ def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
     if own is not None:
         adder, indices = node, [own]
     else:
-        user = _only_user(output_of(node))
+        user = only_user(output_of(node))
         if user is None or user.op_type != "Add":
             return None
         adder, indices = user, list(range(len(user.inputs)))
@@ -456,11 +456,6 @@ def unpack(packed: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
 def _constant(node: ir.Node, index: int) -> NDArray[np.generic] | None:
     value = _input(node, index)
     return None if value is None or value.const_value is None else constant_of(value)
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _swaps(node: ir.Node) -> bool:

@@ -22,13 +22,12 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, remove_unused, take_over
+from loradeploy.export.graph.edit import add_constant, only_user, remove_unused, take_over
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, problem_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ATTENTIONS: Final = ("standard", "gqa")
 _DOMAIN: Final = "com.microsoft"
 # The operator's inputs of past keys and values, and its outputs of the present ones.
 _PRESENT_OF: Final = {3: 1, 4: 2}
@@ -77,6 +76,11 @@ def group_queries(model: ir.Model) -> None:
     for value in pasts:
         if any(node.op_type != GROUP_QUERY_ATTENTION for node, _ in value.uses()):
             raise ExportError(f"--attention gqa: {value.name} is used for something else too")
+
+
+def has_grouped_attention(model: ir.Model) -> bool:
+    """Whether any attention is a GroupQueryAttention."""
+    return any(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph.all_nodes())
 
 
 def keeps_cache(model: ir.Model) -> bool:
@@ -248,13 +252,13 @@ def _unsplit(value: ir.Value) -> ir.Value | None:
 def _merged_heads(node: ir.Node) -> ir.Value:
     """What becomes of the attention's heads: [batch, sequence, heads · size]."""
     value = node.outputs[0]
-    transpose = _only_user(value)
+    transpose = only_user(value)
     if transpose is not None and transpose.op_type == "Reshape":
         same = transpose.outputs[0]  # some exporters say the shape that is there already
         if value.shape is not None and same.shape == value.shape:
-            transpose = _only_user(same)
+            transpose = only_user(same)
     if transpose is not None and _turns_heads(transpose):
-        reshape = _only_user(transpose.outputs[0])
+        reshape = only_user(transpose.outputs[0])
         if reshape is not None and reshape.op_type == "Reshape":
             shape = reshape.outputs[0].shape
             if shape is not None and len(shape) == 3:
@@ -264,11 +268,6 @@ def _merged_heads(node: ir.Node) -> ir.Value:
 
 def _turns_heads(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = [node for node, _ in value.uses()]
-    return users[0] if len(users) == 1 else None
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.factors import branch_choice
-from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME
+from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, REQUIRED_NAME
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-REQUIRED_NAME: Final = "required.onnx"
 BASE_INPUTS_NAME: Final = "required.safetensors"
 
 

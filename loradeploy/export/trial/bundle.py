@@ -21,11 +21,11 @@ import numpy as np
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.factors import branch_choice
-from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, GRAPH_NAME, SLOTS
+from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, GRAPH_NAME, REQUIRED_NAME, SLOTS
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
-from loradeploy.export.passes.required import BASE_INPUTS_NAME, REQUIRED_NAME
+from loradeploy.export.passes.required import BASE_INPUTS_NAME
 from loradeploy.export.trial.original import Original, made_factors, of_graph
 from loradeploy.export.trial.padding import padding_by_trial
 from loradeploy.printable import logger_of

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import UsageError, first_line, listed_names
-from loradeploy.export.precision import DEFAULT_PRECISION
 from loradeploy.parity.compare.feeds import Fed, FeedsPlace, make_feeds, read_feeds
 from loradeploy.parity.compare.opening import open_side
 from loradeploy.parity.compare.outputs import LimitsOf, Outputs, outcome

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
@@ -27,7 +28,6 @@ MAX_PROMPT_TOKENS: Final = 256
 Prompt = str | list[Any]
 
 _TEXT_FIELDS: Final = ("messages", "prompt", "text")
-_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
 _SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 # The longest of `--fuzz`'s rows.
@@ -185,15 +185,12 @@ def _config(bundle: Path) -> dict[str, Any]:
 
 def _longest(config: dict[str, Any], generated: int) -> int:
     """How long a prompt may be so that the generated tokens still have positions."""
-    positions: list[int] = [
-        config[name] for name in _POSITIONS if isinstance(config.get(name), int)
-    ]
-    # RoBERTa and its kin number positions from the padding's id on.
-    reserved = 2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0
-    room = min([*positions[:1], MAX_PROMPT_TOKENS + generated + reserved]) - generated - reserved
+    positions = context_length(config)
+    most = MAX_PROMPT_TOKENS + generated
+    room = (most if positions is None else min(positions, most)) - generated
     if room < 1:
         raise UsageError(
-            f"{generated} generated tokens leave no room in the model's {positions[0]} positions:"
+            f"{generated} generated tokens leave no room in the model's {positions} positions:"
             " generate fewer"
         )
     return room

@@ -1,0 +1,257 @@
+"""The form of a bundle's graph: all that an export can choose about it, in one table.
+
+The same model and adapters can be exported in many forms that compute the same function. What is
+not asked for is inherited from the bundle that is exported again, else it has the table's default;
+what is asked for is done, or refused by name. The arguments of `loradeploy.export`, the options of
+the command, the manifest and the documentation read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LAYOUTS,
+    PAST,
+    REQUIRED_NAME,
+    ROWS,
+    SLOTS,
+)
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+DEFAULT_PRECISION: Final = "fp32"
+BFLOAT16: Final = "bf16"  # how weights are stored; they compute in fp32
+# The bits of weights that are packed after surgery or merge.
+PACKED_BITS: Final[Mapping[str, int]] = MappingProxyType({"int8": 8, "int4": 4})
+PRECISIONS: Final = (DEFAULT_PRECISION, "fp16", BFLOAT16, *PACKED_BITS)
+STANDARD, GQA = ATTENTIONS = ("standard", "gqa")
+LORA, DORA, BIAS, EMBEDDING = "lora", "dora", "bias", "embedding"
+SIDE_INPUT_KINDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        LORA: "low-rank factors of linear layers, always there",
+        DORA: "scales of the outputs, for DoRA",
+        BIAS: "offsets of the outputs, for trained biases",
+        EMBEDDING: "low-rank factors of embeddings",
+    }
+)
+# The dimensions of inputs, by which static shapes are known again; None is not dynamic.
+_DIMENSIONS: Final[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
+    {
+        INPUT_IDS: ("batch", "sequence"),
+        ATTENTION_MASK: ("batch", "total"),
+        PAST: ("batch", None, "past"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """What a graph is like, whatever model it is of.
+
+    `merge`: an adapter is folded into the weights. `layout` and `branches` are None then: there
+    are no side inputs.
+    `side_inputs`: the kinds besides lora that some layer has.
+    `static_shapes`: the sizes of dimensions that are numbers.
+    """
+
+    precision: str = DEFAULT_PRECISION
+    merge: bool = False
+    layout: str | None = None
+    branches: bool | None = None
+    attention: str = STANDARD
+    side_inputs: frozenset[str] = frozenset()
+    required_inputs: bool = False
+    static_shapes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FormOption:
+    """One choice about a graph.
+
+    `name`: the argument of `loradeploy.export`, whose flag is `flag`. `values`: what it may be,
+    where that is a choice. `help`: a sentence about it. `default`: what it is where neither the
+    user nor the exported bundle says. `inherited`: whether a bundle that is exported again keeps
+    it. `excludes`: options that cannot be given with it, and why.
+    """
+
+    name: str
+    flag: str
+    help: str
+    default: str
+    values: tuple[str, ...] = ()
+    inherited: bool = True
+    excludes: Mapping[str, str] = field(default_factory=dict)
+
+
+_NO_SIDE_INPUTS: Final = "a merged graph has no side inputs"
+
+FORM_OPTIONS: Final = (
+    FormOption(
+        "merge",
+        "--merge",
+        "Fold the one adapter into the weights: the graph gets no side inputs.",
+        "off",
+        inherited=False,
+        excludes=dict.fromkeys(
+            ("layout", "branches", "side_inputs", "required_inputs"), _NO_SIDE_INPUTS
+        ),
+    ),
+    FormOption(
+        "precision",
+        "--precision",
+        "Precision of the base's weights.",
+        "fp32, or what an ONNX model has",
+        PRECISIONS,
+    ),
+    FormOption(
+        "side_inputs",
+        "--side-inputs",
+        "Kinds of side inputs that every layer gets, for adapters that come later:"
+        f" {', '.join(SIDE_INPUT_KINDS)}.",
+        "lora, and what the given adapters need",
+    ),
+    FormOption(
+        "layout",
+        "--layout",
+        "Layout of side inputs: slots that adapter_ids names for each row, or rows, where slot i"
+        " belongs to row i, which is faster.",
+        "rows for int8 and int4, else slots",
+        LAYOUTS,
+    ),
+    FormOption(
+        "branches",
+        "--branches/--no-branches",
+        "Give the base a branch of the graph to itself, so that idle side inputs cost nothing; with"
+        " fp32 and fp16 each branch takes memory for its weights.",
+        "on for int8 and int4",
+    ),
+    FormOption(
+        "required_inputs",
+        "--required-inputs/--no-required-inputs",
+        "Also write required.onnx, for clients such as onnxruntime-node that drop inputs with"
+        " defaults.",
+        "off",
+    ),
+    FormOption(
+        "fixed",
+        "--fixed",
+        "Make dimensions (batch, sequence, past, total) numbers, for providers that compile a graph"
+        " for its shapes.",
+        "none",
+    ),
+    FormOption(
+        "attention",
+        "--attention",
+        "Attention of a decoder: ONNX's own, or GroupQueryAttention, whose cache can be written in"
+        " place.",
+        STANDARD,
+        ATTENTIONS,
+    ),
+)
+BY_NAME: Final[Mapping[str, FormOption]] = MappingProxyType(
+    {option.name: option for option in FORM_OPTIONS}
+)
+
+
+def is_packed(precision: str) -> bool:
+    """Whether weights are integers of few bits, which branches of a graph share."""
+    return precision in PACKED_BITS
+
+
+def default_layout(precision: str) -> str:
+    """The layout of side inputs where none is asked for and the graph can have either."""
+    return ROWS if is_packed(precision) else SLOTS
+
+
+def form_of(manifest: Manifest) -> GraphForm:
+    """The form of the graph that a bundle's manifest describes."""
+    merged = manifest.mode == "merged"
+    kinds = {
+        DORA: any(change.scale for change in manifest.changed),
+        BIAS: any(change.offset and not change.scale for change in manifest.changed),
+        EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
+    }
+    return GraphForm(
+        precision=manifest.precision,
+        merge=merged,
+        layout=None if merged else manifest.layout,
+        branches=None if merged else manifest.branches,
+        attention=GQA if manifest.cache_in_place else STANDARD,
+        side_inputs=frozenset(kind for kind, there in kinds.items() if there),
+        required_inputs=REQUIRED_NAME in manifest.files,
+        static_shapes=dict(_static(manifest)),
+    )
+
+
+def _static(manifest: Manifest) -> Iterator[tuple[str, int]]:
+    for spec in manifest.inputs:
+        known = _DIMENSIONS.get(PAST if spec.name.startswith(PAST) else spec.name, ())
+        for name, size in zip(known, spec.shape, strict=False):
+            if name is not None and isinstance(size, int):
+                yield name, size
+
+
+def check_form(asked: Mapping[str, Any]) -> None:
+    """Refuse values that do not exist, and options that do not go together.
+
+    `asked`: values by the names of `FORM_OPTIONS`, None or empty where one is not asked for.
+
+    Raises:
+        UsageError: what is asked for cannot be.
+    """
+    given = {name for name, value in asked.items() if value}
+    for option in FORM_OPTIONS:
+        value = asked.get(option.name)
+        if option.name in given and option.values and value not in option.values:
+            raise UsageError(f"{option.flag} {value!r}: expected one of {', '.join(option.values)}")
+    for kind in asked.get("side_inputs") or ():
+        if kind not in SIDE_INPUT_KINDS:
+            raise UsageError(f"--side-inputs {kind!r}: expected {', '.join(SIDE_INPUT_KINDS)}")
+    for option in FORM_OPTIONS:
+        for other in given & option.excludes.keys() if option.name in given else ():
+            flag = BY_NAME[other].flag.partition("/")[0]
+            raise UsageError(
+                f"{flag} and {option.flag} do not go together: {option.excludes[other]}"
+            )
+    if asked.get("layout") == ROWS and EMBEDDING in (asked.get("side_inputs") or ()):
+        raise UsageError(
+            "--layout rows and --side-inputs embedding do not go together: factors of embeddings"
+            " need the numbers of slots"
+        )
+
+
+def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
+    """What is `asked` for, with what the bundle `before` has where nothing is.
+
+    Where another precision is asked for, what was the default of the bundle's own stays open, so
+    that it becomes that of the new one. Of merged graphs and for merges what belongs to side inputs
+    is left out. Precision, attention and the kinds of side inputs are in the graph itself.
+
+    Raises:
+        UsageError: a static shape is asked for in another size than the bundle has.
+    """
+    form, result = form_of(before), dict(asked)
+    defaults: dict[str, Any] = {}
+    if asked.get("precision") not in (None, form.precision):
+        defaults = {"layout": default_layout(form.precision), "branches": is_packed(form.precision)}
+    for name in ("layout", "branches", "required_inputs"):
+        value = getattr(form, name)
+        if result.get(name) is None and value != defaults.get(name):
+            result[name] = None if asked.get("merge") or form.merge else value
+    sizes = dict(asked.get("fixed") or {})
+    for name, size in sizes.items():
+        if form.static_shapes.get(name, size) != size:
+            raise UsageError(
+                f"--fixed {name}={size}: the bundle's graph has {name}={form.static_shapes[name]}:"
+                " export the bundle that has open shapes"
+            )
+    result["fixed"] = {n: size for n, size in sizes.items() if n not in form.static_shapes}
+    return result

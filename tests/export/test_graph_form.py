@@ -1,0 +1,240 @@
+"""The forms of a graph: every pair of options that may stand together computes the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.bundle.graph_form import BY_NAME, FORM_OPTIONS, GraphForm, form_of
+from loradeploy.bundle.manifest import read_manifest
+from tests.conftest import ROOT, MakeAdapter, once
+from tests.export.reference import apart, difference, factors, onnx_output, torch_output
+from tests.tolerances import tolerance
+
+IDS = np.random.default_rng(0).integers(3, 500, (2, 5))
+
+# The values of each option that are tried, and how they are refused beside others: a pair that is
+# not here has to work.
+VALUES: Mapping[str, tuple[Any, ...]] = {
+    "merge": (False, True),
+    "precision": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "side_inputs": ((), ("dora",), ("bias",), ("embedding",)),
+    "layout": (None, "slots", "rows"),
+    "branches": (None, True, False),
+    "required_inputs": (None, True),
+    "fixed": (None, {"batch": 2, "sequence": 5, "past": 0}),
+    "attention": (None, "gqa"),
+}
+REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
+    ("layout", "rows", "side_inputs", ("embedding",)): "do not go together",
+    **{
+        ("merge", True, name, value): "do not go together: a merged graph has no side inputs"
+        for name in ("side_inputs", "layout", "branches", "required_inputs")
+        for value in VALUES[name]
+        if value
+    },
+}
+
+
+def refusal(form: Mapping[str, Any]) -> str | None:
+    """The message for a form that cannot be, None for one that can."""
+    return next(
+        (
+            message
+            for (one, value, other, its), message in REFUSED.items()
+            if form[one] == value and form[other] == its
+        ),
+        None,
+    )
+
+
+def pairs(form: Mapping[str, Any]) -> set[tuple[str, str]]:
+    return set(itertools.combinations([f"{name}={value}" for name, value in form.items()], 2))
+
+
+def covering() -> Iterator[dict[str, Any]]:
+    """Forms that can be, in which every pair of values that can stand together is once."""
+    every = [
+        dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())
+    ]
+    possible = [form for form in every if refusal(form) is None]
+    left = set().union(*map(pairs, possible))
+    while left:
+        best = max(possible, key=lambda form: len(pairs(form) & left))
+        left -= pairs(best)
+        yield best
+
+
+def named(form: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value}" for name, value in form.items() if value not in (None, (), False)
+    )
+
+
+@pytest.mark.breadth
+@pytest.mark.parametrize("form", list(covering()), ids=named)
+def test_every_pair_of_options_computes_what_pytorch_computes(
+    form: dict[str, Any], tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, scale=0.1)
+    manifest = ld.export(tiny_llama, tmp_path / "b", adapters={"a": adapter}, **form)
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    side = {} if form["merge"] else factors(tmp_path / "b", adapter)
+    exact = form["precision"] == "fp32"
+    error = difference if exact else apart
+    allowed = tolerance("torch-onnx-tiny" if exact else f"export-{form['precision']}")
+    assert error(onnx_output(tmp_path / "b", IDS, side=side), expected) <= allowed
+    if not form["merge"]:
+        base = torch_output(tiny_llama, IDS)
+        assert error(onnx_output(tmp_path / "b", IDS), base) <= allowed
+        assert apart(base, expected) > tolerance("export-int4")  # the adapter has an effect
+    has = form_of(manifest)
+    assert {kind for kind in form["side_inputs"] if kind != "bias"} <= has.side_inputs
+    asked = {
+        "precision": form["precision"],
+        "merge": form["merge"],
+        "layout": form["layout"],
+        "branches": form["branches"],
+        "attention": form["attention"],
+        "required_inputs": form["required_inputs"],
+    }
+    actual = {name: getattr(has, name) for name in asked}
+    assert actual == {
+        name: actual[name] if value is None else value for name, value in asked.items()
+    }
+    assert dict(has.static_shapes) == ({**form["fixed"], "total": 5} if form["fixed"] else {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({one: value, other: its}, message) for (one, value, other, its), message in REFUSED.items()],
+    ids=lambda value: named(value) if isinstance(value, dict) else "",
+)
+def test_a_pair_that_cannot_be_is_refused_before_anything_is_read(
+    asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ld.UsageError, match=message):
+        ld.export(tmp_path / "no model", tmp_path / "b", **asked)
+
+
+def test_the_table_excludes_what_the_test_expects() -> None:
+    refused = {(one, other) for one, _, other, _ in REFUSED if one == "merge"}
+    excluded = {(option.name, other) for option in FORM_OPTIONS for other in option.excludes}
+    assert refused == excluded
+
+
+@pytest.mark.parametrize("option", [o for o in FORM_OPTIONS if o.values], ids=lambda o: o.name)
+def test_a_value_that_does_not_exist_is_refused_with_those_that_do(
+    option: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ld.UsageError, match=f"expected one of .*{option.values[-1]}"):
+        ld.export(tmp_path / "no model", tmp_path / "b", **{option.name: "other"})
+
+
+# -- a bundle that is exported again ---------------------------------------------------------------
+
+Again = Callable[..., GraphForm]
+
+
+@pytest.fixture
+def again(tiny_llama: Path, shared: Path, tmp_path: Path) -> Again:
+    """(the form of a bundle, the options it is exported again with) → the form of the second."""
+
+    def export(first: dict[str, Any], **asked: Any) -> GraphForm:
+        name = "".join(c if c.isalnum() else "-" for c in named(first)) or "plain"
+        bundle = once(shared / "forms" / name, lambda p: ld.export(tiny_llama, p, **first))
+        ld.export(bundle, tmp_path / "again", **asked)
+        return form_of(read_manifest(tmp_path / "again"))
+
+    return export
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"layout": "rows", "branches": True},
+        {"attention": "gqa", "required_inputs": True},
+        {"precision": "int8", "layout": "slots", "branches": False},
+        {"side_inputs": ("dora", "embedding"), "fixed": {"batch": 2}},
+    ],
+    ids=named,
+)
+def test_what_is_not_asked_for_is_inherited(first: dict[str, Any], again: Again) -> None:
+    form = again(first)
+    for name, value in first.items():
+        if name == "fixed":
+            assert dict(form.static_shapes) == value
+        elif name == "side_inputs":
+            assert set(value) <= form.side_inputs
+        else:
+            assert getattr(form, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("first", "asked"),
+    [
+        ({"layout": "rows", "branches": True}, {"layout": "slots"}),
+        ({"layout": "rows", "branches": True}, {"branches": False}),
+        ({"attention": "gqa", "required_inputs": True}, {"required_inputs": False}),
+        ({}, {"attention": "gqa"}),
+        ({}, {"precision": "bf16"}),
+    ],
+    ids=lambda value: named(value) or "plain",
+)
+def test_what_is_asked_for_is_done_and_the_rest_inherited(
+    first: dict[str, Any], asked: dict[str, Any], again: Again
+) -> None:
+    form = again(first, **asked)
+    for name, value in {**first, **asked}.items():
+        assert getattr(form, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [({}, ("rows", True)), ({"layout": "rows"}, ("rows", True))], ids=str
+)
+def test_the_default_of_a_precision_is_not_a_choice(
+    first: dict[str, Any], expected: tuple[str, bool], again: Again
+) -> None:
+    form = again(first, precision="int8")
+    assert (form.layout, form.branches) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "message"),
+    [
+        ({"attention": "gqa"}, {"attention": "standard"}, "GroupQueryAttention.*checkpoint"),
+        ({"fixed": {"batch": 2}}, {"fixed": {"batch": 3}}, "batch=3: .* has batch=2"),
+        ({"precision": "int8"}, {"precision": "fp32"}, "int8 and cannot be made fp32"),
+        ({"layout": "rows"}, {"side_inputs": ("embedding",)}, "--layout slots"),
+    ],
+    ids=lambda value: named(value) if isinstance(value, dict) else "",
+)
+def test_what_a_bundle_cannot_become_is_refused_by_name(
+    first: dict[str, Any], asked: dict[str, Any], message: str, again: Again
+) -> None:
+    with pytest.raises(ld.LoraDeployError, match=message):
+        again(first, **asked)
+
+
+def test_the_same_again_is_no_conflict(again: Again) -> None:
+    assert again({"fixed": {"batch": 2}}, fixed={"batch": 2}).static_shapes == {"batch": 2}
+    assert BY_NAME["fixed"].inherited
+
+
+# -- where else the table is read ------------------------------------------------------------------
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (ROOT / "docs" / "bundles.md").read_text(encoding="utf-8")
+    for option in FORM_OPTIONS:
+        values = ", ".join(option.values)
+        excluded = ", ".join(BY_NAME[name].flag.partition("/")[0] for name in option.excludes)
+        row = f"| `{option.flag}` | {values} | {option.default} |"
+        row += f" {'kept' if option.inherited else 'asked for each time'} | {excluded} |"
+        assert row in text, row
