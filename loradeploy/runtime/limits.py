@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.context_length import FROM_PADDING_ON
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
@@ -27,7 +28,6 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.context_length import FROM_PADDING_ON
 from loradeploy.bundle.tokenizer import positions_of_model
 from loradeploy.errors import UsageError, shown
 

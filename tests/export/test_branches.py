@@ -12,7 +12,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import BundleError, ExportError, UsageError
+from loradeploy.errors import BundleError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.runtime.session import AdapterSession
@@ -132,7 +132,7 @@ def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Pat
         tiny_llama_bundle, tmp_path / "b", precision="int4", side_inputs=["embedding"]
     )
     assert (manifest.layout, manifest.branches) == ("slots", True)
-    with pytest.raises(ExportError, match="embeddings need the numbers of slots"):
+    with pytest.raises(UsageError, match="embeddings need the numbers of slots"):
         export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], layout="rows")
 
 
@@ -200,7 +200,7 @@ def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "leaves"}, "no layout is called 'leaves': there are slots, rows"),
+        ({"layout": "leaves"}, "--layout 'leaves': expected one of slots, rows"),
         ({"layout": "rows", "merge": True}, "--layout and --merge do not go together"),
         ({"branches": True, "merge": True}, "--branches and --merge do not go together"),
     ],

@@ -102,7 +102,7 @@ def test_a_bundle_is_replaced_only_where_that_is_allowed(
     ("options", "message"),
     [
         ({"task": "poetry"}, "the task 'poetry' is unknown"),
-        ({"precision": "fp7"}, "the precision 'fp7' is none of"),
+        ({"precision": "fp7"}, "--precision 'fp7': expected one of fp32"),
     ],
 )
 def test_unknown_options_are_refused_by_name(
@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_the_old_bundle(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(write, "file_digest", full)
-    with pytest.raises(ExportError, match="No space left on device; nothing was changed there"):
+    with pytest.raises(ExportError, match="No space left on device: .*; nothing was changed"):
         export(tiny_llama_bundle, bundle)
     assert _fingerprint(bundle) == before
     assert os.listdir(tmp_path) == ["b"]
