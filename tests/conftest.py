@@ -31,7 +31,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-# Of the rows of a test marked breadth, how many one stands for.
+# Of how many rows of a test marked breadth one runs, where the mark does not say.
 _ONE_IN = 3
 
 
@@ -51,14 +51,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one in `_ONE_IN` rows of each test marked breadth, the same ones every time."""
+    """Keep one in so many rows of each test marked breadth, the same ones every time."""
     seen: dict[str, int] = {}
     left_out = []
     for item in items:
-        if "breadth" in item.keywords:
+        mark = item.get_closest_marker("breadth")
+        if mark is not None:
             test = item.nodeid.partition("[")[0]
             seen[test] = seen.get(test, -1) + 1
-            if seen[test] % _ONE_IN:
+            if seen[test] % (mark.args[0] if mark.args else _ONE_IN):
                 left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

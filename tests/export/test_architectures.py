@@ -170,7 +170,7 @@ def architecture(
     return task, make_model(tmp_path_factory.mktemp("architecture"), task, config_class, values)
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(6)
 def test_every_path_is_the_pytorch_model(
     architecture: tuple[str, Path], make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def named(form: Mapping[str, Any]) -> str:
     )
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("form", list(covering()), ids=named)
 def test_every_pair_of_options_computes_what_pytorch_computes(
     form: dict[str, Any], tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path

@@ -95,6 +95,7 @@ def test_a_head_of_two_layers_is_told_apart(
     assert np.abs(adapted).max() > 0.05
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "GPT2Config"])
 @pytest.mark.parametrize("told_by", ["tokenizer", "nothing"])
 def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silent(

@@ -162,7 +162,7 @@ def _logits(session: AdapterSession, ids: Any, adapters: Any = None) -> NDArray[
     return session.run(["logits"], feeds(session.manifest, ids), adapters)[0]
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize(("name", "method"), CASES, ids=lambda part: part)
 def test_a_method_computes_what_peft_computes_in_every_mode(
     name: str, method: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path

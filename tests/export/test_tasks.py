@@ -166,6 +166,7 @@ def prepared(kind: Kind, place: Path) -> tuple[Path, dict[str, Path], dict[str |
     return place / "model", adapters, answers
 
 
+@pytest.mark.breadth
 def test_every_kind_computes_what_pytorch_does(kind: Kind, tmp_path: Path) -> None:
     model, adapters, answers = prepared(kind, tmp_path)
     allowed = tolerance("torch-onnx-tiny")

@@ -12,7 +12,7 @@ import loradeploy as ld
 from tests.conftest import MakeAdapter
 from tests.export.test_architectures import ARCHITECTURES, TARGETS, make_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.breadth]
+pytestmark = [pytest.mark.slow, pytest.mark.breadth(5)]
 
 # One of each feature that moves a path; the export's own specification has the others.
 CHOSEN: Final = (

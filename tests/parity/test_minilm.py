@@ -19,6 +19,7 @@ CLASSIFIER = {
 
 
 @pytest.mark.slow
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(
     "options", [{"task": "feature-extraction"}, CLASSIFIER], ids=["embedder", "classifier"]
 )
