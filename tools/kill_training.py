@@ -26,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -148,7 +149,7 @@ def _run(
         while child is None or child.status not in _KILLED:
             if child is not None:  # nothing was left of the one before, or it came to its end
                 if child.status and not _nothing(child):
-                    return f"after a kill: {child.said}"
+                    return f"a status of {child.status}: {child.said}"
                 shutil.rmtree(output, ignore_errors=True)
                 resume, share = [], share / 2
             if kind == "file":
@@ -165,7 +166,7 @@ def _run(
         kills["before the first checkpoint"] += 1
         child = _child(line)
     if child.status and not (_nothing(child) and output.exists()):
-        return child.said
+        return f"resumed, a status of {child.status}: {child.said}"
     return None
 
 
@@ -238,6 +239,8 @@ def _become(
         command(line)
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             counted.write_text(str(count))

@@ -134,7 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
     with _terminable():
-        status = _run([*options, *given[end:]], debug=len(options) < end)
+        try:
+            status = _run([*options, *given[end:]], debug=len(options) < end)
+        except KeyboardInterrupt:
+            status = _say("interrupted", INTERRUPTED)
+        except _Terminated:
+            status = _say("interrupted", TERMINATED)
     sys.exit(status)
 
 
@@ -153,10 +158,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         context = problem.ctx if isinstance(problem, click.UsageError) else None
         hint = f": see {context.command_path} --help" if context is not None else ""
         return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         return _say("interrupted", INTERRUPTED)
-    except _Terminated:
-        return _say("interrupted", TERMINATED)
     except _UnreadError:
         # Keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -81,6 +81,7 @@ class Checkpoints:
     def _check_found(self, *, resume: bool) -> None:
         found = self.present()
         if resume and not found:
+            self.remove()  # what a run left that was killed at its very end
             raise UsageError(
                 f"there is nothing to resume in {self.place}: train without --resume, and with"
                 " --save-steps for checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sys.stdin", Terminal())
     status, out, err = run("run", "nowhere", "--input", "-")
     assert (status, out, err.strip()) == (130, "", "interrupted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+@pytest.mark.parametrize("moment", ["quiet_process", "_explain"])
+def test_a_signal_before_the_verb_begins_or_after_it_failed_is_told_too(
+    moment: str,
+    number: signal.Signals,
+    status: int,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"loradeploy.cli.main.{moment}", lambda *_: os.kill(os.getpid(), number))
+    assert run("inspect", tmp_path) == (status, "", "interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")

@@ -444,6 +444,16 @@ def test_nothing_to_resume_is_told(
         quick(tiny_llama, lessons, tmp_path / "adapter", resume=True)
 
 
+def test_what_a_run_left_that_was_killed_at_its_very_end_goes_when_there_is_nothing_to_resume(
+    interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    for step in (2, 4):
+        shutil.rmtree(checkpoint_of(interrupted, step))
+    with pytest.raises(UsageError, match="nothing to resume in .*adapter-checkpoints"):
+        quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == [lessons.name]
+
+
 def test_what_others_put_beside_the_checkpoints_stays(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
