@@ -20,8 +20,8 @@ TRIES = {
     "adapter": 400,
     "native": 300,
     "bundle": 40,
-    "tokenizer": 200,
-    "recipe": 150,
+    "tokenizer": 150,
+    "recipe": 80,
     "graph": 60,
     "feeds": 800,
 }

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.base import BaseValues
 
 _LISTED = 6
-# Near the root of float32's largest number. No float16 is as large, but for the infinite one.
+# Near the root of float32's largest number; all of float16's are smaller.
 _OVERFLOWS: Final = 1e18
 _BUNDLE: Final = "this bundle"
 _ABSENT: Final[Mapping[str, str]] = {
@@ -352,4 +352,5 @@ def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]
 
 def computable(values: NDArray[Any]) -> bool:
     """Whether products of `values` and what a model computes are numbers, as far as one can say."""
-    return bool((np.abs(values) < _OVERFLOWS).all())  # False for NaN
+    most = min(_OVERFLOWS, float(np.finfo(values.dtype).max))
+    return bool((np.abs(values) <= most).all())  # False for NaN

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
-from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.factors import check_side_inputs, computable, side_inputs
 from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from tests.bundle.test_manifest import a_manifest
@@ -107,6 +107,15 @@ def test_a_merged_bundle_takes_no_adapter() -> None:
     merged = a_manifest(mode="merged", targets=(), saved=(), adapters={})
     with pytest.raises(AdapterMismatchError, match="is merged"):
         side_inputs(an_adapter(), merged)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 65504), ("float32", 1e18)])
+def test_numbers_are_computed_with_up_to_a_size(dtype: str, most: float) -> None:
+    fits = np.array([most, -most, 0], dtype)
+    assert computable(fits)
+    assert computable(fits[:0])
+    for odd in (np.inf, np.nan, *([2e18] if dtype == "float32" else [])):
+        assert not computable(np.append(fits, np.array(odd, dtype)))
 
 
 def test_factors_that_overflow_their_dtype_are_refused() -> None:
