@@ -100,7 +100,7 @@ def command(
     Text from decoders, as it appears; a label and its score from classifiers; a vector from
     embedding models. Of a file each result is one line, in which a line break is written \\n;
     --json has the texts as they are. Lines of a file may each name their own adapter: they share
-    batches.
+    batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets them.
     """
     from loradeploy.runtime.session import AdapterSession
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 import onnxruntime
@@ -39,6 +39,7 @@ from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
+from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.texts import TextSides
@@ -72,7 +73,8 @@ class AdapterSession:
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
-    unloading and running are safe from several threads.
+    unloading and running are safe from several threads. A session is for the process that opened
+    it, until `close` or the end of its `with`; then every use is refused with a UsageError.
 
     Raises:
         BundleError: the bundle is broken, its graph is not what its manifest says, or a certificate
@@ -90,6 +92,7 @@ class AdapterSession:
         device_budget: int | None = None,
         require_certificate: bool = False,
     ) -> None:
+        self._lifetime = Lifetime()
         self.path = Path(bundle)
         self.manifest: Manifest = read_manifest(bundle)
         self._certified: frozenset[str] | None = None  # digests; None where any will do
@@ -121,25 +124,30 @@ class AdapterSession:
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
     @property
+    @while_open
     def providers(self) -> tuple[str, ...]:
         """The execution providers that run the graph, in order."""
         return tuple(self._session.get_providers())
 
     @property
+    @while_open
     def placement(self) -> dict[str, dict[str, int]]:
         """How many nodes of each operator every provider runs; a fall-back to the CPU shows."""
         return placement_of(self._session)
 
     @property
+    @while_open
     def adapters(self) -> dict[str, str | None]:
         """Name and digest of every adapter that a run can use; None where it was not read yet."""
         return dict(sorted(self._bank.digests().items()))
 
     @property
+    @while_open
     def statistics(self) -> BankStatistics:
         """What adapters take in memory, and how often they were there when they were used."""
         return self._bank.statistics()
 
+    @while_open
     def load(
         self, name: str, path: str | os.PathLike[str] | None = None, *, replace: bool = False
     ) -> str:
@@ -172,6 +180,7 @@ class AdapterSession:
             )
         return digest
 
+    @while_open
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Let `name` stand for the adapter at `path`, which is read when a run first uses it.
 
@@ -188,6 +197,7 @@ class AdapterSession:
         self._bank.register(name, partial(self._read_given, place), replace=replace)
         self.texts.put(name, place)
 
+    @while_open
     def pin(self, name: str) -> None:
         """Load the adapter `name`, and keep it in memory whatever the budget.
 
@@ -197,6 +207,7 @@ class AdapterSession:
         _check_name(name)
         self._bank.pin(name)
 
+    @while_open
     def unpin(self, name: str) -> None:
         """Let the adapter `name` go when the budget wants room.
 
@@ -206,6 +217,7 @@ class AdapterSession:
         _check_name(name)
         self._bank.pin(name, pinned=False)
 
+    @while_open
     def unload(self, name: str) -> None:
         """Let go of the adapter `name`, and wait until the runs that use it have ended.
 
@@ -281,12 +293,32 @@ class AdapterSession:
             raise UsageError(
                 f"{self.path} is merged and takes no adapters: export the base without --merge"
             )
-        with self._bank.lease(adapters) as lease:
+        with self._lifetime.use(), self._bank.lease(adapters) as lease:
             held = HeldAdapters(self, lease)
             try:
                 yield held
             finally:
                 held._end()
+
+    def close(self) -> None:
+        """Wait for what has begun, and let go of the graph and the adapters.
+
+        Whatever begins after the call is refused. A second call changes nothing.
+
+        Raises:
+            UsageError: this thread is itself in the middle of a run.
+        """
+        if self._lifetime.end():
+            del self._bank, self._session, self._base
+
+    def __enter__(self) -> AdapterSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("a session cannot be sent to another process: open the bundle there")
 
     def _read_own(self, name: str) -> tuple[Arrays, str, tuple[str, ...] | None]:
         """As `_read`, of the adapter `name` of the bundle."""

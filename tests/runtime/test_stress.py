@@ -1,0 +1,49 @@
+"""Eight threads, budgets far below what the adapters take: every row is its adapter's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import once
+from tests.tolerances import tolerance
+from tools.stress import LAYOUTS, Stress, write_adapters
+
+SECONDS = 20.0  # for each of the three layouts
+
+
+@pytest.fixture
+def stress(
+    tiny_llama: Path, shared: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Stress:
+    from loradeploy.export.api import export
+
+    options = LAYOUTS[request.param]
+    bundle = once(
+        shared / f"stress-{request.param}", lambda place: export(tiny_llama, place, **options)
+    )
+    return Stress(bundle, write_adapters(bundle, tmp_path), tolerance("rows"))
+
+
+@pytest.mark.parametrize("stress", LAYOUTS, indirect=True)
+def test_every_row_is_its_adapters_under_constant_eviction(stress: Stress) -> None:
+    assert stress.apart() > 1000 * stress.tolerance  # a row of another adapter would be seen
+    counts = stress.run(SECONDS, threads=8)
+    assert counts.raised == [] and counts.wrong == [], counts
+    assert counts.rows > 0 and counts.evictions > 0, counts
+
+
+@pytest.mark.parametrize("stress", ["rows"], indirect=True)
+def test_a_wrong_row_and_an_error_are_seen(stress: Stress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: one adapter's expected row is another's; a session that is closed."""
+    stress.expected[1], stress.expected[2] = stress.expected[2], stress.expected[1]
+    inputs = [0, 1]
+    rows = [stress.specs[1], None]
+    stress._compare(inputs, [1, 0], stress._run(stress.session, inputs, rows))
+    assert len(stress.counts.wrong) == 1 and stress.counts.wrong[0].startswith("row 0 of")
+    stress.session.close()
+    counts = stress.run(5, threads=2)
+    assert counts.raised and "closed" in counts.raised[0]
+    assert np.isfinite(counts.worst)
