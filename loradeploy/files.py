@@ -1,13 +1,20 @@
-"""Paths that cannot leave their directory, and JSON; how files are written is in writing.py."""
+"""Every file of somebody else is opened here; how files are written is in writing.py.
+
+Only regular files are read, whatever links lead to them: a FIFO or a socket would be waited for
+without end, a device read without end. What a file may have of bytes is checked before any is read.
+Libraries that open a file by its path are given it after `check_file`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final, NoReturn
 
 from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
 from loradeploy.parsing import parse_json
@@ -20,18 +27,189 @@ from loradeploy.writing import (
 )
 
 __all__ = [
+    "MAX_GRAPH_BYTES",
     "MAX_JSON_BYTES",
+    "MAX_TEXT_BYTES",
+    "MAX_WEIGHTS_BYTES",
     "atomic_directory",
     "atomic_file",
+    "check_directory",
+    "check_file",
     "check_keeps_inputs",
     "check_replaceable",
+    "copy_file",
     "inside",
+    "open_file",
     "plain",
+    "read_bytes",
     "read_json",
+    "read_text",
     "write_json",
 ]
 
-MAX_JSON_BYTES = 16 * 1024 * 1024
+MAX_JSON_BYTES: Final = 16 << 20
+MAX_TEXT_BYTES: Final = 1 << 30  # prompts and data, which are read whole
+MAX_GRAPH_BYTES: Final = 2 << 30  # of protobuf's and flatbuffers' files, which have no more
+MAX_WEIGHTS_BYTES: Final = 1 << 40  # of a file that is mapped, or in memory once it is checked
+
+# A FIFO without a writer is not waited for; Windows has neither, and needs O_BINARY.
+_FLAGS: Final = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_file(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError], limit: int = MAX_WEIGHTS_BYTES
+) -> int:
+    """The bytes of the file `path`, for a library that opens it by its name.
+
+    Raises:
+        error: the file is missing, no regular file, or has more bytes than `limit`.
+    """
+    try:
+        return _checked(os.stat(path), path, error, limit)  # before: opening a device may do things
+    except (OSError, ValueError) as problem:
+        _refuse(path, problem, error)
+
+
+def check_directory(
+    directory: str | os.PathLike[str], *, error: type[LoraDeployError], deep: bool = False
+) -> None:
+    """Hold what lies in `directory` against `check_file`: libraries open files there unasked.
+
+    `deep`: and what lies in its folders.
+
+    Raises:
+        error: an entry is neither a regular file nor a directory; one that leads nowhere may stay.
+    """
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except OSError as problem:
+        _refuse(directory, problem, error)
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except (OSError, ValueError):
+            continue
+        if not stat.S_ISDIR(mode):
+            check_file(entry.path, error=error)
+        elif deep and not entry.is_symlink():
+            check_directory(entry.path, error=error, deep=True)
+
+
+def copy_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    error: type[LoraDeployError],
+) -> None:
+    """Copy the bytes of the file `source` to `target`.
+
+    Raises:
+        error: as `check_file`. OSError: it cannot be written.
+    """
+    check_file(source, error=error)
+    shutil.copyfile(source, target)
+
+
+def open_file(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError], limit: int = MAX_WEIGHTS_BYTES
+) -> BinaryIO:
+    """The file `path`, open for reading bytes.
+
+    Raises:
+        error: as `check_file`, or it may not be read.
+    """
+    check_file(path, error=error, limit=limit)
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except (OSError, ValueError) as problem:
+        _refuse(path, problem, error)
+    try:
+        _checked(os.fstat(descriptor), path, error, limit)  # it may be another one by now
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError], limit: int = MAX_JSON_BYTES
+) -> bytes:
+    """The contents of the file `path`, of at most `limit` bytes.
+
+    Raises:
+        error: as `open_file`, or it cannot be read.
+    """
+    with open_file(path, error=error, limit=limit) as file:
+        try:
+            # No more than it had when it was checked.
+            return file.read(os.fstat(file.fileno()).st_size)
+        except OSError as problem:
+            _refuse(path, problem, error)
+
+
+def read_text(
+    path: str | os.PathLike[str],
+    *,
+    error: type[LoraDeployError],
+    limit: int = MAX_JSON_BYTES,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+) -> str:
+    """The text in the file `path`, of at most `limit` bytes; lines end in a newline alone.
+
+    Raises:
+        error: as `read_bytes`, or it is not in this encoding.
+    """
+    content = read_bytes(path, error=error, limit=limit)
+    try:
+        text = content.decode(encoding, errors)
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{os.fspath(path)} cannot be read: it is not UTF-8 (byte {problem.start})"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _checked(
+    found: os.stat_result,
+    path: str | os.PathLike[str],
+    error: type[LoraDeployError],
+    limit: int,
+) -> int:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS if test(found.st_mode)), "no file")
+        raise error(f"{os.fspath(path)} is {kind}: only regular files are read")
+    if found.st_size > limit:
+        raise error(
+            f"{os.fspath(path)} has {found.st_size:,} bytes, more than the {limit:,} that are read"
+        )
+    return found.st_size
+
+
+def _refuse(
+    path: str | os.PathLike[str], problem: Exception, error: type[LoraDeployError]
+) -> NoReturn:
+    """Raise `error` for what the system says of `path`."""
+    name = os.fspath(path)
+    if isinstance(problem, ValueError):  # a null byte
+        raise error(f"{shown(name)} is no path of a file") from None
+    if isinstance(problem, FileNotFoundError | NotADirectoryError):
+        raise error(f"{name} does not exist") from None
+    told = problem.strerror if isinstance(problem, OSError) else None
+    raise error(f"{name} cannot be read: {told or first_line(problem)}") from None
 
 
 def inside(root: str | os.PathLike[str], relative: str) -> Path:
@@ -68,13 +246,8 @@ def read_json(
     """
     file = Path(path)
     try:
-        size = file.stat().st_size
-        if size > limit:
-            raise error(f"{file} has {size:,} bytes, more than the {limit:,} that are read")
-        value = parse_json(file.read_bytes(), finite=finite)
-    except FileNotFoundError:
-        raise error(f"{file} does not exist") from None
-    except (OSError, ValueError) as problem:
+        value = parse_json(read_bytes(file, error=error, limit=limit), finite=finite)
+    except ValueError as problem:
         raise error(f"{file} is not readable as JSON: {first_line(problem)}") from None
     if not isinstance(value, dict):
         raise error(f"{file} holds a JSON {type(value).__name__}, an object is needed")

@@ -48,7 +48,9 @@ def peft(width: str, adapter: str, record: str, **given: Any) -> Side:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=_dtype(width))
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2(), trust_remote_code=False, dtype=_dtype(width)
+    )
     trainer = Trainer(
         model=PeftModel.from_pretrained(model, adapter, is_trainable=True),
         args=_arguments(**given),
@@ -103,7 +105,9 @@ def _ours(
     from loradeploy.train.packing import PackingCollator, enable_packing
     from loradeploy.train.trainer import AdapterTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=_dtype(width))
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2(), trust_remote_code=False, dtype=_dtype(width)
+    )
     if not enable_packing(model):
         raise RuntimeError("SmolLM2 is expected to pack")
     injection = load(model, load_adapter(adapter))
@@ -152,7 +156,7 @@ def _dataset(*, max_length: int, batch: int, steps: int, **_: Any) -> list[dict[
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2())
+    return AutoTokenizer.from_pretrained(smollm2(), trust_remote_code=False)
 
 
 def _dtype(width: str) -> Any:
@@ -228,7 +232,9 @@ def _first_adapter(place: Path) -> Path:
     config = AdapterConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    injection = inject(AutoModelForCausalLM.from_pretrained(smollm2()), config, seed=0)
+    injection = inject(
+        AutoModelForCausalLM.from_pretrained(smollm2(), trust_remote_code=False), config, seed=0
+    )
     save_adapter(injection.adapter(), place)
     return place
 

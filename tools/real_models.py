@@ -58,14 +58,16 @@ def _convert_gguf(file: Path, place: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+        file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
     )
     # What is saved are plain float32 weights: nothing must say that they are quantised.
     model.config._name_or_path = NAME
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False
+    )
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     model.config.eos_token_id = model.config.pad_token_id = eos

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, TypeVar
+from functools import cached_property
+from typing import Any, Final
 
 from loradeploy.adapter.formats import other_peft_type
-from loradeploy.errors import AdapterError, first_line, shown
+from loradeploy.adapter.patterns import Ends, Matcher, check_patterns, is_name
+from loradeploy.errors import AdapterError, shown
 
 CONFIG_NAME: Final = "adapter_config.json"
 
@@ -64,8 +66,6 @@ _MAX_PATTERN_LENGTH: Final = 4096
 # Above all ranks there are, and what float32, in which factors are scaled, holds.
 _MAX_RANK: Final = 2**31 - 1
 _MAX_NUMBER: Final = 3.4e38
-
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,58 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        key = self._rank_ends.first(module)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """Alpha for `module`: `alpha_pattern` first, then `lora_alpha`."""
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        key = self._alpha_ends.first(module)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    @cached_property
+    def matcher(self) -> Matcher:
+        """What matches the patterns of this config, in bounded time."""
+        return Matcher()
+
+    @cached_property
+    def _rank_ends(self) -> Ends:
+        return Ends(self.rank_pattern, self.matcher)
+
+    @cached_property
+    def _alpha_ends(self) -> Ends:
+        return Ends(self.alpha_pattern, self.matcher)
+
+    @cached_property
+    def saved_by_length(self) -> Mapping[int, Mapping[str, int]]:
+        """The names of `modules_to_save` and where they stand there, by their lengths."""
+        found: dict[int, dict[str, int]] = {}
+        for number, name in enumerate(self.modules_to_save):
+            found.setdefault(len(name), {}).setdefault(name, number)
+        return found
+
+    @cached_property
+    def saved_expressions(self) -> tuple[str, ...]:
+        """Those of `modules_to_save` that match more than one step of a name: PEFT's patterns.
+
+        A dot stands for any character in them.
+        """
+        return tuple(name for name in self.modules_to_save if "." in name or not is_name(name))
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The indices of `layers_to_transform`."""
+        layers = self.layers_to_transform
+        return frozenset((layers,) if isinstance(layers, int) else layers or ())
+
+    @cached_property
+    def listed(self) -> Mapping[str, frozenset[str]]:
+        """`target_modules` and `exclude_modules` as lists, and what is saved whole."""
+        lists = {
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            "modules_to_save": self.modules_to_save,
+        }
+        return {name: frozenset(v) for name, v in lists.items() if isinstance(v, tuple)}
 
 
 _UNORDERED: Final = ("target_modules", "exclude_modules", "modules_to_save")
@@ -212,14 +259,6 @@ def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
 def _whole(value: object) -> object:
     """A whole number that JSON tells as 8.0, as an integer; all else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _by_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    # PEFT 0.21 (utils.other.get_pattern_key): the first key that matches the end of the name.
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _problems(config: AdapterConfig) -> list[str]:
@@ -287,18 +326,18 @@ def _problems(config: AdapterConfig) -> list[str]:
 
 
 def _pattern_problems(config: AdapterConfig) -> list[str]:
-    patterns = [("rank_pattern", p) for p in config.rank_pattern] + [
-        ("alpha_pattern", p) for p in config.alpha_pattern
-    ]
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(value := getattr(config, name), str):
-            patterns.append((name, value))
-    for name, pattern in patterns:
-        if len(pattern) > _MAX_PATTERN_LENGTH:
-            return [f"{name} has a pattern of {len(pattern):,} characters"]
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError) as problem:
-            told = f"{name} has the pattern {shown(pattern)}, which is no regular expression"
-            return [f"{told}: {first_line(problem)}"]
+    patterns: dict[str, Iterable[str]] = {
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": config.modules_to_save,
+    }
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            patterns[name] = (value,)
+        elif name == "layers_pattern":
+            patterns[name] = value or ()
+    for name, told in patterns.items():
+        if problem := check_patterns(told):
+            return [f"{name} {problem}"]
     return []

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.base_files import base_tensors
+from loradeploy.errors import BundleError
+from loradeploy.files import open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +57,7 @@ def base_digest(model: str | Path) -> str:
 def file_digest(path: str | Path) -> str:
     """Digest of a file's bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path, error=BundleError) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return _PREFIX + digest.hexdigest()

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import LoraDeployError, listed_names, shortened
-from loradeploy.parsing import parse_json
+from loradeploy.errors import AdapterError, LoraDeployError, listed_names, shortened
+from loradeploy.files import open_file, read_json
 
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = ".safetensors"
@@ -141,11 +141,11 @@ def other_directory(place: Path) -> str | None:
         return f"is no adapter itself but holds {len(inner)} in folders: give one of {several}"
     peft = False
     if (place / _CONFIG).is_file():
-        with contextlib.suppress(OSError, ValueError):
-            values = parse_json((place / _CONFIG).read_bytes())
-            if isinstance(values, dict) and (told := other_config(values)) is not None:
+        with contextlib.suppress(AdapterError):
+            values = read_json(place / _CONFIG, error=AdapterError)
+            if (told := other_config(values)) is not None:
                 return told
-            peft = isinstance(values, dict)
+            peft = True
     if any(place.glob("head_config.json")) or any(place.glob("pytorch_adapter.bin")):
         return other_config({"architecture": "unknown"})
     files = sorted(place.glob(f"*{_TENSORS}"))
@@ -165,7 +165,7 @@ def other_directory(place: Path) -> str | None:
 
 def other_file(file: Path) -> str | None:
     """What the file `file` is, that has no adapter_config.json beside it."""
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
+    with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
             return _GGUF
     if file.suffix != _TENSORS:

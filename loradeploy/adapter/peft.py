@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -36,10 +35,10 @@ from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
 from loradeploy.adapter.keys import PREFIX, Key, read_keys
-from loradeploy.adapter.targets import is_saved, is_trained_bias
+from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed
-from loradeploy.files import read_json, write_json
+from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     for file, name in zip(adapter_files(path), (CONFIG_NAME, WEIGHTS_NAME), strict=True):
-        shutil.copyfile(file, place / name)
+        copy_file(file, place / name, error=AdapterError)
 
 
 def _weights_file(place: Path) -> Path:
@@ -284,18 +283,16 @@ def _sort(
 
 def _saved_as(parameter: str, saving: AdapterConfig) -> str:
     """The module that modules_to_save must name for `parameter`: a head of PEFT's, or its own."""
-    for head in saving.modules_to_save:
-        if is_saved(parameter, dataclasses.replace(saving, modules_to_save=(head,))):
-            return head
-    return parameter.rpartition(".")[0]
+    return saved_by(parameter, saving) or parameter.rpartition(".")[0]
 
 
 def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
     """The trained rows of `module`'s weight, or what is wrong with them."""
     indices = config.extra.get("trainable_token_indices")
     if isinstance(indices, Mapping):
-        fitting = [name for name in indices if f".{module}".endswith(f".{name}")]
-        indices = indices[max(fitting, key=len)] if fitting else None
+        steps = module.split(".")
+        ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
+        indices = next((indices[end] for end in ends if end in indices), None)
     if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
         return f"{module} has trained tokens, and trainable_token_indices does not tell which"
     if len(set(indices)) != len(indices):

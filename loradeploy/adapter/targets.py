@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Sequence
 
 from loradeploy.adapter.config import AdapterConfig
@@ -29,12 +28,22 @@ def is_saved(parameter: str, config: AdapterConfig) -> bool:
 
     As PEFT does: every module whose name ends in a listed one, with all that is inside it.
     """
-    *modules, _ = parameter.split(".")
-    return any(
-        ".".join(modules[: depth + 1]).endswith(name)
-        for depth in range(len(modules))
-        for name in config.modules_to_save
-    )
+    return saved_by(parameter, config) is not None
+
+
+def saved_by(parameter: str, config: AdapterConfig) -> str | None:
+    """The first of `modules_to_save` by which `parameter` is trained whole; None if it is not."""
+    names = config.saved_by_length
+    if not names:
+        return None
+    ends = [place for place, letter in enumerate(parameter) if letter == "."]
+    found = [
+        number
+        for end in ends
+        for length, table in names.items()
+        if length <= end and (number := table.get(parameter[end - length : end])) is not None
+    ]
+    return config.modules_to_save[min(found)] if found else None
 
 
 def is_trained_bias(parameter: str, targets: Container[str], config: AdapterConfig) -> bool:
@@ -46,22 +55,40 @@ def is_trained_bias(parameter: str, targets: Container[str], config: AdapterConf
 
 
 def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
-    if _listed(name, config.exclude_modules):
-        return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save):
+    if _listed(name, "exclude_modules", config) or _inside_saved(name, config):
         return False
     targets = config.target_modules
     if isinstance(targets, str):
-        return name in linear if targets.lower() == ALL_LINEAR else _listed(name, targets)
-    return _listed(name, targets) and _in_layers(name, config)
+        if targets.lower() == ALL_LINEAR:
+            return name in linear
+        return _listed(name, "target_modules", config)
+    return _listed(name, "target_modules", config) and _in_layers(name, config)
 
 
-def _listed(name: str, names: str | tuple[str, ...] | None) -> bool:
-    if not names:
+def _listed(name: str, field: str, config: AdapterConfig) -> bool:
+    """Whether `name` is what the `field` of the config tells: a list of ends, or an expression."""
+    told = getattr(config, field)
+    if not told:
         return False
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == listed or name.endswith(f".{listed}") for listed in names)
+    if isinstance(told, str):
+        return config.matcher.fullmatch(told, name)
+    ends = config.listed[field]
+    return name in ends or any(
+        name[place + 1 :] in ends for place, letter in enumerate(name) if letter == "."
+    )
+
+
+def _inside_saved(name: str, config: AdapterConfig) -> bool:
+    """Whether `name` is one of `modules_to_save`, or inside one: PEFT takes them for patterns."""
+    saved = config.listed["modules_to_save"]
+    if not saved:
+        return False
+    if not saved.isdisjoint(name.split(".")):
+        return True
+    return any(
+        config.matcher.match(rf"(^|.*\.){pattern}($|\..*)", name)
+        for pattern in config.saved_expressions
+    )
 
 
 def _in_layers(name: str, config: AdapterConfig) -> bool:
@@ -73,7 +100,7 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
     # The first index in the name is the layer's: experts inside a layer have indices of their own.
     lead = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
     for pattern in patterns:
-        if found := re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", name):
-            index = int(found["index"])
-            return index == layers if isinstance(layers, int) else index in layers
+        found = config.matcher.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", name)
+        if found is not None:
+            return int(found["index"]) in config.layers
     return False

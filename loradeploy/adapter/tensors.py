@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.errors import LoraDeployError, first_line, shortened, shown
-from loradeploy.files import atomic_file
+from loradeploy.files import atomic_file, check_file, open_file
 from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -82,12 +82,11 @@ def map_tensors(
     from safetensors import SafetensorError, safe_open
 
     file = Path(path)
+    check_file(file, error=error)
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})
         mapped = np.memmap(file, dtype=np.uint8, mode="r")
-    except FileNotFoundError:
-        raise error(f"{file} does not exist") from None
     except (OSError, SafetensorError, ValueError) as problem:
         if _is_pointer(file):
             raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
@@ -118,9 +117,9 @@ def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> Sto
 def _is_pointer(file: Path) -> bool:
     """Whether a repository was cloned without its large files."""
     try:
-        with open(file, "rb") as opened:
+        with open_file(file, error=LoraDeployError) as opened:
             return opened.read(len(_POINTER)) == _POINTER
-    except OSError:
+    except (OSError, LoraDeployError):
         return False
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.names import BASE_NAME, GRAPH_DATA_NAME
 from loradeploy.errors import BundleError
-from loradeploy.files import inside
+from loradeploy.files import check_file, inside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +57,7 @@ class BundleBase:
         if target.transposed:
             shape = shape[::-1]
         file = inside(self._place, GRAPH_DATA_NAME)
+        check_file(file, error=BundleError)
         short = stored.dtype == "bfloat16"  # the upper half of a float32; numpy has no such type
         try:
             mapped = np.memmap(

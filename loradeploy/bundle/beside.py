@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +25,7 @@ from loradeploy.bundle.tokenizer import (
     TOKENIZER_NAME,
 )
 from loradeploy.errors import BundleError
-from loradeploy.files import inside, write_json
+from loradeploy.files import copy_file, inside, write_json
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -71,7 +70,7 @@ def copy_recipe(directory: Path, recipe: SentenceRecipe, output: Path) -> list[s
         if name == MODULES_NAME:
             write_json(target, flat_modules(directory))
         else:
-            shutil.copyfile(inside(directory, name), target)
+            copy_file(inside(directory, name), target, error=BundleError)
         copied.append(target.relative_to(output).as_posix())
     return copied
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import jinja2
 import jinja2.nodes
@@ -15,6 +15,9 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
+
+# Real templates have some kilobytes, the longest some tens.
+MAX_TEMPLATE_BYTES: Final = 256 << 10
 
 # {"role": "user", "content": "…"}, and whatever else the template reads.
 Message = Mapping[str, Any]

@@ -294,7 +294,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     place = Path(bundle)
     if not place.is_dir():
         raise BundleError(f"{place} does not exist: give a directory that loradeploy export wrote")
-    if not (place / MANIFEST_NAME).is_file():
+    if not (place / MANIFEST_NAME).exists():
         raise BundleError(f"{place} is no bundle: it holds no {MANIFEST_NAME}")
     try:
         return Manifest.from_json(read_json(place / MANIFEST_NAME, error=BundleError))

@@ -13,7 +13,7 @@ import numpy as np
 from loradeploy.bundle.factors import branch_choice, side_inputs
 from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterError
-from loradeploy.files import atomic_file
+from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, check_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,9 +80,10 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
     import onnxruntime
 
     place = Path(file)
-    if not place.is_file():
+    if not place.exists():
         raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
     try:
+        check_file(place, error=AdapterError, limit=MAX_GRAPH_BYTES)
         content = onnxruntime.AdapterFormat.read_adapter(os.fspath(place))
         arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
     except (RuntimeError, ValueError):  # its text is a C++ source line; a name that is no UTF-8

@@ -23,7 +23,7 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
-from loradeploy.files import MAX_JSON_BYTES, inside, read_json, write_json
+from loradeploy.files import inside, read_bytes, read_json, write_json
 from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -217,10 +217,8 @@ class _Reader:
         """The JSON list in the file `name`."""
         file = self.directory / name
         try:
-            if file.stat().st_size > MAX_JSON_BYTES:
-                raise ValueError("it is too large")
-            value = parse_json(file.read_bytes())
-        except (OSError, ValueError) as problem:
+            value = parse_json(read_bytes(file, error=BundleError))
+        except ValueError as problem:
             raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             raise BundleError(f"{file} holds no list of modules")

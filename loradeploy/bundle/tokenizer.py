@@ -26,7 +26,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from loradeploy.bundle.chat import ChatTemplate, Message, template_source
+from loradeploy.bundle.chat import MAX_TEMPLATE_BYTES, ChatTemplate, Message, template_source
 from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.settings import GenerationSettings, read_settings
 from loradeploy.errors import (
@@ -37,7 +37,7 @@ from loradeploy.errors import (
     shortened,
     shown,
 )
-from loradeploy.files import read_json
+from loradeploy.files import check_file, read_json, read_text
 
 CONFIG_NAME: Final = "config.json"
 TOKENIZER_NAME: Final = "tokenizer.json"
@@ -52,6 +52,7 @@ _ROLES: Final = tuple(
 )
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
+_MAX_TOKENIZER_BYTES: Final = 512 << 20
 _LARGEST_ID: Final = 2**31 - 1
 _LARGEST_WORD: Final = 2**24  # of a word that is in a tokenizer; vocabularies have some 2**18
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -317,7 +318,7 @@ class Tokenizer:
 def _words(place: Path, base: Tokenizer | None) -> FastTokenizer:
     """The library's tokenizer of `place`; the base's own where an adapter has none."""
     file = place / TOKENIZER_NAME
-    if base is None or file.is_file():
+    if base is None or file.exists():
         return _open(file)
     _check_added(place, base)
     return base._tokenizer
@@ -341,8 +342,9 @@ def _check_added(place: Path, base: Tokenizer) -> None:
 
 
 def _open(file: Path) -> FastTokenizer:
-    if not file.is_file():
+    if not file.exists():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")
+    check_file(file, error=BundleError, limit=_MAX_TOKENIZER_BYTES)
     with _without_panics(), _library(f"{file} is no valid tokenizer"):
         tokenizer = FastTokenizer.from_file(os.fspath(file))
         # Lengths are this project's business; a setting in the file would cut or pad in silence.
@@ -401,7 +403,7 @@ def _library(what: str) -> Iterator[None]:
 
 
 def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file, error=BundleError) if file.is_file() else {}
+    return read_json(file, error=BundleError) if file.exists() else {}
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -418,11 +420,8 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _template(place: Path, settings: Mapping[str, Any]) -> str | None:
     """The source of the chat template, in the order in which transformers looks for it."""
     file = place / TEMPLATE_NAME
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise BundleError(f"{file} cannot be read as UTF-8 text: {problem}") from None
+    if file.exists():
+        return read_text(file, error=BundleError, limit=MAX_TEMPLATE_BYTES)
     source = template_source(settings.get("chat_template"))
     if source is None:
         source = template_source(_optional(place / _TEMPLATE_OF_PROCESSOR).get("chat_template"))

@@ -40,6 +40,11 @@ provider_option = click.option(
     show_default=True,
     help="ONNX Runtime's execution provider.",
 )
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python files that the model's config names; without it they are never run.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

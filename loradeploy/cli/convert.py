@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
-from loradeploy.cli.console import json_option, print_json, say
+from loradeploy.cli.console import json_option, print_json, say, trust_option
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="An .onnx_adapter file, or the directory of a PEFT adapter.",
 )
+@trust_option
 @json_option
 def command(
     adapter: str,
@@ -39,6 +40,7 @@ def command(
     rank: int | None,
     model: str | None,
     output: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Convert ADAPTER in the one way that an option tells.
@@ -54,16 +56,20 @@ def command(
     """
     from loradeploy.errors import UsageError
     from loradeploy.files import check_keeps_inputs
+    from loradeploy.lora.loading import custom_code
 
     if [bundle, rank, model].count(None) != 2:
         raise UsageError("give one of --bundle, --rank and --model: what to convert to")
+    if trust_remote_code and model is None:
+        raise UsageError("--trust-remote-code is for the model of --model")
     check_keeps_inputs(output, [place for place in (adapter, bundle, model) if place is not None])
     if bundle is not None:
         made, facts = _for_bundle(adapter, bundle, output)
     elif rank is not None:
         made, facts = _lower(adapter, rank, output)
     else:
-        made, facts = _plain(adapter, str(model), output)
+        with custom_code(trust_remote_code):
+            made, facts = _plain(adapter, str(model), output)
     if as_json:
         print_json({"output": output, "digest": made.digest, "targets": len(made.factors), **facts})
         return

@@ -9,7 +9,7 @@ import click
 
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
 from loradeploy.bundle.names import TASKS
-from loradeploy.cli.console import json_option, print_json, print_pairs, progress
+from loradeploy.cli.console import json_option, print_json, print_pairs, progress, trust_option
 from loradeploy.export.passes.static_shapes import parse_sizes
 from loradeploy.files import plain
 
@@ -70,6 +70,7 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     type=click.Path(),
     help="JSON file that tells the modules of an ONNX model's nodes.",
 )
+@trust_option
 @json_option
 def command(
     model: str,
@@ -87,6 +88,7 @@ def command(
     module_map: str | None,
     fixed: str | None,
     attention: str | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
@@ -117,6 +119,7 @@ def command(
             module_map=module_map,
             fixed=None if fixed is None else parse_sizes(fixed),
             attention=attention,
+            trust_remote_code=trust_remote_code,
         )
     values = {
         "bundle": output,

@@ -19,6 +19,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
 from loradeploy.errors import AdapterError, BundleError, ModelError, UsageError, first_line
+from loradeploy.files import MAX_GRAPH_BYTES, check_file
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -295,6 +296,7 @@ def _graph(place: Path) -> Facts:
     except ImportError:
         return _graph_by_runtime(place)
     try:
+        check_file(place, error=BundleError, limit=MAX_GRAPH_BYTES)
         model = onnx_ir.load(place)
     except Exception as problem:  # protobuf's and the library's errors share no base but this
         raise BundleError(f"{place} is no ONNX file: {first_line(problem)}") from None
@@ -328,6 +330,7 @@ def _graph(place: Path) -> Facts:
 def _graph_by_runtime(place: Path) -> Facts:
     import onnxruntime
 
+    check_file(place, error=BundleError, limit=MAX_GRAPH_BYTES)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 from click.core import ParameterSource
 
-from loradeploy.cli.console import json_option, print_json, progress
+from loradeploy.cli.console import json_option, print_json, progress, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
 
@@ -151,6 +151,7 @@ _WHOLE: Final = 160  # columns of the table
     default=None,
     help="Find the first module that diverges: always, or never; without, where something failed.",
 )
+@trust_option
 @json_option
 @click.pass_context
 def command(
@@ -179,6 +180,7 @@ def command(
     evaluate: tuple[str, ...],
     examples: int,
     localise: bool | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> int:
     """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
@@ -229,6 +231,7 @@ def command(
             evaluate=evaluate or None,
             examples=examples,
             localise=localise,
+            trust_remote_code=trust_remote_code,
         )
     return _tell(found, as_json=as_json)
 

@@ -20,6 +20,7 @@ from loradeploy.errors import (
     first_line,
     listed_names,
 )
+from loradeploy.files import MAX_TEXT_BYTES, read_text
 from loradeploy.parsing import parse_json
 from loradeploy.printable import as_json, one_line, printable
 
@@ -261,12 +262,9 @@ def _read(name: str, adapter: str | None) -> Iterator[Request]:
     Raises:
         DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
     """
-    try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{name} does not exist") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{name} cannot be read as UTF-8 text: {problem}") from None
+    content = (
+        _standard_input() if name == "-" else read_text(name, error=DataError, limit=MAX_TEXT_BYTES)
+    )
     found = False
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
@@ -277,6 +275,16 @@ def _read(name: str, adapter: str | None) -> Iterator[Request]:
                 yield Request(line.rstrip("\r"), adapter)
     if not found:
         raise DataError(f"{name} holds no prompts")
+
+
+def _standard_input() -> str:
+    try:
+        content = sys.stdin.read(MAX_TEXT_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"standard input cannot be read as UTF-8 text: {problem}") from None
+    if len(content) > MAX_TEXT_BYTES:
+        raise DataError(f"standard input has more than the {MAX_TEXT_BYTES:,} characters of a run")
+    return content
 
 
 def _request(line: str, place: str, adapter: str | None) -> Request:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_pairs, say
+from loradeploy.cli.console import json_option, print_json, print_pairs, say, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.printable import readable
 from loradeploy.train.config import CHOICES, PLACES, TrainConfig
@@ -58,12 +58,14 @@ def _default(field: dataclasses.Field[Any]) -> str:
 @click.option("--print-config", is_flag=True, help="Print the settings as YAML, and end.")
 @click.option("--dry-run", is_flag=True, help="Show what it would train on, and end.")
 @_settings
+@trust_option
 @json_option
 def command(
     config: str | None,
     resume: bool,
     print_config: bool,
     dry_run: bool,
+    trust_remote_code: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -75,6 +77,7 @@ def command(
     curve (loss.csv, loss.png), its settings in full (train.yaml) and its card (README.md). --model,
     --data and --output may stand in the YAML file too.
     """
+    from loradeploy.lora.loading import custom_code
     from loradeploy.train.api import train
     from loradeploy.train.config import read_config, read_places, read_yaml, to_yaml
     from loradeploy.train.processes import is_main_process
@@ -90,9 +93,12 @@ def command(
     if needed:
         raise UsageError(f"give --{needed[0]}, or {needed[0]} in the file of --config")
     if dry_run:
-        _show(places, read_config(told, given), as_json=as_json)
+        with custom_code(trust_remote_code):
+            _show(places, read_config(told, given), as_json=as_json)
         return
-    result = train(**places, config=told, resume=resume, **given)
+    result = train(
+        **places, config=told, resume=resume, trust_remote_code=trust_remote_code, **given
+    )
     if not is_main_process():
         return
     values = dataclasses.asdict(result)

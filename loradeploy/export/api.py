@@ -32,6 +32,7 @@ def export(
     module_map: str | os.PathLike[str] | None = None,
     fixed: Mapping[str, int] | None = None,
     attention: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = True,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
@@ -68,6 +69,8 @@ def export(
         attention: "gqa" for onnxruntime's GroupQueryAttention, whose cache may be one buffer that
             is written in place; batches are padded on the right then. "standard", the default, is
             ONNX's own, which GroupQueryAttention cannot be made again.
+        trust_remote_code: run the Python files that a checkpoint's config names, which do as they
+            like; without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
@@ -91,6 +94,7 @@ def export(
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
     from loradeploy.lora.checkpoint import tell_beside
+    from loradeploy.lora.loading import custom_code
 
     target = Path(output)
     check_output(target, overwrite=overwrite)
@@ -116,7 +120,13 @@ def export(
     read = read_adapters(places)
     if merge and len(read) != 1:
         raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
-    source = resolve(model, precision)
+    with custom_code(trust_remote_code):
+        source = resolve(model, precision)
+    if trust_remote_code and source.graph is not None:
+        raise UsageError(
+            f"{source.name} is an ONNX graph, which has no Python code: --trust-remote-code is for"
+            " checkpoints"
+        )
     if source.graph is None and (checkpoint or module_map):
         raise UsageError(
             f"{source.name} is a checkpoint, which tells its modules itself: --checkpoint and --map"
@@ -136,6 +146,7 @@ def export(
         evidence=Evidence(given, module_map),
         places=places,
     )
-    manifest, content = build(source, options)
-    logger.info("writing %s", target)
-    return write_bundle(target, manifest, content)
+    with custom_code(trust_remote_code):
+        manifest, content = build(source, options)
+        logger.info("writing %s", target)
+        return write_bundle(target, manifest, content)

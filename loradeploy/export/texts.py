@@ -6,7 +6,6 @@ that ends a turn, words in spare rows of the embedding. sentence-transformers wr
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -34,7 +33,7 @@ from loradeploy.bundle.tokenizer import (
 )
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, listed_names
-from loradeploy.files import read_json, write_json
+from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -168,7 +167,9 @@ def make_tokenizer(source: Path, output: Path) -> None:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        from loradeploy.lora.loading import from_pretrained
+
+        tokenizer = from_pretrained(AutoTokenizer, source)
         tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
     except Exception as problem:  # transformers missing, or whatever an old format sets off
         logger.warning(
@@ -256,7 +257,7 @@ def _copy_text(source: Path, output: Path) -> list[str]:
     names = [*text_files(source), *(f"{_MORE_TEMPLATES}/{file.name}" for file in more)]
     for name in names:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, output / name)
+        copy_file(source / name, output / name, error=BundleError)
     return names
 
 

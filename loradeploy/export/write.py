@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -40,7 +39,7 @@ from loradeploy.export.texts import (
     take_place,
 )
 from loradeploy.export.trial.bundle import Source, try_bundle
-from loradeploy.files import atomic_directory, read_json, write_json
+from loradeploy.files import atomic_directory, copy_file, read_json, write_json
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -220,11 +219,11 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     for pattern in _COPIED:
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+                copy_file(file, directory / file.name, error=ModelError)
     for place in content.recipes[:1]:  # the config's place, where it is not the tokenizer's
         file = place / _GENERATION_NAME
         if file.is_file() and not (directory / _GENERATION_NAME).exists():
-            shutil.copyfile(file, directory / _GENERATION_NAME)
+            copy_file(file, directory / _GENERATION_NAME, error=ModelError)
     if not (directory / _TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
     for name, place in content.merged.items():

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
-from loradeploy.parsing import parse_json
+from loradeploy.files import open_file, read_json
 
 BITSANDBYTES: Final = "bitsandbytes"
 
@@ -81,7 +81,7 @@ def check_plain_weights(
 def gguf_advice(place: Path) -> str | None:
     """What to do with the GGUF file, or directory of such, at `place`; None for anything else."""
     if place.is_file():
-        with open(place, "rb") as file:
+        with open_file(place, error=ModelError) as file:
             found = place if file.read(4) == b"GGUF" else None
     else:
         found = next(iter(sorted(place.glob("*.gguf"))), None)
@@ -123,10 +123,9 @@ def _way_out(method: str, original: str | None) -> str:
 
 def _config(place: Path) -> Mapping[str, Any]:
     try:
-        values = parse_json((place / "config.json").read_bytes(), finite=False)
-    except (OSError, ValueError):
+        return read_json(place / "config.json", error=ModelError, finite=False)
+    except ModelError:
         return {}  # whoever needs it will say so
-    return values if isinstance(values, dict) else {}
 
 
 def _method(config: Mapping[str, Any]) -> str | None:

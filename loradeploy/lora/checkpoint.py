@@ -16,7 +16,9 @@ from loradeploy.adapter.base_files import (
     weight_files,
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.files import check_directory, read_bytes
 from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
+from loradeploy.lora.loading import is_trusted
 from loradeploy.parsing import parse_json
 from loradeploy.printable import logger_of
 
@@ -48,7 +50,10 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
         raise ModelError(told)
     if not place.is_dir():
         raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
-    place = transformer_folder(place)
+    check_directory(place, error=ModelError)
+    if (folder := transformer_folder(place)) != place:
+        place = folder
+        check_directory(place, error=ModelError)
     refuse_adapter(place)
     if not (place / "config.json").is_file():
         raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
@@ -83,8 +88,8 @@ def transformer_folder(place: Path) -> Path:
     sentence-transformers wrote the encoder to 0_Transformer/ beside its other modules.
     """
     try:
-        modules = parse_json((place / "modules.json").read_bytes(), finite=False)
-    except (OSError, ValueError):
+        modules = parse_json(read_bytes(place / "modules.json", error=ModelError), finite=False)
+    except (ModelError, ValueError):
         return place
     first = modules[0] if isinstance(modules, list) and modules else {}
     path = first.get("path") if isinstance(first, dict) else None
@@ -125,7 +130,8 @@ def fetch(repository: str) -> Path:
             " extra is needed: pip install 'loradeploy[export]'"
         ) from None
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
+        code = ("*.py",) if is_trusted() else ()
+        return Path(snapshot_download(repository, allow_patterns=[*_FETCHED, *code]))
     except Exception as problem:  # the hub's own, the network's, and offline errors
         raise ModelError(
             f"{repository} is no directory here and cannot be had from the Hugging Face hub:"

@@ -3,10 +3,15 @@
 transformers' `from_pretrained` puts an adapter that lies beside the weights into the model unasked
 (its modules are PEFT's then), initialises at random what the files lack, and drops what the model
 has no place for. Here the first never happens, and the others are known to the caller or refused.
+
+A model directory may name Python files of its own (auto_map). They are run inside `custom_code`
+alone, and transformers, which would ask on standard input, is always told.
 """
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,13 +21,14 @@ from loradeploy.errors import ModelError, listed
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 logger = logger_of(__name__)
 
 # transformers 5 looks for an adapter in this folder of the model's directory instead.
 _NO_ADAPTER: Final = {"adapter_kwargs": {"subfolder": "no adapter, whatever lies beside"}}
 _LISTED: Final = 3
+_TRUSTED: Final = ContextVar("trust_remote_code", default=False)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,51 @@ class Loaded:
     lacking: frozenset[str]
 
 
+@contextlib.contextmanager
+def custom_code(trusted: bool) -> Iterator[None]:
+    """While it lasts, this thread runs a model's own Python files if `trusted`, and none if not."""
+    token = _TRUSTED.set(trusted)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+def is_trusted() -> bool:
+    """Whether a model's own Python files are run: inside `custom_code(True)` alone."""
+    return _TRUSTED.get()
+
+
+def from_pretrained(auto_class: Any, directory: Path, **options: Any) -> Any:
+    """`auto_class.from_pretrained(directory)`, with the model's own code only where it is trusted.
+
+    Raises:
+        ModelError: the model needs code of its own, and it is not trusted.
+    """
+    with _explained(directory):
+        return auto_class.from_pretrained(directory, trust_remote_code=is_trusted(), **options)
+
+
+def from_config(auto_class: Any, config: Any, directory: Path) -> Any:
+    """A model with new weights of the `config` that `directory` has, as `from_pretrained`."""
+    with _explained(directory):
+        return auto_class.from_config(config, trust_remote_code=is_trusted())
+
+
+@contextlib.contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as problem:
+        if "trust_remote_code" not in str(problem):
+            raise
+        raise ModelError(
+            f"{directory} is a model with Python code of its own (auto_map in its config), which"
+            " is not run: read it, and if you trust it give --trust-remote-code"
+            " (trust_remote_code=True)"
+        ) from None
+
+
 def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
     """`auto_class.from_pretrained(directory)` of the base's own weights alone.
 
@@ -44,8 +95,13 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
             tensors for layers of the model that those have no place for.
     """
     check_plain(directory, base_tensors(directory))
-    model, info = auto_class.from_pretrained(
-        directory, use_safetensors=True, output_loading_info=True, **_NO_ADAPTER, **options
+    model, info = from_pretrained(
+        auto_class,
+        directory,
+        use_safetensors=True,
+        output_loading_info=True,
+        **_NO_ADAPTER,
+        **options,
     )
     # The modules tell whether that still keeps transformers from it.
     check_plain(directory, [name for name, _ in model.named_modules()])

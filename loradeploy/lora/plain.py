@@ -23,7 +23,7 @@ from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.initialise import initialisation
 from loradeploy.lora.kinds import kind_of
 from loradeploy.lora.layers import LoraLinear
-from loradeploy.lora.loading import load_pretrained
+from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.submodels import named_as_in
 
@@ -66,7 +66,7 @@ def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adap
     place = find_checkpoint(model)
     try:
         with quiet():
-            named = transformers.AutoConfig.from_pretrained(place).architectures or ["AutoModel"]
+            named = from_pretrained(transformers.AutoConfig, place).architectures or ["AutoModel"]
             auto = getattr(transformers, _AUTO.get(adapter.config.task_type or "", named[0]))
             # A head that the checkpoint lacks, or has of other labels, begins at no such factors.
             loaded = load_pretrained(auto, place, dtype="auto", ignore_mismatched_sizes=True)

@@ -38,6 +38,7 @@ def parity(
     certificate: bool = True,
     others: Others = (),
     baseline: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """Hold every way to run `bundle` against PyTorch, and return what was found.
 
@@ -74,6 +75,8 @@ def parity(
         certificate: write the verdict into the bundle, as parity.json.
         others: besides, what else is held against PyTorch: see `loradeploy.parity.backends.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
+        trust_remote_code: run the Python files that the config of `model` names, which do as they
+            like; without it such a model is refused. Not for a model that the bundle names.
 
     Raises:
         UsageError: options that do not go together, an unknown report ending, or a baseline of
@@ -89,6 +92,7 @@ def parity(
 
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.disk import scratch_directory
+    from loradeploy.lora.loading import custom_code
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import choose_backends, not_silent
@@ -103,6 +107,8 @@ def parity(
     from loradeploy.parity.score.scores import check_scored
     from loradeploy.parity.variants import choose_variants
 
+    if trust_remote_code and model is None:
+        raise UsageError("--trust-remote-code is for the model of --model: a bundle may name any")
     place = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
     earlier = None if baseline is None else read_baseline(baseline)
@@ -121,7 +127,8 @@ def parity(
     digests = graph_digests(place, manifest)
     used = tuple(dict.fromkeys(variant.provider for variant in variants))
     chosen += other_backends(others, manifest, subjects, used)
-    directory, base = find_model(place, manifest, model)
+    with custom_code(trust_remote_code):
+        directory, base = find_model(place, manifest, model)
     if earlier is not None:
         check_comparable(
             earlier,
@@ -132,10 +139,11 @@ def parity(
             precision=manifest.precision,
         )
     cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
-    held_out = read_held_out(
-        place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
-    )
-    with scratch_directory("loradeploy-parity-") as scratch:
+    with custom_code(trust_remote_code):
+        held_out = read_held_out(
+            place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
+        )
+    with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
         setting = Setting(
             bundle=place,
             manifest=manifest,

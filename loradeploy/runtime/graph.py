@@ -18,6 +18,7 @@ from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
 from loradeploy.errors import BundleError, UsageError, first_line, listed
+from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def open_graph(
     graph = bundle / GRAPH_NAME
     if not graph.is_file():
         raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
+    check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
     return open_file(graph, providers, options)
 
 
@@ -90,12 +92,18 @@ def open_file(
         preload_cuda()
     if options is None:
         options = onnxruntime.SessionOptions()
+    check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
     if options.log_severity_level == _UNSET:
         # Else a warning for every side input, and every error twice.
         options.log_severity_level = _ERRORS if logger.isEnabledFor(logging.DEBUG) else _FATAL
     options.add_session_config_entry(_RECORD, "1")
     try:
-        source = graph.read_bytes() if _weights_elsewhere(options) else os.fspath(graph)
+        elsewhere = _weights_elsewhere(options)
+        source = (
+            read_bytes(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
+            if elsewhere
+            else os.fspath(graph)
+        )
         with _unlogged(names):
             session = onnxruntime.InferenceSession(
                 source, options, providers=asked, enable_fallback=0

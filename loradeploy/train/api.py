@@ -49,6 +49,7 @@ def train(
     *,
     config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
     **flags: Any,
 ) -> TrainResult:
     """Train an adapter for `model` on `data` and write it to `output`, a PEFT directory.
@@ -61,6 +62,8 @@ def train(
         config: settings: a `TrainConfig`, a YAML file, or a mapping with its names.
         resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which
             a run that finishes removes. The end is the same, bit for bit, as without the break.
+        trust_remote_code: run the Python files that the model's config names, which do as they
+            like; without it such a model is refused.
         flags: settings again, over those of the file.
 
     Raises:
@@ -72,6 +75,7 @@ def train(
         TrainingInterruptedError: a signal stopped it, after a step and with a checkpoint of it.
         MissingDependencyError: the extra `train` is not installed.
     """
+    from loradeploy.lora.loading import custom_code
     from loradeploy.train.config import read_config
 
     settings = read_config(config, flags)
@@ -86,4 +90,5 @@ def train(
         raise MissingDependencyError(
             f"training needs {missing.name}: pip install 'loradeploy[train]'"
         ) from None
-    return run(model, data, output, settings, resume=resume)
+    with custom_code(trust_remote_code):
+        return run(model, data, output, settings, resume=resume)

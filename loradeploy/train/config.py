@@ -14,6 +14,7 @@ from typing import Any, Final
 from loradeploy.adapter.config import BIASES
 from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.errors import UsageError
+from loradeploy.files import read_text
 from loradeploy.printable import printable
 
 EMBEDDING: Final = "embedding"
@@ -277,6 +278,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     return {"int": int, "float": float}.get(kind, lambda v: v)(value)
 
 
+_MAX_YAML_BYTES: Final = 1 << 20
 _LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
 _PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
 
@@ -293,10 +295,8 @@ def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapp
         return config or {}
     file = Path(config)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        values = yaml.safe_load(read_text(file, error=UsageError, limit=_MAX_YAML_BYTES))
+    except (yaml.YAMLError, RecursionError) as problem:
         text = " ".join(str(problem).split())
         raise UsageError(f"{file} is not readable as YAML: {text}") from None
     if not isinstance(values, dict):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from loradeploy.errors import DataError, listed_names
+from loradeploy.files import MAX_TEXT_BYTES, read_text
 from loradeploy.train.sources import Row, Source, is_dataset, rows
 
 # The keys that tell the form of a line: a line has exactly one of them.
@@ -281,11 +282,8 @@ def _labelled(where: str, line: dict[str, Any]) -> LabelledText:
 def _class_folders(path: Path) -> Iterator[Row]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         for file in sorted(folder.glob("*.txt")):
-            try:
-                # News archives mix encodings: a stray byte is no reason to refuse a text.
-                text = file.read_text(encoding="utf-8", errors="replace").strip()
-            except OSError as problem:
-                raise DataError(f"{file} cannot be read: {problem.strerror}") from None
+            # News archives mix encodings: a stray byte is no reason to refuse a text.
+            text = read_text(file, error=DataError, limit=MAX_TEXT_BYTES, errors="replace").strip()
             if not text:
                 raise DataError(f"{file} is empty")
             yield str(file), {"text": text, "label": folder.name}

@@ -21,7 +21,7 @@ from transformers import (
 from loradeploy.bundle.context_length import context_length
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
-from loradeploy.lora.loading import load_pretrained
+from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
 
@@ -69,11 +69,15 @@ def open_checkpoint(place: Path) -> Checkpoint:
         ModelError: one of them cannot be read.
     """
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = from_pretrained(AutoConfig, place)
+    except ModelError:
+        raise
     except Exception as problem:  # from_pretrained raises whatever its readers do
         raise ModelError(f"{place}: config.json cannot be used: {first_line(problem)}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = from_pretrained(AutoTokenizer, place)
+    except ModelError:
+        raise
     except Exception as problem:
         raise ModelError(
             f"{place} has no tokenizer that can be used: {first_line(problem)}"

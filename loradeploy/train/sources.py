@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.errors import DataError, first_line, listed_names
+from loradeploy.files import MAX_TEXT_BYTES, check_directory, check_file, read_text
 from loradeploy.lora.checkpoint import is_hub_id
 from loradeploy.parsing import parse_json
 
@@ -102,14 +103,9 @@ def _check_header(source: Source, header: Iterable[str], needed: Sequence[str]) 
 
 
 def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: give the training data") from None
-    except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8 (byte {problem.start})") from None
-    except OSError as problem:
-        raise DataError(f"{path} cannot be read: {problem.strerror}") from None
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give the training data")
+    return read_text(path, error=DataError, limit=MAX_TEXT_BYTES, encoding="utf-8-sig")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -150,8 +146,9 @@ def _parquet_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    if not source.path.is_file():
+    if not source.path.exists():
         raise DataError(f"{source} does not exist: give the training data")
+    check_file(source.path, error=DataError)
     number = 0
     try:
         with ParquetFile(source.path) as file:
@@ -187,9 +184,10 @@ def _split_of(source: Source) -> Any:
 
     try:
         if source.path.is_dir():
+            check_directory(source.path, error=DataError, deep=True)
             found = datasets.load_from_disk(os.fspath(source.path))
         else:
-            found = datasets.load_dataset(str(source))
+            found = datasets.load_dataset(str(source), trust_remote_code=False)
     except Exception as problem:  # the hub's own errors, the network's, those of a broken dataset
         raise DataError(
             f"{source} is no file here, and cannot be read as a dataset: {first_line(problem)}"

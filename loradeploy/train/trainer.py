@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -255,7 +255,7 @@ def _readable(checkpoint: str | Path | None) -> Iterator[None]:
         yield
     except LoraDeployError:
         raise
-    except pickle.UnpicklingError:  # its text tells how to load it all the same
+    except UnpicklingError:  # its text tells how to load it all the same
         raise UsageError(
             f"{checkpoint} is broken, or holds code, which is not loaded: {advice}"
         ) from None

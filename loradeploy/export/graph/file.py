@@ -12,7 +12,7 @@ import numpy as np
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import BundleError, MissingDependencyError, ModelError, first_line
 from loradeploy.export.graph.sound import check_sound
-from loradeploy.files import inside
+from loradeploy.files import MAX_GRAPH_BYTES, check_file, inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,8 +32,9 @@ def load_graph(file: Path) -> ir.Model:
         raise MissingDependencyError(
             "changing a graph needs onnx-ir: pip install 'loradeploy[export]'"
         ) from None
-    if not file.is_file():
+    if not file.exists():
         raise ModelError(f"{file} does not exist")
+    check_file(file, error=ModelError, limit=MAX_GRAPH_BYTES)
     try:
         model = ir.load(file)
     except Exception as problem:  # protobuf's errors, and whatever a broken graph sets off

@@ -19,7 +19,7 @@ from loradeploy.errors import (
 from loradeploy.export.read.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
 from loradeploy.lora.checkpoint import pad_token
-from loradeploy.lora.loading import load_pretrained
+from loradeploy.lora.loading import from_config, from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_model(
     changes: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(directory, **changes)
+            config = from_pretrained(transformers.AutoConfig, directory, **changes)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
             if task == SEQUENCE_CLASSIFICATION:
                 told = config.get_text_config()
@@ -65,7 +65,7 @@ def load_model(
                 config.pad_token_id = pad_token(told, None if known else _tokenizer(directory))
             if meta:
                 with torch.device("meta"):
-                    return auto.from_config(config), ()
+                    return from_config(auto, config, directory), ()
             loaded = load_pretrained(
                 auto,
                 directory,
@@ -98,7 +98,9 @@ def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return from_pretrained(AutoTokenizer, directory)
+    except ModelError:
+        raise
     except Exception:  # whatever its readers raise
         return None
 

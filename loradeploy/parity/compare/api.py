@@ -14,6 +14,7 @@ from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import UsageError, first_line, listed_names
+from loradeploy.files import check_file
 from loradeploy.parity.compare.feeds import Fed, FeedsPlace, make_feeds, read_feeds
 from loradeploy.parity.compare.opening import open_side
 from loradeploy.parity.compare.outputs import LimitsOf, Outputs, outcome
@@ -252,6 +253,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     try:
+        check_file(file, error=UsageError)
         found: dict[str, int] = Tokenizer.from_file(os.fspath(file)).get_vocab()
     except Exception as problem:  # the library raises nothing narrower
         raise UsageError(f"{file} is no tokenizer: {first_line(problem)}") from None

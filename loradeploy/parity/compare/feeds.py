@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from zipfile import ZipFile
 
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, present_of
 from loradeploy.errors import DataError, UsageError, first_line, listed_names
+from loradeploy.files import MAX_TEXT_BYTES, check_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -188,13 +190,16 @@ def shapes(feed: Mapping[str, NDArray[Any]]) -> str:
 
 
 def _read(file: Path) -> Feed:
+    if not file.exists():
+        raise DataError(f"{file} does not exist: give an .npz file or a directory of them")
+    check_file(file, error=DataError, limit=MAX_TEXT_BYTES)
     try:
+        with ZipFile(file) as entries:
+            unpacked = sum(entry.file_size for entry in entries.infolist())
+        if unpacked > MAX_TEXT_BYTES:
+            raise ValueError(f"unpacked it has {unpacked:,} bytes, more than are read")
         with np.load(file, allow_pickle=False) as arrays:
             feed = {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise DataError(
-            f"{file} does not exist: give an .npz file or a directory of them"
-        ) from None
     except Exception as problem:  # zipfile, zlib and numpy each have their own
         raise DataError(f"{file} is not readable as .npz: {first_line(problem)}") from None
     if not feed:

@@ -32,7 +32,7 @@ from loradeploy.errors import (
     kind_and_line,
     listed_names,
 )
-from loradeploy.files import read_json
+from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_json
 from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
 
     from loradeploy.export.precision import precision_of
 
+    check_file(graph, error=UsageError, limit=MAX_GRAPH_BYTES)
     return precision_of(ir.load(graph))
 
 

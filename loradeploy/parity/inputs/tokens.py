@@ -15,7 +15,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, DataError, UsageError, first_line
-from loradeploy.files import read_json
+from loradeploy.files import MAX_TEXT_BYTES, read_json, read_text
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.parsing import parse_json
 
@@ -141,12 +141,9 @@ def _texts(
 
 
 def _read(file: Path) -> list[Prompt]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist: give a text or JSONL file of prompts") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{file} cannot be read: {problem}") from None
+    if not file.exists():
+        raise DataError(f"{file} does not exist: give a text or JSONL file of prompts")
+    lines = read_text(file, error=DataError, limit=MAX_TEXT_BYTES).splitlines()
     as_json = file.suffix in (".jsonl", ".json")
     found = [
         _line(file, number, line) if as_json else line

@@ -7,7 +7,6 @@ shows as a difference.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
 from loradeploy.adapter.tensors import map_tensors, read_arrays, write_arrays
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError, shortened
+from loradeploy.files import copy_file
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +73,11 @@ def _place_for_peft(subject: Subject) -> Iterator[Path]:
     with scratch_directory() as scratch:
         place = scratch / subject.name
         place.mkdir()
-        shutil.copyfile(config, place / CONFIG_NAME)
+        copy_file(config, place / CONFIG_NAME, error=AdapterError)
         if subject.widened:
             _write_widened(subject, weights, place / WEIGHTS_NAME)
         else:
-            shutil.copyfile(weights, place / WEIGHTS_NAME)
+            copy_file(weights, place / WEIGHTS_NAME, error=AdapterError)
         yield place
 
 
