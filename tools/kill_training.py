@@ -276,7 +276,7 @@ def tiny_model(place: Path) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(place)
     names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache, cached_property
 from typing import Any, Final, NoReturn, cast
 
 import jinja2
@@ -12,12 +14,12 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from loradeploy.bundle.template_limits import LimitedEnvironment, LimitError, limited
 from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
 
 # Real templates have some kilobytes, the longest some tens.
-MAX_TEMPLATE_BYTES: Final = 256 << 10
+MAX_TEMPLATE_BYTES: Final = 128 << 10
 
 # {"role": "user", "content": "…"}, and whatever else the template reads.
 Message = Mapping[str, Any]
@@ -26,35 +28,38 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A Jinja template with the names and filters that transformers gives to chat templates.
 
-    Templates come with checkpoints and are code of others: they run in Jinja's immutable sandbox.
+    Templates come with checkpoints and are code of others: they run in Jinja's immutable sandbox,
+    with limits of what they do and write. They are compiled when they are used first.
 
     Raises:
-        BundleError: `source` is no valid template.
+        BundleError: `source` is too long.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, "jinja2.ext.loopcontrols"],
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        environment.globals["namespace"] = _Namespace
+        if len(source) > MAX_TEMPLATE_BYTES:
+            raise BundleError(
+                f"the chat template has {len(source):,} characters, more than the"
+                f" {MAX_TEMPLATE_BYTES:,} that are read"
+            )
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        """The template, compiled: of a bundle that is asked no chat it never is."""
         try:
-            self._template = environment.from_string(source)
-        except Exception as problem:  # deep nesting and constants that are computed fail otherwise
+            return _environment().from_string(self._source)
+        except Exception as problem:  # deep nesting fails otherwise
             raise BundleError(
                 f"the chat template is no valid template: {first_line(problem)}"
             ) from None
-        self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of `messages`, ending where the model's answer begins.
 
         Raises:
-            UsageError: there are no messages, or the template refuses them.
+            UsageError: there are no messages, or the template refuses them or does too much.
+        BundleError: it is no valid template.
         """
         if not messages:
             raise UsageError("a chat without messages: give at least one")
@@ -64,15 +69,22 @@ class ChatTemplate:
                     f"message {index} of the chat is no object with a role: give"
                     ' {"role": "user", "content": "…"}'
                 )
+        template = self._template
+        given = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
-            return self._template.render(
-                messages=[{k: v for k, v in m.items() if v is not None} for m in messages],
-                # Templates ask `tools is not none`, which an undefined name would answer wrongly.
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            with limited(given) as most:
+                pieces = template.generate(
+                    messages=given,
+                    # Templates ask `tools is not none`, which an undefined name would answer
+                    # wrongly.
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
+                return _joined(pieces, most)
+        except LimitError as problem:
+            raise UsageError(f"the chat template does too much: {problem}") from None
         except jinja2.TemplateError as problem:  # what a template says on purpose
             raise UsageError(
                 f"the chat template refuses the messages: {first_line(problem)}"
@@ -81,6 +93,32 @@ class ChatTemplate:
             raise UsageError(
                 f"the chat template fails on the messages: {kind_and_line(problem)}"
             ) from None
+
+
+@cache
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.add_filter("tojson", _tojson)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _joined(pieces: Iterable[str], most: int) -> str:
+    """`pieces` in one text of at most `most` characters."""
+    found: list[str] = []
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > most:
+            raise LimitError(f"it writes more than {most:,} characters")
+        found.append(piece)
+    return "".join(found)
 
 
 class _Generation(Extension):
@@ -130,6 +168,8 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
+    if re.search(r"\d{4}", form):  # a width, to which it would be padded
+        raise LimitError("it pads the time to a width that is too large")
     return datetime.now().strftime(form)
 
 

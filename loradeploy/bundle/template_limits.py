@@ -1,0 +1,363 @@
+"""A Jinja environment in which templates of others come to an end.
+
+Nothing of a template is computed when it is compiled, and what it does while it is rendered is paid
+for: each turn of a loop and each call, and values by their sizes. A budget that is spent ends it,
+at the same place on every machine. Single operations are small because values are.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+_WORK: Final = 1_000_000  # steps, about as many microseconds
+_WORK_PER_INPUT: Final = 500
+_LARGEST: Final = 1 << 20  # characters of a text, items of a list; as many bits for a number
+_PER_STEP: Final = 16  # characters that are copied in a step
+_WIDEST: Final = 1000  # of a field that is padded
+_BITS: Final = 4096
+_PARTS: Final = 20_000  # of a template that is compiled, which takes longer than to read it
+
+# What makes much of little, where its arguments do not tell how much, or searches in squared time.
+_NO_FILTERS: Final = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+_NO_METHODS: Final = frozenset({"format_map", "maketrans", "translate", "striptags", "unescape"})
+_PADDING: Final = frozenset(
+    {"batch", "center", "expandtabs", "filesizeformat", "from_bytes", "indent", "ljust", "rjust"}
+    | {"round", "slice", "to_bytes", "tojson", "truncate", "zfill"}
+)
+# What goes through a generator, which is made a list and paid for before.
+_GATHERING: Final = (
+    *("join", "list", "sort", "unique", "groupby", "reverse", "sum", "first", "last", "batch"),
+    *("slice", "map", "select", "selectattr", "reject", "rejectattr", "min", "max"),
+)
+_WIDE: Final = re.compile(r"\d{4}|\*|\{[^{}]*\{")
+_SIZED: Final = (str, bytes)
+_CONTAINERS: Final = (list, tuple, set, frozenset)
+
+
+class LimitError(jinja2.TemplateRuntimeError):
+    """A template does or writes too much."""
+
+
+class _Budget:
+    def __init__(self, given: object) -> None:
+        self.left = _WORK
+        self.largest = _LARGEST
+        size = _weight(given, self)
+        self.left = _WORK + _WORK_PER_INPUT * size
+        self.largest = _LARGEST + 4 * _PER_STEP * size
+
+
+_BUDGET: Final[ContextVar[_Budget | None]] = ContextVar("budget", default=None)
+
+
+@contextmanager
+def limited(given: object) -> Iterator[int]:
+    """While it lasts, templates of this thread have a budget, the larger the more is `given`.
+
+    Yields how many characters may be written.
+    """
+    token = _BUDGET.set(budget := _Budget(given))
+    try:
+        yield budget.largest
+    finally:
+        _BUDGET.reset(token)
+
+
+def _spend(steps: int) -> None:
+    budget = _BUDGET.get()
+    if budget is not None:
+        budget.left -= steps
+        if budget.left < 0:
+            raise LimitError("it takes too many steps")
+
+
+def _weight(value: object, budget: _Budget | None) -> int:
+    """The steps that it takes to look at all of `value`."""
+    most = _WORK if budget is None else budget.left
+    total = 0
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        total += 1
+        if isinstance(one, _SIZED):
+            total += len(one) // _PER_STEP
+        elif isinstance(one, int):
+            total += one.bit_length() // 64
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, range):
+            total += len(one)
+        elif isinstance(one, (*_CONTAINERS, KeysView, ValuesView, ItemsView)):
+            waiting += list(one)
+        elif isinstance(one, Namespace):
+            waiting += vars(one).values()
+        if total + len(waiting) > most:
+            raise LimitError("it takes too many steps")
+    return total
+
+
+def _pay(*values: object) -> None:
+    _spend(_weight(values, _BUDGET.get()))
+
+
+def _check_size(size: int) -> None:
+    budget = _BUDGET.get()
+    if size > (_LARGEST if budget is None else budget.largest):
+        raise LimitError("it makes too large a text or list")
+    _spend(size // _PER_STEP)
+
+
+def _checked(value: Any) -> Any:
+    """`value`, which was just made."""
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        raise LimitError("it makes too large a number")
+    if isinstance(value, (*_SIZED, *_CONTAINERS, dict)):
+        _check_size(len(value))
+    return value
+
+
+def _check_replace(text: Any, old: Any, new: Any) -> None:
+    if all(isinstance(part, _SIZED) for part in (text, old, new)):
+        found = text.count(old)
+        _check_size(len(text) + found * len(new))
+
+
+def _check_join(glue: Any, items: list[Any]) -> None:
+    _pay(items)
+    if isinstance(glue, _SIZED):
+        texts = sum(len(item) for item in items if isinstance(item, _SIZED))
+        _check_size(texts + len(glue) * len(items))
+
+
+def _check_format(form: object) -> None:
+    if isinstance(form, _SIZED):
+        text = form if isinstance(form, str) else form.decode("latin-1")
+        if _WIDE.search(text) and ("%" in text or "{" in text):
+            raise LimitError("it pads texts to a width that is too large or not said")
+
+
+def _check_widths(name: str, given: Any) -> None:
+    if name in _PADDING:
+        for value in given:
+            size = len(value) if isinstance(value, _SIZED) else value
+            if isinstance(size, int) and abs(size) > _WIDEST:
+                raise LimitError(f"{name} is asked for more than {_WIDEST}")
+
+
+class LimitedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox, in which what templates do is paid for out of `limited`."""
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(optimized=False, finalize=_written, **options)
+        self.code_generator_class = _Generator
+        for name in _NO_FILTERS:
+            del self.filters[name]
+        del self.globals["lipsum"]
+        for name, function in [*self.filters.items()]:
+            self.filters[name] = _paid_filter(name, function)
+        for name, function in [*self.tests.items()]:
+            self.tests[name] = _paid(cast(Callable[..., Any], function))
+        # No name that a template can write.
+        self.filters |= {"tick!": _tick, "pay!": _paid_for, "concat!": _concat}
+
+    def add_filter(self, name: str, function: Callable[..., Any]) -> None:
+        """Have one more filter, which is paid for too."""
+        self.filters[name] = _paid_filter(name, function)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        priced = _Priced()
+        tree: nodes.Template = priced.visit(super()._parse(source, name, filename))
+        if priced.steps > _PARTS:
+            raise LimitError(f"it has more than {_PARTS:,} parts")
+        return tree
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """As in the sandbox, without the methods whose results nothing bounds."""
+        return attr not in _NO_METHODS and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """As in the sandbox, where no field is too wide."""
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
+        form = value.__self__
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            _check_format(form)
+            _pay(args, kwargs)
+            _check_size(len(form))
+            text: str = _checked(formatted(*args, **kwargs))
+            return text
+
+        return bounded
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """As in the sandbox, where the result is not too large."""
+        _pay(left, right)
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, (*_SIZED, *_CONTAINERS)) and isinstance(other, int):
+                    _check_size(len(one) * max(other, 0))
+        elif operator == "**":
+            if isinstance(left, int) and isinstance(right, int):
+                _check_power(left, right)
+        elif operator == "%":
+            _check_format(left)
+        elif operator == "+" and isinstance(left, (*_SIZED, *_CONTAINERS)):
+            _check_size(len(left) + (len(right) if hasattr(right, "__len__") else 0))
+        return _checked(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """As in the sandbox, where the result is not too large."""
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        _pay(owner if isinstance(owner, (*_SIZED, *_CONTAINERS, dict)) else None, args, kwargs)
+        if owner is not None:
+            _check_widths(name, (*args, *kwargs.values()))
+        if isinstance(owner, _SIZED):
+            if name == "join" and args:
+                args = ([*args[0]], *args[1:])
+                _check_join(owner, args[0])
+            elif name == "replace" and len(args) > 1:
+                _check_replace(owner, args[0], args[1])
+            elif name == "expandtabs":
+                tabs = owner.count("\t") if isinstance(owner, str) else owner.count(b"\t")
+                _check_size(len(owner) + _WIDEST * tabs)
+        return _checked(super().call(__context, __obj, *args, **kwargs))
+
+
+def _check_power(base: int, exponent: int) -> None:
+    if base.bit_length() * exponent > _BITS:
+        raise LimitError("it makes too large a number")
+
+
+def _paid(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        _pay(args, kwargs)
+        return _checked(function(*args, **kwargs))
+
+    return paid
+
+
+def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    # Jinja gives some functions its context first.
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        _pay(args, kwargs)
+        before, value, rest = args[:first], args[first], args[first + 1 :]
+        said = (*rest, *kwargs.values())
+        _check_widths(name, said)
+        known = isinstance(value, (*_SIZED, *_CONTAINERS, dict, jinja2.Undefined))
+        if name in _GATHERING and not known:
+            value = [*value]
+            _pay(value)
+        if name == "join":
+            glue = (*rest, kwargs.get("d", ""))[0]
+            _check_join(glue, [*value])
+        elif name == "replace":
+            told = (*rest, *(kwargs[n] for n in ("old", "new") if n in kwargs))
+            _check_replace(str(value), *(str(one) for one in told[:2]))
+        elif name == "format":
+            _check_format(value)
+        elif name == "indent":
+            _check_size(len(str(value)) + _WIDEST * str(value).count("\n"))
+        elif name == "sum" and any(not isinstance(one, int | float | str) for one in said):
+            raise LimitError("sum adds numbers alone")
+        return _checked(function(*before, value, *rest, **kwargs))
+
+    return paid
+
+
+def _written(value: Any) -> str:
+    """What stands in the text for `value`."""
+    _pay(value)
+    text: str = _checked(value if isinstance(value, str) else str(value))
+    return text
+
+
+def _tick(steps: int) -> None:
+    _spend(steps)
+
+
+def _paid_for(value: Any) -> Any:
+    _pay(value)
+    return value
+
+
+def _concat(values: list[Any]) -> str:
+    texts = [_written(value) for value in values]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+class _Generator(CodeGenerator):
+    """Compiles without computing what looks constant."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
+        if isinstance(node, nodes.TemplateData):
+            return super()._output_child_to_const(node, frame, finalize)
+        raise nodes.Impossible
+
+
+class _Priced(NodeTransformer):
+    """Puts the price into a template: of each turn of a loop, each call, each comparison."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        self.steps += 1
+        if isinstance(node, nodes.TemplateData):
+            self.steps += len(node.data) // _PER_STEP
+        return super().generic_visit(node, *args, **kwargs)
+
+    def _body(self, node: Any) -> nodes.Node:
+        before = self.steps
+        self.generic_visit(node)
+        tick = _filter(nodes.Const(self.steps - before), "tick!")
+        node.body = [nodes.ExprStmt(tick, lineno=node.lineno), *node.body]
+        return node  # type: ignore[no-any-return]
+
+    visit_Macro = visit_CallBlock = visit_Block = _body
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - jinja2's name
+        self._body(node)
+        node.iter = _filter(node.iter, "pay!")
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _filter(node.expr, "pay!")
+        for operand in node.ops:
+            operand.expr = _filter(operand.expr, "pay!")
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _filter(node.node, "pay!")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), "concat!")
+
+
+def _filter(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
