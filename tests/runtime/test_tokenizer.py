@@ -125,9 +125,9 @@ def test_a_template_that_refuses_or_misbehaves_is_one_line(template: str, messag
     assert "\n" not in str(refusal.value)
 
 
-def test_a_broken_template_is_refused_when_it_is_opened() -> None:
+def test_a_broken_template_is_refused_when_it_is_used() -> None:
     with pytest.raises(BundleError, match="no valid template"):
-        ChatTemplate("{% for %}", {})
+        ChatTemplate("{% for %}", {}).render([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "no role"}]])
