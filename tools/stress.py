@@ -208,6 +208,7 @@ def memory_over_loads(bundle: Path, adapters: Mapping[str, Path], loads: int) ->
     for number in range(loads + 1):
         if number % max(1, loads // 10) == 0:
             seen[number] = round(process.memory_info().rss / 2**20, 1)
+            print(f"{number} loads: {seen[number]} MiB", file=sys.stderr, flush=True)
         name = f"n{number}"
         session.load(name, paths[number % len(paths)])
         feeds = sample_feeds(session, 2, past=0, new=LENGTH)
@@ -253,6 +254,7 @@ def main() -> int:
             stress = Stress(bundle, adapters, TOLERANCE)
             share = given.seconds / len(bundles)
             counts = stress.run(share, given.threads, given.seed)
+            print(f"{name}: {counts.rows} rows", file=sys.stderr, flush=True)
             report[name] = {"apart": round(stress.apart(), 3), **asdict(counts)}
         if given.loads:
             report["memory_mib"] = memory_over_loads(bundles["slots"], adapters, given.loads)
