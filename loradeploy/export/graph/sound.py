@@ -126,6 +126,7 @@ def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
     for node in graph:
         if not node.outputs:
             raise ModelError(f"{_of(node)} makes nothing")
+        _check_names(node)
         for value in node.inputs:
             if value is not None and value not in made and value not in outer:
                 raise ModelError(
@@ -137,6 +138,15 @@ def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
     for value in graph.outputs:
         if value not in made and value not in outer:
             raise ModelError(f"nothing makes its output {shortened(str(value.name))}")
+
+
+def _check_names(node: ir.Node) -> None:
+    """protobuf gives bytes where a text is no UTF-8."""
+    told = node.metadata_props
+    texts = [node.name, node.op_type, node.domain, *told, *told.values()]
+    texts += [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+    if odd := [text for text in texts if not isinstance(text, str | None)]:
+        raise ModelError(f"a name in it is {shown(odd[0])}, which is no UTF-8")
 
 
 def _in_order(nodes: Iterable[ir.Node], known: set[ir.Value], outer: frozenset[ir.Value]) -> bool:

@@ -47,11 +47,20 @@ _SIZES: Final = ((3, 5), (2, 1))
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the nodes of the model's own functions where they are called."""
+    """Put the nodes of the model's own functions where they are called.
+
+    Raises:
+        ExportError: one does not fit where it is called.
+    """
     from onnx_ir.passes import common
 
     if model.functions:
-        common.InlinePass()(model)
+        try:
+            common.InlinePass()(model)
+        except ValueError as problem:  # of another opset, or called with another number of inputs
+            raise ExportError(
+                f"the graph's functions cannot be put where they are called: {first_line(problem)}"
+            ) from None
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
