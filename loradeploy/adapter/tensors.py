@@ -1,8 +1,10 @@
 """Safetensors files, validated before the first byte is used.
 
 The `safetensors` library checks the header (length, JSON, dtypes, offsets without gaps or overlap,
-size of the file); the tensors are then views of the mapped file. bfloat16, which numpy lacks, is
-widened to float32 on reading.
+size of the file). Adapters are read into memory first, and checked there: a mapped file that
+somebody shortens ends the process (SIGBUS), and one that is written to changes after it was
+checked. Only the weights of a base model, which are large and read once, are mapped. bfloat16,
+which numpy lacks, is widened to float32 on reading.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from loradeploy.errors import LoraDeployError, first_line, shortened, shown
 from loradeploy.files import atomic_file, check_file, open_file
 from loradeploy.parsing import parse_json
+from loradeploy.snapshot import read_still
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +49,7 @@ _MAX_SIZE = 2**59
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a safetensors file: `raw` maps its bytes, `dtype` is the file's name for them."""
+    """A tensor of a safetensors file: `raw` is its bytes, `dtype` the file's name for them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -74,7 +77,9 @@ class StoredTensor:
 def map_tensors(
     path: str | os.PathLike[str], *, error: type[LoraDeployError]
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors and the metadata of the safetensors file `path`.
+    """The tensors, mapped, and the metadata of the safetensors file `path`.
+
+    For files that nobody writes to meanwhile: see `read_tensors`.
 
     Raises:
         error: the file is missing, truncated, or its header is not true of its contents.
@@ -99,6 +104,40 @@ def map_tensors(
     except ValueError as problem:
         raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
     return tensors, metadata
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, error: type[LoraDeployError]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata of the safetensors file `path`, in memory.
+
+    What happens to the file afterwards changes nothing.
+
+    Raises:
+        error: as `map_tensors`, or the file is written to while it is read.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    file = Path(path)
+    try:
+        content = read_still(file, file.read_bytes)
+        # It checks the whole file, but for the shapes that numpy cannot hold.
+        parts = deserialize(content)  # type: ignore[no-untyped-call]
+        start = int.from_bytes(content[:8], "little") + 8
+        header: dict[str, Any] = parse_json(content[8:start])
+        del content
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {}
+        for name, part in parts:
+            entry = {**header[name], "data_offsets": [0, len(part["data"])]}
+            tensors[name] = _stored(name, entry, np.frombuffer(part["data"], np.uint8))
+    except FileNotFoundError:
+        raise error(f"{file} does not exist") from None
+    except (OSError, SafetensorError, ValueError) as problem:
+        if _is_pointer(file):
+            raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
+        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
+    return tensors, dict(metadata)
 
 
 def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> StoredTensor:
@@ -129,15 +168,14 @@ def read_arrays(
     """The finite arrays and the metadata of the safetensors file `path`.
 
     Raises:
-        error: as `map_tensors`; or a dtype that numpy cannot hold, or a value that is not finite.
+        error: as `read_tensors`; or a dtype that numpy cannot hold, or a value that is not finite.
     """
-    stored, metadata = map_tensors(path, error=error)
+    stored, metadata = read_tensors(path, error=error)
     arrays = {}
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES:
             raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
-        # A copy: a file that changes after it was checked must not change what is computed.
-        values = np.array(tensor.array())
+        values = np.array(tensor.array())  # aligned, and apart from the others
         if values.dtype.kind == "f" and not _fit_float32(values):
             raise error(f"{path}: {name} holds values that are not finite (NaN or infinite)")
         arrays[name] = values

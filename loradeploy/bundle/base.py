@@ -1,6 +1,6 @@
 """What of the base model the side inputs of some adapters are computed from.
 
-DoRA's scale needs the base's weights, which are mapped from model.onnx.data where the manifest says
+DoRA's scale needs the base's weights, which are read from model.onnx.data where the manifest says
 they are; its offset, and a trained bias's, needs the biases that the graph adds. Those, and weights
 too small for the data file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
 """
@@ -18,7 +18,7 @@ from loradeploy.errors import BundleError
 from loradeploy.files import check_file, inside
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -36,11 +36,17 @@ class BaseValues(Protocol):
 
 
 class BundleBase:
-    """The base inside the bundle in the directory `place`; files are opened when needed."""
+    """The base inside the bundle in the directory `place`; files are opened when needed.
 
-    def __init__(self, place: Path, manifest: Manifest) -> None:
+    `check_data`: raises where the data file is not what it was when the bundle was opened.
+    """
+
+    def __init__(
+        self, place: Path, manifest: Manifest, check_data: Callable[[], None] = lambda: None
+    ) -> None:
         self._place = place
         self._manifest = manifest
+        self._check_data = check_data
         self._small: Mapping[str, NDArray[Any]] | None = None
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
@@ -59,15 +65,17 @@ class BundleBase:
         file = inside(self._place, GRAPH_DATA_NAME)
         check_file(file, error=BundleError)
         short = stored.dtype == "bfloat16"  # the upper half of a float32; numpy has no such type
+        kind = np.dtype(np.uint16 if short else stored.dtype)
         try:
-            mapped = np.memmap(
-                file, np.uint16 if short else stored.dtype, "r", stored.offset, shape
-            )
-        except (OSError, ValueError):
+            # Not mapped: who shortens a mapped file ends the process.
+            read = np.fromfile(file, kind, shape[0] * shape[1], offset=stored.offset)
+            found = read.reshape(shape)
+        except (OSError, ValueError, MemoryError):
             raise BundleError(
                 f"{file} does not hold the weight of {target.module}: export again"
             ) from None
-        values = (mapped.astype(np.uint32) << 16).view(np.float32) if short else mapped
+        self._check_data()
+        values = (found.astype(np.uint32) << 16).view(np.float32) if short else found
         return (values if target.transposed else values.T).astype(np.float32, copy=False)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:

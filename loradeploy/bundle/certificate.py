@@ -7,27 +7,39 @@ of what the check itself needs: a serving machine asks before it serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.digest import file_digest, short
+from loradeploy.bundle.beside import TEXT_NAMES
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
+    ADAPTERS_DIRECTORY,
     BASE_NAME,
     CERTIFICATE_NAME,
     DEFAULTS_NAME,
+    GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MANIFEST_NAME,
+    SIGNATURE_NAME,
 )
-from loradeploy.errors import BundleError
-from loradeploy.files import read_json
+from loradeploy.bundle.requirement import CertificateMinimum, Coverage
+from loradeploy.errors import BundleError, first_line, shown
+from loradeploy.files import inside
+from loradeploy.parsing import parse_json
 
 FORMAT: Final = "loradeploy-parity"
 SCHEMA_VERSION: Final = 2
-# Besides the graph and its data: what the runtime takes numbers, or their places, from.
-FILES: Final = (MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME)
+# What the readers of a bundle look for, whether or not the export wrote it: a file that is added
+# changes answers as one that is rewritten does.
+_READ: Final = (
+    *(MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME, GENAI_CONFIG_NAME),
+    *("config.json", "modules.json", "preprocessor_config.json"),
+    *TEXT_NAMES,
+)
+_LARGEST: Final = 64 << 20  # bytes of a certificate
 # The backends that run the bundle: PyTorch agreeing with itself proves nothing about it.
 RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
     "merged": ("onnx-merged",),
@@ -52,7 +64,8 @@ class CertifiedAdapter:
 class Certificate:
     """What parity.json says.
 
-    `files`: digests of other files than the graph's, by name. `failures`: why the check failed, of
+    `files`: digests of other files than the graph's, by name. `coverage`: how much was run of it.
+    `failures`: why the check failed, of
     what it says and of what its entries say; none where it passed. `base_ran`: whether the base
     alone was run.
     """
@@ -71,6 +84,7 @@ class Certificate:
     versions: Mapping[str, str]
     platform: Mapping[str, str]
     providers: tuple[str, ...]
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def passed(self) -> bool:
@@ -89,37 +103,58 @@ def read_certificate(bundle: Path) -> Certificate:
     Raises:
         BundleError: there is none, it cannot be read, or it is of another version.
     """
-    file = bundle / CERTIFICATE_NAME
-    if not file.is_file():
-        raise BundleError(
-            f"{bundle} has no certificate ({CERTIFICATE_NAME}): run {parity_command(bundle)}"
-        )
-    values = read_json(file, error=BundleError)
-    if values.get("format") != FORMAT:
-        raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
-    version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise BundleError(
-            f"{file} has schema version {version!r}, this loradeploy reads {SCHEMA_VERSION}:"
-            f" {'upgrade loradeploy, or ' if newer else ''}run {parity_command(bundle)} again"
-        )
-    return _certificate(values)
+    return _read(bundle, _content(bundle))
 
 
-def check_certificate(bundle: Path, manifest: Manifest) -> Certificate:
+def check_certificate(
+    bundle: Path, manifest: Manifest, minimum: CertificateMinimum | None = None
+) -> Certificate:
     """The certificate of `bundle`, which passed, and is about the files as they are now.
 
-    All of the files are read for it.
+    All of the files are read for it. `minimum`: what it must stand for besides.
 
     Raises:
-        BundleError: there is none, it failed, or something has changed since.
+        BundleError: there is none, it failed, something has changed since, or it is less than the
+            `minimum`, or not signed by its key.
+        UsageError: the minimum's key is none.
     """
-    certificate = read_certificate(bundle)
-    why = fault(certificate, manifest, digests(bundle))
+    content = _content(bundle)
+    if minimum is not None and minimum.public_key is not None:
+        from loradeploy.bundle.signature import check_signature, public_key
+
+        check_signature(bundle, content, public_key(minimum.public_key))
+    certificate = _read(bundle, content)
+    why = fault(certificate, manifest, digests(bundle, covered(bundle, manifest)))
+    if why is None and minimum is not None:
+        why = minimum.lacking(certificate.coverage, certificate.precision)
     if why is not None:
         raise BundleError(f"{bundle} is not certified: {why}; run {parity_command(bundle)} again")
     return certificate
+
+
+def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
+    """The files of `bundle` that change what a user gets from it, whoever reads them, in order.
+
+    They are those that the export wrote, those that readers look for by name, and all that lies
+    with the adapters. Notes that somebody keeps in the directory are not among them.
+
+    Raises:
+        BundleError: a name leads out of the bundle.
+    """
+    names = {GRAPH_NAME, GRAPH_DATA_NAME, *_READ, *manifest.files}
+    for place in (bundle / ADAPTERS_DIRECTORY).rglob("*"):
+        names.add(place.relative_to(bundle).as_posix())
+    names -= {CERTIFICATE_NAME, SIGNATURE_NAME}
+    return tuple(sorted(name for name in names if inside(bundle, name).is_file()))
+
+
+def counts(name: str, manifest: Manifest) -> bool:
+    """Whether the file `name` is one of those that `covered` tells of, or of the certificate."""
+    return (
+        name in (GRAPH_NAME, GRAPH_DATA_NAME, CERTIFICATE_NAME, SIGNATURE_NAME, *_READ)
+        or name in manifest.files
+        or name.startswith(f"{ADAPTERS_DIRECTORY}/")
+    )
 
 
 def fault(
@@ -127,15 +162,19 @@ def fault(
 ) -> str | None:
     """Why `certificate` does not stand for the bundle with this manifest; None where it does.
 
-    `found`: the digests of the bundle's files now, by name. `verdict`: whether a check that failed
-    counts too.
+    `found`: the digests of the bundle's `covered` files now, by name. `verdict`: whether a check
+    that failed counts too.
     """
     told = {**certificate.files, GRAPH_NAME: certificate.graph_digest}
     if certificate.data_digest is not None:
         told[GRAPH_DATA_NAME] = certificate.data_digest
-    for name in (GRAPH_NAME, GRAPH_DATA_NAME, *FILES):
+    first = (GRAPH_NAME, GRAPH_DATA_NAME, MANIFEST_NAME)
+    for name in (*first, *sorted({*told, *found} - {*first})):
         if found.get(name) != told.get(name):
-            return f"{name} has changed since it was checked"
+            if name not in told:
+                return f"{shown(name)} is not among the files that were checked"
+            how = "has changed" if name in found else "is gone"
+            return f"{shown(name)} {how} since it was checked"
     for name, digest in (
         (GRAPH_NAME, manifest.graph_digest),
         (GRAPH_DATA_NAME, manifest.data_digest),
@@ -156,10 +195,8 @@ def fault(
     return _unchecked(certificate, manifest)
 
 
-def digests(
-    bundle: Path, names: Iterable[str] = (GRAPH_NAME, GRAPH_DATA_NAME, *FILES)
-) -> dict[str, str]:
-    """The digests of those files of `bundle` that there are."""
+def digests(bundle: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests of those of the files `names` of `bundle` that there are."""
     return {name: file_digest(bundle / name) for name in names if (bundle / name).is_file()}
 
 
@@ -183,6 +220,55 @@ def _unchecked(certificate: Certificate, manifest: Manifest) -> str | None:
     return None
 
 
+def _content(bundle: Path) -> bytes:
+    file = bundle / CERTIFICATE_NAME
+    if not file.is_file():
+        raise BundleError(
+            f"{bundle} has no certificate ({CERTIFICATE_NAME}): run {parity_command(bundle)}"
+        )
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise BundleError(f"{file} has more than the {_LARGEST:,} bytes that are read")
+        return file.read_bytes()
+    except OSError as problem:
+        raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
+
+
+def _read(bundle: Path, content: bytes) -> Certificate:
+    file = bundle / CERTIFICATE_NAME
+    try:
+        values = parse_json(content)
+    except ValueError as problem:
+        raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise BundleError(
+            f"{file} has schema version {shown(version)}, this loradeploy reads {SCHEMA_VERSION}:"
+            f" {'upgrade loradeploy, or ' if newer else ''}run {parity_command(bundle)} again"
+        )
+    return _certificate(values)
+
+
+def _coverage(
+    values: Mapping[str, Any], ran: list[Mapping[str, Any]], providers: tuple[str, ...]
+) -> Coverage:
+    inputs = _object(values, "inputs")
+    rows = [_number(inputs, name) or 0 for name in ("prompts", "fuzz", "edges")]
+    variants = [_object(result, "variant") for result in ran]
+    return Coverage(
+        phases=frozenset(_text(result, "phase") for result in ran) - {""},
+        providers=(frozenset(_text(v, "provider") for v in variants) - {""})
+        or frozenset(providers if ran else ()),
+        optimisation=frozenset(_text(v, "optimisation") for v in variants) - {""},
+        prompts=int(sum(rows)),
+        prompt_tokens=int(_number(inputs, "prompt_tokens") or 0),
+        generated=int(_number(inputs, "generated") or 0),
+    )
+
+
 def _certificate(values: Mapping[str, Any]) -> Certificate:
     """A report's JSON; what is of another type than it should be counts as not there."""
     results = _objects(values, "results")
@@ -194,7 +280,8 @@ def _certificate(values: Mapping[str, Any]) -> Certificate:
         and result.get("backend") in RUN_THE_BUNDLE.get(mode, ())
     ]
     environment = _object(values, "environment")
-    providers = environment.get("providers")
+    listed = environment.get("providers")
+    providers = tuple(map(str, listed)) if isinstance(listed, list) else ()
     return Certificate(
         created=_text(values, "created"),
         task=_text(values, "task"),
@@ -217,7 +304,8 @@ def _certificate(values: Mapping[str, Any]) -> Certificate:
         failures=tuple(_failures(values, results)),
         versions=_texts(environment, "versions"),
         platform=_texts(environment, "platform"),
-        providers=tuple(map(str, providers)) if isinstance(providers, list) else (),
+        providers=providers,
+        coverage=_coverage(values, ran, providers),
     )
 
 

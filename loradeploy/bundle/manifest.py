@@ -20,6 +20,7 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     NO_PADDING,
     RIGHT,
+    SIGNATURE_NAME,
     SLOTS,
     TASKS,
 )
@@ -181,7 +182,8 @@ class Manifest:
     `adapters`: the adapters inside a side-input bundle, by name.
     `merged_adapter`: the one adapter folded into a merged bundle's weights.
     `factor_dtype`: numpy's name of the side inputs' dtype.
-    `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data.
+    `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data; `data_fingerprint`: of
+    that too, for a check that takes no time (fingerprint.py).
     `changed`: the layers whose outputs take a scale or an offset.
     `layout`: of the side inputs: "slots", which `adapter_ids` names for each row, or "rows", where
     slot i belongs to row i and there is no `adapter_ids`.
@@ -215,6 +217,7 @@ class Manifest:
     factor_dtype: str = "float32"
     graph_digest: str | None = None
     data_digest: str | None = None
+    data_fingerprint: str | None = None
     changed: tuple[OutputTarget, ...] = ()
     layout: str = SLOTS
     branches: bool = False
@@ -312,7 +315,9 @@ def own_files(bundle: Path) -> frozenset[str]:
     except BundleError:
         named = None
     files = named if isinstance(named, list) else []
-    return frozenset([*(name for name in files if isinstance(name, str)), CERTIFICATE_NAME])
+    return frozenset(
+        [*(name for name in files if isinstance(name, str)), CERTIFICATE_NAME, SIGNATURE_NAME]
+    )
 
 
 # The annotations are strings (PEP 563); each names one of these checks.

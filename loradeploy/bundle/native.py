@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.factors import branch_choice, side_inputs
-from loradeploy.bundle.names import ADAPTER_MODE
+from loradeploy.bundle.names import ADAPTER_MODE, NATIVE_SUFFIX
+from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError
 from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, check_file
 
@@ -84,8 +86,14 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
         raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
     try:
         check_file(place, error=AdapterError, limit=MAX_GRAPH_BYTES)
-        content = onnxruntime.AdapterFormat.read_adapter(os.fspath(place))
-        arrays = {name: value.numpy().copy() for name, value in content.get_parameters().items()}
+        # onnxruntime maps the file that it is given: who shortens that one ends the process.
+        with scratch_directory("loradeploy-adapter-") as scratch:
+            copy = scratch / f"adapter{NATIVE_SUFFIX}"
+            shutil.copyfile(place, copy)
+            content = onnxruntime.AdapterFormat.read_adapter(os.fspath(copy))
+            parameters = content.get_parameters()
+            arrays = {name: value.numpy().copy() for name, value in parameters.items()}
+            del content, parameters  # Windows removes no mapped file
     except (RuntimeError, ValueError):  # its text is a C++ source line; a name that is no UTF-8
         raise AdapterError(f"{place} is truncated or no .onnx_adapter file") from None
     arrays.pop(ADAPTER_MODE, None)  # of the graph that the file was written for

@@ -16,6 +16,7 @@ from loradeploy.bundle.names import (
     GRAPH_NAME,
     MANIFEST_NAME,
     NATIVE_SUFFIX,
+    SIGNATURE_NAME,
 )
 from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
 from loradeploy.errors import AdapterError, BundleError, ModelError, UsageError, first_line
@@ -179,7 +180,7 @@ def _tensor(name: str, values: Any) -> Facts:
 
 
 def _bundle(place: Path) -> Facts:
-    from loradeploy.bundle.certificate import digests
+    from loradeploy.bundle.certificate import covered, digests
     from loradeploy.bundle.graph_form import LORA, form_of
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.files import plain
@@ -188,7 +189,7 @@ def _bundle(place: Path) -> Facts:
     form = form_of(manifest)
     merged = manifest.merged_adapter
     files = {name: place / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
-    found = digests(place)
+    found = digests(place, covered(place, manifest))
     told = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
     changed = [name for name, digest in told.items() if digest not in (None, found.get(name))]
     return {
@@ -274,6 +275,13 @@ def _certificate(place: Path, manifest: Manifest, found: Mapping[str, str]) -> F
             *(f"{name} {value}" for name, value in told.platform.items()),
             *told.providers,
         ],
+        "parity_checked": [
+            f"{told.coverage.prompts} prompts",
+            f"{told.coverage.prompt_tokens} tokens of them",
+            f"{told.coverage.generated} tokens generated for each",
+            *sorted(told.coverage.phases),
+        ],
+        "parity_signed": (place / SIGNATURE_NAME).is_file(),
         "parity_adapters": [
             {
                 "name": own.name,

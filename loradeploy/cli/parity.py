@@ -67,6 +67,11 @@ _WHOLE: Final = 160  # columns of the table
     help="Write a report: .json, .xml (JUnit), .md or .html; repeat for more.",
 )
 @click.option(
+    "--sign",
+    metavar="KEY.pem",
+    help="Sign the certificate of a check that passed with this ed25519 key.",
+)
+@click.option(
     "--backends",
     metavar="NAME,…",
     help="Only these: torch-merged, peft, onnx-merged, onnx-side-inputs, onnx-native, onnx-mixed,"
@@ -164,6 +169,7 @@ def command(
     model: str | None,
     adapters: tuple[str, ...],
     reports: tuple[str, ...],
+    sign: str | None,
     backends: str | None,
     phases: str | None,
     prompts: str | None,
@@ -215,6 +221,7 @@ def command(
             model=model,
             adapters=list(adapters),
             report=reports,
+            sign=sign,
             backends=_names(backends),
             phases=_names(phases),
             prompts=prompts,

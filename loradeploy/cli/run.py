@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,17 @@ class Request:
     is_flag=True,
     help="Run only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
 )
+@click.option(
+    "--certificate-minimum",
+    metavar="NAME=VALUE,…",
+    help="As --require-certificate, of a check that was no narrower: prompts=16,generated=8,"
+    "phases=decode+padded batch,providers=cpu,precision=fp32.",
+)
+@click.option(
+    "--certificate-key",
+    metavar="FILE.pem",
+    help="As --require-certificate, signed by the owner of this public ed25519 key.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a prompt.")
 def command(
     bundle: str,
@@ -92,6 +104,8 @@ def command(
     batch_size: int,
     provider: str,
     require_certificate: bool,
+    certificate_minimum: str | None,
+    certificate_key: str | None,
     as_json: bool,
     prompt_name: str | None,
     **generation: Any,
@@ -103,12 +117,17 @@ def command(
     --json has the texts as they are. Lines of a file may each name their own adapter: they share
     batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets them.
     """
+    from loradeploy.bundle.requirement import CertificateMinimum
     from loradeploy.runtime.session import AdapterSession
 
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
     requests = [Request(prompt, adapter)] if file is None else list(_read(file, adapter))
-    session = AdapterSession(bundle, PROVIDERS[provider], require_certificate=require_certificate)
+    required: bool | CertificateMinimum = require_certificate
+    if certificate_minimum is not None or certificate_key is not None:
+        least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
+        required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
+    session = AdapterSession(bundle, PROVIDERS[provider], require_certificate=required)
     options = {name: value for name, value in generation.items() if value is not None}
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])

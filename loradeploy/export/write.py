@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
 from loradeploy.adapter.tensors import write_arrays
+from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -172,6 +173,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         adapters=entries,
         graph_digest=file_digest(directory / GRAPH_NAME),
         data_digest=file_digest(data) if data.is_file() else None,
+        data_fingerprint=file_fingerprint(data) if data.is_file() else None,
     )
     if numbers := {**content.biases, **weights}:
         write_arrays(directory / BASE_NAME, numbers, {})

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import BundleError, UsageError
 from loradeploy.parity.inputs.prompts import EXAMPLES
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def parity(
     examples: int = EXAMPLES,
     localise: bool | None = None,
     certificate: bool = True,
+    sign: str | os.PathLike[str] | None = None,
     others: Others = (),
     baseline: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
@@ -73,6 +74,8 @@ def parity(
         localise: look for the first module that diverges, comparing values inside the model and
             the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
+        sign: a PEM file with an ed25519 key: its signature of a verdict that passed is written
+            beside it, as parity.json.sig.
         others: besides, what else is held against PyTorch: see `loradeploy.parity.backends.others`.
         baseline: an earlier report (JSON): what got worse since is a failure.
         trust_remote_code: run the Python files that the config of `model` names, which do as they
@@ -90,7 +93,12 @@ def parity(
     import dataclasses
     from pathlib import Path
 
+    from loradeploy.bundle.certificate import covered
+    from loradeploy.bundle.certificate import digests as file_digests
     from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME
+    from loradeploy.bundle.signature import private_key
+    from loradeploy.bundle.signature import sign as sign_certificate
     from loradeploy.disk import scratch_directory
     from loradeploy.lora.loading import custom_code
     from loradeploy.parity.backends.genai import find_interpreter
@@ -106,13 +114,20 @@ def parity(
     from loradeploy.parity.score.heldout import read_held_out
     from loradeploy.parity.score.scores import check_scored
     from loradeploy.parity.variants import choose_variants
+    from loradeploy.snapshot import Snapshot
 
     if trust_remote_code and model is None:
         raise UsageError("--trust-remote-code is for the model of --model: a bundle may name any")
     place = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
     earlier = None if baseline is None else read_baseline(baseline)
+    if sign is not None and not certificate:
+        raise UsageError("sign: there is no certificate to sign, certificate is False")
+    key = None if sign is None else private_key(sign)
+    before = Snapshot.take(place)
     manifest = read_manifest(place)
+    names = [n for n in covered(place, manifest) if n not in (GRAPH_NAME, GRAPH_DATA_NAME)]
+    told = file_digests(place, names)
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
@@ -161,6 +176,7 @@ def parity(
             not_silent(chosen, setting, asked),
             base_digest=base,
             digests=digests,
+            files=told,
             seed=seed,
             controls=controls,
             shrink=shrink,
@@ -170,4 +186,10 @@ def parity(
     found = dataclasses.replace(found, asked=tuple(backends or ()))
     if earlier is not None:
         found = hold_against(found, earlier)
-    return write(found, files, place if certificate else None)
+    changed = before.changed(lambda name: name in told or name in (GRAPH_NAME, GRAPH_DATA_NAME))
+    if changed is not None:
+        raise BundleError(f"{place / changed} was written to while it was checked: check it again")
+    found = write(found, files, place if certificate else None)
+    if key is not None and found.passed and (place / CERTIFICATE_NAME).is_file():
+        sign_certificate(place, key)
+    return found

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loradeploy.adapter.digest import short
-from loradeploy.bundle.certificate import FILES
-from loradeploy.bundle.certificate import digests as file_digests
-from loradeploy.bundle.names import CERTIFICATE_NAME
+from loradeploy.bundle.names import CERTIFICATE_NAME, SIGNATURE_NAME
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
@@ -54,6 +52,7 @@ def run(
     *,
     base_digest: str,
     digests: tuple[str, str | None],
+    files: Mapping[str, str],
     seed: int,
     controls: bool,
     shrink: bool,
@@ -62,7 +61,8 @@ def run(
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
-    `digests`: of the bundle's graph and of its data file. `held_out`: what is scored on what.
+    `digests`: of the bundle's graph and of its data file; `files`: of its others. `held_out`: what
+    is scored on what.
     `shrink`, `localise`: see `loradeploy.parity`.
     """
     started = time.monotonic()
@@ -129,7 +129,7 @@ def run(
         localisations=places,
         notes=(*_notes(setting, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
-        files=file_digests(setting.bundle, FILES),
+        files=files,
         counterexamples=smallest,
         scores=scores,
     )
@@ -142,6 +142,7 @@ def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> P
     """
     if bundle is not None:
         try:
+            (bundle / SIGNATURE_NAME).unlink(missing_ok=True)  # of an earlier one
             write_json(bundle / CERTIFICATE_NAME, report.to_json())
         except OSError as problem:
             said = f"no certificate was written: {problem.strerror or problem}"

@@ -53,9 +53,13 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     """New options for a session of `variant`."""
     import onnxruntime
 
+    from loradeploy.runtime.weights import MAPPED
+
     options = onnxruntime.SessionOptions()
     level = LEVELS[variant.optimisation]
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    # A check ends with a look at whether the files have changed: a copy for each is not needed.
+    options.add_session_config_entry(MAPPED, "1")
     return options
 
 

@@ -70,11 +70,11 @@ class TextClassifier:
         """
         results = []
         output = output_of(self.session.manifest)
-        for held, names, feeds, _ in encoded_batches(
+        for held, rows, feeds, _ in encoded_batches(
             self.session, texts, adapters, batch_size, _encode
         ):
             (logits,) = held.run([output], feeds)  # [batch, labels]
-            for row, (values, name) in enumerate(zip(logits, names, strict=True)):
+            for row, (values, (name, _)) in enumerate(zip(logits, rows, strict=True)):
                 own = held.labels(row)
                 # An adapter may tell fewer labels apart than the graph has outputs.
                 scores = _softmax(values[: len(own)] if own else values)

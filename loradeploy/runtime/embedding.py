@@ -65,12 +65,12 @@ class TextEmbedder:
 
         vectors: list[NDArray[np.float32]] = []
         output = output_of(self.session.manifest)
-        for held, names, feeds, masks in encoded_batches(
+        for held, rows, feeds, masks in encoded_batches(
             self.session, texts, adapters, batch_size, encode
         ):
             (states,) = held.run([output], feeds)  # [batch, sequence, hidden]
-            for row, (name, mask) in enumerate(zip(names, masks, strict=True)):
-                side, length = self.session.texts.of(name), int(mask.sum())
+            for row, ((_, side), mask) in enumerate(zip(rows, masks, strict=True)):
+                length = int(mask.sum())
                 if states.ndim == 2:  # [batch, hidden]
                     vectors.append(self._whole(states[row : row + 1], side))
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,9 +37,17 @@ def encoded_batches(
     batch_size: int,
     encode: Callable[[str, TextSide], list[int]],
 ) -> Iterator[
-    tuple[HeldAdapters, list[AdapterSpec | None], dict[str, NDArray[Any]], NDArray[np.int64]]
+    tuple[
+        HeldAdapters,
+        list[tuple[AdapterSpec | None, TextSide]],
+        dict[str, NDArray[Any]],
+        NDArray[np.int64],
+    ]
 ]:
-    """The texts in batches, in their order: adapters held for a batch, names by row, feeds, mask.
+    """The texts in batches, in their order: adapters held for a batch, each row's, feeds, mask.
+
+    A row's adapter comes with the side that its text was encoded with, which is of the same one as
+    the factors that are held: where it was replaced meanwhile, the text is encoded again.
 
     `encode` makes tokens of a text as its adapter wants it. Texts are padded on the right. Where
     padding would change the answer (`padding` in the manifest), a batch is of one length.
@@ -57,20 +66,49 @@ def encoded_batches(
     check_count("batch_size", batch_size)
     names = each_row(adapters, len(given))
     inputs = {spec.name for spec in session.manifest.inputs}
-    encoded = [
-        encode(text, session.texts.of(name)) for text, name in zip(given, names, strict=True)
-    ]
+    rows = [_encoded(session, text, name, encode) for text, name in zip(given, names, strict=True)]
     pad_id = session.texts.base.tokenizer.pad_id
-    for part in _parts(encoded, batch_size, alike=session.manifest.padding == NO_PADDING):
-        ids, mask = pad(encoded[part], pad_id, left=False)
+    alike = session.manifest.padding == NO_PADDING
+    while rows:
+        part = rows[: next(_parts([row.ids for row in rows], batch_size, alike=alike)).stop]
+        ids, mask = pad([row.ids for row in part], pad_id, left=False)
         made: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids,
             ATTENTION_MASK: mask,
             TOKEN_TYPE_IDS: np.zeros_like(ids),
         }
         feeds = {name: values for name, values in made.items() if name in inputs}
-        with session.hold(names[part]) as held:
-            yield held, names[part], feeds, mask
+        with session.hold([row.adapter for row in part]) as held:
+            moved = any(session.texts.have_moved(row.adapter, row.counts) for row in part)
+            if not moved:
+                yield held, [(row.adapter, row.side) for row in part], feeds, mask
+        if moved:
+            part = [_encoded(session, row.text, row.adapter, encode) for row in part]
+            rows = [*part, *rows[len(part) :]]
+        else:
+            rows = rows[len(part) :]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text as tokens of the side that its adapter had at its `counts` of changes."""
+
+    text: str
+    adapter: AdapterSpec | None
+    counts: tuple[int, ...]
+    side: TextSide
+    ids: list[int]
+
+
+def _encoded(
+    session: AdapterSession,
+    text: str,
+    adapter: AdapterSpec | None,
+    encode: Callable[[str, TextSide], list[int]],
+) -> _Row:
+    counts = session.texts.counts(adapter)
+    side = session.texts.of(adapter)
+    return _Row(text, adapter, counts, side, encode(text, side))
 
 
 def _parts(encoded: Sequence[Sequence[int]], size: int, *, alike: bool) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.resident import AdapterSpec
 from loradeploy.runtime.sampling import Sampling, adjusted
-from loradeploy.runtime.session import Adapters, AdapterSession, check_count, each_row
+from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, check_count, each_row
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
 
@@ -66,6 +66,7 @@ class _Row:
     side: TextSide
     sampling: Sampling
     pieces: PieceDecoder
+    counts: tuple[int, ...] = ()  # of its adapter's changes, when its side was read
     ids: list[int] = field(default_factory=list)
     stopped: bool = False
 
@@ -154,31 +155,46 @@ class TextGenerator:
         seeds: list[Any] = list(seed) if isinstance(seed, _LISTS) else [seed] * len(given)
         if len(seeds) != len(given):
             raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
-        for each in seeds:
-            if not isinstance(each, int | np.integer) or isinstance(each, bool) or each < 0:
-                raise UsageError(f"a seed is {shown(each)}: give a whole number of 0 or more")
-        rows = []
-        for number, (prompt, adapter, own_seed) in enumerate(
-            zip(given, each_row(adapters, len(given)), seeds, strict=True)
-        ):
+        for own in seeds:
+            if not isinstance(own, int | np.integer) or isinstance(own, bool) or own < 0:
+                raise UsageError(f"a seed is {shown(own)}: give a whole number of 0 or more")
+
+        def made(number: int) -> _Row:
+            adapter = each[number]
+            counts = self.session.texts.counts(adapter)
             side = self.session.texts.of(adapter)
             sampling = Sampling.of(temperature, top_k, top_p, side.settings)
-            rows.append(
-                self._row(number, prompt, adapter, own_seed, max_new_tokens, chat, side, sampling)
+            row = self._row(
+                number, given[number], adapter, seeds[number], max_new_tokens, chat, side, sampling
             )
+            return replace(row, counts=counts)
+
+        each = each_row(adapters, len(given))
+        rows = [made(number) for number in range(len(given))]
         results: list[Generation] = []
         size = batch_size or len(rows)
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            for together in self._together(batch):
-                for row, piece in self._decode(together):
-                    if on_text is not None:
-                        on_text(row.number, piece)
-            for row in batch:
+            waiting = self._together(rows[start : start + size])
+            while waiting:
+                together, *waiting = waiting
+                with self.session.hold([row.adapter for row in together]) as held:
+                    moved = any(self._has_moved(row) for row in together)
+                    for row, piece in () if moved else self._decode(together, held):
+                        if on_text is not None:
+                            on_text(row.number, piece)
+                if moved:  # their adapters were replaced between the texts and the factors
+                    for row in together:
+                        rows[row.number] = made(row.number)
+                    again = self._together([rows[row.number] for row in together])
+                    waiting = [*again, *waiting]
+            for row in rows[start : start + size]:
                 results.append(self._generation(row))
                 if on_result is not None:
                     on_result(row.number, results[-1])
         return results
+
+    def _has_moved(self, row: _Row) -> bool:
+        return self.session.texts.have_moved(row.adapter, row.counts)
 
     def _row(
         self,
@@ -242,40 +258,39 @@ class TextGenerator:
             by_length.setdefault(len(row.prompt), []).append(row)
         return list(by_length.values())
 
-    def _decode(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, str]]:
+    def _decode(self, rows: Sequence[_Row], held: HeldAdapters) -> Iterator[tuple[_Row, str]]:
         """Generate `rows` together, and tell each piece of text once it is complete."""
         left = self.session.manifest.padding == LEFT
         ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
         ends = np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
         cache = self.session.empty_cache(len(rows))
-        with self.session.hold([row.adapter for row in rows]) as held:
-            while True:
-                cache.make_room(mask.shape[1])
-                logits, *present = held.run_with_ort_values(
-                    (self._scores, *cache.outputs),
-                    {**self._feeds(ids, mask), **cache.inputs},
-                    places=cache.places,
-                )
-                cache.keep(present)
-                scores_of = logits.numpy()  # [batch, sequence, vocabulary]
-                if scores_of.ndim == 2:
-                    scores_of = scores_of[:, np.newaxis]
-                if scores_of.shape[1] == 1:  # a graph may give the last position alone
-                    ends = np.zeros_like(ends)
-                last = scores_of[np.arange(len(rows)), ends]  # [batch, vocabulary]
-                ends = np.full(len(rows), -1)
-                for row, scores in zip(rows, last, strict=True):
-                    if not row.ended and (piece := self._advance(row, scores)):
-                        yield row, piece
-                if all(row.ended for row in rows):
-                    return
-                if not self._cached:
-                    ids, mask, ends = self._whole(rows)
-                    continue
-                # A row that has ended goes on as padding, which takes no position.
-                ids = np.array([[self._next(row)] for row in rows], np.int64)
-                going = np.array([[not row.ended] for row in rows], np.int64)
-                mask = np.concatenate([mask, going], axis=1)
+        while True:
+            cache.make_room(mask.shape[1])
+            logits, *present = held.run_with_ort_values(
+                (self._scores, *cache.outputs),
+                {**self._feeds(ids, mask), **cache.inputs},
+                places=cache.places,
+            )
+            cache.keep(present)
+            scores_of = logits.numpy()  # [batch, sequence, vocabulary]
+            if scores_of.ndim == 2:
+                scores_of = scores_of[:, np.newaxis]
+            if scores_of.shape[1] == 1:  # a graph may give the last position alone
+                ends = np.zeros_like(ends)
+            last = scores_of[np.arange(len(rows)), ends]  # [batch, vocabulary]
+            ends = np.full(len(rows), -1)
+            for row, scores in zip(rows, last, strict=True):
+                if not row.ended and (piece := self._advance(row, scores)):
+                    yield row, piece
+            if all(row.ended for row in rows):
+                return
+            if not self._cached:
+                ids, mask, ends = self._whole(rows)
+                continue
+            # A row that has ended goes on as padding, which takes no position.
+            ids = np.array([[self._next(row)] for row in rows], np.int64)
+            going = np.array([[not row.ended] for row in rows], np.int64)
+            mask = np.concatenate([mask, going], axis=1)
 
     def _whole(
         self, rows: Sequence[_Row]

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
 
-from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
 from loradeploy.errors import BundleError, UsageError, first_line, listed
-from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
+from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file
 from loradeploy.printable import logger_of
+from loradeploy.runtime.weights import MAPPED as MAPPED
+from loradeploy.runtime.weights import WEIGHTS_AT as WEIGHTS_AT
+from loradeploy.runtime.weights import graph_source
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -52,8 +54,6 @@ _WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _UNSET: Final = -1
-# Where a graph's weights are, if not beside it; onnxruntime heeds it for graphs in memory alone.
-WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _LISTED: Final = 3
 
 
@@ -61,22 +61,29 @@ def open_graph(
     bundle: Path,
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
+    manifest: Manifest | None = None,
 ) -> onnxruntime.InferenceSession:
     """An inference session on the bundle's graph; on the CPU where `providers` is None.
 
     A provider that is installed and does not start (no device, no driver) is passed over with a
     logged warning where the CPU's stands in `providers` too, and is an error otherwise. `options`
-    may tell of another directory for the graph's weights, as `WEIGHTS_AT`.
+    may tell of another directory for the graph's weights, as `WEIGHTS_AT`, or have the data file
+    mapped, as `MAPPED`; else what happens to the files afterwards changes nothing (weights.py).
+    `manifest`: what the graph and its weights must be of.
 
     Raises:
         UsageError: a provider that is not installed or does not start.
-        BundleError: there is no graph, or onnxruntime cannot read it.
+        BundleError: there is no graph, onnxruntime cannot read it, or it is not the manifest's.
     """
     graph = bundle / GRAPH_NAME
     if not graph.is_file():
         raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
-    return open_file(graph, providers, options)
+    names = _asked(providers)
+    with graph_source(bundle, options, manifest) as source:
+        session = _open(graph, source.graph, providers, source.options)
+    _check_started(session, names)
+    return session
 
 
 def open_file(
@@ -84,39 +91,49 @@ def open_file(
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
 ) -> onnxruntime.InferenceSession:
-    """As `open_graph`, of any ONNX file."""
+    """As `open_graph`, of any ONNX file, whose weights onnxruntime may map."""
+    names = _asked(providers)
+    session = _open(graph, os.fspath(graph), providers, options or onnxruntime.SessionOptions())
+    _check_started(session, names)
+    return session
+
+
+def _asked(providers: Sequence[Provider] | None) -> list[str]:
+    """The names of the providers that are asked for, which are installed."""
     asked = list(providers) if providers is not None else [CPU]
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
     check_installed(names)
     if any(name in _DEVICES for name in names):
         preload_cuda()
-    if options is None:
-        options = onnxruntime.SessionOptions()
+    return names
+
+
+def _open(
+    graph: Path,
+    source: str | bytes,
+    providers: Sequence[Provider] | None,
+    options: onnxruntime.SessionOptions,
+) -> onnxruntime.InferenceSession:
+    asked = list(providers) if providers is not None else [CPU]
     check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
     if options.log_severity_level == _UNSET:
         # Else a warning for every side input, and every error twice.
         options.log_severity_level = _ERRORS if logger.isEnabledFor(logging.DEBUG) else _FATAL
     options.add_session_config_entry(_RECORD, "1")
     try:
-        elsewhere = _weights_elsewhere(options)
-        source = (
-            read_bytes(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
-            if elsewhere
-            else os.fspath(graph)
-        )
-        with _unlogged(names):
-            session = onnxruntime.InferenceSession(
-                source, options, providers=asked, enable_fallback=0
-            )
+        with _unlogged([name if isinstance(name, str) else name[0] for name in asked]):
+            return onnxruntime.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
+
+
+def _check_started(session: onnxruntime.InferenceSession, names: Sequence[str]) -> None:
     started = session.get_providers()
     if missing := [name for name in names if name not in started]:
         told = f"{missing[0]} is installed but does not start here: no device, driver or library"
         if CPU not in names:
             raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", told, started[0])
-    return session
 
 
 @contextlib.contextmanager
@@ -194,20 +211,11 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
         *_misfits("side input", _side_inputs(manifest), overridable),
         *_unknown("side input", _side_inputs(manifest), overridable),
     ]
-    if not problems and manifest.graph_digest not in (None, file_digest(bundle / GRAPH_NAME)):
-        problems.append("its digest has changed since the export")
     if problems:
         raise BundleError(
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
             f" {listed(problems, _LISTED)}. Export again."
         )
-
-
-def _weights_elsewhere(options: onnxruntime.SessionOptions) -> bool:
-    try:
-        return bool(options.get_session_config_entry(WEIGHTS_AT))
-    except RuntimeError:  # its way to say that there is no such entry
-        return False
 
 
 def _side_inputs(manifest: Manifest) -> list[TensorSpec]:

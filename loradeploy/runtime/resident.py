@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -141,3 +141,18 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
 def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
     """The identity of a blend: its members' and their weights."""
     return "blend:" + "+".join(f"{weight!r}*{resident.digest}" for resident, weight in members)
+
+
+class Once:
+    """A reader of an adapter that has read it already: the first call gives that, others read."""
+
+    def __init__(self, read: Callable[[], tuple[Arrays, str, tuple[str, ...] | None]]) -> None:
+        self._read = read
+        self._found: list[tuple[Arrays, str, tuple[str, ...] | None]] = [read()]
+
+    def __call__(self) -> tuple[Arrays, str, tuple[str, ...] | None]:
+        """The side inputs, the digest and the labels."""
+        try:
+            return self._found.pop()
+        except IndexError:
+            return self._read()

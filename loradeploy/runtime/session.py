@@ -17,12 +17,13 @@ from loradeploy.adapter.digest import file_digest, short, tensors_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.base import BundleBase
-from loradeploy.bundle.certificate import check_certificate, parity_command
+from loradeploy.bundle.certificate import parity_command
 from loradeploy.bundle.factors import check_side_inputs, fitted, side_inputs
 from loradeploy.bundle.labels import with_all_labels
-from loradeploy.bundle.manifest import Manifest, read_manifest
+from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
 from loradeploy.bundle.native import read_onnx_adapter
+from loradeploy.bundle.requirement import CertificateMinimum
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -41,8 +42,9 @@ from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.resident import AdapterSpec
-from loradeploy.runtime.texts import TextSides
+from loradeploy.runtime.opening import open_bundle
+from loradeploy.runtime.resident import AdapterSpec, Once
+from loradeploy.runtime.texts import TextSides, files_for_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +69,8 @@ class AdapterSession:
     that were not used the longest go, and are read again when they are used. None is no limit.
     `require_certificate`: open the bundle only where `loradeploy parity` passed on it, and its
     files are those that were checked (all are read for it); an adapter that was not among those
-    checked is refused when it is read.
+    checked is refused when it is read. A `CertificateMinimum` asks for more: how much was checked,
+    and who signed it.
 
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
@@ -90,17 +93,22 @@ class AdapterSession:
         session_options: onnxruntime.SessionOptions | None = None,
         host_budget: int | None = None,
         device_budget: int | None = None,
-        require_certificate: bool = False,
+        require_certificate: bool | CertificateMinimum = False,
     ) -> None:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
-        self.manifest: Manifest = read_manifest(bundle)
-        self._certified: frozenset[str] | None = None  # digests; None where any will do
-        if require_certificate:
-            self._certified = check_certificate(self.path, self.manifest).certified
-        self._session = open_graph(self.path, providers, session_options)
-        check_graph(self.path, self.manifest, self._session)
-        self._base = BundleBase(self.path, self.manifest)
+
+        def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
+            session = open_graph(place, providers, session_options, manifest)
+            check_graph(place, manifest, session)
+            return session
+
+        self._opened = open_bundle(self.path, opened, require_certificate)
+        self._place = self._opened.place
+        self.manifest: Manifest = self._opened.manifest
+        self._certified = self._opened.certified
+        self._session = self._opened.graph
+        self._base = BundleBase(self._place, self.manifest, self._opened.check_data)
         self._device = device_of(self._session)
         device, device_id = self._device
         self._bank = AdapterBank(
@@ -113,14 +121,15 @@ class AdapterSession:
         )
         for name, entry in self.manifest.adapters.items():
             self._bank.register(name, partial(self._read_own, name), digest=entry.digest)
-        self.texts = TextSides(self.path, self.manifest)
+        self.texts = TextSides(self._place, self.manifest, self._opened.check)
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
         # Its first dimension is the batch.
         self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
         self._outputs = tuple(spec.name for spec in self.manifest.outputs)
-        file = self.path / "config.json"
+        file = self._place / "config.json"
         config = read_json(file, error=BundleError) if file.is_file() else {}
         self.limits = Limits.of(self.manifest, config, file)
+        self._opened.check()
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
     @property
@@ -165,20 +174,27 @@ class AdapterSession:
             UsageError: another adapter has this name.
         """
         _check_name(name)
-        read = (
-            partial(self._read_own, name) if path is None else partial(self._read_given, Path(path))
-        )
-        new = replace or name not in self._bank
-        digest = self._bank.add(name, read, replace=replace).digest
         given = None if path is None else Path(path)
-        if new:
-            self.texts.put(name, given)
-        elif not self.texts.is_told_by(name, given):
-            raise UsageError(
-                f"the adapter {name!r} is loaded with another tokenizer, chat template or settings"
-                " of generation: unload it first, or replace it (replace=True)"
+        read = partial(self._read_own, name) if given is None else partial(self._read_given, given)
+        files = None if given is None else files_for_texts(given)
+        once = Once(read)  # before others are kept waiting
+        if files is not None and (changed := files.changed(strict=True)) is not None:
+            raise AdapterError(
+                f"{files.directory / changed} was written to while the adapter was read: try again"
             )
-        return digest
+        with self.texts.writing(name):
+            if replace or name not in self._bank or not self.texts.knows(name):
+                with self.texts.changing(name):
+                    digest = self._bank.add(name, once, replace=replace).digest
+                    self.texts.put(name, given, files)
+                return digest
+            digest = self._bank.add(name, once).digest
+            if not self.texts.is_told_by(name, given):
+                raise UsageError(
+                    f"the adapter {name!r} is loaded with another tokenizer, chat template or"
+                    " settings of generation: unload it first, or replace it (replace=True)"
+                )
+            return digest
 
     @while_open
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
@@ -194,8 +210,9 @@ class AdapterSession:
             raise AdapterError(
                 f"{place} does not exist: give a PEFT directory or an adapter's file"
             )
-        self._bank.register(name, partial(self._read_given, place), replace=replace)
-        self.texts.put(name, place)
+        with self.texts.writing(name), self.texts.changing(name):
+            self._bank.register(name, partial(self._read_given, place), replace=replace)
+            self.texts.put(name, place)
 
     @while_open
     def pin(self, name: str) -> None:
@@ -229,9 +246,9 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run with adapters.
         """
         _check_name(name)
+        count = self.texts.count(name)
         self._bank.remove(name)
-        if name not in self._bank:  # nobody has loaded another one meanwhile
-            self.texts.remove(name)
+        self.texts.remove(name, count)  # unless somebody has loaded another one meanwhile
 
     def run(
         self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
@@ -328,7 +345,7 @@ class AdapterSession:
             raise UnknownAdapterError(
                 f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
             )
-        place = inside(self.path, entry.path)
+        place = inside(self._place, entry.path)
         if entry.native_digest is None:
             arrays, digest, labels = self._read(place)
         else:
@@ -383,7 +400,7 @@ class AdapterSession:
         """What the base has where adapters replace whole parameters."""
         if not self.manifest.saved:
             return {}
-        file = self.path / DEFAULTS_NAME
+        file = self._place / DEFAULTS_NAME
         defaults, _ = read_arrays(file, error=BundleError)
         replaced = {saved.input for saved in self.manifest.saved}
         if unknown := sorted(defaults.keys() - replaced):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.beside import check_digests, tells_of_texts, text_directory, vocabulary_of
+from loradeploy.bundle.beside import (
+    TEXT_NAMES,
+    check_digests,
+    tells_of_texts,
+    text_directory,
+    vocabulary_of,
+)
 from loradeploy.bundle.names import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.sentence import (
+    MODULES_NAME,
     SentenceRecipe,
     default_recipe,
     read_recipe,
@@ -20,6 +28,7 @@ from loradeploy.bundle.sentence import (
 from loradeploy.bundle.settings import GenerationSettings
 from loradeploy.bundle.tokenizer import CONFIG_NAME, TOKENIZER_NAME, Tokenizer
 from loradeploy.errors import (
+    AdapterError,
     BundleError,
     LoraDeployError,
     UnknownAdapterError,
@@ -29,6 +38,7 @@ from loradeploy.errors import (
 from loradeploy.files import inside, read_json
 from loradeploy.printable import logger_of
 from loradeploy.runtime.resident import AdapterSpec, weights_of
+from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -65,21 +75,91 @@ class TextSide:
 class TextSides:
     """The text sides of a session's adapters by name, each read when it is first used.
 
-    Safe from several threads.
+    `check`: raises where the bundle's files, or those below a folder of it, have changed since it
+    was opened.
+
+    Safe from several threads. Factors and texts are kept apart (the bank has the former), so a name
+    has a count of its changes: who takes the side of a name, and then its factors, and finds the
+    same even count before and after, has both of one adapter. A change is counted when it begins
+    and when it has ended, and nobody who waits for the end of one holds anything.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        check: Callable[[str | None], None] = lambda folder: None,
+    ) -> None:
         self._bundle = bundle
         self._manifest = manifest
+        self._check = check
         self._lock = threading.Lock()
+        self._moved = threading.Condition(self._lock)
+        self._counts: dict[str, int] = {}
+        self._writers: dict[str, threading.Lock] = {}
+        self._files: dict[str, Snapshot] = {}  # of what was loaded from elsewhere
         self._places: dict[str, Path] = dict.fromkeys(manifest.adapters, _OWN)
         self._sides: dict[str, TextSide] = {}
 
-    def put(self, name: str, place: Path | None) -> None:
-        """Let `name` stand for the adapter loaded from `place`; None is the bundle's own."""
+    def put(self, name: str, place: Path | None, files: Snapshot | None = None) -> None:
+        """Let `name` stand for the adapter loaded from `place`; None is the bundle's own.
+
+        `files`: its files for texts when its weights were read.
+        """
         with self._lock:
             self._places[name] = _OWN if place is None else place
             self._sides.pop(name, None)
+            self._files.pop(name, None)
+            if files is not None:
+                self._files[name] = files
+
+    def knows(self, name: str) -> bool:
+        """Whether the name stands for anything."""
+        with self._lock:
+            return name in self._places
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Be the only one who changes what `name` stands for; readers are not kept waiting."""
+        with self._lock:
+            writer = self._writers.setdefault(name, threading.Lock())
+        with writer:
+            yield
+
+    @contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Change the factors and the side of `name`, as one for those who read both."""
+        self._count(name)
+        try:
+            yield
+        finally:
+            self._count(name)
+
+    def _count(self, name: str) -> None:
+        with self._moved:
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._moved.notify_all()
+
+    def counts(self, spec: AdapterSpec | None) -> tuple[int, ...]:
+        """How often what the names of `spec` stand for has changed; changes begun are waited for.
+
+        To be called by no thread that holds adapters which the change may wait for.
+        """
+        names = [] if spec is None else [name for name, _ in weights_of(spec)]
+        with self._moved:
+            self._moved.wait_for(lambda: all(self._counts.get(n, 0) % 2 == 0 for n in names))
+            return tuple(self._counts.get(name, 0) for name in names)
+
+    def count(self, name: str) -> int:
+        """As `counts`, of one name, and at once."""
+        with self._lock:
+            return self._counts.get(name, 0)
+
+    def have_moved(self, spec: AdapterSpec | None, counts: tuple[int, ...]) -> bool:
+        """Whether what the names of `spec` stand for changed, or is changing, since `counts`."""
+        names = [] if spec is None else [name for name, _ in weights_of(spec)]
+        with self._lock:
+            return tuple(self._counts.get(name, 0) for name in names) != counts
 
     def is_told_by(self, name: str, place: Path | None) -> bool:
         """Whether what lies at `place` makes the texts of `name` as they are made now."""
@@ -95,11 +175,16 @@ class TextSides:
             and now.recipe.same(then.recipe)
         )
 
-    def remove(self, name: str) -> None:
-        """Forget `name`."""
-        with self._lock:
+    def remove(self, name: str, count: int) -> None:
+        """Forget `name`, unless it has changed since its `count`: it stands for another by then."""
+        with self._moved:
+            if self._counts.get(name, 0) != count:
+                return
             self._places.pop(name, None)
             self._sides.pop(name, None)
+            self._files.pop(name, None)
+            self._counts[name] = count + 2
+            self._moved.notify_all()
 
     @cached_property
     def base(self) -> TextSide:
@@ -119,6 +204,7 @@ class TextSides:
                 " trained with, and export again"
             )
         tokenizer.pad_within(vocabulary)
+        self._check(None)
         return _side(tokenizer, recipe)
 
     def _vocabulary(self) -> int:
@@ -145,19 +231,33 @@ class TextSides:
         with self._lock:
             place = self._places.get(name)
             there = self._sides.get(name)
+            files = self._files.get(name)
         if there is not None:
             return there
         if place is None:
-            known = listed_names(sorted(self._places))
+            with self._lock:
+                known = listed_names(sorted(self._places))
             raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
         try:
             side = self._read(name, place)
+            if place is _OWN:
+                self._check_own(name)
+            elif files is not None and (changed := files.changed()) is not None:
+                raise AdapterError(
+                    f"{files.directory / changed} has changed since its weights were read: load it"
+                    " again with replace=True"
+                )
         except LoraDeployError as problem:
             raise type(problem)(f"the adapter {name!r}: {problem}") from None
         with self._lock:
             if self._places.get(name) is place:
                 self._sides[name] = side
         return side
+
+    def _check_own(self, name: str) -> None:
+        entry = self._manifest.adapters[name]
+        if entry.text is not None and entry.path is not None:
+            self._check(entry.path)
 
     def _read(self, name: str, place: Path) -> TextSide:
         base = self.base
@@ -184,6 +284,16 @@ class TextSides:
                 *(name, listed_names(tokenizer.settings.ignored)),
             )
         return _side(tokenizer, recipe)
+
+
+def files_for_texts(place: Path) -> Snapshot:
+    """The state of the files for texts of an adapter whose weights are loaded from `place`."""
+    directory = text_directory(place)
+    names = {*TEXT_NAMES, MODULES_NAME}
+    if directory.is_dir():
+        inner = directory.glob("*/config.json")  # of a pooling
+        names.update(file.relative_to(directory).as_posix() for file in inner)
+    return Snapshot.of(directory, names)
 
 
 def _side(tokenizer: Tokenizer, recipe: SentenceRecipe) -> TextSide:

@@ -16,7 +16,7 @@ import numpy as np
 
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
-from loradeploy.adapter.tensors import map_tensors, read_arrays, write_arrays
+from loradeploy.adapter.tensors import read_arrays, read_tensors, write_arrays
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError, shortened
 from loradeploy.files import copy_file
@@ -98,7 +98,7 @@ def _may_be_written(
     PEFT writes trained biases, and the embeddings that come with an adapter, over the base's own.
     Names differ by what PEFT wraps and transformers renamed: ending and shape do not.
     """
-    tensors = map_tensors(weights, error=AdapterError)[0]
+    tensors = read_tensors(weights, error=AdapterError)[0]
     shapes = {(name.rpartition(".")[2], tensor.shape) for name, tensor in tensors.items()}
     return {
         name: parameter.detach().clone()

@@ -1,0 +1,116 @@
+"""Opening a bundle as one: what is read first and what is read last are of the same files.
+
+A directory may be replaced, or a file in it written to, while it is read. So its state is noted
+before the first file is read and compared after the last; where it moved, all is read again. A path
+that is a link is followed once. What a session reads later is compared with that state too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.bundle.certificate import check_certificate, counts
+from loradeploy.bundle.manifest import Manifest, read_manifest
+from loradeploy.bundle.names import (
+    ADAPTERS_DIRECTORY,
+    CERTIFICATE_NAME,
+    GRAPH_DATA_NAME,
+    GRAPH_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+)
+from loradeploy.bundle.requirement import CertificateMinimum
+from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_ATTEMPTS: Final = 3
+# What is read when a session opens, and never again.
+_AT_ONCE: Final = (GRAPH_NAME, MANIFEST_NAME, CERTIFICATE_NAME, SIGNATURE_NAME)
+_ADAPTERS: Final = f"{ADAPTERS_DIRECTORY}/"
+
+
+@dataclass(frozen=True)
+class OpenedBundle:
+    """A bundle, opened.
+
+    `place`: its directory, no link. `certified`: digests of the adapters that may run; None where
+    any may.
+    """
+
+    place: Path
+    manifest: Manifest
+    certified: frozenset[str] | None
+    graph: onnxruntime.InferenceSession
+    snapshot: Snapshot
+
+    def check(self, folder: str | None = None) -> None:
+        """Raise BundleError where what is read later is not what was there at the opening.
+
+        `folder`: that part of it, such as adapters/NAME; else all but the adapters.
+        """
+
+        def wanted(name: str) -> bool:
+            if folder is not None:
+                return name.startswith((f"{folder}/", f"{folder}."))
+            apart = name in (*_AT_ONCE, GRAPH_DATA_NAME) or name.startswith(_ADAPTERS)
+            return not apart and counts(name, self.manifest)
+
+        self._check(wanted)
+
+    def check_data(self) -> None:
+        """As `check`, of the data file, which the base's weights are read from."""
+        self._check(lambda name: name == GRAPH_DATA_NAME)
+
+    def _check(self, wanted: Callable[[str], bool]) -> None:
+        changed = self.snapshot.changed(wanted, strict=self.certified is not None)
+        if changed is not None:
+            raise BundleError(
+                f"{self.place / changed} has changed since the session was opened: open a new"
+                " session (a bundle is rolled out as a new directory, see docs/bundles.md)"
+            )
+
+
+def open_bundle(
+    bundle: Path,
+    open_graph: Callable[[Path, Manifest], onnxruntime.InferenceSession],
+    required: bool | CertificateMinimum,
+) -> OpenedBundle:
+    """Open the bundle at `bundle` as one, its graph by `open_graph`.
+
+    Raises:
+        BundleError: as `read_manifest`, `check_certificate` and `open_graph`; or it was written to
+            at each of several attempts.
+        UsageError: as `open_graph`.
+    """
+    name: str | None = None
+    for _ in range(_ATTEMPTS):
+        place = Path(os.path.realpath(bundle))
+        snapshot = Snapshot.take(place)
+        try:
+            manifest = read_manifest(place)
+            certified = None
+            if required:
+                minimum = required if isinstance(required, CertificateMinimum) else None
+                certified = check_certificate(place, manifest, minimum).certified
+            graph = open_graph(place, manifest)
+        except LoraDeployError:
+            name = snapshot.changed(strict=True)
+            if name is None:
+                raise
+            continue
+        known = manifest
+        name = snapshot.changed(lambda file: counts(file, known), strict=True)  # noqa: B023
+        if name is None:
+            return OpenedBundle(place, manifest, certified, graph, snapshot)
+        del graph
+    raise BundleError(
+        f"{bundle} is being written to ({name}): roll a bundle out as a new directory, and switch a"
+        " link to it"
+    )

@@ -1,0 +1,167 @@
+"""The bytes of a bundle's graph and weights, which no writer can change under a session.
+
+onnxruntime maps a graph's data file. A file that is written in place (cp, rsync --inplace) changes
+what a mapped session computes, and one that is shortened ends the process (SIGBUS). So the files
+are read into memory, checked, and given to onnxruntime from there; it copies what it needs. That
+takes memory for the file once more while the bundle is opened, and no sharing of its pages between
+processes. `MAPPED` is for those who have neither, and write no file in place.
+
+Options that a user gives are not changed: with them onnxruntime maps a private copy of the files in
+the system's directory for temporary files, and so it does before onnxruntime 1.24, which takes no
+files from memory. The copy has no name any more once the session is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import onnxruntime
+
+from loradeploy.bundle.fingerprint import file_fingerprint, fingerprint
+from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
+from loradeploy.disk import scratch_directory
+from loradeploy.errors import BundleError
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+# A session's option: "1" lets onnxruntime map the data file where it is.
+MAPPED: Final = "loradeploy.map_weights"
+# Where a graph's weights are, if not beside it; onnxruntime heeds it for graphs in memory alone.
+WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
+_FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
+_BLOCK: Final = 1 << 26
+# A graph may name no data file but the bundle's: where there is none, it has no bytes.
+_NOTHING: Final = b"\0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What onnxruntime is to open: a path, or a graph in memory, and with which options."""
+
+    graph: str | bytes
+    options: onnxruntime.SessionOptions
+
+
+@contextmanager
+def graph_source(
+    bundle: Path, options: onnxruntime.SessionOptions | None, manifest: Manifest | None
+) -> Iterator[Source]:
+    """The graph of `bundle` and its weights, to be opened within the context.
+
+    `manifest`: what the files must be of.
+
+    Raises:
+        BundleError: they cannot be read, or are not those that the manifest tells of.
+        OutputError: there is no room for a private copy.
+    """
+    given = options
+    if options is None:
+        options = onnxruntime.SessionOptions()
+    if entry(options, WEIGHTS_AT):  # the graph is another's, in a part of its file
+        yield Source(_graph(bundle, manifest), options)
+    elif entry(options, MAPPED) == "1" or sys.platform == "win32":  # nobody writes to it there
+        _check_file(bundle, manifest)
+        yield Source(os.fspath(bundle / GRAPH_NAME), options)
+    elif given is None and hasattr(options, _FROM_MEMORY):
+        with _in_memory(bundle / GRAPH_DATA_NAME) as content:
+            with memoryview(content) as view:
+                found = fingerprint(view) if content is not _NOTHING else None
+            _check(bundle, manifest, found)
+            getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
+            yield Source(_graph(bundle, manifest), options)
+    else:
+        with scratch_directory("loradeploy-session-") as copy:
+            for name in (GRAPH_NAME, GRAPH_DATA_NAME):
+                if (bundle / name).is_file():
+                    shutil.copyfile(bundle / name, copy / name)
+            _check_file(copy, manifest, told=bundle)
+            yield Source(os.fspath(copy / GRAPH_NAME), options)
+
+
+def entry(options: onnxruntime.SessionOptions, name: str) -> str:
+    """The entry `name` of a session's options; "" where there is none."""
+    try:
+        return str(options.get_session_config_entry(name))
+    except RuntimeError:  # its way to say that there is no such entry
+        return ""
+
+
+def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
+    """The bytes of the graph, which are those that the manifest tells of."""
+    try:
+        content = (bundle / GRAPH_NAME).read_bytes()
+    except OSError as problem:
+        raise BundleError(f"{bundle / GRAPH_NAME} cannot be read: {problem.strerror}") from None
+    told = None if manifest is None else manifest.graph_digest
+    if told not in (None, f"sha256:{hashlib.sha256(content).hexdigest()}"):
+        raise BundleError(
+            f"{bundle / GRAPH_NAME} does not fit the bundle's manifest: its digest has changed"
+            " since the export. Export again."
+        )
+    return content
+
+
+@contextmanager
+def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
+    """The bytes of `file`, in memory that goes back to the system with the context's end."""
+    try:
+        size = file.stat().st_size if file.is_file() else 0
+        if not size:
+            yield _NOTHING
+            return
+        content = mmap.mmap(-1, size)
+    except (OSError, ValueError, OverflowError):
+        raise BundleError(f"{file} cannot be read into memory: there is no room for it") from None
+    try:
+        _read(file, content, size)
+        yield content
+    finally:
+        with contextlib.suppress(BufferError):  # an error's traceback still looks at it
+            content.close()
+
+
+def _read(file: Path, content: mmap.mmap, size: int) -> None:
+    try:
+        with open(file, "rb", buffering=0) as opened, memoryview(content) as view:
+            start = 0
+            while start < size:
+                with view[start : start + _BLOCK] as part:
+                    count = opened.readinto(part)
+                if not count:
+                    raise BundleError(f"{file} was shortened while it was read: try again")
+                start += count
+    except OSError as problem:
+        raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
+
+
+def _check_file(place: Path, manifest: Manifest | None, told: Path | None = None) -> None:
+    """As `_check`, of files that onnxruntime opens itself."""
+    file = place / GRAPH_DATA_NAME
+    try:
+        found = file_fingerprint(file) if manifest is not None and file.is_file() else None
+    except OSError as problem:
+        raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
+    _check(told or place, manifest, found)
+    _graph(place, manifest)
+
+
+def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
+    """Raise BundleError unless the data file's fingerprint is the one that the manifest has."""
+    if manifest is None or manifest.data_fingerprint in (None, found):
+        return
+    how = "is not the one" if found else "is missing: there is one"
+    raise BundleError(
+        f"{bundle / GRAPH_DATA_NAME} {how} that {MANIFEST_NAME} tells of (its fingerprint has"
+        " changed): copy the bundle whole, or export again"
+    )
