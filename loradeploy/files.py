@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final, NoReturn
 from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
 from loradeploy.parsing import parse_json
 from loradeploy.printable import as_json
+from loradeploy.writing import _exchange as _exchange
 from loradeploy.writing import (
     atomic_directory,
     atomic_file,
