@@ -12,6 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.fingerprint import file_fingerprint
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
@@ -74,7 +75,8 @@ def change_embedding(bundle: Path, token: int) -> None:
     with (bundle / DATA).open("r+b") as file:
         file.seek(int(place["offset"]) + token * width * 4)
         file.write(np.linspace(-1, 1, width, dtype=np.float32).tobytes())
-    _mend(bundle, data_digest=file_digest(bundle / DATA))
+    data = bundle / DATA
+    _mend(bundle, data_digest=file_digest(data), data_fingerprint=file_fingerprint(data))
 
 
 def _reads(graph: onnx.GraphProto, name: str) -> str:

@@ -71,9 +71,10 @@ def test_it_refuses_an_adapter_of_the_bundle_that_was_replaced(
 ) -> None:
     shutil.rmtree(bundle / "adapters/one")
     shutil.copytree(make_adapter(tiny_llama, seed=7), bundle / "adapters/one")
-    session = AdapterSession(bundle, require_certificate=True)
+    with pytest.raises(BundleError, match=r"adapters/one.* since it was checked"):
+        AdapterSession(bundle, require_certificate=True)
     with pytest.raises(BundleError, match="its digest has changed"):
-        logits(session, IDS, "one")
+        logits(AdapterSession(bundle), IDS, "one")
 
 
 def test_it_tells_to_load_the_peft_directory_of_a_native_file(

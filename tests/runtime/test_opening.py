@@ -1,0 +1,173 @@
+"""An opened bundle is one bundle, whatever happens to its files while it opens and afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from loradeploy.errors import BundleError
+from loradeploy.runtime import session as opening
+from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.texts import TextSides
+from tests.runtime.feeds import logits, random_ids
+
+IDS = random_ids(2, 6)
+DATA = "model.onnx.data"
+
+
+@pytest.fixture
+def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with an adapter `one`, to be written to."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
+
+
+def spoil(bundle: Path) -> None:
+    """Other weights, written in place."""
+    with open(bundle / DATA, "r+b") as file:
+        content = np.frombuffer(file.read(), np.uint8)
+        file.seek(0)
+        file.write((content ^ 1).tobytes())
+
+
+@pytest.mark.parametrize("own_options", [False, True], ids=["no options", "options of a user"])
+def test_a_data_file_that_is_written_in_place_changes_nothing_in_a_live_session(
+    bundle: Path, own_options: bool
+) -> None:
+    options = onnxruntime.SessionOptions() if own_options else None
+    session = AdapterSession(bundle, session_options=options)
+    expected = logits(session, IDS, None)
+    spoil(bundle)
+    assert np.array_equal(logits(session, IDS, None), expected)
+    os.truncate(bundle / DATA, 0)  # a mapped one would end the process
+    assert np.array_equal(logits(session, IDS, None), expected)
+
+
+def test_options_of_a_user_serve_several_sessions(bundle: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    one, other = (AdapterSession(bundle, session_options=options) for _ in range(2))
+    assert np.array_equal(logits(one, IDS, None), logits(other, IDS, None))
+
+
+def test_weights_of_another_export_are_refused(bundle: Path) -> None:
+    spoil(bundle)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is not the one that loradeploy\.js"):
+        AdapterSession(bundle)
+
+
+def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times: int) -> None:
+    """Let `act` happen when a graph is about to be opened, the first `times`."""
+    right = opening.open_graph
+    done: list[int] = []
+
+    def open_graph(*arguments: Any) -> Any:
+        if len(done) < times:
+            done.append(1)
+            act()
+        return right(*arguments)
+
+    monkeypatch.setattr(opening, "open_graph", open_graph)
+
+
+def test_a_bundle_that_is_replaced_while_it_opens_is_opened_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = logits(AdapterSession(bundle), IDS, None)
+    new = shutil.copytree(bundle, tmp_path / "new")
+
+    def replace() -> None:
+        bundle.rename(tmp_path / "old")
+        new.rename(bundle)
+
+    at_opening(monkeypatch, replace, 1)
+    session = AdapterSession(bundle)
+    assert np.array_equal(logits(session, IDS, None), expected)
+    assert TextGenerator(session).generate(["News"], max_new_tokens=2)
+
+
+def test_a_bundle_that_is_always_written_to_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_opening(monkeypatch, lambda: os.utime(bundle / "config.json"), 99)
+    with pytest.raises(BundleError, match=r"is being written to \(config\.json\).*new directory"):
+        AdapterSession(bundle)
+
+
+def test_a_tokenizer_that_changed_after_the_opening_is_refused(bundle: Path) -> None:
+    session = AdapterSession(bundle)
+    (bundle / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes() + b"\n")
+    with pytest.raises(BundleError, match=r"tokenizer\.json has changed since the session was op"):
+        TextGenerator(session)
+
+
+def test_notes_beside_a_bundle_are_nobodys_business(bundle: Path) -> None:
+    session = AdapterSession(bundle, require_certificate=True)
+    (bundle / "notes.txt").write_text("mine")
+    TextGenerator(session)
+    AdapterSession(bundle, require_certificate=True)
+
+
+def test_a_bundle_is_rolled_out_by_a_link_while_others_run(bundle: Path, tmp_path: Path) -> None:
+    """As docs/bundles.md says: a new directory, a link switched, the old one kept while in use."""
+    second = shutil.copytree(bundle, tmp_path / "v2")
+    served = tmp_path / "served"
+    served.symlink_to(bundle)
+    expected = logits(AdapterSession(served), IDS, "one")
+    stop, wrong = threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                wrong.extend(
+                    []
+                    if np.array_equal(logits(AdapterSession(served), IDS, "one"), expected)
+                    else ["other numbers"]
+                )
+            except Exception as problem:
+                wrong.append(repr(problem))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for turn in range(20):
+        link = tmp_path / f"link-{turn}"
+        link.symlink_to(second if turn % 2 else bundle)
+        os.replace(link, served)
+        stop.wait(0.02)
+    stop.set()
+    thread.join()
+    assert wrong == []
+
+
+def test_a_row_has_texts_and_factors_of_one_adapter(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is replaced after its texts were read, and before its factors are held."""
+    session = AdapterSession(bundle)
+    other = shutil.copytree(bundle / "adapters/one", tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(bundle / name, other / name)
+    (other / "chat_template.jinja").write_text("Other: {{ messages[0].content }}")
+    generator = TextGenerator(session)
+    session.load("x", bundle / "adapters/one")
+    right, calls = TextSides.of, []
+
+    def of(self: TextSides, spec: Any) -> Any:
+        side = right(self, spec)
+        if spec == "x" and not calls:
+            calls.append(1)
+            session.load("x", other, replace=True)
+        return side
+
+    monkeypatch.setattr(TextSides, "of", of)
+    (found,) = generator.generate(["Hello"], "x", chat=True, max_new_tokens=1)
+    monkeypatch.undo()
+    assert found == generator.generate(["Hello"], "x", chat=True, max_new_tokens=1)[0]
+    assert found.prompt_tokens != generator.generate(["Hello"], max_new_tokens=1)[0].prompt_tokens
