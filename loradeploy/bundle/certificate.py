@@ -26,7 +26,7 @@ from loradeploy.bundle.names import (
     SIGNATURE_NAME,
 )
 from loradeploy.bundle.requirement import CertificateMinimum, Coverage
-from loradeploy.errors import BundleError, first_line, shown
+from loradeploy.errors import BundleError, first_line, shortened, shown
 from loradeploy.files import inside
 from loradeploy.parsing import parse_json
 
@@ -172,9 +172,9 @@ def fault(
     for name in (*first, *sorted({*told, *found} - {*first})):
         if found.get(name) != told.get(name):
             if name not in told:
-                return f"{shown(name)} is not among the files that were checked"
+                return f"{shortened(name)} is not among the files that were checked"
             how = "has changed" if name in found else "is gone"
-            return f"{shown(name)} {how} since it was checked"
+            return f"{shortened(name)} {how} since it was checked"
     for name, digest in (
         (GRAPH_NAME, manifest.graph_digest),
         (GRAPH_DATA_NAME, manifest.data_digest),

@@ -160,8 +160,9 @@ def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
     """Raise BundleError unless the data file's fingerprint is the one that the manifest has."""
     if manifest is None or manifest.data_fingerprint in (None, found):
         return
-    how = "is not the one" if found else "is missing: there is one"
+    if found is None:
+        raise BundleError(f"{bundle} holds no {GRAPH_DATA_NAME}: copy it whole, or export again")
     raise BundleError(
-        f"{bundle / GRAPH_DATA_NAME} {how} that {MANIFEST_NAME} tells of (its fingerprint has"
-        " changed): copy the bundle whole, or export again"
+        f"{bundle / GRAPH_DATA_NAME} is not the one that {MANIFEST_NAME} tells of (its fingerprint"
+        " has changed): copy the bundle whole, or export again"
     )
