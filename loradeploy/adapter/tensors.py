@@ -119,6 +119,7 @@ def read_tensors(
     from safetensors import SafetensorError, deserialize
 
     file = Path(path)
+    check_file(file, error=error)
     try:
         content = read_still(file, file.read_bytes)
         # It checks the whole file, but for the shapes that numpy cannot hold.
