@@ -27,7 +27,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.bundle.requirement import CertificateMinimum, Coverage
 from loradeploy.errors import BundleError, first_line, shortened, shown
-from loradeploy.files import inside
+from loradeploy.files import MAX_JSON_BYTES, inside, read_bytes
 from loradeploy.parsing import parse_json
 
 FORMAT: Final = "loradeploy-parity"
@@ -39,7 +39,6 @@ _READ: Final = (
     *("config.json", "modules.json", "preprocessor_config.json"),
     *TEXT_NAMES,
 )
-_LARGEST: Final = 64 << 20  # bytes of a certificate
 # The backends that run the bundle: PyTorch agreeing with itself proves nothing about it.
 RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
     "merged": ("onnx-merged",),
@@ -171,10 +170,7 @@ def fault(
     first = (GRAPH_NAME, GRAPH_DATA_NAME, MANIFEST_NAME)
     for name in (*first, *sorted({*told, *found} - {*first})):
         if found.get(name) != told.get(name):
-            if name not in told:
-                return f"{shortened(name)} is not among the files that were checked"
-            how = "has changed" if name in found else "is gone"
-            return f"{shortened(name)} {how} since it was checked"
+            return f"{shortened(name)} has changed since it was checked"
     for name, digest in (
         (GRAPH_NAME, manifest.graph_digest),
         (GRAPH_DATA_NAME, manifest.data_digest),
@@ -226,12 +222,7 @@ def _content(bundle: Path) -> bytes:
         raise BundleError(
             f"{bundle} has no certificate ({CERTIFICATE_NAME}): run {parity_command(bundle)}"
         )
-    try:
-        if file.stat().st_size > _LARGEST:
-            raise BundleError(f"{file} has more than the {_LARGEST:,} bytes that are read")
-        return file.read_bytes()
-    except OSError as problem:
-        raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
+    return read_bytes(file, error=BundleError, limit=MAX_JSON_BYTES)
 
 
 def _read(bundle: Path, content: bytes) -> Certificate:
@@ -240,7 +231,9 @@ def _read(bundle: Path, content: bytes) -> Certificate:
         values = parse_json(content)
     except ValueError as problem:
         raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
-    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+    if not isinstance(values, Mapping):
+        raise BundleError(f"{file} holds a JSON {type(values).__name__}, an object is needed")
+    if values.get("format") != FORMAT:
         raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
