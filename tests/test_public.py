@@ -27,6 +27,7 @@ PUBLIC = [
     "ModelError",
     "OutputError",
     "ParityReport",
+    "RunError",
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",

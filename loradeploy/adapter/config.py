@@ -100,16 +100,8 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from loradeploy.adapter.compiled import pattern_problem
-
-        try:
-            problems = _problems(self)
-        except OverflowError:  # a repetition in a pattern, which is named below
-            problems = []
-        for problem in problems:
+        for problem in _problems(self):
             raise AdapterError(f"adapter config: {problem}")
-        if (told := pattern_problem(self)) is not None:
-            raise AdapterError(f"adapter config: {told}")
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any]) -> AdapterConfig:

@@ -123,15 +123,16 @@ def read_tensors(
     try:
         content = read_still(file, file.read_bytes)
         # It checks the whole file, but for the shapes that numpy cannot hold.
-        parts = deserialize(content)  # type: ignore[no-untyped-call]
+        parts = dict(deserialize(content))  # type: ignore[no-untyped-call]
         start = int.from_bytes(content[:8], "little") + 8
         header: dict[str, Any] = parse_json(content[8:start])
         del content
         metadata = header.pop("__metadata__", None) or {}
         tensors = {}
-        for name, part in parts:
-            entry = {**header[name], "data_offsets": [0, len(part["data"])]}
-            tensors[name] = _stored(name, entry, np.frombuffer(part["data"], np.uint8))
+        for name, described in header.items():  # in the file's order; the library has none
+            data = parts[name]["data"]
+            entry = {**described, "data_offsets": [0, len(data)]}
+            tensors[name] = _stored(name, entry, np.frombuffer(data, np.uint8))
     except FileNotFoundError:
         raise error(f"{file} does not exist") from None
     except (OSError, SafetensorError, ValueError) as problem:
