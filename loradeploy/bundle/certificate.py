@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.digest import file_digest, short
 from loradeploy.bundle.beside import TEXT_NAMES
-from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
@@ -191,8 +191,13 @@ def fault(
     return _unchecked(certificate, manifest)
 
 
-def digests(bundle: Path, names: Iterable[str]) -> dict[str, str]:
-    """The digests of those of the files `names` of `bundle` that there are."""
+def digests(bundle: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """The digests of those of the files `names` of `bundle` that there are.
+
+    By default those of all that a certificate covers.
+    """
+    if names is None:
+        names = covered(bundle, read_manifest(bundle))
     return {name: file_digest(bundle / name) for name in names if (bundle / name).is_file()}
 
 
