@@ -113,14 +113,20 @@ class Stacks:
         that another thread begins to use after they were noted has not asked for its slot yet.
         """
         stack = self._stack
-        if stack is None or not self._fits_into(stack, members, busy):
-            stack = self._stack = self._larger(stack, members)
+        if not self._fits_into(stack, members, busy):
+            stack = self._larger(stack, members)
+            self._stack = stack
+        assert stack is not None
         for member in members:
             slot = stack.slots.pop(member.digest, None)
             stack.slots[member.digest] = self._place(stack, member, busy) if slot is None else slot
         return stack.device, {member: stack.slots[member.digest] for member in members}
 
-    def _fits_into(self, stack: Stack, members: Sequence[Resident], busy: Collection[str]) -> bool:
+    def _fits_into(
+        self, stack: Stack | None, members: Sequence[Resident], busy: Collection[str]
+    ) -> bool:
+        if stack is None:
+            return False
         new = [member for member in members if member.digest not in stack.slots]
         if not new:
             return True
