@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from jinja2 import TemplateError
 
-from loradeploy.errors import DataError, listed_names, shown
+from loradeploy.bundle.chat import ChatTemplate
+from loradeploy.errors import BundleError, DataError, UsageError, listed_names, shown
 from loradeploy.train.data import (
     Conversation,
     LabelledText,
@@ -249,6 +251,7 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
             f"{example.where}: messages, but the model's tokenizer has no chat template:"
             " give prompt and completion instead"
         )
+    _check_template(example, tokenizer)
     if _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
         return _marked_chat(example, tokenizer)
     ids = _render(example, tokenizer, len(example.messages))
@@ -268,6 +271,24 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
             turn = turn[: len(turn) - turn[::-1].index(tokenizer.eos_token_id)]
         labels[len(before) : len(before) + len(turn)] = turn
     return ids, labels
+
+
+def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render the conversation within limits: transformers, which has none, may never come back."""
+    try:
+        source = str(tokenizer.get_chat_template())
+    except ValueError:  # several, and none for this: transformers says what it has
+        return
+    names = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    try:
+        _template(source, names).render(example.messages, add_generation_prompt=False)
+    except (UsageError, BundleError) as problem:
+        raise DataError(f"{example.where}: {problem}") from None
+
+
+@lru_cache(maxsize=4)
+def _template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    return ChatTemplate(source, dict(special_tokens))
 
 
 def _marked_chat(

@@ -85,6 +85,8 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed(
             "line 1: the chat template refuses the messages: no system",
         ),
         ("{{ messages[-1]['content'] }}", "line 1: the chat template changes earlier turns"),
+        ("{% for _ in range(10**9) %}{% endfor %}", "line 1: .*: Range too big"),
+        ("{{ 'a' * 10**10 }}", "line 1: the chat template does too much"),
     ],
 )
 def test_a_template_that_does_not_serve_is_told(
