@@ -105,10 +105,10 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
     "run": (
         (AdapterSession, TextGenerator.generate, TextEmbedder.__call__),
-        {"prompt", "file", "adapter", "provider"},
+        {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
-    "convert": ((), {"adapter", "bundle", "rank", "model", "output"}),
+    "convert": ((), {"adapter", "bundle", "rank", "model", "output", "trust_remote_code"}),
     "inspect": ((), {"path"}),
     "doctor": ((examine,), set()),
 }
