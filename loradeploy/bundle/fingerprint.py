@@ -11,6 +11,9 @@ import hashlib
 import os
 from typing import Final
 
+from loradeploy.errors import BundleError
+from loradeploy.files import open_file
+
 _STEP: Final = 1 << 16
 _PIECE: Final = 1 << 9
 _WHOLE: Final = 1 << 22  # bytes up to which all of a file is read
@@ -34,11 +37,11 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
     """The fingerprint of the file `path`; the pieces alone are read.
 
     Raises:
-        OSError: it cannot be read.
+        BundleError: it cannot be read.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(f"{size}:".encode())
-    with open(path, "rb") as file:
+    with open_file(path, error=BundleError) as file:
         if size <= _WHOLE:
             digest.update(file.read())
         else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import CERTIFICATE_NAME, SIGNATURE_NAME
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.files import atomic_file
+from loradeploy.files import atomic_file, read_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -28,7 +28,7 @@ _LARGEST: Final = 1 << 16  # bytes of a key's file, or a signature's
 
 def sign(bundle: Path, key: Ed25519PrivateKey) -> None:
     """Sign the certificate of `bundle` as it is."""
-    signature = base64.b64encode(key.sign((bundle / CERTIFICATE_NAME).read_bytes()))
+    signature = base64.b64encode(key.sign(read_bytes(bundle / CERTIFICATE_NAME, error=BundleError)))
     with atomic_file(bundle / SIGNATURE_NAME) as temporary:
         temporary.write_bytes(signature + b"\n")
 
@@ -96,11 +96,11 @@ def _loaded(file: str | os.PathLike[str], load: Any) -> object:
 
 def _content(file: Path, error: type[BundleError] | type[UsageError]) -> bytes:
     try:
-        if file.is_file() and file.stat().st_size <= _LARGEST:
-            return file.read_bytes()
-    except (OSError, ValueError):
-        pass
-    raise error(f"{file} cannot be read as a key or a signature: give a small PEM file")
+        return read_bytes(file, error=error, limit=_LARGEST)
+    except error:
+        raise error(
+            f"{file} cannot be read as a key or a signature: give a small PEM file"
+        ) from None
 
 
 def _no_key(file: str | os.PathLike[str], kind: str) -> str:

@@ -31,6 +31,7 @@ from loradeploy.bundle.fingerprint import file_fingerprint, fingerprint
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
+from loradeploy.files import MAX_GRAPH_BYTES, open_file, read_bytes
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -99,10 +100,7 @@ def entry(options: onnxruntime.SessionOptions, name: str) -> str:
 
 def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
     """The bytes of the graph, which are those that the manifest tells of."""
-    try:
-        content = (bundle / GRAPH_NAME).read_bytes()
-    except OSError as problem:
-        raise BundleError(f"{bundle / GRAPH_NAME} cannot be read: {problem.strerror}") from None
+    content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
     told = None if manifest is None else manifest.graph_digest
     if told not in (None, f"sha256:{hashlib.sha256(content).hexdigest()}"):
         raise BundleError(
@@ -133,11 +131,11 @@ def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
 
 def _read(file: Path, content: mmap.mmap, size: int) -> None:
     try:
-        with open(file, "rb", buffering=0) as opened, memoryview(content) as view:
+        with open_file(file, error=BundleError) as opened, memoryview(content) as view:
             start = 0
             while start < size:
                 with view[start : start + _BLOCK] as part:
-                    count = opened.readinto(part)
+                    count = opened.readinto(part)  # type: ignore[attr-defined]
                 if not count:
                     raise BundleError(f"{file} was shortened while it was read: try again")
                 start += count
@@ -148,10 +146,7 @@ def _read(file: Path, content: mmap.mmap, size: int) -> None:
 def _check_file(place: Path, manifest: Manifest | None, told: Path | None = None) -> None:
     """As `_check`, of files that onnxruntime opens itself."""
     file = place / GRAPH_DATA_NAME
-    try:
-        found = file_fingerprint(file) if manifest is not None and file.is_file() else None
-    except OSError as problem:
-        raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
+    found = file_fingerprint(file) if manifest is not None and file.is_file() else None
     _check(told or place, manifest, found)
     _graph(place, manifest)
 
