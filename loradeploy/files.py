@@ -40,6 +40,7 @@ __all__ = [
     "check_replaceable",
     "copy_file",
     "inside",
+    "json_object",
     "open_file",
     "plain",
     "read_bytes",
@@ -114,13 +115,14 @@ def copy_file(
     target: str | os.PathLike[str],
     *,
     error: type[LoraDeployError],
+    limit: int = MAX_WEIGHTS_BYTES,
 ) -> None:
-    """Copy the bytes of the file `source` to `target`.
+    """Copy the bytes of the file `source`, at most `limit`, to `target`.
 
     Raises:
         error: as `check_file`. OSError: it cannot be written.
     """
-    check_file(source, error=error)
+    check_file(source, error=error, limit=limit)
     shutil.copyfile(source, target)
 
 
@@ -245,9 +247,21 @@ def read_json(
     Raises:
         error: the file is missing, too large, no JSON as `parse_json` reads it, or not an object.
     """
+    content = read_bytes(path, error=error, limit=limit)
+    return json_object(content, path, error=error, finite=finite)
+
+
+def json_object(
+    content: bytes,
+    path: str | os.PathLike[str],
+    *,
+    error: type[LoraDeployError],
+    finite: bool = True,
+) -> dict[str, Any]:
+    """The JSON object in `content`, which was read of the file `path`: see `read_json`."""
     file = Path(path)
     try:
-        value = parse_json(read_bytes(file, error=error, limit=limit), finite=finite)
+        value = parse_json(content, finite=finite)
     except ValueError as problem:
         raise error(f"{file} is not readable as JSON: {first_line(problem)}") from None
     if not isinstance(value, dict):

@@ -63,6 +63,11 @@ def file_digest(path: str | Path) -> str:
     return _PREFIX + digest.hexdigest()
 
 
+def bytes_digest(content: bytes) -> str:
+    """Digest of bytes, as `file_digest` of a file that holds them."""
+    return _PREFIX + hashlib.sha256(content).hexdigest()
+
+
 def short(digest: str | None) -> str:
     """The first characters of a digest, for messages."""
     return "unknown" if digest is None else digest.removeprefix(_PREFIX)[:12]

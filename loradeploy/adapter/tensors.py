@@ -93,16 +93,14 @@ def map_tensors(
             metadata = dict(opened.metadata() or {})
         mapped = np.memmap(file, dtype=np.uint8, mode="r")
     except (OSError, SafetensorError, ValueError) as problem:
-        if _is_pointer(file):
-            raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
-        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
+        raise error(_unreadable(file, problem)) from None
     start = int(mapped[:8].view(_HEADER_LENGTH)[0]) + 8
     try:
         header: dict[str, Any] = parse_json(bytes(mapped[8:start]))
         header.pop("__metadata__", None)
         tensors = {name: _stored(name, entry, mapped[start:]) for name, entry in header.items()}
     except ValueError as problem:
-        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
+        raise error(_unreadable(file, problem)) from None
     return tensors, metadata
 
 
@@ -136,9 +134,7 @@ def read_tensors(
     except FileNotFoundError:
         raise error(f"{file} does not exist") from None
     except (OSError, SafetensorError, ValueError) as problem:
-        if _is_pointer(file):
-            raise error(f"{file} is a pointer of Git LFS, not the file: run git lfs pull") from None
-        raise error(f"{file} is no valid safetensors file: {first_line(problem)}") from None
+        raise error(_unreadable(file, problem)) from None
     return tensors, dict(metadata)
 
 
@@ -153,6 +149,13 @@ def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> Sto
     if len(shape) > _MAX_RANK or math.prod(size or 1 for size in shape) > _MAX_SIZE:
         raise ValueError(f"{shortened(name)} has the shape {shown(list(shape))}")
     return StoredTensor(dtype, shape, data[begin:end])
+
+
+def _unreadable(file: Path, problem: Exception) -> str:
+    """What a message says of a file that is read in vain."""
+    if _is_pointer(file):
+        return f"{file} is a pointer of Git LFS, not the file: run git lfs pull"
+    return f"{file} is no valid safetensors file: {first_line(problem)}"
 
 
 def _is_pointer(file: Path) -> bool:

@@ -26,9 +26,8 @@ from loradeploy.bundle.names import (
     SIGNATURE_NAME,
 )
 from loradeploy.bundle.requirement import CertificateMinimum, Coverage
-from loradeploy.errors import BundleError, first_line, shortened, shown
-from loradeploy.files import MAX_JSON_BYTES, inside, read_bytes
-from loradeploy.parsing import parse_json
+from loradeploy.errors import BundleError, shortened, shown
+from loradeploy.files import MAX_JSON_BYTES, inside, json_object, read_bytes
 
 FORMAT: Final = "loradeploy-parity"
 SCHEMA_VERSION: Final = 2
@@ -232,12 +231,7 @@ def _content(bundle: Path) -> bytes:
 
 def _read(bundle: Path, content: bytes) -> Certificate:
     file = bundle / CERTIFICATE_NAME
-    try:
-        values = parse_json(content)
-    except ValueError as problem:
-        raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
-    if not isinstance(values, Mapping):
-        raise BundleError(f"{file} holds a JSON {type(values).__name__}, an object is needed")
+    values = json_object(content, file, error=BundleError)
     if values.get("format") != FORMAT:
         raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
     version = values.get("schema_version")

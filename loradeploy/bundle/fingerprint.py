@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Final
 
 from loradeploy.errors import BundleError
@@ -22,15 +23,7 @@ _PREFIX: Final = "sampled-sha256:"
 
 def fingerprint(content: memoryview) -> str:
     """The fingerprint of the bytes `content`."""
-    size = len(content)
-    digest = hashlib.sha256(f"{size}:".encode())
-    if size <= _WHOLE:
-        digest.update(content)
-    else:
-        for start in range(0, size, _STEP):
-            digest.update(content[start : start + _PIECE])
-        digest.update(content[-_PIECE:])
-    return _PREFIX + digest.hexdigest()
+    return _sampled(len(content), lambda start, stop: content[start:stop])
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
@@ -39,13 +32,21 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
     Raises:
         BundleError: it cannot be read.
     """
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(f"{size}:".encode())
     with open_file(path, error=BundleError) as file:
-        if size <= _WHOLE:
-            digest.update(file.read())
-        else:
-            for start in (*range(0, size, _STEP), size - _PIECE):
-                file.seek(start)
-                digest.update(file.read(_PIECE))
+
+        def piece(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return _sampled(os.fstat(file.fileno()).st_size, piece)
+
+
+def _sampled(size: int, piece: Callable[[int, int], bytes | memoryview]) -> str:
+    """The fingerprint of `size` bytes, of which `piece` gives those from a start to a stop."""
+    digest = hashlib.sha256(f"{size}:".encode())
+    if size <= _WHOLE:
+        digest.update(piece(0, size))
+    else:
+        for start in (*range(0, size, _STEP), size - _PIECE):
+            digest.update(piece(start, min(start + _PIECE, size)))
     return _PREFIX + digest.hexdigest()

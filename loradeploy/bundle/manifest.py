@@ -168,7 +168,7 @@ class AdapterEntry:
 class MergeLoss:
     """What rounding left of a merged update: the share that is `kept`, and `noise` besides.
 
-    Both are relative to the size of the update; 1 and 0 are no loss (see export/loss.py).
+    Both are relative to the size of the update; 1 and 0 are no loss (see export/merge_error.py).
     """
 
     kept: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from loradeploy.bundle.factors import branch_choice, side_inputs
 from loradeploy.bundle.names import ADAPTER_MODE, NATIVE_SUFFIX
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError
-from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, check_file
+from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, copy_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,11 +84,10 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
     if not place.exists():
         raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
     try:
-        check_file(place, error=AdapterError, limit=MAX_GRAPH_BYTES)
         # onnxruntime maps the file that it is given: who shortens that one ends the process.
         with scratch_directory("loradeploy-adapter-") as scratch:
             copy = scratch / f"adapter{NATIVE_SUFFIX}"
-            shutil.copyfile(place, copy)
+            copy_file(place, copy, error=AdapterError, limit=MAX_GRAPH_BYTES)
             content = onnxruntime.AdapterFormat.read_adapter(os.fspath(copy))
             parameters = content.get_parameters()
             arrays = {name: value.numpy().copy() for name, value in parameters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,9 @@ def encoded_batches(
     rows = [_encoded(session, text, name, encode) for text, name in zip(given, names, strict=True)]
     pad_id = session.texts.base.tokenizer.pad_id
     alike = session.manifest.padding == NO_PADDING
-    while rows:
-        part = rows[: next(_parts([row.ids for row in rows], batch_size, alike=alike)).stop]
+    waiting = deque(_parts(rows, batch_size, alike=alike))
+    while waiting:
+        part = waiting.popleft()
         ids, mask = pad([row.ids for row in part], pad_id, left=False)
         made: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids,
@@ -84,9 +86,7 @@ def encoded_batches(
                 yield held, [(row.adapter, row.side) for row in part], feeds, mask
         if moved:
             part = [_encoded(session, row.text, row.adapter, encode) for row in part]
-            rows = [*part, *rows[len(part) :]]
-        else:
-            rows = rows[len(part) :]
+            waiting.extendleft(reversed(list(_parts(part, batch_size, alike=alike))))
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def _encoded(
     return _Row(text, adapter, counts, side, encode(text, side))
 
 
-def _parts(encoded: Sequence[Sequence[int]], size: int, *, alike: bool) -> Iterator[slice]:
+def _parts(rows: Sequence[_Row], size: int, *, alike: bool) -> Iterator[Sequence[_Row]]:
     """Batches of at most `size` rows in their order, those of one length where they are `alike`."""
     start = 0
-    for stop in range(1, len(encoded) + 1):
-        ends = stop == len(encoded) or stop - start == size
-        if ends or (alike and len(encoded[stop]) != len(encoded[start])):
-            yield slice(start, stop)
+    for stop in range(1, len(rows) + 1):
+        ends = stop == len(rows) or stop - start == size
+        if ends or (alike and len(rows[stop].ids) != len(rows[start].ids)):
+            yield rows[start:stop]
             start = stop

@@ -14,10 +14,8 @@ files from memory. The copy has no name any more once the session is open.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +25,12 @@ from typing import TYPE_CHECKING, Final
 
 import onnxruntime
 
+from loradeploy.adapter.digest import bytes_digest
 from loradeploy.bundle.fingerprint import file_fingerprint, fingerprint
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
-from loradeploy.files import MAX_GRAPH_BYTES, open_file, read_bytes
+from loradeploy.files import MAX_GRAPH_BYTES, copy_file, open_file, read_bytes
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -85,7 +84,7 @@ def graph_source(
         with scratch_directory("loradeploy-session-") as copy:
             for name in (GRAPH_NAME, GRAPH_DATA_NAME):
                 if (bundle / name).is_file():
-                    shutil.copyfile(bundle / name, copy / name)
+                    copy_file(bundle / name, copy / name, error=BundleError)
             _check_file(copy, manifest, told=bundle)
             yield Source(os.fspath(copy / GRAPH_NAME), options)
 
@@ -102,7 +101,7 @@ def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
     """The bytes of the graph, which are those that the manifest tells of."""
     content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
     told = None if manifest is None else manifest.graph_digest
-    if told not in (None, f"sha256:{hashlib.sha256(content).hexdigest()}"):
+    if told not in (None, bytes_digest(content)):
         raise BundleError(
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest: its digest has changed"
             " since the export. Export again."

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
 import secrets
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.digest import bytes_digest, file_digest
 from loradeploy.adapter.peft import WEIGHTS_NAME
 from loradeploy.errors import UsageError, listed
 from loradeploy.files import read_json, write_json
@@ -194,7 +193,7 @@ def _step(path: Path) -> int:
 def _identity(record: Mapping[str, Any]) -> str:
     """The digest of what decides a run's result."""
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return bytes_digest(text.encode())
 
 
 def _files(directory: Path) -> list[str]:

@@ -69,7 +69,7 @@ _AXIS_AND_TYPE: Final = {"axis": CARRIED, "stash_type": CARRIED}
 
 OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
     {
-        # -- products (products.py, merge.py, quantise.py, fuse.py, heads.py) ------------------
+        # -- products (products.py, merge.py, quantize.py, fuse.py, heads.py) ------------------
         ("", "MatMul"): _MATMUL,
         # scaled and turned ones are made plain first (plain.py)
         ("", "Gemm"): Operator(

@@ -7,7 +7,7 @@ Per target module M, y = x W becomes
 with `M.lora_A` [adapters, in, rank], `M.lora_B` [adapters, rank, out] and `adapter_ids` [batch] or
 [1]. All are initializers that are also inputs: left out, their defaults hold, which have rank 0, so
 that the graph computes the base model. Embeddings (embeddings.py) and the outputs that DoRA and
-trained biases change (outputs.py) take more; heads are replaced instead of added to (heads.py).
+trained biases change (output_scale.py) take more; heads are replaced, not added to (heads.py).
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def padding_of(model: ir.Model) -> str:
     """The side on which the rows of a batch are padded, where the graph cannot be tried on it.
 
     GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k). A decoder
-    that is not told its positions may count them from the beginning of its cache: see rows.py.
+    that is not told its positions may count them from the beginning of its cache: see
+    trial/padding.py.
     """
     if any(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph):
         return RIGHT

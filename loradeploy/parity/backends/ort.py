@@ -63,7 +63,7 @@ class OnnxModel:
         cache: Any,
         subjects: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
-        """See `walk.Model`."""
+        """See `phases.Model`."""
         wanted, count = [*self._outputs, *self._presents], len(self._outputs)
         if not self._past and self._manifest.task == CAUSAL_LM:
             return self._without_cache(ids, mask, cache, subjects)

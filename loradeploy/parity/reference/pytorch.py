@@ -73,7 +73,7 @@ class TorchModel:
     def forward(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
     ) -> tuple[NDArray[Any], Any]:
-        """See `walk.Model`; the cache is transformers' own."""
+        """See `phases.Model`; the cache is transformers' own."""
         import torch
 
         if self._task != CAUSAL_LM:
