@@ -20,6 +20,7 @@ from loradeploy.errors import BundleError, LoraDeployError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.texts import TextSides
 from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter, once
 from tests.runtime.test_run_command import run
@@ -170,6 +171,38 @@ def test_an_adapter_loaded_later_brings_its_own_too(
     assert (vectors[1:] == vectors[0]).all()
     session.load("later", sentence_adapters["plain"], replace=True)
     assert (embed(TEXTS[1], "later") == embed(TEXTS[1], "plain")).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_texts_whose_adapter_is_replaced_meanwhile_are_encoded_again_in_their_order(
+    batch_size: int,
+    sentence_bundle: Path,
+    sentence_adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = AdapterSession(sentence_bundle)
+    embed = TextEmbedder(session)
+    session.load("x", sentence_adapters["plain"])
+    texts = [*TEXTS, *TEXTS]
+    names = ["x", None, "x", "x", "plain", "x"]
+    right, calls = TextSides.of, []
+
+    def of(self: TextSides, spec: Any) -> Any:
+        side = right(self, spec)
+        calls.extend(["x"] * (spec == "x"))
+        if len(calls) == 2:  # after its texts were read, before its factors are held
+            calls.append("replaced")
+            session.load("x", sentence_adapters["other"], replace=True)
+        return side
+
+    monkeypatch.setattr(TextSides, "of", of)
+    vectors = embed(texts, names, batch_size=batch_size)
+    monkeypatch.undo()
+    assert "replaced" in calls
+    now = ["other" if name == "x" else name for name in names]
+    alone = [embed(text, name)[0] for text, name in zip(texts, now, strict=True)]
+    assert np.abs(vectors - np.stack(alone)).max() <= tolerance("rows")
+    assert np.abs(alone[0] - embed(texts[0], "plain")[0]).max() > 1e-2
 
 
 def test_a_longest_text_beyond_the_models_positions_is_cut_at_these(
