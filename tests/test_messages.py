@@ -217,7 +217,7 @@ MISFITS: dict[str, Callable[[], Adapter]] = {
     "convolutions": lambda: of_kind("conv2d", 3, 3),
     "whole modules": lambda: with_saved("weight", 3, 3, modules_to_save=["_head"]),
     "biases": lambda: with_saved("bias", 3, bias="all"),
-    "initialised": lambda: adapter_of(config={"init_lora_weights": "olora"}),
+    "initialized": lambda: adapter_of(config={"init_lora_weights": "olora"}),
 }
 BASE = BaseIdentity("somebody/base", "sha256:" + "a" * 64, "checkpoint")
 

@@ -374,8 +374,8 @@ def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     for axis, result in zip(axes[:, 0], results, strict=True):
         names = list(result["milliseconds"])
         values = [result["milliseconds"][name] for name in names]
-        colours = ["#c44e52" if name in SIDES or "genai" in name else "#4c72b0" for name in names]
-        bars = axis.barh(names, values, color=colours)
+        colors = ["#c44e52" if name in SIDES or "genai" in name else "#4c72b0" for name in names]
+        bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
         axis.invert_yaxis()
         axis.set_title(f"{result['plan']}, batch {result['batch']}: ms", loc="left", fontsize=9)

@@ -3,7 +3,7 @@
     python -m tools.bench_train [--rounds 9] [--output build/bench]
 
 Both train the same adapter (rank 16, all linear layers, the same first values) on the same batches
-of BBC News in the same order, to write a story's headline; a call is one optimiser step. PEFT's
+of BBC News in the same order, to write a story's headline; a call is one optimizer step. PEFT's
 side is what its users write: the Trainer's defaults, a padding collator, the model's own loss.
 Writes train.json and train.md. How it is timed is in `tools/alternate.py`.
 """
@@ -66,7 +66,7 @@ def loradeploy(record: str, **given: Any) -> Side:
 
 
 def floor(record: str, **given: Any) -> Side:
-    """The frozen model alone: forward, and the gradient of its input; no adapter, no optimiser."""
+    """The frozen model alone: forward, and the gradient of its input; no adapter, no optimizer."""
     import torch
 
     trainer, injection = _ours(**given)

@@ -60,7 +60,7 @@ def _convert_gguf(file: Path, place: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
     )
-    # What is saved are plain float32 weights: nothing must say that they are quantised.
+    # What is saved are plain float32 weights: nothing must say that they are quantized.
     model.config._name_or_path = NAME
     del model.config.quantization_config
     model.hf_quantizer = None

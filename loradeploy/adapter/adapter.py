@@ -121,7 +121,7 @@ class Adapter:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the factors only mean something on a base that an initialisation changed."""
+        """Whether the factors only mean something on a base that an initialization changed."""
         return self.config.changes_base and bool(self.factors)
 
     def check_plain(self) -> None:

@@ -1,6 +1,6 @@
 """The configuration of an adapter, as PEFT writes it in `adapter_config.json`.
 
-A field belongs to exactly one of four rows: honoured (an attribute of `AdapterConfig`), neutral
+A field belongs to exactly one of four rows: honored (an attribute of `AdapterConfig`), neutral
 (kept as read: it cannot change the numbers of a finished adapter), refused unless it is off (it
 changes the numbers and is not supported), or unknown (refused unless it is off).
 """
@@ -53,10 +53,10 @@ _REFUSED: Final = {
     "use_qalora": "merge it with PEFT and export the merged model",
 }
 
-# Initialisations that leave the base weights as they are.
+# Initializations that leave the base weights as they are.
 _BASE_KEEPING_INITS: Final = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Initialisations that subtract from the base weights what can be computed from them again. The
+# Initializations that subtract from the base weights what can be computed from them again. The
 # others (CorDA, LoftQ, LoRA-GA) cannot be undone without what they were computed from.
 _BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
 
@@ -139,19 +139,19 @@ class AdapterConfig:
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"
                 )
             extra[name] = value
-        honoured: dict[str, Any] = {
+        honored: dict[str, Any] = {
             name: _ordered(value) if name in _UNORDERED and _is_list(value) else value
             for name, value in values.items()
             if name in known and value is not None
         }
         for name in ("layers_to_transform", "layers_pattern"):
-            if _is_list(honoured.get(name)):
-                honoured[name] = tuple(honoured[name])
-        if "r" in honoured:
-            honoured["r"] = _whole(honoured["r"])
-        if isinstance(ranks := honoured.get("rank_pattern"), Mapping):
-            honoured["rank_pattern"] = {key: _whole(rank) for key, rank in ranks.items()}
-        return cls(**honoured, extra=extra)
+            if _is_list(honored.get(name)):
+                honored[name] = tuple(honored[name])
+        if "r" in honored:
+            honored["r"] = _whole(honored["r"])
+        if isinstance(ranks := honored.get("rank_pattern"), Mapping):
+            honored["rank_pattern"] = {key: _whole(rank) for key, rank in ranks.items()}
+        return cls(**honored, extra=extra)
 
     def to_peft(self) -> dict[str, Any]:
         """The object to write in `adapter_config.json`, with the same bytes for the same config."""
@@ -168,7 +168,7 @@ class AdapterConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialisation changed the base weights that the factors belong to."""
+        """Whether the initialization changed the base weights that the factors belong to."""
         init = self.init_lora_weights
         return isinstance(init, str) and _BASE_CHANGING_INIT.fullmatch(init) is not None
 
@@ -311,7 +311,7 @@ def _problems(config: AdapterConfig) -> list[str]:
     check(
         "init_lora_weights",
         config.changes_base or config.init_lora_weights in _BASE_KEEPING_INITS,
-        "PiSSA, OLoRA or an initialisation that keeps the base weights (others: convert with "
+        "PiSSA, OLoRA or an initialization that keeps the base weights (others: convert with "
         "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…))",
     )
     return found or _pattern_problems(config)

@@ -47,7 +47,7 @@ def reduce_rank(
 
     Raises:
         UsageError: not one of `rank` ≥ 1 and 0 < `energy` ≤ 1.
-        AdapterError: a convolution of several groups, or a base that an initialisation changed.
+        AdapterError: a convolution of several groups, or a base that an initialization changed.
     """
     if (rank is None) == (energy is None):
         raise UsageError("give a rank or an energy to reduce the adapter to, one of the two")

@@ -254,7 +254,7 @@ def _coverage(
         phases=frozenset(_text(result, "phase") for result in ran) - {""},
         providers=(frozenset(_text(v, "provider") for v in variants) - {""})
         or frozenset(providers if ran else ()),
-        optimisation=frozenset(_text(v, "optimisation") for v in variants) - {""},
+        optimization=frozenset(_text(v, "optimization") for v in variants) - {""},
         prompts=int(sum(rows)),
         prompt_tokens=int(_number(inputs, "prompt_tokens") or 0),
         generated=int(_number(inputs, "generated") or 0),

@@ -132,7 +132,7 @@ def check_fit(adapter: Adapter, manifest: Manifest, noun: str = _BUNDLE) -> None
     `noun` is what the message calls it, where it is no bundle yet. The first misfits are in the
     one message, with the count of the others.
 
-    AdapterError: the factors are for a base that an initialisation changed.
+    AdapterError: the factors are for a base that an initialization changed.
     """
     if manifest.mode == "merged":
         raise AdapterMismatchError(

@@ -16,14 +16,14 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.bundle.manifest import Manifest
 
 # The parameter of a head whose first dimension is the number of labels, at the end of its name.
-LABELLED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
+LABELED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
 # e^-10000 is 0 in every float, and the number itself fits into float16.
 _IMPOSSIBLE: Final = -1e4
 
 
 def label_parameters(adapter: Adapter) -> tuple[str, ...]:
     """The weights of the adapter's heads by label."""
-    return tuple(name for name in sorted(adapter.saved) if LABELLED.fullmatch(name))
+    return tuple(name for name in sorted(adapter.saved) if LABELED.fullmatch(name))
 
 
 def with_all_labels(adapter: Adapter, manifest: Manifest) -> Adapter:

@@ -17,13 +17,13 @@ _PROVIDER: Final = "ExecutionProvider"
 class Coverage:
     """How much a check that passed has run of the bundle.
 
-    `phases`, `providers`, `optimisation`: what ran, by name. `prompts`: rows of its inputs (those
+    `phases`, `providers`, `optimization`: what ran, by name. `prompts`: rows of its inputs (those
     made up included), `prompt_tokens` of all together, `generated`: tokens decoded for each.
     """
 
     phases: frozenset[str] = frozenset()
     providers: frozenset[str] = frozenset()
-    optimisation: frozenset[str] = frozenset()
+    optimization: frozenset[str] = frozenset()
     prompts: int = 0
     prompt_tokens: int = 0
     generated: int = 0

@@ -55,7 +55,9 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
 )
 @form_options
 @click.option(
-    "--requantise",
+    "--requantize",
+    "--requantise",  # as it was spelled before
+    "requantize",
     is_flag=True,
     help="Merge into int8 or int4 weights and pack them again; the loss is told.",
 )
@@ -83,7 +85,7 @@ def command(
     layout: str | None,
     branches: bool | None,
     required_inputs: bool | None,
-    requantise: bool,
+    requantize: bool,
     checkpoint: str | None,
     module_map: str | None,
     fixed: str | None,
@@ -114,7 +116,7 @@ def command(
             layout=layout,
             branches=branches,
             required_inputs=required_inputs,
-            requantise=requantise,
+            requantize=requantize,
             checkpoint=checkpoint,
             module_map=module_map,
             fixed=None if fixed is None else parse_sizes(fixed),

@@ -119,7 +119,7 @@ _WHOLE: Final = 160  # columns of the table
     help="onnxruntime's execution provider, such as cuda; repeat to run on each.  [default: cpu]",
 )
 @click.option(
-    "--optimisation",
+    "--optimization",
     multiple=True,
     metavar="LEVEL",
     help="Of graphs by onnxruntime: disable, basic, extended or all; repeat to run at each."
@@ -152,7 +152,7 @@ _WHOLE: Final = 160  # columns of the table
     help="How many of them to draw.",
 )
 @click.option(
-    "--localise/--no-localise",
+    "--localize/--no-localize",
     default=None,
     help="Find the first module that diverges: always, or never; without, where something failed.",
 )
@@ -179,13 +179,13 @@ def command(
     baseline: str | None,
     fuzz: int,
     providers: tuple[str, ...],
-    optimisation: tuple[str, ...],
+    optimization: tuple[str, ...],
     genai_python: str | None,
     controls: bool,
     shrink: bool,
     evaluate: tuple[str, ...],
     examples: int,
-    localise: bool | None,
+    localize: bool | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> int:
@@ -229,7 +229,7 @@ def command(
             seed=seed,
             fuzz=fuzz,
             providers=providers or None,
-            optimisation=optimisation or None,
+            optimization=optimization or None,
             genai_python=genai_python,
             controls=controls,
             others=others,
@@ -237,7 +237,7 @@ def command(
             shrink=shrink,
             evaluate=evaluate or None,
             examples=examples,
-            localise=localise,
+            localize=localize,
             trust_remote_code=trust_remote_code,
         )
     return _tell(found, as_json=as_json)

@@ -27,7 +27,7 @@ def export(
     layout: str | None = None,
     branches: bool | None = None,
     required_inputs: bool | None = None,
-    requantise: bool = False,
+    requantize: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     module_map: str | os.PathLike[str] | None = None,
     fixed: Mapping[str, int] | None = None,
@@ -58,7 +58,7 @@ def export(
             fp16 in memory anew.
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
-        requantise: merge into weights that are packed to 8 or 4 bits already, and pack them again;
+        requantize: merge into weights that are packed to 8 or 4 bits already, and pack them again;
             the manifest's merge_loss tells what of the adapter is lost.
         checkpoint: the directory that an ONNX model was exported from: its weights tell which
             modules the graph's products are, whatever they are called, and name the base.
@@ -112,8 +112,8 @@ def export(
         "attention": attention,
     }
     check_form(asked)
-    if requantise and not merge:
-        raise UsageError("--requantise is for --merge: side inputs leave packed weights alone")
+    if requantize and not merge:
+        raise UsageError("--requantize is for --merge: side inputs leave packed weights alone")
     places = named_places(adapters)
     beside = (place for place in (checkpoint, module_map) if place is not None)
     check_keeps_inputs(target, [model, *places.values(), *beside])
@@ -142,7 +142,7 @@ def export(
         adapters=read,
         **asked,
         task=task,
-        requantise=requantise,
+        requantize=requantize,
         evidence=Evidence(given, module_map),
         places=places,
     )

@@ -96,7 +96,7 @@ class Options:
     layout: str | None = None
     branches: bool | None = None
     required_inputs: bool | None = None
-    requantise: bool = False
+    requantize: bool = False
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
     attention: str | None = None

@@ -22,7 +22,7 @@ from loradeploy.bundle.graph_form import (
     default_layout,
     is_packed,
 )
-from loradeploy.bundle.labels import LABELLED, with_all_labels
+from loradeploy.bundle.labels import LABELED, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
@@ -80,8 +80,8 @@ from loradeploy.export.passes.bf16 import store_as_bfloat16
 from loradeploy.export.passes.branches import add_branches, branches_problem
 from loradeploy.export.passes.fuse import fuse_products
 from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
-from loradeploy.export.passes.layout import has_rows, lay_in_rows
-from loradeploy.export.passes.quantize import quantise, rounded
+from loradeploy.export.passes.layout import has_rows, use_row_layout
+from loradeploy.export.passes.quantize import quantize, rounded
 from loradeploy.export.passes.side_inputs import (
     Arrays,
     SideInputs,
@@ -149,8 +149,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None and base.before is not None:
-        labelled = (saved for saved in base.before.saved if LABELLED.fullmatch(saved.parameter))
-        count = max([count, *(saved.shape[0] for saved in labelled)])
+        labeled = (saved for saved in base.before.saved if LABELED.fullmatch(saved.parameter))
+        count = max([count, *(saved.shape[0] for saved in labeled)])
     own = settings_beside(source.directory, options.evidence.checkpoint)
     config = with_labels(own, count, label_names(options.adapters))
     if config and base.pad is not None:
@@ -242,7 +242,7 @@ def _with_side_inputs(
     arrays = {name: side_inputs(adapter, manifest, held) for name, adapter in adapters.items()}
     manifest = _packed(base, manifest)
     if (layout := options.layout or _layout(base)) == ROWS:
-        lay_in_rows(graph)
+        use_row_layout(graph)
     # Branches cost no memory where weights are packed: those are shared between them.
     packed = is_packed(base.precision) and branches_problem(graph) is None
     if branches := packed if options.branches is None else options.branches:
@@ -289,7 +289,7 @@ def _merged(
         adapter,
         weights=base.weights,
         rounding=_rounding(base),
-        requantise=options.requantise,
+        requantize=options.requantize,
     )
     warn_of(report.loss, base.precision)
     for module in report.untied:
@@ -299,7 +299,7 @@ def _merged(
         _manifest(base, "merged"),
         merged_adapter=AdapterEntry(digests[name]),
         merge_loss=report.loss,
-        requantized=base.packed and options.requantise and base.precision in PACKED_BITS,
+        requantized=base.packed and options.requantize and base.precision in PACKED_BITS,
     )
     return _packed(base, manifest)
 
@@ -397,4 +397,4 @@ def _packed(base: Base, manifest: Manifest) -> Manifest:
     if bits is None or base.packed:
         return manifest
     logger.info("packing the weights to %s", base.precision)
-    return quantise(base.graph, manifest, bits)
+    return quantize(base.graph, manifest, bits)

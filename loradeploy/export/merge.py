@@ -55,7 +55,7 @@ def merge_adapter(
     *,
     weights: Mapping[str, NDArray[Any]] | None = None,
     rounding: Mapping[str, Round] = MappingProxyType({}),
-    requantise: bool = False,
+    requantize: bool = False,
 ) -> MergeReport:
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
 
@@ -66,25 +66,25 @@ def merge_adapter(
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
     first: the other user keeps its own. `rounding` tells, for the loss, what the weights of a kind
-    of layer become afterwards: linear, embedding, conv2d. With `requantise` weights that are packed
+    of layer become afterwards: linear, embedding, conv2d. With `requantize` weights that are packed
     already are unpacked, merged and packed again.
 
     Raises:
-        AdapterError: the factors are for a base that an initialisation changed, or a convolution of
+        AdapterError: the factors are for a base that an initialization changed, or a convolution of
             several groups has some.
         AdapterMismatchError: the graph lacks a module, or a size differs; all are in the one error.
-        ExportError: a weight is quantised, or the result does not fit into the graph's dtype.
+        ExportError: a weight is quantized, or the result does not fit into the graph's dtype.
     """
     adapter.check_plain()
     layers = Layers(model.graph, linears, find_parts(model))
-    _check(layers, adapter, requantise=requantise)
+    _check(layers, adapter, requantize=requantize)
     _overwrite(layers, adapter)
     untied, tally = [], Tally()
     for module in adapter.modules:
         pair, s = adapter.factors[module], adapter.scaling(module)
         layer = _layer(layers, module, pair)
         assert layer is not None
-        if isinstance(layer, Linear) and layer.quantised:
+        if isinstance(layer, Linear) and layer.quantized:
             _merge_packed(model.graph, layer, pair, s, tally)
             continue
         start = None if weights is None else weights.get(module)
@@ -196,7 +196,7 @@ def _count(
     tally.add(before, after, rounding.get(kind, lambda W: W.astype(held)))
 
 
-def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:
+def _check(layers: Layers, adapter: Adapter, *, requantize: bool) -> None:
     problems = []
     for module, pair in sorted(adapter.factors.items()):
         problems += _factor_problems(layers, module, pair)
@@ -211,12 +211,12 @@ def _check(layers: Layers, adapter: Adapter, *, requantise: bool) -> None:
         raise AdapterMismatchError(
             f"the adapter does not fit this model: {listed(problems, _LISTED)}"
         )
-    packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantised]
-    if packed and not requantise:
+    packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantized]
+    if packed and not requantize:
         raise ExportError(
-            f"{packed[0]} is already quantised, and merging into it would lose the adapter's"
-            " detail: merge into the unquantised model and quantise the result, or take the loss"
-            " with --requantise"
+            f"{packed[0]} is already quantized, and merging into it would lose the adapter's"
+            " detail: merge into the unquantized model and quantize the result, or take the loss"
+            " with --requantize"
         )
     for module in adapter.modules:
         if (layer := _layer(layers, module, adapter.factors[module])) is not None:

@@ -74,6 +74,6 @@ def _own(
         if part.kind == "embedding":
             yield f"{module}.weight", constant_of(part.weight)
     linear = None if head is None else linears.get(head)
-    if linear is not None and not linear.quantised and linear.slice is None:
+    if linear is not None and not linear.quantized and linear.slice is None:
         held = constant_of(linear.weight)
         yield f"{head}.weight", held if linear.transposed else held.T

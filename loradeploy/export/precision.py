@@ -30,7 +30,7 @@ def precision_of(model: ir.Model) -> str:
     for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, BFLOAT16)):
         if kind in kinds:
             return name
-    weights = [p.weight.const_value for p in products(model.graph) if p.quantised]
+    weights = [p.weight.const_value for p in products(model.graph) if p.quantized]
     if weights:
         few = (ir.DataType.INT4, ir.DataType.UINT4)
         return "int4" if any(w is not None and w.dtype in few for w in weights) else "int8"

@@ -1,1 +1,1 @@
-"""LoRA in PyTorch: layers, injection, initialisation, merge."""
+"""LoRA in PyTorch: layers, injection, initialization, merge."""

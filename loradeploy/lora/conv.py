@@ -49,10 +49,10 @@ class LoraConv2d(LowRankLayer):
         return conv2d(narrow, B, groups=self.base.groups)
 
     @torch.no_grad()
-    def initialise(self, method: bool | str, generator: Generator) -> None:
+    def initialize(self, method: bool | str, generator: Generator) -> None:
         """As every layer; of a grouped convolution, whose B is zero, A alone."""
         if self.base.groups == 1:
-            super().initialise(method, generator)
+            super().initialize(method, generator)
             return
         shape = self.lora_A.flatten(1)  # as wide as an ungrouped weight
         A, _ = self.beginning(method)(shape, self.rank, self.scaling, generator)

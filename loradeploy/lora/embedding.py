@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loradeploy.lora.initialise import Initialisation, embedding
+from loradeploy.lora.initialize import Initialization, embedding
 from loradeploy.lora.low_rank import LowRankLayer, Shape
 
 
@@ -41,7 +41,7 @@ class LoraEmbedding(LowRankLayer):
         factor = getattr(self.base, "embed_scale", None)
         return update if factor is None else update * factor
 
-    def beginning(self, method: bool | str) -> Initialisation:
+    def beginning(self, method: bool | str) -> Initialization:
         """Where the base stays as it is, A is the one that is zero."""
         return embedding if method in (True, "gaussian") else super().beginning(method)
 

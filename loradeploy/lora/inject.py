@@ -116,7 +116,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injecti
 
     Raises:
         UsageError: nothing matches the targets (the candidates are listed), a match takes no LoRA
-            of this rank, modules_to_save names nothing, or the initialisation is none to begin
+            of this rank, modules_to_save names nothing, or the initialization is none to begin
             with; or the model carries an adapter already.
     """
     _check_free(model)
@@ -127,7 +127,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injecti
     generator = torch.Generator().manual_seed(seed)
     try:
         for layer in injection.layers.values():
-            layer.initialise(config.init_lora_weights, generator)
+            layer.initialize(config.init_lora_weights, generator)
     except UsageError:
         injection.remove()
         raise
@@ -138,7 +138,7 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     """Freeze `model` and put `adapter` into it.
 
     Raises:
-        AdapterError: the adapter is one for a base that its initialisation changed.
+        AdapterError: the adapter is one for a base that its initialization changed.
         AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
         UsageError: the model carries an adapter already.
     """

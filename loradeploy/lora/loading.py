@@ -1,7 +1,7 @@
 """A base model in PyTorch with its own weights in it, and nothing else.
 
 transformers' `from_pretrained` puts an adapter that lies beside the weights into the model unasked
-(its modules are PEFT's then), initialises at random what the files lack, and drops what the model
+(its modules are PEFT's then), initializes at random what the files lack, and drops what the model
 has no place for. Here the first never happens, and the others are known to the caller or refused.
 
 A model directory may name Python files of its own (auto_map). They are run inside `custom_code`

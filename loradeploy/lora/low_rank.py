@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.lora.dora import row_norms
-from loradeploy.lora.initialise import Initialisation, initialisation
+from loradeploy.lora.initialize import Initialization, initialization
 from loradeploy.lora.packed import dense, is_packed
 
 Shape = tuple[int, ...]
@@ -117,7 +117,7 @@ class LowRankLayer(nn.Module, ABC):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the update to the base's weight as it is.
 
-        They are twice as long as the trained ones where an initialisation took something out.
+        They are twice as long as the trained ones where an initialization took something out.
         """
         if self.taken_A is None or self.taken_B is None:
             return self.lora_A, self.lora_B
@@ -128,8 +128,8 @@ class LowRankLayer(nn.Module, ABC):
         magnitude = cast(nn.Parameter, self.magnitude)
         return magnitude / self._norms()
 
-    def initialise(self, method: bool | str, generator: Generator) -> None:
-        """Begin at the base, by `initialise.initialisation(method)`.
+    def initialize(self, method: bool | str, generator: Generator) -> None:
+        """Begin at the base, by `initialize.initialization(method)`.
 
         Raises:
             UsageError: `method` is none that an adapter can begin with.
@@ -143,9 +143,9 @@ class LowRankLayer(nn.Module, ABC):
             if self.magnitude is not None:
                 self.magnitude.copy_(self._norms())
 
-    def beginning(self, method: bool | str) -> Initialisation:
+    def beginning(self, method: bool | str) -> Initialization:
         """The function that `method` means for this kind of layer."""
-        return initialisation(method)
+        return initialization(method)
 
     def take(self, A: Tensor, B: Tensor) -> None:
         """Add s · B A, in the shapes of the trained factors, to the base for good."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, base_digest
 from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError, first_line
 from loradeploy.lora.checkpoint import find_checkpoint
-from loradeploy.lora.initialise import initialisation
+from loradeploy.lora.initialize import initialization
 from loradeploy.lora.kinds import kind_of
 from loradeploy.lora.layers import LoraLinear
 from loradeploy.lora.loading import from_pretrained, load_pretrained
@@ -92,7 +92,7 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
 
     Raises:
         AdapterMismatchError: a target module is no layer of `model`, or one of another shape.
-        AdapterError: it began at a randomised SVD, which nothing can tell again; or its file has
+        AdapterError: it began at a randomized SVD, which nothing can tell again; or its file has
             other weights of the base below the factors than were left there; or another module
             shares a target's weight.
     """
@@ -107,7 +107,7 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
         )
     adapter = named_as_in(model, adapter)
     modules = dict(model.named_modules())
-    begin = initialisation(method)
+    begin = initialization(method)
     factors = {}
     carried = dict(adapter.carried)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

@@ -12,7 +12,7 @@ from loradeploy.lora.inject import Injection
 def parameter_groups(
     injection: Injection, learning_rate: float, ratio: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The groups of an optimiser: B learns at `ratio` × `learning_rate`, all else as it says.
+    """The groups of an optimizer: B learns at `ratio` × `learning_rate`, all else as it says.
 
     As in the authors' code, a linear layer's or convolution's B and all vectors (biases, DoRA's
     magnitudes) are fast; both factors of an embedding and the other parameters of modules_to_save

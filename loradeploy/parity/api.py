@@ -28,13 +28,13 @@ def parity(
     seed: int = 0,
     fuzz: int = 0,
     providers: Sequence[str] | None = None,
-    optimisation: Sequence[str] | None = None,
+    optimization: Sequence[str] | None = None,
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
     shrink: bool = True,
     evaluate: Places | None = None,
     examples: int = EXAMPLES,
-    localise: bool | None = None,
+    localize: bool | None = None,
     certificate: bool = True,
     sign: str | os.PathLike[str] | None = None,
     others: Others = (),
@@ -62,7 +62,7 @@ def parity(
         fuzz: how many rows of random tokens are fed besides.
         providers: onnxruntime's execution providers ("cuda" or "CUDAExecutionProvider"), each of
             which the graphs are run on; the CPU's by default.
-        optimisation: levels of onnxruntime's graph optimisation, each of which the graphs are run
+        optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
             at: "disable", "basic", "extended" or "all"; "all" by default.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             does.
@@ -71,7 +71,7 @@ def parity(
         evaluate: held-out data to take the task metric on (accuracy, perplexity), in the forms of
             training data; or by adapter's name, a mapping or a list of "NAME=DATA".
         examples: how many of them are drawn.
-        localise: look for the first module that diverges, comparing values inside the model and
+        localize: look for the first module that diverges, comparing values inside the model and
             the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
         sign: a PEM file with an ed25519 key: its signature of a verdict that passed is written
@@ -103,8 +103,8 @@ def parity(
     from loradeploy.lora.loading import custom_code
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
-    from loradeploy.parity.backends.table import choose_backends, not_silent
-    from loradeploy.parity.context import Setting, find_model, find_subjects, graph_digests
+    from loradeploy.parity.backends.table import choose_backends, default_backends
+    from loradeploy.parity.context import CheckContext, find_model, find_subjects, graph_digests
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.job import run, write
@@ -135,7 +135,7 @@ def parity(
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
     shown = choose_phases(manifest.task, phases)
-    variants = choose_variants(providers, optimisation)
+    variants = choose_variants(providers, optimization)
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else ("onnx-genai",))}
     subjects = find_subjects(place, manifest, adapters)
@@ -159,7 +159,7 @@ def parity(
             place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
         )
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
-        setting = Setting(
+        setting = CheckContext(
             bundle=place,
             manifest=manifest,
             model=directory,
@@ -173,7 +173,7 @@ def parity(
         )
         found = run(
             setting,
-            not_silent(chosen, setting, asked),
+            default_backends(chosen, setting, asked),
             base_digest=base,
             digests=digests,
             files=told,
@@ -181,7 +181,7 @@ def parity(
             controls=controls,
             shrink=shrink,
             held_out=held_out,
-            localise=localise,
+            localize=localize,
         )
     found = dataclasses.replace(found, asked=tuple(backends or ()))
     if earlier is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from loradeploy.errors import LoraDeployError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
     REPEAT,
@@ -61,7 +61,7 @@ class _Tallies:
 
 def run_backends(
     backends: Sequence[Backend],
-    setting: Setting,
+    setting: CheckContext,
     reference: Reference,
     model: torch.nn.Module | None,
     progress: Progress,
@@ -91,11 +91,11 @@ def run_backends(
 class Progress:
     """Says which walk of how many begins; a walk is a backend's with one adapter."""
 
-    def __init__(self, backends: Sequence[Backend], setting: Setting) -> None:
+    def __init__(self, backends: Sequence[Backend], setting: CheckContext) -> None:
         self._total = sum(_walks(backend, setting) for backend in backends)
         self._begun = 0
 
-    def begin(self, backend: Backend, subject: str | None, setting: Setting) -> None:
+    def begin(self, backend: Backend, subject: str | None, setting: CheckContext) -> None:
         """Log the walk that begins."""
         self._begun += 1
         named = [backend.title, "mixed" if backend.mixed else subject or BASE_LABEL]
@@ -104,7 +104,7 @@ class Progress:
         logger.info("[%d/%d] %s", self._begun, self._total, ", ".join(named))
 
 
-def _walks(backend: Backend, setting: Setting) -> int:
+def _walks(backend: Backend, setting: CheckContext) -> int:
     if backend.missing(setting) is not None or not _phases(backend, setting):
         return 0
     base = not backend.needs_adapter and not setting.merged
@@ -112,12 +112,12 @@ def _walks(backend: Backend, setting: Setting) -> int:
     return subjects * (len(setting.variants) if backend.on_onnxruntime else 1)
 
 
-def _phases(backend: Backend, setting: Setting) -> tuple[str, ...]:
+def _phases(backend: Backend, setting: CheckContext) -> tuple[str, ...]:
     asked = setting.phases or phases_of(setting.manifest.task)
     return tuple(phase for phase in asked if phase in backend.phases)
 
 
-def adapter_facts(setting: Setting, reference: Reference) -> tuple[AdapterFacts, ...]:
+def adapter_facts(setting: CheckContext, reference: Reference) -> tuple[AdapterFacts, ...]:
     """What each adapter does to the reference; one without an effect must be an untrained one."""
     facts = []
     for subject in setting.subjects:
@@ -144,7 +144,7 @@ def adapter_facts(setting: Setting, reference: Reference) -> tuple[AdapterFacts,
 
 def _run_backend(
     backend: Backend,
-    setting: Setting,
+    setting: CheckContext,
     phases: Sequence[str],
     reference: Reference,
     model: torch.nn.Module | None,
@@ -171,7 +171,7 @@ def _run_backend(
 
 
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
-    """A batch in which neighbours have different adapters, the base among them."""
+    """A batch in which neighbors have different adapters, the base among them."""
     subjects = list(rows)
     usual = [number for number, row in enumerate(rows[None]) if not row.edge]
     edges = [number for number, row in enumerate(rows[None]) if row.edge]
@@ -184,7 +184,7 @@ def _walk(
     model: Model,
     rows: Sequence[Row],
     phases: Sequence[str],
-    setting: Setting,
+    setting: CheckContext,
     reference: Reference,
 ) -> Iterator[Result]:
     task = setting.manifest.task
@@ -240,7 +240,7 @@ def _result(
     phase: str,
     tally: _Tally,
     problem: str | None,
-    setting: Setting,
+    setting: CheckContext,
     reference: Reference,
 ) -> Result:
     figures = tally.comparison.figures()
@@ -273,7 +273,7 @@ def _remark(phase: str, figures: Figures) -> str | None:
     return f"two runs differ by up to {figures.max_abs:.2g}"
 
 
-def _variant(backend: Backend, setting: Setting) -> Variant | None:
+def _variant(backend: Backend, setting: CheckContext) -> Variant | None:
     return setting.variant if backend.on_onnxruntime else None
 
 
@@ -281,7 +281,7 @@ def _not_run(backend: Backend, reason: str) -> Result:
     return Result(backend.name, backend.title, None, None, "not run", reason)
 
 
-def _broken(backend: Backend, setting: Setting, problem: Exception) -> Result:
+def _broken(backend: Backend, setting: CheckContext, problem: Exception) -> Result:
     return Result(
         backend.name,
         backend.title,

@@ -32,7 +32,7 @@ AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLik
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class AdapterUnderTest:
     """An adapter that is checked, with outputs for all labels of the bundle.
 
     `digest`: of the adapter at `place`, which has fewer labels where it is `widened`. `native`: its
@@ -48,7 +48,7 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class CheckContext:
     """All that the backends need. `scratch` is a directory for temporary files.
 
     `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
@@ -60,7 +60,7 @@ class Setting:
     bundle: Path
     manifest: Manifest
     model: Path
-    subjects: tuple[Subject, ...]
+    subjects: tuple[AdapterUnderTest, ...]
     cases: Cases
     scratch: Path
     providers: tuple[str, ...] | None
@@ -70,7 +70,7 @@ class Setting:
     genai_python: Path | None = None
     weights: Path | None = None
 
-    def at(self, variant: Variant) -> Setting:
+    def at(self, variant: Variant) -> CheckContext:
         """The same for one of the variants."""
         return dataclasses.replace(self, variant=variant, providers=(variant.provider,))
 
@@ -121,7 +121,7 @@ def find_model(
 
 def find_subjects(
     bundle: Path, manifest: Manifest, adapters: AdapterPlaces | None
-) -> tuple[Subject, ...]:
+) -> tuple[AdapterUnderTest, ...]:
     """The adapters to check: those in the bundle, then those given.
 
     Raises:
@@ -129,7 +129,7 @@ def find_subjects(
         BundleError: an adapter in the bundle is not the one that was exported.
         AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
     """
-    found: dict[str, Subject] = {}
+    found: dict[str, AdapterUnderTest] = {}
     for name, entry in manifest.adapters.items():
         if entry.path is None:
             raise BundleError(f"{bundle}: its manifest tells no place for the adapter {name!r}")
@@ -143,7 +143,9 @@ def find_subjects(
         native = place.with_name(f"{name}{NATIVE_SUFFIX}")
         wide = with_all_labels(adapter, manifest)
         file = native if native.is_file() else None
-        found[name] = Subject(name, place, wide, adapter.digest, file, widened=wide is not adapter)
+        found[name] = AdapterUnderTest(
+            name, place, wide, adapter.digest, file, widened=wide is not adapter
+        )
     for name, place in named_places(adapters).items():
         adapter = fitted(load_adapter(place), manifest)
         wide = with_all_labels(adapter, manifest)
@@ -151,7 +153,9 @@ def find_subjects(
             raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
         beside = found[name].native if name in found else None
         # Of one that the bundle has too, PEFT reads the files that are given.
-        found[name] = Subject(name, place, wide, adapter.digest, beside, wide is not adapter)
+        found[name] = AdapterUnderTest(
+            name, place, wide, adapter.digest, beside, wide is not adapter
+        )
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
             f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"

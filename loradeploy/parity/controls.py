@@ -16,7 +16,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.targets import is_saved
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import has_logits
 from loradeploy.parity.reference.pytorch import as_reference_with, reference_rows
@@ -114,14 +114,14 @@ MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("ignored bias", "the trained biases are left out", ignored_bias),
 )
 OFF_BY_ONE: Final = Mistake(
-    "off-by-one row", "each row of a mixed batch has its neighbour's adapter", lambda _: None
+    "off-by-one row", "each row of a mixed batch has its neighbor's adapter", lambda _: None
 )
 
 
-def run_controls(setting: Setting, reference: Reference, base: Base) -> tuple[Control, ...]:
+def run_controls(setting: CheckContext, reference: Reference, base: Base) -> tuple[Control, ...]:
     """Make every mistake with every adapter that has an effect, and judge it."""
     found = []
-    before: str | None = None  # the neighbour in a mixed batch, the base at first
+    before: str | None = None  # the neighbor in a mixed batch, the base at first
     for subject in setting.subjects:
         if not reference.effect[subject.name].largest:
             continue
@@ -133,14 +133,14 @@ def run_controls(setting: Setting, reference: Reference, base: Base) -> tuple[Co
                     rows = reference_rows(setting, model, subject.name, 0)
                 found.append(_judge(mistake, subject.name, rows, setting, reference))
         if setting.manifest.mode != "merged":  # a merged graph has no mixed batches
-            neighbour = reference.rows[before]
-            found.append(_judge(OFF_BY_ONE, subject.name, neighbour, setting, reference))
+            neighbor = reference.rows[before]
+            found.append(_judge(OFF_BY_ONE, subject.name, neighbor, setting, reference))
             before = subject.name
     return tuple(found)
 
 
 def _judge(
-    mistake: Mistake, name: str, rows: Sequence[Row], setting: Setting, reference: Reference
+    mistake: Mistake, name: str, rows: Sequence[Row], setting: CheckContext, reference: Reference
 ) -> Control:
     scale, effect = reference.scale[name], reference.effect[name].largest
     comparison = Comparison(scale=scale, logits=has_logits(setting.manifest.task))

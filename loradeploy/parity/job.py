@@ -15,9 +15,9 @@ from loradeploy.bundle.names import CERTIFICATE_NAME, SIGNATURE_NAME
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.controls import run_controls
-from loradeploy.parity.diagnose.localize import localisations
+from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
 from loradeploy.parity.reference.pytorch import (
@@ -32,7 +32,7 @@ from loradeploy.parity.report.results import (
     Control,
     Counterexample,
     Inputs,
-    Localisation,
+    Localization,
     ParityReport,
     Result,
     Score,
@@ -47,7 +47,7 @@ logger = logger_of(__name__)
 
 
 def run(
-    setting: Setting,
+    setting: CheckContext,
     backends: Sequence[Backend],
     *,
     base_digest: str,
@@ -57,13 +57,13 @@ def run(
     controls: bool,
     shrink: bool,
     held_out: Mapping[str | None, HeldOut],
-    localise: bool | None,
+    localize: bool | None,
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
     `digests`: of the bundle's graph and of its data file; `files`: of its others. `held_out`: what
     is scored on what.
-    `shrink`, `localise`: see `loradeploy.parity`.
+    `shrink`, `localize`: see `loradeploy.parity`.
     """
     started = time.monotonic()
     placed = start(setting.bundle, setting.variants)
@@ -74,7 +74,7 @@ def run(
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(setting, base)
     made: tuple[Control, ...] = ()
-    places: tuple[Localisation, ...] = ()
+    places: tuple[Localization, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
     said: tuple[str, ...] = ()
@@ -96,9 +96,9 @@ def run(
         scores = score_backends(in_onnx, setting, held_out, answered)
         # Once more, for what failed, and only where something did.
         again = functools.cache(lambda: load_base(setting))
-        if localise is not False:
-            places = localisations(
-                setting, reference, backends, results, again, always=bool(localise)
+        if localize is not False:
+            places = localizations(
+                setting, reference, backends, results, again, always=bool(localize)
             )
         if shrink:
             smallest, said = shrink_failures(in_onnx, setting, reference, results, again)
@@ -126,7 +126,7 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(setting, reference),
         controls=made,
-        localisations=places,
+        localizations=places,
         notes=(*_notes(setting, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=files,
@@ -152,7 +152,7 @@ def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> P
     return report
 
 
-def _notes(setting: Setting, reference: Reference) -> list[str]:
+def _notes(setting: CheckContext, reference: Reference) -> list[str]:
     """What the reader of the verdict must know besides."""
     notes = list(reference.notes)
     manifest = setting.manifest

@@ -87,8 +87,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
     terminalreporter.section("parity")
     for nodeid, said in found:
-        colour = {"green" if said["passed"] else "red": True}
-        terminalreporter.write_line(printable(f"{nodeid}: {said['headline']}"), **colour)
+        color = {"green" if said["passed"] else "red": True}
+        terminalreporter.write_line(printable(f"{nodeid}: {said['headline']}"), **color)
         for line in said["lines"]:
             terminalreporter.write_line(printable(f"    {line}"))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.parity.backends.table import REFERENCE_TITLE
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import ONE_ROW, PREFILL, REPEAT, has_logits, rows_of, walk
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Base, Reference
 
 
-def second_run(setting: Setting, reference: Reference, base: Base) -> Result | None:
+def second_run(setting: CheckContext, reference: Reference, base: Base) -> Result | None:
     """Run the base over a few rows again; the failure where it is beyond float32's rounding.
 
     Inputs, weights and code are the same, so what differs is noise of the model's own: dropout

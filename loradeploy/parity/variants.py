@@ -1,4 +1,4 @@
-"""How onnxruntime runs the graphs of a check: each provider at each level of optimisation."""
+"""How onnxruntime runs the graphs of a check: each provider at each level of optimization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LISTED: Final = 4
 
 
 def choose_variants(
-    providers: Sequence[str] | None, optimisation: Sequence[str] | None
+    providers: Sequence[str] | None, optimization: Sequence[str] | None
 ) -> tuple[Variant, ...]:
     """Every provider at every level; on the CPU and at "all" where none is given.
 
@@ -38,13 +38,13 @@ def choose_variants(
     from loradeploy.runtime.graph import check_installed
 
     names = [CPU] if providers is None else [_full_name(name) for name in providers]
-    levels = [DEFAULT.optimisation] if optimisation is None else list(optimisation)
+    levels = [DEFAULT.optimization] if optimization is None else list(optimization)
     if not names or not levels:
-        raise UsageError("no provider or no level of optimisation is given: nothing would be run")
+        raise UsageError("no provider or no level of optimization is given: nothing would be run")
     check_installed(names)
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
-            f"{unknown[0]!r} is no level of optimisation: there are {', '.join(LEVELS)}"
+            f"{unknown[0]!r} is no level of optimization: there are {', '.join(LEVELS)}"
         )
     return tuple(dict.fromkeys(Variant(name, level) for name in names for level in levels))
 
@@ -56,7 +56,7 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     from loradeploy.runtime.weights import MAPPED
 
     options = onnxruntime.SessionOptions()
-    level = LEVELS[variant.optimisation]
+    level = LEVELS[variant.optimization]
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     # A check ends with a look at whether the files have changed: a copy for each is not needed.
     options.add_session_config_entry(MAPPED, "1")

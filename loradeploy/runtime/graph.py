@@ -150,7 +150,7 @@ def _unlogged(providers: Sequence[str]) -> Iterator[None]:
 
 
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
-    """How many nodes of each operator every provider runs, after the graph's optimisation.
+    """How many nodes of each operator every provider runs, after the graph's optimization.
 
     Empty where onnxruntime does not tell (before 1.24).
     """

@@ -1,7 +1,7 @@
 """Checkpoints of a run that has not finished, in `OUTPUT-checkpoints`.
 
     run.json           what decides the run's result: the base, the data, the settings
-    checkpoint-STEP/   a PEFT adapter, with the optimiser, schedule and random state beside it
+    checkpoint-STEP/   a PEFT adapter, with the optimizer, schedule and random state beside it
         checkpoint.json    its step, the digest of run.json's contents, and the size and digest of
                            every file
 

@@ -66,9 +66,9 @@ class TrainConfig:
     weight_decay: float = _option(0.0, "AdamW's weight decay")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     epochs: float = _option(1.0, "passes over the data, unless max_steps is given")
-    max_steps: int = _option(0, "optimiser steps; 0 leaves it to epochs")
+    max_steps: int = _option(0, "optimizer steps; 0 leaves it to epochs")
     batch_size: int = _option(8, "examples in a forward pass")
-    gradient_accumulation: int = _option(1, "forward passes for an optimiser step")
+    gradient_accumulation: int = _option(1, "forward passes for an optimizer step")
     max_length: int = _option(
         512, "tokens of an example at most, and never more than the model takes"
     )
@@ -93,7 +93,7 @@ class TrainConfig:
     )
     tensorboard: bool = _option(False, "write TensorBoard events to OUTPUT-tensorboard")
     save_steps: int = _option(0, "steps between checkpoints; 0 writes none")
-    seed: int = _option(0, "decides initialisation, order and dropout")
+    seed: int = _option(0, "decides initialization, order and dropout")
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:

@@ -46,7 +46,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabeledText:
     """An example for a classifier."""
 
     where: str
@@ -110,13 +110,13 @@ def read_conversations(source: Source) -> list[Conversation]:
     return _some([_conversation(where, row) for where, row in rows(source)], source)
 
 
-def read_labelled_texts(source: Source) -> list[LabelledText]:
+def read_labeled_texts(source: Source) -> list[LabeledText]:
     """The examples for a classifier, in a fixed order.
 
     Raises:
         DataError: nothing is there, or a row (named) has no text or label.
     """
-    return _some([_labelled(where, row) for where, row in _texts(source)], source)
+    return _some([_labeled(where, row) for where, row in _texts(source)], source)
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
@@ -192,7 +192,7 @@ def read_text_pairs(source: Source) -> list[TextPair]:
 
 
 def label_names(
-    examples: Sequence[LabelledText | MultiLabelText | TaggedWords],
+    examples: Sequence[LabeledText | MultiLabelText | TaggedWords],
 ) -> tuple[str, ...]:
     """The labels in the order of a classifier's outputs: by number where all are, else by name."""
     names = {name for example in examples for name in example.labels}
@@ -270,13 +270,13 @@ def _text(where: str, line: dict[str, Any], key: str, *, empty: bool = False) ->
     return value
 
 
-def _labelled(where: str, line: dict[str, Any]) -> LabelledText:
+def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise DataError(
             f"{where}: label is {reprlib.repr(label)}, a name or a whole number is needed"
         )
-    return LabelledText(where, _text(where, line, "text"), str(label))
+    return LabeledText(where, _text(where, line, "text"), str(label))
 
 
 def _class_folders(path: Path) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from loradeploy.bundle.chat import ChatTemplate
 from loradeploy.errors import BundleError, DataError, UsageError, listed_names, shown
 from loradeploy.train.data import (
     Conversation,
-    LabelledText,
+    LabeledText,
     MeasuredText,
     MultiLabelText,
     TaggedWords,
@@ -116,12 +116,12 @@ def conversation_features(
 
 
 def text_features(
-    examples: Sequence[LabelledText | MultiLabelText | MeasuredText],
+    examples: Sequence[LabeledText | MultiLabelText | MeasuredText],
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Token ids of each text, special tokens included, and what it is labelled with.
+    """Token ids of each text, special tokens included, and what it is labeled with.
 
     That is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0 for
     the others; or its value.
@@ -205,11 +205,11 @@ def _cut(
 
 
 def _target(
-    example: LabelledText | MultiLabelText | MeasuredText, labels: Sequence[str]
+    example: LabeledText | MultiLabelText | MeasuredText, labels: Sequence[str]
 ) -> int | float | list[float]:
     if isinstance(example, MeasuredText):
         return example.value
-    if isinstance(example, LabelledText):
+    if isinstance(example, LabeledText):
         return _number(example.where, example.label, labels)
     held = {_number(example.where, name, labels) for name in example.labels}
     return [float(number in held) for number in range(len(labels))]
@@ -226,7 +226,7 @@ def _number(where: str, label: str, labels: Sequence[str]) -> int:
 def _parts(
     example: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Each part tokenised by itself, as a prompt is when it is served."""
+    """Each part tokenized by itself, as a prompt is when it is served."""
     ids: list[int] = []
     labels: list[int] = []
     for number, (text, learnt) in enumerate(example.parts):

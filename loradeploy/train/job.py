@@ -40,7 +40,7 @@ from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
 from loradeploy.lora.inject import copy_into, inject
-from loradeploy.lora.quantised import quantise
+from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.api import TrainResult
@@ -93,7 +93,7 @@ def run(
         base = load_base(opened, task, prepared.labels, config.precision)
         adapter_config = _adapter_config(model, config, task, base.heads)
         if config.precision in PACKED:
-            quantise(base.model, config.precision, keep=adapter_config.modules_to_save)
+            quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
         injection = inject(base.model, adapter_config, seed=config.seed)
         describe = functools.partial(
             injection.adapter, base_digest=digest_of_base, labels=prepared.labels

@@ -35,7 +35,7 @@ LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], BatchLoss]
 
 
 def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
-    """Cross-entropy of the next token, over the labelled tokens of `inputs` [batch, sequence].
+    """Cross-entropy of the next token, over the labeled tokens of `inputs` [batch, sequence].
 
     Exactly the model's own loss, but logits exist only where there is a label, and only a chunk of
     them at a time: over a large vocabulary they cost more than layers, and more memory than all.
@@ -140,10 +140,10 @@ class _HeadLoss(torch.autograd.Function):
             logits = linear(hidden[rows], W, b).float()  # [chunk, vocabulary]
             at = labels[rows, None]
             right += (logits.argmax(-1, keepdim=True) == at).sum()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, at)).sum()
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(-1, at)).sum()
             if gradient is not None:  # of the logits: softmax less one at the label
-                slope = logits.sub_(normaliser).exp_()
+                slope = logits.sub_(normalizer).exp_()
                 slope.scatter_add_(-1, at, torch.full_like(at, -1, dtype=slope.dtype))
                 gradient[rows] = slope.to(W.dtype) @ W
         ctx.save_for_backward(gradient)

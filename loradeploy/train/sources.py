@@ -4,7 +4,7 @@
 *.csv              a header and rows; every value is text
 *.parquet          a table
 a directory        a dataset that `datasets` saved (save_to_disk), with its splits
-ORGANISATION/NAME  a dataset of the hub
+ORGANIZATION/NAME  a dataset of the hub
 """
 
 from __future__ import annotations

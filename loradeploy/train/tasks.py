@@ -95,7 +95,7 @@ def _classifier(
 
 # What a sequence classifier's labels are, by `problem_type`.
 _PROBLEMS: Final[Mapping[str, Task]] = {
-    "single-label": _classifier(data.read_labelled_texts, classification_loss),
+    "single-label": _classifier(data.read_labeled_texts, classification_loss),
     "multi-label": _classifier(data.read_multi_label_texts, multi_label_loss),
     "regression": _classifier(
         data.read_measured_texts, regression_loss, outputs=lambda _: 1, judged=False

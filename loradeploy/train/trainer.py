@@ -316,7 +316,7 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimiser steps the run has; a step is a batch of every process."""
+    """How many optimizer steps the run has; a step is a batch of every process."""
     if config.max_steps:
         return config.max_steps
     batches = math.ceil(examples / (config.batch_size * process_count()))

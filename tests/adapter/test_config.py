@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what is honoured, what is kept, what is refused by name."""
+"""`adapter_config.json`: what is honored, what is kept, what is refused by name."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_what_a_model_says_acts_on_no_terminal(
 def _with_names(value: Any) -> Any:
     """`value` with every text in it that comes from outside followed by one that acts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {"outcome", "mode", "phase", "metric", "provider", "optimisation", "backend"}
+        own = {"outcome", "mode", "phase", "metric", "provider", "optimization", "backend"}
         changed = {
             field.name: _with_names(getattr(value, field.name))
             for field in dataclasses.fields(value)

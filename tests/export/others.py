@@ -1,4 +1,4 @@
-"""Graphs by other exporters and quantisers, of the same tiny models."""
+"""Graphs by other exporters and quantizers, of the same tiny models."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def without_names(graph: Path, place: Path) -> None:
 
 
 def quantise_statically(graph: Path, place: Path) -> None:
-    """onnxruntime's own static quantisation, as QuantizeLinear and DequantizeLinear."""
+    """onnxruntime's own static quantization, as QuantizeLinear and DequantizeLinear."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -205,7 +205,7 @@ def quantise_statically(graph: Path, place: Path) -> None:
 
 
 def quantise_dynamically(graph: Path, place: Path) -> None:
-    """onnxruntime's own dynamic quantisation, as optimum offers it: MatMulInteger."""
+    """onnxruntime's own dynamic quantization, as optimum offers it: MatMulInteger."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     place.mkdir(parents=True)
@@ -218,11 +218,11 @@ def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 1
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantiser = MatMulNBitsQuantizer(
+    quantizer = MatMulNBitsQuantizer(
         onnx.load(graph), bits=bits, block_size=block, is_symmetric=symmetric, accuracy_level=0
     )
-    quantiser.process()
-    model = quantiser.model.model
+    quantizer.process()
+    model = quantizer.model.model
     constants = {value.name for value in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
         (add,) = (each for each in model.graph.node if node.output[0] in each.input)
@@ -236,7 +236,7 @@ def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 1
 
 
 def dequantise_in_blocks(graph: Path, place: Path) -> None:
-    """onnxruntime's own quantisation to 4 bits in blocks, as DequantizeLinear."""
+    """onnxruntime's own quantization to 4 bits in blocks, as DequantizeLinear."""
     import logging
 
     import onnx
@@ -254,10 +254,10 @@ def dequantise_in_blocks(graph: Path, place: Path) -> None:
     config = DefaultWeightOnlyQuantConfig(
         block_size=16, is_symmetric=True, quant_format=QuantFormat.QDQ
     )
-    quantiser = MatMulNBitsQuantizer(onnx.load(graph), algo_config=config)
-    quantiser.process()
+    quantizer = MatMulNBitsQuantizer(onnx.load(graph), algo_config=config)
+    quantizer.process()
     place.mkdir(parents=True)
-    quantiser.model.save_model_to_file(str(place / "model.onnx"))
+    quantizer.model.save_model_to_file(str(place / "model.onnx"))
 
 
 def copy_of(directory: Path, place: Path) -> Path:

@@ -43,7 +43,7 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         {**_DECODER, "sliding_window": 4},
     ),
     "qwen2: biases": ("causal-lm", "Qwen2Config", _DECODER),
-    "qwen3: normalised heads": ("causal-lm", "Qwen3Config", {**_DECODER, "head_dim": 8}),
+    "qwen3: normalized heads": ("causal-lm", "Qwen3Config", {**_DECODER, "head_dim": 8}),
     "gemma2: capped logits, eager attention": ("causal-lm", "Gemma2Config", _GEMMA),
     "gemma3: two kinds of layers": ("causal-lm", "Gemma3TextConfig", _GEMMA),
     "phi3: fused projections": ("causal-lm", "Phi3Config", _DECODER),

@@ -106,7 +106,7 @@ def test_packed_weights_are_found_by_their_sizes() -> None:
     scales = b.weight("s", OUT)
     y = b.node("MatMulNBits", [x, packed, scales], name="/m/q_proj/MatMul", K=32, N=OUT, bits=4)
     found = find_linears(b.model(y)).linears["m.q_proj"]
-    assert (found.in_features, found.out_features, found.quantised) == (32, OUT, True)
+    assert (found.in_features, found.out_features, found.quantized) == (32, OUT, True)
 
 
 def test_the_output_head_is_what_the_logits_come_from() -> None:

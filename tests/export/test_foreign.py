@@ -41,7 +41,7 @@ def built(shared: Path, tiny_llama: Path) -> Graph:
 
 @pytest.fixture(scope="session")
 def encoder(shared: Path, tiny_bert: Path) -> Graph:
-    """The tiny BERT as others export and quantise it."""
+    """The tiny BERT as others export and quantize it."""
 
     def graph(kind: str) -> Path:
         if kind in ("legacy", "dynamo"):
@@ -148,9 +148,9 @@ def test_packed_int4_weights_keep_and_gain_an_adapter_effect(
     base = torch_output(tiny_llama, IDS)
     assert apart(adapted, expected) < tolerance("export-int4")
     assert apart(adapted, expected) < apart(base, expected) / 2, "the adapter is not in it"
-    with pytest.raises(ExportError, match="already quantised"):
+    with pytest.raises(ExportError, match="already quantized"):
         export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True)
-    export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True, requantise=True)
+    export(built("int4"), tmp_path / "m", adapters={"mine": adapter}, merge=True, requantize=True)
     merged = onnx_output(tmp_path / "m", IDS)
     assert apart(merged, expected) < apart(base, expected) / 2, "the adapter is not in it"
 
@@ -178,7 +178,7 @@ def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path:
         export(place, tmp_path / "out")
 
 
-# -- torch.onnx, optimum, quantised graphs -----------------------------------------------------
+# -- torch.onnx, optimum, quantized graphs -----------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.passes.branches import add_branches, remove_branches
 from loradeploy.export.passes.fuse import fuse_products
-from loradeploy.export.passes.layout import lay_in_rows
+from loradeploy.export.passes.layout import use_row_layout
 from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
 from tests.conftest import MakeAdapter
 from tests.export.graphs import IN, Builder, manifest_of, numbers, ops, run
@@ -180,7 +180,7 @@ def test_members_add_their_updates_row_by_row(kind: str, rows: str, branches: bo
         adapted += update(np.tanh(x))
     chosen = {"adapter_mode": np.array([1])} if branches else {"adapter_ids": np.array([0, 1])}
     if branches:
-        lay_in_rows(model.graph)
+        use_row_layout(model.graph)
         add_branches(model.graph)
     np.testing.assert_allclose(run(model, {"x": x, **side, **chosen}), adapted, atol=2e-5)
     np.testing.assert_array_equal(run(model, {"x": x}), expected)

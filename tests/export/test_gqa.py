@@ -277,7 +277,7 @@ def test_merged_branched_and_exported_again_it_stays_grouped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3: normalised heads", "gpt-neox: partial rotation"])
+@pytest.mark.parametrize("name", ["qwen3: normalized heads", "gpt-neox: partial rotation"])
 def test_heads_that_are_changed_on_their_way_are_flattened_behind(
     name: str, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

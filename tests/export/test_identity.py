@@ -16,7 +16,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.naming import by_graph
-from loradeploy.export.passes.quantize import quantise
+from loradeploy.export.passes.quantize import quantize
 from loradeploy.export.passes.side_inputs import SideInputs
 from tests.export.graphs import Builder, manifest_of, numbers
 
@@ -219,7 +219,7 @@ def test_modules_are_called_as_the_adapters_call_them(look: Look, stored: str, n
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits: int) -> None:
-    # Enough numbers for a block of quantisation.
+    # Enough numbers for a block of quantization.
     wide = numbers(64, 64, seed=5)
     order = np.r_[1:64, 0]
     for weight, fits in ((wide, True), (wide * 1.3, False), (wide[order], False)):
@@ -228,7 +228,7 @@ def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits
         w = b.constant("w", np.ascontiguousarray(weight.T))
         y = b.node("MatMul", [x, w], ["batch", "sequence", 64], module="a", name="y")
         model = b.model(y)
-        quantise(model, manifest_of(SideInputs((), (), {}, "float32")), bits)
+        quantize(model, manifest_of(SideInputs((), (), {}, "float32")), bits)
         if fits:
             assert set(look(model, checkpoint(a=wide), ("a",)).linears) == {"a"}
             continue
@@ -242,7 +242,7 @@ def integers(weight: Weights, steps: float = 127) -> tuple[NDArray[np.int8], np.
     return np.ascontiguousarray(np.round(weight / scale).astype(np.int8).T), scale
 
 
-def dequantised(weight: Weights, factor: float = 1) -> ir.Model:
+def dequantized(weight: Weights, factor: float = 1) -> ir.Model:
     """DequantizeLinear → MatMul, a scale for the whole weight."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
@@ -253,15 +253,15 @@ def dequantised(weight: Weights, factor: float = 1) -> ir.Model:
 
 
 def dynamic(weight: Weights, factor: float = 1) -> ir.Model:
-    """DynamicQuantizeLinear → MatMulInteger → Cast → Mul, as onnxruntime's quantiser writes it."""
+    """DynamicQuantizeLinear → MatMulInteger → Cast → Mul, as onnxruntime's quantizer writes it."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     numbers_, scale = integers(weight)
-    quantise = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name="dq")
-    for index, value in enumerate(quantise.outputs):
+    quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name="dq")
+    for index, value in enumerate(quantize.outputs):
         value.name = f"dq{index}"
-    b.nodes.append(quantise)
-    q, x_scale, x_zero = quantise.outputs
+    b.nodes.append(quantize)
+    q, x_scale, x_zero = quantize.outputs
     zero = b.constant("z", np.zeros((), np.int8))
     shape: list[int | str] = ["batch", "sequence", OUT]
     y = b.node("MatMulInteger", [q, b.constant("q", numbers_), x_zero, zero], shape, name="y")
@@ -271,7 +271,7 @@ def dynamic(weight: Weights, factor: float = 1) -> ir.Model:
     return b.model(b.node("Mul", [floats, both], shape, name="out"))
 
 
-@pytest.mark.parametrize("form", [dequantised, dynamic])
+@pytest.mark.parametrize("form", [dequantized, dynamic])
 @pytest.mark.parametrize(
     ("change", "factor", "fits"),
     [

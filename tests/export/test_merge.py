@@ -150,7 +150,7 @@ def test_quantised_weights_are_not_merged_into() -> None:
     y = b.node(
         "MatMulNBits", [x, packed, b.weight("s", OUT)], name="/m/q/MatMul", K=32, N=OUT, bits=4
     )
-    with pytest.raises(ExportError, match=r"m\.q is already quantised"):
+    with pytest.raises(ExportError, match=r"m\.q is already quantized"):
         _merge(b.model(y), _adapter("m.q", into=32))
 
 

@@ -116,8 +116,8 @@ def test_trained_biases_take_the_place_of_the_base_s() -> None:
     held = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     assert set(held) == {"w", "n", "m.bias.new", "norm.bias.new"}
     y = rows @ held["w"] + new["m.bias"]
-    centred = y - y.mean(-1, keepdims=True)
-    expected = centred / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * held["n"] + new["norm.bias"]
+    centered = y - y.mean(-1, keepdims=True)
+    expected = centered / np.sqrt(y.var(-1, keepdims=True) + 1e-5) * held["n"] + new["norm.bias"]
     assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-4
 
 

@@ -326,7 +326,7 @@ def test_a_packed_weight_is_unpacked_merged_and_packed_with_all_it_has(
     (product,) = products(model.graph)
     assert np.allclose(product.rows(list(range(NBITS_OUT))), W)
     assert _near(run(model, {"x": x}), x @ W.T + bias)
-    _merge(model, adapter, requantise=True)
+    _merge(model, adapter, requantize=True)
     (node,) = model.graph
     stored = next(iter(products(model.graph))).rows(list(range(NBITS_OUT)))
     assert stored is not None
@@ -344,7 +344,7 @@ def test_a_packed_weight_is_unpacked_merged_and_packed_with_all_it_has(
 @pytest.mark.parametrize("level", [0, 1, 4])
 def test_the_accuracy_level_is_kept(level: int) -> None:
     model, *_ = _nbits(4, "packed", grouped=False, biased=True, level=level)
-    _merge(model, _adapter(NBITS_IN, NBITS_OUT), requantise=True)
+    _merge(model, _adapter(NBITS_IN, NBITS_OUT), requantize=True)
     (node,) = model.graph
     assert node.attributes["accuracy_level"].as_int() == level
 
@@ -352,7 +352,7 @@ def test_the_accuracy_level_is_kept(level: int) -> None:
 def test_a_trained_bias_takes_the_place_of_a_packed_product_s_own() -> None:
     model, *_ = _nbits(8, "none", grouped=False, biased=True)
     adapter = _adapter(NBITS_IN, NBITS_OUT, bias=numbers(NBITS_OUT, seed=5))
-    _merge(model, adapter, requantise=True)
+    _merge(model, adapter, requantize=True)
     x, (product,) = numbers(BATCH, NBITS_IN), products(model.graph)
     stored = product.rows(list(range(NBITS_OUT)))
     assert stored is not None
@@ -373,7 +373,7 @@ def test_a_packed_weight_that_is_not_understood_is_refused_by_name(
 ) -> None:
     model, *_ = _nbits(**{"zeros": "none", "grouped": False, "biased": False, **made})
     with pytest.raises(ExportError, match=message):
-        _merge(model, _adapter(NBITS_IN, NBITS_OUT), requantise=True)
+        _merge(model, _adapter(NBITS_IN, NBITS_OUT), requantize=True)
 
 
 # -- weights of integers ---------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_a_weight_of_integers_is_read_as_onnxruntime_reads_it(
     assert _near(product.rows(picks), expected)
     adapter = _adapter(size, size)
     with pytest.raises(ExportError, match="m: the weight of a MatMul .* cannot be quantized again"):
-        _merge(model, adapter, requantise=True)
+        _merge(model, adapter, requantize=True)
 
 
 def test_a_zero_point_that_is_no_constant_is_not_left_out() -> None:

@@ -61,7 +61,7 @@ def test_a_packed_bundle_takes_more_adapters_and_no_merge(
     export(tiny_llama_bundle, tmp_path / "b", precision="int4")
     export(tmp_path / "b", tmp_path / "more", adapters={"a": adapter})
     assert difference(onnx_output(tmp_path / "b", IDS), onnx_output(tmp_path / "more", IDS)) == 0
-    with pytest.raises(ExportError, match="is already quantised"):
+    with pytest.raises(ExportError, match="is already quantized"):
         export(tmp_path / "b", tmp_path / "m", adapters=[adapter], merge=True)
     with pytest.raises(ExportError, match="in int4 and cannot be made fp16"):
         export(tmp_path / "b", tmp_path / "h", precision="fp16")
@@ -72,7 +72,7 @@ def test_an_fp32_graph_is_packed_without_its_checkpoint(
 ) -> None:
     export(tiny_llama_bundle, tmp_path / "b", precision="int8")
     linears = find_linears(load_graph(tmp_path / "b" / "model.onnx")).linears
-    assert all(linear.quantised for linear in linears.values())
+    assert all(linear.quantized for linear in linears.values())
     turned = apart(onnx_output(tmp_path / "b", IDS), onnx_output(tiny_llama_bundle, IDS))
     assert 0 < turned <= tolerance("export-int8")
 

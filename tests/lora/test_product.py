@@ -69,7 +69,7 @@ BASES = {
 
 def layer_on(base: nn.Module, method: bool | str = True) -> LoraLinear:
     layer = LoraLinear(base.requires_grad_(False), 3, 0.5)
-    layer.initialise(method, torch.Generator().manual_seed(0))
+    layer.initialize(method, torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.lora_B.add_(0.1)
     return layer

@@ -12,7 +12,7 @@ from loradeploy.parity.report.results import (
     Environment,
     Heatmap,
     Inputs,
-    Localisation,
+    Localization,
     ParityReport,
     Regression,
     Result,
@@ -123,12 +123,12 @@ FULL = ParityReport(
         *PASSED.controls,
         Control("missing target", "one module has no update", "tech", False, 1.25e-05, 1.5),
     ),
-    localisations=(
-        Localisation(
+    localizations=(
+        Localization(
             "onnx-mixed", "ONNX mixed", "tech", 2, 9, STEPS, STEPS[FIRST], STEPS[FIRST - 1],
             STEPS[FIRST : FIRST + 3], HEATMAP, ("model.rotary_emb",), "the second half diverges",
         ),
-        Localisation("peft", "PEFT", None, 0, 3, (), message="no module is shown by both sides"),
+        Localization("peft", "PEFT", None, 0, 3, (), message="no module is shown by both sides"),
     ),
     counterexamples=(
         Counterexample(

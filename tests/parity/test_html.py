@@ -15,7 +15,7 @@ import pytest
 
 from loradeploy.parity.report.html import html
 from loradeploy.parity.report.plots import LogScale, condensed, number, shade
-from loradeploy.parity.report.results import Heatmap, Localisation, ParityReport
+from loradeploy.parity.report.results import Heatmap, Localization, ParityReport
 from loradeploy.parity.report.writers import write_report
 from tests.parity.made_up import FULL, HEATMAP, PASSED
 
@@ -31,14 +31,14 @@ NAMED_BADLY = dataclasses.replace(
     ),
     adapters=tuple(dataclasses.replace(a, name=HOSTILE, message=HOSTILE) for a in FULL.adapters),
     controls=tuple(dataclasses.replace(c, adapter=HOSTILE) for c in FULL.controls),
-    localisations=tuple(
+    localizations=tuple(
         dataclasses.replace(
             place,
             adapter=HOSTILE,
             message=HOSTILE,
             steps=tuple(dataclasses.replace(s, module=HOSTILE, op=HOSTILE) for s in place.steps),
         )
-        for place in FULL.localisations
+        for place in FULL.localizations
     ),
     counterexamples=tuple(dataclasses.replace(c, text=HOSTILE) for c in FULL.counterexamples),
     regressions=tuple(dataclasses.replace(r, where=HOSTILE) for r in FULL.regressions),
@@ -143,7 +143,7 @@ def numbers(report: ParityReport) -> set[str]:
         texts |= {number(facts.effect), number(facts.mean_effect), facts.digest}
     for control in report.controls:
         texts.add(number(control.error))
-    for place in report.localisations:
+    for place in report.localizations:
         texts |= {number(step.share) for step in place.steps} | {*place.unmatched}
         texts |= {step.node for step in place.offenders}
         if place.heatmap is not None:
@@ -224,14 +224,14 @@ def test_a_larger_error_never_has_a_lighter_shade() -> None:
 
 
 def test_a_single_module_is_a_plot_too() -> None:
-    place = FULL.localisations[0]
+    place = FULL.localizations[0]
     one = dataclasses.replace(place, steps=place.steps[:1], heatmap=None, offenders=())
-    text = html(dataclasses.replace(FULL, localisations=(one, empty())))
+    text = html(dataclasses.replace(FULL, localizations=(one, empty())))
     assert "relative error of 1 modules" in text
 
 
-def empty() -> Localisation:
-    return Localisation("onnx", "ONNX", None, 0, 1, (), heatmap=Heatmap((), (), ()))
+def empty() -> Localization:
+    return Localization("onnx", "ONNX", None, 0, 1, (), heatmap=Heatmap((), (), ()))
 
 
 # -- in a browser ----------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_the_page_shows_something(browse: Browse, tmp_path: Path) -> None:
     browse(tmp_path / "report.html", "--window-size=1280,900", f"--screenshot={picture}")
     with Image.open(picture) as image:
         assert image.size[0] == 1280
-        colours = image.convert("RGB").getcolors(1 << 20)
-    assert colours is not None
-    assert len(colours) > 100
-    assert max(count for count, _ in colours) < 0.95 * 1280 * 900
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    assert len(colors) > 100
+    assert max(count for count, _ in colors) < 0.95 * 1280 * 900

@@ -1,4 +1,4 @@
-"""The columns of a check: providers, levels of optimisation, phases, and runs that repeat."""
+"""The columns of a check: providers, levels of optimization, phases, and runs that repeat."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_provider_runs_at_every_level_once() -> None:
         (["nonsense"], None, "no 'nonsense'"),
         ([], None, "nothing would be run"),
         (None, [], "nothing would be run"),
-        (None, ["O3"], "'O3' is no level of optimisation: there are disable, basic"),
+        (None, ["O3"], "'O3' is no level of optimization: there are disable, basic"),
     ],
 )
 def test_a_variant_that_there_is_not_is_refused(
@@ -62,7 +62,7 @@ def test_each_level_is_another_of_onnxruntime() -> None:
 def test_every_level_is_a_column_of_its_own(llama_with_adapter: Path, check: Check) -> None:
     report = check(
         llama_with_adapter,
-        optimisation=["disable", "all"],
+        optimization=["disable", "all"],
         backends=["onnx-side-inputs", "torch-merged"],
         phases=["prefill"],
     )
@@ -93,7 +93,7 @@ def test_a_level_at_which_the_numbers_change_fails_alone(
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", run)
     report = check(
         llama_with_adapter,
-        optimisation=["basic", "extended", "all"],
+        optimization=["basic", "extended", "all"],
         backends=["onnx-side-inputs"],
         phases=["prefill"],
     )
@@ -135,7 +135,7 @@ def test_progress_counts_every_walk(
     backends = ["torch-merged", "onnx-side-inputs", "onnx-mixed"]
     check(
         llama_with_adapter, backends=backends, phases=["padded-batch", "prefill"],
-        optimisation=["basic", "all"],
+        optimization=["basic", "all"],
     )  # fmt: skip
     assert [record.message for record in caplog.records if "[" in record.message] == [
         "[1/7] PyTorch merged, one",

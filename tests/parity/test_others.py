@@ -164,7 +164,7 @@ def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
     monkeypatch.setattr(variants, "choose_variants", lambda *given: (other, cpu))
     monkeypatch.setattr(job, "start", lambda *given: [])
     monkeypatch.setattr(walks, "open_backend", _others_alone)
-    check([f"{bundle}/model.onnx"], phases=["prefill"], shrink=False, localise=False)
+    check([f"{bundle}/model.onnx"], phases=["prefill"], shrink=False, localize=False)
     assert asked == [("OtherExecutionProvider", "CPUExecutionProvider")] * 2
 
 

@@ -205,7 +205,7 @@ def test_a_native_adapter_with_a_mistake_fails(
     assert outcomes(report) == {("onnx-native", "failed"), ("onnx-side-inputs", "passed")}
 
 
-def test_rows_that_have_their_neighbours_adapter_fail(
+def test_rows_that_have_their_neighbors_adapter_fail(
     tiny_llama: Path,
     bundle: Path,
     other: Path,
@@ -373,7 +373,7 @@ def test_a_merged_bundle_needs_its_one_adapter(
         ({"backends": []}, "no backends"),
         ({"phases": ["one-row"]}, "causal-lm has no phase 'one row'"),
         ({"phases": []}, "no phases"),
-        ({"optimisation": ["most"]}, "'most' is no level"),
+        ({"optimization": ["most"]}, "'most' is no level"),
         ({"fuzz": -1}, "give 0 or more"),
         ({"genai_python": "nowhere/python"}, "nowhere/python is no program"),
         ({"tokens": 0}, "give 1 or more"),

@@ -17,7 +17,7 @@ from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.adapter import peft as reader
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterError
-from loradeploy.parity.context import Subject, find_subjects
+from loradeploy.parity.context import AdapterUnderTest, find_subjects
 from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
@@ -32,9 +32,9 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
-def subject_of(place: Path) -> Subject:
+def subject_of(place: Path) -> AdapterUnderTest:
     adapter = load_adapter(place)
-    return Subject("one", place, adapter, adapter.digest)
+    return AdapterUnderTest("one", place, adapter, adapter.digest)
 
 
 def llama(place: Path) -> Any:
@@ -67,7 +67,7 @@ def test_a_tensor_that_the_reader_leaves_out_fails_the_check(
 ) -> None:
     ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
     backends = ["peft", "torch-merged", "onnx-side-inputs", "onnx-native"]
-    report = check(tmp_path / "bundle", backends=backends, phases=["prefill"], localise=False)
+    report = check(tmp_path / "bundle", backends=backends, phases=["prefill"], localize=False)
     assert not report.passed
     failed = {result.backend for result in report.results if result.outcome == "failed"}
     assert failed == {"peft"}  # the others share the omission
@@ -83,7 +83,7 @@ def test_a_graph_that_lacks_a_tensor_of_the_adapter_fails_the_check(
     (key,) = (key for key in tensors if key.endswith(DROPPED))
     save_file({**tensors, key: tensors[key] * 0}, less / FILES[1], {"format": "pt"})
     ld.export(tiny_llama_bundle, tmp_path / "merged", adapters=[less], merge=True)
-    options: dict[str, Any] = {"phases": ["prefill"], "localise": False}
+    options: dict[str, Any] = {"phases": ["prefill"], "localize": False}
     assert not check(tmp_path / "merged", adapters=[adapter], **options).passed
     assert check(tmp_path / "merged", adapters=[less], **options).passed
 

@@ -54,7 +54,7 @@ def merged(bert: Path, make_adapter: MakeAdapter, shared: Path) -> Callable[[str
 
         packed = once(shared / "packed-bert" / kind, pack)
         adapters = {"mine": _adapter(make_adapter, bert)}
-        options = {"checkpoint": bert, "merge": True, "requantise": True}
+        options = {"checkpoint": bert, "merge": True, "requantize": True}
         return once(
             shared / "packed-bert" / f"{kind}-merged",
             lambda place: ld.export(packed, place, adapters=adapters, **options),
@@ -75,7 +75,7 @@ def _check(bundle: Path, model: Path, adapter: Path, **options: object) -> ld.Pa
         adapters=[adapter],
         prompts=["Shares fell", "The capital of a country"],
         backends=["onnx-merged"],
-        localise=False,
+        localize=False,
         shrink=False,
         **options,
     )

@@ -312,7 +312,7 @@ def test_what_is_no_number_fails_on_whichever_side(
     assert ("PyTorch" if np.isnan(reference) else "it gives") in str(score.message)
 
 
-def test_the_loss_of_logits_is_the_cross_entropy_behind_each_labelled_token() -> None:
+def test_the_loss_of_logits_is_the_cross_entropy_behind_each_labeled_token() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]))
     total, count = _loss(logits, Example((0, 1, 2), (-100, 1, 2)))
     assert (total, count) == (pytest.approx(-np.log(0.25) - np.log(0.7)), 2)

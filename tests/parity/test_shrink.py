@@ -132,7 +132,7 @@ def test_a_failure_in_chunks_shrinks_to_the_fewest_tokens_that_have_chunks(
     assert all(e.message.startswith("chunked prefill: ") for e in report.counterexamples)
 
 
-def test_a_row_with_its_neighbours_adapter_shrinks_beside_another_row(
+def test_a_row_with_its_neighbors_adapter_shrinks_beside_another_row(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = AdapterSession.run_with_ort_values

@@ -392,8 +392,8 @@ def test_an_export_whose_scores_overflow_float16_is_refused(
 # -- fusions -----------------------------------------------------------------------------------
 
 
-def residual_is_the_normalised(graph: ir.Graph) -> None:
-    """A sum and its normalisation become one node, whose outputs are taken for each other."""
+def residual_is_the_normalized(graph: ir.Graph) -> None:
+    """A sum and its normalization become one node, whose outputs are taken for each other."""
     norm = nodes(graph, "RMSNormalization")[1]
     total = norm.inputs[0]
     for node, index in list(total.uses()):
@@ -414,12 +414,12 @@ def gelu_without_tanh(graph: ir.Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"), [("llama", residual_is_the_normalised), ("gpt2", gelu_without_tanh)]
+    ("name", "change"), [("llama", residual_is_the_normalized), ("gpt2", gelu_without_tanh)]
 )
 def test_a_wrong_fusion_is_caught_everywhere(
     name: str, change: Change, request: pytest.FixtureRequest, phases: Phases
 ) -> None:
-    """Optimisers replace chains of nodes by one that computes something else: onnxruntime's fusion
+    """Optimizers replace chains of nodes by one that computes something else: onnxruntime's fusion
     of a sum and a LayerNormalization (microsoft/onnxruntime#17689)."""
     model = request.getfixturevalue(f"tiny_{name}")
     bundle = request.getfixturevalue(f"tiny_{name}_bundle")
@@ -427,7 +427,7 @@ def test_a_wrong_fusion_is_caught_everywhere(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_levels_of_optimisation_agree(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_levels_of_optimization_agree(name: str, request: pytest.FixtureRequest) -> None:
     """ORT_ENABLE_ALL has given other outputs than ORT_DISABLE_ALL (microsoft/onnxruntime#20321):
     of these graphs it does not."""
     bundle = request.getfixturevalue(f"tiny_{name}_bundle")
@@ -437,5 +437,5 @@ def test_the_levels_of_optimisation_agree(name: str, request: pytest.FixtureRequ
         options.graph_optimization_level = level
         session = ld.AdapterSession(bundle, session_options=options)
         outputs.append(logits(session, random_ids(2, 9)))
-    plain, optimised = outputs
-    assert difference(plain, optimised) <= tolerance("torch-onnx-tiny")
+    plain, optimized = outputs
+    assert difference(plain, optimized) <= tolerance("torch-onnx-tiny")

@@ -130,7 +130,7 @@ def test_each_text_is_embedded_as_its_adapter_says(
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-2
 
 
-def test_a_vector_does_not_depend_on_its_neighbours(sentence_bundle: Path) -> None:
+def test_a_vector_does_not_depend_on_its_neighbors(sentence_bundle: Path) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
     for name in (None, "other"):
         together = embed(TEXTS, name)

@@ -72,7 +72,7 @@ def test_a_check_that_is_as_wide_will_do() -> None:
     assert least.lacking(COVERAGE, "fp32") is None
 
 
-@pytest.mark.parametrize("asked", ["prompts", "prompts=x", "colour=red", ""])
+@pytest.mark.parametrize("asked", ["prompts", "prompts=x", "color=red", ""])
 def test_a_minimum_that_means_nothing_is_refused(asked: str) -> None:
     with pytest.raises(UsageError, match="minimum of a certificate|a number is needed"):
         CertificateMinimum.parse(asked)

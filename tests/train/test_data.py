@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import label_names, read_conversations, read_labelled_texts
+from loradeploy.train.data import label_names, read_conversations, read_labeled_texts
 from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
 
@@ -62,7 +62,7 @@ def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Pa
 def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_labelled_texts(Source(tmp_path / name))
+        read_labeled_texts(Source(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_folder_without_classes_is_told(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_labelled_texts(Source(tmp_path))
+        read_labeled_texts(Source(tmp_path))
 
 
 def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "folders"])
-def test_labelled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path: Path) -> None:
+def test_labeled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path: Path) -> None:
     rows = [("one, two\nthree", "a"), ('say "hi" \u2028 there', "b")]
     place = tmp_path / f"data.{suffix}"
     if suffix == "csv":
@@ -101,7 +101,7 @@ def test_labelled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path:
         for text, label in rows:
             (place / label).mkdir(parents=True)
             (place / label / "1.txt").write_text(text, encoding="utf-8")
-    assert [(example.text, example.label) for example in read_labelled_texts(Source(place))] == rows
+    assert [(example.text, example.label) for example in read_labeled_texts(Source(place))] == rows
 
 
 def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
 
 def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
     lines = [{"text": "x", "label": label} for label in (10, 2, 1)]
-    assert label_names(read_labelled_texts(Source(write_lines(tmp_path / "a.jsonl", lines)))) == (
+    assert label_names(read_labeled_texts(Source(write_lines(tmp_path / "a.jsonl", lines)))) == (
         "1",
         "2",
         "10",
     )
     lines.append({"text": "x", "label": "other"})
-    named = label_names(read_labelled_texts(Source(write_lines(tmp_path / "a.jsonl", lines))))
+    named = label_names(read_labeled_texts(Source(write_lines(tmp_path / "a.jsonl", lines))))
     assert named == ("1", "10", "2", "other")

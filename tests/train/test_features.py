@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import LabelledText, read_conversations
+from loradeploy.train.data import LabeledText, read_conversations
 from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
 from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
@@ -108,7 +108,7 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> 
 
 def test_a_text_is_cut_between_its_special_tokens(tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    texts = [LabelledText("a", "a b c d e f g h i j", "x"), LabelledText("b", "a", "y")]
+    texts = [LabeledText("a", "a b c d e f g h i j", "x"), LabeledText("b", "a", "y")]
     encoded = text_features(texts, ("x", "y"), tokenizer, 6)
     assert [len(feature["input_ids"]) for feature in encoded.features] == [
         6,
@@ -121,7 +121,7 @@ def test_a_text_is_cut_between_its_special_tokens(tiny_bert: Path) -> None:
 def test_a_text_without_tokens_is_named(tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     with pytest.raises(DataError, match="line 7: the text has no tokens"):
-        text_features([LabelledText("line 7", "", "x")], ("x",), tokenizer, 6)
+        text_features([LabeledText("line 7", "", "x")], ("x",), tokenizer, 6)
 
 
 def test_batches_are_padded_on_the_right() -> None:

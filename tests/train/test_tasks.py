@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from loradeploy.adapter import load_adapter
 from loradeploy.bundle.sentence import default_recipe, read_recipe
 from loradeploy.errors import DataError
-from loradeploy.train.data import read_conversations, read_labelled_texts, read_tagged_words
+from loradeploy.train.data import read_conversations, read_labeled_texts, read_tagged_words
 from loradeploy.train.features import PairCollator
 from loradeploy.train.sources import Source
 from loradeploy.train.task_losses import embedding_loss, multi_label_loss, regression_loss
@@ -230,11 +230,11 @@ def test_columns_of_other_names_are_mapped(form: str, tmp_path: Path) -> None:
     lines = [{"text": line["completion"], "label": "ab"[n % 2]} for n, line in enumerate(LESSONS)]
     others = [{"body": line["text"], "topic": line["label"], "text": "not this"} for line in lines]
     columns = {"text": "body", "label": "topic"}
-    found = read_labelled_texts(Source(as_form(form, tmp_path / "data", others), columns=columns))
+    found = read_labeled_texts(Source(as_form(form, tmp_path / "data", others), columns=columns))
     assert [(e.text, e.label) for e in found] == [(e["text"], e["label"]) for e in lines]
     with pytest.raises(DataError, match=r"no column topik"):
         wrong = {**columns, "label": "topik"}
-        read_labelled_texts(Source(as_form(form, tmp_path / "again", others), columns=wrong))
+        read_labeled_texts(Source(as_form(form, tmp_path / "again", others), columns=wrong))
 
 
 def test_classes_of_a_dataset_are_known_by_their_names(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_classes_of_a_dataset_are_known_by_their_names(tmp_path: Path) -> None:
     )
     lines = {"text": ["a", "b"], "label": [1, 0]}
     datasets.Dataset.from_dict(lines, features=feature).save_to_disk(tmp_path / "data")
-    found = read_labelled_texts(Source(tmp_path / "data"))
+    found = read_labeled_texts(Source(tmp_path / "data"))
     assert [example.label for example in found] == ["yes", "no"]
 
 

@@ -89,7 +89,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
     return name
 
 
-def take_over(
+def replace_uses(
     graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node | Collection[ir.Node] | None
 ) -> None:
     """Let every user of `old` but `keep` use `new`; as a graph output, it takes the name too."""

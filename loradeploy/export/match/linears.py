@@ -42,7 +42,7 @@ class Linear:
     `weight`: the initializer; it is [out, in] where `transposed`, else [in, out].
     `bias`: the initializer that is added to every product, where there is one.
     `found_by`: the evidence for `module`.
-    `quantised`: the weight is packed, and cannot be replaced by other numbers.
+    `quantized`: the weight is packed, and cannot be replaced by other numbers.
     `slice`: the module's range of the product's outputs, where the weight is of several modules';
     `weight`, and a `bias` that is added to the whole product, are then those of all.
     `unseen_bias`: the checkpoint has a bias for it, and none is seen in the graph.
@@ -56,7 +56,7 @@ class Linear:
     out_features: int
     found_by: str
     bias: ir.Value | None = None
-    quantised: bool = False
+    quantized: bool = False
     slice: tuple[int, int] | None = None
     unseen_bias: bool = False
 
@@ -122,7 +122,7 @@ def _linears(product: Product, nodes: tuple[ir.Node, ...], named: Named) -> list
                 out_features=outputs,
                 found_by=named.found_by,
                 bias=None if use is None else value_of(use),
-                quantised=product.quantised,
+                quantized=product.quantized,
                 slice=None if len(named.modules) == 1 else (begin, begin + outputs),
                 unseen_bias=module in named.unseen_biases,
             )
@@ -131,7 +131,7 @@ def _linears(product: Product, nodes: tuple[ir.Node, ...], named: Named) -> list
     return found
 
 
-def note_modules(linears: Mapping[str, Linear]) -> None:
+def annotate_modules(linears: Mapping[str, Linear]) -> None:
     """Write into the nodes which modules they are, for whoever reads the graph again."""
     for linear in linears.values():
         packed = [other for other in linears.values() if other.nodes[0] is linear.nodes[0]]

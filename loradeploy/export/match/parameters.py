@@ -16,8 +16,8 @@ from loradeploy.export.graph.edit import (
     add_constant,
     constant_of,
     free_name,
+    replace_uses,
     set_constant,
-    take_over,
 )
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
@@ -65,8 +65,8 @@ class Layers:
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and linear.slice is not None:
             return f"{parameter} is packed together with others' and cannot be replaced alone"
-        if linear is not None and linear.quantised and name == "weight":
-            return f"{parameter} is quantised: merge into the unquantised model"
+        if linear is not None and linear.quantized and name == "weight":
+            return f"{parameter} is quantized: merge into the unquantized model"
         if (
             linear is not None
             and name == "bias"
@@ -157,7 +157,7 @@ class Layers:
     def _same(self, one: Linear | Part, other: Linear | Part) -> bool:
         """Whether two layers that can be read have the same numbers."""
         layers = (one, other)
-        if any(isinstance(x, Linear) and (x.quantised or x.slice is not None) for x in layers):
+        if any(isinstance(x, Linear) and (x.quantized or x.slice is not None) for x in layers):
             return False
         mine, theirs = (self.values_of(f"{x.module}.weight") for x in layers)
         return np.array_equal(mine, theirs)
@@ -199,7 +199,7 @@ class Layers:
             add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
             add.outputs[0].name = add.name
             self.graph.insert_after(product.producer() or node, add)
-            take_over(self.graph, product, add.outputs[0], keep=add)
+            replace_uses(self.graph, product, add.outputs[0], keep=add)
 
     def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:
         assert part.bias_input is not None
@@ -230,7 +230,7 @@ def _bias_dtype(linear: Linear) -> np.dtype[Any]:
     """The dtype in which a bias is added to the linear's product."""
     if linear.bias is not None:
         return constant_of(linear.bias).dtype
-    if not linear.quantised:
+    if not linear.quantized:
         return constant_of(linear.weight).dtype
     # A packed weight has no dtype of numbers; what goes in has, and so have its scales.
     node = linear.nodes[0]

@@ -1,11 +1,11 @@
-"""Products with a constant weight in a graph, in whatever form an exporter or quantiser wrote them.
+"""Products with a constant weight in a graph, in whatever form an exporter or quantizer wrote them.
 
 MatMul, Gemm            the weight as it is, or through Cast, Identity, Transpose
-… of DequantizeLinear   QDQ, its input and output may be quantised too
+… of DequantizeLinear   QDQ, its input and output may be quantized too
 MatMulNBits             packed in blocks
-MatMulInteger           dynamically quantised: DynamicQuantizeLinear before, Cast and Mul behind
+MatMulInteger           dynamically quantized: DynamicQuantizeLinear before, Cast and Mul behind
 DynamicQuantizeMatMul   the same in one operator of onnxruntime's
-MatMulIntegerToFloat    the same, its input quantised before
+MatMulIntegerToFloat    the same, its input quantized before
 
 Scaled and turned products are made plain first (plain.py); what becomes of each input and attribute
 is in operators.py.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PACKED: Final = "MatMulNBits"
 INTEGER: Final = "MatMulInteger"
-_DEQUANTISE: Final = "DequantizeLinear"
+_DEQUANTIZE: Final = "DequantizeLinear"
 # onnxruntime's products of integers that give floats: where they have the scale of the weight, its
 # zero point, and the bias.
 _TO_FLOAT: Final = {"DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6)}
@@ -56,7 +56,7 @@ class Product:
     """y = x W at one node.
 
     `weight`: the initializer; it is [out, in] where `transposed`, else [in, out].
-    `quantised`: the weight is packed or of integers, and cannot be replaced by other numbers.
+    `quantized`: the weight is packed or of integers, and cannot be replaced by other numbers.
     `scaled`: the DequantizeLinear that its numbers come from, where there is one.
     `turned_first`: they are turned before they come to it.
     """
@@ -66,7 +66,7 @@ class Product:
     transposed: bool
     in_features: int
     out_features: int
-    quantised: bool = False
+    quantized: bool = False
     scaled: ir.Node | None = None
     turned_first: bool = False
 
@@ -82,7 +82,7 @@ class Product:
         if self.node.op_type == PACKED:
             return _unpacked_rows(self.node, picks)
         held = constant_of(self.weight)
-        if not self.quantised:
+        if not self.quantized:
             rows = held.take(picks, 0 if self.transposed else 1).astype(np.float32)
             return rows if self.transposed else np.ascontiguousarray(rows.T)
         if self.scaled is not None:
@@ -90,7 +90,7 @@ class Product:
         return _dequantised_rows(self, held, picks)
 
     def steps(self, picks: list[int]) -> NDArray[np.float32] | None:
-        """How far apart the numbers are that a quantised weight can have, beside those of `rows`.
+        """How far apart the numbers are that a quantized weight can have, beside those of `rows`.
 
         [picks, in] or what broadcasts to it; None where they cannot be read.
         """
@@ -122,23 +122,23 @@ def products(graph: ir.Graph) -> Iterator[Product]:
 
 
 def input_of(node: ir.Node) -> ir.Value | None:
-    """What the product `node` multiplies, before it is quantised for it."""
+    """What the product `node` multiplies, before it is quantized for it."""
     x = node.inputs[0]
     producer = None if x is None else x.producer()
     if producer is None:
         return x
     if node.op_type in (INTEGER, "MatMulIntegerToFloat"):
-        quantises = producer.op_type in ("DynamicQuantizeLinear", "QuantizeLinear")
-        return producer.inputs[0] if quantises else x
-    if producer.op_type == _DEQUANTISE:
-        quantise = None if producer.inputs[0] is None else producer.inputs[0].producer()
-        if quantise is not None and _undoes(producer, quantise):
-            return quantise.inputs[0]
+        quantizes = producer.op_type in ("DynamicQuantizeLinear", "QuantizeLinear")
+        return producer.inputs[0] if quantizes else x
+    if producer.op_type == _DEQUANTIZE:
+        quantize = None if producer.inputs[0] is None else producer.inputs[0].producer()
+        if quantize is not None and _undoes(producer, quantize):
+            return quantize.inputs[0]
     return x
 
 
 def output_of(node: ir.Node) -> ir.Value:
-    """What the product `node` gives, once it is scaled and no longer quantised.
+    """What the product `node` gives, once it is scaled and no longer quantized.
 
     An update that is added here is not rounded to the base's few steps.
     """
@@ -150,11 +150,11 @@ def output_of(node: ir.Node) -> ir.Value:
                 return node.outputs[0]
             y = after.outputs[0]
         return y
-    quantise = only_user(y)
-    if quantise is not None and quantise.op_type == "QuantizeLinear":
-        dequantise = only_user(quantise.outputs[0])
-        if dequantise is not None and _undoes(dequantise, quantise):
-            return dequantise.outputs[0]
+    quantize = only_user(y)
+    if quantize is not None and quantize.op_type == "QuantizeLinear":
+        dequantize = only_user(quantize.outputs[0])
+        if dequantize is not None and _undoes(dequantize, quantize):
+            return dequantize.outputs[0]
     return y
 
 
@@ -234,7 +234,7 @@ def _plain(node: ir.Node) -> Product | None:
         if carrier.op_type == "Transpose" and _swaps(carrier):
             turned = not turned
             turned_first ^= scaled is not None
-        elif carrier.op_type == _DEQUANTISE and scaled is None:
+        elif carrier.op_type == _DEQUANTIZE and scaled is None:
             scaled = carrier
         elif carrier.op_type not in _CARRIERS:
             return None
@@ -249,8 +249,8 @@ def _plain(node: ir.Node) -> Product | None:
         return None
     rows, columns = shape
     into, out = (columns, rows) if turned else (rows, columns)
-    quantised = scaled is not None
-    return Product(node, weight, turned, into, out, quantised, scaled, turned_first)
+    quantized = scaled is not None
+    return Product(node, weight, turned, into, out, quantized, scaled, turned_first)
 
 
 def _packed(node: ir.Node) -> Product | None:
@@ -258,7 +258,7 @@ def _packed(node: ir.Node) -> Product | None:
     if weight is None or not weight.is_initializer():
         return None
     into, out = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-    return Product(node, weight, True, into, out, quantised=True)
+    return Product(node, weight, True, into, out, quantized=True)
 
 
 def _integer_product(node: ir.Node) -> Product | None:
@@ -267,7 +267,7 @@ def _integer_product(node: ir.Node) -> Product | None:
     # Without the scaling behind it there are no numbers yet that an update could be added to.
     if weight is None or shape is None or output_of(node) is node.outputs[0]:
         return None
-    return Product(node, weight, False, *shape, quantised=True)
+    return Product(node, weight, False, *shape, quantized=True)
 
 
 def _to_float(node: ir.Node) -> Product | None:
@@ -275,14 +275,14 @@ def _to_float(node: ir.Node) -> Product | None:
     shape = None if weight is None else _constant_shape(weight)
     if weight is None or shape is None:
         return None
-    return Product(node, weight, False, *shape, quantised=True)
+    return Product(node, weight, False, *shape, quantized=True)
 
 
-def _undoes(dequantise: ir.Node, quantise: ir.Node) -> bool:
+def _undoes(dequantize: ir.Node, quantize: ir.Node) -> bool:
     """Whether a DequantizeLinear gives what a QuantizeLinear took, but for its rounding."""
-    if dequantise.op_type != _DEQUANTISE or quantise.op_type != "QuantizeLinear":
+    if dequantize.op_type != _DEQUANTIZE or quantize.op_type != "QuantizeLinear":
         return False
-    return all(_same(_input(dequantise, at), _input(quantise, at)) for at in (1, 2))
+    return all(_same(_input(dequantize, at), _input(quantize, at)) for at in (1, 2))
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
@@ -300,7 +300,7 @@ def _same(one: ir.Value | None, other: ir.Value | None) -> bool:
 def _is_constant(value: ir.Value | None) -> bool:
     """Whether a value is a constant, however it is carried."""
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in (*_CARRIERS, "Transpose", _DEQUANTISE):
+        if node.op_type not in (*_CARRIERS, "Transpose", _DEQUANTIZE):
             return False
         value = node.inputs[0]
     return value is not None and value.is_initializer() and value.const_value is not None

@@ -2,7 +2,7 @@
 
 A sample of rows decides which matrices may be meant; the whole matrix, at its scale and in the
 order of its rows, decides whether one is. What differs is allowed as far as rounding explains it:
-that of the numbers' formats, or of the bits that a quantised weight has.
+that of the numbers' formats, or of the bits that a quantized weight has.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 _CHUNK: Final = 1024
 # 1 − cosine of two rows: what they may differ by and still be worth a comparison.
 _SIMILAR_FLOAT: Final = 1e-2
-_SIMILAR_QUANTISED: Final = 0.3
+_SIMILAR_QUANTIZED: Final = 0.3
 # Between numbers that were never rounded, and the formats that exporters round through.
 _EXACT: Final = 1e-5
 _ROUNDED_THROUGH: Final = ("float16", "bfloat16")
 # Rounding to the nearest step leaves 0.29 steps (root mean square); clipped numbers and rounded
 # scales make it more.
 _MOST_STEPS: Final = 0.5
-# Quantisers that do not round to the nearest (GPTQ) leave more, in parts of a row's length; they
+# Quantizers that do not round to the nearest (GPTQ) leave more, in parts of a row's length; they
 # are for few bits. The factor between whole matrices stays 1, since errors cancel out.
 _MOST_OF_A_ROW: Final = {4: 0.25, 2: 0.7}
 _FACTOR: Final = {16: 1e-3, 8: 0.02, 4: 0.05, 2: 0.3}
@@ -94,7 +94,7 @@ class Sample:
         if place not in self._rows:
             self._rows[place] = self._product.rows([first + pick for pick in matrix.samples()])
         rows = self._rows[place]
-        limit = _SIMILAR_QUANTISED if self._product.quantised else _SIMILAR_FLOAT
+        limit = _SIMILAR_QUANTIZED if self._product.quantized else _SIMILAR_FLOAT
         return rows is not None and bool((_distance(rows, matrix.sampled) < limit).any())
 
 
@@ -122,8 +122,8 @@ def difference(product: Product, first: int, matrix: Matrix) -> str | None:
 
 
 def bits_of(product: Product) -> int:
-    """The bits of a quantised weight's numbers; 0 for floating point."""
-    if not product.quantised:
+    """The bits of a quantized weight's numbers; 0 for floating point."""
+    if not product.quantized:
         return 0
     if product.node.op_type == PACKED:
         given = product.node.attributes.get("bits")
@@ -153,9 +153,9 @@ def bias_difference(matrix: Matrix, given: NDArray[np.float32] | None) -> str | 
 def _read(
     product: Product, picks: list[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
-    """Some rows and, of a quantised weight, the steps of their numbers; None if one is not read."""
+    """Some rows and, of a quantized weight, the steps of their numbers; None if one is not read."""
     rows = product.rows(picks)
-    if rows is None or not product.quantised:
+    if rows is None or not product.quantized:
         return None if rows is None else (rows, None)
     steps = product.steps(picks)
     if steps is None:
@@ -231,7 +231,7 @@ def _explained(product: Product, first: int, matrix: Matrix, factor: float, bits
     expected = matrix.rows(list(range(matrix.outputs)))
     assert given is not None, "it was read before"
     rows = given[0]
-    limit = _SIMILAR_QUANTISED if bits else _SIMILAR_FLOAT
+    limit = _SIMILAR_QUANTIZED if bits else _SIMILAR_FLOAT
     aligned = _distance(rows, expected) < limit
     if aligned.all():
         if abs(factor - 1) > _EXACT and _is_factor(rows, expected, factor, bits):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import take_over
+from loradeploy.export.graph.edit import replace_uses
 from loradeploy.export.match.observe import FRONT, seen_at
 from loradeploy.export.match.parts import Part
 from loradeploy.export.passes.surgery import Surgery, call_label, first_input
@@ -77,4 +77,4 @@ def _add_at(surgery: Surgery, label: str, node: ir.Node, A: ir.Value, B: ir.Valu
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, size]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, size]
     total = chain.add("Add", "lora_add", [y, delta])
-    take_over(surgery.graph, y, total, keep=chain.last)
+    replace_uses(surgery.graph, y, total, keep=chain.last)

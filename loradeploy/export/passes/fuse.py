@@ -18,7 +18,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, take_over
+from loradeploy.export.graph.edit import add_constant, constant_of, replace_uses
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import output_of
@@ -107,7 +107,7 @@ def _key(linear: Linear) -> object:
         return linear.nodes
     (node, *more) = linear.nodes
     x, weight = node.inputs[0], linear.weight
-    if more or linear.quantised or linear.transposed or node.op_type != "MatMul":
+    if more or linear.quantized or linear.transposed or node.op_type != "MatMul":
         return None
     if node.inputs[1] is not weight or len(list(weight.uses())) > 1 or x is None:
         return None
@@ -178,7 +178,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     for member, part in zip(members, split.outputs, strict=True):
         old, end = member.nodes[0].outputs[0], begin + member.out_features
         part.name = f"{member.module}/output"
-        take_over(graph, old, part, keep=None)
+        replace_uses(graph, old, part, keep=None)
         graph.remove(member.nodes[0], safe=True)
         graph.initializers.pop(str(member.weight.name))
         fused.append(
@@ -221,7 +221,7 @@ def _separate(
         )
         node.outputs[0].name = node.name
         graph.insert_before(product, node)
-        take_over(graph, old, node.outputs[0], keep=None)
+        replace_uses(graph, old, node.outputs[0], keep=None)
 
 
 def _outputs(

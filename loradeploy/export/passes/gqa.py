@@ -22,7 +22,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, only_user, remove_unused, take_over
+from loradeploy.export.graph.edit import add_constant, only_user, remove_unused, replace_uses
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, problem_of
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
         output.name = f"{old.name}/grouped"
     graph.insert_before(node, new)
     for output, old in zip(new.outputs, (y, keys.present, values.present), strict=True):
-        take_over(graph, old, output, keep=None)
+        replace_uses(graph, old, output, keep=None)
 
 
 def _check_mask(node: ir.Node, mask: ir.Value) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, take_over
+from loradeploy.export.graph.edit import add_constant, constant_of, replace_uses
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
@@ -27,11 +27,11 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     """Make the weight and bias of `linear` side inputs; a bias of zeros `with_bias` if it has none.
 
     Raises:
-        ExportError: the module is called several times, is quantised, or its rows are not known.
+        ExportError: the module is called several times, is quantized, or its rows are not known.
     """
     module, graph = linear.module, surgery.graph
     unclear = linear.slice is not None or has_unclear_bias(linear)
-    if len(linear.nodes) != 1 or linear.quantised or unclear:
+    if len(linear.nodes) != 1 or linear.quantized or unclear:
         raise ExportError(f"{module} is used in a way that cannot be a side input: merge instead")
     node, last = linear.nodes[0], _last_of(linear)
     rows = rows_of(graph, node, module)
@@ -77,7 +77,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         y = chain.add("Add", "head_add", [y, b])
     if rows.no_sequence:
         y = chain.add("Squeeze", "head_squeeze", [y, surgery.sequence_axis])  # [batch, out]
-    take_over(graph, last.outputs[0], y, keep=None)
+    replace_uses(graph, last.outputs[0], y, keep=None)
     for dead in dict.fromkeys((last, node)):
         graph.remove(dead, safe=True)
     return saved
@@ -117,7 +117,7 @@ def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> 
     shape = last.outputs[0].shape
     for node in made:
         node.outputs[0].shape = shape
-    take_over(graph, last.outputs[0], made[-1].outputs[0], keep=None)
+    replace_uses(graph, last.outputs[0], made[-1].outputs[0], keep=None)
 
 
 def _parameter(surgery: Surgery, name: str, default: NDArray[Any]) -> ir.Value:

@@ -24,7 +24,7 @@ def has_rows(graph: ir.Graph) -> bool:
     return len(gathered_slots(graph)) == len(ids.uses())
 
 
-def lay_in_rows(graph: ir.Graph) -> None:
+def use_row_layout(graph: ir.Graph) -> None:
     """Take the side inputs as they are fed, slot i for row i, and drop `adapter_ids`.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import OutputTarget
 from loradeploy.bundle.names import offset_name, scale_name
-from loradeploy.export.graph.edit import constant_of, take_over
+from loradeploy.export.graph.edit import constant_of, replace_uses
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import bias_use
@@ -85,14 +85,14 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
     )
 
 
-def keep_output(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
+def undo_output_scale(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
     """Undo `change_output`; whether there was anything to undo."""
     call = 0
     while (last := _last(nodes, label := call_label(module, call))) is not None:
         first = next(node for name in _FIRST if (node := nodes.get(f"{label}/{name}")) is not None)
         base = first.inputs[0]
         assert base is not None
-        take_over(graph, last.outputs[0], base, keep=None)
+        replace_uses(graph, last.outputs[0], base, keep=None)
         call += 1
     return call > 0
 
@@ -122,7 +122,7 @@ def _change_at(
         first = first or chain.last
     y = rows.back(surgery, chain, y, old, size, "flatten")
     assert first is not None
-    take_over(surgery.graph, old, y, keep={first, *chain.readers})
+    replace_uses(surgery.graph, old, y, keep={first, *chain.readers})
 
 
 def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:

@@ -1,7 +1,7 @@
-"""Weights packed to 8 or 4 bits by onnxruntime's own quantiser, after surgery or merge.
+"""Weights packed to 8 or 4 bits by onnxruntime's own quantizer, after surgery or merge.
 
 Only products of the base are packed: factors and heads are no constants of theirs. Each weight is
-given to the quantiser in a model of its own, so that the whole graph never is in memory twice and
+given to the quantizer in a model of its own, so that the whole graph never is in memory twice and
 its other nodes stay as they are.
 """
 
@@ -34,7 +34,7 @@ _ACCURACY_LEVEL: Final = 4
 _ZEROS, _GROUPS = 3, 4
 
 
-def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
+def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     """Pack every product with a constant weight to `bits` bits; the manifest with the new names.
 
     Weights are packed symmetrically in blocks of 32 along the input, the output head, which suffers
@@ -51,7 +51,7 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
         name = str(linear.weight.name)
         if name in packed:
             continue  # of several modules
-        if not linear.quantised and all(node.op_type == "MatMul" for node in linear.nodes):
+        if not linear.quantized and all(node.op_type == "MatMul" for node in linear.nodes):
             own = max(bits, _HEAD_BITS) if module == head else bits
             packed[name] = _pack(model.graph, linear, own)
     if not packed:
@@ -71,7 +71,7 @@ def quantise(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
 
 def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDArray[np.float32]:
     """A weight [out, in] as it is once packed and unpacked again."""
-    node, constants = _quantised(np.ascontiguousarray(weight.T), bits, block)
+    node, constants = _quantized(np.ascontiguousarray(weight.T), bits, block)
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     packed, scales = (constants[name] for name in node.input[1:3])
     result = unpacked(attributes, packed, scales, None, list(range(len(weight))))
@@ -94,7 +94,7 @@ def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -
     scales = product.inputs[2]
     zeros = product.inputs[_ZEROS] if len(product.inputs) > _ZEROS else None
     kind = np.float32 if scales is None or scales.dtype is None else scales.dtype.numpy()
-    node, constants = _quantised(
+    node, constants = _quantized(
         np.ascontiguousarray(weight.T).astype(kind), bits, block, symmetric=zeros is None
     )
     for index, name in enumerate(node.input[1:], start=1):
@@ -117,7 +117,7 @@ def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
 
     held = constant_of(linear.weight)
     weight = np.ascontiguousarray(held.T if linear.transposed else held)  # [in, out]
-    node, constants = _quantised(weight, bits)
+    node, constants = _quantized(weight, bits)
     base = f"{linear.module}.weight"
     inputs = [
         add_constant(graph, free_name(graph, f"{base}.int{bits}{part}"), constants[name])
@@ -148,7 +148,7 @@ def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
     return str(inputs[0].name)
 
 
-def _quantised(
+def _quantized(
     weight: NDArray[Any], bits: int, block: int = _BLOCK, *, symmetric: bool = True
 ) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
     """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
@@ -170,21 +170,21 @@ def _quantised(
         [numpy_helper.from_array(weight, "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
-    quantiser = _quantiser_class()(
+    quantizer = _quantiser_class()(
         model,
         bits=bits,
         block_size=block,
         is_symmetric=symmetric,
         accuracy_level=_ACCURACY_LEVEL,
     )
-    quantiser.process()
-    result = quantiser.model.model.graph
+    quantizer.process()
+    result = quantizer.model.model.graph
     (node,) = (node for node in result.node if node.op_type == "MatMulNBits")
     return node, {t.name: numpy_helper.to_array(t) for t in result.initializer}
 
 
 def _quantiser_class() -> Any:
-    """onnxruntime's quantiser, whose import configures the root logger for INFO (1.31)."""
+    """onnxruntime's quantizer, whose import configures the root logger for INFO (1.31)."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

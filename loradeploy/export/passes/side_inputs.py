@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, remove_unused, take_over
+from loradeploy.export.graph.edit import Chain, remove_unused, replace_uses
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import input_of, output_of
@@ -31,7 +31,7 @@ from loradeploy.export.passes.fuse import (
     separate_products,
 )
 from loradeploy.export.passes.heads import replace_head, restore_head
-from loradeploy.export.passes.output_scale import Change, change_output, keep_output
+from loradeploy.export.passes.output_scale import Change, change_output, undo_output_scale
 from loradeploy.export.passes.surgery import Rows, Surgery, call_label, rows_of
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         while (add := nodes.get(f"{call_label(label, call)}/lora_add")) is not None:
             base = add.inputs[0]
             if base is not None:
-                take_over(model.graph, add.outputs[0], base, keep=None)
+                replace_uses(model.graph, add.outputs[0], base, keep=None)
             call += 1
         if call == 0:
             raise ExportError(f"the graph has no side input at {label}: it was changed")
     for output in manifest.changed:
-        if not keep_output(model.graph, output.module, nodes):
+        if not undo_output_scale(model.graph, output.module, nodes):
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
@@ -186,7 +186,7 @@ def _add(
         update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
     update = rows.back(surgery, chain, update, y, size, "lora_flatten")
     total = chain.add("Add", "lora_add", [y, update])
-    take_over(surgery.graph, y, total, keep={chain.last, *chain.readers})
+    replace_uses(surgery.graph, y, total, keep={chain.last, *chain.readers})
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

@@ -23,7 +23,7 @@ from loradeploy.export.graph.edit import (
     free_name,
     integer_of,
     number_of,
-    take_over,
+    replace_uses,
 )
 from loradeploy.export.match.operators import MICROSOFT, check_operators, problem_of
 
@@ -70,13 +70,13 @@ def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
     act = ir.node(activation, [y], name=f"{_name(node)}/{activation}")
     act.outputs[0].name = act.name
     graph.insert_after(node, act)
-    take_over(graph, y, act.outputs[0], keep=act)
+    replace_uses(graph, y, act.outputs[0], keep=act)
 
 
 def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
     alpha, beta = number_of(node, "alpha"), number_of(node, "beta")
     turned, addend = integer_of(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
-    plain_addend = addend is None or _is_bias(node, addend) or _comes_quantised(addend)
+    plain_addend = addend is None or _is_bias(node, addend) or _comes_quantized(addend)
     if not _is_constant(node.inputs[1]) or (
         alpha == 1 and beta == 1 and not turned and plain_addend
     ):
@@ -179,7 +179,7 @@ def _plain_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float)
     add = ir.node("Add", [y, addend], name=f"{_name(node)}/added")
     add.outputs[0].name = add.name
     graph.insert_after(node, add)
-    take_over(graph, y, add.outputs[0], keep=add)
+    replace_uses(graph, y, add.outputs[0], keep=add)
 
 
 def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
@@ -187,7 +187,7 @@ def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
     return _is_initializer(addend) and constant_of(addend).shape == (_outputs(node),)
 
 
-def _comes_quantised(value: ir.Value) -> bool:
+def _comes_quantized(value: ir.Value) -> bool:
     """Whether C is a constant of integers, which stays with its product."""
     node = value.producer()
     return node is not None and node.op_type == "DequantizeLinear" and _is_constant(value)

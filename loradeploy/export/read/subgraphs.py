@@ -22,8 +22,8 @@ from loradeploy.export.graph.edit import (
     constant_of,
     remove_all,
     remove_unused,
+    replace_uses,
     source_of,
-    take_over,
 )
 from loradeploy.export.match.observe import open_model, sample_of
 from loradeploy.export.match.products import products
@@ -206,7 +206,7 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
             last, new = same, same.outputs[0]
             new.name = _free(names, f"{old.name}/chosen")
         own = new.type, new.shape
-        take_over(graph, old, new, keep=None)
+        replace_uses(graph, old, new, keep=None)
         new.type, new.shape = new.type or own[0], new.shape or own[1]
     graph.remove(node, safe=True)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.bundle.names import GENAI_CONFIG_NAME, LEFT, NO_PADDING, PAST, POSITION_IDS, RIGHT
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.match.identity import CheckpointWeights
-from loradeploy.export.match.linears import Findings, find_linears, note_modules
+from loradeploy.export.match.linears import Findings, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
 from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_whole
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
@@ -78,7 +78,7 @@ def find_modules(
     check_reached(model.graph, findings, adapters)
     if weights is not None:
         _compare(findings, weights)
-    note_modules(findings.linears)
+    annotate_modules(findings.linears)
     return findings
 
 

@@ -139,7 +139,7 @@ def _zero_head(
 
 
 def root_cause(problem: BaseException) -> str:
-    """What went wrong at the root, in a line: torch wraps it in advice and colours.
+    """What went wrong at the root, in a line: torch wraps it in advice and colors.
 
     An error that says nothing but its kind, or a key, is told with the function that raised it.
     """

@@ -102,7 +102,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
             ) from problem
     if onnx_program is None:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
-    logger.info("optimising the graph")
+    logger.info("optimizing the graph")
     return tidy(onnx_program.model, prefix=WRAPPED)
 
 

@@ -22,7 +22,7 @@ def traceable() -> Iterator[None]:
       flattens them for addmm.
     - A masked attention row never is empty: padding sees itself. Kernels that give NaN for an empty
       row would otherwise spread it from padding to everything.
-    - Grouped-query attention stays grouped: the repeated keys and values are never materialised.
+    - Grouped-query attention stays grouped: the repeated keys and values are never materialized.
       Attention that leaves the repetition to broadcasting is told to be grouped.
     - A mixture computes every expert for every token. To sort tokens by expert, as transformers
       does, ONNX has no operators, and gathering weights by token would copy them for each.

@@ -22,23 +22,23 @@ _JOINED_ELEMENTS: Final = 8
 
 
 def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
-    """Optimise `model` in place and name its parts after the checkpoint's; returns it.
+    """Optimize `model` in place and name its parts after the checkpoint's; returns it.
 
     `prefix` is the module path of the traced model inside the traced wrapper. Metadata other than
     the module paths is dropped: stack traces hold the paths of the machine that exported.
     """
-    _optimise(model)
+    _optimize(model)
     _drop_metadata(model, prefix)
     name_dimensions(model)
     _name_initializers(model, prefix)
     return model
 
 
-def _optimise(model: ir.Model) -> None:
-    """torch.onnx's own optimisation, with common subexpressions joined first.
+def _optimize(model: ir.Model) -> None:
+    """torch.onnx's own optimization, with common subexpressions joined first.
 
     The rewrite rules cost the most, node by node: joining before them makes it 5 times cheaper.
-    Folding again after them is what lets the rotary embedding be recognised.
+    Folding again after them is what lets the rotary embedding be recognized.
     """
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants

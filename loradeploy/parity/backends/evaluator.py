@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import first_line
 from loradeploy.parity.backends.ort import Feeds, NotRunError, OnnxModel
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 
 if TYPE_CHECKING:
     import onnx
@@ -24,17 +24,17 @@ _QUICK: Final = 10**9
 _STANDARD: Final = ("", "ai.onnx")
 
 
-def lacks(setting: Setting) -> str | None:
+def lacks(setting: CheckContext) -> str | None:
     """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
     return _lacks(setting, _LARGEST)
 
 
-def is_quick(setting: Setting) -> bool:
+def is_quick(setting: CheckContext) -> bool:
     """Whether the evaluator is there, and runs the bundle's graph in little time."""
     return importlib.util.find_spec("onnx") is not None and _lacks(setting, _QUICK) is None
 
 
-def evaluator(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+def evaluator(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """The base and each adapter as feeds; of a merged bundle, the graph as it is.
 
     Raises:
@@ -69,7 +69,7 @@ def _evaluate(
     return values
 
 
-def _lacks(setting: Setting, largest: int) -> str | None:
+def _lacks(setting: CheckContext, largest: int) -> str | None:
     import onnx
 
     graph = onnx.load(os.fspath(setting.bundle / GRAPH_NAME), load_external_data=False).graph

@@ -24,7 +24,7 @@ import numpy as np
 from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends.ort import native_file
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,7 +80,7 @@ def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
     return Path(found).absolute()  # not resolved: that would leave its environment
 
 
-def lacks(setting: Setting) -> str | None:
+def lacks(setting: CheckContext) -> str | None:
     """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
     if setting.manifest.task != CAUSAL_LM:
         return "it runs decoders alone"
@@ -91,7 +91,7 @@ def lacks(setting: Setting) -> str | None:
     return None
 
 
-def genai(setting: Setting) -> Iterator[tuple[str | None, GenaiModel]]:
+def genai(setting: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
     """The base and each adapter, as an .onnx_adapter file, in one worker.
 
     Raises:
@@ -161,7 +161,7 @@ class Worker:
 
 
 @contextmanager
-def _started(setting: Setting, adapters: dict[str, Path]) -> Iterator[Worker]:
+def _started(setting: CheckContext, adapters: dict[str, Path]) -> Iterator[Worker]:
     logits, stderr = setting.scratch / "genai.npy", setting.scratch / "genai.stderr"
     python = setting.genai_python or Path(sys.executable)
     named = [f"{name}={file}" for name, file in adapters.items()]

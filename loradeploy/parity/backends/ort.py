@@ -15,7 +15,7 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CAUSAL_LM, NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError
-from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import plain_feeds
 from loradeploy.parity.phases import joined, output_names
 from loradeploy.parity.variants import session_options
@@ -122,7 +122,7 @@ class OnnxModel:
         return [np.zeros(shape, s.dtype) for shape, s in zip(shapes, self._past, strict=True)]
 
 
-def side_inputs(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+def side_inputs(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """The base and each adapter by itself, through `AdapterSession`."""
     session = _open(setting, setting.bundle)
     _load(session, setting.subjects)
@@ -131,14 +131,14 @@ def side_inputs(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
         yield name, OnnxModel(setting.manifest, run, session.empty_cache)
 
 
-def mixed_batch(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+def mixed_batch(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """All adapters and the base at once, through `AdapterSession`: each row has its own."""
     session = _open(setting, setting.bundle)
     _load(session, setting.subjects)
     yield None, OnnxModel(setting.manifest, session.run_with_ort_values, session.empty_cache)
 
 
-def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+def native_adapter(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
     import onnxruntime
 
@@ -155,7 +155,7 @@ def native_adapter(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
         yield subject.name, OnnxModel(setting.manifest, partial(_activated, session, active))
 
 
-def native_file(setting: Setting, subject: Subject, base: BaseValues) -> Path:
+def native_file(setting: CheckContext, subject: AdapterUnderTest, base: BaseValues) -> Path:
     """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
     from loradeploy.bundle.native import write_onnx_adapter
 
@@ -167,7 +167,7 @@ def native_file(setting: Setting, subject: Subject, base: BaseValues) -> Path:
     return file
 
 
-def merged_graph(setting: Setting) -> Iterator[tuple[str | None, OnnxModel]]:
+def merged_graph(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """Each adapter folded into the graph: the merged bundle itself, or a merge made for the check.
 
     Raises:
@@ -202,7 +202,7 @@ def _activated(
 
 
 @contextmanager
-def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
+def merged_bundle(setting: CheckContext, subject: AdapterUnderTest) -> Iterator[Path]:
     """The setting's merged bundle, or one that is made for the check.
 
     Raises:
@@ -224,13 +224,13 @@ def merged_bundle(setting: Setting, subject: Subject) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _open(setting: Setting, bundle: Path) -> AdapterSession:
+def _open(setting: CheckContext, bundle: Path) -> AdapterSession:
     from loradeploy.runtime.session import AdapterSession
 
     return AdapterSession(bundle, setting.providers, session_options=_options(setting))
 
 
-def _options(setting: Setting) -> onnxruntime.SessionOptions:
+def _options(setting: CheckContext) -> onnxruntime.SessionOptions:
     from loradeploy.runtime.graph import WEIGHTS_AT
 
     options = session_options(setting.variant)
@@ -239,7 +239,7 @@ def _options(setting: Setting) -> onnxruntime.SessionOptions:
     return options
 
 
-def _load(session: AdapterSession, subjects: Sequence[Subject]) -> None:
+def _load(session: AdapterSession, subjects: Sequence[AdapterUnderTest]) -> None:
     """Load what did not come with the bundle; the session finds the others itself."""
     for subject in subjects:
         if subject.name not in session.adapters:

@@ -29,7 +29,7 @@ from loradeploy.parity.backends.ort import OnnxModel
 from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.compare.opening import open_side, short_title
 from loradeploy.parity.compare.sides import Side
-from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import FED
 from loradeploy.parity.phases import (
     CHUNKED,
@@ -64,7 +64,7 @@ class _Other:
 def other_backends(
     others: Others,
     manifest: Manifest,
-    subjects: Sequence[Subject],
+    subjects: Sequence[AdapterUnderTest],
     providers: Sequence[str] | None = None,
 ) -> tuple[Backend, ...]:
     """A backend for each of `others`.
@@ -104,7 +104,7 @@ def other_backends(
 
 
 def _open(
-    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], setting: Setting
+    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], setting: CheckContext
 ) -> Iterator[tuple[str | None, OnnxModel]]:
     side = open_side(place, setting.providers)
     yield claim, _model(side, inputs, setting.manifest)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.phases import (
     CHUNKED,
     DECODE,
@@ -57,10 +57,10 @@ class Backend:
     needs: str | None = None
     on_onnxruntime: bool = False
     batched: bool = True
-    lacks: Callable[[Setting], str | None] | None = None
-    unasked: Callable[[Setting], bool] | None = None
+    lacks: Callable[[CheckContext], str | None] | None = None
+    unasked: Callable[[CheckContext], bool] | None = None
 
-    def missing(self, setting: Setting) -> str | None:
+    def missing(self, setting: CheckContext) -> str | None:
         """Why it cannot be run here; None where it can."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
@@ -71,13 +71,13 @@ class Backend:
         return None if self.lacks is None else self.lacks(setting)
 
 
-def _torch_merged(setting: Setting, model: torch.nn.Module) -> Opened:
+def _torch_merged(setting: CheckContext, model: torch.nn.Module) -> Opened:
     for subject in setting.subjects:
         with merged(model, subject.adapter):
             yield subject.name, TorchModel(model, setting.manifest)
 
 
-def _peft(setting: Setting, model: torch.nn.Module) -> Opened:
+def _peft(setting: CheckContext, model: torch.nn.Module) -> Opened:
     for subject in setting.subjects:
         with with_peft(model, subject):
             yield subject.name, TorchModel(model, setting.manifest)
@@ -177,8 +177,8 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
     )
 
 
-def not_silent(
-    backends: Sequence[Backend], setting: Setting, asked: Collection[str]
+def default_backends(
+    backends: Sequence[Backend], setting: CheckContext, asked: Collection[str]
 ) -> tuple[Backend, ...]:
     """`backends` without those that nobody asked for by name and that do not run unasked."""
     return tuple(
@@ -188,6 +188,6 @@ def not_silent(
     )
 
 
-def open_backend(backend: Backend, setting: Setting, model: Any) -> Opened:
+def open_backend(backend: Backend, setting: CheckContext, model: Any) -> Opened:
     """Open `backend`; `model` is the reference's PyTorch model, for those that run in it."""
     return backend.open(setting, model) if backend.on_torch else backend.open(setting)

@@ -15,7 +15,7 @@ import numpy as np
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.native import read_onnx_adapter, write_side_inputs
 from loradeploy.parity.backends import ort
-from loradeploy.parity.context import Setting, Subject
+from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
 from loradeploy.parity.diagnose.search import Place, Values
 from loradeploy.parity.diagnose.torch_probe import Modules, Site, rounded, sites_of, values_at
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.backends.table import Opened
 
-    InTorch = Callable[[torch.nn.Module, Subject], AbstractContextManager[None]]
+    InTorch = Callable[[torch.nn.Module, AdapterUnderTest], AbstractContextManager[None]]
 
 # How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
-GRAPHS: Final[Mapping[str, Callable[[Setting], Opened]]] = {
+GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
     "onnx-side-inputs": ort.side_inputs,
     "onnx-mixed": ort.side_inputs,
     "onnx-native": ort.native_adapter,
@@ -40,7 +40,7 @@ GRAPHS: Final[Mapping[str, Callable[[Setting], Opened]]] = {
 }
 
 
-def _merged(model: torch.nn.Module, subject: Subject) -> AbstractContextManager[None]:
+def _merged(model: torch.nn.Module, subject: AdapterUnderTest) -> AbstractContextManager[None]:
     return merged(model, subject.adapter)
 
 
@@ -51,7 +51,7 @@ class TorchRow:
     """One row of tokens, alone and without a cache, and the model that it goes through."""
 
     def __init__(
-        self, setting: Setting, base: Base, adapter: str | None, tokens: Sequence[int]
+        self, setting: CheckContext, base: Base, adapter: str | None, tokens: Sequence[int]
     ) -> None:
         self.setting = setting
         self.base = base

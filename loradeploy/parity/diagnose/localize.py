@@ -1,4 +1,4 @@
-"""Failures of a check, localised: both sides opened with their inner values, and searched."""
+"""Failures of a check, localized: both sides opened with their inner values, and searched."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import first_line
 from loradeploy.parity.backends.table import Backend
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.inside import GRAPHS, MODELS, TorchRow, other_side
 from loradeploy.parity.diagnose.search import ROUNDINGS, Found, Sides, search
 from loradeploy.parity.reference.packed import activations_of
 from loradeploy.parity.reference.pytorch import Base, Reference
-from loradeploy.parity.report.results import BASE_LABEL, Localisation
+from loradeploy.parity.report.results import BASE_LABEL, Localization
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -49,15 +49,15 @@ class _Request:
     variant: Variant | None = None
 
 
-def localisations(
-    setting: Setting,
+def localizations(
+    setting: CheckContext,
     reference: Reference,
     backends: Sequence[Backend],
     results: Sequence[Result],
     load: Callable[[], Base],
     *,
     always: bool,
-) -> tuple[Localisation, ...]:
+) -> tuple[Localization, ...]:
     """Look into what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
 
     With `always` and nothing failed, the base and the first adapter are looked into with one of
@@ -82,26 +82,26 @@ def localisations(
         if request.position is not None:
             tokens = tokens[: max(request.position + 1, _LEAST_TOKENS)]
         its = setting if request.variant is None else setting.at(request.variant)
-        place = localise(its, base, request.backend, request.adapter, tokens, failed=failed)
+        place = localize(its, base, request.backend, request.adapter, tokens, failed=failed)
         found.append(dataclasses.replace(place, title=request.title, case=request.case))
     return tuple(found)
 
 
-def localise(
-    setting: Setting,
+def localize(
+    setting: CheckContext,
     base: Base,
     backend: str,
     adapter: str | None,
     tokens: Sequence[int],
     *,
     failed: bool = True,
-) -> Localisation:
+) -> Localization:
     """Where `backend` with `adapter` (None is the base) parts from PyTorch on one row of `tokens`.
 
     `failed`: whether the backend is known to fail, so that nothing found is worth a word. What goes
-    wrong is the localisation's message, never an error.
+    wrong is the localization's message, never an error.
     """
-    nothing = Localisation(backend, backend, adapter, 0, len(tokens), ())
+    nothing = Localization(backend, backend, adapter, 0, len(tokens), ())
     # What runs in PyTorch is float32, whatever the graph is.
     rounding = ROUNDINGS["fp32" if backend in MODELS else setting.manifest.precision]
     activations = {} if backend in MODELS else activations_of(base.packed)
@@ -137,7 +137,9 @@ def localise(
     )
 
 
-def _failures(setting: Setting, reference: Reference, results: Sequence[Result]) -> list[_Request]:
+def _failures(
+    setting: CheckContext, reference: Reference, results: Sequence[Result]
+) -> list[_Request]:
     """The first failure of each backend and adapter, where it is worst.
 
     Where that is not known, as of values that are not finite, the longest case is as good as any.
@@ -165,7 +167,7 @@ def _failures(setting: Setting, reference: Reference, results: Sequence[Result])
     return list(requests.values())
 
 
-def _samples(setting: Setting, backends: Sequence[Backend]) -> list[_Request]:
+def _samples(setting: CheckContext, backends: Sequence[Backend]) -> list[_Request]:
     """The base and the first adapter, with one backend that has a graph, for both if there is."""
     able = [b for b in backends if b.name in GRAPHS and not b.missing(setting)]
     if not able:

@@ -114,7 +114,7 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What `search` found: see `report.Localisation`; `lost`: places that turned out to be none.
+    """What `search` found: see `report.Localization`; `lost`: places that turned out to be none.
 
     `largest`: the largest excess of all steps.
     """

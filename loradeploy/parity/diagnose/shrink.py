@@ -19,7 +19,7 @@ from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.check import mixed_rows
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
     DECODE,
@@ -111,7 +111,7 @@ def shrink(
 
 def shrink_failures(
     backends: Sequence[Backend],
-    setting: Setting,
+    setting: CheckContext,
     reference: Reference,
     results: Sequence[Result],
     load: Callable[[], Base],
@@ -168,7 +168,7 @@ def _failures(
 def _smallest(
     backend: Backend,
     result: Result,
-    setting: Setting,
+    setting: CheckContext,
     reference: Reference,
     base: Base,
 ) -> Counterexample | None:
@@ -199,7 +199,7 @@ def _smallest(
 
 
 def _opened(
-    backend: Backend, adapter: str | None, setting: Setting
+    backend: Backend, adapter: str | None, setting: CheckContext
 ) -> Generator[Model, None, None]:
     """The backend with the one adapter; open until the iterator is closed."""
     for name, model in open_backend(backend, setting, None):
@@ -223,7 +223,7 @@ class _Trial:
     model: Model
     torch_model: torch.nn.Module
     result: Result
-    setting: Setting
+    setting: CheckContext
     reference: Reference
     rows: Sequence[Row]
 
@@ -302,7 +302,7 @@ def _shortened(row: Row, steps: int) -> Row:
     return dataclasses.replace(row, forced=forced, edge=False)
 
 
-def _text(setting: Setting, tokens: Tokens) -> str | None:
+def _text(setting: CheckContext, tokens: Tokens) -> str | None:
     if not (setting.bundle / "tokenizer.json").is_file():
         return None
     from loradeploy.runtime.tokenizer import Tokenizer

@@ -82,7 +82,7 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
     at = {product.node: product for product in products(graph.graph)}
     found: dict[str, PackedWeight] = {}
     for name, linear in find_linears(graph).linears.items():
-        if not linear.quantised:
+        if not linear.quantized:
             continue
         product = at[linear.nodes[0]]
         begin, end = linear.slice or (0, linear.out_features)

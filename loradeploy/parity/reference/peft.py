@@ -24,13 +24,13 @@ from loradeploy.files import copy_file
 if TYPE_CHECKING:
     import torch
 
-    from loradeploy.parity.context import Subject
+    from loradeploy.parity.context import AdapterUnderTest
 
 _PREFIX: Final = "base_model.model."
 
 
 @contextmanager
-def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
+def with_peft(model: torch.nn.Module, subject: AdapterUnderTest) -> Iterator[None]:
     """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
     from loradeploy.lora.quiet import quiet
 
@@ -60,7 +60,7 @@ def with_peft(model: torch.nn.Module, subject: Subject) -> Iterator[None]:
 
 
 @contextmanager
-def _place_for_peft(subject: Subject) -> Iterator[Path]:
+def _place_for_peft(subject: AdapterUnderTest) -> Iterator[Path]:
     """A PEFT directory with the adapter's own files.
 
     Where the bundle has more labels than the adapter, the tensors of its head are those that are
@@ -81,7 +81,7 @@ def _place_for_peft(subject: Subject) -> Iterator[Path]:
         yield place
 
 
-def _write_widened(subject: Subject, weights: Path, output: Path) -> None:
+def _write_widened(subject: AdapterUnderTest, weights: Path, output: Path) -> None:
     arrays, metadata = read_arrays(weights, error=AdapterError)
     for name, values in subject.adapter.saved.items():
         key = f"{_PREFIX}{name}"

@@ -25,7 +25,7 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.export.tasks import TASK_TABLE
-from loradeploy.parity.context import Setting
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.inputs.row_feeds import plain_feeds
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
@@ -132,7 +132,7 @@ class Base:
     notes: tuple[str, ...] = ()
 
 
-def load_model(setting: Setting) -> torch.nn.Module:
+def load_model(setting: CheckContext) -> torch.nn.Module:
     """The base model of `setting` with the bundle's head, float32.
 
     Raises:
@@ -164,7 +164,7 @@ def load_model(setting: Setting) -> torch.nn.Module:
     return model
 
 
-def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
+def take_weights(setting: CheckContext, model: torch.nn.Module) -> Base:
     """`model` as the base, with the graph's own weights where those are packed.
 
     Raises:
@@ -181,7 +181,7 @@ def take_weights(setting: Setting, model: torch.nn.Module) -> Base:
 
 
 def _requantized(
-    setting: Setting, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
+    setting: CheckContext, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
 ) -> Base:
     """The base with what the packings before and after the merge rounded, where it is no more."""
 
@@ -197,7 +197,7 @@ def _requantized(
     return Base(model, found, tuple(notes))
 
 
-def load_base(setting: Setting) -> Base:
+def load_base(setting: CheckContext) -> Base:
     """The base model of `setting`, with the graph's own weights where those are packed.
 
     Raises: as `load_model` and `take_weights`.
@@ -205,7 +205,7 @@ def load_base(setting: Setting) -> Base:
     return take_weights(setting, load_model(setting))
 
 
-def make_reference(setting: Setting, base: Base) -> Reference:
+def make_reference(setting: CheckContext, base: Base) -> Reference:
     """Run the base and every adapter over the cases with PyTorch and loradeploy's LoRA.
 
     Raises:
@@ -235,7 +235,7 @@ def make_reference(setting: Setting, base: Base) -> Reference:
 
 
 def as_reference(
-    setting: Setting, base: Base, name: str | None
+    setting: CheckContext, base: Base, name: str | None
 ) -> AbstractContextManager[torch.nn.Module]:
     """The model as the reference for the adapter `name`, None is the base, while it lasts."""
     adapters = {subject.name: subject.adapter for subject in setting.subjects}
@@ -244,7 +244,7 @@ def as_reference(
 
 @contextmanager
 def as_reference_with(
-    setting: Setting, base: Base, adapter: Adapter | None
+    setting: CheckContext, base: Base, adapter: Adapter | None
 ) -> Iterator[torch.nn.Module]:
     """The same for any adapter that fits the model, in the place of the setting's own."""
     from loradeploy.lora.inject import adapted
@@ -259,7 +259,7 @@ def as_reference_with(
 
 
 def _limits(
-    setting: Setting, base: Base, rows: Sequence[Row], notes: list[str]
+    setting: CheckContext, base: Base, rows: Sequence[Row], notes: list[str]
 ) -> Mapping[str, Limit]:
     """How far a deployment of what is in the model may be from `rows`."""
     manifest, scale = setting.manifest, _scale(rows)
@@ -308,7 +308,7 @@ def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def reference_rows(
-    setting: Setting, model: torch.nn.Module, subject: str | None, count: int
+    setting: CheckContext, model: torch.nn.Module, subject: str | None, count: int
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
     cases = setting.cases

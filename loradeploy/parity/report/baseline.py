@@ -3,7 +3,7 @@
 A figure is a regression where it is more than `FACTOR` times what it was, and above a floor that is
 a share of its limit. Rounding is no constant of a model: kernels of another processor or release
 and the order of a sum change which roundings meet. On SmolLM2-135M the largest error differs by 6 %
-between onnxruntime's optimisation levels, by nothing between numbers of threads, and by 40 %
+between onnxruntime's optimization levels, by nothing between numbers of threads, and by 40 %
 between two correct graphs of one adapter (side inputs and merged); `FACTOR` is above all of these.
 What is quadratic in the error has the square of it. Below the floor an error is a tenth of what is
 allowed, and twice as much of it tells nothing.
@@ -261,7 +261,7 @@ def _key(entry: Mapping[str, Any]) -> Key:
     return tuple("" if part is None else str(part) for part in parts)
 
 
-_VARIANT: Final = ("provider", "optimisation")
+_VARIANT: Final = ("provider", "optimization")
 
 
 def _entry(entry: Mapping[str, Any]) -> _Entry:

@@ -1,8 +1,8 @@
 """The plots of the HTML report, as inline SVG.
 
 They are as wide as what holds them: x is in per cent and y in pixels, so that text and strokes keep
-their size on a phone. Colours are classes of the page's stylesheet. Every plot says in words what
-it shows, and no colour stands alone.
+their size on a phone. Colors are classes of the page's stylesheet. Every plot says in words what
+it shows, and no color stands alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from markupsafe import Markup
 
 if TYPE_CHECKING:
-    from loradeploy.parity.report.results import Heatmap, Localisation, Step
+    from loradeploy.parity.report.results import Heatmap, Localization, Step
 
 _BAR: Final = 16  # px
 _HISTOGRAM: Final = 56
@@ -125,7 +125,7 @@ def histogram(distribution: Sequence[tuple[float, int]], scale: LogScale) -> Mar
     )
 
 
-def error_by_layer(found: Localisation) -> Markup:
+def error_by_layer(found: Localization) -> Markup:
     """The relative error of every module on the way through the model, on a logarithmic scale."""
     steps = found.steps
     scale = LogScale.over(step.share for step in steps)
@@ -200,7 +200,7 @@ def shade_edges(scale: LogScale) -> list[tuple[int, float]]:
 
 
 def condensed(heatmap: Heatmap) -> Heatmap:
-    """A heatmap of a size that can be looked at: neighbours are joined, the worst of them kept."""
+    """A heatmap of a size that can be looked at: neighbors are joined, the worst of them kept."""
     rows = math.ceil(len(heatmap.modules) / _MOST_ROWS) or 1
     columns = math.ceil(len(heatmap.positions) / _MOST_COLUMNS) or 1
     if rows == columns == 1:

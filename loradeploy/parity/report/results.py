@@ -34,16 +34,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Variant:
-    """How onnxruntime runs a graph: the execution provider, and how far the graph is optimised.
+    """How onnxruntime runs a graph: the execution provider, and how far the graph is optimized.
 
-    `optimisation`: onnxruntime's level, one of "disable", "basic", "extended", "all".
+    `optimization`: onnxruntime's level, one of "disable", "basic", "extended", "all".
     """
 
     provider: str
-    optimisation: str
+    optimization: str
 
     def __str__(self) -> str:
-        return f"{self.provider.removesuffix('ExecutionProvider')}, {self.optimisation}"
+        return f"{self.provider.removesuffix('ExecutionProvider')}, {self.optimization}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Localisation:
+class Localization:
     """Where a backend parts from the reference, on one case.
 
     `steps`: the blocks, what is outside of them, and the modules inside the first block that
@@ -262,7 +262,7 @@ class ParityReport:
     controls: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    localisations: tuple[Localisation, ...] = ()
+    localizations: tuple[Localization, ...] = ()
     counterexamples: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
     regressions: tuple[Regression, ...] = ()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from loradeploy.parity.report.results import Localisation, ParityReport, Result
+    from loradeploy.parity.report.results import Localization, ParityReport, Result
 
 _NAMED: Final = ("backend", "adapter", "phase")
 _VARIANT: Final = "variant"  # a column only where there is more than one
@@ -22,7 +22,7 @@ _FIGURES: Final = (
 )  # fmt: skip
 _MOST_OFFENDERS: Final = 3
 _MOST_TOKENS: Final = 24
-_COLOURS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
+_COLORS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
 
 
 def headline(report: ParityReport) -> str:
@@ -90,7 +90,7 @@ def place_lines(report: ParityReport) -> list[str]:
     """Where errors begin, and the smallest inputs that show them."""
     lines = [
         f"{place.title}, {place.adapter or BASE_LABEL}, prompt {place.case + 1}: {_place(place)}"
-        for place in report.localisations
+        for place in report.localizations
     ]
     for found in report.counterexamples:
         tokens = ", ".join(map(str, found.tokens[:_MOST_TOKENS]))
@@ -113,7 +113,7 @@ def print_report(report: ParityReport, console: Console) -> None:
     for name in header:
         table.add_column(name, no_wrap=True)
     for result, cells in zip(report.results, body, strict=True):
-        verdict = _text(cells[-1], style=_COLOURS[result.outcome])
+        verdict = _text(cells[-1], style=_COLORS[result.outcome])
         table.add_row(*map(_text, cells[:-1]), verdict)
     # Off a terminal nobody can widen the window: let the table be as wide as it is.
     if console.is_terminal:
@@ -137,7 +137,7 @@ def _text(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def _place(place: Localisation) -> str:
+def _place(place: Localization) -> str:
     first = place.first
     if first is None:
         return place.message or "no module diverges by itself"

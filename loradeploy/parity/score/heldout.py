@@ -1,6 +1,6 @@
 """Held-out data as a model reads it: token ids, and labels where answers are scored.
 
-It is read, rendered and labelled as data to train on is (see `loradeploy.train.data`): the score of
+It is read, rendered and labeled as data to train on is (see `loradeploy.train.data`): the score of
 an adapter is of the very task that it was trained for.
 """
 
@@ -29,7 +29,7 @@ from loradeploy.runtime.classification import OTHER_PROBLEMS, label_names
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
-    from loradeploy.parity.context import Subject
+    from loradeploy.parity.context import AdapterUnderTest
     from loradeploy.train.model import Checkpoint
     from loradeploy.train.tasks import Task
 
@@ -65,7 +65,7 @@ def read_held_out(
     bundle: Path,
     manifest: Manifest,
     model: Path,
-    subjects: Sequence[Subject],
+    subjects: Sequence[AdapterUnderTest],
     evaluate: Places | None,
     *,
     examples: int,
@@ -188,7 +188,7 @@ def _coded(
 
 
 def _label_names(
-    bundle: Path, manifest: Manifest, subjects: Sequence[Subject]
+    bundle: Path, manifest: Manifest, subjects: Sequence[AdapterUnderTest]
 ) -> dict[str | None, tuple[str, ...]]:
     """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
     if manifest.task != SEQUENCE_CLASSIFICATION:

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
-    from loradeploy.parity.context import Setting
+    from loradeploy.parity.context import CheckContext
     from loradeploy.parity.score.heldout import Example, HeldOut
 
 # The paths that hold one adapter for all rows, each another graph.
 SCORED: Final = ("onnx-side-inputs", "onnx-merged")
 
-_BLOCK: Final = 1 << 20  # logits whose normaliser is computed at a time
+_BLOCK: Final = 1 << 20  # logits whose normalizer is computed at a time
 _WIDEST: Final = 1 << 17  # of a vocabulary, where the graph does not tell
 
 
@@ -75,7 +75,7 @@ class Answers:
     """What a model makes of the examples: `sums` and `counts`, both [examples].
 
     Of a classifier 1 for a right answer, of 1; of a language model the negative log-likelihood of
-    the labelled tokens, in nats, and their number.
+    the labeled tokens, in nats, and their number.
     """
 
     sums: NDArray[np.float64]
@@ -96,7 +96,7 @@ def check_scored(backends: Sequence[Backend], precision: str) -> None:
 
 
 def score_reference(
-    setting: Setting, model: torch.nn.Module, held_out: Mapping[str | None, HeldOut]
+    setting: CheckContext, model: torch.nn.Module, held_out: Mapping[str | None, HeldOut]
 ) -> dict[str | None, Answers]:
     """The answers of PyTorch with loradeploy's LoRA, by adapter name.
 
@@ -115,7 +115,7 @@ def score_reference(
 
 def score_backends(
     backends: Sequence[Backend],
-    setting: Setting,
+    setting: CheckContext,
     held_out: Mapping[str | None, HeldOut],
     expected: Mapping[str | None, Answers],
 ) -> tuple[Score, ...]:
@@ -141,7 +141,7 @@ def score_notes(held_out: Mapping[str | None, HeldOut]) -> list[str]:
     return sorted(found)
 
 
-def answers(model: Model, held: HeldOut, subject: str | None, setting: Setting) -> Answers:
+def answers(model: Model, held: HeldOut, subject: str | None, setting: CheckContext) -> Answers:
     """What `model` makes of the examples, batch by batch, the longest first."""
     manifest, cases = setting.manifest, setting.cases
     causal = manifest.task == CAUSAL_LM
@@ -239,7 +239,7 @@ def _verdict(
 
 def _score_backend(
     backend: Backend,
-    setting: Setting,
+    setting: CheckContext,
     held_out: Mapping[str | None, HeldOut],
     expected: Mapping[str | None, Answers],
 ) -> Iterator[Score]:
@@ -261,7 +261,7 @@ def _score_backend(
 
 
 def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
-    """The negative log-likelihood of the labelled tokens, and their number.
+    """The negative log-likelihood of the labeled tokens, and their number.
 
     `logits` [tokens, vocabulary]; those at a position are for the token behind it.
     """
@@ -274,8 +274,8 @@ def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
         block = at[start : start + step]
         rows = logits[block - 1].astype(np.float64)
         peak = rows.max(axis=1)
-        normaliser = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
-        total += float((normaliser - rows[np.arange(len(block)), labels[block]]).sum())
+        normalizer = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
+        total += float((normalizer - rows[np.arange(len(block)), labels[block]]).sum())
     return total, len(at)
 
 

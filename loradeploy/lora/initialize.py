@@ -1,7 +1,7 @@
 """How the factors of a fresh adapter begin: functions of the base's weight and the rank.
 
 Each gives A [rank, in] and B [out, rank], float32 on the device of W [out, in]; only W's shape
-counts where the initialisation keeps the base as it is. Those that do not, PiSSA and OLoRA, begin
+counts where the initialization keeps the base as it is. Those that do not, PiSSA and OLoRA, begin
 at a part of W that is taken out of W at the same time, so that training starts at the base too.
 """
 
@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from loradeploy.errors import UsageError
 
 Pair = tuple[Tensor, Tensor]
-Initialisation = Callable[[Tensor, int, float, Generator], Pair]
+Initialization = Callable[[Tensor, int, float, Generator], Pair]
 
 _OVERSAMPLING: Final = 8
 _NITER: Final = re.compile(r"pissa_niter_(\d+)")
@@ -55,7 +55,7 @@ def pissa(W: Tensor, rank: int, s: float, generator: Generator) -> Pair:
 
 
 def pissa_niter(W: Tensor, rank: int, s: float, generator: Generator, *, niter: int) -> Pair:
-    """As `pissa`, by a randomised SVD of `niter` power iterations (Halko et al., 2009, 4.4)."""
+    """As `pissa`, by a randomized SVD of `niter` power iterations (Halko et al., 2009, 4.4)."""
     _check_rank(W, rank)
     width = min(rank + _OVERSAMPLING, *W.shape)
     Q = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator).to(W.device)).Q
@@ -72,7 +72,7 @@ def olora(W: Tensor, rank: int, s: float, generator: Generator) -> Pair:
     return R[:rank].contiguous(), Q[:, :rank].contiguous()
 
 
-def initialisation(method: bool | str) -> Initialisation:
+def initialization(method: bool | str) -> Initialization:
     """The function for `init_lora_weights`.
 
     Raises:
@@ -80,15 +80,15 @@ def initialisation(method: bool | str) -> Initialisation:
     """
     if isinstance(method, str) and (niter := _NITER.fullmatch(method)):
         return partial(pissa_niter, niter=int(niter[1]))
-    if method not in _INITIALISATIONS:
+    if method not in _INITIALIZATIONS:
         raise UsageError(
             f"init_lora_weights {method!r} is no way to begin an adapter here: use"
             " true, gaussian, pissa, pissa_niter_N or olora"
         )
-    return _INITIALISATIONS[method]
+    return _INITIALIZATIONS[method]
 
 
-_INITIALISATIONS: Final[Mapping[bool | str, Initialisation]] = {
+_INITIALIZATIONS: Final[Mapping[bool | str, Initialization]] = {
     True: kaiming,
     "gaussian": gaussian,
     "pissa": pissa,

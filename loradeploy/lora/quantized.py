@@ -1,7 +1,7 @@
 """A frozen base in 8 or 4 bits under an adapter of full width (QLoRA).
 
 Dettmers et al., 2022 (arXiv:2208.07339) for int8, by vectors; Dettmers et al., 2023
-(arXiv:2305.14314) for int4: the NormalFloat of 4 bits, with double quantisation.
+(arXiv:2305.14314) for int4: the NormalFloat of 4 bits, with double quantization.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loradeploy.lora.inject import linear_modules
 from loradeploy.lora.quiet import quiet
 
 
-def quantise(model: nn.Module, width: str, *, keep: Collection[str] = ()) -> list[str]:
+def quantize(model: nn.Module, width: str, *, keep: Collection[str] = ()) -> list[str]:
     """Pack the weights of `model`'s nn.Linear layers, but its output head and `keep`, for good.
 
     `width`: "int8", or "int4", which leaves layers alone whose inputs are no multiple of 64. To be

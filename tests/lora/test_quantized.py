@@ -13,7 +13,7 @@ from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.inject import adapted, inject
 from loradeploy.lora.packed import dense, is_packed
-from loradeploy.lora.quantised import quantise
+from loradeploy.lora.quantized import quantize
 from tests.lora import tiny
 
 # Bytes a weight, and the relative error that normally distributed weights have in these widths.
@@ -47,7 +47,7 @@ def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None
         if type(module) is torch.nn.Linear
     }
     before, size = tiny.logits(base, "llama-wide").float(), bytes_of(base)
-    packed = quantise(base, width)
+    packed = quantize(base, width)
 
     each, error = WIDTHS[width]
     assert set(linear) - set(packed) == {"lm_head"}
@@ -70,7 +70,7 @@ def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None
 def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: Path) -> None:
     config = AdapterConfig(r=4, target_modules=("q_proj", "down_proj"), **METHODS[method])
     base = tiny.model("llama-wide")
-    quantise(base, width, keep=config.modules_to_save)
+    quantize(base, width, keep=config.modules_to_save)
     before = tiny.logits(base, "llama-wide")
     start = tiny.loss(base, "llama-wide").item()
     injection = inject(base, config, seed=1)
@@ -91,15 +91,15 @@ def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: P
 @pytest.mark.usefixtures("library")
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(UsageError, match="'int3' is unknown: use int8, int4"):
-        quantise(tiny.model("llama-wide"), "int3")
+        quantize(tiny.model("llama-wide"), "int3")
     with pytest.raises(UsageError, match="no linear layers that could be held in int4"):
-        quantise(tiny.model("gpt2"), "int4")
+        quantize(tiny.model("gpt2"), "int4")
     with pytest.raises(UsageError, match="no linear layers that could be held in int4"):
-        quantise(tiny.model("llama"), "int4")  # 32 and 48 inputs
-    assert len(quantise(tiny.model("llama"), "int8")) == 14
+        quantize(tiny.model("llama"), "int4")  # 32 and 48 inputs
+    assert len(quantize(tiny.model("llama"), "int8")) == 14
 
 
 def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
-        quantise(tiny.model("llama-wide"), "int4")
+        quantize(tiny.model("llama-wide"), "int4")

@@ -19,26 +19,26 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.cli.main import main
 from loradeploy.export.trace import load_model
-from loradeploy.parity.context import Setting, find_subjects
-from loradeploy.parity.diagnose.localize import localise
+from loradeploy.parity.context import CheckContext, find_subjects
+from loradeploy.parity.diagnose.localize import localize
 from loradeploy.parity.diagnose.torch_probe import Modules, rounded, sites_of, values_at
 from loradeploy.parity.inputs.tokens import Cases
 from loradeploy.parity.reference.pytorch import load_base
-from loradeploy.parity.report.results import Localisation, ParityReport
+from loradeploy.parity.report.results import Localization, ParityReport
 from loradeploy.parity.report.table import place_lines
 from loradeploy.parity.report.writers import markdown
 from tests.conftest import MakeAdapter, following
 from tests.parity.spoil import Change, attribute, operator, spoiled, weight
 
 TOKENS = (5, 17, 301, 44, 260, 9, 77, 130, 12)
-Locate = Callable[..., Localisation]
+Locate = Callable[..., Localization]
 _QKV = "model.layers.1.self_attn.q_proj+k_proj+v_proj.weight"
 _BERT_QKV = "bert.encoder.layer.1.attention.self.query+key+value.weight"
 
 
 @pytest.fixture
 def locate(tmp_path: Path) -> Locate:
-    """`localise` on a bundle, its adapters and those given."""
+    """`localize` on a bundle, its adapters and those given."""
 
     def run(
         bundle: Path,
@@ -47,12 +47,12 @@ def locate(tmp_path: Path) -> Locate:
         adapter: str | None = "one",
         *,
         adapters: dict[str, Path] | None = None,
-        change: Callable[[Setting], Setting] = lambda setting: setting,
+        change: Callable[[CheckContext], CheckContext] = lambda setting: setting,
         tokens: tuple[int, ...] = TOKENS,
         failed: bool = True,
-    ) -> Localisation:
+    ) -> Localization:
         manifest = read_manifest(bundle)
-        setting = Setting(
+        setting = CheckContext(
             bundle=bundle,
             manifest=manifest,
             model=model,
@@ -62,7 +62,7 @@ def locate(tmp_path: Path) -> Locate:
             providers=None,
         )
         base = load_base(setting)
-        return localise(change(setting), base, backend, adapter, tokens, failed=failed)
+        return localize(change(setting), base, backend, adapter, tokens, failed=failed)
 
     return run
 
@@ -74,7 +74,7 @@ def adapter_of(name: str, model: Path, make_adapter: MakeAdapter) -> Path:
     return make_adapter(model, seed=1, **head)
 
 
-def first_of(found: Localisation) -> tuple[str, str]:
+def first_of(found: Localization) -> tuple[str, str]:
     assert found.first is not None, found
     return found.first.module, found.first.op
 
@@ -312,7 +312,7 @@ def test_a_wrong_factor_in_pytorch_is_named_without_a_graph(
 ) -> None:
     save_adapter(wrong, tmp_path / "saved")
 
-    def other_place(setting: Setting) -> Setting:
+    def other_place(setting: CheckContext) -> CheckContext:
         (subject,) = setting.subjects
         moved = dataclasses.replace(subject, place=tmp_path / "saved")
         return dataclasses.replace(setting, subjects=(moved,))
@@ -411,19 +411,19 @@ def test_a_check_that_fails_tells_where(
     backends = ["torch-merged", "onnx-side-inputs", "onnx-native"]
     report = parity(tmp_path / "wrong", backends=backends)
     assert not report.passed
-    assert [(found.backend, found.adapter) for found in report.localisations] == [
+    assert [(found.backend, found.adapter) for found in report.localizations] == [
         ("onnx-side-inputs", None),
         ("onnx-side-inputs", "one"),
         ("onnx-native", "one"),
     ]
-    for found in report.localisations:
+    for found in report.localizations:
         assert first_of(found) == ("model.layers.1.mlp.down_proj", "MatMul")
     named = "model.layers.1.mlp.down_proj (MatMul) is the first to diverge"
     assert all(named in line for line in place_lines(report)[:3])
     assert "**Where**" in markdown(report)
-    assert json.loads(json.dumps(report.to_json()))["localisations"][0]["first"]["layer"] == 1
-    never = parity(tmp_path / "wrong", backends=backends[1:2], localise=False)
-    assert never.localisations == ()
+    assert json.loads(json.dumps(report.to_json()))["localizations"][0]["first"]["layer"] == 1
+    never = parity(tmp_path / "wrong", backends=backends[1:2], localize=False)
+    assert never.localizations == ()
 
 
 def test_a_classifier_is_looked_into_on_the_whole_row(
@@ -437,8 +437,8 @@ def test_a_classifier_is_looked_into_on_the_whole_row(
     bundle = spoiled(tiny_bert_bundle, tmp_path / "wrong", wrong)
     adapter = adapter_of("bert", tiny_bert, make_adapter)
     options = {"adapters": {"one": adapter}, "backends": ["onnx-native"]}
-    report = parity(bundle, model=tiny_bert, optimisation=["basic"], **options)
-    (found,) = report.localisations
+    report = parity(bundle, model=tiny_bert, optimization=["basic"], **options)
+    (found,) = report.localizations
     assert first_of(found) == ("bert.encoder.layer.0.intermediate.dense", "MatMul")
     assert found.tokens > 1
 
@@ -446,13 +446,13 @@ def test_a_classifier_is_looked_into_on_the_whole_row(
 def test_a_check_that_passes_looks_inside_on_request_alone(
     bundle: Path, parity: Callable[..., ParityReport]
 ) -> None:
-    assert parity(bundle, backends=["onnx-native"]).localisations == ()
-    report = parity(bundle, backends=["onnx-native", "onnx-side-inputs"], localise=True)
-    assert [(found.backend, found.adapter) for found in report.localisations] == [
+    assert parity(bundle, backends=["onnx-native"]).localizations == ()
+    report = parity(bundle, backends=["onnx-native", "onnx-side-inputs"], localize=True)
+    assert [(found.backend, found.adapter) for found in report.localizations] == [
         ("onnx-side-inputs", None),
         ("onnx-side-inputs", "one"),
     ]
-    assert all(found.first is None for found in report.localisations)
+    assert all(found.first is None for found in report.localizations)
     assert "no module diverges" in place_lines(report)[0]
 
 

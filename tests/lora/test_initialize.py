@@ -13,7 +13,7 @@ import torch
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.adapter.delta import update
 from loradeploy.errors import UsageError
-from loradeploy.lora.initialise import initialisation
+from loradeploy.lora.initialize import initialization
 from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.plus import parameter_groups
 from tests.lora import tiny
@@ -26,11 +26,11 @@ W = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) @ torch.diag
 
 
 def begin(method: bool | str, rank: int = 4, s: float = 2.0, seed: int = 0) -> Any:
-    return initialisation(method)(W, rank, s, torch.Generator().manual_seed(seed))
+    return initialization(method)(W, rank, s, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_initialisation_has_the_shapes_of_its_rank(method: bool | str) -> None:
+def test_an_initialization_has_the_shapes_of_its_rank(method: bool | str) -> None:
     A, B = begin(method)
     assert (A.shape, B.shape, A.dtype, B.dtype) == ((4, 40), (24, 4), torch.float32, torch.float32)
     assert A.any()
@@ -39,9 +39,9 @@ def test_an_initialisation_has_the_shapes_of_its_rank(method: bool | str) -> Non
 
 def test_kaiming_and_gaussian_have_their_spread() -> None:
     wide = torch.empty(8, 4000)
-    A, _ = initialisation(True)(wide, 64, 1.0, torch.Generator().manual_seed(0))
+    A, _ = initialization(True)(wide, 64, 1.0, torch.Generator().manual_seed(0))
     assert float(A.abs().max()) == pytest.approx(1 / math.sqrt(4000), rel=0.01)
-    A, _ = initialisation("gaussian")(wide, 64, 1.0, torch.Generator().manual_seed(0))
+    A, _ = initialization("gaussian")(wide, 64, 1.0, torch.Generator().manual_seed(0))
     assert float(A.std()) == pytest.approx(1 / 64, rel=0.01)
 
 
