@@ -26,7 +26,7 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import choose_backends, open_backend
 from loradeploy.parity.check import Progress, run_backends
-from loradeploy.parity.context import Setting, find_subjects
+from loradeploy.parity.context import CheckContext, find_subjects
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.parity.phases import phases_of, walk
@@ -81,7 +81,7 @@ def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
     ld.export(model, bundle, adapters={"a0": adapter})
     manifest = read_manifest(bundle)
     cases = make_cases(bundle, manifest, prompts=PROMPTS[:_PROMPTS], generated=_TOKENS, seed=0)
-    setting = Setting(
+    setting = CheckContext(
         bundle=bundle,
         manifest=manifest,
         model=model,
