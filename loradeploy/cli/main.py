@@ -28,6 +28,7 @@ from typing import Any, Final
 import click
 
 from loradeploy import __version__
+from loradeploy.cli.flags import with_flags
 from loradeploy.errors import (
     LoraDeployError,
     MissingDependencyError,
@@ -168,20 +169,21 @@ def _run(given: list[str], *, debug: bool) -> int:
         if debug:
             text = "".join(traceback.format_exception(problem))
             click.echo(printable(text, lines=True), err=True, nl=False)
-        return _explain(problem)
+        return _explain(problem, next((word for word in given if word in VERBS), None))
 
 
-def _explain(problem: Exception) -> int:
+def _explain(problem: Exception, verb: str | None) -> int:
     if isinstance(problem, ModuleNotFoundError):
         name = (problem.name or "").partition(".")[0]
         if name in _EXTRAS:
             problem = MissingDependencyError(
                 f"{name} is not installed: pip install 'loradeploy[{_EXTRAS[name]}]'"
             )
-    if isinstance(problem, TrainingInterruptedError):
-        return _say(f"interrupted: {problem}", problem.status)
     if isinstance(problem, LoraDeployError):
-        return _say(f"Error: {problem}", REFUSED)
+        line = with_flags(str(problem), verb, VERBS)
+        if isinstance(problem, TrainingInterruptedError):
+            return _say(f"interrupted: {line}", problem.status)
+        return _say(f"Error: {line}", REFUSED)
     if isinstance(problem, OSError) and problem.errno is not None:
         # The disk is full, a directory is not ours to write: nothing that a traceback explains.
         place = f"{problem.filename}: " if problem.filename is not None else ""

@@ -117,7 +117,9 @@ def parity(
     from loradeploy.snapshot import Snapshot
 
     if trust_remote_code and model is None:
-        raise UsageError("--trust-remote-code is for the model of --model: a bundle may name any")
+        raise UsageError(
+            "`trust_remote_code` needs `model`: a bundle may name any model as its base"
+        )
     place = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
     earlier = None if baseline is None else read_baseline(baseline)
