@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,30 +66,3 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
     logger.info("%d modules are left out, %s first: their factors are zero", len(idle), idle[0])
     factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
     return dataclasses.replace(adapter, factors=factors)
-
-
-def shape_problems(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Where carried weights and trained rows do not fit a base whose parameters have `shapes`."""
-    problems = []
-    for name, values in sorted(adapter.carried.items()):
-        shape = shapes.get(name)
-        if shape is None:
-            problems.append(f"{name} is no weight of the base (PEFT ignores it)")
-        elif shape != values.shape:
-            problems.append(f"{name} is {list(values.shape)}, the base has {list(shape)}")
-            if values.ndim == 2 and shape[1:] == values.shape[1:]:
-                ours, theirs = shape[0], len(values)
-                problems[-1] += (
-                    f": the adapter's vocabulary has {theirs} tokens, the base's {ours}: resize the"
-                    f" base, resize_token_embeddings({theirs})"
-                )
-    for name, rows in sorted(adapter.rows.items()):
-        shape = shapes.get(name)
-        if shape is None:
-            problems.append(f"{name}, of which rows were trained, is no weight of the base")
-        elif shape[1:] != rows.values.shape[1:] or max(rows.indices, default=0) >= shape[0]:
-            problems.append(
-                f"{name} is {list(shape)} in the base, the adapter has rows"
-                f" {list(rows.values.shape)} of tokens up to {max(rows.indices, default=0)}"
-            )
-    return problems

@@ -42,28 +42,6 @@ def added_biases(adapter: Adapter, manifest: Manifest) -> set[str]:
     return {name for name in adapter.saved if name in takes and name not in replaced}
 
 
-def change_misfits(adapter: Adapter, manifest: Manifest, noun: str) -> list[str]:
-    """What DoRA and trained biases need and the bundle, which `noun` names, does not have."""
-    outputs = {output.module: output for output in manifest.changed}
-    problems = []
-    lacking = [
-        module
-        for module, pair in sorted(adapter.factors.items())
-        if pair.magnitude is not None and (module not in outputs or outputs[module].scale is None)
-    ]
-    if lacking:
-        problems.append(
-            f"it is a DoRA adapter (use_dora) and {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more have' if len(lacking) > 1 else ' has'} no scale in"
-            f" {noun}: export with --side-inputs dora, or merge it"
-        )
-    for parameter in sorted(added_biases(adapter, manifest)):
-        shape, size = adapter.saved[parameter].shape, outputs[parameter.rpartition(".")[0]].size
-        if shape != (size,):
-            problems.append(f"{parameter} is {list(shape)}, the base has {[size]}")
-    return problems
-
-
 def output_changes(
     adapter: Adapter, manifest: Manifest, base: BaseValues | None
 ) -> dict[str, NDArray[np.float32]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.renamings import Submodel, known
+from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.manifest import (
     BaseIdentity,
@@ -117,6 +118,7 @@ class Base:
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     `source`: what the bundle is to be held against.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
+    `called`: what a message about an adapter that does not fit calls it.
     """
 
     graph: ir.Model
@@ -135,6 +137,7 @@ class Base:
     own_weights: Mapping[str, str] = field(default_factory=dict)
     submodels: tuple[Submodel, ...] = ()
     base_prefix: str = ""
+    called: str = "this base model"
 
 
 def from_checkpoint(source: Source, options: Options) -> Base:
@@ -291,6 +294,7 @@ def from_graph(source: Source, options: Options) -> Base:
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
+        called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,7 +12,8 @@ from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
-from loradeploy.bundle.factors import fitted, side_inputs
+from loradeploy.bundle.factors import side_inputs_of_fitted
+from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     BIAS,
@@ -26,8 +28,6 @@ from loradeploy.bundle.labels import LABELED, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
-    OutputTarget,
-    SavedTarget,
 )
 from loradeploy.bundle.names import (
     CAUSAL_LM,
@@ -35,8 +35,6 @@ from loradeploy.bundle.names import (
     ROWS,
     SEQ2SEQ_LM,
     SLOTS,
-    offset_name,
-    scale_name,
 )
 from loradeploy.errors import (
     AdapterMismatchError,
@@ -49,9 +47,9 @@ from loradeploy.errors import (
 from loradeploy.export.base import Base, Options, from_checkpoint, from_graph
 from loradeploy.export.given_adapters import (
     check_brought,
-    check_named,
     label_count,
     label_names,
+    named,
 )
 from loradeploy.export.graph.file import (
     opset_of,
@@ -234,12 +232,13 @@ def _with_side_inputs(
         submodels=base.submodels,
         base_prefix=base.base_prefix if base.submodels else "",
     )
-    adapters = {name: fitted(adapter, manifest) for name, adapter in options.adapters.items()}
-    for name, adapter in adapters.items():
-        _check_named(name, adapter, manifest, graph)
+    adapters = {}
+    for name, adapter in options.adapters.items():
+        with _checked(name, graph):
+            adapters[name] = fit_to(adapter, manifest, base.called)
     # Before the weights are packed: DoRA's scales are computed from them.
     held = HeldBase(graph, added.biases)
-    arrays = {name: side_inputs(adapter, manifest, held) for name, adapter in adapters.items()}
+    arrays = {n: side_inputs_of_fitted(each, manifest, held) for n, each in adapters.items()}
     manifest = _packed(base, manifest)
     if (layout := options.layout or _layout(base)) == ROWS:
         use_row_layout(graph)
@@ -277,20 +276,22 @@ def _merged(
     adapter = given if base.before is None else with_all_labels(given, base.before)
     layers: dict[str, Linear | Part] = {**find_parts(base.graph), **findings.linears}
     adapter = without_idle(adapter, layers)
-    _check_base(name, adapter, base, layers.values())
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}
     check_known(base.graph, whole)
     findings = _with_biases(base, findings, options, ())
     logger.info("merging %s", name)
-    report = merge_adapter(
-        base.graph,
-        findings.linears,
-        adapter,
-        weights=base.weights,
-        rounding=_rounding(base),
-        requantize=options.requantize,
-    )
+    with _checked(name, base.graph.graph):
+        report = merge_adapter(
+            base.graph,
+            findings.linears,
+            adapter,
+            weights=base.weights,
+            rounding=_rounding(base),
+            requantize=options.requantize,
+            name=base.called,
+            digest=base.identity.digest if base.identity.kind == "checkpoint" else None,
+        )
     warn_of(report.loss, base.precision)
     for module in report.untied:
         logger.info("%s shares its weight and got a copy of its own", module)
@@ -312,30 +313,12 @@ def _rounding(base: Base) -> dict[str, Round]:
     return {} if bits is None or base.packed else {"linear": partial(rounded, bits=bits)}
 
 
-def _check_base(name: str, adapter: Adapter, base: Base, layers: Iterable[Linear | Part]) -> None:
-    """The same base, and no half adapter; sizes and parameters are the merge's own to check."""
-    saved = tuple(
-        SavedTarget(parameter, parameter, values.shape, transposed=False)
-        for parameter, values in adapter.saved.items()
-    )
-    expected = dataclasses.replace(
-        _manifest(base, "side-inputs"),
-        targets=tuple(target for layer in layers if (target := layer.target()) is not None),
-        saved=saved,
-        changed=tuple(
-            OutputTarget(module, len(pair.B), scale_name(module), offset_name(module))
-            for module, pair in adapter.factors.items()
-        ),
-    )
-    if adapter.factors or adapter.saved:
-        plain = dataclasses.replace(adapter, carried={}, rows={})
-        _check_named(name, plain, expected, base.graph.graph)
-
-
-def _check_named(name: str, adapter: Adapter, manifest: Manifest, graph: ir.Graph) -> None:
-    """`check_named`, told besides which operators of the graph take no adapters."""
+@contextmanager
+def _checked(name: str, graph: ir.Graph) -> Iterator[None]:
+    """`named`, with the operators of the graph that take no adapters, where one does not fit."""
     try:
-        check_named(name, adapter, manifest)
+        with named(name):
+            yield
     except AdapterMismatchError as problem:
         others = [f"{op} ({count})" for op, count in unreached(graph).items()]
         if not others:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.adapter import Adapter, Kind
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.settle import shape_problems
 from loradeploy.adapter.targets import is_saved
-from loradeploy.bundle.factors import check_fit, not_brought
 from loradeploy.bundle.labels import label_parameters
-from loradeploy.bundle.manifest import (
-    BaseIdentity,
-    LoraTarget,
-    Manifest,
-    OutputTarget,
-    SavedTarget,
-)
-from loradeploy.bundle.names import (
-    CLASSIFICATIONS,
-    lora_a_name,
-    lora_b_name,
-    offset_name,
-    scale_name,
-)
+from loradeploy.bundle.manifest import BaseIdentity
+from loradeploy.bundle.names import CLASSIFICATIONS
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -44,6 +30,7 @@ from loradeploy.export.match.linears import is_head
 if TYPE_CHECKING:
     import torch
 
+_NO_CONVOLUTION: Final = "is a convolution, which takes no side inputs: merge it instead"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -117,30 +104,25 @@ def check_adapters(
     base: BaseIdentity,
     merge: bool,
 ) -> None:
-    """Hold every adapter against the shapes of `skeleton`, a model without values.
+    """Check that every adapter fits `skeleton`, a model without values.
 
     Raises:
         AdapterMismatchError: an adapter does not fit; its name and every misfit are in the message.
     """
-    shapes = {
-        name: tuple(value.shape)
-        for name, value in skeleton.named_parameters(remove_duplicate=False)
-    }
+    from loradeploy.lora.fit import adaptable
+
+    model = dataclasses.replace(adaptable(skeleton), digest=base.digest)
     for name, adapter in adapters.items():
-        if problems := shape_problems(adapter, shapes):
-            raise AdapterMismatchError(
-                f"{name}: the adapter does not fit this base: {listed(problems)}"
-            )
-        expected = _expected(skeleton, adapter, task=task, base=base, merge=merge)
-        # What the base's own weights are is known once they are loaded.
-        rows = {} if merge else adapter.rows
-        check_named(name, dataclasses.replace(adapter, carried={}, rows=rows), expected)
+        expected = model if merge else _beside(model, adapter, task)
+        with named(name):
+            check_fit(adapter, expected)
 
 
-def check_named(name: str, adapter: Adapter, manifest: Manifest) -> None:
-    """`check_fit` with the adapter's name in the message: of a model that is no bundle yet."""
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """What is raised of an adapter inside begins with its name."""
     try:
-        check_fit(adapter, manifest, "this model")
+        yield
     except AdapterError as problem:  # which a mismatch is too
         raise type(problem)(f"{name}: {problem}") from None
 
@@ -151,22 +133,12 @@ def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
         raise AdapterMismatchError(f"{name}: {listed(problems, 1)}")
 
 
-@dataclass(frozen=True)
-class _Layer:
-    kind: Kind
-    into: int
-    out: int
-
-
-def _expected(
-    skeleton: torch.nn.Module, adapter: Adapter, *, task: str, base: BaseIdentity, merge: bool
-) -> Manifest:
-    """A manifest with all that `adapter` could be fitted to, once the model is traced."""
-    layers = adapted_layers(skeleton)
-    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+def _beside(model: AdaptableBase, adapter: Adapter, task: str) -> AdaptableBase:
+    """What of `model` can be given beside it, as side inputs of its graph, once that is traced."""
+    no_convolution = Layer("conv2d", (), 0, refusal=lambda rank, whole: _NO_CONVOLUTION)
     replaceable = {
         f"{module}.{part}"
-        for module, layer in layers.items()
+        for module, layer in model.layers.items()
         for part in ("weight", "bias")
         if layer.kind == "linear"
         and (
@@ -174,63 +146,17 @@ def _expected(
             or (task in CLASSIFICATIONS and is_head(module))
         )
     }
-    biases = {
-        name.removesuffix(".bias"): len(value)
-        for name, value in parameters.items()
-        if name.endswith(".bias")
-    }
-    sizes = {**{module: layer.out for module, layer in layers.items()}, **biases}
-    return Manifest(
-        task=task,
-        mode="side-inputs",
-        base=base,
-        precision="fp32",
-        opset=0,
-        inputs=(),
-        outputs=(),
-        targets=tuple(
-            LoraTarget(
-                module=module,
-                in_features=layer.into,
-                out_features=layer.out,
-                lora_A=lora_a_name(module),
-                lora_B=lora_b_name(module),
-                weight=f"{module}.weight",
-                transposed=True,
-                found_by="checkpoint",
-                kind=layer.kind,
-            )
-            for module, layer in layers.items()
-            if merge or layer.kind != "conv2d"
-        ),
-        saved=tuple(
-            SavedTarget(name, name, tuple(value.shape), transposed=False)
-            for name, value in parameters.items()
-            if merge or name in replaceable
-        ),
-        changed=tuple(
-            OutputTarget(
-                module,
-                size,
-                scale=scale_name(module) if module in layers else None,
-                offset=offset_name(module) if module in biases else None,
-            )
-            for module, size in sizes.items()
-        ),
+    shapes = model.parameters
+    return dataclasses.replace(
+        model,
+        layers={
+            module: no_convolution if layer.kind == "conv2d" else layer
+            for module, layer in model.layers.items()
+        },
+        parameters={name: shapes[name] for name in shapes if name in replaceable},
+        biases={name: shapes[name][0] for name in shapes if name.endswith(".bias")},
+        side_inputs=True,
     )
-
-
-def adapted_layers(model: torch.nn.Module) -> dict[str, _Layer]:
-    """The kinds and sizes of the layers of `model` that take factors, by module."""
-    from loradeploy.lora.kinds import kind_of
-
-    layers = {}
-    for name, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is not None:
-            (_, *into), (out, *_) = kind.shapes(module, rank=1)
-            layers[name] = _Layer(kind.kind, math.prod(into), out)
-    return layers
 
 
 def _named(

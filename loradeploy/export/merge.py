@@ -13,10 +13,11 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.delta import as_matrix, matrices
 from loradeploy.adapter.dora import output_scale
-from loradeploy.adapter.settle import same_given, shape_problems
-from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.fit import AdaptableBase, check_fit
+from loradeploy.adapter.fit import Layer as Described
+from loradeploy.adapter.settle import same_given
 from loradeploy.bundle.manifest import MergeLoss
-from loradeploy.errors import AdapterMismatchError, ExportError, listed
+from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.graph.edit import constant_of, remove_unused
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import check_operators
@@ -29,8 +30,6 @@ from loradeploy.export.passes.quantize import pack_again
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
-
-_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def merge_adapter(
     weights: Mapping[str, NDArray[Any]] | None = None,
     rounding: Mapping[str, Round] = MappingProxyType({}),
     requantize: bool = False,
+    name: str = "this graph",
+    digest: str | None = None,
 ) -> MergeReport:
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
 
@@ -67,7 +68,8 @@ def merge_adapter(
     that something else in the graph shares, such as an embedding tied to the output head, is copied
     first: the other user keeps its own. `rounding` tells, for the loss, what the weights of a kind
     of layer become afterwards: linear, embedding, conv2d. With `requantize` weights that are packed
-    already are unpacked, merged and packed again.
+    already are unpacked, merged and packed again. `name` is what a message calls the base, `digest`
+    the checkpoint's, where known.
 
     Raises:
         AdapterError: the factors are for a base that an initialization changed, or a convolution of
@@ -75,9 +77,9 @@ def merge_adapter(
         AdapterMismatchError: the graph lacks a module, or a size differs; all are in the one error.
         ExportError: a weight is quantized, or the result does not fit into the graph's dtype.
     """
-    adapter.check_plain()
     layers = Layers(model.graph, linears, find_parts(model))
-    _check(layers, adapter, requantize=requantize)
+    base = adaptable(layers, adapter, name=name, digest=digest)
+    _check(layers, adapter, base, requantize=requantize)
     _overwrite(layers, adapter)
     untied, tally = [], Tally()
     for module in adapter.modules:
@@ -196,21 +198,8 @@ def _count(
     tally.add(before, after, rounding.get(kind, lambda W: W.astype(held)))
 
 
-def _check(layers: Layers, adapter: Adapter, *, requantize: bool) -> None:
-    problems = []
-    for module, pair in sorted(adapter.factors.items()):
-        problems += _factor_problems(layers, module, pair)
-    for parameter, values in sorted(adapter.saved.items()):
-        whole = is_saved(parameter, adapter.config)
-        named = f"{parameter} ({'modules_to_save' if whole else 'a trained bias'})"
-        problems += _parameter_problems(layers, parameter, values, named)
-    shapes = {name: layers.shape_of(name) for name in (*adapter.carried, *adapter.rows)}
-    problems += shape_problems(adapter, {n: s for n, s in shapes.items() if s is not None})
-    problems += filter(None, map(layers.problem_with, shapes))
-    if problems:
-        raise AdapterMismatchError(
-            f"the adapter does not fit this model: {listed(problems, _LISTED)}"
-        )
+def _check(layers: Layers, adapter: Adapter, base: AdaptableBase, *, requantize: bool) -> None:
+    check_fit(adapter, base)
     packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantized]
     if packed and not requantize:
         raise ExportError(
@@ -228,48 +217,40 @@ def _check(layers: Layers, adapter: Adapter, *, requantize: bool) -> None:
             check_operators(module, replaced.nodes)
 
 
-_NAMED: Mapping[str, str] = {
-    "linear": "linear layer",
-    "embedding": "embedding",
-    "conv2d": "convolution",
-}
+def adaptable(
+    layers: Layers, adapter: Adapter, *, name: str, digest: str | None = None
+) -> AdaptableBase:
+    """What can be merged into a graph; of its parameters those that `adapter` asks for.
+
+    `name` is what a message calls the graph. `digest`: the checkpoint's, where known.
+    """
+    asked = (*adapter.saved, *adapter.carried, *adapter.rows)
+    shapes = {n: shape for n in asked if (shape := layers.shape_of(n)) is not None}
+    problems = {n: problem for n in asked if (problem := layers.problem_with(n)) is not None}
+    found: dict[str, Linear | Part] = {**layers.parts, **layers.linears}
+    described = {
+        module: described
+        for module, layer in found.items()
+        if (described := _described(layer)) is not None
+    }
+    return AdaptableBase(
+        name, described, parameters=shapes, weights=shapes, refused=problems, digest=digest
+    )
 
 
-def _factor_problems(layers: Layers, module: str, pair: Factors) -> list[str]:
-    layer = _layer(layers, module, pair)
-    if layer is None:
-        return [f"{module} is no {_NAMED[pair.kind]} of the graph"]
-    if pair.groups > 1:
-        return []  # refused with its own words, whatever the shapes
-    if any(_groups(node) != 1 for node in layer.nodes):
-        return [f"{module} is a convolution of several groups, the adapter's is of one"]
-    A, B = pair.A, pair.B
+def _described(layer: Linear | Part) -> Described | None:
+    """The sizes of a layer's factors; None of one that takes none."""
     if isinstance(layer, Linear):
-        sizes, theirs = (layer.in_features, layer.out_features), (A.shape[1], B.shape[0])
-    elif layer.kind == "embedding":
-        sizes, theirs = layer.shape, (A.shape[1], B.shape[0])  # type: ignore[assignment]
-    else:
-        sizes, theirs = layer.shape, (B.shape[0], *A.shape[1:])  # type: ignore[assignment]
-    if sizes == theirs:
-        return []
-    ours, its = (" → ".join(map(str, shape)) for shape in (sizes, theirs))
-    return [f"{module} is {ours}, the adapter's factors are for {its}"]
+        return Described("linear", (layer.in_features,), layer.out_features)
+    if layer.kind == "norm":
+        return None
+    if layer.kind == "embedding":
+        return Described("embedding", layer.shape[:1], layer.outputs)
+    groups = max((_groups(node) for node in layer.nodes), default=1)
+    inputs, *kernel = layer.shape[1:]
+    return Described("conv2d", (inputs * groups, *kernel), layer.outputs, groups)
 
 
 def _groups(node: ir.Node) -> int:
     attribute = node.attributes.get("group")
     return 1 if attribute is None else attribute.as_int()
-
-
-def _parameter_problems(
-    layers: Layers, parameter: str, values: NDArray[Any], named: str
-) -> list[str]:
-    problem = layers.problem_with(parameter)
-    if problem is not None:
-        return [problem]
-    shape = layers.shape_of(parameter)
-    if shape is None:
-        return [f"{named} is no weight of the graph"]
-    if values.shape != shape:
-        return [f"{parameter} is {list(values.shape)}, the base has {list(shape)}"]
-    return []

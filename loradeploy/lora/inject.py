@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.settle import shape_problems, without_idle
-from loradeploy.adapter.targets import is_saved
-from loradeploy.errors import AdapterMismatchError, UsageError, listed, listed_names, shown
+from loradeploy.adapter.fit import check_fit
+from loradeploy.adapter.settle import without_idle
+from loradeploy.errors import UsageError, listed, listed_names, shown
+from loradeploy.lora.fit import adaptable
 from loradeploy.lora.kinds import WHAT, kind_of
 from loradeploy.lora.layers import LINEAR_LAYERS
 from loradeploy.lora.low_rank import LowRankLayer
@@ -143,34 +144,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
         UsageError: the model carries an adapter already.
     """
     _check_free(model)
-    adapter.check_plain()
     modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     adapter = without_idle(named_as_in(model, adapter), modules)
-    problems = shape_problems(adapter, {n: tuple(p.shape) for n, p in parameters.items()})
-    for name, pair in sorted(adapter.factors.items()):
-        problems += _misfits(name, modules.get(name), pair)
-    for name, values in sorted(adapter.saved.items()):
-        if name not in parameters:
-            problems.append(f"{name} is no parameter of this model")
-        elif tuple(parameters[name].shape) != values.shape:
-            problems.append(
-                f"{name} is {list(values.shape)}, the model has {list(parameters[name].shape)}"
-            )
-    candidates = [name for name, module in modules.items() if kind_of(module)]
-    meant = match_targets(candidates, adapter.config, linear_names=adapter.modules)
-    problems += [
-        f"{name} is targeted and has no tensors" for name in meant if name not in adapter.factors
-    ]
-    problems += [
-        f"{name} is in modules_to_save and has no tensors"
-        for name in parameters
-        if name not in adapter.saved and name not in adapter.rows and is_saved(name, adapter.config)
-    ]
-    if problems:
-        raise AdapterMismatchError(
-            f"the adapter does not fit this model: {listed(problems, _LISTED)}"
-        )
+    check_fit(adapter, adaptable(model))
     overwritten = overwrite(model, adapter)
     injection = _install(
         model,
@@ -255,24 +231,6 @@ def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         if reason is not None:
             raise UsageError(f"the target module {name} {reason}")
     return {name: modules[name] for name in matched}
-
-
-def _misfits(name: str, module: nn.Module | None, pair: Factors) -> list[str]:
-    """Why the factors `pair` cannot be those of `module`."""
-    kind = kind_of(module)
-    if module is None or kind is None:
-        return [f"{name} is no layer of this model that takes LoRA"]
-    if kind.kind != pair.kind:
-        return [f"{name} is a {type(module).__name__}, the adapter's factors are of {pair.kind}"]
-    reason = kind.refusal(module, pair.rank, whole=pair.magnitude is not None)
-    if reason is not None:
-        return [f"{name} {reason}"]
-    shapes = kind.shapes(module, pair.rank)
-    if shapes != (pair.A.shape, pair.B.shape):
-        A, B = (list(shape) for shape in shapes)
-        there = f"{list(pair.A.shape)} and {list(pair.B.shape)}"
-        return [f"{name} takes lora_A {A} and lora_B {B}, the adapter has {there}"]
-    return []
 
 
 def _install(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import base_digest, file_digest, short
 from loradeploy.adapter.peft import load_adapter
-from loradeploy.bundle.factors import check_fit, fitted
+from loradeploy.bundle.fit import fit_to, fitted
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
@@ -164,7 +164,7 @@ def find_subjects(
     if manifest.mode == "side-inputs":
         for subject in found.values():
             try:
-                check_fit(subject.adapter, manifest)
+                fit_to(subject.adapter, manifest)
             except AdapterMismatchError as problem:
                 raise AdapterMismatchError(f"{subject.name}: {problem}") from None
     return tuple(found.values())

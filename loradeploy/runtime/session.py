@@ -18,7 +18,8 @@ from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.base import BundleBase
 from loradeploy.bundle.certificate import parity_command
-from loradeploy.bundle.factors import check_side_inputs, fitted, side_inputs
+from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.fit import fitted
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX

@@ -88,13 +88,20 @@ def test_a_provider_that_does_not_start_is_one_line(tiny_llama_bundle: Path) -> 
     assert (status, line.startswith("Error: ")) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("model", "called_base"),
+    [("tiny_llama", "this base model"), ("tiny_llama_bundle", "this bundle")],
+)
 def test_an_adapter_of_another_model_is_one_line(
-    tiny_gpt2: Path, tiny_llama: Path, tmp_path: Path, make_adapter: MakeAdapter
+    model: str,
+    called_base: str,
+    tiny_gpt2: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_adapter: MakeAdapter,
 ) -> None:
-    adapter = make_adapter(tiny_gpt2)
-    arguments = ("--model", tiny_llama, "--output", tmp_path / "b", "--adapter", adapter)
-    status, err = called("export", *arguments)
+    arguments = ("--model", request.getfixturevalue(model), "--output", tmp_path / "b")
+    status, err = called("export", *arguments, "--adapter", make_adapter(tiny_gpt2))
     (line,) = err.splitlines()
     assert status == 2
-    assert "does not fit this model" in line
-    assert "this bundle" not in line
+    assert f"does not fit {called_base}: " in line

@@ -138,9 +138,9 @@ def test_every_misfit_is_in_the_one_error() -> None:
     with pytest.raises(AdapterMismatchError) as caught:
         _merge(linear(), adapter)
     message = str(caught.value)
-    assert "block.proj is 6 → 4, the adapter's factors are for 7 → 4" in message
+    assert "block.proj.lora_A is [2, 7], the base takes 6" in message
     assert "gone is no linear layer" in message
-    assert "head.weight (modules_to_save) is no weight" in message
+    assert "head.weight (modules_to_save) is no parameter of this graph" in message
 
 
 def test_quantised_weights_are_not_merged_into() -> None:

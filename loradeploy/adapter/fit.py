@@ -1,0 +1,276 @@
+"""Whether an adapter fits a base: one check, whatever the base is and whoever asks.
+
+A bundle, an ONNX graph and a PyTorch model are each described as an `AdaptableBase`; the check
+knows nothing else of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from loradeploy.adapter.adapter import Adapter, Factors, Kind
+from loradeploy.adapter.digest import short
+from loradeploy.adapter.targets import is_saved, match_targets
+from loradeploy.errors import AdapterMismatchError, listed, shortened
+
+Shape = tuple[int, ...]
+
+_LISTED: Final = 6
+_A_LAYER: Final[Mapping[str, str]] = {
+    "linear": "linear layer",
+    "embedding": "embedding",
+    "conv2d": "convolution",
+}
+# What to do where a graph has no side inputs for a layer of the kind.
+_NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
+    "linear": "no target module of {base}",
+    "embedding": "an embedding without side inputs in {base}: export with --side-inputs embedding,"
+    " or merge it instead",
+    "conv2d": "a convolution, which takes no side inputs: merge it instead",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer of a base that takes low-rank factors.
+
+    `inputs`: the shape of A behind its rank: [in], [vocabulary], or [in, height, width].
+    `outputs`: the length of B. `groups`: those of a convolution.
+    `scaled`: whether DoRA's scale can be put on its output.
+    `refusal`: of a rank, and whether the weight is needed as one matrix: why it takes no such
+    factors, or None.
+    """
+
+    kind: Kind
+    inputs: Shape
+    outputs: int
+    groups: int = 1
+    scaled: bool = True
+    refusal: Callable[[int, bool], str | None] = lambda rank, whole: None
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptableBase:
+    """What of a base an adapter can change.
+
+    `name`: what a message calls the base, such as "this bundle".
+    `layers`: those that take factors, by module.
+    `parameters`: the shapes of those that can be replaced whole (modules_to_save, biases).
+    `biases`: the sizes of those that can be given beside the base's own, by parameter.
+    `weights`: the shapes of the base's own weights that an adapter's file may bring; None where
+    they are not known.
+    `refused`: why a parameter cannot be replaced or overwritten, by parameter.
+    `side_inputs`: whether the base stays as it is, and factors are given beside it.
+    `own_weights`: the weights whose numbers are known, where the base's numbers were looked at and
+    what was a copy of them is out of the adapter already; None before.
+    `lacking`: parameters that have no values until an adapter brings them.
+    `digest`: of the checkpoint, where known.
+    """
+
+    name: str
+    layers: Mapping[str, Layer]
+    parameters: Mapping[str, Shape] = field(default_factory=dict)
+    biases: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, Shape] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    side_inputs: bool = False
+    own_weights: Collection[str] | None = None
+    lacking: Collection[str] = ()
+    digest: str | None = None
+
+
+def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
+    """Raise AdapterMismatchError unless `adapter` fits `base`.
+
+    The first misfits are in the one message, with the count of the others. The adapter's modules
+    have the names that they have in the base (`names.named_as`).
+
+    AdapterError: the factors are for a base that an initialization changed.
+    """
+    adapter.check_plain()
+    refuse(
+        [
+            *_other_base(adapter, base),
+            *_factor_misfits(adapter, base),
+            *_parameter_misfits(adapter, base),
+            *not_brought(adapter, base.lacking),
+            *_weight_misfits(adapter, base),
+            *_scale_misfits(adapter, base),
+            *_missing(adapter, base),
+        ],
+        base.name,
+    )
+
+
+def refuse(problems: list[str], base: str) -> None:
+    """Raise AdapterMismatchError where there are `problems` of an adapter with `base`."""
+    if problems:
+        raise AdapterMismatchError(f"the adapter does not fit {base}: {listed(problems, _LISTED)}")
+
+
+def not_brought(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
+    """What is wrong where the base lacks the parameters `lacking` and `adapter` does too."""
+    return [
+        f"{parameter} is in neither the base nor the adapter, so that its outputs would mean"
+        " nothing: train it with the adapter (modules_to_save), or use a base that has it"
+        for parameter in sorted(set(lacking).difference(adapter.saved, adapter.carried))
+    ]
+
+
+def _other_base(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    if None in (base.digest, adapter.base_digest) or base.digest == adapter.base_digest:
+        return []
+    theirs, ours = short(adapter.base_digest), short(base.digest)
+    found = f"digest {theirs}, {base.name}'s is {ours}"
+    return [f"it was trained on another base{_trained_on(adapter)} ({found})"]
+
+
+def _trained_on(adapter: Adapter) -> str:
+    """The base that the adapter's config names, for a message."""
+    name = adapter.config.base_model_name_or_path
+    return f", {shortened(name, 60)}" if isinstance(name, str) and name else ""
+
+
+def _factor_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    linear = all(pair.kind == "linear" for pair in adapter.factors.values())
+    if len(adapter.factors) > 1 and linear and base.layers.keys().isdisjoint(adapter.factors):
+        others = len(adapter.factors) - 1
+        first = f"{shortened(min(adapter.factors))} is {_absent('linear', base)}"
+        reason = f"it was trained on another model{_trained_on(adapter)}"
+        return [f"{first}, nor are the other {others}: {reason}"]
+    return [
+        problem
+        for module, pair in sorted(adapter.factors.items())
+        for problem in _layer_misfits(module, pair, base)
+    ]
+
+
+def _absent(kind: Kind, base: AdaptableBase) -> str:
+    if base.side_inputs:
+        return _NO_SIDE_INPUTS[kind].format(base=base.name)
+    return f"no {_A_LAYER[kind]} of {base.name}"
+
+
+def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
+    layer = base.layers.get(module)
+    if layer is None or (layer.kind != pair.kind and base.side_inputs):
+        return [f"{module} is {_absent(pair.kind, base)}"]
+    if layer.kind != pair.kind:
+        ours, theirs = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
+        article = "an" if ours[0] in "aeiou" else "a"
+        return [f"{module} is no {theirs} of {base.name}, but {article} {ours}"]
+    if reason := layer.refusal(pair.rank, pair.magnitude is not None):
+        return [f"{module} {reason}"]
+    if layer.groups != pair.groups:
+        groups = f"{layer.groups} groups, the adapter's factors are for {pair.groups}"
+        return [f"{module} is a convolution of {groups}"]
+    problems = []
+    if pair.A.shape[1:] != layer.inputs:
+        takes = layer.inputs[0] if len(layer.inputs) == 1 else list(layer.inputs)
+        problems.append(f"{module}.lora_A is {list(pair.A.shape)}, the base takes {takes}")
+    if pair.B.shape[0] != layer.outputs:
+        problems.append(f"{module}.lora_B is {list(pair.B.shape)}, the base gives {layer.outputs}")
+    return problems
+
+
+def _parameter_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    problems = []
+    for parameter, values in sorted(adapter.saved.items()):
+        shape = base.parameters.get(parameter)
+        if shape is None and parameter in base.biases:
+            shape = (base.biases[parameter],)
+        if parameter in base.refused:
+            problems.append(base.refused[parameter])
+        elif shape is None:
+            problems.append(_no_parameter(parameter, is_saved(parameter, adapter.config), base))
+        elif values.shape != shape:
+            problems.append(f"{parameter} is {list(values.shape)}, the base has {list(shape)}")
+    return problems
+
+
+def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
+    named = f"{parameter} ({'modules_to_save' if saved else 'a trained bias'})"
+    if not base.side_inputs:
+        return f"{named} is no parameter of {base.name}"
+    if saved:
+        return f"{named} is no side input of {base.name}: merge it instead"
+    return f"{named} is no side input of {base.name}: export with --side-inputs bias, or merge it"
+
+
+def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    """Weights of the base that the adapter brings its own numbers for, and rows of them."""
+    problems = [] if base.weights is None else _shape_misfits(adapter, base.weights)
+    problems += [base.refused[n] for n in (*adapter.carried, *adapter.rows) if n in base.refused]
+    if not base.side_inputs:
+        return problems
+    for parameter in sorted(adapter.carried) if base.own_weights is not None else ():
+        known = parameter in (base.own_weights or ())
+        problems.append(
+            f"{parameter} came with the adapter and {'differs from' if known else 'may not be'} the"
+            " base's: merge it instead"
+        )
+    problems += [
+        f"rows of {parameter} were trained (trainable_token_indices), which is no side input: merge"
+        " it instead"
+        for parameter in sorted(adapter.rows)
+    ]
+    return problems
+
+
+def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
+    problems = []
+    for name, values in sorted(adapter.carried.items()):
+        shape = shapes.get(name)
+        if shape is None:
+            problems.append(f"{name} is no weight of the base (PEFT ignores it)")
+        elif shape != values.shape:
+            problems.append(f"{name} is {list(values.shape)}, the base has {list(shape)}")
+            if values.ndim == 2 and shape[1:] == values.shape[1:]:
+                ours, theirs = shape[0], len(values)
+                problems[-1] += (
+                    f": the adapter's vocabulary has {theirs} tokens, the base's {ours}: resize the"
+                    f" base, resize_token_embeddings({theirs})"
+                )
+    for name, rows in sorted(adapter.rows.items()):
+        shape = shapes.get(name)
+        if shape is None:
+            problems.append(f"{name}, of which rows were trained, is no weight of the base")
+        elif shape[1:] != rows.values.shape[1:] or max(rows.indices, default=0) >= shape[0]:
+            problems.append(
+                f"{name} is {list(shape)} in the base, the adapter has rows"
+                f" {list(rows.values.shape)} of tokens up to {max(rows.indices, default=0)}"
+            )
+    return problems
+
+
+def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    """Modules whose outputs DoRA scales, where the base has them not scaled."""
+    unscaled = [
+        module
+        for module, pair in sorted(adapter.factors.items())
+        if pair.magnitude is not None
+        and not ((layer := base.layers.get(module)) is not None and layer.scaled)
+    ]
+    if not unscaled or not base.side_inputs:
+        return []
+    others = f" and {len(unscaled) - 1} more have" if len(unscaled) > 1 else " has"
+    lacking = f"{unscaled[0]}{others} no scale in {base.name}"
+    remedy = "export with --side-inputs dora, or merge it"
+    return [f"it is a DoRA adapter (use_dora) and {lacking}: {remedy}"]
+
+
+def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    """What the config names and the tensors lack: half an adapter is no adapter."""
+    targeted = match_targets(base.layers, adapter.config, linear_names=tuple(adapter.factors))
+    return [
+        *(f"{m} is targeted and has no tensors" for m in targeted if m not in adapter.factors),
+        *(
+            f"{name} is in modules_to_save and has no tensors"
+            for name in sorted(base.parameters)
+            if name not in adapter.saved
+            and name not in adapter.rows
+            and is_saved(name, adapter.config)
+        ),
+    ]

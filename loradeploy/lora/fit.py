@@ -1,0 +1,33 @@
+"""A PyTorch model as a base that adapters are checked against."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from loradeploy.adapter.fit import AdaptableBase, Layer
+from loradeploy.lora.kinds import kind_of
+from loradeploy.lora.low_rank import LowRankLayer
+
+
+def adaptable(model: nn.Module) -> AdaptableBase:
+    """What adapters can change of `model`: every layer that takes factors, and every parameter."""
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    layers = {
+        name: _layer(kind, module)
+        for name, module in model.named_modules()
+        if (kind := kind_of(module)) is not None
+    }
+    return AdaptableBase("this base model", layers, parameters=shapes, weights=shapes)
+
+
+def _layer(kind: type[LowRankLayer], module: nn.Module) -> Layer:
+    (_, *inputs), (outputs, *_) = kind.shapes(module, rank=1)
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    refusal = partial(_refusal, kind, module)
+    return Layer(kind.kind, tuple(inputs), outputs, groups, refusal=refusal)
+
+
+def _refusal(kind: type[LowRankLayer], module: nn.Module, rank: int, whole: bool) -> str | None:
+    return kind.refusal(module, rank, whole=whole)

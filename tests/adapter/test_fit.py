@@ -1,0 +1,115 @@
+"""One check of an adapter against a base, whatever the base is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import Adapter, AdapterConfig, Factors
+from loradeploy.adapter.adapter import Rows
+from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit
+from loradeploy.errors import AdapterMismatchError
+
+BASE = AdaptableBase(
+    "this base model",
+    layers={
+        "l.q": Layer("linear", (3,), 4),
+        "embed": Layer("embedding", (9,), 3),
+        "patch": Layer("conv2d", (4, 2, 2), 6, groups=2),
+        "small": Layer("linear", (3,), 4, refusal=lambda rank, whole: f"takes no rank {rank}"),
+    },
+    parameters={"norm.weight": (3,)},
+    weights={"embed.weight": (9, 3)},
+)
+BESIDE = dataclasses.replace(
+    BASE,
+    name="this bundle",
+    layers={"l.q": Layer("linear", (3,), 4, scaled=False)},
+    side_inputs=True,
+    own_weights=("embed.weight",),
+)
+RANK = 2
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def linear(into: int = 3, out: int = 4, *, dora: bool = False) -> Factors:
+    return Factors(zeros(RANK, into), zeros(out, RANK), zeros(out) if dora else None)
+
+
+def adapter(module: str = "l.q", pair: Factors | None = None, **given: object) -> Adapter:
+    pair = linear() if pair is None else pair
+    config = AdapterConfig(r=RANK, target_modules=(module,), use_dora=pair.magnitude is not None)
+    return Adapter(config, {module: pair}, **given)  # type: ignore[arg-type]
+
+
+def convolution(groups: int) -> Factors:
+    return Factors(zeros(RANK, 4, 2, 2), zeros(6, RANK // groups, 1, 1), kind="conv2d")
+
+
+@pytest.mark.parametrize(
+    "fits",
+    [
+        adapter(),
+        adapter("patch", convolution(2)),
+        adapter("embed", Factors(zeros(RANK, 9), zeros(3, RANK), kind="embedding")),
+        adapter(saved={"norm.weight": zeros(3)}, carried={"embed.weight": zeros(9, 3)}),
+    ],
+    ids=["linear", "convolution", "embedding", "parameters"],
+)
+def test_what_fits_is_accepted(fits: Adapter) -> None:
+    check_fit(fits, BASE)
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "message"),
+    [
+        (BASE, adapter("l.x"), "l.x is no linear layer of this base model"),
+        (BASE, adapter("embed"), "embed is no linear layer of this base model, but an embedding"),
+        (BASE, adapter(pair=linear(into=5)), r"l.q.lora_A is \[2, 5\], the base takes 3"),
+        (BASE, adapter(pair=linear(out=5)), r"l.q.lora_B is \[5, 2\], the base gives 4"),
+        (BASE, adapter("patch", convolution(1)), "patch is a convolution of 2 groups.* for 1"),
+        (BASE, adapter("small"), "small takes no rank 2"),
+        (BASE, adapter(saved={"a.bias": zeros(3)}), "a.bias .a trained bias. is no parameter"),
+        (BASE, adapter(saved={"norm.weight": zeros(4)}), r"norm.weight is \[4\], .* has \[3\]"),
+        (BASE, adapter(carried={"embed.weight": zeros(11, 3)}), "vocabulary has 11 tokens, .* 9"),
+        (BASE, adapter(rows={"embed.weight": Rows((9,), zeros(1, 3))}), "tokens up to 9"),
+        (BESIDE, adapter("l.x"), "l.x is no target module of this bundle"),
+        (BESIDE, adapter("patch", convolution(2)), "a convolution, which takes no side inputs"),
+        (BESIDE, adapter(pair=linear(dora=True)), "l.q has no scale in this bundle"),
+        (BESIDE, adapter(carried={"embed.weight": zeros(9, 3)}), "differs from the base's"),
+        (BESIDE, adapter(rows={"embed.weight": Rows((1,), zeros(1, 3))}), "merge it instead"),
+        (
+            dataclasses.replace(BASE, digest="sha256:aa"),
+            adapter(base_digest="sha256:bb"),
+            "digest bb, this base model's is aa",
+        ),
+        (dataclasses.replace(BASE, lacking=["score.weight"]), adapter(), "in neither the base nor"),
+        (
+            BASE,
+            dataclasses.replace(
+                adapter(), config=AdapterConfig(r=2, target_modules=("l.q", "small"))
+            ),
+            "small is targeted and has no",
+        ),
+    ],
+)
+def test_a_misfit_names_what_the_adapter_was_compared_with(
+    base: AdaptableBase, other: Adapter, message: str
+) -> None:
+    with pytest.raises(AdapterMismatchError, match=message) as refusal:
+        check_fit(other, base)
+    assert str(refusal.value).startswith(f"the adapter does not fit {base.name}: ")
+
+
+def test_an_adapter_of_another_model_is_refused_in_one_sentence() -> None:
+    config = AdapterConfig(r=RANK, target_modules=("x", "y"), base_model_name_or_path="other/model")
+    both = Adapter(config, {"x": linear(), "y": linear()})
+    with pytest.raises(
+        AdapterMismatchError, match=r"x is no .*, nor are the other 1: .* other/mod"
+    ):
+        check_fit(both, BASE)
