@@ -36,6 +36,7 @@ from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
 from loradeploy.adapter.keys import PREFIX, Key, read_keys
 from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by
+from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed
 from loradeploy.files import copy_file, read_json, write_json
@@ -63,13 +64,6 @@ _PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
 _INNER: Final = ".base_layer."
 _ORIGINAL: Final = ".original_module."
 _ROWS: Final = ".token_adapter.trainable_tokens_delta"
-
-# Heads that PEFT trains whole for a task, whether modules_to_save names them or not.
-_HEADS: Final[Mapping[str | None, tuple[str, ...]]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -226,8 +220,9 @@ def _sort(
             problems.append(f"{module} {found}")
         else:
             factors[module] = found
-    heads = (*config.modules_to_save, *_HEADS.get(config.task_type, ()))
-    saving = dataclasses.replace(config, modules_to_save=heads)
+    task = task_of_peft(config.task_type)
+    heads = task.heads if task is not None and task.trained_head else ()
+    saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
     tied = bool(config.extra.get("ensure_weight_tying")) and bool(config.modules_to_save)
     named = set()
     slots: dict[tuple[str, str], NDArray[Any]] = {}

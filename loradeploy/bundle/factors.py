@@ -11,6 +11,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.fit import refuse
 from loradeploy.adapter.scaling import with_ranks
+from loradeploy.adapter.tasks import PEFT_TASKS
 from loradeploy.bundle.changes import (
     change_inputs,
     changes_undone,
@@ -19,7 +20,7 @@ from loradeploy.bundle.changes import (
 from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ADAPTER_MODE, PEFT_TASKS
+from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterMismatchError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.renamings import Submodel
+from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.names import (
     CERTIFICATE_NAME,
     LAYOUTS,
@@ -22,7 +23,6 @@ from loradeploy.bundle.names import (
     RIGHT,
     SIGNATURE_NAME,
     SLOTS,
-    TASKS,
 )
 from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import plain, read_json

@@ -1,33 +1,8 @@
-"""The names of graph inputs, graph outputs, tasks and files, in one place."""
+"""The names of graph inputs, graph outputs and files, in one place."""
 
 from __future__ import annotations
 
 from typing import Final
-
-CAUSAL_LM: Final = "causal-lm"
-SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
-FEATURE_EXTRACTION: Final = "feature-extraction"
-TOKEN_CLASSIFICATION: Final = "token-classification"
-IMAGE_CLASSIFICATION: Final = "image-classification"
-SEQ2SEQ_LM: Final = "seq2seq-lm"
-TASKS: Final = (
-    CAUSAL_LM,
-    SEQUENCE_CLASSIFICATION,
-    FEATURE_EXTRACTION,
-    TOKEN_CLASSIFICATION,
-    IMAGE_CLASSIFICATION,
-    SEQ2SEQ_LM,
-)
-# Their models end in a head, which adapters replace whole.
-CLASSIFICATIONS: Final = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, IMAGE_CLASSIFICATION)
-# PEFT's names of them in an adapter's config, by which it chooses the class around a model.
-PEFT_TASKS: Final = {
-    CAUSAL_LM: "CAUSAL_LM",
-    SEQUENCE_CLASSIFICATION: "SEQ_CLS",
-    FEATURE_EXTRACTION: "FEATURE_EXTRACTION",
-    TOKEN_CLASSIFICATION: "TOKEN_CLS",
-    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
-}
 
 INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]

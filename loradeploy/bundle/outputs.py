@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.names import (
+from loradeploy.adapter.tasks import (
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
-    LAST_HIDDEN_STATE,
-    LOGITS,
-    PRESENT,
     SEQUENCE_CLASSIFICATION,
 )
+from loradeploy.bundle.names import LAST_HIDDEN_STATE, LOGITS, PRESENT
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

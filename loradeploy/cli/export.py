@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import click
 
+from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
-from loradeploy.bundle.names import TASKS
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress, trust_option
 from loradeploy.export.passes.static_shapes import parse_sizes
 from loradeploy.files import plain

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.base_files import base_tensors, check_plain
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.renamings import Submodel, known
-from loradeploy.bundle.fit import THIS_BUNDLE
-from loradeploy.bundle.graph_form import DEFAULT_PRECISION
-from loradeploy.bundle.manifest import (
-    BaseIdentity,
-    Manifest,
-)
-from loradeploy.bundle.names import (
+from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
+)
+from loradeploy.bundle.fit import THIS_BUNDLE
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION
+from loradeploy.bundle.manifest import (
+    BaseIdentity,
+    Manifest,
 )
 from loradeploy.bundle.outputs import main_output
 from loradeploy.bundle.sample import Sample

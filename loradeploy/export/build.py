@@ -12,6 +12,7 @@ from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.factors import side_inputs_of_fitted
 from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.graph_form import (
@@ -29,13 +30,7 @@ from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
 )
-from loradeploy.bundle.names import (
-    CAUSAL_LM,
-    CLASSIFICATIONS,
-    ROWS,
-    SEQ2SEQ_LM,
-    SLOTS,
-)
+from loradeploy.bundle.names import ROWS, SLOTS
 from loradeploy.errors import (
     AdapterMismatchError,
     ExportError,

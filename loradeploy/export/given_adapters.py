@@ -14,9 +14,9 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.labels import label_parameters
 from loradeploy.bundle.manifest import BaseIdentity
-from loradeploy.bundle.names import CLASSIFICATIONS
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,

@@ -1,61 +1,30 @@
-"""What a model is exported as: the task, and what PyTorch and the graph call its parts."""
+"""Which task a model is exported for: as asked, or as adapters, config and graph show."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import (
+from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
-    DECODER_INPUT_IDS,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
-    LAST_HIDDEN_STATE,
-    LOGITS,
-    PAST,
     PEFT_TASKS,
-    PIXEL_VALUES,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
+    TASK_TABLE,
     TASKS,
     TOKEN_CLASSIFICATION,
 )
+from loradeploy.bundle.names import DECODER_INPUT_IDS, PAST, PIXEL_VALUES
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
 from loradeploy.errors import ExportError, UsageError, listed_names, shortened, shown
 
 if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
-
-@dataclass(frozen=True)
-class Task:
-    """How a task is traced: transformers' auto class, the first output, if it keeps a cache."""
-
-    name: str
-    auto_class: str
-    output: str
-    cached: bool
-
-
-TASK_TABLE: Final[Mapping[str, Task]] = {
-    task.name: task
-    for task in (
-        Task(CAUSAL_LM, "AutoModelForCausalLM", LOGITS, True),
-        Task(
-            SEQUENCE_CLASSIFICATION,
-            "AutoModelForSequenceClassification",
-            LOGITS,
-            False,
-        ),
-        Task(FEATURE_EXTRACTION, "AutoModel", LAST_HIDDEN_STATE, False),
-        Task(TOKEN_CLASSIFICATION, "AutoModelForTokenClassification", LOGITS, False),
-        Task(IMAGE_CLASSIFICATION, "AutoModelForImageClassification", LOGITS, False),
-        Task(SEQ2SEQ_LM, "AutoModelForSeq2SeqLM", LOGITS, False),
-    )
-}
 
 # Encoder-decoders by name that hear, and endings of theirs that are no language models.
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")

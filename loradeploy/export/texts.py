@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
 from loradeploy.bundle.beside import (
     copy_recipe,
     digests_of,
@@ -20,7 +21,6 @@ from loradeploy.bundle.beside import (
     vocabulary_of,
 )
 from loradeploy.bundle.manifest import AdapterText, Manifest
-from loradeploy.bundle.names import CAUSAL_LM, FEATURE_EXTRACTION
 from loradeploy.bundle.sentence import read_recipe, recipe_directory
 from loradeploy.bundle.settings import GenerationSettings
 from loradeploy.bundle.tokenizer import (

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
-    CAUSAL_LM,
     DEFAULTS_NAME,
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,

@@ -18,6 +18,7 @@ from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, s
 from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 from loradeploy.errors import UsageError, listed, listed_names, shown
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.kinds import WHAT, kind_of
@@ -27,8 +28,6 @@ from loradeploy.lora.plain import doubled
 from loradeploy.lora.saved import Overwritten, Swap, overwrite, saved_names, swap_in
 from loradeploy.lora.submodels import named_as_in
 
-# Heads that "all-linear" leaves alone in classifiers, as PEFT does.
-CLASSIFIER_HEADS = ("classifier", "score")
 _LISTED = 8
 
 

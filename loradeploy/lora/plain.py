@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, base_digest
+from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError, first_line
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.initialize import initialization
@@ -26,16 +26,6 @@ from loradeploy.lora.layers import LoraLinear
 from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.submodels import named_as_in
-
-# The class that a base is loaded as, by PEFT's task_type; the checkpoint's own without one.
-_AUTO: Final[Mapping[str, str]] = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 # What is left of a weight, beside what was left where it was trained: an SVD rounds by machine.
 _ROUNDING: Final = 1e-4
@@ -67,7 +57,8 @@ def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adap
     try:
         with quiet():
             named = from_pretrained(transformers.AutoConfig, place).architectures or ["AutoModel"]
-            auto = getattr(transformers, _AUTO.get(adapter.config.task_type or "", named[0]))
+            task = task_of_peft(adapter.config.task_type)
+            auto = getattr(transformers, task.auto_class if task else named[0])
             # A head that the checkpoint lacks, or has of other labels, begins at no such factors.
             loaded = load_pretrained(auto, place, dtype="auto", ignore_mismatched_sizes=True)
     except ModelError:

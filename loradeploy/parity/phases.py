@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from loradeploy.bundle.names import (
+from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
-    PRESENT,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
+from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.tokenizer import pad as pad_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.parity.backends.table import REFERENCE_TITLE
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison

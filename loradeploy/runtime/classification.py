@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json

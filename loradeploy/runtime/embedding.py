@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.names import FEATURE_EXTRACTION
+from loradeploy.adapter.tasks import FEATURE_EXTRACTION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.encoder import encoded_batches

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import numpy as np
 import onnxruntime
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.chat import Message
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
-    CAUSAL_LM,
     INPUT_IDS,
     LEFT,
     NO_PADDING,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.adapter.tasks import SEQ2SEQ_LM
 from loradeploy.bundle.context_length import FROM_PADDING_ON
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
@@ -24,7 +25,6 @@ from loradeploy.bundle.names import (
     INPUT_IDS,
     PAST,
     POSITION_IDS,
-    SEQ2SEQ_LM,
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES

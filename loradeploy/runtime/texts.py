@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.beside import (
     TEXT_NAMES,
     check_digests,
@@ -17,7 +18,6 @@ from loradeploy.bundle.beside import (
     text_directory,
     vocabulary_of,
 )
-from loradeploy.bundle.names import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.sentence import (
     MODULES_NAME,
     SentenceRecipe,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.errors import UsageError
 from loradeploy.files import read_text
 from loradeploy.printable import printable

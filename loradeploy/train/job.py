@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.sentence import (
     MODULES_NAME,
     read_recipe,

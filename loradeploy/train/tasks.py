@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from loradeploy.bundle.names import (
+from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     PEFT_TASKS,
     SEQUENCE_CLASSIFICATION,

@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
+from loradeploy.adapter.tasks import TASK_TABLE
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
-from loradeploy.export.tasks import TASK_TABLE
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
 from tests.tolerances import tolerance

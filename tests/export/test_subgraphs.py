@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.names import CAUSAL_LM
 from loradeploy.errors import ExportError, LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.runtime.generation import TextGenerator

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.base_files import weight_files
+from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.adapter.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ExportError, ModelError, listed_names
 from loradeploy.export.match.biases import bias_numbers
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 FOUND_BY: Final = "weight identity"
 # Embeddings are no linear layers, but an output head may be tied to them.
 _EMBEDDINGS: Final = re.compile(r"(.*\.)?(wte|wpe|[a-z_]*embed(dings|_tokens|_positions|_in)?)")
-_HEAD: Final = "lm_head"
 
 # The matrices that a product's outputs consist of, in their order.
 _Matrices = tuple[Matrix, ...]
@@ -153,7 +153,7 @@ class CheckpointWeights:
     def _proved(self, product: Product, matrices: _Matrices, found_by: str) -> Named:
         self._found.update(matrix.module for matrix in matrices)
         if len(matrices) == 1 and _is_embedding(matrices[0].module):
-            return Named(((_HEAD, product.out_features),), f"{found_by}, tied")
+            return Named(((LM_HEAD, product.out_features),), f"{found_by}, tied")
         unseen: frozenset[str] = frozenset()
         if bias_numbers(product.node, product.out_features) is None:
             # Of zeros an exporter leaves no trace.
@@ -251,7 +251,7 @@ def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
     head (transformer.h.0.attn), and the other way round. All adapters' modules have to agree.
     """
     known = set(modules)
-    unknown = [name for name in needed if name not in known and name != _HEAD]
+    unknown = [name for name in needed if name not in known and name != LM_HEAD]
     found: set[tuple[str, str]] = set()
     for name in unknown:
         longer = [m.removesuffix(name) for m in known if m.endswith(f".{name}")]

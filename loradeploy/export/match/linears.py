@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.base_files import peft_parts
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
@@ -22,9 +23,6 @@ from loradeploy.export.match.products import Product, bias_use, describe, produc
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-# Heads that adapters replace whole, by the names that PEFT looks for in classifiers.
-HEAD_NAMES: Final = ("classifier", "score")
 
 _SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the steps of a path, and of several paths
 
@@ -161,7 +159,7 @@ def is_head(module: str) -> bool:
 
     As in PEFT 0.21 a name counts that ends so: DistilBERT's `pre_classifier` is a part too.
     """
-    return any(part.endswith(HEAD_NAMES) for part in module.split("."))
+    return any(part.endswith(CLASSIFIER_HEADS) for part in module.split("."))
 
 
 def refuse_adapter_layers(model: ir.Model) -> None:

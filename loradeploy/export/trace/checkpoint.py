@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import (
     MissingDependencyError,
     ModelError,

@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.tasks import (
+    FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
+    SEQ2SEQ_LM,
+    TASK_TABLE,
+    Task,
+)
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
-    FEATURE_EXTRACTION,
-    IMAGE_CLASSIFICATION,
     INPUT_FEATURES,
     INPUT_IDS,
     PIXEL_VALUES,
     POSITION_IDS,
-    SEQ2SEQ_LM,
     TOKEN_TYPE_IDS,
     past_name,
     present_name,
@@ -24,7 +28,6 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import (
     ExportError,
 )
-from loradeploy.export.tasks import TASK_TABLE, Task
 from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.patches import traceable
 from loradeploy.export.trace.tidy import tidy

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
+from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
     INPUT_IDS,
     LEFT,
     NO_PADDING,
     PAST,
     POSITION_IDS,
     RIGHT,
-    SEQUENCE_CLASSIFICATION,
-    TOKEN_CLASSIFICATION,
     TOKEN_TYPE_IDS,
     present_of,
 )

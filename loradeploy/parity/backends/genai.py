@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends.ort import native_file
 from loradeploy.parity.context import CheckContext

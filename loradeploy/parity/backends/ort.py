@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CAUSAL_LM, NATIVE_SUFFIX, PAST, present_of
+from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import plain_feeds

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.errors import first_line
 from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.context import CheckContext

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.check import mixed_rows

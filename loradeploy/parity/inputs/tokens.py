@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CAUSAL_LM, INPUT_IDS, LEFT, NO_PADDING
+from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, DataError, UsageError, first_line
 from loradeploy.files import MAX_TEXT_BYTES, read_json, read_text

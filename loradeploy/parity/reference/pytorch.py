@@ -14,17 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, TASK_TABLE
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    CAUSAL_LM,
-    CLASSIFICATIONS,
-    INPUT_IDS,
-    POSITION_IDS,
-)
+from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
-from loradeploy.export.tasks import TASK_TABLE
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.inputs.row_feeds import plain_feeds
 from loradeploy.parity.metrics import Comparison

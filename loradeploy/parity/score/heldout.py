@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import (
     BundleError,

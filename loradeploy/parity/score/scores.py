@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
