@@ -21,7 +21,7 @@ from loradeploy.parity.report.writers import write_report
 from loradeploy.writing import atomic_directory, atomic_file
 from tests.cli.calling import one_line
 from tests.conftest import ROOT, MakeAdapter
-from tests.parity.made_up import PASSED
+from tests.parity.reports import PASSED
 
 NUMBERS = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
 

@@ -23,7 +23,7 @@ from loradeploy.parity.phases import (
     walk,
 )
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -243,24 +243,19 @@ def _result(
     setting: CheckContext,
     reference: Reference,
 ) -> Result:
-    figures = tally.comparison.figures()
     effect = None if subject is None else reference.effect[subject].largest
-    checks = judge(figures, reference.limits[subject], effect=effect)
-    wrong = failure(figures, checks)
-    if wrong is not None and phase == REPEAT:
-        wrong = f"two runs differ: {wrong}"
-    message = problem or wrong
-    return Result(
+    verdict = judge(tally.comparison.figures(), reference.limits[subject], effect=effect)
+    if problem is None and phase == REPEAT and not verdict.passed:
+        problem = f"two runs differ: {verdict.failure}"
+    return verdict.result(
         backend=backend.name,
         title=backend.title,
         adapter=subject,
         phase=phase,
-        outcome="passed" if message is None else "failed",
-        message=_remark(phase, figures) if message is None else message,
-        figures=figures if figures.positions else None,
-        checks=checks if figures.positions else (),
+        problem=problem,
+        remark=_remark(phase, verdict.figures),
         effect=effect,
-        seconds=round(tally.seconds, 3),
+        seconds=tally.seconds,
         variant=_variant(backend, setting),
     )
 

@@ -21,7 +21,7 @@ from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import has_logits
 from loradeploy.parity.reference.pytorch import as_reference_with, reference_rows
 from loradeploy.parity.report.results import Control
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:
     from loradeploy.parity.phases import Row
@@ -147,9 +147,9 @@ def _judge(
     for right, wrong in zip(reference.rows[name], rows, strict=True):
         count = len(right.prompt) if right.forced else len(right.expected)
         comparison.add(right.expected[:count], wrong.expected[:count], case=right.case)
-    figures = comparison.figures()
-    caught = failure(figures, judge(figures, reference.limits[name], effect=effect)) is not None
-    return Control(mistake.name, mistake.meaning, name, caught, figures.max_abs, effect)
+    verdict = judge(comparison.figures(), reference.limits[name], effect=effect)
+    error = verdict.figures.max_abs
+    return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)
 
 
 def _with_factors(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:

@@ -12,7 +12,7 @@ from loradeploy.parity.phases import ONE_ROW, PREFILL, REPEAT, has_logits, rows_
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import Result
 from loradeploy.parity.tolerances import assumed
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Base, Reference
@@ -34,20 +34,16 @@ def second_run(setting: CheckContext, reference: Reference, base: Base) -> Resul
         backend = TorchModel(model, setting.manifest)
         for seen in walk(backend, rows, task=task, pad=setting.cases.pad, phases=(alone,)):
             comparison.add(seen.expected, seen.values, case=seen.row.case)
-    figures = comparison.figures()
-    checks = judge(figures, assumed("fp32", scale=scale), effect=None)
-    if figures.not_finite or failure(figures, checks) is None:
+    verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)
+    if verdict.figures.not_finite or verdict.passed:
         return None  # values that are no numbers are every backend's failure, and said there
-    return Result(
+    return verdict.result(
         backend="torch",
         title=REFERENCE_TITLE,
         adapter=None,
         phase=REPEAT,
-        outcome="failed",
-        message=(
+        problem=(
             "the reference is nondeterministic by itself: two runs differ by"
-            f" {figures.max_abs:.2g}; nothing can be held against it"
+            f" {verdict.figures.max_abs:.2g}; nothing can be compared with it"
         ),
-        figures=figures,
-        checks=checks,
     )

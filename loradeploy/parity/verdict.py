@@ -1,11 +1,12 @@
-"""Figures held against the tolerances."""
+"""The verdict on one comparison: its figures, each judged by its limit, and why it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loradeploy.parity.report.results import Check
+from loradeploy.parity.report.results import Check, Result, Variant, outcome_of
 from loradeploy.parity.tolerances import METRICS, Limit
 
 if TYPE_CHECKING:
@@ -14,14 +15,67 @@ if TYPE_CHECKING:
 _LISTED = 3
 
 
-def judge(
-    figures: Figures, limits: Mapping[str, Limit], *, effect: float | None
-) -> tuple[Check, ...]:
-    """Every figure that there is against its limit.
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured, and what it comes to. `failure`: one line; None where all is well."""
+
+    figures: Figures
+    checks: tuple[Check, ...]
+    failure: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether positions were compared and every figure keeps to its limit."""
+        return self.failure is None
+
+    def result(
+        self,
+        *,
+        backend: str,
+        title: str,
+        adapter: str | None,
+        phase: str,
+        problem: str | None = None,
+        remark: str | None = None,
+        effect: float | None = None,
+        seconds: float = 0.0,
+        variant: Variant | None = None,
+    ) -> Result:
+        """The entry of a report.
+
+        `problem`: why it fails whatever the figures say. `remark`: the message where it passes.
+        Figures over no positions are left out.
+        """
+        failure = problem or self.failure
+        compared = self.figures.positions > 0
+        return Result(
+            backend=backend,
+            title=title,
+            adapter=adapter,
+            phase=phase,
+            outcome=outcome_of(failure),
+            message=remark if failure is None else failure,
+            figures=self.figures if compared else None,
+            checks=self.checks if compared else (),
+            effect=effect,
+            seconds=round(seconds, 3),
+            variant=variant,
+        )
+
+
+def judge(figures: Figures, limits: Mapping[str, Limit], *, effect: float | None) -> Verdict:
+    """Every figure that there is, by its limit.
 
     `effect`: the adapter's largest effect; None for the base and for an adapter without one, where
     there is nothing to compare the error with.
     """
+    checks = _checks(figures, limits, effect)
+    return Verdict(figures, checks, _failure(figures, checks))
+
+
+def _checks(
+    figures: Figures, limits: Mapping[str, Limit], effect: float | None
+) -> tuple[Check, ...]:
     values = {
         "max_abs": figures.max_abs,
         "p99_abs": figures.p99_abs,
@@ -43,8 +97,7 @@ def judge(
     return tuple(checks)
 
 
-def failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
-    """Why the figures fail, in one line; None where they pass."""
+def _failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
     if figures.not_finite:
         return f"{figures.not_finite} of {figures.positions} positions hold NaN or infinite values"
     if not figures.positions:

@@ -87,5 +87,5 @@ def test_trust_is_refused_where_there_is_no_model_to_trust(
 
     with pytest.raises(UsageError, match="--trust-remote-code is for checkpoints"):
         ld.export(tiny_llama_bundle, tmp_path / "out", trust_remote_code=True)
-    with pytest.raises(UsageError, match="--trust-remote-code is for the model of --model"):
+    with pytest.raises(UsageError, match="`trust_remote_code` needs `model`"):
         ld.parity(tiny_llama_bundle, trust_remote_code=True)

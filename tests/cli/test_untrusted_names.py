@@ -23,7 +23,7 @@ from loradeploy.parity.report.table import print_report
 from loradeploy.parity.report.writers import junit, markdown, write_report
 from loradeploy.printable import printable
 from tests.cli.calling import Run
-from tests.parity.made_up import FULL
+from tests.parity.reports import FULL
 
 NAME = "x\x1b]0;t\x07\x9b2J\u202e\u200b\ufe0f\u2028\0\ufffe\udcff|`<b>&#x202e;\r\nINFO fine"
 SHOWN = printable(NAME)

@@ -29,7 +29,7 @@ from loradeploy.parity.report.results import (
     Variant,
 )
 from loradeploy.parity.tolerances import METRICS, Limit
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 from tests.parity.graphs import in_numpy, token_model
 
 POSITIONS = 200
@@ -46,14 +46,9 @@ def result(error: float = ERROR, *, other: int = 0, backend: str = "onnx", **mor
     actual[:other] = [1.0 - 1e-5, 1.0]
     comparison = Comparison(scale=1.0, logits=True)
     comparison.add(expected, actual, first_step=0)
-    figures = comparison.figures()
-    checks = judge(figures, LIMITS, effect=None)
-    message = failure(figures, checks)
-    outcome = "failed" if message else "passed"
+    verdict = judge(comparison.figures(), LIMITS, effect=None)
     given = {"adapter": "sport", "phase": "decode", **more}
-    return Result(
-        backend, backend, outcome=outcome, message=message, figures=figures, checks=checks, **given
-    )
+    return verdict.result(backend=backend, title=backend, **given)
 
 
 def score(metric: str, difference: float, low: float, high: float) -> Score:

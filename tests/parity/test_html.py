@@ -17,7 +17,7 @@ from loradeploy.parity.report.html import html
 from loradeploy.parity.report.plots import LogScale, condensed, number, shade
 from loradeploy.parity.report.results import Heatmap, Localization, ParityReport
 from loradeploy.parity.report.writers import write_report
-from tests.parity.made_up import FULL, HEATMAP, PASSED
+from tests.parity.reports import FULL, HEATMAP, PASSED
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>{{ 7 * 7 }}\x00"
 NAMED_BADLY = dataclasses.replace(

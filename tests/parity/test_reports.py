@@ -27,18 +27,15 @@ from loradeploy.parity.report.results import (
 from loradeploy.parity.report.table import print_report
 from loradeploy.parity.report.writers import WRITERS, check_reports, junit, markdown, write_report
 from loradeploy.parity.tolerances import assumed
-from loradeploy.parity.verdict import failure, judge
-from tests.parity.made_up import FULL, PASSED
+from loradeploy.parity.verdict import judge
+from tests.parity.reports import FULL, PASSED
 
 
 def result(error: float = 0.0) -> Result:
     comparison = Comparison(scale=1.0, logits=True)
     comparison.add(np.array([[1.0, 0.0]]), np.array([[1.0 + error, 0.0]]))
-    figures = comparison.figures()
-    checks = judge(figures, assumed("fp32", scale=1.0), effect=0.5)
-    message = failure(figures, checks)
-    outcome = "failed" if message else "passed"
-    return Result("onnx", "ONNX", "a|b", "prefill", outcome, message, figures, checks, 0.5)
+    verdict = judge(comparison.figures(), assumed("fp32", scale=1.0), effect=0.5)
+    return verdict.result(backend="onnx", title="ONNX", adapter="a|b", phase="prefill", effect=0.5)
 
 
 REPORT = ParityReport(

@@ -11,7 +11,7 @@ import pytest
 
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.parity.report.schema import SCHEMA_FILE, report_schema
-from tests.parity.made_up import FULL, PASSED
+from tests.parity.reports import FULL, PASSED
 
 TYPES: dict[str, Any] = {
     "string": str,

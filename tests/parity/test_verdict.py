@@ -21,7 +21,7 @@ from loradeploy.parity.tolerances import (
     assumed,
     calibrated,
 )
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 
 EXPECTED = np.array([[10.0, 2.0, -3.0], [1.0, 8.0, 0.5]])
 GAP = 5e-5
@@ -42,7 +42,7 @@ def limits(gap: float = GAP) -> dict[str, Limit]:
 
 
 def verdict(found: Figures, *, effect: float | None = 5.0) -> str | None:
-    return failure(found, judge(found, limits(), effect=effect))
+    return judge(found, limits(), effect=effect).failure
 
 
 def test_rounding_passes() -> None:
@@ -95,7 +95,7 @@ def test_another_token_by_a_hair_is_a_tie_and_by_more_a_failure() -> None:
         comparison = Comparison(scale=1.0, logits=True)
         comparison.add(np.array([[1.0, 1.0 - lead]]), np.array([[1.0, 1.0 + 1e-6]]))
         found = comparison.figures()
-        checks = judge(found, assumed("fp32", scale=1.0), effect=None)
+        checks = judge(found, assumed("fp32", scale=1.0), effect=None).checks
         assert found.top1 == 0.0
         margin = next(check for check in checks if check.metric == "margin")
         assert margin.passed is passes, margin

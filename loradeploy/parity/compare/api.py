@@ -17,7 +17,7 @@ from loradeploy.errors import UsageError, first_line, listed_names
 from loradeploy.files import check_file
 from loradeploy.parity.compare.feeds import Fed, FeedsPlace, make_feeds, read_feeds
 from loradeploy.parity.compare.opening import open_side
-from loradeploy.parity.compare.outputs import LimitsOf, Outputs, outcome
+from loradeploy.parity.compare.outputs import LimitsOf, Outputs
 from loradeploy.parity.compare.runs import Runs, kept_in
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.environment import environment
@@ -30,6 +30,7 @@ from loradeploy.parity.report.results import (
     Inputs,
     ParityReport,
     Result,
+    outcome_of,
 )
 from loradeploy.parity.report.writers import check_reports, write_report
 from loradeploy.parity.tolerances import ASSUMED, METRICS, Limit, assumed
@@ -244,7 +245,7 @@ def _same_meaning(wanted: Side, held: Side) -> list[Result]:
                 f" {one.get(first)!r} in the reference and {other.get(first)!r} in the candidate"
             )
         results.append(
-            Result(COMPARED, f"{CANDIDATE} {held.name}", None, what, outcome(message), message)
+            Result(COMPARED, f"{CANDIDATE} {held.name}", None, what, outcome_of(message), message)
         )
     return results
 

@@ -12,9 +12,9 @@ from loradeploy.bundle.names import LOGITS, PRESENT
 from loradeploy.errors import listed
 from loradeploy.parity.compare.feeds import Fed, shapes
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report.results import CANDIDATE, COMPARED, REFERENCE, Outcome, Result
+from loradeploy.parity.report.results import CANDIDATE, COMPARED, REFERENCE, Result
 from loradeploy.parity.tolerances import Limit
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,20 +91,17 @@ class Outputs:
             self._of(_ALL).problems.append("there is none that both sides gave")
         for phase, output in self._found.items():
             figures = output.comparison.figures()
-            checks = judge(figures, limits(scale=output.scale), effect=None)
-            message = output.problems[0] if output.problems else failure(figures, checks)
+            verdict = judge(figures, limits(scale=output.scale), effect=None)
+            problem = output.problems[0] if output.problems else None
             if output.nan_on_both and not output.problems:
-                message = f"{message}: NaN on both sides proves nothing"
+                problem = f"{verdict.failure}: NaN on both sides proves nothing"
             results.append(
-                Result(
-                    COMPARED,
-                    f"{CANDIDATE} {name}",
-                    None,
-                    phase,
-                    outcome(message),
-                    message,
-                    figures if figures.positions else None,
-                    checks if figures.positions else (),
+                verdict.result(
+                    backend=COMPARED,
+                    title=f"{CANDIDATE} {name}",
+                    adapter=None,
+                    phase=phase,
+                    problem=problem,
                 )
             )
         return results
@@ -192,8 +189,3 @@ def scale_of(given: Sequence[NDArray[Any]]) -> float:
         ),
         default=0.0,
     )
-
-
-def outcome(message: str | None) -> Outcome:
-    """Failed where there is a message."""
-    return "passed" if message is None else "failed"

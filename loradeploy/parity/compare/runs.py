@@ -17,14 +17,13 @@ from loradeploy.parity.compare.outputs import (
     LimitsOf,
     is_logits,
     named,
-    outcome,
     positions,
     scale_of,
 )
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report.results import Result
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.report.results import Result, outcome_of
+from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Runs:
             f"{self.role} {self.side.name}",
             None,
             "runs",
-            outcome(message),
+            outcome_of(message),
             message,
             seconds=round(self.seconds, 3),
         )
@@ -109,11 +108,10 @@ class Runs:
             scale = scale_of([values])
             comparison = Comparison(scale=scale, logits=is_logits(name))
             comparison.add(positions(name, values), positions(name, two[name]))
-            figures = comparison.figures()
-            checks = judge(figures, limits(scale=scale), effect=None)
-            bad = failure(figures, checks) is not None
-            if (bad, figures.max_abs) >= (fails, largest):
-                largest, where, fails = figures.max_abs, name, bad
+            verdict = judge(comparison.figures(), limits(scale=scale), effect=None)
+            failed, error = not verdict.passed, verdict.figures.max_abs
+            if (failed, error) >= (fails, largest):
+                largest, where, fails = error, name, failed
         told = f"two runs differ by {largest:.2g} at output {where}"
         if fails:
             return f"{said}{told}{self.side.hint}"

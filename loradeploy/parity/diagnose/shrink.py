@@ -35,7 +35,7 @@ from loradeploy.parity.phases import (
 )
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ class _Trial:
             return None  # too short for the phase
         limits = self.reference.limits[row.subject]
         effect = None if row.subject is None else self.reference.effect[row.subject].largest
-        message = failure(figures, judge(figures, limits, effect=effect))
-        return None if message is None else Fault(message, figures.max_abs)
+        failure = judge(figures, limits, effect=effect).failure
+        return None if failure is None else Fault(failure, figures.max_abs)
 
     def _row(self, tokens: Tokens, subject: str | None, steps: int) -> Row:
         """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""

@@ -20,6 +20,11 @@ REFERENCE, CANDIDATE = "reference", "candidate"
 Outcome = Literal["passed", "failed", "not run"]
 
 
+def outcome_of(failure: str | None) -> Outcome:
+    """Passed where there is no reason to fail."""
+    return "passed" if failure is None else "failed"
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure held against its limit. `reason` is the limit's."""

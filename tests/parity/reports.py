@@ -21,7 +21,7 @@ from loradeploy.parity.report.results import (
     Variant,
 )
 from loradeploy.parity.tolerances import assumed
-from loradeploy.parity.verdict import failure, judge
+from loradeploy.parity.verdict import judge
 
 ALL = Variant("CPUExecutionProvider", "all")
 PLAIN = Variant("CPUExecutionProvider", "disable")
@@ -43,21 +43,15 @@ def result(
     actual = expected + random.normal(size=expected.shape) * error
     comparison.add(expected, actual, case=2, first_step=10)
     effect = None if adapter is None else 2.09
-    figures = comparison.figures()
-    checks = judge(figures, assumed("fp32", scale=20.0), effect=effect)
-    message = failure(figures, checks)
-    return Result(
-        title.lower().replace(" ", "-"),
-        title,
-        adapter,
-        phase,
-        "failed" if message else "passed",
-        message,
-        figures,
-        checks,
-        effect,
-        0.125,
-        variant,
+    verdict = judge(comparison.figures(), assumed("fp32", scale=20.0), effect=effect)
+    return verdict.result(
+        backend=title.lower().replace(" ", "-"),
+        title=title,
+        adapter=adapter,
+        phase=phase,
+        effect=effect,
+        seconds=0.125,
+        variant=variant,
     )
 
 
