@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from loradeploy.runtime.embedding import TextEmbedder
     from loradeploy.runtime.generation import Generation, TextGenerator
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.train.api import TrainResult
     from loradeploy.train.config import TrainConfig
+    from loradeploy.train.result import TrainResult
 
 __version__ = "0.1.0"
 
@@ -105,7 +105,7 @@ _LAZY = {
     "ParityReport": "loradeploy.parity.report.results",
     "Generation": "loradeploy.runtime.generation",
     "TrainConfig": "loradeploy.train.config",
-    "TrainResult": "loradeploy.train.api",
+    "TrainResult": "loradeploy.train.result",
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
     "combine": "loradeploy.adapter.combine",

@@ -26,7 +26,7 @@ from tools.real_models import bbc_news, smollm2
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
-    from loradeploy.train.api import TrainResult
+    from loradeploy.train.result import TrainResult
 
 TASKS = ("headline", "topic")
 Made = TypeVar("Made")

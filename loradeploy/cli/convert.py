@@ -133,7 +133,7 @@ def _plain(adapter: str, model: str, output: str) -> tuple[Adapter, dict[str, An
     if not read.changes_base:
         raise UsageError(f"{adapter} is a plain adapter already: it can be used as it is")
 
-    from loradeploy.lora.plain import plain_on_checkpoint
+    from loradeploy.lora.standard import plain_on_checkpoint
 
     made = plain_on_checkpoint(read, model)
     _save(made, output)

@@ -80,7 +80,6 @@ def command(
     from loradeploy.lora.loading import custom_code
     from loradeploy.train.api import train
     from loradeploy.train.config import read_config, read_places, read_yaml, to_yaml
-    from loradeploy.train.processes import is_main_process
 
     given = {name: value for name, value in flags.items() if value is not None}
     told = read_yaml(config)
@@ -99,6 +98,8 @@ def command(
     result = train(
         **places, config=told, resume=resume, trust_remote_code=trust_remote_code, **given
     )
+    from loradeploy.train.processes import is_main_process
+
     if not is_main_process():
         return
     values = dataclasses.asdict(result)

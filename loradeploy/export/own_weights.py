@@ -29,7 +29,7 @@ def settled(
     Raises:
         AdapterMismatchError: two weights of the adapter are one in the model, and differ.
     """
-    from loradeploy.lora.saved import overwrite
+    from loradeploy.lora.parameters import overwrite
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
 

@@ -7,8 +7,7 @@ from functools import partial
 from torch import nn
 
 from loradeploy.adapter.fit import AdaptableBase, Layer
-from loradeploy.lora.kinds import kind_of
-from loradeploy.lora.low_rank import LowRankLayer
+from loradeploy.lora.layers import LowRankLayer, kind_of
 
 
 def adaptable(model: nn.Module) -> AdaptableBase:

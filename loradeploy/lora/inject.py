@@ -18,15 +18,13 @@ from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, s
 from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
-from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 from loradeploy.errors import UsageError, listed, listed_names, shown
 from loradeploy.lora.fit import adaptable
-from loradeploy.lora.kinds import WHAT, kind_of
-from loradeploy.lora.layers import LINEAR_LAYERS
-from loradeploy.lora.low_rank import LowRankLayer
-from loradeploy.lora.plain import doubled
-from loradeploy.lora.saved import Overwritten, Swap, overwrite, saved_names, swap_in
+from loradeploy.lora.layers import WHAT, LowRankLayer, kind_of
+from loradeploy.lora.parameters import Overwritten, Swap, overwrite, saved_names, swap_in
+from loradeploy.lora.standard import doubled
 from loradeploy.lora.submodels import named_as_in
+from loradeploy.lora.targets import linear_modules
 
 _LISTED = 8
 
@@ -190,19 +188,6 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
         yield model
     finally:
         injection.remove()
-
-
-def linear_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """What "all-linear" means: every linear layer but the output head, as in PEFT."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {output} if output is not None else set()
-    if not heads and config.task_type == "SEQ_CLS":
-        heads = {getattr(model, name, None) for name in CLASSIFIER_HEADS}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_LAYERS) and module not in heads
-    ]
 
 
 def _check_free(model: nn.Module) -> None:

@@ -1,74 +1,92 @@
 """A frozen base in 8 or 4 bits under an adapter of full width (QLoRA).
 
 Dettmers et al., 2022 (arXiv:2208.07339) for int8, by vectors; Dettmers et al., 2023
-(arXiv:2305.14314) for int4: the NormalFloat of 4 bits, with double quantization.
+(arXiv:2305.14314) for int4: the NormalFloat of 4 bits, with double quantization. bitsandbytes does
+both; its weights are recognized by the name of their class, without importing it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import MissingDependencyError, UsageError
-from loradeploy.lora.inject import linear_modules
 from loradeploy.lora.quiet import quiet
+from loradeploy.lora.targets import linear_modules
+
+_BLOCK: Final = 64  # weights that share a scale in 4 bits
 
 
-def quantize(model: nn.Module, width: str, *, keep: Collection[str] = ()) -> list[str]:
-    """Pack the weights of `model`'s nn.Linear layers, but its output head and `keep`, for good.
+def quantize(model: nn.Module, precision: str, *, keep: Collection[str] = ()) -> list[str]:
+    """Quantize `model`'s nn.Linear layers in place, but for its output head and `keep`.
 
-    `width`: "int8", or "int4", which leaves layers alone whose inputs are no multiple of 64. To be
-    called before an adapter is injected; `keep` names the modules that are to be trained whole.
-    The names of what was packed come back.
+    `precision`: "int8", or "int4", which leaves out layers whose inputs are no multiple of 64. To
+    be called before an adapter is injected; `keep` names the modules that are trained as a whole.
+    The names of the quantized layers come back.
 
     Raises:
-        UsageError: another width, or nothing to pack.
+        UsageError: another precision, or no layer to quantize.
         MissingDependencyError: bitsandbytes is not installed.
     """
-    if width not in _PACK:
-        raise UsageError(f"a base in {width!r} is unknown: use {', '.join(_PACK)}")
+    if precision not in _QUANTIZE:
+        raise UsageError(f"a base in {precision!r} is unknown: use {', '.join(_QUANTIZE)}")
     try:
         with quiet():
             library = import_module("bitsandbytes").nn
     except ImportError:
         raise MissingDependencyError(
-            f"for a base in {width} bitsandbytes is needed: pip install bitsandbytes"
+            f"a base in {precision} needs bitsandbytes: pip install 'loradeploy[quantized]'"
         ) from None
     modules = dict(model.named_modules())
     config = AdapterConfig(task_type="SEQ_CLS", modules_to_save=tuple(keep))
-    packed = [
+    names = [
         name
         for name in linear_modules(model, config)
-        if _fits(modules[name], width) and not is_saved(f"{name}.weight", config)
+        if _fits(modules[name], precision) and not is_saved(f"{name}.weight", config)
     ]
-    if not packed:
-        raise UsageError(f"the model has no linear layers that could be held in {width}")
-    for name in packed:
+    if not names:
+        raise UsageError(f"the model has no linear layers that can be quantized to {precision}")
+    for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _packed(library, modules[name], width))
-    return packed
+        layer = _quantized(library, modules[name], precision)
+        setattr(model.get_submodule(parent), child, layer)
+    return names
 
 
-def _fits(layer: nn.Module, width: str) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` is quantized to 8 or 4 bits."""
+    return type(layer.weight).__name__ in _DEQUANTIZE
+
+
+def dequantized_weight(layer: nn.Module) -> Tensor:
+    """The weight of `layer` in its own shape and without a gradient, dequantized if need be.
+
+    Its dtype is the layer's; of int8 it is float32, of int4 the dtype before quantization.
+    """
+    dequantize = _DEQUANTIZE.get(type(layer.weight).__name__)
+    return cast(Tensor, layer.weight).detach() if dequantize is None else dequantize(layer)
+
+
+def _fits(layer: nn.Module, precision: str) -> bool:
     # bitsandbytes 0.50.2 reads other widths back wrongly on a CPU: in_features 96 or 48 for one.
-    return type(layer) is nn.Linear and (width != "int4" or layer.in_features % _BLOCK == 0)
+    return type(layer) is nn.Linear and (precision != "int4" or layer.in_features % _BLOCK == 0)
 
 
-def _packed(library: Any, layer: Any, width: str) -> Any:
+def _quantized(library: Any, layer: Any, precision: str) -> Any:
     # On the meta device: the new layer's own weight would be made for nothing.
     with torch.device("meta"):
-        new = _PACK[width](library, layer, layer.weight)
+        new = _QUANTIZE[precision](library, layer, layer.weight)
     new.bias = layer.bias
     return new.to(layer.weight.device).train(layer.training)
 
 
-def _eight_bits(library: Any, layer: Any, weight: Any) -> Any:
+def _to_int8(library: Any, layer: Any, weight: Any) -> Any:
     new = library.Linear8bitLt(
         layer.in_features, layer.out_features, bias=False, has_fp16_weights=False
     )
@@ -76,7 +94,7 @@ def _eight_bits(library: Any, layer: Any, weight: Any) -> Any:
     return new
 
 
-def _four_bits(library: Any, layer: Any, weight: Any) -> Any:
+def _to_int4(library: Any, layer: Any, weight: Any) -> Any:
     new = library.Linear4bit(
         layer.in_features,
         layer.out_features,
@@ -91,9 +109,26 @@ def _four_bits(library: Any, layer: Any, weight: Any) -> Any:
     return new
 
 
-_BLOCK: Final = 64  # weights that share a scale in 4 bits
+def _from_int8(layer: Any) -> Tensor:
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    weight: Tensor = _functions().int8_vectorwise_dequant(layer.weight.data, scales)
+    return weight
 
-_PACK: Final[Mapping[str, Callable[[Any, Any, Any], Any]]] = {
-    "int8": _eight_bits,
-    "int4": _four_bits,
+
+def _from_int4(layer: Any) -> Tensor:
+    weight: Tensor = _functions().dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight
+
+
+def _functions() -> Any:
+    return import_module("bitsandbytes.functional")
+
+
+_QUANTIZE: Final[Mapping[str, Callable[[Any, Any, Any], Any]]] = {
+    "int8": _to_int8,
+    "int4": _to_int4,
+}
+_DEQUANTIZE: Final[Mapping[str, Callable[[Any], Tensor]]] = {
+    "Int8Params": _from_int8,
+    "Params4bit": _from_int4,
 }

@@ -43,18 +43,22 @@ from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
-from loradeploy.train.api import TrainResult
-from loradeploy.train.board import Board
-from loradeploy.train.card import CARD_NAME, card
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import EMBEDDING, PACKED, TrainConfig, to_yaml
-from loradeploy.train.curve import write_curve
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
 from loradeploy.train.prepared import Prepared, prepare
-from loradeploy.train.processes import is_main_process, process_count
-from loradeploy.train.progress import Progress
-from loradeploy.train.signals import Stop, StopAfterStep, stoppable
+from loradeploy.train.processes import (
+    Stop,
+    StopAfterStep,
+    is_main_process,
+    process_count,
+    stoppable,
+)
+from loradeploy.train.reporting.callbacks import Progress, TensorBoard
+from loradeploy.train.reporting.card import CARD_NAME, card
+from loradeploy.train.reporting.curve import write_curve
+from loradeploy.train.result import TrainResult
 from loradeploy.train.tasks import Collate, Task, task_of
 from loradeploy.train.trainer import AdapterTrainer, arguments
 
@@ -106,7 +110,7 @@ def run(
                 newest = closing.enter_context(checkpoints.begun(record, resume=resume))
                 callbacks.append(closing.enter_context(contextlib.closing(Progress())))
             if main and config.tensorboard:
-                board = Board(target.with_name(f"{target.name}-tensorboard"))
+                board = TensorBoard(target.with_name(f"{target.name}-tensorboard"))
                 callbacks.append(closing.enter_context(contextlib.closing(board)))
             stop = closing.enter_context(stoppable())
             trainer = AdapterTrainer(

@@ -25,14 +25,15 @@ from loradeploy.train.features import (
     text_features,
     word_features,
 )
-from loradeploy.train.losses import LossFunction, causal_lm_loss
-from loradeploy.train.sources import Source
-from loradeploy.train.task_losses import (
+from loradeploy.train.losses import (
+    LossFunction,
+    causal_lm_loss,
     classification_loss,
     embedding_loss,
     multi_label_loss,
     regression_loss,
 )
+from loradeploy.train.sources import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

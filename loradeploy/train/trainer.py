@@ -1,4 +1,4 @@
-"""transformers' Trainer, told about adapters."""
+"""transformers' Trainer, with an adapter to train and to save."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
 from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_and_line
 from loradeploy.lora.inject import Injection, copy_into
-from loradeploy.lora.plus import parameter_groups
 from loradeploy.train.checkpoints import BEST
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.curve import COLUMNS
 from loradeploy.train.losses import BatchLoss, LossFunction
 from loradeploy.train.processes import process_count
-from loradeploy.train.sampler import ByLength
+from loradeploy.train.reporting.curve import COLUMNS
 
 _ADVICE = "lower learning_rate, or look at the data"
 
@@ -34,10 +33,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     `injection` is what it trains, `adapter` gives that as data. `checkpoint`: yields the directory
     for the checkpoint of a step, which counts when that is left; used by the main process.
-    `evaluation`: the examples that it
-    is judged by; `patience`: after how many evaluations without a lower loss it stops, 0 never;
-    `keep_best`: whether `best` is the adapter of the lowest. `ratio`: how much faster B learns
-    (LoRA+).
+    `evaluation`: the examples that it is judged by; `patience`: after how many evaluations without
+    a lower loss it stops, 0 never; `keep_best`: whether `best` is the adapter of the lowest loss.
+    `ratio`: how much faster B learns (LoRA+).
     """
 
     def __init__(
@@ -321,3 +319,45 @@ def steps_of(config: TrainConfig, examples: int) -> int:
         return config.max_steps
     batches = math.ceil(examples / (config.batch_size * process_count()))
     return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))
+
+
+class ByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """Batches of examples of like length, in an order that `seed` and the epoch decide.
+
+    transformers' own draws from the global random state, so that a run that is taken up again in
+    the middle of an epoch would go on in another order (5.23).
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=[len(example["input_ids"]) for example in examples])
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the order of `epoch`; accelerate calls it."""
+        self.generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+
+
+def parameter_groups(
+    injection: Injection, learning_rate: float, ratio: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer: B learns at `ratio` × `learning_rate`, all else as it says.
+
+    As in the authors' code, a linear layer's or convolution's B and all vectors (biases, DoRA's
+    magnitudes) are fast; both factors of an embedding and the other parameters of modules_to_save
+    are not. Biases are not decayed. A group without parameters is left out.
+    """
+    fast = {id(layer.lora_B) for layer in injection.layers.values() if layer.kind != "embedding"}
+    biases = {id(p) for name, p in injection.saved.items() if name.endswith("bias")}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in injection.parameters():
+        quick = id(parameter) in fast or parameter.ndim == 1
+        groups.setdefault((quick, id(parameter) not in biases), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (ratio if quick else 1.0),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (quick, decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]

@@ -20,7 +20,7 @@ from loradeploy.export.given_adapters import check_brought
 from loradeploy.export.read.source import resolve
 from loradeploy.export.trace import load_model
 from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
-from loradeploy.lora.plain import plain_on_checkpoint
+from loradeploy.lora.standard import plain_on_checkpoint
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.model import load_base, open_checkpoint
 from loradeploy.train.tasks import task_of

@@ -17,7 +17,7 @@ from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
-from loradeploy.lora.plain import plain
+from loradeploy.lora.standard import plain
 from tests.lora import tiny
 from tests.tolerances import tolerance
 

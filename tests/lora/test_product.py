@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from loradeploy.lora.layers import LoraLinear
-from loradeploy.lora.low_rank import LowRankLayer
+from loradeploy.lora.layers import LoraLinear, LowRankLayer
 from loradeploy.lora.product import low_rank_linear
 from tests.tolerances import tolerance
 

@@ -12,8 +12,7 @@ import torch
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.inject import adapted, inject
-from loradeploy.lora.packed import dense, is_packed
-from loradeploy.lora.quantized import quantize
+from loradeploy.lora.quantized import dequantized_weight, is_quantized, quantize
 from tests.lora import tiny
 
 # Bytes a weight, and the relative error that normally distributed weights have in these widths.
@@ -55,13 +54,15 @@ def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None
     assert bytes_of(base) <= size - numbers * (dtype.itemsize - each)
     for name in packed:
         layer, weight = base.get_submodule(name), linear[name].float()
-        assert is_packed(layer)
-        assert 0 < (dense(layer).float() - weight).norm() / weight.norm() <= error, name
+        assert is_quantized(layer)
+        difference = dequantized_weight(layer).float() - weight
+        assert 0 < difference.norm() / weight.norm() <= error, name
     after = tiny.logits(base, "llama-wide").float()
     assert 0 < (after - before).norm() <= 10 * error * before.norm()
-    for name in packed:  # evaluation has not changed how the weight is held
+    for name in packed:  # evaluation has not changed the stored weight
         weight = linear[name].float()
-        assert (dense(base.get_submodule(name)).float() - weight).norm() <= error * weight.norm()
+        difference = dequantized_weight(base.get_submodule(name)).float() - weight
+        assert difference.norm() <= error * weight.norm()
 
 
 @pytest.mark.usefixtures("library")
@@ -78,7 +79,7 @@ def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: P
     tiny.train(base, "llama-wide", injection.parameters())
     after = tiny.logits(base, "llama-wide")
     assert tiny.loss(base, "llama-wide").item() < start - 0.1
-    with pytest.raises(UsageError, match="is held in 8 or 4 bits"):
+    with pytest.raises(UsageError, match="is quantized to 8 or 4 bits"):
         injection.merge()
 
     save_adapter(injection.adapter(), tmp_path / "a")
@@ -92,14 +93,14 @@ def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: P
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(UsageError, match="'int3' is unknown: use int8, int4"):
         quantize(tiny.model("llama-wide"), "int3")
-    with pytest.raises(UsageError, match="no linear layers that could be held in int4"):
+    with pytest.raises(UsageError, match="no linear layers that can be quantized to int4"):
         quantize(tiny.model("gpt2"), "int4")
-    with pytest.raises(UsageError, match="no linear layers that could be held in int4"):
+    with pytest.raises(UsageError, match="no linear layers that can be quantized to int4"):
         quantize(tiny.model("llama"), "int4")  # 32 and 48 inputs
     assert len(quantize(tiny.model("llama"), "int8")) == 14
 
 
 def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'loradeploy\[quantized\]'"):
         quantize(tiny.model("llama-wide"), "int4")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from loradeploy.cli.main import main
-from loradeploy.train.api import TrainResult, train
+from loradeploy.train.api import train
+from loradeploy.train.result import TrainResult
 
 Quick = Callable[..., TrainResult]
 

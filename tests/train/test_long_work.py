@@ -22,7 +22,7 @@ from loradeploy.errors import (
     TrainingInterruptedError,
     UsageError,
 )
-from loradeploy.train import board
+from loradeploy.train.reporting.callbacks import TensorBoard
 from loradeploy.train.trainer import AdapterTrainer
 from tests.conftest import ROOT
 from tests.tolerances import tolerance
@@ -311,6 +311,6 @@ def test_tensorboard_is_refused_by_name_where_it_is_missing(
 
 def test_tensorboard_gets_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    written = board.Board(tmp_path / "events")
+    written = TensorBoard(tmp_path / "events")
     written.close()
     assert list((tmp_path / "events").iterdir())

@@ -18,9 +18,8 @@ from loradeploy.lora.inject import inject
 from loradeploy.train import losses
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import Collator, conversation_features
-from loradeploy.train.losses import causal_lm_loss
+from loradeploy.train.losses import causal_lm_loss, classification_loss
 from loradeploy.train.sources import Source
-from loradeploy.train.task_losses import classification_loss
 from tests.tolerances import tolerance
 
 

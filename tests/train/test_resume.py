@@ -19,8 +19,8 @@ import torch
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import OutputError, TrainingError, UsageError
 from loradeploy.train import job
-from loradeploy.train.api import TrainResult
 from loradeploy.train.checkpoints import Checkpoints
+from loradeploy.train.result import TrainResult
 from loradeploy.train.trainer import AdapterTrainer
 from tests.train.conftest import Quick, train_quickly, write_lessons, write_lines
 

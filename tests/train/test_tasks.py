@@ -22,8 +22,8 @@ from loradeploy.bundle.sentence import default_recipe, read_recipe
 from loradeploy.errors import DataError
 from loradeploy.train.data import read_conversations, read_labeled_texts, read_tagged_words
 from loradeploy.train.features import PairCollator
+from loradeploy.train.losses import embedding_loss, multi_label_loss, regression_loss
 from loradeploy.train.sources import Source
-from loradeploy.train.task_losses import embedding_loss, multi_label_loss, regression_loss
 from tests.bundle.test_sentence import write
 from tests.tolerances import tolerance
 from tests.train.conftest import WORDS, Quick, write_lines

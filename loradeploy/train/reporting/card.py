@@ -10,8 +10,8 @@ from loradeploy.printable import as_markdown, printable
 
 if TYPE_CHECKING:
     from loradeploy.adapter import AdapterConfig
-    from loradeploy.train.api import TrainResult
     from loradeploy.train.config import TrainConfig
+    from loradeploy.train.result import TrainResult
 
 CARD_NAME: Final = "README.md"
 _LIBRARIES: Final = ("loradeploy", "torch", "transformers", "accelerate")

@@ -1,8 +1,9 @@
-"""A training run as its user sees it while it lasts."""
+"""What a training run shows while it lasts: a progress bar, and TensorBoard events."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loradeploy.errors import MissingDependencyError
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -64,3 +67,37 @@ def memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)
+
+
+class TensorBoard(TrainerCallback):  # type: ignore[misc]
+    """Writes every logged figure to TensorBoard events in `place`.
+
+    Raises:
+        MissingDependencyError: tensorboard is not installed.
+    """
+
+    def __init__(self, place: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingDependencyError(
+                "the setting tensorboard needs the package: pip install tensorboard"
+            ) from None
+        self._writer = SummaryWriter(str(place))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the figures of a step."""
+        for name, value in (logs or {}).items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, state.global_step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
