@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from loradeploy.parity.compare.api import compare
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.tolerances import Limit
-    from loradeploy.runtime.classification import TextClassifier
-    from loradeploy.runtime.embedding import TextEmbedder
-    from loradeploy.runtime.generation import Generation, TextGenerator
     from loradeploy.runtime.session import AdapterSession
+    from loradeploy.runtime.tasks.classification import TextClassifier
+    from loradeploy.runtime.tasks.embedding import TextEmbedder
+    from loradeploy.runtime.tasks.generation import Generation, TextGenerator
     from loradeploy.train.config import TrainConfig
     from loradeploy.train.result import TrainResult
 
@@ -103,7 +103,7 @@ _LAZY = {
     "Manifest": "loradeploy.bundle.manifest",
     "Limit": "loradeploy.parity.tolerances",
     "ParityReport": "loradeploy.parity.report.results",
-    "Generation": "loradeploy.runtime.generation",
+    "Generation": "loradeploy.runtime.tasks.generation",
     "TrainConfig": "loradeploy.train.config",
     "TrainResult": "loradeploy.train.result",
     "Adapter": "loradeploy.adapter",
@@ -114,9 +114,9 @@ _LAZY = {
     "reduce_rank": "loradeploy.adapter.reduce",
     "save_adapter": "loradeploy.adapter",
     "AdapterSession": "loradeploy.runtime.session",
-    "TextClassifier": "loradeploy.runtime.classification",
-    "TextEmbedder": "loradeploy.runtime.embedding",
-    "TextGenerator": "loradeploy.runtime.generation",
+    "TextClassifier": "loradeploy.runtime.tasks.classification",
+    "TextEmbedder": "loradeploy.runtime.tasks.embedding",
+    "TextGenerator": "loradeploy.runtime.tasks.generation",
 }
 
 

@@ -20,7 +20,7 @@ import loradeploy as ld
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, load_adapter
 from loradeploy.adapter.peft import WEIGHTS_NAME
 from loradeploy.adapter.tensors import write_arrays
-from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest
 from loradeploy.errors import LoraDeployError, first_line, listed, listed_names, shortened
 from loradeploy.export.match.linears import Linear, find_linears

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from loradeploy.adapter import load_adapter
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import MANIFEST_NAME
-from loradeploy.bundle.native import read_onnx_adapter
-from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import LoraDeployError, ModelError
 from loradeploy.files import check_directory, check_file, copy_file, open_file, read_json, read_text
 from tests.conftest import ROOT, MakeAdapter

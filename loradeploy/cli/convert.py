@@ -83,10 +83,10 @@ def command(
 
 def _for_bundle(adapter: str, bundle: str, output: str) -> tuple[Adapter, dict[str, Any]]:
     from loradeploy.adapter import load_adapter
-    from loradeploy.bundle.base import BundleBase
-    from loradeploy.bundle.factors import adapter_from_side_inputs
+    from loradeploy.bundle.adapter_inputs.base import BundleBase
+    from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
+    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_onnx_adapter
     from loradeploy.bundle.manifest import read_manifest
-    from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
     from loradeploy.errors import UsageError
 
     manifest = read_manifest(bundle)

@@ -140,7 +140,7 @@ def _method(adapter: Adapter) -> str:
 
 
 def _native(place: Path) -> Facts:
-    from loradeploy.bundle.native import read_onnx_adapter
+    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 
     arrays = read_onnx_adapter(place)
     return {
@@ -180,9 +180,9 @@ def _tensor(name: str, values: Any) -> Facts:
 
 
 def _bundle(place: Path) -> Facts:
-    from loradeploy.bundle.certificate import covered, digests
     from loradeploy.bundle.graph_form import LORA, form_of
     from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.bundle.proof.certificate import covered, digests
     from loradeploy.files import plain
 
     manifest = read_manifest(place)
@@ -253,7 +253,7 @@ def _own(bundle: Path, path: str | None, digest: str) -> str:
 
 def _certificate(place: Path, manifest: Manifest, found: Mapping[str, str]) -> Facts:
     """What the last parity check said, and whether it is about the files that are there now."""
-    from loradeploy.bundle.certificate import fault, parity_command, read_certificate
+    from loradeploy.bundle.proof.certificate import fault, parity_command, read_certificate
 
     if not (place / CERTIFICATE_NAME).is_file():
         return {"parity": "unchecked", "parity_note": f"run {parity_command(place)}"}

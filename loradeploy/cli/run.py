@@ -26,7 +26,7 @@ from loradeploy.parsing import parse_json
 from loradeploy.printable import as_json, one_line, printable
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.resident import AdapterSpec
+    from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.session import AdapterSession
 
 _JSON_LINES: Final = (".jsonl", ".ndjson")
@@ -117,7 +117,7 @@ def command(
     --json has the texts as they are. Lines of a file may each name their own adapter: they share
     batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets them.
     """
-    from loradeploy.bundle.requirement import CertificateMinimum
+    from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.session import AdapterSession
 
     if (prompt is None) == (file is None):
@@ -174,7 +174,7 @@ def _generate(
     printer: Printer,
     **options: Any,
 ) -> None:
-    from loradeploy.runtime.generation import Generation, TextGenerator
+    from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
     streamed = printer.one and not printer.as_json
 
@@ -200,7 +200,7 @@ def _classify(
     batch_size: int,
     printer: Printer,
 ) -> None:
-    from loradeploy.runtime.classification import TextClassifier
+    from loradeploy.runtime.tasks.classification import TextClassifier
 
     results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
     for text, result in zip(prompts, results, strict=True):
@@ -217,7 +217,7 @@ def _embed(
     *,
     prompt_name: str | None = None,
 ) -> None:
-    from loradeploy.runtime.embedding import TextEmbedder
+    from loradeploy.runtime.tasks.embedding import TextEmbedder
 
     vectors = TextEmbedder(session)(
         _texts(prompts), adapters, prompt_name=prompt_name, batch_size=batch_size

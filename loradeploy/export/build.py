@@ -13,7 +13,7 @@ from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
-from loradeploy.bundle.factors import side_inputs_of_fitted
+from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.graph_form import (
     BFLOAT16,

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
-from loradeploy.bundle.beside import (
+from loradeploy.bundle.manifest import AdapterText, Manifest
+from loradeploy.bundle.text.beside import (
     copy_recipe,
     digests_of,
     text_directory,
     text_files,
     vocabulary_of,
 )
-from loradeploy.bundle.manifest import AdapterText, Manifest
-from loradeploy.bundle.sentence import read_recipe, recipe_directory
-from loradeploy.bundle.settings import GenerationSettings
-from loradeploy.bundle.tokenizer import (
+from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.tokenizer import (
     ADDED_NAME,
     GENERATION_NAME,
     SETTINGS_NAME,

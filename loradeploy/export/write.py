@@ -12,6 +12,7 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.adapter.tensors import write_arrays
+from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
@@ -24,9 +25,8 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     NATIVE_SUFFIX,
 )
-from loradeploy.bundle.native import write_side_inputs
-from loradeploy.bundle.settings import read_settings
-from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.bundle.text.settings import read_settings
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import genai_config
 from loradeploy.export.passes.base_weights import store_weights

@@ -93,12 +93,12 @@ def parity(
     import dataclasses
     from pathlib import Path
 
-    from loradeploy.bundle.certificate import covered
-    from loradeploy.bundle.certificate import digests as file_digests
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME
-    from loradeploy.bundle.signature import private_key
-    from loradeploy.bundle.signature import sign as sign_certificate
+    from loradeploy.bundle.proof.certificate import covered
+    from loradeploy.bundle.proof.certificate import digests as file_digests
+    from loradeploy.bundle.proof.signature import private_key
+    from loradeploy.bundle.proof.signature import sign as sign_certificate
     from loradeploy.disk import scratch_directory
     from loradeploy.lora.loading import custom_code
     from loradeploy.parity.backends.genai import find_interpreter

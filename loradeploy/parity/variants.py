@@ -35,7 +35,7 @@ def choose_variants(
     Raises:
         UsageError: a provider that this onnxruntime does not have, or an unknown level.
     """
-    from loradeploy.runtime.graph import check_installed
+    from loradeploy.runtime.reading.graph import check_installed
 
     names = [CPU] if providers is None else [_full_name(name) for name in providers]
     levels = [DEFAULT.optimization] if optimization is None else list(optimization)
@@ -53,7 +53,7 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     """New options for a session of `variant`."""
     import onnxruntime
 
-    from loradeploy.runtime.weights import MAPPED
+    from loradeploy.runtime.reading.weights import MAPPED
 
     options = onnxruntime.SessionOptions()
     level = LEVELS[variant.optimization]
@@ -70,7 +70,7 @@ def start(bundle: Path, variants: Sequence[Variant]) -> list[str]:
         UsageError: a provider does not start.
         BundleError: onnxruntime cannot open the graph.
     """
-    from loradeploy.runtime.graph import open_graph, placement_of
+    from loradeploy.runtime.reading.graph import open_graph, placement_of
 
     notes = []
     for variant in variants:

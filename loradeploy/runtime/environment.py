@@ -155,7 +155,7 @@ def _cuda(onnxruntime: Any) -> Finding:
             "onnxruntime could use it, and there is no NVIDIA device here",
             "nothing to do where the CPU is meant to run it",
         )
-    from loradeploy.runtime.graph import preload_cuda
+    from loradeploy.runtime.reading.graph import preload_cuda
 
     preload_cuda()
     onnxruntime.set_default_logger_severity(_NOTHING_LOGGED)  # the finding says it

@@ -10,8 +10,8 @@ import onnxruntime
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
-from loradeploy.runtime.graph import DTYPES
 from loradeploy.runtime.limits import LOOKED_AT, Limits, check_finite
+from loradeploy.runtime.reading.graph import DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

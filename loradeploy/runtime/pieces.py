@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer import Tokenizer
 
 # What the library's ByteFallback takes for a byte.
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")

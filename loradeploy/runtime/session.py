@@ -16,15 +16,15 @@ import onnxruntime
 from loradeploy.adapter.digest import file_digest, short, tensors_digest
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
-from loradeploy.bundle.base import BundleBase
-from loradeploy.bundle.certificate import parity_command
-from loradeploy.bundle.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.adapter_inputs.base import BundleBase
+from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.fit import fitted
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
-from loradeploy.bundle.native import read_onnx_adapter
-from loradeploy.bundle.requirement import CertificateMinimum
+from loradeploy.bundle.proof.certificate import parity_command
+from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -37,20 +37,26 @@ from loradeploy.errors import (
     shown,
 )
 from loradeploy.files import inside, read_json
-from loradeploy.runtime.bank import AdapterBank, BankStatistics, Lease
+from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics, Lease
+from loradeploy.runtime.adapters.resident import AdapterSpec, Once
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.feeds import Feeds, feed_values
-from loradeploy.runtime.graph import Provider, check_graph, device_of, open_graph, placement_of
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.opening import open_bundle
-from loradeploy.runtime.resident import AdapterSpec, Once
+from loradeploy.runtime.reading.graph import (
+    Provider,
+    check_graph,
+    device_of,
+    open_graph,
+    placement_of,
+)
+from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.texts import TextSides, files_for_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.resident import Arrays
+    from loradeploy.runtime.adapters.resident import Arrays
 
 Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
 

@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
-from loradeploy.bundle.beside import (
+from loradeploy.bundle.text.beside import (
     TEXT_NAMES,
     check_digests,
     tells_of_texts,
     text_directory,
     vocabulary_of,
 )
-from loradeploy.bundle.sentence import (
+from loradeploy.bundle.text.sentence import (
     MODULES_NAME,
     SentenceRecipe,
     default_recipe,
     read_recipe,
     recipe_directory,
 )
-from loradeploy.bundle.settings import GenerationSettings
-from loradeploy.bundle.tokenizer import CONFIG_NAME, TOKENIZER_NAME, Tokenizer
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.tokenizer import CONFIG_NAME, TOKENIZER_NAME, Tokenizer
 from loradeploy.errors import (
     AdapterError,
     BundleError,
@@ -37,7 +37,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside, read_json
 from loradeploy.printable import logger_of
-from loradeploy.runtime.resident import AdapterSpec, weights_of
+from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.bundle.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.runtime.pieces import PieceDecoder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from jinja2 import TemplateError
 
-from loradeploy.bundle.chat import ChatTemplate
+from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.errors import BundleError, DataError, UsageError, listed_names, shown
 from loradeploy.train.data import (
     Conversation,

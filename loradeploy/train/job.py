@@ -21,7 +21,7 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
 from loradeploy.adapter.tasks import CAUSAL_LM
-from loradeploy.bundle.sentence import (
+from loradeploy.bundle.text.sentence import (
     MODULES_NAME,
     read_recipe,
     recipe_directory,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
-from loradeploy.bundle.factors import check_side_inputs, computable, side_inputs
-from loradeploy.bundle.native import read_onnx_adapter, write_onnx_adapter
+from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, computable, side_inputs
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from tests.bundle.test_manifest import a_manifest
 

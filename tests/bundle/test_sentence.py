@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loradeploy.bundle.sentence import default_recipe, read_recipe, recipe_directory
+from loradeploy.bundle.text.sentence import default_recipe, read_recipe, recipe_directory
 from loradeploy.errors import BundleError
 from tests.tolerances import tolerance
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from loradeploy.bundle.chat import MAX_TEMPLATE_BYTES, ChatTemplate
+from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate
 from loradeploy.errors import BundleError, UsageError
 
 resource = pytest.importorskip("resource")  # which Windows lacks

@@ -18,10 +18,10 @@ from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
 from loradeploy.parity.compare.api import compare
-from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.environment import examine
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.embedding import TextEmbedder
+from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.timing import time_bundle
 from loradeploy.train.api import train
 from loradeploy.train.config import TrainConfig

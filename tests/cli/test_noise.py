@@ -24,7 +24,7 @@ def command():
     remarks.warning("Failed to load CPU gemm_4bit_forward")
     logging.getLogger("somebody.else").error("a remark")
     warnings.warn("deprecated", FutureWarning)
-    logging.getLogger("loradeploy.runtime.graph").warning("what matters")
+    logging.getLogger("loradeploy.runtime.reading.graph").warning("what matters")
 
 main.commands.get_command = lambda ctx, name: command
 main.main(sys.argv[1:])

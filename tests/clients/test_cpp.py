@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 
 from loradeploy.export.api import export
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import ROOT, MakeAdapter, once
 from tools.onnxruntime_headers import headers
 

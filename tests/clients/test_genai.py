@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from loradeploy.export.api import export
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import ROOT, MakeAdapter
 
 GENAI = ROOT / ".venv-genai" / "bin" / "python"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
-from loradeploy.bundle.factors import branch_choice, side_inputs
+from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError
 

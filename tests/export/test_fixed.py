@@ -15,8 +15,8 @@ from loradeploy.errors import UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.passes.static_shapes import fix_dimensions, parse_sizes
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export.graphs import OUT, linear
 from tests.export.reference import session

@@ -13,8 +13,8 @@ import pytest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
 from tests.export import others
 from tests.export.others import IDS, copy_of

@@ -15,8 +15,8 @@ from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.passes.gqa import group_queries, keeps_cache
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.timing import time_bundle
 from tests.conftest import MakeAdapter
 from tests.export.graphs import Arrays, Builder, numbers, ops, run

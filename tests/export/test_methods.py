@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.adapter.peft import load_adapter
-from loradeploy.bundle.base import BundleBase
-from loradeploy.bundle.factors import adapter_from_side_inputs
-from loradeploy.bundle.native import read_onnx_adapter
+from loradeploy.bundle.adapter_inputs.base import BundleBase
+from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError, BundleError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession

@@ -14,8 +14,8 @@ from loradeploy.export.api import export
 from loradeploy.export.read.repository import choose_graph, graphs_in
 from loradeploy.export.read.source import resolve
 from loradeploy.lora.checkpoint import find_checkpoint
-from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.embedding import TextEmbedder
 from tests.conftest import MakeAdapter, once
 from tests.export.others import export_as_optimum
 from tests.tolerances import tolerance

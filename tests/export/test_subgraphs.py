@@ -15,8 +15,8 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ExportError, LoraDeployError
 from loradeploy.export.api import export
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export.graphs import numbers
 from tests.export.reference import session

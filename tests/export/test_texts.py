@@ -17,8 +17,8 @@ import pytest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError, LoraDeployError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
 from tests.runtime.test_run_command import lines, run
 

@@ -11,8 +11,8 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.parity.backends import genai
 from loradeploy.parity.controls import doubled_alpha
 from tests.conftest import ROOT, MakeAdapter

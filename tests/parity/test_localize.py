@@ -15,8 +15,8 @@ import torch
 import loradeploy as ld
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.cli.main import main
 from loradeploy.export.trace import load_model
 from loradeploy.parity.context import CheckContext, find_subjects

@@ -8,9 +8,9 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
-from loradeploy.bundle.base import BundleBase
+from loradeploy.bundle.adapter_inputs.base import BundleBase
+from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.parity.controls import MISTAKES, Mistake
 from tests.conftest import MakeAdapter, once
 

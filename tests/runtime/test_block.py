@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from loradeploy.runtime.block import empty_block, in_one_block
+from loradeploy.runtime.adapters.block import empty_block, in_one_block
 
 SHAPES = {"a.lora_A": (1, 5, 3), "a.lora_B": (1, 3, 7), "nothing": (1, 5, 0), "scale": (2, 9)}
 

@@ -15,9 +15,9 @@ import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.errors import AdapterMismatchError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.classification import TextClassifier
-from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.classification import TextClassifier
+from loradeploy.runtime.tasks.embedding import TextEmbedder
 from tests.conftest import MakeAdapter
 from tests.tolerances import tolerance
 

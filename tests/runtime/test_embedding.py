@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from loradeploy.errors import BundleError, LoraDeployError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.embedding import TextEmbedder
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.texts import TextSides
 from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter, once

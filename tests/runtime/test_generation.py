@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
-from loradeploy.runtime.generation import Generation, TextGenerator
-from loradeploy.runtime.sampling import Sampling
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+from loradeploy.runtime.tasks.sampling import Sampling
 
 PROMPTS = ["The government said", "A", "Shares in the company fell after the bank reported that"]
 SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}

@@ -33,7 +33,7 @@ assert not set(sys.modules) & {blocked}, set(sys.modules) & {blocked}
 """
 
 _GENERATE = """
-from loradeploy.runtime.generation import TextGenerator
+from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
 
 session = AdapterSession(sys.argv[1])
@@ -44,7 +44,7 @@ for result in generator.generate(["The bank", "The bank"], [None, "small"], chat
 """
 
 _CLASSIFY = """
-from loradeploy.runtime.classification import TextClassifier
+from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.session import AdapterSession
 
 session = AdapterSession(sys.argv[1])

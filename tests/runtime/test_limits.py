@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 from loradeploy.errors import LoraDeployError, RunError, UsageError
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.runtime.feeds import feeds, random_ids
 
 Feeds = dict[str, Any]

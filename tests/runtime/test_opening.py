@@ -15,8 +15,8 @@ import pytest
 
 from loradeploy.errors import BundleError
 from loradeploy.runtime import session as opening
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.texts import TextSides
 from tests.runtime.feeds import logits, random_ids
 

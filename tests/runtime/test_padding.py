@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.classification import TextClassifier
-from loradeploy.runtime.embedding import TextEmbedder
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.classification import TextClassifier
+from loradeploy.runtime.tasks.embedding import TextEmbedder
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export import others
 from tests.tolerances import tolerance

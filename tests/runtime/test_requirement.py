@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.requirement import CertificateMinimum, Coverage
-from loradeploy.bundle.signature import private_key, sign
+from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
+from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.session import AdapterSession
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from loradeploy.cli.run import command
 from loradeploy.errors import DataError, LoraDeployError, UnknownAdapterError, UsageError
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loradeploy.bundle.settings import GenerationSettings, read_settings
+from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import BundleError
-from loradeploy.runtime.sampling import adjusted
+from loradeploy.runtime.tasks.sampling import adjusted
 
 VOCABULARY, ENDS = 24, (2,)
 PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]

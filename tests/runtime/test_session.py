@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.native import write_onnx_adapter
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loradeploy.runtime.generation import TextGenerator
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.runtime.feeds import feeds, rows_of
 from tests.tolerances import tolerance
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
+from loradeploy.runtime.adapters.stacks import Stacks
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.stacks import Stacks
 from tests.conftest import MakeAdapter
 from tests.runtime.feeds import feeds, logits, random_ids
 from tests.tolerances import tolerance

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loradeploy.bundle.chat import ChatTemplate
+from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
 

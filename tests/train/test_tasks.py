@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from loradeploy.adapter import load_adapter
-from loradeploy.bundle.sentence import default_recipe, read_recipe
+from loradeploy.bundle.text.sentence import default_recipe, read_recipe
 from loradeploy.errors import DataError
 from loradeploy.train.data import read_conversations, read_labeled_texts, read_tagged_words
 from loradeploy.train.features import PairCollator

@@ -77,8 +77,8 @@ class AdapterReader(Reader):
 
     def attempt(self, random: Random) -> None:
         from loradeploy.adapter import load_adapter, match_targets, save_adapter
-        from loradeploy.bundle.base import BundleBase
-        from loradeploy.bundle.factors import side_inputs
+        from loradeploy.bundle.adapter_inputs.base import BundleBase
+        from loradeploy.bundle.adapter_inputs.factors import side_inputs
         from loradeploy.bundle.manifest import read_manifest
 
         place = self._copy()
@@ -110,10 +110,10 @@ class NativeReader(Reader):
     """.onnx_adapter files."""
 
     def attempt(self, random: Random) -> None:
-        from loradeploy.bundle.base import BundleBase
-        from loradeploy.bundle.factors import adapter_from_side_inputs
+        from loradeploy.bundle.adapter_inputs.base import BundleBase
+        from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
+        from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
         from loradeploy.bundle.manifest import read_manifest
-        from loradeploy.bundle.native import read_onnx_adapter
 
         file = self.scratch / "broken.onnx_adapter"
         shutil.copyfile(self.seeds.native, file)
@@ -170,7 +170,7 @@ class TokenizerReader(Reader):
     _NAMES: Final = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "config.json")
 
     def attempt(self, random: Random) -> None:
-        from loradeploy.bundle.tokenizer import Tokenizer
+        from loradeploy.bundle.text.tokenizer import Tokenizer
 
         place = self.scratch / "tokenizer"
         shutil.rmtree(place, ignore_errors=True)
@@ -195,8 +195,8 @@ class RecipeReader(Reader):
     """modules.json of sentence-transformers and what it names, and the labels of classifiers."""
 
     def attempt(self, random: Random) -> None:
-        from loradeploy.bundle.sentence import read_recipe
-        from loradeploy.runtime.classification import label_names
+        from loradeploy.bundle.text.sentence import read_recipe
+        from loradeploy.runtime.tasks.classification import label_names
 
         place = self.scratch / "recipe"
         shutil.rmtree(place, ignore_errors=True)

@@ -28,11 +28,11 @@ class HeldBase:
         self._biases = biases
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
-        """See `bundle.base.BaseValues`; None where the weight is packed."""
+        """See `bundle.adapter_inputs.base.BaseValues`; None where the weight is packed."""
         return _weight(self._graph, target)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
-        """See `bundle.base.BaseValues`."""
+        """See `bundle.adapter_inputs.base.BaseValues`."""
         return self._biases.get(f"{module}.bias")
 
 

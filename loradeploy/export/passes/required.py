@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tensors import write_arrays
-from loradeploy.bundle.factors import branch_choice
+from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, REQUIRED_NAME
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tensors import read_arrays
-from loradeploy.bundle.changes import change_inputs
-from loradeploy.bundle.factors import branch_choice
+from loradeploy.bundle.adapter_inputs.changes import change_inputs
+from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, GRAPH_NAME, REQUIRED_NAME, SLOTS
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError

@@ -42,8 +42,8 @@ def evaluator(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """
     from onnx.reference import ReferenceEvaluator
 
-    from loradeploy.bundle.base import BundleBase
-    from loradeploy.bundle.factors import branch_choice, side_inputs
+    from loradeploy.bundle.adapter_inputs.base import BundleBase
+    from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 
     graph = setting.bundle / GRAPH_NAME
     try:

@@ -97,7 +97,7 @@ def genai(setting: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
     Raises:
         GenaiError: the worker does not start.
     """
-    from loradeploy.bundle.base import BundleBase
+    from loradeploy.bundle.adapter_inputs.base import BundleBase
 
     base = BundleBase(setting.bundle, setting.manifest)
     cases = setting.cases

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.base import BaseValues
+    from loradeploy.bundle.adapter_inputs.base import BaseValues
     from loradeploy.runtime.cache import DecoderCache
     from loradeploy.runtime.session import AdapterSession
 
@@ -143,8 +143,8 @@ def native_adapter(setting: CheckContext) -> Iterator[tuple[str | None, OnnxMode
     """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
     import onnxruntime
 
-    from loradeploy.bundle.base import BundleBase
-    from loradeploy.runtime.graph import open_graph
+    from loradeploy.bundle.adapter_inputs.base import BundleBase
+    from loradeploy.runtime.reading.graph import open_graph
 
     session = open_graph(setting.bundle, setting.providers, _options(setting))
     base = BundleBase(setting.bundle, setting.manifest)
@@ -158,7 +158,7 @@ def native_adapter(setting: CheckContext) -> Iterator[tuple[str | None, OnnxMode
 
 def native_file(setting: CheckContext, subject: AdapterUnderTest, base: BaseValues) -> Path:
     """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
-    from loradeploy.bundle.native import write_onnx_adapter
+    from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 
     if subject.native is not None:
         return subject.native
@@ -232,7 +232,7 @@ def _open(setting: CheckContext, bundle: Path) -> AdapterSession:
 
 
 def _options(setting: CheckContext) -> onnxruntime.SessionOptions:
-    from loradeploy.runtime.graph import WEIGHTS_AT
+    from loradeploy.runtime.reading.graph import WEIGHTS_AT
 
     options = session_options(setting.variant)
     if setting.weights is not None:

@@ -114,7 +114,7 @@ def _open_bundle(place: Path, title: str, providers: Sequence[str] | None) -> Si
 
 
 def _open_file(graph: Path, title: str, providers: Sequence[str] | None) -> Side:
-    from loradeploy.runtime.graph import open_file
+    from loradeploy.runtime.reading.graph import open_file
 
     try:
         session = open_file(graph, providers, None)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_side_inputs
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.native import read_onnx_adapter, write_side_inputs
 from loradeploy.parity.backends import ort
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from loradeploy.bundle.certificate import FORMAT as FORMAT
-from loradeploy.bundle.certificate import SCHEMA_VERSION as SCHEMA_VERSION
+from loradeploy.bundle.proof.certificate import FORMAT as FORMAT
+from loradeploy.bundle.proof.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 from loradeploy.parity.phases import REPEAT

@@ -25,7 +25,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import read_json
 from loradeploy.parity.report.results import BASE_LABEL
-from loradeploy.runtime.classification import OTHER_PROBLEMS, label_names
+from loradeploy.runtime.tasks.classification import OTHER_PROBLEMS, label_names
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

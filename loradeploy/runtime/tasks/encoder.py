@@ -16,7 +16,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.errors import UsageError, shown
-from loradeploy.runtime.resident import AdapterSpec
+from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import (
     Adapters,
     AdapterSession,

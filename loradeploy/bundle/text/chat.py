@@ -15,7 +15,7 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.ext import Extension
 
-from loradeploy.bundle.template_limits import LimitedEnvironment, LimitError, limited
+from loradeploy.bundle.text.template_limits import LimitedEnvironment, LimitError, limited
 from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
 
 # Real templates have some kilobytes, the longest some tens.

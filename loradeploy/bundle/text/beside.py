@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.sentence import (
+from loradeploy.bundle.text.sentence import (
     ENCODER_NAMES,
     MODULES_NAME,
     SentenceRecipe,
     flat_modules,
     recipe_directory,
 )
-from loradeploy.bundle.tokenizer import (
+from loradeploy.bundle.text.tokenizer import (
     ADDED_NAME,
     GENERATION_NAME,
     SETTINGS_NAME,

@@ -12,7 +12,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.fit import refuse
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
-from loradeploy.bundle.changes import (
+from loradeploy.bundle.adapter_inputs.changes import (
     change_inputs,
     changes_undone,
     output_changes,
@@ -26,7 +26,7 @@ from loradeploy.errors import AdapterMismatchError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.base import BaseValues
+    from loradeploy.bundle.adapter_inputs.base import BaseValues
 
 # Near the root of float32's largest number; all of float16's are smaller.
 _OVERFLOWS: Final = 1e18

@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.adapter.tasks import CAUSAL_LM
-from loradeploy.bundle.chat import Message
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -21,10 +20,11 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import output_of
+from loradeploy.bundle.text.chat import Message
 from loradeploy.errors import UsageError, shown
-from loradeploy.runtime.resident import AdapterSpec
-from loradeploy.runtime.sampling import Sampling, adjusted
+from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, check_count, each_row
+from loradeploy.runtime.tasks.sampling import Sampling, adjusted
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
 

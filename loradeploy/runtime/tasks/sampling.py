@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.bundle.settings import GenerationSettings
+from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.errors import UsageError, shown
 
 if TYPE_CHECKING:

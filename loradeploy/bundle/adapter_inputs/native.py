@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.factors import branch_choice, side_inputs
+from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.names import ADAPTER_MODE, NATIVE_SUFFIX
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
-    from loradeploy.bundle.base import BaseValues
+    from loradeploy.bundle.adapter_inputs.base import BaseValues
     from loradeploy.bundle.manifest import Manifest
 
 # The format has two version numbers of the writer's choosing; nothing here reads them back.

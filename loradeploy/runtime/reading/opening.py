@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.certificate import check_certificate, counts
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -23,7 +22,8 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.requirement import CertificateMinimum
+from loradeploy.bundle.proof.certificate import check_certificate, counts
+from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import BundleError, LoraDeployError
 from loradeploy.snapshot import Snapshot
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
 
-from loradeploy.bundle.changes import change_inputs
+from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_MODE, GRAPH_NAME, ROWS
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file
 from loradeploy.printable import logger_of
-from loradeploy.runtime.weights import MAPPED as MAPPED
-from loradeploy.runtime.weights import WEIGHTS_AT as WEIGHTS_AT
-from loradeploy.runtime.weights import graph_source
+from loradeploy.runtime.reading.weights import MAPPED as MAPPED
+from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
+from loradeploy.runtime.reading.weights import graph_source
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.factors import computable
+from loradeploy.bundle.adapter_inputs.factors import computable
 from loradeploy.errors import UsageError, shortened, shown
-from loradeploy.runtime.block import in_one_block
+from loradeploy.runtime.adapters.block import in_one_block
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,7 +21,7 @@ import numpy as np
 
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.tensors import read_arrays
-from loradeploy.bundle.pooling import POOLS
+from loradeploy.bundle.text.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
 from loradeploy.files import inside, read_bytes, read_json, write_json
 from loradeploy.parsing import parse_json

@@ -21,7 +21,7 @@ from loradeploy.errors import AdapterMismatchError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.base import BaseValues
+    from loradeploy.bundle.adapter_inputs.base import BaseValues
 
 
 def change_inputs(manifest: Manifest) -> dict[str, tuple[int, float]]:

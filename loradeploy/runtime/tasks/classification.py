@@ -12,9 +12,9 @@ from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json
-from loradeploy.runtime.encoder import encoded_batches
-from loradeploy.runtime.resident import AdapterSpec
+from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import Adapters, AdapterSession
+from loradeploy.runtime.tasks.encoder import encoded_batches
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from typing import Any, Final
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from loradeploy.bundle.chat import MAX_TEMPLATE_BYTES, ChatTemplate, Message, template_source
 from loradeploy.bundle.context_length import context_length
-from loradeploy.bundle.settings import GenerationSettings, read_settings
+from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate, Message, template_source
+from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import (
     AdapterMismatchError,
     BundleError,

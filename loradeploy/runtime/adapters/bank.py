@@ -27,8 +27,8 @@ from loradeploy.errors import (
     UsageError,
     listed_names,
 )
-from loradeploy.runtime.block import in_one_block
-from loradeploy.runtime.resident import (
+from loradeploy.runtime.adapters.block import in_one_block
+from loradeploy.runtime.adapters.resident import (
     AdapterSpec,
     Arrays,
     Bindable,
@@ -37,7 +37,7 @@ from loradeploy.runtime.resident import (
     blend_digest,
     weights_of,
 )
-from loradeploy.runtime.stacks import Stacks, bindable, used
+from loradeploy.runtime.adapters.stacks import Stacks, bindable, used
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

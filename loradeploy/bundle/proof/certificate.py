@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.digest import file_digest, short
-from loradeploy.bundle.beside import TEXT_NAMES
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -25,7 +24,8 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.requirement import CertificateMinimum, Coverage
+from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
+from loradeploy.bundle.text.beside import TEXT_NAMES
 from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import MAX_JSON_BYTES, inside, json_object, read_bytes
 
@@ -118,7 +118,7 @@ def check_certificate(
     """
     content = _content(bundle)
     if minimum is not None and minimum.public_key is not None:
-        from loradeploy.bundle.signature import check_signature, public_key
+        from loradeploy.bundle.proof.signature import check_signature, public_key
 
         check_signature(bundle, content, public_key(minimum.public_key))
     certificate = _read(bundle, content)

@@ -1,0 +1,1 @@
+"""What text is to a model and its adapters: tokens, chat templates, generation, pooling."""

@@ -1,0 +1,264 @@
+"""Side inputs of several adapters in one tensor each, zero-padded to a common rank.
+
+Where the graph has `adapter_ids`, a stack has a slot for the base and one for each adapter, and
+serves every batch of them. It grows by doubling up to what it may take, and then the slot that was
+unused the longest changes hands. On the host that writes one adapter's factors; a device's copy is
+made anew. Where the graph takes a slot for each row, the slots are the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.adapter_inputs.changes import change_inputs
+from loradeploy.bundle.adapter_inputs.factors import branch_choice
+from loradeploy.runtime.adapters.block import empty_block
+from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+# Slots of a stack that has no budget. More than a batch has rows only saves writing them anew.
+_SLOTS: Final = 64
+# Batches whose factors are kept in the order of their rows.
+_KEPT_ROWS: Final = 2
+
+
+@dataclass(eq=False)
+class Stack:
+    """`slots`: each member's place by its digest, the base has slot 0; the last used comes last."""
+
+    arrays: dict[str, NDArray[Any]]
+    device: Bindable
+    slots: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors on the device."""
+        return sum(values.nbytes for values in self.arrays.values())
+
+    @property
+    def capacity(self) -> int:
+        """The adapters that fit in."""
+        return len(next(iter(self.arrays.values()))) - 1
+
+
+class Stacks:
+    """Makes and keeps what mixed batches read. Its user calls it from one thread at a time.
+
+    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
+    `device`: where the tensors live, in onnxruntime's words. `budget`: their bytes at most, where a
+    batch does not need more by itself.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        defaults: Arrays,
+        device: tuple[str, int],
+        budget: int | None,
+    ) -> None:
+        self._manifest = manifest
+        self._defaults = defaults
+        self._device = device
+        self._budget = budget
+        self._targets = manifest.targets
+        self._changes = change_inputs(manifest)
+        self._dtype = np.dtype(manifest.factor_dtype)
+        self._stack: Stack | None = None
+        self._rows: dict[tuple[str | None, ...], tuple[Bindable, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all that is kept."""
+        stacked = 0 if self._stack is None else self._stack.nbytes
+        return stacked + sum(nbytes for _, nbytes in self._rows.values())
+
+    def clear(self) -> None:
+        """Let go of all that is kept. Nobody may be reading it."""
+        self._stack = None
+        self._rows.clear()
+
+    def in_rows(self, rows: tuple[Resident | None, ...]) -> Bindable:
+        """The side inputs in the order of `rows`; the last few batches' are kept."""
+        key = tuple(None if resident is None else resident.digest for resident in rows)
+        if (present := self._rows.pop(key, None)) is None:
+            arrays = self._empty(len(rows), self._ranks(used(rows)))
+            for slot, resident in enumerate(rows):
+                if resident is not None:
+                    self._write(arrays, slot, resident)
+            present = self._bindable(arrays), sum(v.nbytes for v in arrays.values())
+            while self._rows and (
+                len(self._rows) >= _KEPT_ROWS
+                or (self._budget is not None and self.nbytes + present[1] > self._budget)
+            ):
+                del self._rows[next(iter(self._rows))]
+        self._rows[key] = present  # the last one that was used
+        return present[0]
+
+    def of(
+        self, members: Sequence[Resident], busy: Collection[str]
+    ) -> tuple[Bindable, Mapping[Resident, int]]:
+        """A stack's tensors that hold `members`, and their slots.
+
+        The slots of the adapters in `busy`, digests, are left alone: runs may be reading them. One
+        that another thread begins to use after they were noted has not asked for its slot yet.
+        """
+        stack = self._stack
+        if not self._fits_into(stack, members, busy):
+            stack = self._larger(stack, members)
+            self._stack = stack
+        assert stack is not None
+        for member in members:
+            slot = stack.slots.pop(member.digest, None)
+            stack.slots[member.digest] = self._place(stack, member, busy) if slot is None else slot
+        return stack.device, {member: stack.slots[member.digest] for member in members}
+
+    def _fits_into(
+        self, stack: Stack | None, members: Sequence[Resident], busy: Collection[str]
+    ) -> bool:
+        if stack is None:
+            return False
+        new = [member for member in members if member.digest not in stack.slots]
+        if not new:
+            return True
+        if self._device[0] != "cpu":
+            return False
+        ranks = self._ranks(new)
+        if any(ranks[t.lora_A] > stack.arrays[t.lora_A].shape[2] for t in self._targets):
+            return False
+        free = stack.capacity - len(stack.slots)
+        if len(new) <= free:
+            return True
+        wanted = min(2 * stack.capacity, self._most(stack.nbytes // (stack.capacity + 1)))
+        if wanted > stack.capacity:
+            return False
+        idle = sum(digest not in busy for digest in stack.slots)  # the members are in use
+        return len(new) <= free + idle
+
+    def _place(self, stack: Stack, member: Resident, busy: Collection[str]) -> int:
+        """Write `member` into a free slot, or that of an adapter that was idle the longest."""
+        taken = set(stack.slots.values())
+        free = next((slot for slot in range(1, stack.capacity + 1) if slot not in taken), None)
+        if free is None:
+            idle = next(digest for digest in stack.slots if digest not in busy)
+            free = stack.slots.pop(idle)
+        self._write(stack.arrays, free, member)
+        return free
+
+    def _larger(self, stack: Stack | None, members: Sequence[Resident]) -> Stack:
+        """A stack with room for `members` and, while there is some, for those of the last one."""
+        ranks = self._ranks(members)
+        before = 0 if stack is None else stack.capacity
+        if stack is not None:
+            for target in self._targets:
+                held = stack.arrays[target.lora_A].shape[2]
+                ranks[target.lora_A] = max(ranks[target.lora_A], held)
+        numbers = sum(math.prod(shape) for shape in self._shapes(1, ranks).values())
+        slot_bytes = numbers * self._dtype.itemsize
+        new = sum(stack is None or member.digest not in stack.slots for member in members)
+        wanted = new if stack is None else max(len(stack.slots) + new, before)
+        if stack is not None and wanted > before:
+            wanted = max(wanted, 2 * before)
+        capacity = max(len(members), min(wanted, self._most(slot_bytes)))
+        larger = Stack(self._empty(capacity + 1, ranks), Bindable({}))
+        self._copy(stack, larger, {member.digest for member in members})
+        for member in members:
+            if member.digest not in larger.slots:
+                larger.slots[member.digest] = len(larger.slots) + 1
+                self._write(larger.arrays, larger.slots[member.digest], member)
+        larger.device = self._bindable(larger.arrays)
+        return larger
+
+    def _copy(self, old: Stack | None, new: Stack, needed: Collection[str]) -> None:
+        """Take over what is `needed` and, as long as there is room, what was used last."""
+        if old is None:
+            return
+        room = new.capacity - len(needed)
+        others = [digest for digest in old.slots if digest not in needed]
+        kept = others[max(0, len(others) - room) :] + [d for d in old.slots if d in needed]
+        for slot, digest in enumerate(kept, start=1):
+            for name, values in old.arrays.items():
+                # All that grows is the rank, the last axis of A and the first but one of B.
+                place = tuple(slice(size) for size in values.shape[1:])
+                new.arrays[name][slot][place] = values[old.slots[digest]]
+            new.slots[digest] = slot
+
+    def _most(self, slot_bytes: int) -> int:
+        """The slots that a stack may have, the base's left out."""
+        if self._budget is None:
+            return _SLOTS
+        return max(1, self._budget // max(slot_bytes, 1) - 1)
+
+    def _ranks(self, residents: Sequence[Resident]) -> dict[str, int]:
+        return {
+            target.lora_A: max(
+                (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
+                default=0,
+            )
+            for target in self._targets
+        }
+
+    def _shapes(self, slots: int, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the side inputs [slots, …]."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for target in self._targets:
+            rank = ranks[target.lora_A]
+            shapes[target.lora_A] = (slots, target.in_features, rank)
+            shapes[target.lora_B] = (slots, rank, target.out_features)
+        for saved in self._manifest.saved:
+            shapes[saved.input] = (slots, *saved.slot_shape)
+        return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
+
+    def _empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """The side inputs [slots, …] with the base in every slot."""
+        arrays = empty_block(self._shapes(slots, ranks), self._dtype)
+        for name, values in arrays.items():
+            _, neutral = self._changes.get(name, (0, 0))
+            values[...] = self._defaults.get(name, neutral)
+        return arrays
+
+    def _write(self, arrays: Mapping[str, NDArray[Any]], slot: int, resident: Resident) -> None:
+        """Put an adapter into a slot that may have held another."""
+        host = resident.host
+        for target in self._targets:
+            A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
+            rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
+            if rank:
+                A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
+            # Zeros in B alone would do, but for what is not finite after them.
+            A[:, rank:], B[rank:] = 0, 0
+        for saved in self._manifest.saved:
+            arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]
+        for name, (_, neutral) in self._changes.items():
+            arrays[name][slot] = host[name][0] if name in host else neutral
+
+    def _bindable(self, arrays: Mapping[str, NDArray[Any]]) -> Bindable:
+        return bindable(arrays, self._manifest, self._device)
+
+
+def bindable(arrays: Arrays, manifest: Manifest, device: tuple[str, int]) -> Bindable:
+    """`arrays` on the device, with what chooses the graph's branch for them, where it has any.
+
+    On the host these are views, which keep their arrays alive.
+    """
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(numbers), *device)
+        for name, numbers in arrays.items()
+    }
+    for name, number in branch_choice(manifest).items():
+        values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(number)
+    return Bindable(values)
+
+
+def used(rows: Sequence[Resident | None]) -> list[Resident]:
+    """The adapters in `rows`, each once."""
+    return [resident for resident in dict.fromkeys(rows) if resident is not None]
