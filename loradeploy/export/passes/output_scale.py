@@ -1,7 +1,8 @@
 """Outputs as side inputs change them: y becomes scale[adapter_ids] ⊙ y + offset[adapter_ids].
 
 `M.scale` and `M.offset` [adapters, out] default to ones and zeros. They stand behind the layer's
-bias where the graph adds a known one, else directly behind its product; see `adapter_inputs.changes`.
+bias where the graph adds a known one, else directly behind its product; see
+`bundle.adapter_inputs.changes`.
 """
 
 from __future__ import annotations
