@@ -20,13 +20,13 @@ import numpy as np
 from loradeploy.bundle.names import ADAPTER_MODE, BASE
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import add_constant, remove_all
+from loradeploy.export.graph.names import BRANCHES, LORA_ADD, is_step
 from loradeploy.export.match.products import products
 from loradeploy.export.passes.layout import gathered_slots
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_NAME: Final = f"{ADAPTER_MODE}/If"
 _ADAPTED: Final = "adapted"
 
 
@@ -71,10 +71,12 @@ def add_branches(graph: ir.Graph) -> None:
     mode = add_constant(graph, ADAPTER_MODE, np.zeros(1, np.int64), shape=[1])
     graph.inputs.append(mode)
     to_bool = {"to": int(ir.DataType.BOOL)}
-    active = ir.node("Cast", [mode], attributes=to_bool, name=f"{_NAME}/active")
+    active = ir.node("Cast", [mode], attributes=to_bool, name=f"{BRANCHES}/active")
     active.outputs[0].name = active.name
     branches = [ir.AttrGraph("then_branch", other), ir.AttrGraph("else_branch", base)]
-    choice = ir.Node("", "If", [active.outputs[0]], branches, num_outputs=len(outputs), name=_NAME)
+    choice = ir.Node(
+        "", "If", [active.outputs[0]], branches, num_outputs=len(outputs), name=BRANCHES
+    )
     graph.extend([active, choice])
     _name_outputs(graph, choice.outputs, types)
 
@@ -85,7 +87,7 @@ def remove_branches(graph: ir.Graph) -> None:
     Raises:
         ExportError: the graph does not have the branches.
     """
-    choice = next((node for node in graph if node.name == _NAME), None)
+    choice = next((node for node in graph if node.name == BRANCHES), None)
     if choice is None:
         raise ExportError("the graph lacks the branches that its manifest tells of: it was changed")
     body = choice.attributes["then_branch"].as_graph()
@@ -118,7 +120,7 @@ def _name_outputs(
 
 def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
     """What each sum of a product and its factors' is without the factors."""
-    sums = (node for node in nodes if str(node.name).endswith("/lora_add"))
+    sums = (node for node in nodes if is_step(node, LORA_ADD))
     return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
 
 

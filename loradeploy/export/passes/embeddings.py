@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import replace_uses
+from loradeploy.export.graph.names import LORA_ADD, call_label
 from loradeploy.export.match.observe import FRONT, seen_at
 from loradeploy.export.match.parts import Part
-from loradeploy.export.passes.surgery import Surgery, call_label, first_input
+from loradeploy.export.passes.surgery import Surgery, first_input
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,5 +77,5 @@ def _add_at(surgery: Surgery, label: str, node: ir.Node, A: ir.Value, B: ir.Valu
     low = chain.add("GatherND", "lora_A_gather", [A, place])  # [batch, sequence, rank]
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, size]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, size]
-    total = chain.add("Add", "lora_add", [y, delta])
+    total = chain.add("Add", LORA_ADD, [y, delta])
     replace_uses(surgery.graph, y, total, keep=chain.last)

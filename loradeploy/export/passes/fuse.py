@@ -12,13 +12,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import add_constant, constant_of, replace_uses
+from loradeploy.export.graph.names import (
+    FUSED_SPLIT,
+    fused_weight_name,
+    label_of,
+    output_name,
+    step_name,
+)
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import output_of
@@ -26,8 +33,6 @@ from loradeploy.export.match.products import output_of
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
-
-_JOINT: Final = "+"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +73,7 @@ def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
     nodes = {str(node.name): node for node in graph}
     for label, members in products_of(targets):
         if members[0].slice is not None and not is_packed(label, members):
-            _separate(graph, label, members, nodes.get(f"{label}/split"))
+            _separate(graph, label, members, nodes.get(step_name(label, FUSED_SPLIT)))
 
 
 def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarget]]]:
@@ -85,20 +90,9 @@ def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarge
 
 def is_packed(label: str, members: Sequence[LoraTarget]) -> bool:
     """Whether the product came with the graph: the weight of one fused here is called after it."""
-    return members[0].slice is not None and not members[0].weight.startswith(f"{label}.weight")
-
-
-def label_of(modules: Sequence[str]) -> str:
-    """What a product of several modules is called: after all of them, their parent's path once."""
-    parent = modules[0].rpartition(".")[0]
-    names = _JOINT.join(module.removeprefix(f"{parent}.") for module in modules)
-    return f"{parent}.{names}" if parent else names
-
-
-def called_after(product: str) -> list[str]:
-    """The modules that a product of several is called after; itself where it is of one."""
-    parent, dot, names = product.rpartition(".")
-    return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
+    return members[0].slice is not None and not members[0].weight.startswith(
+        fused_weight_name(label)
+    )
 
 
 def _key(linear: Linear) -> object:
@@ -126,7 +120,7 @@ def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
 def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
     """The members' own outputs where the product was fused here before, as in a merged graph."""
     users = [use.node for use in output_of(members[0].nodes[0]).uses()]
-    if [node.name for node in users] != [f"{label}/split"]:
+    if [node.name for node in users] != [step_name(label, FUSED_SPLIT)]:
         return None
     return tuple(users[0].outputs) if len(users[0].outputs) == len(members) else None
 
@@ -154,7 +148,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     first = next(node for node in graph if node in nodes)
     x, y = first.inputs[0], first.outputs[0]
     assert x is not None
-    constant = add_constant(graph, f"{label}.weight", weight)
+    constant = add_constant(graph, fused_weight_name(label), weight)
     product = ir.node(
         "MatMul",
         [x, constant],
@@ -171,13 +165,13 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
         [out, add_constant(graph, f"{label}.sizes", sizes)],
         attributes={"axis": -1},
         num_outputs=len(members),
-        name=f"{label}/split",
+        name=step_name(label, FUSED_SPLIT),
     )
     graph.insert_before(first, [product, split])
     fused, begin = [], 0
     for member, part in zip(members, split.outputs, strict=True):
         old, end = member.nodes[0].outputs[0], begin + member.out_features
-        part.name = f"{member.module}/output"
+        part.name = output_name(member.module)
         replace_uses(graph, old, part, keep=None)
         graph.remove(member.nodes[0], safe=True)
         graph.initializers.pop(str(member.weight.name))

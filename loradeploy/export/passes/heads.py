@@ -13,6 +13,13 @@ import numpy as np
 from loradeploy.bundle.manifest import SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import add_constant, constant_of, replace_uses
+from loradeploy.export.graph.names import (
+    HEAD_ADD,
+    HEAD_PRODUCT,
+    HEAD_SQUEEZE,
+    HEAD_UNSQUEEZE,
+    step_name,
+)
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
@@ -60,8 +67,8 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     chain = surgery.chain(last, module)
     w = chain.add("Gather", "head_weight_gather", [W, surgery.ids], axis=0)  # [rows, in, out]
     if rows.no_sequence:
-        x = chain.add("Unsqueeze", "head_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
-    y = chain.add("MatMul", "head_matmul", [x, w])  # [batch, sequence, out]
+        x = chain.add("Unsqueeze", HEAD_UNSQUEEZE, [x, surgery.sequence_axis])  # [batch, 1, in]
+    y = chain.add("MatMul", HEAD_PRODUCT, [x, w])  # [batch, sequence, out]
     if bias is not None:
         b = _parameter(surgery, f"{module}.bias", bias)
         saved.append(
@@ -74,9 +81,9 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         )
         b = chain.add("Gather", "head_bias_gather", [b, surgery.ids], axis=0)  # [rows, out]
         b = chain.add("Unsqueeze", "head_bias_unsqueeze", [b, surgery.sequence_axis])
-        y = chain.add("Add", "head_add", [y, b])
+        y = chain.add("Add", HEAD_ADD, [y, b])
     if rows.no_sequence:
-        y = chain.add("Squeeze", "head_squeeze", [y, surgery.sequence_axis])  # [batch, out]
+        y = chain.add("Squeeze", HEAD_SQUEEZE, [y, surgery.sequence_axis])  # [batch, out]
     replace_uses(graph, last.outputs[0], y, keep=None)
     for dead in dict.fromkeys((last, node)):
         graph.remove(dead, safe=True)
@@ -91,12 +98,13 @@ def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> 
     """
     import onnx_ir as ir
 
-    product = nodes.get(f"{module}/head_matmul")
+    product = nodes.get(step_name(module, HEAD_PRODUCT))
     if product is None:
         raise ExportError(f"the graph has no side input at {module}: it was changed")
-    named = [nodes.get(f"{module}/head_{name}") for name in ("unsqueeze", "squeeze", "add")]
-    first = named[0] or product
-    last = named[1] or named[2] or product
+    unsqueeze, squeeze, add = (
+        nodes.get(step_name(module, step)) for step in (HEAD_UNSQUEEZE, HEAD_SQUEEZE, HEAD_ADD)
+    )
+    first, last = unsqueeze or product, squeeze or add or product
     x = first.inputs[0]
     scopes = linear_scopes(module)
     made: list[ir.Node] = []

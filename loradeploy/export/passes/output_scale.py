@@ -9,23 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loradeploy.bundle.manifest import OutputTarget
 from loradeploy.bundle.names import offset_name, scale_name
 from loradeploy.export.graph.edit import constant_of, replace_uses
+from loradeploy.export.graph.names import (
+    OFFSET_ADD,
+    SCALE_BACK,
+    SCALE_FRONT,
+    SCALE_MUL,
+    call_label,
+    step_name,
+)
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import bias_use
-from loradeploy.export.passes.surgery import Rows, Surgery, call_label, rows_of, rows_of_output
+from loradeploy.export.passes.surgery import Rows, Surgery, rows_of, rows_of_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_FIRST = ("unflatten", "scale_mul", "offset_add")
+_FIRST: Final = (SCALE_FRONT, SCALE_MUL, OFFSET_ADD)
+_LAST: Final = (SCALE_BACK, OFFSET_ADD, SCALE_MUL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +99,9 @@ def undo_output_scale(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]
     """Undo `change_output`; whether there was anything to undo."""
     call = 0
     while (last := _last(nodes, label := call_label(module, call))) is not None:
-        first = next(node for name in _FIRST if (node := nodes.get(f"{label}/{name}")) is not None)
+        first = next(
+            node for name in _FIRST if (node := nodes.get(step_name(label, name))) is not None
+        )
         base = first.inputs[0]
         assert base is not None
         replace_uses(graph, last.outputs[0], base, keep=None)
@@ -111,21 +122,20 @@ def _change_at(
     y = old
     first = None
     if rows.moved:
-        y = rows.front(surgery, chain, y, size, "unflatten")  # [batch, sequence, out]
+        y = rows.front(surgery, chain, y, size, SCALE_FRONT)  # [batch, sequence, out]
         first = chain.last
-    for name, op in (("scale", "Mul"), ("offset", "Add")):
+    for name, op, step in (("scale", "Mul", SCALE_MUL), ("offset", "Add", OFFSET_ADD)):
         if name not in inputs:
             continue
         value = chain.add("Gather", f"{name}_gather", [inputs[name], surgery.ids], axis=0)
         if not rows.no_sequence:
             value = chain.add("Unsqueeze", f"{name}_unsqueeze", [value, surgery.sequence_axis])
-        y = chain.add(op, f"{name}_{op.lower()}", [y, value])  # [batch, (sequence,) out]
+        y = chain.add(op, step, [y, value])  # [batch, (sequence,) out]
         first = first or chain.last
-    y = rows.back(surgery, chain, y, old, size, "flatten")
+    y = rows.back(surgery, chain, y, old, size, SCALE_BACK)
     assert first is not None
     replace_uses(surgery.graph, old, y, keep={first, *chain.readers})
 
 
 def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:
-    names = ("flatten", "offset_add", "scale_mul")
-    return next((node for name in names if (node := nodes.get(f"{label}/{name}"))), None)
+    return next((node for name in _LAST if (node := nodes.get(step_name(label, name)))), None)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, remove_unused, replace_uses
+from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import input_of, output_of
@@ -32,7 +33,7 @@ from loradeploy.export.passes.fuse import (
 )
 from loradeploy.export.passes.heads import replace_head, restore_head
 from loradeploy.export.passes.output_scale import Change, change_output, undo_output_scale
-from loradeploy.export.passes.surgery import Rows, Surgery, call_label, rows_of
+from loradeploy.export.passes.surgery import Rows, Surgery, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +114,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
     nodes = {str(node.name): node for node in model.graph}
     for label in _updated(manifest.targets):
         call = 0
-        while (add := nodes.get(f"{call_label(label, call)}/lora_add")) is not None:
+        while (add := nodes.get(step_name(call_label(label, call), LORA_ADD))) is not None:
             base = add.inputs[0]
             if base is not None:
                 replace_uses(model.graph, add.outputs[0], base, keep=None)
@@ -185,7 +186,7 @@ def _add(
     if rows.no_sequence:
         update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
     update = rows.back(surgery, chain, update, y, size, "lora_flatten")
-    total = chain.add("Add", "lora_add", [y, update])
+    total = chain.add("Add", LORA_ADD, [y, update])
     replace_uses(surgery.graph, y, total, keep={chain.last, *chain.readers})
 
 

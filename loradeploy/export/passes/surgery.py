@@ -145,11 +145,6 @@ class Rows:
         return x
 
 
-def call_label(module: str, call: int) -> str:
-    """What the nodes at a call of the module are named after: the module, for the first one."""
-    return f"{module}/{call}" if call else module
-
-
 def rows_problem(graph: ir.Graph, nodes: Sequence[ir.Node], module: str) -> ExportError | None:
     """Why the rows of the module's calls are not the batch's; None where they are."""
     try:

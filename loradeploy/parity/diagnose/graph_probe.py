@@ -10,7 +10,6 @@ is called several times, the last call counts.
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,16 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.export.graph.file import load_graph, outputs
+from loradeploy.export.graph.names import (
+    HEAD_ADD,
+    LORA_ADD,
+    OFFSET_ADD,
+    SCALE_MUL,
+    called_after,
+    is_step,
+    module_of_output,
+    module_of_step,
+)
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.naming import module_of
 from loradeploy.export.passes.branches import remove_branches
@@ -37,8 +46,6 @@ _SKIPPING: Final = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"
 _SUM: Final = 3
 # What only lays numbers out anew: the operator that made them stands before it.
 _LAYOUT: Final = ("Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
-_CALL: Final = re.compile(r"/\d+$")
-_OWN_OUTPUT: Final = "/output"  # of a module whose product is a part of a fused one
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +175,8 @@ class _Graph:
         node = value.producer()
         if node is None:
             return None
-        name = str(value.name)
-        if node.op_type == "Split" and name.endswith(_OWN_OUTPUT):
-            return name.removesuffix(_OWN_OUTPUT)
+        if node.op_type == "Split" and (module := module_of_output(value)) is not None:
+            return module
         return self._scopes.get(node)
 
     def candidates(
@@ -217,10 +223,9 @@ class _Graph:
 
     def _take_apart(self, scope: str | None) -> None:
         """Note which modules a scope like parent.q_proj+k_proj+v_proj is of."""
-        if scope and "+" in scope:
-            parent, _, names = scope.rpartition(".")
-            for name in names.split("+"):
-                self._whole[f"{parent}.{name}" if parent else name] = scope
+        modules = called_after(scope) if scope else []
+        if len(modules) > 1:
+            self._whole.update(dict.fromkeys(modules, str(scope)))
 
     def _find_packed(self, model: ir.Model, manifest: Manifest) -> dict[str, str]:
         """Note the parts of products that are packed in the graph itself; surgery's labels of them.
@@ -244,8 +249,7 @@ def _scope(node: ir.Node) -> str | None:
     found = module_of(node)
     if found is not None:
         return found[0]
-    label, slash, _ = str(node.name or "").rpartition("/")
-    return _CALL.sub("", label) if slash and not label.startswith("/") else None
+    return module_of_step(node)
 
 
 def _paths(scope: str | None) -> Iterator[str]:
@@ -282,12 +286,12 @@ def _maker(value: ir.Value) -> ir.Node:
 def _source(node: ir.Node) -> ir.Value | None:
     """What `node` only carries on: laid out anew, with an update or a constant."""
     inputs: list[ir.Value] = [value for value in node.inputs if value is not None]
-    if node.op_type in _LAYOUT or str(node.name).endswith(("/lora_add", "/scale_mul")):
+    if node.op_type in _LAYOUT or is_step(node, LORA_ADD, SCALE_MUL):
         return inputs[0]
     if node.op_type != "Add":
         return None
     computed = [value for value in inputs if not value.is_initializer()]
-    if str(node.name).endswith(("/offset_add", "/head_add")):
+    if is_step(node, OFFSET_ADD, HEAD_ADD):
         return inputs[0]
     return computed[0] if len(computed) == 1 else None
 

@@ -69,10 +69,10 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
         BundleError: a weight is packed in a way that is not understood.
     """
     from loradeploy.export.graph.file import load_graph
+    from loradeploy.export.graph.names import called_after
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import INTEGER, products
     from loradeploy.export.passes.branches import remove_branches
-    from loradeploy.export.passes.fuse import called_after
     from loradeploy.export.passes.side_inputs import remove_side_inputs
 
     graph = load_graph(bundle / GRAPH_NAME)

@@ -1,0 +1,86 @@
+"""What the nodes and values that surgery adds are called, in one place.
+
+Passes that undo others, the branches and the probe of parity find them by these names again.
+
+    LABEL/STEP           a node of a step, and its output; LABEL is MODULE, or MODULE/N for call N
+    PARENT.q+k+v         the label of one product of the modules PARENT.q, PARENT.k and PARENT.v
+    MODULE/output        what a module gives whose product is a part of such a one
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.bundle.names import ADAPTER_MODE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+LORA_ADD: Final = "lora_add"  # y + (x A) B, of a product and of an embedding
+SCALE_MUL: Final = "scale_mul"
+OFFSET_ADD: Final = "offset_add"
+SCALE_FRONT: Final = "unflatten"  # before the scale: the batch's rows in front
+SCALE_BACK: Final = "flatten"  # behind the offset: the rows as they were
+HEAD_UNSQUEEZE: Final = "head_unsqueeze"
+HEAD_PRODUCT: Final = "head_matmul"
+HEAD_ADD: Final = "head_add"
+HEAD_SQUEEZE: Final = "head_squeeze"
+FUSED_SPLIT: Final = "split"
+
+BRANCHES: Final = f"{ADAPTER_MODE}/If"
+
+_JOINT: Final = "+"
+_OUTPUT: Final = "/output"
+_CALL: Final = re.compile(r"/\d+$")
+
+
+def call_label(module: str, call: int) -> str:
+    """What the nodes at a call of the module are named after: the module, for the first one."""
+    return f"{module}/{call}" if call else module
+
+
+def step_name(label: str, step: str) -> str:
+    """The name of the node of `step` at `label`."""
+    return f"{label}/{step}"
+
+
+def is_step(node: ir.Node, *steps: str) -> bool:
+    """Whether surgery added `node` for one of `steps`."""
+    return str(node.name).endswith(tuple(f"/{step}" for step in steps))
+
+
+def module_of_step(node: ir.Node) -> str | None:
+    """The module, or the label of a fused product, that surgery named `node` after."""
+    label, slash, _ = str(node.name or "").rpartition("/")
+    return _CALL.sub("", label) if slash and not label.startswith("/") else None
+
+
+def output_name(module: str) -> str:
+    """The name of what `module` gives, a part of a fused product."""
+    return f"{module}{_OUTPUT}"
+
+
+def module_of_output(value: ir.Value) -> str | None:
+    """The module that gives `value` as a part of a fused product; None for other values."""
+    name = str(value.name)
+    return name.removesuffix(_OUTPUT) if name.endswith(_OUTPUT) else None
+
+
+def label_of(modules: Sequence[str]) -> str:
+    """What a product of several modules is called: after all of them, their parent's path once."""
+    parent = modules[0].rpartition(".")[0]
+    names = _JOINT.join(module.removeprefix(f"{parent}.") for module in modules)
+    return f"{parent}.{names}" if parent else names
+
+
+def called_after(product: str) -> list[str]:
+    """The modules that a product of several is called after; itself where it is of one."""
+    parent, dot, names = product.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
+
+
+def fused_weight_name(label: str) -> str:
+    """The weight of the product that fusing made of several."""
+    return f"{label}.weight"
