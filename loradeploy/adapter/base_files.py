@@ -22,6 +22,7 @@ from loradeploy.files import read_json
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
+GRAPHS_FOLDER: Final = "onnx"  # of a repository for transformers.js
 _MODEL_CONFIG: Final = "config.json"
 _NAMED: Final = "transformers_weights"
 _INDEX_ENDING: Final = ".safetensors.index.json"
@@ -83,6 +84,12 @@ def holds_weights(directory: Path) -> bool:
     """Whether there are safetensors that could be a base model's, and are no adapter's."""
     found = directory.glob("*.safetensors")
     return is_loadable(directory) or any(not file.match(_ADAPTERS) for file in found)
+
+
+def graphs_in(directory: Path) -> list[Path]:
+    """The ONNX files of `directory`: its own, else those in its folder onnx/."""
+    own = sorted(directory.glob("*.onnx"))
+    return own or sorted((directory / GRAPHS_FOLDER).glob("*.onnx"))
 
 
 def adapter_beside(directory: Path) -> bool:

@@ -69,10 +69,10 @@ def _look(place: Path) -> Facts:
             return _bundle(place)
         if any(place.glob(_ADAPTER_FILES)):
             return {**_adapter(place), **_beside(place)}
-        from loradeploy.export.read.repository import choose_graph, graphs_in
+        from loradeploy.export.read.repository import find_graph
 
-        if graphs := graphs_in(place):
-            return _graph(choose_graph(place, graphs))
+        if (graph := find_graph(place)) is not None:
+            return _graph(graph)
         return _adapter(place)
     return _FILES.get(place.suffix, _adapter)(place)
 

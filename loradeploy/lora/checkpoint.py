@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.base_files import (
     adapter_beside,
+    graphs_in,
     holds_weights,
     refuse_adapter,
     stray_weights,
@@ -57,8 +58,7 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     refuse_adapter(place)
     if not (place / "config.json").is_file():
         raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
-    graphs = any(place.glob("*.onnx")) or any(place.glob("onnx/*.onnx"))
-    if graphs and not holds_weights(place):
+    if graphs_in(place) and not holds_weights(place):
         raise ModelError(
             f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
             " checkpoint that they were exported from"

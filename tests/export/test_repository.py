@@ -11,7 +11,7 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.repository import choose_graph, graphs_in
+from loradeploy.export.read.repository import find_graph
 from loradeploy.export.read.source import resolve
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.runtime.session import AdapterSession
@@ -53,7 +53,7 @@ def test_the_graph_that_is_meant_is_taken(
     names: tuple[str, ...], precision: str | None, chosen: str, folder: str, tmp_path: Path
 ) -> None:
     place = _with(tmp_path, names, folder)
-    assert choose_graph(place, graphs_in(place), precision) == place / folder / chosen
+    assert find_graph(place, precision) == place / folder / chosen
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_a_choice_that_is_the_users_is_left_to_them(
 ) -> None:
     place = _with(tmp_path, names)
     with pytest.raises(error, match=message) as problem:
-        choose_graph(place, graphs_in(place))
+        find_graph(place)
     assert len(str(problem.value).replace(str(place), "")) < 300
 
 
 def test_the_choice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     place = _with(tmp_path, WEB)
     with caplog.at_level(logging.WARNING):
-        choose_graph(place, graphs_in(place))
+        find_graph(place)
     (record,) = caplog.records
     assert "taking onnx/model.onnx of 5 graphs" in record.message
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from loradeploy.adapter.base_files import GRAPHS_FOLDER, graphs_in
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import ModelError, UsageError, listed_names
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-ONNX_FOLDER: Final = "onnx"
 CONFIG_NAME: Final = "config.json"
 _GENAI_NAME: Final = "genai_config.json"
 _TOKENIZERS: Final = ("tokenizer*", "vocab.txt", "vocab.json", "spiece.model")
@@ -37,24 +37,19 @@ _LISTED: Final = 8
 _ROOM: Final = 400  # characters for their paths
 
 
-def graphs_in(place: Path) -> list[Path]:
-    """The ONNX files of the directory `place`: its own, else those in its folder onnx/."""
-    own = sorted(place.glob("*.onnx"))
-    return own or sorted((place / ONNX_FOLDER).glob("*.onnx"))
-
-
-def choose_graph(place: Path, graphs: Sequence[Path], precision: str | None = None) -> Path:
-    """The one of `graphs` that the directory `place` means; which it is is logged where it matters.
+def find_graph(place: Path, precision: str | None = None) -> Path | None:
+    """The ONNX file that the directory `place` means, None where it holds none.
 
     The only one, else model.onnx or a whole decoder, else the one that is called after the
-    `precision` asked for.
+    `precision` asked for. Where there are several, it is logged which is taken.
 
     Raises:
         UsageError: several that could be meant.
         ModelError: an encoder-decoder in parts.
     """
-    if len(graphs) == 1:
-        return graphs[0]
+    graphs = graphs_in(place)
+    if len(graphs) < 2:
+        return graphs[0] if graphs else None
     by_name = {graph.name: graph for graph in graphs}
     parts = {_part(graph) for graph in graphs}
     chosen = None
@@ -104,7 +99,7 @@ def above(graph: Path) -> Path | None:
     """
     folder = graph.resolve().parent
     own = any((folder / name).is_file() for name in (CONFIG_NAME, _GENAI_NAME))
-    if folder.name == ONNX_FOLDER or (not own and (folder.parent / CONFIG_NAME).is_file()):
+    if folder.name == GRAPHS_FOLDER or (not own and (folder.parent / CONFIG_NAME).is_file()):
         return folder.parent
     return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from loradeploy.adapter.base_files import (
+    graphs_in,
     holds_weights,
     is_loadable,
     refuse_adapter,
@@ -19,9 +20,8 @@ from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError
 from loradeploy.export.read.repository import (
     above,
-    choose_graph,
     config_directory,
-    graphs_in,
+    find_graph,
     tokenizer_directory,
 )
 from loradeploy.files import read_json
@@ -94,15 +94,15 @@ def _in_directory(place: Path, precision: str | None) -> Source:
         manifest = read_manifest(place)
         return Source("bundle", manifest.base.name, place, place, place / GRAPH_NAME, manifest)
     checkpoint = transformer_folder(place)
-    graphs = graphs_in(place)
-    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs):
+    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs_in(place)):
         refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():
             raise ModelError(
                 f"{checkpoint} holds weights but no config.json: it is no model directory"
             )
         return Source("checkpoint", name, checkpoint, checkpoint)
-    if not graphs:
+    graph = find_graph(place, precision)
+    if graph is None:
         if told := gguf_advice(place):
             raise ModelError(told)
         refuse_adapter(place)
@@ -111,8 +111,9 @@ def _in_directory(place: Path, precision: str | None) -> Source:
                 f"{place} is no model itself but holds checkpoints of a training run: give the"
                 f" newest, {place / newest}"
             )
-        weight_files(checkpoint)  # tells what is there instead
-    return _of_graph(choose_graph(place, graphs, precision), name)
+        weight_files(checkpoint)  # its error names what is there instead
+        raise ModelError(f"{place} holds no model")
+    return _of_graph(graph, name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from loradeploy.errors import (
     ModelError,
     UsageError,
     kind_and_line,
-    listed_names,
 )
+from loradeploy.export.read.repository import find_graph
 from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_json
 from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
 
@@ -143,14 +143,8 @@ def _graph(place: Path) -> Path:
         if place.suffix == ".onnx":
             return place
         raise UsageError(f"{place} is no ONNX file: give one, a bundle, or module:function")
-    graphs = sorted(place.glob("*.onnx"))
-    if place / GRAPH_NAME in graphs:
-        return place / GRAPH_NAME
-    if len(graphs) == 1:
-        return graphs[0]
-    if graphs:
-        listed = listed_names(graph.name for graph in graphs)
-        raise UsageError(f"{place} holds several ONNX files, name one of them: {listed}")
+    if (graph := find_graph(place)) is not None:
+        return graph
     raise UsageError(
         f"{place} holds no ONNX file: of a PyTorch model give module:function of a callable"
     )
