@@ -26,8 +26,8 @@ _A_LAYER: Final[Mapping[str, str]] = {
 # What to do where a graph has no side inputs for a layer of the kind.
 _NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
     "linear": "no target module of {base}",
-    "embedding": "an embedding without side inputs in {base}: export with --side-inputs embedding,"
-    " or merge it instead",
+    "embedding": "an embedding without side inputs in {base}: export with"
+    " `side_inputs=['embedding']`, or merge it instead",
     "conv2d": "a convolution, which takes no side inputs: merge it instead",
 }
 
@@ -196,7 +196,8 @@ def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
         return f"{named} is no parameter of {base.name}"
     if saved:
         return f"{named} is no side input of {base.name}: merge it instead"
-    return f"{named} is no side input of {base.name}: export with --side-inputs bias, or merge it"
+    remedy = "export with `side_inputs=['bias']`, or merge it"
+    return f"{named} is no side input of {base.name}: {remedy}"
 
 
 def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
@@ -257,7 +258,7 @@ def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
         return []
     others = f" and {len(unscaled) - 1} more have" if len(unscaled) > 1 else " has"
     lacking = f"{unscaled[0]}{others} no scale in {base.name}"
-    remedy = "export with --side-inputs dora, or merge it"
+    remedy = "export with `side_inputs=['dora']`, or merge it"
     return [f"it is a DoRA adapter (use_dora) and {lacking}: {remedy}"]
 
 

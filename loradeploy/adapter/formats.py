@@ -39,7 +39,7 @@ _GGUF: Final = (
     " converted from"
 )
 _WHOLE: Final = (
-    "is no adapter, it is a whole model with all its weights: export it as the model, --model"
+    "is no adapter, it is a whole model with all its weights: export it as the model, `model`"
 )
 _NO_CONFIG: Final = (
     "holds LoRA factors and no adapter_config.json, which tells their rank, alpha and targets:"
@@ -121,7 +121,7 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return (
             f"holds no LoRA factors but {len(shapes)} whole weights (first"
             f" {shortened(next(iter(shapes)))}): if it is a model that was trained whole, give its"
-            " directory as --model"
+            " directory as `model`"
         )
     return None
 

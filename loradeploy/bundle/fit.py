@@ -31,7 +31,7 @@ def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Ada
     """
     if manifest.mode == "merged":
         raise AdapterMismatchError(
-            "this bundle is merged and takes no adapters: export the base without --merge"
+            "this bundle is merged and takes no adapters: export the base without `merge`"
         )
     adapter.check_plain()
     adapter = fitted(adapter, manifest)

@@ -211,20 +211,19 @@ def check_form(asked: Mapping[str, Any]) -> None:
     for option in FORM_OPTIONS:
         value = asked.get(option.name)
         if option.name in given and option.values and value not in option.values:
-            raise UsageError(f"{option.flag} {value!r}: expected one of {', '.join(option.values)}")
+            expected = ", ".join(option.values)
+            raise UsageError(f"`{option.name}={value!r}`: expected one of {expected}")
     for kind in asked.get("side_inputs") or ():
         if kind not in SIDE_INPUT_KINDS:
-            raise UsageError(f"--side-inputs {kind!r}: expected {', '.join(SIDE_INPUT_KINDS)}")
+            raise UsageError(f"`side_inputs=[{kind!r}]`: expected {', '.join(SIDE_INPUT_KINDS)}")
     for option in FORM_OPTIONS:
         for other in given & option.excludes.keys() if option.name in given else ():
-            flag = BY_NAME[other].flag.partition("/")[0]
-            raise UsageError(
-                f"{flag} and {option.flag} do not go together: {option.excludes[other]}"
-            )
+            reason = option.excludes[other]
+            raise UsageError(f"`{other}` and `{option.name}` do not go together: {reason}")
     if asked.get("layout") == ROWS and EMBEDDING in (asked.get("side_inputs") or ()):
         raise UsageError(
-            "--layout rows and --side-inputs embedding do not go together: factors of embeddings"
-            " need the numbers of slots"
+            "`layout='rows'` and `side_inputs=['embedding']` do not go together: factors of"
+            " embeddings need the numbers of slots"
         )
 
 
@@ -249,9 +248,10 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     sizes = dict(asked.get("fixed") or {})
     for name, size in sizes.items():
         if form.static_shapes.get(name, size) != size:
+            found = f"{name}={form.static_shapes[name]}"
             raise UsageError(
-                f"--fixed {name}={size}: the bundle's graph has {name}={form.static_shapes[name]}:"
-                " export the bundle that has open shapes"
+                f"`fixed={{{name!r}: {size}}}`: the bundle's graph has {found}: export the bundle"
+                " that has open shapes"
             )
     result["fixed"] = {n: size for n, size in sizes.items() if n not in form.static_shapes}
     return result

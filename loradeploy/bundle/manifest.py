@@ -15,12 +15,15 @@ from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.renamings import Submodel
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.names import (
+    ADAPTER_IDS,
+    ADAPTER_MODE,
     CERTIFICATE_NAME,
     LAYOUTS,
     LEFT,
     MANIFEST_NAME,
     NO_PADDING,
     RIGHT,
+    ROWS,
     SIGNATURE_NAME,
     SLOTS,
 )
@@ -32,6 +35,10 @@ FORMAT_VERSION: Final = 2
 # The largest size, and product of a shape's sizes, that is not a mistake.
 _LARGEST: Final = 2**31 - 1
 _LARGEST_SHAPE: Final = 2**48
+
+# The symbols of side inputs' dynamic dimensions.
+ADAPTERS: Final = "adapters"
+RANK: Final = "rank"
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]
@@ -80,6 +87,11 @@ class LoraTarget:
     slice: tuple[int, int] | None = None
     kind: Kind = "linear"
     stored: StoredWeight | None = None
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        """The names of both side inputs."""
+        return self.lora_A, self.lora_B
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,30 @@ class Manifest:
     @property
     def factors(self) -> tuple[str, ...]:
         """The names of the low-rank side inputs, in the order of the targets."""
-        return tuple(name for t in self.targets for name in (t.lora_A, t.lora_B))
+        return tuple(name for target in self.targets for name in target.factors)
+
+    def side_inputs(self) -> tuple[TensorSpec, ...]:
+        """What the graph takes beside its inputs, every one optional.
+
+        One slot of `adapters` is one adapter: `M.lora_A` [adapters, in, rank], `M.lora_B`
+        [adapters, rank, out], saved parameters [adapters, …], and `M.scale` and `M.offset`
+        [adapters, out]; then which slot is whose, and the choice of the graph's branch.
+        """
+        shapes: dict[str, tuple[int | str, ...]] = {}
+        for target in self.targets:
+            shapes[target.lora_A] = (ADAPTERS, target.in_features, RANK)
+            shapes[target.lora_B] = (ADAPTERS, RANK, target.out_features)
+        for saved in self.saved:
+            shapes[saved.input] = (ADAPTERS, *saved.slot_shape)
+        for output in self.changed:
+            names = filter(None, (output.scale, output.offset))
+            shapes.update(dict.fromkeys(names, (ADAPTERS, output.size)))
+        specs = [TensorSpec(name, self.factor_dtype, shape) for name, shape in shapes.items()]
+        if specs and self.layout != ROWS:
+            specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
+        if self.branches:
+            specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
+        return tuple(specs)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loradeploy.cli.console import (
-    PROVIDERS,
     json_option,
     print_json,
     print_rows,
@@ -60,7 +59,7 @@ def command(
     from loradeploy.runtime.timing import time_bundle
 
     begin = time.perf_counter()
-    session = AdapterSession(bundle, PROVIDERS[provider])
+    session = AdapterSession(bundle, [provider])
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:

@@ -21,24 +21,19 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from loradeploy.printable import as_json, printable, readable
 
-# onnxruntime's names of what --provider chooses.
-PROVIDERS: Final = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-}
 provider_option = click.option(
     "--provider",
-    type=click.Choice(tuple(PROVIDERS)),
+    metavar="NAME[:NUMBER]",
     default="cpu",
     show_default=True,
-    help="ONNX Runtime's execution provider.",
+    help="Run the graph on this execution provider of ONNX Runtime, such as cpu, cuda or tensorrt;"
+    " cuda:1 is the second device.",
 )
 trust_option = click.option(
     "--trust-remote-code",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
-from loradeploy.cli.console import PROVIDERS, provider_option, say_text
+from loradeploy.cli.console import provider_option, say_text
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -127,7 +127,7 @@ def command(
     if certificate_minimum is not None or certificate_key is not None:
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
         required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
-    session = AdapterSession(bundle, PROVIDERS[provider], require_certificate=required)
+    session = AdapterSession(bundle, [provider], require_certificate=required)
     options = {name: value for name, value in generation.items() if value is not None}
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CPU: Final = "CPUExecutionProvider"
-_SUFFIX: Final = "ExecutionProvider"
 # onnxruntime's names of the levels, and of their members in its GraphOptimizationLevel.
 LEVELS: Final = {
     "disable": "ORT_DISABLE_ALL",
@@ -30,18 +29,19 @@ def choose_variants(
 ) -> tuple[Variant, ...]:
     """Every provider at every level; on the CPU and at "all" where none is given.
 
-    A provider is named as onnxruntime does, or without "ExecutionProvider", in any case: "cuda".
+    A provider is named as `runtime.providers` reads names: "cuda", "cuda:1".
 
     Raises:
         UsageError: a provider that this onnxruntime does not have, or an unknown level.
     """
-    from loradeploy.runtime.reading.graph import check_installed
+    from loradeploy.runtime.providers import full_name, resolve
 
-    names = [CPU] if providers is None else [_full_name(name) for name in providers]
+    names = [CPU] if providers is None else [full_name(name) for name in providers]
     levels = [DEFAULT.optimization] if optimization is None else list(optimization)
     if not names or not levels:
         raise UsageError("no provider or no level of optimization is given: nothing would be run")
-    check_installed(names)
+    for name in names:
+        resolve([name])
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
             f"{unknown[0]!r} is no level of optimization: there are {', '.join(LEVELS)}"
@@ -92,12 +92,3 @@ def start(bundle: Path, variants: Sequence[Variant]) -> list[str]:
             named += ["…"] if len(there) > _LISTED else []
             notes.append(f"{variant}: {count} of {total} nodes run on the CPU ({', '.join(named)})")
     return notes
-
-
-def _full_name(name: str) -> str:
-    import onnxruntime
-
-    for provider in onnxruntime.get_available_providers():
-        if name.lower() in (provider.lower(), provider.removesuffix(_SUFFIX).lower()):
-            return str(provider)
-    return name

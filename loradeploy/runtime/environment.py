@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from loradeploy.errors import first_line
+from loradeploy.runtime.providers import PACKAGES, preload_cuda
 
 Status = Literal["ok", "note", "problem"]
 
@@ -21,15 +22,6 @@ _PACKAGES: Final = (
     "torch", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "peft",
     "onnxruntime-genai",
 )  # fmt: skip
-# Distributions that write the same files: whichever was installed last wins, in silence.
-_ONNXRUNTIMES: Final = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-)
 # y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
 _TINY_GRAPH: Final = (
     b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
@@ -104,7 +96,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _one_onnxruntime() -> Finding:
     name = "one onnxruntime"
-    found = [package for package in _ONNXRUNTIMES if _version(package) is not None]
+    found = [package for package in PACKAGES if _version(package) is not None]
     if len(found) == 1:
         return Finding(name, "ok", found[0])
     if not found:
@@ -127,7 +119,7 @@ def _onnxruntime(torch: str | None) -> list[Finding]:
         advice = "pip install --force-reinstall the one onnxruntime that you need"
         return [Finding("onnxruntime", "problem", f"cannot be imported: {told}", advice)]
     findings = []
-    installed = [_version(package) for package in _ONNXRUNTIMES]
+    installed = [_version(package) for package in PACKAGES]
     if onnxruntime.__version__ not in installed:
         findings.append(
             Finding(
@@ -155,8 +147,6 @@ def _cuda(onnxruntime: Any) -> Finding:
             "onnxruntime could use it, and there is no NVIDIA device here",
             "nothing to do where the CPU is meant to run it",
         )
-    from loradeploy.runtime.reading.graph import preload_cuda
-
     preload_cuda()
     onnxruntime.set_default_logger_severity(_NOTHING_LOGGED)  # the finding says it
     try:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
+from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
 from loradeploy.runtime.limits import LOOKED_AT, Limits, check_finite
-from loradeploy.runtime.reading.graph import DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
 def _dtype_of(value: onnxruntime.OrtValue, spec: TensorSpec) -> str:
     """numpy's name of its dtype where that is the input's, else onnxruntime's."""
     own = str(value.data_type())
-    return spec.dtype if DTYPES.get(own) == spec.dtype else own
+    return spec.dtype if NUMPY_NAMES.get(own) == spec.dtype else own
 
 
 def _check_feed(spec: TensorSpec, dtype: str, shape: tuple[int, ...]) -> None:

@@ -43,13 +43,8 @@ from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.reading.graph import (
-    Provider,
-    check_graph,
-    device_of,
-    open_graph,
-    placement_of,
-)
+from loradeploy.runtime.providers import Provider, device_of
+from loradeploy.runtime.reading.graph import check_graph, open_graph, placement_of
 from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.texts import TextSides, files_for_texts
 
@@ -66,7 +61,9 @@ _HOST: Final = ("cpu", 0)
 class AdapterSession:
     """An inference session on a bundle.
 
-    `providers`: onnxruntime's execution providers in order of preference; the CPU's by default.
+    `providers`: execution providers in order of preference, "cuda" or "CUDAExecutionProvider",
+    "cuda:1" for the second device (`runtime.providers`); by default those that `session_options`
+    choose, else the CPU's.
     One that is installed but does not start is passed over, with a logged warning, if the CPU's is
     named too; `providers` tells which run.
     `session_options`: onnxruntime's. Where they set no log severity, errors alone are logged:
@@ -315,7 +312,7 @@ class AdapterSession:
         named = adapters if isinstance(adapters, tuple) else (adapters,)
         if self.manifest.mode == "merged" and any(name is not None for name in named):
             raise UsageError(
-                f"{self.path} is merged and takes no adapters: export the base without --merge"
+                f"{self.path} is merged and takes no adapters: export the base without `merge`"
             )
         with self._lifetime.use(), self._bank.lease(adapters) as lease:
             held = HeldAdapters(self, lease)

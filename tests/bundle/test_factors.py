@@ -164,7 +164,7 @@ def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) 
         ),
         (
             Factors(np.zeros((2, 3), np.float32), np.zeros((4, 2)), kind="embedding"),
-            "l.q is an embedding without side inputs .*--side-inputs embedding, or merge it",
+            "l.q is an embedding without side inputs .*side_inputs=.*embedding.*, or merge it",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_the_required_graph_has_no_defaults_and_no_weights_of_its_own(
 def test_a_merged_graph_has_nothing_to_require(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--required-inputs and --merge do not go together"):
+    with pytest.raises(UsageError, match="`required_inputs` and `merge` do not go together"):
         export(
             tiny_llama_bundle,
             tmp_path / "b",

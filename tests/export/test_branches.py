@@ -200,9 +200,9 @@ def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "leaves"}, "--layout 'leaves': expected one of slots, rows"),
-        ({"layout": "rows", "merge": True}, "--layout and --merge do not go together"),
-        ({"branches": True, "merge": True}, "--branches and --merge do not go together"),
+        ({"layout": "leaves"}, "`layout='leaves'`: expected one of slots, rows"),
+        ({"layout": "rows", "merge": True}, "`layout` and `merge` do not go together"),
+        ({"branches": True, "merge": True}, "`branches` and `merge` do not go together"),
     ],
 )
 def test_branches_that_cannot_be_are_refused(

@@ -102,7 +102,7 @@ def test_a_bundle_is_replaced_only_where_that_is_allowed(
     ("options", "message"),
     [
         ({"task": "poetry"}, "the task 'poetry' is unknown"),
-        ({"precision": "fp7"}, "--precision 'fp7': expected one of fp32"),
+        ({"precision": "fp7"}, "`precision='fp7'`: expected one of fp32"),
     ],
 )
 def test_unknown_options_are_refused_by_name(

@@ -303,5 +303,5 @@ def test_a_window_is_refused_by_name(tmp_path: Path) -> None:
 def test_it_is_for_decoders(tiny_bert_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for decoders with a cache, not for sequence-class"):
         export(tiny_bert_bundle, tmp_path / "b", attention="gqa")
-    with pytest.raises(UsageError, match="--attention 'flash': expected one of standard, gqa"):
+    with pytest.raises(UsageError, match="`attention='flash'`: expected one of standard, gqa"):
         export(tiny_bert_bundle, tmp_path / "b", attention="flash")

@@ -232,9 +232,9 @@ def test_adapters_that_come_later_need_the_kinds_that_the_export_was_told(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Method({"use_dora": True}), r"DoRA adapter \(use_dora\).*--side-inputs dora"),
-        (Method({"bias": "lora_only"}), r"a trained bias.*--side-inputs bias"),
-        (Method({}, ("some", "embedding")), r"wte is an embedding.*--side-inputs embedding"),
+        (Method({"use_dora": True}), r"DoRA adapter \(use_dora\).*side_inputs=.*dora"),
+        (Method({"bias": "lora_only"}), r"a trained bias.*side_inputs=.*bias"),
+        (Method({}, ("some", "embedding")), r"wte is an embedding.*side_inputs=.*embedding"),
     ],
 )
 def test_a_bundle_without_its_kind_refuses_an_adapter_by_name(

@@ -454,6 +454,16 @@ def test_a_session_tells_which_provider_runs_which_nodes(tiny_llama_bundle: Path
     assert placement["CPUExecutionProvider"]["MatMul"] > 10
 
 
+def test_providers_can_stand_in_the_session_options(tiny_llama_bundle: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_provider_for_devices(onnxruntime.get_ep_devices()[:1], {})
+    # onnxruntime would warn, and heed `providers` alone, if any were given to it.
+    session = AdapterSession(tiny_llama_bundle, session_options=options)
+    assert session.providers == ("CPUExecutionProvider",)
+    with pytest.raises(UsageError, match="both choose execution providers"):
+        AdapterSession(tiny_llama_bundle, ["cpu"], session_options=options)
+
+
 def test_options_can_come_with_a_provider(tiny_llama_bundle: Path) -> None:
     session = AdapterSession(tiny_llama_bundle, [("CPUExecutionProvider", {})])
     assert session.providers == ("CPUExecutionProvider",)

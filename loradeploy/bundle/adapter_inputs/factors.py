@@ -13,13 +13,12 @@ from loradeploy.adapter.fit import refuse
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
 from loradeploy.bundle.adapter_inputs.changes import (
-    change_inputs,
     changes_undone,
     output_changes,
 )
 from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
 from loradeploy.bundle.labels import with_all_labels
-from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterMismatchError
 
@@ -80,32 +79,36 @@ def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
 
 def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
     """Raise AdapterMismatchError, with every misfit, unless `arrays` are a slot of side inputs."""
-    dtype = np.dtype(manifest.factor_dtype)
-    shapes: dict[str, tuple[int, ...]] = {}
+    expected = {spec.name: spec for spec in manifest.side_inputs() if ADAPTERS in spec.shape}
     problems = []
     for target in manifest.targets:
-        A, B = arrays.get(target.lora_A), arrays.get(target.lora_B)
-        if (A is None) != (B is None):
+        if (target.lora_A in arrays) != (target.lora_B in arrays):
             problems.append(f"{target.module} has one factor without the other")
-        elif A is not None and B is not None:
-            rank = A.shape[-1]
-            shapes[target.lora_A] = (1, target.in_features, rank)
-            shapes[target.lora_B] = (1, rank, target.out_features)
-    for saved in manifest.saved:
-        shapes[saved.input] = (1, *saved.slot_shape)
-        if saved.lacking and saved.input not in arrays:
-            problems.append(f"{saved.parameter} is not there, which the base lacks too")
-    for name, (size, _) in change_inputs(manifest).items():
-        shapes[name] = (1, size)
+    problems += [
+        f"{saved.parameter} is not there, which the base lacks too"
+        for saved in manifest.saved
+        if saved.lacking and saved.input not in arrays
+    ]
+    ranks = {name: _rank(target, arrays) for target in manifest.targets for name in target.factors}
     for name, values in sorted(arrays.items()):
-        if name not in shapes:
+        spec = expected.get(name)
+        if spec is None:
             problems.append(f"{name} is no side input of this bundle")
-        elif values.shape != shapes[name] or values.dtype != dtype:
+            continue
+        sizes = {ADAPTERS: 1, RANK: ranks.get(name)}
+        shape = [sizes.get(d) if isinstance(d, str) else d for d in spec.shape]
+        if list(values.shape) != shape or values.dtype != spec.dtype:
             problems.append(
-                f"{name} is {values.dtype} {list(values.shape)},"
-                f" the bundle takes {dtype} {list(shapes[name])}"
+                f"{name} is {values.dtype} {list(values.shape)}, the bundle takes {spec.dtype}"
+                f" {shape}"
             )
     refuse(problems, THIS_BUNDLE)
+
+
+def _rank(target: LoraTarget, arrays: Mapping[str, NDArray[Any]]) -> int | None:
+    """The rank of the factors of `target`: the last size of A, which B must be of too."""
+    A = arrays.get(target.lora_A)
+    return A.shape[-1] if A is not None and A.ndim else None
 
 
 def adapter_from_side_inputs(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import PAST
 from loradeploy.bundle.sample import Sample
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 _RANK: Final = 2
-_DTYPES: Final = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    **{f"tensor({kind})": kind for kind in ("int64", "int32", "bool")},
-}
+# Dtypes that randomly generated inputs are of.
+_DTYPES: Final = ("float32", "float16", "int64", "int32", "bool")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +185,10 @@ def of_graph(file: Path, feeds: Feeds, names: Sequence[str]) -> Original:
     session = open_graph(file)
     taken = {node.name: node for node in session.get_inputs()}
     besides = [node for name, node in taken.items() if name not in feeds]
-    if any(node.type not in _DTYPES for node in besides):
+    if any(NUMPY_NAMES.get(node.type) not in _DTYPES for node in besides):
         raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
     # What the bundle's graph no longer takes, such as a switch between two branches.
-    specs = [TensorSpec(n.name, _DTYPES[n.type], _named(n.shape)) for n in besides]
+    specs = [TensorSpec(n.name, NUMPY_NAMES[n.type], _named(n.shape)) for n in besides]
     every = {**feeds, **Sample(specs, {}).feeds()}
     own = [node.name for node in session.get_outputs()]
     given = {name: every[name] for name in taken}

@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loradeploy.adapter.digest import file_digest
+from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
 from loradeploy.errors import (
@@ -43,20 +44,6 @@ if TYPE_CHECKING:
 
     Function = Callable[[dict[str, NDArray[Any]]], Any]
     Comparable = str | os.PathLike[str] | Function | torch.nn.Module
-
-_NUMPY: Final = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int16)": "int16",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-    "tensor(string)": "str",
-}
 
 
 def open_side(
@@ -155,7 +142,7 @@ def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(
             node.name,
-            _NUMPY.get(node.type, node.type),
+            NUMPY_NAMES.get(node.type, node.type),
             tuple(
                 f"{node.name} {axis}" if size is None else size
                 for axis, size in enumerate(node.shape)

@@ -91,8 +91,8 @@ class TextGenerator:
         sizes = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS)
         if any(isinstance(size, int) for size in sizes):
             raise UsageError(
-                f"{session.path} was exported with --fixed: run it with AdapterSession.run, or"
-                " export it without"
+                f"{session.path} was exported with `fixed` sizes: run it with AdapterSession.run,"
+                " or export it without"
             )
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
