@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -40,7 +40,10 @@ __all__ = [
     "check_replaceable",
     "copy_file",
     "inside",
+    "is_json_lines",
+    "json_line",
     "json_object",
+    "numbered_lines",
     "open_file",
     "plain",
     "read_bytes",
@@ -50,6 +53,7 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES: Final = 16 << 20
+_JSON_LINES: Final = (".jsonl", ".ndjson", ".json")
 MAX_TEXT_BYTES: Final = 1 << 30  # prompts and data, which are read whole
 MAX_GRAPH_BYTES: Final = 2 << 30  # of protobuf's and flatbuffers' files, which have no more
 MAX_WEIGHTS_BYTES: Final = 1 << 40  # of a file that is mapped, or in memory once it is checked
@@ -267,6 +271,35 @@ def json_object(
     if not isinstance(value, dict):
         raise error(f"{file} holds a JSON {type(value).__name__}, an object is needed")
     return value
+
+
+def is_json_lines(path: str | os.PathLike[str]) -> bool:
+    """Whether each line of the text file `path` is JSON, by the ending of its name."""
+    return Path(path).suffix.lower() in _JSON_LINES
+
+
+def numbered_lines(text: str, source: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """The lines of `text` that are not blank, each after its place, `SOURCE, line N`.
+
+    A newline alone ends a line: JSON may have the Unicode line separators as they are.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{os.fspath(source)}, line {number}", line.rstrip("\r")
+
+
+def json_line(
+    where: str, line: str, *, error: type[LoraDeployError], finite: bool = True, expected: str
+) -> Any:
+    """The JSON value of one `line` of a file; `where` and what was `expected` are for the message.
+
+    Raises:
+        error: it is not JSON.
+    """
+    try:
+        return parse_json(line, finite=finite)
+    except ValueError as problem:
+        raise error(f"{where}: not JSON ({first_line(problem)}); {expected}") from None
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

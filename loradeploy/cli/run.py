@@ -18,18 +18,21 @@ from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
     UsageError,
-    first_line,
     listed_names,
 )
-from loradeploy.files import MAX_TEXT_BYTES, read_text
-from loradeploy.parsing import parse_json
+from loradeploy.files import (
+    MAX_TEXT_BYTES,
+    is_json_lines,
+    json_line,
+    numbered_lines,
+    read_text,
+)
 from loradeploy.printable import as_json, one_line, printable
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.session import AdapterSession
 
-_JSON_LINES: Final = (".jsonl", ".ndjson")
 _PROMPT_KEYS: Final = ("prompt", "messages", "text")
 
 
@@ -285,13 +288,10 @@ def _read(name: str, adapter: str | None) -> Iterator[Request]:
         _standard_input() if name == "-" else read_text(name, error=DataError, limit=MAX_TEXT_BYTES)
     )
     found = False
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            found = True
-            if Path(name).suffix in _JSON_LINES:
-                yield _request(line, f"{name}, line {number}", adapter)
-            else:
-                yield Request(line.rstrip("\r"), adapter)
+    as_json = is_json_lines(name)
+    for where, line in numbered_lines(content, name):
+        found = True
+        yield _request(line, where, adapter) if as_json else Request(line, adapter)
     if not found:
         raise DataError(f"{name} holds no prompts")
 
@@ -306,18 +306,15 @@ def _standard_input() -> str:
     return content
 
 
-def _request(line: str, place: str, adapter: str | None) -> Request:
-    try:
-        values = parse_json(line)
-    except ValueError as problem:
-        raise DataError(f"{place}: no valid JSON: {first_line(problem)}") from None
+def _request(line: str, where: str, adapter: str | None) -> Request:
+    values = json_line(where, line, error=DataError, expected='give {"prompt": "…"}')
     if not isinstance(values, dict):
-        raise DataError(f'{place}: not an object, such as {{"prompt": "…"}}')
+        raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
     key = next((key for key in _PROMPT_KEYS if key in values), None)
     kind = list if key == "messages" else str
     if key is None or not isinstance(values[key], kind):
-        raise DataError(f"{place}: give a text as prompt or text, or a list of messages")
+        raise DataError(f"{where}: give a text as prompt or text, or a list of messages")
     own = values.get("adapter", adapter)
     if not (own is None or isinstance(own, str | dict)):
-        raise DataError(f"{place}: adapter is no name, no {{name: weight, …}} and not null")
+        raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
     return Request(values[key], own)

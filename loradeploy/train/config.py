@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.errors import UsageError
 from loradeploy.files import read_text
 from loradeploy.printable import printable
 
-EMBEDDING: Final = "embedding"
 # Keys of the YAML file that are no settings of the training itself: see `read_places`.
 PLACES: Final = ("model", "data", "output")
-TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, EMBEDDING)
+TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, FEATURE_EXTRACTION)
 PROBLEMS: Final = ("single-label", "multi-label", "regression")
 SCHEDULES: Final = ("linear", "cosine", "constant")
-PACKED: Final = ("int8", "int4")
-WIDTHS: Final = ("fp32", "bf16", *PACKED)
+QUANTIZED: Final = ("int8", "int4")
+WIDTHS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
 from loradeploy.bundle.text.sentence import (
     MODULES_NAME,
     read_recipe,
@@ -44,7 +44,7 @@ from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.checkpoints import Checkpoints
-from loradeploy.train.config import EMBEDDING, PACKED, TrainConfig, to_yaml
+from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
 from loradeploy.train.prepared import Prepared, prepare
@@ -96,7 +96,7 @@ def run(
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
         adapter_config = _adapter_config(model, config, task, base.heads)
-        if config.precision in PACKED:
+        if config.precision in QUANTIZED:
             quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
         injection = inject(base.model, adapter_config, seed=config.seed)
         describe = functools.partial(
@@ -256,7 +256,7 @@ def _write(
     target = result.adapter
     with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
         save_adapter(adapter, place)
-        if config.task == EMBEDDING:
+        if config.task == FEATURE_EXTRACTION:
             _tell_pooling(base, place)
         write_curve(trainer.curve(), place)
         (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")

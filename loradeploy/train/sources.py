@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.errors import DataError, first_line, listed_names
-from loradeploy.files import MAX_TEXT_BYTES, check_directory, check_file, read_text
+from loradeploy.files import (
+    MAX_TEXT_BYTES,
+    check_directory,
+    check_file,
+    json_line,
+    numbered_lines,
+    read_text,
+)
 from loradeploy.lora.checkpoint import is_hub_id
-from loradeploy.parsing import parse_json
 
 # Where a row is, for messages to the user, and what it holds.
 Row = tuple[str, dict[str, Any]]
@@ -109,16 +115,10 @@ def _text_of(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    # Not splitlines(): a JSON text may hold the Unicode line separators as they are.
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(line, finite=False)
-        except ValueError as problem:
-            told = first_line(problem)
-            raise DataError(f"{where}: not JSON ({told}); each line is an object") from None
+    for where, line in numbered_lines(_text_of(path), path):
+        value = json_line(
+            where, line, error=DataError, finite=False, expected="each line is an object"
+        )
         if not isinstance(value, dict):
             raise DataError(f"{where}: a JSON {type(value).__name__}, an object is needed")
         yield where, value

@@ -10,12 +10,13 @@ import torch
 
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
-    PEFT_TASKS,
+    FEATURE_EXTRACTION,
     SEQUENCE_CLASSIFICATION,
+    TASK_TABLE,
     TOKEN_CLASSIFICATION,
 )
 from loradeploy.train import data
-from loradeploy.train.config import EMBEDDING, TrainConfig
+from loradeploy.train.config import TrainConfig
 from loradeploy.train.features import (
     Collator,
     Encoded,
@@ -41,22 +42,18 @@ if TYPE_CHECKING:
 Encode = Callable[[Sequence[Any], Sequence[str], "PreTrainedTokenizerBase", int], Encoded]
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
-# PEFT's names of the tasks that are exported by another name.
-_PEFT_ONLY: Final = {EMBEDDING: "FEATURE_EXTRACTION"}
-
 
 @dataclass(frozen=True)
 class Task:
     """What one task does differently.
 
-    `auto_class`: transformers' class that loads the base. `read`: its examples. `encode`: their
-    token ids and labels, given the label names. `collate`: a batch of them, given the padding.
+    `name`: its row in `adapter.tasks`. `read`: its examples. `encode`: their token ids and labels,
+    given the label names. `collate`: a batch of them, given the padding.
     `outputs`: how many the head has for so many label names; None where there is no head.
     `judged`: whether a share of answers comes out right, which is the accuracy.
     """
 
     name: str
-    auto_class: str
     read: Callable[[Source], Sequence[Any]]
     encode: Encode
     loss: LossFunction
@@ -65,9 +62,14 @@ class Task:
     judged: bool = True
 
     @property
-    def peft(self) -> str:
+    def auto_class(self) -> str:
+        """transformers' class that loads the base."""
+        return TASK_TABLE[self.name].auto_class
+
+    @property
+    def peft(self) -> str | None:
         """PEFT's name of the task."""
-        return {**PEFT_TASKS, **_PEFT_ONLY}[self.name]
+        return TASK_TABLE[self.name].peft
 
 
 def _without_labels(
@@ -85,7 +87,6 @@ def _classifier(
 ) -> Task:
     return Task(
         name=SEQUENCE_CLASSIFICATION,
-        auto_class="AutoModelForSequenceClassification",
         read=read,
         encode=text_features,
         loss=loss,
@@ -108,7 +109,6 @@ _TASKS: Final[Mapping[str, Task]] = {
     for task in (
         Task(
             name=CAUSAL_LM,
-            auto_class="AutoModelForCausalLM",
             read=data.read_conversations,
             encode=_without_labels(conversation_features),
             loss=causal_lm_loss,
@@ -116,15 +116,13 @@ _TASKS: Final[Mapping[str, Task]] = {
         ),
         Task(
             name=TOKEN_CLASSIFICATION,
-            auto_class="AutoModelForTokenClassification",
             read=data.read_tagged_words,
             encode=word_features,
             loss=classification_loss,
             outputs=int,
         ),
         Task(
-            name=EMBEDDING,
-            auto_class="AutoModel",
+            name=FEATURE_EXTRACTION,
             read=data.read_text_pairs,
             encode=_without_labels(pair_features),
             loss=embedding_loss,

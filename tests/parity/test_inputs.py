@@ -78,7 +78,7 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
     [
         ("missing.txt", None, "does not exist"),
         ("empty.txt", "\n", "holds no prompts"),
-        ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2 is no JSON"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2: not JSON"),
         ("other.jsonl", '{"question": "a"}', "line 1 has none of the fields"),
         ("latin.txt", b"caf\xe9", "cannot be read"),
     ],

@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line(
     [
         ("", "holds no prompts"),
         ("\n \n", "holds no prompts"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2: no valid JSON"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
         ('{"prompt": "a"}\n\n[1]\n', "line 3: not an object"),
         ('{"completion": "a"}\n', "line 1: give a text"),
         ('{"prompt": 5}\n', "line 1: give a text"),

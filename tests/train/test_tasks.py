@@ -88,7 +88,7 @@ TASKS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str, tuple[str, .
         "TOKEN_CLS",
         ("O", "business", "sports", "tech"),
     ),
-    "embedding": (pairs, {"task": "embedding"}, "FEATURE_EXTRACTION", None),
+    "feature-extraction": (pairs, {"task": "feature-extraction"}, "FEATURE_EXTRACTION", None),
 }
 
 
@@ -102,7 +102,7 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
     data = make(tmp_path / "data.jsonl")
     result = quick(tiny_bert, data, tmp_path / "adapter", **LEARNING, **settings)
     # Half of a batch may be of the anchor's own topic, where an embedder cannot be right.
-    assert result.loss_after < (0.85 if task == "embedding" else 0.7) * result.loss_before
+    assert result.loss_after < (0.85 if task == "feature-extraction" else 0.7) * result.loss_before
     if task == "regression":
         assert result.accuracy_after is None
     else:
@@ -110,7 +110,7 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
         assert result.accuracy_after > result.accuracy_before
     adapter = load_adapter(result.adapter)
     assert (adapter.config.task_type, adapter.labels) == (peft_name, labels)
-    assert bool(adapter.saved) == (task != "embedding"), "a head is trained whole"
+    assert bool(adapter.saved) == (task != "feature-extraction"), "a head is trained whole"
     assert peft.PeftConfig.from_pretrained(str(result.adapter)).task_type == peft_name
 
 
@@ -121,7 +121,7 @@ def test_an_embedder_says_how_it_was_trained_where_the_base_pools_otherwise(
     base = shutil.copytree(tiny_bert, tmp_path / "base")
     write(base, ("Pooling", "1_Pooling", {"pooling_mode": mode}))
     data = pairs(tmp_path / "data.jsonl")
-    result = quick(base, data, tmp_path / "adapter", task="embedding", max_steps=1)
+    result = quick(base, data, tmp_path / "adapter", task="feature-extraction", max_steps=1)
     recipe = read_recipe(result.adapter)
     if mode == "mean":
         assert recipe is None

@@ -15,10 +15,16 @@ from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, DataError, UsageError, first_line
-from loradeploy.files import MAX_TEXT_BYTES, read_json, read_text
+from loradeploy.errors import BundleError, DataError, UsageError
+from loradeploy.files import (
+    MAX_TEXT_BYTES,
+    is_json_lines,
+    json_line,
+    numbered_lines,
+    read_json,
+    read_text,
+)
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
-from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from loradeploy.runtime.tokenizer import Tokenizer
@@ -144,30 +150,25 @@ def _texts(
 def _read(file: Path) -> list[Prompt]:
     if not file.exists():
         raise DataError(f"{file} does not exist: give a text or JSONL file of prompts")
-    lines = read_text(file, error=DataError, limit=MAX_TEXT_BYTES).splitlines()
-    as_json = file.suffix in (".jsonl", ".json")
-    found = [
-        _line(file, number, line) if as_json else line
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    text = read_text(file, error=DataError, limit=MAX_TEXT_BYTES)
+    as_json = is_json_lines(file)
+    found = [_line(where, line) if as_json else line for where, line in numbered_lines(text, file)]
     if not found:
         raise DataError(f"{file} holds no prompts")
     return found
 
 
-def _line(file: Path, number: int, line: str) -> Prompt:
-    try:
-        value = parse_json(line)
-    except ValueError as problem:
-        raise DataError(f"{file}, line {number} is no JSON: {first_line(problem)}") from None
+def _line(where: str, line: str) -> Prompt:
+    value = json_line(
+        where, line, error=DataError, expected=f"give an object with {' or '.join(_TEXT_FIELDS)}"
+    )
     if isinstance(value, str):
         return value
     for name in _TEXT_FIELDS if isinstance(value, dict) else ():
         content: Any = value.get(name)
         if isinstance(content, str) or (name == "messages" and isinstance(content, list)):
             return content
-    raise DataError(f"{file}, line {number} has none of the fields {', '.join(_TEXT_FIELDS)}")
+    raise DataError(f"{where} has none of the fields {', '.join(_TEXT_FIELDS)}")
 
 
 def _encode(tokenizer: Tokenizer, text: Prompt, longest: int) -> list[int]:
