@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from loradeploy.cli.console import json_option, print_json, progress, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
+from loradeploy.parity.names import ALL_PHASES, BACKEND_NAMES, LEVELS
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 # Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
 _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
-_WHOLE: Final = 160  # columns of the table
+_WIDTH: Final = 160  # columns of the table, where no terminal limits it
+DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 
 
 @click.command(
@@ -31,77 +33,93 @@ _WHOLE: Final = 160  # columns of the table
     "--against",
     "reference",
     metavar="REFERENCE",
-    help="Compare CANDIDATE with this: each an ONNX file, a bundle, or module:function.",
+    help="Compare CANDIDATE with this model instead of PyTorch's. Each of the two is an ONNX file,"
+    " a bundle, or a Python function given as module:function.",
 )
 @click.option(
     "--inputs",
     metavar="FILE.npz|DIR",
-    help="With --against: the inputs, arrays by name; a file is a case. [default: made up]",
+    help="With --against: read the inputs from these files, one case a file, arrays by name."
+    " [default: inputs are generated at random]",
 )
 @click.option(
     "--cases",
     type=int,
     default=CASES,
     show_default=True,
-    help="With --against: how many inputs to make up.",
+    help="With --against: how many cases of random inputs to generate.",
 )
 @click.option(
     "--tolerances",
     metavar="PRECISION|METRIC=LIMIT,…",
-    help="With --against: those of a precision, or these limits (max_abs=0.1). [default: those of"
-    " CANDIDATE's precision]",
+    help="With --against: judge by the limits of this precision, or by limits such as max_abs=0.1."
+    " [default: the limits of CANDIDATE's precision]",
 )
-@click.option("--model", help="The base model: Hugging Face id or directory.")
+@click.option(
+    "--model",
+    help="The PyTorch model that the bundle was made from: a Hugging Face id or a directory."
+    " [default: the one that the bundle names, where it is in this directory or beside the bundle]",
+)
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="PEFT adapter besides the bundle's own; the one that a merged bundle claims to hold.",
+    help="Check this PEFT adapter too; for a merged bundle, the adapter that was merged. Repeat for"
+    " more.",
 )
 @click.option(
     "--report",
     "reports",
     multiple=True,
     metavar="FILE",
-    help="Write a report: .json, .xml (JUnit), .md or .html; repeat for more.",
+    help="Write a report to this file: .json, .xml (JUnit), .md or .html. Repeat for more.",
 )
 @click.option(
     "--sign",
     metavar="KEY.pem",
-    help="Sign the certificate of a check that passed with this ed25519 key.",
+    help="Sign the certificate with this ed25519 key if the check passes.",
 )
 @click.option(
     "--backends",
     metavar="NAME,…",
-    help="Only these: torch-merged, peft, onnx-merged, onnx-side-inputs, onnx-native, onnx-mixed,"
-    " onnx-genai, onnx-reference.",
+    help=f"Run only these backends, separated by commas: {', '.join(BACKEND_NAMES)}.",
 )
 @click.option(
     "--phases",
     metavar="NAME,…",
-    help="Only these: prefill, chunked-prefill, padded-batch, permuted-batch, decode, repeat;"
-    " one-row of an encoder.",
+    help=f"Run only these phases, separated by commas: {', '.join(DASHED_PHASES)}.",
 )
-@click.option("--prompts", metavar="FILE", help="One prompt a line, or JSONL.")
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help="Read the prompts from this file: one a line, or JSONL with prompt, messages or text."
+    " [default: built-in prompts]",
+)
 @click.option(
     "--tokens",
     type=int,
-    help=f"To generate after each prompt, by a decoder.  [default: {GENERATED}]",
+    help=f"How many tokens a decoder generates after each prompt. [default: {GENERATED}]",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="For random tokens and made-up inputs."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Draw random tokens and random inputs from this seed.",
 )
 @click.option(
     "--other",
     "others",
     multiple=True,
-    metavar="[NAME=]PLACE[@ADAPTER]",
-    help="Hold this against PyTorch too: an ONNX file or module:function that computes what the"
-    " base does, or what it does with ADAPTER.",
+    metavar="[NAME=]MODEL[@ADAPTER]",
+    help="Compare this with PyTorch too: an ONNX file or module:function that computes what the"
+    " base computes, alone or with ADAPTER. Repeat for more.",
 )
 @click.option(
-    "--baseline", metavar="FILE", help="A report (.json) of before: fail on what got worse."
+    "--baseline",
+    metavar="FILE",
+    help="Fail on whatever got worse since this earlier report (.json).",
 )
 @click.option(
     "--fuzz",
@@ -109,52 +127,58 @@ _WHOLE: Final = 160  # columns of the table
     default=0,
     show_default=True,
     metavar="ROWS",
-    help="Rows of random tokens besides the prompts.",
+    help="Add this many rows of random tokens to the prompts.",
 )
 @click.option(
     "--provider",
     "providers",
     multiple=True,
     metavar="NAME",
-    help="onnxruntime's execution provider, such as cuda; repeat to run on each.  [default: cpu]",
+    help="Run the graphs on this ONNX Runtime execution provider, such as cuda. Repeat to run on"
+    " each. [default: cpu]",
 )
 @click.option(
     "--optimization",
     multiple=True,
     metavar="LEVEL",
-    help="Of graphs by onnxruntime: disable, basic, extended or all; repeat to run at each."
-    "  [default: all]",
+    help="Run the graphs at this level of ONNX Runtime's graph optimization:"
+    f" {', '.join(LEVELS)}. Repeat to run at each. [default: all]",
 )
 @click.option(
     "--genai-python",
     metavar="FILE",
-    help="The Python of an environment with onnxruntime-genai, to check that too.",
+    help="Check onnxruntime-genai too, with this Python interpreter, which has it installed.",
 )
-@click.option("--controls", is_flag=True, help="Make mistakes on purpose; each must be caught.")
+@click.option(
+    "--controls",
+    is_flag=True,
+    help="Make mistakes on purpose as well, and fail unless the check catches each of them.",
+)
 @click.option(
     "--shrink/--no-shrink",
     default=True,
     show_default=True,
-    help="Find the smallest input that fails, where one does.",
+    help="Where a backend fails, find the smallest input that still fails.",
 )
 @click.option(
     "--evaluate",
     multiple=True,
     metavar="[NAME=]DATA",
-    help="Held-out data to take the accuracy or perplexity on, in the forms of training data; with"
-    " NAME for that adapter.",
+    help="Compare the accuracy or perplexity on this held-out data, in any form of training data;"
+    " with NAME=, for that adapter alone. Repeat for more.",
 )
 @click.option(
     "--examples",
     type=int,
     default=EXAMPLES,
     show_default=True,
-    help="How many of them to draw.",
+    help="With --evaluate: how many examples to draw from the data.",
 )
 @click.option(
     "--localize/--no-localize",
     default=None,
-    help="Find the first module that diverges: always, or never; without, where something failed.",
+    help="Find the first module whose values diverge: always, or never. [default: where a backend"
+    " failed]",
 )
 @trust_option
 @json_option
@@ -189,11 +213,11 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> int:
-    """Hold every way to run BUNDLE against PyTorch; exit 0 only where all agree, 1 where not.
+    """Compare every way to run BUNDLE with PyTorch; exit 0 only where all agree, 1 where not.
 
     The verdict is written into the bundle too, as parity.json.
 
-    With --against, hold CANDIDATE against REFERENCE instead, output by output, whatever they are.
+    With --against, compare CANDIDATE with REFERENCE instead, output by output, whatever they are.
     A function is given numpy arrays by name and returns its outputs by name, or in the order of the
     other side's.
     """
@@ -213,7 +237,7 @@ def command(
                 report=reports,
                 baseline=baseline,
             )
-            return _tell(found, as_json=as_json)
+            return _print_report(found, as_json=as_json)
         from loradeploy.parity.api import parity
 
         found = parity(
@@ -240,7 +264,7 @@ def command(
             localize=localize,
             trust_remote_code=trust_remote_code,
         )
-    return _tell(found, as_json=as_json)
+    return _print_report(found, as_json=as_json)
 
 
 def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
@@ -260,7 +284,7 @@ def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
     if "examples" in flags and "evaluate" not in flags:
         raise UsageError("--examples goes with --evaluate alone")
     if "cases" in flags and "inputs" in flags:
-        raise UsageError("--cases are made up: it does not go with --inputs")
+        raise UsageError("--cases is for random inputs: it does not go with --inputs")
 
 
 def _limits(text: str | None) -> str | dict[str, float] | None:
@@ -274,7 +298,7 @@ def _limits(text: str | None) -> str | dict[str, float] | None:
         raise UsageError(f"--tolerances {text}: give METRIC=LIMIT, as in max_abs=0.1") from None
 
 
-def _tell(found: ParityReport, *, as_json: bool) -> int:
+def _print_report(found: ParityReport, *, as_json: bool) -> int:
     if as_json:
         print_json(found.to_json())
     else:
@@ -283,7 +307,7 @@ def _tell(found: ParityReport, *, as_json: bool) -> int:
         from loradeploy.parity.report.table import print_report
 
         # Nobody can widen a log: what is no terminal gets the whole table.
-        width = None if sys.stdout.isatty() else _WHOLE
+        width = None if sys.stdout.isatty() else _WIDTH
         print_report(found, Console(file=sys.stdout, highlight=False, width=width))
     return 0 if found.passed else 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,28 +20,13 @@ from loradeploy.errors import (
     UsageError,
     listed_names,
 )
-from loradeploy.files import (
-    MAX_TEXT_BYTES,
-    is_json_lines,
-    json_line,
-    numbered_lines,
-    read_text,
-)
+from loradeploy.files import MAX_TEXT_BYTES
 from loradeploy.printable import as_json, one_line, printable
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
+    from loradeploy.runtime.prompts import Request
     from loradeploy.runtime.session import AdapterSession
-
-_PROMPT_KEYS: Final = ("prompt", "messages", "text")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and its adapter: a name, a path, several with weights, or None for the base."""
-
-    prompt: Any
-    adapter: AdapterSpec | None
 
 
 @click.command(
@@ -121,11 +106,15 @@ def command(
     batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
+    from loradeploy.runtime.prompts import Request
     from loradeploy.runtime.session import AdapterSession
 
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
-    requests = [Request(prompt, adapter)] if file is None else list(_read(file, adapter))
+    if file is not None:
+        requests = _read(file, adapter)
+    elif prompt is not None:
+        requests = [Request(prompt, adapter)]
     required: bool | CertificateMinimum = require_certificate
     if certificate_minimum is not None or certificate_key is not None:
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
@@ -278,22 +267,13 @@ def _name(session: AdapterSession, adapter: str) -> str:
     return name
 
 
-def _read(name: str, adapter: str | None) -> Iterator[Request]:
-    """The prompts in a file; blank lines are passed over.
+def _read(name: str, adapter: str | None) -> list[Request]:
+    """The prompts in the file `name`, or on the standard input where that is "-"."""
+    from loradeploy.runtime.prompts import parse_requests, read_requests
 
-    Raises:
-        DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
-    """
-    content = (
-        _standard_input() if name == "-" else read_text(name, error=DataError, limit=MAX_TEXT_BYTES)
-    )
-    found = False
-    as_json = is_json_lines(name)
-    for where, line in numbered_lines(content, name):
-        found = True
-        yield _request(line, where, adapter) if as_json else Request(line, adapter)
-    if not found:
-        raise DataError(f"{name} holds no prompts")
+    if name == "-":
+        return parse_requests(_standard_input(), "standard input", adapter)
+    return read_requests(name, adapter)
 
 
 def _standard_input() -> str:
@@ -304,17 +284,3 @@ def _standard_input() -> str:
     if len(content) > MAX_TEXT_BYTES:
         raise DataError(f"standard input has more than the {MAX_TEXT_BYTES:,} characters of a run")
     return content
-
-
-def _request(line: str, where: str, adapter: str | None) -> Request:
-    values = json_line(where, line, error=DataError, expected='give {"prompt": "…"}')
-    if not isinstance(values, dict):
-        raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
-    key = next((key for key in _PROMPT_KEYS if key in values), None)
-    kind = list if key == "messages" else str
-    if key is None or not isinstance(values[key], kind):
-        raise DataError(f"{where}: give a text as prompt or text, or a list of messages")
-    own = values.get("adapter", adapter)
-    if not (own is None or isinstance(own, str | dict)):
-        raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
-    return Request(values[key], own)

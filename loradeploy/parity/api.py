@@ -52,9 +52,9 @@ def parity(
         adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
             merged bundle claims to hold.
         report: files to write, .json, .xml (JUnit), .md or .html.
-        backends: names from `loradeploy.parity.backends.table.BACKENDS`; by default all that the
+        backends: names from `loradeploy.parity.names.BACKEND_NAMES`; by default all that the
             bundle has and that can be run here.
-        phases: names from `loradeploy.parity.phases`, such as "prefill" or "chunked prefill"; by
+        phases: names from `loradeploy.parity.names`, such as "prefill" or "chunked prefill"; by
             default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
@@ -108,6 +108,7 @@ def parity(
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.job import run, write
+    from loradeploy.parity.names import ONNX_GENAI
     from loradeploy.parity.phases import choose_phases
     from loradeploy.parity.report.baseline import check_comparable, hold_against, read_baseline
     from loradeploy.parity.report.writers import check_reports
@@ -139,7 +140,7 @@ def parity(
     shown = choose_phases(manifest.task, phases)
     variants = choose_variants(providers, optimization)
     interpreter = find_interpreter(genai_python)
-    asked = {*(backends or ()), *(() if interpreter is None else ("onnx-genai",))}
+    asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
     subjects = find_subjects(place, manifest, adapters)
     digests = graph_digests(place, manifest)
     used = tuple(dict.fromkeys(variant.provider for variant in variants))

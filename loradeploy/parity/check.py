@@ -12,16 +12,8 @@ from loradeploy.parity.backends.ort import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.phases import (
-    REPEAT,
-    Model,
-    Observation,
-    Row,
-    has_logits,
-    phases_of,
-    rows_of,
-    walk,
-)
+from loradeploy.parity.names import REPEAT
+from loradeploy.parity.phases import Model, Observation, Row, has_logits, phases_of, rows_of, walk
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of

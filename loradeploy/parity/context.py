@@ -98,7 +98,7 @@ def find_model(
         found = [place for place in candidates if (place / "config.json").is_file()]
         if not found:
             raise UsageError(
-                f"the reference is the PyTorch model: give it with --model; {bundle} was made from"
+                f"the reference is the PyTorch model: give it as `model`; {bundle} was made from"
                 f" {name}, which is neither here nor beside the bundle"
             )
         model = found[0]
@@ -150,7 +150,9 @@ def find_subjects(
         adapter = fitted(load_adapter(place), manifest)
         wide = with_all_labels(adapter, manifest)
         if name in found and found[name].digest != adapter.digest:
-            raise UsageError(f"two adapters are named {name!r}: name them, --adapter NAME=DIR")
+            raise UsageError(
+                f'two adapters are named {name!r}: give them other names, `adapters=["NAME=DIR"]`'
+            )
         beside = found[name].native if name in found else None
         # Of one that the bundle has too, PEFT reads the files that are given.
         found[name] = AdapterUnderTest(
@@ -158,8 +160,8 @@ def find_subjects(
         )
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
-            f"{bundle} is merged: say which one adapter its graph claims to hold, --adapter DIR"
-            f" ({len(found)} are given)"
+            f"{bundle} is merged: give the one adapter that its graph is meant to hold,"
+            f' `adapters=["DIR"]`; {len(found)} are given'
         )
     if manifest.mode == "side-inputs":
         for subject in found.values():

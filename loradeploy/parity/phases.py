@@ -40,6 +40,17 @@ from loradeploy.adapter.tasks import (
 from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
+from loradeploy.parity.names import (
+    CHUNKED,
+    DECODE,
+    DECODER_PHASES,
+    ENCODER_PHASES,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+)
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
@@ -49,16 +60,6 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-PREFILL: Final = "prefill"
-ONE_ROW: Final = "one row"
-PADDED_BATCH: Final = "padded batch"
-DECODE: Final = "decode"
-CHUNKED: Final = "chunked prefill"
-PERMUTED: Final = "permuted batch"
-REPEAT: Final = "repeat"
-
-_DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
-_ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
 # How many rows a phase is shown of, where it is not all.
 _FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
 # The same for decoding row by row, which takes long.
@@ -186,7 +187,7 @@ def walk(
 
 def phases_of(task: str) -> tuple[str, ...]:
     """The phases that a task has."""
-    return _DECODER_PHASES if task == CAUSAL_LM else _ENCODER_PHASES
+    return DECODER_PHASES if task == CAUSAL_LM else ENCODER_PHASES
 
 
 def choose_phases(task: str, asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.parity.backends.table import REFERENCE_TITLE
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.phases import ONE_ROW, PREFILL, REPEAT, has_logits, rows_of, walk
+from loradeploy.parity.names import ONE_ROW, PREFILL, REPEAT
+from loradeploy.parity.phases import has_logits, rows_of, walk
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import Result
 from loradeploy.parity.tolerances import assumed

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
+from loradeploy.parity.names import LEVELS
 from loradeploy.parity.report.results import Variant
+from loradeploy.runtime.providers import CPU
 
 if TYPE_CHECKING:
     import onnxruntime
 
-CPU: Final = "CPUExecutionProvider"
-# onnxruntime's names of the levels, and of their members in its GraphOptimizationLevel.
-LEVELS: Final = {
-    "disable": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
+
 DEFAULT: Final = Variant(CPU, "all")
 _LISTED: Final = 4
 

@@ -80,7 +80,7 @@ def test_where_it_is_not_installed_that_is_said_if_it_is_asked_for(
     (result,) = check(llama_with_adapter, **ONLY).results
     assert (result.outcome, result.message) == (
         "not run",
-        "onnxruntime-genai is not installed: give --genai-python",
+        "onnxruntime-genai is not installed: give the Python that has it",
     )
     silent = check(llama_with_adapter, phases=["decode"])
     assert "onnx-genai" not in {result.backend for result in silent.results}

@@ -79,7 +79,7 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
         ("missing.txt", None, "does not exist"),
         ("empty.txt", "\n", "holds no prompts"),
         ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2: not JSON"),
-        ("other.jsonl", '{"question": "a"}', "line 1 has none of the fields"),
+        ("other.jsonl", '{"question": "a"}', "line 1: give a text as prompt"),
         ("latin.txt", b"caf\xe9", "cannot be read"),
     ],
 )

@@ -11,9 +11,11 @@ import pytest
 import loradeploy as ld
 from loradeploy.errors import UsageError
 from loradeploy.parity import job
+from loradeploy.parity.names import LEVELS
 from loradeploy.parity.phases import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
-from loradeploy.parity.variants import CPU, LEVELS, choose_variants, session_options, start
+from loradeploy.parity.variants import choose_variants, session_options, start
+from loradeploy.runtime.providers import CPU
 from loradeploy.runtime.session import AdapterSession
 from tests.parity.conftest import PROMPTS, Check
 from tests.parity.tampering import change_graph, leave_dropout_on, see_the_future_in_chunks

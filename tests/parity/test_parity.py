@@ -350,7 +350,7 @@ def test_another_base_is_refused(
 def test_the_model_is_found_beside_the_bundle_or_asked_for(
     bundle: Path, tiny_llama: Path, parity: Parity
 ) -> None:
-    with pytest.raises(UsageError, match=r"give it with --model.*made from tiny-llama"):
+    with pytest.raises(UsageError, match=r"give it as `model`.*made from tiny-llama"):
         parity(bundle)
     shutil.copytree(tiny_llama, bundle.parent / tiny_llama.name)
     assert parity(bundle, backends=["onnx-side-inputs"]).passed
@@ -361,7 +361,7 @@ def test_a_merged_bundle_needs_its_one_adapter(
 ) -> None:
     ld.export(bundle, tmp_path / "merged", adapters=[adapter], merge=True)
     for adapters in ([], {"a": adapter, "b": adapter}):
-        with pytest.raises(UsageError, match="which one adapter its graph claims to hold"):
+        with pytest.raises(UsageError, match="give the one adapter that its graph"):
             parity(tmp_path / "merged", model=tiny_llama, adapters=adapters)
 
 

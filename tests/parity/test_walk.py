@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.parity.phases import (
+from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     ONE_ROW,
@@ -18,12 +18,8 @@ from loradeploy.parity.phases import (
     PERMUTED,
     PREFILL,
     REPEAT,
-    Row,
-    generate,
-    phases_of,
-    rows_of,
-    walk,
 )
+from loradeploy.parity.phases import Row, generate, phases_of, rows_of, walk
 from loradeploy.runtime.tokenizer import positions_of
 
 WIDTH = 5

@@ -38,10 +38,14 @@ _READ: Final = (
     *("config.json", "modules.json", "preprocessor_config.json"),
     *TEXT_NAMES,
 )
+ONNX_MERGED: Final = "onnx-merged"
+ONNX_SIDE_INPUTS: Final = "onnx-side-inputs"
+ONNX_NATIVE: Final = "onnx-native"
+ONNX_MIXED: Final = "onnx-mixed"
 # The backends that run the bundle: PyTorch agreeing with itself proves nothing about it.
 RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
-    "merged": ("onnx-merged",),
-    "side-inputs": ("onnx-side-inputs", "onnx-native", "onnx-mixed"),
+    "merged": (ONNX_MERGED,),
+    "side-inputs": (ONNX_SIDE_INPUTS, ONNX_NATIVE, ONNX_MIXED),
 }
 
 

@@ -87,7 +87,7 @@ def lacks(setting: CheckContext) -> str | None:
     if not (setting.bundle / _CONFIG).is_file():
         return f"the bundle holds no {_CONFIG}"
     if setting.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
-        return "onnxruntime-genai is not installed: give --genai-python"
+        return "onnxruntime-genai is not installed: give the Python that has it"
     return None
 
 

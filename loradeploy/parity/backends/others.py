@@ -31,7 +31,7 @@ from loradeploy.parity.compare.opening import open_side, short_title
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import FED
-from loradeploy.parity.phases import (
+from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     ONE_ROW,

@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.phases import (
+from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     ONE_ROW,
+    ONNX_GENAI,
+    ONNX_MERGED,
+    ONNX_MIXED,
+    ONNX_NATIVE,
+    ONNX_REFERENCE,
+    ONNX_SIDE_INPUTS,
     PADDED_BATCH,
+    PEFT,
     PERMUTED,
     PREFILL,
     REPEAT,
-    Model,
+    TORCH_MERGED,
 )
+from loradeploy.parity.phases import Model
 from loradeploy.parity.reference.packed import PACKED
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import TorchModel, merged
@@ -91,16 +99,16 @@ _ROW_BY_ROW: Final = (PREFILL, CHUNKED, DECODE)
 
 BACKENDS: Final[tuple[Backend, ...]] = (
     Backend(
-        "torch-merged",
+        TORCH_MERGED,
         "PyTorch merged",
         (_SIDE, _MERGED),
         _ALONE,
         _torch_merged,
         on_torch=True,
     ),
-    Backend("peft", "PEFT", (_SIDE, _MERGED), _ALONE, _peft, on_torch=True, needs="peft"),
+    Backend(PEFT, "PEFT", (_SIDE, _MERGED), _ALONE, _peft, on_torch=True, needs="peft"),
     Backend(
-        "onnx-merged",
+        ONNX_MERGED,
         "ONNX merged",
         (_SIDE, _MERGED),
         _ALL,
@@ -108,7 +116,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         on_onnxruntime=True,
     ),
     Backend(
-        "onnx-side-inputs",
+        ONNX_SIDE_INPUTS,
         "ONNX side inputs",
         (_SIDE,),
         _ALL,
@@ -117,7 +125,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         on_onnxruntime=True,
     ),
     Backend(
-        "onnx-native",
+        ONNX_NATIVE,
         "ONNX Runtime adapter",
         (_SIDE,),
         _ALL,
@@ -125,7 +133,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         on_onnxruntime=True,
     ),
     Backend(
-        "onnx-mixed",
+        ONNX_MIXED,
         "ONNX mixed batch",
         (_SIDE,),
         _BATCHED,
@@ -134,7 +142,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         on_onnxruntime=True,
     ),
     Backend(
-        "onnx-genai",
+        ONNX_GENAI,
         "onnxruntime-genai",
         (_SIDE, _MERGED),
         _ROW_BY_ROW,
@@ -145,7 +153,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         unasked=lambda setting: genai.lacks(setting) is None,
     ),
     Backend(
-        "onnx-reference",
+        ONNX_REFERENCE,
         "ONNX reference evaluator",
         (_SIDE, _MERGED),
         _ALL,

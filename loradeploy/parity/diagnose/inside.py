@@ -19,6 +19,14 @@ from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
 from loradeploy.parity.diagnose.search import Place, Values
 from loradeploy.parity.diagnose.torch_probe import Modules, Site, rounded, sites_of, values_at
+from loradeploy.parity.names import (
+    ONNX_MERGED,
+    ONNX_MIXED,
+    ONNX_NATIVE,
+    ONNX_SIDE_INPUTS,
+    PEFT,
+    TORCH_MERGED,
+)
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import Base, TorchModel, as_reference, merged
 from loradeploy.parity.reference.rounding import Activations, rounded_activations
@@ -33,10 +41,10 @@ if TYPE_CHECKING:
 
 # How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
 GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
-    "onnx-side-inputs": ort.side_inputs,
-    "onnx-mixed": ort.side_inputs,
-    "onnx-native": ort.native_adapter,
-    "onnx-merged": ort.merged_graph,
+    ONNX_SIDE_INPUTS: ort.side_inputs,
+    ONNX_MIXED: ort.side_inputs,
+    ONNX_NATIVE: ort.native_adapter,
+    ONNX_MERGED: ort.merged_graph,
 }
 
 
@@ -44,7 +52,7 @@ def _merged(model: torch.nn.Module, subject: AdapterUnderTest) -> AbstractContex
     return merged(model, subject.adapter)
 
 
-MODELS: Final[Mapping[str, InTorch]] = {"torch-merged": _merged, "peft": with_peft}
+MODELS: Final[Mapping[str, InTorch]] = {TORCH_MERGED: _merged, PEFT: with_peft}
 
 
 class TorchRow:
@@ -144,7 +152,7 @@ def _scratch(row: TorchRow) -> AbstractContextManager[str]:
 @contextmanager
 def _bundle_of(row: TorchRow, backend: str) -> Iterator[Path]:
     """The bundle that the backend runs."""
-    if backend == "onnx-merged" and row.subject is not None:
+    if backend == ONNX_MERGED and row.subject is not None:
         with ort.merged_bundle(row.setting, row.subject) as bundle:
             yield bundle
     else:

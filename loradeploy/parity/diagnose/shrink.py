@@ -21,18 +21,8 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.phases import (
-    DECODE,
-    PADDED_BATCH,
-    PERMUTED,
-    REPEAT,
-    WHOLE_ROW,
-    Model,
-    Row,
-    has_logits,
-    phases_of,
-    walk,
-)
+from loradeploy.parity.names import DECODE, PADDED_BATCH, PERMUTED, REPEAT
+from loradeploy.parity.phases import WHOLE_ROW, Model, Row, has_logits, phases_of, walk
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import judge

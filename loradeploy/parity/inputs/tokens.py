@@ -16,15 +16,9 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, DataError, UsageError
-from loradeploy.files import (
-    MAX_TEXT_BYTES,
-    is_json_lines,
-    json_line,
-    numbered_lines,
-    read_json,
-    read_text,
-)
+from loradeploy.files import read_json
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
+from loradeploy.runtime.prompts import read_requests
 
 if TYPE_CHECKING:
     from loradeploy.runtime.tokenizer import Tokenizer
@@ -34,10 +28,9 @@ MAX_PROMPT_TOKENS: Final = 256
 # A text, or a conversation as a list of messages.
 Prompt = str | list[Any]
 
-_TEXT_FIELDS: Final = ("messages", "prompt", "text")
 _SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
-# The longest of `--fuzz`'s rows.
+# The longest row of random tokens.
 _FUZZ_LENGTH: Final = 48
 # The longest row that is always fed; a prompt may be twice as long.
 _LONGEST_EDGE: Final = 128
@@ -141,34 +134,11 @@ def _texts(
     if prompts is None:
         return PROMPTS, "built-in prompts"
     if isinstance(prompts, str | os.PathLike):
-        return _read(Path(prompts)), os.fspath(prompts)
+        requests = read_requests(prompts)
+        return [request.prompt for request in requests], os.fspath(prompts)
     if not prompts:
         raise UsageError("no prompts are given")
     return list(prompts), "given prompts"
-
-
-def _read(file: Path) -> list[Prompt]:
-    if not file.exists():
-        raise DataError(f"{file} does not exist: give a text or JSONL file of prompts")
-    text = read_text(file, error=DataError, limit=MAX_TEXT_BYTES)
-    as_json = is_json_lines(file)
-    found = [_line(where, line) if as_json else line for where, line in numbered_lines(text, file)]
-    if not found:
-        raise DataError(f"{file} holds no prompts")
-    return found
-
-
-def _line(where: str, line: str) -> Prompt:
-    value = json_line(
-        where, line, error=DataError, expected=f"give an object with {' or '.join(_TEXT_FIELDS)}"
-    )
-    if isinstance(value, str):
-        return value
-    for name in _TEXT_FIELDS if isinstance(value, dict) else ():
-        content: Any = value.get(name)
-        if isinstance(content, str) or (name == "messages" and isinstance(content, list)):
-            return content
-    raise DataError(f"{where} has none of the fields {', '.join(_TEXT_FIELDS)}")
 
 
 def _encode(tokenizer: Tokenizer, text: Prompt, longest: int) -> list[int]:

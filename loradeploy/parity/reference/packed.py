@@ -90,8 +90,8 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
         # The integers of a MatMulInteger are scaled behind the product.
         if values is None or product.node.op_type == INTEGER:
             raise BundleError(
-                f"{bundle}: parity cannot read the {product.node.op_type} weight of {name}: hold"
-                " the graph against the PyTorch model with --against"
+                f"{bundle}: parity cannot read the {product.node.op_type} weight of {name}: compare"
+                " the graph with the PyTorch model instead (`reference`)"
             )
         weight = _packed_weight(product, values)
         # A merged graph keeps q, k and v as one product; blocks are within a module's own rows.

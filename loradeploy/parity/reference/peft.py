@@ -55,7 +55,7 @@ def with_peft(model: torch.nn.Module, subject: AdapterUnderTest) -> Iterator[Non
     if changed:  # what is compared after this must be the base
         raise AdapterError(
             f"the adapter {subject.name!r}: PEFT writes over the base's {shortened(changed[0])},"
-            " so that what is compared next would be another base: check without it (--backends)"
+            " so that what is compared next would be another base: give `backends` without peft"
         )
 
 

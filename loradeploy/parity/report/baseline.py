@@ -96,7 +96,9 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
     place = Path(file)
     values = read_json(place, error=UsageError)
     if values.get("format") != FORMAT:
-        raise UsageError(f"{place} is no parity report: give the .json of an earlier --report")
+        raise UsageError(
+            f"{place} is no parity report: give the .json that an earlier check wrote as its report"
+        )
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UsageError(

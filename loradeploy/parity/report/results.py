@@ -10,7 +10,7 @@ from loradeploy.bundle.proof.certificate import FORMAT as FORMAT
 from loradeploy.bundle.proof.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
-from loradeploy.parity.phases import REPEAT
+from loradeploy.parity.names import REPEAT
 
 BASE_LABEL: Final = "base"
 # Two models held against each other as they are: the mode of such a report, and its backends.

@@ -138,7 +138,7 @@ def _places(evaluate: Places, names: Sequence[str | None]) -> dict[str | None, P
             if one in found:
                 raise UsageError(
                     f"two data sets to evaluate {one or BASE_LABEL} on: give one, or one for each"
-                    " adapter, as in --evaluate NAME=DATA"
+                    ' adapter, `evaluate=["NAME=DATA"]`'
                 )
             found[one] = place
     return found

@@ -27,6 +27,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
+from loradeploy.parity.names import ONNX_MERGED, ONNX_SIDE_INPUTS
 from loradeploy.parity.phases import Model, batch_size
 from loradeploy.parity.report.results import Score
 from loradeploy.parity.score.intervals import mean_interval, proportions_interval
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.score.heldout import Example, HeldOut
 
 # The paths that hold one adapter for all rows, each another graph.
-SCORED: Final = ("onnx-side-inputs", "onnx-merged")
+SCORED: Final = (ONNX_SIDE_INPUTS, ONNX_MERGED)
 
 _BLOCK: Final = 1 << 20  # logits whose normalizer is computed at a time
 _WIDEST: Final = 1 << 17  # of a vocabulary, where the graph does not tell

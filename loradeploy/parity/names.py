@@ -1,0 +1,50 @@
+"""The names that a check is asked for by and reports with: backends, phases, levels.
+
+They are listed here without what runs them, so that the command line can show them at once.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from loradeploy.bundle.proof.certificate import ONNX_MERGED as ONNX_MERGED
+from loradeploy.bundle.proof.certificate import ONNX_MIXED as ONNX_MIXED
+from loradeploy.bundle.proof.certificate import ONNX_NATIVE as ONNX_NATIVE
+from loradeploy.bundle.proof.certificate import ONNX_SIDE_INPUTS as ONNX_SIDE_INPUTS
+
+TORCH_MERGED: Final = "torch-merged"
+PEFT: Final = "peft"
+ONNX_GENAI: Final = "onnx-genai"
+ONNX_REFERENCE: Final = "onnx-reference"
+
+# In the order in which they are run: `loradeploy.parity.backends.table` has a row for each.
+BACKEND_NAMES: Final = (
+    TORCH_MERGED,
+    PEFT,
+    ONNX_MERGED,
+    ONNX_SIDE_INPUTS,
+    ONNX_NATIVE,
+    ONNX_MIXED,
+    ONNX_GENAI,
+    ONNX_REFERENCE,
+)
+
+PREFILL: Final = "prefill"
+ONE_ROW: Final = "one row"
+CHUNKED: Final = "chunked prefill"
+PADDED_BATCH: Final = "padded batch"
+PERMUTED: Final = "permuted batch"
+DECODE: Final = "decode"
+REPEAT: Final = "repeat"
+
+DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
+ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
+ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, *ENCODER_PHASES)))
+
+# Levels of graph optimization, and of their members in onnxruntime's GraphOptimizationLevel.
+LEVELS: Final = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}

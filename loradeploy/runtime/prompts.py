@@ -1,0 +1,82 @@
+"""Prompts in files: one a line, or JSONL whose objects may name an adapter each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import DataError
+from loradeploy.files import (
+    MAX_TEXT_BYTES,
+    is_json_lines,
+    json_line,
+    numbered_lines,
+    read_text,
+)
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.adapters.resident import AdapterSpec
+
+# The first of these that an object has is the prompt.
+_FIELDS: Final = ("prompt", "messages", "text")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and its adapter: a name, a path, several with weights, or None for the base.
+
+    `prompt`: a text, or a conversation as a list of messages.
+    """
+
+    prompt: str | list[Any]
+    adapter: AdapterSpec | None = None
+
+
+def read_requests(
+    file: str | os.PathLike[str], adapter: AdapterSpec | None = None
+) -> list[Request]:
+    """The prompts in a file, by its ending plain text or JSONL; see `parse_requests`.
+
+    Raises:
+        DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
+    """
+    content = read_text(file, error=DataError, limit=MAX_TEXT_BYTES)
+    as_json = is_json_lines(file)
+    return parse_requests(content, os.fspath(file), adapter, as_json=as_json)
+
+
+def parse_requests(
+    content: str, source: str, adapter: AdapterSpec | None = None, *, as_json: bool = False
+) -> list[Request]:
+    """The prompts in `content`, one a line; blank lines are passed over.
+
+    With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, and
+    perhaps `adapter` in place of the one that all others have. `source`: its name in messages.
+
+    Raises:
+        DataError: there are no prompts, or a line cannot be used.
+    """
+    requests = [
+        _request(line, where, adapter) if as_json else Request(line, adapter)
+        for where, line in numbered_lines(content, source)
+    ]
+    if not requests:
+        raise DataError(f"{source} holds no prompts")
+    return requests
+
+
+def _request(line: str, where: str, adapter: AdapterSpec | None) -> Request:
+    values = json_line(where, line, error=DataError, expected='give {"prompt": "…"}')
+    if isinstance(values, str):
+        return Request(values, adapter)
+    if not isinstance(values, dict):
+        raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
+    field = next((field for field in _FIELDS if values.get(field) is not None), None)
+    kind = list if field == "messages" else str
+    if field is None or not isinstance(values[field], kind):
+        raise DataError(f"{where}: give a text as prompt or text, or a list of messages")
+    named = values.get("adapter", adapter)
+    if not (named is None or isinstance(named, str | dict)):
+        raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
+    return Request(values[field], named)
