@@ -142,7 +142,7 @@ def proofs(reports: tuple[ParityReport, ...]) -> Table:
         for result in report.results:
             table.add_row(
                 result.title,
-                result.subject,
+                result.adapter_label,
                 result.phase or "",
                 f"{result.figures.max_abs:.1e}" if result.figures else "",
                 f"{result.effect:.1f}" if result.effect else "",

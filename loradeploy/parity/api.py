@@ -90,7 +90,6 @@ def parity(
         DataError: the prompts or the held-out data cannot be read, or it is of another task.
         MissingDependencyError: torch or transformers is not installed.
     """
-    import dataclasses
     from pathlib import Path
 
     from loradeploy.bundle.manifest import read_manifest
@@ -107,10 +106,11 @@ def parity(
     from loradeploy.parity.context import CheckContext, find_model, find_subjects, graph_digests
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
-    from loradeploy.parity.job import run, write
+    from loradeploy.parity.job import run
     from loradeploy.parity.names import ONNX_GENAI
     from loradeploy.parity.phases import choose_phases
-    from loradeploy.parity.report.baseline import check_comparable, hold_against, read_baseline
+    from loradeploy.parity.report.baseline import check_comparable, read_baseline
+    from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.writers import check_reports
     from loradeploy.parity.score.heldout import read_held_out
     from loradeploy.parity.score.scores import check_scored
@@ -185,14 +185,12 @@ def parity(
             shrink=shrink,
             held_out=held_out,
             localize=localize,
+            asked=backends or (),
         )
-    found = dataclasses.replace(found, asked=tuple(backends or ()))
-    if earlier is not None:
-        found = hold_against(found, earlier)
     changed = before.changed(lambda name: name in told or name in (GRAPH_NAME, GRAPH_DATA_NAME))
     if changed is not None:
         raise BundleError(f"{place / changed} was written to while it was checked: check it again")
-    found = write(found, files, place if certificate else None)
+    found = finish(found, baseline=earlier, files=files, bundle=place if certificate else None)
     if key is not None and found.passed and (place / CERTIFICATE_NAME).is_file():
         sign_certificate(place, key)
     return found

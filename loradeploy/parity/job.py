@@ -1,18 +1,14 @@
-"""The order of a check: PyTorch first, once, then ONNX Runtime; then what is written."""
+"""The order of a check: PyTorch first, once, then ONNX Runtime."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from loradeploy.adapter.digest import short
-from loradeploy.bundle.names import CERTIFICATE_NAME, SIGNATURE_NAME
-from loradeploy.files import write_json
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.context import CheckContext
@@ -37,7 +33,6 @@ from loradeploy.parity.report.results import (
     Result,
     Score,
 )
-from loradeploy.parity.report.writers import write_report
 from loradeploy.parity.score.heldout import HeldOut
 from loradeploy.parity.score.scores import score_backends, score_notes, score_reference
 from loradeploy.parity.variants import start
@@ -58,12 +53,13 @@ def run(
     shrink: bool,
     held_out: Mapping[str | None, HeldOut],
     localize: bool | None,
+    asked: Sequence[str],
 ) -> ParityReport:
     """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
 
     `digests`: of the bundle's graph and of its data file; `files`: of its others. `held_out`: what
     is scored on what.
-    `shrink`, `localize`: see `loradeploy.parity`.
+    `shrink`, `localize`: see `loradeploy.parity`. `asked`: the backends that may not be left out.
     """
     started = time.monotonic()
     placed = start(setting.bundle, setting.variants)
@@ -132,24 +128,8 @@ def run(
         files=files,
         counterexamples=smallest,
         scores=scores,
+        asked=tuple(asked),
     )
-
-
-def write(report: ParityReport, files: Sequence[Path], bundle: Path | None) -> ParityReport:
-    """Write the certificate into `bundle`, unless it is None, and the reports to `files`.
-
-    A bundle that cannot be written to gets no certificate, and the report says so.
-    """
-    if bundle is not None:
-        try:
-            (bundle / SIGNATURE_NAME).unlink(missing_ok=True)  # of an earlier one
-            write_json(bundle / CERTIFICATE_NAME, report.to_json())
-        except OSError as problem:
-            said = f"no certificate was written: {problem.strerror or problem}"
-            report = dataclasses.replace(report, notes=(*report.notes, said))
-    for file in files:
-        write_report(report, file)
-    return report
 
 
 def _notes(setting: CheckContext, reference: Reference) -> list[str]:

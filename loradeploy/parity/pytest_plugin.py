@@ -102,9 +102,10 @@ def _check(
 ) -> ParityReport:
     __tracebackhide__ = True
     from loradeploy.parity.assertion import failure_text, run_check
-    from loradeploy.parity.report.baseline import hold_against, read_baseline
+    from loradeploy.parity.report.baseline import read_baseline
+    from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.table import headline
-    from loradeploy.parity.report.writers import WRITERS, write_report
+    from loradeploy.parity.report.writers import WRITERS
 
     config = request.config
     seed, baselines = config.getoption("parity_seed"), config.getoption("parity_baseline")
@@ -119,16 +120,14 @@ def _check(
     if seed is not None:
         options = {"seed": seed, **options}
     report = run_check(candidate, reference, **options)
-    lines = []
-    if earlier is not None:
-        report = hold_against(report, earlier)
-    elif kept is not None and report.passed:
-        write_report(report, kept)
+    files, lines = [], []
+    if update and kept is not None and report.passed:
+        files.append(kept)
         lines.append(f"baseline {kept}")
     if (directory := config.getoption("parity_report_dir")) is not None:
-        for ending in WRITERS:
-            write_report(report, Path(directory) / f"{name}{ending}")
+        files += [Path(directory) / f"{name}{ending}" for ending in WRITERS]
         lines.append(f"report {Path(directory) / name}")
+    report = finish(report, baseline=earlier, files=files)
     said = {"headline": headline(report), "passed": report.passed, "lines": lines}
     # A report of pytest carries it from the worker that xdist ran the test in.
     request.node.user_properties.append((_PROPERTY, json.dumps(said)))

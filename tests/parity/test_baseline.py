@@ -16,7 +16,12 @@ from loradeploy.cli.main import main
 from loradeploy.errors import UsageError
 from loradeploy.files import write_json
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.report.baseline import FACTOR, check_comparable, hold_against, read_baseline
+from loradeploy.parity.report.baseline import (
+    FACTOR,
+    check_comparable,
+    compare_with_baseline,
+    read_baseline,
+)
 from loradeploy.parity.report.results import (
     AdapterFacts,
     Control,
@@ -93,7 +98,7 @@ def since(tmp_path: Path) -> Callable[..., tuple[Regression, ...]]:
 
     def compare(now: ParityReport, before: ParityReport = REPORT) -> tuple[Regression, ...]:
         write_json(tmp_path / "old.json", before.to_json())
-        held = hold_against(now, read_baseline(tmp_path / "old.json"))
+        held = compare_with_baseline(now, read_baseline(tmp_path / "old.json"))
         assert held.baseline == str(tmp_path / "old.json")
         assert held.passed == (now.passed and not held.regressions)
         return held.regressions

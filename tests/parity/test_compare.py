@@ -43,8 +43,8 @@ class InTorch(torch.nn.Module):
         return self.head(self.embedding(input_ids))  # type: ignore[no-any-return]
 
 
-def result(report: ParityReport, phase: str, backend: str = "compared") -> Result:
-    (found,) = (r for r in report.results if (r.backend, r.phase) == (backend, phase))
+def result(report: ParityReport, aspect: str, backend: str = "compared") -> Result:
+    (found,) = (r for r in report.results if (r.backend, r.aspect) == (backend, aspect))
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_bundle_is_compared_with_transformers_cache_included(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     report = ld.compare(model, tiny_llama_bundle)
     assert report.passed, report.failures
-    assert {r.phase for r in report.results if r.backend == "compared"} == {"logits", "present"}
+    assert {r.aspect for r in report.results if r.backend == "compared"} == {"logits", "present"}
 
 
 def test_half_precision_is_told_by_the_weights_and_has_its_tolerances(

@@ -37,7 +37,7 @@ def test_every_path_agrees(report: ParityReport) -> None:
 def test_every_onnx_path_is_close_to_peft(report: ParityReport) -> None:
     # Both sides were held against loradeploy's LoRA: their distance is at most the sum.
     errors = {
-        (result.backend, result.subject, result.phase): result.figures.max_abs
+        (result.backend, result.adapter_label, result.phase): result.figures.max_abs
         for result in report.results
         if result.figures is not None
     }
@@ -55,4 +55,4 @@ def test_every_greedy_token_is_the_same(report: ParityReport) -> None:
     assert {result.backend for result in decoded} == ONNX_PATHS
     for result in decoded:
         assert result.figures is not None
-        assert result.figures.greedy == 1.0, (result.backend, result.subject)
+        assert result.figures.greedy == 1.0, (result.backend, result.adapter_label)

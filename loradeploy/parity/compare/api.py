@@ -22,7 +22,8 @@ from loradeploy.parity.compare.runs import Runs, kept_in
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.environment import environment
 from loradeploy.parity.inputs.prompts import CASES
-from loradeploy.parity.report.baseline import hold_against, read_baseline
+from loradeploy.parity.report.baseline import read_baseline
+from loradeploy.parity.report.finish import finish
 from loradeploy.parity.report.results import (
     CANDIDATE,
     COMPARED,
@@ -32,7 +33,7 @@ from loradeploy.parity.report.results import (
     Result,
     outcome_of,
 )
-from loradeploy.parity.report.writers import check_reports, write_report
+from loradeploy.parity.report.writers import check_reports
 from loradeploy.parity.tolerances import ASSUMED, METRICS, Limit, assumed
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 Tolerances = str | Mapping[str, float | Limit]
 
-_ANY_TASK: Final = "any"
 _LISTED: Final = 5
 
 
@@ -108,7 +108,7 @@ def compare(
         ]
     found = ParityReport(
         bundle=held.title,
-        task=_ANY_TASK,
+        task=None,
         mode=COMPARED,
         precision=precision,
         base=wanted.title,
@@ -128,11 +128,7 @@ def compare(
         notes=(*fed.notes, *expected.notes, *actual.notes, *_alone(wanted, held, fed, renamed)),
         seconds=round(time.monotonic() - started, 1),
     )
-    if earlier is not None:
-        found = hold_against(found, earlier)
-    for file in files:
-        write_report(found, file)
-    return found
+    return finish(found, baseline=earlier, files=files)
 
 
 # -- inputs and limits -----------------------------------------------------------------------------
@@ -245,7 +241,15 @@ def _same_meaning(wanted: Side, held: Side) -> list[Result]:
                 f" {one.get(first)!r} in the reference and {other.get(first)!r} in the candidate"
             )
         results.append(
-            Result(COMPARED, f"{CANDIDATE} {held.name}", None, what, outcome_of(message), message)
+            Result(
+                COMPARED,
+                f"{CANDIDATE} {held.name}",
+                adapter=None,
+                phase=None,
+                outcome=outcome_of(message),
+                message=message,
+                aspect=what,
+            )
         )
     return results
 

@@ -89,7 +89,7 @@ class Outputs:
         results = []
         if not self._found:
             self._of(_ALL).problems.append("there is none that both sides gave")
-        for phase, output in self._found.items():
+        for aspect, output in self._found.items():
             figures = output.comparison.figures()
             verdict = judge(figures, limits(scale=output.scale), effect=None)
             problem = output.problems[0] if output.problems else None
@@ -99,8 +99,7 @@ class Outputs:
                 verdict.result(
                     backend=COMPARED,
                     title=f"{CANDIDATE} {name}",
-                    adapter=None,
-                    phase=phase,
+                    aspect=aspect,
                     problem=problem,
                 )
             )

@@ -75,11 +75,12 @@ class Runs:
         return Result(
             self.role,
             f"{self.role} {self.side.name}",
-            None,
-            "runs",
-            outcome_of(message),
-            message,
+            adapter=None,
+            phase=None,
+            outcome=outcome_of(message),
+            message=message,
             seconds=round(self.seconds, 3),
+            aspect="runs",
         )
 
     def _run(self, number: int, feed: Feed) -> Given | None:

@@ -121,12 +121,12 @@ def shrink_failures(
     try:
         base = load()
         for backend, result in failed[:MOST]:
-            logger.info("the smallest input that fails: %s, %s", result.title, result.subject)
+            logger.info("the smallest input that fails: %s, %s", result.title, result.adapter_label)
             example = _smallest(backend, result, setting, reference, base)
             if example is None:
                 remarks.append(
-                    f"{result.title}, {result.subject}, {result.phase}: no prompt by itself fails"
-                    " again, so no smallest input was found"
+                    f"{result.title}, {result.adapter_label}, {result.phase}: no prompt by itself"
+                    " fails again, so no smallest input was found"
                 )
             else:
                 found.append(example)

@@ -1,4 +1,4 @@
-"""A report held against an earlier one: what got worse since, though it may be within its limits.
+"""A report compared with an earlier one: what got worse since, though it may be within its limits.
 
 A figure is a regression where it is more than `FACTOR` times what it was, and above a floor that is
 a share of its limit. Rounding is no constant of a model: kernels of another processor or release
@@ -28,10 +28,7 @@ from loradeploy.errors import UsageError
 from loradeploy.files import read_json
 from loradeploy.parity.report.results import (
     BASE_LABEL,
-    CANDIDATE,
-    COMPARED,
     FORMAT,
-    REFERENCE,
     SCHEMA_VERSION,
     ParityReport,
     Regression,
@@ -79,7 +76,7 @@ class Baseline:
     """An earlier report, read and checked."""
 
     place: str
-    told: Mapping[str, Any]
+    facts: Mapping[str, Any]
     prompts: int
     mutation_score: float | None
     results: Mapping[Key, _Entry]
@@ -88,7 +85,7 @@ class Baseline:
 
 
 def read_baseline(file: str | os.PathLike[str]) -> Baseline:
-    """The report in the JSON file `file`, to hold a later one against.
+    """The report in the JSON file `file`, to compare a later one with.
 
     Raises:
         UsageError: it is missing, too large, no parity report, or of another schema version.
@@ -115,15 +112,15 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
 
 
 def check_comparable(
-    baseline: Baseline, *, base: str, base_digest: str | None, **told: str
+    baseline: Baseline, *, base: str, base_digest: str | None, **now: str | None
 ) -> None:
-    """Raise UsageError unless the baseline is of the same thing: `told` task, mode, precision."""
-    before = baseline.told
-    differ = [name for name in _ALIKE if before[name] != told[name]]
+    """Raise UsageError unless the baseline is of the same thing; `now`: task, mode, precision."""
+    before = baseline.facts
+    differ = [name for name in _ALIKE if before[name] != now[name]]
     if differ:
         name = differ[0]
         raise UsageError(
-            f"{baseline.place} is not comparable: its {name} is {before[name]}, not {told[name]}"
+            f"{baseline.place} is not comparable: its {name} is {before[name]}, not {now[name]}"
         )
     digest = before["base_digest"]
     if digest is not None and base_digest is not None:
@@ -138,7 +135,7 @@ def check_comparable(
         )
 
 
-def hold_against(report: ParityReport, baseline: Baseline) -> ParityReport:
+def compare_with_baseline(report: ParityReport, baseline: Baseline) -> ParityReport:
     """`report` with what got worse since `baseline`; any of it fails the verdict.
 
     Raises:
@@ -244,10 +241,11 @@ def _fewer(where: str, what: str, before: int, now: int) -> Regression:
 
 def _baseline(place: str, values: Mapping[str, Any]) -> Baseline:
     for name in (*_ALIKE, "base"):
-        _text(values, name)
+        if name != "task" or values[name] is not None:  # two models have none
+            _text(values, name)
     return Baseline(
         place=place,
-        told={name: values[name] for name in (*_ALIKE, "base", "base_digest")},
+        facts={name: values[name] for name in (*_ALIKE, "base", "base_digest")},
         prompts=int(values["inputs"]["prompts"]),
         mutation_score=_optional(values.get("mutation_score")),
         results={_key(entry): _entry(entry) for entry in values["results"]},
@@ -259,7 +257,7 @@ def _baseline(place: str, values: Mapping[str, Any]) -> Baseline:
 def _key(entry: Mapping[str, Any]) -> Key:
     """What tells a result, or a score, from the others of its report."""
     variant = entry.get("variant") or {}
-    parts = [entry["backend"], entry["adapter"], entry.get("phase"), *map(variant.get, _VARIANT)]
+    parts = [entry["backend"], entry["adapter"], _part(entry), *map(variant.get, _VARIANT)]
     return tuple("" if part is None else str(part) for part in parts)
 
 
@@ -288,10 +286,15 @@ def _score(score: Mapping[str, Any]) -> _Score:
 
 
 def _where(entry: Mapping[str, Any]) -> str:
-    alone = entry["backend"] in (COMPARED, REFERENCE, CANDIDATE)
-    subject = "" if alone else entry["adapter"] or BASE_LABEL
+    not_run = "phase" in entry and entry["phase"] is None  # a score has no phase, but an adapter
+    adapter = "" if not_run else entry["adapter"] or BASE_LABEL
     variant = ", ".join(filter(None, map((entry.get("variant") or {}).get, _VARIANT)))
-    return ", ".join(filter(None, (entry["title"], subject, entry.get("phase"), variant)))
+    return ", ".join(filter(None, (entry["title"], adapter, _part(entry), variant)))
+
+
+def _part(entry: Mapping[str, Any]) -> str | None:
+    """The phase, or what of two models was compared."""
+    return entry.get("phase") or entry.get("aspect")
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

@@ -33,7 +33,7 @@ class Worst:
     """
 
     title: str
-    subject: str
+    adapter: str
     passed: bool
     max_abs: float
     limit: float | None
@@ -65,7 +65,7 @@ def html(report: ParityReport) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from loradeploy.parity.report import plots
-    from loradeploy.parity.report.table import has_variants, headline
+    from loradeploy.parity.report.table import has_variants, headline, inputs_line
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -76,6 +76,7 @@ def html(report: ParityReport) -> str:
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         headline=headline(report),
+        inputs_line=inputs_line(report),
         plots=plots,
         base=BASE_LABEL,
         counts=Counter(result.outcome for result in report.results),
@@ -116,7 +117,7 @@ def groups(report: ParityReport) -> list[tuple[str, list[Result]]]:
     found: dict[str, list[Result]] = {}
     for result in report.results:
         if result.outcome != "not run":
-            found.setdefault(result.subject or result.title, []).append(result)
+            found.setdefault(result.adapter_label or result.title, []).append(result)
     return list(found.items())
 
 
@@ -125,15 +126,15 @@ def worst_by_backend(report: ParityReport) -> list[Worst]:
     found: dict[tuple[str, str], list[Result]] = {}
     for result in report.results:
         if result.figures is not None:
-            found.setdefault((result.title, result.subject), []).append(result)
+            found.setdefault((result.title, result.adapter_label), []).append(result)
     rows = []
-    for (title, subject), results in found.items():
+    for (title, adapter), results in found.items():
         at = max(results, key=lambda result: _figures(result).max_abs)
         figures = [_figures(result) for result in results]
         rows.append(
             Worst(
                 title=title,
-                subject=subject,
+                adapter=adapter,
                 passed=all(result.outcome == "passed" for result in results),
                 max_abs=_figures(at).max_abs,
                 limit=next((c.limit for c in at.checks if c.metric == "max_abs"), None),
@@ -183,7 +184,7 @@ def divergences(report: ParityReport) -> list[tuple[Result, bool]]:
     found: dict[tuple[str, str], Result] = {}
     for result in sorted(report.results, key=_margin, reverse=True):
         if result.figures is not None and result.figures.first_divergence is not None:
-            found.setdefault((result.title, result.subject), result)
+            found.setdefault((result.title, result.adapter_label), result)
     return [
         (result, all(check.passed for check in result.checks if check.metric == "margin"))
         for result in found.values()

@@ -13,7 +13,7 @@ from loradeploy.parity.metrics import Figures
 from loradeploy.parity.names import REPEAT
 
 BASE_LABEL: Final = "base"
-# Two models held against each other as they are: the mode of such a report, and its backends.
+# The mode of a report on two models that were compared with each other, and its backends.
 COMPARED: Final = "compared"
 REFERENCE, CANDIDATE = "reference", "candidate"
 
@@ -53,8 +53,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """One backend, with one adapter (None is the base), in one phase.
+    """One backend, with one adapter (None is the base), in one phase, or of two models one aspect.
 
+    A backend that was not opened has no phase. Of two models that are compared there is neither
+    adapter nor phase; `aspect` is an output's name, "runs", "label map" or "vocabulary".
     `message` is one line: why it failed or was not run, or a remark. `figures` are None where
     nothing could be compared. `variant` is None where onnxruntime has no part in it.
     """
@@ -70,13 +72,19 @@ class Result:
     effect: float | None = None
     seconds: float = 0.0
     variant: Variant | None = None
+    aspect: str | None = None
 
     @property
-    def subject(self) -> str:
-        """The adapter's name, or a word for the base; nothing where there is no question of it."""
-        if self.backend in (COMPARED, REFERENCE, CANDIDATE):
+    def adapter_label(self) -> str:
+        """The adapter's name, or a word for the base; nothing where neither was run."""
+        if self.phase is None:
             return ""
         return BASE_LABEL if self.adapter is None else self.adapter
+
+    @property
+    def part(self) -> str:
+        """The phase, or the aspect; nothing where there is neither."""
+        return self.phase or self.aspect or ""
 
 
 @dataclass(frozen=True)
@@ -244,15 +252,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The verdict on a bundle, with all that it stands on.
+    """The verdict on a bundle, or on two models that were compared, with all that it stands on.
 
+    `task`: None of two models, whose `mode` is COMPARED: `bundle` is the candidate then and `base`
+    the reference.
     `graph_digest`, `data_digest`, and `files` by name: of the bundle's files as they were checked.
     `baseline`: the earlier report that `regressions` are from. `asked`: the backends that were
     asked for by name, and may not be left out.
     """
 
     bundle: str
-    task: str
+    task: str | None
     mode: str
     precision: str
     base: str
@@ -332,6 +342,6 @@ def _failures(report: ParityReport) -> list[str]:
 
 
 def _where(result: Result) -> str:
-    """The backend, the adapter, the phase and the variant, as far as they mean something."""
+    """The backend, the adapter, the phase or aspect, and the variant, as far as there are."""
     variant = None if result.variant is None else str(result.variant)
-    return ", ".join(filter(None, (result.title, result.subject, result.phase, variant)))
+    return ", ".join(filter(None, (result.title, result.adapter_label, result.part, variant)))

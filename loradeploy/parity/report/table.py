@@ -61,19 +61,22 @@ def adapter_lines(report: ParityReport) -> list[str]:
             f"controls: {caught} of {len(report.controls)} mistakes caught, mutation score"
             f" {_share(report.mutation_score)}"
         )
-    inputs = report.inputs
-    unit = "cases" if report.mode == COMPARED else "prompts"
-    besides = [f"{inputs.fuzz} random rows"] if inputs.fuzz else []
-    besides += [f"{inputs.edges} of extreme lengths"] if inputs.edges else []
-    lines.append(
-        f"inputs: {', '.join([f'{inputs.prompts} {unit}', *besides])},"
-        f" {inputs.prompt_tokens} tokens"
-        f"{f', {inputs.generated} generated after each' if inputs.generated else ''}"
-        f" ({inputs.source})"
-    )
+    lines.append(f"inputs: {inputs_line(report)} ({report.inputs.source})")
     if report.baseline is not None:
         lines.append(f"baseline {report.baseline}: {len(report.regressions) or 'none'} worse")
     return lines + list(report.notes)
+
+
+def inputs_line(report: ParityReport) -> str:
+    """How much was fed."""
+    inputs = report.inputs
+    unit = "cases" if report.mode == COMPARED else "prompts"
+    parts = [f"{inputs.prompts} {unit}"]
+    parts += [f"{inputs.fuzz} random rows"] if inputs.fuzz else []
+    parts += [f"{inputs.edges} of extreme lengths"] if inputs.edges else []
+    parts.append(f"{inputs.prompt_tokens} tokens")
+    parts += [f"{inputs.generated} generated after each"] if inputs.generated else []
+    return ", ".join(parts)
 
 
 def score_lines(report: ParityReport) -> list[str]:
@@ -152,9 +155,8 @@ def _place(place: Localization) -> str:
 
 def _row(result: Result, varied: bool) -> tuple[str, ...]:
     figures = result.figures
-    subject = "" if result.phase is None else result.subject
     variant = (str(result.variant or ""),) if varied else ()
-    named = (result.title, subject, result.phase or "", *variant)
+    named = (result.title, result.adapter_label, result.part, *variant)
     if figures is None:
         return (*named, *("" for _ in _FIGURES), result.outcome)
     return (

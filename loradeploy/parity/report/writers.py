@@ -152,7 +152,7 @@ WRITERS: Final[Mapping[str, Callable[[ParityReport, Path], None]]] = {
 
 def _case(result: Result, varied: bool) -> str:
     variant = str(result.variant or "") if varied else ""
-    return ", ".join(filter(None, (result.subject, result.phase, variant)))
+    return ", ".join(filter(None, (result.adapter_label, result.part, variant)))
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:

@@ -1,0 +1,46 @@
+"""How every check ends: the comparison with an earlier report, the certificate, the files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loradeploy.bundle.names import CERTIFICATE_NAME, SIGNATURE_NAME
+from loradeploy.files import write_json
+from loradeploy.parity.report.baseline import compare_with_baseline
+from loradeploy.parity.report.writers import write_report
+
+if TYPE_CHECKING:
+    from loradeploy.parity.report.baseline import Baseline
+    from loradeploy.parity.report.results import ParityReport
+
+
+def finish(
+    report: ParityReport,
+    *,
+    baseline: Baseline | None,
+    files: Sequence[Path],
+    bundle: Path | None = None,
+) -> ParityReport:
+    """`report` with what got worse since `baseline`, written to `files`.
+
+    Its JSON is also written into `bundle`, as its certificate; a bundle that cannot be written to
+    gets none, and the report says so.
+
+    Raises:
+        UsageError: the baseline is of something else, or a file cannot be written.
+    """
+    if baseline is not None:
+        report = compare_with_baseline(report, baseline)
+    if bundle is not None:
+        try:
+            (bundle / SIGNATURE_NAME).unlink(missing_ok=True)  # of an earlier one
+            write_json(bundle / CERTIFICATE_NAME, report.to_json())
+        except OSError as problem:
+            note = f"no certificate was written: {problem.strerror or problem}"
+            report = dataclasses.replace(report, notes=(*report.notes, note))
+    for file in files:
+        write_report(report, file)
+    return report
