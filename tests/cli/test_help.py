@@ -16,6 +16,7 @@ import pytest
 from loradeploy.cli.main import VERBS
 from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
+from loradeploy.inspection.api import inspect as inspect_path
 from loradeploy.parity.api import parity
 from loradeploy.parity.compare.api import compare
 from loradeploy.runtime.environment import examine
@@ -109,7 +110,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "convert": ((), {"adapter", "bundle", "rank", "model", "output", "trust_remote_code"}),
-    "inspect": ((), {"path"}),
+    "inspect": ((inspect_path,), set()),
     "doctor": ((examine,), set()),
 }
 

@@ -1,0 +1,178 @@
+"""What an adapter is, in PEFT's files or ONNX Runtime's, and what a file of tensors holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loradeploy.errors import ModelError, UsageError
+from loradeploy.inspection.facts import IF_KNOWN, TensorFacts, tensor_facts
+
+if TYPE_CHECKING:
+    from loradeploy.adapter import Adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorFacts:
+    """The factors of one module."""
+
+    module: str
+    rank: int
+    scaling: float
+    lora_A: list[int]
+    lora_B: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """An adapter as PEFT writes it.
+
+    `layers`: the kinds of layers that have factors. `saved`: what is trained whole.
+    `beside`: the base model that lies in the same directory.
+    """
+
+    kind: str = "LoRA adapter"
+    method: str
+    layers: list[str]
+    digest: str
+    base_model: str | None
+    base_digest: str | None
+    task_type: str | None
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    bias: str
+    labels: list[str] | None
+    parameters: int
+    dtype: list[str]
+    bytes: int
+    targets: list[FactorFacts]
+    saved: list[TensorFacts]
+    beside: str | None = field(default=None, metadata=IF_KNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeAdapterFacts:
+    """An adapter for ONNX Runtime's LoraAdapter."""
+
+    kind: str = "ONNX Runtime adapter"
+    bytes: int
+    ranks: list[int]
+    parameters: int
+    tensors: list[TensorFacts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFileFacts:
+    """A safetensors file that is no adapter. `note`: what it is instead, where that is known."""
+
+    kind: str = "safetensors file"
+    bytes: int
+    note: str | None = field(default=None, metadata=IF_KNOWN)
+    metadata: list[str] | None = field(default=None, metadata=IF_KNOWN)
+    tensors: list[TensorFacts]
+
+
+def inspect_adapter(path: Path) -> AdapterFacts:
+    """An adapter's directory, or its file of tensors.
+
+    Raises:
+        AdapterError: it is no adapter, or is refused.
+    """
+    from loradeploy.adapter import load_adapter
+    from loradeploy.adapter.peft import WEIGHTS_NAME
+
+    adapter = load_adapter(path)
+    config = adapter.config
+    weights = path / WEIGHTS_NAME if path.is_dir() else path
+    targets = config.target_modules
+    return AdapterFacts(
+        method=_method(adapter),
+        layers=sorted({pair.kind for pair in adapter.factors.values()}),
+        digest=adapter.digest,
+        base_model=config.base_model_name_or_path,
+        base_digest=adapter.base_digest,
+        task_type=config.task_type,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+        modules_to_save=list(config.modules_to_save) or None,
+        bias=config.bias,
+        labels=list(adapter.labels) if adapter.labels else None,
+        parameters=adapter.parameter_count,
+        dtype=sorted({str(pair.A.dtype) for pair in adapter.factors.values()}),
+        bytes=weights.stat().st_size,
+        targets=[
+            FactorFacts(
+                module=module,
+                rank=pair.rank,
+                scaling=adapter.scaling(module),
+                lora_A=list(pair.A.shape),
+                lora_B=list(pair.B.shape),
+            )
+            for module, pair in adapter.factors.items()
+        ],
+        saved=[tensor_facts(name, values) for name, values in adapter.saved.items()],
+        beside=_base_beside(path) if path.is_dir() else None,
+    )
+
+
+def _method(adapter: Adapter) -> str:
+    """The adapter's method, and which base it is for where that is not the one it names."""
+    method = adapter.config.method
+    if adapter.changes_base:
+        return f"{method}, on a base that {adapter.config.init_lora_weights} changed"
+    return method
+
+
+def _base_beside(path: Path) -> str | None:
+    from loradeploy.adapter.base_files import weight_files
+
+    try:
+        files = weight_files(path)
+    except ModelError:
+        return None
+    return f"a base model ({files[0].name}), which is loaded without the adapter"
+
+
+def inspect_native(path: Path) -> NativeAdapterFacts:
+    """An `.onnx_adapter` file.
+
+    Raises:
+        AdapterError: it is none.
+    """
+    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+
+    arrays = read_onnx_adapter(path)
+    return NativeAdapterFacts(
+        bytes=path.stat().st_size,
+        ranks=sorted({a.shape[-1] for name, a in arrays.items() if name.endswith(".lora_A")}),
+        parameters=sum(values.size for values in arrays.values()),
+        tensors=[tensor_facts(name, values) for name, values in sorted(arrays.items())],
+    )
+
+
+def inspect_tensors(path: Path) -> AdapterFacts | TensorFileFacts:
+    """A safetensors file: an adapter's, where its configuration lies beside it.
+
+    Raises:
+        UsageError: it is no safetensors file. AdapterError: the adapter is refused.
+    """
+    from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.adapter.formats import other_file
+    from loradeploy.adapter.tensors import map_tensors
+
+    if (path.parent / CONFIG_NAME).is_file():
+        return inspect_adapter(path)
+    tensors, metadata = map_tensors(path, error=UsageError)
+    other = other_file(path)
+    return TensorFileFacts(
+        bytes=path.stat().st_size,
+        note=f"it {other}" if other else None,
+        metadata=[f"{name}={text}" for name, text in metadata.items()] or None,
+        tensors=[tensor_facts(name, tensor) for name, tensor in sorted(tensors.items())],
+    )

@@ -1,0 +1,55 @@
+"""`inspect`: what a path is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from loradeploy.bundle.names import MANIFEST_NAME, NATIVE_SUFFIX
+from loradeploy.errors import UsageError
+from loradeploy.inspection.adapter import (
+    AdapterFacts,
+    NativeAdapterFacts,
+    TensorFileFacts,
+    inspect_adapter,
+    inspect_native,
+    inspect_tensors,
+)
+from loradeploy.inspection.bundle import BundleFacts, inspect_bundle
+from loradeploy.inspection.graph import GraphFacts, inspect_graph
+
+Description = AdapterFacts | BundleFacts | GraphFacts | NativeAdapterFacts | TensorFileFacts
+
+_ADAPTER_FILES: Final = "adapter_*"
+
+
+def inspect(path: Path) -> Description:
+    """Describe an adapter, a bundle, an ONNX file, an `.onnx_adapter` or a `.safetensors`.
+
+    Raises:
+        UsageError: there is nothing at `path`, or it is none of these.
+        AdapterError, BundleError: it is one that cannot be read.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: give an adapter, a bundle or an ONNX file")
+    if path.is_dir():
+        return _inspect_directory(path)
+    match path.suffix:
+        case ".onnx":
+            return inspect_graph(path)
+        case ".safetensors":
+            return inspect_tensors(path)
+        case suffix if suffix == NATIVE_SUFFIX:
+            return inspect_native(path)
+    return inspect_adapter(path)
+
+
+def _inspect_directory(path: Path) -> Description:
+    if (path / MANIFEST_NAME).is_file():
+        return inspect_bundle(path)
+    if any(path.glob(_ADAPTER_FILES)):
+        return inspect_adapter(path)
+    from loradeploy.export.read.repository import find_graph
+
+    graph = find_graph(path)
+    return inspect_adapter(path) if graph is None else inspect_graph(graph)

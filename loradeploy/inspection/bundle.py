@@ -1,0 +1,248 @@
+"""What a bundle is: its graph's form, its adapters, and whether its certificate still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME, SIGNATURE_NAME
+from loradeploy.errors import AdapterError, BundleError
+from loradeploy.inspection.facts import IF_KNOWN, INLINE, KEY, TensorFacts, spec_facts
+
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedAdapterFacts:
+    """What the last check found of one adapter."""
+
+    name: str
+    digest: str
+    effect: float | None
+    largest_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateFacts:
+    """The certificate's verdict: passed, failed, stale, unreadable or unchecked, and why.
+
+    Without a certificate that can be read, the rest is None.
+    """
+
+    parity: str
+    parity_note: str | None
+    parity_created: str | None = field(default=None, metadata=IF_KNOWN)
+    parity_versions: list[str] | None = field(default=None, metadata=IF_KNOWN)
+    parity_hardware: list[str] | None = field(default=None, metadata=IF_KNOWN)
+    parity_checked: list[str] | None = field(default=None, metadata=IF_KNOWN)
+    parity_signed: bool | None = field(default=None, metadata=IF_KNOWN)
+    parity_adapters: list[CertifiedAdapterFacts] | None = field(default=None, metadata=IF_KNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFacts:
+    """A module that takes factors. `found_by`: the evidence for its name."""
+
+    module: str
+    in_features: int = field(metadata={KEY: "in"})
+    out_features: int = field(metadata={KEY: "out"})
+    found_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedOutputFacts:
+    """A module whose output takes a scale (DoRA) or an offset (a trained bias)."""
+
+    module: str
+    size: int
+    scale: bool
+    offset: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFacts:
+    """A parameter that adapters may bring whole."""
+
+    parameter: str
+    shape: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledAdapterFacts:
+    """An adapter of the bundle. `files`: whether they are as exported."""
+
+    name: str
+    digest: str
+    files: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """A bundle. `graph`: whether its files are as exported."""
+
+    kind: str = "bundle"
+    task: str
+    mode: str
+    base_model: str | None
+    base_digest: str | None
+    base_kind: str
+    precision: str
+    opset: int
+    factor_dtype: str | None
+    layout: str | None
+    branches: bool | None
+    side_inputs: list[str] | None
+    attention: str | None
+    cache_in_place: bool
+    padding: str | None
+    required_inputs: bool
+    static_shapes: list[str]
+    merged_adapter: str | None
+    merge_loss: Any
+    graph_digest: str | None
+    graph: str
+    certificate: CertificateFacts = field(metadata=INLINE)
+    bytes: int
+    graph_bytes: int
+    inputs: list[TensorFacts]
+    outputs: list[TensorFacts]
+    targets: list[TargetFacts]
+    changed: list[ChangedOutputFacts]
+    saved: list[SavedFacts]
+    adapters: list[BundledAdapterFacts]
+
+
+def inspect_bundle(path: Path) -> BundleFacts:
+    """A bundle's directory; every file that its certificate covers is read.
+
+    Raises:
+        BundleError: its manifest cannot be read.
+    """
+    from loradeploy.bundle.graph_form import LORA, form_of
+    from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.bundle.proof.certificate import covered, digests
+    from loradeploy.files import plain
+
+    manifest = read_manifest(path)
+    form = form_of(manifest)
+    merged = manifest.merged_adapter
+    files = {name: path / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
+    actual = digests(path, covered(path, manifest))
+    exported = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
+    changed = [n for n, digest in exported.items() if digest not in (None, actual.get(n))]
+    return BundleFacts(
+        task=manifest.task,
+        mode=manifest.mode,
+        base_model=manifest.base.name,
+        base_digest=manifest.base.digest,
+        base_kind=manifest.base.kind,
+        precision=form.precision,
+        opset=manifest.opset,
+        factor_dtype=None if merged else manifest.factor_dtype,
+        layout=form.layout,
+        branches=form.branches,
+        side_inputs=None if merged else [LORA, *sorted(form.side_inputs)],
+        attention=form.attention,
+        cache_in_place=manifest.cache_in_place,
+        padding=manifest.padding,
+        required_inputs=form.required_inputs,
+        static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
+        merged_adapter=None if merged is None else merged.digest,
+        merge_loss=plain(manifest.merge_loss),
+        graph_digest=manifest.graph_digest,
+        graph=f"changed since the export: {', '.join(changed)}" if changed else "as exported",
+        certificate=_certificate(path, manifest, actual),
+        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        graph_bytes=sum(file.stat().st_size for file in files.values() if file.is_file()),
+        inputs=[spec_facts(s.name, s.dtype, s.shape) for s in manifest.inputs],
+        outputs=[spec_facts(s.name, s.dtype, s.shape) for s in manifest.outputs],
+        targets=[
+            TargetFacts(
+                module=target.module,
+                in_features=target.in_features,
+                out_features=target.out_features,
+                found_by=target.found_by,
+            )
+            for target in manifest.targets
+        ],
+        changed=[
+            ChangedOutputFacts(
+                module=output.module,
+                size=output.size,
+                scale=bool(output.scale),
+                offset=bool(output.offset),
+            )
+            for output in manifest.changed
+        ],
+        saved=[
+            SavedFacts(parameter=saved.parameter, shape=list(saved.shape))
+            for saved in manifest.saved
+        ],
+        adapters=[
+            BundledAdapterFacts(
+                name=name, digest=entry.digest, files=_files(path, entry.path, entry.digest)
+            )
+            for name, entry in manifest.adapters.items()
+        ],
+    )
+
+
+def _files(bundle: Path, path: str | None, digest: str) -> str:
+    """Whether an adapter that came with the bundle is still the one that was exported."""
+    from loradeploy.adapter import load_adapter
+    from loradeploy.files import inside
+
+    if path is None:
+        return "none"
+    try:
+        actual = load_adapter(inside(bundle, path)).digest
+    except (AdapterError, BundleError) as problem:
+        return str(problem)
+    return "as exported" if actual == digest else f"changed since the export: {actual}"
+
+
+def _certificate(path: Path, manifest: Manifest, actual: Mapping[str, str]) -> CertificateFacts:
+    """The verdict of the last check, and whether it is about the files that are there now."""
+    from loradeploy.bundle.proof.certificate import fault, parity_command, read_certificate
+
+    if not (path / CERTIFICATE_NAME).is_file():
+        return CertificateFacts(parity="unchecked", parity_note=f"run {parity_command(path)}")
+    try:
+        certificate = read_certificate(path)
+    except BundleError as problem:
+        return CertificateFacts(parity="unreadable", parity_note=str(problem))
+    stale = fault(certificate, manifest, actual, verdict=False)
+    verdict = "passed" if certificate.passed else "failed"
+    note = None if certificate.passed else certificate.failures[0]
+    if stale is not None:
+        verdict, note = "stale", f"{stale}: run {parity_command(path)} again"
+    coverage = certificate.coverage
+    return CertificateFacts(
+        parity=verdict,
+        parity_note=note,
+        parity_created=certificate.created,
+        parity_versions=[f"{name} {version}" for name, version in certificate.versions.items()],
+        parity_hardware=[
+            *(f"{name} {value}" for name, value in certificate.platform.items()),
+            *certificate.providers,
+        ],
+        parity_checked=[
+            f"{coverage.prompts} prompts",
+            f"{coverage.prompt_tokens} tokens of them",
+            f"{coverage.generated} tokens generated for each",
+            *sorted(coverage.phases),
+        ],
+        parity_signed=(path / SIGNATURE_NAME).is_file(),
+        parity_adapters=[
+            CertifiedAdapterFacts(
+                name=adapter.name,
+                digest=adapter.digest,
+                effect=adapter.effect,
+                largest_error=adapter.error,
+            )
+            for adapter in certificate.adapters
+        ],
+    )
