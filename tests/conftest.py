@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,53 @@ def smollm2_adapters(smollm2: Path, shared: Path) -> dict[str, Path]:
         )
         for seed, name in enumerate(("first", "second"))
     }
+
+
+@dataclass(frozen=True)
+class Topics:
+    """An adapter of MiniLM that learned the topics of the news, and stories that it has not seen.
+
+    `result`: what `train` returned, by name. `held_out`: JSONL with `text` and `label`.
+    """
+
+    adapter: Path
+    result: dict[str, Any]
+    held_out: Path
+
+
+def _learn_topics(minilm: Path, bbc: Path, place: Path) -> None:
+    from dataclasses import asdict
+
+    import loradeploy as ld
+    from tools.news_tasks import stories
+
+    place.mkdir()
+    lines = [
+        json.dumps({"text": " ".join(story.text.split()[:40]), "label": story.topic})
+        for story in stories(bbc)
+    ]
+    for name, part in (("training", lines[:200]), ("held-out", lines[200:])):
+        (place / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    result = ld.train(
+        minilm,
+        place / "training.jsonl",
+        place / "topic",
+        task="sequence-classification",
+        max_steps=40,
+        batch_size=8,
+        rank=8,
+        learning_rate=3e-3,
+        validation_split=0.25,
+    )
+    (place / "result.json").write_text(json.dumps(asdict(result), default=str), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def topics_of_news(minilm: Path, bbc: Path, shared: Path) -> Topics:
+    """MiniLM trained for 40 steps on the topics of 150 stories, 50 for validation."""
+    place = once(shared / "topics", lambda partial: _learn_topics(minilm, bbc, partial))
+    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+    return Topics(place / "topic", result, place / "held-out.jsonl")
 
 
 # -- bundles -----------------------------------------------------------------------------------

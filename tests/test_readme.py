@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loradeploy.cli.main import main
 from tests.conftest import ROOT, MakeAdapter
 from tests.tolerances import tolerance
 
@@ -61,35 +62,56 @@ def write_lines(file: Path, lines: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def run(command: list[str], place: Path) -> str:
+def run(command: list[str]) -> None:
+    """A `loradeploy` command in this process: imports and traces of the tests are there already."""
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0, command
+
+
+def printed_by(program: str, directory: Path) -> str:
     # glibc overwrites memory that is given back: who reads it all the same gets other numbers.
-    poisoned = {**os.environ, "MALLOC_PERTURB_": "165"}
     done = subprocess.run(
-        command, cwd=place, env=poisoned, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=directory,
+        env={**os.environ, "MALLOC_PERTURB_": "165"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_commands_and_programs_of_a_document_run(document: str, desk: Path) -> None:
+def test_the_commands_and_programs_of_a_document_run(
+    document: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
     count, printed, made = DOCUMENTS[document]
     written = (ROOT / document).read_text(encoding="utf-8")
     ran = 0
     for kind, text in re.findall(r"```(console|python)\n(.*?)```", written, re.DOTALL):
         if kind == "python":
             effect = EFFECTS.get(document, "").format(tolerance=tolerance("rows"))
-            out = run([sys.executable, "-c", text + effect], desk)
-            assert {line.split()[0] for line in out.splitlines() if line} >= printed
+            lines = printed_by(text + effect, desk).splitlines()
+            assert {line.split()[0] for line in lines if line} >= printed
             ran += 1
             continue
         for line in text.splitlines():
             command = shlex.split(line.removeprefix("$ "), comments=True)
             if command[0] == "loradeploy":
-                run([sys.executable, "-m", *command], desk)
+                run(command[1:])
                 ran += 1
     assert ran == count
     assert (desk / made).exists()
+
+
+def test_the_command_is_installed_beside_python() -> None:
+    command = Path(sys.executable).with_name("loradeploy")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("loradeploy, version")
 
 
 def test_the_readme_names_make_targets_and_rooms_that_exist() -> None:

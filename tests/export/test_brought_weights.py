@@ -122,6 +122,7 @@ def base(tied: bool, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return model, bundle
 
 
+@pytest.mark.breadth(3)
 @pytest.mark.parametrize("what", BROUGHT)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_merged_into_a_bundle_it_is_pefts(
@@ -213,6 +214,7 @@ def test_a_head_that_shares_the_embedding_is_no_side_input_for_what_came_of_the_
         session.load("head", bringing(tied_llama, "head"))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("what", ["whole", "rows of both"])
 def test_an_adapter_comes_out_of_a_model_and_out_of_convert_whole(
     what: str, bringing: Callable[[Path, str], Path], tiny_llama: Path, tmp_path: Path

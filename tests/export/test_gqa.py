@@ -276,6 +276,7 @@ def test_merged_branched_and_exported_again_it_stays_grouped(
     assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3: normalized heads", "gpt-neox: partial rotation"])
 def test_heads_that_are_changed_on_their_way_are_flattened_behind(

@@ -23,9 +23,8 @@ from loradeploy.parity.report.results import ParityReport, Score
 from loradeploy.parity.score.heldout import Example, read_held_out
 from loradeploy.parity.score.scores import SCORE_LIMITS, Answers, _loss, judge_score
 from loradeploy.parity.tolerances import UNIT
-from tests.conftest import MakeAdapter, following, once
+from tests.conftest import MakeAdapter, Topics, following, once
 from tests.train.conftest import WORDS, write_lines
-from tools.news_tasks import stories
 
 ANY = BACKENDS[0]
 PROMPTS = ["Hi", "The capital of France is"]
@@ -413,23 +412,11 @@ def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
 
 @pytest.mark.slow
 def test_minilm_that_learnt_the_topics_of_the_news_keeps_its_accuracy(
-    minilm: Path, bbc: Path, tmp_path: Path, parity: Parity
+    minilm: Path, topics_of_news: Topics, tmp_path: Path, parity: Parity
 ) -> None:
-    lines = [{"text": story.text, "label": story.topic} for story in stories(bbc)]
-    training = write_lines(tmp_path / "training.jsonl", lines[:160])
-    held_out = write_lines(tmp_path / "held-out.jsonl", lines[160:])
-    ld.train(
-        minilm,
-        training,
-        tmp_path / "topic",
-        task="sequence-classification",
-        max_steps=30,
-        batch_size=8,
-        rank=8,
-        learning_rate=3e-3,
-    )
-    ld.export(minilm, tmp_path / "bundle", adapters=[tmp_path / "topic"])
-    given = {"model": minilm, "evaluate": held_out, "examples": 100}
+    topic = topics_of_news.adapter
+    ld.export(minilm, tmp_path / "bundle", adapters=[topic])
+    given = {"model": minilm, "evaluate": topics_of_news.held_out, "examples": 60}
     report = parity(tmp_path / "bundle", backends=["onnx-side-inputs", "onnx-merged"], **given)
     assert report.passed, report.failures
     assert {score.backend for score in report.scores} == {"onnx-side-inputs", "onnx-merged"}
@@ -437,13 +424,11 @@ def test_minilm_that_learnt_the_topics_of_the_news_keeps_its_accuracy(
         assert score.reference > 0.8, f"the adapter learnt too little: {score}"
         assert score.low < score.difference < score.high
 
-    wrong = wrong_adapter(load_adapter(tmp_path / "topic"))
+    wrong = wrong_adapter(load_adapter(topic))
     assert wrong is not None
     save_adapter(wrong, tmp_path / "wrong")
     ld.export(
         tmp_path / "bundle", tmp_path / "merged", adapters={"topic": tmp_path / "wrong"}, merge=True
     )
-    failed = parity(
-        tmp_path / "merged", adapters=[tmp_path / "topic"], backends=["onnx-merged"], **given
-    )
+    failed = parity(tmp_path / "merged", adapters=[topic], backends=["onnx-merged"], **given)
     assert [score.passed for score in failed.scores] == [False]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import loradeploy as ld
+from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.report.results import ParityReport
 from tests.tolerances import tolerance
 
@@ -14,12 +15,25 @@ ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}
 
 
 @pytest.fixture(scope="module")
-def report(smollm2: Path, smollm2_bundle: Path, smollm2_adapters: dict[str, Path]) -> ParityReport:
+def width(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """Prompts and generated tokens: more with --all."""
+    return (len(PROMPTS), 32) if request.config.getoption("--all") else (3, 8)
+
+
+@pytest.fixture(scope="module")
+def report(
+    smollm2: Path,
+    smollm2_bundle: Path,
+    smollm2_adapters: dict[str, Path],
+    width: tuple[int, int],
+) -> ParityReport:
+    prompts, tokens = width
     return ld.parity(
         smollm2_bundle,
         model=smollm2,
         adapters=smollm2_adapters,
-        tokens=32,
+        prompts=sorted(PROMPTS, key=len)[:prompts],
+        tokens=tokens,
         phases=["prefill", "padded batch", "decode"],
         certificate=False,
     )
@@ -49,8 +63,8 @@ def test_every_onnx_path_is_close_to_peft(report: ParityReport) -> None:
 
 
 @pytest.mark.slow
-def test_every_greedy_token_is_the_same(report: ParityReport) -> None:
-    assert (report.inputs.prompts, report.inputs.generated) == (16, 32)
+def test_every_greedy_token_is_the_same(report: ParityReport, width: tuple[int, int]) -> None:
+    assert (report.inputs.prompts, report.inputs.generated) == width
     decoded = [result for result in report.results if result.phase == "decode"]
     assert {result.backend for result in decoded} == ONNX_PATHS
     for result in decoded:

@@ -18,6 +18,7 @@ from loradeploy.parity.phases import phases_of
 from tests.export.test_tasks import KINDS, prepared
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_task_passes_and_another_adapter_fails(name: str, tmp_path: Path) -> None:

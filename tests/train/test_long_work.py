@@ -113,6 +113,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> Non
     monkeypatch.setattr(AdapterTrainer, "training_step", interrupted)
 
 
+@pytest.mark.breadth(3)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     "settings",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from transformers import AutoTokenizer
 from loradeploy.train.data import read_conversations
 from loradeploy.train.features import IGNORED, conversation_features
 from loradeploy.train.sources import Source
-from tests.train.conftest import Quick, write_lines
+from tests.conftest import Topics
+from tests.train.conftest import write_lines
 
 
 @pytest.mark.slow
@@ -32,26 +32,7 @@ def test_smollm2s_template_shows_what_the_assistant_says(smollm2: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_minilm_learns_the_topics_of_the_news(
-    minilm: Path, bbc: Path, tmp_path: Path, quick: Quick
-) -> None:
-    for topic in bbc.iterdir():
-        if topic.is_dir():
-            (tmp_path / "news" / topic.name).mkdir(parents=True)
-            for file in sorted(topic.glob("*.txt"))[:40]:
-                shutil.copy(file, tmp_path / "news" / topic.name)
-    result = quick(
-        minilm,
-        tmp_path / "news",
-        tmp_path / "adapter",
-        task="sequence-classification",
-        max_steps=40,
-        batch_size=8,
-        rank=8,
-        learning_rate=3e-3,
-        validation_split=0.25,
-    )
-    assert (result.examples, result.evaluated_on) == (150, "validation")
-    assert result.accuracy_before is not None
-    assert result.accuracy_after is not None
-    assert result.accuracy_before < 0.5 < 0.8 < result.accuracy_after
+def test_minilm_learns_the_topics_of_the_news(topics_of_news: Topics) -> None:
+    result = topics_of_news.result
+    assert (result["examples"], result["evaluated_on"]) == (150, "validation")
+    assert result["accuracy_before"] < 0.5 < 0.8 < result["accuracy_after"]

@@ -58,6 +58,7 @@ def killed_after(steps: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.breadth(3)
 @pytest.mark.parametrize("after", [2, 5, 7])
 def test_a_resumed_run_ends_at_the_same_adapter_and_curve(
     after: int, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick, cut: Any
