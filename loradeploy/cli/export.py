@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from typing import Final
 
 import click
 
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress, trust_option
-from loradeploy.export.passes.static_shapes import parse_sizes
+from loradeploy.errors import UsageError
 from loradeploy.files import plain
 
+_PAIR: Final = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
 _METAVARS = {"side_inputs": "KIND[,KIND…]", "fixed": "NAME=SIZE[,…]"}
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes in "NAME=SIZE,NAME=SIZE…".
+
+    Raises:
+        UsageError: it is not of this form, or names a dimension twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        pair = _PAIR.fullmatch(part)
+        if pair is None or pair[1] in sizes:
+            raise UsageError(f"--fixed {text}: give each dimension once, as batch=1,sequence=128")
+        sizes[pair[1]] = int(pair[2])
+    return sizes
 
 
 def form_options(command: Callable[..., None]) -> Callable[..., None]:

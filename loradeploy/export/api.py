@@ -113,27 +113,27 @@ def export(
     }
     check_form(asked)
     if requantize and not merge:
-        raise UsageError("--requantize is for --merge: side inputs leave packed weights alone")
+        raise UsageError("`requantize` is for `merge`: side inputs leave packed weights alone")
     places = named_places(adapters)
     beside = (place for place in (checkpoint, module_map) if place is not None)
     check_keeps_inputs(target, [model, *places.values(), *beside])
     read = read_adapters(places)
     if merge and len(read) != 1:
-        raise UsageError(f"--merge folds in exactly one adapter, {len(read)} are given")
+        raise UsageError(f"`merge` takes exactly one adapter, {len(read)} are given")
     with custom_code(trust_remote_code):
         source = resolve(model, precision)
     if trust_remote_code and source.graph is not None:
         raise UsageError(
-            f"{source.name} is an ONNX graph, which has no Python code: --trust-remote-code is for"
+            f"{source.name} is an ONNX graph, which has no Python code: `trust_remote_code` is for"
             " checkpoints"
         )
     if source.graph is None and (checkpoint or module_map):
         raise UsageError(
-            f"{source.name} is a checkpoint, which tells its modules itself: --checkpoint and --map"
-            " are for ONNX models"
+            f"{source.name} is a checkpoint, which names its modules itself: `checkpoint` and"
+            " `module_map` are for ONNX models"
         )
     if source.kind != "bundle":
-        advice = f"give it with --adapter {source.directory}, if it is not merged already"
+        advice = "add it to the adapters, if it is not merged already"
         tell_beside(source.directory, advice, given=places.values())
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     if source.manifest is not None:

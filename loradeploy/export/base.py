@@ -329,6 +329,6 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
         )
     if task is None:
         raise UsageError(
-            f"the inputs and outputs of {source.name} do not tell its task: give --task"
+            f"the inputs and outputs of {source.name} do not tell its task: give `task`"
         )
     return task

@@ -168,12 +168,12 @@ def _choose_attention(base: Base, attention: str | None) -> None:
     """Give the graph the attention that is asked for, where it has another."""
     if attention == STANDARD and has_grouped_attention(base.graph):
         raise ExportError(
-            "--attention standard: the graph has GroupQueryAttention, which cannot be made ONNX's"
-            " Attention again: export the checkpoint"
+            '`attention="standard"`: the graph has GroupQueryAttention, which cannot be made'
+            " ONNX's Attention again: export the checkpoint"
         )
     if attention == GQA and not keeps_cache(base.graph):
         if base.task != CAUSAL_LM:
-            raise UsageError(f"--attention gqa is for decoders with a cache, not for {base.task}")
+            raise UsageError(f'`attention="gqa"` is for decoders with a cache, not for {base.task}')
         group_queries(base.graph)
 
 

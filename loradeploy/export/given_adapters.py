@@ -59,10 +59,12 @@ def named_places(
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"the adapter name {shown(name)} cannot be the name of a file: give letters,"
-                " digits, '.', '_' or '-', as in --adapter NAME=DIR"
+                " digits, '.', '_' or '-', as in `adapters=['NAME=DIR']`"
             )
         if name in found:
-            raise UsageError(f"two adapters are named {shown(name)}: name them, --adapter NAME=DIR")
+            raise UsageError(
+                f"two adapters are named {shown(name)}: name them, `adapters=['NAME=DIR']`"
+            )
         found[name] = place
     return found
 

@@ -99,7 +99,7 @@ def merge_adapter(
     for parameter, values in sorted(adapter.saved.items()):
         if layers.replace(parameter, values):
             untied.append(parameter.rpartition(".")[0])
-    remove_unused(model.graph, inputs=False)
+    remove_unused(model.graph)
     saved = tuple(sorted(adapter.saved))
     return MergeReport(adapter.modules, saved, tuple(untied), tally.loss())
 
@@ -204,8 +204,8 @@ def _check(layers: Layers, adapter: Adapter, base: AdaptableBase, *, requantize:
     if packed and not requantize:
         raise ExportError(
             f"{packed[0]} is already quantized, and merging into it would lose the adapter's"
-            " detail: merge into the unquantized model and quantize the result, or take the loss"
-            " with --requantize"
+            " detail: merge into the unquantized model and quantize the result, or accept the"
+            " rounding error with `requantize`"
         )
     for module in adapter.modules:
         if (layer := _layer(layers, module, adapter.factors[module])) is not None:

@@ -52,7 +52,7 @@ def choose_task(
 
     Raises:
         UsageError: the task asked for is unknown, nothing tells the task, or what an adapter says
-            is not what the architecture can be; the message names the --task that would do.
+            is not what the architecture can be; the message names the task that would do.
         ExportError: an encoder-decoder model, for another task than its own.
     """
     if config.get("is_encoder_decoder"):
@@ -70,16 +70,16 @@ def choose_task(
     if len(wanted) > 1:
         raise UsageError(
             "the adapters are for different tasks (task_type"
-            f" {listed_names(sorted(map(str, wanted)))}): export a bundle for each, or give --task"
-            f" {own or 'that fits'}"
+            f" {listed_names(sorted(map(str, wanted)))}): export a bundle for each, or give"
+            f" {_advised(own)}"
         )
     if wanted:
         told = wanted.pop()
         meant = next((name for name, theirs in PEFT_TASKS.items() if theirs == told), None)
         if meant is None or not _can_be(meant, own, _architecture(config), given):
-            advice = f"give --task {own}" if own else f"give --task, one of {', '.join(TASKS)}"
+            advice = f"give {_advised(own)}"
             if own and meant == FEATURE_EXTRACTION:
-                advice += f", or --task {meant} for its hidden states"
+                advice += f", or {_advised(meant)} for its hidden states"
             headless = " (it brings no head)" if meant in CLASSIFICATIONS else ""
             raise UsageError(
                 f"the adapter's task_type is {shown(told)}{headless}, and the model is of the class"
@@ -90,8 +90,13 @@ def choose_task(
         return own
     raise UsageError(
         f"the task cannot be told from the architecture {shown(_architecture(config))} in"
-        f" config.json: give --task, one of {', '.join(TASKS)}"
+        f" config.json: give {_advised(None)}"
     )
+
+
+def _advised(task: str | None) -> str:
+    """The parameter that would do."""
+    return f"`task`, one of {', '.join(TASKS)}" if task is None else f'`task="{task}"`'
 
 
 def own_task(config: Mapping[str, Any]) -> str | None:

@@ -153,7 +153,7 @@ def test_several_graphs_in_a_directory(tmp_path: Path) -> None:
 
 def test_a_graph_whose_task_cannot_be_told(tmp_path: Path) -> None:
     ir.save(linear(), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match="do not tell its task: give --task"):
+    with pytest.raises(UsageError, match="do not tell its task: give `task`"):
         export(tmp_path / "m.onnx", tmp_path / "b")
 
 
@@ -493,6 +493,6 @@ def test_an_adapter_for_a_task_that_cannot_be_exported_is_refused_by_name(peft_n
         AdapterConfig(r=1, target_modules=("q",), task_type=peft_name),
         {"q": Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))},
     )
-    told = rf"task_type is .{peft_name}., and .* BertForTokenClassification: give --task token-cl"
+    told = rf"task_type is .{peft_name}., and .* BertForTokenClassification: give `task=.token-cl"
     with pytest.raises(UsageError, match=told):
         choose_task({"architectures": ["BertForTokenClassification"]}, None, [adapter])

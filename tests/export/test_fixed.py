@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import Manifest, read_manifest
+from loradeploy.cli.export import parse_sizes
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.passes.static_shapes import fix_dimensions, parse_sizes
+from loradeploy.export.passes.static_shapes import fix_dimensions
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter

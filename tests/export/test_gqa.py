@@ -296,7 +296,7 @@ def test_heads_that_are_changed_on_their_way_are_flattened_behind(
 @pytest.mark.slow
 def test_a_window_is_refused_by_name(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", *ARCHITECTURES["mistral: a sliding window"])
-    with pytest.raises(ExportError, match="more than causal .*--attention standard"):
+    with pytest.raises(ExportError, match="more than causal .*`attention=.standard.`"):
         export(model, tmp_path / "b", attention="gqa")
     assert not (tmp_path / "b").exists()
 

@@ -211,7 +211,7 @@ def test_the_default_of_a_precision_is_not_a_choice(
         ({"attention": "gqa"}, {"attention": "standard"}, "GroupQueryAttention.*checkpoint"),
         ({"fixed": {"batch": 2}}, {"fixed": {"batch": 3}}, "'batch': 3.* has batch=2"),
         ({"precision": "int8"}, {"precision": "fp32"}, "int8 and cannot be made fp32"),
-        ({"layout": "rows"}, {"side_inputs": ("embedding",)}, "--layout slots"),
+        ({"layout": "rows"}, {"side_inputs": ("embedding",)}, "layout=.slots.`"),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )

@@ -146,7 +146,9 @@ def test_one_initializer_of_two_products_proves_neither_without_a_name(look: Loo
         model = b.model(*outputs)
         assert set(look(model, checkpoint(a=A)).linears) == found
         if not names:
-            with pytest.raises(ExportError, match="is also that of 1 more.*tell it with --map"):
+            with pytest.raises(
+                ExportError, match="is also that of 1 more.*identify it in `module_map`"
+            ):
                 look(model, checkpoint(a=A), ("a",))
 
 

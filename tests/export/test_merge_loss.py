@@ -77,7 +77,7 @@ def test_packed_weights_are_merged_when_the_loss_is_asked_for(
     adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.2)
     base, merged = tmp_path / "base", tmp_path / "merged"
     export(tiny_llama, base, precision=precision)
-    with pytest.raises(ExportError, match="already quantized.*--requantize"):
+    with pytest.raises(ExportError, match="already quantized.*`requantize`"):
         export(base, merged, adapters={"a": adapter}, merge=True)
     manifest = export(base, merged, adapters={"a": adapter}, merge=True, requantize=True)
     assert manifest.precision == precision
@@ -106,5 +106,5 @@ def test_the_loss_is_shown_wherever_the_merged_bundle_is(
 
 
 def test_requantise_is_for_merging(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--requantize is for --merge"):
+    with pytest.raises(UsageError, match="`requantize` is for `merge`"):
         export(tiny_llama, tmp_path / "out", requantize=True)

@@ -573,7 +573,7 @@ def test_an_attention_with_what_the_other_operator_lacks_is_refused(
     model = attention()
     node = next(node for node in model.graph if node.op_type == "Attention")
     node.attributes[attribute] = ir.AttrInt64(attribute, value)
-    with pytest.raises(ExportError, match=f"Attention has .*{attribute}.*--attention standard"):
+    with pytest.raises(ExportError, match=f"Attention has .*{attribute}.*`attention=.standard.`"):
         group_queries(model)
 
 
@@ -628,5 +628,5 @@ def test_a_bundle_remembers_the_form_that_a_checkpoint_told(tmp_path: Path) -> N
 
 
 def test_a_norm_whose_form_only_a_checkpoint_tells_is_refused_without_one() -> None:
-    with pytest.raises(ExportError, match=r"norm\.weight: some models add 1 .* --checkpoint"):
+    with pytest.raises(ExportError, match=r"norm\.weight: some models add 1 .* `checkpoint`"):
         check_known(_norm(numbers(IN)), ["norm.weight"])

@@ -73,7 +73,9 @@ def test_a_task_that_contradicts_the_model_is_refused_with_the_one_that_would_do
     architecture: str, task_type: str, task: str
 ) -> None:
     config, adapter = config_of(architecture), adapter_for(task_type)
-    with pytest.raises(UsageError, match=f"task_type.*{architecture}: give --task {task}") as told:
+    with pytest.raises(
+        UsageError, match=f"task_type.*{architecture}: give `task=.{task}.`"
+    ) as told:
         choose_task(config, None, [adapter])
     assert len(str(told.value)) <= LONGEST
     assert choose_task(config, task, [adapter]) == task, "what is asked for wins"
@@ -81,7 +83,7 @@ def test_a_task_that_contradicts_the_model_is_refused_with_the_one_that_would_do
 
 def test_adapters_for_different_tasks_are_refused() -> None:
     adapters = [adapter_for("CAUSAL_LM"), adapter_for("SEQ_CLS", head=True)]
-    with pytest.raises(UsageError, match=r"CAUSAL_LM, SEQ_CLS.*--task causal-lm"):
+    with pytest.raises(UsageError, match=r"CAUSAL_LM, SEQ_CLS.*`task=.causal-lm.`"):
         choose_task(config_of("LlamaForCausalLM"), None, adapters)
 
 
@@ -100,7 +102,7 @@ def test_a_class_that_transformers_does_not_have_is_told_with_the_task_that_woul
 
     values = {"model_type": "llama", **config_of("LlamaForCausalLM")}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=f"for {task}: give --task causal-lm"):
+    with pytest.raises(ModelError, match=f"for {task}: give `task=.causal-lm.`"):
         load_model(tmp_path, task, meta=True)
 
 

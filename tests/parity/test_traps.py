@@ -384,7 +384,7 @@ def test_scores_that_overflow_float16_are_caught_and_attention_in_float32_is_rig
 def test_an_export_whose_scores_overflow_float16_is_refused(
     loud_gpt2: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=r"logits is NaN or infinite .*--precision fp32"):
+    with pytest.raises(ExportError, match=r"logits is NaN or infinite .*`precision=.fp32.`"):
         ld.export(loud_gpt2, tmp_path / "half", precision="fp16")
     assert not (tmp_path / "half").exists()
 

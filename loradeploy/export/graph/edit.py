@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+_IR_VERSION: Final = 10  # of a model that is made for a pass alone
 
 
 class Chain:
@@ -89,21 +91,19 @@ def free_name(graph: ir.Graph, name: str) -> str:
     return name
 
 
-def replace_uses(
-    graph: ir.Graph, old: ir.Value, new: ir.Value, *, keep: ir.Node | Collection[ir.Node] | None
-) -> None:
-    """Let every user of `old` but `keep` use `new`; as a graph output, it takes the name too."""
-    kept = keep if isinstance(keep, Collection) else (keep,)
-    for node, index in list(old.uses()):
-        if node not in kept:
-            node.replace_input_with(index, new)
+def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()) -> None:
+    """Let every user of `old` but those in `keep` use `new`, which gets its type and shape.
+
+    As a graph output `new` takes its name too.
+    """
+    kept = [(node, index) for node, index in old.uses() if node in keep]
+    output = old.name if old.is_graph_output() else None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    for node, index in kept:
+        node.replace_input_with(index, old)
     new.type, new.shape = old.type, old.shape
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            name = old.name
-            old.name = f"{name}/before"
-            new.name = name
-            graph.outputs[index] = new
+    if output is not None:
+        old.name, new.name = f"{output}/before", output
 
 
 def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
@@ -147,22 +147,12 @@ def number_of(node: ir.Node, name: str) -> float:
     return 1.0 if attribute is None else float(attribute.as_float())
 
 
-def remove_unused(graph: ir.Graph, *, inputs: bool) -> None:
-    """Drop nodes and initializers that nothing uses, and with `inputs` those that are inputs."""
-    outputs = set(graph.outputs)
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value in outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    unused = {
-        value
-        for value in graph.initializers.values()
-        if not value.uses() and value not in outputs and (inputs or not value.is_graph_input())
-    }
-    for index in reversed(range(len(graph.inputs))):
-        if graph.inputs[index] in unused:
-            del graph.inputs[index]
-    for value in unused:
-        graph.initializers.pop(str(value.name))
+def remove_unused(graph: ir.Graph) -> None:
+    """Drop nodes and constants that nothing uses; what is an input stays."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=_IR_VERSION))
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

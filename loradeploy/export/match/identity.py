@@ -117,11 +117,11 @@ class CheckpointWeights:
                     f"its weight, that of {listed_names(modules)}, is also that of"
                     f" {calls - 1} more, and no name tells whether they are one module"
                 )
-                reasons = [_Reason(modules, text, "tell it with --map")]
+                reasons = [_Reason(modules, text, "identify it in `module_map`")]
             elif fitting:
                 alike = tuple(m.module for one in fitting for m in one)
                 text = f"its weight is that of {listed_names(alike)}, and no name tells of which"
-                reasons = [_Reason(alike, text, "tell it with --map")]
+                reasons = [_Reason(alike, text, "identify it in `module_map`")]
             self._note(product, reasons)
             return None
 

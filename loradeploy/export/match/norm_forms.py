@@ -70,7 +70,7 @@ def check_known(model: ir.Model, parameters: Collection[str]) -> None:
         if f"{module}.weight" in parameters and unknown:
             raise ExportError(
                 f"{module}.weight: some models add 1 to it, and the graph alone does not tell:"
-                " give the base with --checkpoint"
+                " give the base as `checkpoint`"
             )
 
 

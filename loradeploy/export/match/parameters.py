@@ -199,7 +199,7 @@ class Layers:
             add = ir.node("Add", [product, own], name=f"{node.name or linear.module}/bias")
             add.outputs[0].name = add.name
             self.graph.insert_after(product.producer() or node, add)
-            replace_uses(self.graph, product, add.outputs[0], keep=add)
+            replace_uses(product, add.outputs[0], keep=[add])
 
     def _replace_part_bias(self, part: Part, values: NDArray[Any]) -> None:
         assert part.bias_input is not None
@@ -250,7 +250,7 @@ def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]
         narrow = np.ascontiguousarray(values, dtype=dtype)
     if dtype.itemsize < values.dtype.itemsize and not np.isfinite(narrow).all():
         raise ExportError(
-            f"{label}: the merged weight does not fit into {dtype}: export with --precision fp32"
+            f"{label}: the merged weight does not fit into {dtype}: export with `precision='fp32'`"
         )
     return narrow
 

@@ -32,9 +32,8 @@ def store_as_bfloat16(graph: ir.Graph) -> None:
         cast = ir.node("Cast", [value], attributes=to_float, name=f"{value.name}/float32")
         used = cast.outputs[0]
         used.name, used.dtype, used.shape = cast.name, ir.DataType.FLOAT, value.shape
-        for node, index in list(value.uses()):
-            if node is not cast:
-                node.replace_input_with(index, used)
+        value.replace_all_uses_with(used)
+        cast.replace_input_with(0, value)
         graph.insert_before(graph[0], cast)
         _cast_weight(value, ir.DataType.BFLOAT16)
 
@@ -48,8 +47,7 @@ def compute_as_float32(graph: ir.Graph) -> None:
         if value.dtype != ir.DataType.BFLOAT16 or not users or not all(map(_to_float, users)):
             continue
         for cast in users:
-            for node, index in list(cast.outputs[0].uses()):
-                node.replace_input_with(index, value)
+            cast.outputs[0].replace_all_uses_with(value)
         graph.remove(users, safe=True)
         _cast_weight(value, ir.DataType.FLOAT)
 
@@ -86,7 +84,7 @@ def _is_weight(value: ir.Value) -> bool:
     tensor = value.const_value
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
         return False
-    return value.is_initializer() and not value.is_graph_input()
+    return value.is_initializer() and not (value.is_graph_input() or value.is_graph_output())
 
 
 def _to_float(node: ir.Node) -> bool:

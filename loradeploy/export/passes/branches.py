@@ -43,7 +43,7 @@ def branches_problem(graph: ir.Graph) -> str | None:
         if product.scaled is not None and (before is None or before.op_type != "DequantizeLinear"):
             return (
                 f"onnxruntime does not open branches over a DequantizeLinear ({product.node.name}):"
-                " export with --no-branches"
+                " export with `branches=False`"
             )
     return None
 
@@ -61,7 +61,9 @@ def add_branches(graph: ir.Graph) -> None:
     nodes, outputs = list(graph), list(graph.outputs)
     attributes = (attribute for node in nodes for attribute in node.attributes.values())
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
-        raise ExportError("the graph has branches or loops of its own: export with --no-branches")
+        raise ExportError(
+            "the graph has branches or loops of its own: export with `branches=False`"
+        )
     # Where the base's own numbers are side inputs, they are the only slot.
     base = _copy(nodes, outputs, BASE, {**gathered_slots(graph), **_without_factors(nodes)})
     other = _copy(nodes, outputs, _ADAPTED, {})

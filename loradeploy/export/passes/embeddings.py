@@ -78,4 +78,4 @@ def _add_at(surgery: Surgery, label: str, node: ir.Node, A: ir.Value, B: ir.Valu
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, size]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, size]
     total = chain.add("Add", LORA_ADD, [y, delta])
-    replace_uses(surgery.graph, y, total, keep=chain.last)
+    replace_uses(y, total, keep=[chain.last])

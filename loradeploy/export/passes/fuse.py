@@ -172,7 +172,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     for member, part in zip(members, split.outputs, strict=True):
         old, end = member.nodes[0].outputs[0], begin + member.out_features
         part.name = output_name(member.module)
-        replace_uses(graph, old, part, keep=None)
+        replace_uses(old, part)
         graph.remove(member.nodes[0], safe=True)
         graph.initializers.pop(str(member.weight.name))
         fused.append(
@@ -215,7 +215,7 @@ def _separate(
         )
         node.outputs[0].name = node.name
         graph.insert_before(product, node)
-        replace_uses(graph, old, node.outputs[0], keep=None)
+        replace_uses(old, node.outputs[0])
 
 
 def _outputs(

@@ -65,17 +65,17 @@ def group_queries(model: ir.Model) -> None:
     pasts = [value for value in graph.inputs if str(value.name).startswith(PAST)]
     if not pasts or len(attentions) * 2 != len(pasts):
         raise ExportError(
-            f"--attention gqa: the graph has {len(attentions)} attentions for"
+            f'`attention="gqa"`: the graph has {len(attentions)} attentions for'
             f" {len(pasts) // 2} layers of a cache, the others are written in another way: leave it"
         )
     lengths = _lengths(graph)
     for node in attentions:
         _replace(graph, node, *lengths)
     model.opset_imports.setdefault(_DOMAIN, 1)
-    remove_unused(graph, inputs=False)
+    remove_unused(graph)
     for value in pasts:
         if any(node.op_type != GROUP_QUERY_ATTENTION for node, _ in value.uses()):
-            raise ExportError(f"--attention gqa: {value.name} is used for something else too")
+            raise ExportError(f'`attention="gqa"`: {value.name} is used for something else too')
 
 
 def has_grouped_attention(model: ir.Model) -> bool:
@@ -141,7 +141,7 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
         output.name = f"{old.name}/grouped"
     graph.insert_before(node, new)
     for output, old in zip(new.outputs, (y, keys.present, values.present), strict=True):
-        replace_uses(graph, old, output, keep=None)
+        replace_uses(old, output)
 
 
 def _check_mask(node: ir.Node, mask: ir.Value) -> None:
@@ -276,7 +276,7 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
     mask = next((value for value in graph.inputs if value.name == ATTENTION_MASK), None)
     if mask is None:
-        raise ExportError(f"--attention gqa: the graph takes no {ATTENTION_MASK}")
+        raise ExportError(f'`attention="gqa"`: the graph takes no {ATTENTION_MASK}')
     one = add_constant(graph, "gqa.one", np.array([1], np.int64))
     batch = None if mask.shape is None else mask.shape[0]
     begin = graph[0]
@@ -299,4 +299,4 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def _unfit(node: ir.Node, why: str) -> ExportError:
-    return ExportError(f"--attention gqa: {node.name} {why}: leave it at --attention standard")
+    return ExportError(f'`attention="gqa"`: {node.name} {why}: leave it at `attention="standard"`')

@@ -84,7 +84,7 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
         y = chain.add("Add", HEAD_ADD, [y, b])
     if rows.no_sequence:
         y = chain.add("Squeeze", HEAD_SQUEEZE, [y, surgery.sequence_axis])  # [batch, out]
-    replace_uses(graph, last.outputs[0], y, keep=None)
+    replace_uses(last.outputs[0], y)
     for dead in dict.fromkeys((last, node)):
         graph.remove(dead, safe=True)
     return saved
@@ -125,7 +125,7 @@ def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> 
     shape = last.outputs[0].shape
     for node in made:
         node.outputs[0].shape = shape
-    replace_uses(graph, last.outputs[0], made[-1].outputs[0], keep=None)
+    replace_uses(last.outputs[0], made[-1].outputs[0])
 
 
 def _parameter(surgery: Surgery, name: str, default: NDArray[Any]) -> ir.Value:

@@ -32,13 +32,12 @@ def use_row_layout(graph: ir.Graph) -> None:
     """
     if not has_rows(graph):
         raise ExportError(
-            "factors of embeddings need the numbers of slots: export with --layout slots"
+            'factors of embeddings need the numbers of slots: export with `layout="slots"`'
         )
     ids = graph.initializers[ADAPTER_IDS]
     for gathered, source in gathered_slots(graph).items():
-        for node, index in list(gathered.uses()):
-            node.replace_input_with(index, source)
-    remove_unused(graph, inputs=False)
+        gathered.replace_all_uses_with(source)
+    remove_unused(graph)
     graph.inputs.remove(ids)
     graph.initializers.pop(ADAPTER_IDS)
 

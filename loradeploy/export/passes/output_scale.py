@@ -104,7 +104,7 @@ def undo_output_scale(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]
         )
         base = first.inputs[0]
         assert base is not None
-        replace_uses(graph, last.outputs[0], base, keep=None)
+        replace_uses(last.outputs[0], base)
         call += 1
     return call > 0
 
@@ -134,7 +134,7 @@ def _change_at(
         first = first or chain.last
     y = rows.back(surgery, chain, y, old, size, SCALE_BACK)
     assert first is not None
-    replace_uses(surgery.graph, old, y, keep={first, *chain.readers})
+    replace_uses(old, y, keep={first, *chain.readers})
 
 
 def _last(nodes: Mapping[str, ir.Node], label: str) -> ir.Node | None:

@@ -57,7 +57,7 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     if not packed:
         raise ExportError(f"the graph has no product that could be packed to int{bits}")
     model.opset_imports.setdefault(_DOMAIN, 1)
-    remove_unused(model.graph, inputs=False)
+    remove_unused(model.graph)
     return dataclasses.replace(
         manifest,
         targets=tuple(
@@ -139,11 +139,7 @@ def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
         old.name = f"{name}/unpacked"
         new.outputs[0].name = name
         graph.insert_after(product, new)
-        for user, index in list(old.uses()):
-            user.replace_input_with(index, new.outputs[0])
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new.outputs[0]
+        old.replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
         graph.remove(product, safe=True)
     return str(inputs[0].name)
 

@@ -94,7 +94,7 @@ def inject_side_inputs(
         _add_factors(surgery, product)
     lora = [member.target() for product in products for member in product.members]
     lora += [add_embedding_factors(surgery, part) for part in embeddings]
-    remove_unused(model.graph, inputs=False)
+    remove_unused(model.graph)
     return SideInputs(
         targets=tuple(lora),
         saved=tuple(saved),
@@ -117,7 +117,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         while (add := nodes.get(step_name(call_label(label, call), LORA_ADD))) is not None:
             base = add.inputs[0]
             if base is not None:
-                replace_uses(model.graph, add.outputs[0], base, keep=None)
+                replace_uses(add.outputs[0], base)
             call += 1
         if call == 0:
             raise ExportError(f"the graph has no side input at {label}: it was changed")
@@ -127,7 +127,16 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
     separate_products(model.graph, manifest.targets)
-    remove_unused(model.graph, inputs=True)
+    remove_unused(model.graph)
+    _remove_unused_inputs(model.graph)
+
+
+def _remove_unused_inputs(graph: ir.Graph) -> None:
+    """Drop the inputs that have a default and that nothing uses any more."""
+    for value in list(graph.inputs):
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            graph.inputs.remove(value)
+            graph.initializers.pop(str(value.name))
 
 
 def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
@@ -187,7 +196,7 @@ def _add(
         update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
     update = rows.back(surgery, chain, update, y, size, "lora_flatten")
     total = chain.add("Add", LORA_ADD, [y, update])
-    replace_uses(surgery.graph, y, total, keep={chain.last, *chain.readers})
+    replace_uses(y, total, keep={chain.last, *chain.readers})
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

@@ -8,9 +8,8 @@ Nodes stay as they are, and the sizes of side inputs open: a merged graph is fix
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError, listed_names
 
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import TensorSpec
 
 _PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
-_PAIR: Final = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
-
-
-def parse_sizes(text: str) -> dict[str, int]:
-    """The sizes in "NAME=SIZE,NAME=SIZE…".
-
-    Raises:
-        UsageError: it is not of this form, or names a dimension twice.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        pair = _PAIR.fullmatch(part)
-        if pair is None or pair[1] in sizes:
-            raise UsageError(f"--fixed {text}: give each dimension once, as batch=1,sequence=128")
-        sizes[pair[1]] = int(pair[2])
-    return sizes
 
 
 def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
@@ -52,9 +35,9 @@ def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if name not in known:
             has = listed_names(known, none="no open dimension")
-            raise UsageError(f"--fixed: the graph has no dimension {name!r}, it has {has}")
+            raise UsageError(f"`fixed`: the graph has no dimension {name!r}, it has {has}")
         if size < (name != _PAST):
-            raise UsageError(f"--fixed: {name} is {size}: give 1 or more")
+            raise UsageError(f"`fixed`: {name} is {size}: give 1 or more")
     for value in _values(graph):
         if any(str(dim.value) in sizes for dim in _symbols(value)):
             assert value.shape is not None
@@ -97,7 +80,7 @@ def _complete(sizes: Mapping[str, int], known: Mapping[str, None]) -> dict[str, 
         result[_PAST] + result[_SEQUENCE] != result[_TOTAL] or result[_PAST] < 0
     ):
         raise UsageError(
-            f"--fixed: {result[_PAST]} past and {result[_SEQUENCE]} new positions are not"
+            f"`fixed`: {result[_PAST]} past and {result[_SEQUENCE]} new positions are not"
             f" {result[_TOTAL]} in total"
         )
     return result

@@ -70,7 +70,7 @@ def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
     act = ir.node(activation, [y], name=f"{_name(node)}/{activation}")
     act.outputs[0].name = act.name
     graph.insert_after(node, act)
-    replace_uses(graph, y, act.outputs[0], keep=act)
+    replace_uses(y, act.outputs[0], keep=[act])
 
 
 def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
@@ -179,7 +179,7 @@ def _plain_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float)
     add = ir.node("Add", [y, addend], name=f"{_name(node)}/added")
     add.outputs[0].name = add.name
     graph.insert_after(node, add)
-    replace_uses(graph, y, add.outputs[0], keep=add)
+    replace_uses(y, add.outputs[0], keep=[add])
 
 
 def _is_bias(node: ir.Node, addend: ir.Value) -> bool:

@@ -31,8 +31,7 @@ def drop_identities(model: ir.Model) -> None:
         if node.op_type != "Identity" or constant is None or same.is_graph_output():
             continue
         if constant.is_initializer() and not constant.is_graph_input():
-            for user, index in list(same.uses()):
-                user.replace_input_with(index, constant)
+            same.replace_all_uses_with(constant)
             graph.remove(node, safe=True)
 
 

@@ -30,7 +30,7 @@ _ENDINGS: Final = (
     *("_quantized", "_q4f16", "_q8f16", "_q2f16", "_q1f16", "_uint8", "_fp16", "_int8", "_bnb4"),
     *("_q4", "_q8", "_q2", "_q1"),
 )
-# What --precision is called in these names. A graph in fp16 is made of no other; int8 and int4 are
+# What precisions are called in these names. A graph in fp16 is made of no other; int8 and int4 are
 # made of model.onnx, where it is there.
 _CALLED: Final = {"fp16": ("_fp16",), "int8": ("_quantized", "_int8"), "int4": ("_q4",)}
 _LISTED: Final = 8

@@ -86,7 +86,7 @@ def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -
         if choice is None:
             choice = bool(constant_of(condition).reshape(-1)[0])
         _inline_branch(graph, node, choice)
-    remove_unused(graph, inputs=False)
+    remove_unused(graph)
     for value in taken:
         if not value.uses():
             graph.inputs.remove(value)
@@ -206,7 +206,7 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
             last, new = same, same.outputs[0]
             new.name = _free(names, f"{old.name}/chosen")
         own = new.type, new.shape
-        replace_uses(graph, old, new, keep=None)
+        replace_uses(old, new)
         new.type, new.shape = new.type or own[0], new.shape or own[1]
     graph.remove(node, safe=True)
 

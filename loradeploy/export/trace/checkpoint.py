@@ -87,7 +87,7 @@ def _unloadable(directory: Path, task: str, problem: Exception) -> str:
     if "Unrecognized configuration class" in str(problem):
         config = read_config(directory)
         own = own_task(config)
-        advice = f"give --task {own}" if own not in (None, task) else "give another --task"
+        advice = f'give `task="{own}"`' if own not in (None, task) else "give another `task`"
         named = config.get("model_type")
         return f"{directory} ({shortened(str(named), 40)}) cannot be loaded for {task}: {advice}"
     return f"{directory} cannot be loaded for {task}: {root_cause(problem)}"
@@ -129,7 +129,7 @@ def _zero_head(
     if missing:
         raise ModelError(
             f"{directory} lacks weights of {type(model).__name__}: {listed_names(missing)}: it is"
-            f" no complete checkpoint, or one for another task than {task} (--task)"
+            f" no complete checkpoint, or one for another task than {task} (`task`)"
         )
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -101,7 +101,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
         except Exception as problem:  # torch's own errors have no common base
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for {task}: {root_cause(problem)}"
-                " (--debug shows where): give an ONNX file that another exporter made of it"
+                ": give an ONNX file that another exporter made of it"
             ) from problem
     if onnx_program is None:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")

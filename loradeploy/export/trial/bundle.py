@@ -294,7 +294,11 @@ def _opened(file: Path) -> onnxruntime.InferenceSession:
 
 def _overflow(precision: str) -> str:
     """What to do about numbers that are too large for `precision`."""
-    return ": float16 ends at 65504, give --precision fp32 or bf16" if precision == "fp16" else ""
+    return (
+        ": float16 ends at 65504, give `precision='fp32'` or `precision='bf16'`"
+        if precision == "fp16"
+        else ""
+    )
 
 
 def _refused(reason: str) -> ExportError:
