@@ -14,8 +14,9 @@ from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
 from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.session import AdapterSession
+from tests.signing import key_pair
 
-ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+pytest.importorskip("cryptography")
 
 
 @pytest.fixture
@@ -84,20 +85,9 @@ def test_a_session_asks_for_the_minimum(bundle: Path) -> None:
         AdapterSession(bundle, require_certificate=CertificateMinimum(prompts=9999))
 
 
-def keys(folder: Path, name: str) -> tuple[Path, Path]:
-    from cryptography.hazmat.primitives import serialization as form
-
-    key = ed25519.Ed25519PrivateKey.generate()
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    pem, no_password = form.Encoding.PEM, form.NoEncryption()
-    private.write_bytes(key.private_bytes(pem, form.PrivateFormat.PKCS8, no_password))
-    public.write_bytes(key.public_key().public_bytes(pem, form.PublicFormat.SubjectPublicKeyInfo))
-    return private, public
-
-
 def test_a_signature_is_verified_at_opening(bundle: Path, tmp_path: Path) -> None:
-    private, public = keys(tmp_path, "mine")
-    _, others = keys(tmp_path, "others")
+    private, public = key_pair(tmp_path, "mine")
+    _, others = key_pair(tmp_path, "others")
     required = CertificateMinimum(public_key=public)
     with pytest.raises(BundleError, match="has no signature"):
         AdapterSession(bundle, require_certificate=required)

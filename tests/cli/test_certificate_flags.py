@@ -1,0 +1,53 @@
+"""`run` requires what its flags ask of a certificate, and `parity --sign` signs one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.calling import Run, one_line
+from tests.signing import key_pair
+
+pytest.importorskip("cryptography")
+
+
+@pytest.fixture
+def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle whose certificate may be changed."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
+
+
+def test_run_requires_the_least_that_its_flag_names(bundle: Path, run: Run) -> None:
+    prompt = (bundle, "hi", "--max-new-tokens", 1)
+    status, _, err = run("run", *prompt, "--certificate-minimum", "prompts=1,phases=decode")
+    assert (status, err) == (0, "")
+    status, out, err = run("run", *prompt, "--certificate-minimum", "prompts=9999")
+    assert (status, out) == (2, "")
+    assert "9999 are required" in one_line(err)
+    (bundle / "parity.json").unlink()
+    assert run("run", *prompt, "--certificate-minimum", "prompts=0")[0] == 2, "one is required"
+
+
+def test_run_requires_the_signature_that_parity_writes(
+    bundle: Path, tiny_llama: Path, tmp_path: Path, run: Run
+) -> None:
+    private, public = key_pair(tmp_path, "owner")
+    _, other = key_pair(tmp_path, "other")
+    prompt = (bundle, "hi", "--max-new-tokens", 1)
+    status, _, err = run("run", *prompt, "--certificate-key", public)
+    assert status == 2
+    assert "has no signature" in one_line(err)
+
+    narrow = ("--tokens", 1, "--backends", "peft,onnx-side-inputs", "--phases", "prefill")
+    checked = run("parity", bundle, "--model", tiny_llama, *narrow, "--sign", private)
+    assert checked[0] == 0, checked[2]
+    assert run("run", *prompt, "--certificate-key", public)[0] == 0
+    status, _, err = run("run", *prompt, "--certificate-key", other)
+    assert status == 2
+    assert "somebody else signed it" in one_line(err)
+    both = ("--certificate-key", public, "--certificate-minimum", "phases=decode")
+    status, _, err = run("run", *prompt, *both)
+    assert status == 2
+    assert "phase 'decode' was not checked" in one_line(err)
