@@ -26,10 +26,10 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import choose_backends, open_backend
 from loradeploy.parity.check import Progress, run_backends
-from loradeploy.parity.context import CheckContext, find_subjects
+from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.inputs.tokens import make_cases
-from loradeploy.parity.phases import phases_of, walk
+from loradeploy.parity.phases import phases_of, run_phases
 from loradeploy.parity.reference.pytorch import (
     as_reference,
     load_base,
@@ -81,32 +81,34 @@ def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
     ld.export(model, bundle, adapters={"a0": adapter})
     manifest = read_manifest(bundle)
     cases = make_cases(bundle, manifest, prompts=PROMPTS[:_PROMPTS], generated=_TOKENS, seed=0)
-    setting = CheckContext(
+    context = CheckContext(
         bundle=bundle,
         manifest=manifest,
         model=model,
-        subjects=find_subjects(bundle, manifest, None),
+        adapters=find_adapters(bundle, manifest, None),
         cases=cases,
         scratch=scratch,
         providers=None,
     )
     backends = choose_backends(manifest.mode, ["onnx-side-inputs"])
-    base = load_base(setting)
+    base = load_base(context)
 
     def running() -> None:
         rows = {}
         for name in (None, "a0"):
-            with as_reference(setting, base, name):
-                rows[name] = reference_rows(setting, base.model, name, _TOKENS)
-        for name, opened in open_backend(backends[0], setting, None):
+            with as_reference(context, base, name):
+                rows[name] = reference_rows(context, base.model, name, _TOKENS)
+        for name, opened in open_backend(backends[0], context, None):
             phases = phases_of(manifest.task)
-            for _ in walk(opened, rows[name], task=manifest.task, pad=cases.pad, phases=phases):
+            for _ in run_phases(
+                opened, rows[name], task=manifest.task, pad=cases.pad, phases=phases
+            ):
                 pass
 
     def comparing() -> None:
-        reference = make_reference(setting, base)
-        progress = Progress(backends, setting)
-        results = run_backends(backends, setting, reference, None, progress)
+        reference = make_reference(context, base)
+        progress = Progress(backends, context)
+        results = run_backends(backends, context, reference, None, progress)
         assert all(result.outcome == "passed" for result in results), results
 
     return {"running": running, "control": running, "comparing": comparing}

@@ -103,7 +103,7 @@ def parity(
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import choose_backends, default_backends
-    from loradeploy.parity.context import CheckContext, find_model, find_subjects, graph_digests
+    from loradeploy.parity.context import CheckContext, find_adapters, find_model, graph_digests
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.job import run
@@ -141,10 +141,10 @@ def parity(
     variants = choose_variants(providers, optimization)
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
-    subjects = find_subjects(place, manifest, adapters)
+    tested = find_adapters(place, manifest, adapters)
     digests = graph_digests(place, manifest)
     used = tuple(dict.fromkeys(variant.provider for variant in variants))
-    chosen += other_backends(others, manifest, subjects, used)
+    chosen += other_backends(others, manifest, tested, used)
     with custom_code(trust_remote_code):
         directory, base = find_model(place, manifest, model)
     if earlier is not None:
@@ -159,14 +159,14 @@ def parity(
     cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
     with custom_code(trust_remote_code):
         held_out = read_held_out(
-            place, manifest, directory, subjects, evaluate, examples=examples, seed=seed
+            place, manifest, directory, tested, evaluate, examples=examples, seed=seed
         )
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
-        setting = CheckContext(
+        context = CheckContext(
             bundle=place,
             manifest=manifest,
             model=directory,
-            subjects=subjects,
+            adapters=tested,
             cases=cases,
             scratch=scratch,
             providers=used,
@@ -175,8 +175,8 @@ def parity(
             genai_python=interpreter,
         )
         found = run(
-            setting,
-            default_backends(chosen, setting, asked),
+            context,
+            default_backends(chosen, context, asked),
             base_digest=base,
             digests=digests,
             files=told,

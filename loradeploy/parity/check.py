@@ -1,4 +1,4 @@
-"""The check itself: every backend walked along the inputs, and judged."""
+"""The check itself: every backend run through the phases, and judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.names import REPEAT
-from loradeploy.parity.phases import Model, Observation, Row, has_logits, phases_of, rows_of, walk
+from loradeploy.parity.phases import (
+    Model,
+    Observation,
+    Row,
+    has_logits,
+    phases_of,
+    rows_of,
+    run_phases,
+)
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
@@ -38,83 +46,83 @@ class _Tally:
 
 @dataclass
 class _Tallies:
-    """The tallies of one walk, by adapter and phase, in the order in which they began."""
+    """The tallies of one backend, by adapter and phase, in the order in which they began."""
 
     reference: Reference
     logits: bool
     found: dict[tuple[str | None, str], _Tally] = field(default_factory=dict)
 
-    def of(self, subject: str | None, phase: str) -> _Tally:
-        if (subject, phase) not in self.found:
-            comparison = Comparison(scale=self.reference.scale[subject], logits=self.logits)
-            self.found[subject, phase] = _Tally(comparison)
-        return self.found[subject, phase]
+    def of(self, adapter: str | None, phase: str) -> _Tally:
+        if (adapter, phase) not in self.found:
+            comparison = Comparison(scale=self.reference.scale[adapter], logits=self.logits)
+            self.found[adapter, phase] = _Tally(comparison)
+        return self.found[adapter, phase]
 
 
 def run_backends(
     backends: Sequence[Backend],
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
     model: torch.nn.Module | None,
     progress: Progress,
 ) -> list[Result]:
-    """Walk every backend along the reference's rows and judge what it gives.
+    """Run every backend on the reference's rows and judge what it gives.
 
-    A backend on onnxruntime is walked once for each variant.
+    A backend on onnxruntime is run once for each variant.
 
     Raises:
         LoraDeployError: an adapter or the bundle is bad input, rather than different numbers.
     """
     results: list[Result] = []
     for backend in backends:
-        missing = backend.missing(setting)
-        phases = _phases(backend, setting)
+        missing = backend.missing(context)
+        phases = _phases(backend, context)
         if missing is None and not phases:
-            missing = f"it has none of the phases {', '.join(setting.phases or ())}"
+            missing = f"it has none of the phases {', '.join(context.phases or ())}"
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        varied = [setting.at(variant) for variant in setting.variants]
-        for at in varied if backend.on_onnxruntime else [setting]:
+        varied = [context.at(variant) for variant in context.variants]
+        for at in varied if backend.on_onnxruntime else [context]:
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
 
 
 class Progress:
-    """Says which walk of how many begins; a walk is a backend's with one adapter."""
+    """Logs which run of how many begins; a run is one backend with one adapter."""
 
-    def __init__(self, backends: Sequence[Backend], setting: CheckContext) -> None:
-        self._total = sum(_walks(backend, setting) for backend in backends)
+    def __init__(self, backends: Sequence[Backend], context: CheckContext) -> None:
+        self._total = sum(_run_count(backend, context) for backend in backends)
         self._begun = 0
 
-    def begin(self, backend: Backend, subject: str | None, setting: CheckContext) -> None:
-        """Log the walk that begins."""
+    def begin(self, backend: Backend, adapter: str | None, context: CheckContext) -> None:
+        """Log the run that begins."""
         self._begun += 1
-        named = [backend.title, "mixed" if backend.mixed else subject or BASE_LABEL]
-        if len(setting.variants) > 1 and backend.on_onnxruntime:
-            named.append(str(setting.variant))
+        named = [backend.title, "mixed" if backend.mixed else adapter or BASE_LABEL]
+        if len(context.variants) > 1 and backend.on_onnxruntime:
+            named.append(str(context.variant))
         logger.info("[%d/%d] %s", self._begun, self._total, ", ".join(named))
 
 
-def _walks(backend: Backend, setting: CheckContext) -> int:
-    if backend.missing(setting) is not None or not _phases(backend, setting):
+def _run_count(backend: Backend, context: CheckContext) -> int:
+    if backend.missing(context) is not None or not _phases(backend, context):
         return 0
-    base = not backend.needs_adapter and not setting.merged
-    subjects = 1 if backend.mixed else len(setting.subjects) + base
-    return subjects * (len(setting.variants) if backend.on_onnxruntime else 1)
+    base = not backend.needs_adapter and not context.merged
+    adapters = 1 if backend.mixed else len(context.adapters) + base
+    return adapters * (len(context.variants) if backend.on_onnxruntime else 1)
 
 
-def _phases(backend: Backend, setting: CheckContext) -> tuple[str, ...]:
-    asked = setting.phases or phases_of(setting.manifest.task)
+def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:
+    asked = context.phases or phases_of(context.manifest.task)
     return tuple(phase for phase in asked if phase in backend.phases)
 
 
-def adapter_facts(setting: CheckContext, reference: Reference) -> tuple[AdapterFacts, ...]:
+def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterFacts, ...]:
     """What each adapter does to the reference; one without an effect must be an untrained one."""
     facts = []
-    for subject in setting.subjects:
-        effect = reference.effect[subject.name]
-        trained = any(pair.B.any() for pair in subject.adapter.factors.values())
+    for tested in context.adapters:
+        effect = reference.effect[tested.name]
+        trained = any(pair.B.any() for pair in tested.adapter.factors.values())
         failed, message = False, None
         if effect.largest == 0.0 and trained:
             failed = True
@@ -123,8 +131,8 @@ def adapter_facts(setting: CheckContext, reference: Reference) -> tuple[AdapterF
             message = "no effect: it is untrained, all of its B are zero"
         facts.append(
             AdapterFacts(
-                subject.name,
-                subject.digest,
+                tested.name,
+                tested.digest,
                 effect.largest,
                 effect.mean,
                 failed,
@@ -136,13 +144,13 @@ def adapter_facts(setting: CheckContext, reference: Reference) -> tuple[AdapterF
 
 def _run_backend(
     backend: Backend,
-    setting: CheckContext,
+    context: CheckContext,
     phases: Sequence[str],
     reference: Reference,
     model: torch.nn.Module | None,
     progress: Progress,
 ) -> Iterator[Result]:
-    opened = open_backend(backend, setting, model)
+    opened = open_backend(backend, context, model)
     while True:
         try:
             entry = next(opened, None)
@@ -152,47 +160,47 @@ def _run_backend(
         except LoraDeployError:
             raise
         except Exception as problem:  # a backend's own: it is the backend that fails, not we
-            yield _broken(backend, setting, problem)
+            yield _broken(backend, context, problem)
             return
         if entry is None:
             return
         name, opened_model = entry
-        progress.begin(backend, name, setting)
+        progress.begin(backend, name, context)
         rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[name]
-        yield from _walk(backend, opened_model, rows, phases, setting, reference)
+        yield from _run_rows(backend, opened_model, rows, phases, context, reference)
 
 
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
     """A batch in which neighbors have different adapters, the base among them."""
-    subjects = list(rows)
+    adapters = list(rows)
     usual = [number for number, row in enumerate(rows[None]) if not row.edge]
     edges = [number for number, row in enumerate(rows[None]) if row.edge]
-    cases = [usual[i % len(usual)] for i in range(max(len(usual), len(subjects)))] + edges
-    return tuple(rows[subjects[i % len(subjects)]][case] for i, case in enumerate(cases))
+    cases = [usual[i % len(usual)] for i in range(max(len(usual), len(adapters)))] + edges
+    return tuple(rows[adapters[i % len(adapters)]][case] for i, case in enumerate(cases))
 
 
-def _walk(
+def _run_rows(
     backend: Backend,
     model: Model,
     rows: Sequence[Row],
     phases: Sequence[str],
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
 ) -> Iterator[Result]:
-    task = setting.manifest.task
+    task = context.manifest.task
     tallies = _Tallies(reference, logits=has_logits(task))
     for phase in phases:
         for row in rows_of(phase, rows, batched=backend.batched):
             if row.due(phase):
-                tallies.of(row.subject, phase).due += row.due(phase)
-    observations = walk(
+                tallies.of(row.adapter, phase).due += row.due(phase)
+    observations = run_phases(
         model,
         rows,
         task=task,
-        pad=setting.cases.pad,
+        pad=context.cases.pad,
         phases=phases,
-        left=setting.cases.left,
-        alike=setting.cases.alike,
+        left=context.cases.left,
+        alike=context.cases.alike,
         batched=backend.batched,
     )
     problem = "it gave less than all positions"
@@ -202,19 +210,19 @@ def _walk(
             seen = next(observations, None)
             if seen is None:
                 break
-            tally = tallies.of(seen.row.subject, seen.phase)
-            _take_in(tally, seen)
+            tally = tallies.of(seen.row.adapter, seen.phase)
+            _record(tally, seen)
         except Exception as raised:  # whatever a backend raises is its failure
             problem = kind_and_line(raised)
             break
         tally.seconds += time.perf_counter() - begin
-    for (subject, phase), tally in tallies.found.items():
+    for (adapter, phase), tally in tallies.found.items():
         # What it did not come to is as unproved as what it failed in.
         said = problem if tally.due else None
-        yield _result(backend, subject, phase, tally, said, setting, reference)
+        yield _result(backend, adapter, phase, tally, said, context, reference)
 
 
-def _take_in(tally: _Tally, seen: Observation) -> None:
+def _record(tally: _Tally, seen: Observation) -> None:
     row = seen.row
     tally.comparison.add(
         seen.expected,
@@ -228,27 +236,27 @@ def _take_in(tally: _Tally, seen: Observation) -> None:
 
 def _result(
     backend: Backend,
-    subject: str | None,
+    adapter: str | None,
     phase: str,
     tally: _Tally,
     problem: str | None,
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
 ) -> Result:
-    effect = None if subject is None else reference.effect[subject].largest
-    verdict = judge(tally.comparison.figures(), reference.limits[subject], effect=effect)
+    effect = None if adapter is None else reference.effect[adapter].largest
+    verdict = judge(tally.comparison.figures(), reference.limits[adapter], effect=effect)
     if problem is None and phase == REPEAT and not verdict.passed:
         problem = f"two runs differ: {verdict.failure}"
     return verdict.result(
         backend=backend.name,
         title=backend.title,
-        adapter=subject,
+        adapter=adapter,
         phase=phase,
         problem=problem,
         remark=_remark(phase, verdict.figures),
         effect=effect,
         seconds=tally.seconds,
-        variant=_variant(backend, setting),
+        variant=_variant(backend, context),
     )
 
 
@@ -260,15 +268,15 @@ def _remark(phase: str, figures: Figures) -> str | None:
     return f"two runs differ by up to {figures.max_abs:.2g}"
 
 
-def _variant(backend: Backend, setting: CheckContext) -> Variant | None:
-    return setting.variant if backend.on_onnxruntime else None
+def _variant(backend: Backend, context: CheckContext) -> Variant | None:
+    return context.variant if backend.on_onnxruntime else None
 
 
 def _not_run(backend: Backend, reason: str) -> Result:
     return Result(backend.name, backend.title, None, None, "not run", reason)
 
 
-def _broken(backend: Backend, setting: CheckContext, problem: Exception) -> Result:
+def _broken(backend: Backend, context: CheckContext, problem: Exception) -> Result:
     return Result(
         backend.name,
         backend.title,
@@ -276,5 +284,5 @@ def _broken(backend: Backend, setting: CheckContext, problem: Exception) -> Resu
         None,
         "failed",
         kind_and_line(problem),
-        variant=_variant(backend, setting),
+        variant=_variant(backend, context),
     )

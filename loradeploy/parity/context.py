@@ -60,7 +60,7 @@ class CheckContext:
     bundle: Path
     manifest: Manifest
     model: Path
-    subjects: tuple[AdapterUnderTest, ...]
+    adapters: tuple[AdapterUnderTest, ...]
     cases: Cases
     scratch: Path
     providers: tuple[str, ...] | None
@@ -119,7 +119,7 @@ def find_model(
     return source.directory, digest
 
 
-def find_subjects(
+def find_adapters(
     bundle: Path, manifest: Manifest, adapters: AdapterPlaces | None
 ) -> tuple[AdapterUnderTest, ...]:
     """The adapters to check: those in the bundle, then those given.
@@ -164,11 +164,11 @@ def find_subjects(
             f' `adapters=["DIR"]`; {len(found)} are given'
         )
     if manifest.mode == "side-inputs":
-        for subject in found.values():
+        for tested in found.values():
             try:
-                fit_to(subject.adapter, manifest)
+                fit_to(tested.adapter, manifest)
             except AdapterMismatchError as problem:
-                raise AdapterMismatchError(f"{subject.name}: {problem}") from None
+                raise AdapterMismatchError(f"{tested.name}: {problem}") from None
     return tuple(found.values())
 
 

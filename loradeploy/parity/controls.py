@@ -118,32 +118,32 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
-def run_controls(setting: CheckContext, reference: Reference, base: Base) -> tuple[Control, ...]:
+def run_controls(context: CheckContext, reference: Reference, base: Base) -> tuple[Control, ...]:
     """Make every mistake with every adapter that has an effect, and judge it."""
     found = []
     before: str | None = None  # the neighbor in a mixed batch, the base at first
-    for subject in setting.subjects:
-        if not reference.effect[subject.name].largest:
+    for tested in context.adapters:
+        if not reference.effect[tested.name].largest:
             continue
         for mistake in MISTAKES:
-            wrong = mistake.make(subject.adapter)
+            wrong = mistake.make(tested.adapter)
             if wrong is not None:
                 # As the reference holds the right one, so that nothing but the mistake is between.
-                with as_reference_with(setting, base, wrong) as model:
-                    rows = reference_rows(setting, model, subject.name, 0)
-                found.append(_judge(mistake, subject.name, rows, setting, reference))
-        if setting.manifest.mode != "merged":  # a merged graph has no mixed batches
+                with as_reference_with(context, base, wrong) as model:
+                    rows = reference_rows(context, model, tested.name, 0)
+                found.append(_judge(mistake, tested.name, rows, context, reference))
+        if context.manifest.mode != "merged":  # a merged graph has no mixed batches
             neighbor = reference.rows[before]
-            found.append(_judge(OFF_BY_ONE, subject.name, neighbor, setting, reference))
-            before = subject.name
+            found.append(_judge(OFF_BY_ONE, tested.name, neighbor, context, reference))
+            before = tested.name
     return tuple(found)
 
 
 def _judge(
-    mistake: Mistake, name: str, rows: Sequence[Row], setting: CheckContext, reference: Reference
+    mistake: Mistake, name: str, rows: Sequence[Row], context: CheckContext, reference: Reference
 ) -> Control:
     scale, effect = reference.scale[name], reference.effect[name].largest
-    comparison = Comparison(scale=scale, logits=has_logits(setting.manifest.task))
+    comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
     for right, wrong in zip(reference.rows[name], rows, strict=True):
         count = len(right.prompt) if right.forced else len(right.expected)
         comparison.add(right.expected[:count], wrong.expected[:count], case=right.case)

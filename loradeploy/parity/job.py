@@ -42,7 +42,7 @@ logger = logger_of(__name__)
 
 
 def run(
-    setting: CheckContext,
+    context: CheckContext,
     backends: Sequence[Backend],
     *,
     base_digest: str,
@@ -62,45 +62,45 @@ def run(
     `shrink`, `localize`: see `loradeploy.parity`. `asked`: the backends that may not be left out.
     """
     started = time.monotonic()
-    placed = start(setting.bundle, setting.variants)
-    logger.info("loading %s", setting.model)
-    model = load_model(setting)
-    answered = score_reference(setting, model, held_out)
-    base = take_weights(setting, model)
+    placed = start(context.bundle, context.variants)
+    logger.info("loading %s", context.model)
+    model = load_model(context)
+    answered = score_reference(context, model, held_out)
+    base = take_weights(context, model)
     logger.info("reference: %s", REFERENCE_TITLE)
-    reference = make_reference(setting, base)
+    reference = make_reference(context, base)
     made: tuple[Control, ...] = ()
     places: tuple[Localization, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
     said: tuple[str, ...] = ()
     results: list[Result] = []
-    nondeterministic = second_run(setting, reference, base)
+    nondeterministic = second_run(context, reference, base)
     if nondeterministic is not None:
         results.append(nondeterministic)
     else:
         if controls:
             logger.info("controls")
-            made = run_controls(setting, reference, base)
-        progress = Progress(backends, setting)
+            made = run_controls(context, reference, base)
+        progress = Progress(backends, context)
         in_torch = [backend for backend in backends if backend.on_torch]
-        results += run_backends(in_torch, setting, reference, base.model, progress)
+        results += run_backends(in_torch, context, reference, base.model, progress)
         del base, model
         gc.collect()
         in_onnx = [backend for backend in backends if not backend.on_torch]
-        results += run_backends(in_onnx, setting, reference, None, progress)
-        scores = score_backends(in_onnx, setting, held_out, answered)
+        results += run_backends(in_onnx, context, reference, None, progress)
+        scores = score_backends(in_onnx, context, held_out, answered)
         # Once more, for what failed, and only where something did.
-        again = functools.cache(lambda: load_base(setting))
+        again = functools.cache(lambda: load_base(context))
         if localize is not False:
             places = localizations(
-                setting, reference, backends, results, again, always=bool(localize)
+                context, reference, backends, results, again, always=bool(localize)
             )
         if shrink:
-            smallest, said = shrink_failures(in_onnx, setting, reference, results, again)
-    manifest, cases = setting.manifest, setting.cases
+            smallest, said = shrink_failures(in_onnx, context, reference, results, again)
+    manifest, cases = context.manifest, context.cases
     return ParityReport(
-        bundle=str(setting.bundle),
+        bundle=str(context.bundle),
         task=manifest.task,
         mode=manifest.mode,
         precision=manifest.precision,
@@ -117,13 +117,13 @@ def run(
             fuzz=cases.fuzz,
             edges=cases.edges,
         ),
-        environment=environment(setting.providers),
+        environment=environment(context.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
-        adapters=adapter_facts(setting, reference),
+        adapters=adapter_facts(context, reference),
         controls=made,
         localizations=places,
-        notes=(*_notes(setting, reference), *placed, *said, *score_notes(held_out)),
+        notes=(*_notes(context, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=files,
         counterexamples=smallest,
@@ -132,13 +132,13 @@ def run(
     )
 
 
-def _notes(setting: CheckContext, reference: Reference) -> list[str]:
+def _notes(context: CheckContext, reference: Reference) -> list[str]:
     """What the reader of the verdict must know besides."""
     notes = list(reference.notes)
-    manifest = setting.manifest
-    if not setting.subjects:
+    manifest = context.manifest
+    if not context.adapters:
         notes.append("no adapter is in the bundle or given: only the base was compared")
-    if not setting.merged and not reference.scale[None]:
+    if not context.merged and not reference.scale[None]:
         notes.append("the base gives zeros alone (a head that is not trained): it proves nothing")
     if manifest.base.kind == "onnx":
         notes.append(
@@ -151,10 +151,10 @@ def _notes(setting: CheckContext, reference: Reference) -> list[str]:
             f" of {loss.noise:.2g} times its size"
         )
     claimed = manifest.merged_adapter
-    for subject in setting.subjects if claimed is not None else ():
-        if claimed is not None and claimed.digest != subject.digest:
+    for tested in context.adapters if claimed is not None else ():
+        if claimed is not None and claimed.digest != tested.digest:
             notes.append(
                 f"the manifest says that the graph holds the adapter {short(claimed.digest)},"
-                f" {subject.name} is {short(subject.digest)}"
+                f" {tested.name} is {short(tested.digest)}"
             )
     return notes

@@ -79,13 +79,13 @@ class Model(Protocol):
     """A backend, opened."""
 
     def forward(
-        self, ids: Ids, mask: Ids, cache: Any, subjects: Sequence[str | None]
+        self, ids: Ids, mask: Ids, cache: Any, adapters: Sequence[str | None]
     ) -> tuple[NDArray[Any], Any]:
         """`ids` [rows, new tokens] and `mask` [rows, all tokens] → values and the next cache.
 
         The values are [rows, new tokens, width], with one more position where there is an output
         for the whole row, or [rows, labels] of a classifier. `cache` is None at first, then what
-        the call before returned. `subjects` names each row's adapter.
+        the call before returned. `adapters` names each row's adapter.
         """
 
 
@@ -99,7 +99,7 @@ class Row:
     """
 
     case: int
-    subject: str | None
+    adapter: str | None
     prompt: tuple[int, ...]
     forced: tuple[int, ...]
     expected: NDArray[np.float32]
@@ -145,7 +145,7 @@ class Observation:
         return self.row.expected[self.first : self.first + len(self.values)]
 
 
-def walk(
+def run_phases(
     model: Model,
     rows: Sequence[Row],
     *,
@@ -173,16 +173,16 @@ def walk(
             yield Observation(REPEAT, row, 0, _forward_alone(model, row, task), before)
     if CHUNKED in phases and task == CAUSAL_LM:
         for row in rows_of(CHUNKED, rows):
-            yield from _walk_chunks(model, row)
+            yield from _run_chunks(model, row)
     side = left and task == CAUSAL_LM
     if PADDED_BATCH in phases or DECODE in phases:
         shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
         for some in _batches(shown, most=_MAX_ROWS if batched else 1):
             for batch in _of_one_length(some) if alike else [some]:
-                yield from _walk_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+                yield from _run_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
         for batch in _of_one_length(permuted) if alike else [permuted]:
-            yield from _walk_permuted(model, batch, task=task, pad=pad, left=side)
+            yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
 
 
 def phases_of(task: str) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def choose_phases(task: str, asked: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequence[Row]:
-    """Those of `rows` that a phase is shown of; see `walk`."""
+    """Those of `rows` that a phase is shown of; see `run_phases`."""
     if phase == DECODE and not batched:
         return rows[:_DECODED_ALONE]
     if phase not in _FEW:
@@ -232,22 +232,22 @@ def _of_one_length(rows: Sequence[Row]) -> list[list[Row]]:
 def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:
     ids = np.array([row.tokens], np.int64)
     mask = np.ones_like(ids)
-    values, _ = model.forward(ids, mask, None, [row.subject])
+    values, _ = model.forward(ids, mask, None, [row.adapter])
     return _positions(values[0], mask[0].astype(bool), task)
 
 
-def _walk_chunks(model: Model, row: Row) -> Iterator[Observation]:
+def _run_chunks(model: Model, row: Row) -> Iterator[Observation]:
     tokens = np.array([row.tokens], np.int64)
     chunks = 3 if len(row.tokens) >= 3 * 2 else 2
     cache, seen = None, 0
     for ids in np.array_split(tokens, chunks, axis=1):
         first, seen = seen, seen + ids.shape[1]
         mask = np.ones((1, seen), np.int64)
-        values, cache = model.forward(ids, mask, cache, [row.subject])
+        values, cache = model.forward(ids, mask, cache, [row.adapter])
         yield Observation(CHUNKED, row, first, values[0])
 
 
-def _walk_batch(
+def _run_batch(
     model: Model,
     batch: Sequence[Row],
     *,
@@ -256,9 +256,9 @@ def _walk_batch(
     phases: Sequence[str],
     left: bool,
 ) -> Iterator[Observation]:
-    subjects = [row.subject for row in batch]
+    adapters = [row.adapter for row in batch]
     ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
-    values, cache = model.forward(ids, mask, None, subjects)
+    values, cache = model.forward(ids, mask, None, adapters)
     if PADDED_BATCH in phases:
         yield from _observe_batch(PADDED_BATCH, batch, mask, values, task)
     if DECODE not in phases:
@@ -266,17 +266,17 @@ def _walk_batch(
     for step in range(len(batch[0].forced) - 1):
         ids = np.array([[row.forced[step]] for row in batch], np.int64)
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        values, cache = model.forward(ids, mask, cache, subjects)
+        values, cache = model.forward(ids, mask, cache, adapters)
         for row, its in zip(batch, values, strict=True):
             yield Observation(DECODE, row, len(row.prompt) + step, its)
 
 
-def _walk_permuted(
+def _run_permuted(
     model: Model, batch: Sequence[Row], *, task: str, pad: int, left: bool
 ) -> Iterator[Observation]:
     batch = [*batch[1:], batch[0]]  # no row stays in its place
     ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
-    values, _ = model.forward(ids, mask, None, [row.subject for row in batch])
+    values, _ = model.forward(ids, mask, None, [row.adapter for row in batch])
     yield from _observe_batch(PERMUTED, batch, mask, values, task)
 
 
@@ -288,19 +288,19 @@ def _observe_batch(
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], *, count: int, pad: int, subject: str | None
+    model: Model, prompts: Sequence[Sequence[int]], *, count: int, pad: int, adapter: str | None
 ) -> list[tuple[int, ...]]:
     """The `count` tokens that `model` finds the likeliest one after the other, for each prompt.
 
     The prompts are one batch.
     """
     ids, mask = pad_rows(prompts, pad, left=True)
-    subjects = [subject] * len(prompts)
+    adapters = [adapter] * len(prompts)
     if not count:
         return [()] * len(prompts)
     chosen, cache = [], None
     for _ in range(count):
-        values, cache = model.forward(ids, mask, cache, subjects)
+        values, cache = model.forward(ids, mask, cache, adapters)
         ids = values[:, -1].argmax(axis=-1)[:, None].astype(np.int64)
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         chosen.append(ids[:, 0])

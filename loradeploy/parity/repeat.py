@@ -9,7 +9,7 @@ from loradeploy.parity.backends.table import REFERENCE_TITLE
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.names import ONE_ROW, PREFILL, REPEAT
-from loradeploy.parity.phases import has_logits, rows_of, walk
+from loradeploy.parity.phases import has_logits, rows_of, run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import Result
 from loradeploy.parity.tolerances import assumed
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Base, Reference
 
 
-def second_run(setting: CheckContext, reference: Reference, base: Base) -> Result | None:
+def second_run(context: CheckContext, reference: Reference, base: Base) -> Result | None:
     """Run the base over a few rows again; the failure where it is beyond float32's rounding.
 
     Inputs, weights and code are the same, so what differs is noise of the model's own: dropout
     that is left on, a sample that is drawn, or a kernel that adds up in any order. The limits that
     were measured would not tell: the noise is in them.
     """
-    task = setting.manifest.task
+    task = context.manifest.task
     scale = reference.scale[None]
     comparison = Comparison(scale=scale, logits=has_logits(task))
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
     rows = rows_of(REPEAT, reference.rows[None])
-    with as_reference(setting, base, None) as model:
-        backend = TorchModel(model, setting.manifest)
-        for seen in walk(backend, rows, task=task, pad=setting.cases.pad, phases=(alone,)):
+    with as_reference(context, base, None) as model:
+        backend = TorchModel(model, context.manifest)
+        for seen in run_phases(backend, rows, task=task, pad=context.cases.pad, phases=(alone,)):
             comparison.add(seen.expected, seen.values, case=seen.row.case)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)
     if verdict.figures.not_finite or verdict.passed:

@@ -19,7 +19,7 @@ from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main
 from loradeploy.export.trace import load_model
-from loradeploy.parity.context import CheckContext, find_subjects
+from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.diagnose.localize import localize
 from loradeploy.parity.diagnose.torch_probe import Modules, rounded, sites_of, values_at
 from loradeploy.parity.inputs.tokens import Cases
@@ -47,22 +47,22 @@ def locate(tmp_path: Path) -> Locate:
         adapter: str | None = "one",
         *,
         adapters: dict[str, Path] | None = None,
-        change: Callable[[CheckContext], CheckContext] = lambda setting: setting,
+        change: Callable[[CheckContext], CheckContext] = lambda context: context,
         tokens: tuple[int, ...] = TOKENS,
         failed: bool = True,
     ) -> Localization:
         manifest = read_manifest(bundle)
-        setting = CheckContext(
+        context = CheckContext(
             bundle=bundle,
             manifest=manifest,
             model=model,
-            subjects=find_subjects(bundle, manifest, adapters),
+            adapters=find_adapters(bundle, manifest, adapters),
             cases=Cases((TOKENS,), 0, 0, "given"),
             scratch=tmp_path,
             providers=None,
         )
-        base = load_base(setting)
-        return localize(change(setting), base, backend, adapter, tokens, failed=failed)
+        base = load_base(context)
+        return localize(change(context), base, backend, adapter, tokens, failed=failed)
 
     return run
 
@@ -312,10 +312,10 @@ def test_a_wrong_factor_in_pytorch_is_named_without_a_graph(
 ) -> None:
     save_adapter(wrong, tmp_path / "saved")
 
-    def other_place(setting: CheckContext) -> CheckContext:
-        (subject,) = setting.subjects
-        moved = dataclasses.replace(subject, place=tmp_path / "saved")
-        return dataclasses.replace(setting, subjects=(moved,))
+    def other_place(context: CheckContext) -> CheckContext:
+        (tested,) = context.adapters
+        moved = dataclasses.replace(tested, place=tmp_path / "saved")
+        return dataclasses.replace(context, adapters=(moved,))
 
     found = locate(bundle, tiny_llama, "peft", change=other_place)
     assert found.first is not None

@@ -130,7 +130,7 @@ def test_of_the_cpu_nothing_is_told(llama_with_adapter: Path) -> None:
     assert start(llama_with_adapter, [Variant(CPU, "all")]) == []
 
 
-def test_progress_counts_every_walk(
+def test_progress_counts_every_run(
     llama_with_adapter: Path, check: Check, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "loradeploy.parity")
@@ -234,7 +234,7 @@ def test_a_reference_that_is_nondeterministic_is_the_one_failure(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = job.load_model
-    monkeypatch.setattr(job, "load_model", lambda setting: right(setting).train())  # dropout is on
+    monkeypatch.setattr(job, "load_model", lambda context: right(context).train())  # dropout is on
     report = ld.parity(
         tiny_gpt2_bundle, model=tiny_gpt2, prompts=PROMPTS, tokens=2, certificate=False
     )

@@ -149,7 +149,7 @@ def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
     check: Callable[..., ParityReport],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from loradeploy.parity import check as walks
+    from loradeploy.parity import check as checks
     from loradeploy.parity import job, variants
     from loradeploy.parity.backends import others
 
@@ -163,13 +163,13 @@ def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
     cpu, other = variants.DEFAULT, variants.Variant("OtherExecutionProvider", "all")
     monkeypatch.setattr(variants, "choose_variants", lambda *given: (other, cpu))
     monkeypatch.setattr(job, "start", lambda *given: [])
-    monkeypatch.setattr(walks, "open_backend", _others_alone)
+    monkeypatch.setattr(checks, "open_backend", _others_alone)
     check([f"{bundle}/model.onnx"], phases=["prefill"], shrink=False, localize=False)
     assert asked == [("OtherExecutionProvider", "CPUExecutionProvider")] * 2
 
 
-def _others_alone(backend: Any, setting: Any, model: Any) -> Any:
-    return backend.open(setting) if backend.name.startswith("other:") else iter(())
+def _others_alone(backend: Any, context: Any, model: Any) -> Any:
+    return backend.open(context) if backend.name.startswith("other:") else iter(())
 
 
 # -- what does not -----------------------------------------------------------------------------

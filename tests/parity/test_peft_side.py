@@ -17,7 +17,7 @@ from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.adapter import peft as reader
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterError
-from loradeploy.parity.context import AdapterUnderTest, find_subjects
+from loradeploy.parity.context import AdapterUnderTest, find_adapters
 from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
@@ -32,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
-def subject_of(place: Path) -> AdapterUnderTest:
+def tested_adapter(place: Path) -> AdapterUnderTest:
     adapter = load_adapter(place)
     return AdapterUnderTest("one", place, adapter, adapter.digest)
 
@@ -110,8 +110,8 @@ def test_an_adapter_that_is_given_is_read_where_it_is(
     llama_with_adapter: Path, adapter: Path
 ) -> None:
     manifest = read_manifest(llama_with_adapter)
-    (held,) = find_subjects(llama_with_adapter, manifest, None)
-    (given,) = find_subjects(llama_with_adapter, manifest, {"one": adapter})
+    (held,) = find_adapters(llama_with_adapter, manifest, None)
+    (given,) = find_adapters(llama_with_adapter, manifest, {"one": adapter})
     assert held.place == llama_with_adapter / "adapters" / "one"
     assert given.place == adapter
     assert given.native == held.native is not None
@@ -124,11 +124,11 @@ def test_a_file_of_another_name_is_the_one_that_peft_reads(
     save_adapter(load_adapter(make_adapter(tiny_llama, seed=7)), tmp_path)
     shutil.copyfile(adapter / FILES[1], tmp_path / "best.safetensors")
     model = llama(tiny_llama)
-    with with_peft(model, subject_of(tmp_path / "best.safetensors")):
+    with with_peft(model, tested_adapter(tmp_path / "best.safetensors")):
         found = logits(model)
-    with with_peft(model, subject_of(adapter)):
+    with with_peft(model, tested_adapter(adapter)):
         assert torch.equal(found, logits(model))
-    with with_peft(model, subject_of(tmp_path)):
+    with with_peft(model, tested_adapter(tmp_path)):
         assert not torch.allclose(found, logits(model))
 
 
@@ -166,12 +166,12 @@ def test_the_base_is_itself_again_after_peft(
     tmp_path: Path,
 ) -> None:
     place = make_adapter(tiny_llama, out=tmp_path / "adapter", **options)
-    subject = subject_of(place)
+    tested = tested_adapter(place)
     change(place)
     model = llama(tiny_llama)
     before = {name: values.clone() for name, values in model.state_dict().items()}
     base = logits(model)
-    with with_peft(model, subject):
+    with with_peft(model, tested):
         adapted = logits(model)
     import peft
 
@@ -188,7 +188,7 @@ def test_a_base_that_was_written_over_is_told_by_name(tiny_llama: Path, adapter:
     model = llama(tiny_llama)
     with (
         pytest.raises(AdapterError, match=r"writes over the base's model\.norm\.weight"),
-        with_peft(model, subject_of(adapter)),
+        with_peft(model, tested_adapter(adapter)),
         torch.no_grad(),
     ):
         model.model.norm.weight.add_(1)

@@ -201,7 +201,7 @@ def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
 def test_what_goes_wrong_in_the_search_is_a_remark_and_the_verdict_stands(
     llama_bundle: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(setting: object) -> None:
+    def fail(context: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(job, "load_base", fail)

@@ -24,17 +24,17 @@ _QUICK: Final = 10**9
 _STANDARD: Final = ("", "ai.onnx")
 
 
-def lacks(setting: CheckContext) -> str | None:
+def lacks(context: CheckContext) -> str | None:
     """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
-    return _lacks(setting, _LARGEST)
+    return _lacks(context, _LARGEST)
 
 
-def is_quick(setting: CheckContext) -> bool:
+def is_quick(context: CheckContext) -> bool:
     """Whether the evaluator is there, and runs the bundle's graph in little time."""
-    return importlib.util.find_spec("onnx") is not None and _lacks(setting, _QUICK) is None
+    return importlib.util.find_spec("onnx") is not None and _lacks(context, _QUICK) is None
 
 
-def evaluator(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
+def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """The base and each adapter as feeds; of a merged bundle, the graph as it is.
 
     Raises:
@@ -45,34 +45,34 @@ def evaluator(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     from loradeploy.bundle.adapter_inputs.base import BundleBase
     from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 
-    graph = setting.bundle / GRAPH_NAME
+    graph = context.bundle / GRAPH_NAME
     try:
         made = ReferenceEvaluator(os.fspath(graph))
     except Exception as problem:  # of several kinds, all for want of an operator
         raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
-    manifest = setting.manifest
-    if setting.merged:
-        for subject in setting.subjects:
-            yield subject.name, OnnxModel(manifest, partial(_evaluate, made, {}))
+    manifest = context.manifest
+    if context.merged:
+        for tested in context.adapters:
+            yield tested.name, OnnxModel(manifest, partial(_evaluate, made, {}))
         return
     yield None, OnnxModel(manifest, partial(_evaluate, made, {}))
-    base = BundleBase(setting.bundle, manifest)
-    for subject in setting.subjects:
-        side = side_inputs(subject.adapter, manifest, base) | branch_choice(manifest)
-        yield subject.name, OnnxModel(manifest, partial(_evaluate, made, side))
+    base = BundleBase(context.bundle, manifest)
+    for tested in context.adapters:
+        side = side_inputs(tested.adapter, manifest, base) | branch_choice(manifest)
+        yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side))
 
 
 def _evaluate(
-    made: Any, side: Feeds, outputs: Sequence[str], feeds: Feeds, subjects: object
+    made: Any, side: Feeds, outputs: Sequence[str], feeds: Feeds, adapters: object
 ) -> Sequence[Any]:
     values: Sequence[Any] = made.run(list(outputs), {**feeds, **side})
     return values
 
 
-def _lacks(setting: CheckContext, largest: int) -> str | None:
+def _lacks(context: CheckContext, largest: int) -> str | None:
     import onnx
 
-    graph = onnx.load(os.fspath(setting.bundle / GRAPH_NAME), load_external_data=False).graph
+    graph = onnx.load(os.fspath(context.bundle / GRAPH_NAME), load_external_data=False).graph
     nodes = parameters = 0
     for part in _graphs(graph):
         nodes += len(part.node)

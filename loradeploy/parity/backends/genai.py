@@ -54,7 +54,7 @@ class GenaiModel:
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         cache: Any,
-        subjects: Sequence[str | None],
+        adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.Model`; the cache is the worker's own, of the sequence last begun."""
         values = self._worker.ask(
@@ -80,18 +80,18 @@ def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
     return Path(found).absolute()  # not resolved: that would leave its environment
 
 
-def lacks(setting: CheckContext) -> str | None:
+def lacks(context: CheckContext) -> str | None:
     """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
-    if setting.manifest.task != CAUSAL_LM:
+    if context.manifest.task != CAUSAL_LM:
         return "it runs decoders alone"
-    if not (setting.bundle / _CONFIG).is_file():
+    if not (context.bundle / _CONFIG).is_file():
         return f"the bundle holds no {_CONFIG}"
-    if setting.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
+    if context.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
         return "onnxruntime-genai is not installed: give the Python that has it"
     return None
 
 
-def genai(setting: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
+def genai(context: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
     """The base and each adapter, as an .onnx_adapter file, in one worker.
 
     Raises:
@@ -99,16 +99,16 @@ def genai(setting: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
     """
     from loradeploy.bundle.adapter_inputs.base import BundleBase
 
-    base = BundleBase(setting.bundle, setting.manifest)
-    cases = setting.cases
+    base = BundleBase(context.bundle, context.manifest)
+    cases = context.cases
     room = max(map(len, cases.prompts)) + cases.generated
-    names = [subject.name for subject in setting.subjects]
+    names = [tested.name for tested in context.adapters]
     files = {}
-    if not setting.merged:
-        files = {s.name: native_file(setting, s, base) for s in setting.subjects}
-    with _started(setting, files) as worker:
-        for name in names if setting.merged else (None, *names):
-            yield name, GenaiModel(worker, None if setting.merged else name, room)
+    if not context.merged:
+        files = {s.name: native_file(context, s, base) for s in context.adapters}
+    with _started(context, files) as worker:
+        for name in names if context.merged else (None, *names):
+            yield name, GenaiModel(worker, None if context.merged else name, room)
 
 
 class Worker:
@@ -161,15 +161,15 @@ class Worker:
 
 
 @contextmanager
-def _started(setting: CheckContext, adapters: dict[str, Path]) -> Iterator[Worker]:
-    logits, stderr = setting.scratch / "genai.npy", setting.scratch / "genai.stderr"
-    python = setting.genai_python or Path(sys.executable)
+def _started(context: CheckContext, adapters: dict[str, Path]) -> Iterator[Worker]:
+    logits, stderr = context.scratch / "genai.npy", context.scratch / "genai.stderr"
+    python = context.genai_python or Path(sys.executable)
     named = [f"{name}={file}" for name, file in adapters.items()]
     # The worker's folder holds modules of loradeploy's, which are no business of its interpreter.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with stderr.open("w", encoding="utf-8") as complaints:
         process = subprocess.Popen(
-            [python, _WORKER, setting.bundle, logits, *named],
+            [python, _WORKER, context.bundle, logits, *named],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

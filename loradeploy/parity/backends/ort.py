@@ -62,20 +62,20 @@ class OnnxModel:
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         cache: Any,
-        subjects: Sequence[str | None],
+        adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.Model`."""
         wanted, count = [*self._outputs, *self._presents], len(self._outputs)
         if not self._past and self._manifest.task == CAUSAL_LM:
-            return self._without_cache(ids, mask, cache, subjects)
+            return self._without_cache(ids, mask, cache, adapters)
         if self._cache is None:
-            given = self._run(wanted, self.feeds(ids, mask, cache), subjects)
+            given = self._run(wanted, self.feeds(ids, mask, cache), adapters)
             cache = list(given[count:])
         else:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
             feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
-            given = self._run(wanted, feeds, subjects, places=cache.places)
+            given = self._run(wanted, feeds, adapters, places=cache.places)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
 
@@ -84,7 +84,7 @@ class OnnxModel:
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         before: NDArray[np.int64] | None,
-        subjects: Sequence[str | None],
+        adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """All tokens again, what is new in the end: each row's from its beginning, padding behind.
 
@@ -95,7 +95,7 @@ class OnnxModel:
         padded, held = pad(
             [row[seen] for row, seen in zip(whole, real, strict=True)], 0, left=False
         )
-        given = self._run(self._outputs, self.feeds(padded, held, None), subjects)
+        given = self._run(self._outputs, self.feeds(padded, held, None), adapters)
         values = joined([_array(value) for value in given])
         new = ids.shape[1]
         result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
@@ -105,11 +105,11 @@ class OnnxModel:
         return result, whole
 
     def values(
-        self, names: Sequence[str], ids: NDArray[np.int64], subject: str | None
+        self, names: Sequence[str], ids: NDArray[np.int64], tested: str | None
     ) -> list[NDArray[Any]]:
         """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
         feeds = self.feeds(ids, np.ones_like(ids), None)
-        return [_array(value) for value in self._run(names, feeds, [subject] * len(ids))]
+        return [_array(value) for value in self._run(names, feeds, [tested] * len(ids))]
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
@@ -123,62 +123,62 @@ class OnnxModel:
         return [np.zeros(shape, s.dtype) for shape, s in zip(shapes, self._past, strict=True)]
 
 
-def side_inputs(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
+def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """The base and each adapter by itself, through `AdapterSession`."""
-    session = _open(setting, setting.bundle)
-    _load(session, setting.subjects)
-    for name in (None, *(subject.name for subject in setting.subjects)):
+    session = _open(context, context.bundle)
+    _load(session, context.adapters)
+    for name in (None, *(tested.name for tested in context.adapters)):
         run = partial(_all_rows, session, name)
-        yield name, OnnxModel(setting.manifest, run, session.empty_cache)
+        yield name, OnnxModel(context.manifest, run, session.empty_cache)
 
 
-def mixed_batch(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
+def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """All adapters and the base at once, through `AdapterSession`: each row has its own."""
-    session = _open(setting, setting.bundle)
-    _load(session, setting.subjects)
-    yield None, OnnxModel(setting.manifest, session.run_with_ort_values, session.empty_cache)
+    session = _open(context, context.bundle)
+    _load(session, context.adapters)
+    yield None, OnnxModel(context.manifest, session.run_with_ort_values, session.empty_cache)
 
 
-def native_adapter(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
+def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
     import onnxruntime
 
     from loradeploy.bundle.adapter_inputs.base import BundleBase
     from loradeploy.runtime.reading.graph import open_graph
 
-    session = open_graph(setting.bundle, setting.providers, _options(setting))
-    base = BundleBase(setting.bundle, setting.manifest)
-    for subject in setting.subjects:
+    session = open_graph(context.bundle, context.providers, _options(context))
+    base = BundleBase(context.bundle, context.manifest)
+    for tested in context.adapters:
         adapter = onnxruntime.LoraAdapter()
-        adapter.Load(os.fspath(native_file(setting, subject, base)))
+        adapter.Load(os.fspath(native_file(context, tested, base)))
         active = onnxruntime.RunOptions()
         active.add_active_adapter(adapter)
-        yield subject.name, OnnxModel(setting.manifest, partial(_activated, session, active))
+        yield tested.name, OnnxModel(context.manifest, partial(_activated, session, active))
 
 
-def native_file(setting: CheckContext, subject: AdapterUnderTest, base: BaseValues) -> Path:
+def native_file(context: CheckContext, tested: AdapterUnderTest, base: BaseValues) -> Path:
     """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
     from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 
-    if subject.native is not None:
-        return subject.native
-    file = setting.scratch / f"{subject.name}{NATIVE_SUFFIX}"
+    if tested.native is not None:
+        return tested.native
+    file = context.scratch / f"{tested.name}{NATIVE_SUFFIX}"
     if not file.is_file():
-        write_onnx_adapter(subject.adapter, setting.manifest, file, base)
+        write_onnx_adapter(tested.adapter, context.manifest, file, base)
     return file
 
 
-def merged_graph(setting: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
+def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """Each adapter folded into the graph: the merged bundle itself, or a merge made for the check.
 
     Raises:
         NotRunError: the graph cannot be merged into.
     """
-    for subject in setting.subjects:
-        with merged_bundle(setting, subject) as bundle:
-            session = _open(setting, bundle)
+    for tested in context.adapters:
+        with merged_bundle(context, tested) as bundle:
+            session = _open(context, bundle)
             run = partial(_all_rows, session, None)
-            yield subject.name, OnnxModel(session.manifest, run, session.empty_cache)
+            yield tested.name, OnnxModel(session.manifest, run, session.empty_cache)
             del session
 
 
@@ -187,7 +187,7 @@ def _all_rows(
     adapter: str | None,
     outputs: Sequence[str],
     feeds: Feeds,
-    subjects: object,
+    adapters: object,
     places: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
     """Run an AdapterSession with one adapter for all rows."""
@@ -195,7 +195,7 @@ def _all_rows(
 
 
 def _activated(
-    session: Any, active: Any, outputs: Sequence[str], feeds: Feeds, subjects: object
+    session: Any, active: Any, outputs: Sequence[str], feeds: Feeds, adapters: object
 ) -> Sequence[Any]:
     """Run a plain session with the adapter that its run options have activated."""
     values: Sequence[Any] = session.run(list(outputs), dict(feeds), active)
@@ -203,21 +203,21 @@ def _activated(
 
 
 @contextmanager
-def merged_bundle(setting: CheckContext, subject: AdapterUnderTest) -> Iterator[Path]:
-    """The setting's merged bundle, or one that is made for the check.
+def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[Path]:
+    """The context's merged bundle, or one that is made for the check.
 
     Raises:
         NotRunError: the graph cannot be merged into.
     """
-    if setting.merged:
-        yield setting.bundle
+    if context.merged:
+        yield context.bundle
         return
     from loradeploy.export.api import export
 
-    place = setting.scratch / f"merged-{subject.name}"
+    place = context.scratch / f"merged-{tested.name}"
     try:
         try:
-            export(setting.bundle, place, adapters={subject.name: subject.place}, merge=True)
+            export(context.bundle, place, adapters={tested.name: tested.place}, merge=True)
         except ExportError as problem:
             raise NotRunError(str(problem)) from None
         yield place
@@ -225,26 +225,26 @@ def merged_bundle(setting: CheckContext, subject: AdapterUnderTest) -> Iterator[
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _open(setting: CheckContext, bundle: Path) -> AdapterSession:
+def _open(context: CheckContext, bundle: Path) -> AdapterSession:
     from loradeploy.runtime.session import AdapterSession
 
-    return AdapterSession(bundle, setting.providers, session_options=_options(setting))
+    return AdapterSession(bundle, context.providers, session_options=_options(context))
 
 
-def _options(setting: CheckContext) -> onnxruntime.SessionOptions:
+def _options(context: CheckContext) -> onnxruntime.SessionOptions:
     from loradeploy.runtime.reading.graph import WEIGHTS_AT
 
-    options = session_options(setting.variant)
-    if setting.weights is not None:
-        options.add_session_config_entry(WEIGHTS_AT, os.fspath(setting.weights.resolve()))
+    options = session_options(context.variant)
+    if context.weights is not None:
+        options.add_session_config_entry(WEIGHTS_AT, os.fspath(context.weights.resolve()))
     return options
 
 
-def _load(session: AdapterSession, subjects: Sequence[AdapterUnderTest]) -> None:
+def _load(session: AdapterSession, adapters: Sequence[AdapterUnderTest]) -> None:
     """Load what did not come with the bundle; the session finds the others itself."""
-    for subject in subjects:
-        if subject.name not in session.adapters:
-            session.load(subject.name, subject.place)
+    for tested in adapters:
+        if tested.name not in session.adapters:
+            session.load(tested.name, tested.place)
 
 
 def _array(value: Any) -> NDArray[Any]:

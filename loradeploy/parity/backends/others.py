@@ -64,7 +64,7 @@ class _Other:
 def other_backends(
     others: Others,
     manifest: Manifest,
-    subjects: Sequence[AdapterUnderTest],
+    adapters: Sequence[AdapterUnderTest],
     providers: Sequence[str] | None = None,
 ) -> tuple[Backend, ...]:
     """A backend for each of `others`.
@@ -76,7 +76,7 @@ def other_backends(
             one title for two.
         ModelError: a file that onnxruntime cannot open.
     """
-    known = [subject.name for subject in subjects]
+    known = [tested.name for tested in adapters]
     found: dict[tuple[str, str | None], Backend] = {}
     for other in _parsed(others):
         claim = other.adapter
@@ -104,10 +104,10 @@ def other_backends(
 
 
 def _open(
-    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], setting: CheckContext
+    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], context: CheckContext
 ) -> Iterator[tuple[str | None, OnnxModel]]:
-    side = open_side(place, setting.providers)
-    yield claim, _model(side, inputs, setting.manifest)
+    side = open_side(place, context.providers)
+    yield claim, _model(side, inputs, context.manifest)
 
 
 def _model(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> OnnxModel:
@@ -163,7 +163,7 @@ def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 
 def _run(
-    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, subjects: object
+    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, adapters: object
 ) -> list[NDArray[Any]]:
     """The outputs `wanted`, in their order.
 

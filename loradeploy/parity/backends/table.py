@@ -68,27 +68,27 @@ class Backend:
     lacks: Callable[[CheckContext], str | None] | None = None
     unasked: Callable[[CheckContext], bool] | None = None
 
-    def missing(self, setting: CheckContext) -> str | None:
+    def missing(self, context: CheckContext) -> str | None:
         """Why it cannot be run here; None where it can."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        if self.needs_adapter and not setting.subjects:
+        if self.needs_adapter and not context.adapters:
             return "no adapter is in the bundle or given"
-        if self.on_torch and setting.merged and setting.manifest.precision in PACKED:
+        if self.on_torch and context.merged and context.manifest.precision in PACKED:
             return "it does not round what it merged, as the graph does"
-        return None if self.lacks is None else self.lacks(setting)
+        return None if self.lacks is None else self.lacks(context)
 
 
-def _torch_merged(setting: CheckContext, model: torch.nn.Module) -> Opened:
-    for subject in setting.subjects:
-        with merged(model, subject.adapter):
-            yield subject.name, TorchModel(model, setting.manifest)
+def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
+    for tested in context.adapters:
+        with merged(model, tested.adapter):
+            yield tested.name, TorchModel(model, context.manifest)
 
 
-def _peft(setting: CheckContext, model: torch.nn.Module) -> Opened:
-    for subject in setting.subjects:
-        with with_peft(model, subject):
-            yield subject.name, TorchModel(model, setting.manifest)
+def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
+    for tested in context.adapters:
+        with with_peft(model, tested):
+            yield tested.name, TorchModel(model, context.manifest)
 
 
 _SIDE, _MERGED = "side-inputs", "merged"
@@ -150,7 +150,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         needs_adapter=False,
         batched=False,
         lacks=genai.lacks,
-        unasked=lambda setting: genai.lacks(setting) is None,
+        unasked=lambda context: genai.lacks(context) is None,
     ),
     Backend(
         ONNX_REFERENCE,
@@ -186,16 +186,16 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
 
 
 def default_backends(
-    backends: Sequence[Backend], setting: CheckContext, asked: Collection[str]
+    backends: Sequence[Backend], context: CheckContext, asked: Collection[str]
 ) -> tuple[Backend, ...]:
     """`backends` without those that nobody asked for by name and that do not run unasked."""
     return tuple(
         backend
         for backend in backends
-        if backend.name in asked or backend.unasked is None or backend.unasked(setting)
+        if backend.name in asked or backend.unasked is None or backend.unasked(context)
     )
 
 
-def open_backend(backend: Backend, setting: CheckContext, model: Any) -> Opened:
+def open_backend(backend: Backend, context: CheckContext, model: Any) -> Opened:
     """Open `backend`; `model` is the reference's PyTorch model, for those that run in it."""
-    return backend.open(setting, model) if backend.on_torch else backend.open(setting)
+    return backend.open(context, model) if backend.on_torch else backend.open(context)

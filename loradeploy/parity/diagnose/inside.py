@@ -48,8 +48,8 @@ GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
 }
 
 
-def _merged(model: torch.nn.Module, subject: AdapterUnderTest) -> AbstractContextManager[None]:
-    return merged(model, subject.adapter)
+def _merged(model: torch.nn.Module, tested: AdapterUnderTest) -> AbstractContextManager[None]:
+    return merged(model, tested.adapter)
 
 
 MODELS: Final[Mapping[str, InTorch]] = {TORCH_MERGED: _merged, PEFT: with_peft}
@@ -59,19 +59,19 @@ class TorchRow:
     """One row of tokens, alone and without a cache, and the model that it goes through."""
 
     def __init__(
-        self, setting: CheckContext, base: Base, adapter: str | None, tokens: Sequence[int]
+        self, context: CheckContext, base: Base, adapter: str | None, tokens: Sequence[int]
     ) -> None:
-        self.setting = setting
+        self.context = context
         self.base = base
-        self.subject = next((s for s in setting.subjects if s.name == adapter), None)
+        self.tested = next((s for s in context.adapters if s.name == adapter), None)
         self.ids = np.array([tokens], np.int64)
         self.modules = Modules.of(base.model)
-        self._forward = TorchModel(base.model, setting.manifest)
+        self._forward = TorchModel(base.model, context.manifest)
 
     @property
     def name(self) -> str | None:
         """The adapter's; None is the base."""
-        return None if self.subject is None else self.subject.name
+        return None if self.tested is None else self.tested.name
 
     def run(self) -> None:
         """Take the row through the model as it is."""
@@ -83,8 +83,8 @@ class TorchRow:
             return sites_of(self.base.model, self.modules, self.run)
 
     def reference(self) -> AbstractContextManager[object]:
-        """The model as the reference while the context lasts."""
-        return as_reference(self.setting, self.base, self.name)
+        """The model as the reference while the block lasts."""
+        return as_reference(self.context, self.base, self.name)
 
     @contextmanager
     def disturbed(
@@ -136,27 +136,27 @@ def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[O
             upstream = probed.upstream()
             with _graph_values(row, backend, probed, scratch) as values:
                 yield OtherSide(places, values, upstream, probed.unmatched)
-    elif backend in MODELS and row.subject is not None:
-        model, subject = row.base.model, row.subject
+    elif backend in MODELS and row.tested is not None:
+        model, tested = row.base.model, row.tested
         places = [_torch_place(model, site) for site in sites]
-        values = row.values(places, lambda: MODELS[backend](model, subject))
+        values = row.values(places, lambda: MODELS[backend](model, tested))
         yield OtherSide(places, values)
     else:
         raise ValueError(f"nothing is known of what is inside of {backend}")
 
 
 def _scratch(row: TorchRow) -> AbstractContextManager[str]:
-    return TemporaryDirectory(dir=row.setting.scratch)
+    return TemporaryDirectory(dir=row.context.scratch)
 
 
 @contextmanager
 def _bundle_of(row: TorchRow, backend: str) -> Iterator[Path]:
     """The bundle that the backend runs."""
-    if backend == ONNX_MERGED and row.subject is not None:
-        with ort.merged_bundle(row.setting, row.subject) as bundle:
+    if backend == ONNX_MERGED and row.tested is not None:
+        with ort.merged_bundle(row.context, row.tested) as bundle:
             yield bundle
     else:
-        yield row.setting.bundle
+        yield row.context.bundle
 
 
 @contextmanager
@@ -166,18 +166,18 @@ def _graph_values(
     """The probed graph, opened as the backend opens its own, with the one adapter."""
     place = Path(scratch) / "probed"
     manifest = probed.write(place)
-    subject = row.subject
-    if subject is not None and subject.native is not None and probed.manifest.branches:
-        native = place / subject.native.name  # the same, without a choice of the branch
-        write_side_inputs(read_onnx_adapter(subject.native), manifest, native)
-        subject = dataclasses.replace(subject, native=native)
+    tested = row.tested
+    if tested is not None and tested.native is not None and probed.manifest.branches:
+        native = place / tested.native.name  # the same, without a choice of the branch
+        write_side_inputs(read_onnx_adapter(tested.native), manifest, native)
+        tested = dataclasses.replace(tested, native=native)
     opened = GRAPHS[backend](
         dataclasses.replace(
-            row.setting,
+            row.context,
             bundle=place,
             manifest=manifest,
             weights=probed.bundle,
-            subjects=() if subject is None else (subject,),
+            adapters=() if tested is None else (tested,),
         )
     )
     graph: Any = next((model for given, model in opened if given == row.name), None)

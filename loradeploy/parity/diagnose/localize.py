@@ -50,7 +50,7 @@ class _Request:
 
 
 def localizations(
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
     backends: Sequence[Backend],
     results: Sequence[Result],
@@ -63,10 +63,10 @@ def localizations(
     With `always` and nothing failed, the base and the first adapter are looked into with one of
     `backends`.
     """
-    requests = _failures(setting, reference, results)
+    requests = _failures(context, reference, results)
     failed = bool(requests)
     if not requests and always:
-        requests = _samples(setting, backends)
+        requests = _samples(context, backends)
     if not requests:
         return ()
     logger.info("looking inside, for where it begins" if failed else "looking inside")
@@ -81,14 +81,14 @@ def localizations(
         tokens = reference.rows[request.adapter][request.case].tokens
         if request.position is not None:
             tokens = tokens[: max(request.position + 1, _LEAST_TOKENS)]
-        its = setting if request.variant is None else setting.at(request.variant)
+        its = context if request.variant is None else context.at(request.variant)
         place = localize(its, base, request.backend, request.adapter, tokens, failed=failed)
         found.append(dataclasses.replace(place, title=request.title, case=request.case))
     return tuple(found)
 
 
 def localize(
-    setting: CheckContext,
+    context: CheckContext,
     base: Base,
     backend: str,
     adapter: str | None,
@@ -103,10 +103,10 @@ def localize(
     """
     nothing = Localization(backend, backend, adapter, 0, len(tokens), ())
     # What runs in PyTorch is float32, whatever the graph is.
-    rounding = ROUNDINGS["fp32" if backend in MODELS else setting.manifest.precision]
+    rounding = ROUNDINGS["fp32" if backend in MODELS else context.manifest.precision]
     activations = {} if backend in MODELS else activations_of(base.packed)
     try:
-        row = TorchRow(setting, base, adapter, tokens)
+        row = TorchRow(context, base, adapter, tokens)
         with other_side(row, backend, row.sites()) as other:
             sides = Sides(
                 other.places,
@@ -138,14 +138,14 @@ def localize(
 
 
 def _failures(
-    setting: CheckContext, reference: Reference, results: Sequence[Result]
+    context: CheckContext, reference: Reference, results: Sequence[Result]
 ) -> list[_Request]:
     """The first failure of each backend and adapter, where it is worst.
 
     Where that is not known, as of values that are not finite, the longest case is as good as any.
     """
     # Only there do positions not see what comes after them.
-    causal = setting.manifest.task == CAUSAL_LM
+    causal = context.manifest.task == CAUSAL_LM
     requests: dict[tuple[str, str | None], _Request] = {}
     for result in results:
         if result.outcome != "failed" or result.figures is None:
@@ -167,14 +167,14 @@ def _failures(
     return list(requests.values())
 
 
-def _samples(setting: CheckContext, backends: Sequence[Backend]) -> list[_Request]:
+def _samples(context: CheckContext, backends: Sequence[Backend]) -> list[_Request]:
     """The base and the first adapter, with one backend that has a graph, for both if there is."""
-    able = [b for b in backends if b.name in GRAPHS and not b.missing(setting)]
+    able = [b for b in backends if b.name in GRAPHS and not b.missing(context)]
     if not able:
         return []
     backend = min(able, key=lambda each: each.needs_adapter)
     adapters: list[str | None] = [] if backend.needs_adapter else [None]
-    adapters += [subject.name for subject in setting.subjects[:1]]
+    adapters += [tested.name for tested in context.adapters[:1]]
     return [_Request(backend.name, backend.title, adapter, case=0) for adapter in adapters]
 
 

@@ -22,7 +22,7 @@ from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.names import DECODE, PADDED_BATCH, PERMUTED, REPEAT
-from loradeploy.parity.phases import WHOLE_ROW, Model, Row, has_logits, phases_of, walk
+from loradeploy.parity.phases import WHOLE_ROW, Model, Row, has_logits, phases_of, run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import judge
@@ -101,7 +101,7 @@ def shrink(
 
 def shrink_failures(
     backends: Sequence[Backend],
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
     results: Sequence[Result],
     load: Callable[[], Base],
@@ -111,7 +111,7 @@ def shrink_failures(
     `backends` are those that do not run in the reference's model; `load` gives the base in PyTorch
     where there is something to do. What goes wrong meanwhile is a remark, and no verdict.
     """
-    failed = _failures(backends, setting.manifest.task, results)
+    failed = _failures(backends, context.manifest.task, results)
     if not failed:
         return (), ()
     remarks = []
@@ -122,7 +122,7 @@ def shrink_failures(
         base = load()
         for backend, result in failed[:MOST]:
             logger.info("the smallest input that fails: %s, %s", result.title, result.adapter_label)
-            example = _smallest(backend, result, setting, reference, base)
+            example = _smallest(backend, result, context, reference, base)
             if example is None:
                 remarks.append(
                     f"{result.title}, {result.adapter_label}, {result.phase}: no prompt by itself"
@@ -158,20 +158,20 @@ def _failures(
 def _smallest(
     backend: Backend,
     result: Result,
-    setting: CheckContext,
+    context: CheckContext,
     reference: Reference,
     base: Base,
 ) -> Counterexample | None:
     if result.variant is not None:
-        setting = setting.at(result.variant)
+        context = context.at(result.variant)
     rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[result.adapter]
     with (
-        as_reference(setting, base, result.adapter) as model,
-        closing(_opened(backend, result.adapter, setting)) as opened,
+        as_reference(context, base, result.adapter) as model,
+        closing(_opened(backend, result.adapter, context)) as opened,
     ):
-        trial = _Trial(backend, next(opened), model, result, setting, reference, rows)
+        trial = _Trial(backend, next(opened), model, result, context, reference, rows)
         for row in _likeliest(rows, result):
-            smallest = shrink(row.tokens, trial.on(row), causal=setting.manifest.task == CAUSAL_LM)
+            smallest = shrink(row.tokens, trial.on(row), causal=context.manifest.task == CAUSAL_LM)
             if smallest is not None:
                 tokens, fault, tried = smallest
                 return Counterexample(
@@ -179,7 +179,7 @@ def _smallest(
                     title=result.title,
                     adapter=result.adapter,
                     tokens=tokens,
-                    text=_text(setting, tokens),
+                    text=_text(context, tokens),
                     error=fault.error,
                     message=f"{result.phase}{trial.beside(row)}: {fault.message}",
                     length=len(row.tokens),
@@ -189,10 +189,10 @@ def _smallest(
 
 
 def _opened(
-    backend: Backend, adapter: str | None, setting: CheckContext
+    backend: Backend, adapter: str | None, context: CheckContext
 ) -> Generator[Model, None, None]:
     """The backend with the one adapter; open until the iterator is closed."""
-    for name, model in open_backend(backend, setting, None):
+    for name, model in open_backend(backend, context, None):
         if backend.mixed or name == adapter:
             yield model
 
@@ -201,7 +201,7 @@ def _likeliest(rows: Sequence[Row], result: Result) -> list[Row]:
     """The rows of the failing adapter, that with the largest error first."""
     worst = None if result.figures is None else result.figures.worst
     case = None if worst is None else worst.case
-    own = [row for row in rows if row.subject == result.adapter]
+    own = [row for row in rows if row.adapter == result.adapter]
     return sorted(own, key=lambda row: row.case != case)[:_ROWS]
 
 
@@ -213,7 +213,7 @@ class _Trial:
     model: Model
     torch_model: torch.nn.Module
     result: Result
-    setting: CheckContext
+    context: CheckContext
     reference: Reference
     rows: Sequence[Row]
 
@@ -226,8 +226,8 @@ class _Trial:
         other = self._other(row)
         if other is None:
             return ""
-        subject = f" with {other.subject or BASE_LABEL}" if self.backend.mixed else ""
-        return f", beside prompt {other.case + 1}{subject}"
+        adapter = f" with {other.adapter or BASE_LABEL}" if self.backend.mixed else ""
+        return f", beside prompt {other.case + 1}{adapter}"
 
     def _fault(self, tokens: Tokens, row: Row) -> Fault | None:
         phase = str(self.result.phase)
@@ -235,13 +235,13 @@ class _Trial:
         steps = min(steps, len(tokens) - 1)
         if phase == DECODE and not steps:
             return None
-        tried = self._row(tokens, row.subject, steps)
+        tried = self._row(tokens, row.adapter, steps)
         other = self._other(row)
         batch = [tried] if other is None else [tried, _shortened(other, steps)]
-        cases, task = self.setting.cases, self.setting.manifest.task
-        comparison = Comparison(scale=self.reference.scale[row.subject], logits=has_logits(task))
+        cases, task = self.context.cases, self.context.manifest.task
+        comparison = Comparison(scale=self.reference.scale[row.adapter], logits=has_logits(task))
         try:
-            for seen in walk(
+            for seen in run_phases(
                 self.model,
                 batch,
                 task=task,
@@ -258,23 +258,23 @@ class _Trial:
         figures = comparison.figures()
         if not figures.positions:
             return None  # too short for the phase
-        limits = self.reference.limits[row.subject]
-        effect = None if row.subject is None else self.reference.effect[row.subject].largest
+        limits = self.reference.limits[row.adapter]
+        effect = None if row.adapter is None else self.reference.effect[row.adapter].largest
         failure = judge(figures, limits, effect=effect).failure
         return None if failure is None else Fault(failure, figures.max_abs)
 
-    def _row(self, tokens: Tokens, subject: str | None, steps: int) -> Row:
+    def _row(self, tokens: Tokens, adapter: str | None, steps: int) -> Row:
         """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
-        manifest = self.setting.manifest
+        manifest = self.context.manifest
         ids = np.array([tokens], np.int64)
         reference = TorchModel(self.torch_model, manifest)
-        values, _ = reference.forward(ids, np.ones_like(ids), None, [subject])
+        values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
         if manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
         if not steps:
-            return Row(0, subject, tokens, (), values)
+            return Row(0, adapter, tokens, (), values)
         # The last of the forced tokens is one that nobody is fed.
-        return Row(0, subject, tokens[:-steps], (*tokens[-steps:], 0), values)
+        return Row(0, adapter, tokens[:-steps], (*tokens[-steps:], 0), values)
 
     def _other(self, row: Row) -> Row | None:
         """A row to share the batch with, of another adapter where each row has its own."""
@@ -282,7 +282,7 @@ class _Trial:
             return None
         others = [other for other in self.rows if other is not row and other.edge == row.edge]
         if self.backend.mixed:
-            others = [other for other in others if other.subject != row.subject]
+            others = [other for other in others if other.adapter != row.adapter]
         return max(others, key=lambda other: len(other.prompt), default=None)
 
 
@@ -292,9 +292,9 @@ def _shortened(row: Row, steps: int) -> Row:
     return dataclasses.replace(row, forced=forced, edge=False)
 
 
-def _text(setting: CheckContext, tokens: Tokens) -> str | None:
-    if not (setting.bundle / "tokenizer.json").is_file():
+def _text(context: CheckContext, tokens: Tokens) -> str | None:
+    if not (context.bundle / "tokenizer.json").is_file():
         return None
     from loradeploy.runtime.tokenizer import Tokenizer
 
-    return Tokenizer(setting.bundle).decode(tokens)
+    return Tokenizer(context.bundle).decode(tokens)

@@ -100,7 +100,7 @@ def values_at(model: torch.nn.Module, sites: Sequence[Site], run: Run) -> list[N
 
 @contextmanager
 def rounded(model: torch.nn.Module, modules: Modules, unit: float, seed: int) -> Iterator[None]:
-    """Disturb `model` by as much as rounding would, while the context lasts.
+    """Disturb `model` by as much as rounding would, while the block lasts.
 
     What modules without children take and give is multiplied by 1 + `unit` · ξ, ξ uniform in
     [−1, 1]. How far the model's values move by it is how ill-conditioned they are (Monte Carlo

@@ -30,8 +30,8 @@ _PREFIX: Final = "base_model.model."
 
 
 @contextmanager
-def with_peft(model: torch.nn.Module, subject: AdapterUnderTest) -> Iterator[None]:
-    """`model` with the adapter as PEFT reads it from its directory while the context lasts."""
+def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None]:
+    """`model` with the adapter as PEFT reads it from its directory while the block lasts."""
     from loradeploy.lora.quiet import quiet
 
     with quiet():  # it imports bitsandbytes, which has remarks
@@ -42,7 +42,7 @@ def with_peft(model: torch.nn.Module, subject: AdapterUnderTest) -> Iterator[Non
     own: dict[str, torch.Tensor] = {}
     versions = {name: parameter._version for name, parameter in parameters.items()}
     try:
-        with quiet(), _place_for_peft(subject) as place:
+        with quiet(), _directory_for_peft(tested) as place:
             own = _may_be_written(place / WEIGHTS_NAME, parameters)
             peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
         yield
@@ -54,36 +54,36 @@ def with_peft(model: torch.nn.Module, subject: AdapterUnderTest) -> Iterator[Non
     changed = [name for name, version in versions.items() if parameters[name]._version != version]
     if changed:  # what is compared after this must be the base
         raise AdapterError(
-            f"the adapter {subject.name!r}: PEFT writes over the base's {shortened(changed[0])},"
+            f"the adapter {tested.name!r}: PEFT writes over the base's {shortened(changed[0])},"
             " so that what is compared next would be another base: give `backends` without peft"
         )
 
 
 @contextmanager
-def _place_for_peft(subject: AdapterUnderTest) -> Iterator[Path]:
+def _directory_for_peft(tested: AdapterUnderTest) -> Iterator[Path]:
     """A PEFT directory with the adapter's own files.
 
     Where the bundle has more labels than the adapter, the tensors of its head are those that are
     compared; all others are the file's.
     """
-    config, weights = adapter_files(subject.place)
-    if not subject.widened and weights.name == WEIGHTS_NAME:
+    config, weights = adapter_files(tested.place)
+    if not tested.widened and weights.name == WEIGHTS_NAME:
         yield weights.parent
         return
     with scratch_directory() as scratch:
-        place = scratch / subject.name
+        place = scratch / tested.name
         place.mkdir()
         copy_file(config, place / CONFIG_NAME, error=AdapterError)
-        if subject.widened:
-            _write_widened(subject, weights, place / WEIGHTS_NAME)
+        if tested.widened:
+            _write_widened(tested, weights, place / WEIGHTS_NAME)
         else:
             copy_file(weights, place / WEIGHTS_NAME, error=AdapterError)
         yield place
 
 
-def _write_widened(subject: AdapterUnderTest, weights: Path, output: Path) -> None:
+def _write_widened(tested: AdapterUnderTest, weights: Path, output: Path) -> None:
     arrays, metadata = read_arrays(weights, error=AdapterError)
-    for name, values in subject.adapter.saved.items():
+    for name, values in tested.adapter.saved.items():
         key = f"{_PREFIX}{name}"
         if key in arrays and arrays[key].shape != values.shape:
             arrays[key] = np.asarray(values)

@@ -65,7 +65,7 @@ class TorchModel:
         self._taken = inspect.signature(model.forward).parameters
 
     def forward(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: object
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, adapters: object
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.Model`; the cache is transformers' own."""
         import torch
@@ -126,8 +126,8 @@ class Base:
     notes: tuple[str, ...] = ()
 
 
-def load_model(setting: CheckContext) -> torch.nn.Module:
-    """The base model of `setting` with the bundle's head, float32.
+def load_model(context: CheckContext) -> torch.nn.Module:
+    """The base model of `context` with the bundle's head, float32.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -145,61 +145,61 @@ def load_model(setting: CheckContext) -> torch.nn.Module:
     from loradeploy.export import trace
     from loradeploy.export.given_adapters import check_brought
 
-    manifest = setting.manifest
+    manifest = context.manifest
     labels = None
     if manifest.task in CLASSIFICATIONS:
         shapes = [spec.shape for spec in manifest.outputs if spec.name == output_of(manifest)]
         labels = shapes[0][-1] if shapes and isinstance(shapes[0][-1], int) else None
     brought = {saved.parameter for saved in manifest.saved}
-    brought.update(name for subject in setting.subjects for name in subject.adapter.saved)
-    model, lacking = trace.load_model(setting.model, manifest.task, labels=labels, brought=brought)
-    for subject in setting.subjects:
-        check_brought(subject.name, subject.adapter, lacking)
+    brought.update(name for tested in context.adapters for name in tested.adapter.saved)
+    model, lacking = trace.load_model(context.model, manifest.task, labels=labels, brought=brought)
+    for tested in context.adapters:
+        check_brought(tested.name, tested.adapter, lacking)
     return model
 
 
-def take_weights(setting: CheckContext, model: torch.nn.Module) -> Base:
+def take_weights(context: CheckContext, model: torch.nn.Module) -> Base:
     """`model` as the base, with the graph's own weights where those are packed.
 
     Raises:
         BundleError: the graph's packed weights cannot be read, or are not the base's.
     """
-    if setting.manifest.precision not in PACKED:
+    if context.manifest.precision not in PACKED:
         return Base(model, {})
-    packed = packed_weights(setting.bundle, setting.manifest)
-    if not setting.merged:
-        unpack_into(model, packed, setting.manifest)
-    elif setting.manifest.requantized:
-        return _requantized(setting, model, packed)
+    packed = packed_weights(context.bundle, context.manifest)
+    if not context.merged:
+        unpack_into(model, packed, context.manifest)
+    elif context.manifest.requantized:
+        return _requantized(context, model, packed)
     return Base(model, packed)
 
 
 def _requantized(
-    setting: CheckContext, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
+    context: CheckContext, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
 ) -> Base:
     """The base with what the packings before and after the merge rounded, where it is no more."""
 
     def weights() -> dict[str, NDArray[np.float32]]:
         return {name: weight_of(layer).copy() for name, layer in layers_of(model, packed)}
 
-    (subject,) = setting.subjects
+    (tested,) = context.adapters
     base = weights()
-    with merged(model, subject.adapter):
+    with merged(model, tested.adapter):
         wanted = weights()
     found, problems = with_roundings(packed, base.get, wanted.get)
     notes = (f"not rounding alone: {problem}" for problem in problems)
     return Base(model, found, tuple(notes))
 
 
-def load_base(setting: CheckContext) -> Base:
-    """The base model of `setting`, with the graph's own weights where those are packed.
+def load_base(context: CheckContext) -> Base:
+    """The base model of `context`, with the graph's own weights where those are packed.
 
     Raises: as `load_model` and `take_weights`.
     """
-    return take_weights(setting, load_model(setting))
+    return take_weights(context, load_model(context))
 
 
-def make_reference(setting: CheckContext, base: Base) -> Reference:
+def make_reference(context: CheckContext, base: Base) -> Reference:
     """Run the base and every adapter over the cases with PyTorch and loradeploy's LoRA.
 
     Raises:
@@ -210,53 +210,53 @@ def make_reference(setting: CheckContext, base: Base) -> Reference:
     limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
-        rows[name] = reference_rows(setting, base.model, name, generated)
-        limits[name] = _limits(setting, base, rows[name], notes)
+        rows[name] = reference_rows(context, base.model, name, generated)
+        limits[name] = _limits(context, base, rows[name], notes)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
-    with as_reference(setting, base, None):
-        run(None, 0 if setting.merged else setting.cases.generated)
-    for subject in setting.subjects:
-        with as_reference(setting, base, subject.name):
-            run(subject.name, setting.cases.generated)
+    with as_reference(context, base, None):
+        run(None, 0 if context.merged else context.cases.generated)
+    for tested in context.adapters:
+        with as_reference(context, base, tested.name):
+            run(tested.name, context.cases.generated)
     return Reference(
         rows=rows,
         scale={name: _scale(its) for name, its in rows.items()},
-        effect={s.name: effect(rows[None], rows[s.name]) for s in setting.subjects},
+        effect={s.name: effect(rows[None], rows[s.name]) for s in context.adapters},
         limits=limits,
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
 def as_reference(
-    setting: CheckContext, base: Base, name: str | None
+    context: CheckContext, base: Base, name: str | None
 ) -> AbstractContextManager[torch.nn.Module]:
     """The model as the reference for the adapter `name`, None is the base, while it lasts."""
-    adapters = {subject.name: subject.adapter for subject in setting.subjects}
-    return as_reference_with(setting, base, None if name is None else adapters[name])
+    adapters = {tested.name: tested.adapter for tested in context.adapters}
+    return as_reference_with(context, base, None if name is None else adapters[name])
 
 
 @contextmanager
 def as_reference_with(
-    setting: CheckContext, base: Base, adapter: Adapter | None
+    context: CheckContext, base: Base, adapter: Adapter | None
 ) -> Iterator[torch.nn.Module]:
-    """The same for any adapter that fits the model, in the place of the setting's own."""
+    """The same for any adapter that fits the model, in the place of the context's own."""
     from loradeploy.lora.inject import adapted
 
     with ExitStack() as stack:
         if adapter is not None:
-            holding = merged if setting.merged and base.packed else adapted
+            holding = merged if context.merged and base.packed else adapted
             stack.enter_context(holding(base.model, adapter))
-        if setting.merged:
+        if context.merged:
             stack.enter_context(rounded_as(base.model, base.packed))
         yield base.model
 
 
 def _limits(
-    setting: CheckContext, base: Base, rows: Sequence[Row], notes: list[str]
+    context: CheckContext, base: Base, rows: Sequence[Row], notes: list[str]
 ) -> Mapping[str, Limit]:
     """How far a deployment of what is in the model may be from `rows`."""
-    manifest, scale = setting.manifest, _scale(rows)
+    manifest, scale = context.manifest, _scale(rows)
     try:
         gap = measure_gap(
             base.model,
@@ -290,7 +290,7 @@ def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
 
 @contextmanager
 def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
-    """`model` with `adapter` folded into its weights while the context lasts."""
+    """`model` with `adapter` folded into its weights while the block lasts."""
     from loradeploy.lora.inject import load
 
     injection = load(model, adapter)
@@ -302,11 +302,11 @@ def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def reference_rows(
-    setting: CheckContext, model: torch.nn.Module, subject: str | None, count: int
+    context: CheckContext, model: torch.nn.Module, adapter: str | None, count: int
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
-    cases = setting.cases
-    backend = TorchModel(model, setting.manifest)
+    cases = context.cases
+    backend = TorchModel(model, context.manifest)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
     for prompts, after in cases.groups:
@@ -314,16 +314,16 @@ def reference_rows(
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             steps = min(count, after)
-            forced += generate(backend, batch, count=steps, pad=cases.pad, subject=subject)
+            forced += generate(backend, batch, count=steps, pad=cases.pad, adapter=adapter)
     rows = []
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
-        values, _ = backend.forward(ids, np.ones_like(ids), None, [subject])
-        if setting.manifest.task not in WHOLE_ROW:
+        values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
+        if context.manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
-        kept = _keep(setting.scratch, values)
+        kept = _keep(context.scratch, values)
         edge = number >= len(cases.prompts) - cases.edges
-        rows.append(Row(number, subject, prompt, follow, kept, edge))
+        rows.append(Row(number, adapter, prompt, follow, kept, edge))
     return tuple(rows)
 
 

@@ -65,7 +65,7 @@ def read_held_out(
     bundle: Path,
     manifest: Manifest,
     model: Path,
-    subjects: Sequence[AdapterUnderTest],
+    adapters: Sequence[AdapterUnderTest],
     evaluate: Places | None,
     *,
     examples: int,
@@ -90,7 +90,7 @@ def read_held_out(
         )
     if examples < 2:
         raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
-    names: list[str | None] = [subject.name for subject in subjects]
+    names: list[str | None] = [tested.name for tested in adapters]
     # In a merged bundle there is no base; a classifier's has no head of its own, but for one alone.
     if manifest.mode != "merged" and (manifest.task == CAUSAL_LM or not names):
         names.insert(0, None)
@@ -106,7 +106,7 @@ def read_held_out(
     checkpoint = open_checkpoint(model)
     config = checkpoint.within(TrainConfig(task=manifest.task))
     task = task_of(config)
-    labels = _label_names(bundle, manifest, subjects)
+    labels = _label_names(bundle, manifest, adapters)
     found = {}
     for name, place in _places(evaluate, names).items():
         drawn, available = _draw(task, place, examples, seed)
@@ -188,11 +188,11 @@ def _coded(
 
 
 def _label_names(
-    bundle: Path, manifest: Manifest, subjects: Sequence[AdapterUnderTest]
+    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, tuple[str, ...]]:
     """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
     if manifest.task != SEQUENCE_CLASSIFICATION:
-        return {None: (), **{subject.name: () for subject in subjects}}
+        return {None: (), **{tested.name: () for tested in adapters}}
     file = bundle / "config.json"
     config = read_json(file, error=BundleError) if file.is_file() else {}
     if config.get("problem_type") in OTHER_PROBLEMS:
@@ -202,4 +202,4 @@ def _label_names(
     outputs = sizes[0] if sizes and isinstance(sizes[0], int) else len(own)
     if len(own) != outputs:
         own = tuple(f"LABEL_{number}" for number in range(outputs))
-    return {None: own, **{subject.name: subject.adapter.labels or own for subject in subjects}}
+    return {None: own, **{tested.name: tested.adapter.labels or own for tested in adapters}}

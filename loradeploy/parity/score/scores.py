@@ -97,7 +97,7 @@ def check_scored(backends: Sequence[Backend], precision: str) -> None:
 
 
 def score_reference(
-    setting: CheckContext, model: torch.nn.Module, held_out: Mapping[str | None, HeldOut]
+    context: CheckContext, model: torch.nn.Module, held_out: Mapping[str | None, HeldOut]
 ) -> dict[str | None, Answers]:
     """The answers of PyTorch with loradeploy's LoRA, by adapter name.
 
@@ -106,17 +106,17 @@ def score_reference(
     from loradeploy.lora.inject import adapted
     from loradeploy.parity.reference.pytorch import TorchModel
 
-    adapters = {subject.name: subject.adapter for subject in setting.subjects}
+    adapters = {tested.name: tested.adapter for tested in context.adapters}
     found: dict[str | None, Answers] = {}
     for name, held in held_out.items():
         with adapted(model, None if name is None else adapters[name]):
-            found[name] = answers(TorchModel(model, setting.manifest), held, name, setting)
+            found[name] = answers(TorchModel(model, context.manifest), held, name, context)
     return found
 
 
 def score_backends(
     backends: Sequence[Backend],
-    setting: CheckContext,
+    context: CheckContext,
     held_out: Mapping[str | None, HeldOut],
     expected: Mapping[str | None, Answers],
 ) -> tuple[Score, ...]:
@@ -128,8 +128,8 @@ def score_backends(
     return tuple(
         score
         for backend in backends
-        if expected and backend.name in SCORED and backend.missing(setting) is None
-        for score in _score_backend(backend, setting, held_out, expected)
+        if expected and backend.name in SCORED and backend.missing(context) is None
+        for score in _score_backend(backend, context, held_out, expected)
     )
 
 
@@ -142,9 +142,9 @@ def score_notes(held_out: Mapping[str | None, HeldOut]) -> list[str]:
     return sorted(found)
 
 
-def answers(model: Model, held: HeldOut, subject: str | None, setting: CheckContext) -> Answers:
+def answers(model: Model, held: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
     """What `model` makes of the examples, batch by batch, the longest first."""
-    manifest, cases = setting.manifest, setting.cases
+    manifest, cases = context.manifest, context.cases
     causal = manifest.task == CAUSAL_LM
     examples = held.examples
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
@@ -161,7 +161,7 @@ def answers(model: Model, held: HeldOut, subject: str | None, setting: CheckCont
     for batch in batches:
         tokens = [examples[index].tokens for index in batch]
         ids, mask = pad_rows(tokens, cases.pad, left=causal and cases.left)
-        values, _ = model.forward(ids, mask, None, [subject] * len(batch))
+        values, _ = model.forward(ids, mask, None, [adapter] * len(batch))
         for row, index in enumerate(batch):
             if causal:
                 real = values[row][mask[row].astype(bool)]  # [tokens, vocabulary]
@@ -173,7 +173,7 @@ def answers(model: Model, held: HeldOut, subject: str | None, setting: CheckCont
 
 def judge_score(
     backend: Backend,
-    subject: str | None,
+    adapter: str | None,
     metric: str,
     expected: Answers,
     actual: Answers,
@@ -189,7 +189,7 @@ def judge_score(
     return Score(
         backend=backend.name,
         title=backend.title,
-        adapter=subject,
+        adapter=adapter,
         metric=metric,
         examples=len(expected.sums),
         reference=reference,
@@ -240,24 +240,24 @@ def _verdict(
 
 def _score_backend(
     backend: Backend,
-    setting: CheckContext,
+    context: CheckContext,
     held_out: Mapping[str | None, HeldOut],
     expected: Mapping[str | None, Answers],
 ) -> Iterator[Score]:
-    share = SCORE_LIMITS[setting.manifest.precision]
-    opened = open_backend(backend, setting, None)
+    share = SCORE_LIMITS[context.manifest.precision]
+    opened = open_backend(backend, context, None)
     # A backend that cannot be opened is told of among the results.
     with contextlib.suppress(NotRunError):
-        for subject, model in opened:
-            if subject not in expected:
+        for adapter, model in opened:
+            if adapter not in expected:
                 continue
-            metric, wanted = held_out[subject].metric, expected[subject]
+            metric, wanted = held_out[adapter].metric, expected[adapter]
             try:
-                found, problem = answers(model, held_out[subject], subject, setting), None
+                found, problem = answers(model, held_out[adapter], adapter, context), None
             except Exception as raised:  # whatever a backend raises is its failure
                 found = Answers(np.full_like(wanted.sums, np.nan), wanted.counts)
                 problem = f"was not to be had: {kind_and_line(raised)}"
-            score = judge_score(backend, subject, metric, wanted, found, getattr(share, metric))
+            score = judge_score(backend, adapter, metric, wanted, found, getattr(share, metric))
             yield score if problem is None else dataclasses.replace(score, message=problem)
 
 

@@ -19,7 +19,7 @@ from loradeploy.parity.names import (
     PREFILL,
     REPEAT,
 )
-from loradeploy.parity.phases import Row, generate, phases_of, rows_of, walk
+from loradeploy.parity.phases import Row, generate, phases_of, rows_of, run_phases
 from loradeploy.runtime.tokenizer import positions_of
 
 WIDTH = 5
@@ -30,12 +30,12 @@ class Counter:
     """Gives [token, sum of the row's real tokens so far, 0, 0, 0] for each new token."""
 
     def __init__(self) -> None:
-        self.subjects: list[list[str | None]] = []
+        self.adapters: list[list[str | None]] = []
 
     def forward(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, subjects: Sequence[Any]
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, adapters: Sequence[Any]
     ) -> tuple[NDArray[Any], Any]:
-        self.subjects.append(list(subjects))
+        self.adapters.append(list(adapters))
         seen = ids if cache is None else np.concatenate([cache, ids], axis=1)
         values = np.zeros((*ids.shape, WIDTH))
         values[..., 0] = ids
@@ -43,18 +43,18 @@ class Counter:
         return values, seen
 
 
-def row(prompt: tuple[int, ...], forced: tuple[int, ...] = (), subject: str | None = None) -> Row:
+def row(prompt: tuple[int, ...], forced: tuple[int, ...] = (), adapter: str | None = None) -> Row:
     tokens = prompt + forced[:-1]
     values = np.zeros((len(tokens), WIDTH), np.float32)
     values[:, 0], values[:, 1] = tokens, np.cumsum(tokens)
-    return Row(0, subject, prompt, forced, values)
+    return Row(0, adapter, prompt, forced, values)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
 def test_every_phase_shows_what_stands_at_its_positions(task: str) -> None:
     forced = (4, 1, 2) if task == "causal-lm" else ()
     rows = [row((3, 1), forced), row((2, 2, 2, 2), forced), row((7,), forced)]
-    seen = list(walk(Counter(), rows, task=task, pad=PAD, phases=phases_of(task)))
+    seen = list(run_phases(Counter(), rows, task=task, pad=PAD, phases=phases_of(task)))
     for observation in seen:
         first = observation.first
         expected = observation.row.expected[first : first + len(observation.values)]
@@ -63,7 +63,9 @@ def test_every_phase_shows_what_stands_at_its_positions(task: str) -> None:
 
 def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
     rows = [row((3, 1), (4, 1, 2)), row((2,), (4, 1, 2))]
-    seen = list(walk(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm")))
+    seen = list(
+        run_phases(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm"))
+    )
     positions = [(s.phase, s.first, len(s.values)) for s in seen if s.row is rows[0]]
     assert positions == [
         (PREFILL, 0, 4),
@@ -79,61 +81,65 @@ def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
 
 def test_an_output_for_the_whole_row_is_one_more_position() -> None:
     class Pooling(Counter):
-        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
-            values, cache = super().forward(ids, mask, cache, subjects)
+        def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
+            values, cache = super().forward(ids, mask, cache, adapters)
             return np.concatenate([values, np.full((len(ids), 1, WIDTH), 100.0)], axis=1), cache
 
     rows = [row((3, 1)), row((2, 2, 2))]
     phases = (ONE_ROW, PADDED_BATCH)
-    for seen in walk(Pooling(), rows, task="feature-extraction", pad=PAD, phases=phases):
+    for seen in run_phases(Pooling(), rows, task="feature-extraction", pad=PAD, phases=phases):
         assert len(seen.values) == len(seen.row.prompt) + 1
         assert (seen.values[-1] == 100.0).all()
 
 
 def test_every_row_is_run_with_its_own_adapter() -> None:
     model = Counter()
-    rows = [row((1, 2), subject=None), row((3,), subject="a"), row((4,), subject="b")]
-    list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
-    assert model.subjects == [[None, "a", "b"]]
+    rows = [row((1, 2), adapter=None), row((3,), adapter="a"), row((4,), adapter="b")]
+    list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    assert model.adapters == [[None, "a", "b"]]
 
 
 def test_no_batch_of_many_rows_ends_in_a_batch_of_one() -> None:
     model = Counter()
-    list(walk(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH]))
-    assert [len(subjects) for subjects in model.subjects] == [17]
+    list(
+        run_phases(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH])
+    )
+    assert [len(adapters) for adapters in model.adapters] == [17]
 
 
 def test_a_prompt_in_chunks_has_more_than_one_new_token_on_the_cache() -> None:
     class Chunks(Counter):
         shapes: list[tuple[int, int]]
 
-        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+        def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
             self.shapes = [*getattr(self, "shapes", []), (ids.shape[1], mask.shape[1])]
-            return super().forward(ids, mask, cache, subjects)
+            return super().forward(ids, mask, cache, adapters)
 
     model = Chunks()
-    list(walk(model, [row((1, 2, 3, 4, 5, 6, 7))], task="causal-lm", pad=PAD, phases=[CHUNKED]))
+    list(
+        run_phases(model, [row((1, 2, 3, 4, 5, 6, 7))], task="causal-lm", pad=PAD, phases=[CHUNKED])
+    )
     assert model.shapes == [(3, 3), (2, 5), (2, 7)]
 
 
 def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
     model = Counter()
-    rows = [row((number,), subject=str(number)) for number in range(6)]
-    seen = list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
-    assert model.subjects == [["1", "2", "3", "0"]]
-    assert [observation.row.subject for observation in seen] == ["1", "2", "3", "0"]
+    rows = [row((number,), adapter=str(number)) for number in range(6)]
+    seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
+    assert model.adapters == [["1", "2", "3", "0"]]
+    assert [observation.row.adapter for observation in seen] == ["1", "2", "3", "0"]
 
 
 def test_a_repeated_row_is_held_against_its_first_run() -> None:
     class Drifting(Counter):
         runs = 0
 
-        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
-            values, cache = super().forward(ids, mask, cache, subjects)
+        def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
+            values, cache = super().forward(ids, mask, cache, adapters)
             self.runs += 1
             return values + self.runs, cache
 
-    (seen,) = walk(Drifting(), [row((3, 1))], task="causal-lm", pad=PAD, phases=[REPEAT])
+    (seen,) = run_phases(Drifting(), [row((3, 1))], task="causal-lm", pad=PAD, phases=[REPEAT])
     assert (seen.values - seen.expected == 1).all()
 
 
@@ -141,24 +147,24 @@ def test_rows_of_extreme_lengths_share_no_batch_with_others() -> None:
     model = Counter()
     edges = [dataclasses.replace(row((1,) * length), edge=True) for length in (1, 50)]
     rows = [row((1, 2)), row((3,)), *edges]
-    list(walk(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
-    assert [len(subjects) for subjects in model.subjects] == [2, 2]
+    list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    assert [len(adapters) for adapters in model.adapters] == [2, 2]
 
 
 def test_a_model_of_one_row_decodes_a_few_rows_alone() -> None:
     model = Counter()
     rows = [row((1, 2), (3, 4))] * 6
-    seen = list(walk(model, rows, task="causal-lm", pad=PAD, phases=[DECODE], batched=False))
+    seen = list(run_phases(model, rows, task="causal-lm", pad=PAD, phases=[DECODE], batched=False))
     assert len(seen) == len(rows_of(DECODE, rows, batched=False)) == 4
-    assert {len(subjects) for subjects in model.subjects} == {1}
+    assert {len(adapters) for adapters in model.adapters} == {1}
 
 
 def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:
     class Successor(Counter):
-        def forward(self, ids: Any, mask: Any, cache: Any, subjects: Any) -> Any:
+        def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
             return np.eye(WIDTH)[(ids + 1) % WIDTH], ids
 
-    found = generate(Successor(), [(0, 1), (3,)], count=3, pad=PAD, subject=None)
+    found = generate(Successor(), [(0, 1), (3,)], count=3, pad=PAD, adapter=None)
     assert found == [(2, 3, 4), (4, 0, 1)]
 
 
