@@ -28,7 +28,7 @@ class DecoderCache:
     """What a decoder's graph takes and gives of its cache, for `batch` rows on `device`.
 
     `inputs`: past keys and values [batch, heads, past, size] by the graph's names, as they are
-    fed; at first of no tokens. `outputs`: the names of the present ones. `places`: where the graph
+    fed; at first of no tokens. `outputs`: the names of the present ones. `buffers`: where the graph
     writes those; empty where it makes them anew.
     """
 
@@ -55,7 +55,7 @@ class DecoderCache:
         self._in_place = manifest.cache_in_place and not fixed
         self._positions = 0
         self.outputs = tuple(present_of(spec.name) for spec in self._specs)
-        self.places: Mapping[str, onnxruntime.OrtValue] = {}
+        self.buffers: Mapping[str, onnxruntime.OrtValue] = {}
         self.inputs: dict[str, onnxruntime.OrtValue] = {}
         self._allocate(0)
 
@@ -63,7 +63,7 @@ class DecoderCache:
         """Have room for `positions` where the graph writes in place; call it before each run."""
         if self._in_place and positions > self._positions:
             self._allocate(max(positions + _ROOM, 2 * self._positions))
-            self.places = dict(zip(self.outputs, self.inputs.values(), strict=True))
+            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
     def keep(self, present: Sequence[onnxruntime.OrtValue]) -> None:
         """Go on from what a run gave, in the order of `outputs`."""

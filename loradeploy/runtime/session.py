@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import onnxruntime
 
-from loradeploy.adapter.digest import file_digest, short, tensors_digest
-from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.base import BundleBase
-from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs
-from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
-from loradeploy.bundle.fit import fitted
-from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, INPUT_IDS, NATIVE_SUFFIX
-from loradeploy.bundle.proof.certificate import parity_command
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import ADAPTER_IDS, CONFIG_NAME, INPUT_IDS
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import (
     AdapterError,
-    AdapterMismatchError,
-    BundleError,
     RunError,
-    UnknownAdapterError,
     UsageError,
     first_line,
-    listed_names,
-    shown,
 )
-from loradeploy.files import inside, read_json
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics, Lease
-from loradeploy.runtime.adapters.resident import AdapterSpec, Once
+from loradeploy.runtime.adapters.reading import AdapterReader
+from loradeploy.runtime.adapters.resident import Once
+from loradeploy.runtime.arguments import (
+    Adapters,
+    check_adapters,
+    check_name,
+    check_rows,
+    requested_outputs,
+)
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.feeds import Feeds, feed_values
+from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
 from loradeploy.runtime.providers import Provider, device_of
@@ -50,12 +45,6 @@ from loradeploy.runtime.texts import TextSides, files_for_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from loradeploy.runtime.adapters.resident import Arrays
-
-Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
-
-_HOST: Final = ("cpu", 0)
 
 
 class AdapterSession:
@@ -110,29 +99,33 @@ class AdapterSession:
         self._opened = open_bundle(self.path, opened, require_certificate)
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
-        self._certified = self._opened.certified
         self._session = self._opened.graph
-        self._base = BundleBase(self._place, self.manifest, self._opened.check_data)
+        self._reader = AdapterReader(
+            self.path,
+            self._place,
+            self.manifest,
+            BundleBase(self._place, self.manifest, self._opened.check_data),
+            self._opened.certified,
+        )
         self._device = device_of(self._session)
         device, device_id = self._device
         self._bank = AdapterBank(
             self.manifest,
-            self._defaults(),
+            self._reader.defaults(),
             device=device,
             device_id=device_id,
             host_budget=host_budget,
             device_budget=device_budget,
         )
         for name, entry in self.manifest.adapters.items():
-            self._bank.register(name, partial(self._read_own, name), digest=entry.digest)
+            self._bank.register(name, partial(self._reader.own, name), digest=entry.digest)
         self.texts = TextSides(self._place, self.manifest, self._opened.check)
         self._inputs = {spec.name: spec for spec in self.manifest.inputs}
         # Its first dimension is the batch.
         self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
         self._outputs = tuple(spec.name for spec in self.manifest.outputs)
-        file = self._place / "config.json"
-        config = read_json(file, error=BundleError) if file.is_file() else {}
-        self.limits = Limits.of(self.manifest, config, file)
+        config = model_config(self._place)
+        self.limits = Limits.of(self.manifest, config, self._place / CONFIG_NAME)
         self._opened.check()
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
 
@@ -177,9 +170,11 @@ class AdapterSession:
             UnknownAdapterError: there is no `path`, and the bundle holds no adapter `name`.
             UsageError: another adapter has this name.
         """
-        _check_name(name)
+        check_name(name)
         given = None if path is None else Path(path)
-        read = partial(self._read_own, name) if given is None else partial(self._read_given, given)
+        read = (
+            partial(self._reader.own, name) if given is None else partial(self._reader.given, given)
+        )
         files = None if given is None else files_for_texts(given)
         once = Once(read)  # before others are kept waiting
         if files is not None and (changed := files.changed(strict=True)) is not None:
@@ -208,14 +203,14 @@ class AdapterSession:
             AdapterError: nothing is there; what is wrong with it tells the run that uses it.
             UsageError: the name is taken, and `replace` is not given.
         """
-        _check_name(name)
+        check_name(name)
         place = Path(path)
         if not place.exists():
             raise AdapterError(
                 f"{place} does not exist: give a PEFT directory or an adapter's file"
             )
         with self.texts.writing(name), self.texts.changing(name):
-            self._bank.register(name, partial(self._read_given, place), replace=replace)
+            self._bank.register(name, partial(self._reader.given, place), replace=replace)
             self.texts.put(name, place)
 
     @while_open
@@ -225,7 +220,7 @@ class AdapterSession:
         Raises:
             UnknownAdapterError: no adapter has this name. AdapterError: as `load`.
         """
-        _check_name(name)
+        check_name(name)
         self._bank.pin(name)
 
     @while_open
@@ -235,7 +230,7 @@ class AdapterSession:
         Raises:
             UnknownAdapterError: no adapter has this name.
         """
-        _check_name(name)
+        check_name(name)
         self._bank.pin(name, pinned=False)
 
     @while_open
@@ -249,7 +244,7 @@ class AdapterSession:
             UnknownAdapterError: no adapter has this name.
             UsageError: this thread is itself in the middle of a run with adapters.
         """
-        _check_name(name)
+        check_name(name)
         count = self.texts.count(name)
         self._bank.remove(name)
         self.texts.remove(name, count)  # unless somebody has loaded another one meanwhile
@@ -283,14 +278,14 @@ class AdapterSession:
         feeds: Feeds,
         adapters: Adapters = None,
         *,
-        places: Mapping[str, onnxruntime.OrtValue] | None = None,
+        buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
         """As `run`, but the outputs stay on the device: a cache goes round without a copy.
 
-        `places`: values that outputs are written to, by name, of their shapes and dtypes.
+        `buffers`: values that outputs are written to, by name, of their shapes and dtypes.
         """
         with self.hold(adapters) as held:
-            return held.run_with_ort_values(output_names, feeds, places=places)
+            return held.run_with_ort_values(output_names, feeds, buffers=buffers)
 
     def empty_cache(self, batch: int) -> DecoderCache:
         """A decoder's cache of no tokens for `batch` rows, which grows or is written in place."""
@@ -315,11 +310,11 @@ class AdapterSession:
                 f"{self.path} is merged and takes no adapters: export the base without `merge`"
             )
         with self._lifetime.use(), self._bank.lease(adapters) as lease:
-            held = HeldAdapters(self, lease)
+            held = HeldAdapters(self._run, lease, self._device)
             try:
                 yield held
             finally:
-                held._end()
+                held.end()
 
     def close(self) -> None:
         """Wait for what has begun, and let go of the graph and the adapters.
@@ -330,7 +325,7 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run.
         """
         if self._lifetime.end():
-            del self._bank, self._session, self._base
+            del self._bank, self._session, self._reader
 
     def __enter__(self) -> AdapterSession:
         return self
@@ -341,107 +336,29 @@ class AdapterSession:
     def __reduce__(self) -> NoReturn:
         raise UsageError("a session cannot be sent to another process: open the bundle there")
 
-    def _read_own(self, name: str) -> tuple[Arrays, str, tuple[str, ...] | None]:
-        """As `_read`, of the adapter `name` of the bundle."""
-        entry = self.manifest.adapters.get(name)
-        if entry is None or entry.path is None:
-            own = listed_names(sorted(self.manifest.adapters))
-            raise UnknownAdapterError(
-                f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
-            )
-        place = inside(self._place, entry.path)
-        if entry.native_digest is None:
-            arrays, digest, labels = self._read(place)
-        else:
-            arrays, digest, labels = self._computed(place, entry.native_digest)
-        if digest != entry.digest:
-            raise BundleError(
-                f"{place} is not the adapter that came with the bundle, its digest has changed:"
-                " export again, or load it by its path under another name"
-            )
-        return arrays, digest, labels
-
-    def _read(self, place: Path) -> tuple[Arrays, str, tuple[str, ...] | None]:
-        """The side inputs, the digest and the labels of an adapter that fits the graph."""
-        try:
-            if place.suffix == NATIVE_SUFFIX:
-                arrays = read_onnx_adapter(place)
-                check_side_inputs(arrays, self.manifest)
-                return arrays, tensors_digest(arrays, {}), None
-            adapter = fitted(load_adapter(place), self.manifest)
-            arrays = side_inputs(adapter, self.manifest, self._base)
-            return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
-        except AdapterMismatchError as problem:
-            raise AdapterMismatchError(f"{place}: {problem}") from None
-
-    def _read_given(self, place: Path) -> tuple[Arrays, str, tuple[str, ...] | None]:
-        """As `_read`, of an adapter that the bundle came without: it may have to be certified."""
-        arrays, digest, labels = self._read(place)
-        if self._certified is not None and digest not in self._certified:
-            form = ""
-            if place.suffix == NATIVE_SUFFIX:
-                form = ", which names PEFT directories: load its PEFT directory"
-            raise AdapterError(
-                f"{place} ({short(digest)}) is not among the adapters of the certificate{form};"
-                f" run {parity_command(self.path, adapter=True)} to check it"
-            )
-        return arrays, digest, labels
-
-    def _computed(
-        self, place: Path, native_digest: str
-    ) -> tuple[Arrays, str, tuple[str, ...] | None]:
-        """As `_read`, of an adapter whose side inputs the export computed before it packed."""
-        file = place.with_name(f"{place.name}{NATIVE_SUFFIX}")
-        if not file.is_file() or file_digest(file) != native_digest:
-            raise BundleError(
-                f"{file} is not the file that came with the bundle: export again with the adapter"
-            )
-        arrays, _, _ = self._read(file)
-        adapter = load_adapter(place)
-        return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
-
-    def _defaults(self) -> Arrays:
-        """What the base has where adapters replace whole parameters."""
-        if not self.manifest.saved:
-            return {}
-        file = self._place / DEFAULTS_NAME
-        defaults, _ = read_arrays(file, error=BundleError)
-        replaced = {saved.input for saved in self.manifest.saved}
-        if unknown := sorted(defaults.keys() - replaced):
-            raise BundleError(f"{file} holds {unknown[0]}, which no adapter replaces: export again")
-        try:
-            check_side_inputs(defaults, self.manifest)
-        except AdapterError as problem:
-            raise BundleError(f"{file}: {problem}") from None
-        if missing := sorted(replaced - defaults.keys()):
-            raise BundleError(f"{file} lacks {missing[0]}: export again")
-        return defaults
-
     def _run(
         self,
         lease: Lease,
         output_names: Sequence[str] | None,
         feeds: Feeds,
         device: tuple[str, int],
-        places: Mapping[str, onnxruntime.OrtValue],
+        buffers: Mapping[str, onnxruntime.OrtValue],
     ) -> list[onnxruntime.OrtValue]:
-        """The outputs, those in `places` written there, the others made on `device`."""
-        wanted = _asked_for(output_names) or self._outputs
-        if unknown := [name for name in wanted if name not in self._outputs]:
-            raise UsageError(f"no output is called {unknown[0]!r}: there are {self._outputs}")
-        if unknown := [name for name in places if name not in wanted]:
-            raise UsageError(f"there is a place for {unknown[0]!r}, which is not asked for")
+        """The outputs, those in `buffers` written there, the others made on `device`."""
+        requested = requested_outputs(output_names, self._outputs)
+        if unknown := [name for name in buffers if name not in requested]:
+            raise UsageError(f"there is a buffer for {unknown[0]!r}, which is not requested")
         values = feed_values(feeds, self._inputs, self.limits)
         if lease.per_row:
-            _check_rows(len(lease.rows), values[self._first].shape()[0])
+            check_rows(len(lease.rows), values[self._first].shape()[0])
         binding = lease.device.take(self._session)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         if lease.adapter_ids is not None:
             binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
-        for name in wanted:
-            if name in places:
-                binding.bind_ortvalue_output(name, places[name])
+        for name in requested:
+            if name in buffers:
+                binding.bind_ortvalue_output(name, buffers[name])
             else:
                 binding.bind_output(name, *device)
         try:
@@ -457,127 +374,3 @@ class AdapterSession:
             binding.bind_ortvalue_input(name, self._nothing)
         lease.device.put_back(binding)
         return outputs
-
-
-class HeldAdapters:
-    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it.
-
-    After its context other adapters may be where these were: a run is refused then. The context's
-    end waits for runs that other threads have begun.
-    """
-
-    def __init__(self, session: AdapterSession, lease: Lease) -> None:
-        self._session = session
-        self._lease = lease
-        self._running = 0
-        self._ended = False
-        self._changed = threading.Condition()
-
-    def labels(self, row: int) -> tuple[str, ...] | None:
-        """The label names that the adapter of `row` was trained with, where it says."""
-        rows = self._lease.rows
-        resident = rows[row] if self._lease.per_row else rows[0]
-        return None if resident is None else resident.labels
-
-    def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
-        """As `AdapterSession.run` with the held adapters."""
-        with self._while_held():
-            outputs = self._session._run(self._lease, output_names, feeds, _HOST, {})
-            return [value.numpy() for value in outputs]
-
-    def run_with_ort_values(
-        self,
-        output_names: Sequence[str] | None,
-        feeds: Feeds,
-        *,
-        places: Mapping[str, onnxruntime.OrtValue] | None = None,
-    ) -> list[onnxruntime.OrtValue]:
-        """As `AdapterSession.run_with_ort_values` with the held adapters.
-
-        `places`: values that outputs are written to, by name, of their shapes and dtypes.
-
-        Raises:
-            UsageError: as `AdapterSession.run`, or a place of no output that is asked for.
-        """
-        session = self._session
-        with self._while_held():
-            return session._run(self._lease, output_names, feeds, session._device, places or {})
-
-    @contextmanager
-    def _while_held(self) -> Iterator[None]:
-        with self._changed:
-            if self._ended:
-                raise UsageError(
-                    "these adapters were held by a context that has ended: run inside its with"
-                )
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    def _end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: not self._running)
-
-
-def check_adapters(adapters: object) -> None:
-    """Raise UsageError unless `adapters` names adapters: a set, say, has no order of rows."""
-    if adapters is None or isinstance(adapters, str | Mapping):
-        return
-    if not isinstance(adapters, Sequence) or isinstance(adapters, bytes):
-        raise UsageError(
-            f"adapters is {shown(adapters)}: give a name, a mapping of names to weights, or a list"
-            " with one for each row"
-        )
-    for adapter in adapters:
-        if not (adapter is None or isinstance(adapter, str | Mapping)):
-            raise UsageError(
-                f"an adapter is {shown(adapter)}: give a name, a mapping of names to weights, or"
-                " None for the base"
-            )
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise UsageError unless `value`, which the user calls `name`, is a whole number above 0."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:  # type: ignore[operator]
-        raise UsageError(f"{name} is {shown(value)}: give 1 or more")
-
-
-def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
-    """The adapter of each of `rows` rows.
-
-    Raises:
-        UsageError: a sequence of another length, or what names no adapters.
-    """
-    check_adapters(adapters)
-    if adapters is None or isinstance(adapters, str | Mapping):
-        return [adapters] * rows
-    _check_rows(len(adapters), rows)
-    return list(adapters)
-
-
-def _check_rows(adapters: int, rows: int) -> None:
-    if adapters != rows:
-        raise UsageError(f"{adapters} adapters for a batch of {rows} rows: give one for each row")
-
-
-def _asked_for(output_names: object) -> tuple[str, ...]:
-    if output_names is None:
-        return ()
-    if isinstance(output_names, str) or not isinstance(output_names, Sequence):
-        raise UsageError(f"the outputs asked for are {shown(output_names)}: give a list of names")
-    return tuple(output_names)
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise UsageError(f"an adapter needs a name that is not empty, not {shown(name)}")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"an adapter's name is {name!a}, which is no text") from None

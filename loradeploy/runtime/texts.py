@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.beside import (
     TEXT_NAMES,
     check_digests,
@@ -26,7 +27,7 @@ from loradeploy.bundle.text.sentence import (
     recipe_directory,
 )
 from loradeploy.bundle.text.settings import GenerationSettings
-from loradeploy.bundle.text.tokenizer import CONFIG_NAME, TOKENIZER_NAME, Tokenizer
+from loradeploy.bundle.text.tokenizer import TOKENIZER_NAME, Tokenizer
 from loradeploy.errors import (
     AdapterError,
     BundleError,
@@ -98,7 +99,7 @@ class TextSides:
         self._counts: dict[str, int] = {}
         self._writers: dict[str, threading.Lock] = {}
         self._files: dict[str, Snapshot] = {}  # of what was loaded from elsewhere
-        self._places: dict[str, Path] = dict.fromkeys(manifest.adapters, _OWN)
+        self._sources: dict[str, Path] = dict.fromkeys(manifest.adapters, _OWN)
         self._sides: dict[str, TextSide] = {}
 
     def put(self, name: str, place: Path | None, files: Snapshot | None = None) -> None:
@@ -107,7 +108,7 @@ class TextSides:
         `files`: its files for texts when its weights were read.
         """
         with self._lock:
-            self._places[name] = _OWN if place is None else place
+            self._sources[name] = _OWN if place is None else place
             self._sides.pop(name, None)
             self._files.pop(name, None)
             if files is not None:
@@ -116,7 +117,7 @@ class TextSides:
     def knows(self, name: str) -> bool:
         """Whether the name stands for anything."""
         with self._lock:
-            return name in self._places
+            return name in self._sources
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -164,7 +165,7 @@ class TextSides:
     def is_told_by(self, name: str, place: Path | None) -> bool:
         """Whether what lies at `place` makes the texts of `name` as they are made now."""
         with self._lock:
-            known = name in self._places
+            known = name in self._sources
         if not known or not (self._bundle / TOKENIZER_NAME).is_file():
             return True  # without a tokenizer there are no texts
         now, then = self._named(name), self._read(name, _OWN if place is None else place)
@@ -180,7 +181,7 @@ class TextSides:
         with self._moved:
             if self._counts.get(name, 0) != count:
                 return
-            self._places.pop(name, None)
+            self._sources.pop(name, None)
             self._sides.pop(name, None)
             self._files.pop(name, None)
             self._counts[name] = count + 2
@@ -229,14 +230,14 @@ class TextSides:
 
     def _named(self, name: str) -> TextSide:
         with self._lock:
-            place = self._places.get(name)
+            place = self._sources.get(name)
             there = self._sides.get(name)
             files = self._files.get(name)
         if there is not None:
             return there
         if place is None:
             with self._lock:
-                known = listed_names(sorted(self._places))
+                known = listed_names(sorted(self._sources))
             raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
         try:
             side = self._read(name, place)
@@ -250,7 +251,7 @@ class TextSides:
         except LoraDeployError as problem:
             raise type(problem)(f"the adapter {name!r}: {problem}") from None
         with self._lock:
-            if self._places.get(name) is place:
+            if self._sources.get(name) is place:
                 self._sides[name] = side
         return side
 

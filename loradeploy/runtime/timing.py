@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 
 from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.sample import Sample
-from loradeploy.errors import BundleError, UsageError
-from loradeploy.files import read_json
-from loradeploy.runtime.session import Adapters, AdapterSession
+from loradeploy.errors import UsageError
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.session import AdapterSession
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,9 +84,9 @@ def forward(
     outputs = [spec.name for spec in session.manifest.outputs]
     cache = session.empty_cache(batch)
     cache.make_room(past + new)
-    if cache.places:
+    if cache.buffers:
         feeds |= cache.inputs
-    return partial(session.run_with_ort_values, outputs, feeds, places=cache.places)
+    return partial(session.run_with_ort_values, outputs, feeds, buffers=cache.buffers)
 
 
 def _swapping(call: Callable[[Adapters], object], names: Sequence[str]) -> Callable[[], object]:
@@ -136,6 +137,4 @@ def sample_feeds(
     session: AdapterSession, batch: int, *, past: int, new: int
 ) -> dict[str, NDArray[Any]]:
     """Feeds of `new` tokens after `past` in the cache; what they hold does not change the time."""
-    file = session.path / "config.json"
-    config = read_json(file, error=BundleError) if file.is_file() else {}
-    return Sample(session.manifest.inputs, config).feeds(batch, new, past)
+    return Sample(session.manifest.inputs, model_config(session.path)).feeds(batch, new, past)

@@ -244,13 +244,13 @@ def test_a_run_writes_its_cache_where_it_is_told(
         "position_ids": np.arange(4)[None],
         **cache.inputs,
     }
-    given = session.run_with_ort_values(cache.outputs, feeds, "a", places=cache.places)
+    given = session.run_with_ort_values(cache.outputs, feeds, "a", buffers=cache.buffers)
     assert [v.data_ptr() for v in given] == [v.data_ptr() for v in cache.inputs.values()]
     for name, value in cache.inputs.items():
         assert np.abs(value.numpy()[:, :, :4] - read[name][:, :, :4]).min(axis=(1, 3)).all()
         np.testing.assert_array_equal(value.numpy()[:, :, 4:], read[name][:, :, 4:])
     with pytest.raises(UsageError, match=r"a place for 'present.0.key', which is not asked for"):
-        session.run_with_ort_values(["logits"], feeds, "a", places=cache.places)
+        session.run_with_ort_values(["logits"], feeds, "a", buffers=cache.buffers)
 
 
 def test_a_bundle_of_fixed_shapes_is_timed_too(grouped: Path, tmp_path: Path) -> None:

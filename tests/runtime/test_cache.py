@@ -39,7 +39,7 @@ def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave(cache: Decode
     assert cache.outputs == PRESENT
     cache.make_room(100)
     assert shapes(cache) == {(3, 2, 0, 4)}
-    assert not cache.places
+    assert not cache.buffers
     given = [
         onnxruntime.OrtValue.ortvalue_from_numpy(np.full((3, 2, 1, 4), n, np.float32))
         for n in range(2)
@@ -55,8 +55,8 @@ def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() 
     ((*_, room, _),) = shapes(cache)
     assert room >= 5
     for _ in range(2):
-        assert [cache.places[name].data_ptr() for name in PRESENT] == addresses(cache)
-        cache.keep([cache.places[name] for name in PRESENT])
+        assert [cache.buffers[name].data_ptr() for name in PRESENT] == addresses(cache)
+        cache.keep([cache.buffers[name] for name in PRESENT])
     before = addresses(cache)
     cache.make_room(room)
     assert addresses(cache) == before
@@ -68,4 +68,4 @@ def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() 
     for value in cache.inputs.values():
         assert (value.numpy()[:, :, :room] == 7).all()
         assert not value.numpy()[:, :, room:].any()
-    assert [cache.places[name].data_ptr() for name in PRESENT] == addresses(cache)
+    assert [cache.buffers[name].data_ptr() for name in PRESENT] == addresses(cache)

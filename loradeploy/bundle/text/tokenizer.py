@@ -27,6 +27,7 @@ from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from loradeploy.bundle.context_length import context_length
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate, Message, template_source
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import (
@@ -39,7 +40,6 @@ from loradeploy.errors import (
 )
 from loradeploy.files import check_file, read_json, read_text
 
-CONFIG_NAME: Final = "config.json"
 TOKENIZER_NAME: Final = "tokenizer.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 GENERATION_NAME: Final = "generation_config.json"

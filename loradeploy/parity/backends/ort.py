@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names; for
-# a model with a `cache`, the places of outputs besides, by the keyword `places`.
+# a model with a `cache`, and buffers of outputs by the keyword `buffers`.
 Run = Callable[..., Sequence[Any]]
 
 
@@ -75,7 +75,7 @@ class OnnxModel:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
             feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
-            given = self._run(wanted, feeds, adapters, places=cache.places)
+            given = self._run(wanted, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
 
@@ -188,10 +188,10 @@ def _all_rows(
     outputs: Sequence[str],
     feeds: Feeds,
     adapters: object,
-    places: Mapping[str, onnxruntime.OrtValue] | None = None,
+    buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
     """Run an AdapterSession with one adapter for all rows."""
-    return session.run_with_ort_values(outputs, feeds, adapter, places=places)
+    return session.run_with_ort_values(outputs, feeds, adapter, buffers=buffers)
 
 
 def _activated(

@@ -24,6 +24,7 @@ import numpy as np
 from loradeploy.adapter.digest import file_digest
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
 from loradeploy.errors import (
     BundleError,
@@ -33,7 +34,7 @@ from loradeploy.errors import (
     kind_and_line,
 )
 from loradeploy.export.read.repository import find_graph
-from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_json
+from loradeploy.files import MAX_GRAPH_BYTES, check_file
 from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
 
 if TYPE_CHECKING:
@@ -179,8 +180,7 @@ def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
 
 def _beside(place: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
     """What the files beside a graph say of ids and labels."""
-    file = place / "config.json"
-    config: dict[str, Any] = read_json(file, error=DataError) if file.is_file() else {}
+    config = model_config(place, error=DataError)
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
         last = [s.shape[-1] for s in outputs if s.name == LOGITS and len(s.shape) == 3]

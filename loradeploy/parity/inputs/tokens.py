@@ -13,10 +13,10 @@ import numpy as np
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, DataError, UsageError
-from loradeploy.files import read_json
+from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.runtime.prompts import read_requests
 
@@ -96,7 +96,7 @@ def make_cases(
         raise UsageError(f"{generated} tokens to generate: give 1 or more")
     follow = generated if manifest.task == CAUSAL_LM else 0
     left = manifest.padding == LEFT
-    config = _config(bundle)
+    config = model_config(bundle)
     longest = _longest(config, follow)
     has_tokenizer = (bundle / "tokenizer.json").is_file()
     vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
@@ -145,11 +145,6 @@ def _encode(tokenizer: Tokenizer, text: Prompt, longest: int) -> list[int]:
     if isinstance(text, str):
         return tokenizer.encode(text, max_length=longest)
     return tokenizer.encode_chat(text)[:longest]
-
-
-def _config(bundle: Path) -> dict[str, Any]:
-    file = bundle / "config.json"
-    return read_json(file, error=BundleError) if file.is_file() else {}
 
 
 def _longest(config: dict[str, Any], generated: int) -> int:

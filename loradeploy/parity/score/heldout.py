@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import (
-    BundleError,
     DataError,
     MissingDependencyError,
     UsageError,
     listed_names,
     shown,
 )
-from loradeploy.files import read_json
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.runtime.tasks.classification import OTHER_PROBLEMS, label_names
 
@@ -193,8 +192,7 @@ def _label_names(
     """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
     if manifest.task != SEQUENCE_CLASSIFICATION:
         return {None: (), **{tested.name: () for tested in adapters}}
-    file = bundle / "config.json"
-    config = read_json(file, error=BundleError) if file.is_file() else {}
+    config = model_config(bundle)
     if config.get("problem_type") in OTHER_PROBLEMS:
         raise UsageError(f"{bundle} is for {config['problem_type']}, which has no accuracy")
     own = tuple(label_names(config))

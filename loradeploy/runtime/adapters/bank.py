@@ -121,7 +121,7 @@ class AdapterBank:
             if budget is not None and budget < 1:
                 raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
-        self._places = {name: place for place, name in enumerate(manifest.factors)}
+        self._order = {name: position for position, name in enumerate(manifest.factors)}
         self._device = (device, device_id)
         self._host_budget, self._device_budget = host_budget, device_budget
         self._base = Bindable({})  # the graph's own defaults are the base
@@ -348,7 +348,7 @@ class AdapterBank:
 
     def _in_order(self, arrays: Arrays) -> Arrays:
         """The arrays in one block, in the order in which the graph reads them."""
-        names = sorted(arrays, key=lambda name: self._places.get(name, len(self._places)))
+        names = sorted(arrays, key=lambda name: self._order.get(name, len(self._order)))
         return in_one_block({name: arrays[name] for name in names})
 
     def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
@@ -383,9 +383,9 @@ class AdapterBank:
                 return Lease(rows, per_row, device, stacked=True)
             with self._changed:
                 busy = frozenset(self._users)
-            device, places = self._stacks.of(members, busy)
+            device, slots_of = self._stacks.of(members, busy)
             self._stacked += 1
-        slots = [0 if resident is None else places[resident] for resident in rows]
+        slots = [0 if resident is None else slots_of[resident] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
         return Lease(rows, per_row, device, adapter_ids, stacked=True)
 

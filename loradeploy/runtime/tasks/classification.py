@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.files import read_json
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.session import Adapters, AdapterSession
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import encoded_batches
 from loradeploy.runtime.texts import TextSide
 
@@ -45,8 +46,7 @@ class TextClassifier:
     def __init__(self, session: AdapterSession) -> None:
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
-        file = session.path / "config.json"
-        config = read_json(file, error=BundleError) if file.is_file() else {}
+        config = model_config(session.path)
         if config.get("problem_type") in OTHER_PROBLEMS:
             raise UsageError(
                 f"{session.path} is for {config['problem_type']}, which gives no label: read its"

@@ -10,7 +10,8 @@ import numpy as np
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.session import Adapters, AdapterSession
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import encoded_batches
 from loradeploy.runtime.texts import TextSide
 

@@ -17,13 +17,9 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.session import (
-    Adapters,
-    AdapterSession,
-    HeldAdapters,
-    check_count,
-    each_row,
-)
+from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import pad
 

@@ -23,7 +23,9 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.chat import Message
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.session import Adapters, AdapterSession, HeldAdapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.sampling import Sampling, adjusted
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
@@ -269,7 +271,7 @@ class TextGenerator:
             logits, *present = held.run_with_ort_values(
                 (self._scores, *cache.outputs),
                 {**self._feeds(ids, mask), **cache.inputs},
-                places=cache.places,
+                buffers=cache.buffers,
             )
             cache.keep(present)
             scores_of = logits.numpy()  # [batch, sequence, vocabulary]

@@ -1,0 +1,131 @@
+"""An adapter's files as a bundle's side inputs: those that came with it, and those given to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loradeploy.adapter.digest import file_digest, short, tensors_digest
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.tensors import read_arrays
+from loradeploy.bundle.adapter_inputs.base import BundleBase
+from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+from loradeploy.bundle.fit import fit_to
+from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX
+from loradeploy.bundle.proof.certificate import parity_command
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    BundleError,
+    UnknownAdapterError,
+    listed_names,
+)
+from loradeploy.files import inside
+from loradeploy.runtime.adapters.resident import Arrays
+
+# The side inputs, the digest and the labels of an adapter that fits the graph.
+Read = tuple[Arrays, str, tuple[str, ...] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterReader:
+    """Reads adapters for the bundle in `directory`, which the user calls `path`.
+
+    `certified`: the digests of the adapters that a session may run; None where it may run any.
+    """
+
+    path: Path
+    directory: Path
+    manifest: Manifest
+    base: BundleBase
+    certified: frozenset[str] | None
+
+    def own(self, name: str) -> Read:
+        """The adapter `name` of the bundle.
+
+        Raises:
+            UnknownAdapterError: it has none of this name. BundleError: it is another than came with
+                the bundle.
+        """
+        entry = self.manifest.adapters.get(name)
+        if entry is None or entry.path is None:
+            own = listed_names(sorted(self.manifest.adapters))
+            raise UnknownAdapterError(
+                f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
+            )
+        place = inside(self.directory, entry.path)
+        if entry.native_digest is None:
+            arrays, digest, labels = self._read(place)
+        else:
+            arrays, digest, labels = self._computed(place, entry.native_digest)
+        if digest != entry.digest:
+            raise BundleError(
+                f"{place} is not the adapter that came with the bundle, its digest has changed:"
+                " export again, or load it by its path under another name"
+            )
+        return arrays, digest, labels
+
+    def _read(self, place: Path) -> Read:
+        """The side inputs, the digest and the labels of an adapter that fits the graph."""
+        try:
+            if place.suffix == NATIVE_SUFFIX:
+                arrays = read_onnx_adapter(place)
+                check_side_inputs(arrays, self.manifest)
+                return arrays, tensors_digest(arrays, {}), None
+            adapter = fit_to(load_adapter(place), self.manifest)
+            arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
+            return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
+        except AdapterMismatchError as problem:
+            raise AdapterMismatchError(f"{place}: {problem}") from None
+
+    def given(self, place: Path) -> Read:
+        """The adapter at `place`, which the bundle came without.
+
+        Raises:
+            AdapterError: it is refused, does not fit (AdapterMismatchError), or is not certified.
+        """
+        arrays, digest, labels = self._read(place)
+        if self.certified is not None and digest not in self.certified:
+            form = ""
+            if place.suffix == NATIVE_SUFFIX:
+                form = ", which names PEFT directories: load its PEFT directory"
+            raise AdapterError(
+                f"{place} ({short(digest)}) is not among the adapters of the certificate{form};"
+                f" run {parity_command(self.path, adapter=True)} to check it"
+            )
+        return arrays, digest, labels
+
+    def _computed(self, place: Path, native_digest: str) -> Read:
+        """As `_read`, of an adapter whose side inputs the export computed before it packed."""
+        file = place.with_name(f"{place.name}{NATIVE_SUFFIX}")
+        if not file.is_file() or file_digest(file) != native_digest:
+            raise BundleError(
+                f"{file} is not the file that came with the bundle: export again with the adapter"
+            )
+        arrays, _, _ = self._read(file)
+        adapter = load_adapter(place)
+        return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
+
+    def defaults(self) -> Arrays:
+        """What the base has where adapters replace whole parameters, by side input.
+
+        Raises:
+            BundleError: the file with them is not the bundle's.
+        """
+        if not self.manifest.saved:
+            return {}
+        file = self.directory / DEFAULTS_NAME
+        defaults, _ = read_arrays(file, error=BundleError)
+        replaced = {saved.input for saved in self.manifest.saved}
+        if unknown := sorted(defaults.keys() - replaced):
+            raise BundleError(f"{file} holds {unknown[0]}, which no adapter replaces: export again")
+        try:
+            check_side_inputs(defaults, self.manifest)
+        except AdapterError as problem:
+            raise BundleError(f"{file}: {problem}") from None
+        if missing := sorted(replaced - defaults.keys()):
+            raise BundleError(f"{file} lacks {missing[0]}: export again")
+        return defaults

@@ -1,0 +1,80 @@
+"""What the methods of a session and the tasks are given, checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from loradeploy.errors import UsageError, shown
+from loradeploy.runtime.adapters.resident import AdapterSpec
+
+Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
+
+
+def check_adapters(adapters: object) -> None:
+    """Raise UsageError unless `adapters` names adapters: a set, say, has no order of rows."""
+    if adapters is None or isinstance(adapters, str | Mapping):
+        return
+    if not isinstance(adapters, Sequence) or isinstance(adapters, bytes):
+        raise UsageError(
+            f"adapters is {shown(adapters)}: give a name, a mapping of names to weights, or a list"
+            " with one for each row"
+        )
+    for adapter in adapters:
+        if not (adapter is None or isinstance(adapter, str | Mapping)):
+            raise UsageError(
+                f"an adapter is {shown(adapter)}: give a name, a mapping of names to weights, or"
+                " None for the base"
+            )
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise UsageError unless `value`, which the user calls `name`, is a whole number above 0."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:  # type: ignore[operator]
+        raise UsageError(f"{name} is {shown(value)}: give 1 or more")
+
+
+def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
+    """The adapter of each of `rows` rows.
+
+    Raises:
+        UsageError: a sequence of another length, or what names no adapters.
+    """
+    check_adapters(adapters)
+    if adapters is None or isinstance(adapters, str | Mapping):
+        return [adapters] * rows
+    check_rows(len(adapters), rows)
+    return list(adapters)
+
+
+def check_rows(adapters: int, rows: int) -> None:
+    """Raise UsageError unless there is an adapter for each row."""
+    if adapters != rows:
+        raise UsageError(f"{adapters} adapters for a batch of {rows} rows: give one for each row")
+
+
+def requested_outputs(output_names: object, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the outputs to compute, which are of `outputs`: all of them for None.
+
+    Raises:
+        UsageError: no list of names, or a name that is none of them.
+    """
+    if output_names is None:
+        return outputs
+    if isinstance(output_names, str) or not isinstance(output_names, Sequence):
+        raise UsageError(f"the requested outputs are {shown(output_names)}: give a list of names")
+    if unknown := [name for name in output_names if name not in outputs]:
+        raise UsageError(f"no output is called {unknown[0]!r}: there are {outputs}")
+    return tuple(output_names) or outputs
+
+
+def check_name(name: object) -> None:
+    """Raise UsageError unless `name` can be the name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"an adapter needs a name that is not empty, not {shown(name)}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"an adapter's name is {name!a}, which is no text") from None

@@ -1,0 +1,96 @@
+"""Adapters that stay as they are for several runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import UsageError
+from loradeploy.runtime.adapters.bank import Lease
+from loradeploy.runtime.feeds import Feeds
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    # Of a lease, output names, feeds, the device of new outputs, and buffers for some of them.
+    Run = Callable[
+        [
+            Lease,
+            Sequence[str] | None,
+            Feeds,
+            tuple[str, int],
+            Mapping[str, onnxruntime.OrtValue],
+        ],
+        list[onnxruntime.OrtValue],
+    ]
+
+HOST: Final = ("cpu", 0)
+
+
+class HeldAdapters:
+    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it.
+
+    After its context other adapters may be where these were: a run is refused then. The context's
+    end waits for runs that other threads have begun.
+    """
+
+    def __init__(self, run: Run, lease: Lease, device: tuple[str, int]) -> None:
+        self._run = run
+        self._lease = lease
+        self._device = device
+        self._running = 0
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def labels(self, row: int) -> tuple[str, ...] | None:
+        """The label names that the adapter of `row` was trained with, where it says."""
+        rows = self._lease.rows
+        resident = rows[row] if self._lease.per_row else rows[0]
+        return None if resident is None else resident.labels
+
+    def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
+        """As `AdapterSession.run` with the held adapters."""
+        with self._while_held():
+            outputs = self._run(self._lease, output_names, feeds, HOST, {})
+            return [value.numpy() for value in outputs]
+
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
+    ) -> list[onnxruntime.OrtValue]:
+        """As `AdapterSession.run_with_ort_values` with the held adapters.
+
+        `buffers`: values that outputs are written to, by name, of their shapes and dtypes.
+
+        Raises:
+            UsageError: as `AdapterSession.run`, or a buffer for an output that is not requested.
+        """
+        with self._while_held():
+            return self._run(self._lease, output_names, feeds, self._device, buffers or {})
+
+    @contextmanager
+    def _while_held(self) -> Iterator[None]:
+        with self._changed:
+            if self._ended:
+                raise UsageError(
+                    "these adapters were held by a context that has ended: run inside its with"
+                )
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait for the runs that have begun, and refuse others."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._running)
