@@ -288,7 +288,9 @@ def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -
 
 @lru_cache(maxsize=4)
 def _template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    return ChatTemplate(source, dict(special_tokens))
+    template = ChatTemplate(source, dict(special_tokens))
+    template.check_constants()  # which transformers computes when it compiles
+    return template
 
 
 def _marked_chat(

@@ -54,6 +54,23 @@ class ChatTemplate:
                 f"the chat template is no valid template: {first_line(problem)}"
             ) from None
 
+    def check_constants(self) -> None:
+        """Make sure that a Jinja without limits can compile the template, and comes back.
+
+        Raises:
+            UsageError: constants in it take too much to compute.
+            BundleError: it is no valid template.
+        """
+        try:
+            with limited(()):
+                _environment().check_constants(self._source)
+        except LimitError as problem:
+            raise UsageError(f"the chat template does too much: {problem}") from None
+        except Exception as problem:
+            raise BundleError(
+                f"the chat template is no valid template: {first_line(problem)}"
+            ) from None
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of `messages`, ending where the model's answer begins.
 

@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
+from jinja2.optimizer import Optimizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -174,6 +175,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         # No name that a template can write.
         self.filters |= {"tick!": _tick, "pay!": _paid_for, "concat!": _concat}
 
+    def check_constants(self, source: str) -> None:
+        """Raise LimitError where another environment would compute too much to compile `source`.
+
+        Jinja computes constants as it compiles, also those of branches that are never taken.
+        """
+        _Constants(self).visit(super()._parse(source, None, None))
+
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Have one more filter, which is paid for too."""
         self.filters[name] = _paid_filter(name, function)
@@ -313,6 +321,34 @@ class _Generator(CodeGenerator):
         if isinstance(node, nodes.TemplateData):
             return super()._output_child_to_const(node, frame, finalize)
         raise nodes.Impossible
+
+
+class _Constants(Optimizer):
+    """Computes what Jinja's optimizer does, with the limits of the environment."""
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        if isinstance(node, nodes.Filter) and node.name in _NO_FILTERS:
+            raise LimitError(f"it uses {node.name}")
+        node = NodeTransformer.generic_visit(self, node, *args, **kwargs)
+        try:
+            return nodes.Const.from_untrusted(self._value(node), node.lineno, self.environment)
+        except LimitError:
+            raise
+        except Exception as problem:  # no constant, or one that cannot be computed
+            if isinstance(problem.__context__, LimitError):  # in a filter or test
+                raise problem.__context__ from None
+            return node
+
+    def _value(self, node: nodes.Node) -> Any:
+        if not isinstance(node, nodes.Expr):
+            raise nodes.Impossible
+        environment = cast(LimitedEnvironment, self.environment)
+        if isinstance(node, nodes.BinExpr) and node.operator in environment.intercepted_binops:
+            left, right = node.left.as_const(), node.right.as_const()
+            return environment.call_binop(None, node.operator, left, right)
+        value = node.as_const()
+        _pay(value)
+        return _checked(value)
 
 
 class _Priced(NodeTransformer):
