@@ -12,7 +12,7 @@ from loradeploy.parity.inputs.prompts import EXAMPLES
 if TYPE_CHECKING:
     from loradeploy.parity.backends.others import Others
     from loradeploy.parity.report.results import ParityReport
-    from loradeploy.parity.score.heldout import Places
+    from loradeploy.parity.score.heldout import DataByAdapter
 
 
 def parity(
@@ -32,7 +32,7 @@ def parity(
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
     shrink: bool = True,
-    evaluate: Places | None = None,
+    evaluate: DataByAdapter | None = None,
     examples: int = EXAMPLES,
     localize: bool | None = None,
     certificate: bool = True,
@@ -121,16 +121,16 @@ def parity(
         raise UsageError(
             "`trust_remote_code` needs `model`: a bundle may name any model as its base"
         )
-    place = Path(bundle)
+    path = Path(bundle)
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
     earlier = None if baseline is None else read_baseline(baseline)
     if sign is not None and not certificate:
         raise UsageError("sign: there is no certificate to sign, certificate is False")
     key = None if sign is None else private_key(sign)
-    before = Snapshot.take(place)
-    manifest = read_manifest(place)
-    names = [n for n in covered(place, manifest) if n not in (GRAPH_NAME, GRAPH_DATA_NAME)]
-    told = file_digests(place, names)
+    before = Snapshot.take(path)
+    manifest = read_manifest(path)
+    names = [n for n in covered(path, manifest) if n not in (GRAPH_NAME, GRAPH_DATA_NAME)]
+    recorded = file_digests(path, names)
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
@@ -141,12 +141,12 @@ def parity(
     variants = choose_variants(providers, optimization)
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
-    tested = find_adapters(place, manifest, adapters)
-    digests = graph_digests(place, manifest)
+    tested = find_adapters(path, manifest, adapters)
+    digests = graph_digests(path, manifest)
     used = tuple(dict.fromkeys(variant.provider for variant in variants))
     chosen += other_backends(others, manifest, tested, used)
     with custom_code(trust_remote_code):
-        directory, base = find_model(place, manifest, model)
+        directory, base = find_model(path, manifest, model)
     if earlier is not None:
         check_comparable(
             earlier,
@@ -156,14 +156,14 @@ def parity(
             mode=manifest.mode,
             precision=manifest.precision,
         )
-    cases = make_cases(place, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
+    cases = make_cases(path, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
     with custom_code(trust_remote_code):
         held_out = read_held_out(
-            place, manifest, directory, tested, evaluate, examples=examples, seed=seed
+            path, manifest, directory, tested, evaluate, examples=examples, seed=seed
         )
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
         context = CheckContext(
-            bundle=place,
+            bundle=path,
             manifest=manifest,
             model=directory,
             adapters=tested,
@@ -179,7 +179,7 @@ def parity(
             default_backends(chosen, context, asked),
             base_digest=base,
             digests=digests,
-            files=told,
+            files=recorded,
             seed=seed,
             controls=controls,
             shrink=shrink,
@@ -187,10 +187,10 @@ def parity(
             localize=localize,
             asked=backends or (),
         )
-    changed = before.changed(lambda name: name in told or name in (GRAPH_NAME, GRAPH_DATA_NAME))
+    changed = before.changed(lambda name: name in recorded or name in (GRAPH_NAME, GRAPH_DATA_NAME))
     if changed is not None:
-        raise BundleError(f"{place / changed} was written to while it was checked: check it again")
-    found = finish(found, baseline=earlier, files=files, bundle=place if certificate else None)
-    if key is not None and found.passed and (place / CERTIFICATE_NAME).is_file():
-        sign_certificate(place, key)
+        raise BundleError(f"{path / changed} was written to while it was checked: check it again")
+    found = finish(found, baseline=earlier, files=files, bundle=path if certificate else None)
+    if key is not None and found.passed and (path / CERTIFICATE_NAME).is_file():
+        sign_certificate(path, key)
     return found

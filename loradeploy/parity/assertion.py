@@ -75,5 +75,5 @@ def _is_checkpoint(given: object) -> bool:
     """A PyTorch model's directory; not a bundle, which has a config.json of its own."""
     if not isinstance(given, str | os.PathLike) or _is_bundle(given):
         return False
-    place = Path(given)
-    return (place / "config.json").is_file() and not any(place.glob("*.onnx"))
+    path = Path(given)
+    return (path / "config.json").is_file() and not any(path.glob("*.onnx"))

@@ -35,12 +35,12 @@ AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLik
 class AdapterUnderTest:
     """An adapter that is checked, with outputs for all labels of the bundle.
 
-    `digest`: of the adapter at `place`, which has fewer labels where it is `widened`. `native`: its
+    `digest`: of the adapter at `path`, which has fewer labels where it is `widened`. `native`: its
     .onnx_adapter file, where the bundle has one.
     """
 
     name: str
-    place: Path
+    path: Path
     adapter: Adapter
     digest: str
     native: Path | None = None
@@ -94,8 +94,8 @@ def find_model(
     """
     if model is None:
         name = manifest.base.name
-        candidates = [place / name for place in (Path(), bundle.resolve().parent)]
-        found = [place for place in candidates if (place / "config.json").is_file()]
+        candidates = [path / name for path in (Path(), bundle.resolve().parent)]
+        found = [path for path in candidates if (path / "config.json").is_file()]
         if not found:
             raise UsageError(
                 f"the reference is the PyTorch model: give it as `model`; {bundle} was made from"
@@ -132,22 +132,22 @@ def find_adapters(
     found: dict[str, AdapterUnderTest] = {}
     for name, entry in manifest.adapters.items():
         if entry.path is None:
-            raise BundleError(f"{bundle}: its manifest tells no place for the adapter {name!r}")
-        place = inside(bundle, entry.path)
-        adapter = load_adapter(place)
+            raise BundleError(f"{bundle}: its manifest gives no path for the adapter {name!r}")
+        path = inside(bundle, entry.path)
+        adapter = load_adapter(path)
         if adapter.digest != entry.digest:
             raise BundleError(
-                f"{place} is not the adapter that came with the bundle: its digest has changed;"
+                f"{path} is not the adapter that came with the bundle: its digest has changed;"
                 " export again"
             )
-        native = place.with_name(f"{name}{NATIVE_SUFFIX}")
+        native = path.with_name(f"{name}{NATIVE_SUFFIX}")
         wide = with_all_labels(adapter, manifest)
         file = native if native.is_file() else None
         found[name] = AdapterUnderTest(
-            name, place, wide, adapter.digest, file, widened=wide is not adapter
+            name, path, wide, adapter.digest, file, widened=wide is not adapter
         )
-    for name, place in named_places(adapters).items():
-        adapter = fitted(load_adapter(place), manifest)
+    for name, path in named_places(adapters).items():
+        adapter = fitted(load_adapter(path), manifest)
         wide = with_all_labels(adapter, manifest)
         if name in found and found[name].digest != adapter.digest:
             raise UsageError(
@@ -156,7 +156,7 @@ def find_adapters(
         beside = found[name].native if name in found else None
         # Of one that the bundle has too, PEFT reads the files that are given.
         found[name] = AdapterUnderTest(
-            name, place, wide, adapter.digest, beside, wide is not adapter
+            name, path, wide, adapter.digest, beside, wide is not adapter
         )
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
@@ -179,21 +179,21 @@ def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:
         BundleError: a file is missing, or has changed since the export.
     """
     digests: list[str | None] = []
-    for name, told in (
+    for name, recorded in (
         (GRAPH_NAME, manifest.graph_digest),
         (GRAPH_DATA_NAME, manifest.data_digest),
     ):
         file = bundle / name
         if not file.is_file():
-            if told is not None or name == GRAPH_NAME:
+            if recorded is not None or name == GRAPH_NAME:
                 raise BundleError(f"{bundle} holds no {name}: export again")
             digests.append(None)
             continue
         digest = file_digest(file)
-        if told not in (None, digest):
+        if recorded not in (None, digest):
             raise BundleError(
                 f"{file} has changed since the export (digest {short(digest)}, the manifest says"
-                f" {short(told)}): export again"
+                f" {short(recorded)}): export again"
             )
         digests.append(digest)
     graph, data = digests

@@ -70,7 +70,7 @@ def run(
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(context, base)
     made: tuple[Control, ...] = ()
-    places: tuple[Localization, ...] = ()
+    localized: tuple[Localization, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
     said: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def run(
         # Once more, for what failed, and only where something did.
         again = functools.cache(lambda: load_base(context))
         if localize is not False:
-            places = localizations(
+            localized = localizations(
                 context, reference, backends, results, again, always=bool(localize)
             )
         if shrink:
@@ -122,7 +122,7 @@ def run(
         results=tuple(results),
         adapters=adapter_facts(context, reference),
         controls=made,
-        localizations=places,
+        localizations=localized,
         notes=(*_notes(context, reference), *placed, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=files,

@@ -39,7 +39,7 @@ _STRIPES: Final = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where an error is the largest: `index` is the place in the vocabulary, labels or features."""
+    """Where an error is the largest: `index` is that of the token, label or feature."""
 
     case: int
     position: int
@@ -241,8 +241,8 @@ class Comparison:
         numbers: NDArray[np.int64],
         first_step: int | None,
     ) -> None:
-        wanted, chosen = expected.argmax(axis=1), actual.argmax(axis=1)
-        agree = wanted == chosen
+        expected_top, actual_top = expected.argmax(axis=1), actual.argmax(axis=1)
+        agree = expected_top == actual_top
         self._agree += int(agree.sum())
         self._shared += sum(map(_shared, expected, actual))
         if first_step is not None:
@@ -251,14 +251,14 @@ class Comparison:
             self._steps_agree += int((agree & generated).sum())
         for row in np.flatnonzero(~agree):
             step = None if first_step is None else int(numbers[row]) - first_step
-            margin = float(expected[row, wanted[row]] - expected[row, chosen[row]])
+            margin = float(expected[row, expected_top[row]] - expected[row, actual_top[row]])
             self._margin = max(self._margin, margin)
             divergence = Divergence(
                 case=case,
                 position=int(numbers[row]),
                 step=step if step is not None and step >= 0 else None,
-                expected=int(wanted[row]),
-                actual=int(chosen[row]),
+                expected=int(expected_top[row]),
+                actual=int(actual_top[row]),
                 margin=margin,
             )
             if self._first is None or _order(divergence) < _order(self._first):
@@ -397,13 +397,13 @@ def _symmetric_divergence(expected: Values, difference: Values) -> float:
 
 
 def _shared(expected: Values, actual: Values) -> float:
-    """The share of the largest values' places that two positions have in common."""
+    """The share of the largest values' indices that two positions have in common."""
     count = min(_TOP, len(expected))
     return len(set(_largest(expected, count)) & set(_largest(actual, count))) / count
 
 
 def _largest(values: Values, count: int) -> list[int]:
-    """The places of the `count` largest values, the first places of equal ones.
+    """The indices of the `count` largest values, the first indices of equal ones.
 
     The largest of each of many parts give a bound, which leaves few candidates of a vocabulary.
     """
@@ -414,5 +414,5 @@ def _largest(values: Values, count: int) -> list[int]:
     else:
         candidates = np.arange(len(values))
     order = np.argsort(-values[candidates], kind="stable")[:count]
-    places: list[int] = candidates[order].tolist()
-    return places
+    indices: list[int] = candidates[order].tolist()
+    return indices

@@ -112,8 +112,8 @@ def test_an_adapter_that_is_given_is_read_where_it_is(
     manifest = read_manifest(llama_with_adapter)
     (held,) = find_adapters(llama_with_adapter, manifest, None)
     (given,) = find_adapters(llama_with_adapter, manifest, {"one": adapter})
-    assert held.place == llama_with_adapter / "adapters" / "one"
-    assert given.place == adapter
+    assert held.path == llama_with_adapter / "adapters" / "one"
+    assert given.path == adapter
     assert given.native == held.native is not None
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from loradeploy.parity.diagnose import search as module
-from loradeploy.parity.diagnose.search import Found, Place, Rounding, Sides, groups, measure, search
+from loradeploy.parity.diagnose.search import (
+    Found,
+    Point,
+    Rounding,
+    Sides,
+    groups,
+    measure,
+    search,
+)
 from loradeploy.parity.diagnose.torch_probe import Site
 
 UNIT = 2.0**-24
@@ -19,8 +27,8 @@ TOKENS, WIDTH = 3, 4
 NAMES = ("embed", "layers.0.a", "layers.0.b", "layers.0", "layers.1.a", "layers.1", "head")
 
 
-def places(names: Sequence[str] = NAMES) -> list[Place]:
-    return [Place(Site((name,), (), (1, TOKENS, WIDTH)), name, f"n/{name}", "Op") for name in names]
+def points(names: Sequence[str] = NAMES) -> list[Point]:
+    return [Point(Site((name,), (), (1, TOKENS, WIDTH)), name, f"n/{name}", "Op") for name in names]
 
 
 def chain(
@@ -29,8 +37,8 @@ def chain(
     upstream: Sequence[int] | None = None,
     asked: list[list[str]] | None = None,
 ) -> Found:
-    """Search places whose errors are `excess` times what rounding does, which is `UNIT`."""
-    made = places(names)
+    """Search points whose errors are `excess` times what rounding does, which is `UNIT`."""
+    made = points(names)
     ones = np.ones((1, TOKENS, WIDTH), np.float64)
 
     def reference(numbers: Sequence[int]) -> list[Any]:

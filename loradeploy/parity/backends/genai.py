@@ -1,7 +1,7 @@
 """onnxruntime-genai as a backend, in an interpreter of its own.
 
 Its onnxruntime and the one that loradeploy runs on overwrite each other in one environment, so a
-worker program (genai_worker.py) is started with the interpreter that has it. It is told tokens in
+worker program (genai_worker.py) is started with the interpreter that has it. It is sent tokens in
 lines of JSON, and gives logits in a file.
 """
 
@@ -150,8 +150,8 @@ class Worker:
             timer.cancel()
         if not line:
             raise GenaiError(f"no answer in {timeout:.0f} s" if late else self._last_words())
-        if "error" in (told := json.loads(line)):
-            raise GenaiError(told["error"])
+        if "error" in (reply := json.loads(line)):
+            raise GenaiError(reply["error"])
 
     def _last_words(self) -> str:
         self._process.wait()

@@ -27,8 +27,8 @@ def main(bundle: str, file: str, *named: str) -> None:
     model = og.Model(bundle)
     adapters = og.Adapters(model)
     for entry in named:
-        name, _, place = entry.partition("=")
-        adapters.load(place, name)
+        name, _, path = entry.partition("=")
+        adapters.load(path, name)
     generator: Any = None
     _say(answers, tokens=0)
     for line in sys.stdin:

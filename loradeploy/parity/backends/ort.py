@@ -65,17 +65,17 @@ class OnnxModel:
         adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.Model`."""
-        wanted, count = [*self._outputs, *self._presents], len(self._outputs)
+        names, count = [*self._outputs, *self._presents], len(self._outputs)
         if not self._past and self._manifest.task == CAUSAL_LM:
             return self._without_cache(ids, mask, cache, adapters)
         if self._cache is None:
-            given = self._run(wanted, self.feeds(ids, mask, cache), adapters)
+            given = self._run(names, self.feeds(ids, mask, cache), adapters)
             cache = list(given[count:])
         else:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
             feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
-            given = self._run(wanted, feeds, adapters, buffers=cache.buffers)
+            given = self._run(names, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
 
@@ -90,26 +90,26 @@ class OnnxModel:
 
         `before`: the tokens so far, in place of a cache.
         """
-        whole = ids if before is None else np.concatenate([before, ids], axis=1)
+        tokens = ids if before is None else np.concatenate([before, ids], axis=1)
         real = mask.astype(bool)
-        padded, held = pad(
-            [row[seen] for row, seen in zip(whole, real, strict=True)], 0, left=False
+        padded, padded_mask = pad(
+            [row[seen] for row, seen in zip(tokens, real, strict=True)], 0, left=False
         )
-        given = self._run(self._outputs, self.feeds(padded, held, None), adapters)
+        given = self._run(self._outputs, self.feeds(padded, padded_mask, None), adapters)
         values = joined([_array(value) for value in given])
         new = ids.shape[1]
         result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
         for row, seen in enumerate(real):
             end, count = int(seen.sum()), int(seen[-new:].sum())
             result[row, seen[-new:]] = values[row, end - count : end]
-        return result, whole
+        return result, tokens
 
     def values(
-        self, names: Sequence[str], ids: NDArray[np.int64], tested: str | None
+        self, names: Sequence[str], ids: NDArray[np.int64], adapter: str | None
     ) -> list[NDArray[Any]]:
         """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
         feeds = self.feeds(ids, np.ones_like(ids), None)
-        return [_array(value) for value in self._run(names, feeds, [tested] * len(ids))]
+        return [_array(value) for value in self._run(names, feeds, [adapter] * len(ids))]
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
@@ -214,15 +214,15 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
         return
     from loradeploy.export.api import export
 
-    place = context.scratch / f"merged-{tested.name}"
+    path = context.scratch / f"merged-{tested.name}"
     try:
         try:
-            export(context.bundle, place, adapters={tested.name: tested.place}, merge=True)
+            export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
         except ExportError as problem:
             raise NotRunError(str(problem)) from None
-        yield place
+        yield path
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _open(context: CheckContext, bundle: Path) -> AdapterSession:
@@ -244,7 +244,7 @@ def _load(session: AdapterSession, adapters: Sequence[AdapterUnderTest]) -> None
     """Load what did not come with the bundle; the session finds the others itself."""
     for tested in adapters:
         if tested.name not in session.adapters:
-            session.load(tested.name, tested.place)
+            session.load(tested.name, tested.path)
 
 
 def _array(value: Any) -> NDArray[Any]:

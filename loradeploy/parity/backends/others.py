@@ -57,7 +57,7 @@ _LISTED: Final = 5
 @dataclass(frozen=True)
 class _Other:
     title: str
-    place: Any
+    model: Any
     adapter: str | None
 
 
@@ -69,7 +69,7 @@ def other_backends(
 ) -> tuple[Backend, ...]:
     """A backend for each of `others`.
 
-    Each is opened here, so that what cannot be is told before anything runs, and let go again.
+    Each is opened here, so that what cannot be is refused before anything runs, and let go again.
 
     Raises:
         UsageError: what is no model, an adapter that is not compared, an input that is not fed, or
@@ -88,8 +88,8 @@ def other_backends(
                 f" {listed_names(known)}"
             )
         if (other.title, claim) in found:
-            raise UsageError(f"two backends are named {other.title!r}: name them, NAME=PLACE")
-        inputs = _inputs(open_side(other.place, providers), manifest)
+            raise UsageError(f"two backends are named {other.title!r}: name them, NAME=MODEL")
+        inputs = _inputs(open_side(other.model, providers), manifest)
         cached = any(spec.name.startswith(PAST) for spec in inputs)
         lacks_cache = any(spec.name.startswith(PAST) for spec in manifest.inputs) and not cached
         found[other.title, claim] = Backend(
@@ -97,16 +97,16 @@ def other_backends(
             f"{other.title} (no cache)" if lacks_cache else other.title,
             (manifest.mode,),
             _WITHOUT_CACHE if lacks_cache else (*_WITHOUT_CACHE, CHUNKED, DECODE),
-            partial(_open, other.place, claim, inputs),
+            partial(_open, other.model, claim, inputs),
             needs_adapter=False,
         )
     return tuple(found.values())
 
 
 def _open(
-    place: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], context: CheckContext
+    model: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], context: CheckContext
 ) -> Iterator[tuple[str | None, OnnxModel]]:
-    side = open_side(place, context.providers)
+    side = open_side(model, context.providers)
     yield claim, _model(side, inputs, context.manifest)
 
 
@@ -163,9 +163,9 @@ def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 
 def _run(
-    side: Side, manifest: Manifest, wanted: Sequence[str], feeds: Feeds, adapters: object
+    side: Side, manifest: Manifest, names: Sequence[str], feeds: Feeds, adapters: object
 ) -> list[NDArray[Any]]:
-    """The outputs `wanted`, in their order.
+    """The outputs `names`, in their order.
 
     Raises:
         ValueError: an output is missing, or not of the shape that the bundle gives.
@@ -175,24 +175,24 @@ def _run(
     except SystemExit as problem:  # sys.exit(0) must not end the check as one that passed
         raise RuntimeError(f"it called sys.exit({problem.code})") from None
     if isinstance(given, list):
-        if len(given) != len(wanted):
+        if len(given) != len(names):
             raise ValueError(
-                f"it gives {len(given)} outputs without names, not {len(wanted)}:"
-                f" {listed(wanted, _LISTED)}"
+                f"it gives {len(given)} outputs without names, not {len(names)}:"
+                f" {listed(names, _LISTED)}"
             )
-        given = dict(zip(wanted, given, strict=True))
-    if missing := [name for name in wanted if name not in given]:
+        given = dict(zip(names, given, strict=True))
+    if missing := [name for name in names if name not in given]:
         raise ValueError(
             f"it does not give {listed(missing, _LISTED)} (it gives {listed(list(given), _LISTED)})"
         )
     sizes = _sizes(manifest.inputs, feeds)
     for spec in manifest.outputs:
         shape = [sizes.get(size, size) for size in spec.shape]
-        if spec.name in wanted and list(given[spec.name].shape) != shape:
+        if spec.name in names and list(given[spec.name].shape) != shape:
             raise ValueError(
                 f"{spec.name} is {list(given[spec.name].shape)} where {shape} is expected"
             )
-    return [given[name] for name in wanted]
+    return [given[name] for name in names]
 
 
 def _sizes(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[int | str, int]:
@@ -225,11 +225,11 @@ def _parsed(others: Others) -> Iterator[_Other]:
 
 
 def _of_text(text: str) -> _Other:
-    """[NAME=]PLACE[@ADAPTER]; what exists as a file is a place as it stands."""
-    title, equals, place = text.partition("=")
+    """[NAME=]MODEL[@ADAPTER]; what exists as a file is a model as it stands."""
+    title, equals, model = text.partition("=")
     if not equals or Path(text).exists():
-        title, place = "", text
+        title, model = "", text
     adapter = None
-    if not Path(place).exists() and "@" in place:
-        place, _, adapter = place.rpartition("@")
-    return _Other(title or short_title(place), place, adapter)
+    if not Path(model).exists() and "@" in model:
+        model, _, adapter = model.rpartition("@")
+    return _Other(title or short_title(model), model, adapter)

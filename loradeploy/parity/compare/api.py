@@ -1,4 +1,4 @@
-"""`loradeploy.compare`: two models of anybody's held against each other, as they are."""
+"""`loradeploy.compare`: any two models compared with each other, as they are."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def compare(
     report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     baseline: str | os.PathLike[str] | None = None,
 ) -> ParityReport:
-    """Hold `candidate` against `reference`, output by output, and return what was found.
+    """Compare `candidate` with `reference`, output by output, and return what was found.
 
     Either is an ONNX file, a bundle (its base, or what is merged into it), a `torch.nn.Module`, a
     function of feeds (numpy arrays by name) that returns outputs (by name, or as a sequence in the
@@ -69,8 +69,8 @@ def compare(
 
     Args:
         inputs: feeds, one mapping of names to arrays for each case; an .npz file or a directory of
-            them; None makes them up from the inputs that an ONNX side tells of.
-        cases: how many are made up; the second has 1 for every dynamic dimension.
+            them; None generates them at random for the inputs that an ONNX side declares.
+        cases: how many are generated; the second has 1 for every dynamic dimension.
         seed: for those.
         tolerances: a precision whose limits are taken, or limits by metric in place of those of
             the candidate's precision; by default the latter (`loradeploy.parity.tolerances`).
@@ -88,33 +88,33 @@ def compare(
     files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
     earlier = None if baseline is None else read_baseline(baseline)
     started = time.monotonic()
-    wanted, held = open_side(reference, providers), open_side(candidate, providers)
-    _limits(held.precision, tolerances)  # refused before anything runs
+    expected, actual = open_side(reference, providers), open_side(candidate, providers)
+    _limits(actual.precision, tolerances)  # refused before anything runs
     renamed = dict(names or {})
-    fed = _feeds(wanted, held, renamed, inputs, cases, seed)
+    fed = _feeds(expected, actual, renamed, inputs, cases, seed)
     with scratch_directory("loradeploy-compare-") as scratch:
-        expected = Runs(wanted, REFERENCE, fed, {})
-        kept = [kept_in(given, scratch) for given in expected]
-        actual = Runs(held, CANDIDATE, fed, renamed)
+        expected_runs = Runs(expected, REFERENCE, fed, {})
+        kept = [kept_in(given, scratch) for given in expected_runs]
+        actual_runs = Runs(actual, CANDIDATE, fed, renamed)
         outputs = Outputs(kept, fed)
-        for number, given in enumerate(actual):
+        for number, given in enumerate(actual_runs):
             outputs.add(number, given)
-        precision = held.precision or outputs.precision
+        precision = actual.precision or outputs.precision
         limits = _limits(precision, tolerances)
         results = [
-            *(runs.result(limits) for runs in (expected, actual)),
-            *_same_meaning(wanted, held),
-            *outputs.results(held.name, limits),
+            *(runs.result(limits) for runs in (expected_runs, actual_runs)),
+            *_same_meaning(expected, actual),
+            *outputs.results(actual.name, limits),
         ]
     found = ParityReport(
-        bundle=held.title,
+        bundle=actual.title,
         task=None,
         mode=COMPARED,
         precision=precision,
-        base=wanted.title,
-        base_digest=wanted.digest,
-        graph_digest=held.digest,
-        data_digest=held.data_digest,
+        base=expected.title,
+        base_digest=expected.digest,
+        graph_digest=actual.digest,
+        data_digest=actual.data_digest,
         inputs=Inputs(
             source=fed.source,
             prompts=len(fed.cases),
@@ -125,7 +125,12 @@ def compare(
         environment=environment(None if providers is None else tuple(providers)),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
-        notes=(*fed.notes, *expected.notes, *actual.notes, *_alone(wanted, held, fed, renamed)),
+        notes=(
+            *fed.notes,
+            *expected_runs.notes,
+            *actual_runs.notes,
+            *_unused_inputs(expected, actual, fed, renamed),
+        ),
         seconds=round(time.monotonic() - started, 1),
     )
     return finish(found, baseline=earlier, files=files)
@@ -135,8 +140,8 @@ def compare(
 
 
 def _feeds(
-    wanted: Side,
-    held: Side,
+    expected: Side,
+    actual: Side,
     renamed: Mapping[str, str],
     inputs: FeedsPlace | None,
     cases: int,
@@ -146,21 +151,21 @@ def _feeds(
     if inputs is not None:
         fed = read_feeds(inputs)
     else:
-        if wanted.inputs is None and held.inputs is None:
+        if expected.inputs is None and actual.inputs is None:
             raise UsageError(
-                f"neither {wanted.title} nor {held.title} tells which inputs it takes: give inputs,"
+                f"neither {expected.title} nor {actual.title} declares its inputs: give inputs,"
                 " an .npz file of arrays by name"
             )
-        specs = {spec.name: spec for spec in wanted.inputs or ()}
-        for spec in held.inputs or ():
+        specs = {spec.name: spec for spec in expected.inputs or ()}
+        for spec in actual.inputs or ():
             name = back.get(spec.name, spec.name)
             specs.setdefault(name, type(spec)(name, spec.dtype, spec.shape))
-        known = [side.vocabulary for side in (wanted, held) if side.vocabulary is not None]
+        known = [side.vocabulary for side in (expected, actual) if side.vocabulary is not None]
 
         def run(feed: Feed) -> Given:
-            if wanted.inputs is not None:
-                return wanted.run(feed)
-            return held.run({renamed.get(name, name): values for name, values in feed.items()})
+            if expected.inputs is not None:
+                return expected.run(feed)
+            return actual.run({renamed.get(name, name): values for name, values in feed.items()})
 
         fed = make_feeds(
             tuple(specs.values()),
@@ -170,7 +175,7 @@ def _feeds(
             run=run,
         )
     for number, feed in enumerate(fed.cases, start=1):
-        for side, own in ((wanted, {}), (held, back)):
+        for side, own in ((expected, {}), (actual, back)):
             lacking = [
                 spec.name for spec in side.inputs or () if own.get(spec.name, spec.name) not in feed
             ]
@@ -182,10 +187,10 @@ def _feeds(
     return fed
 
 
-def _alone(wanted: Side, held: Side, fed: Fed, renamed: Mapping[str, str]) -> list[str]:
+def _unused_inputs(expected: Side, actual: Side, fed: Fed, renamed: Mapping[str, str]) -> list[str]:
     """Inputs that only one of two graphs takes: a function may do with them what it likes."""
     notes = []
-    for side, own in ((wanted, {}), (held, renamed)):
+    for side, own in ((expected, {}), (actual, renamed)):
         if side.inputs is not None:
             takes = {spec.name for spec in side.inputs}
             left = [name for name in fed.cases[0] if own.get(name, name) not in takes]
@@ -223,15 +228,15 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
 # -- meanings --------------------------------------------------------------------------------------
 
 
-def _same_meaning(wanted: Side, held: Side) -> list[Result]:
+def _same_meaning(expected: Side, actual: Side) -> list[Result]:
     """Whether ids and labels mean the same, where both sides tell: numbers alone do not show it."""
-    told: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
-    if wanted.labels is not None and held.labels is not None:
-        told.append(("label map", wanted.labels, held.labels))
-    if wanted.tokenizer is not None and held.tokenizer is not None:
-        told.append(("vocabulary", _vocabulary(wanted.tokenizer), _vocabulary(held.tokenizer)))
+    maps: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    if expected.labels is not None and actual.labels is not None:
+        maps.append(("label map", expected.labels, actual.labels))
+    if expected.tokenizer is not None and actual.tokenizer is not None:
+        maps.append(("vocabulary", _vocabulary(expected.tokenizer), _vocabulary(actual.tokenizer)))
     results = []
-    for what, one, other in told:
+    for what, one, other in maps:
         differ = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
         message = None
         if differ:
@@ -243,7 +248,7 @@ def _same_meaning(wanted: Side, held: Side) -> list[Result]:
         results.append(
             Result(
                 COMPARED,
-                f"{CANDIDATE} {held.name}",
+                f"{CANDIDATE} {actual.name}",
                 adapter=None,
                 phase=None,
                 outcome=outcome_of(message),

@@ -112,10 +112,10 @@ def read_feeds(given: FeedsPlace) -> Fed:
         if not cases:
             raise UsageError("no inputs are given")
         return Fed(cases, "given inputs")
-    place = Path(given)
-    files = sorted(place.glob("*.npz")) if place.is_dir() else [place]
+    path = Path(given)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{place} holds no .npz files")
+        raise DataError(f"{path} holds no .npz files")
     return Fed(tuple(map(_read, files)), os.fspath(given))
 
 
@@ -245,7 +245,7 @@ def _sizes(specs: Sequence[TensorSpec], number: int, random: np.random.Generator
     others = [s for s in _symbols(spec.shape[1:] for spec in specs) if s not in batches]
     if number < len(_FIRST):
         batch, cycle, past = _FIRST[number]
-        rest = [cycle[place % len(cycle)] for place in range(len(others))]
+        rest = [cycle[number % len(cycle)] for number in range(len(others))]
     else:
         batch = int(random.integers(1, _BATCHES + 1))
         rest = random.integers(1, _LARGEST + 1, len(others)).tolist()

@@ -60,8 +60,8 @@ def open_side(
     """
     if not isinstance(given, str | os.PathLike):
         return _open_object(given, _title(given))
-    place = Path(given).expanduser()
-    if not place.exists():
+    path = Path(given).expanduser()
+    if not path.exists():
         text = os.fspath(given)
         module, colon, attribute = text.partition(":")
         if colon and _is_dotted(module) and _is_dotted(attribute):
@@ -69,35 +69,35 @@ def open_side(
         raise UsageError(
             f"{text} does not exist: give an ONNX file, a bundle, or module:function of a callable"
         )
-    if (place / MANIFEST_NAME).is_file():
-        return _open_bundle(place, os.fspath(given), providers)
-    return _open_file(_graph(place), os.fspath(given), providers)
+    if (path / MANIFEST_NAME).is_file():
+        return _open_bundle(path, os.fspath(given), providers)
+    return _open_file(_graph(path), os.fspath(given), providers)
 
 
 # -- ONNX ------------------------------------------------------------------------------------------
 
 
-def _open_bundle(place: Path, title: str, providers: Sequence[str] | None) -> Side:
+def _open_bundle(path: Path, title: str, providers: Sequence[str] | None) -> Side:
     from loradeploy.runtime.session import AdapterSession
 
-    manifest = read_manifest(place)
-    session = AdapterSession(place, providers)
+    manifest = read_manifest(path)
+    session = AdapterSession(path, providers)
     inputs, outputs = manifest.inputs, manifest.outputs
     names = [spec.name for spec in outputs]
 
     def run(feeds: Feeds) -> Given:
         return dict(zip(names, session.run(names, _taken(inputs, feeds)), strict=True))
 
-    data = place / GRAPH_DATA_NAME
+    data = path / GRAPH_DATA_NAME
     return Side(
         title,
-        place.resolve().name,
+        path.resolve().name,
         run,
         inputs,
         manifest.precision,
-        file_digest(place / GRAPH_NAME),
+        file_digest(path / GRAPH_NAME),
         file_digest(data) if data.is_file() else None,
-        **_beside(place, outputs),
+        **_beside(path, outputs),
     )
 
 
@@ -126,15 +126,15 @@ def _open_file(graph: Path, title: str, providers: Sequence[str] | None) -> Side
     )
 
 
-def _graph(place: Path) -> Path:
-    if place.is_file():
-        if place.suffix == ".onnx":
-            return place
-        raise UsageError(f"{place} is no ONNX file: give one, a bundle, or module:function")
-    if (graph := find_graph(place)) is not None:
+def _graph(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix == ".onnx":
+            return path
+        raise UsageError(f"{path} is no ONNX file: give one, a bundle, or module:function")
+    if (graph := find_graph(path)) is not None:
         return graph
     raise UsageError(
-        f"{place} holds no ONNX file: of a PyTorch model give module:function of a callable"
+        f"{path} holds no ONNX file: of a PyTorch model give module:function of a callable"
     )
 
 
@@ -159,10 +159,10 @@ def _taken(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, NDArray[Any]
     for spec in inputs:
         value = np.asarray(feeds[spec.name])
         try:
-            wanted = np.dtype(spec.dtype)
+            dtype = np.dtype(spec.dtype)
         except TypeError:
-            wanted = value.dtype  # one that numpy does not have: onnxruntime will say so
-        taken[spec.name] = value.astype(wanted) if wanted.kind == value.dtype.kind else value
+            dtype = value.dtype  # one that numpy does not have: onnxruntime will say so
+        taken[spec.name] = value.astype(dtype) if dtype.kind == value.dtype.kind else value
     return taken
 
 
@@ -178,14 +178,14 @@ def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
     return precision_of(ir.load(graph))
 
 
-def _beside(place: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
+def _beside(path: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
     """What the files beside a graph say of ids and labels."""
-    config = model_config(place, error=DataError)
+    config = model_config(path, error=DataError)
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
         last = [s.shape[-1] for s in outputs if s.name == LOGITS and len(s.shape) == 3]
         vocabulary = last[0] if last and isinstance(last[0], int) else None
-    tokenizer = place / "tokenizer.json"
+    tokenizer = path / "tokenizer.json"
     return {
         "vocabulary": vocabulary,
         "labels": labels_of(config.get("id2label")),

@@ -54,11 +54,11 @@ class Outputs:
 
     @property
     def precision(self) -> str:
-        """Told from the candidate's outputs."""
+        """Inferred from the candidate's outputs."""
         return "fp16" if self._halves else "fp32"
 
     def add(self, number: int, given: Given | None) -> None:
-        """Take in what the candidate gave for a case."""
+        """Add what the candidate gave for a case."""
         kept = self._kept[number]
         if kept is None or given is None:
             return
@@ -71,18 +71,18 @@ class Outputs:
                 its if its is None or _unmatched(its, given, REFERENCE) else named(its, given)
                 for its in self._kept
             ]
-        wanted, held = named(kept, given), named(given, kept)
+        expected, actual = named(kept, given), named(given, kept)
         case = f"case {number + 1} ({shapes(self._fed.cases[number])})"
-        self._halves |= any(values.dtype == np.float16 for values in held.values())
-        for who, gives, others in ((CANDIDATE, held, wanted), (REFERENCE, wanted, held)):
+        self._halves |= any(values.dtype == np.float16 for values in actual.values())
+        for who, gives, others in ((CANDIDATE, actual, expected), (REFERENCE, expected, actual)):
             if missing := [name for name in others if name not in gives]:
                 self._of(_ALL).problems.append(
                     f"the {who} does not give {listed(missing, _LISTED)}"
                     f" (it gives {listed(list(gives), _LISTED)})"
                 )
-        for name in wanted:
-            if name in held:
-                self._compare(name, wanted[name], held[name], number, case)
+        for name in expected:
+            if name in actual:
+                self._compare(name, expected[name], actual[name], number, case)
 
     def results(self, name: str, limits: LimitsOf) -> list[Result]:
         """One for each output, judged."""
@@ -106,20 +106,20 @@ class Outputs:
         return results
 
     def _compare(
-        self, name: str, wanted: NDArray[Any], held: NDArray[Any], number: int, case: str
+        self, name: str, expected: NDArray[Any], actual: NDArray[Any], number: int, case: str
     ) -> None:
         output = self._of(_family(name))
-        if wanted.shape != held.shape:
-            narrow = wanted.ndim > 1 and wanted.shape[:-1] == held.shape[:-1]
+        if expected.shape != actual.shape:
+            narrow = expected.ndim > 1 and expected.shape[:-1] == actual.shape[:-1]
             why = ": another vocabulary, or another number of labels" if narrow else ""
             output.problems.append(
-                f"{name} is {list(held.shape)} where {list(wanted.shape)} is expected,"
+                f"{name} is {list(actual.shape)} where {list(expected.shape)} is expected,"
                 f" in {case}{why}"
             )
             return
-        if not wanted.size:
+        if not expected.size:
             return
-        expected, actual = positions(name, wanted), positions(name, held)
+        expected, actual = positions(name, expected), positions(name, actual)
         output.comparison.add(expected, actual, case=number)
         output.nan_on_both |= bool((np.isnan(expected) & np.isnan(actual)).any())
 

@@ -90,8 +90,8 @@ class ProbedGraph:
             behind.update(dict.fromkeys(node.outputs, bits))
         return [behind.get(probe.value, 0) for probe in self.probes]
 
-    def write(self, place: Path) -> Manifest:
-        """Write the bundle to `place`, its graph giving the probes' values too; its manifest.
+    def write(self, path: Path) -> Manifest:
+        """Write the bundle to `path`, its graph giving the probes' values too; its manifest.
 
         The graph's weights stay where they are: onnxruntime refuses those behind a symbolic link,
         and onnx-ir a file that has hard links. Only what DoRA reads them for gets a copy.
@@ -105,12 +105,12 @@ class ProbedGraph:
         left = [GRAPH_NAME, MANIFEST_NAME, CERTIFICATE_NAME]
         if all(target.stored is None for target in self.manifest.targets):
             left.append(GRAPH_DATA_NAME)
-        shutil.copytree(self.bundle, place, ignore=shutil.ignore_patterns(*left))
-        ir.save(self.model, place / GRAPH_NAME)
+        shutil.copytree(self.bundle, path, ignore=shutil.ignore_patterns(*left))
+        ir.save(self.model, path / GRAPH_NAME)
         manifest = dataclasses.replace(
             self.manifest, outputs=outputs(self.model), graph_digest=None, branches=False
         )
-        write_json(place / MANIFEST_NAME, manifest.to_json())
+        write_json(path / MANIFEST_NAME, manifest.to_json())
         return manifest
 
 

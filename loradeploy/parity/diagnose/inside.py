@@ -17,7 +17,7 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.parity.backends import ort
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
-from loradeploy.parity.diagnose.search import Place, Values
+from loradeploy.parity.diagnose.search import Point, Values
 from loradeploy.parity.diagnose.torch_probe import Modules, Site, rounded, sites_of, values_at
 from loradeploy.parity.names import (
     ONNX_MERGED,
@@ -100,13 +100,15 @@ class TorchRow:
             yield
 
     def values(
-        self, places: Sequence[Place], holding: Callable[[], AbstractContextManager[object]]
+        self,
+        points: Sequence[Point],
+        holding: Callable[[], AbstractContextManager[object]],
     ) -> Values:
-        """The values at `places` of the model while it is `holding` something."""
+        """The values at `points` of the model while it is `holding` something."""
 
         def values(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
             with holding():
-                return values_at(self.base.model, [places[n].site for n in numbers], self.run)
+                return values_at(self.base.model, [points[n].site for n in numbers], self.run)
 
         return values
 
@@ -115,7 +117,7 @@ class TorchRow:
 class OtherSide:
     """What a backend shows of the reference's sites; see `search.Sides`."""
 
-    places: Sequence[Place]
+    points: Sequence[Point]
     values: Values
     upstream: Sequence[int] | None = None
     unmatched: tuple[str, ...] = ()
@@ -132,15 +134,15 @@ def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[O
     if backend in GRAPHS:
         with _bundle_of(row, backend) as bundle, _scratch(row) as scratch:
             probed = probe_graph(bundle, read_manifest(bundle), sites, row.modules)
-            places = [Place(p.site, p.module, p.node, p.op) for p in probed.probes]
+            points = [Point(p.site, p.module, p.node, p.op) for p in probed.probes]
             upstream = probed.upstream()
             with _graph_values(row, backend, probed, scratch) as values:
-                yield OtherSide(places, values, upstream, probed.unmatched)
+                yield OtherSide(points, values, upstream, probed.unmatched)
     elif backend in MODELS and row.tested is not None:
         model, tested = row.base.model, row.tested
-        places = [_torch_place(model, site) for site in sites]
-        values = row.values(places, lambda: MODELS[backend](model, tested))
-        yield OtherSide(places, values)
+        points = [_torch_point(model, site) for site in sites]
+        values = row.values(points, lambda: MODELS[backend](model, tested))
+        yield OtherSide(points, values)
     else:
         raise ValueError(f"nothing is known of what is inside of {backend}")
 
@@ -164,17 +166,17 @@ def _graph_values(
     row: TorchRow, backend: str, probed: ProbedGraph, scratch: str
 ) -> Iterator[Values]:
     """The probed graph, opened as the backend opens its own, with the one adapter."""
-    place = Path(scratch) / "probed"
-    manifest = probed.write(place)
+    path = Path(scratch) / "probed"
+    manifest = probed.write(path)
     tested = row.tested
     if tested is not None and tested.native is not None and probed.manifest.branches:
-        native = place / tested.native.name  # the same, without a choice of the branch
+        native = path / tested.native.name  # the same, without a choice of the branch
         write_side_inputs(read_onnx_adapter(tested.native), manifest, native)
         tested = dataclasses.replace(tested, native=native)
     opened = GRAPHS[backend](
         dataclasses.replace(
             row.context,
-            bundle=place,
+            bundle=path,
             manifest=manifest,
             weights=probed.bundle,
             adapters=() if tested is None else (tested,),
@@ -201,7 +203,7 @@ def _graph_values(
     del opened  # until here it holds what the session needs
 
 
-def _torch_place(model: torch.nn.Module, site: Site) -> Place:
+def _torch_point(model: torch.nn.Module, site: Site) -> Point:
     """A site as a step of PyTorch's: the class of the module that computes it."""
     module = site.given_by[0] if site.given_by else site.taken_by[0].rpartition(".")[0]
-    return Place(site, module, "", type(model.get_submodule(module)).__name__)
+    return Point(site, module, "", type(model.get_submodule(module)).__name__)

@@ -82,8 +82,8 @@ def localizations(
         if request.position is not None:
             tokens = tokens[: max(request.position + 1, _LEAST_TOKENS)]
         its = context if request.variant is None else context.at(request.variant)
-        place = localize(its, base, request.backend, request.adapter, tokens, failed=failed)
-        found.append(dataclasses.replace(place, title=request.title, case=request.case))
+        localization = localize(its, base, request.backend, request.adapter, tokens, failed=failed)
+        found.append(dataclasses.replace(localization, title=request.title, case=request.case))
     return tuple(found)
 
 
@@ -109,11 +109,12 @@ def localize(
         row = TorchRow(context, base, adapter, tokens)
         with other_side(row, backend, row.sites()) as other:
             sides = Sides(
-                other.places,
-                reference=row.values(other.places, row.reference),
+                other.points,
+                reference=row.values(other.points, row.reference),
                 disturbed=[
                     row.values(
-                        other.places, partial(row.disturbed, rounding.unit, activations, seed)
+                        other.points,
+                        partial(row.disturbed, rounding.unit, activations, seed),
                     )
                     for seed in range(_DRAWS)
                 ],

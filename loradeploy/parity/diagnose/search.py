@@ -66,7 +66,7 @@ ROUNDINGS: Final[Mapping[str, Rounding]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Point:
     """A value that both sides have: see `report.Step`."""
 
     site: Site
@@ -91,20 +91,20 @@ class Place:
         return None if within else self.module
 
 
-# The values at the numbered places, in the sites' shapes; None where there is none of that size.
+# The values at the numbered points, in the sites' shapes; None where there is none of that size.
 Values = Callable[[Sequence[int]], Sequence["Array | None"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What is compared: `places` in the order of execution, and the values of each side there.
+    """What is compared: `points` in the order of execution, and the values of each side there.
 
     `disturbed`: the reference's as `rounding` moves them, drawn several times. `upstream`: for each
-    place those it is computed from, as bits; None where nothing tells, and each is taken to be
+    point those it is computed from, as bits; None where nothing tells, and each is taken to be
     computed from the one before.
     """
 
-    places: Sequence[Place]
+    points: Sequence[Point]
     reference: Values
     disturbed: Sequence[Values]
     backend: Values
@@ -114,7 +114,7 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What `search` found: see `report.Localization`; `lost`: places that turned out to be none.
+    """What `search` found: see `report.Localization`; `lost`: points that turned out to be none.
 
     `largest`: the largest excess of all steps.
     """
@@ -130,7 +130,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A place that was looked at; `shares`: of its positions, or its only one."""
+    """A point that was looked at; `shares`: of its positions, or its only one."""
 
     step: Step
     shares: tuple[float, ...]
@@ -138,9 +138,9 @@ class _Seen:
 
 
 def search(sides: Sides, *, tokens: int) -> Found:
-    """Find the first place that diverges. `tokens`: how many positions the row has."""
+    """Find the first point that diverges. `tokens`: how many positions the row has."""
     look = _Search(sides, tokens)
-    coarse = [n for n, place in enumerate(sides.places) if place.block is not None]
+    coarse = [n for n, point in enumerate(sides.points) if point.block is not None]
     look.at(coarse)
     first = look.first()
     if first is not None:
@@ -148,8 +148,8 @@ def search(sides: Sides, *, tokens: int) -> Found:
         look.at(range(max(agreeing, default=-1) + 1, first))
         closer = look.first()
         first = first if closer is None else closer
-    elif not coarse or max(coarse) < len(sides.places) - 1:
-        look.at(range(max(coarse, default=-1) + 1, len(sides.places)))
+    elif not coarse or max(coarse) < len(sides.points) - 1:
+        look.at(range(max(coarse, default=-1) + 1, len(sides.points)))
         first = look.first()
     return look.found(first)
 
@@ -169,12 +169,12 @@ def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Arr
         return error, scale, error / scale
 
 
-def groups(sizes: Iterable[tuple[int, int]], held: int) -> Iterator[list[int]]:
-    """Numbers in groups whose sizes come to `held` at most, one that is larger by itself."""
+def groups(sizes: Iterable[tuple[int, int]], limit: int) -> Iterator[list[int]]:
+    """Numbers in groups whose sizes come to `limit` at most, one that is larger by itself."""
     group: list[int] = []
     total = 0
     for number, size in sizes:
-        if group and total + size > held:
+        if group and total + size > limit:
             yield group
             group, total = [], 0
         group.append(number)
@@ -184,7 +184,7 @@ def groups(sizes: Iterable[tuple[int, int]], held: int) -> Iterator[list[int]]:
 
 
 class _Search:
-    """The places that were looked at so far, by number."""
+    """The points that were looked at so far, by number."""
 
     def __init__(self, sides: Sides, tokens: int) -> None:
         self._sides = sides
@@ -194,10 +194,10 @@ class _Search:
         self.seen: dict[int, _Seen] = {}
 
     def at(self, numbers: Iterable[int]) -> None:
-        """Look at the places that were not looked at yet, a group at a time."""
-        places = self._sides.places
+        """Look at the points that were not looked at yet, a group at a time."""
+        points = self._sides.points
         new = (n for n in numbers if n not in self.seen and n not in self._lost)
-        sizes = ((n, 4 * math.prod(places[n].site.shape)) for n in new)
+        sizes = ((n, 4 * math.prod(points[n].site.shape)) for n in new)
         for group in groups(sizes, HELD):
             expected = self._sides.reference(group)
             rounding = [self._sides.rounding.unit] * len(group)
@@ -209,10 +209,10 @@ class _Search:
                 if one is None or other is None:
                     self._lost.add(number)
                 else:
-                    self.seen[number] = self._compare(places[number], one, other, by)
+                    self.seen[number] = self._compare(points[number], one, other, by)
 
     def first(self) -> int | None:
-        """The first place that diverges, of those that were looked at."""
+        """The first point that diverges, of those that were looked at."""
         return next((n for n in sorted(self.seen) if self._diverges(n)), None)
 
     def found(self, first: int | None) -> Found:
@@ -234,66 +234,66 @@ class _Search:
             before=seen[agreeing[-1]].step if agreeing else None,
             offenders=tuple(seen[n].step for n in worst[:_OFFENDERS]),
             heatmap=self._heatmap(seen),
-            lost=tuple(self._sides.places[n].module for n in sorted(self._lost)),
+            lost=tuple(self._sides.points[n].module for n in sorted(self._lost)),
             largest=max((each.excess for each in seen.values()), default=0.0),
         )
 
     def _shares(
         self, group: Sequence[int], expected: Sequence[Array | None], moved: Sequence[Array | None]
     ) -> list[float]:
-        """The largest share by which each place was moved, 0 where nothing tells."""
+        """The largest share by which each point was moved, 0 where nothing tells."""
         return [
             0.0
             if one is None or other is None
-            else float(np.nanmax(self._measure(self._sides.places[n], one, other)[2], initial=0.0))
+            else float(np.nanmax(self._measure(self._sides.points[n], one, other)[2], initial=0.0))
             for n, one, other in zip(group, expected, moved, strict=True)
         ]
 
-    def _measure(self, place: Place, one: Array, other: Array) -> tuple[Array, Array, Array]:
-        return measure(one, other, self._has_positions(place))
+    def _measure(self, point: Point, one: Array, other: Array) -> tuple[Array, Array, Array]:
+        return measure(one, other, self._has_positions(point))
 
-    def _has_positions(self, place: Place) -> bool:
-        shape = place.site.shape
+    def _has_positions(self, point: Point) -> bool:
+        shape = point.site.shape
         return len(shape) > 2 and shape[1] == self._tokens
 
-    def _compare(self, place: Place, expected: Array, actual: Array, rounding: float) -> _Seen:
-        error, scale, shares = self._measure(place, expected, actual)
+    def _compare(self, point: Point, expected: Array, actual: Array, rounding: float) -> _Seen:
+        error, scale, shares = self._measure(point, expected, actual)
         # NaN is the largest there is.
         worst = int(np.argmax(shares))
         share = float(shares[worst])
         step = Step(
-            module=place.module,
-            layer=place.layer,
-            node=place.node,
-            op=place.op,
+            module=point.module,
+            layer=point.layer,
+            node=point.node,
+            op=point.op,
             error=float(error[worst]),
             scale=float(scale[worst]),
             share=share,
         )
         excess = share / rounding if math.isfinite(share) else math.inf
         finite = np.where(np.isfinite(shares), shares, np.nan)
-        return _Seen(step, tuple(finite.tolist()) if self._has_positions(place) else (), excess)
+        return _Seen(step, tuple(finite.tolist()) if self._has_positions(point) else (), excess)
 
     def _diverges(self, number: int) -> bool:
         leaps = self.seen[number].excess > self._limit and self._growth(number) > GROWTH
         return leaps and not self._is_stray(number)
 
     def _is_stray(self, number: int) -> bool:
-        """Whether the place is off and all that is computed from it is not."""
+        """Whether the point is off and all that is computed from it is not."""
         if self._sides.upstream is None or self.seen[number].excess <= self._limit:
             return False
         after = [n for n in self.seen if number in self._inputs(n)]
         return bool(after) and all(self.seen[n].excess <= self._limit for n in after)
 
     def _growth(self, number: int) -> float:
-        """The excess over that of what the place is computed from, 1 at least."""
+        """The excess over that of what the point is computed from, 1 at least."""
         before = max((self.seen[n].excess for n in self._inputs(number)), default=1.0)
         if math.isinf(before):
             return 1.0
         return self.seen[number].excess / max(before, 1.0)
 
     def _inputs(self, number: int) -> list[int]:
-        """The nearest places, of those that were looked at, that `number` is computed from."""
+        """The nearest points, of those that were looked at, that `number` is computed from."""
         if self._sides.upstream is None:
             return sorted(n for n in self.seen if n < number)[-1:]
         upstream = self._sides.upstream
@@ -307,7 +307,7 @@ class _Search:
         rows = {
             block: each.shares
             for n, each in seen.items()
-            if (block := self._sides.places[n].block) is not None and each.shares
+            if (block := self._sides.points[n].block) is not None and each.shares
         }
         if not rows:
             return None

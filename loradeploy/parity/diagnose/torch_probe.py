@@ -58,9 +58,9 @@ def sites_of(model: torch.nn.Module, modules: Modules, run: Run) -> tuple[Site, 
     known: dict[int, tuple[weakref.ref[Any], _Found]] = {}
 
     def site(tensor: torch.Tensor) -> _Found:
-        held = known.get(id(tensor))
-        if held is not None and held[0]() is tensor:
-            return held[1]
+        entry = known.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
         found.append(_Found(tuple(tensor.shape)))
         known[id(tensor)] = (weakref.ref(tensor), found[-1])
         return found[-1]

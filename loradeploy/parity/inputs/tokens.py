@@ -103,8 +103,9 @@ def make_cases(
     if has_tokenizer:
         rows, pad, source = _tokenized(bundle, prompts, longest)
     elif prompts is None:
-        told = config.get("pad_token_id")
-        rows, pad = _random_rows(vocabulary, longest, seed), told if isinstance(told, int) else 0
+        pad_id = config.get("pad_token_id")
+        rows = _random_rows(vocabulary, longest, seed)
+        pad = pad_id if isinstance(pad_id, int) else 0
         source = f"random tokens, seed {seed}"
     else:
         raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")

@@ -42,9 +42,9 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
     own: dict[str, torch.Tensor] = {}
     versions = {name: parameter._version for name, parameter in parameters.items()}
     try:
-        with quiet(), _directory_for_peft(tested) as place:
-            own = _may_be_written(place / WEIGHTS_NAME, parameters)
-            peft.PeftModel.from_pretrained(model, os.fspath(place), torch_device="cpu").eval()
+        with quiet(), _directory_for_peft(tested) as path:
+            own = _may_be_written(path / WEIGHTS_NAME, parameters)
+            peft.PeftModel.from_pretrained(model, os.fspath(path), torch_device="cpu").eval()
         yield
     finally:
         _restore(model, modules, parameters)
@@ -66,19 +66,19 @@ def _directory_for_peft(tested: AdapterUnderTest) -> Iterator[Path]:
     Where the bundle has more labels than the adapter, the tensors of its head are those that are
     compared; all others are the file's.
     """
-    config, weights = adapter_files(tested.place)
+    config, weights = adapter_files(tested.path)
     if not tested.widened and weights.name == WEIGHTS_NAME:
         yield weights.parent
         return
     with scratch_directory() as scratch:
-        place = scratch / tested.name
-        place.mkdir()
-        copy_file(config, place / CONFIG_NAME, error=AdapterError)
+        path = scratch / tested.name
+        path.mkdir()
+        copy_file(config, path / CONFIG_NAME, error=AdapterError)
         if tested.widened:
-            _write_widened(tested, weights, place / WEIGHTS_NAME)
+            _write_widened(tested, weights, path / WEIGHTS_NAME)
         else:
-            copy_file(weights, place / WEIGHTS_NAME, error=AdapterError)
-        yield place
+            copy_file(weights, path / WEIGHTS_NAME, error=AdapterError)
+        yield path
 
 
 def _write_widened(tested: AdapterUnderTest, weights: Path, output: Path) -> None:

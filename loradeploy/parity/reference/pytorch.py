@@ -185,8 +185,8 @@ def _requantized(
     (tested,) = context.adapters
     base = weights()
     with merged(model, tested.adapter):
-        wanted = weights()
-    found, problems = with_roundings(packed, base.get, wanted.get)
+        merged_weights = weights()
+    found, problems = with_roundings(packed, base.get, merged_weights.get)
     notes = (f"not rounding alone: {problem}" for problem in problems)
     return Base(model, found, tuple(notes))
 

@@ -82,15 +82,15 @@ def with_roundings(
     found: dict[str, PackedWeight] = {}
     total, problems = _Along(), []
     for name, weight in packed.items():
-        own, wanted = base(name), merged(name)
+        own, merged_weight = base(name), merged(name)
         found[name] = weight
-        if own is None or wanted is None:
+        if own is None or merged_weight is None:
             continue
         along = _Along()
-        problem = _problem(weight, own, wanted, along)
+        problem = _problem(weight, own, merged_weight, along)
         total.add(along)
         if problem is None:
-            found[name] = dataclasses.replace(weight, rounding=weight.values - wanted)
+            found[name] = dataclasses.replace(weight, rounding=weight.values - merged_weight)
         else:
             problems.append(f"the packed weight of {name} {problem}")
     if abs(total.share - 1) > _SHARE or _SURE * total.error > 2 * _SHARE:
@@ -103,14 +103,14 @@ def with_roundings(
 def _problem(
     weight: PackedWeight,
     own: NDArray[np.float32],
-    wanted: NDArray[np.float32],
+    merged_weight: NDArray[np.float32],
     along: _Along,
 ) -> str | None:
     """Why E is more than rounding; adds to `along` in any case."""
-    if weight.values.shape != wanted.shape:
+    if weight.values.shape != merged_weight.shape:
         return "has another shape than the base's"
-    rounding = weight.values.astype(np.float64) - wanted
-    update = wanted.astype(np.float64) - own
+    rounding = weight.values.astype(np.float64) - merged_weight
+    update = merged_weight.astype(np.float64) - own
     along.product = float((rounding * update).sum())
     along.update, along.rounding = float((update**2).sum()), float((rounding**2).sum())
     along.size = rounding.size
@@ -118,7 +118,7 @@ def _problem(
     if along.update <= (np.finfo(np.float32).eps ** 2) * float((own.astype(np.float64) ** 2).sum()):
         along.product = along.update = 0.0
     off = np.sqrt((rounding**2).sum(axis=1))
-    most = _most(weight, wanted)
+    most = _most(weight, merged_weight)
     if (off > most).any():
         row = int((off / most).argmax())
         times = off[row] / most[row]
@@ -128,10 +128,10 @@ def _problem(
     return None
 
 
-def _most(weight: PackedWeight, wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+def _most(weight: PackedWeight, merged_weight: NDArray[np.float32]) -> NDArray[np.float64]:
     """‖E‖ of each row [out] that two roundings may leave."""
-    out, into = wanted.shape
-    blocks = np.pad(np.abs(wanted), ((0, 0), (0, -into % weight.block)))
+    out, into = merged_weight.shape
+    blocks = np.pad(np.abs(merged_weight), ((0, 0), (0, -into % weight.block)))
     largest = blocks.reshape(out, -1, weight.block).max(axis=2).astype(np.float64)
     step = 2 * largest / (2**weight.bits - 1)
     row = np.sqrt(2 * (step**2).sum(axis=1) * min(weight.block, into) / 12)

@@ -75,7 +75,7 @@ class _Score:
 class Baseline:
     """An earlier report, read and checked."""
 
-    place: str
+    path: str
     facts: Mapping[str, Any]
     prompts: int
     mutation_score: float | None
@@ -90,23 +90,23 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
     Raises:
         UsageError: it is missing, too large, no parity report, or of another schema version.
     """
-    place = Path(file)
-    values = read_json(place, error=UsageError)
+    path = Path(file)
+    values = read_json(path, error=UsageError)
     if values.get("format") != FORMAT:
         raise UsageError(
-            f"{place} is no parity report: give the .json that an earlier check wrote as its report"
+            f"{path} is no parity report: give the .json that an earlier check wrote as its report"
         )
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UsageError(
-            f"{place} has schema version {version!r}, this loradeploy compares {SCHEMA_VERSION}:"
+            f"{path} has schema version {version!r}, this loradeploy compares {SCHEMA_VERSION}:"
             " make the baseline again"
         )
     try:
         return _baseline(os.fspath(file), values)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UsageError(
-            f"{place} is a broken parity report ({type(problem).__name__}: {problem}): make the"
+            f"{path} is a broken parity report ({type(problem).__name__}: {problem}): make the"
             " baseline again"
         ) from None
 
@@ -120,18 +120,18 @@ def check_comparable(
     if differ:
         name = differ[0]
         raise UsageError(
-            f"{baseline.place} is not comparable: its {name} is {before[name]}, not {now[name]}"
+            f"{baseline.path} is not comparable: its {name} is {before[name]}, not {now[name]}"
         )
     digest = before["base_digest"]
     if digest is not None and base_digest is not None:
         if digest != base_digest:
             raise UsageError(
-                f"{baseline.place} is not comparable: it is against another reference (digest"
+                f"{baseline.path} is not comparable: it is against another reference (digest"
                 f" {short(digest)}, now {short(base_digest)}); make the baseline again"
             )
     elif before["base"] != base:
         raise UsageError(
-            f"{baseline.place} is not comparable: it is against {before['base']}, not {base}"
+            f"{baseline.path} is not comparable: it is against {before['base']}, not {base}"
         )
 
 
@@ -151,7 +151,7 @@ def compare_with_baseline(report: ParityReport, baseline: Baseline) -> ParityRep
     )
     now = _baseline("", report.to_json())
     found = tuple(_regressions(baseline, now))
-    return dataclasses.replace(report, regressions=found, baseline=baseline.place)
+    return dataclasses.replace(report, regressions=found, baseline=baseline.path)
 
 
 def _regressions(before: Baseline, now: Baseline) -> Iterator[Regression]:
@@ -239,12 +239,12 @@ def _fewer(where: str, what: str, before: int, now: int) -> Regression:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _baseline(place: str, values: Mapping[str, Any]) -> Baseline:
+def _baseline(path: str, values: Mapping[str, Any]) -> Baseline:
     for name in (*_ALIKE, "base"):
         if name != "task" or values[name] is not None:  # two models have none
             _text(values, name)
     return Baseline(
-        place=place,
+        path=path,
         facts={name: values[name] for name in (*_ALIKE, "base", "base_digest")},
         prompts=int(values["inputs"]["prompts"]),
         mutation_score=_optional(values.get("mutation_score")),

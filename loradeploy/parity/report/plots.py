@@ -54,8 +54,8 @@ class LogScale:
             return 100.0
         if value <= 0:
             return 0.0
-        place = (math.log10(value) - self.low) / (self.high - self.low)
-        return round(100 * min(1.0, max(0.0, place)), 2)
+        share = (math.log10(value) - self.low) / (self.high - self.low)
+        return round(100 * min(1.0, max(0.0, share)), 2)
 
     @property
     def ticks(self) -> range:
@@ -134,12 +134,12 @@ def error_by_layer(found: Localization) -> Markup:
     for exponent in scale.ticks:
         y = _up(scale, 10.0**exponent, bottom)
         parts += [_line(0, y, 100, y, "grid"), _text(0, y - 3, f"1e{exponent}", "tick", "start")]
-    places = [(_along(i, len(steps)), _up(scale, s.share, bottom)) for i, s in enumerate(steps)]
+    points = [(_along(i, len(steps)), _up(scale, s.share, bottom)) for i, s in enumerate(steps)]
     parts += [
-        _line(x, y, right, below, "path") for (x, y), (right, below) in itertools.pairwise(places)
+        _line(x, y, right, below, "path") for (x, y), (right, below) in itertools.pairwise(points)
     ]
     first = None if found.first is None else found.first.module
-    for step, (x, y) in zip(steps, places, strict=True):
+    for step, (x, y) in zip(steps, points, strict=True):
         is_first = step.module == first
         if is_first:
             parts.append(_line(x, 0, x, bottom, "first"))
@@ -244,14 +244,14 @@ def _bands(steps: Sequence[Step], bottom: int) -> Iterable[Markup]:
     layers = list(dict.fromkeys(step.layer for step in steps if step.layer is not None))
     every = max(1, math.ceil(len(layers) / _MOST_LABELS))
     half = 50 / max(1, len(steps))
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         own = [index for index, step in enumerate(steps) if step.layer == layer]
         left = _along(own[0], len(steps)) - half
         right = _along(own[-1], len(steps)) + half
-        if place % 2 == 0:
+        if index % 2 == 0:
             yield _rect(left, right - left, 0, bottom, "band")
-        if place % every == 0:
-            text = f"layer {layer}" if place == 0 else str(layer)
+        if index % every == 0:
+            text = f"layer {layer}" if index == 0 else str(layer)
             yield _text((left + right) / 2, bottom + 13, text, "tick", "middle")
 
 

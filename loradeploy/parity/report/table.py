@@ -89,11 +89,12 @@ def score_lines(report: ParityReport) -> list[str]:
     ]
 
 
-def place_lines(report: ParityReport) -> list[str]:
+def diagnosis_lines(report: ParityReport) -> list[str]:
     """Where errors begin, and the smallest inputs that show them."""
     lines = [
-        f"{place.title}, {place.adapter or BASE_LABEL}, prompt {place.case + 1}: {_place(place)}"
-        for place in report.localizations
+        f"{found.title}, {found.adapter or BASE_LABEL}, prompt {found.case + 1}:"
+        f" {_localization(found)}"
+        for found in report.localizations
     ]
     for found in report.counterexamples:
         tokens = ", ".join(map(str, found.tokens[:_MOST_TOKENS]))
@@ -126,7 +127,7 @@ def print_report(report: ParityReport, console: Console) -> None:
     for result in report.results:
         if result.outcome == "not run":
             console.print(_text(f"not run: {result.title}: {result.message}"), soft_wrap=True)
-    for line in (*place_lines(report), *score_lines(report), *adapter_lines(report)):
+    for line in (*diagnosis_lines(report), *score_lines(report), *adapter_lines(report)):
         console.print(_text(line), soft_wrap=True)
     for line in report.failures:
         console.print(_text(f"FAILED: {line}", style="red"), soft_wrap=True)
@@ -140,15 +141,15 @@ def _text(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def _place(place: Localization) -> str:
-    first = place.first
+def _localization(localization: Localization) -> str:
+    first = localization.first
     if first is None:
-        return place.message or "no module diverges by itself"
+        return localization.message or "no module diverges by itself"
     said = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
-    if place.before is not None:
-        said += f", after {place.before.module} with {place.before.share:.1g}"
-    if place.offenders:
-        worst = ", ".join(step.module for step in place.offenders[:_MOST_OFFENDERS])
+    if localization.before is not None:
+        said += f", after {localization.before.module} with {localization.before.share:.1g}"
+    if localization.offenders:
+        worst = ", ".join(step.module for step in localization.offenders[:_MOST_OFFENDERS])
         said += f"; the error grows most at {worst}"
     return said
 

@@ -14,9 +14,9 @@ from loradeploy.parity.report.html import html
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.report.table import (
     adapter_lines,
+    diagnosis_lines,
     has_variants,
     headline,
-    place_lines,
     rows,
     score_lines,
 )
@@ -106,8 +106,8 @@ def junit(report: ParityReport) -> str:
             ET.SubElement(case, "skipped", message=printable(message or "not run"))
     for name, count in counts.items():
         suite.set(name, str(count))
-    if places := place_lines(report):
-        ET.SubElement(suite, "system-out").text = printable("\n".join(places), lines=True)
+    if diagnosis := diagnosis_lines(report):
+        ET.SubElement(suite, "system-out").text = printable("\n".join(diagnosis), lines=True)
     ET.indent(suite)
     text: str = ET.tostring(suite, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{printable(text, lines=True)}\n'
@@ -121,8 +121,8 @@ def markdown(report: ParityReport) -> str:
         lines += ["**Failures**", "", *_bullets(report.failures[:_MOST_FAILURES])]
         more = len(report.failures) - _MOST_FAILURES
         lines += [f"- and {more} more", ""] if more > 0 else [""]
-    if places := place_lines(report):
-        lines += ["**Where**", "", *_bullets(places), ""]
+    if diagnosis := diagnosis_lines(report):
+        lines += ["**Where**", "", *_bullets(diagnosis), ""]
     header, *body = rows(report)
     table = [_row(header), _row("---" for _ in header), *map(_row, body), ""]
     if len(body) > _LONG:

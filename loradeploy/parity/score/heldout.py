@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from loradeploy.train.model import Checkpoint
     from loradeploy.train.tasks import Task
 
-Place = str | os.PathLike[str]
-Places = Place | Mapping[str, Place] | Iterable[Place]
+Data = str | os.PathLike[str]
+DataByAdapter = Data | Mapping[str, Data] | Iterable[Data]
 
 _SPLIT: Final = "test"  # of a dataset that has splits
 _METRICS: Final = {CAUSAL_LM: "perplexity", SEQUENCE_CLASSIFICATION: "accuracy"}
@@ -65,14 +65,14 @@ def read_held_out(
     manifest: Manifest,
     model: Path,
     adapters: Sequence[AdapterUnderTest],
-    evaluate: Places | None,
+    evaluate: DataByAdapter | None,
     *,
     examples: int,
     seed: int,
 ) -> dict[str | None, HeldOut]:
     """What is scored on what, by adapter name (None is the base); nothing without `evaluate`.
 
-    `evaluate` is one place of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
+    `evaluate` is one source of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
     of their own. `examples` of it are drawn, as `seed` decides. A classifier's base is scored only
     where no adapter is, since a head of its own it seldom has.
 
@@ -107,28 +107,30 @@ def read_held_out(
     task = task_of(config)
     labels = _label_names(bundle, manifest, adapters)
     found = {}
-    for name, place in _places(evaluate, names).items():
-        drawn, available = _draw(task, place, examples, seed)
+    for name, data in _data_by_adapter(evaluate, names).items():
+        drawn, available = _draw(task, data, examples, seed)
         try:
             coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)
         except DataError as problem:
             raise DataError(f"{name or BASE_LABEL}: {problem}") from None
-        found[name] = HeldOut(_METRICS[manifest.task], coded, os.fspath(place), available)
+        found[name] = HeldOut(_METRICS[manifest.task], coded, os.fspath(data), available)
     return found
 
 
-def _places(evaluate: Places, names: Sequence[str | None]) -> dict[str | None, Place]:
+def _data_by_adapter(
+    evaluate: DataByAdapter, names: Sequence[str | None]
+) -> dict[str | None, Data]:
     """The data of every one of `names`, or of those that `evaluate` names."""
     known = {name or BASE_LABEL: name for name in names}
-    given: list[tuple[str, Place]] = []
+    given: list[tuple[str, Data]] = []
     if isinstance(evaluate, Mapping):
         given += evaluate.items()
     else:
-        for place in [evaluate] if isinstance(evaluate, str | os.PathLike) else evaluate:
-            name, equals, rest = os.fspath(place).partition("=")
-            given.append((name, rest) if equals and name in known else ("", place))
-    found: dict[str | None, Place] = {}
-    for name, place in given:
+        for data in [evaluate] if isinstance(evaluate, str | os.PathLike) else evaluate:
+            name, equals, rest = os.fspath(data).partition("=")
+            given.append((name, rest) if equals and name in known else ("", data))
+    found: dict[str | None, Data] = {}
+    for name, data in given:
         if name and name not in known:
             raise UsageError(
                 f"{shown(name)} is not scored, only {listed_names(known)}: evaluate one of it"
@@ -139,15 +141,15 @@ def _places(evaluate: Places, names: Sequence[str | None]) -> dict[str | None, P
                     f"two data sets to evaluate {one or BASE_LABEL} on: give one, or one for each"
                     ' adapter, `evaluate=["NAME=DATA"]`'
                 )
-            found[one] = place
+            found[one] = data
     return found
 
 
-def _draw(task: Task, place: Place, count: int, seed: int) -> tuple[list[Any], int]:
-    """`count` examples of the data in `place`, and how many there are."""
+def _draw(task: Task, data: Data, count: int, seed: int) -> tuple[list[Any], int]:
+    """`count` examples of the data in `data`, and how many there are."""
     from loradeploy.train.sources import Source, rows
 
-    source = Source(place, _SPLIT)
+    source = Source(data, _SPLIT)
     if task.name == CAUSAL_LM:
         # A text with a label would do as a text.
         where, row = next(rows(source), ("", {}))
@@ -171,8 +173,8 @@ def _coded(
 ) -> tuple[Example, ...]:
     """The examples as tokens; labels that are all numbers are those of the outputs."""
     if task.name == SEQUENCE_CLASSIFICATION:
-        told = {example.label for example in drawn}
-        if not told <= set(names) and all(label.isdecimal() for label in told):
+        given = {example.label for example in drawn}
+        if not given <= set(names) and all(label.isdecimal() for label in given):
             names = tuple(map(str, range(len(names))))
     features = task.encode(drawn, names, checkpoint.tokenizer, longest).features
     return tuple(

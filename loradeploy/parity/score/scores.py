@@ -108,9 +108,9 @@ def score_reference(
 
     adapters = {tested.name: tested.adapter for tested in context.adapters}
     found: dict[str | None, Answers] = {}
-    for name, held in held_out.items():
+    for name, data in held_out.items():
         with adapted(model, None if name is None else adapters[name]):
-            found[name] = answers(TorchModel(model, context.manifest), held, name, context)
+            found[name] = answers(TorchModel(model, context.manifest), data, name, context)
     return found
 
 
@@ -136,17 +136,17 @@ def score_backends(
 def score_notes(held_out: Mapping[str | None, HeldOut]) -> list[str]:
     """What was scored on what."""
     found = {
-        f"scores: {len(held.examples)} of {held.available} examples in {held.source}"
-        for held in held_out.values()
+        f"scores: {len(data.examples)} of {data.available} examples in {data.source}"
+        for data in held_out.values()
     }
     return sorted(found)
 
 
-def answers(model: Model, held: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
+def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
     """What `model` makes of the examples, batch by batch, the longest first."""
     manifest, cases = context.manifest, context.cases
     causal = manifest.task == CAUSAL_LM
-    examples = held.examples
+    examples = data.examples
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
     size = batch_size(len(examples[order[0]].tokens), _width(manifest))
     sums = np.zeros(len(examples), np.float64)
@@ -251,13 +251,13 @@ def _score_backend(
         for adapter, model in opened:
             if adapter not in expected:
                 continue
-            metric, wanted = held_out[adapter].metric, expected[adapter]
+            metric, right = held_out[adapter].metric, expected[adapter]
             try:
                 found, problem = answers(model, held_out[adapter], adapter, context), None
             except Exception as raised:  # whatever a backend raises is its failure
-                found = Answers(np.full_like(wanted.sums, np.nan), wanted.counts)
+                found = Answers(np.full_like(right.sums, np.nan), right.counts)
                 problem = f"was not to be had: {kind_and_line(raised)}"
-            score = judge_score(backend, adapter, metric, wanted, found, getattr(share, metric))
+            score = judge_score(backend, adapter, metric, right, found, getattr(share, metric))
             yield score if problem is None else dataclasses.replace(score, message=problem)
 
 
