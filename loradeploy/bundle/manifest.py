@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final
 
-from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.renamings import Submodel
 from loradeploy.adapter.tasks import TASKS
+from loradeploy.bundle.fields import LARGEST, BaseKind, Mode, digests, json_object, noun, nouns
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ADAPTER_MODE,
@@ -27,110 +26,20 @@ from loradeploy.bundle.names import (
     SIGNATURE_NAME,
     SLOTS,
 )
+from loradeploy.bundle.targets import LoraTarget as LoraTarget
+from loradeploy.bundle.targets import OutputTarget as OutputTarget
+from loradeploy.bundle.targets import SavedTarget as SavedTarget
+from loradeploy.bundle.targets import StoredWeight as StoredWeight
+from loradeploy.bundle.targets import TensorSpec as TensorSpec
+from loradeploy.bundle.targets import check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import plain, read_json
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 2
-# The largest size, and product of a shape's sizes, that is not a mistake.
-_LARGEST: Final = 2**31 - 1
-_LARGEST_SHAPE: Final = 2**48
-
 # The symbols of side inputs' dynamic dimensions.
 ADAPTERS: Final = "adapters"
 RANK: Final = "rank"
-
-Mode = Literal["side-inputs", "merged"]
-BaseKind = Literal["checkpoint", "onnx"]
-Noun = TypeVar("Noun")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A graph input or output: numpy's name of its dtype, symbols for its dynamic dimensions."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """Where a weight's numbers are in model.onnx.data; `dtype` is numpy's name of theirs."""
-
-    offset: int
-    length: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class LoraTarget:
-    """A layer of the graph that takes low-rank side inputs.
-
-    `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
-    `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
-    `slice`: the module's range of the product's outputs where the weight is of several modules.
-    `found_by`: the evidence by which the graph's node was taken for this module.
-    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
-    bundle: a convolution is merged.)
-    `stored`: where the weight can be read without the graph, which DoRA needs.
-    """
-
-    module: str
-    in_features: int
-    out_features: int
-    lora_A: str
-    lora_B: str
-    weight: str
-    transposed: bool
-    found_by: str
-    slice: tuple[int, int] | None = None
-    kind: Kind = "linear"
-    stored: StoredWeight | None = None
-
-    @property
-    def factors(self) -> tuple[str, str]:
-        """The names of both side inputs."""
-        return self.lora_A, self.lora_B
-
-
-@dataclass(frozen=True)
-class SavedTarget:
-    """A whole parameter that an adapter may replace (modules_to_save).
-
-    `input`: the side input, [adapters, *shape]; it is the last two axes swapped where `transposed`.
-    `shape`: the parameter's shape in the checkpoint's orientation.
-    `lacking`: the checkpoint has no values for it (a head that was never trained): it is zeros
-    until an adapter brings it, and an adapter that does not means nothing.
-    """
-
-    parameter: str
-    input: str
-    shape: tuple[int, ...]
-    transposed: bool
-    lacking: bool = False
-
-    @property
-    def slot_shape(self) -> tuple[int, ...]:
-        """The shape of one slot of the side input."""
-        if not self.transposed:
-            return self.shape
-        *outer, rows, columns = self.shape
-        return (*outer, columns, rows)
-
-
-@dataclass(frozen=True)
-class OutputTarget:
-    """A layer whose output y an adapter may change: scale ⊙ y + offset, for every row its own.
-
-    `scale`, `offset`: names of the side inputs, [adapters, size]; None where the graph has none.
-    They default to ones and to zeros. DoRA takes both, a trained bias the second.
-    """
-
-    module: str
-    size: int
-    scale: str | None = None
-    offset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -293,32 +202,32 @@ class Manifest:
                 f" {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
             )
         nested: dict[str, Any] = {
-            "base": lambda value: _noun(BaseIdentity, value, "base"),
-            "inputs": lambda value: _nouns(TensorSpec, value, "inputs"),
-            "outputs": lambda value: _nouns(TensorSpec, value, "outputs"),
+            "base": lambda value: noun(BaseIdentity, value, "base"),
+            "inputs": lambda value: nouns(TensorSpec, value, "inputs"),
+            "outputs": lambda value: nouns(TensorSpec, value, "outputs"),
             "targets": lambda value: _lora_targets(value),
-            "changed": lambda value: _nouns(OutputTarget, value, "changed"),
-            "saved": lambda value: _nouns(SavedTarget, value, "saved"),
+            "changed": lambda value: nouns(OutputTarget, value, "changed"),
+            "saved": lambda value: nouns(SavedTarget, value, "saved"),
             "adapters": lambda value: MappingProxyType(
                 {
                     name: _adapter_entry(entry, f"adapters.{name}")
-                    for name, entry in _object(value, "adapters").items()
+                    for name, entry in json_object(value, "adapters").items()
                 }
             ),
-            "submodels": lambda value: _nouns(Submodel, value, "submodels"),
-            "own_weights": lambda value: _digests(value, "own_weights"),
+            "submodels": lambda value: nouns(Submodel, value, "submodels"),
+            "own_weights": lambda value: digests(value, "own_weights"),
             "merge_loss": lambda value: (
-                None if value is None else _noun(MergeLoss, value, "merge_loss")
+                None if value is None else noun(MergeLoss, value, "merge_loss")
             ),
             "merged_adapter": lambda value: (
                 None if value is None else _adapter_entry(value, "merged_adapter")
             ),
-            "sentence": lambda value: _digests(value, "sentence"),
+            "sentence": lambda value: digests(value, "sentence"),
         }
         for name, read in nested.items():
             if name in rest:
                 rest[name] = read(rest[name])
-        manifest = _noun(cls, rest, "")
+        manifest = noun(cls, rest, "")
         _check(manifest)
         return manifest
 
@@ -355,105 +264,29 @@ def own_files(bundle: Path) -> frozenset[str]:
     )
 
 
-# The annotations are strings (PEP 563); each names one of these checks.
-_CHECKS: Final[Mapping[str, Any]] = {
-    "str": lambda v: isinstance(v, str),
-    "str | None": lambda v: v is None or isinstance(v, str),
-    "int": lambda v: _is_whole(v),
-    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "bool": lambda v: isinstance(v, bool),
-    "tuple[int | str, ...]": lambda v: (
-        isinstance(v, tuple) and all(isinstance(d, str) or _is_size(d) for d in v)
-    ),
-    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(_is_size(d) for d in v),
-    "tuple[str, ...]": lambda v: _all(v, str),
-    "tuple[int, int] | None": lambda v: (
-        v is None or (isinstance(v, tuple) and len(v) == 2 and all(_is_size(d) for d in v))
-    ),
-    "Mapping[str, Any]": lambda v: isinstance(v, Mapping),
-    "Mode": lambda v: v in get_args(Mode),
-    "BaseKind": lambda v: v in get_args(BaseKind),
-    "Kind": lambda v: v in get_args(Kind),
-}
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: object) -> bool:
-    return _is_whole(value) and 0 <= value <= _LARGEST  # type: ignore[operator]
-
-
-def _all(value: object, kind: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
-
-
-def _object(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object")
-    return value
-
-
-def _nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
-    if not isinstance(value, list):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
-    return tuple(_noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
-
-
 def _lora_targets(value: object) -> tuple[LoraTarget, ...]:
-    targets = _nouns(LoraTarget, value, "targets")
+    targets = nouns(LoraTarget, value, "targets")
     return tuple(
         target
         if target.stored is None
         else dataclasses.replace(
-            target, stored=_noun(StoredWeight, target.stored, f"targets[{index}].stored")
+            target, stored=noun(StoredWeight, target.stored, f"targets[{index}].stored")
         )
         for index, target in enumerate(targets)
     )
 
 
 def _adapter_entry(value: object, where: str) -> AdapterEntry:
-    entry = _noun(AdapterEntry, value, where)
+    entry = noun(AdapterEntry, value, where)
     if entry.text is None:
         return entry
-    text = _noun(AdapterText, entry.text, f"{where}.text")
-    files = _digests(text.files, f"{where}.text.files")
+    text = noun(AdapterText, entry.text, f"{where}.text")
+    files = digests(text.files, f"{where}.text.files")
     return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
 
 
-def _digests(value: object, where: str) -> Mapping[str, str]:
-    digests = _object(value, where)
-    if not all(isinstance(digest, str) for digest in digests.values()):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is no object of digests")
-    return MappingProxyType(dict(digests))
-
-
-def _noun(kind: type[Noun], value: object, where: str) -> Noun:
-    """Build the dataclass `kind` of a JSON object, each field checked against its annotation."""
-    values = dict(_object(value, where or "the file"))
-    label = f"{where}." if where else ""
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise BundleError(f"{MANIFEST_NAME}: the field {label}{shortened(name)} is unknown")
-    for name, f in known.items():
-        if name not in values:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is missing")
-            continue
-        if isinstance(values[name], list):
-            values[name] = tuple(values[name])
-        check = _CHECKS.get(str(f.type))
-        if check is not None and not check(values[name]):
-            raise BundleError(
-                f"{MANIFEST_NAME}: {label}{name} is {shown(values[name])}, {f.type} is needed"
-            )
-    return kind(**values)
-
-
 def _check(manifest: Manifest) -> None:
-    """What the fields must be to each other."""
+    """Raise BundleError unless the fields are what they must be to each other."""
     if manifest.task not in TASKS:
         raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is none of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
@@ -469,23 +302,23 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(
                 f"{MANIFEST_NAME}: {shortened(saved.parameter)} has no axes to transpose"
             )
-    _check_specs("inputs", manifest.inputs)
-    _check_specs("outputs", manifest.outputs)
+    check_specs("inputs", manifest.inputs)
+    check_specs("outputs", manifest.outputs)
     for target in manifest.targets:
         for size in (target.in_features, target.out_features):
-            if not 0 < size <= _LARGEST:
+            if not 0 < size <= LARGEST:
                 raise BundleError(
                     f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
                     " positive or too large"
                 )
         if target.stored is not None:
-            _check_stored(target, target.stored)
-    _check_slices(manifest.targets)
+            check_stored(target, target.stored)
+    check_slices(manifest.targets)
     side_inputs = [*manifest.factors]
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
     for output in manifest.changed:
-        if not 0 < output.size <= _LARGEST:
+        if not 0 < output.size <= LARGEST:
             raise BundleError(
                 f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
                 " not positive or too large"
@@ -496,37 +329,3 @@ def _check(manifest: Manifest) -> None:
         )
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
-
-
-def _check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
-    """There are some, none has another's name, and none is larger than anything."""
-    names = [spec.name for spec in specs]
-    if not names or len(set(names)) != len(names):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
-    for spec in specs:
-        if math.prod(d for d in spec.shape if isinstance(d, int) and d) > _LARGEST_SHAPE:
-            raise BundleError(
-                f"{MANIFEST_NAME}: {shortened(spec.name)} has the shape {shown(list(spec.shape))}"
-            )
-
-
-def _check_slices(targets: Iterable[LoraTarget]) -> None:
-    """Each slice is one of its module's size, and no two of one weight overlap."""
-    sliced = [(t.weight, *t.slice, t) for t in targets if t.slice is not None]
-    ends: dict[str, int] = {}
-    for weight, begin, end, target in sorted(sliced, key=lambda entry: entry[:3]):
-        if begin < ends.get(weight, 0) or end - begin != target.out_features:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the slice of {target.module} is not one of its size, or"
-                " another's too"
-            )
-        ends[weight] = end
-
-
-def _check_stored(target: LoraTarget, stored: StoredWeight) -> None:
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
-    length = target.in_features * target.out_features * sizes.get(stored.dtype, 0)
-    if stored.offset < 0 or not length or stored.length != length:
-        raise BundleError(
-            f"{MANIFEST_NAME}: the stored weight of {target.module} is not one of its size"
-        )

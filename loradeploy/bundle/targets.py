@@ -1,0 +1,138 @@
+"""What a graph takes and gives, and the layers of it that adapters change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from loradeploy.adapter.adapter import Kind
+from loradeploy.bundle.names import MANIFEST_NAME
+from loradeploy.errors import BundleError, shortened, shown
+
+# The largest product of a shape's sizes that is not a mistake.
+_LARGEST_SHAPE: Final = 2**48
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: numpy's name of its dtype, symbols for its dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a weight's numbers are in model.onnx.data; `dtype` is numpy's name of theirs."""
+
+    offset: int
+    length: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A layer of the graph that takes low-rank side inputs.
+
+    `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
+    `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
+    `slice`: the module's range of the product's outputs where the weight is of several modules.
+    `found_by`: the evidence by which the graph's node was taken for this module.
+    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
+    bundle: a convolution is merged.)
+    `stored`: where the weight can be read without the graph, which DoRA needs.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    lora_A: str
+    lora_B: str
+    weight: str
+    transposed: bool
+    found_by: str
+    slice: tuple[int, int] | None = None
+    kind: Kind = "linear"
+    stored: StoredWeight | None = None
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        """The names of both side inputs."""
+        return self.lora_A, self.lora_B
+
+
+@dataclass(frozen=True)
+class SavedTarget:
+    """A whole parameter that an adapter may replace (modules_to_save).
+
+    `input`: the side input, [adapters, *shape]; it is the last two axes swapped where `transposed`.
+    `shape`: the parameter's shape in the checkpoint's orientation.
+    `lacking`: the checkpoint has no values for it (a head that was never trained): it is zeros
+    until an adapter brings it, and an adapter that does not means nothing.
+    """
+
+    parameter: str
+    input: str
+    shape: tuple[int, ...]
+    transposed: bool
+    lacking: bool = False
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """The shape of one slot of the side input."""
+        if not self.transposed:
+            return self.shape
+        *outer, rows, columns = self.shape
+        return (*outer, columns, rows)
+
+
+@dataclass(frozen=True)
+class OutputTarget:
+    """A layer whose output y an adapter may change: scale ⊙ y + offset, for every row its own.
+
+    `scale`, `offset`: names of the side inputs, [adapters, size]; None where the graph has none.
+    They default to ones and to zeros. DoRA takes both, a trained bias the second.
+    """
+
+    module: str
+    size: int
+    scale: str | None = None
+    offset: str | None = None
+
+
+def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
+    """Raise BundleError where there are none, two of one name, or one of an absurd size."""
+    names = [spec.name for spec in specs]
+    if not names or len(set(names)) != len(names):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
+    for spec in specs:
+        if math.prod(d for d in spec.shape if isinstance(d, int) and d) > _LARGEST_SHAPE:
+            raise BundleError(
+                f"{MANIFEST_NAME}: {shortened(spec.name)} has the shape {shown(list(spec.shape))}"
+            )
+
+
+def check_slices(targets: Iterable[LoraTarget]) -> None:
+    """Raise BundleError where a slice is not of its module's size, or two of a weight overlap."""
+    sliced = [(t.weight, *t.slice, t) for t in targets if t.slice is not None]
+    ends: dict[str, int] = {}
+    for weight, begin, end, target in sorted(sliced, key=lambda entry: entry[:3]):
+        if begin < ends.get(weight, 0) or end - begin != target.out_features:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the slice of {target.module} is not one of its size, or"
+                " another's too"
+            )
+        ends[weight] = end
+
+
+def check_stored(target: LoraTarget, stored: StoredWeight) -> None:
+    """Raise BundleError unless `stored` has the numbers of the target's weight."""
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    length = target.in_features * target.out_features * sizes.get(stored.dtype, 0)
+    if stored.offset < 0 or not length or stored.length != length:
+        raise BundleError(
+            f"{MANIFEST_NAME}: the stored weight of {target.module} is not one of its size"
+        )
