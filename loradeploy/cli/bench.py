@@ -28,17 +28,25 @@ if TYPE_CHECKING:
 )
 @click.argument("bundle", type=click.Path())
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="[NAME=]DIR", help="One more to time; repeat."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Time this adapter too; may be given several times.",
 )
-@click.option("--batch", type=int, default=1, show_default=True, help="Rows in the batch.")
+@click.option(
+    "--batch", type=int, default=1, show_default=True, help="Put this many rows into the batch."
+)
 @click.option(
     "--length",
     type=int,
     default=128,
     show_default=True,
-    help="Tokens in the cache of a decoder, or in the texts of an encoder.",
+    help="Have this many tokens in a decoder's cache, or in an encoder's texts.",
 )
-@click.option("--rounds", type=int, default=15, show_default=True, help="Timed calls of a side.")
+@click.option(
+    "--rounds", type=int, default=15, show_default=True, help="Time each side this many times."
+)
 @provider_option
 @json_option
 def command(

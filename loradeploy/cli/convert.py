@@ -20,17 +20,25 @@ if TYPE_CHECKING:
     epilog="Example: loradeploy convert adapters/sport --bundle bundle --output sport.onnx_adapter",
 )
 @click.argument("adapter", type=click.Path())
-@click.option("--bundle", type=click.Path(), help="The bundle that an .onnx_adapter file is for.")
-@click.option("--rank", type=click.IntRange(min=1), help="Reduce to this rank, and tell the error.")
+@click.option(
+    "--bundle",
+    type=click.Path(),
+    help="Convert to an .onnx_adapter file for this bundle, or such a file of its back.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Reduce the adapter to this rank, and report the error.",
+)
 @click.option(
     "--model",
-    help="The base model of an adapter that began with PiSSA or OLoRA: make it a plain one.",
+    help="Make an adapter that began with PiSSA or OLoRA on this base model standard LoRA.",
 )
 @click.option(
     "--output",
     required=True,
     type=click.Path(),
-    help="An .onnx_adapter file, or the directory of a PEFT adapter.",
+    help="Write to this .onnx_adapter file, or to this directory of a PEFT adapter.",
 )
 @trust_option
 @json_option

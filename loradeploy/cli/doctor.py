@@ -18,7 +18,7 @@ _MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 )
 @json_option
 def command(as_json: bool) -> int:
-    """Tell what is installed, which execution providers there are, and the traps found.
+    """Report what is installed, which execution providers there are, and the traps found.
 
     The exit status is 1 where there is a problem.
     """

@@ -40,16 +40,18 @@ if TYPE_CHECKING:
     "--input",
     "file",
     type=click.Path(),
-    help="File of prompts, one a line, or JSONL with prompt, messages or text, and perhaps adapter,"
-    " in each object; - is standard input.",
+    help="Read prompts from this file: one on each line, or JSONL whose objects have prompt,"
+    " messages or text, and perhaps adapter. - is standard input.",
 )
 @click.option(
     "--adapter",
     metavar="NAME|DIR",
-    help="For all prompts that name none themselves [default: the base].",
+    help="Use this adapter for all prompts that name none themselves [default: the base].",
 )
-@click.option("--chat", is_flag=True, default=None, help="A prompt is a user's message.")
-@click.option("--max-new-tokens", type=int, help="At most this many tokens a prompt.")
+@click.option(
+    "--chat", is_flag=True, default=None, help="Give each prompt to the model as a user's message."
+)
+@click.option("--max-new-tokens", type=int, help="Generate at most this many tokens for a prompt.")
 @click.option("--temperature", type=float, help="Sample at this temperature [default: greedy].")
 @click.option(
     "--top-k", type=int, help="Sample from this many tokens [default: generation_config.json's]."
@@ -59,13 +61,16 @@ if TYPE_CHECKING:
     type=float,
     help="Sample from the tokens of this probability mass [default: generation_config.json's].",
 )
-@click.option("--seed", type=int, help="Of the sampling.")
+@click.option("--seed", type=int, help="Sample with this seed, so that a run can be repeated.")
 @click.option(
     "--prompt-name",
     metavar="NAME",
-    help="The prompt before each text, of those that an embedding model names [default: its own].",
+    help="Put this one of the prompts that an embedding model names before each text [default: its"
+    " own].",
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts at a time.")
+@click.option(
+    "--batch-size", type=int, default=8, show_default=True, help="Run this many prompts at a time."
+)
 @provider_option
 @click.option(
     "--require-certificate",
@@ -75,15 +80,15 @@ if TYPE_CHECKING:
 @click.option(
     "--certificate-minimum",
     metavar="NAME=VALUE,…",
-    help="As --require-certificate, of a check that was no narrower: prompts=16,generated=8,"
-    "phases=decode+padded batch,providers=cpu,precision=fp32.",
+    help="Require a certificate of a check that was no narrower than this, such as prompts=16,"
+    "generated=8,phases=decode+padded batch,providers=cpu,precision=fp32.",
 )
 @click.option(
     "--certificate-key",
     metavar="FILE.pem",
-    help="As --require-certificate, signed by the owner of this public ed25519 key.",
+    help="Require a certificate that the owner of this public ed25519 key has signed.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each prompt.")
 def command(
     bundle: str,
     prompt: str | None,

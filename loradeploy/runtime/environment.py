@@ -115,9 +115,9 @@ def _onnxruntime(torch: str | None) -> list[Finding]:
     try:
         import onnxruntime
     except ImportError as problem:
-        told = " ".join(str(problem).split())
+        reason = " ".join(str(problem).split())
         advice = "pip install --force-reinstall the one onnxruntime that you need"
-        return [Finding("onnxruntime", "problem", f"cannot be imported: {told}", advice)]
+        return [Finding("onnxruntime", "problem", f"cannot be imported: {reason}", advice)]
     findings = []
     installed = [_version(package) for package in PACKAGES]
     if onnxruntime.__version__ not in installed:

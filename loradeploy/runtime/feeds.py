@@ -92,8 +92,8 @@ def _check_feed(spec: TensorSpec, dtype: str, shape: tuple[int, ...]) -> None:
         size == told for size, told in zip(shape, spec.shape, strict=True) if isinstance(told, int)
     )
     if dtype != spec.dtype or not fits:
-        told = ", ".join(map(str, spec.shape))
+        expected = ", ".join(map(str, spec.shape))
         raise UsageError(
             f"the feed {spec.name} is {dtype} {shown(list(shape))},"
-            f" the graph takes {spec.dtype} [{told}]"
+            f" the graph takes {spec.dtype} [{expected}]"
         )

@@ -167,8 +167,8 @@ def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:
     least, largest = values.min(), values.max()
     if least < 0 or (end is not None and largest >= end):
         wrong = least if least < 0 else largest
-        told = "0 or more" if end is None else f"0 to {end - 1}"
-        raise UsageError(f"the feed {name} holds {wrong}, the graph takes {told}")
+        expected = "0 or more" if end is None else f"0 to {end - 1}"
+        raise UsageError(f"the feed {name} holds {wrong}, the graph takes {expected}")
 
 
 def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:

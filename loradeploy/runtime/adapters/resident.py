@@ -129,9 +129,9 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
                 scaled = [own[B] * own[B].dtype.type(w) for own, w in touched]
             host[B] = np.concatenate(scaled, axis=1)
             if not computable(host[B]):
-                told = ", ".join(f"{weight:g}" for _, weight in members)
+                weights = ", ".join(f"{weight:g}" for _, weight in members)
                 raise UsageError(
-                    f"the weights {shortened(told)} of a blend do not fit into {host[B].dtype}:"
+                    f"the weights {shortened(weights)} of a blend do not fit into {host[B].dtype}:"
                     " give smaller ones"
                 )
     parts = tuple(resident.digest for resident, _ in members)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# onnxruntime's log severities. Its errors are raised too, and are told in a line of ours.
+# onnxruntime's log severities. Its errors are raised too, and are reported in a line of ours.
 _WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
@@ -127,10 +127,10 @@ def _open(
 def _check_started(session: onnxruntime.InferenceSession, names: Sequence[str]) -> None:
     started = session.get_providers()
     if missing := [name for name in names if name not in started]:
-        told = f"{missing[0]} is installed but does not start here: no device, driver or library"
+        message = f"{missing[0]} is installed but does not start here: no device, driver or library"
         if CPU not in names:
-            raise UsageError(f"{told}. Mend that, or name {CPU} as well to run on the CPU.")
-        logger.warning("%s; running on %s", told, started[0])
+            raise UsageError(f"{message}. Fix that, or name {CPU} as well to run on the CPU.")
+        logger.warning("%s; running on %s", message, started[0])
 
 
 @contextlib.contextmanager
@@ -151,11 +151,11 @@ def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, i
 
     Empty where onnxruntime does not tell (before 1.24).
     """
-    told = getattr(session, "get_provider_graph_assignment_info", None)
-    if told is None:
+    assignment = getattr(session, "get_provider_graph_assignment_info", None)
+    if assignment is None:
         return {}
     placed: dict[str, Counter[str]] = {}
-    for part in told():
+    for part in assignment():
         counts = placed.setdefault(part.ep_name, Counter())
         counts.update(node.op_type for node in part.get_nodes())
     return {provider: dict(counts.most_common()) for provider, counts in placed.items()}
