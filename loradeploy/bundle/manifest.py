@@ -238,15 +238,17 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     Raises:
         BundleError: the directory is missing or no bundle, or its manifest is broken.
     """
-    place = Path(bundle)
-    if not place.is_dir():
-        raise BundleError(f"{place} does not exist: give a directory that loradeploy export wrote")
-    if not (place / MANIFEST_NAME).exists():
-        raise BundleError(f"{place} is no bundle: it holds no {MANIFEST_NAME}")
+    directory = Path(bundle)
+    if not directory.is_dir():
+        raise BundleError(
+            f"{directory} does not exist: give a directory that loradeploy export wrote"
+        )
+    if not (directory / MANIFEST_NAME).exists():
+        raise BundleError(f"{directory} is no bundle: it holds no {MANIFEST_NAME}")
     try:
-        return Manifest.from_json(read_json(place / MANIFEST_NAME, error=BundleError))
+        return Manifest.from_json(read_json(directory / MANIFEST_NAME, error=BundleError))
     except BundleError as problem:
-        raise BundleError(f"{place}: {problem}") from None
+        raise BundleError(f"{directory}: {problem}") from None
 
 
 def own_files(bundle: Path) -> frozenset[str]:

@@ -269,20 +269,20 @@ def _model_cache() -> Finding:
     name = "model cache"
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(os.environ.get("HF_HOME", default)).expanduser()
-    place = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding(
             name,
             "note",
-            f"HF_HUB_OFFLINE is set: Hugging Face ids are looked up in {place} alone",
+            f"HF_HUB_OFFLINE is set: Hugging Face ids are looked up in {cache} alone",
             "unset it to fetch models, or give directories",
         )
-    there = next(path for path in (place, *place.parents) if path.exists())
+    there = next(path for path in (cache, *cache.parents) if path.exists())
     if not os.access(there, os.W_OK) or not there.is_dir():
         return Finding(
             name,
             "note",
-            f"{place} cannot be written: no model can be fetched by its id",
+            f"{cache} cannot be written: no model can be fetched by its id",
             "set HF_HOME to a directory of your own, or give directories",
         )
-    return Finding(name, "ok", str(place))
+    return Finding(name, "ok", str(cache))

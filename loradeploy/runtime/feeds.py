@@ -89,7 +89,9 @@ def _dtype_of(value: onnxruntime.OrtValue, spec: TensorSpec) -> str:
 
 def _check_feed(spec: TensorSpec, dtype: str, shape: tuple[int, ...]) -> None:
     fits = len(shape) == len(spec.shape) and all(
-        size == told for size, told in zip(shape, spec.shape, strict=True) if isinstance(told, int)
+        size == declared
+        for size, declared in zip(shape, spec.shape, strict=True)
+        if isinstance(declared, int)
     )
     if dtype != spec.dtype or not fits:
         expected = ", ".join(map(str, spec.shape))

@@ -56,57 +56,57 @@ class AdapterReader:
             raise UnknownAdapterError(
                 f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
             )
-        place = inside(self.directory, entry.path)
+        source = inside(self.directory, entry.path)
         if entry.native_digest is None:
-            arrays, digest, labels = self._read(place)
+            arrays, digest, labels = self._read(source)
         else:
-            arrays, digest, labels = self._computed(place, entry.native_digest)
+            arrays, digest, labels = self._computed(source, entry.native_digest)
         if digest != entry.digest:
             raise BundleError(
-                f"{place} is not the adapter that came with the bundle, its digest has changed:"
+                f"{source} is not the adapter that came with the bundle, its digest has changed:"
                 " export again, or load it by its path under another name"
             )
         return arrays, digest, labels
 
-    def _read(self, place: Path) -> Read:
+    def _read(self, source: Path) -> Read:
         """The side inputs, the digest and the labels of an adapter that fits the graph."""
         try:
-            if place.suffix == NATIVE_SUFFIX:
-                arrays = read_onnx_adapter(place)
+            if source.suffix == NATIVE_SUFFIX:
+                arrays = read_onnx_adapter(source)
                 check_side_inputs(arrays, self.manifest)
                 return arrays, tensors_digest(arrays, {}), None
-            adapter = fit_to(load_adapter(place), self.manifest)
+            adapter = fit_to(load_adapter(source), self.manifest)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
             return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
         except AdapterMismatchError as problem:
-            raise AdapterMismatchError(f"{place}: {problem}") from None
+            raise AdapterMismatchError(f"{source}: {problem}") from None
 
-    def given(self, place: Path) -> Read:
-        """The adapter at `place`, which the bundle came without.
+    def given(self, source: Path) -> Read:
+        """The adapter at `source`, which the bundle came without.
 
         Raises:
             AdapterError: it is refused, does not fit (AdapterMismatchError), or is not certified.
         """
-        arrays, digest, labels = self._read(place)
+        arrays, digest, labels = self._read(source)
         if self.certified is not None and digest not in self.certified:
             form = ""
-            if place.suffix == NATIVE_SUFFIX:
+            if source.suffix == NATIVE_SUFFIX:
                 form = ", which names PEFT directories: load its PEFT directory"
             raise AdapterError(
-                f"{place} ({short(digest)}) is not among the adapters of the certificate{form};"
+                f"{source} ({short(digest)}) is not among the adapters of the certificate{form};"
                 f" run {parity_command(self.path, adapter=True)} to check it"
             )
         return arrays, digest, labels
 
-    def _computed(self, place: Path, native_digest: str) -> Read:
+    def _computed(self, source: Path, native_digest: str) -> Read:
         """As `_read`, of an adapter whose side inputs the export computed before it packed."""
-        file = place.with_name(f"{place.name}{NATIVE_SUFFIX}")
+        file = source.with_name(f"{source.name}{NATIVE_SUFFIX}")
         if not file.is_file() or file_digest(file) != native_digest:
             raise BundleError(
                 f"{file} is not the file that came with the bundle: export again with the adapter"
             )
         arrays, _, _ = self._read(file)
-        adapter = load_adapter(place)
+        adapter = load_adapter(source)
         return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
 
     def defaults(self) -> Arrays:

@@ -202,11 +202,11 @@ def _unknown(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -
     ]
 
 
-def _fits(actual: Sequence[int | str | None], told: Sequence[int | str]) -> bool:
+def _fits(actual: Sequence[int | str | None], declared: Sequence[int | str]) -> bool:
     """Whether two shapes have one length and agree wherever both are numbers."""
-    return len(actual) == len(told) and all(
+    return len(actual) == len(declared) and all(
         a == t
-        for a, t in zip(actual, told, strict=True)
+        for a, t in zip(actual, declared, strict=True)
         if isinstance(a, int) and isinstance(t, int)
     )
 

@@ -85,7 +85,7 @@ def graph_source(
             for name in (GRAPH_NAME, GRAPH_DATA_NAME):
                 if (bundle / name).is_file():
                     copy_file(bundle / name, copy / name, error=BundleError)
-            _check_file(copy, manifest, told=bundle)
+            _check_file(copy, manifest, named=bundle)
             yield Source(os.fspath(copy / GRAPH_NAME), options)
 
 
@@ -100,8 +100,8 @@ def entry(options: onnxruntime.SessionOptions, name: str) -> str:
 def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
     """The bytes of the graph, which are those that the manifest tells of."""
     content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
-    told = None if manifest is None else manifest.graph_digest
-    if told not in (None, bytes_digest(content)):
+    expected = None if manifest is None else manifest.graph_digest
+    if expected not in (None, bytes_digest(content)):
         raise BundleError(
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest: its digest has changed"
             " since the export. Export again."
@@ -142,12 +142,12 @@ def _read(file: Path, content: mmap.mmap, size: int) -> None:
         raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
 
 
-def _check_file(place: Path, manifest: Manifest | None, told: Path | None = None) -> None:
+def _check_file(directory: Path, manifest: Manifest | None, named: Path | None = None) -> None:
     """As `_check`, of files that onnxruntime opens itself."""
-    file = place / GRAPH_DATA_NAME
+    file = directory / GRAPH_DATA_NAME
     found = file_fingerprint(file) if manifest is not None and file.is_file() else None
-    _check(told or place, manifest, found)
-    _graph(place, manifest)
+    _check(named or directory, manifest, found)
+    _graph(directory, manifest)
 
 
 def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
