@@ -88,8 +88,8 @@ def test_a_level_at_which_the_numbers_change_fails_alone(
         opened(self, *arguments, session_options=session_options)
         self.broken = session_options.graph_optimization_level == broken
 
-    def run(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
-        return right(self, outputs, feeds, None if self.broken else adapters, **places)
+    def run(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
+        return right(self, outputs, feeds, None if self.broken else adapters, **buffers)
 
     monkeypatch.setattr(AdapterSession, "__init__", note)
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", run)
@@ -187,8 +187,8 @@ def test_adapters_that_stay_in_their_places_fail_once_the_rows_change_theirs(
     right = AdapterSession.run_with_ort_values
     first: dict[int, Any] = {}
 
-    def stale(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
-        return right(self, outputs, feeds, first.setdefault(len(adapters), adapters), **places)
+    def stale(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
+        return right(self, outputs, feeds, first.setdefault(len(adapters), adapters), **buffers)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", stale)
     assert failed(check(llama_with_adapter, backends=["onnx-mixed"])) == {"permuted batch"}

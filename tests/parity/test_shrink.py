@@ -137,8 +137,8 @@ def test_a_row_with_its_neighbors_adapter_shrinks_beside_another_row(
 ) -> None:
     right = AdapterSession.run_with_ort_values
 
-    def off_by_one(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
-        return right(self, outputs, feeds, [*adapters[1:], adapters[0]], **places)
+    def off_by_one(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
+        return right(self, outputs, feeds, [*adapters[1:], adapters[0]], **buffers)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", off_by_one)
     report = check(llama_with_adapter, backends=["onnx-mixed"], shrink=True)
@@ -154,9 +154,9 @@ def test_a_failure_in_decoding_shrinks_to_a_token_and_a_step(
 ) -> None:
     right = AdapterSession.run_with_ort_values
 
-    def no_adapter_later(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
+    def no_adapter_later(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
         later = feeds["input_ids"].shape[1] == 1 < feeds["attention_mask"].shape[1]
-        return right(self, outputs, feeds, None if later else adapters, **places)
+        return right(self, outputs, feeds, None if later else adapters, **buffers)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", no_adapter_later)
     report = check(llama_with_adapter, backends=["onnx-side-inputs"], shrink=True)
@@ -170,10 +170,10 @@ def test_a_backend_that_raises_has_a_counterexample(
 ) -> None:
     right = AdapterSession.run_with_ort_values
 
-    def no_long_rows(self: Any, outputs: Any, feeds: Any, adapters: Any, **places: Any) -> Any:
+    def no_long_rows(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
         if feeds["input_ids"].shape[1] > 4:
             raise RuntimeError("too long")
-        return right(self, outputs, feeds, adapters, **places)
+        return right(self, outputs, feeds, adapters, **buffers)
 
     monkeypatch.setattr(AdapterSession, "run_with_ort_values", no_long_rows)
     report = check(llama_with_adapter, backends=["onnx-native", "onnx-side-inputs"], shrink=True)
