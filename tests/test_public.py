@@ -7,6 +7,7 @@ import importlib.metadata
 
 import loradeploy as ld
 from loradeploy import errors
+from tools.api_docs import PAGE, ROOMS, page
 
 PUBLIC = [
     "Adapter",
@@ -56,6 +57,13 @@ def test_the_public_names_are_these() -> None:
 def test_every_public_name_is_there_with_its_docstring() -> None:
     assert [name for name in PUBLIC if not getattr(ld, name).__doc__] == []
     assert set(PUBLIC) <= set(dir(ld))
+
+
+def test_the_page_of_the_api_has_the_names_and_signatures_of_the_code() -> None:
+    assert {name for names in ROOMS.values() for name in names} >= {
+        name for name in PUBLIC if not name.endswith("Error")
+    }
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tools.api_docs"
 
 
 def test_a_verb_is_a_function_though_a_package_has_its_name() -> None:

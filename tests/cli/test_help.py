@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from loradeploy.cli.main import VERBS
-from loradeploy.errors import LoraDeployError
 from loradeploy.export.api import export
 from loradeploy.inspection.api import inspect as inspect_path
 from loradeploy.parity.api import parity
@@ -141,31 +140,3 @@ def test_no_flag_is_parsed_and_ignored(verb: str) -> None:
     if arguments.kwarg is not None:
         assert arguments.kwarg.arg in used
     assert taken <= used
-
-
-EXPORTED = {
-    "--adapter": ("a=x", "adapters", ["a=x"]),
-    "--merge": (None, "merge", True),
-    "--precision": ("fp16", "precision", "fp16"),
-    "--task": ("causal-lm", "task", "causal-lm"),
-}
-
-
-@pytest.mark.parametrize("flag", EXPORTED)
-def test_a_flag_of_export_changes_what_the_function_is_given(
-    flag: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    value, name, expected = EXPORTED[flag]
-    given: list[dict[str, object]] = []
-
-    def stop(model: str, output: str, **options: object) -> None:
-        given.append(options)
-        raise LoraDeployError("seen")
-
-    monkeypatch.setattr(sys.modules["loradeploy.export.api"], "export", stop)
-    flags = [flag] if value is None else [flag, value]
-    for extra in ([], flags):
-        with pytest.raises(LoraDeployError):
-            call("export", "--model", "m", "--output", "o", *extra)
-    assert given[1] == {**given[0], name: expected}
-    assert given[0] != given[1]
