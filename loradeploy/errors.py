@@ -19,7 +19,7 @@
 A message names a parameter of the Python function as code, in backticks, with the value as Python
 writes it where one is advised: `merge`, `branches=False`, `layout="rows"`, `adapters=["NAME=DIR"]`.
 The command line shows its flag in the place of it, --merge, --no-branches, --layout rows and
---adapter NAME=DIR (`loradeploy.cli.flags`); a parameter without a flag stays as it is.
+--adapter NAME=DIR; a parameter without a flag stays as it is.
 
 The command line prints the message and exits with 2, or with the status of the signal that
 interrupted it; anything else is a defect of loradeploy.

@@ -38,7 +38,7 @@ def export(
     """Write the bundle `output` for `model` and return its manifest.
 
     The form of the graph (precision, layout, …) is what is asked for; what is not, a bundle that is
-    exported again keeps, and other models get the default (`loradeploy.bundle.graph_form`).
+    exported again keeps, and other models get the default (docs/bundles.md has the table).
 
     Args:
         model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.

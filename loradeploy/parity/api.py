@@ -52,9 +52,9 @@ def parity(
         adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
             merged bundle claims to hold.
         report: files to write, .json, .xml (JUnit), .md or .html.
-        backends: names from `loradeploy.parity.names.BACKEND_NAMES`; by default all that the
+        backends: names from the table of backends in docs/parity.md; by default all that the
             bundle has and that can be run here.
-        phases: names from `loradeploy.parity.names`, such as "prefill" or "chunked prefill"; by
+        phases: names such as "prefill" or "chunked prefill"; by
             default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
@@ -76,7 +76,7 @@ def parity(
         certificate: write the verdict into the bundle, as parity.json.
         sign: a PEM file with an ed25519 key: its signature of a verdict that passed is written
             beside it, as parity.json.sig.
-        others: besides, what else is held against PyTorch: see `loradeploy.parity.backends.others`.
+        others: besides, what else is held against PyTorch; docs/parity.md has the forms.
         baseline: an earlier report (JSON): what got worse since is a failure.
         trust_remote_code: run the Python files that the config of `model` names, which do as they
             like; without it such a model is refused. Not for a model that the bundle names.

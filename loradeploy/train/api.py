@@ -26,8 +26,8 @@ def train(
 
     Args:
         model: a Hugging Face directory or id.
-        data: a file, a folder or a dataset: see `loradeploy.train.sources` for the forms, and
-            `loradeploy.train.data` for what a row of each task has.
+        data: a file, a folder or a dataset; docs/training.md has the forms, and what a row of each
+            task has.
         output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
         config: settings: a `TrainConfig`, a YAML file, or a mapping with its names.
         resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which

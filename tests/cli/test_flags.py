@@ -1,132 +1,41 @@
-"""Every flag changes what the function behind its verb is given."""
+"""Parameters that the library's messages name are shown as flags to whoever typed a command."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import click
 import pytest
 
-from loradeploy.errors import LoraDeployError
-from loradeploy.runtime.session import AdapterSession
-from tests.cli.calling import call, command
-
-Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
-
-TRAIN = ["train", "--model", "m", "--data", "d", "--output", "o"]
-EXPORT = ["export", "--model", "m", "--output", "o"]
-PARITY = ["parity", "bundle"]
-COMPARE = ["parity", "candidate.onnx", "--against", "reference.onnx"]
-RUN = ["run", "bundle", "a prompt"]
-BENCH = ["bench", "bundle"]
-
-# The functions that are called in the end.
-LAST = {
-    "train": "loradeploy.train.api.train",
-    "export": "loradeploy.export.api.export",
-    "parity": "loradeploy.parity.api.parity",
-    "compare": "loradeploy.parity.compare.api.compare",
-    "run": "loradeploy.runtime.tasks.generation.TextGenerator.generate",
-    "bench": "loradeploy.runtime.timing.time_bundle",
-}
-OF_COMPARE = {"reference", "inputs", "cases", "tolerances"}
-# What the verb answers itself, and what other tests try by its effect: printing, a training run
-# that is only shown, a file of settings or prompts, an adapter that is loaded, other tasks.
-ELSEWHERE = {
-    "train": {"as_json", "print_config", "dry_run", "config"},
-    "export": {"as_json"},
-    "parity": {"as_json"},
-    "run": {"as_json", "file", "adapter", "prompt_name"},
-    "bench": {"as_json", "adapters"},
-}
-# Values that mean something, where any text will not do.
-VALUES = {
-    "certificate_minimum": "prompts=3",
-    "provider": "cuda",
-    "tolerances": "fp16",
-    "fixed": "batch=1",
-    "static_shapes": "batch=1",
-    "examples": "7 --evaluate held-out.jsonl",
-}
-
-
-def flags(line: list[str]) -> list[Any]:
-    """A row a flag of the verb: the line before, and with the flag."""
-    verb, compared = line[0], line is COMPARE
-    rows = []
-    for option in command(verb).params:
-        if not isinstance(option, click.Option) or option.name in ELSEWHERE[verb]:
-            continue
-        if option.name == "help" or option.opts[0] in line:
-            continue
-        if verb == "parity" and compared != (option.name in OF_COMPARE):
-            continue
-        flag = option.secondary_opts[0] if option.default is True else option.opts[0]
-        given = [*line, flag, *value(option)]
-        rows.append(pytest.param(line, given, id=f"{verb} {flag}"))
-    return rows
-
-
-def value(option: click.Option) -> list[str]:
-    """A value of the option that is not its default; none for a switch."""
-    kind = option.type
-    if option.is_flag:
-        return []
-    if option.name in VALUES:
-        return VALUES[option.name].split()
-    if isinstance(kind, click.Choice):
-        return [next(str(choice) for choice in kind.choices if choice != option.default)]
-    if isinstance(kind, click.types.IntParamType):
-        return ["3"]
-    if isinstance(kind, click.types.FloatParamType):
-        return ["0.25"]
-    return ["x"]
-
-
-@pytest.fixture
-def calls(tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the functions behind the verbs are given; the last one does not return."""
-    found: Calls = []
-    session = AdapterSession(tiny_llama_bundle)
-
-    def opened(*given: Any, **options: Any) -> AdapterSession:
-        found.append(("AdapterSession", given, options))
-        return session
-
-    def recorder(name: str) -> Callable[..., None]:
-        def last(*given: Any, **options: Any) -> None:
-            plain = [part for part in given if isinstance(part, str | list | tuple)]
-            options.pop("on_text", None)
-            options.pop("on_result", None)
-            found.append((name, tuple(plain), options))
-            raise LoraDeployError("enough was seen")
-
-        return last
-
-    monkeypatch.setattr("loradeploy.runtime.session.AdapterSession", opened)
-    for path in LAST.values():
-        module, _, name = path.rpartition(".")
-        try:
-            owner = importlib.import_module(module)
-        except ModuleNotFoundError:
-            module, _, kind = module.rpartition(".")
-            owner = getattr(importlib.import_module(module), kind)
-        monkeypatch.setattr(owner, name, recorder(name))
-    return found
+from loradeploy.cli.flags import with_flags
+from loradeploy.cli.main import VERBS
+from tests.cli.calling import Run
 
 
 @pytest.mark.parametrize(
-    ("without", "given"),
-    [row for line in (TRAIN, EXPORT, PARITY, COMPARE, RUN, BENCH) for row in flags(line)],
+    ("verb", "named", "typed"),
+    [
+        ("export", "`merge`", "--merge"),
+        ("export", "`merge=True`", "--merge"),
+        ("export", "`branches=False`", "--no-branches"),
+        ("export", '`layout="rows"`', "--layout rows"),
+        ("export", '`side_inputs=["dora", "bias"]`', "--side-inputs dora,bias"),
+        ("export", '`fixed={"batch": 1, "sequence": 128}`', "--fixed batch=1,sequence=128"),
+        ("export", '`adapters=["sport=DIR", "DIR"]`', "--adapter sport=DIR --adapter DIR"),
+        ("parity", "`model=DIR`", "--model DIR"),
+        ("parity", "`reference`", "--against"),
+        ("run", '`providers="cuda"`', "--provider cuda"),
+        ("run", "`branches=False`", "--no-branches"),  # of the export before it
+        (None, "`merge`", "--merge"),
+        ("train", '`lora_alpha`, `precision="bf16"`', "`lora_alpha`, --precision bf16"),
+        ("parity", "`certificate=False`", "`certificate=False`"),  # no flag sets it
+        ("parity", "`loradeploy parity bundle`", "`loradeploy parity bundle`"),
+    ],
 )
-def test_a_flag_reaches_the_function(without: list[str], given: list[str], calls: Calls) -> None:
-    seen = []
-    for line in (without, given):
-        calls.clear()
-        with pytest.raises(LoraDeployError, match="enough was seen"):
-            call(*line)
-        seen.append(list(calls))
-    assert seen[0] != seen[1]
+def test_a_parameter_is_shown_as_its_flag(verb: str | None, named: str, typed: str) -> None:
+    assert with_flags(f"give {named} again", verb, VERBS) == f"give {typed} again"
+
+
+def test_an_error_of_the_library_reaches_the_terminal_with_flags(run: Run) -> None:
+    status, _, error = run("parity", "bundle", "--trust-remote-code")
+    assert status == 2
+    assert error == (
+        "Error: --trust-remote-code needs --model: a bundle may name any model as its base\n"
+    )

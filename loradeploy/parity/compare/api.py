@@ -73,7 +73,7 @@ def compare(
         cases: how many are generated; the second has 1 for every dynamic dimension.
         seed: for those.
         tolerances: a precision whose limits are taken, or limits by metric in place of those of
-            the candidate's precision; by default the latter (`loradeploy.parity.tolerances`).
+            the candidate's precision; by default the latter.
         names: what the candidate calls inputs and outputs of the reference that it calls otherwise.
         providers: onnxruntime's execution providers, the CPU's by default.
         report: files to write, as in `loradeploy.parity`.
