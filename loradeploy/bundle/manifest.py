@@ -86,7 +86,7 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True)
-class MergeLoss:
+class MergeError:
     """What rounding left of a merged update: the share that is `kept`, and `noise` besides.
 
     Both are relative to the size of the update; 1 and 0 are no loss (see export/merge_error.py).
@@ -109,7 +109,7 @@ class Manifest:
     `layout`: of the side inputs: "slots", which `adapter_ids` names for each row, or "rows", where
     slot i belongs to row i and there is no `adapter_ids`.
     `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
-    `merge_loss`: what the merged graph's precision did to the adapter.
+    `merge_error`: what the merged graph's precision did to the adapter.
     `requantized`: whether the merge was into weights that were packed already, and packed again.
     `padding`: the side on which the graph wants the rows of a batch filled up, as the export found
     by running it: "left", "right", or "none" where rows of one length alone may share a batch. In
@@ -144,7 +144,7 @@ class Manifest:
     branches: bool = False
     padding: str = LEFT
     cache_in_place: bool = False
-    merge_loss: MergeLoss | None = None
+    merge_error: MergeError | None = None
     requantized: bool = False
     files: tuple[str, ...] = ()
     sentence: Mapping[str, str] = field(default_factory=dict)
@@ -216,8 +216,8 @@ class Manifest:
             ),
             "submodels": lambda value: nouns(Submodel, value, "submodels"),
             "own_weights": lambda value: digests(value, "own_weights"),
-            "merge_loss": lambda value: (
-                None if value is None else noun(MergeLoss, value, "merge_loss")
+            "merge_error": lambda value: (
+                None if value is None else noun(MergeError, value, "merge_error")
             ),
             "merged_adapter": lambda value: (
                 None if value is None else _adapter_entry(value, "merged_adapter")

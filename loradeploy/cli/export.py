@@ -151,7 +151,7 @@ def command(
         "targets": len(manifest.targets),
         "adapters": sorted(manifest.adapters),
         "merged_adapter": manifest.merged_adapter and manifest.merged_adapter.digest,
-        "merge_loss": plain(manifest.merge_loss),
+        "merge_error": plain(manifest.merge_error),
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:

@@ -59,7 +59,7 @@ def export(
         required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
         requantize: merge into weights that are packed to 8 or 4 bits already, and pack them again;
-            the manifest's merge_loss tells what of the adapter is lost.
+            the manifest's merge_error is what of the adapter was lost.
         checkpoint: the directory that an ONNX model was exported from: its weights tell which
             modules the graph's products are, whatever they are called, and name the base.
         module_map: a JSON file that tells it, {"node name": "module"}; names are regular

@@ -42,6 +42,7 @@ from loradeploy.export.match.linears import (
     refuse_side_inputs,
 )
 from loradeploy.export.match.norm_forms import note_forms, vectors_in
+from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import own_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
 from loradeploy.export.passes.branches import remove_branches
@@ -49,9 +50,8 @@ from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
 from loradeploy.export.passes.static_shapes import fixed_specs
-from loradeploy.export.precision import precision_of
+from loradeploy.export.read.normalize import make_products_plain
 from loradeploy.export.read.opsets import convert_opset
-from loradeploy.export.read.plain import make_products_plain
 from loradeploy.export.read.regular import (
     close_inputs,
     complete_shapes,

@@ -287,14 +287,14 @@ def _merged(
             name=base.called,
             digest=base.identity.digest if base.identity.kind == "checkpoint" else None,
         )
-    warn_of(report.loss, base.precision)
+    warn_of(report.error, base.precision)
     for module in report.untied:
         logger.info("%s shares its weight and got a copy of its own", module)
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         _manifest(base, "merged"),
         merged_adapter=AdapterEntry(digests[name]),
-        merge_loss=report.loss,
+        merge_error=report.error,
         requantized=base.packed and options.requantize and base.precision in PACKED_BITS,
     )
     return _packed(base, manifest)

@@ -16,14 +16,15 @@ from loradeploy.adapter.dora import output_scale
 from loradeploy.adapter.fit import AdaptableBase, check_fit
 from loradeploy.adapter.fit import Layer as Described
 from loradeploy.adapter.settle import same_given
-from loradeploy.bundle.manifest import MergeLoss
+from loradeploy.bundle.manifest import MergeError
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.graph.edit import constant_of, remove_unused
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import check_operators
 from loradeploy.export.match.parameters import Layers, cast
 from loradeploy.export.match.parts import Part, find_parts
-from loradeploy.export.match.products import PACKED, products
+from loradeploy.export.match.products import products
+from loradeploy.export.match.quantized import MATMUL_NBITS
 from loradeploy.export.merge_error import Round, Tally
 from loradeploy.export.passes.quantize import pack_again
 
@@ -38,13 +39,13 @@ class MergeReport:
 
     `modules`: whose weights took the product of the factors in. `parameters`: replaced whole.
     `untied`: modules that shared their weight with others, and got a copy of their own.
-    `loss`: what the stored precision did to the update; None where there was none.
+    `error`: what the stored precision did to the update; None where there was none.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     untied: tuple[str, ...]
-    loss: MergeLoss | None = None
+    error: MergeError | None = None
 
 
 def merge_adapter(
@@ -66,7 +67,7 @@ def merge_adapter(
     brings of the base come first, for all that share them. `weights` gives modules'
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
-    first: the other user keeps its own. `rounding` tells, for the loss, what the weights of a kind
+    first: the other user keeps its own. `rounding` is, for the error, what the weights of a kind
     of layer become afterwards: linear, embedding, conv2d. With `requantize` weights that are packed
     already are unpacked, merged and packed again. `name` is what a message calls the base, `digest`
     the checkpoint's, where known.
@@ -101,7 +102,7 @@ def merge_adapter(
             untied.append(parameter.rpartition(".")[0])
     remove_unused(model.graph)
     saved = tuple(sorted(adapter.saved))
-    return MergeReport(adapter.modules, saved, tuple(untied), tally.loss())
+    return MergeReport(adapter.modules, saved, tuple(untied), tally.error())
 
 
 def _overwrite(layers: Layers, adapter: Adapter) -> None:
@@ -166,7 +167,7 @@ def _merge_packed(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally
     node = layer.nodes[0]
     product = next(each for each in products(graph) if each.node is node)
     before = product.rows(list(range(product.out_features)))
-    if before is None or node.op_type != PACKED:
+    if before is None or node.op_type != MATMUL_NBITS:
         raise ExportError(
             f"{layer.module}: the weight of a {node.op_type} whose numbers are quantized cannot be"
             " quantized again: merge into the graph before it was, or take side inputs"
@@ -190,7 +191,7 @@ def _count(
     held: np.dtype[Any],
     rounding: Mapping[str, Round],
 ) -> None:
-    """The loss of one weight, [out, in] before and after."""
+    """The error of one weight, [out, in] before and after."""
     if isinstance(layer, Linear) and layer.slice is not None:
         own = slice(*layer.slice)
         before, after = before[own], after[own]

@@ -1,8 +1,8 @@
 """What rounding to the stored precision does to a merged update.
 
-With Δ the update that was wanted and R() the rounding, the stored weights changed by
+With Δ the exact update and R() the rounding, the stored weights changed by
 D = R(W + Δ) − R(W). `kept` = ⟨D, Δ⟩ / ‖Δ‖² is the share of the update that is in them, `noise` =
-‖D − kept · Δ‖ / ‖Δ‖ what came in besides, both over all merged weights together. Rounding to the
+‖D − kept · Δ‖ / ‖Δ‖ the rest, both over all merged weights together. Rounding to the
 dtype of the update itself gives 1 and 0. Noise of 1 is as large as the update, but of no direction.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.manifest import MergeLoss
+from loradeploy.bundle.manifest import MergeError
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Rounding works row by row (or block by block of a row), so that some rows tell of all.
+# Rounding works row by row (or block by block of a row), so that some rows stand for all.
 _ROWS: Final = 64
 _LEAST_KEPT: Final = 0.95
 _MOST_NOISE: Final = 0.25
@@ -30,10 +30,10 @@ Round = Callable[["NDArray[np.float32]"], "NDArray[Any]"]
 
 
 class Tally:
-    """The loss of several weights, each added as [out, in] before and after its merge."""
+    """The error of several weights, each added as [out, in] before and after its merge."""
 
     def __init__(self) -> None:
-        self._wanted = self._along = self._stored = 0.0
+        self._exact = self._along = self._stored = 0.0
 
     def add(self, before: NDArray[np.float32], after: NDArray[np.float32], rounded: Round) -> None:
         """Count the update of one weight, by some of its rows."""
@@ -41,7 +41,7 @@ class Tally:
         before, after = before[picks], after[picks]
         delta = (after - before).astype(np.float64)
         stored = rounded(after).astype(np.float64) - rounded(before).astype(np.float64)
-        self._wanted += float((delta * delta).sum())
+        self._exact += float((delta * delta).sum())
         self._along += float((stored * delta).sum())
         self._stored += float((stored * stored).sum())
 
@@ -53,27 +53,27 @@ class Tally:
     ) -> None:
         """Count the update of a weight that was rounded `before` and is `stored` now."""
         delta, changed = (W.astype(np.float64) - before for W in (after, stored))
-        self._wanted += float((delta * delta).sum())
+        self._exact += float((delta * delta).sum())
         self._along += float((changed * delta).sum())
         self._stored += float((changed * changed).sum())
 
-    def loss(self) -> MergeLoss | None:
+    def error(self) -> MergeError | None:
         """Both figures; None where nothing was updated."""
-        if not self._wanted:
+        if not self._exact:
             return None
-        kept = self._along / self._wanted
-        noise = max(0.0, self._stored / self._wanted - kept**2) ** 0.5
-        return MergeLoss(float(f"{kept:.4g}"), float(f"{noise:.3g}"))
+        kept = self._along / self._exact
+        noise = max(0.0, self._stored / self._exact - kept**2) ** 0.5
+        return MergeError(float(f"{kept:.4g}"), float(f"{noise:.3g}"))
 
 
-def warn_of(loss: MergeLoss | None, precision: str) -> None:
-    """Say where rounding takes a noticeable share of the adapter."""
-    if loss is None or (loss.kept >= _LEAST_KEPT and loss.noise <= _MOST_NOISE):
+def warn_of(error: MergeError | None, precision: str) -> None:
+    """Warn where rounding takes a noticeable share of the adapter."""
+    if error is None or (error.kept >= _LEAST_KEPT and error.noise <= _MOST_NOISE):
         return
     logger.warning(
         "%s holds %.0f %% of the adapter's update, with rounding noise of %.0f %% of its size:"
         " check the result with loradeploy parity, or take side inputs, which are not rounded",
         precision,
-        100 * loss.kept,
-        100 * loss.noise,
+        100 * error.kept,
+        100 * error.noise,
     )

@@ -101,7 +101,7 @@ class BundleFacts:
     required_inputs: bool
     static_shapes: list[str]
     merged_adapter: str | None
-    merge_loss: Any
+    merge_error: Any
     graph_digest: str | None
     graph: str
     certificate: CertificateFacts = field(metadata=INLINE)
@@ -151,7 +151,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
         merged_adapter=None if merged is None else merged.digest,
-        merge_loss=plain(manifest.merge_loss),
+        merge_error=plain(manifest.merge_error),
         graph_digest=manifest.graph_digest,
         graph=f"changed since the export: {', '.join(changed)}" if changed else "as exported",
         certificate=_certificate(path, manifest, actual),

@@ -144,11 +144,11 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
         notes.append(
             "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"
         )
-    if manifest.merge_loss is not None:
-        loss = manifest.merge_loss
+    if manifest.merge_error is not None:
+        error = manifest.merge_error
         notes.append(
-            f"{manifest.precision} kept {loss.kept:.1%} of the merged update, with rounding noise"
-            f" of {loss.noise:.2g} times its size"
+            f"{manifest.precision} kept {error.kept:.1%} of the merged update, with rounding noise"
+            f" of {error.noise:.2g} times its size"
         )
     claimed = manifest.merged_adapter
     for tested in context.adapters if claimed is not None else ():

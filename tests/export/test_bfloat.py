@@ -122,8 +122,8 @@ def test_a_merge_rounds_once_and_tells_what_that_did(
     for module, linear in whole.items():
         exact = linear.weight.const_value.numpy()
         np.testing.assert_array_equal(to_bfloat16(exact), half[module].weight.const_value.numpy())
-    assert manifest.merge_loss is not None
-    assert 1e-3 < manifest.merge_loss.noise < 0.2
+    assert manifest.merge_error is not None
+    assert 1e-3 < manifest.merge_error.noise < 0.2
 
 
 def test_a_dora_adapter_that_comes_later_reads_the_rounded_weights(

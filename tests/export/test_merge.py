@@ -39,9 +39,9 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
     expected = run(base, {"x": x}) + x @ _delta(adapter, "block.proj").T
     assert np.abs(run(model, {"x": x}) - expected).max() < 1e-5
     assert ops(model) == ops(base)
-    assert dataclasses.replace(report, loss=None) == MergeReport(("block.proj",), (), ())
-    assert report.loss is not None
-    assert report.loss.kept == 1
+    assert dataclasses.replace(report, error=None) == MergeReport(("block.proj",), (), ())
+    assert report.error is not None
+    assert report.error.kept == 1
 
 
 @pytest.mark.parametrize("how", ["Gemm", "Transpose"])

@@ -24,7 +24,7 @@ from loradeploy.export.match.products import products
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs import inject_side_inputs
-from loradeploy.export.read.plain import make_products_plain
+from loradeploy.export.read.normalize import make_products_plain
 from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.export.test_gqa import attention
 from tests.tolerances import tolerance

@@ -71,7 +71,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
     {
         # -- products (products.py, merge.py, quantize.py, fuse.py, heads.py) ------------------
         ("", "MatMul"): _MATMUL,
-        # scaled and turned ones are made plain first (plain.py)
+        # scaled and turned ones are made plain first (normalize.py)
         ("", "Gemm"): Operator(
             {"A": CARRIED, "B": HONORED, "C": HONORED},
             dict.fromkeys(("alpha", "beta", "transA", "transB"), HONORED),

@@ -15,7 +15,8 @@ import numpy as np
 
 from loradeploy.adapter.tensors import StoredTensor
 from loradeploy.export.graph.edit import constant_of
-from loradeploy.export.match.products import INTEGER, PACKED, Product, output_of
+from loradeploy.export.match.products import Product, output_of
+from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,7 +126,7 @@ def bits_of(product: Product) -> int:
     """The bits of a quantized weight's numbers; 0 for floating point."""
     if not product.quantized:
         return 0
-    if product.node.op_type == PACKED:
+    if product.node.op_type == MATMUL_NBITS:
         given = product.node.attributes.get("bits")
         return 4 if given is None else given.as_int()
     dtype = product.weight.dtype

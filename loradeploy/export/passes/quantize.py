@@ -18,7 +18,7 @@ from loradeploy.errors import ExportError, MissingDependencyError
 from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
 from loradeploy.export.match.linears import Linear, find_linears, output_head
 from loradeploy.export.match.operators import check_operators
-from loradeploy.export.match.products import unpack, unpacked
+from loradeploy.export.match.quantized import unpack, unpacked
 
 if TYPE_CHECKING:
     import onnx

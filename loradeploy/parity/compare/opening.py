@@ -172,7 +172,7 @@ def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
         return "fp16" if any(spec.dtype == "float16" for spec in specs) else None
     import onnx_ir as ir
 
-    from loradeploy.export.precision import precision_of
+    from loradeploy.export.match.products import precision_of
 
     check_file(graph, error=UsageError, limit=MAX_GRAPH_BYTES)
     return precision_of(ir.load(graph))

@@ -71,7 +71,8 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
     from loradeploy.export.graph.file import load_graph
     from loradeploy.export.graph.names import called_after
     from loradeploy.export.match.linears import find_linears
-    from loradeploy.export.match.products import INTEGER, products
+    from loradeploy.export.match.products import products
+    from loradeploy.export.match.quantized import INTEGER
     from loradeploy.export.passes.branches import remove_branches
     from loradeploy.export.passes.side_inputs import remove_side_inputs
 

@@ -26,9 +26,9 @@ def test_an_update_that_is_stored_as_it_is_has_no_loss() -> None:
     before, delta = generator.standard_normal((2, 30, 20)).astype(np.float32)
     tally = Tally()
     tally.add(before, before + delta, lambda W: W)
-    loss = tally.loss()
-    assert loss is not None
-    assert (loss.kept, loss.noise) == (1.0, pytest.approx(0, abs=1e-3))
+    error = tally.error()
+    assert error is not None
+    assert (error.kept, error.noise) == (1.0, pytest.approx(0, abs=1e-3))
 
 
 def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> None:
@@ -36,10 +36,10 @@ def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> Non
     after = np.array([[2, 0, 0, 0]] * 2, np.float32)
     tally = Tally()
     tally.add(before, after, lambda W: W / 2 + np.float32([0, 3, 0, 0]) * (W.any()))
-    loss = tally.loss()
-    assert loss is not None
-    assert (loss.kept, loss.noise) == (0.5, 1.5)
-    assert Tally().loss() is None
+    error = tally.error()
+    assert error is not None
+    assert (error.kept, error.noise) == (0.5, 1.5)
+    assert Tally().error() is None
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_every_precision_tells_its_loss(
     adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
     place = tmp_path / "merged"
     export(tiny_llama, place, adapters={"a": adapter}, merge=True, precision=precision)
-    loss = read_manifest(place).merge_loss
-    assert loss is not None
-    assert loss.kept == pytest.approx(1, abs=0.02)
-    assert most_noise / 100 < loss.noise < most_noise or precision == "fp32"
+    error = read_manifest(place).merge_error
+    assert error is not None
+    assert error.kept == pytest.approx(1, abs=0.02)
+    assert most_noise / 100 < error.noise < most_noise or precision == "fp32"
 
 
 def test_a_loss_that_is_noticeable_is_warned_of(
@@ -81,8 +81,8 @@ def test_packed_weights_are_merged_when_the_loss_is_asked_for(
         export(base, merged, adapters={"a": adapter}, merge=True)
     manifest = export(base, merged, adapters={"a": adapter}, merge=True, requantize=True)
     assert manifest.precision == precision
-    assert manifest.merge_loss is not None
-    assert manifest.merge_loss.kept == pytest.approx(1, abs=0.05)
+    assert manifest.merge_error is not None
+    assert manifest.merge_error.kept == pytest.approx(1, abs=0.05)
     expected = torch_output(tiny_llama, IDS, adapter=adapter)
     got = apart(onnx_output(merged, IDS), expected)
     assert got < apart(onnx_output(base, IDS), expected) / 3, "the adapter is not in it"
@@ -94,15 +94,15 @@ def test_the_loss_is_shown_wherever_the_merged_bundle_is(
     adapter, place = make_adapter(tiny_llama, r=4, seed=1, scale=0.1), tmp_path / "merged"
     given = ("--model", tiny_llama, "--output", place, "--adapter", adapter, "--merge")
     said = call("export", *given, "--precision", "fp16")
-    loss = read_manifest(place).merge_loss
-    assert loss is not None
-    line = f"kept {loss.kept:g}, noise {loss.noise:g}"
-    assert re.search(rf"merge loss +{line}\n", said)
-    assert re.search(rf"merge loss +{line}\n", call("inspect", place))
-    told = json.loads(call("inspect", place, "--json"))["merge_loss"]
-    assert told == {"kept": loss.kept, "noise": loss.noise}
+    error = read_manifest(place).merge_error
+    assert error is not None
+    line = f"kept {error.kept:g}, noise {error.noise:g}"
+    assert re.search(rf"merge error +{line}\n", said)
+    assert re.search(rf"merge error +{line}\n", call("inspect", place))
+    told = json.loads(call("inspect", place, "--json"))["merge_error"]
+    assert told == {"kept": error.kept, "noise": error.noise}
     report = parity(place, model=tiny_llama, adapters=[adapter], prompts=["Hi"], tokens=2)
-    assert any(f"fp16 kept {loss.kept:.1%} of the merged update" in note for note in report.notes)
+    assert any(f"fp16 kept {error.kept:.1%} of the merged update" in note for note in report.notes)
 
 
 def test_requantise_is_for_merging(tiny_llama: Path, tmp_path: Path) -> None:
