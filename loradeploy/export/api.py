@@ -87,7 +87,7 @@ def export(
     from loradeploy.bundle.names import MANIFEST_NAME
     from loradeploy.export.base import Options
     from loradeploy.export.build import build
-    from loradeploy.export.given_adapters import named_places, read_adapters
+    from loradeploy.export.given_adapters import adapter_directories, read_adapters
     from loradeploy.export.read.source import resolve
     from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task
@@ -114,10 +114,10 @@ def export(
     check_form(asked)
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs leave packed weights alone")
-    places = named_places(adapters)
-    beside = (place for place in (checkpoint, module_map) if place is not None)
-    check_keeps_inputs(target, [model, *places.values(), *beside])
-    read = read_adapters(places)
+    directories = adapter_directories(adapters)
+    beside = (path for path in (checkpoint, module_map) if path is not None)
+    check_keeps_inputs(target, [model, *directories.values(), *beside])
+    read = read_adapters(directories)
     if merge and len(read) != 1:
         raise UsageError(f"`merge` takes exactly one adapter, {len(read)} are given")
     with custom_code(trust_remote_code):
@@ -134,7 +134,7 @@ def export(
         )
     if source.kind != "bundle":
         advice = "add it to the adapters, if it is not merged already"
-        tell_beside(source.directory, advice, given=places.values())
+        tell_beside(source.directory, advice, given=directories.values())
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)
@@ -144,7 +144,7 @@ def export(
         task=task,
         requantize=requantize,
         evidence=Evidence(given, module_map),
-        places=places,
+        directories=directories,
     )
     with custom_code(trust_remote_code):
         manifest, content = build(source, options)

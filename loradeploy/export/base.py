@@ -49,8 +49,8 @@ from loradeploy.export.passes.branches import remove_branches
 from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
-from loradeploy.export.passes.static_shapes import fixed_specs
-from loradeploy.export.read.normalize import make_products_plain
+from loradeploy.export.passes.static_shapes import static_specs
+from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.regular import (
     close_inputs,
@@ -101,7 +101,7 @@ class Options:
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
     attention: str | None = None
-    places: Mapping[str, Path] = field(default_factory=dict)
+    directories: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +109,14 @@ class Base:
     """A base graph and what is known of it.
 
     `adapters`: those of the options, without what the base has of them already.
-    `packed`: the weights already are in the precision that is wanted.
+    `quantized`: the weights already are in the precision that is asked for.
     `parameters`: names in the checkpoint, where there is one; `lacking`: those without values.
     `replaced`: modules that are to be replaced whole, because the checkpoint lacks them or the
     bundle has them so.
     `before`: the manifest of a bundle.
     `pad`: the padding token, where the graph depends on it.
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
-    `source`: what the bundle is to be held against.
+    `source`: what the bundle is to be compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     `called`: what a message about an adapter that does not fit calls it.
     """
@@ -126,7 +126,7 @@ class Base:
     identity: BaseIdentity
     precision: str
     adapters: Mapping[str, Adapter]
-    packed: bool = False
+    quantized: bool = False
     parameters: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
     lacking: frozenset[str] = frozenset()
@@ -153,10 +153,10 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_plain_weights(source.directory, names=[source.name, *named])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
-    told = options.task or any(adapter.config.task_type for adapter in adapters.values())
-    if task == CAUSAL_LM and not told and makes_vectors(source.directory):
+    declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
+    if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
         task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
-    check_recipe([source.directory, *options.places.values()], task)
+    check_recipe([source.directory, *options.directories.values()], task)
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
     identity = BaseIdentity(source.name, digest, "checkpoint")
@@ -173,8 +173,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     if zeroed:
         # Of a base alone nobody else will tell.
         level = logging.INFO if adapters else logging.WARNING
-        told = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
-        logger.log(level, told, listed_names(zeroed))
+        message = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
+        logger.log(level, message, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     adapters = settled(model, adapters, merge=options.merge)
     own_weights = {} if options.merge else own_digests(model)
@@ -186,7 +186,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     graph = trace(model, task)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     note_forms(graph, lambda name: norms[name].detach().float().numpy() if name in norms else None)
-    specs = fixed_specs(required_inputs(graph), options.fixed)
+    specs = static_specs(required_inputs(graph), options.fixed)
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
     original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
@@ -201,7 +201,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         lacking=frozenset(zeroed),
         pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
         weights=weights,
-        source=TrialSource(original, packed_here=precision not in (DEFAULT_PRECISION, "fp16")),
+        source=TrialSource(original, quantized_here=precision not in (DEFAULT_PRECISION, "fp16")),
         own_weights=own_weights,
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
@@ -230,7 +230,7 @@ def from_graph(source: Source, options: Options) -> Base:
 
     Raises:
         ExportError: the graph has side inputs of unknown origin, or cannot be what is asked for.
-        UsageError: it is merged, or its task is not told.
+        UsageError: it is merged, or its task is not known.
     """
     assert source.graph is not None
     if source.manifest is not None and source.manifest.mode == "merged":
@@ -250,7 +250,7 @@ def from_graph(source: Source, options: Options) -> Base:
         drop_identities(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
-    held = precision_of(graph) if source.manifest is None else source.manifest.precision
+    current = precision_of(graph) if source.manifest is None else source.manifest.precision
     compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:
@@ -265,7 +265,7 @@ def from_graph(source: Source, options: Options) -> Base:
         name_dimensions(graph)
         complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
-        make_products_plain(graph.graph)
+        normalize_products(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
         task = _task_of(source, graph, options.task)
         parameters = replaced = lacking = frozenset()
@@ -273,11 +273,11 @@ def from_graph(source: Source, options: Options) -> Base:
         note_forms(graph, vectors_in(options.evidence.checkpoint).get)
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
-    precision = options.precision or held
-    if precision != held and (held != "fp32" or precision == "fp16"):
+    precision = options.precision or current
+    if precision != current and (current != "fp32" or precision == "fp16"):
         raise ExportError(
-            f"{source.name} is an ONNX graph in {held} and cannot be made {precision}: export the"
-            " checkpoint instead"
+            f"{source.name} is an ONNX graph in {current} and cannot be made {precision}: export"
+            " the checkpoint instead"
         )
     return Base(
         graph,
@@ -285,12 +285,12 @@ def from_graph(source: Source, options: Options) -> Base:
         identity,
         precision,
         options.adapters,
-        packed=precision == held,
+        quantized=precision == current,
         parameters=parameters,
         replaced=replaced,
         lacking=lacking,
         before=source.manifest,
-        source=TrialSource(graph=source.graph, packed_here=precision != held),
+        source=TrialSource(graph=source.graph, quantized_here=precision != current),
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
@@ -329,6 +329,6 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
         )
     if task is None:
         raise UsageError(
-            f"the inputs and outputs of {source.name} do not tell its task: give `task`"
+            f"the inputs and outputs of {source.name} do not show its task: give `task`"
         )
     return task

@@ -68,7 +68,7 @@ from loradeploy.export.match.weights import to_bfloat16
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.merge_error import Round, warn_of
 from loradeploy.export.own_weights import graph_digests
-from loradeploy.export.passes.base_weights import HeldBase
+from loradeploy.export.passes.base_weights import GraphWeights
 from loradeploy.export.passes.bf16 import store_as_bfloat16
 from loradeploy.export.passes.branches import add_branches, branches_problem
 from loradeploy.export.passes.fuse import fuse_products
@@ -80,7 +80,7 @@ from loradeploy.export.passes.side_inputs import (
     SideInputs,
     inject_side_inputs,
 )
-from loradeploy.export.passes.static_shapes import fix_dimensions
+from loradeploy.export.passes.static_shapes import use_static_shapes
 from loradeploy.export.passes.surgery import rows_problem
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.third_party import (
@@ -125,41 +125,43 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     added: SideInputs | None = None
-    held: Mapping[str, Adapter] = {}
+    fitted: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}
     if options.merge:
         manifest = _merged(base, findings, options, digests)
     else:
         if source.graph is not None:
-            own = settings_beside(source.directory, options.evidence.checkpoint)
-            observe(base.graph, _looked_at(base.graph, findings), source.graph.parent, own)
-        manifest, added, held, arrays = _with_side_inputs(base, findings, options)
+            settings = settings_beside(source.directory, options.evidence.checkpoint)
+            observe(
+                base.graph, _observed_values(base.graph, findings), source.graph.parent, settings
+            )
+        manifest, added, fitted, arrays = _with_side_inputs(base, findings, options)
     if base.precision == BFLOAT16:
         store_as_bfloat16(base.graph.graph)
     if options.fixed:
-        fix_dimensions(base.graph.graph, options.fixed)
+        use_static_shapes(base.graph.graph, options.fixed)
         inputs, given = required_inputs(base.graph), outputs(base.graph)
         manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None and base.before is not None:
         labeled = (saved for saved in base.before.saved if LABELED.fullmatch(saved.parameter))
         count = max([count, *(saved.shape[0] for saved in labeled)])
-    own = settings_beside(source.directory, options.evidence.checkpoint)
-    config = with_labels(own, count, label_names(options.adapters))
+    settings = settings_beside(source.directory, options.evidence.checkpoint)
+    config = with_labels(settings, count, label_names(options.adapters))
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
     return manifest, Content(
         graph=base.graph,
         assets=assets_of(source.assets, options.evidence.checkpoint),
         config=config,
-        adapters=held,
+        adapters=fitted,
         side_inputs=arrays,
         defaults={} if added is None else added.defaults,
         biases={} if added is None else added.biases,
         required=bool(options.required_inputs),
         source=base.source,
-        places={} if options.merge else options.places,
-        merged=options.places if options.merge else {},
+        directories={} if options.merge else options.directories,
+        merged=options.directories if options.merge else {},
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
     )
 
@@ -177,7 +179,7 @@ def _choose_attention(base: Base, attention: str | None) -> None:
         group_queries(base.graph)
 
 
-def _looked_at(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
+def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
     """The values whose rows tell whether side inputs can have rows of their own."""
     for linear in findings.linears.values():
         for node in linear.nodes:
@@ -201,7 +203,7 @@ def _with_side_inputs(
     changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
     if not targets and not heads:
         raise ExportError(
-            "no linear layer of the graph could be told to be a module of the checkpoint"
+            "no linear layer of the graph was identified as a module of the checkpoint"
             + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
         )
     # A bias of zeros leaves no trace in a graph.
@@ -231,15 +233,15 @@ def _with_side_inputs(
     for name, adapter in options.adapters.items():
         with _checked(name, graph):
             adapters[name] = fit_to(adapter, manifest, base.called)
-    # Before the weights are packed: DoRA's scales are computed from them.
-    held = HeldBase(graph, added.biases)
-    arrays = {n: side_inputs_of_fitted(each, manifest, held) for n, each in adapters.items()}
-    manifest = _packed(base, manifest)
+    # Before the weights are quantized: DoRA's scales are computed from them.
+    weights = GraphWeights(graph, added.biases)
+    arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
+    manifest = _quantized(base, manifest)
     if (layout := options.layout or _layout(base)) == ROWS:
         use_row_layout(graph)
-    # Branches cost no memory where weights are packed: those are shared between them.
-    packed = is_packed(base.precision) and branches_problem(graph) is None
-    if branches := packed if options.branches is None else options.branches:
+    # Branches cost no memory where weights are quantized: those are shared between them.
+    shared = is_packed(base.precision) and branches_problem(graph) is None
+    if branches := shared if options.branches is None else options.branches:
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
     return manifest, added, adapters, arrays
@@ -295,9 +297,9 @@ def _merged(
         _manifest(base, "merged"),
         merged_adapter=AdapterEntry(digests[name]),
         merge_error=report.error,
-        requantized=base.packed and options.requantize and base.precision in PACKED_BITS,
+        requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )
-    return _packed(base, manifest)
+    return _quantized(base, manifest)
 
 
 def _rounding(base: Base) -> dict[str, Round]:
@@ -305,7 +307,7 @@ def _rounding(base: Base) -> dict[str, Round]:
     if base.precision == BFLOAT16:
         return dict.fromkeys(get_args(Kind), to_bfloat16)
     bits = PACKED_BITS.get(base.precision)
-    return {} if bits is None or base.packed else {"linear": partial(rounded, bits=bits)}
+    return {} if bits is None or base.quantized else {"linear": partial(rounded, bits=bits)}
 
 
 @contextmanager
@@ -328,7 +330,7 @@ def _split(
     base: Base, findings: Findings, adapters: Iterable[Adapter]
 ) -> tuple[list[Linear], list[Linear]]:
     """The linears that take factors, and those that are replaced whole."""
-    wanted = {module for adapter in adapters for module in adapter.factors}
+    targeted = {module for adapter in adapters for module in adapter.factors}
     saved = base.replaced | {
         name.removesuffix(".weight") for adapter in adapters for name in adapter.saved
     }
@@ -336,17 +338,17 @@ def _split(
     targets, heads, left = [], [], []
     for module, linear in findings.linears.items():
         classifies = base.task in CLASSIFICATIONS and is_head(module)
-        if module not in wanted and (classifies or module in saved):
+        if module not in targeted and (classifies or module in saved):
             heads.append(linear)
             continue
         # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
-        if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in wanted:
+        if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in targeted:
             continue
         # Rows that are not the batch's take no factors: left alone, unless one wants them.
         problem = rows_problem(base.graph.graph, linear.nodes, linear.module)
         if problem is None:
             targets.append(linear)
-        elif module in wanted:
+        elif module in targeted:
             raise problem
         else:
             left.append(str(problem))
@@ -369,10 +371,10 @@ def _manifest(base: Base, mode: Any) -> Manifest:
     )
 
 
-def _packed(base: Base, manifest: Manifest) -> Manifest:
-    """The manifest once the weights are packed, where they are to be and are not yet."""
+def _quantized(base: Base, manifest: Manifest) -> Manifest:
+    """The manifest with quantized weights, where they are to be and are not yet."""
     bits = PACKED_BITS.get(base.precision)
-    if bits is None or base.packed:
+    if bits is None or base.quantized:
         return manifest
-    logger.info("packing the weights to %s", base.precision)
+    logger.info("quantizing the weights to %s", base.precision)
     return quantize(base.graph, manifest, bits)

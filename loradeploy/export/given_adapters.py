@@ -37,16 +37,18 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def read_adapters(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
 ) -> dict[str, Adapter]:
-    """Adapters by name, as `named_places` finds them.
+    """Adapters by name, as `adapter_directories` finds them.
 
     Raises:
-        UsageError: as `named_places`.
+        UsageError: as `adapter_directories`.
         AdapterError: an adapter cannot be read or is refused.
     """
-    return {name: load_adapter(place) for name, place in named_places(adapters).items()}
+    return {
+        name: load_adapter(directory) for name, directory in adapter_directories(adapters).items()
+    }
 
 
-def named_places(
+def adapter_directories(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
 ) -> dict[str, Path]:
     """Where adapters are, by name, of a mapping or of `[NAME=]DIR`; a directory names itself.
@@ -55,7 +57,7 @@ def named_places(
         UsageError: a name is used twice or cannot be the name of a file.
     """
     found: dict[str, Path] = {}
-    for name, place in _named(adapters):
+    for name, directory in _named(adapters):
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"the adapter name {shown(name)} cannot be the name of a file: give letters,"
@@ -65,7 +67,7 @@ def named_places(
             raise UsageError(
                 f"two adapters are named {shown(name)}: name them, `adapters=['NAME=DIR']`"
             )
-        found[name] = place
+        found[name] = directory
     return found
 
 
@@ -84,9 +86,9 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
                 without_bias.append(name)
     most = max(counts.values(), default=None)
     if any(counts[name] != most for name in without_bias):
-        told = listed_names(f"{name} {count}" for name, count in counts.items())
+        counted = listed_names(f"{name} {count}" for name, count in counts.items())
         raise UsageError(
-            f"the adapters' heads differ in their number of labels ({told}) and have no bias:"
+            f"the adapters' heads differ in their number of labels ({counted}) and have no bias:"
             " export a bundle for each number"
         )
     return most
@@ -167,7 +169,7 @@ def _named(
     if adapters is None:
         return []
     if isinstance(adapters, Mapping):
-        return [(name, Path(place)) for name, place in adapters.items()]
+        return [(name, Path(directory)) for name, directory in adapters.items()]
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
     named = []

@@ -26,7 +26,7 @@ from loradeploy.export.match.parts import Part, find_parts
 from loradeploy.export.match.products import products
 from loradeploy.export.match.quantized import MATMUL_NBITS
 from loradeploy.export.merge_error import Round, Tally
-from loradeploy.export.passes.quantize import pack_again
+from loradeploy.export.passes.quantize import requantize_product
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,8 +68,8 @@ def merge_adapter(
     weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
     that something else in the graph shares, such as an embedding tied to the output head, is copied
     first: the other user keeps its own. `rounding` is, for the error, what the weights of a kind
-    of layer become afterwards: linear, embedding, conv2d. With `requantize` weights that are packed
-    already are unpacked, merged and packed again. `name` is what a message calls the base, `digest`
+    of layer become afterwards: linear, embedding, conv2d. With `requantize` quantized weights are
+    read, merged and quantized again. `name` is what a message calls the base, `digest`
     the checkpoint's, where known.
 
     Raises:
@@ -88,13 +88,13 @@ def merge_adapter(
         layer = _layer(layers, module, pair)
         assert layer is not None
         if isinstance(layer, Linear) and layer.quantized:
-            _merge_packed(model.graph, layer, pair, s, tally)
+            _merge_quantized(model.graph, layer, pair, s, tally)
             continue
         start = None if weights is None else weights.get(module)
-        before, W, turned = _merged(layer, pair, s, start)
-        held = constant_of(layer.weight).dtype
-        merged = cast(W, held, module)
-        _count(tally, layer, before, W.T if turned else as_matrix(W, pair), held, rounding)
+        before, W, transposed = _merged(layer, pair, s, start)
+        dtype = constant_of(layer.weight).dtype
+        merged = cast(W, dtype, module)
+        _count(tally, layer, before, W.T if transposed else as_matrix(W, pair), dtype, rounding)
         if layers.replace_weight(layer, merged):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
@@ -135,19 +135,19 @@ def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
 def _merged(
     layer: Linear | Part, pair: Factors, s: float, start: NDArray[Any] | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
-    """The matrix [out, in] before, the new weight as the graph has it, and whether it is turned."""
-    held = constant_of(layer.weight)
-    turned = isinstance(layer, Linear) and not layer.transposed
+    """The matrix [out, in] before, the graph's new weight, and whether that is transposed."""
+    numbers = constant_of(layer.weight)
+    transposed = isinstance(layer, Linear) and not layer.transposed
     if start is None:
-        before = held.astype(np.float32)
+        before = numbers.astype(np.float32)
     else:
-        before = np.array(start.T if turned else start, dtype=np.float32, order="C")
+        before = np.array(start.T if transposed else start, dtype=np.float32, order="C")
     W = before.copy()
-    matrix = W.T if turned else as_matrix(W, pair)  # [out, in], a view
+    matrix = W.T if transposed else as_matrix(W, pair)  # [out, in], a view
     if isinstance(layer, Linear) and layer.slice is not None:
         matrix = matrix[slice(*layer.slice)]
     _update(matrix, pair, s)
-    return before.T if turned else as_matrix(before, pair), W, turned
+    return before.T if transposed else as_matrix(before, pair), W, transposed
 
 
 def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
@@ -162,8 +162,8 @@ def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
         matrix *= scale[:, np.newaxis]
 
 
-def _merge_packed(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally: Tally) -> None:
-    """Merge into a packed weight, which loses what its few steps cannot hold."""
+def _merge_quantized(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally: Tally) -> None:
+    """Merge into a quantized weight, which loses what its few steps cannot represent."""
     node = layer.nodes[0]
     product = next(each for each in products(graph) if each.node is node)
     before = product.rows(list(range(product.out_features)))
@@ -175,7 +175,7 @@ def _merge_packed(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally
     W = before.copy()
     _update(W if layer.slice is None else W[slice(*layer.slice)], pair, s)
     for each in layer.nodes:
-        pack_again(each, graph, W)
+        requantize_product(each, graph, W)
     after = next(each for each in products(graph) if each.node is node)
     stored = after.rows(list(range(product.out_features)))
     assert stored is not None
@@ -188,7 +188,7 @@ def _count(
     layer: Linear | Part,
     before: NDArray[np.float32],
     after: NDArray[np.float32],
-    held: np.dtype[Any],
+    dtype: np.dtype[Any],
     rounding: Mapping[str, Round],
 ) -> None:
     """The error of one weight, [out, in] before and after."""
@@ -196,15 +196,15 @@ def _count(
         own = slice(*layer.slice)
         before, after = before[own], after[own]
     kind = "linear" if isinstance(layer, Linear) else layer.kind
-    tally.add(before, after, rounding.get(kind, lambda W: W.astype(held)))
+    tally.add(before, after, rounding.get(kind, lambda W: W.astype(dtype)))
 
 
 def _check(layers: Layers, adapter: Adapter, base: AdaptableBase, *, requantize: bool) -> None:
     check_fit(adapter, base)
-    packed = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantized]
-    if packed and not requantize:
+    quantized = [m for m in adapter.modules if m in layers.linears and layers.linears[m].quantized]
+    if quantized and not requantize:
         raise ExportError(
-            f"{packed[0]} is already quantized, and merging into it would lose the adapter's"
+            f"{quantized[0]} is already quantized, and merging into it would lose the adapter's"
             " detail: merge into the unquantized model and quantize the result, or accept the"
             " rounding error with `requantize`"
         )

@@ -75,5 +75,5 @@ def _own(
             yield f"{module}.weight", constant_of(part.weight)
     linear = None if head is None else linears.get(head)
     if linear is not None and not linear.quantized and linear.slice is None:
-        held = constant_of(linear.weight)
-        yield f"{head}.weight", held if linear.transposed else held.T
+        weight = constant_of(linear.weight)
+        yield f"{head}.weight", weight if linear.transposed else weight.T

@@ -51,7 +51,7 @@ def choose_task(
     """The task of a checkpoint: as asked for, else the adapters', else its architecture's.
 
     Raises:
-        UsageError: the task asked for is unknown, nothing tells the task, or what an adapter says
+        UsageError: the task asked for is unknown, nothing shows the task, or what an adapter says
             is not what the architecture can be; the message names the task that would do.
         ExportError: an encoder-decoder model, for another task than its own.
     """
@@ -66,30 +66,30 @@ def choose_task(
         return check_task(asked)
     own = own_task(config)
     given = list(adapters)
-    wanted = {adapter.config.task_type for adapter in given} - {None}
-    if len(wanted) > 1:
+    declared = {adapter.config.task_type for adapter in given} - {None}
+    if len(declared) > 1:
         raise UsageError(
             "the adapters are for different tasks (task_type"
-            f" {listed_names(sorted(map(str, wanted)))}): export a bundle for each, or give"
+            f" {listed_names(sorted(map(str, declared)))}): export a bundle for each, or give"
             f" {_advised(own)}"
         )
-    if wanted:
-        told = wanted.pop()
-        meant = next((name for name, theirs in PEFT_TASKS.items() if theirs == told), None)
+    if declared:
+        task_type = declared.pop()
+        meant = next((name for name, theirs in PEFT_TASKS.items() if theirs == task_type), None)
         if meant is None or not _can_be(meant, own, _architecture(config), given):
             advice = f"give {_advised(own)}"
             if own and meant == FEATURE_EXTRACTION:
                 advice += f", or {_advised(meant)} for its hidden states"
             headless = " (it brings no head)" if meant in CLASSIFICATIONS else ""
             raise UsageError(
-                f"the adapter's task_type is {shown(told)}{headless}, and the model is of the class"
-                f" {shortened(_architecture(config), 60)}: {advice}"
+                f"the adapter's task_type is {shown(task_type)}{headless}, and the model is of the"
+                f" class {shortened(_architecture(config), 60)}: {advice}"
             )
         return meant
     if own is not None:
         return own
     raise UsageError(
-        f"the task cannot be told from the architecture {shown(_architecture(config))} in"
+        f"the task is not known from the architecture {shown(_architecture(config))} in"
         f" config.json: give {_advised(None)}"
     )
 
@@ -100,7 +100,7 @@ def _advised(task: str | None) -> str:
 
 
 def own_task(config: Mapping[str, Any]) -> str | None:
-    """The task of a checkpoint's architecture, None where its name does not tell it."""
+    """The task of a checkpoint's architecture, None where its name does not show it."""
     if config.get("is_encoder_decoder"):
         return SEQ2SEQ_LM
     for ending, task_name in _ENDINGS.items():

@@ -59,47 +59,47 @@ def makes_vectors(directory: Path) -> bool:
         return False
 
 
-def check_recipe(places: Sequence[Path], task: str) -> None:
+def check_recipe(directories: Sequence[Path], task: str) -> None:
     """Raise BundleError where `bring_recipe` would, before anything is traced."""
     if task == FEATURE_EXTRACTION:
-        for place in places:
-            found = recipe_directory(text_directory(place))
+        for directory in directories:
+            found = recipe_directory(text_directory(directory))
             if found is not None:
                 read_recipe(found)
 
 
-def bring_recipe(places: Sequence[Path], output: Path, task: str) -> dict[str, str]:
+def bring_recipe(directories: Sequence[Path], output: Path, task: str) -> dict[str, str]:
     """Copy what tells how the base's states become a text's vector; the files' digests by name.
 
-    It is in the first of `places` that has it. What is used where none has it is said.
+    It is in the first of `directories` that has it. What is used where none has it is said.
 
     Raises:
         BundleError: a module is of a kind that is not computed.
     """
     if task != FEATURE_EXTRACTION:
         return {}
-    for place in places:
-        found = recipe_directory(text_directory(place))
+    for directory in directories:
+        found = recipe_directory(text_directory(directory))
         recipe = None if found is None else read_recipe(found)
         if found is not None and recipe is not None:
             return digests_of(output, copy_recipe(found, recipe, output))
     logger.warning(
-        "%s has no modules.json that tells the pooling: a text's vector is the mean of its tokens'"
+        "%s has no modules.json with the pooling: a text's vector is the mean of its tokens'"
         " states, scaled to length 1",
-        places[-1],
+        directories[-1],
     )
     return {}
 
 
 def bring_text(
     name: str,
-    place: Path,
+    directory: Path,
     output: Path,
     base: Tokenizer | None,
     manifest: Manifest,
     config: Mapping[str, Any],
 ) -> AdapterText | None:
-    """Copy what the adapter at `place` brings for texts to `output`; None where it is the base's.
+    """Copy what the adapter in `directory` brings for its texts; None where it is the base's.
 
     A difference is said, in one line.
 
@@ -108,14 +108,14 @@ def bring_text(
         BundleError: a file is broken.
     """
     differences, files = [], []
-    with _named(name), _with_tokenizer(text_directory(place)) as source:
+    with _named(name), _with_tokenizer(text_directory(directory)) as source:
         own = _own_tokenizer(source, base, manifest, config)
         if own is not None and (changes := _differences(own, base)):
             differences += changes
             files += _copy_text(source, output)
         found = None
         if manifest.task == FEATURE_EXTRACTION:
-            found = recipe_directory(text_directory(place))
+            found = recipe_directory(text_directory(directory))
         recipe = None if found is None else read_recipe(found)
         if found is not None and recipe is not None:
             copied = copy_recipe(found, recipe, output)
@@ -133,20 +133,20 @@ def bring_text(
         files=digests_of(output, files),
         chat_template=None if own is None else own.template,
         eos_token_ids=() if own is None else tuple(sorted(own.eos_ids)),
-        generation={} if own is None else _told(own.settings),
+        generation={} if own is None else _declared(own.settings),
     )
 
 
-def take_place(
-    name: str, place: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
+def replace_texts(
+    name: str, directory: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
 ) -> None:
-    """Let what the merged adapter at `place` brings for texts take the place of the base's.
+    """Let what the merged adapter in `directory` brings for texts take the place of the base's.
 
     Raises:
         AdapterMismatchError: its tokenizer has words that the graph has no row for.
         BundleError: a file is broken.
     """
-    with _named(name), _with_tokenizer(text_directory(place)) as source:
+    with _named(name), _with_tokenizer(text_directory(directory)) as source:
         base = base_tokenizer(bundle)
         own = _own_tokenizer(source, base, manifest, config)
         if own is None or not (changes := _differences(own, base)):
@@ -180,7 +180,7 @@ def make_tokenizer(source: Path, output: Path) -> None:
         )
 
 
-def _told(settings: GenerationSettings) -> dict[str, Any]:
+def _declared(settings: GenerationSettings) -> dict[str, Any]:
     """The settings that are not as they are where nothing is said."""
     usual = GenerationSettings()
     return {
@@ -240,8 +240,8 @@ def _differences(own: Tokenizer, base: Tokenizer | None) -> list[str]:
     if own.own_words:
         new = own.vocabulary.items() - base.vocabulary.items()
         words = (repr(word) for word, _ in sorted(new, key=lambda item: item[1]))
-        told = listed_names(words, _LISTED)
-        found.append(f"tokenizer (new words: {told})" if new else "tokenizer")
+        words_listed = listed_names(words, _LISTED)
+        found.append(f"tokenizer (new words: {words_listed})" if new else "tokenizer")
     elif own.special_tokens != base.special_tokens:
         found.append("special tokens")
     if own.eos_ids != base.eos_ids:
@@ -268,8 +268,8 @@ def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
     """
     settings = _object(bundle / SETTINGS_NAME)
     for role, token in own.special_tokens.items():
-        told = settings.get(role)
-        if token != (told.get("content") if isinstance(told, Mapping) else told):
+        declared = settings.get(role)
+        if token != (declared.get("content") if isinstance(declared, Mapping) else declared):
             settings[role] = token
     settings.pop("chat_template", None)
     write_json(bundle / SETTINGS_NAME, settings)
@@ -299,5 +299,5 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _say(name: str, differences: Sequence[str]) -> None:
     *first, last = differences
-    told = f"{', '.join(first)} and {last}" if first else last
-    logger.warning("%s: with its own %s in place of the base's", name, told)
+    changed = f"{', '.join(first)} and {last}" if first else last
+    logger.warning("%s: with its own %s in place of the base's", name, changed)

@@ -36,8 +36,8 @@ from loradeploy.export.texts import (
     bring_recipe,
     bring_text,
     make_tokenizer,
+    replace_texts,
     say_ignored,
-    take_place,
 )
 from loradeploy.export.trial.bundle import Source, try_bundle
 from loradeploy.files import atomic_directory, copy_file, read_json, write_json
@@ -79,8 +79,8 @@ class Content:
     `biases`: those of the base that offsets are computed from, by their names in the base.
     `required`: whether a graph for clients that feed required inputs alone is written too.
     `config`: the object for config.json, empty where the base has none.
-    `source`: what the bundle is held against before it takes its place.
-    `places`: where the adapters are from, by name; `merged`: where the one merged in is from.
+    `source`: what the bundle is compared with before it takes its place.
+    `directories`: where the adapters are from, by name; `merged`: where the one merged in is from.
     `recipes`: where what makes vectors of an encoder's states may be, the first that has it.
     """
 
@@ -93,7 +93,7 @@ class Content:
     biases: Mapping[str, NDArray[Any]]
     required: bool = False
     source: Source = dataclasses.field(default_factory=Source)
-    places: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    directories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     recipes: tuple[Path, ...] = ()
 
@@ -154,12 +154,12 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     known = {target.module for target in manifest.targets if target.stored is not None}
     known.update(name.removesuffix(".weight") for name in weights)
     manifest = _write_assets(directory, manifest, content)
-    base = base_tokenizer(directory) if content.places else None
+    base = base_tokenizer(directory) if content.directories else None
     entries = {}
     for name, adapter in content.adapters.items():
         path = f"{ADAPTERS_DIRECTORY}/{name}"
         native = directory / f"{path}{NATIVE_SUFFIX}"
-        _write_adapter(adapter, content.places.get(name), directory / path)
+        _write_adapter(adapter, content.directories.get(name), directory / path)
         write_side_inputs(content.side_inputs[name], manifest, native)
         dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
         entries[name] = AdapterEntry(
@@ -190,13 +190,13 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     return manifest
 
 
-def _write_adapter(adapter: Adapter, place: Path | None, directory: Path) -> None:
+def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:
     """The adapter's own files, which PEFT can be asked about, where they are `adapter` as it is.
 
     One that was fitted to the base on the way is written anew.
     """
-    if place is not None:
-        copy_adapter(place, directory)
+    if source is not None:
+        copy_adapter(source, directory)
         if load_adapter(directory).digest == adapter.digest:
             return
     save_adapter(adapter, directory)
@@ -206,11 +206,10 @@ def _text(
     name: str, directory: Path, manifest: Manifest, content: Content, base: Tokenizer | None
 ) -> AdapterText | None:
     """What the adapter `name` brings for texts, copied beside its weights."""
-    if name not in content.places:
+    if name not in content.directories:
         return None
     output = directory / ADAPTERS_DIRECTORY / name
-    place = content.places[name]
-    return bring_text(name, place, output, base, manifest, content.config)
+    return bring_text(name, content.directories[name], output, base, manifest, content.config)
 
 
 def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -222,14 +221,14 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
                 copy_file(file, directory / file.name, error=ModelError)
-    for place in content.recipes[:1]:  # the config's place, where it is not the tokenizer's
-        file = place / _GENERATION_NAME
+    for recipe in content.recipes[:1]:  # the config's directory, where it is not the tokenizer's
+        file = recipe / _GENERATION_NAME
         if file.is_file() and not (directory / _GENERATION_NAME).exists():
             copy_file(file, directory / _GENERATION_NAME, error=ModelError)
     if not (directory / _TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
-    for name, place in content.merged.items():
-        take_place(name, place, directory, manifest, content.config)
+    for name, source in content.merged.items():
+        replace_texts(name, source, directory, manifest, content.config)
     recipes = (*content.merged.values(), *content.recipes)
     manifest = dataclasses.replace(
         manifest, sentence=bring_recipe(recipes, directory, manifest.task)

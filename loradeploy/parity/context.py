@@ -17,7 +17,7 @@ from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
-from loradeploy.export.given_adapters import named_places
+from loradeploy.export.given_adapters import adapter_directories
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base_formats import check_plain_weights
@@ -146,7 +146,7 @@ def find_adapters(
         found[name] = AdapterUnderTest(
             name, path, wide, adapter.digest, file, widened=wide is not adapter
         )
-    for name, path in named_places(adapters).items():
+    for name, path in adapter_directories(adapters).items():
         adapter = fitted(load_adapter(path), manifest)
         wide = with_all_labels(adapter, manifest)
         if name in found and found[name].digest != adapter.digest:

@@ -15,7 +15,7 @@ from loradeploy.cli.export import parse_sizes
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.passes.static_shapes import fix_dimensions
+from loradeploy.export.passes.static_shapes import use_static_shapes
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
@@ -50,7 +50,7 @@ def symbols(graph: ir.Graph) -> set[str]:
 
 def test_a_symbol_becomes_its_number_and_the_rest_stay() -> None:
     model = linear()
-    fix_dimensions(model.graph, {"batch": 3})
+    use_static_shapes(model.graph, {"batch": 3})
     for value in (model.graph.inputs[0], model.graph.outputs[0]):
         assert value.shape is not None
         assert value.shape[0] == 3

@@ -24,7 +24,7 @@ from loradeploy.export.match.products import products
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs import inject_side_inputs
-from loradeploy.export.read.normalize import make_products_plain
+from loradeploy.export.read.normalize import normalize_products
 from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.export.test_gqa import attention
 from tests.tolerances import tolerance
@@ -168,7 +168,7 @@ def test_a_gemm_that_scales_or_turns_takes_an_adapter_as_a_plain_one(
     model, x, W, C = _gemm(given, addend)
     feeds = {"x": np.ascontiguousarray(x.T) if given.get("transA") else x}
     assert _near(run(model, feeds), x @ W.T + C)
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     assert _near(run(model, feeds), x @ W.T + C), "the base is another"
     (product,) = products(model.graph)
     assert np.allclose(product.rows(list(range(OUT))), W)
@@ -180,7 +180,7 @@ def test_a_gemm_that_scales_or_turns_takes_an_adapter_as_a_plain_one(
 def test_side_inputs_are_not_scaled_with_the_product(given: dict[str, Any]) -> None:
     adapter = _adapter()
     model, x, W, C = _gemm(given, "bias")
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     inject_side_inputs(model, list(find_linears(model).linears.values()))
     pair = adapter.factors["m"]
     factors = {"m.lora_A": pair.A.T[None], "m.lora_B": 2 * pair.B.T[None]}
@@ -193,7 +193,7 @@ def test_a_trained_bias_is_whole_whatever_the_base_s_was_scaled_by(
     beta: float, addend: str
 ) -> None:
     model, x, W, _ = _gemm({"beta": beta}, addend)
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     adapter = _adapter(bias=numbers(OUT, seed=5))
     _merge(model, adapter)
     expected = x @ (W + _update(adapter)).T + adapter.saved["m.bias"]
@@ -203,7 +203,7 @@ def test_a_trained_bias_is_whole_whatever_the_base_s_was_scaled_by(
 @pytest.mark.parametrize("addend", ["column", "whole"])
 def test_a_trained_bias_is_refused_where_what_is_added_is_not_understood(addend: str) -> None:
     model, *_ = _gemm({}, addend)
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     with pytest.raises(AdapterMismatchError, match=r"m\.bias is used in a way that is not under"):
         _merge(model, _adapter(bias=numbers(OUT)))
 
@@ -222,7 +222,7 @@ def test_a_fused_product_is_made_plain(given: dict[str, Any]) -> None:
     W = W if turns else W.T
     feeds = {"x": np.ascontiguousarray(rows.swapaxes(1, 2)) if turned else rows}
     assert _near(run(model, feeds), rows @ W.T)
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     _merge(model, adapter)
     assert _near(run(model, feeds), rows @ (W + _update(adapter)).T)
 
@@ -240,7 +240,7 @@ def test_what_is_fused_behind_a_product_is_done_after_the_adapter(activation: st
     rows, adapter, model = numbers(BATCH, IN), _adapter(), fused()
     W = model.graph.initializers["w"].const_value.numpy().copy()
     expected = run(fused(W + 2 * _update(adapter)), {"x": rows})
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     _merge(model, adapter)
     assert _near(run(model, {"x": rows}), expected)
 
@@ -251,7 +251,7 @@ def test_a_weight_that_is_scaled_for_one_product_stays_for_another() -> None:
     first = b.node("Gemm", [x, w], [BATCH, IN], module="m", alpha=0.5)
     model = b.model(b.node("MatMul", [first, w], [BATCH, IN], module="n"))
     W, rows = w.const_value.numpy().copy(), numbers(BATCH, IN)
-    make_products_plain(model.graph)
+    normalize_products(model.graph)
     assert _near(run(model, {"x": rows}), 0.5 * rows @ W @ W)
 
 

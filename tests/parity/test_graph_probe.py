@@ -13,7 +13,7 @@ import pytest
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.naming import PACKED_MODULES
+from loradeploy.export.match.naming import FUSED_MODULES
 from loradeploy.export.passes.side_inputs import inject_side_inputs
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
 from loradeploy.parity.diagnose.torch_probe import Modules, Site
@@ -86,7 +86,7 @@ def test_a_packed_projection_is_looked_at_in_parts(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     y = b.node("MatMul", [x, b.weight("w", IN, 2 * OUT)], [*BATCH, 2 * OUT], name="/m/qkv/MatMul")
-    b.nodes[-1].metadata_props[PACKED_MODULES] = json.dumps([["m.q", OUT], ["m.k", OUT]])
+    b.nodes[-1].metadata_props[FUSED_MODULES] = json.dumps([["m.q", OUT], ["m.k", OUT]])
     model = b.model(b.node("Relu", [y], [*BATCH, 2 * OUT], name="/m/act/Relu"))
     found = probed(model, tmp_path, [out("m.q"), out("m.k")])
     assert [(probe.module, probe.value.name, probe.part) for probe in found.probes] == [

@@ -38,8 +38,8 @@ def load_graph(file: Path) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as problem:  # protobuf's errors, and whatever a broken graph sets off
-        told = first_line(problem)
-        raise ModelError(f"{file} is no readable ONNX model: {told}") from None
+        reason = first_line(problem)
+        raise ModelError(f"{file} is no readable ONNX model: {reason}") from None
     if not len(model.graph):
         raise ModelError(f"{file} is no readable ONNX model: its graph is empty")
     check_sound(model, file)
@@ -105,8 +105,8 @@ def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
         raise ModelError(f"{file}: the external data of {tensor.name}: {problem}") from None
     if tensor.length not in (None, tensor.nbytes):
         raise ModelError(
-            f"{file}: the external data of {tensor.name} is told to be {tensor.length} bytes long,"
-            f" its shape takes {tensor.nbytes}"
+            f"{file}: the external data of {tensor.name} is declared to be {tensor.length} bytes"
+            f" long, its shape takes {tensor.nbytes}"
         )
     if data.is_file() and data.stat().st_nlink > 1:
         raise ModelError(  # onnx and onnx-ir refuse to read it

@@ -142,8 +142,8 @@ def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
 
 def _check_names(node: ir.Node) -> None:
     """protobuf gives bytes where a text is no UTF-8."""
-    told = node.metadata_props
-    texts = [node.name, node.op_type, node.domain, *told, *told.values()]
+    metadata = node.metadata_props
+    texts = [node.name, node.op_type, node.domain, *metadata, *metadata.values()]
     texts += [value.name for value in (*node.inputs, *node.outputs) if value is not None]
     if odd := [text for text in texts if not isinstance(text, str | None)]:
         raise ModelError(f"a name in it is {shown(odd[0])}, which is no UTF-8")

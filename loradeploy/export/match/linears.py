@@ -18,7 +18,7 @@ from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
 from loradeploy.errors import ExportError, shortened
 from loradeploy.export.graph.scopes import NAME_SCOPES, linear_scopes
-from loradeploy.export.match.naming import PACKED_MODULES, Named, Namer, by_graph
+from loradeploy.export.match.naming import FUSED_MODULES, Named, Namer, by_graph
 from loradeploy.export.match.products import Product, bias_use, describe, products, value_of
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def annotate_modules(linears: Mapping[str, Linear]) -> None:
                 node.metadata_props.update(linear_scopes(linear.module))
             else:
                 modules = [[other.module, other.out_features] for other in packed]
-                node.metadata_props[PACKED_MODULES] = json.dumps(modules)
+                node.metadata_props[FUSED_MODULES] = json.dumps(modules)
 
 
 def output_head(model: ir.Model, findings: Findings) -> str | None:

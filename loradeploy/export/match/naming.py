@@ -1,6 +1,6 @@
 """Which modules of the checkpoint a product of a graph computes, and by what evidence.
 
-A product may be of several modules, their outputs side by side: q, k and v packed. From the
+A product may be of several modules, their outputs side by side: q, k and v fused. From the
 strongest evidence to the weakest: a map that the user gives, module paths in the nodes' metadata,
 node names that spell a path, and the numbers of a checkpoint (identity.py).
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Of our own making: the modules of a packed product, [[module, outputs], …] as JSON.
-PACKED_MODULES: Final = "loradeploy.modules"
+FUSED_MODULES: Final = "loradeploy.modules"
 
 _ATTENTION: Final = ("GroupQueryAttention", "MultiHeadAttention", "PagedAttention")
 # The onnxruntime-genai builder's names beside those of transformers' modules, which it renames.
@@ -59,10 +59,10 @@ def first_of(namers: Sequence[Namer]) -> Namer:
 def by_graph(product: Product) -> Named | None:
     """By the graph alone: its metadata, then its node names."""
     node = product.node
-    packed = node.metadata_props.get(PACKED_MODULES)
-    if packed:
-        modules = tuple((str(name), int(size)) for name, size in json.loads(packed))
-        return Named(modules, f"metadata {PACKED_MODULES}")
+    fused = node.metadata_props.get(FUSED_MODULES)
+    if fused:
+        modules = tuple((str(name), int(size)) for name, size in json.loads(fused))
+        return Named(modules, f"metadata {FUSED_MODULES}")
     found = module_of(node)
     if found is None:
         return None
@@ -71,7 +71,7 @@ def by_graph(product: Product) -> Named | None:
 
 
 def keeping_whole(modules: Iterable[str]) -> Namer:
-    """As `by_graph`, but the packed projections in `modules` are modules of the checkpoint."""
+    """As `by_graph`, but the fused projections in `modules` are modules of the checkpoint."""
     whole = frozenset(modules)
 
     def name(product: Product) -> Named | None:
@@ -116,7 +116,7 @@ def _is_built(node: ir.Node) -> bool:
 
 
 def _unpacked(product: Product, module: str, found_by: str) -> tuple[tuple[str, int], ...]:
-    """A packed projection's modules, told by the attention that takes it; else the one module."""
+    """A fused projection's modules, known by the attention that takes it; else the one module."""
     found = _PACKED_QKV.fullmatch(module)
     sizes = None if found is None or "builder" not in found_by else _parts_of(product.node)
     if found is None or sizes is None or sum(sizes) != product.out_features:

@@ -75,8 +75,8 @@ def check_known(model: ir.Model, parameters: Collection[str]) -> None:
 
 
 def _close(part: Part, values: NDArray[Any]) -> bool:
-    held = constant_of(part.weight)
+    numbers = constant_of(part.weight)
     room = _ROUNDINGS * float(np.finfo(np.float32).eps)
-    if held.dtype != np.float32:
-        room = _ROUNDINGS * 2.0**-8 if held.dtype.name == "bfloat16" else _ROUNDINGS * 2.0**-11
-    return np.allclose(held.astype(np.float64), values.astype(np.float64), rtol=room, atol=room)
+    if numbers.dtype != np.float32:
+        room = _ROUNDINGS * 2.0**-8 if numbers.dtype.name == "bfloat16" else _ROUNDINGS * 2.0**-11
+    return np.allclose(numbers.astype(np.float64), values.astype(np.float64), rtol=room, atol=room)

@@ -88,13 +88,13 @@ def observe(
     that of the graph's external data. `config`: that of the model. A graph that cannot be run is
     noted as such: see `not_run`.
     """
-    wanted = list({value: None for value in values if not value.is_initializer()})
+    observed = list({value: None for value in values if not value.is_initializer()})
     try:
-        seen = _run(model, wanted, directory, config)
+        seen = _run(model, observed, directory, config)
     except Exception as problem:  # onnxruntime's own errors, of many kinds
         model.graph.meta[_NOT_RUN] = first_line(problem).rpartition("] : ")[2]
         return
-    for value in wanted:
+    for value in observed:
         runs = [[arrays[str(value.name)] for arrays in size] for _, size in seen]
         kinds = [_kinds(tried, own) for (tried, _), own in zip(seen, runs, strict=True)]
         common = set.intersection(*kinds)
@@ -122,14 +122,14 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
 
     options = trial_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    held = (value.const_value for value in model.graph.initializers.values())
-    own = sum(t.nbytes for t in held if t is not None and not isinstance(t, ir.ExternalTensor))
+    known = (value.const_value for value in model.graph.initializers.values())
+    own = sum(t.nbytes for t in known if t is not None and not isinstance(t, ir.ExternalTensor))
     if own < _MOST_BYTES:
         options.add_session_config_entry(_FOLDER_OPTION, str(directory.resolve()))
         content = ir.to_proto(model).SerializeToString()
         return onnxruntime.InferenceSession(content, options, providers=[CPU])
-    with scratch_directory() as place:
-        file = place / "model.onnx"
+    with scratch_directory() as scratch:
+        file = scratch / "model.onnx"
         ir.save(model, file, external_data="model.onnx.data")
         return onnxruntime.InferenceSession(file, options, providers=[CPU])
 
@@ -243,10 +243,10 @@ def _complete(value: ir.Value, runs: Sequence[NDArray[Any]]) -> None:
     import onnx_ir as ir
 
     shapes = [run.shape for run in runs]
-    held = None if value.shape is None else list(value.shape)
-    if held is None or any(
-        len(held) != len(shape)
-        or any(isinstance(dim, int) and dim != size for dim, size in zip(held, shape, strict=True))
+    known = None if value.shape is None else list(value.shape)
+    if known is None or any(
+        len(known) != len(shape)
+        or any(isinstance(dim, int) and dim != size for dim, size in zip(known, shape, strict=True))
         for shape in shapes
     ):
         same = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True)]

@@ -88,9 +88,9 @@ class Layers:
         module, _, name = parameter.rpartition(".")
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and name == "weight":
-            held = values if linear.transposed else values.T
+            numbers = values if linear.transposed else values.T
             return self.replace_weight(
-                linear, cast(held, constant_of(linear.weight).dtype, parameter)
+                linear, cast(numbers, constant_of(linear.weight).dtype, parameter)
             )
         if linear is not None:
             self._replace_linear_bias(linear, values)
@@ -114,8 +114,8 @@ class Layers:
         layer = self._layer(module) if name == "weight" else None
         if layer is None:
             return constant_of(self.graph.initializers[parameter])
-        held = constant_of(layer.weight)
-        return held if isinstance(layer, Part) or layer.transposed else held.T
+        numbers = constant_of(layer.weight)
+        return numbers if isinstance(layer, Part) or layer.transposed else numbers.T
 
     def overwrite(
         self, parameter: str, values: NDArray[Any], *, others: Collection[str] = ()
@@ -143,8 +143,8 @@ class Layers:
                     f"{named} has the numbers of {parameter} in a constant of its own: whether it"
                     " shares what the adapter brings cannot be told; merge into the checkpoint"
                 )
-        held = values if isinstance(layer, Part) or layer.transposed else values.T
-        set_constant(layer.weight, cast(held, constant_of(layer.weight).dtype, parameter))
+        numbers = values if isinstance(layer, Part) or layer.transposed else values.T
+        set_constant(layer.weight, cast(numbers, constant_of(layer.weight).dtype, parameter))
 
     def may_share(self, one: str, other: str) -> bool:
         """Whether two of the checkpoint's weights are one constant, or cannot be told from one."""
@@ -173,16 +173,16 @@ class Layers:
         # The copy is fed past whatever stands between the shared weight and its user.
         own: dict[bool, ir.Value] = {}
         for node in layer.nodes:
-            turned = isinstance(layer, Linear) and layer.transposed != _turns(node)
+            transposed = isinstance(layer, Linear) and layer.transposed != _transposes(node)
             index = 1 if isinstance(layer, Linear) else layer.weight_input
             kind = None if (used := node.inputs[index]) is None else used.dtype
-            if turned not in own:
-                oriented = np.ascontiguousarray(values.T) if turned else values
+            if transposed not in own:
+                oriented = np.ascontiguousarray(values.T) if transposed else values
                 name = free_name(self.graph, f"{layer.module}.weight")
                 if kind is not None and oriented.dtype != kind.numpy():
                     oriented = cast(oriented, kind.numpy(), name)  # as the Cast passed by gave it
-                own[turned] = add_constant(self.graph, name, oriented)
-            node.replace_input_with(index, own[turned])
+                own[transposed] = add_constant(self.graph, name, oriented)
+            node.replace_input_with(index, own[transposed])
         return True
 
     def _replace_linear_bias(self, linear: Linear, values: NDArray[Any]) -> None:
@@ -263,5 +263,5 @@ def _users(value: ir.Value) -> set[ir.Node]:
     return users
 
 
-def _turns(node: ir.Node) -> bool:
+def _transposes(node: ir.Node) -> bool:
     return "transB" in node.attributes and bool(node.attributes["transB"].as_int())

@@ -131,8 +131,8 @@ def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:
     Operators of other domains hold it in another order, and tables looked up by columns are none.
     """
     axis = node.attributes.get("axis")
-    turned = node.op_type == "Gather" and axis is not None and axis.as_int() % 2
-    if node.domain != operator.domain or turned:
+    transposed = node.op_type == "Gather" and axis is not None and axis.as_int() % 2
+    if node.domain != operator.domain or transposed:
         return None
     value = node.inputs[operator.weight] if len(node.inputs) > operator.weight else None
     if value is None or not value.is_initializer() or value.is_graph_input():

@@ -91,10 +91,10 @@ class Sample:
         """
         if first + matrix.outputs > self._product.out_features:
             return False
-        place = (first, matrix.outputs)
-        if place not in self._rows:
-            self._rows[place] = self._product.rows([first + pick for pick in matrix.samples()])
-        rows = self._rows[place]
+        span = (first, matrix.outputs)
+        if span not in self._rows:
+            self._rows[span] = self._product.rows([first + pick for pick in matrix.samples()])
+        rows = self._rows[span]
         limit = _SIMILAR_QUANTIZED if self._product.quantized else _SIMILAR_FLOAT
         return rows is not None and bool((_distance(rows, matrix.sampled) < limit).any())
 

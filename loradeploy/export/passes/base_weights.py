@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _READABLE: Final = ("float32", "float16", "bfloat16")
 
 
-class HeldBase:
+class GraphWeights:
     """The base in a graph under surgery; `biases` by their names in the base."""
 
     def __init__(self, graph: ir.Graph, biases: Mapping[str, NDArray[np.float32]]) -> None:
@@ -71,7 +71,7 @@ def _stored(tensor: ir.ExternalTensor) -> StoredWeight | None:
 
 def _weight(graph: ir.Graph, target: LoraTarget) -> NDArray[np.float32] | None:
     """[out, in]; None where the weight is packed."""
-    held: NDArray[Any] = constant_of(graph.initializers[target.weight])
-    if held.dtype.name not in _READABLE:
+    numbers: NDArray[Any] = constant_of(graph.initializers[target.weight])
+    if numbers.dtype.name not in _READABLE:
         return None
-    return (held if target.transposed else held.T).astype(np.float32, copy=False)
+    return (numbers if target.transposed else numbers.T).astype(np.float32, copy=False)

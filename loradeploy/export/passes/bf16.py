@@ -1,4 +1,4 @@
-"""Weights held as bfloat16, computed with as float32.
+"""Weights stored as bfloat16, computed with as float32.
 
     W [float32]     →     W [bfloat16] → Cast → [float32]
 
@@ -56,13 +56,13 @@ def _cast_weight(value: ir.Value, dtype: ir.DataType) -> None:
     """Let an initializer be of `dtype`; its numbers are cast when they are read."""
     import onnx_ir as ir
 
-    held = value.const_value
-    assert held is not None
+    tensor = value.const_value
+    assert tensor is not None
     value.dtype = dtype
     value.const_value = ir.LazyTensor(
-        lambda: ir.tensor(held.numpy().astype(dtype.numpy())),
+        lambda: ir.tensor(tensor.numpy().astype(dtype.numpy())),
         dtype=dtype,
-        shape=ir.Shape(held.shape.numpy()),
+        shape=ir.Shape(tensor.shape.numpy()),
         name=value.name,
     )
 

@@ -168,10 +168,10 @@ def _needed(
     seen: Callable[[ir.Value], ir.Value],
 ) -> list[ir.Node]:
     """The nodes that `outputs` come of, in their order."""
-    wanted = {seen(value) for value in outputs}
+    needed = {seen(value) for value in outputs}
     kept = []
     for node in reversed(nodes):
-        if any(value in wanted for value in node.outputs):
+        if any(value in needed for value in node.outputs):
             kept.append(node)
-            wanted.update(seen(value) for value in node.inputs if value is not None)
+            needed.update(seen(value) for value in node.inputs if value is not None)
     return kept[::-1]

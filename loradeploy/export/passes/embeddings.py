@@ -72,9 +72,9 @@ def _add_at(surgery: Surgery, label: str, node: ir.Node, A: ir.Value, B: ir.Valu
     slot = numbers.add("Unsqueeze", "slot", [surgery.ids, row])  # [rows, 1, 1]
     shape = numbers.add("Shape", "shape", [token])
     slot = numbers.add("Expand", "slots", [slot, shape])  # [batch, sequence, 1]
-    place = numbers.add("Concat", "place", [slot, token], axis=-1)  # [batch, sequence, 2]
+    entry = numbers.add("Concat", "entry", [slot, token], axis=-1)  # [batch, sequence, 2]
     chain = surgery.chain(numbers.last, label)
-    low = chain.add("GatherND", "lora_A_gather", [A, place])  # [batch, sequence, rank]
+    low = chain.add("GatherND", "lora_A_gather", [A, entry])  # [batch, sequence, rank]
     b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, size]
     delta = chain.add("MatMul", "lora_B_matmul", [low, b])  # [batch, sequence, size]
     total = chain.add("Add", LORA_ADD, [y, delta])

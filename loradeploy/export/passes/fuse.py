@@ -41,7 +41,7 @@ class Fused:
 
     A linear that shares its input with no other is the only member of its product.
     `outputs`: the members' own, where the graph takes the product's output apart; None where it
-    does not, as in graphs that come with packed products.
+    does not, as in graphs that come with fused products.
     """
 
     label: str
@@ -55,7 +55,7 @@ def fuse_products(
     """Make one product of those linears of one module that take the same input.
 
     Modules in `apart` stay as they are, and so does a linear that is called twice, whose weight
-    something else uses, or is packed or turned. The order of the linears is kept.
+    something else uses, or is quantized or transposed. The order of the linears is kept.
     """
     groups: dict[object, list[Linear]] = {}
     for linear in linears:
@@ -72,7 +72,7 @@ def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
     """
     nodes = {str(node.name): node for node in graph}
     for label, members in products_of(targets):
-        if members[0].slice is not None and not is_packed(label, members):
+        if members[0].slice is not None and not came_fused(label, members):
             _separate(graph, label, members, nodes.get(step_name(label, FUSED_SPLIT)))
 
 
@@ -88,7 +88,7 @@ def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarge
     return products
 
 
-def is_packed(label: str, members: Sequence[LoraTarget]) -> bool:
+def came_fused(label: str, members: Sequence[LoraTarget]) -> bool:
     """Whether the product came with the graph: the weight of one fused here is called after it."""
     return members[0].slice is not None and not members[0].weight.startswith(
         fused_weight_name(label)
@@ -112,7 +112,7 @@ def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
     """The one product of `members`."""
     label = label_of([member.module for member in members])
     if members[0].slice is not None:
-        _check_whole(label, members)
+        _check_complete(label, members)
         return Fused(label, tuple(members), _taken_apart(label, members))
     return Fused(label, tuple(members)) if len(members) == 1 else _fuse(graph, label, members)
 
@@ -125,8 +125,8 @@ def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] 
     return tuple(users[0].outputs) if len(users[0].outputs) == len(members) else None
 
 
-def _check_whole(label: str, members: Sequence[Linear]) -> None:
-    """Raise ExportError unless the members are all of a packed product."""
+def _check_complete(label: str, members: Sequence[Linear]) -> None:
+    """Raise ExportError unless the members are all of a fused product."""
     slices = [member.slice or (0, 0) for member in members]
     begins, ends = [begin for begin, _ in slices], [end for _, end in slices]
     shape = output_of(members[0].nodes[0]).shape
@@ -134,7 +134,7 @@ def _check_whole(label: str, members: Sequence[Linear]) -> None:
     if [*begins, outputs] == [0, *ends]:
         return
     raise ExportError(
-        f"{label} is a part of a packed product, of which other parts take no adapters: merge the"
+        f"{label} is a part of a fused product, of which other parts take no adapters: merge the"
         " adapter instead"
     )
 

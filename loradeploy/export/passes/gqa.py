@@ -216,14 +216,14 @@ def _flat(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
                 name=f"{maker.name}/flat",
             )
             return _placed(graph, node, made, value, shape)
-    turned = ir.node("Transpose", [value], attributes={"perm": list(_HEADS_FIRST)})
-    turned.name = f"{node.name}/{value.name}/turned"
+    transposed = ir.node("Transpose", [value], attributes={"perm": list(_HEADS_FIRST)})
+    transposed.name = f"{node.name}/{value.name}/transposed"
     whole = ir.Shape([value.shape[0], value.shape[2], heads, size])
     sizes = graph.initializers.get(f"gqa.{heads * size}")
     if sizes is None:
         rest = np.array([0, 0, heads * size], np.int64)
         sizes = add_constant(graph, f"gqa.{heads * size}", rest)
-    joined = ir.node("Reshape", [_placed(graph, node, turned, value, whole), sizes])
+    joined = ir.node("Reshape", [_placed(graph, node, transposed, value, whole), sizes])
     joined.name = f"{node.name}/{value.name}/flat"
     return _placed(graph, node, joined, value, shape)
 
@@ -241,7 +241,7 @@ def _placed(
 def _unsplit(value: ir.Value) -> ir.Value | None:
     """What was split into the heads of `value` by a Reshape and a Transpose, where it was."""
     transpose = value.producer()
-    if transpose is None or not _turns_heads(transpose):
+    if transpose is None or not _swaps_heads(transpose):
         return None
     assert transpose.inputs[0] is not None
     reshape = transpose.inputs[0].producer()
@@ -257,7 +257,7 @@ def _merged_heads(node: ir.Node) -> ir.Value:
         same = transpose.outputs[0]  # some exporters say the shape that is there already
         if value.shape is not None and same.shape == value.shape:
             transpose = only_user(same)
-    if transpose is not None and _turns_heads(transpose):
+    if transpose is not None and _swaps_heads(transpose):
         reshape = only_user(transpose.outputs[0])
         if reshape is not None and reshape.op_type == "Reshape":
             shape = reshape.outputs[0].shape
@@ -266,7 +266,7 @@ def _merged_heads(node: ir.Node) -> ir.Value:
     raise _unfit(node, "has heads that are not put side by side again")
 
 
-def _turns_heads(node: ir.Node) -> bool:
+def _swaps_heads(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST
 
 

@@ -45,8 +45,8 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     if rows.moved:
         raise ExportError(f"{module} flattens its rows and cannot be a side input: merge instead")
     x = rows.x
-    held = constant_of(linear.weight)
-    weight = np.ascontiguousarray(held.T if linear.transposed else held)[np.newaxis]
+    numbers = constant_of(linear.weight)
+    weight = np.ascontiguousarray(numbers.T if linear.transposed else numbers)[np.newaxis]
     bias = None
     if linear.bias is not None:
         bias = constant_of(linear.bias).reshape(1, -1)

@@ -1,8 +1,8 @@
-"""Weights packed to 8 or 4 bits by onnxruntime's own quantizer, after surgery or merge.
+"""Weights quantized to 8 or 4 bits by onnxruntime's own quantizer, after surgery or merge.
 
-Only products of the base are packed: factors and heads are no constants of theirs. Each weight is
-given to the quantizer in a model of its own, so that the whole graph never is in memory twice and
-its other nodes stay as they are.
+Only products of the base are quantized: factors and heads are no constants of theirs. The quantizer
+gets each weight in a model of its own, so that the whole graph never is in memory twice and its
+other nodes stay as they are.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ _ZEROS, _GROUPS = 3, 4
 
 
 def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
-    """Pack every product with a constant weight to `bits` bits; the manifest with the new names.
+    """Quantize every product with a constant weight; the manifest with the new names.
 
-    Weights are packed symmetrically in blocks of 32 along the input, the output head, which suffers
-    most, to 8 bits at least. Embeddings, and products that add a bias of their own (Gemm), stay as
-    they are.
+    Weights are quantized to `bits` bits, symmetrically, in blocks of 32 along the input; the output
+    head, which suffers most, to 8 bits at least. Embeddings, and products that add a bias of their
+    own (Gemm), stay as they are.
 
     Raises:
-        ExportError: nothing can be packed. MissingDependencyError: onnx is not installed.
+        ExportError: nothing can be quantized. MissingDependencyError: onnx is not installed.
     """
-    packed: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     findings = find_linears(model)
     head = output_head(model, findings)
     for module, linear in findings.linears.items():
         name = str(linear.weight.name)
-        if name in packed:
+        if name in renamed:
             continue  # of several modules
         if not linear.quantized and all(node.op_type == "MatMul" for node in linear.nodes):
             own = max(bits, _HEAD_BITS) if module == head else bits
-            packed[name] = _pack(model.graph, linear, own)
-    if not packed:
-        raise ExportError(f"the graph has no product that could be packed to int{bits}")
+            renamed[name] = _quantize_linear(model.graph, linear, own)
+    if not renamed:
+        raise ExportError(f"the graph has no product that could be quantized to int{bits}")
     model.opset_imports.setdefault(_DOMAIN, 1)
     remove_unused(model.graph)
     return dataclasses.replace(
         manifest,
         targets=tuple(
-            dataclasses.replace(target, weight=packed[target.weight], transposed=True)
-            if target.weight in packed
+            dataclasses.replace(target, weight=renamed[target.weight], transposed=True)
+            if target.weight in renamed
             else target
             for target in manifest.targets
         ),
@@ -70,7 +70,7 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
 
 
 def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDArray[np.float32]:
-    """A weight [out, in] as it is once packed and unpacked again."""
+    """A weight [out, in] as it is once quantized and read again."""
     node, constants = _quantized(np.ascontiguousarray(weight.T), bits, block)
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     packed, scales = (constants[name] for name in node.input[1:3])
@@ -79,7 +79,7 @@ def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDAr
     return result
 
 
-def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
+def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
     """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks.
 
     Where it has zero points it has some again, in their form, packed or as floats. A g_idx goes:
@@ -111,12 +111,12 @@ def pack_again(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -
         product.replace_input_with(_GROUPS, None)
 
 
-def _pack(graph: ir.Graph, linear: Linear, bits: int) -> str:
-    """Replace the linear's products by packed ones; the name of the packed weight."""
+def _quantize_linear(graph: ir.Graph, linear: Linear, bits: int) -> str:
+    """Replace the linear's products by quantized ones; the name of the new weight."""
     import onnx_ir as ir
 
-    held = constant_of(linear.weight)
-    weight = np.ascontiguousarray(held.T if linear.transposed else held)  # [in, out]
+    numbers = constant_of(linear.weight)
+    weight = np.ascontiguousarray(numbers.T if linear.transposed else numbers)  # [in, out]
     node, constants = _quantized(weight, bits)
     base = f"{linear.module}.weight"
     inputs = [
@@ -152,12 +152,12 @@ def _quantized(
         from onnx import TensorProto, helper, numpy_helper
     except ImportError:
         raise MissingDependencyError(
-            "packing weights needs onnx: pip install 'loradeploy[export]'"
+            "quantizing weights needs onnx: pip install 'loradeploy[export]'"
         ) from None
     kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
     into, out = weight.shape
     if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-        raise ExportError(f"weights in {weight.dtype} cannot be packed: export in fp32")
+        raise ExportError(f"weights in {weight.dtype} cannot be quantized: export in fp32")
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
         "one_product",
@@ -166,7 +166,7 @@ def _quantized(
         [numpy_helper.from_array(weight, "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
-    quantizer = _quantiser_class()(
+    quantizer = _quantizer_class()(
         model,
         bits=bits,
         block_size=block,
@@ -179,7 +179,7 @@ def _quantized(
     return node, {t.name: numpy_helper.to_array(t) for t in result.initializer}
 
 
-def _quantiser_class() -> Any:
+def _quantizer_class() -> Any:
     """onnxruntime's quantizer, whose import configures the root logger for INFO (1.31)."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

@@ -26,8 +26,8 @@ from loradeploy.export.match.products import input_of, output_of
 from loradeploy.export.passes.embeddings import add_embedding_factors
 from loradeploy.export.passes.fuse import (
     Fused,
+    came_fused,
     fuse_products,
-    is_packed,
     products_of,
     separate_products,
 )
@@ -140,9 +140,9 @@ def _remove_unused_inputs(graph: ir.Graph) -> None:
 
 
 def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
-    """Where updates are added: to what each module gives, or to all of a packed product."""
+    """Where updates are added: to what each module gives, or to all of a fused product."""
     for label, members in products_of(targets):
-        if is_packed(label, members):
+        if came_fused(label, members):
             yield label
         else:
             yield from (member.module for member in members)
@@ -179,7 +179,9 @@ def _add_factors_at(
         low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
         updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
     sizes = [member.out_features for member in product.members]
-    if len(outputs) < len(updates):  # packed: what follows takes all members together
+    if len(outputs) < len(
+        updates
+    ):  # fused in the graph itself: what follows takes all members together
         chain.label = label
         updates = [chain.add("Concat", "lora_concat", updates, axis=-1)]
         labels, sizes = [label], [sum(sizes)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
 
 
-def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
+def use_static_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
     """Put `sizes` in place of the symbols that the inputs and outputs have for their dimensions.
 
     Raises:
@@ -49,7 +49,7 @@ def fix_dimensions(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
             )
 
 
-def fixed_specs(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+def static_specs(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> tuple[TensorSpec, ...]:
     """`specs` as they are once their dimensions are fixed; names that they lack change nothing."""
     known = {str(size): None for spec in specs for size in spec.shape if isinstance(size, str)}
     whole = _complete(sizes, known) if sizes else {}

@@ -240,10 +240,12 @@ def _is_flattened(graph: ir.Graph, value: ir.Value) -> bool:
 def _mixes_rows(node: ir.Node) -> bool:
     """Whether a row of the node's result comes of several, which `_ROW_BY_ROW` cannot tell."""
     if node.op_type in PRODUCTS:
-        turned = node.attributes.get("transA")
+        transposed = node.attributes.get("transA")
         data = node.inputs[0]
         return (
-            data is None or data.is_initializer() or (turned is not None and turned.as_int() != 0)
+            data is None
+            or data.is_initializer()
+            or (transposed is not None and transposed.as_int() != 0)
         )
     axis = node.attributes.get("axis")
     return axis is not None and axis.as_int() == 0

@@ -1,4 +1,4 @@
-"""Products that are scaled, turned or added to in one operator, as the plain ones that they are.
+"""Products that are scaled, transposed or added to in one operator, as MatMul, Gemm and Add.
 
     Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
     FusedGemm    act(α x W + β C)   →   the same, and act behind it
@@ -39,7 +39,7 @@ _ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
 _EXACT_BITS: Final = 4
 
 
-def make_products_plain(graph: ir.Graph) -> None:
+def normalize_products(graph: ir.Graph) -> None:
     """Rewrite every Gemm and FusedMatMul with a constant weight that is no plain product.
 
     What cannot be made plain stays as it is, and is no layer that an adapter could be for.
@@ -75,22 +75,25 @@ def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
 
 def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
     alpha, beta = number_of(node, "alpha"), number_of(node, "beta")
-    turned, addend = integer_of(node, "transA"), node.inputs[2] if len(node.inputs) > 2 else None
+    transposed, addend = (
+        integer_of(node, "transA"),
+        node.inputs[2] if len(node.inputs) > 2 else None,
+    )
     plain_addend = addend is None or _is_bias(node, addend) or _comes_quantized(addend)
     if not _is_constant(node.inputs[1]) or (
-        alpha == 1 and beta == 1 and not turned and plain_addend
+        alpha == 1 and beta == 1 and not transposed and plain_addend
     ):
         return
     weight = _weight(node.inputs[1]) if alpha != 1 else None
     x = node.inputs[0]
     if alpha != 1 and (weight is None or not _scales(weight, alpha)):
         return
-    if turned and (x is None or x.shape is None):
+    if transposed and (x is None or x.shape is None):
         return
     check_operators(_name(node), [node])
     if weight is not None:
         _scale_weight(graph, node, weight, alpha)
-    if turned:
+    if transposed:
         _turn_input(graph, node)
     if addend is not None and not (beta == 1 and plain_addend):
         _plain_addend(graph, node, addend, beta)
@@ -103,8 +106,8 @@ def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
     x = node.inputs[0]
     if weight is None or len(weight.shape) != 2 or not _scales(weight, alpha):
         return
-    turned = integer_of(node, "transA")
-    if turned and (x is None or x.shape is None or len(x.shape) < 2):
+    transposed = integer_of(node, "transA")
+    if transposed and (x is None or x.shape is None or len(x.shape) < 2):
         return
     check_operators(_name(node), [node])
     if integer_of(node, "transB"):
@@ -113,7 +116,7 @@ def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
         assert weight is not None
     if alpha != 1:
         _scale_weight(graph, node, weight, alpha)
-    if turned:
+    if transposed:
         _turn_input(graph, node)
     node.attributes.clear()
     node.op_type, node.domain = "MatMul", ""
@@ -141,12 +144,12 @@ def _turn_input(graph: ir.Graph, node: ir.Node) -> None:
     assert x is not None and x.shape is not None
     order = list(range(len(x.shape)))
     order[-2:] = order[:-3:-1]
-    turn = ir.node("Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/turned")
-    turned = turn.outputs[0]
-    turned.name, turned.type = turn.name, x.type
-    turned.shape = ir.Shape([x.shape[axis] for axis in order])
+    turn = ir.node("Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/transposed")
+    transposed = turn.outputs[0]
+    transposed.name, transposed.type = turn.name, x.type
+    transposed.shape = ir.Shape([x.shape[axis] for axis in order])
     graph.insert_before(node, turn)
-    node.replace_input_with(0, turned)
+    node.replace_input_with(0, transposed)
 
 
 def _plain_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float) -> None:
@@ -252,13 +255,13 @@ def _outputs(node: ir.Node) -> int:
     if y is not None and isinstance(y[-1], int):
         return y[-1]
     value = node.inputs[1]
-    turned = integer_of(node, "transB")
+    transposed = integer_of(node, "transB")
     while value is not None and (carrier := value.producer()) is not None:
-        turned ^= carrier.op_type == "Transpose"
+        transposed ^= carrier.op_type == "Transpose"
         value = carrier.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
         raise ExportError(f"{_name(node)}: the graph does not tell the size of its outputs")
-    return int(value.const_value.shape.numpy()[0 if turned else 1])
+    return int(value.const_value.shape.numpy()[0 if transposed else 1])
 
 
 def _name(node: ir.Node) -> str:

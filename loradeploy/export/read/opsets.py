@@ -93,10 +93,10 @@ def _take_out_weights(graph: ir.Graph) -> dict[str, ir.Value]:
 
 def _put_back_weights(graph: ir.Graph, weights: dict[str, ir.Value]) -> None:
     for value in list(graph.inputs):
-        held = weights.get(str(value.name))
-        if held is not None:
+        weight = weights.get(str(value.name))
+        if weight is not None:
             graph.inputs.remove(value)
-            value.const_value = held.const_value
+            value.const_value = weight.const_value
             graph.register_initializer(value)
 
 

@@ -37,7 +37,7 @@ _LISTED: Final = 8
 _ROOM: Final = 400  # characters for their paths
 
 
-def find_graph(place: Path, precision: str | None = None) -> Path | None:
+def find_graph(directory: Path, precision: str | None = None) -> Path | None:
     """The ONNX file that the directory `place` means, None where it holds none.
 
     The only one, else model.onnx or a whole decoder, else the one that is called after the
@@ -47,7 +47,7 @@ def find_graph(place: Path, precision: str | None = None) -> Path | None:
         UsageError: several that could be meant.
         ModelError: an encoder-decoder in parts.
     """
-    graphs = graphs_in(place)
+    graphs = graphs_in(directory)
     if len(graphs) < 2:
         return graphs[0] if graphs else None
     by_name = {graph.name: graph for graph in graphs}
@@ -60,18 +60,20 @@ def find_graph(place: Path, precision: str | None = None) -> Path | None:
         order = [*named, whole] if precision == "fp16" else [whole, *named]
         chosen = next((by_name[name] for name in order if name in by_name), None)
     if chosen is not None:
-        others = _names(place, [graph for graph in graphs if graph != chosen])
+        others = _names(directory, [graph for graph in graphs if graph != chosen])
         logger.warning(
             "%s: taking %s of %d graphs; for another give its file: %s",
-            *(place, chosen.relative_to(place), len(graphs), others),
+            *(directory, chosen.relative_to(directory), len(graphs), others),
         )
         return chosen
     if _ENCODER_PART in parts and parts & set(_DECODER_PARTS):
         raise ModelError(
-            f"{place} holds an encoder-decoder in parts ({graphs[0].name}, …): export its PyTorch"
-            " checkpoint, or give the file of one part"
+            f"{directory} holds an encoder-decoder in parts ({graphs[0].name}, …): export its"
+            " PyTorch checkpoint, or give the file of one part"
         )
-    raise UsageError(f"{place} holds several ONNX files, name one of them: {_names(place, graphs)}")
+    raise UsageError(
+        f"{directory} holds several ONNX files, name one of them: {_names(directory, graphs)}"
+    )
 
 
 def config_directory(graph: Path) -> Path:
@@ -86,9 +88,9 @@ def tokenizer_directory(graph: Path) -> Path:
 
 def _nearest(graph: Path, patterns: Sequence[str]) -> Path:
     """Beside `graph`, unless it lies in a folder of graphs alone and the files are above it."""
-    for place in (graph.parent, above(graph)):
-        if place is not None and any(True for name in patterns for _ in place.glob(name)):
-            return place
+    for directory in (graph.parent, above(graph)):
+        if directory is not None and any(True for name in patterns for _ in directory.glob(name)):
+            return directory
     return graph.parent
 
 
@@ -104,8 +106,10 @@ def above(graph: Path) -> Path | None:
     return None
 
 
-def _names(place: Path, graphs: Sequence[Path]) -> str:
-    return listed_names((str(graph.relative_to(place)) for graph in graphs), _LISTED, room=_ROOM)
+def _names(directory: Path, graphs: Sequence[Path]) -> str:
+    return listed_names(
+        (str(graph.relative_to(directory)) for graph in graphs), _LISTED, room=_ROOM
+    )
 
 
 def _part(graph: Path) -> str:

@@ -60,17 +60,17 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
         BundleError: a bundle whose manifest is broken.
     """
     text = os.fspath(model)
-    place = Path(text).expanduser()
-    if place.is_file():
-        if place.suffix != ".onnx":
-            if told := gguf_advice(place):
-                raise ModelError(told)
-            raise ModelError(f"{place} is no model: give a directory or an .onnx file")
-        repository = above(place)
-        return _of_graph(place, place.stem if repository is None else repository.name)
-    if place.is_dir():
-        return _in_directory(place, precision)
-    if place.exists() or not is_hub_id(text):
+    path = Path(text).expanduser()
+    if path.is_file():
+        if path.suffix != ".onnx":
+            if advice := gguf_advice(path):
+                raise ModelError(advice)
+            raise ModelError(f"{path} is no model: give a directory or an .onnx file")
+        repository = above(path)
+        return _of_graph(path, path.stem if repository is None else repository.name)
+    if path.is_dir():
+        return _in_directory(path, precision)
+    if path.exists() or not is_hub_id(text):
         raise ModelError(f"{text} does not exist: give a model directory, an .onnx file or an id")
     fetched = fetch(text)
     refuse_adapter(fetched)
@@ -88,31 +88,35 @@ def _of_graph(graph: Path, name: str) -> Source:
     return Source("onnx", name, directory, assets, graph)
 
 
-def _in_directory(place: Path, precision: str | None) -> Source:
-    name = place.resolve().name
-    if (place / MANIFEST_NAME).is_file():
-        manifest = read_manifest(place)
-        return Source("bundle", manifest.base.name, place, place, place / GRAPH_NAME, manifest)
-    checkpoint = transformer_folder(place)
-    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs_in(place)):
+def _in_directory(directory: Path, precision: str | None) -> Source:
+    name = directory.resolve().name
+    if (directory / MANIFEST_NAME).is_file():
+        manifest = read_manifest(directory)
+        return Source(
+            "bundle", manifest.base.name, directory, directory, directory / GRAPH_NAME, manifest
+        )
+    checkpoint = transformer_folder(directory)
+    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs_in(directory)):
         refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():
             raise ModelError(
                 f"{checkpoint} holds weights but no config.json: it is no model directory"
             )
         return Source("checkpoint", name, checkpoint, checkpoint)
-    graph = find_graph(place, precision)
+    graph = find_graph(directory, precision)
     if graph is None:
-        if told := gguf_advice(place):
-            raise ModelError(told)
-        refuse_adapter(place)
-        if newest := newest_checkpoint(path.parent.name for path in place.glob("*/config.json")):
+        if advice := gguf_advice(directory):
+            raise ModelError(advice)
+        refuse_adapter(directory)
+        if newest := newest_checkpoint(
+            path.parent.name for path in directory.glob("*/config.json")
+        ):
             raise ModelError(
-                f"{place} is no model itself but holds checkpoints of a training run: give the"
-                f" newest, {place / newest}"
+                f"{directory} is no model itself but holds checkpoints of a training run: give the"
+                f" newest, {directory / newest}"
             )
         weight_files(checkpoint)  # its error names what is there instead
-        raise ModelError(f"{place} holds no model")
+        raise ModelError(f"{directory} holds no model")
     return _of_graph(graph, name)
 
 

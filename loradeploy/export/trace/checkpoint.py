@@ -60,9 +60,9 @@ def load_model(
             config = from_pretrained(transformers.AutoConfig, directory, **changes)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
             if task == SEQUENCE_CLASSIFICATION:
-                told = config.get_text_config()
-                known = told.pad_token_id is not None
-                config.pad_token_id = pad_token(told, None if known else _tokenizer(directory))
+                text = config.get_text_config()
+                known = text.pad_token_id is not None
+                config.pad_token_id = pad_token(text, None if known else _tokenizer(directory))
             if meta:
                 with torch.device("meta"):
                     return from_config(auto, config, directory), ()
@@ -141,7 +141,7 @@ def _zero_head(
 def root_cause(problem: BaseException) -> str:
     """What went wrong at the root, in a line: torch wraps it in advice and colors.
 
-    An error that says nothing but its kind, or a key, is told with the function that raised it.
+    An error that says nothing but its kind, or a key, is text with the function that raised it.
     """
     while problem.__cause__ is not None:
         problem = problem.__cause__
@@ -149,5 +149,5 @@ def root_cause(problem: BaseException) -> str:
     if lines and not isinstance(problem, AssertionError | LookupError):
         return shortened(_COLOR.sub("", lines[0]), 200)
     frames = traceback.extract_tb(problem.__traceback__)
-    place = f" in {frames[-1].name} of {Path(frames[-1].filename).name}" if frames else ""
-    return f"{kind_and_line(problem)}{place}"
+    where = f" in {frames[-1].name} of {Path(frames[-1].filename).name}" if frames else ""
+    return f"{kind_and_line(problem)}{where}"

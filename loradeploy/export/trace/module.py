@@ -221,15 +221,15 @@ def _example(
     sequence = torch.export.Dim("sequence") if kind.cached else total
     dtype = next(model.parameters()).dtype
     ids = torch.ones((_BATCH, _SEQUENCE), dtype=torch.int64)
-    held = _PAST if kind.cached else 0
+    past_length = _PAST if kind.cached else 0
     examples: Mapping[str, tuple[torch.Tensor, dict[int, Any]]] = {
         INPUT_IDS: (ids, {0: batch, 1: sequence}),
         ATTENTION_MASK: (
-            torch.ones((_BATCH, held + _SEQUENCE), dtype=torch.int64),
+            torch.ones((_BATCH, past_length + _SEQUENCE), dtype=torch.int64),
             {0: batch, 1: total},
         ),
         POSITION_IDS: (
-            torch.arange(held, held + _SEQUENCE)[None].repeat(_BATCH, 1),
+            torch.arange(past_length, past_length + _SEQUENCE)[None].repeat(_BATCH, 1),
             {0: batch, 1: sequence},
         ),
         TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),

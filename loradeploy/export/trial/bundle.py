@@ -53,12 +53,12 @@ class Source:
     """What a bundle is held against.
 
     `original`: what the checkpoint gives, where it was run. `graph`: the ONNX file instead.
-    `packed_here`: whether the weights were rounded to the bundle's precision on the way.
+    `quantized_here`: whether the weights were rounded to the bundle's precision on the way.
     """
 
     original: Original | None = None
     graph: Path | None = None
-    packed_here: bool = False
+    quantized_here: bool = False
 
 
 def try_bundle(
@@ -85,7 +85,7 @@ def try_bundle(
     if original is None:
         trial.try_alone(sample)
     else:
-        trial.check(original, packed_here=source.packed_here)
+        trial.check(original, quantized_here=source.quantized_here)
     padding = padding_by_trial(trial, sample, pad)
     return manifest if padding is None else dataclasses.replace(manifest, padding=padding)
 
@@ -138,7 +138,7 @@ class Trial:
         except (NotRunError, TypeError) as problem:
             logger.warning("opened, not run: no sample could be made for it (%s)", problem)
 
-    def check(self, original: Original, *, packed_here: bool) -> None:
+    def check(self, original: Original, *, quantized_here: bool) -> None:
         """Hold the bundle against its `original`.
 
         Raises:
@@ -153,7 +153,7 @@ class Trial:
                 )
         merged = self.manifest.mode == "merged"
         if not merged:
-            limits = _PACKED_HERE if packed_here else _LIMITS
+            limits = _PACKED_HERE if quantized_here else _LIMITS
             limit = limits.get(self.manifest.precision, _LIMITS["fp32"])
             for name, expected in original.outputs.items():
                 if (error := _error(base[name], expected)) > limit:

@@ -126,8 +126,8 @@ class _Rows:
         """The answers for the short row, a longer one beside it."""
         ids = np.full((2, _LONG), self._pad, np.int64)
         mask = np.zeros_like(ids)
-        place = slice(_LONG - _SHORT, None) if side == LEFT else slice(0, _SHORT)
-        ids[0, place], mask[0, place] = self._short[0], 1
+        tokens = slice(_LONG - _SHORT, None) if side == LEFT else slice(0, _SHORT)
+        ids[0, tokens], mask[0, tokens] = self._short[0], 1
         ids[1], mask[1] = self._long, 1
         ends = [-1, -1] if side == LEFT else [_SHORT - 1, _LONG - 1]
         return [values[:1] for values in self._answers(ids, mask, ends)]

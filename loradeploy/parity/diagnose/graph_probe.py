@@ -32,7 +32,7 @@ from loradeploy.export.graph.names import (
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.naming import module_of
 from loradeploy.export.passes.branches import remove_branches
-from loradeploy.export.passes.fuse import is_packed, products_of
+from loradeploy.export.passes.fuse import came_fused, products_of
 from loradeploy.export.read.regular import complete_shapes
 from loradeploy.files import write_json
 
@@ -161,10 +161,10 @@ class _Graph:
         self._nodes: dict[str, list[ir.Node]] = {}
         self._parts: dict[str, tuple[str, tuple[int, int]]] = {}
         self._whole: dict[str, str] = {}
-        packed = self._find_packed(model, manifest)
+        fused = self._find_fused(model, manifest)
         for node in model.graph:
             scope = _scope(node)
-            scope = packed.get(scope, scope) if scope else scope
+            scope = fused.get(scope, scope) if scope else scope
             self._scopes[node] = scope
             self._take_apart(scope)
             for path in _paths(scope):
@@ -227,8 +227,8 @@ class _Graph:
         if len(modules) > 1:
             self._whole.update(dict.fromkeys(modules, str(scope)))
 
-    def _find_packed(self, model: ir.Model, manifest: Manifest) -> dict[str, str]:
-        """Note the parts of products that are packed in the graph itself; surgery's labels of them.
+    def _find_fused(self, model: ir.Model, manifest: Manifest) -> dict[str, str]:
+        """Note the parts of products that are fused in the graph itself; surgery's labels of them.
 
         The labels are mapped to the scopes of the products.
         """
@@ -240,7 +240,7 @@ class _Graph:
         return {
             label: self._whole[first]
             for label, members in products_of(manifest.targets)
-            if is_packed(label, members) and (first := members[0].module) in self._whole
+            if came_fused(label, members) and (first := members[0].module) in self._whole
         }
 
 
