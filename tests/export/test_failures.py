@@ -153,13 +153,13 @@ def test_several_graphs_in_a_directory(tmp_path: Path) -> None:
 
 def test_a_graph_whose_task_cannot_be_told(tmp_path: Path) -> None:
     ir.save(linear(), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match="do not tell its task: give `task`"):
+    with pytest.raises(UsageError, match="do not show its task: give `task`"):
         export(tmp_path / "m.onnx", tmp_path / "b")
 
 
 def test_a_graph_without_a_known_module(tmp_path: Path) -> None:
     ir.save(linear(module=None), tmp_path / "m.onnx")
-    with pytest.raises(ExportError, match="no linear layer of the graph could be told"):
+    with pytest.raises(ExportError, match="no linear layer of the graph was identified"):
         export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
 
 
@@ -193,7 +193,7 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
         ({"offset": 8}, "is not in w.bin, which is too short"),
         ({"offset": 1 << 70}, "is not in w.bin, which is too short"),
         ({"length": -1}, "is no readable ONNX model"),
-        ({"length": 40}, "is told to be 40 bytes long, its shape takes 96"),
+        ({"length": 40}, "is declared to be 40 bytes long, its shape takes 96"),
         ({"location": "none.bin"}, "is not in none.bin, which is missing"),
         ({"location": "link.bin"}, "'link.bin' leads out of"),
     ],

@@ -195,7 +195,7 @@ def test_members_add_their_updates_row_by_row(kind: str, rows: str, branches: bo
 def test_a_packed_product_takes_adapters_in_all_its_parts_or_none(left_out: int) -> None:
     model, members = packed()
     del members[left_out]
-    with pytest.raises(ExportError, match=r"part of a packed product.* merge the adapter instead"):
+    with pytest.raises(ExportError, match=r"part of a fused product.* merge the adapter instead"):
         inject_side_inputs(model, members)
 
 

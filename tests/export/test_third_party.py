@@ -259,7 +259,7 @@ def test_int8_graphs_take_an_adapter_behind_their_rounding(
 def test_products_that_nothing_tells_are_listed(
     encoder: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ExportError, match="no linear layer.*could be told"):
+    with pytest.raises(ExportError, match="no linear layer.*was identified"):
         export(encoder("nameless"), tmp_path / "out")
     (listed,) = (text for text in caplog.messages if "its module is not known" in text)
     assert listed.count("→") == 6
