@@ -82,8 +82,7 @@ def _explained(directory: Path) -> Iterator[None]:
             raise
         raise ModelError(
             f"{directory} is a model with Python code of its own (auto_map in its config), which"
-            " is not run: read it, and if you trust it give --trust-remote-code"
-            " (trust_remote_code=True)"
+            " is not run: read it, and if you trust it give `trust_remote_code=True`"
         ) from None
 
 

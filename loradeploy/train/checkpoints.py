@@ -82,12 +82,12 @@ class Checkpoints:
         if resume and not found:
             self.remove()  # what a run left that was killed at its very end
             raise UsageError(
-                f"there is nothing to resume in {self.place}: train without --resume, and with"
-                " --save-steps for checkpoints"
+                f"there is nothing to resume in {self.place}: train without `resume`, and with"
+                " `save_steps` for checkpoints"
             )
         if not resume and found:
             raise UsageError(
-                f"{found[0]} is left of a run that did not finish: go on from it with --resume, or"
+                f"{found[0]} is left of a run that did not finish: go on from it with `resume`, or"
                 f" remove {self.place} to begin again"
             )
 

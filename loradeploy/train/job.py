@@ -7,8 +7,9 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,12 +30,14 @@ from loradeploy.bundle.text.sentence import (
 )
 from loradeploy.errors import (
     BundleError,
+    LoraDeployError,
     ModelError,
     OutputError,
     TrainingError,
     TrainingInterruptedError,
     UsageError,
     first_line,
+    kind_and_line,
 )
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
@@ -155,8 +158,9 @@ def run(
                 accuracy_after=after[1] if task.judged else None,
             )
             if main:
-                with _naming_what_is_left(checkpoints):
-                    _write(result, adapter, trainer, config, prepared.digest, place)
+                write_adapter = functools.partial(_write_adapter, adapter, config, place)
+                with _naming_what_is_left(checkpoints), _kept(target, write_adapter, checkpoints):
+                    _write(result, adapter, trainer, config, prepared.digest, write_adapter)
             trainer.accelerator.wait_for_everyone()
             if main:
                 checkpoints.remove()
@@ -178,7 +182,7 @@ def _naming_what_is_left(checkpoints: Checkpoints) -> Iterator[None]:
     except (TrainingError, OutputError) as problem:
         left = checkpoints.newest()
         if isinstance(problem, OutputError):
-            go_on = f"; {left} is whole: go on from it with --resume" if left else ""
+            go_on = f"; {left} is whole: go on from it with `resume`" if left else ""
             raise TrainingError(f"{problem}{go_on}") from problem
         if left is None:
             raise
@@ -187,8 +191,8 @@ def _naming_what_is_left(checkpoints: Checkpoints) -> Iterator[None]:
 
 def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInterruptedError:
     return TrainingInterruptedError(
-        f"stopped after step {step}, which {checkpoints.newest()} holds: the same command with"
-        " --resume goes on from it",
+        f"stopped after step {step}, which {checkpoints.newest()} holds: the same call with"
+        " `resume` goes on from it",
         status=128 + stop.signal,
     )
 
@@ -251,21 +255,51 @@ def _write(
     trainer: AdapterTrainer,
     config: TrainConfig,
     data: str,
-    base: Path,
+    write_adapter: Callable[[Path], None],
 ) -> None:
     target = result.adapter
     with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
-        save_adapter(adapter, place)
-        if config.task == FEATURE_EXTRACTION:
-            _tell_pooling(base, place)
+        write_adapter(place)
         write_curve(trainer.curve(), place)
         (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
         text = card(result, adapter.config, config, data)
         (place / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def _tell_pooling(base: Path, adapter: Path) -> None:
-    """Say beside the adapter how its vectors were made, where the base makes them otherwise."""
+def _write_adapter(adapter: Adapter, config: TrainConfig, base: Path, directory: Path) -> None:
+    save_adapter(adapter, directory)
+    if config.task == FEATURE_EXTRACTION:
+        _write_pooling(base, directory)
+
+
+@contextmanager
+def _kept(
+    target: Path, write_adapter: Callable[[Path], None], checkpoints: Checkpoints
+) -> Iterator[None]:
+    """Where the directory `target` cannot be written and there is no checkpoint, write elsewhere.
+
+    Raises:
+        TrainingError: that happened; it names the directory that has the adapter.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if checkpoints.newest() is not None:
+            raise
+        try:
+            directory = Path(tempfile.mkdtemp(prefix=f"{target.name}-"))
+            write_adapter(directory)
+        except (OSError, LoraDeployError):
+            raise problem from None
+        known = isinstance(problem, LoraDeployError)
+        reason = problem if known else f"{target} cannot be written: {kind_and_line(problem)}"
+        raise TrainingError(
+            f"{reason}; the trained adapter is in {directory}: move it to where it can stay"
+        ) from problem
+
+
+def _write_pooling(base: Path, adapter: Path) -> None:
+    """Write beside the adapter how its vectors are made, where the base makes them otherwise."""
     try:
         found = recipe_directory(base)
         recipe = None if found is None else read_recipe(found)

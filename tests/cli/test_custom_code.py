@@ -76,7 +76,7 @@ def test_code_of_a_models_own_is_run_where_it_is_trusted(with_code: Path, tmp_pa
         loaded = load_pretrained(transformers.AutoModelForCausalLM, with_code)
     assert (tmp_path / "ran").exists()
     assert type(loaded.model).__name__ == "Model"
-    with pytest.raises(ModelError, match="--trust-remote-code"):  # it was for that time alone
+    with pytest.raises(ModelError, match="`trust_remote_code=True`"):  # it was for that time alone
         from_pretrained(transformers.AutoConfig, with_code)
 
 
@@ -85,7 +85,7 @@ def test_trust_is_refused_where_there_is_no_model_to_trust(
 ) -> None:
     import loradeploy as ld
 
-    with pytest.raises(UsageError, match="--trust-remote-code is for checkpoints"):
+    with pytest.raises(UsageError, match="`trust_remote_code` is for checkpoints"):
         ld.export(tiny_llama_bundle, tmp_path / "out", trust_remote_code=True)
     with pytest.raises(UsageError, match="`trust_remote_code` needs `model`"):
         ld.parity(tiny_llama_bundle, trust_remote_code=True)

@@ -387,7 +387,7 @@ def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
     if place == "checkpoint-4":
         unwritten, last = last, checkpoint_of(unwritten, 2)
     assert said.startswith(f"{unwritten} cannot be written: {reason}: free some space there, ")
-    assert said.endswith(f"; {last} is whole: go on from it with --resume")
+    assert said.endswith(f"; {last} is whole: go on from it with `resume`")
     assert "\n" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-checkpoints", lessons.name]
     assert quick(tiny_llama, lessons, tmp_path / "adapter", resume=True, **settings).steps == 4

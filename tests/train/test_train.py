@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
     assert ("lower batch_size" in str(problem.value)) == told
 
 
-def test_a_full_disk_is_told_and_the_old_adapter_stays(
+def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsewhere(
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,
@@ -275,10 +276,22 @@ def test_a_full_disk_is_told_and_the_old_adapter_stays(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(job, "write_curve", full)
-    with pytest.raises(TrainingError, match="adapter cannot be written: No space left on device"):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    with pytest.raises(
+        TrainingError, match="adapter cannot be written: No space left on device"
+    ) as told:
         quick(tiny_llama, lessons, tmp_path / "adapter", seed=1)
     assert load_adapter(tmp_path / "adapter").digest == good.digest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "lessons.jsonl"]
+    (kept,) = elsewhere.iterdir()
+    assert f"; the trained adapter is in {kept}: " in str(told.value)
+    elsewhere.rename(tmp_path / "moved")
+    monkeypatch.undo()
+    again = quick(tiny_llama, lessons, tmp_path / "adapter", seed=1)
+    assert load_adapter(tmp_path / "moved" / kept.name).digest == again.digest != good.digest
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["adapter", "lessons.jsonl", "moved"]
 
 
 def test_an_output_that_cannot_be_is_told_before_anything_is_read(
