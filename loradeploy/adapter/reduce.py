@@ -35,6 +35,11 @@ class RankReport:
         """The largest error of a module."""
         return max(self.errors.values(), default=0.0)
 
+    @property
+    def worst_module(self) -> str:
+        """The module of the largest error."""
+        return max(self.errors, key=self.errors.__getitem__)
+
 
 def reduce_rank(
     adapter: Adapter, rank: int | None = None, *, energy: float | None = None

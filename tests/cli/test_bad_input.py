@@ -98,7 +98,10 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
         (["run", "{bundle}", "--input", "{tmp}/nowhere.txt"], "does not exist"),
         (["run", "{bundle}", "hi", "--provider", "cuda"], "CUDAExecutionProvider"),
         (["bench", "{bundle}", "--rounds", "0"], "rounds is 0"),
-        (["convert", "a", "--bundle", "{bundle}", "--output", "b"], "one of ADAPTER and --output"),
+        (
+            ["convert", "a", "--bundle", "{bundle}", "--output", "b"],
+            "one of the adapter and --output",
+        ),
         (["convert", "a.onnx_adapter", "--bundle", "{bundle}", "--output", "b"], "not exist"),
         (["export", "--model", "{tmp}/nowhere", "--output", "{tmp}/o"], "does not exist"),
         (["export", "--model", "{model}", "--output", "{tmp}/o", "--merge"], "exactly one adapter"),

@@ -1,4 +1,4 @@
-"""`convert`: an adapter as an .onnx_adapter file and back, of a lower rank, as a plain one."""
+"""`convert`: an adapter as an .onnx_adapter file and back, of a lower rank, as standard LoRA."""
 
 from __future__ import annotations
 
@@ -133,17 +133,17 @@ def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
     plain = logits(tiny_llama, tmp_path / "plain", CAUSAL)
     torch.testing.assert_close(plain, theirs, atol=tolerance("merged-torch"), rtol=0)
     assert (theirs - logits(tiny_llama, None, CAUSAL)).abs().max() > 1e-3
-    with pytest.raises(LoraDeployError, match="is a plain adapter already"):
+    with pytest.raises(LoraDeployError, match="is for the base as it is already"):
         call("convert", tmp_path / "plain", "--model", tiny_llama, "--output", tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --bundle, --rank and --model"),
-        (["--rank", "2", "--model", "m"], "give one of --bundle, --rank and --model"),
+        ([], "give one of `bundle`, `rank` and `model`"),
+        (["--rank", "2", "--model", "m"], "give one of `bundle`, `rank` and `model`"),
         (["--rank", "8"], "no module of a higher rank than 8"),
-        (["--model", "nowhere/at all"], "is a plain adapter already"),
+        (["--model", "nowhere/at all"], "is for the base as it is already"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -152,6 +152,6 @@ def test_options_that_make_no_sense_are_refused(
     source = make_adapter(tiny_llama, r=8)
     with pytest.raises(LoraDeployError, match=message):
         call("convert", source, *options, "--output", tmp_path / "o")
-    with pytest.raises(LoraDeployError, match="is for a bundle, give --bundle"):
+    with pytest.raises(LoraDeployError, match="is for a bundle, give `bundle`"):
         call("convert", source, "--rank", 2, "--output", tmp_path / "o.onnx_adapter")
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loradeploy.cli.main import VERBS
+from loradeploy.conversion import convert
 from loradeploy.export.api import export
 from loradeploy.inspection.api import inspect as inspect_path
 from loradeploy.parity.api import parity
@@ -108,7 +109,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
         {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
-    "convert": ((), {"adapter", "bundle", "rank", "model", "output", "trust_remote_code"}),
+    "convert": ((convert,), set()),
     "inspect": ((inspect_path,), set()),
     "doctor": ((examine,), set()),
 }

@@ -1,0 +1,135 @@
+"""An adapter made into another: for ONNX Runtime and back, of a lower rank, as standard LoRA."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loradeploy.bundle.names import NATIVE_SUFFIX
+from loradeploy.errors import UsageError
+from loradeploy.files import check_keeps_inputs
+
+if TYPE_CHECKING:
+    from loradeploy.adapter import Adapter
+    from loradeploy.adapter.reduce import RankReport
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The adapter that was written. `reduction`: the errors of a lower rank."""
+
+    adapter: Adapter
+    reduction: RankReport | None = None
+
+
+def convert(
+    adapter: StrPath,
+    output: StrPath,
+    *,
+    bundle: StrPath | None = None,
+    rank: int | None = None,
+    model: StrPath | None = None,
+    trust_remote_code: bool = False,
+) -> Conversion:
+    """Write what the adapter at `adapter` becomes by one of three conversions to `output`.
+
+    Args:
+        adapter: a PEFT directory, or an .onnx_adapter file where `bundle` is given.
+        output: a PEFT directory, or an .onnx_adapter file where `bundle` is given.
+        bundle: convert between both forms, for the graph of this bundle. The scaling is folded into
+            the factors of an .onnx_adapter file; a PEFT directory made of one computes the same
+            with alpha equal to the rank.
+        rank: reduce to the nearest adapter of this rank, by singular values.
+        model: make an adapter that began with PiSSA or OLoRA, on a base that those changed, a
+            standard LoRA adapter of twice the rank on this base as it is.
+        trust_remote_code: run the Python files that the configuration of `model` names.
+
+    Raises:
+        UsageError: not one conversion is asked for, or it means nothing for this adapter.
+        AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
+        BundleError, ModelError: the bundle or the model cannot be read.
+    """
+    if [bundle, rank, model].count(None) != 2:
+        raise UsageError("give one of `bundle`, `rank` and `model`: what to convert to")
+    if trust_remote_code and model is None:
+        raise UsageError("`trust_remote_code` is for the code of `model`, which is not given")
+    check_keeps_inputs(output, [path for path in (adapter, bundle, model) if path is not None])
+    if bundle is not None:
+        return Conversion(_between_forms(Path(adapter), Path(bundle), Path(output)))
+    if rank is not None:
+        return _of_lower_rank(adapter, rank, Path(output))
+    return Conversion(_of_unchanged_base(adapter, str(model), Path(output), trust_remote_code))
+
+
+def _between_forms(adapter: Path, bundle: Path, output: Path) -> Adapter:
+    from loradeploy.adapter import load_adapter
+    from loradeploy.bundle.adapter_inputs.base import BundleBase
+    from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
+    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_onnx_adapter
+    from loradeploy.bundle.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    base = BundleBase(bundle, manifest)
+    to_native, from_native = (path.suffix == NATIVE_SUFFIX for path in (output, adapter))
+    if to_native == from_native:
+        raise UsageError(
+            f"one of the adapter and `output` is an {NATIVE_SUFFIX} file, the other a PEFT"
+            f" directory: {adapter} and {output} are not"
+        )
+    if to_native:
+        converted = load_adapter(adapter)
+        write_onnx_adapter(converted, manifest, output, base)
+    else:
+        converted = adapter_from_side_inputs(read_onnx_adapter(adapter), manifest, base)
+        _save(converted, output)
+    return converted
+
+
+def _of_lower_rank(adapter: StrPath, rank: int, output: Path) -> Conversion:
+    from loradeploy.adapter import load_adapter
+    from loradeploy.adapter.reduce import reduce_rank
+
+    before = load_adapter(adapter)
+    highest = max((pair.rank for pair in before.factors.values()), default=0)
+    if rank >= highest:
+        raise UsageError(
+            f"{os.fspath(adapter)} has no module of a higher rank than {highest}: give a lower"
+        )
+    reduced, reduction = reduce_rank(before, rank)
+    _save(reduced, output)
+    return Conversion(reduced, reduction)
+
+
+def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool) -> Adapter:
+    from loradeploy.adapter import load_adapter
+    from loradeploy.lora.loading import custom_code
+
+    before = load_adapter(adapter)
+    if not before.changes_base:
+        raise UsageError(
+            f"{os.fspath(adapter)} is for the base as it is already: it can be used without"
+            " conversion"
+        )
+
+    from loradeploy.lora.standard import plain_on_checkpoint
+
+    with custom_code(trusted):
+        converted = plain_on_checkpoint(before, model)
+    _save(converted, output)
+    return converted
+
+
+def _save(adapter: Adapter, output: Path) -> None:
+    from loradeploy.adapter import save_adapter
+    from loradeploy.adapter.config import CONFIG_NAME
+    from loradeploy.adapter.peft import own_files
+    from loradeploy.files import atomic_directory
+
+    if output.suffix == NATIVE_SUFFIX:
+        raise UsageError(f"{output}: an {NATIVE_SUFFIX} file is for a bundle, give `bundle`")
+    with atomic_directory(output, marker=CONFIG_NAME, own_files=own_files) as place:
+        save_adapter(adapter, place)
