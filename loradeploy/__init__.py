@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter.reduce import reduce_rank
     from loradeploy.bundle.graph_form import GraphForm
     from loradeploy.bundle.manifest import Manifest
+    from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.parity.compare.api import compare
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.tolerances import Limit
@@ -66,6 +67,7 @@ __all__ = [
     "AdapterSession",
     "BudgetError",
     "BundleError",
+    "CertificateMinimum",
     "DataError",
     "ExportError",
     "Generation",
@@ -99,6 +101,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CertificateMinimum": "loradeploy.bundle.proof.requirement",
     "GraphForm": "loradeploy.bundle.graph_form",
     "Manifest": "loradeploy.bundle.manifest",
     "Limit": "loradeploy.parity.tolerances",

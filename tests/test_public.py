@@ -17,6 +17,7 @@ PUBLIC = [
     "AdapterSession",
     "BudgetError",
     "BundleError",
+    "CertificateMinimum",
     "DataError",
     "ExportError",
     "Generation",

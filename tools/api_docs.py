@@ -21,7 +21,7 @@ ROOMS: Final = {
     "Train": ("train", "TrainConfig", "TrainResult"),
     "Export": ("export", "GraphForm", "Manifest"),
     "Run": ("AdapterSession", "TextGenerator", "Generation", "TextClassifier", "TextEmbedder"),
-    "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit"),
+    "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit", "CertificateMinimum"),
     "Adapters": (
         "load_adapter", "save_adapter", "combine", "reduce_rank", "Adapter", "AdapterConfig",
     ),
