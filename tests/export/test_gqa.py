@@ -249,7 +249,7 @@ def test_a_run_writes_its_cache_where_it_is_told(
     for name, value in cache.inputs.items():
         assert np.abs(value.numpy()[:, :, :4] - read[name][:, :, :4]).min(axis=(1, 3)).all()
         np.testing.assert_array_equal(value.numpy()[:, :, 4:], read[name][:, :, 4:])
-    with pytest.raises(UsageError, match=r"a place for 'present.0.key', which is not asked for"):
+    with pytest.raises(UsageError, match=r"a buffer for 'present.0.key', which is not requested"):
         session.run_with_ort_values(["logits"], feeds, "a", buffers=cache.buffers)
 
 
