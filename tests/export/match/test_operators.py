@@ -26,7 +26,7 @@ from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs import inject_side_inputs
 from loradeploy.export.read.normalize import normalize_products
 from tests.export.graphs import IN, OUT, Builder, numbers, run
-from tests.export.test_gqa import attention
+from tests.export.passes.test_gqa import attention
 from tests.tolerances import tolerance
 
 Array = NDArray[Any]
