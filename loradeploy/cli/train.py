@@ -96,7 +96,13 @@ def command(
             _show(places, read_config(told, given), as_json=as_json)
         return
     result = train(
-        **places, config=told, resume=resume, trust_remote_code=trust_remote_code, **given
+        places["model"],
+        places["data"],
+        places["output"],
+        config=told,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+        **given,
     )
     from loradeploy.train.processes import is_main_process
 

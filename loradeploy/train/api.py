@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from typing_extensions import Unpack
+
     from loradeploy.train.config import TrainConfig
+    from loradeploy.train.flags import TrainFlags
     from loradeploy.train.result import TrainResult
 
 
@@ -20,7 +23,7 @@ def train(
     config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
-    **flags: Any,
+    **flags: Unpack[TrainFlags],
 ) -> TrainResult:
     """Train an adapter for `model` on `data` and write it to `output`, a PEFT directory.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from loradeploy.errors import UsageError
 from loradeploy.train.config import TrainConfig, read_config
+from loradeploy.train.flags import TrainFlags
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,10 @@ def test_targets_are_a_word_a_list_or_a_pattern(
 ) -> None:
     (tmp_path / "train.yaml").write_text(f"target_modules: {written}\n")
     assert read_config(tmp_path / "train.yaml").targets == targets
+
+
+def test_type_checkers_know_every_setting_that_train_takes() -> None:
+    settings = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    assert TrainFlags.__annotations__.keys() == settings.keys()
+    known = typing.get_type_hints(TrainFlags)
+    assert known == typing.get_type_hints(TrainConfig)
