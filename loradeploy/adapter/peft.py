@@ -289,7 +289,7 @@ def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | st
         ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
         indices = next((indices[end] for end in ends if end in indices), None)
     if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return f"{module} has trained tokens, and trainable_token_indices does not tell which"
+        return f"{module} has trained tokens, and trainable_token_indices does not specify which"
     if len(set(indices)) != len(indices):
         return f"trainable_token_indices names a token of {module} twice"
     if values.ndim != 2 or len(values) != len(indices):

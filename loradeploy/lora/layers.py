@@ -346,7 +346,7 @@ class LoraConv2d(LowRankLayer):
         if rank % base.groups:
             return f"is a convolution of {base.groups} groups, which do not divide the rank {rank}"
         if whole and base.groups > 1:
-            return _GROUPED.format(base.groups) + ": it takes plain LoRA alone"
+            return _GROUPED.format(base.groups) + ": it takes standard LoRA alone"
         return None
 
     @classmethod

@@ -142,7 +142,7 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
         notes.append("the base gives zeros alone (a head that is not trained): it proves nothing")
     if manifest.base.kind == "onnx":
         notes.append(
-            "the bundle was made from an ONNX file: that it is the given model's, its numbers tell"
+            "the bundle was made from an ONNX file: its values show that it is the given model's"
         )
     if manifest.merge_error is not None:
         error = manifest.merge_error

@@ -160,7 +160,7 @@ class Checkpoints:
             if damage is None:
                 if _read(path)["run"] != _identity(record):
                     raise UsageError(
-                        f"{path} is of another run than the one that {file} tells of: remove it"
+                        f"{path} is of another run than the one that {file} names: remove it"
                     )
                 if damages:
                     logger.warning(

@@ -151,7 +151,7 @@ def word_features(
             tell words.
     """
     if not tokenizer.is_fast:
-        raise DataError("the model's tokenizer does not tell which token is of which word")
+        raise DataError("the model's tokenizer does not specify which token is of which word")
     features, truncated = [], 0
     for example in examples:
         numbers = [_number(example.where, tag, labels) for tag in example.tags]

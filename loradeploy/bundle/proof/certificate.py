@@ -179,7 +179,7 @@ def fault(
         (GRAPH_DATA_NAME, manifest.data_digest),
     ):
         if digest not in (None, found.get(name)):
-            return f"{name} is not the one that {MANIFEST_NAME} tells of"
+            return f"{name} is not the one that {MANIFEST_NAME} declares"
     for name in ("task", "mode", "precision"):
         if getattr(certificate, name) != getattr(manifest, name):
             return f"the {name} is not the one that was checked"

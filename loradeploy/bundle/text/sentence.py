@@ -152,7 +152,7 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
                 f" supported; there are {known}"
             )
     if not pooling:
-        raise BundleError(f"{file} names no Pooling: nothing tells what a text's vector is")
+        raise BundleError(f"{file} names no Pooling: nothing specifies what a text's vector is")
     return SentenceRecipe(
         pooling=pooling,
         steps=tuple(steps),

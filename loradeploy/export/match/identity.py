@@ -115,12 +115,12 @@ class CheckpointWeights:
                 modules = tuple(matrix.module for matrix in fitting[0])
                 text = (
                     f"its weight, that of {listed_names(modules)}, is also that of"
-                    f" {calls - 1} more, and no name tells whether they are one module"
+                    f" {calls - 1} more, and no name says whether they are one module"
                 )
                 reasons = [_Reason(modules, text, "identify it in `module_map`")]
             elif fitting:
                 alike = tuple(m.module for one in fitting for m in one)
-                text = f"its weight is that of {listed_names(alike)}, and no name tells of which"
+                text = f"its weight is that of {listed_names(alike)}, and no name says which"
                 reasons = [_Reason(alike, text, "identify it in `module_map`")]
             self._note(product, reasons)
             return None

@@ -69,7 +69,7 @@ def check_known(model: ir.Model, parameters: Collection[str]) -> None:
         unknown = part.nodes[0].op_type in _MAY_ADD and form_of(part) is None
         if f"{module}.weight" in parameters and unknown:
             raise ExportError(
-                f"{module}.weight: some models add 1 to it, and the graph alone does not tell:"
+                f"{module}.weight: some models add 1 to it, and the graph alone does not show it:"
                 " give the base as `checkpoint`"
             )
 

@@ -91,7 +91,7 @@ def remove_branches(graph: ir.Graph) -> None:
     """
     choice = next((node for node in graph if node.name == BRANCHES), None)
     if choice is None:
-        raise ExportError("the graph lacks the branches that its manifest tells of: it was changed")
+        raise ExportError("the graph lacks the branches that its manifest lists: it was changed")
     body = choice.attributes["then_branch"].as_graph()
     nodes, values = list(body), list(body.outputs)
     body.outputs.clear()

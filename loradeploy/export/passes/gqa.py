@@ -184,10 +184,10 @@ def _sizes(node: ir.Node, value: ir.Value) -> tuple[int, int]:
     """Heads and their size of a value [batch, heads, sequence, size]."""
     shape = value.shape
     if shape is None or len(shape) != 4:
-        raise _unfit(node, "does not tell the number of its heads")
+        raise _unfit(node, "does not specify the number of its heads")
     heads, size = shape[1], shape[3]
     if not isinstance(heads, int) or not isinstance(size, int):
-        raise _unfit(node, "does not tell the number of its heads")
+        raise _unfit(node, "does not specify the number of its heads")
     return heads, size
 
 

@@ -177,7 +177,7 @@ def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows
     why = not_run(graph)
     if x is None or shape is None:
         raise ExportError(
-            f"{module}: the graph does not tell the shape of its input"
+            f"{module}: the graph does not specify the shape of its input"
             + ("" if why is None else f", and it does not run here: {why[:_SHOWN]}")
         )
     if len(shape) == 2 and _is_flattened(graph, x):

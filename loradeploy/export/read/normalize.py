@@ -260,7 +260,7 @@ def _outputs(node: ir.Node) -> int:
         transposed ^= carrier.op_type == "Transpose"
         value = carrier.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
-        raise ExportError(f"{_name(node)}: the graph does not tell the size of its outputs")
+        raise ExportError(f"{_name(node)}: the graph does not specify the size of its outputs")
     return int(value.const_value.shape.numpy()[0 if transposed else 1])
 
 

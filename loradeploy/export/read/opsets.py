@@ -38,7 +38,7 @@ def convert_opset(model: ir.Model) -> ir.Model:
     """
     opset = opset_of(model)
     if not opset:
-        raise ExportError("the graph does not tell which opset it is of: export it anew")
+        raise ExportError("the graph does not specify which opset it is of: export it anew")
     model.opset_imports.pop("ai.onnx", None)  # another spelling of the default domain
     model.opset_imports[""] = opset
     if opset < LEAST_OPSET:

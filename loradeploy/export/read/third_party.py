@@ -116,7 +116,7 @@ def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = N
             size = _head_size(settings_beside(directory, checkpoint))
         if size is None:
             raise ExportError(
-                f"the graph does not tell the last size of {value.name}, and neither does a"
+                f"the graph does not specify the last size of {value.name}, and neither does a"
                 f" config.json or {GENAI_CONFIG_NAME} beside it"
             )
         symbols[str(value.shape[3])] = size

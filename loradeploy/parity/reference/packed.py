@@ -115,8 +115,8 @@ def unpack_into(
         off = _off(_like(module, weight.numpy()), _like(module, own.numpy()))
         if not off <= most:
             raise BundleError(
-                f"the packed weight of {name} is not the base's: a row is off by {off:.0%} of its"
-                f" size, where {manifest.precision} leaves {most:.0%} at most: export again"
+                f"the quantized weight of {name} is not the base's: a row is off by {off:.0%} of"
+                f" its size, where {manifest.precision} leaves {most:.0%} at most: export again"
             )
         _give(module, weight)
     logger.info("took the packed weights of the graph into the reference")

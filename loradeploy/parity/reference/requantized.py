@@ -92,9 +92,9 @@ def with_roundings(
         if problem is None:
             found[name] = dataclasses.replace(weight, rounding=weight.values - merged_weight)
         else:
-            problems.append(f"the packed weight of {name} {problem}")
+            problems.append(f"the quantized weight of {name} {problem}")
     if abs(total.share - 1) > _SHARE or _SURE * total.error > 2 * _SHARE:
-        problems.insert(0, f"the packed weights hold {total.share:.0%} of the adapter's update")
+        problems.insert(0, f"the quantized weights hold {total.share:.0%} of the adapter's update")
         found = dict(packed)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return found, ((f"{problems[0]}{more}",) if problems else ())

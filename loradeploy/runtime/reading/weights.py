@@ -62,7 +62,7 @@ def graph_source(
     `manifest`: what the files must be of.
 
     Raises:
-        BundleError: they cannot be read, or are not those that the manifest tells of.
+        BundleError: they cannot be read, or are not those that the manifest declares.
         OutputError: there is no room for a private copy.
     """
     given = options
@@ -98,7 +98,7 @@ def entry(options: onnxruntime.SessionOptions, name: str) -> str:
 
 
 def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
-    """The bytes of the graph, which are those that the manifest tells of."""
+    """The bytes of the graph, which are those that the manifest declares."""
     content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
     expected = None if manifest is None else manifest.graph_digest
     if expected not in (None, bytes_digest(content)):
@@ -157,6 +157,6 @@ def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
     if found is None:
         raise BundleError(f"{bundle} holds no {GRAPH_DATA_NAME}: copy it whole, or export again")
     raise BundleError(
-        f"{bundle / GRAPH_DATA_NAME} is not the one that {MANIFEST_NAME} tells of (its fingerprint"
+        f"{bundle / GRAPH_DATA_NAME} is not the one that {MANIFEST_NAME} declares (its fingerprint"
         " has changed): copy the bundle whole, or export again"
     )

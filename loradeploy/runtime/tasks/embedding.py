@@ -91,8 +91,8 @@ class TextEmbedder:
         base = self.session.texts.base.recipe
         if not side.recipe.same(base) or not base.only_scales:
             raise UsageError(
-                f"the graph of {self.session.path} pools its texts itself, and modules.json tells"
-                " of more than that: export the checkpoint"
+                f"the graph of {self.session.path} pools its texts itself, and modules.json"
+                " declares more than that: export the checkpoint"
             )
         return base.scaled(vectors)
 

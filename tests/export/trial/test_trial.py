@@ -154,7 +154,7 @@ def test_a_newer_graph_is_left_as_it_is() -> None:
 def test_a_graph_that_does_not_tell_its_version_is_refused() -> None:
     model = _old()
     model.opset_imports.pop("")
-    with pytest.raises(ExportError, match="does not tell which opset"):
+    with pytest.raises(ExportError, match="does not specify which opset"):
         convert_opset(model)
 
 
