@@ -43,13 +43,13 @@ def form_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
     kept = "; an exported bundle keeps its own" if option.inherited else ""
-    told = f"{option.help} [default: {option.default}{kept}]"
+    text = f"{option.help} [default: {option.default}{kept}]"
     if option.name == "merge":
-        return click.option(option.flag, is_flag=True, help=told)
+        return click.option(option.flag, is_flag=True, help=text)
     if "/" in option.flag:
-        return click.option(option.flag, default=None, help=told)
+        return click.option(option.flag, default=None, help=text)
     kind = click.Choice(option.values) if option.values else None
-    return click.option(option.flag, type=kind, metavar=_METAVARS.get(option.name), help=told)
+    return click.option(option.flag, type=kind, metavar=_METAVARS.get(option.name), help=text)
 
 
 @click.command(
@@ -57,19 +57,28 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     short_help="Export a model to a bundle, with side inputs or an adapter merged.",
     epilog="Example: loradeploy export --model ./smollm2 --output bundle --adapter sport=./sport",
 )
-@click.option("--model", required=True, help="Hugging Face id or directory, ONNX file, or bundle.")
-@click.option("--output", required=True, type=click.Path(), help="Directory of the bundle.")
+@click.option(
+    "--model",
+    required=True,
+    help="The model to export: a Hugging Face id or directory, an ONNX file, or a bundle.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="The directory that the bundle is written to.",
+)
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="PEFT adapter to put into the bundle; repeat for more.",
+    help="A PEFT adapter to put into the bundle. Give the option again for each further one.",
 )
 @click.option(
     "--task",
     type=click.Choice(TASKS),
-    help="Where adapters and architecture do not tell it.",
+    help="The task of the model, needed where neither adapters nor architecture declare it.",
 )
 @form_options
 @click.option(
@@ -77,18 +86,18 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     "--requantise",  # as it was spelled before
     "requantize",
     is_flag=True,
-    help="Merge into int8 or int4 weights and pack them again; the loss is told.",
+    help="Merge into int8 or int4 weights and quantize them again. The merge error is reported.",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Where an ONNX model was exported from: tells its modules by their weights.",
+    help="The checkpoint that an ONNX model was exported from. Its weights identify the modules.",
 )
 @click.option(
     "--map",
     "module_map",
     type=click.Path(),
-    help="JSON file that tells the modules of an ONNX model's nodes.",
+    help="A JSON file that names the modules that the nodes of an ONNX model belong to.",
 )
 @trust_option
 @json_option

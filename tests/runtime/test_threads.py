@@ -194,7 +194,7 @@ def test_a_slot_is_not_lost_to_a_thread_that_begins_to_use_its_adapter(
 def test_a_first_use_in_many_threads_loads_the_bundles_adapter_once(
     tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loradeploy.runtime.session as module
+    import loradeploy.runtime.adapters.reading as module
     from loradeploy.export.api import export
 
     export(tiny_llama, tmp_path / "bundle", adapters={"own": adapters["a1"]})

@@ -32,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
-def tested_adapter(place: Path) -> AdapterUnderTest:
+def peft_adapter(place: Path) -> AdapterUnderTest:
     adapter = load_adapter(place)
     return AdapterUnderTest("one", place, adapter, adapter.digest)
 
@@ -124,11 +124,11 @@ def test_a_file_of_another_name_is_the_one_that_peft_reads(
     save_adapter(load_adapter(make_adapter(tiny_llama, seed=7)), tmp_path)
     shutil.copyfile(adapter / FILES[1], tmp_path / "best.safetensors")
     model = llama(tiny_llama)
-    with with_peft(model, tested_adapter(tmp_path / "best.safetensors")):
+    with with_peft(model, peft_adapter(tmp_path / "best.safetensors")):
         found = logits(model)
-    with with_peft(model, tested_adapter(adapter)):
+    with with_peft(model, peft_adapter(adapter)):
         assert torch.equal(found, logits(model))
-    with with_peft(model, tested_adapter(tmp_path)):
+    with with_peft(model, peft_adapter(tmp_path)):
         assert not torch.allclose(found, logits(model))
 
 
@@ -166,7 +166,7 @@ def test_the_base_is_itself_again_after_peft(
     tmp_path: Path,
 ) -> None:
     place = make_adapter(tiny_llama, out=tmp_path / "adapter", **options)
-    tested = tested_adapter(place)
+    tested = peft_adapter(place)
     change(place)
     model = llama(tiny_llama)
     before = {name: values.clone() for name, values in model.state_dict().items()}
@@ -188,7 +188,7 @@ def test_a_base_that_was_written_over_is_told_by_name(tiny_llama: Path, adapter:
     model = llama(tiny_llama)
     with (
         pytest.raises(AdapterError, match=r"writes over the base's model\.norm\.weight"),
-        with_peft(model, tested_adapter(adapter)),
+        with_peft(model, peft_adapter(adapter)),
         torch.no_grad(),
     ):
         model.model.norm.weight.add_(1)
