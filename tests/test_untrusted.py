@@ -226,14 +226,14 @@ def test_weights_and_data_are_not_waited_for(
 ) -> None:
     from loradeploy.export.graph.file import load_graph
     from loradeploy.parity.compare.feeds import read_feeds
-    from loradeploy.parity.inputs.tokens import _read
+    from loradeploy.runtime.prompts import read_requests
     from loradeploy.train.config import read_yaml
     from loradeploy.train.sources import Source, rows
 
     readers: dict[str, Callable[[Path], object]] = {
         "a.onnx_adapter": read_onnx_adapter,
         "f.npz": read_feeds,
-        "p.txt": _read,
+        "p.txt": read_requests,
         "c.yaml": read_yaml,
         "d.jsonl": lambda file: list(rows(Source(file))),
         "d.csv": lambda file: list(rows(Source(file))),

@@ -35,7 +35,7 @@ def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Ada
         )
     adapter.check_plain()
     adapter = fitted(adapter, manifest)
-    fit.check_fit(with_all_labels(adapter, manifest), adaptable(manifest, name))
+    fit.check_fit(with_all_labels(adapter, manifest.saved_shapes()), adaptable(manifest, name))
     return adapter
 
 

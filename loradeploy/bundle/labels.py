@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.bundle.manifest import Manifest
 
 # The parameter of a head whose first dimension is the number of labels, at the end of its name.
 LABELED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
@@ -26,13 +26,14 @@ def label_parameters(adapter: Adapter) -> tuple[str, ...]:
     return tuple(name for name in sorted(adapter.saved) if LABELED.fullmatch(name))
 
 
-def with_all_labels(adapter: Adapter, manifest: Manifest) -> Adapter:
-    """`adapter` with outputs for all labels of the bundle; itself where it has them.
+def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """`adapter` with outputs for all labels of the base's head; itself where it has them.
+
+    `shapes`: of the base's parameters that can be replaced, by name.
 
     A head without a bias is left as it is: a label that it lacks could not be told from a logit of
     zero. Labels that have no names get LABEL_0 and so on, so that their number is known.
     """
-    shapes = {saved.parameter: saved.shape for saved in manifest.saved}
     saved = dict(adapter.saved)
     fewest = None
     for weight in label_parameters(adapter):

@@ -157,6 +157,10 @@ class Manifest:
         """The names of the low-rank side inputs, in the order of the targets."""
         return tuple(name for target in self.targets for name in target.factors)
 
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that adapters can replace whole, by name."""
+        return {saved.parameter: saved.shape for saved in self.saved}
+
     def side_inputs(self) -> tuple[TensorSpec, ...]:
         """What the graph takes beside its inputs, every one optional.
 

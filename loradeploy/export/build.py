@@ -270,7 +270,7 @@ def _merged(
     base: Base, findings: Findings, options: Options, digests: Mapping[str, str]
 ) -> Manifest:
     ((name, given),) = options.adapters.items()
-    adapter = given if base.before is None else with_all_labels(given, base.before)
+    adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
     layers: dict[str, Linear | Part] = {**find_parts(base.graph), **findings.linears}
     adapter = without_idle(adapter, layers)
     check_brought(name, adapter, base.lacking)

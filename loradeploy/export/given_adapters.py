@@ -15,7 +15,7 @@ from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
-from loradeploy.bundle.labels import label_parameters
+from loradeploy.bundle.labels import label_parameters, with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity
 from loradeploy.errors import (
     AdapterError,
@@ -117,7 +117,10 @@ def check_adapters(
 
     model = dataclasses.replace(adaptable(skeleton), digest=base.digest)
     for name, adapter in adapters.items():
-        expected = model if merge else _beside(model, adapter, task)
+        expected = model
+        if not merge:
+            expected = _beside(model, adapter, task)
+            adapter = with_all_labels(adapter, expected.parameters)
         with named(name):
             check_fit(adapter, expected)
 

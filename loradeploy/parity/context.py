@@ -141,14 +141,14 @@ def find_adapters(
                 " export again"
             )
         native = path.with_name(f"{name}{NATIVE_SUFFIX}")
-        wide = with_all_labels(adapter, manifest)
+        wide = with_all_labels(adapter, manifest.saved_shapes())
         file = native if native.is_file() else None
         found[name] = AdapterUnderTest(
             name, path, wide, adapter.digest, file, widened=wide is not adapter
         )
     for name, path in adapter_directories(adapters).items():
         adapter = fitted(load_adapter(path), manifest)
-        wide = with_all_labels(adapter, manifest)
+        wide = with_all_labels(adapter, manifest.saved_shapes())
         if name in found and found[name].digest != adapter.digest:
             raise UsageError(
                 f'two adapters are named {name!r}: give them other names, `adapters=["NAME=DIR"]`'

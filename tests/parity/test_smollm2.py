@@ -17,7 +17,7 @@ ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}
 @pytest.fixture(scope="module")
 def width(request: pytest.FixtureRequest) -> tuple[int, int]:
     """Prompts and generated tokens: more with --all."""
-    return (len(PROMPTS), 32) if request.config.getoption("--all") else (3, 8)
+    return (len(PROMPTS), 32) if request.config.getoption("--all") else (8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def report(
         smollm2_bundle,
         model=smollm2,
         adapters=smollm2_adapters,
-        prompts=sorted(PROMPTS, key=len)[:prompts],
+        prompts=PROMPTS[:prompts],
         tokens=tokens,
         phases=["prefill", "padded batch", "decode"],
         certificate=False,

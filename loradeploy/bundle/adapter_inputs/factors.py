@@ -51,7 +51,7 @@ def side_inputs_of_fitted(
     adapter: Adapter, manifest: Manifest, base: BaseValues | None = None
 ) -> dict[str, NDArray[Any]]:
     """`side_inputs` of an adapter that `fit_to` gave for the same manifest."""
-    adapter = with_all_labels(adapter, manifest)
+    adapter = with_all_labels(adapter, manifest.saved_shapes())
     dtype = np.dtype(manifest.factor_dtype)
     arrays: dict[str, NDArray[Any]] = {}
     for target in manifest.targets:

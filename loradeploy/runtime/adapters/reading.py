@@ -77,7 +77,11 @@ class AdapterReader:
                 return arrays, tensors_digest(arrays, {}), None
             adapter = fit_to(load_adapter(source), self.manifest)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
-            return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
+            return (
+                arrays,
+                adapter.digest,
+                with_all_labels(adapter, self.manifest.saved_shapes()).labels,
+            )
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{source}: {problem}") from None
 
@@ -107,7 +111,7 @@ class AdapterReader:
             )
         arrays, _, _ = self._read(file)
         adapter = load_adapter(source)
-        return arrays, adapter.digest, with_all_labels(adapter, self.manifest).labels
+        return arrays, adapter.digest, with_all_labels(adapter, self.manifest.saved_shapes()).labels
 
     def defaults(self) -> Arrays:
         """What the base has where adapters replace whole parameters, by side input.

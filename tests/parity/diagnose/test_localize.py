@@ -25,7 +25,7 @@ from loradeploy.parity.diagnose.torch_probe import Modules, rounded, sites_of, v
 from loradeploy.parity.inputs.tokens import Cases
 from loradeploy.parity.reference.pytorch import load_base
 from loradeploy.parity.report.results import Localization, ParityReport
-from loradeploy.parity.report.table import place_lines
+from loradeploy.parity.report.table import diagnosis_lines
 from loradeploy.parity.report.writers import markdown
 from tests.conftest import MakeAdapter, following
 from tests.parity.spoil import Change, attribute, operator, spoiled, weight
@@ -314,7 +314,7 @@ def test_a_wrong_factor_in_pytorch_is_named_without_a_graph(
 
     def other_place(context: CheckContext) -> CheckContext:
         (tested,) = context.adapters
-        moved = dataclasses.replace(tested, place=tmp_path / "saved")
+        moved = dataclasses.replace(tested, path=tmp_path / "saved")
         return dataclasses.replace(context, adapters=(moved,))
 
     found = locate(bundle, tiny_llama, "peft", change=other_place)
@@ -419,7 +419,7 @@ def test_a_check_that_fails_tells_where(
     for found in report.localizations:
         assert first_of(found) == ("model.layers.1.mlp.down_proj", "MatMul")
     named = "model.layers.1.mlp.down_proj (MatMul) is the first to diverge"
-    assert all(named in line for line in place_lines(report)[:3])
+    assert all(named in line for line in diagnosis_lines(report)[:3])
     assert "**Where**" in markdown(report)
     assert json.loads(json.dumps(report.to_json()))["localizations"][0]["first"]["layer"] == 1
     never = parity(tmp_path / "wrong", backends=backends[1:2], localize=False)
@@ -453,7 +453,7 @@ def test_a_check_that_passes_looks_inside_on_request_alone(
         ("onnx-side-inputs", "one"),
     ]
     assert all(found.first is None for found in report.localizations)
-    assert "no module diverges" in place_lines(report)[0]
+    assert "no module diverges" in diagnosis_lines(report)[0]
 
 
 def test_the_command_prints_where(
