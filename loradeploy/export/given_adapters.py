@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.labels import label_parameters, with_all_labels
@@ -116,8 +117,9 @@ def check_adapters(
     from loradeploy.lora.fit import adaptable
 
     model = dataclasses.replace(adaptable(skeleton), digest=base.digest)
-    for name, adapter in adapters.items():
-        expected = model
+    modules = {name for name, layer in model.layers.items() if merge or layer.kind != "conv2d"}
+    for name, given in adapters.items():
+        expected, adapter = model, without_idle(given, modules)
         if not merge:
             expected = _beside(model, adapter, task)
             adapter = with_all_labels(adapter, expected.parameters)

@@ -47,7 +47,7 @@ class Verdict:
         `problem`: why it fails whatever the figures say. `remark`: the message where it passes.
         Figures over no positions are left out.
         """
-        failure = problem or self.failure
+        failure = self.failure if problem is None else problem
         compared = self.figures.positions > 0
         return Result(
             backend=backend,

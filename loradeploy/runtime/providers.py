@@ -78,7 +78,8 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
         raise UsageError(f"providers is {shown(providers)}: give a list of names")
     if not providers:
         raise UsageError("providers is empty: nothing would run the graph")
-    found: dict[str, dict[str, Any]] = {}
+    named: dict[str, dict[str, Any]] = {}
+    implied: dict[str, tuple[str, ...]] = {}
     for provider in providers:
         name, options = _named(provider)
         full, device = split_device(name)
@@ -86,12 +87,21 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
         if device is not None:
             if known is None or known.device_option is None:
                 raise UsageError(f"{shown(name)}: {full} has no devices to choose by number")
+            other_device = options.get(known.device_option, device)
+            if str(other_device) != str(device):
+                raise UsageError(f"{shown(name)}: its options choose device {shown(other_device)}")
             options = {known.device_option: device, **options}
-        found.setdefault(full, options)
+        if named.setdefault(full, options) != options:
+            raise UsageError(f"providers has {full} twice, with different options")
         if known is not None and full != name.partition(":")[0]:
-            number = {} if device is None else {"device_id": device}
-            for other in known.before:
-                found.setdefault(_BY_NAME[other].full, dict(number))
+            implied[full] = tuple(_BY_NAME[other].full for other in known.before)
+    found: dict[str, dict[str, Any]] = {}
+    for full, options in named.items():
+        found[full] = options
+        number = {key: options[key] for key in ("device_id",) if key in options}
+        for other in implied.get(full, ()):
+            if other not in named:
+                found.setdefault(other, dict(number))
     check_installed(found)
     return list(found.items())
 

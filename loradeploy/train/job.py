@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -288,8 +289,12 @@ def _kept(
             raise
         try:
             directory = Path(tempfile.mkdtemp(prefix=f"{target.name}-"))
+        except OSError:
+            raise problem from None
+        try:
             write_adapter(directory)
-        except (OSError, LoraDeployError):
+        except Exception:
+            shutil.rmtree(directory, ignore_errors=True)
             raise problem from None
         known = isinstance(problem, LoraDeployError)
         reason = problem if known else f"{target} cannot be written: {kind_and_line(problem)}"

@@ -89,3 +89,19 @@ def test_a_library_s_provider_stands_beside_no_built_in_one() -> None:
         add_plugins(
             SimpleNamespace(add_provider_for_devices=lambda *_: None), resolve(["webgpu", "cuda"])
         )
+
+
+def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() -> None:
+    limits = {"gpu_mem_limit": 5}
+    found = dict(resolve(["tensorrt", ("cuda", limits), "cpu"]))
+    assert found["CUDAExecutionProvider"] == limits
+    found = dict(resolve([("tensorrt", {"device_id": 1})]))
+    assert found["CUDAExecutionProvider"] == {"device_id": 1}
+
+
+@pytest.mark.parametrize(
+    "providers", [["cuda:0", "cuda:1"], [("cuda:1", {"device_id": 0})]], ids=["twice", "options"]
+)
+def test_two_devices_of_one_provider_are_refused(providers: list[Any]) -> None:
+    with pytest.raises(UsageError, match="twice|choose device"):
+        resolve(providers)

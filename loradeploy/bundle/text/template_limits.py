@@ -345,8 +345,9 @@ class _Constants(Optimizer):
         environment = cast(LimitedEnvironment, self.environment)
         if isinstance(node, nodes.BinExpr) and node.operator in environment.intercepted_binops:
             left, right = node.left.as_const(), node.right.as_const()
-            return environment.call_binop(None, node.operator, left, right)
-        value = node.as_const()
+            value = environment.call_binop(None, node.operator, left, right)
+        else:
+            value = node.as_const()
         _pay(value)
         return _checked(value)
 
