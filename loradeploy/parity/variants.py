@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.errors import UsageError
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.report.results import Variant
-from loradeploy.runtime.providers import CPU
+from loradeploy.runtime.devices.table import CPU
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -24,12 +24,12 @@ def choose_variants(
 ) -> tuple[Variant, ...]:
     """Every provider at every level; on the CPU and at "all" where none is given.
 
-    A provider is named as `runtime.providers` reads names: "cuda", "cuda:1".
+    A provider is named as `runtime.devices.providers` reads names: "cuda", "cuda:1".
 
     Raises:
         UsageError: a provider that this onnxruntime does not have, or an unknown level.
     """
-    from loradeploy.runtime.providers import full_name, resolve
+    from loradeploy.runtime.devices.providers import full_name, resolve
 
     names = [CPU] if providers is None else [full_name(name) for name in providers]
     levels = [DEFAULT.optimization] if optimization is None else list(optimization)

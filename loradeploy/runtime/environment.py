@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from loradeploy.errors import first_line
-from loradeploy.runtime.providers import PACKAGES, preload_cuda
+from loradeploy.runtime.devices.plugins import TINY_GRAPH
+from loradeploy.runtime.devices.providers import preload_cuda
+from loradeploy.runtime.devices.table import PACKAGES
 
 Status = Literal["ok", "note", "problem"]
 
@@ -22,11 +24,6 @@ _PACKAGES: Final = (
     "torch", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "peft",
     "onnxruntime-genai",
 )  # fmt: skip
-# y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
-_TINY_GRAPH: Final = (
-    b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
-    b"\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
 _WARNINGS, _NOTHING_LOGGED = 2, 4  # onnxruntime's log severities
 _CUDA: Final = "CUDAExecutionProvider"
 # Of control groups, version 2 and 1: the processor time of a container, and for which period.
@@ -150,7 +147,7 @@ def _cuda(onnxruntime: Any) -> Finding:
     preload_cuda()
     onnxruntime.set_default_logger_severity(_NOTHING_LOGGED)  # the finding says it
     try:
-        session = onnxruntime.InferenceSession(_TINY_GRAPH, providers=[_CUDA])
+        session = onnxruntime.InferenceSession(TINY_GRAPH, providers=[_CUDA])
         if _CUDA in session.get_providers():
             return Finding("CUDA", "ok", "there is a device, and the provider starts on it")
         why = _unloadable(onnxruntime)

@@ -34,11 +34,11 @@ from loradeploy.runtime.arguments import (
     requested_outputs,
 )
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.providers import Provider, device_of
 from loradeploy.runtime.reading.graph import check_graph, open_graph, placement_of
 from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.texts import TextSides, files_for_texts
@@ -51,7 +51,7 @@ class AdapterSession:
     """An inference session on a bundle.
 
     `providers`: execution providers in order of preference, "cuda" or "CUDAExecutionProvider",
-    "cuda:1" for the second device (`runtime.providers`); by default those that `session_options`
+    "cuda:1" for the second device (docs/devices.md); by default those that `session_options`
     choose, else the CPU's.
     One that is installed but does not start is passed over, with a logged warning, if the CPU's is
     named too; `providers` tells which run.

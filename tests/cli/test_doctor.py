@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from loradeploy.runtime.environment import _TINY_GRAPH
+from loradeploy.runtime.devices.plugins import TINY_GRAPH
 
 REAL = onnxruntime.__version__
 
@@ -120,6 +120,6 @@ def test_every_problem_and_note_says_what_to_do(site: Path) -> None:
 
 
 def test_the_graph_that_tries_a_provider_is_a_graph() -> None:
-    session = onnxruntime.InferenceSession(_TINY_GRAPH, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(TINY_GRAPH, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": np.ones(1, np.float32)})
     assert y.tolist() == [-1.0]

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
 import pytest
 
 from loradeploy.errors import UsageError
-from loradeploy.runtime.providers import KNOWN, Provider, add_plugins, full_name, resolve
+from loradeploy.runtime.devices.providers import Provider, resolve
+from loradeploy.runtime.devices.table import KNOWN, known
 
-CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
-PLUGIN = "WebGpuExecutionProvider"
+CPU, CUDA, TENSORRT, OPENVINO = (
+    f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO")
+)
 
 
 @pytest.fixture(autouse=True)
 def every_provider_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = [provider.full for provider in KNOWN]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: installed)
-
-
-@pytest.fixture
-def registered_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A device of a registered library, as ONNX Runtime lists it."""
-    device = SimpleNamespace(ep_name=PLUGIN)
-    present = onnxruntime.get_ep_devices()
-    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [*present, device])
-    yield device
 
 
 @pytest.mark.parametrize(
@@ -42,6 +33,10 @@ def registered_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ([("cuda", {"arena_extend_strategy": 1})], [(CUDA, {"arena_extend_strategy": 1})]),
         (["tensorrt:1"], [(TENSORRT, {"device_id": 1}), (CUDA, {"device_id": 1})]),
         ([TENSORRT], [(TENSORRT, {})]),
+        (["coreml"], [("CoreMLExecutionProvider", {})]),
+        (["WebGPU"], [("WebGpuExecutionProvider", {})]),
+        (["openvino:2"], [(OPENVINO, {"precision": "FP32", "device_number": 2})]),
+        ([("openvino", {"precision": "ACCURACY"})], [(OPENVINO, {"precision": "ACCURACY"})]),
     ],
 )
 def test_a_provider_goes_by_either_name(
@@ -58,6 +53,7 @@ def test_a_provider_goes_by_either_name(
         ([3], "a provider is 3"),
         (["cuda:first"], "give NAME or NAME:NUMBER"),
         (["cpu:1"], "has no devices to choose"),
+        (["webgpu:1"], "has no devices to choose"),
         (["nothing"], "this onnxruntime has no 'nothing', it has CPUExecutionProvider, CUDA"),
     ],
 )
@@ -74,21 +70,18 @@ def test_a_provider_that_is_not_installed_names_its_package(
         resolve(["cuda"])
 
 
-def test_a_registered_library_s_provider_is_given_by_its_devices(registered_plugin: Any) -> None:
-    assert full_name("webgpu") == PLUGIN
-    given: list[Any] = []
-    options: Any = SimpleNamespace(add_provider_for_devices=lambda *args: given.append(args))
-    assert add_plugins(options, resolve([("webgpu", {"validation": 1}), "cpu"]))
-    assert given == [([registered_plugin], {"validation": "1"})]
-    assert not add_plugins(options, resolve(["cuda"]))
+def test_a_plugin_that_is_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.raises(UsageError, match="has no 'QNNExec.*: pip install onnxruntime-qnn"):
+        resolve(["qnn"])
 
 
-@pytest.mark.usefixtures("registered_plugin")
-def test_a_library_s_provider_stands_beside_no_built_in_one() -> None:
-    with pytest.raises(UsageError, match=f"{CUDA} and {PLUGIN} cannot be given together"):
-        add_plugins(
-            SimpleNamespace(add_provider_for_devices=lambda *_: None), resolve(["webgpu", "cuda"])
-        )
+def test_what_is_not_known_of_a_provider_is_not_assumed() -> None:
+    row = known("NewExecutionProvider")
+    assert row.feeds_all
+    assert not row.takes_defaults
+    assert not row.like_cpu
+    assert known("OpenVINOExecutionProvider.AUTO").options == {"precision": "FP32"}
 
 
 def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() -> None:

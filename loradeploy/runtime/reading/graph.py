@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
 
 from loradeploy.bundle.dtypes import NUMPY_NAMES
-from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file
 from loradeploy.printable import logger_of
-from loradeploy.runtime.providers import (
-    CPU,
+from loradeploy.runtime.devices.plugins import add_plugins, chosen_before, providers_in
+from loradeploy.runtime.devices.providers import (
     Provider,
     Resolved,
-    add_plugins,
     needs_cuda,
     preload_cuda,
     resolve,
 )
+from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
+from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
 from loradeploy.runtime.reading.weights import graph_source
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# onnxruntime's log severities. Its errors are raised too, and are reported in a line of ours.
-_WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
-_UNSET: Final = -1
 _LISTED: Final = 3
 
 
@@ -57,6 +54,8 @@ def open_graph(
     may choose the providers instead (`add_provider_for_devices`); they may name another directory
     for the graph's weights, as `WEIGHTS_AT`, or have the data file mapped, as `MAPPED`; else what
     happens to the files afterwards changes nothing (weights.py).
+    Where a provider does not take inputs with defaults, the graph is opened without these, and
+    every side input has to be fed.
     `manifest`: what the graph and its weights must be of.
 
     Raises:
@@ -68,16 +67,20 @@ def open_graph(
     if not graph.is_file():
         raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
-    if options is not None and _has_providers(options):
-        if providers is not None:
-            raise UsageError(
-                "providers and session_options both choose execution providers: leave providers"
-                " out, or add none to the options"
-            )
-        with graph_source(bundle, options, manifest) as source:
-            return _open(graph, source.graph, None, source.options)
-    asked = resolve(providers)
-    with graph_source(bundle, options, manifest) as source:
+    chosen = options is not None and _has_providers(options)
+    if chosen and providers is not None and options is not None and chosen_before(options) is None:
+        raise UsageError(
+            "providers and session_options both choose execution providers: leave providers out,"
+            " or add none to the options"
+        )
+    asked = None if chosen and providers is None else resolve(providers)
+    if asked is not None:
+        names = [name for name, _ in asked]
+    else:
+        assert options is not None
+        names = providers_in(options)
+    without = _all_fed(bundle, manifest, names)
+    with graph_source(bundle, options, manifest, without) as source:
         return _open(graph, source.graph, asked, source.options)
 
 
@@ -97,6 +100,13 @@ def _has_providers(options: onnxruntime.SessionOptions) -> bool:
     return has is not None and bool(has())
 
 
+def _all_fed(bundle: Path, manifest: Manifest | None, names: Sequence[str]) -> tuple[str, ...]:
+    """The side inputs, where a provider of `names` wants them without defaults."""
+    if all(known(name).takes_defaults for name in names):
+        return ()
+    return tuple(spec.name for spec in (manifest or read_manifest(bundle)).side_inputs())
+
+
 def _open(
     graph: Path,
     source: str | bytes,
@@ -105,45 +115,34 @@ def _open(
 ) -> onnxruntime.InferenceSession:
     """A session of the providers `asked`, which have started; None: those in the options."""
     check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
-    if options.log_severity_level == _UNSET:
-        # Else a warning for every side input, and every error twice.
-        options.log_severity_level = _ERRORS if logger.isEnabledFor(logging.DEBUG) else _FATAL
+    if options.log_severity_level == UNSET:
+        options.log_severity_level = severity()
     options.add_session_config_entry(_RECORD, "1")
     names = [name for name, _ in asked or ()]
     if needs_cuda(names):
         preload_cuda()
-    in_options = asked is None or add_plugins(options, asked)
+    by_name = None if asked is None else add_plugins(options, asked)
     try:
-        with _unlogged(names):
+        with nullcontext() if names == [CPU] else unlogged():
             session = onnxruntime.InferenceSession(
-                source, options, providers=None if in_options else asked, enable_fallback=0
+                source, options, providers=by_name, enable_fallback=0
             )
     except Exception as problem:  # onnxruntime's own exceptions share no base but this
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
-    _check_started(session, names)
+    _check_started(session, [name for name, _ in by_name or ()], fallback=CPU in names)
     return session
 
 
-def _check_started(session: onnxruntime.InferenceSession, names: Sequence[str]) -> None:
+def _check_started(
+    session: onnxruntime.InferenceSession, names: Sequence[str], *, fallback: bool
+) -> None:
+    """Raise UsageError, or warn where there is a `fallback`, if one of `names` did not start."""
     started = session.get_providers()
     if missing := [name for name in names if name not in started]:
         message = f"{missing[0]} is installed but does not start here: no device, driver or library"
-        if CPU not in names:
+        if not fallback:
             raise UsageError(f"{message}. Fix that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", message, started[0])
-
-
-@contextlib.contextmanager
-def _unlogged(providers: Sequence[str]) -> Iterator[None]:
-    """Without what onnxruntime's own logger says of a provider's library that does not load."""
-    if set(providers) == {CPU} or logger.isEnabledFor(logging.DEBUG):
-        yield
-        return
-    onnxruntime.set_default_logger_severity(_FATAL)
-    try:
-        yield
-    finally:
-        onnxruntime.set_default_logger_severity(_WARNINGS)
 
 
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
@@ -162,9 +161,16 @@ def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, i
 
 
 def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
-    """Raise BundleError unless the graph takes and gives what the manifest says."""
+    """Raise BundleError unless the graph takes and gives what the manifest says.
+
+    It may have been opened without the defaults of its side inputs.
+    """
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
+    if not overridable:
+        side_inputs = {spec.name for spec in manifest.side_inputs()}
+        overridable = {name: node for name, node in required.items() if name in side_inputs}
+        required = {name: node for name, node in required.items() if name not in side_inputs}
     outputs = {node.name: node for node in session.get_outputs()}
     problems = [
         *_misfits("input", manifest.inputs, required),

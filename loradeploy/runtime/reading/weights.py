@@ -17,7 +17,7 @@ import contextlib
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_GRAPH_BYTES, copy_file, open_file, read_bytes
+from loradeploy.runtime.reading.required import without_defaults
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -55,11 +56,14 @@ class Source:
 
 @contextmanager
 def graph_source(
-    bundle: Path, options: onnxruntime.SessionOptions | None, manifest: Manifest | None
+    bundle: Path,
+    options: onnxruntime.SessionOptions | None,
+    manifest: Manifest | None,
+    without: Collection[str] = (),
 ) -> Iterator[Source]:
     """The graph of `bundle` and its weights, to be opened within the context.
 
-    `manifest`: what the files must be of.
+    `manifest`: what the files must be of. `without`: inputs whose defaults are left out.
 
     Raises:
         BundleError: they cannot be read, or are not those that the manifest declares.
@@ -69,8 +73,9 @@ def graph_source(
     if options is None:
         options = onnxruntime.SessionOptions()
     if entry(options, WEIGHTS_AT):  # the graph is another's, in a part of its file
-        yield Source(_graph(bundle, manifest), options)
-    elif entry(options, MAPPED) == "1" or sys.platform == "win32":  # nobody writes to it there
+        yield Source(_graph(bundle, manifest, without), options)
+    # Nobody writes to a mapped file on Windows.
+    elif (entry(options, MAPPED) == "1" or sys.platform == "win32") and not without:
         _check_file(bundle, manifest)
         yield Source(os.fspath(bundle / GRAPH_NAME), options)
     elif given is None and hasattr(options, _FROM_MEMORY):
@@ -79,13 +84,17 @@ def graph_source(
                 found = fingerprint(view) if content is not _NOTHING else None
             _check(bundle, manifest, found)
             getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
-            yield Source(_graph(bundle, manifest), options)
+            yield Source(_graph(bundle, manifest, without), options)
     else:
         with scratch_directory("loradeploy-session-") as copy:
             for name in (GRAPH_NAME, GRAPH_DATA_NAME):
                 if (bundle / name).is_file():
                     copy_file(bundle / name, copy / name, error=BundleError)
             _check_file(copy, manifest, named=bundle)
+            if without:
+                content = _graph(copy, manifest, without)
+                (copy / GRAPH_NAME).unlink()
+                (copy / GRAPH_NAME).write_bytes(content)
             yield Source(os.fspath(copy / GRAPH_NAME), options)
 
 
@@ -97,8 +106,8 @@ def entry(options: onnxruntime.SessionOptions, name: str) -> str:
         return ""
 
 
-def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
-    """The bytes of the graph, which are those that the manifest declares."""
+def _graph(bundle: Path, manifest: Manifest | None, without: Collection[str] = ()) -> bytes:
+    """The bytes of the graph that the manifest declares, less the defaults of `without`."""
     content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
     expected = None if manifest is None else manifest.graph_digest
     if expected not in (None, bytes_digest(content)):
@@ -106,7 +115,7 @@ def _graph(bundle: Path, manifest: Manifest | None) -> bytes:
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest: its digest has changed"
             " since the export. Export again."
         )
-    return content
+    return without_defaults(content, without) if without else content
 
 
 @contextmanager

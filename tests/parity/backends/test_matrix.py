@@ -15,7 +15,7 @@ from loradeploy.parity.names import LEVELS
 from loradeploy.parity.phases import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
 from loradeploy.parity.variants import choose_variants, session_options, start
-from loradeploy.runtime.providers import CPU
+from loradeploy.runtime.devices.table import CPU
 from loradeploy.runtime.session import AdapterSession
 from tests.parity.conftest import PROMPTS, Check
 from tests.parity.tampering import change_graph, leave_dropout_on, see_the_future_in_chunks

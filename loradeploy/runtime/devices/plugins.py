@@ -1,0 +1,225 @@
+"""Providers whose library comes apart from ONNX Runtime: registering it, and starting its devices.
+
+ONNX Runtime does not start such a provider by its name: it takes the devices that the library
+found, in a session's options. A plugin may find none, and may find one that does not start (no
+driver for it), so that is tried on a graph of one node before a session's options are changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.errors import UsageError, first_line
+from loradeploy.printable import logger_of
+from loradeploy.runtime.devices.quiet import FATAL, unlogged
+from loradeploy.runtime.devices.table import CPU, DEVICE_NUMBER, Plugin, known
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logger_of(__name__)
+
+# y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
+TINY_GRAPH: Final = (
+    b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
+    b"\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+# In a session's options: the providers that were put there, so that they open a second session.
+_CHOSEN: Final = "loradeploy.providers"
+_LIBRARY: Final = "library_path"  # what the metadata of a plugin's device has
+_registering: Final = threading.Lock()
+
+
+def plugin_devices() -> dict[str, list[Any]]:
+    """The devices of providers that come from registered libraries, by ONNX Runtime's name."""
+    import onnxruntime
+
+    found: dict[str, list[Any]] = {}
+    for device in getattr(onnxruntime, "get_ep_devices", list)():
+        if _LIBRARY in device.ep_metadata:
+            found.setdefault(device.ep_name, []).append(device)
+    return found
+
+
+def is_installed(plugin: Plugin) -> bool:
+    """Whether the package of a plugin is there."""
+    return importlib.util.find_spec(plugin.module) is not None
+
+
+def register(full: str, plugin: Plugin) -> bool:
+    """Register the library of the provider `full` unless it is; whether it is installed at all.
+
+    Raises:
+        UsageError: ONNX Runtime does not take the library.
+    """
+    import onnxruntime
+
+    with _registering:
+        if full in plugin_devices():
+            return True
+        if not is_installed(plugin):
+            return False
+        try:
+            library = importlib.import_module(plugin.module).get_library_path()
+            with unlogged():
+                onnxruntime.register_execution_provider_library(full, os.fspath(library))
+        except Exception as problem:  # onnxruntime's exceptions share no base but this
+            if "already registered" not in str(problem):
+                raise UsageError(
+                    f"onnxruntime {onnxruntime.__version__} does not load {plugin.package}:"
+                    f" {first_line(problem)}"
+                ) from None
+        return True
+
+
+def add_plugins(
+    options: onnxruntime.SessionOptions, providers: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]] | None:
+    """Put `providers` into `options` where one is a plugin, else give back those to be named.
+
+    A plugin that does not start is passed over, with a logged warning, where the CPU's provider
+    stands in `providers` too. None: they are in the options, those of an earlier call included.
+
+    Raises:
+        UsageError: a plugin does not start, a provider cannot stand beside it, or the options have
+            been given other providers before.
+    """
+    import onnxruntime
+
+    devices = plugin_devices()
+    by_name = set(onnxruntime.get_available_providers()) - devices.keys()
+    fallback = any(name == CPU for name, _ in providers)
+    started: list[tuple[str, dict[str, str], Any]] = []
+    for name, given in providers:
+        text = {key: str(value) for key, value in given.items()}
+        if name in by_name:
+            started.append((name, text, None))
+            continue
+        try:
+            device = _device(name, text, devices)
+            _try(name, device, text)
+        except UsageError as problem:
+            if not fallback:
+                raise UsageError(f"{problem}. Or name {CPU} as well to run on the CPU.") from None
+            logger.warning("%s; running without it", problem)
+        else:
+            started.append((name, text, device))
+    if all(device is None for _, _, device in started):
+        if chosen_before(options) is not None:
+            raise _used_before()
+        given_by_name = {name: dict(given) for name, given in providers}
+        return [(name, given_by_name[name]) for name, _, _ in started]
+    if _are_chosen(options, started):
+        return None
+    for name, text, device in started:
+        if device is not None:
+            options.add_provider_for_devices([device], text)
+        elif name != CPU:  # which is there by itself, behind all others
+            _add(options, name, text)
+    return None
+
+
+def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[Any]]) -> Any:
+    """The device that `options` choose, which lose that entry; the first one by default."""
+    found = devices.get(name, ())
+    number = int(options.pop(DEVICE_NUMBER, 0))
+    if not found:
+        raise UsageError(f"{name} is installed and finds no device here. It needs {_needs(name)}")
+    if number >= len(found):
+        raise UsageError(f"{name} has no device {number}: it has {len(found)}, counted from 0")
+    return found[number]
+
+
+def _try(name: str, device: Any, options: Mapping[str, str]) -> None:
+    import onnxruntime
+
+    tiny = onnxruntime.SessionOptions()
+    tiny.log_severity_level = FATAL
+    try:
+        with unlogged():
+            tiny.add_provider_for_devices([device], options)
+            onnxruntime.InferenceSession(TINY_GRAPH, tiny, enable_fallback=0)
+    except Exception as problem:  # onnxruntime's exceptions share no base but this
+        raise UsageError(
+            f"{name} is installed and finds a device, which does not start:"
+            f" {first_line(problem)}. It needs {_needs(name)}"
+        ) from None
+
+
+def _needs(name: str) -> str:
+    return known(name).needs
+
+
+def _are_chosen(
+    options: onnxruntime.SessionOptions, started: Sequence[tuple[str, dict[str, str], Any]]
+) -> bool:
+    """Whether `options` have these providers from an earlier session; note them otherwise."""
+    chosen = json.dumps(
+        [
+            (name, text, None if device is None else sorted(device.ep_metadata.items()))
+            for name, text, device in started
+        ],
+        sort_keys=True,
+    )
+    before = chosen_before(options)
+    if before is None:
+        options.add_session_config_entry(_CHOSEN, chosen)
+        return False
+    if before != chosen:
+        raise _used_before()
+    return True
+
+
+def _used_before() -> UsageError:
+    return UsageError(
+        "these session_options opened a session with other providers before, which stay in them:"
+        " give new SessionOptions"
+    )
+
+
+def chosen_before(options: onnxruntime.SessionOptions) -> str | None:
+    """What `add_plugins` noted in the options when it put providers there; None without that."""
+    try:
+        return str(options.get_session_config_entry(_CHOSEN))
+    except RuntimeError:  # its way to say that there is no such entry
+        return None
+
+
+def _add(options: onnxruntime.SessionOptions, name: str, text: Mapping[str, str]) -> None:
+    """Put a provider that ONNX Runtime has built in beside a plugin."""
+    try:
+        with unlogged():
+            options.add_provider(name, text)
+    except Exception as problem:  # onnxruntime's exceptions share no base but this
+        raise UsageError(
+            f"{name} cannot stand beside a plugin here: {first_line(problem)}. It needs"
+            f" {_needs(name)}"
+        ) from None
+
+
+def providers_in(options: onnxruntime.SessionOptions) -> list[str]:
+    """The providers that a session with these options has, in order, ONNX Runtime's names.
+
+    Raises:
+        UsageError: one of them does not start.
+    """
+    import onnxruntime
+
+    profiling, optimized = options.enable_profiling, options.optimized_model_filepath
+    options.enable_profiling, options.optimized_model_filepath = False, ""
+    try:
+        with unlogged():
+            session = onnxruntime.InferenceSession(TINY_GRAPH, options, enable_fallback=0)
+    except Exception as problem:  # onnxruntime's exceptions share no base but this
+        raise UsageError(
+            f"the providers in session_options do not start here: {first_line(problem)}"
+        ) from None
+    finally:
+        options.enable_profiling, options.optimized_model_filepath = profiling, optimized
+    return list(session.get_providers())

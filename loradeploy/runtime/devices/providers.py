@@ -1,0 +1,173 @@
+"""Which execution providers a user means, and whether they are there.
+
+A provider is named as on the command line ("cuda", or "cuda:1" for the second device) or as ONNX
+Runtime does ("CUDAExecutionProvider"), alone or with its options: ("cuda", {"device_id": 1}).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.errors import UsageError, shown
+from loradeploy.printable import logger_of
+from loradeploy.runtime.devices.plugins import plugin_devices, register
+from loradeploy.runtime.devices.table import BY_FULL_NAME, BY_NAME, CPU, known
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+logger = logger_of(__name__)
+
+# The name of a provider, alone or with options for it.
+Provider = str | tuple[str, Mapping[str, Any]]
+# As ONNX Runtime takes them.
+Resolved = tuple[str, dict[str, Any]]
+
+_SUFFIX = "ExecutionProvider"
+
+
+def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
+    """What ONNX Runtime is to be given for `providers`; the CPU's where there is None.
+
+    A short name brings those that stand behind it: "tensorrt" is TensorRT, then CUDA. The library
+    of a provider that is a plugin is registered.
+
+    Raises:
+        UsageError: no provider, one that is not installed, or a device of a provider without any.
+    """
+    if providers is None:
+        return [(CPU, {})]
+    if isinstance(providers, str) or not isinstance(providers, Sequence):
+        raise UsageError(f"providers is {shown(providers)}: give a list of names")
+    if not providers:
+        raise UsageError("providers is empty: nothing would run the graph")
+    named: dict[str, dict[str, Any]] = {}
+    implied: dict[str, tuple[str, ...]] = {}
+    for provider in providers:
+        name, options = _named(provider)
+        full, device = split_device(name)
+        row = known(full)
+        if device is not None:
+            if row.device_option is None:
+                raise UsageError(f"{shown(name)}: {full} has no devices to choose by number")
+            other_device = options.get(row.device_option, device)
+            if str(other_device) != str(device):
+                raise UsageError(f"{shown(name)}: its options choose device {shown(other_device)}")
+            options = {row.device_option: device, **options}
+        if named.setdefault(full, options) != options:
+            raise UsageError(f"providers has {full} twice, with different options")
+        if full != name.partition(":")[0]:
+            implied[full] = tuple(BY_NAME[other].full for other in row.before)
+    found: dict[str, dict[str, Any]] = {}
+    for full, options in named.items():
+        row = known(full)
+        found[full] = {**row.options, **options}
+        for other in implied.get(full, ()):
+            if other not in named:
+                found.setdefault(other, _same_device(options, row.device_option, other))
+    check_installed(found)
+    return list(found.items())
+
+
+def _same_device(options: Mapping[str, Any], option: str | None, other: str) -> dict[str, Any]:
+    """The options that choose for `other` the device that `option` chooses in `options`."""
+    theirs = known(other).device_option
+    if option is None or theirs is None or option not in options:
+        return {}
+    return {theirs: options[option]}
+
+
+def split_device(name: str) -> tuple[str, int | None]:
+    """ONNX Runtime's name of the provider `name`, and the number of a device behind a colon.
+
+    What is known under neither name stays as it is.
+    """
+    short, colon, number = name.partition(":")
+    if colon and not number.isdecimal():
+        raise UsageError(f"{shown(name)} is no provider: give NAME or NAME:NUMBER, as in cuda:1")
+    device = int(number) if colon else None
+    row = BY_NAME.get(short.lower())
+    if row is not None:
+        return row.full, device
+    for full in (*BY_FULL_NAME, *available()):
+        if short.lower() in (full.lower(), full.removesuffix(_SUFFIX).lower()):
+            return full, device
+    return short, device
+
+
+def full_name(name: str) -> str:
+    """ONNX Runtime's name of a provider, with the number of its device where it has one."""
+    full, device = split_device(name)
+    return full if device is None else f"{full}:{device}"
+
+
+def available() -> list[str]:
+    """The providers that this ONNX Runtime has, those of registered libraries behind its own."""
+    import onnxruntime
+
+    return list(dict.fromkeys([*onnxruntime.get_available_providers(), *plugin_devices()]))
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raise UsageError unless every provider of `names`, ONNX Runtime's names, is installed.
+
+    The library of a plugin is registered; whether it finds a device is seen when it is started.
+    """
+    for name in names:
+        if name in (present := available()):
+            continue
+        row = known(name)
+        if row.plugin is not None and register(row.full, row.plugin):
+            continue
+        if row.plugin is not None:
+            advice = (
+                f"pip install {row.plugin.package} (with --no-deps beside onnxruntime-gpu, which"
+                " serves as its onnxruntime)"
+            )
+        elif row.builds:
+            advice = f"pip install {row.builds[0]} in place of the onnxruntime there is"
+        else:
+            advice = "see https://onnxruntime.ai/docs/execution-providers for where it is"
+        raise UsageError(f"this onnxruntime has no {name!r}, it has {', '.join(present)}: {advice}")
+
+
+def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
+    """Where the session's first provider keeps tensors, in ONNX Runtime's words: device and id."""
+    full = session.get_providers()[0]
+    row = known(full)
+    if row.device == "cpu":
+        return "cpu", 0
+    options = session.get_provider_options().get(full, {})
+    return row.device, int(options.get(row.device_option or "", 0))
+
+
+def needs_cuda(names: Iterable[str]) -> bool:
+    """Whether one of the providers `names`, ONNX Runtime's names, needs the CUDA libraries."""
+    return any(known(name).device == "cuda" for name in names)
+
+
+def preload_cuda() -> None:
+    """Load the CUDA libraries that pip installed, which onnxruntime (1.31) does not find itself."""
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints what is missing
+            preload()
+        for line in said.getvalue().splitlines():
+            logger.debug("%s", line)
+
+
+def _named(provider: object) -> tuple[str, dict[str, Any]]:
+    if isinstance(provider, str):
+        return provider, {}
+    if isinstance(provider, tuple) and len(provider) == 2:
+        name, options = provider
+        if isinstance(name, str) and isinstance(options, Mapping):
+            return name, dict(options)
+    raise UsageError(
+        f"a provider is {shown(provider)}: give its name, or a tuple of name and options"
+    )

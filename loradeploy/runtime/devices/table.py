@@ -1,0 +1,228 @@
+"""What is known of ONNX Runtime's execution providers: a row of the table for each.
+
+The command line, sessions, parity, doctor and docs/devices.md read it. What a row claims of graphs
+was tried where `tried` says so. The other rows assume the least: every side input is fed, none of
+rank 0; and a session compares what such a provider computes with the CPU before it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+_SUFFIX: Final = "ExecutionProvider"
+CPU: Final = f"CPU{_SUFFIX}"
+# Of a plugin: which of its devices, in the order of `onnxruntime.get_ep_devices`.
+DEVICE_NUMBER: Final = "device_number"
+SOFTWARE_ADAPTER: Final = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A provider's library that comes in a package of its own, beside ONNX Runtime.
+
+    `package`: the distribution. `module`: its Python module, whose get_library_path() tells where
+    the library is.
+    """
+
+    package: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that a provider does wrong, in these `versions` of its package or of ONNX Runtime.
+
+    `handled`: what loradeploy does about it.
+    """
+
+    versions: str
+    what: str
+    handled: str
+
+
+@dataclass(frozen=True)
+class KnownProvider:
+    """An execution provider.
+
+    `name`: that of the command line. `full`: ONNX Runtime's.
+    `builds`: the distributions of ONNX Runtime that have it built in. `plugin`: where it comes from
+    otherwise.
+    `needs`: the device that it runs on, and what must be installed for that.
+    `device`: the memory that it keeps tensors in, in ONNX Runtime's words; factors and caches live
+    there.
+    `device_option`: its option for the number of a device; None where it has none.
+    `options`: what it is given where the user gives nothing else.
+    `before`: the providers, by name, that take over the operators which it has no kernels for.
+    `takes_defaults`: whether it runs graphs whose inputs have defaults. Where it does not, the
+    graph is opened without them.
+    `takes_rank_zero`: whether a product over a rank of 0 is zeros there.
+    `like_cpu`: whether its numbers are taken for the CPU's without a comparison at the opening.
+    `tried`: on what loradeploy's tests and measurements ran it; empty where nothing did.
+    """
+
+    name: str
+    full: str
+    needs: str
+    builds: tuple[str, ...] = ()
+    plugin: Plugin | None = None
+    device: str = "cpu"
+    device_option: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
+    takes_defaults: bool = False
+    takes_rank_zero: bool = False
+    like_cpu: bool = False
+    tried: str = ""
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def feeds_all(self) -> bool:
+        """Whether every side input is fed at each run, those that an adapter lacks too."""
+        return not (self.takes_defaults and self.takes_rank_zero)
+
+
+KNOWN: Final = (
+    KnownProvider(
+        "cpu",
+        CPU,
+        "nothing more",
+        builds=("onnxruntime",),
+        takes_defaults=True,
+        takes_rank_zero=True,
+        like_cpu=True,
+        tried="all tests",
+    ),
+    KnownProvider(
+        "cuda",
+        f"CUDA{_SUFFIX}",
+        "an NVIDIA GPU, its driver, and CUDA and cuDNN:"
+        " pip install 'onnxruntime-gpu[cuda,cudnn]' brings the last two",
+        builds=("onnxruntime-gpu",),
+        device="cuda",
+        device_option="device_id",
+        takes_defaults=True,
+        takes_rank_zero=True,
+        like_cpu=True,
+        faults=(
+            Fault(
+                "onnxruntime < 1.24",
+                "no kernel for ONNX's Attention, which runs on the CPU",
+                "`placement` shows it",
+            ),
+            Fault(
+                "onnxruntime 1.31",
+                "GroupQueryAttention has kernels for fp16 and bf16 alone",
+                "`placement` shows it",
+            ),
+        ),
+    ),
+    KnownProvider(
+        "tensorrt",
+        f"Tensorrt{_SUFFIX}",
+        "an NVIDIA GPU, its driver, CUDA and TensorRT",
+        builds=("onnxruntime-gpu",),
+        device="cuda",
+        device_option="device_id",
+        before=("cuda",),
+    ),
+    KnownProvider(
+        "nv-tensorrt-rtx",
+        f"NvTensorRTRTX{_SUFFIX}",
+        "an NVIDIA RTX GPU of the 30 series or later, and its driver",
+        plugin=Plugin("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),
+        device_option=DEVICE_NUMBER,
+    ),
+    KnownProvider(
+        "webgpu",
+        f"WebGpu{_SUFFIX}",
+        "a GPU with a driver for Vulkan (Linux; and libvulkan.so.1), Direct3D 12 or Metal; an"
+        f" adapter in software counts where {SOFTWARE_ADAPTER}=1 is set before the session opens,"
+        " and a Vulkan driver such as SwiftShader is installed (VK_ICD_FILENAMES names its .json)",
+        plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
+        device="webgpu",
+        takes_defaults=True,
+        tried="SwiftShader, a GPU in software, fp32",
+        faults=(
+            Fault(
+                "0.4.0",
+                "a product over a rank of 0 ends the process (segmentation fault)",
+                "side inputs that an adapter lacks are fed as zeros of rank 1",
+            ),
+            Fault(
+                "0.4.0",
+                "no kernel for ONNX's Attention, which runs on the CPU",
+                "`placement` shows it; GroupQueryAttention has one",
+            ),
+            Fault(
+                "0.4.0, on SwiftShader",
+                "GroupQueryAttention is wrong from 32 tokens on; not known of a GPU",
+                "the comparison at the opening refuses it",
+            ),
+        ),
+    ),
+    KnownProvider(
+        "openvino",
+        f"OpenVINO{_SUFFIX}",
+        "an x86-64 processor, or a GPU or NPU of Intel and its driver",
+        builds=("onnxruntime-openvino",),
+        plugin=Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),
+        device_option=DEVICE_NUMBER,
+        options={"precision": "FP32"},
+        tried="a CPU, by hand, fp32",
+        faults=(
+            Fault(
+                "1.8.1",
+                "a graph whose inputs have defaults does not open (input names mismatch)",
+                "the graph is opened without defaults",
+            ),
+            Fault(
+                "1.8.1",
+                "computes in bf16 where the processor can, unless a precision is named",
+                "precision=FP32 is set, unless the options name one",
+            ),
+        ),
+    ),
+    KnownProvider(
+        "directml",
+        f"Dml{_SUFFIX}",
+        "Windows, and a GPU with a driver for Direct3D 12",
+        builds=("onnxruntime-directml",),
+        device_option="device_id",
+    ),
+    KnownProvider(
+        "coreml",
+        f"CoreML{_SUFFIX}",
+        "macOS",
+        builds=("onnxruntime",),
+    ),
+    KnownProvider(
+        "qnn",
+        f"QNN{_SUFFIX}",
+        "a Qualcomm processor with an NPU, and its driver",
+        plugin=Plugin("onnxruntime-qnn", "onnxruntime_qnn"),
+        device_option=DEVICE_NUMBER,
+    ),
+    KnownProvider(
+        "migraphx",
+        f"MIGraphX{_SUFFIX}",
+        "an AMD GPU and ROCm",
+        builds=("onnxruntime-migraphx",),
+        device_option="device_id",
+    ),
+)
+BY_NAME: Final = {provider.name: provider for provider in KNOWN}
+BY_FULL_NAME: Final = {provider.full: provider for provider in KNOWN}
+# Distributions of ONNX Runtime, which write the same files. Those for ROCm end at 1.22.
+PACKAGES: Final = (
+    *dict.fromkeys(build for provider in KNOWN for build in provider.builds),
+    "onnxruntime-rocm",
+)
+
+
+def known(full: str) -> KnownProvider:
+    """The row of a provider by ONNX Runtime's name; of one that is not in the table, the least."""
+    name, _, _ = full.partition(".")  # OpenVINO's meta-devices: OpenVINOExecutionProvider.AUTO
+    row = BY_FULL_NAME.get(name)
+    return row or KnownProvider(full, full, "see https://onnxruntime.ai/docs/execution-providers")
