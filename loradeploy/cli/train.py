@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,18 +13,24 @@ import click
 from loradeploy.cli.console import json_option, print_json, print_pairs, say, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.printable import readable
-from loradeploy.train.config import CHOICES, PLACES, TrainConfig
+from loradeploy.train.config import CHOICES, PATHS, TrainConfig
 
-_TYPES: Final = {"int": int, "float": float}  # all else is text that the settings parse
+_TYPES: Final = {"int": int, "float": float}  # others are strings, which TrainConfig parses
+_PRINTED: Final = {"learnt": "tokens in the loss"}  # where --json has another name
+# A setting that a help text names: as `max_steps` in Python and YAML, as --max-steps here.
+_SETTING: Final = re.compile(r"`([a-z_]+)`")
 
 
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
-    """A flag for each field of TrainConfig, without a default: the dataclass has it."""
+    """Add a flag for each field of TrainConfig, without a default: TrainConfig has it."""
     for field in reversed(dataclasses.fields(TrainConfig)):
-        flag = f"--{field.name.replace('_', '-')}"
-        text = f"{field.metadata['help']}{_default(field)}"
+        flag = _flag(field.name)
+        named = _SETTING.sub(lambda match: _flag(match[1]), field.metadata["help"])
+        text = f"{named}{_default(field)}"
         if field.type == "bool":
-            negative = f"--no-{flag.removeprefix('--')}"  # a flag wins over the file both ways
+            negative = (
+                f"--no-{flag.removeprefix('--')}"  # so that a flag overrides the file both ways
+            )
             option = click.option(f"{flag}/{negative}", default=None, help=text)
         elif field.name in CHOICES:
             option = click.option(flag, type=click.Choice(CHOICES[field.name]), help=text)
@@ -33,8 +40,12 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _default(field: dataclasses.Field[Any]) -> str:
-    return "" if field.default == "" else f" [default: {field.default}]"
+    return "" if field.default == "" else f"  [default: {field.default}]"
 
 
 @click.command(
@@ -47,16 +58,19 @@ def _default(field: dataclasses.Field[Any]) -> str:
 @click.option(
     "--data",
     type=click.Path(),
-    help="JSONL, CSV, Parquet, a saved dataset or one of the hub, with prompt and completion,"
-    " messages, or text; for a classifier text and label, or a folder of class folders.",
+    help="Training data: a JSONL, CSV or Parquet file, a saved dataset, or a dataset on the Hugging"
+    " Face hub. Columns: prompt and completion, messages, or text; for a classifier text and label,"
+    " or a directory with one subdirectory per class.",
 )
-@click.option("--output", type=click.Path(), help="Directory of the adapter.")
-@click.option("--config", type=click.Path(), help="YAML file of settings; flags win.")
+@click.option("--output", type=click.Path(), help="Directory to write the adapter to.")
+@click.option("--config", type=click.Path(), help="A YAML file of settings. Flags take precedence.")
 @click.option(
-    "--resume", is_flag=True, help="Go on from the newest checkpoint, where a run was cut off."
+    "--resume", is_flag=True, help="Continue an interrupted run from its newest checkpoint."
 )
-@click.option("--print-config", is_flag=True, help="Print the settings as YAML, and end.")
-@click.option("--dry-run", is_flag=True, help="Show what it would train on, and end.")
+@click.option("--print-config", is_flag=True, help="Print the settings as YAML and exit.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the examples, tokens and steps of the run and exit."
+)
 @_settings
 @trust_option
 @json_option
@@ -73,33 +87,33 @@ def command(
 
     On several GPUs or machines: accelerate launch -m loradeploy train …, or torchrun -m.
 
-    The loss is on completions, or on what the assistant says. Beside the adapter stand its loss
-    curve (loss.csv, loss.png), its settings in full (train.yaml) and its card (README.md). --model,
-    --data and --output may stand in the YAML file too.
+    The loss is computed on completions, or on assistant turns. The output directory also gets the
+    loss curve (loss.csv, loss.png), all settings (train.yaml) and a model card (README.md).
+    --model, --data and --output may be given in the YAML file instead.
     """
     from loradeploy.lora.loading import custom_code
     from loradeploy.train.api import train
-    from loradeploy.train.config import read_config, read_places, read_yaml, to_yaml
+    from loradeploy.train.config import read_config, read_paths, read_yaml, to_yaml
 
     given = {name: value for name, value in flags.items() if value is not None}
-    told = read_yaml(config)
-    places = read_places(told, {name: given.pop(name, None) for name in PLACES})
+    settings = read_yaml(config)
+    paths = read_paths(settings, {name: given.pop(name, None) for name in PATHS})
     if print_config:
-        head = "".join(f"{name}: {json.dumps(place)}\n" for name, place in places.items())
-        click.echo(head + to_yaml(read_config(told, given), explained=True), nl=False)
+        head = "".join(f"{name}: {json.dumps(path)}\n" for name, path in paths.items())
+        click.echo(head + to_yaml(read_config(settings, given), explained=True), nl=False)
         return
-    needed = [name for name in PLACES if name not in places and (name != "output" or not dry_run)]
-    if needed:
-        raise UsageError(f"give --{needed[0]}, or {needed[0]} in the file of --config")
+    missing = [name for name in PATHS if name not in paths and (name != "output" or not dry_run)]
+    if missing:
+        raise UsageError(f"give --{missing[0]}, or {missing[0]} in the file of --config")
     if dry_run:
         with custom_code(trust_remote_code):
-            _show(places, read_config(told, given), as_json=as_json)
+            _show(paths, read_config(settings, given), as_json=as_json)
         return
     result = train(
-        places["model"],
-        places["data"],
-        places["output"],
-        config=told,
+        paths["model"],
+        paths["data"],
+        paths["output"],
+        config=settings,
         resume=resume,
         trust_remote_code=trust_remote_code,
         **given,
@@ -115,25 +129,26 @@ def command(
         print_pairs(f"Trained {result.adapter}", values)
 
 
-def _show(places: dict[str, str], config: TrainConfig, *, as_json: bool) -> None:
-    """What `config` would train on: figures, then examples with what is learnt marked."""
+def _show(paths: dict[str, str], config: TrainConfig, *, as_json: bool) -> None:
+    """Print the figures of the run, then examples in which the tokens of the loss are marked."""
     from loradeploy.lora.quiet import quiet
 
-    with quiet():  # what is imported has remarks
+    with quiet():  # imported libraries print warnings
         from loradeploy.train.preview import preview
 
-    found = preview(places["model"], places["data"], config)
+    found = preview(paths["model"], paths["data"], config)
     values = dataclasses.asdict(found)
     if as_json:
         print_json(values)
         return
     shown = values.pop("shown")
-    print_pairs(f"Would train on {places['data']}", values)
-    click.echo("Learnt is what stands in ⟦…⟧; special tokens are spelled out.")
+    values = {_PRINTED.get(name, name): value for name, value in values.items()}
+    print_pairs(f"Would train on {paths['data']}", values)
+    click.echo("Tokens inside ⟦…⟧ contribute to the loss; special tokens are shown by name.")
     for number, example in enumerate(shown, start=1):
         label = f", label {example['label']}" if example["label"] is not None else ""
         click.echo()
-        say(f"Example {number}: {example['tokens']} tokens, {example['learnt']} learnt{label}")
+        say(f"Example {number}: {example['tokens']} tokens, {example['learnt']} in the loss{label}")
         for text, learnt in example["pieces"]:
             text = readable(text)
             click.echo(click.style(f"⟦{text}⟧", fg="green") if learnt else text, nl=False)

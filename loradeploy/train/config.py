@@ -1,4 +1,4 @@
-"""What a training run can be told, each default stated once."""
+"""Settings of a training run. Each default is stated here and nowhere else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from loradeploy.errors import UsageError
 from loradeploy.files import read_text
 from loradeploy.printable import printable
 
-# Keys of the YAML file that are no settings of the training itself: see `read_places`.
-PLACES: Final = ("model", "data", "output")
+# Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
+PATHS: Final = ("model", "data", "output")
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, FEATURE_EXTRACTION)
 PROBLEMS: Final = ("single-label", "multi-label", "regression")
 SCHEDULES: Final = ("linear", "cosine", "constant")
 QUANTIZED: Final = ("int8", "int4")
-WIDTHS: Final = ("fp32", "bf16", *QUANTIZED)
+PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
 
@@ -39,135 +39,199 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run's settings. Every field is a key of the YAML file and a flag.
+    """The settings of a training run. Each field is a key of the YAML file and a flag.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of range, or settings contradict each other.
     """
 
-    task: str = _option(CAUSAL_LM, f"one of {', '.join(TASKS)}")
-    problem_type: str = _option("single-label", f"of a classifier: {', '.join(PROBLEMS)}")
-    columns: str = _option("", "what the data calls a column, prompt=question,completion=answer")
-    split: str = _option("train", "the split of a dataset to train on")
-    validation: str = _option("", "data to evaluate on: a file, a folder, a dataset, or its split")
-    rank: int = _option(8, "rank r of the factors")
-    alpha: float = _option(16.0, "alpha; the scaling is alpha / rank")
-    dropout: float = _option(0.0, "dropout on the input of the low-rank path")
-    use_rslora: bool = _option(False, "scale by alpha / √rank (rsLoRA)")
-    use_dora: bool = _option(False, "train a magnitude for each output as well (DoRA)")
-    init: str = _option("kaiming", f"what training begins at: {', '.join(INITS)}, pissa_niter_N")
-    bias: str = _option("none", f"biases to train: {', '.join(BIASES)}")
-    target_modules: str = _option("all-linear", "all-linear, a list of name endings, or re:PATTERN")
-    exclude_modules: str = _option("", "names that are no targets, a list or re:PATTERN")
-    layers_to_transform: str = _option("", "numbers of the layers that have targets, a list")
-    modules_to_save: str = _option("", "names of modules to train whole, a list")
-    rank_pattern: str = _option("", "ranks of their own, NAME=RANK,…")
-    alpha_pattern: str = _option("", "alphas of their own, NAME=ALPHA,…")
-    learning_rate: float = _option(5e-4, "peak learning rate of AdamW")
-    lora_plus_ratio: float = _option(1.0, "how much faster B learns than A (LoRA+; 16 is usual)")
-    schedule: str = _option("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
-    warmup_steps: int = _option(5, "steps in which the learning rate rises")
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
-    epochs: float = _option(1.0, "passes over the data, unless max_steps is given")
-    max_steps: int = _option(0, "optimizer steps; 0 leaves it to epochs")
-    batch_size: int = _option(8, "examples in a forward pass")
-    gradient_accumulation: int = _option(1, "forward passes for an optimizer step")
+    task: str = _option(CAUSAL_LM, f"Training task: {', '.join(TASKS)}.")
+    problem_type: str = _option(
+        "single-label", f"Problem type of sequence-classification: {', '.join(PROBLEMS)}."
+    )
+    columns: str = _option(
+        "", "Column names in the data, as NAME=COLUMN pairs: prompt=question,completion=answer."
+    )
+    split: str = _option("train", "Split of the dataset to train on.")
+    validation: str = _option(
+        "",
+        "Evaluation data: a file, a directory, a dataset, or the name of another split of the"
+        " training dataset.",
+    )
+    rank: int = _option(8, "Rank r of the factors A and B.")
+    alpha: float = _option(16.0, "LoRA alpha. The scaling is alpha / rank.")
+    dropout: float = _option(0.0, "Dropout probability at the input of the low-rank path.")
+    use_rslora: bool = _option(False, "Scale by alpha / √rank instead of alpha / rank (rsLoRA).")
+    use_dora: bool = _option(False, "Also train a magnitude for each output feature (DoRA).")
+    init: str = _option(
+        "kaiming",
+        f"Initialization of A and B: {', '.join(INITS)}, or pissa_niter_N for PiSSA by a randomized"
+        " SVD with N power iterations.",
+    )
+    bias: str = _option("none", f"Biases to train: {', '.join(BIASES)}.")
+    target_modules: str = _option(
+        "all-linear",
+        "Modules to adapt: all-linear, a comma-separated list of module names or their endings, or"
+        " re:PATTERN.",
+    )
+    exclude_modules: str = _option(
+        "",
+        "Modules to exclude from the targets: a comma-separated list of module names or their"
+        " endings, or re:PATTERN.",
+    )
+    layers_to_transform: str = _option(
+        "",
+        "Indices of the layers to adapt, comma-separated. Applies if `target_modules` is a list."
+        " All layers are adapted if not set.",
+    )
+    modules_to_save: str = _option(
+        "", "Modules to train in full and save with the adapter, comma-separated."
+    )
+    rank_pattern: str = _option(
+        "", "Per-module ranks that override `rank`, as comma-separated NAME=RANK pairs."
+    )
+    alpha_pattern: str = _option(
+        "", "Per-module alphas that override `alpha`, as comma-separated NAME=ALPHA pairs."
+    )
+    learning_rate: float = _option(5e-4, "Peak learning rate of AdamW.")
+    lora_plus_ratio: float = _option(
+        1.0, "Ratio of B's learning rate to A's (LoRA+). A usual value is 16; 1 disables LoRA+."
+    )
+    schedule: str = _option(
+        "linear", f"Learning rate schedule after the warm-up: {', '.join(SCHEDULES)}."
+    )
+    warmup_steps: int = _option(5, "Number of steps in which the learning rate rises to its peak.")
+    weight_decay: float = _option(0.0, "Weight decay of AdamW.")
+    max_grad_norm: float = _option(
+        1.0, "Maximum gradient norm, to which gradients are clipped. 0 disables clipping."
+    )
+    epochs: float = _option(1.0, "Passes over the training data. Ignored if `max_steps` is set.")
+    max_steps: int = _option(
+        0, "Number of optimizer steps. With 0, `epochs` determines the number of steps."
+    )
+    batch_size: int = _option(8, "Number of examples in a forward pass, on each device.")
+    gradient_accumulation: int = _option(1, "Number of forward passes in an optimizer step.")
     max_length: int = _option(
-        512, "tokens of an example at most, and never more than the model takes"
+        512,
+        "Maximum number of tokens of an example; longer examples are truncated. Limited to what the"
+        " model supports.",
     )
     packing: bool = _option(
-        True, "a batch's examples in one row, without padding, where the model allows it (exact)"
+        True,
+        "Concatenate the examples of a batch into one row without padding, where the model supports"
+        " it (causal-lm). Each example attends only to itself.",
     )
-    validation_split: float = _option(0.0, "share of the examples kept for evaluation")
-    precision: str = _option("fp32", f"width of the frozen base: {', '.join(WIDTHS)}")
-    autocast: str = _option("fp32", f"width of the products: {', '.join(AUTOCAST)}")
+    validation_split: float = _option(
+        0.0, "Fraction of the training examples to keep for evaluation."
+    )
+    precision: str = _option("fp32", f"Precision of the frozen base: {', '.join(PRECISIONS)}.")
+    autocast: str = _option(
+        "fp32",
+        f"Compute precision (torch.autocast): {', '.join(AUTOCAST)}. fp32 disables autocast.",
+    )
     gradient_checkpointing: bool = _option(
-        False, "compute activations again instead of keeping them: less memory, more time"
+        False, "Recompute activations in the backward pass: less memory, more time."
     )
     group_by_length: bool = _option(
-        False, "batches of examples of like length: less padding, another order"
+        False,
+        "Form batches of examples of similar length: less padding, another order of examples.",
     )
-    eval_steps: int = _option(0, "steps between evaluations; 0 evaluates before and after alone")
+    eval_steps: int = _option(
+        0,
+        "Number of optimizer steps between evaluations. With 0, evaluation runs only before and"
+        " after training.",
+    )
     early_stopping: int = _option(
-        0, "stop after so many evaluations without a lower loss; 0 does not"
+        0,
+        "Stop after this many consecutive evaluations without a lower loss. 0 disables early"
+        " stopping.",
     )
     keep_best: bool = _option(
-        False, "write the adapter of the lowest evaluation loss, not the last"
+        False, "Write the adapter with the lowest evaluation loss instead of the last one."
     )
-    tensorboard: bool = _option(False, "write TensorBoard events to OUTPUT-tensorboard")
-    save_steps: int = _option(0, "steps between checkpoints; 0 writes none")
-    seed: int = _option(0, "decides initialization, order and dropout")
+    tensorboard: bool = _option(
+        False, "Write TensorBoard events to the directory OUTPUT-tensorboard."
+    )
+    save_steps: int = _option(
+        0,
+        "Number of optimizer steps between checkpoints. With 0, a checkpoint is written only if a"
+        " signal interrupts the run.",
+    )
+    seed: int = _option(
+        0, "Random seed of the initialization, the order of the examples and dropout."
+    )
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UsageError(f"{name} is {value}: give a value from {low} to {high}")
+                raise UsageError(f"`{name}` is {value}: give a value from {low} to {high}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
-                    f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
+                    f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
                 )
         if (self.early_stopping or self.keep_best) and not self.eval_steps:
-            wanted = "early_stopping" if self.early_stopping else "keep_best"
-            raise UsageError(f"{wanted} needs evaluations: give eval_steps")
+            setting = "early_stopping" if self.early_stopping else "keep_best"
+            raise UsageError(f"`{setting}` needs evaluations: set `eval_steps`")
         if self.validation and self.validation_split:
-            raise UsageError("validation and validation_split: give one of them")
+            raise UsageError(
+                "`validation` and `validation_split` exclude each other: set one of them"
+            )
         if not re.fullmatch("|".join((*INITS, r"pissa_niter_[1-9]\d*")), self.init):
-            raise UsageError(f"init is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
-        # What does not parse is to be told now.
+            raise UsageError(f"`init` is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
+        # Values that cannot be parsed are refused here, not when they are used.
         for name in ("rank_pattern", "alpha_pattern"):
             self.pattern(name)
         _ = self.column_names, self.layers
         if not self.targets:
-            raise UsageError("target_modules is empty: give all-linear, names, or re:PATTERN")
+            raise UsageError("`target_modules` is empty: give all-linear, names, or re:PATTERN")
 
     @property
     def targets(self) -> str | tuple[str, ...]:
-        """`target_modules` as an adapter's config holds it."""
+        """`target_modules` in the form of an adapter's config."""
         return _names(self.target_modules)
 
     @property
     def excluded(self) -> str | tuple[str, ...] | None:
-        """`exclude_modules` as an adapter's config holds it."""
+        """`exclude_modules` in the form of an adapter's config."""
         return _names(self.exclude_modules) or None
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """`modules_to_save` as an adapter's config holds it."""
+        """`modules_to_save` in the form of an adapter's config."""
         return tuple(_names(self.modules_to_save))
 
     @property
     def column_names(self) -> dict[str, str]:
-        """`columns` as `sources` takes them: the data's names by the task's."""
+        """`columns` as `Source` takes them: the column in the data, by the task's name for it."""
         pairs = [part.split("=") for part in self.columns.split(",") if part.strip()]
         if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
-            raise UsageError(f"columns is {self.columns!r}: give NAME=COLUMN,NAME=COLUMN")
-        return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+            raise UsageError(f"`columns` is {self.columns!r}: give NAME=COLUMN,NAME=COLUMN")
+        return {name.strip(): column.strip() for name, column in pairs}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """`layers_to_transform` as an adapter's config holds it."""
+        """`layers_to_transform` in the form of an adapter's config."""
         try:
             return tuple(int(number) for number in _names(self.layers_to_transform)) or None
         except ValueError:
             raise UsageError(
-                f"layers_to_transform is {self.layers_to_transform!r}: give whole numbers, 0,1,2"
+                f"`layers_to_transform` is {self.layers_to_transform!r}: give whole numbers, 0,1,2"
             ) from None
 
     def pattern(self, name: str) -> dict[str, float]:
-        """`rank_pattern` or `alpha_pattern` as an adapter's config holds it."""
+        """`rank_pattern` or `alpha_pattern` in the form of an adapter's config."""
         text: str = getattr(self, name)
         parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
         try:
             return {module.strip(): float(number) for module, _, number in parts}
         except ValueError:
-            raise UsageError(f"{name} is {text!r}: give NAME=8,NAME=4") from None
+            raise UsageError(f"`{name}` is {text!r}: give NAME=8,NAME=4") from None
 
 
 def _names(text: str) -> str | tuple[str, ...]:
-    """all-linear, a pattern, or the names in a list."""
+    """all-linear, a pattern, or the names of a comma-separated list."""
     if text.startswith("re:"):
         return text.removeprefix("re:")
     if text == "all-linear":
@@ -201,7 +265,7 @@ CHOICES: Final = {
     "problem_type": PROBLEMS,
     "task": TASKS,
     "schedule": SCHEDULES,
-    "precision": WIDTHS,
+    "precision": PRECISIONS,
     "autocast": AUTOCAST,
 }
 
@@ -210,41 +274,42 @@ def read_config(
     config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None,
     flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The settings in `config`, a YAML file or what was read of one, with `flags` over them.
-
-    Settings that are whole already are taken as they are.
+    """The settings in `config`, a YAML file or its contents. `flags` take precedence.
 
     Raises:
-        UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type.
+        UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type, or
+            values that TrainConfig refuses.
     """
     known = dataclasses.asdict(config) if isinstance(config, TrainConfig) else read_yaml(config)
     values = {**known, **(flags or {})}
-    values = {name: value for name, value in values.items() if name not in PLACES}
+    values = {name: value for name, value in values.items() if name not in PATHS}
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(fields)}"
-            raise UsageError(f"there is no setting {name!r}{hint}")
+            hint = (
+                f": did you mean {near[0]}?" if near else f": the settings are {', '.join(fields)}"
+            )
+            raise UsageError(f"unknown setting {name!r}{hint}")
         values[name] = _typed(name, value, str(fields[name].type))
     return TrainConfig(**values)
 
 
-def read_places(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """Where model, data and output are: as `given`, else as `config` says.
+def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
+    """The paths or hub ids of model, data and output: as `given`, else from `config`.
 
     Raises:
-        UsageError: one of them is no text.
+        UsageError: one of them is not a string.
     """
-    places = {name: given.get(name) or config.get(name) for name in PLACES}
-    for name, place in places.items():
-        if place is not None and not isinstance(place, str):
-            raise UsageError(f"{name} is {place!r}: give a path")
-    return {name: place for name, place in places.items() if place is not None}
+    paths = {name: given.get(name) or config.get(name) for name in PATHS}
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str):
+            raise UsageError(f"`{name}` is {path!r}: give a path")
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
-    """`config` as the YAML that `read_config` reads, each key `explained` by a comment if asked."""
+    """`config` as YAML that `read_config` reads, with a comment at each key if `explained`."""
     import yaml
 
     lines = []
@@ -252,9 +317,9 @@ def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
         value = getattr(config, field.name)
         if explained:
             lines.append(f"# {field.metadata['help']}\n")
-        # Where there is something to hide, YAML's own escapes.
-        seen = printable(str(value)) == str(value)
-        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=seen, width=1000))
+        # Characters that would act on a terminal are written as YAML escapes.
+        harmless = printable(str(value)) == str(value)
+        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=harmless, width=1000))
     return "".join(lines)
 
 
@@ -278,7 +343,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         "float": number,
     }[kind]
     if not valid:
-        raise UsageError(f"{name} is {value!r}: give a value of type {kind}")
+        raise UsageError(f"`{name}` is {value!r}: give a value of type {kind}")
     return {"int": int, "float": float}.get(kind, lambda v: v)(value)
 
 
@@ -288,10 +353,10 @@ _PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
 
 
 def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What the YAML file `config` holds; what is no file comes back as it is.
+    """The contents of the YAML file `config`; a mapping is returned unchanged.
 
     Raises:
-        UsageError: the file is unreadable, or holds no settings.
+        UsageError: the file is unreadable, or is not a mapping.
     """
     import yaml
 
@@ -302,7 +367,7 @@ def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapp
         values = yaml.safe_load(read_text(file, error=UsageError, limit=_MAX_YAML_BYTES))
     except (yaml.YAMLError, RecursionError) as problem:
         text = " ".join(str(problem).split())
-        raise UsageError(f"{file} is not readable as YAML: {text}") from None
+        raise UsageError(f"{file} is not valid YAML: {text}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{file} holds no settings: write lines such as `rank: 16`")
+        raise UsageError(f"{file} has no settings: write lines such as `rank: 16`")
     return values

@@ -1,4 +1,4 @@
-"""The examples of a run as its model reads them, to train on and to be judged by."""
+"""Tokenized training and evaluation examples of a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from loradeploy.train.config import TrainConfig
     from loradeploy.train.model import Checkpoint
 
-# Training examples that tell the loss before and after where there is nothing else to evaluate on.
+# The loss before and after training is measured on this many training examples if the run has no
+# evaluation data.
 _EVALUATED: Final = 32
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on and is judged by: token ids, and the label names of a classifier.
+    """Training and evaluation examples as token ids, and the label names of a classifier.
 
-    `truncated` examples of both lost their end.
+    `truncated` counts the examples, of both, that were longer than `max_length`. `evaluated_on`:
+    "validation", or "training" if `evaluation` is the beginning of `training`.
     """
 
     training: list[dict[str, Any]]
@@ -38,22 +40,22 @@ class Prepared:
 
     @cached_property
     def digest(self) -> str:
-        """The identity of all of it."""
+        """SHA-256 over the examples and labels."""
         read = json.dumps([self.training, self.evaluation, self.labels]).encode()
         return hashlib.sha256(read).hexdigest()
 
 
 def prepare(
-    place: str | os.PathLike[str], task: Task, opened: Checkpoint, config: TrainConfig
+    data: str | os.PathLike[str], task: Task, opened: Checkpoint, config: TrainConfig
 ) -> Prepared:
-    """The examples in `place` as the model reads them, shuffled, and those to be judged by.
+    """Read and tokenize `data`, shuffle it, and split off the evaluation examples.
 
     Raises:
-        DataError: the data cannot be used, leaves nothing on one side of the split, or has a label
-            to evaluate on that is not trained on.
-        UsageError: a setting that needs examples to evaluate on, and there are none.
+        DataError: the data cannot be used, one side of the split is empty, or the evaluation data
+            has a label that the training data lacks.
+        UsageError: a setting needs evaluation data, and none is configured.
     """
-    source = Source(place, config.split, config.column_names)
+    source = Source(data, config.split, config.column_names)
     examples = task.read(source)
     labels = label_names(examples) if task.outputs is not None and task.judged else None
     if labels is not None and len(labels) == 1:
@@ -61,21 +63,22 @@ def prepare(
     encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)
     features, truncated = encoded.features, encoded.truncated
     random.Random(config.seed).shuffle(features)
-    held = round(len(features) * config.validation_split)
-    if config.validation_split and not 0 < held < len(features):
+    kept = round(len(features) * config.validation_split)
+    if config.validation_split and not 0 < kept < len(features):
         raise DataError(
-            f"{place}: of {len(features)} examples a validation_split of"
-            f" {config.validation_split:g} leaves none on one side"
+            f"{data} has {len(features)} examples: with `validation_split`"
+            f" {config.validation_split:g} none is left {'to train' if kept else 'to evaluate'} on"
         )
-    evaluation, features = features[:held], features[held:]
+    evaluation, features = features[:kept], features[kept:]
     if config.validation:
         read = task.read(_validation(source, config))
         others = task.encode(read, labels or (), opened.tokenizer, config.max_length)
         evaluation, truncated = others.features, truncated + others.truncated
     if (config.keep_best or config.early_stopping) and not evaluation:
-        wanted = "keep_best" if config.keep_best else "early_stopping"
+        setting = "keep_best" if config.keep_best else "early_stopping"
         raise UsageError(
-            f"{wanted} needs examples that are not trained on: give validation or validation_split"
+            f"`{setting}` needs examples that are not trained on: set `validation` or"
+            " `validation_split`"
         )
     return Prepared(
         training=features,

@@ -17,22 +17,22 @@ from loradeploy.train.flags import TrainFlags
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnak: 4", r"no setting 'rnak': did you mean rank\?"),
+        ("rnak: 4", r"unknown setting 'rnak': did you mean rank\?"),
         ("learning-rate: 1e-4", r"did you mean learning_rate\?"),
-        ("zzz: 4", "no setting 'zzz'; there are task, problem_type"),
-        ("rank: four", "rank is 'four': give a value of type int"),
-        ("rank: 4.5", "rank is 4.5: give a value of type int"),
-        ("rank: 0", "rank is 0: give a value from 1 to 4096"),
-        ("rank: true", "rank is True"),
-        ("learning_rate: .nan", "learning_rate is nan"),
-        ("use_rslora: 1", "use_rslora is 1"),
-        ("schedule: wavy", "schedule is 'wavy': give one of linear, cosine, constant"),
-        ("task: poetry", "task is 'poetry'"),
-        ("target_modules: ','", "target_modules is empty"),
-        ("target_modules: []", "target_modules is empty"),
-        ("- rank", "holds no settings"),
-        ("", "holds no settings"),
-        ("rank: [", "not readable as YAML"),
+        ("zzz: 4", "unknown setting 'zzz': the settings are task, problem_type"),
+        ("rank: four", "`rank` is 'four': give a value of type int"),
+        ("rank: 4.5", "`rank` is 4.5: give a value of type int"),
+        ("rank: 0", "`rank` is 0: give a value from 1 to 4096"),
+        ("rank: true", "`rank` is True"),
+        ("learning_rate: .nan", "`learning_rate` is nan"),
+        ("use_rslora: 1", "`use_rslora` is 1"),
+        ("schedule: wavy", "`schedule` is 'wavy': give one of linear, cosine, constant"),
+        ("task: poetry", "`task` is 'poetry'"),
+        ("target_modules: ','", "`target_modules` is empty"),
+        ("target_modules: []", "`target_modules` is empty"),
+        ("- rank", "has no settings"),
+        ("", "has no settings"),
+        ("rank: [", "is not valid YAML"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -41,12 +41,12 @@ def test_a_setting_that_makes_no_sense_is_refused(text: str, message: str, tmp_p
         read_config(tmp_path / "train.yaml")
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere.yaml does not exist"):
         read_config(tmp_path / "nowhere.yaml")
 
 
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
+def test_flags_take_precedence_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("rank: 4\nlearning_rate: 1e-4\n")
     config = read_config(tmp_path / "train.yaml", {"rank": 16})
     assert (config.rank, config.learning_rate) == (16, 1e-4)

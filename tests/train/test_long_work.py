@@ -94,9 +94,9 @@ def test_a_run_stops_when_its_loss_has_not_fallen_for_so_many_evaluations(
 def test_what_needs_evaluations_says_so(
     setting: dict[str, Any], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    with pytest.raises(UsageError, match="needs evaluations: give eval_steps"):
+    with pytest.raises(UsageError, match="needs evaluations: set `eval_steps`"):
         quick(tiny_llama, lessons, tmp_path / "adapter", **setting)
-    with pytest.raises(UsageError, match="not trained on: give validation or"):
+    with pytest.raises(UsageError, match="not trained on: set `validation` or"):
         quick(tiny_llama, lessons, tmp_path / "adapter", eval_steps=2, **setting)
 
 

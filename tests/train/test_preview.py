@@ -12,7 +12,7 @@ from loradeploy.train.config import TrainConfig, read_config
 from tests.train.conftest import Quick, run
 
 
-def test_a_dry_run_shows_three_examples_with_what_is_learnt_marked(
+def test_a_dry_run_shows_three_examples_with_the_tokens_of_the_loss_marked(
     tiny_llama: Path, lessons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = ("train", "--model", tiny_llama, "--data", lessons, "--dry-run", "--epochs", 2)
@@ -22,7 +22,7 @@ def test_a_dry_run_shows_three_examples_with_what_is_learnt_marked(
     examples = out.split("\n\n")[1:]
     assert len(examples) == 3
     for example in examples:
-        assert "Question" in example.partition("⟦")[0], "the prompt is not learnt"
+        assert "Question" in example.partition("⟦")[0], "the loss leaves the prompt out"
         assert " answer" in example.partition("⟦")[2].partition("⟧")[0]
     assert run(*given, "--json") == 0
     found = json.loads(capfd.readouterr().out)
@@ -49,7 +49,7 @@ def test_the_printed_settings_are_a_file_that_gives_them_again(
     assert run("train", "--model", "base", *flags, "--print-config") == 0
     text = capfd.readouterr().out
     assert text.startswith('model: "base"\n')
-    assert "# rank r of the factors\nrank: 16\n" in text
+    assert "# Rank r of the factors A and B.\nrank: 16\n" in text
     file = tmp_path / "train.yaml"
     file.write_text(text)
     config = read_config(file)
@@ -63,10 +63,10 @@ def test_model_data_and_output_may_stand_in_the_file(
     tiny_llama: Path, lessons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "train.yaml"
-    places = {"model": str(tiny_llama), "data": str(lessons), "output": str(tmp_path / "adapter")}
-    file.write_text(yaml.safe_dump({**places, "max_steps": 1, "max_length": 64, "batch_size": 4}))
+    paths = {"model": str(tiny_llama), "data": str(lessons), "output": str(tmp_path / "adapter")}
+    file.write_text(yaml.safe_dump({**paths, "max_steps": 1, "max_length": 64, "batch_size": 4}))
     assert run("train", "--config", file, "--json") == 0
-    assert json.loads(capfd.readouterr().out)["adapter"] == places["output"]
+    assert json.loads(capfd.readouterr().out)["adapter"] == paths["output"]
     file.write_text(yaml.safe_dump({"model": str(tiny_llama)}))
     assert run("train", "--config", file) == 2
     assert "give --data, or data in the file of --config" in capfd.readouterr().err
@@ -75,13 +75,16 @@ def test_model_data_and_output_may_stand_in_the_file(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("init: loftq", "init is 'loftq': give kaiming, gaussian, pissa, olora or pissa_niter_N"),
-        ("rank_pattern: q_proj", "rank_pattern is 'q_proj': give NAME=8,NAME=4"),
-        ("layers_to_transform: first", "layers_to_transform is 'first': give whole numbers"),
-        ("columns: prompt", "columns is 'prompt': give NAME=COLUMN"),
-        ("validation: a\nvalidation_split: 0.1", "validation and validation_split: give one"),
-        ("bias: some", "bias is 'some': give one of none, all, lora_only"),
-        ("lora_plus_ratio: 0.5", "lora_plus_ratio is 0.5: give a value from 1"),
+        ("init: loftq", "`init` is 'loftq': give kaiming, gaussian, pissa, olora or pissa_niter_N"),
+        ("rank_pattern: q_proj", "`rank_pattern` is 'q_proj': give NAME=8,NAME=4"),
+        ("layers_to_transform: first", "`layers_to_transform` is 'first': give whole numbers"),
+        ("columns: prompt", "`columns` is 'prompt': give NAME=COLUMN"),
+        (
+            "validation: a\nvalidation_split: 0.1",
+            "`validation` and `validation_split` exclude each other",
+        ),
+        ("bias: some", "`bias` is 'some': give one of none, all, lora_only"),
+        ("lora_plus_ratio: 0.5", "`lora_plus_ratio` is 0.5: give a value from 1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(settings: str, message: str, tmp_path: Path) -> None:

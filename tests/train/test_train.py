@@ -153,7 +153,9 @@ def test_a_validation_split_is_judged_by_and_not_trained_on(
     result = quick(tiny_llama, lessons, tmp_path / "a", validation_split=0.25, max_steps=0)
     assert (result.examples, result.evaluated_on) == (9, "validation")
     assert result.steps == 3, "9 examples in batches of 4"
-    with pytest.raises(DataError, match=r"of 12 examples a validation_split of 0.01 leaves none"):
+    with pytest.raises(
+        DataError, match=r"has 12 examples: with `validation_split` 0.01 none is left to"
+    ):
         quick(tiny_llama, lessons, tmp_path / "b", validation_split=0.01)
 
 
@@ -294,7 +296,7 @@ def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsew
     assert left == ["adapter", "lessons.jsonl", "moved"]
 
 
-def test_an_output_that_cannot_be_is_told_before_anything_is_read(
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     for output, message in (
