@@ -6,6 +6,10 @@ STAMP := $(VENV)/.set-up
 # onnxruntime-genai depends on onnxruntime, whose files onnxruntime-gpu would overwrite.
 GENAI := .venv-genai
 GENAI_STAMP := $(GENAI)/.set-up
+# Tests start many processes: these find modules compiled. Each worker begins with one half of the tests
+# and takes over what the other has left: fixtures of a module are made once.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
+	--numprocesses 2 --dist worksteal --durations=30 --durations-min=5
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup devices demo test test-all check bench clean
@@ -44,10 +48,10 @@ demo: $(STAMP)
 	$(BIN)/python -m tools.demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	$(PYTEST)
 
 test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --all
+	$(PYTEST) --all
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

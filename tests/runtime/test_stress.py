@@ -10,7 +10,11 @@ from tests.conftest import once
 from tests.tolerances import tolerance
 from tools.stress import LAYOUTS, Stress, write_adapters
 
-SECONDS = 20.0  # for each of the three layouts
+
+@pytest.fixture(scope="module")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long each of the three layouts is under stress: longer with --all."""
+    return 20.0 if request.config.getoption("--all") else 6.0
 
 
 @pytest.fixture
@@ -27,9 +31,9 @@ def stress(
 
 
 @pytest.mark.parametrize("stress", LAYOUTS, indirect=True)
-def test_every_row_is_its_adapters_under_constant_eviction(stress: Stress) -> None:
+def test_every_row_is_its_adapters_under_constant_eviction(stress: Stress, seconds: float) -> None:
     assert stress.apart() > 1000 * stress.tolerance  # a row of another adapter would be seen
-    counts = stress.run(SECONDS, threads=8)
+    counts = stress.run(seconds, threads=8)
     assert counts.raised == [] and counts.wrong == [], counts
     assert counts.rows > 0 and counts.evictions > 0, counts
 
