@@ -45,32 +45,34 @@ def export(
         output: the bundle's directory; one that is there is replaced once the new one is whole.
         adapters: by name, or a list of "[NAME=]DIR"; PEFT directories.
         merge: fold the one adapter into the weights instead of giving the graph side inputs.
-        precision: fp32 (a checkpoint's default), fp16, bf16 (held so, computed with as fp32), int8
-            or int4; an ONNX file keeps its own.
-        task: causal-lm, sequence-classification or feature-extraction, where it is not to be told
-            from the adapters or the model's architecture.
-        side_inputs: kinds that every layer gets besides what the adapters need, so that adapters
-            which come later may use them: dora, bias, embedding (lora is always there).
-        layout: "slots", which `adapter_ids` names for each row, or "rows": slot i of the side
-            inputs belongs to row i, which is faster. By default rows for int8 and int4, else slots.
-        branches: whether the base has a branch of the graph to itself, so that idle side inputs
-            cost nothing. By default for int8 and int4: each branch holds the weights of fp32 and
-            fp16 in memory anew.
-        required_inputs: write required.onnx too, the graph for clients that drop feeds of inputs
-            with defaults (onnxruntime-node), and the side inputs that they feed as .safetensors.
-        requantize: merge into weights that are packed to 8 or 4 bits already, and pack them again;
-            the manifest's merge_error is what of the adapter was lost.
-        checkpoint: the directory that an ONNX model was exported from: its weights tell which
-            modules the graph's products are, whatever they are called, and name the base.
-        module_map: a JSON file that tells it, {"node name": "module"}; names are regular
-            expressions, and a packed weight has a list of [module, outputs].
+        precision: fp32 (the default for a checkpoint), fp16, bf16 (stored in bf16, computed in
+            fp32), int8 or int4. An ONNX file keeps its own.
+        task: one of `loradeploy.adapter.tasks` (causal-lm, sequence-classification,
+            token-classification, feature-extraction, seq2seq-lm, image-classification). It is
+            needed where neither the adapters nor the model's architecture declare it.
+        side_inputs: kinds of side inputs that every layer gets in addition to those that the given
+            adapters need, for adapters that come later: dora, bias, embedding (lora is always
+            there).
+        layout: "slots", where `adapter_ids` names the slot of each row, or "rows", where slot i
+            belongs to row i, which is faster. The default is rows for int8 and int4, else slots.
+        branches: give the base model a branch of the graph to itself, so that idle side inputs
+            cost nothing. The default is on for int8 and int4 only: in fp32 and fp16 each branch
+            takes memory for its weights.
+        required_inputs: also write required.onnx, the graph for clients that drop feeds of inputs
+            with defaults (onnxruntime-node), and the base's side inputs as .safetensors.
+        requantize: merge into int8 or int4 weights and quantize them again; the manifest's
+            merge_error is the part of the adapter that rounding lost.
+        checkpoint: the directory that an ONNX model was exported from. Its weights identify the
+            modules of the graph, whatever the nodes are called, and the base model.
+        module_map: a JSON file that identifies the modules instead, {"node name": "module"}. The
+            names are regular expressions; a fused weight has a list of [module, outputs].
         fixed: sizes of dimensions by name (batch, sequence, past, total), for providers that
             compile a graph for its shapes.
-        attention: "gqa" for onnxruntime's GroupQueryAttention, whose cache may be one buffer that
-            is written in place; batches are padded on the right then. "standard", the default, is
-            ONNX's own, which GroupQueryAttention cannot be made again.
-        trust_remote_code: run the Python files that a checkpoint's config names, which do as they
-            like; without it such a checkpoint is refused.
+        attention: "gqa" for ONNX Runtime's GroupQueryAttention, whose cache can be one buffer that
+            is written in place; batches are then padded on the right. "standard", the default, is
+            ONNX's Attention. A graph with GroupQueryAttention cannot be turned back.
+        trust_remote_code: run the Python files that a checkpoint's config names; they can do
+            anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
 
     Raises:
