@@ -88,7 +88,6 @@ def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
         adapters=find_adapters(bundle, manifest, None),
         cases=cases,
         scratch=scratch,
-        providers=None,
     )
     backends = choose_backends(manifest.mode, ["onnx-side-inputs"])
     base = load_base(context)

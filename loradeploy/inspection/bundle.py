@@ -227,7 +227,7 @@ def _certificate(path: Path, manifest: Manifest, actual: Mapping[str, str]) -> C
         parity_versions=[f"{name} {version}" for name, version in certificate.versions.items()],
         parity_hardware=[
             *(f"{name} {value}" for name, value in certificate.platform.items()),
-            *certificate.providers,
+            *(f"{checked.provider}: {checked}" for checked in certificate.providers),
         ],
         parity_checked=[
             f"{coverage.prompts} prompts",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.backends.others import Others
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.score.heldout import DataByAdapter
+    from loradeploy.runtime.devices.providers import Provider
 
 
 def parity(
@@ -27,7 +28,7 @@ def parity(
     tokens: int | None = None,
     seed: int = 0,
     fuzz: int = 0,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
     optimization: Sequence[str] | None = None,
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
@@ -60,8 +61,9 @@ def parity(
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
         seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
         fuzz: how many rows of random tokens are fed besides.
-        providers: onnxruntime's execution providers ("cuda" or "CUDAExecutionProvider"), each of
-            which the graphs are run on; the CPU's by default.
+        providers: execution providers as `AdapterSession` takes them, such as "cuda", "cuda:1" or
+            ("cuda", {"use_tf32": 1}); the graphs are run on each, with the providers that stand
+            behind it. The CPU by default.
         optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
             at: "disable", "basic", "extended" or "all"; "all" by default.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
@@ -114,7 +116,7 @@ def parity(
     from loradeploy.parity.report.writers import check_reports
     from loradeploy.parity.score.heldout import read_held_out
     from loradeploy.parity.score.scores import check_scored
-    from loradeploy.parity.variants import choose_variants
+    from loradeploy.parity.variants import choose_variants, together
     from loradeploy.snapshot import Snapshot
 
     if trust_remote_code and model is None:
@@ -143,7 +145,7 @@ def parity(
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
     tested = find_adapters(path, manifest, adapters)
     digests = graph_digests(path, manifest)
-    used = tuple(dict.fromkeys(variant.provider for variant in variants))
+    used = together(variants.chains.values())
     chosen += other_backends(others, manifest, tested, used)
     with custom_code(trust_remote_code):
         directory, base = find_model(path, manifest, model)

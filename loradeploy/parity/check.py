@@ -82,7 +82,7 @@ def run_backends(
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        varied = [context.at(variant) for variant in context.variants]
+        varied = [context.at(variant) for variant in context.variants.each]
         for at in varied if backend.on_onnxruntime else [context]:
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
@@ -99,7 +99,7 @@ class Progress:
         """Log the run that begins."""
         self._begun += 1
         named = [backend.title, "mixed" if backend.mixed else adapter or BASE_LABEL]
-        if len(context.variants) > 1 and backend.on_onnxruntime:
+        if len(context.variants.each) > 1 and backend.on_onnxruntime:
             named.append(str(context.variant))
         logger.info("[%d/%d] %s", self._begun, self._total, ", ".join(named))
 
@@ -109,7 +109,7 @@ def _run_count(backend: Backend, context: CheckContext) -> int:
         return 0
     base = not backend.needs_adapter and not context.merged
     adapters = 1 if backend.mixed else len(context.adapters) + base
-    return adapters * (len(context.variants) if backend.on_onnxruntime else 1)
+    return adapters * (len(context.variants.each) if backend.on_onnxruntime else 1)
 
 
 def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:

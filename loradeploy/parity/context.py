@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ from loradeploy.files import inside
 from loradeploy.lora.base_formats import check_plain_weights
 from loradeploy.lora.checkpoint import tell_beside
 from loradeploy.parity.report.results import Variant
-from loradeploy.parity.variants import DEFAULT
+from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
 
 if TYPE_CHECKING:
     from loradeploy.parity.inputs.tokens import Cases
+    from loradeploy.runtime.devices.providers import Resolved
 
 AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]]
 
@@ -52,7 +53,7 @@ class CheckContext:
     """All that the backends need. `scratch` is a directory for temporary files.
 
     `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
-    `variant`, and that one's provider as the only one in `providers`. `phases`: None is all.
+    `variant`, and what its sessions are opened with as `providers`. `phases`: None is all.
     `genai_python`: the interpreter that has onnxruntime-genai.
     `weights`: where those of the bundle's graph are, if not beside it.
     """
@@ -63,8 +64,8 @@ class CheckContext:
     adapters: tuple[AdapterUnderTest, ...]
     cases: Cases
     scratch: Path
-    providers: tuple[str, ...] | None
-    variants: tuple[Variant, ...] = (DEFAULT,)
+    providers: Sequence[Resolved] = tuple(ON_CPU)
+    variants: Variants = DEFAULTS
     variant: Variant = DEFAULT
     phases: tuple[str, ...] | None = None
     genai_python: Path | None = None
@@ -72,7 +73,9 @@ class CheckContext:
 
     def at(self, variant: Variant) -> CheckContext:
         """The same for one of the variants."""
-        return dataclasses.replace(self, variant=variant, providers=(variant.provider,))
+        return dataclasses.replace(
+            self, variant=variant, providers=self.variants.chains[variant.provider]
+        )
 
     @property
     def merged(self) -> bool:

@@ -7,7 +7,9 @@ import os
 import platform
 from typing import Final
 
+from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.parity.report.results import Environment
+from loradeploy.runtime.devices.facts import processor
 
 _PACKAGES: Final = (
     "loradeploy",
@@ -21,8 +23,8 @@ _PACKAGES: Final = (
 )
 
 
-def environment(providers: tuple[str, ...] | None) -> Environment:
-    """This machine and its packages; `providers` are those that the check asked for."""
+def environment(providers: tuple[ProviderFacts, ...]) -> Environment:
+    """This machine and its packages; `providers`: what the check ran on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -34,20 +36,8 @@ def environment(providers: tuple[str, ...] | None) -> Environment:
         platform={
             "system": platform.platform(),
             "machine": platform.machine(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": str(os.cpu_count()),
         },
-        providers=providers or ("CPUExecutionProvider",),
+        providers=providers,
     )
-
-
-def _processor() -> str:
-    """The processor's model, which Linux tells in a file of its own."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"

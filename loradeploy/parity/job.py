@@ -16,6 +16,7 @@ from loradeploy.parity.controls import run_controls
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
+from loradeploy.parity.reference.packed import PACKED
 from loradeploy.parity.reference.pytorch import (
     Reference,
     load_base,
@@ -62,7 +63,7 @@ def run(
     `shrink`, `localize`: see `loradeploy.parity`. `asked`: the backends that may not be left out.
     """
     started = time.monotonic()
-    placed = start(context.bundle, context.variants)
+    started_on = start(context.bundle, context.variants)
     logger.info("loading %s", context.model)
     model = load_model(context)
     answered = score_reference(context, model, held_out)
@@ -117,13 +118,13 @@ def run(
             fuzz=cases.fuzz,
             edges=cases.edges,
         ),
-        environment=environment(context.providers),
+        environment=environment(started_on.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
         adapters=adapter_facts(context, reference),
         controls=made,
         localizations=localized,
-        notes=(*_notes(context, reference), *placed, *said, *score_notes(held_out)),
+        notes=(*_notes(context, reference), *started_on.notes, *said, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=files,
         counterexamples=smallest,
@@ -136,6 +137,12 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
     """What the reader of the verdict must know besides."""
     notes = list(reference.notes)
     manifest = context.manifest
+    if manifest.precision in PACKED:
+        notes.append(
+            f"{manifest.precision} products round activations in each provider's own way: the"
+            f" verdict holds on {', '.join(context.variants.chains)} and not on other providers"
+            f" (`loradeploy parity {context.bundle} --provider NAME` checks one)"
+        )
     if not context.adapters:
         notes.append("no adapter is in the bundle or given: only the base was compared")
     if not context.merged and not reference.scale[None]:

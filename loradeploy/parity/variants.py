@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.report.results import Variant
+from loradeploy.runtime.devices.providers import Resolved
 from loradeploy.runtime.devices.table import CPU
 
 if TYPE_CHECKING:
     import onnxruntime
 
+    from loradeploy.bundle.proof.provider import ProviderFacts
+    from loradeploy.runtime.devices.providers import Provider
 
-DEFAULT: Final = Variant(CPU, "all")
+DEFAULT: Final = Variant("cpu", "all")
+ON_CPU: Final[list[Resolved]] = [(CPU, {})]
 _LISTED: Final = 4
 
 
+@dataclass(frozen=True)
+class Variants:
+    """The ways in which onnxruntime runs the graphs.
+
+    `chains`: by a variant's `provider`, what sessions are opened with.
+    """
+
+    each: tuple[Variant, ...] = (DEFAULT,)
+    chains: Mapping[str, list[Resolved]] = field(default_factory=lambda: {"cpu": ON_CPU})
+
+
+DEFAULTS: Final = Variants()
+
+
 def choose_variants(
-    providers: Sequence[str] | None, optimization: Sequence[str] | None
-) -> tuple[Variant, ...]:
+    providers: Sequence[Provider] | None, optimization: Sequence[str] | None
+) -> Variants:
     """Every provider at every level; on the CPU and at "all" where none is given.
 
-    A provider is named as `runtime.devices.providers` reads names: "cuda", "cuda:1".
+    A provider is resolved as a session resolves it, so that the same providers stand behind it.
 
     Raises:
         UsageError: a provider that this onnxruntime does not have, or an unknown level.
     """
-    from loradeploy.runtime.devices.providers import full_name, resolve
+    from loradeploy.runtime.devices.facts import label_of
+    from loradeploy.runtime.devices.providers import resolve
 
-    names = [CPU] if providers is None else [full_name(name) for name in providers]
+    given: Sequence[Provider] = ["cpu"] if providers is None else providers
     levels = [DEFAULT.optimization] if optimization is None else list(optimization)
-    if not names or not levels:
+    if not given or not levels:
         raise UsageError("no provider or no level of optimization is given: nothing would be run")
-    for name in names:
-        resolve([name])
+    chains = {}
+    for provider in given:
+        chain = resolve([provider])
+        options = "" if isinstance(provider, str) else _shown(provider[1])
+        chains[label_of([name for name, _ in chain], chain[0][1]) + options] = chain
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
             f"{unknown[0]!r} is no level of optimization: there are {', '.join(LEVELS)}"
         )
-    return tuple(dict.fromkeys(Variant(name, level) for name in names for level in levels))
+    each = dict.fromkeys(Variant(name, level) for name in chains for level in levels)
+    return Variants(tuple(each), chains)
+
+
+def together(chains: Iterable[Sequence[Resolved]]) -> list[Resolved]:
+    """All providers of `chains`, for one session, in their order."""
+    found: list[Resolved] = []
+    for chain in chains:
+        found += [provider for provider in chain if provider not in found]
+    return found
+
+
+def _shown(options: Mapping[str, object]) -> str:
+    return "".join(f" {name}={value}" for name, value in sorted(options.items()))
 
 
 def session_options(variant: Variant) -> onnxruntime.SessionOptions:
@@ -53,37 +90,46 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     level = LEVELS[variant.optimization]
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    # A check ends with a look at whether the files have changed: a copy for each is not needed.
+    # A check ends by comparing the files with their digests: a copy for each is not needed.
     options.add_session_config_entry(MAPPED, "1")
     return options
 
 
-def start(bundle: Path, variants: Sequence[Variant]) -> list[str]:
-    """Open the bundle's graph once on every provider but the CPU's; say which nodes that one runs.
+@dataclass(frozen=True)
+class Started:
+    """What opening the bundle on every provider showed: the facts of each, and notes."""
+
+    providers: tuple[ProviderFacts, ...]
+    notes: tuple[str, ...]
+
+
+def start(bundle: Path, variants: Variants) -> Started:
+    """Open the bundle once in every variant; report which nodes a provider leaves to the CPU.
 
     Raises:
         UsageError: a provider does not start.
         BundleError: onnxruntime cannot open the graph.
     """
-    from loradeploy.runtime.reading.graph import open_graph, placement_of
+    from loradeploy.runtime.devices.facts import cpu_facts
+    from loradeploy.runtime.session import AdapterSession
 
+    facts: dict[str, ProviderFacts] = {}
     notes = []
-    for variant in variants:
-        if variant.provider == CPU:
+    for variant in variants.each:
+        chain = variants.chains[variant.provider]
+        if [name for name, _ in chain] == [CPU]:
+            facts[variant.provider] = cpu_facts()
             continue
-        try:
-            # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
-            session = open_graph(bundle, [variant.provider], session_options(variant))
-        except UsageError:
-            raise UsageError(
-                f"{variant.provider} is installed but does not start here (no device, driver or"
-                " library): mend that, or leave it out"
-            ) from None
-        placed = placement_of(session)
-        there = placed.get(CPU, {})
-        if there:
-            count, total = sum(there.values()), sum(sum(ops.values()) for ops in placed.values())
-            named = [f"{times} {op}" for op, times in list(there.items())[:_LISTED]]
-            named += ["…"] if len(there) > _LISTED else []
+        # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
+        session = AdapterSession(bundle, chain, session_options=session_options(variant))
+        facts[variant.provider] = dataclasses.replace(session.provider, provider=variant.provider)
+        placement = session.placement
+        on_cpu = placement.get(CPU, {})
+        if on_cpu:
+            count = sum(on_cpu.values())
+            total = sum(sum(operators.values()) for operators in placement.values())
+            named = [f"{times} {op}" for op, times in list(on_cpu.items())[:_LISTED]]
+            named += ["…"] if len(on_cpu) > _LISTED else []
             notes.append(f"{variant}: {count} of {total} nodes run on the CPU ({', '.join(named)})")
-    return notes
+        session.close()
+    return Started(tuple(facts.values()), tuple(notes))

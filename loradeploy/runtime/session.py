@@ -16,6 +16,7 @@ from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import ADAPTER_IDS, CONFIG_NAME, INPUT_IDS
+from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import (
     AdapterError,
@@ -61,9 +62,9 @@ class AdapterSession:
     device, which on the CPU are the stacks that mixed batches read. Where there are more, those
     that were not used the longest go, and are read again when they are used. None is no limit.
     `require_certificate`: open the bundle only where `loradeploy parity` passed on it, and its
-    files are those that were checked (all are read for it); an adapter that was not among those
-    checked is refused when it is read. A `CertificateMinimum` asks for more: how much was checked,
-    and who signed it.
+    files are those that were checked (all are read for it), on the provider that this session runs
+    on; an adapter that was not among those checked is refused when it is read. A
+    `CertificateMinimum` asks for more: how much was checked, on which providers, who signed it.
 
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
@@ -134,6 +135,12 @@ class AdapterSession:
     def providers(self) -> tuple[str, ...]:
         """The execution providers that run the graph, in order."""
         return tuple(self._session.get_providers())
+
+    @property
+    @while_open
+    def provider(self) -> ProviderFacts:
+        """The provider that runs the graph: its version, its device, those behind it, options."""
+        return self._opened.running
 
     @property
     @while_open

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 import loradeploy as ld
@@ -16,6 +17,13 @@ from tests.conftest import MakeAdapter, once
 # Few enough to be quick, of different lengths so that a batch is padded.
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 Check = Callable[..., ParityReport]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Where CUDA is compiled in and does not start.
+without_cuda = pytest.mark.skipif(
+    CUDA not in onnxruntime.get_available_providers()
+    or any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")),
+    reason="needs an onnxruntime with CUDA on a machine without it",
+)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from loradeploy.bundle.proof.provider import Device, ProviderFacts
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.report.results import (
     AdapterFacts,
@@ -23,9 +24,15 @@ from loradeploy.parity.report.results import (
 from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import judge
 
-ALL = Variant("CPUExecutionProvider", "all")
-PLAIN = Variant("CPUExecutionProvider", "disable")
+ALL = Variant("cpu", "all")
+PLAIN = Variant("cpu", "disable")
 LAYERS = 12
+ON_CPU = ProviderFacts(
+    "cpu",
+    ("CPUExecutionProvider",),
+    "1.31.1",
+    Device("CPU", "Intel", 0x8086, 0, "Xeon"),
+)
 
 
 def result(
@@ -83,7 +90,7 @@ PASSED = ParityReport(
     graph_digest="sha256:" + "9" * 64,
     data_digest="sha256:" + "d" * 64,
     inputs=Inputs("built-in prompts", 16, 512, 32, 7),
-    environment=Environment({"torch": "2.13.0"}, {"cores": "2"}, ("CPUExecutionProvider",)),
+    environment=Environment({"torch": "2.13.0"}, {"cores": "2"}, (ON_CPU,)),
     created="2026-01-01T00:00:00+00:00",
     results=(
         *(result(title, "sport") for title in ("PyTorch merged", "ONNX merged", "ONNX mixed")),

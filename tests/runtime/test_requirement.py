@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.proof.provider import Device, ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
 from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
@@ -47,9 +50,10 @@ def test_what_changes_an_answer_is_refused(bundle: Path, change: Callable[[Path]
         AdapterSession(bundle, require_certificate=True)
 
 
-COVERAGE = Coverage(
-    frozenset({"decode"}), frozenset({"CPUExecutionProvider"}), frozenset(), 2, 9, 3
-)
+CPU, CUDA, WEBGPU = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "WebGpu"))
+DML = "DmlExecutionProvider"
+ON_CPU = ProviderFacts("cpu", (CPU,), "1.31.1", Device("CPU", "Intel", 0x8086, 0))
+COVERAGE = Coverage(frozenset({"decode"}), (ON_CPU,), frozenset(), 2, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ COVERAGE = Coverage(
         ("prompts=3", "2 prompts, 3 are required"),
         ("generated=4,prompts=1", "3 generated, 4"),
         ("phases=decode+padded batch", "'?padded batch"),
-        ("providers=cuda", "not checked on cuda"),
+        ("providers=cuda", "not checked on 'cuda'"),
         ("precision=int8", "precision is fp32"),
     ],
 )
@@ -66,6 +70,109 @@ def test_a_narrower_check_is_told(asked: str, said: str) -> None:
     told = CertificateMinimum.parse(asked).lacking(COVERAGE, "fp32")
     assert told is not None
     assert said.replace("'?", "") in told
+
+
+@pytest.mark.parametrize(
+    ("checked", "asked"),
+    [
+        (ProviderFacts("cuda:1", (CUDA, CPU)), "cuda"),
+        (ProviderFacts("cuda", (CUDA, CPU)), "cuda:1"),
+        (ProviderFacts("cuda use_tf32=0", (CUDA, CPU)), "CUDA"),
+        (ProviderFacts("cuda", (CUDA, CPU)), CUDA),
+        (ProviderFacts("directml", (DML, CPU)), "directml"),
+        (ProviderFacts("directml", (DML, CPU)), DML),
+        (ProviderFacts("directml", (DML, CPU)), "dml"),
+        (ProviderFacts("webgpu", (WEBGPU, CPU)), "webgpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.provider,
+)
+def test_a_provider_is_known_by_each_of_its_names_on_whatever_device(
+    checked: ProviderFacts, asked: str
+) -> None:
+    minimum = CertificateMinimum(providers=(asked,))
+    coverage = dataclasses.replace(COVERAGE, providers=(checked,))
+    assert minimum.lacking(coverage, "fp32") is None
+    assert minimum.lacking(COVERAGE, "fp32") is not None
+
+
+GPU, SOFTWARE = Device("GPU", "NVIDIA", 0x10DE, 0x2335, "H200"), Device("CPU", "Intel", 0x8086, 0)
+ON_GPU = ProviderFacts("webgpu", (WEBGPU, CPU), "0.4.0", GPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"provider": "webgpu:1"}, None),
+        ({"device": dataclasses.replace(GPU, device_id=1, name="A100")}, None),
+        ({"device": None}, None),
+        ({"version": "0.5.0"}, None),
+        ({"device": SOFTWARE}, "its device is a CPU, not a GPU"),
+        ({"chain": (CUDA, CPU)}, f"its provider is {CUDA}, not {WEBGPU}"),
+        ({"chain": (WEBGPU, CUDA, CPU)}, f"its provider is {WEBGPU}, {CUDA}, not {WEBGPU}"),
+        ({"options": {"use_tf32": "1"}}, "its option use_tf32 is 1, not not set"),
+    ],
+    ids=str,
+)
+def test_a_check_covers_a_session_on_the_same_providers_kind_of_device_and_options(
+    change: dict[str, Any], difference: str | None
+) -> None:
+    assert ON_GPU.difference(dataclasses.replace(ON_GPU, **change)) == difference
+
+
+def edit_providers(bundle: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    file = bundle / "parity.json"
+    values = json.loads(file.read_text())
+    change(values["environment"]["providers"])
+    file.write_text(json.dumps(values))
+
+
+def on_webgpu(providers: list[dict[str, Any]]) -> None:
+    providers[0].update(chain=[WEBGPU, CPU])
+
+
+def in_half_precision(providers: list[dict[str, Any]]) -> None:
+    providers[0].update(options={"precision": "FP16"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (on_webgpu, r"not certified for cpu \(CPU, .*\): it was checked on cpu only.*run `lorad"),
+        (in_half_precision, "its option precision is not set, not FP16"),
+        (list.clear, "its graph was not run|it was checked on none"),
+    ],
+)
+def test_a_session_on_a_provider_that_was_not_checked_is_refused_by_name(
+    bundle: Path, change: Any, message: str
+) -> None:
+    AdapterSession(bundle, require_certificate=True)
+    edit_providers(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        AdapterSession(bundle, require_certificate=True)
+    AdapterSession(bundle)
+
+
+def test_a_minimum_that_names_providers_takes_the_place_of_the_sessions(bundle: Path) -> None:
+    edit_providers(bundle, on_webgpu)
+    AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("webgpu",)))
+    with pytest.raises(BundleError, match="not checked on 'cuda'"):
+        AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("cuda",)))
+
+
+def test_what_was_checked_on_another_provider_alone_does_not_count(bundle: Path) -> None:
+    """The adapter was run on the GPU and the base alone on the CPU, which the session runs on."""
+    file = bundle / "parity.json"
+    values = json.loads(file.read_text())
+    (facts,) = values["environment"]["providers"]
+    values["environment"]["providers"].append({**facts, "provider": "gpu", "chain": [WEBGPU, CPU]})
+    for result in values["results"]:
+        if result["adapter"] is not None and result["variant"] is not None:
+            result["variant"]["provider"] = "gpu"
+    file.write_text(json.dumps(values))
+    with pytest.raises(
+        BundleError, match=r"adapter 'one' .* was not checked; run .*--provider gpu"
+    ):
+        AdapterSession(bundle, require_certificate=True)
 
 
 def test_a_check_that_is_as_wide_will_do() -> None:

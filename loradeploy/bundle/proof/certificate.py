@@ -6,7 +6,8 @@ of what the check itself needs: a serving machine asks before it serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +25,14 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
+from loradeploy.bundle.proof.provider import Device, ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
 from loradeploy.bundle.text.beside import TEXT_NAMES
-from loradeploy.errors import BundleError, shortened, shown
+from loradeploy.errors import BundleError, listed_names, shortened, shown
 from loradeploy.files import MAX_JSON_BYTES, inside, json_object, read_bytes
 
 FORMAT: Final = "loradeploy-parity"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 # What the readers of a bundle look for, whether or not the export wrote it: a file that is added
 # changes answers as one that is rewritten does.
 _READ: Final = (
@@ -64,12 +66,11 @@ class CertifiedAdapter:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What parity.json says.
+    """What parity.json records.
 
-    `files`: digests of other files than the graph's, by name. `coverage`: how much was run of it.
-    `failures`: why the check failed, of
-    what it says and of what its entries say; none where it passed. `base_ran`: whether the base
-    alone was run.
+    `files`: digests of files other than the graph's, by name. `coverage`: how much of the bundle
+    was run. `failures`: why the check failed, by its own list and by its entries; none where it
+    passed. `base_ran`: whether the base alone was run. `providers`: what the check ran on.
     """
 
     created: str
@@ -85,8 +86,9 @@ class Certificate:
     failures: tuple[str, ...]
     versions: Mapping[str, str]
     platform: Mapping[str, str]
-    providers: tuple[str, ...]
+    providers: tuple[ProviderFacts, ...]
     coverage: Coverage = field(default_factory=Coverage)
+    _values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -97,6 +99,10 @@ class Certificate:
     def certified(self) -> frozenset[str]:
         """The digests of the adapters that the bundle was run with."""
         return frozenset(own.digest for own in self.adapters if own.error is not None)
+
+    def on(self, providers: Collection[str]) -> Certificate:
+        """What of it was run on `providers` alone, names as `ProviderFacts.provider` has them."""
+        return _certificate(self._values, frozenset(providers))
 
 
 def read_certificate(bundle: Path) -> Certificate:
@@ -132,6 +138,53 @@ def check_certificate(
     if why is not None:
         raise BundleError(f"{bundle} is not certified: {why}; run {parity_command(bundle)} again")
     return certificate
+
+
+def check_provider(
+    bundle: Path,
+    manifest: Manifest,
+    certificate: Certificate,
+    running: ProviderFacts,
+    minimum: CertificateMinimum | None = None,
+) -> frozenset[str]:
+    """The digests of the adapters that the certificate covers on the provider `running`.
+
+    Where `minimum` names providers, those are asked for in its place.
+
+    Raises:
+        BundleError: the check did not run, or did not run the `minimum`, on that provider.
+    """
+    checked = certificate.coverage.providers
+    names = () if minimum is None else minimum.providers
+    if names:
+        sets = [[p.provider for p in checked if p.is_named(name)] for name in names]
+    else:
+        sets = [[p.provider for p in checked if p.difference(running) is None]]
+    certified: list[frozenset[str]] = []
+    for providers in sets:
+        part = certificate.on(providers)
+        why = _not_on(checked, running) if not providers else _unchecked(part, manifest)
+        if why is None and minimum is not None:
+            least = dataclasses.replace(minimum, providers=())
+            why = least.lacking(part.coverage, part.precision)
+        if why is not None:
+            others = [p.provider for p in checked if p.provider != running.provider]
+            command = parity_command(bundle, providers=(*others, running.provider))
+            raise BundleError(
+                f"{bundle} is not certified for {running.provider} ({running}): {why}; run"
+                f" {command}"
+            )
+        certified.append(part.certified)
+    return frozenset.intersection(*certified)
+
+
+def _not_on(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
+    """Why what was checked does not cover `running`, by the one that is closest to it."""
+    for one in checked:
+        if one.chain[:1] == running.chain[:1]:
+            return f"it was checked on {one.provider} ({one}), and {one.difference(running)}"
+    names = listed_names([p.provider for p in checked])
+    return f"it was checked on {names} only, and each provider rounds in its own way"
 
 
 def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
@@ -204,9 +257,10 @@ def digests(bundle: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     return {name: file_digest(bundle / name) for name in names if (bundle / name).is_file()}
 
 
-def parity_command(bundle: Path, *, adapter: bool = False) -> str:
+def parity_command(bundle: Path, *, adapter: bool = False, providers: Iterable[str] = ()) -> str:
     """The command that writes a certificate, for an adapter that is not in the bundle as well."""
-    return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}`"
+    on = "".join(f" --provider {name}" for name in providers)
+    return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}{on}`"
 
 
 def _unchecked(certificate: Certificate, manifest: Manifest) -> str | None:
@@ -249,24 +303,27 @@ def _read(bundle: Path, content: bytes) -> Certificate:
 
 
 def _coverage(
-    values: Mapping[str, Any], ran: list[Mapping[str, Any]], providers: tuple[str, ...]
+    values: Mapping[str, Any],
+    ran: list[Mapping[str, Any]],
+    providers: tuple[ProviderFacts, ...],
 ) -> Coverage:
     inputs = _object(values, "inputs")
-    rows = [_number(inputs, name) or 0 for name in ("prompts", "fuzz", "edges")]
     variants = [_object(result, "variant") for result in ran]
     return Coverage(
         phases=frozenset(_text(result, "phase") for result in ran) - {""},
-        providers=(frozenset(_text(v, "provider") for v in variants) - {""})
-        or frozenset(providers if ran else ()),
+        providers=tuple(p for p in providers if p.provider in _providers(ran)),
         optimization=frozenset(_text(v, "optimization") for v in variants) - {""},
-        prompts=int(sum(rows)),
-        prompt_tokens=int(_number(inputs, "prompt_tokens") or 0),
-        generated=int(_number(inputs, "generated") or 0),
+        prompts=sum(_integer(inputs, name) for name in ("prompts", "fuzz", "edges")),
+        prompt_tokens=_integer(inputs, "prompt_tokens"),
+        generated=_integer(inputs, "generated"),
     )
 
 
-def _certificate(values: Mapping[str, Any]) -> Certificate:
-    """A report's JSON; what is of another type than it should be counts as not there."""
+def _certificate(values: Mapping[str, Any], on: frozenset[str] | None = None) -> Certificate:
+    """A report's JSON; what is of another type than it should be counts as not there.
+
+    `on`: the providers that count; None is all.
+    """
     results = _objects(values, "results")
     mode = _text(values, "mode")
     ran = [
@@ -274,10 +331,10 @@ def _certificate(values: Mapping[str, Any]) -> Certificate:
         for result in results
         if result.get("outcome") == "passed"
         and result.get("backend") in RUN_THE_BUNDLE.get(mode, ())
+        and (on is None or _text(_object(result, "variant"), "provider") in on)
     ]
     environment = _object(values, "environment")
-    listed = environment.get("providers")
-    providers = tuple(map(str, listed)) if isinstance(listed, list) else ()
+    providers = tuple(map(_provider, _objects(environment, "providers")))
     return Certificate(
         created=_text(values, "created"),
         task=_text(values, "task"),
@@ -302,14 +359,38 @@ def _certificate(values: Mapping[str, Any]) -> Certificate:
         platform=_texts(environment, "platform"),
         providers=providers,
         coverage=_coverage(values, ran, providers),
+        _values=values,
+    )
+
+
+def _providers(ran: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    return frozenset(_text(_object(result, "variant"), "provider") for result in ran)
+
+
+def _provider(values: Mapping[str, Any]) -> ProviderFacts:
+    chain, device = values.get("chain"), values.get("device")
+    return ProviderFacts(
+        provider=_text(values, "provider"),
+        chain=tuple(map(str, chain)) if isinstance(chain, list) else (),
+        version=_text(values, "version"),
+        device=None
+        if not isinstance(device, Mapping)
+        else Device(
+            kind=_text(device, "kind"),
+            vendor=_text(device, "vendor"),
+            vendor_id=_integer(device, "vendor_id"),
+            device_id=_integer(device, "device_id"),
+            name=_text(device, "name") or None,
+        ),
+        options=_texts(values, "options"),
     )
 
 
 def _failures(values: Mapping[str, Any], results: list[Mapping[str, Any]]) -> list[str]:
-    """The failures that the report tells, or else those that its entries are."""
-    told = values.get("failures")
-    if isinstance(told, list) and told:
-        return [str(line) for line in told]
+    """The failures that the report lists, or else those that its entries are."""
+    listed = values.get("failures")
+    if isinstance(listed, list) and listed:
+        return [str(line) for line in listed]
     found = [
         f"{result.get('title')}: {result.get('message')}"
         for result in results
@@ -363,3 +444,8 @@ def _number(values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if known else None  # type: ignore[arg-type]
+
+
+def _integer(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.errors import UsageError, listed_names, shown
-
-_PROVIDER: Final = "ExecutionProvider"
 
 
 @dataclass(frozen=True)
 class Coverage:
     """How much a check that passed has run of the bundle.
 
-    `phases`, `providers`, `optimization`: what ran, by name. `prompts`: rows of its inputs (those
-    made up included), `prompt_tokens` of all together, `generated`: tokens decoded for each.
+    `phases`, `optimization`: what ran, by name; `providers`: what it ran on. `prompts`: rows of its
+    inputs (random ones included), `prompt_tokens` of all together, `generated`: tokens decoded for
+    each.
     """
 
     phases: frozenset[str] = frozenset()
-    providers: frozenset[str] = frozenset()
+    providers: tuple[ProviderFacts, ...] = ()
     optimization: frozenset[str] = frozenset()
     prompts: int = 0
     prompt_tokens: int = 0
@@ -33,9 +32,12 @@ class Coverage:
 class CertificateMinimum:
     """The least that a certificate must stand for.
 
-    `phases`: what must have been run, such as "decode" and "padded batch". `providers`: on which
-    execution providers. `prompts`, `prompt_tokens`, `generated`: how many at least.
-    `precision`: the bundle's. `public_key`: a PEM file; its owner must have signed the certificate.
+    `phases`: what must have been run, such as "decode" and "padded batch". `providers`: execution
+    providers on each of which it must have been run; none is the one that the session runs on, with
+    the same kind of device and the same options. A name is the command line's or ONNX Runtime's; a
+    device's number in it does not count. `prompts`, `prompt_tokens`, `generated`: how many at
+    least. `precision`: the bundle's. `public_key`: a PEM file; its owner must have signed the
+    certificate.
 
     Raises:
         UsageError: a number below 0.
@@ -90,12 +92,12 @@ class CertificateMinimum:
             found, least = getattr(coverage, name), getattr(self, name)
             if found < least:
                 return f"it was checked with {found} {name}, {least} are required"
-        if missing := _missing(self.phases, coverage.phases):
-            return f"the phase {shown(missing)} was not checked, it is required"
-        if missing := _missing(
-            map(_short, self.providers), {_short(name) for name in coverage.providers}
-        ):
-            return f"it was not checked on {missing}, which is required"
+        missing = [phase for phase in self.phases if phase not in coverage.phases]
+        if missing:
+            return f"the phase {shown(missing[0])} was not checked, it is required"
+        for name in self.providers:
+            if not any(checked.is_named(name) for checked in coverage.providers):
+                return f"it was not checked on {shown(name)}, which is required"
         if self.precision not in (None, precision):
             return f"its precision is {precision}, {self.precision} is required"
         return None
@@ -103,11 +105,3 @@ class CertificateMinimum:
 
 _NUMBERS: Final = ("prompts", "prompt_tokens", "generated")
 _DIGITS: Final = 12
-
-
-def _short(provider: str) -> str:
-    return provider.removesuffix(_PROVIDER).lower()
-
-
-def _missing(wanted: Any, found: Collection[str]) -> str | None:
-    return next((name for name in wanted if name not in found), None)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.compare.opening import Comparable
     from loradeploy.parity.compare.sides import Feeds, Given
+    from loradeploy.runtime.devices.providers import Provider
 
     # By title: the model, or the model and the adapter that it claims to have. Or texts as above.
     Others = Mapping[str, Comparable | tuple[Comparable, str]] | Iterable[str]
@@ -65,7 +66,7 @@ def other_backends(
     others: Others,
     manifest: Manifest,
     adapters: Sequence[AdapterUnderTest],
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
 ) -> tuple[Backend, ...]:
     """A backend for each of `others`.
 

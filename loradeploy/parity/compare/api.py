@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.compare.feeds import Feed
     from loradeploy.parity.compare.opening import Comparable
     from loradeploy.parity.compare.sides import Given
+    from loradeploy.runtime.devices.providers import Provider
 
 Tolerances = str | Mapping[str, float | Limit]
 
@@ -55,7 +56,7 @@ def compare(
     seed: int = 0,
     tolerances: Tolerances | None = None,
     names: Mapping[str, str] | None = None,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
     report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     baseline: str | os.PathLike[str] | None = None,
 ) -> ParityReport:
@@ -122,7 +123,11 @@ def compare(
             generated=0,
             seed=seed,
         ),
-        environment=environment(None if providers is None else tuple(providers)),
+        environment=environment(
+            tuple(
+                {s.provider.provider: s.provider for s in (expected, actual) if s.provider}.values()
+            )
+        ),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
         notes=(

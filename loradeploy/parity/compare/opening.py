@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.parity.compare.sides import Feeds, Given
+    from loradeploy.runtime.devices.providers import Provider
 
     Function = Callable[[dict[str, NDArray[Any]]], Any]
     Comparable = str | os.PathLike[str] | Function | torch.nn.Module
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 def open_side(
     given: Comparable,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
 ) -> Side:
     """Open a model to be compared; `providers` are onnxruntime's, the CPU's by default.
 
@@ -77,7 +78,7 @@ def open_side(
 # -- ONNX ------------------------------------------------------------------------------------------
 
 
-def _open_bundle(path: Path, title: str, providers: Sequence[str] | None) -> Side:
+def _open_bundle(path: Path, title: str, providers: Sequence[Provider] | None) -> Side:
     from loradeploy.runtime.session import AdapterSession
 
     manifest = read_manifest(path)
@@ -97,11 +98,13 @@ def _open_bundle(path: Path, title: str, providers: Sequence[str] | None) -> Sid
         manifest.precision,
         file_digest(path / GRAPH_NAME),
         file_digest(data) if data.is_file() else None,
+        provider=session.provider,
         **_beside(path, outputs),
     )
 
 
-def _open_file(graph: Path, title: str, providers: Sequence[str] | None) -> Side:
+def _open_file(graph: Path, title: str, providers: Sequence[Provider] | None) -> Side:
+    from loradeploy.runtime.devices.facts import facts_of
     from loradeploy.runtime.reading.graph import open_file
 
     try:
@@ -122,6 +125,7 @@ def _open_file(graph: Path, title: str, providers: Sequence[str] | None) -> Side
         inputs,
         _precision(graph, (*inputs, *outputs)),
         file_digest(graph),
+        provider=facts_of(session),
         **_beside(graph.parent, outputs),
     )
 

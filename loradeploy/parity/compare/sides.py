@@ -11,6 +11,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import PRESENT
+from loradeploy.bundle.proof.provider import ProviderFacts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,8 +30,9 @@ class Side:
     `title`: as it was given; `name`: short, for tables.
     `inputs`: what it takes, None where it does not tell. `precision`: of its weights, None where it
     is only seen by what it gives. `vocabulary`: the number of ids that it knows, `labels` their
-    names by number, `tokenizer` the file of its tokenizer: None where nothing tells. `hint`: what
-    to think of first where it differs from itself.
+    names by number, `tokenizer` the file of its tokenizer: None where nothing tells. `provider`:
+    what runs it, None where that is not onnxruntime here. `hint`: what to think of first where it
+    differs from itself.
     """
 
     title: str
@@ -43,6 +45,7 @@ class Side:
     vocabulary: int | None = None
     labels: Mapping[str, str] | None = None
     tokenizer: Path | None = None
+    provider: ProviderFacts | None = None
     hint: str = ""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from loradeploy.bundle.proof.certificate import FORMAT as FORMAT
 from loradeploy.bundle.proof.certificate import SCHEMA_VERSION as SCHEMA_VERSION
+from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.files import plain
 from loradeploy.parity.metrics import Figures
 from loradeploy.parity.names import REPEAT
@@ -41,6 +42,7 @@ class Check:
 class Variant:
     """How onnxruntime runs a graph: the execution provider, and how far the graph is optimized.
 
+    `provider`: the name on the command line; the report's environment has an entry of this name.
     `optimization`: onnxruntime's level, one of "disable", "basic", "extended", "all".
     """
 
@@ -48,7 +50,7 @@ class Variant:
     optimization: str
 
     def __str__(self) -> str:
-        return f"{self.provider.removesuffix('ExecutionProvider')}, {self.optimization}"
+        return f"{self.provider}, {self.optimization}"
 
 
 @dataclass(frozen=True)
@@ -226,11 +228,11 @@ class Regression:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the check ran: package versions, the machine, onnxruntime's providers."""
+    """Where the check ran: package versions, the machine, the execution providers."""
 
     versions: Mapping[str, str]
     platform: Mapping[str, str]
-    providers: tuple[str, ...]
+    providers: tuple[ProviderFacts, ...]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def has_variants(report: ParityReport) -> bool:
 
 
 def adapter_lines(report: ParityReport) -> list[str]:
-    """What is to be said of the adapters, the controls, and the check itself."""
-    lines = []
+    """The adapters, the controls, and the check itself, a line each."""
+    lines = [f"ran on {facts.provider}: {facts}" for facts in report.environment.providers]
     for facts in report.adapters:
         said = "" if facts.message is None else f": {facts.message}"
         lines.append(f"adapter {facts.name}: effect {facts.effect:.2g} max abs{said}")

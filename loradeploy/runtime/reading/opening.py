@@ -22,9 +22,11 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.proof.certificate import check_certificate, counts
+from loradeploy.bundle.proof.certificate import check_certificate, check_provider, counts
+from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.runtime.devices.facts import facts_of
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -41,13 +43,14 @@ class OpenedBundle:
     """A bundle, opened.
 
     `place`: its directory, no link. `certified`: digests of the adapters that may run; None where
-    any may.
+    any may. `running`: what runs the graph.
     """
 
     place: Path
     manifest: Manifest
     certified: frozenset[str] | None
     graph: onnxruntime.InferenceSession
+    running: ProviderFacts
     snapshot: Snapshot
 
     def check(self, folder: str | None = None) -> None:
@@ -95,11 +98,14 @@ def open_bundle(
         snapshot = Snapshot.take(place)
         try:
             manifest = read_manifest(place)
-            certified = None
+            certificate = certified = None
+            minimum = required if isinstance(required, CertificateMinimum) else None
             if required:
-                minimum = required if isinstance(required, CertificateMinimum) else None
-                certified = check_certificate(place, manifest, minimum).certified
+                certificate = check_certificate(place, manifest, minimum)
             graph = open_graph(place, manifest)
+            running = facts_of(graph)
+            if certificate is not None:
+                certified = check_provider(bundle, manifest, certificate, running, minimum)
         except LoraDeployError:
             name = snapshot.changed(strict=True)
             if name is None:
@@ -108,7 +114,7 @@ def open_bundle(
         known = manifest
         name = snapshot.changed(lambda file: counts(file, known), strict=True)  # noqa: B023
         if name is None:
-            return OpenedBundle(place, manifest, certified, graph, snapshot)
+            return OpenedBundle(place, manifest, certified, graph, running, snapshot)
         del graph
     raise BundleError(
         f"{bundle} is being written to ({name}): roll a bundle out as a new directory, and switch a"

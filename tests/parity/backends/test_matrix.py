@@ -15,12 +15,10 @@ from loradeploy.parity.names import LEVELS
 from loradeploy.parity.phases import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
 from loradeploy.parity.variants import choose_variants, session_options, start
-from loradeploy.runtime.devices.table import CPU
+from loradeploy.runtime.devices.providers import resolve
 from loradeploy.runtime.session import AdapterSession
-from tests.parity.conftest import PROMPTS, Check
+from tests.parity.conftest import CPU, CUDA, PROMPTS, Check, without_cuda
 from tests.parity.tampering import change_graph, leave_dropout_on, see_the_future_in_chunks
-
-CUDA = "CUDAExecutionProvider"
 
 
 def failed(report: ParityReport) -> set[str | None]:
@@ -32,12 +30,37 @@ def failed(report: ParityReport) -> set[str | None]:
 
 
 def test_a_check_runs_on_the_cpu_at_the_highest_level_unless_told() -> None:
-    assert choose_variants(None, None) == (Variant(CPU, "all"),)
+    assert choose_variants(None, None).each == (Variant("cpu", "all"),)
 
 
 def test_every_provider_runs_at_every_level_once() -> None:
     found = choose_variants(["cpu", CPU, "CPU"], ["all", "basic", "all"])
-    assert found == (Variant(CPU, "all"), Variant(CPU, "basic"))
+    assert found.each == (Variant("cpu", "all"), Variant("cpu", "basic"))
+
+
+@pytest.mark.skipif(
+    "TensorrtExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="needs an onnxruntime with TensorRT",
+)
+@pytest.mark.parametrize(
+    ("provider", "label", "chain"),
+    [
+        ("tensorrt", "tensorrt", ["TensorrtExecutionProvider", CUDA]),
+        ("tensorrt:1", "tensorrt:1", ["TensorrtExecutionProvider", CUDA]),
+        ("TensorrtExecutionProvider", "TensorrtExecutionProvider", ["TensorrtExecutionProvider"]),
+        ("cuda:1", "cuda:1", [CUDA]),
+        (("cuda", {"use_tf32": 0}), "cuda use_tf32=0", [CUDA]),
+        ("CPUExecutionProvider", "cpu", [CPU]),
+    ],
+    ids=str,
+)
+def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
+    provider: Any, label: str, chain: list[str]
+) -> None:
+    found = choose_variants([provider], None)
+    assert found.each == (Variant(label, "all"),)
+    assert found.chains[label] == resolve([provider])
+    assert [name for name, _ in found.chains[label]] == chain
 
 
 @pytest.mark.parametrize(
@@ -57,7 +80,7 @@ def test_a_variant_that_there_is_not_is_refused(
 
 
 def test_each_level_is_another_of_onnxruntime() -> None:
-    options = [session_options(Variant(CPU, level)) for level in LEVELS]
+    options = [session_options(Variant("cpu", level)) for level in LEVELS]
     assert len({option.graph_optimization_level for option in options}) == len(LEVELS)
 
 
@@ -72,8 +95,8 @@ def test_every_level_is_a_column_of_its_own(llama_with_adapter: Path, check: Che
     seen = {(r.backend, r.variant) for r in report.results}
     assert seen == {
         ("torch-merged", None),
-        ("onnx-side-inputs", Variant(CPU, "disable")),
-        ("onnx-side-inputs", Variant(CPU, "all")),
+        ("onnx-side-inputs", Variant("cpu", "disable")),
+        ("onnx-side-inputs", Variant("cpu", "all")),
     }
 
 
@@ -100,15 +123,11 @@ def test_a_level_at_which_the_numbers_change_fails_alone(
         phases=["prefill"],
     )
     wrong = [result.variant for result in report.results if result.outcome == "failed"]
-    assert wrong == [Variant(CPU, "extended")]
-    assert "CPU, extended" in report.failures[0]
+    assert wrong == [Variant("cpu", "extended")]
+    assert "cpu, extended" in report.failures[0]
 
 
-@pytest.mark.skipif(
-    CUDA not in onnxruntime.get_available_providers()
-    or any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")),
-    reason="needs an onnxruntime with CUDA on a machine without it",
-)
+@without_cuda
 def test_a_provider_that_does_not_start_is_refused_rather_than_replaced(
     llama_with_adapter: Path, check: Check
 ) -> None:
@@ -122,12 +141,17 @@ def test_cuda_is_a_column_and_the_nodes_it_leaves_to_the_cpu_are_told(
 ) -> None:
     report = check(llama_with_adapter, providers=["cuda", "cpu"], backends=["onnx-side-inputs"])
     assert report.passed, report.failures
-    assert {r.variant for r in report.results} == {Variant(CUDA, "all"), Variant(CPU, "all")}
-    assert report.environment.providers == (CUDA, CPU)
+    assert {r.variant for r in report.results} == {Variant("cuda", "all"), Variant("cpu", "all")}
+    assert [facts.provider for facts in report.environment.providers] == ["cuda", "cpu"]
 
 
 def test_of_the_cpu_nothing_is_told(llama_with_adapter: Path) -> None:
-    assert start(llama_with_adapter, [Variant(CPU, "all")]) == []
+    started = start(llama_with_adapter, choose_variants(["cpu"], None))
+    assert started.notes == ()
+    (facts,) = started.providers
+    assert (facts.chain, facts.version) == ((CPU,), onnxruntime.__version__)
+    assert facts.device is not None
+    assert facts.device.kind == "CPU"
 
 
 def test_progress_counts_every_run(
@@ -141,12 +165,12 @@ def test_progress_counts_every_run(
     )  # fmt: skip
     assert [record.message for record in caplog.records if "[" in record.message] == [
         "[1/7] PyTorch merged, one",
-        "[2/7] ONNX side inputs, base, CPU, basic",
-        "[3/7] ONNX side inputs, one, CPU, basic",
-        "[4/7] ONNX side inputs, base, CPU, all",
-        "[5/7] ONNX side inputs, one, CPU, all",
-        "[6/7] ONNX mixed batch, mixed, CPU, basic",
-        "[7/7] ONNX mixed batch, mixed, CPU, all",
+        "[2/7] ONNX side inputs, base, cpu, basic",
+        "[3/7] ONNX side inputs, one, cpu, basic",
+        "[4/7] ONNX side inputs, base, cpu, all",
+        "[5/7] ONNX side inputs, one, cpu, all",
+        "[6/7] ONNX mixed batch, mixed, cpu, basic",
+        "[7/7] ONNX mixed batch, mixed, cpu, all",
     ]
 
 

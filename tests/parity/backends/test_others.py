@@ -12,10 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
+from loradeploy.parity.backends.others import other_backends
 from loradeploy.parity.report.results import ParityReport, Result
 from tests.conftest import MakeAdapter
+from tests.parity.conftest import CPU, CUDA, without_cuda
 from tests.parity.graphs import token_model
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
@@ -143,33 +146,12 @@ def test_an_onnx_file_stands_for_what_a_merged_bundle_holds(
     assert {r.adapter for r in own(report, "model.onnx")} == {"one"}
 
 
-def test_an_onnx_file_runs_on_the_providers_that_are_asked_for(
-    bundle: Path,
-    tiny_llama: Path,
-    check: Callable[..., ParityReport],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from loradeploy.parity import check as checks
-    from loradeploy.parity import job, variants
-    from loradeploy.parity.backends import others
-
-    right, asked = others.open_side, []
-
-    def open_side(place: Any, providers: Any) -> Any:
-        asked.append(providers)
-        return right(place)
-
-    monkeypatch.setattr(others, "open_side", open_side)
-    cpu, other = variants.DEFAULT, variants.Variant("OtherExecutionProvider", "all")
-    monkeypatch.setattr(variants, "choose_variants", lambda *given: (other, cpu))
-    monkeypatch.setattr(job, "start", lambda *given: [])
-    monkeypatch.setattr(checks, "open_backend", _others_alone)
-    check([f"{bundle}/model.onnx"], phases=["prefill"], shrink=False, localize=False)
-    assert asked == [("OtherExecutionProvider", "CPUExecutionProvider")] * 2
-
-
-def _others_alone(backend: Any, context: Any, model: Any) -> Any:
-    return backend.open(context) if backend.name.startswith("other:") else iter(())
+@without_cuda
+def test_an_onnx_file_runs_on_the_providers_that_are_given(bundle: Path) -> None:
+    file, manifest = f"{bundle}/model.onnx", read_manifest(bundle)
+    assert other_backends([file], manifest, [], [(CPU, {})])
+    with pytest.raises(UsageError, match="CUDAExecutionProvider is installed but does not start"):
+        other_backends([file], manifest, [], [(CUDA, {})])
 
 
 # -- what does not -----------------------------------------------------------------------------

@@ -59,7 +59,6 @@ def locate(tmp_path: Path) -> Locate:
             adapters=find_adapters(bundle, manifest, adapters),
             cases=Cases((TOKENS,), 0, 0, "given"),
             scratch=tmp_path,
-            providers=None,
         )
         base = load_base(context)
         return localize(change(context), base, backend, adapter, tokens, failed=failed)

@@ -36,6 +36,7 @@ from loradeploy.parity.report.results import (
 from loradeploy.parity.tolerances import METRICS, Limit
 from loradeploy.parity.verdict import judge
 from tests.parity.graphs import in_numpy, token_model
+from tests.parity.reports import ON_CPU
 
 POSITIONS = 200
 LIMITS = {metric.name: Limit(1e-4, "of this test") for metric in METRICS}
@@ -71,11 +72,11 @@ REPORT = ParityReport(
     graph_digest="sha256:" + "1" * 64,
     data_digest=None,
     inputs=Inputs("built-in prompts", 16, 500, 32, 0),
-    environment=Environment({}, {}, ("CPUExecutionProvider",)),
+    environment=Environment({}, {}, (ON_CPU,)),
     created="2026-01-01T00:00:00+00:00",
     results=(
         result(),
-        result(backend="other", variant=Variant("CPUExecutionProvider", "all")),
+        result(backend="other", variant=Variant("cpu", "all")),
         Result("peft", "PEFT", None, None, "not run", "peft is not installed"),
     ),
     adapters=(AdapterFacts("sport", "sha256:22", 0.5, 0.1),),

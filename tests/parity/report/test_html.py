@@ -182,7 +182,7 @@ def test_every_plot_says_in_words_what_it_shows(report: ParityReport) -> None:
 
 
 def test_variants_have_a_column_only_where_there_is_more_than_one() -> None:
-    assert "CPU, disable" in Page(html(FULL)).text
+    assert "cpu, disable" in Page(html(FULL)).text
     assert "Variant" not in Page(html(PASSED)).text
 
 

@@ -28,7 +28,7 @@ from loradeploy.parity.report.table import print_report
 from loradeploy.parity.report.writers import WRITERS, check_reports, junit, markdown, write_report
 from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import judge
-from tests.parity.reports import FULL, PASSED
+from tests.parity.reports import FULL, ON_CPU, PASSED
 
 
 def result(error: float = 0.0) -> Result:
@@ -48,7 +48,7 @@ REPORT = ParityReport(
     graph_digest="sha256:11",
     data_digest=None,
     inputs=Inputs("built-in prompts", 16, 500, 32, 0),
-    environment=Environment({"python": "3.12"}, {"machine": "x86_64"}, ("CPUExecutionProvider",)),
+    environment=Environment({"python": "3.12"}, {"machine": "x86_64"}, (ON_CPU,)),
     created="2026-01-01T00:00:00+00:00",
     results=(result(), Result("peft", "PEFT", None, None, "not run", "peft is not installed")),
     adapters=(AdapterFacts("a|b", "sha256:22", 0.5, 0.1),),
@@ -167,7 +167,7 @@ FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table
         "5.4 times what it was",
         "it was run before",
         "missing target",
-        "CPU, disable",
+        "cpu, disable",
     ],
 )
 def test_every_form_tells(form: Callable[[ParityReport], str], told: str) -> None:

@@ -30,7 +30,7 @@ def test_the_shipped_schema_is_that_of_the_nouns() -> None:
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == report_schema(), (
         f"run python -m loradeploy.parity.report.schema > {SCHEMA_FILE.name}"
     )
-    assert report_schema()["title"].endswith("schema version 2")
+    assert report_schema()["title"].endswith("schema version 3")
 
 
 def test_the_schema_is_one_of_its_dialect() -> None:
@@ -51,7 +51,7 @@ def test_a_certificate_keeps_to_it(certified_bundle: Path) -> None:
     [
         (lambda v: v.pop("graph_digest"), "$: 'graph_digest' is a required property"),
         (lambda v: v.update(more=1), "$: Additional properties are not allowed ('more' was"),
-        (lambda v: v.update(schema_version=1), "$.schema_version: 2 was expected"),
+        (lambda v: v.update(schema_version=1), "$.schema_version: 3 was expected"),
         (lambda v: v["results"][0].update(outcome="fine"), "$.results[0].outcome: 'fine' is not"),
         (lambda v: v["results"][0].update(seconds="1"), "$.results[0].seconds: '1' is not of type"),
         (

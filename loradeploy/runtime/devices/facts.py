@@ -1,0 +1,150 @@
+"""Which provider and device run a session, as a certificate names them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import onnxruntime
+
+from loradeploy.bundle.proof.provider import Device, ProviderFacts
+from loradeploy.runtime.devices.table import BY_NAME, CPU, known
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Options that change numbers, of whatever provider has them; `precision` and `load_config` are
+# OpenVINO's.
+NUMERIC_OPTIONS: Final = frozenset(
+    {
+        "use_tf32",
+        "trt_fp16_enable",
+        "trt_bf16_enable",
+        "trt_int8_enable",
+        "trt_fp8_enable",
+        "precision",
+        "load_config",
+        "enable_htp_fp16_precision",
+        "AllowLowPrecisionAccumulationOnGPU",
+        "migraphx_fp16_enable",
+        "migraphx_bf16_enable",
+        "migraphx_int8_enable",
+        "migraphx_fp8_enable",
+    }
+)
+_NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
+_NVIDIA_ID: Final = 0x10DE
+_PROCESSORS: Final = Path("/proc/cpuinfo")
+
+
+def facts_of(session: onnxruntime.InferenceSession) -> ProviderFacts:
+    """The provider that runs `session`, those behind it, its device and its options."""
+    chain = tuple(session.get_providers())
+    options = session.get_provider_options().get(chain[0], {})
+    there = [device for device in _input_devices(session) if device.ep_name == chain[0]]
+    return _facts(chain, options, there)
+
+
+def cpu_facts() -> ProviderFacts:
+    """Those of a session on the CPU alone."""
+    return _facts((CPU,), {}, [])
+
+
+def label_of(chain: Sequence[str], options: Mapping[str, Any]) -> str:
+    """The command line's name of the first provider in `chain`, ONNX Runtime's names.
+
+    A short name brings the providers behind it, so it stands for a chain that has them. The number
+    of a device other than the first follows behind a colon.
+    """
+    first = chain[0]
+    row = known(first)
+    behind = all(BY_NAME[other].full in chain for other in row.before)
+    name = row.name if behind else first
+    number = _number(first, options)
+    return f"{name}:{number}" if number else name
+
+
+def _number(provider: str, options: Mapping[str, Any]) -> int:
+    """The number of the device that the options of `provider` choose."""
+    number = str(options.get(known(provider).device_option or "", 0))
+    return int(number) if number.isdecimal() else 0
+
+
+def _facts(
+    chain: tuple[str, ...], options: Mapping[str, Any], there: Sequence[Any]
+) -> ProviderFacts:
+    first = chain[0]
+    found = list(there) or [d for d in _all_devices() if d.ep_name == first]
+    number = _number(first, options)
+    device = found[number if number < len(found) else 0] if found else None
+    version = device.ep_metadata.get("version") if device is not None else None
+    return ProviderFacts(
+        provider=label_of(chain, options),
+        chain=chain,
+        version=version or onnxruntime.__version__,
+        device=None if device is None else _device(device.device),
+        options={k: str(v) for k, v in sorted(options.items()) if k in NUMERIC_OPTIONS},
+    )
+
+
+def _all_devices() -> Iterable[Any]:
+    devices: Iterable[Any] = getattr(onnxruntime, "get_ep_devices", list)()
+    return devices
+
+
+def _input_devices(session: onnxruntime.InferenceSession) -> list[Any]:
+    """The devices that the session's inputs are on; none where onnxruntime reports none."""
+    devices = getattr(session, "get_input_epdevices", list)  # before 1.24 there is none
+    try:
+        return [device for device in devices() if device is not None]
+    except Exception:  # onnxruntime's, which share no base: a fact that is missing is no failure
+        return []
+
+
+def _device(hardware: Any) -> Device:
+    kind = hardware.type.name
+    return Device(
+        kind=kind,
+        vendor=hardware.vendor,
+        vendor_id=hardware.vendor_id,
+        device_id=hardware.device_id,
+        name=_name(kind, hardware.vendor_id, dict(hardware.metadata)),
+    )
+
+
+def _name(kind: str, vendor: int, metadata: Mapping[str, str]) -> str | None:
+    """The model's name: Windows' description, the processor's, or that of NVIDIA's driver."""
+    if described := metadata.get("Description"):
+        return described
+    if kind == "CPU":
+        return processor()
+    return _nvidia_name(metadata.get("pci_bus_id")) if vendor == _NVIDIA_ID else None
+
+
+def _nvidia_name(bus: str | None, cards: Path = _NVIDIA) -> str | None:
+    """The name of the card at the PCI address `bus`; without an address, if all have one name."""
+    names = {}
+    for file in cards.glob("*/information"):
+        for line in _lines(file):
+            if line.startswith("Model:"):
+                names[file.parent.name.lower()] = line.partition(":")[2].strip()
+    if bus is not None:
+        return next((name for place, name in names.items() if place.endswith(bus.lower())), None)
+    return names.popitem()[1] if len(set(names.values())) == 1 else None
+
+
+def processor() -> str:
+    """The processor's model, which Linux has in a file."""
+    for line in _lines(_PROCESSORS):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
