@@ -30,9 +30,9 @@ SOURCES = sorted(p for part in ("loradeploy", "tools") for p in (ROOT / part).rg
 OWN_READERS = {
     "loradeploy/adapter/renamings.py",
     "loradeploy/files.py",
-    "loradeploy/parity/environment.py",
     "loradeploy/parity/backends/genai.py",
     "loradeploy/parity/report/html.py",
+    "loradeploy/runtime/devices/facts.py",
     "loradeploy/runtime/environment.py",
     "loradeploy/writing.py",
 }
