@@ -115,10 +115,10 @@ def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool
             " conversion"
         )
 
-    from loradeploy.lora.standard import plain_on_checkpoint
+    from loradeploy.lora.standard import to_standard_lora_from_checkpoint
 
     with custom_code(trusted):
-        converted = plain_on_checkpoint(before, model)
+        converted = to_standard_lora_from_checkpoint(before, model)
     _save(converted, output)
     return converted
 

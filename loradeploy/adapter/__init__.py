@@ -1,4 +1,4 @@
-"""An adapter as data: configuration, tensors, scaling, digest. numpy and safetensors only."""
+"""An adapter as data: configuration, tensors, scaling, digest. Needs numpy and safetensors only."""
 
 from __future__ import annotations
 

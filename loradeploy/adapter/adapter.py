@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "embedding", "conv2d"]
 
-# What the factors of a kind are called in an adapter's identity.
+# Names of the factors of each kind in the digest.
 _HALVES: Final[Mapping[str, tuple[str, str]]] = {
     "linear": ("lora_A", "lora_B"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -34,8 +34,8 @@ class Factors:
     embedding   `A` [rank, vocabulary], `B` [size, rank]
     conv2d      `A` [rank, in, height, width], `B` [out, rank / groups, 1, 1]
 
-    `magnitude`: DoRA's m [out] (an embedding's [size]), None without DoRA. All are floating point
-    of any width.
+    `magnitude`: DoRA's m [out] (of an embedding [size]), None without DoRA. All arrays have a
+    floating-point dtype.
     """
 
     A: NDArray[Any]
@@ -49,19 +49,19 @@ class Factors:
 
     @property
     def groups(self) -> int:
-        """The groups of a convolution that the outputs fall into, else 1."""
+        """The number of groups of a convolution; 1 for other kinds."""
         return self.rank // int(self.B.shape[1])
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers the factors hold."""
+        """The number of values in the factors."""
         magnitude = 0 if self.magnitude is None else self.magnitude.size
         return int(self.A.size + self.B.size + magnitude)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a weight that were trained alone (trainable tokens): W[`indices`] ← `values`.
+    """Individually trained rows of a weight (trainable tokens): W[`indices`] ← `values`.
 
     `values` [tokens, size]; `indices` are all different.
     """
@@ -74,18 +74,19 @@ class Rows:
 class Adapter:
     """A trained adapter.
 
-    `factors`: the low-rank factors by target module, as named in the base model.
-    `saved`: whole parameters by the base's names (`classifier.weight` [out, in], …): those of
-    modules_to_save and the trained biases. A module that shares such a weight keeps the base's.
-    `carried`: weights of the base itself that came in the file, by the base's names (embeddings
-    below LoRA or of a resized vocabulary). They are copies of the base's, or take the place of
-    them in every module that shares them, below the factors.
-    `rows`: rows of the base's weights that were trained alone, by parameter; shared likewise.
-    `base_digest`: the base model it was trained on, where known (`digest.base_digest`).
-    `labels`: a classifier's label names in the order of its outputs, where known.
+    `factors`: the low-rank factors by target module, with the base model's module names.
+    `saved`: fully trained parameters by the base's names (`classifier.weight` [out, in], …): those
+    of modules_to_save and the trained biases. Other modules tied to such a weight keep the base's.
+    `carried`: weights of the base model that are in the adapter's file, by the base's names
+    (embeddings below LoRA or of a resized vocabulary). They equal the base's, or replace them in
+    every module that shares them, before the factors are applied.
+    `rows`: individually trained rows of the base's weights, by parameter; they too replace the
+    base's in every module that shares the weight.
+    `base_digest`: digest of the base model it was trained on, if known (`digest.base_digest`).
+    `labels`: label names of a classifier in the order of its outputs, if known.
 
     Raises:
-        AdapterError: it holds nothing, or a factor's shape is not that of its rank.
+        AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.
     """
 
     config: AdapterConfig
@@ -98,7 +99,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not (self.factors or self.saved or self.carried or self.rows):
-            raise AdapterError("the adapter holds no tensors: nothing was trained")
+            raise AdapterError("the adapter has no tensors: nothing was trained")
         problems = [
             f"{module}: {problem}"
             for module, pair in self.factors.items()
@@ -114,23 +115,23 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers the adapter holds."""
+        """The number of trained values."""
         low_rank = sum(pair.parameter_count for pair in self.factors.values())
         rows = sum(rows.values.size for rows in self.rows.values())
         return low_rank + rows + sum(values.size for values in self.saved.values())
 
     @property
     def changes_base(self) -> bool:
-        """Whether the factors only mean something on a base that an initialization changed."""
+        """Whether the factors apply to a base that the initialization changed (PiSSA, OLoRA)."""
         return self.config.changes_base and bool(self.factors)
 
     def check_plain(self) -> None:
-        """Raise AdapterError unless the factors are for the base model as it is."""
+        """Raise AdapterError if the factors apply to a base that the initialization changed."""
         if self.changes_base:
             raise AdapterError(
-                f"the adapter was trained with init_lora_weights {self.config.init_lora_weights!r}"
-                " on a base that this changed: make it a plain one first, with loradeploy convert"
-                " ADAPTER --model BASE --output DIR"
+                f"the adapter was trained with init_lora_weights {self.config.init_lora_weights!r},"
+                " which changes the base weights: convert it to standard LoRA first, with"
+                " loradeploy convert ADAPTER --model BASE --output DIR"
             )
 
     def scaling(self, module: str) -> float:
@@ -139,10 +140,10 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """The adapter's identity: its tensors and what its config makes of them.
+        """SHA-256 over the tensors (as float32) and the scalings.
 
-        Two adapters that compute the same by the same factors share it, whatever the width their
-        numbers are stored in and however their configs spell the scaling.
+        Adapters with equal factors and scalings have the same digest, regardless of the dtype they
+        are stored in and of how their configs express the scaling.
         """
         tensors = {f"saved:{name}": values for name, values in self.saved.items()}
         tensors.update({f"carried:{name}": values for name, values in self.carried.items()})
@@ -161,7 +162,7 @@ class Adapter:
 
 
 def _misfits(pair: Factors, rank: int, dora: bool) -> list[str]:
-    """What is wrong with the factors of one module whose config says `rank` and `dora`."""
+    """What contradicts `rank` and `dora`, which the config has for the module."""
     A, B = pair.A.shape, pair.B.shape
     if pair.kind == "conv2d":
         shaped = len(A) == 4 and len(B) == 4 and B[2:] == (1, 1)
@@ -176,9 +177,11 @@ def _misfits(pair: Factors, rank: int, dora: bool) -> list[str]:
         )
         return [problem]
     if not ranked:
-        return [f"lora_A is {list(A)} and lora_B {list(B)}, the config says rank {rank}"]
+        return [f"lora_A is {list(A)} and lora_B {list(B)}, the config has rank {rank}"]
     if dora != (pair.magnitude is not None):
-        return [f"use_dora is {dora}, and there is {'no' if dora else 'a'} lora_magnitude_vector"]
+        return [
+            f"use_dora is {dora}, and the file has {'no' if dora else 'a'} lora_magnitude_vector"
+        ]
     if pair.magnitude is not None and pair.magnitude.shape != B[:1]:
-        return [f"lora_magnitude_vector has {pair.magnitude.size} numbers, lora_B is {list(B)}"]
+        return [f"lora_magnitude_vector has {pair.magnitude.size} values, lora_B is {list(B)}"]
     return []

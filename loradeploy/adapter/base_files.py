@@ -1,10 +1,10 @@
-"""Which files of a model directory hold the base's weights: those that transformers loads.
+"""Find the weight files of a base model: those that transformers loads.
 
     the file or index that config.json names as transformers_weights, else
     model.safetensors, else the shards of model.safetensors.index.json
 
-All else that lies there (an adapter, an optimizer's state, consolidated.safetensors, shards of an
-earlier save) is not the model, and part of neither its weights nor its digest.
+Other files in the directory (an adapter, an optimizer's state, consolidated.safetensors, shards of
+an earlier save) are not part of the model, of its weights or of its digest.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from loradeploy.files import read_json
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
-GRAPHS_FOLDER: Final = "onnx"  # of a repository for transformers.js
+GRAPHS_FOLDER: Final = "onnx"  # used by repositories for transformers.js
 _MODEL_CONFIG: Final = "config.json"
 _NAMED: Final = "transformers_weights"
 _INDEX_ENDING: Final = ".safetensors.index.json"
 _ADAPTERS: Final = "adapter_*"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# transformers takes these before all others, and all that lies beside them too.
+# transformers prefers these to all others, and loads all files beside them too.
 _DISTRIBUTED: Final = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"
 
-# Names that PEFT gives to what it puts into a model, as a whole step of a module's path.
+# Names of the modules that PEFT inserts into a model, as one part of a dotted path.
 _PEFT_PART: Final = re.compile(
     r"(?:^|\.)(?:base_model\.model|base_layer|original_module|modules_to_save|(?:lora|ia3)_\w+)"
     r"(?=\.|$)"
@@ -42,13 +42,13 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of the base model in `directory`, in name order.
 
     Raises:
-        ModelError: there are none that transformers loads, or shards of the index are missing.
+        ModelError: no such files, or shards that the index lists are missing.
     """
     named = _named(directory)
     index = named if named is not None and named.name.endswith(_INDEX_ENDING) else None
     if named is None and any(directory.glob(_DISTRIBUTED)):
         raise ModelError(
-            f"{directory} holds the shards of a distributed checkpoint: load it with transformers"
+            f"{directory} has the shards of a distributed checkpoint: load it with transformers"
             " and save it with save_pretrained"
         )
     if named is not None and index is None:
@@ -63,7 +63,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def base_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of the base model in `directory`, mapped.
+    """The tensors of the base model in `directory`, memory-mapped.
 
     Raises:
         ModelError: as `weight_files`, or a file is broken.
@@ -75,32 +75,32 @@ def base_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def is_loadable(directory: Path) -> bool:
-    """Whether `directory` holds what transformers loads, as far as names tell."""
+    """Whether `directory` has files with the names that transformers loads."""
     usual = any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     return usual or _named(directory) is not None
 
 
-def holds_weights(directory: Path) -> bool:
-    """Whether there are safetensors that could be a base model's, and are no adapter's."""
+def has_weights(directory: Path) -> bool:
+    """Whether `directory` has safetensors that may be a base model's, not an adapter's."""
     found = directory.glob("*.safetensors")
     return is_loadable(directory) or any(not file.match(_ADAPTERS) for file in found)
 
 
 def graphs_in(directory: Path) -> list[Path]:
-    """The ONNX files of `directory`: its own, else those in its folder onnx/."""
-    own = sorted(directory.glob("*.onnx"))
-    return own or sorted((directory / GRAPHS_FOLDER).glob("*.onnx"))
+    """The ONNX files in `directory`, or else in its folder onnx/."""
+    direct = sorted(directory.glob("*.onnx"))
+    return direct or sorted((directory / GRAPHS_FOLDER).glob("*.onnx"))
 
 
 def adapter_beside(directory: Path) -> bool:
-    """Whether `directory` holds an adapter in PEFT's files, beside a base model or alone."""
+    """Whether `directory` has a PEFT adapter, beside a base model or alone."""
     return (directory / CONFIG_NAME).is_file()
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raise ModelError where `directory` is an adapter and no model."""
-    whole = (directory / _MODEL_CONFIG).is_file() and holds_weights(directory)
-    if not adapter_beside(directory) or whole:
+    """Raise ModelError if `directory` is an adapter and not a model."""
+    complete = (directory / _MODEL_CONFIG).is_file() and has_weights(directory)
+    if not adapter_beside(directory) or complete:
         return
     base = read_json(directory / CONFIG_NAME, error=ModelError).get("base_model_name_or_path")
     named = f" ({base})" if isinstance(base, str) and base else ""
@@ -110,7 +110,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def stray_weights(directory: Path) -> str | None:
-    """What a reader may take for the model's weights and is not; None where there is nothing."""
+    """Weights in `directory` that are ignored, for a warning; None if there are none."""
     both = all((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     if not both or _named(directory) is not None:
         return None
@@ -118,22 +118,22 @@ def stray_weights(directory: Path) -> str | None:
 
 
 def peft_parts(names: Collection[str]) -> list[str]:
-    """Those of `names`, of modules or tensors, that PEFT gives: none is a plain model's."""
+    """Those of `names`, of modules or tensors, that belong to modules of PEFT."""
     return sorted(name for name in names if _PEFT_PART.search(name))
 
 
-def check_plain(directory: Path, names: Collection[str]) -> None:
-    """Raise ModelError where tensors or modules called `names` are of a model wrapped by PEFT."""
+def check_no_peft_layers(directory: Path, names: Collection[str]) -> None:
+    """Raise ModelError if `names`, of tensors or modules, belong to a model wrapped by PEFT."""
     if parts := peft_parts(names):
         raise ModelError(
-            f"{directory} holds a model that was saved with PEFT's layers in it ({parts[0]}"
+            f"{directory} has a model that was saved with PEFT's layers in it ({parts[0]}"
             f"{f' and {len(parts) - 1} more' if len(parts) > 1 else ''}): save the result of"
-            " merge_and_unload(), or the base and the adapter apart"
+            " merge_and_unload(), or the base and the adapter separately"
         )
 
 
 def _named(directory: Path) -> Path | None:
-    """The file that config.json names for the weights."""
+    """The weight file that config.json names, if any."""
     file = directory / _MODEL_CONFIG
     config: Mapping[str, Any] = (
         read_json(file, error=ModelError, finite=False) if file.is_file() else {}
@@ -142,35 +142,34 @@ def _named(directory: Path) -> Path | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name.endswith((".safetensors", _INDEX_ENDING)):
-        raise ModelError(f"{file}: {_NAMED} is {name!r}, the name of safetensors is needed")
+        raise ModelError(f"{file}: {_NAMED} is {name!r}, expected the name of a .safetensors file")
     found = _within(directory, name, file)
     if not found.is_file():
-        raise ModelError(f"{file}: {_NAMED} is {name!r}, and no such file is in {directory}")
+        raise ModelError(f"{file}: {_NAMED} is {name!r}, and {directory} has no such file")
     return found
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    told = read_json(index, error=ModelError).get("weight_map")
-    if not isinstance(told, dict) or not told:
-        raise ModelError(f"{index} has no weight_map: it is no index of a checkpoint")
-    names = sorted({str(name) for name in told.values()})
+    weight_map = read_json(index, error=ModelError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map: it is not the index of a checkpoint")
+    names = sorted({str(name) for name in weight_map.values()})
     files = [_within(index.parent, name, index) for name in names]
     missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
     if missing:
         raise ModelError(
-            f"{index} names {missing[0]}, which is not there"
+            f"{index} names {missing[0]}, which does not exist"
             f"{f', and {len(missing) - 1} more' if len(missing) > 1 else ''}: the checkpoint is"
             " not complete, fetch or copy it again"
         )
     return tuple(files)
 
 
-def _within(directory: Path, name: str, told_by: Path) -> Path:
-    # By its name, not by where links lead: a snapshot of the hub is links to another folder.
+def _within(directory: Path, name: str, source: Path) -> Path:
+    # Links are not resolved: a snapshot of the hub consists of links to another folder.
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ModelError(
-            f"{told_by} names {name!r}, which leads out of {directory}: only files inside it are"
-            " read"
+            f"{source} names {name!r}, which is outside {directory}: only files inside it are read"
         )
     return directory / name
 
@@ -181,17 +180,15 @@ def _nothing(directory: Path) -> str:
     )
     if others:
         return (
-            f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}, and {others[0]} is none that"
-            " transformers loads by itself: name it in config.json as transformers_weights, or"
+            f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}, and transformers does not"
+            f" load {others[0]} by default: name it in config.json as transformers_weights, or"
             " save the model with save_pretrained"
         )
     pickles = sorted(file.name for kind in _PICKLES for file in directory.glob(kind))
     if pickles:
         return (
-            f"{directory} holds no .safetensors file but {pickles[0]}, a pickle, which runs code"
-            " when it is read: if you trust it, load it with transformers and save it with"
+            f"{directory} has no .safetensors file but {pickles[0]}, a pickle, which can run code"
+            " when it is loaded: if you trust it, load it with transformers and save it with"
             " save_pretrained"
         )
-    return (
-        f"{directory} holds neither .safetensors nor .onnx files: save the model with transformers"
-    )
+    return f"{directory} has neither .safetensors nor .onnx files: save the model with transformers"

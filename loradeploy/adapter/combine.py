@@ -1,4 +1,4 @@
-"""Several adapters of one base as one: weighted sums, and differences by negative weights."""
+"""Combine adapters of one base into one: weighted sums, and differences by negative weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from loradeploy.adapter.digest import short
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.adapter.settle import same_given, same_numbers
+from loradeploy.adapter.settle import same_numbers, same_values
 from loradeploy.errors import AdapterError, UsageError, listed_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# One adapter's factors of a module, and what they are multiplied by: its weight times its s.
+# The factors of one adapter for a module, and their multiplier: weight times s.
 Term = tuple[Factors, float]
 
 _Value = TypeVar("_Value")
@@ -35,36 +35,35 @@ def combine(
     method: str = "cat",
     rank: int | None = None,
 ) -> Adapter:
-    """The adapter Σ weight · adapter; a negative weight takes one away.
+    """The adapter Σ weight · adapter; a negative weight subtracts one.
 
-    `weights`: by adapter, or by the path of one. `method`, with the meanings of PEFT's
-    add_weighted_adapter:
+    `weights`: by adapter, or by the path of one. `method`, as in PEFT's add_weighted_adapter:
 
-    cat      exact: the factors side by side, the ranks add up
-    svd      the best of `rank` (None: the highest of the adapters'), by `reduce_rank`
-    linear   A and B are summed each for itself, √|weight · s| on either side: of the same rank and
-             size, and near the sum only where the adapters are near each other; equal ranks only
+    cat      exact: factors are concatenated, ranks add up
+    svd      the best adapter of `rank` (None: the highest rank of the adapters), by `reduce_rank`
+    linear   A and B are summed separately, each scaled by √|weight · s|: the rank stays the same,
+             but the result is near the sum only for similar adapters; needs equal ranks
 
-    An adapter that lacks a module adds nothing to it. What is trained whole (modules_to_save,
-    biases, rows of tokens) cannot be added: it is taken as it is from the one adapter that has it.
-    Weights of the base that came with an adapter stay where all adapters have the same.
+    A module counts as zero in an adapter that lacks it. Fully trained parameters (modules_to_save,
+    biases, rows of tokens) cannot be added: they are copied from the one adapter that has them.
+    Weights of the base in an adapter's file are kept if all adapters have the same.
 
     Raises:
-        UsageError: no adapters, an unknown method, a weight that is no number, or a rank without
+        UsageError: no adapters, an unknown method, a weight that is not finite, or `rank` without
             method svd.
-        AdapterError: DoRA's magnitudes, which do not add; other bases; factors that do not fit
-            each other; two adapters that have trained the same parameter whole, or whose files
-            have other weights of the base.
+        AdapterError: DoRA adapters, whose magnitudes cannot be added; different bases; factors of
+            different shapes; two adapters that have fully trained the same parameter, or whose
+            files have different weights of the base.
     """
     if method not in _METHODS:
-        raise UsageError(f"method {method!r} is unknown: use {', '.join(_METHODS)}")
+        raise UsageError(f"`method` {method!r} is unknown: use {', '.join(_METHODS)}")
     if rank is not None and method != "svd":
-        raise UsageError(f"a rank is for method svd, {method} has its own")
+        raise UsageError(f"`rank` needs method svd: {method} determines the rank")
     if not weights:
-        raise UsageError("there are no adapters to combine")
+        raise UsageError("no adapters to combine")
     for key, weight in weights.items():
         if not math.isfinite(weight):
-            raise UsageError(f"{_name(key)} has the weight {weight}, a number is needed")
+            raise UsageError(f"{_name(key)} has the weight {weight}: give a finite number")
     adapters = [
         (_name(key), key if isinstance(key, Adapter) else load_adapter(key), float(weight))
         for key, weight in weights.items()
@@ -88,8 +87,8 @@ def combine(
         config=dataclasses.replace(config, extra={**config.extra, **tokens}),
         factors=factors,
         saved=_saved(adapters),
-        base_digest=_one("a base of their own", [a.base_digest for a in found], short),
-        labels=_one("labels of their own", [a.labels for a in found], str),
+        base_digest=_one("different bases", [a.base_digest for a in found], short),
+        labels=_one("different labels", [a.labels for a in found], str),
         carried=_carried(adapters),
         rows=rows,
     )
@@ -137,7 +136,7 @@ _METHODS: Final[Mapping[str, Callable[[str, Sequence[Term]], Factors]]] = {
 def _check_shapes(module: str, pairs: Sequence[Factors]) -> None:
     shapes = {(pair.kind, pair.A.shape[1:], pair.B.shape[0], pair.groups) for pair in pairs}
     if len(shapes) > 1:
-        raise AdapterError(f"the adapters' factors for {module} are of layers of other shapes")
+        raise AdapterError(f"the adapters' factors for {module} have different shapes")
 
 
 def _config(configs: Sequence[AdapterConfig], factors: Mapping[str, Factors]) -> AdapterConfig:
@@ -161,12 +160,12 @@ def _saved(adapters: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
         for parameter, values in adapter.saved.items():
             if weight <= 0:
                 raise AdapterError(
-                    f"{name} has trained {parameter} whole, which cannot be taken away"
+                    f"{name} has fully trained {parameter}, which cannot be subtracted"
                 )
             if parameter in saved and not np.array_equal(saved[parameter], values):
                 raise AdapterError(
-                    f"{owners[parameter]} and {name} have both trained {parameter} whole: what it"
-                    " is to be in the combination cannot be told"
+                    f"{owners[parameter]} and {name} have both fully trained {parameter},"
+                    " differently: they cannot be combined"
                 )
             saved[parameter], owners[parameter] = values, name
     return saved
@@ -175,7 +174,7 @@ def _saved(adapters: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
 def _rows(
     adapters: Sequence[tuple[str, Adapter, float]],
 ) -> tuple[Mapping[str, Rows], dict[str, Any]]:
-    """The rows of the one adapter that has trained some, and what its config says of them."""
+    """The trained rows, of the one adapter that has any, and the config's field for them."""
     having = [entry for entry in adapters if entry[1].rows]
     if not having:
         return {}, {}
@@ -185,12 +184,12 @@ def _rows(
         if weight <= 0:
             raise AdapterError(
                 f"{name} has trained rows of {parameter} (trainable_token_indices), which cannot be"
-                " taken away"
+                " subtracted"
             )
         if not _same_rows(one, adapter):
             raise AdapterError(
                 f"{first} and {name} have both trained rows of {parameter}"
-                " (trainable_token_indices): what they are to be in the combination cannot be told"
+                " (trainable_token_indices), differently: they cannot be combined"
             )
     return one.rows, {_TOKENS: one.config.extra.get(_TOKENS)}
 
@@ -199,33 +198,33 @@ def _same_rows(one: Adapter, other: Adapter) -> bool:
     return (
         one.config.extra.get(_TOKENS) == other.config.extra.get(_TOKENS)
         and one.rows.keys() == other.rows.keys()
-        and all(same_given(rows, other.rows[name]) for name, rows in one.rows.items())
+        and all(same_values(rows, other.rows[name]) for name, rows in one.rows.items())
     )
 
 
 def _carried(adapters: Sequence[tuple[str, Adapter, float]]) -> Mapping[str, NDArray[Any]]:
-    """The base's weights that came with every one of the adapters."""
+    """The base weights that the files of all adapters have."""
     first, one, _ = adapters[0]
     for name, adapter, _ in adapters[1:]:
         for parameter in sorted({*one.carried, *adapter.carried}):
-            mine, theirs = one.carried.get(parameter), adapter.carried.get(parameter)
-            if mine is None or theirs is None or not same_numbers(mine, theirs):
+            ours, theirs = one.carried.get(parameter), adapter.carried.get(parameter)
+            if ours is None or theirs is None or not same_numbers(ours, theirs):
                 raise AdapterError(
-                    f"{parameter} of the base came with {name if mine is None else first}, and not"
-                    f" the same with {first if mine is None else name}: whether they are of one"
-                    " base cannot be told; save both without it (save_embedding_layers=False) if"
-                    " it is the base's own"
+                    f"{parameter} of the base is in {name if ours is None else first}, and"
+                    f" differs or is missing in {first if ours is None else name}: the adapters may"
+                    " have different bases; if it is the base's weight, save both without it"
+                    " (save_embedding_layers=False)"
                 )
     return one.carried
 
 
 def _one(
-    what: str, values: Sequence[_Value | None], tell: Callable[[_Value], str]
+    what: str, values: Sequence[_Value | None], describe: Callable[[_Value], str]
 ) -> _Value | None:
     known = list(dict.fromkeys(value for value in values if value is not None))
     if len(known) > 1:
         raise AdapterError(
-            f"the adapters have {what} and cannot be combined: {listed_names(map(tell, known))}"
+            f"the adapters have {what} and cannot be combined: {listed_names(map(describe, known))}"
         )
     return known[0] if known else None
 

@@ -1,6 +1,6 @@
 """The configuration of an adapter, as PEFT writes it in `adapter_config.json`.
 
-A field belongs to exactly one of four rows: honored (an attribute of `AdapterConfig`), neutral
+Each field is in exactly one of four groups: honored (an attribute of `AdapterConfig`), neutral
 (kept as read: it cannot change the numbers of a finished adapter), refused unless it is off (it
 changes the numbers and is not supported), or unknown (refused unless it is off).
 """
@@ -19,12 +19,12 @@ from loradeploy.errors import AdapterError, shown
 
 CONFIG_NAME: Final = "adapter_config.json"
 
-# What may stand in the file without touching a finished adapter's numbers.
+# Fields that cannot change the numbers of a finished adapter.
 _NEUTRAL: Final = frozenset(
     {
         "auto_mapping",
         "corda_config",
-        "ensure_weight_tying",  # the file has what the tied modules share for each of them
+        "ensure_weight_tying",  # the file has the shared tensor once for each tied module
         "eva_config",
         "inference_mode",
         "loftq_config",
@@ -39,7 +39,7 @@ _NEUTRAL: Final = frozenset(
     }
 )
 
-# What changes the numbers and is not supported, with what to do instead.
+# Fields that change the numbers and are not supported, and what to do instead.
 _REFUSED: Final = {
     "lora_bias": "merge it with PEFT and export the merged model",
     "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be exported",
@@ -56,27 +56,28 @@ _REFUSED: Final = {
 # Initializations that leave the base weights as they are.
 _BASE_KEEPING_INITS: Final = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Initializations that subtract from the base weights what can be computed from them again. The
-# others (CorDA, LoftQ, LoRA-GA) cannot be undone without what they were computed from.
+# Initializations that subtract from the base weights a part that can be recomputed from them. The
+# others (CorDA, LoftQ, LoRA-GA) cannot be undone without the data they were computed from.
 _BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
 
 BIASES: Final = ("none", "all", "lora_only")
 
 _MAX_PATTERN_LENGTH: Final = 4096
-# Above all ranks there are, and what float32, in which factors are scaled, holds.
+# No rank is as large. Numbers must fit float32, in which factors are scaled.
 _MAX_RANK: Final = 2**31 - 1
 _MAX_NUMBER: Final = 3.4e38
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How an adapter's tensors are to be used. Field names and meanings are PEFT's.
+    """How the tensors of an adapter are used. Field names and meanings are those of PEFT.
 
-    `r`, `lora_alpha`: rank and alpha, unless `rank_pattern` or `alpha_pattern` name the module.
-    `target_modules`: module name endings, or one regular expression, or "all-linear".
-    `modules_to_save`: modules trained whole, such as a classifier head.
-    `bias`: which biases are trained besides: "none", "all", or "lora_only" (those of the targets).
-    `use_dora`: weights in magnitude and direction (Liu et al., 2024, arXiv:2402.09353).
+    `r`, `lora_alpha`: rank and alpha of modules that `rank_pattern` and `alpha_pattern` do not
+    name.
+    `target_modules`: endings of module names, or one regular expression, or "all-linear".
+    `modules_to_save`: modules trained in full, such as a classifier head.
+    `bias`: which biases are also trained: "none", "all", or "lora_only" (those of the targets).
+    `use_dora`: weights are split into magnitude and direction (Liu et al., 2024, arXiv:2402.09353).
     `extra`: other fields, kept as read so that a round trip loses nothing.
     """
 
@@ -105,7 +106,7 @@ class AdapterConfig:
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """The configuration in the object that `adapter_config.json` holds.
+        """The configuration in `values`, the contents of `adapter_config.json`.
 
         Raises:
             AdapterError: not LoRA, a value of the wrong type, or a field that changes the numbers
@@ -123,7 +124,7 @@ class AdapterConfig:
                     f"adapter config: {name}={shown(values[name])} is refused: {advice}"
                 )
         for name in ("r", "lora_alpha"):
-            if name in values and values[name] is None:  # no default is what was trained with
+            if name in values and values[name] is None:  # a default could differ from the training
                 raise AdapterError(
                     f"adapter config: {name} is null, a number is needed: take it from the settings"
                     " of the training"
@@ -148,9 +149,9 @@ class AdapterConfig:
             if _is_list(honored.get(name)):
                 honored[name] = tuple(honored[name])
         if "r" in honored:
-            honored["r"] = _whole(honored["r"])
+            honored["r"] = _as_integer(honored["r"])
         if isinstance(ranks := honored.get("rank_pattern"), Mapping):
-            honored["rank_pattern"] = {key: _whole(rank) for key, rank in ranks.items()}
+            honored["rank_pattern"] = {key: _as_integer(rank) for key, rank in ranks.items()}
         return cls(**honored, extra=extra)
 
     def to_peft(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class AdapterConfig:
 
     @property
     def method(self) -> str:
-        """What papers call it: LoRA, rsLoRA, DoRA, or rsLoRA + DoRA."""
+        """The name of the method: LoRA, rsLoRA, DoRA, or rsLoRA + DoRA."""
         names = ["rsLoRA"] if self.use_rslora else []
         names += ["DoRA"] if self.use_dora else []
         return " + ".join(names or ["LoRA"])
@@ -191,7 +192,7 @@ class AdapterConfig:
 
     @cached_property
     def matcher(self) -> Matcher:
-        """What matches the patterns of this config, in bounded time."""
+        """Matches the patterns of this config in bounded time."""
         return Matcher()
 
     @cached_property
@@ -204,7 +205,7 @@ class AdapterConfig:
 
     @cached_property
     def saved_by_length(self) -> Mapping[int, Mapping[str, int]]:
-        """The names of `modules_to_save` and where they stand there, by their lengths."""
+        """The names of `modules_to_save` with their indices in it, grouped by length."""
         found: dict[int, dict[str, int]] = {}
         for number, name in enumerate(self.modules_to_save):
             found.setdefault(len(name), {}).setdefault(name, number)
@@ -212,9 +213,9 @@ class AdapterConfig:
 
     @cached_property
     def saved_expressions(self) -> tuple[str, ...]:
-        """Those of `modules_to_save` that match more than one step of a name: PEFT's patterns.
+        """Those of `modules_to_save` that can match several parts of a dotted name.
 
-        A dot stands for any character in them.
+        PEFT uses them as regular expressions, in which a dot matches any character.
         """
         return tuple(name for name in self.modules_to_save if "." in name or not is_name(name))
 
@@ -226,7 +227,7 @@ class AdapterConfig:
 
     @cached_property
     def listed(self) -> Mapping[str, frozenset[str]]:
-        """`target_modules` and `exclude_modules` as lists, and what is saved whole."""
+        """`target_modules`, `exclude_modules` and `modules_to_save`, where they are lists."""
         lists = {
             "target_modules": self.target_modules,
             "exclude_modules": self.exclude_modules,
@@ -243,18 +244,18 @@ def _is_list(value: object) -> bool:
 
 
 def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
-    """The same for the same names, in whatever order; what are no names is refused later."""
+    """`values` sorted if all are strings; other values are refused later."""
     found = tuple(values)
     return tuple(sorted(found)) if all(isinstance(value, str) for value in found) else found
 
 
-def _whole(value: object) -> object:
-    """A whole number that JSON tells as 8.0, as an integer; all else as it is."""
+def _as_integer(value: object) -> object:
+    """8.0, as JSON may spell an integer, becomes 8; other values are returned unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _problems(config: AdapterConfig) -> list[str]:
-    """What is wrong with the values, in the order of the fields."""
+    """Invalid values, in the order of the fields."""
     found = []
 
     def check(name: str, valid: bool, needs: str) -> None:
@@ -329,7 +330,7 @@ def _pattern_problems(config: AdapterConfig) -> list[str]:
             patterns[name] = (value,)
         elif name == "layers_pattern":
             patterns[name] = value or ()
-    for name, told in patterns.items():
-        if problem := check_patterns(told):
+    for name, expressions in patterns.items():
+        if problem := check_patterns(expressions):
             return [f"{name} {problem}"]
     return []

@@ -1,4 +1,4 @@
-"""What factors add to a weight, for every kind of layer."""
+"""The weight update ΔW of factors, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def update(pair: Factors, s: float) -> NDArray[np.float32]:
-    """ΔW = s · B A in float32 and in the shape of the weight that it is added to.
+    """ΔW = s · B A in float32, in the shape of the weight that it is added to.
 
     linear [out, in], embedding [vocabulary, size], conv2d [out, in, height, width]. A Conv1D of
-    transformers, whose weight is [in, out], takes the transpose.
+    transformers, whose weight is [in, out], needs the transpose.
 
     Raises:
-        AdapterError: a convolution of several groups, whose update is no weight of that layer.
+        AdapterError: a convolution with several groups, whose update does not have the weight's
+            shape.
     """
     A, B = matrices(pair)
     product: NDArray[np.float32] = np.float32(s) * (B @ A)  # [out, in]
@@ -31,13 +32,13 @@ def update(pair: Factors, s: float) -> NDArray[np.float32]:
 
 
 def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A [rank, in] and B [out, rank] as float32; a kernel's positions count as inputs.
+    """A [rank, in] and B [out, rank] as float32; kernel positions are flattened into the inputs.
 
     Raises:
-        AdapterError: a convolution of several groups.
+        AdapterError: a convolution with several groups.
     """
     if pair.groups > 1:
-        # PEFT's A reads all inputs there, each group of the layer its own alone.
+        # PEFT's A reads all inputs; each group of the layer reads only its own.
         raise AdapterError(
             f"LoRA on a convolution of {pair.groups} groups is no change of its weight and cannot"
             " be merged: leave that layer out of target_modules"

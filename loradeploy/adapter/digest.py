@@ -1,4 +1,4 @@
-"""Identities: what an adapter computes, and which weights a base model has."""
+"""Digests that identify adapters and base models."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PREFIX = "sha256:"
 
 
 def tensors_digest(tensors: Mapping[str, NDArray[Any]], numbers: Mapping[str, float]) -> str:
-    """Digest of named tensors and named numbers, whatever their order.
+    """Digest of named tensors and named numbers, independent of their order.
 
-    Floating-point tensors count by value, widened to float32, so that the same numbers stored as
-    float16 and as float32 have one identity.
+    Tensors are hashed as float32, so that equal values stored as float16 and as float32 have the
+    same digest.
     """
     digest = hashlib.sha256()
     for name in sorted(numbers):
@@ -37,10 +37,10 @@ def tensors_digest(tensors: Mapping[str, NDArray[Any]], numbers: Mapping[str, fl
 
 
 def base_digest(model: str | Path) -> str:
-    """Identity of the base model in the directory `model`: a digest of its checkpoint's tensors.
+    """Digest of the base model in the directory `model`.
 
-    Names, dtypes, shapes and bytes, in name order, of all tensors that transformers would load:
-    how they are sharded, and everything else in the directory, does not matter.
+    Hashes name, dtype, shape and bytes, in name order, of all tensors that transformers would load.
+    Sharding and other files of the directory do not affect it.
 
     Raises:
         ModelError: the directory holds no readable safetensors.

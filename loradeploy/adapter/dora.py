@@ -1,8 +1,8 @@
 """DoRA: weight-decomposed low-rank adaptation (Liu et al., 2024, arXiv:2402.09353).
 
 A weight is its magnitude times its direction, and both are adapted: W' = m · (W + s · B A) / ‖W +
-s · B A‖, the norm over each output's row. So every output is the plain LoRA output, without bias,
-times one number: m / ‖W + s · B A‖.
+s · B A‖, with the norm of each output's row. So every output is the LoRA output without bias,
+multiplied by one number: m / ‖W + s · B A‖.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Factors
 
-_BLOCK = 1 << 22  # numbers of W that are worked on at once, 16 MiB
+_BLOCK = 1 << 22  # values of W in a block, 16 MiB
 
 
 def output_scale(W: NDArray[np.float32], pair: Factors, s: float) -> NDArray[np.float32]:
     """m / ‖W + s · B A‖ for every output: float32 [out].
 
     `W` is the base's weight as [out, in] (`delta.as_matrix`: an embedding's transposed, a
-    convolution's with its kernel flattened). It is read in blocks of rows, so that it is not held
-    twice.
+    convolution's with its kernel flattened). It is processed in blocks of rows, without a copy of
+    W.
 
     Raises:
         AdapterError: the factors have no magnitude, or are those of a grouped convolution.

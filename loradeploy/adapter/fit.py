@@ -1,7 +1,7 @@
-"""Whether an adapter fits a base: one check, whatever the base is and whoever asks.
+"""Check whether an adapter fits a base model, in any form of the base.
 
-A bundle, an ONNX graph and a PyTorch model are each described as an `AdaptableBase`; the check
-knows nothing else of them.
+A bundle, an ONNX graph and a PyTorch model are each described as an `AdaptableBase`, from which
+the check works.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Shape = tuple[int, ...]
 
 _LISTED: Final = 6
 _A_LAYER: Final[Mapping[str, str]] = {
-    "linear": "linear layer",
-    "embedding": "embedding",
-    "conv2d": "convolution",
+    "linear": "a linear layer",
+    "embedding": "an embedding",
+    "conv2d": "a convolution",
 }
-# What to do where a graph has no side inputs for a layer of the kind.
+# Why a graph has no side inputs for a layer of the kind, and what to do.
 _NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
-    "linear": "no target module of {base}",
+    "linear": "not a target module of {base}",
     "embedding": "an embedding without side inputs in {base}: export with"
     " `side_inputs=['embedding']`, or merge it instead",
-    "conv2d": "a convolution, which takes no side inputs: merge it instead",
+    "conv2d": "a convolution, which cannot have side inputs: merge it instead",
 }
 
 
@@ -36,11 +36,11 @@ _NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
 class Layer:
     """A layer of a base that takes low-rank factors.
 
-    `inputs`: the shape of A behind its rank: [in], [vocabulary], or [in, height, width].
-    `outputs`: the length of B. `groups`: those of a convolution.
-    `scaled`: whether DoRA's scale can be put on its output.
-    `refusal`: of a rank, and whether the weight is needed as one matrix: why it takes no such
-    factors, or None.
+    `inputs`: the shape of A after the rank: [in], [vocabulary], or [in, height, width].
+    `outputs`: the length of B. `groups`: the number of groups of a convolution.
+    `scaled`: whether DoRA's scale can be applied to its output.
+    `refusal`: called with a rank and whether the weight is needed as one matrix; returns why the
+    layer does not take such factors, or None.
     """
 
     kind: Kind
@@ -53,20 +53,19 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class AdaptableBase:
-    """What of a base an adapter can change.
+    """The parts of a base model that an adapter can change.
 
-    `name`: what a message calls the base, such as "this bundle".
-    `layers`: those that take factors, by module.
-    `parameters`: the shapes of those that can be replaced whole (modules_to_save, biases).
-    `biases`: the sizes of those that can be given beside the base's own, by parameter.
-    `weights`: the shapes of the base's own weights that an adapter's file may bring; None where
-    they are not known.
+    `name`: the name of the base in messages, such as "this bundle".
+    `layers`: the layers that take factors, by module.
+    `parameters`: shapes of the parameters that can be replaced (modules_to_save, biases).
+    `biases`: sizes of the biases that can be passed as side inputs, by parameter.
+    `weights`: shapes of the base's weights that an adapter's file may contain; None if unknown.
     `refused`: why a parameter cannot be replaced or overwritten, by parameter.
-    `side_inputs`: whether the base stays as it is, and factors are given beside it.
-    `own_weights`: the weights whose numbers are known, where the base's numbers were looked at and
-    what was a copy of them is out of the adapter already; None before.
-    `lacking`: parameters that have no values until an adapter brings them.
-    `digest`: of the checkpoint, where known.
+    `side_inputs`: whether adapters are side inputs of an unchanged base.
+    `own_weights`: the weights whose values are known, once copies of them were removed from the
+    adapter; None before that.
+    `lacking`: parameters that get their values from an adapter.
+    `digest`: digest of the checkpoint, if known.
     """
 
     name: str
@@ -84,10 +83,10 @@ class AdaptableBase:
 def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
     """Raise AdapterMismatchError unless `adapter` fits `base`.
 
-    The first misfits are in the one message, with the count of the others. The adapter's modules
-    have the names that they have in the base (`names.named_as`).
+    One message lists the first mismatches and counts the others. The adapter's modules must have
+    the names of the base (`names.named_as`).
 
-    AdapterError: the factors are for a base that an initialization changed.
+    AdapterError: the factors apply to a base that the initialization changed.
     """
     adapter.check_plain()
     refuse(
@@ -105,16 +104,16 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
 
 
 def refuse(problems: list[str], base: str) -> None:
-    """Raise AdapterMismatchError where there are `problems` of an adapter with `base`."""
+    """Raise AdapterMismatchError if `problems` is not empty."""
     if problems:
         raise AdapterMismatchError(f"the adapter does not fit {base}: {listed(problems, _LISTED)}")
 
 
 def not_brought(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
-    """What is wrong where the base lacks the parameters `lacking` and `adapter` does too."""
+    """Messages for the parameters `lacking` of the base that `adapter` lacks too."""
     return [
-        f"{parameter} is in neither the base nor the adapter, so that its outputs would mean"
-        " nothing: train it with the adapter (modules_to_save), or use a base that has it"
+        f"{parameter} is in neither the base nor the adapter, so its outputs would be"
+        " random: train it with the adapter (modules_to_save), or use a base that has it"
         for parameter in sorted(set(lacking).difference(adapter.saved, adapter.carried))
     ]
 
@@ -150,7 +149,7 @@ def _factor_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
 def _absent(kind: Kind, base: AdaptableBase) -> str:
     if base.side_inputs:
         return _NO_SIDE_INPUTS[kind].format(base=base.name)
-    return f"no {_A_LAYER[kind]} of {base.name}"
+    return f"not {_A_LAYER[kind]} of {base.name}"
 
 
 def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
@@ -158,9 +157,8 @@ def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
         return [f"{module} is {_absent(pair.kind, base)}"]
     if layer.kind != pair.kind:
-        ours, theirs = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
-        article = "an" if ours[0] in "aeiou" else "a"
-        return [f"{module} is no {theirs} of {base.name}, but {article} {ours}"]
+        actual, expected = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
+        return [f"{module} is not {expected} of {base.name}, but {actual}"]
     if reason := layer.refusal(pair.rank, pair.magnitude is not None):
         return [f"{module} {reason}"]
     if layer.groups != pair.groups:
@@ -193,15 +191,15 @@ def _parameter_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
 def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
     named = f"{parameter} ({'modules_to_save' if saved else 'a trained bias'})"
     if not base.side_inputs:
-        return f"{named} is no parameter of {base.name}"
+        return f"{named} is not a parameter of {base.name}"
     if saved:
-        return f"{named} is no side input of {base.name}: merge it instead"
+        return f"{named} is not a side input of {base.name}: merge it instead"
     remedy = "export with `side_inputs=['bias']`, or merge it"
-    return f"{named} is no side input of {base.name}: {remedy}"
+    return f"{named} is not a side input of {base.name}: {remedy}"
 
 
 def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
-    """Weights of the base that the adapter brings its own numbers for, and rows of them."""
+    """Messages for base weights, and rows of them, that the adapter contains with other values."""
     problems = [] if base.weights is None else _shape_misfits(adapter, base.weights)
     problems += [base.refused[n] for n in (*adapter.carried, *adapter.rows) if n in base.refused]
     if not base.side_inputs:
@@ -213,8 +211,8 @@ def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
             " base's: merge it instead"
         )
     problems += [
-        f"rows of {parameter} were trained (trainable_token_indices), which is no side input: merge"
-        " it instead"
+        f"rows of {parameter} were trained (trainable_token_indices), which cannot be a side input:"
+        " merge it instead"
         for parameter in sorted(adapter.rows)
     ]
     return problems
@@ -225,7 +223,7 @@ def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
     for name, values in sorted(adapter.carried.items()):
         shape = shapes.get(name)
         if shape is None:
-            problems.append(f"{name} is no weight of the base (PEFT ignores it)")
+            problems.append(f"{name} is not a weight of the base (PEFT ignores it)")
         elif shape != values.shape:
             problems.append(f"{name} is {list(values.shape)}, the base has {list(shape)}")
             if values.ndim == 2 and shape[1:] == values.shape[1:]:
@@ -237,7 +235,7 @@ def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
     for name, rows in sorted(adapter.rows.items()):
         shape = shapes.get(name)
         if shape is None:
-            problems.append(f"{name}, of which rows were trained, is no weight of the base")
+            problems.append(f"{name}, of which rows were trained, is not a weight of the base")
         elif shape[1:] != rows.values.shape[1:] or max(rows.indices, default=0) >= shape[0]:
             problems.append(
                 f"{name} is {list(shape)} in the base, the adapter has rows"
@@ -247,7 +245,7 @@ def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
-    """Modules whose outputs DoRA scales, where the base has them not scaled."""
+    """Messages for DoRA modules whose outputs cannot be scaled in the base."""
     unscaled = [
         module
         for module, pair in sorted(adapter.factors.items())
@@ -263,7 +261,7 @@ def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
 
 
 def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
-    """What the config names and the tensors lack: half an adapter is no adapter."""
+    """Messages for modules that the config targets and that have no tensors in the adapter."""
     targeted = match_targets(base.layers, adapter.config, linear_names=tuple(adapter.factors))
     return [
         *(f"{m} is targeted and has no tensors" for m in targeted if m not in adapter.factors),

@@ -1,7 +1,7 @@
-"""What an adapter of another library is, by its content, and what can be done with it here.
+"""Recognize adapters of other libraries by their content, and suggest what to do with them.
 
-Every function returns the rest of a sentence that begins with the place ("… is an adapter of
-mlx-lm: fuse it …"), or None where it knows nothing better than its caller.
+Every function returns the rest of a sentence that begins with the path ("… is an adapter of
+mlx-lm: fuse it …"), or None if it recognizes nothing.
 """
 
 from __future__ import annotations
@@ -31,23 +31,21 @@ _DIFFUSERS: Final = (
     " diffusers (load_lora_weights, fuse_lora) and export that"
 )
 _TORCHTUNE: Final = (
-    "is an adapter in torchtune's own names (lora_a.weight, lora_b.weight): have its checkpointer"
-    " write PEFT's, adapter_config.json and adapter_model.safetensors, and give that directory"
+    "is an adapter with torchtune's names (lora_a.weight, lora_b.weight): let its checkpointer"
+    " write PEFT's files (adapter_config.json, adapter_model.safetensors) and give that directory"
 )
 _GGUF: Final = (
     "is a GGUF file of llama.cpp, not an adapter of PEFT: give the PEFT directory that it was"
     " converted from"
 )
-_WHOLE: Final = (
-    "is no adapter, it is a whole model with all its weights: export it as the model, `model`"
-)
+_WHOLE: Final = "is not an adapter but a complete model: export it as `model`"
 _NO_CONFIG: Final = (
-    "holds LoRA factors and no adapter_config.json, which tells their rank, alpha and targets:"
-    " copy it from where the adapter was saved"
+    "has LoRA factors and no adapter_config.json, which has their rank, alpha and targets:"
+    " copy it from the directory of the original adapter"
 )
 _SHARDED: Final = (
-    "holds no adapter_model.safetensors but DeepSpeed's shards of it (global_step…): make it of"
-    " them with the zero_to_fp32.py that lies beside"
+    "has no adapter_model.safetensors but DeepSpeed's shards of it (global_step…): join them with"
+    " the zero_to_fp32.py in the same directory"
 )
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
@@ -55,7 +53,7 @@ _DIFFUSED: Final = re.compile(
     r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\..*lora"
 )
 
-# PEFT's types that learn inputs rather than weights: nothing of them can be merged.
+# Types of PEFT that learn inputs instead of weights: they cannot be merged.
 _PROMPTS: Final = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
@@ -63,7 +61,7 @@ _PROMPTS: Final = (
 
 
 def other_peft_type(peft_type: object) -> str:
-    """What to do with an adapter of another of PEFT's types than LORA."""
+    """What to do with an adapter of a type of PEFT other than LORA."""
     if peft_type in _PROMPTS:
         return "it learns inputs, not weights, and cannot be exported: train a LoRA instead"
     if peft_type == "XLORA":
@@ -72,7 +70,7 @@ def other_peft_type(peft_type: object) -> str:
 
 
 def other_config(values: Mapping[str, Any]) -> str | None:
-    """Whose adapter_config.json holds `values`, where it is not PEFT's."""
+    """The library, other than PEFT, whose adapter_config.json has these `values`."""
     if "peft_type" in values:
         return None
     if "lora_parameters" in values or "fine_tune_type" in values:
@@ -88,19 +86,19 @@ def other_config(values: Mapping[str, Any]) -> str | None:
                 " (model.merge_adapter), save the model and export that"
             )
         return (
-            "is an adapter of AdapterHub's adapters library, of layers between the base's, which"
-            " are not exported: train a LoRA with PEFT instead"
+            "is an adapter of AdapterHub's adapters library, of layers between those of the base,"
+            " which are not exported: train a LoRA with PEFT instead"
         )
     return None
 
 
 def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whose tensors are called so, where they are not those of one PEFT adapter, whole."""
+    """The library whose tensors have these names, unless they are a complete PEFT adapter."""
     empty = [key for key, shape in shapes.items() if 0 in shape]
     if empty:
         return (
-            f"holds {len(empty)} empty tensors of {len(shapes)} (first {shortened(empty[0])}):"
-            " DeepSpeed ZeRO-3 saves them so where it does not gather them. Save it again with"
+            f"has {len(empty)} empty tensors of {len(shapes)} (first {shortened(empty[0])}):"
+            " DeepSpeed ZeRO-3 saves empty tensors if it does not gather them. Save it again with"
             " stage3_gather_16bit_weights_on_model_save, or use zero_to_fp32.py"
         )
     if any(key.startswith(("lora_unet_", "lora_te")) for key in shapes):
@@ -119,66 +117,69 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         )
     if shapes and not any("lora" in key.lower() for key in shapes):
         return (
-            f"holds no LoRA factors but {len(shapes)} whole weights (first"
-            f" {shortened(next(iter(shapes)))}): if it is a model that was trained whole, give its"
-            " directory as `model`"
+            f"has no LoRA factors but {len(shapes)} full weights (first"
+            f" {shortened(next(iter(shapes)))}): if it is a fully trained model, give its directory"
+            " as `model`"
         )
     return None
 
 
-def other_directory(place: Path) -> str | None:
-    """What the directory `place` is, that has no adapter of PEFT in it."""
-    if inner := _adapters_inside(place):
+def other_directory(directory: Path) -> str | None:
+    """What `directory`, which is not a PEFT adapter, is."""
+    if inner := _adapters_inside(directory):
         newest = newest_checkpoint(inner)
         if newest is not None:
             return (
-                f"is no adapter itself but holds {len(inner)} checkpoints of a training run: give"
-                f" the newest, {place / newest}"
+                f"is not an adapter itself but has {len(inner)} checkpoints of a training run: give"
+                f" the newest, {directory / newest}"
             )
         if len(inner) == 1:
-            return f"is no adapter itself, its folder {inner[0]} is: give {place / inner[0]}"
+            only = directory / inner[0]
+            return f"is not an adapter itself, but its folder {inner[0]} is: give {only}"
         several = listed_names(inner, 4)
-        return f"is no adapter itself but holds {len(inner)} in folders: give one of {several}"
+        return f"is not an adapter itself but has {len(inner)} in folders: give one of {several}"
     peft = False
-    if (place / _CONFIG).is_file():
+    if (directory / _CONFIG).is_file():
         with contextlib.suppress(AdapterError):
-            values = read_json(place / _CONFIG, error=AdapterError)
-            if (told := other_config(values)) is not None:
-                return told
+            values = read_json(directory / _CONFIG, error=AdapterError)
+            if (found := other_config(values)) is not None:
+                return found
             peft = True
-    if any(place.glob("head_config.json")) or any(place.glob("pytorch_adapter.bin")):
+    if any(directory.glob("head_config.json")) or any(directory.glob("pytorch_adapter.bin")):
         return other_config({"architecture": "unknown"})
-    files = sorted(place.glob(f"*{_TENSORS}"))
-    if (place / "config.json").is_file() and (files or any(place.glob("pytorch_model*.bin"))):
+    files = sorted(directory.glob(f"*{_TENSORS}"))
+    if (directory / "config.json").is_file() and (
+        files or any(directory.glob("pytorch_model*.bin"))
+    ):
         return _WHOLE
     for file in files:
-        if (told := other_file(file)) is not None:
-            return f"holds {file.name}, which {told}"
-    if any(place.glob("*.gguf")):
+        if (found := other_file(file)) is not None:
+            return f"has {file.name}, which {found}"
+    if any(directory.glob("*.gguf")):
         return _GGUF
-    if peft and any(place.glob("global_step*")):
+    if peft and any(directory.glob("global_step*")):
         return _SHARDED
-    if any(place.glob("adapters.npz")):
+    if any(directory.glob("adapters.npz")):
         return _MLX
     return None
 
 
 def other_file(file: Path) -> str | None:
-    """What the file `file` is, that has no adapter_config.json beside it."""
+    """What `file`, which has no adapter_config.json beside it, is."""
     with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
             return _GGUF
     if file.suffix != _TENSORS:
         return None
     shapes = _shapes_in(file)
-    told = other_tensors(shapes)
-    if told is None and any("lora_A" in key for key in shapes):
+    found = other_tensors(shapes)
+    if found is None and any("lora_A" in key for key in shapes):
         return _NO_CONFIG
-    return told
+    return found
 
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a safetensors file by name, from its header alone; none where it is broken."""
+    """Names and shapes of the tensors of a safetensors file; empty if it is broken."""
     from loradeploy.adapter.tensors import map_tensors
 
     try:
@@ -190,16 +191,16 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _adapters_inside(place: Path) -> list[str]:
-    """Folders of `place` that are adapters of PEFT, in the order of their names."""
+def _adapters_inside(directory: Path) -> list[str]:
+    """The folders of `directory` that are PEFT adapters, in name order."""
     try:
-        return sorted(entry.name for entry in place.iterdir() if (entry / _CONFIG).is_file())
+        return sorted(entry.name for entry in directory.iterdir() if (entry / _CONFIG).is_file())
     except OSError:
         return []
 
 
 def newest_checkpoint(folders: Iterable[str]) -> str | None:
-    """The last of a trainer's checkpoint-N among `folders`, None where there is none."""
+    """The checkpoint-N with the highest N among `folders`, or None."""
     steps = {
         int(found[1]): name
         for name in folders

@@ -1,12 +1,12 @@
-"""The keys of an adapter file: the base's parameter or module, and which part of PEFT's it is.
+"""Parse the keys of an adapter file: the base's parameter or module, and its role in PEFT.
 
-[wrappers.]base_model.model.<name>      what PEFT, compilers and trainers put before a name
+[wrappers.]base_model.model.<name>      prefixes of PEFT, compilers and trainers
 
 <module>.lora_A[.ADAPTER].weight        a factor; PEFT leaves the adapter's name out
-<module>.modules_to_save[.ADAPTER].<p>  a parameter trained whole, as is <module>.<p>
-<module>.original_module.<p>            what the base had in its place
-<module>.base_layer.<p>                 what the base has below the factors
-<module>.token_adapter.trainable_tokens_delta[.ADAPTER]   rows trained alone
+<module>.modules_to_save[.ADAPTER].<p>  a fully trained parameter, as is <module>.<p>
+<module>.original_module.<p>            the original parameter of the base
+<module>.base_layer.<p>                 the base's parameter below the factors
+<module>.token_adapter.trainable_tokens_delta[.ADAPTER]   individually trained rows
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loradeploy.errors import AdapterError
 
 PREFIX: Final = "base_model.model."
 
-# Of the modules that torch.compile, FSDP and activation checkpointing put between a model's own.
+# Inserted into names by torch.compile, FSDP and activation checkpointing.
 _BETWEEN: Final = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# Of DistributedDataParallel and the like; twice where an adapted model was adapted again.
+# Put before names by DistributedDataParallel and PEFT; twice if PEFT wrapped a model again.
 _BEFORE: Final = re.compile(r"(?:module\.)*(?:base_model\.model\.)+")
 
-Part = Literal["factor", "bias", "plain", "whole", "original", "below", "rows"]
+Part = Literal["factor", "bias", "parameter", "saved", "original", "below", "rows"]
 
 _NAMED: Final = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
 _FACTOR: Final = re.compile(
@@ -37,17 +37,17 @@ _FACTOR: Final = re.compile(
 _ROWS: Final = re.compile(
     r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?"
 )
-_WHOLE: Final = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+_SAVED: Final = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ORIGINAL: Final = ".original_module."
 _BELOW: Final = (".token_adapter.base_layer.", ".base_layer.")
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a tensor of an adapter file is.
+    """The role of a tensor in an adapter file.
 
-    `name`: the module of a factor or of trained rows, else the parameter. `half`: of a factor,
-    which one: lora_A, lora_B, lora_embedding_A, lora_embedding_B or lora_magnitude_vector.
+    `name`: the module of a factor or of trained rows, else the parameter. `half`: which factor:
+    lora_A, lora_B, lora_embedding_A, lora_embedding_B or lora_magnitude_vector.
     """
 
     part: Part
@@ -56,10 +56,10 @@ class Key:
 
 
 def read_keys(keys: Iterable[str]) -> dict[str, Key]:
-    """What each of the keys of one file is.
+    """The role of each key of one file.
 
     Raises:
-        AdapterError: some keys have PEFT's prefix and some have not, or the file holds several
+        AdapterError: some keys have PEFT's prefix and others lack it, or the file has several
             adapters.
     """
     names = {key: _BETWEEN.sub("", key) for key in keys}
@@ -77,8 +77,8 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
     }
     if len(adapters) > 1:
         raise AdapterError(
-            f"the file holds {len(adapters)} adapters ({', '.join(sorted(adapters)[:4])}): save"
-            " each of them to a directory of its own"
+            f"the file has {len(adapters)} adapters ({', '.join(sorted(adapters)[:4])}): save"
+            " each of them to a separate directory"
         )
     return {key: _key(name, adapters or {"default"}) for key, name in names.items()}
 
@@ -89,13 +89,13 @@ def _key(name: str, adapters: Iterable[str]) -> Key:
         return Key(part, factor["module"], factor["part"])
     if rows := _ROWS.fullmatch(name):
         return Key("rows", rows["module"])
-    if whole := _WHOLE.fullmatch(name):
-        first, _, rest = whole["rest"].partition(".")
-        inner = rest if rest and first in adapters else whole["rest"]
-        return Key("whole", f"{whole['module']}.{inner}")
+    if full := _SAVED.fullmatch(name):
+        first, _, rest = full["rest"].partition(".")
+        inner = rest if rest and first in adapters else full["rest"]
+        return Key("saved", f"{full['module']}.{inner}")
     if _ORIGINAL in name:
         return Key("original", name.replace(_ORIGINAL, "."))
     for below in _BELOW:
         if below in name:
             return Key("below", name.replace(below, "."))
-    return Key("plain", name)
+    return Key("parameter", name)

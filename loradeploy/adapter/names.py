@@ -1,7 +1,7 @@
-"""An adapter's modules by the names that they have in a base.
+"""Rename an adapter's modules to the names of a base model.
 
-The same module may be called otherwise where an adapter was trained: transformers has renamed
-paths, a bare model lacks the prefix that a model with a head has, and wrappers add one.
+A module may have another name in the model that the adapter was trained on: transformers has
+renamed paths, a model without a head lacks the prefix of a model with one, and wrappers add one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-_FACTOR: Final = ".lora_A.weight"  # transformers' rules are for whole keys
+_FACTOR: Final = ".lora_A.weight"  # transformers' rules apply to full keys
 _Value = TypeVar("_Value")
 
-# No wrappers, but parts of models: what is in one of them is not what is in another.
+# These prefixes are parts of a model, not wrappers: their modules are different modules.
 _PARTS: Final = re.compile(r"vision|visual|image|video|audio|speech|encoder|decoder")
 
-# What a name begins with in the adapter, and in the base.
+# The prefix of a name in the adapter, and in the base.
 Prefixes = tuple[str, str]
 
 
@@ -38,13 +38,13 @@ def named_as(
 ) -> Adapter:
     """`adapter` with its modules named as in a base that has `modules`.
 
-    First by transformers' `renamings`, which are asked for where a name is not known; then, where
-    none is known and one change of the beginning of all makes modules of the base of them, by that.
-    A name for which there is none stays, for its reader to refuse. Ranks and scalings are those
-    that the config has for the old names (PEFT looks for the new ones in its patterns).
+    Unknown names are first renamed by transformers' `renamings`. If no name is known then, and one
+    change of prefix maps all names to modules of the base, that change is applied. Names that
+    remain unknown are kept; the check of fit refuses them. Ranks and scalings are those that the
+    config has for the old names (PEFT would match its patterns with the new ones).
 
     Raises:
-        AdapterMismatchError: several such changes are possible, or two names become one.
+        AdapterMismatchError: several changes of prefix are possible, or two names become equal.
     """
     known = frozenset(modules)
     owners = {name: name for name in adapter.factors}
@@ -59,7 +59,7 @@ def named_as(
     old = {**owners, **parameters}
 
     def module_of(name: str, called: str) -> str:
-        """The module of what is `name` in the adapter and may be `called` so in the base."""
+        """The module that `name` of the adapter belongs to if the base has it as `called`."""
         return called if name in owners else called.rpartition(".")[0]
 
     final = {}
@@ -67,28 +67,30 @@ def named_as(
         is_new = module not in known and module_of(name, new[name]) in known
         final[name] = new[name] if is_new else name
     working = [name for name in owners if _does_something(adapter, name)]
-    # Where some are known, the others are of another part of the model, not of another wrapper.
-    lost = [] if any(final[name] in known for name in working) else working
-    prefixes = _prefixes(lost, known)
+    # If some names are known, the others belong to another part of the model, not to a wrapper.
+    unmatched = [] if any(final[name] in known for name in working) else working
+    prefixes = _prefixes(unmatched, known)
     if len(prefixes) > 1:
-        shown = " or ".join(_spelled(lost[0], p) for p in sorted(prefixes)[:2])
+        shown = " or ".join(_spelled(unmatched[0], p) for p in sorted(prefixes)[:2])
         raise AdapterMismatchError(
-            f"{lost[0]} is not in this base and may be {shown}: give the base that the adapter was"
-            " trained on, or rename the tensors of the adapter"
+            f"{unmatched[0]} is not in this base and may be {shown}: give the base that the"
+            " adapter was trained on, or rename the tensors of the adapter"
         )
     for before, after in prefixes:
         for name in old:
-            given = final[name]
-            moved = after + given.removeprefix(before)
-            lost_one = given.startswith(before) and module_of(name, given) not in known
-            if lost_one and module_of(name, moved) in known:
+            current = final[name]
+            moved = after + current.removeprefix(before)
+            matches = current.startswith(before) and module_of(name, current) not in known
+            if matches and module_of(name, moved) in known:
                 final[name] = moved
-    if all(name == given for name, given in final.items()):
+    if all(name == current for name, current in final.items()):
         return adapter
-    if len({(name in owners, given) for name, given in final.items()}) < len(final):
-        raise AdapterMismatchError("two modules of the adapter are one module of this base")
-    first = next(name for name, given in final.items() if name != given)
-    logger.info("the adapter's %s is %s in this base, and so on", first, final[first])
+    if len({(name in owners, current) for name, current in final.items()}) < len(final):
+        raise AdapterMismatchError("two modules of the adapter have the same name in this base")
+    first = next(name for name, current in final.items() if name != current)
+    logger.info(
+        "modules of the adapter are renamed for this base: %s is %s, and so on", first, final[first]
+    )
     return _with_names(adapter, final)
 
 
@@ -104,9 +106,9 @@ def _does_something(adapter: Adapter, module: str) -> bool:
 
 
 def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
-    """Every change of a beginning that makes modules of the base of all `names`.
+    """Every change of prefix that maps all `names` to modules of the base.
 
-    One that adds, takes away or inserts, and is not the same as another that is shorter.
+    Only prefixes that are added, removed or extended count, in their shortest form.
     """
     endings: dict[str, list[str]] = defaultdict(list)
     for module in known:
@@ -114,26 +116,28 @@ def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
             endings[module[start:]].append(module[:start])
     found: set[Prefixes] | None = None
     for name in names:
-        own = {
+        candidates = {
             (name[:start], before)
             for start in _starts(name)
             for before in endings.get(name[start:], ())
             if name[:start].startswith(before) or before.startswith(name[:start])
         }
-        own = {pair for pair in map(_shortened, own) if not _PARTS.search("".join(pair))}
-        found = own if found is None else found & own
+        candidates = {
+            pair for pair in map(_shortened, candidates) if not _PARTS.search("".join(pair))
+        }
+        found = candidates if found is None else found & candidates
         if not found:
             return set()
     return found or set()
 
 
 def _starts(name: str) -> list[int]:
-    """Where the parts of a dotted name begin."""
+    """The positions at which the parts of a dotted name begin."""
     return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
 
 
 def _shortened(prefixes: Prefixes) -> Prefixes:
-    """Without the parts that both end in."""
+    """`prefixes` without their common last parts."""
     ours, theirs = (prefix.split(".")[:-1] for prefix in prefixes)
     while ours and theirs and ours[-1] == theirs[-1]:
         ours, theirs = ours[:-1], theirs[:-1]
@@ -163,12 +167,14 @@ def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         layers_to_transform=None,
         layers_pattern=None,
     )
-    own = {
+    modules = {
         new.rpartition(".")[0]
         for old, new in names.items()
         if old in adapter.saved and is_saved(old, adapter.config) and not is_saved(new, config)
     }
-    config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *sorted(own)))
+    config = dataclasses.replace(
+        config, modules_to_save=(*config.modules_to_save, *sorted(modules))
+    )
     return dataclasses.replace(
         adapter,
         config=config,

@@ -1,8 +1,8 @@
-"""Patterns out of configs, with the meaning that Python's `re` gives them in PEFT, in bounded time.
+"""Match the patterns of configs as PEFT does with Python's `re`, but in bounded time.
 
-`re` backtracks: ten characters of a pattern can take it years. RE2 takes time in proportion to the
-name. What RE2 lacks or reads otherwise (lookaround, references, names that are not ASCII) is
-matched by `regex`, which can be stopped. All patterns of one config share `SECONDS`.
+`re` backtracks: a pattern of ten characters can take years. RE2 takes time proportional to the
+name. Patterns that RE2 lacks or interprets differently (lookaround, references, names that are not
+ASCII) are matched by `regex`, which has a timeout. All patterns of one config share `SECONDS`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from loradeploy.errors import AdapterError, first_line, shown
 
 MAX_PATTERN_LENGTH: Final = 4096
 MAX_PATTERNS: Final = 1000
-SECONDS: Final = 10.0  # of the processor, for all names that a config is asked about
+SECONDS: Final = 10.0  # CPU time for all names that are matched with one config
 _SECONDS_EACH: Final = 1.0
 _MEMORY: Final = 1 << 20  # for RE2's program and automaton of one pattern
 
-# A name's end as PEFT's defaults and this project write it: letters, and dots as they are.
+# The ending of a name as PEFT's defaults and this project write it: letters, and dots that are not
+# escaped.
 _NAME: Final = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\[.\-_])+")
 _OPEN_REPEAT: Final = re.compile(r"\{,(\d*)\}")
 
 
 def is_name(pattern: str) -> bool:
-    """Whether `pattern` is the name of a module, or its end, rather than an expression."""
+    """Whether `pattern` is a module name or its ending, not a regular expression."""
     return _NAME.fullmatch(pattern) is not None
 
 
 def check_patterns(patterns: Iterable[str]) -> str | None:
-    """What is wrong with the first of `patterns` that cannot be matched; None if all can."""
+    """Why the first unusable pattern of `patterns` cannot be matched; None if all can."""
     expressions = 0
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN_LENGTH:
@@ -51,7 +52,7 @@ def check_patterns(patterns: Iterable[str]) -> str | None:
 
 
 class Matcher:
-    """Matches the patterns of one config, as long as they take no longer than `SECONDS` in all."""
+    """Matches the patterns of one config, for at most `SECONDS` in total."""
 
     def __init__(self) -> None:
         self._left = SECONDS
@@ -86,35 +87,35 @@ class Matcher:
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         """Whether `re.fullmatch(pattern, name)` is a match."""
-        flags = re.match(r"\(\?[aiLmsux]+\)", pattern)  # which may stand at the beginning alone
+        flags = re.match(r"\(\?[aiLmsux]+\)", pattern)  # only valid at the beginning
         head = flags[0] if flags else ""
         return self.match(rf"{head}(?:{pattern[len(head) :]})\Z", name) is not None
 
 
 class Ends:
-    """Finds the first of many `keys` that PEFT takes for the end of a name.
+    """Finds the first of many `keys` that matches the ending of a name, by the rule of PEFT.
 
-    PEFT 0.21 (utils.other.get_pattern_key): `(.*\\.)?(key)$`. Keys that are names are looked up:
-    a dot in one stands for any character, so those with dots at the same places share a table.
+    PEFT 0.21 (utils.other.get_pattern_key): `(.*\\.)?(key)$`. Keys that are names are found in
+    tables: a dot in one matches any character, so keys with dots at the same positions share one.
     """
 
     def __init__(self, keys: Iterable[str], matcher: Matcher) -> None:
         self._keys = tuple(keys)
         self._matcher = matcher
         self._expressions = [n for n, key in enumerate(self._keys) if not is_name(key)]
-        # By length and the places of dots: what stands elsewhere, and the first key with it.
+        # By length and positions of dots: the other characters, and the first key with them.
         self._tables: dict[int, dict[tuple[int, ...], dict[tuple[bool, str], int]]] = {}
         for number, key in enumerate(self._keys):
             if is_name(key):
-                whole, letters, dots = _read_name(key)
+                full, letters, dots = _read_name(key)
                 table = self._tables.setdefault(len(letters), {}).setdefault(dots, {})
-                table.setdefault((whole, _without(letters, dots)), number)
+                table.setdefault((full, _without(letters, dots)), number)
 
     def __reduce__(self) -> tuple[type[Ends], tuple[tuple[str, ...], Matcher]]:
         return Ends, (self._keys, self._matcher)
 
     def first(self, name: str) -> str | None:
-        """The first key that is the end of `name` after a dot, or the whole."""
+        """The first key that matches `name`, or its ending after a dot."""
         if not self._keys:
             return None
         if not (name.isascii() and name.isprintable()):
@@ -132,7 +133,7 @@ class Ends:
 
     def _name(self, name: str) -> int | None:
         found = []
-        for start in (0, *(place + 1 for place, letter in enumerate(name) if letter == ".")):
+        for start in (0, *(index + 1 for index, letter in enumerate(name) if letter == ".")):
             end = name[start:]
             for dots, table in self._tables.get(len(end), {}).items():
                 letters = _without(end, dots)
@@ -145,12 +146,12 @@ class Ends:
 
 
 def _read_name(key: str) -> tuple[bool, str, tuple[int, ...]]:
-    """Whether `key` is for a whole name, its characters, and which of them are dots unescaped."""
-    whole = key.startswith("^")
+    """Whether `key` matches full names only, its characters, and the indices of unescaped dots."""
+    full = key.startswith("^")
     letters: list[str] = []
     dots = []
     escaped = False
-    for letter in key[whole:]:
+    for letter in key[full:]:
         if letter == "\\" and not escaped:
             escaped = True
             continue
@@ -158,35 +159,35 @@ def _read_name(key: str) -> tuple[bool, str, tuple[int, ...]]:
             dots.append(len(letters))
         letters.append(letter)
         escaped = False
-    return whole, "".join(letters), tuple(dots)
+    return full, "".join(letters), tuple(dots)
 
 
-def _without(letters: str, places: tuple[int, ...]) -> str:
+def _without(letters: str, positions: tuple[int, ...]) -> str:
     pieces = []
     start = 0
-    for place in places:
-        pieces.append(letters[start:place])
-        start = place + 1
+    for position in positions:
+        pieces.append(letters[start:position])
+        start = position + 1
     return "\0".join((*pieces, letters[start:]))
 
 
 @lru_cache(maxsize=4 * MAX_PATTERNS)
 def _compiled(pattern: str) -> tuple[Any, Any]:
-    """`pattern` for RE2, None where that reads it otherwise, and for `regex`.
+    """`pattern` compiled by RE2 (None if RE2 would interpret it differently) and by `regex`.
 
     Raises:
-        ValueError: it is no regular expression, or neither of them has it.
+        ValueError: it is not a regular expression, or `regex` does not support it.
     """
     import re2
     import regex
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # sets that other versions read in another way
+            warnings.simplefilter("error")  # sets that other versions interpret differently
             re.compile(pattern)
         slow = regex.compile(pattern, regex.VERSION0)
     except (re.error, regex.error, RecursionError, OverflowError, Warning) as problem:
-        raise ValueError(f"is no regular expression: {first_line(problem)}") from None
+        raise ValueError(f"is not a regular expression: {first_line(problem)}") from None
     options = re2.Options()
     options.log_errors = False
     options.max_mem = _MEMORY
@@ -200,20 +201,20 @@ def _compiled(pattern: str) -> tuple[Any, Any]:
 
 
 def _for_re2(pattern: str) -> str | None:
-    """`pattern` as RE2 spells it; None where it would be taken for another.
+    """`pattern` in the syntax of RE2; None if RE2 would interpret it differently.
 
-    What RE2 refuses (lookaround, possessive repetitions) need not be found here.
+    Syntax that RE2 refuses (lookaround, possessive repetitions) need not be detected here.
     """
     if not (pattern.isascii() and pattern.isprintable()):
         return None
     made = []
     in_set = False
-    place = 0
-    while place < len(pattern):
-        letter = pattern[place]
+    index = 0
+    while index < len(pattern):
+        letter = pattern[index]
         piece = letter
         if letter == "\\":
-            piece = pattern[place : place + 2]
+            piece = pattern[index : index + 2]
             if piece[1:].isdigit() or piece in (r"\v", r"\N"):  # references; octal
                 return None
             made.append(r"\z" if piece == r"\Z" else piece)
@@ -221,13 +222,13 @@ def _for_re2(pattern: str) -> str | None:
             in_set = letter != "]"
             made.append(letter)
         elif letter == "[":
-            piece = re.match(r"\[\^?\]?", pattern[place:])[0]  # type: ignore[index]
+            piece = re.match(r"\[\^?\]?", pattern[index:])[0]  # type: ignore[index]
             in_set = True
             made.append(piece)
-        elif letter == "{" and (found := _OPEN_REPEAT.match(pattern, place)):
+        elif letter == "{" and (found := _OPEN_REPEAT.match(pattern, index)):
             piece = found[0]
             made.append(f"{{0,{found[1]}}}")
         else:
             made.append(letter)
-        place += len(piece)
+        index += len(piece)
     return "".join(made)

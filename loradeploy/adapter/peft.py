@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT adapter directories, both ways.
+"""Read and write adapters as PEFT adapter directories.
 
     DIR/adapter_config.json         `AdapterConfig`
     DIR/adapter_model.safetensors   base_model.model.<key>, where <key> is
@@ -12,12 +12,11 @@
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
-    <module>.base_layer.weight, …     the base's own, which PEFT brings along for embeddings
+    <module>.base_layer.weight, …     a weight of the base, which PEFT saves for embeddings
     <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
-What else a key may look like is read in `adapter.keys`. What PEFT has no field for (the base
-model's digest, a classifier's labels) is in the metadata of the safetensors file, which PEFT
-ignores.
+`adapter.keys` parses other forms of keys. Data without a field in PEFT (the digest of the base
+model, the labels of a classifier) is in the metadata of the safetensors file, which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
-# What training and conversion write into an adapter's directory, and replace there.
+# Files that training and conversion write into an adapter's directory, and may replace.
 OWN_FILES: Final = frozenset(
     {CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
     | {"modules.json", "1_Pooling/config.json"}  # of an embedder
@@ -70,11 +69,11 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The adapter in a PEFT directory, or in a .safetensors file with its config beside it.
 
     Raises:
-        AdapterError: missing files, a pickle, a broken header, values that are not finite, tensors
-            without their other half, tensors of the base model, or a config that is refused.
+        AdapterError: missing files, a pickle, a broken header, values that are not finite, a factor
+            without its counterpart, tensors of the base model, or a config that is refused.
     """
-    place = Path(path)
-    weights = _weights_file(place)
+    source = Path(path)
+    weights = _weights_file(source)
     config = _read_config(weights)
     arrays, metadata = read_arrays(weights, error=AdapterError)
     try:
@@ -91,13 +90,13 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def _read_config(weights: Path) -> AdapterConfig:
-    """What lies beside `weights`, or the error that tells whose adapter they are instead."""
+    """The config beside `weights`; the error names the library of another format's adapter."""
     file = weights.parent / CONFIG_NAME
-    if not file.exists() and (told := other_file(weights)) is not None:
-        raise AdapterError(f"{file} does not exist: {weights.name} {told}")
+    if not file.exists() and (found := other_file(weights)) is not None:
+        raise AdapterError(f"{file} does not exist: {weights.name} {found}")
     values = read_json(file, error=AdapterError)
-    if (told := other_config(values)) is not None:
-        raise AdapterError(f"{weights.parent} {told}")
+    if (found := other_config(values)) is not None:
+        raise AdapterError(f"{weights.parent} {found}")
     try:
         return AdapterConfig.from_peft(values)
     except AdapterError as problem:
@@ -106,19 +105,19 @@ def _read_config(weights: Path) -> AdapterConfig:
 
 def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:
     if any(values.size == 0 for values in arrays.values()):
-        told = other_tensors({key: values.shape for key, values in arrays.items()})
-        raise AdapterError(f"the file {told}")
+        found = other_tensors({key: values.shape for key, values in arrays.items()})
+        raise AdapterError(f"the file {found}")
 
 
 def own_files(directory: Path) -> frozenset[str]:
-    """The files that a new adapter replaces in `directory`, where another one is already."""
+    """The files in `directory` that a new adapter may replace."""
     return OWN_FILES
 
 
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     """Write `adapter` as a PEFT directory and return its digest.
 
-    Each file is written atomically, the weights last; the same adapter gives the same bytes.
+    Each file is written atomically, the weights last. Equal adapters give equal bytes.
     """
     arrays = {PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
     arrays |= {PREFIX + _carried_key(n, adapter): v for n, v in adapter.carried.items()}
@@ -132,73 +131,75 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
         metadata[_BASE_DIGEST] = adapter.base_digest
     if adapter.labels is not None:
         metadata[_LABELS] = json.dumps(adapter.labels, ensure_ascii=False)
-    place = Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(place / CONFIG_NAME, adapter.config.to_peft())
-    write_arrays(place / WEIGHTS_NAME, arrays, metadata)
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / CONFIG_NAME, adapter.config.to_peft())
+    write_arrays(target / WEIGHTS_NAME, arrays, metadata)
     return adapter.digest
 
 
 def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The config and the weights of the adapter at `path`, which are the files that PEFT reads.
+    """The paths of the config and the weights of the adapter at `path`.
 
     Raises:
-        AdapterError: as `load_adapter`, for what is not there.
+        AdapterError: as `load_adapter`, for missing files.
     """
     weights = _weights_file(Path(path))
     return weights.parent / CONFIG_NAME, weights
 
 
 def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
-    """Copy the two files of the adapter at `path` into `directory`, byte by byte."""
-    place = Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
+    """Copy the config and the weights of the adapter at `path` into `directory`."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
     for file, name in zip(adapter_files(path), (CONFIG_NAME, WEIGHTS_NAME), strict=True):
-        copy_file(file, place / name, error=AdapterError)
+        copy_file(file, target / name, error=AdapterError)
 
 
-def _weights_file(place: Path) -> Path:
-    if place.suffix in _PICKLES or (place.is_dir() and not (place / WEIGHTS_NAME).exists()):
-        pickles = [place] if place.is_file() else sorted(place.glob("adapter_model.*"))
+def _weights_file(path: Path) -> Path:
+    if path.suffix in _PICKLES or (path.is_dir() and not (path / WEIGHTS_NAME).exists()):
+        pickles = [path] if path.is_file() else sorted(path.glob("adapter_model.*"))
         for file in pickles:
             if file.suffix in _PICKLES:
                 raise AdapterError(
-                    f"{file} is a pickle, which runs code when it is read, and is refused. If you"
-                    ' trust it, convert it: python -c "import torch, safetensors.torch as s; s.'
+                    f"{file} is a pickle, which can run code when it is loaded, and is refused. If"
+                    ' you trust it, convert it: python -c "import torch, safetensors.torch as s; s.'
                     f"save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
                 )
-    if place.is_dir():
-        if not (place / WEIGHTS_NAME).exists():
-            if (told := other_directory(place)) is not None:
-                raise AdapterError(f"{place} {told}")
-            if not (place / CONFIG_NAME).exists():
+    if path.is_dir():
+        if not (path / WEIGHTS_NAME).exists():
+            if (found := other_directory(path)) is not None:
+                raise AdapterError(f"{path} {found}")
+            if not (path / CONFIG_NAME).exists():
                 raise AdapterError(
-                    f"{place} is no adapter: it holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
+                    f"{path} is not an adapter: it has neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
                 )
-        return place / WEIGHTS_NAME
-    if not place.exists():
-        raise AdapterError(f"{place} does not exist: give a PEFT adapter directory")
-    if place.suffix != ".safetensors":
-        if (told := other_file(place)) is not None:
-            raise AdapterError(f"{place} {told}")
-        raise AdapterError(f"{place} is no adapter: give a PEFT directory or its .safetensors file")
-    return place
+        return path / WEIGHTS_NAME
+    if not path.exists():
+        raise AdapterError(f"{path} does not exist: give a PEFT adapter directory")
+    if path.suffix != ".safetensors":
+        if (found := other_file(path)) is not None:
+            raise AdapterError(f"{path} {found}")
+        raise AdapterError(
+            f"{path} is not an adapter: give a PEFT directory or its .safetensors file"
+        )
+    return path
 
 
 def _sort(
     arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
 ) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The tensors of the file by what they are, and the config with all that is trained whole.
+    """The tensors of the file by role, and the config with every fully trained module.
 
-    Every tensor is read or refused; every misfit is named in one error.
+    Every tensor is used or refused; one error names all that are refused.
     """
     try:
         keys = read_keys(arrays)
     except AdapterError as problem:
-        told = other_tensors({key: values.shape for key, values in arrays.items()})
-        if told is None:
+        other = other_tensors({key: values.shape for key, values in arrays.items()})
+        if other is None:
             raise
-        raise AdapterError(f"the file {told}") from problem
+        raise AdapterError(f"the file {other}") from problem
     parts: dict[str, dict[str, NDArray[Any]]] = {}
     others: list[tuple[str, Key, NDArray[Any]]] = []
     problems: list[str] = []
@@ -214,8 +215,8 @@ def _sort(
         else:
             others.append((key, what, values))
     factors: dict[str, Factors] = {}
-    for module, there in parts.items():
-        found = _factors(there)
+    for module, tensors_of_module in parts.items():
+        found = _factors(tensors_of_module)
         if isinstance(found, str):
             problems.append(f"{module} {found}")
         else:
@@ -228,16 +229,17 @@ def _sort(
     slots: dict[tuple[str, str], NDArray[Any]] = {}
     for key, what, values in others:
         name = what.name
-        whole = what.part == "whole" or (
-            what.part == "plain" and (is_saved(name, saving) or (tied and name.endswith(".weight")))
+        in_full = what.part == "saved" or (
+            what.part == "parameter"
+            and (is_saved(name, saving) or (tied and name.endswith(".weight")))
         )
         if what.part == "rows":
             slot = "rows"
-        elif whole or (what.part != "original" and is_trained_bias(name, parts, config)):
+        elif in_full or (what.part != "original" and is_trained_bias(name, parts, config)):
             slot = "saved"
-            if whole and not is_saved(name, config):
+            if in_full and not is_saved(name, config):
                 named.add(_saved_as(name, saving))
-        elif "lora_" in name or (what.part == "plain" and name.rpartition(".")[0] in parts):
+        elif "lora_" in name or (what.part == "parameter" and name.rpartition(".")[0] in parts):
             problems.append(
                 f"{key} is neither a factor, nor of modules_to_save, nor a trained bias (PEFT"
                 " ignores it)"
@@ -246,7 +248,7 @@ def _sort(
         else:
             slot = "carried"
         if not np.array_equal(slots.setdefault((slot, name), values), values):
-            problems.append(f"{key} is not what the file has for {name} under another key")
+            problems.append(f"{key} differs from what the file has for {name} under another key")
     tensors: dict[str, Any] = {"factors": factors, "saved": {}, "carried": {}, "rows": {}}
     for (slot, name), values in slots.items():
         if slot != "rows":
@@ -258,15 +260,15 @@ def _sort(
         else:
             tensors[slot][f"{name}.weight"] = rows
     if config.extra.get("trainable_token_indices") and not tensors["rows"] and not problems:
-        problems.append("trainable_token_indices is set, and there are no rows of these tokens")
+        problems.append("trainable_token_indices is set, and the file has no rows of these tokens")
     if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
-        problems.append(f"{others[0][0]} and all others are no tensors of an adapter")
+        problems.append(f"{others[0][0]} and all others are not tensors of an adapter")
     if problems:
-        told = other_tensors({key: values.shape for key, values in arrays.items()})
+        other = other_tensors({key: values.shape for key, values in arrays.items()})
         raise AdapterError(
-            f"the file {told}" if told else f"tensors are refused: {listed(problems)}"
+            f"the file {other}" if other else f"tensors are refused: {listed(problems)}"
         )
-    # The bias that a module trained whole had before is nobody's: only a weight can be shared.
+    # The original bias of a fully trained module is dropped: only weights can be shared.
     tensors["carried"] = {
         name: values
         for name, values in tensors["carried"].items()
@@ -277,19 +279,19 @@ def _sort(
 
 
 def _saved_as(parameter: str, saving: AdapterConfig) -> str:
-    """The module that modules_to_save must name for `parameter`: a head of PEFT's, or its own."""
+    """The entry of modules_to_save for `parameter`: a head that PEFT knows, or its module."""
     return saved_by(parameter, saving) or parameter.rpartition(".")[0]
 
 
 def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
-    """The trained rows of `module`'s weight, or what is wrong with them."""
+    """The trained rows of `module`'s weight, or why they are refused."""
     indices = config.extra.get("trainable_token_indices")
     if isinstance(indices, Mapping):
         steps = module.split(".")
         ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
         indices = next((indices[end] for end in ends if end in indices), None)
     if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return f"{module} has trained tokens, and trainable_token_indices does not specify which"
+        return f"{module} has trained tokens, but trainable_token_indices does not list them"
     if len(set(indices)) != len(indices):
         return f"trainable_token_indices names a token of {module} twice"
     if values.ndim != 2 or len(values) != len(indices):
@@ -301,7 +303,7 @@ def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | st
 
 
 def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
-    """The tensors of `pair` as PEFT names and shapes them."""
+    """The tensors of `pair` with the names and shapes of PEFT."""
     half_A, half_B = _PARTS[pair.kind]
     parts = {half_A: pair.A, half_B: pair.B}
     if pair.magnitude is not None:
@@ -311,16 +313,16 @@ def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
 
 
 def _factors(parts: Mapping[str, NDArray[Any]]) -> Factors | str:
-    """The factors that one module's tensors are, or what is wrong with them."""
+    """The factors in one module's tensors, or why they are refused."""
     kind: Kind = "embedding" if any("embedding" in part for part in parts) else "linear"
     if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p != _MAGNITUDE):
         kind = "conv2d"
     half_A, half_B = _PARTS[kind]
     if missing := [half for half in (half_A, half_B) if half not in parts]:
-        there = next((part for part in parts if part != _MAGNITUDE), _MAGNITUDE)
-        return f"has {_short(there)} but no {_short(missing[0])}"
-    if too_much := [part for part in parts if part not in (half_A, half_B, _MAGNITUDE)]:
-        return f"has {_short(half_A)} and {_short(too_much[0])} too"
+        present = next((part for part in parts if part != _MAGNITUDE), _MAGNITUDE)
+        return f"has {_short(present)} but no {_short(missing[0])}"
+    if surplus := [part for part in parts if part not in (half_A, half_B, _MAGNITUDE)]:
+        return f"has {_short(half_A)} and {_short(surplus[0])} too"
     magnitude = parts.get(_MAGNITUDE)
     if magnitude is not None:
         magnitude = magnitude.reshape(-1)
@@ -332,7 +334,7 @@ def _short(part: str) -> str:
 
 
 def _key(parameter: str, adapter: Adapter) -> str:
-    # PEFT wraps the targets, so that their biases are one step further down.
+    # PEFT wraps target modules, so that their biases are below base_layer.
     module, _, last = parameter.rpartition(".")
     wrapped = module in adapter.factors and not is_saved(parameter, adapter.config)
     return f"{module}{_INNER}{last}" if wrapped else parameter

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RankReport:
-    """What a rank reduction kept.
+    """The result of a rank reduction.
 
-    `ranks` and `errors` are by module: its rank now, and ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius). `total` is
-    the same over all modules together.
+    `ranks`, `errors`: by module, its new rank and ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm). `total`: the
+    same error over all modules.
     """
 
     ranks: Mapping[str, int]
@@ -47,22 +47,23 @@ def reduce_rank(
     """`adapter` with at most `rank` in every module, or with the ranks that keep `energy` of ‖ΔW‖².
 
     By Eckart and Young (1936) no factors of that rank are nearer to B A in Frobenius norm. Modules
-    of no higher rank stay as they are, and so do the scalings, DoRA's magnitudes and what is
-    trained whole. The product is never made: the SVD is of the small R factors of B and Aᵀ.
+    whose rank is not higher, the scalings, DoRA's magnitudes and fully trained parameters stay
+    unchanged. The product B A is not computed: the SVD is of the small R factors of B and Aᵀ.
 
     Raises:
-        UsageError: not one of `rank` ≥ 1 and 0 < `energy` ≤ 1.
-        AdapterError: a convolution of several groups, or a base that an initialization changed.
+        UsageError: neither or both of `rank` and `energy`, or not `rank` ≥ 1 or 0 < `energy` ≤ 1.
+        AdapterError: a convolution with several groups, or factors that apply to a base that the
+            initialization changed.
     """
     if (rank is None) == (energy is None):
-        raise UsageError("give a rank or an energy to reduce the adapter to, one of the two")
+        raise UsageError("give either `rank` or `energy` to reduce the adapter to")
     if rank is not None and rank < 1:
-        raise UsageError(f"the rank is {rank}, 1 or more is needed")
+        raise UsageError(f"`rank` is {rank}: give 1 or more")
     if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"the energy is {energy}, a part of 1 is needed, such as 0.99")
+        raise UsageError(f"`energy` is {energy}: give a fraction above 0 and up to 1, such as 0.99")
     adapter.check_plain()
     factors, errors = {}, {}
-    lost = whole = 0.0
+    energy_removed = energy_of_all = 0.0
     for module, pair in adapter.factors.items():
         U, S, Vh = _svd(pair)
         squares = S**2
@@ -72,14 +73,16 @@ def reduce_rank(
             kept = int(np.argmax(reached)) + 1 if reached.any() else pair.rank
         elif energy is not None:
             kept = 1
-        gone = float(squares[kept:].sum())
-        errors[module] = math.sqrt(gone / float(squares.sum())) if gone else 0.0
-        lost += adapter.scaling(module) ** 2 * gone
-        whole += adapter.scaling(module) ** 2 * float(squares.sum())
+        removed = float(squares[kept:].sum())
+        errors[module] = math.sqrt(removed / float(squares.sum())) if removed else 0.0
+        energy_removed += adapter.scaling(module) ** 2 * removed
+        energy_of_all += adapter.scaling(module) ** 2 * float(squares.sum())
         factors[module] = pair if kept >= pair.rank else _shortened(pair, U, S, Vh, kept)
     ranks = {module: pair.rank for module, pair in factors.items()}
     config = with_ranks(adapter.config, ranks, {m: adapter.scaling(m) for m in ranks})
-    report = RankReport(ranks, errors, math.sqrt(lost / whole) if whole else 0.0)
+    report = RankReport(
+        ranks, errors, math.sqrt(energy_removed / energy_of_all) if energy_of_all else 0.0
+    )
     return dataclasses.replace(adapter, config=config, factors=factors), report
 
 
@@ -102,7 +105,7 @@ def _shortened(
     rank: int,
 ) -> Factors:
     rank = min(rank, len(S))
-    root = np.sqrt(S[:rank])  # half of each value to either side keeps both within small widths
+    root = np.sqrt(S[:rank])  # the root in both keeps their magnitudes alike, for float16
     A = (root[:, None] * Vh[:rank]).astype(np.float32)
     B = (U[:, :rank] * root).astype(np.float32)
     return dataclasses.replace(

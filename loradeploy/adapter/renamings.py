@@ -1,7 +1,7 @@
-"""Module paths that transformers has renamed: an adapter's old names as the base's present ones.
+"""Module paths that transformers has renamed: from an adapter's old names to the current ones.
 
-The table beside this file is transformers' own (tools/renamings.py writes it, a test compares it
-with the installed one), and the rules are applied as transformers and PEFT apply them.
+The table beside this file is copied from transformers (tools/renamings.py writes it, a test
+compares it with the installed version). Rules apply as in transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-# Renamings that hold for every model.
+# Renamings for every model.
 _ALL: Final = "legacy"
 
 Rule = tuple[tuple[str, ...], tuple[str, ...]]
@@ -23,7 +23,7 @@ Rule = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Submodel:
-    """A transformers model inside a model: its path there (empty: the whole), class and type."""
+    """A transformers model inside a model: its path (empty: the model itself), class and type."""
 
     path: str
     class_name: str
@@ -32,7 +32,7 @@ class Submodel:
 
 @dataclass(frozen=True)
 class Renaming:
-    """One of `sources` becomes its replacement of `targets`, in names below `scope`.
+    """Replaces a match of `sources` by its replacement in `targets`, in names below `scope`.
 
     `scope`: the path of the submodel without the base model's prefix; None for all names.
     """
@@ -43,12 +43,12 @@ class Renaming:
     base_prefix: str = ""
 
     def __call__(self, name: str) -> str:
-        """`name` renamed, or as it is."""
+        """`name` renamed, or unchanged if no rule matches."""
         before, rest = "", name
         if self.scope is not None:
             scope = f"{self.scope}." if self.scope else ""
-            whole = f"{self.base_prefix}.{scope}" if self.base_prefix else scope
-            before = next((p for p in (whole, scope) if name.startswith(p)), "\0")
+            prefixed = f"{self.base_prefix}.{scope}" if self.base_prefix else scope
+            before = next((p for p in (prefixed, scope) if name.startswith(p)), "\0")
             if before == "\0":
                 return name
             rest = name.removeprefix(before)
@@ -67,7 +67,8 @@ class Renaming:
 def renamings(submodels: Sequence[Submodel], base_prefix: str) -> tuple[Renaming, ...]:
     """The renamings of the model that has `submodels`, in the order of its modules.
 
-    A class is looked up before a type; what a submodel's parent was looked up by holds for it too.
+    Rules are found by class, else by model type. A submodel below one whose class or type was found
+    already adds no rules of that class or type.
     """
     table = _table()
     found: list[Renaming] = []
@@ -98,7 +99,7 @@ def renamings(submodels: Sequence[Submodel], base_prefix: str) -> tuple[Renaming
 
 
 def known(submodels: Sequence[Submodel]) -> tuple[Submodel, ...]:
-    """`submodels`, or none of them where the table renames nothing of theirs."""
+    """`submodels`, or () if the table has no renaming for them."""
     table = _table()
     renamed = any(table.get(m.class_name) or table.get(m.model_type) for m in submodels)
     return tuple(submodels) if renamed else ()
@@ -115,7 +116,7 @@ def _table() -> Mapping[str, tuple[Rule, ...]]:
 
 @cache
 def _compiled(sources: tuple[str, ...]) -> re.Pattern[str]:
-    """The alternatives in one pattern, the longest first; a name is not matched in its middle."""
+    """All sources in one pattern, the longest first; a source matches up to the end of a word."""
     branches = []
     for number, source in sorted(enumerate(sources), key=lambda item: -len(item[1])):
         pattern = source.replace("*.", r".*\.")

@@ -1,4 +1,4 @@
-"""Where rank and alpha become the scaling s, for every backend, and the way back."""
+"""Rank and alpha to the scaling s, for every backend, and the inverse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def scaling(config: AdapterConfig, module: str) -> float:
 def with_ranks(
     config: AdapterConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]
 ) -> AdapterConfig:
-    """`config` with these ranks and these s by module: the commonest in `r` and `lora_alpha`."""
+    """`config` with these ranks and scalings s by module.
+
+    The most common ones become `r` and `lora_alpha`, the others patterns.
+    """
     alphas = {
         module: scalings[module] * (math.sqrt(rank) if config.use_rslora else rank)
         for module, rank in ranks.items()
@@ -45,5 +48,5 @@ def _commonest(values: Mapping[str, float], default: float) -> float:
 
 
 def _only(module: str) -> str:
-    # A pattern is matched with the end of a name; this one with the whole.
+    # ^ makes the pattern match the full name; PEFT matches others with its ending too.
     return f"^{re.escape(module)}"

@@ -1,4 +1,4 @@
-"""What of an adapter file a base has already, or has no place for because it does nothing."""
+"""Remove from an adapter copies of base weights, and zero factors of modules the base lacks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logger_of(__name__)
 
 
 def values_digest(values: NDArray[Any]) -> str:
-    """The identity of one parameter's numbers, whatever the width they are stored in."""
+    """Digest of the values of one parameter, independent of the dtype they are stored in."""
     return tensors_digest({"": values}, {})
 
 
 def without_copies(adapter: Adapter, is_own: Callable[[str, NDArray[Any]], bool]) -> Adapter:
-    """`adapter` without the carried weights that the base `is_own` has as they are.
+    """`adapter` without the carried weights that equal those of the base.
 
-    `is_own` says of a parameter and its numbers [any shape] whether they are the base's.
+    `is_own`: whether the values [any shape] of a parameter equal the base's.
     """
     carried = {n: values for n, values in adapter.carried.items() if not is_own(n, values)}
     if len(carried) == len(adapter.carried):
@@ -35,24 +35,24 @@ def without_copies(adapter: Adapter, is_own: Callable[[str, NDArray[Any]], bool]
 
 
 def same_numbers(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Whether two arrays are equal once both are float32."""
+    """Whether two arrays are equal as float32."""
     return one.shape == other.shape and bool(
         np.array_equal(one.astype(np.float32, copy=False), other.astype(np.float32, copy=False))
     )
 
 
-def same_given(one: NDArray[Any] | Rows, other: NDArray[Any] | Rows) -> bool:
-    """Whether two weights, or two weights' trained rows, are the same."""
+def same_values(one: NDArray[Any] | Rows, other: NDArray[Any] | Rows) -> bool:
+    """Whether two weights, or the trained rows of two weights, are equal."""
     if isinstance(one, Rows) and isinstance(other, Rows):
         return one.indices == other.indices and same_numbers(one.values, other.values)
     return not isinstance(one, Rows) and not isinstance(other, Rows) and same_numbers(one, other)
 
 
 def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
-    """`adapter` without factors that change nothing at modules that are not among `modules`.
+    """`adapter` without the zero factors of modules that are not in `modules`.
 
-    Endings such as q_proj reach into a vision tower too, whose factors stay zero where training saw
-    text alone. With DoRA zero factors may still scale, and stay.
+    Endings such as q_proj also match modules of a vision tower, whose factors stay zero if training
+    saw only text. With DoRA zero factors can still scale outputs, and are kept.
     """
     idle = [
         name
@@ -63,6 +63,8 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
     ]
     if not idle or len(idle) == len(adapter.factors):
         return adapter
-    logger.info("%d modules are left out, %s first: their factors are zero", len(idle), idle[0])
+    logger.info(
+        "%d modules are skipped because their factors are zero (first: %s)", len(idle), idle[0]
+    )
     factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
     return dataclasses.replace(adapter, factors=factors)

@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter's configuration means."""
+"""Match module names with the targets of an adapter's configuration."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ def match_targets(
 ) -> list[str]:
     """The `names` that `config` targets, in their order, by PEFT's rules.
 
-    A list matches a module's whole name or its end after a dot, a string is a regular expression
-    for the whole name, and "all-linear" means `linear_names`: every linear layer but the output
-    head. `exclude_modules` and `modules_to_save` are taken out; `layers_to_transform` keeps the
-    given layer indices (lists only, as in PEFT).
+    A list entry matches a full module name or its ending after a dot, a string is a regular
+    expression for the full name, and "all-linear" means `linear_names`: every linear layer but the
+    output head. `exclude_modules` and `modules_to_save` are excluded; `layers_to_transform` keeps
+    only the given layers (if the targets are a list, as in PEFT).
     """
     linear = set(linear_names)
     return [name for name in names if _is_target(name, config, linear)]
 
 
 def is_saved(parameter: str, config: AdapterConfig) -> bool:
-    """Whether the model's `parameter` is trained whole because of `modules_to_save`.
+    """Whether `modules_to_save` includes the model's `parameter`.
 
-    As PEFT does: every module whose name ends in a listed one, with all that is inside it.
+    As in PEFT: every module whose name ends in an entry, with its submodules.
     """
     return saved_by(parameter, config) is not None
 
 
 def saved_by(parameter: str, config: AdapterConfig) -> str | None:
-    """The first of `modules_to_save` by which `parameter` is trained whole; None if it is not."""
+    """The first entry of `modules_to_save` that includes `parameter`, or None."""
     names = config.saved_by_length
     if not names:
         return None
-    ends = [place for place, letter in enumerate(parameter) if letter == "."]
+    ends = [index for index, letter in enumerate(parameter) if letter == "."]
     found = [
         number
         for end in ends
@@ -47,7 +47,7 @@ def saved_by(parameter: str, config: AdapterConfig) -> str | None:
 
 
 def is_trained_bias(parameter: str, targets: Container[str], config: AdapterConfig) -> bool:
-    """Whether the model's `parameter` is a bias that `config.bias` says is trained."""
+    """Whether the model's `parameter` is a bias that is trained, by `config.bias`."""
     module, _, last = parameter.rpartition(".")
     return last == "bias" and (
         config.bias == "all" or (config.bias == "lora_only" and module in targets)
@@ -66,20 +66,20 @@ def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
 
 
 def _listed(name: str, field: str, config: AdapterConfig) -> bool:
-    """Whether `name` is what the `field` of the config tells: a list of ends, or an expression."""
-    told = getattr(config, field)
-    if not told:
+    """Whether `name` matches `field` of the config, a list of endings or a regular expression."""
+    entries = getattr(config, field)
+    if not entries:
         return False
-    if isinstance(told, str):
-        return config.matcher.fullmatch(told, name)
+    if isinstance(entries, str):
+        return config.matcher.fullmatch(entries, name)
     ends = config.listed[field]
     return name in ends or any(
-        name[place + 1 :] in ends for place, letter in enumerate(name) if letter == "."
+        name[index + 1 :] in ends for index, letter in enumerate(name) if letter == "."
     )
 
 
 def _inside_saved(name: str, config: AdapterConfig) -> bool:
-    """Whether `name` is one of `modules_to_save`, or inside one: PEFT takes them for patterns."""
+    """Whether `name` is in `modules_to_save` or below an entry; PEFT reads entries as patterns."""
     saved = config.listed["modules_to_save"]
     if not saved:
         return False
@@ -97,7 +97,7 @@ def _in_layers(name: str, config: AdapterConfig) -> bool:
         return True
     patterns = config.layers_pattern or (r"[^.]*",)
     patterns = (patterns,) if isinstance(patterns, str) else patterns
-    # The first index in the name is the layer's: experts inside a layer have indices of their own.
+    # The first index in the name is that of the layer: experts in a layer are numbered too.
     lead = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
     for pattern in patterns:
         found = config.matcher.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", name)

@@ -1,4 +1,4 @@
-"""The tasks that adapters are for: one table, which training, export and parity read."""
+"""The table of tasks, which training, export and parity read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LM_HEAD: Final = "lm_head"
 
 @dataclass(frozen=True)
 class Task:
-    """What transformers and PEFT call the parts of a model for one task.
+    """A task, and the names of its parts in transformers and PEFT.
 
-    `auto_class`: transformers' class that loads it. `output`: the first output of its forward.
-    `peft`: PEFT's task_type, None where it has none. `heads`: names of modules that end the model.
-    `trained_head`: whether PEFT trains them whole for this task, named in modules_to_save or not.
-    `cached`: whether the model keeps a KV cache. `exported`: whether a bundle can be for it.
+    `auto_class`: the class of transformers that loads the model. `output`: its first output.
+    `peft`: PEFT's task_type, or None. `heads`: possible names of the model's output head.
+    `trained_head`: whether PEFT trains the head in full for this task, even if modules_to_save does
+    not name it. `cached`: whether the model has a KV cache. `exported`: whether export supports it.
     """
 
     name: str
@@ -79,16 +79,16 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
     )
 }
 
-# Those that a bundle can be for.
+# Tasks that export supports.
 TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.exported)
-# Their models end in a head, which adapters replace whole.
+# Their models end in a classifier head, which adapters replace.
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
-# PEFT's names of them in an adapter's config, by which it chooses the class around a model.
+# PEFT's task_type in an adapter's config, by which PEFT selects the class that wraps a model.
 PEFT_TASKS: Final = {n: peft for n in TASKS if (peft := TASK_TABLE[n].peft) is not None}
 
 
 def task_of_peft(task_type: str | None) -> Task | None:
-    """The task that an adapter's `task_type` names, None where it names none that is known."""
+    """The task of an adapter's `task_type`, or None if it is unknown."""
     if task_type is None:
         return None
     return next((task for task in TASK_TABLE.values() if task.peft == task_type), None)

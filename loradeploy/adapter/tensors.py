@@ -1,10 +1,10 @@
-"""Safetensors files, validated before the first byte is used.
+"""Read and write safetensors files. Files are validated before their data is used.
 
 The `safetensors` library checks the header (length, JSON, dtypes, offsets without gaps or overlap,
-size of the file). Adapters are read into memory first, and checked there: a mapped file that
-somebody shortens ends the process (SIGBUS), and one that is written to changes after it was
-checked. Only the weights of a base model, which are large and read once, are mapped. bfloat16,
-which numpy lacks, is widened to float32 on reading.
+size of the file). Adapters are read into memory and checked there: if another process truncates a
+mapped file, this process dies (SIGBUS), and if it writes to one, the data changes after the check.
+Only the weights of a base model, which are large and read once, are mapped. bfloat16, which numpy
+lacks, is converted to float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DTYPES = {
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items() if name != "BF16"}
 _POINTER = b"version https://git-lfs"
 _HEADER_LENGTH = np.dtype("<u8")
-# No array of numpy has more dimensions, before version 2, or bytes.
+# The maximum number of dimensions (before numpy 2) and of bytes of a numpy array.
 _MAX_RANK = 32
 _MAX_SIZE = 2**59
 
@@ -56,11 +56,11 @@ class StoredTensor:
     raw: NDArray[np.uint8]
 
     def take(self, picks: list[int], axis: int) -> NDArray[Any]:
-        """As `array`, of some indices of one axis alone: the others are not read."""
+        """The values at the indices `picks` of one axis, as `array`; the others are not read."""
         return self._widened(self._values().take(picks, axis))
 
     def array(self) -> NDArray[Any]:
-        """The values: a read-only view of the file, or float32 widened from bfloat16."""
+        """The values: a read-only view of the file, or a float32 copy of bfloat16."""
         return self._widened(self._values())
 
     def _values(self) -> NDArray[Any]:
@@ -79,10 +79,10 @@ def map_tensors(
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors, mapped, and the metadata of the safetensors file `path`.
 
-    For files that nobody writes to meanwhile: see `read_tensors`.
+    For files that do not change meanwhile; otherwise use `read_tensors`.
 
     Raises:
-        error: the file is missing, truncated, or its header is not true of its contents.
+        error: the file is missing, truncated, or its header contradicts its contents.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -109,7 +109,7 @@ def read_tensors(
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors and the metadata of the safetensors file `path`, in memory.
 
-    What happens to the file afterwards changes nothing.
+    Later changes to the file have no effect.
 
     Raises:
         error: as `map_tensors`, or the file is written to while it is read.
@@ -120,7 +120,7 @@ def read_tensors(
     check_file(file, error=error)
     try:
         content = read_still(file, file.read_bytes)
-        # It checks the whole file, but for the shapes that numpy cannot hold.
+        # Validates everything but shapes that are too large for numpy.
         parts = dict(deserialize(content))  # type: ignore[no-untyped-call]
         start = int.from_bytes(content[:8], "little") + 8
         header: dict[str, Any] = parse_json(content[8:start])
@@ -139,10 +139,9 @@ def read_tensors(
 
 
 def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> StoredTensor:
-    """The tensor that a header's `entry` tells of; ValueError where numpy cannot hold its shape.
+    """The tensor that a header's `entry` describes; ValueError if its shape is too large for numpy.
 
-    The library has checked that the offsets are of its size, which says nothing of a shape with a
-    zero in it.
+    The library compares offsets and size, which does not bound a shape that contains a zero.
     """
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
@@ -152,14 +151,14 @@ def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> Sto
 
 
 def _unreadable(file: Path, problem: Exception) -> str:
-    """What a message says of a file that is read in vain."""
+    """Message for a file that cannot be read."""
     if _is_pointer(file):
         return f"{file} is a pointer of Git LFS, not the file: run git lfs pull"
-    return f"{file} is no valid safetensors file: {first_line(problem)}"
+    return f"{file} is not a valid safetensors file: {first_line(problem)}"
 
 
 def _is_pointer(file: Path) -> bool:
-    """Whether a repository was cloned without its large files."""
+    """Whether `file` is a Git LFS pointer instead of the data."""
     try:
         with open_file(file, error=LoraDeployError) as opened:
             return opened.read(len(_POINTER)) == _POINTER
@@ -173,22 +172,22 @@ def read_arrays(
     """The finite arrays and the metadata of the safetensors file `path`.
 
     Raises:
-        error: as `read_tensors`; or a dtype that numpy cannot hold, or a value that is not finite.
+        error: as `read_tensors`; or a dtype that is not supported, or a value that is not finite.
     """
     stored, metadata = read_tensors(path, error=error)
     arrays = {}
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES:
             raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
-        values = np.array(tensor.array())  # aligned, and apart from the others
+        values = np.array(tensor.array())  # an aligned copy
         if values.dtype.kind == "f" and not _fit_float32(values):
-            raise error(f"{path}: {name} holds values that are not finite (NaN or infinite)")
+            raise error(f"{path}: {name} has values that are not finite (NaN or infinite)")
         arrays[name] = values
     return arrays, metadata
 
 
 def _fit_float32(values: NDArray[Any]) -> bool:
-    """Whether all are numbers, and stay so in float32, in which adapters are computed."""
+    """Whether all values are finite as float32, in which adapters are computed."""
     if values.dtype.itemsize > 4:
         return bool((np.abs(values) <= np.finfo(np.float32).max).all())  # False for NaN
     return bool(np.isfinite(values).all())
@@ -199,20 +198,20 @@ def write_arrays(
     arrays: Mapping[str, NDArray[Any]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file, atomically, the same bytes for the same contents.
+    """Write a safetensors file atomically. Equal contents give equal bytes.
 
-    The header is written here because the library orders the metadata by hash (0.8): tensors and
-    metadata are in name order, the header is padded with spaces to a multiple of 8 bytes.
+    The library orders the metadata by hash (0.8), so the header is written here: tensors and
+    metadata are in name order, and spaces pad the header to a multiple of 8 bytes.
 
     Raises:
-        TypeError: an array's dtype has no name in the format.
+        TypeError: safetensors has no such dtype.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in sorted(arrays):
         values = arrays[name]
         if values.dtype not in _NAMES:
-            raise TypeError(f"{name} has the dtype {values.dtype}, which safetensors cannot hold")
+            raise TypeError(f"{name} has the dtype {values.dtype}, which safetensors cannot store")
         header[name] = {
             "dtype": _NAMES[values.dtype],
             "shape": list(values.shape),

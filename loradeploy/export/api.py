@@ -95,7 +95,7 @@ def export(
     from loradeploy.export.tasks import check_task
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
-    from loradeploy.lora.checkpoint import tell_beside
+    from loradeploy.lora.checkpoint import warn_of_unused_files
     from loradeploy.lora.loading import custom_code
 
     target = Path(output)
@@ -136,7 +136,7 @@ def export(
         )
     if source.kind != "bundle":
         advice = "add it to the adapters, if it is not merged already"
-        tell_beside(source.directory, advice, given=directories.values())
+        warn_of_unused_files(source.directory, advice, given=directories.values())
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)

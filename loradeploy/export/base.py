@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.base_files import base_tensors, check_plain
+from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.renamings import Submodel, known
 from loradeploy.adapter.tasks import (
@@ -69,7 +69,7 @@ from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.texts import check_recipe, makes_vectors
 from loradeploy.export.trace.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
-from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.lora.base_formats import check_unquantized
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
 
     adapters = options.adapters
     named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
-    check_plain_weights(source.directory, names=[source.name, *named])
+    check_unquantized(source.directory, names=[source.name, *named])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
     declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
     if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
@@ -310,7 +310,7 @@ def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
     if checkpoint is None:
         return BaseIdentity(source.name, graph_digest(graph), "onnx")
-    check_plain(checkpoint, base_tensors(checkpoint))
+    check_no_peft_layers(checkpoint, base_tensors(checkpoint))
     return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
 
 

@@ -15,7 +15,7 @@ from loradeploy.adapter.delta import as_matrix, matrices
 from loradeploy.adapter.dora import output_scale
 from loradeploy.adapter.fit import AdaptableBase, check_fit
 from loradeploy.adapter.fit import Layer as Described
-from loradeploy.adapter.settle import same_given
+from loradeploy.adapter.settle import same_values
 from loradeploy.bundle.manifest import MergeError
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.graph.edit import constant_of, remove_unused
@@ -110,7 +110,7 @@ def _overwrite(layers: Layers, adapter: Adapter) -> None:
     groups: list[Mapping[str, NDArray[Any] | Rows]] = [adapter.carried, adapter.rows]
     for given in groups:
         for first, second in itertools.combinations(sorted(given), 2):
-            if layers.may_share(first, second) and not same_given(given[first], given[second]):
+            if layers.may_share(first, second) and not same_values(given[first], given[second]):
                 raise AdapterMismatchError(
                     f"{first} and {second} are one weight in this graph, or have the same numbers,"
                     " and are two in the adapter: merge it into the checkpoint, untied"

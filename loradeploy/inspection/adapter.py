@@ -67,7 +67,7 @@ class NativeAdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFileFacts:
-    """A safetensors file that is no adapter. `note`: what it is instead, where that is known."""
+    """A safetensors file that is not an adapter. `note`: what it is instead, if known."""
 
     kind: str = "safetensors file"
     bytes: int
@@ -80,7 +80,7 @@ def inspect_adapter(path: Path) -> AdapterFacts:
     """An adapter's directory, or its file of tensors.
 
     Raises:
-        AdapterError: it is no adapter, or is refused.
+        AdapterError: it is not an adapter, or is refused.
     """
     from loradeploy.adapter import load_adapter
     from loradeploy.adapter.peft import WEIGHTS_NAME

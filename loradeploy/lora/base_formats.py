@@ -59,7 +59,7 @@ _SUFFIX: Final = re.compile(
 )
 
 
-def check_plain_weights(
+def check_unquantized(
     place: Path, *, names: Iterable[str | None] = (), allowed: Collection[str] = ()
 ) -> None:
     """Raise ModelError where the checkpoint in the directory `place` is packed by a quantizer.

@@ -11,14 +11,14 @@ from typing import Any, Final
 from loradeploy.adapter.base_files import (
     adapter_beside,
     graphs_in,
-    holds_weights,
+    has_weights,
     refuse_adapter,
     stray_weights,
     weight_files,
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.files import check_directory, read_bytes
-from loradeploy.lora.base_formats import check_plain_weights, gguf_advice
+from loradeploy.lora.base_formats import check_unquantized, gguf_advice
 from loradeploy.lora.loading import is_trusted
 from loradeploy.parsing import parse_json
 from loradeploy.printable import logger_of
@@ -45,7 +45,7 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     if not place.exists() and is_hub_id(text):
         fetched = transformer_folder(fetch(text))
         refuse_adapter(fetched)
-        check_plain_weights(fetched, names=[text], allowed=quantized)
+        check_unquantized(fetched, names=[text], allowed=quantized)
         return fetched
     if place.exists() and not any(place.glob("*.safetensors")) and (told := gguf_advice(place)):
         raise ModelError(told)
@@ -58,17 +58,17 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     refuse_adapter(place)
     if not (place / "config.json").is_file():
         raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
-    if graphs_in(place) and not holds_weights(place):
+    if graphs_in(place) and not has_weights(place):
         raise ModelError(
             f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
             " checkpoint that they were exported from"
         )
     weight_files(place)
-    check_plain_weights(place, allowed=quantized)
+    check_unquantized(place, allowed=quantized)
     return place
 
 
-def tell_beside(directory: Path, advice: str, *, given: Iterable[Path] = ()) -> None:
+def warn_of_unused_files(directory: Path, advice: str, *, given: Iterable[Path] = ()) -> None:
     """Warn of what lies beside the base's weights in `directory` and is not loaded.
 
     `given`: adapters that are used; of another one `advice` says what to do.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.base_files import base_tensors, check_plain
+from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
 from loradeploy.errors import ModelError, listed
 from loradeploy.printable import logger_of
 
@@ -93,7 +93,7 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
         ModelError: the weights are missing, incomplete, of a model that PEFT wrapped, or have
             tensors for layers of the model that those have no place for.
     """
-    check_plain(directory, base_tensors(directory))
+    check_no_peft_layers(directory, base_tensors(directory))
     model, info = from_pretrained(
         auto_class,
         directory,
@@ -103,7 +103,7 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
         **options,
     )
     # The modules tell whether that still keeps transformers from it.
-    check_plain(directory, [name for name, _ in model.named_modules()])
+    check_no_peft_layers(directory, [name for name, _ in model.named_modules()])
     _check_unexpected(model, directory, info["unexpected_keys"])
     lacking = {str(key) for key in info["missing_keys"]}
     lacking |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.settle import same_given
+from loradeploy.adapter.settle import same_values
 from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
 
@@ -63,7 +63,7 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
         for name, values in sorted(given.items()):
             parameter = parameters[name]
             first = seen.setdefault(id(parameter), name)
-            if first != name and not same_given(given[first], values):
+            if first != name and not same_values(given[first], values):
                 for one in reversed(done):
                     one.undo()
                 raise AdapterMismatchError(

@@ -43,7 +43,7 @@ def doubled(config: AdapterConfig) -> AdapterConfig:
     )
 
 
-def plain_on_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adapter:
+def to_standard_lora_from_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adapter:
     """As `plain`, on the Hugging Face checkpoint or hub id `model`, whose digest the adapter gets.
 
     Raises:
@@ -104,7 +104,7 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
     for name, pair in adapter.factors.items():
         module = modules.get(name)
         if module is None or kind_of(module) is not LoraLinear:
-            raise AdapterMismatchError(f"{name} is no linear layer of this model")
+            raise AdapterMismatchError(f"{name} is not a linear layer of this model")
         if owners[id(module.weight)] > 1:
             raise AdapterError(
                 f"{name}.weight is shared by another module, out of which {method} took a part too:"

@@ -20,8 +20,8 @@ from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, Usa
 from loradeploy.export.given_adapters import adapter_directories
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
-from loradeploy.lora.base_formats import check_plain_weights
-from loradeploy.lora.checkpoint import tell_beside
+from loradeploy.lora.base_formats import check_unquantized
+from loradeploy.lora.checkpoint import warn_of_unused_files
 from loradeploy.parity.report.results import Variant
 from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
 
@@ -110,8 +110,8 @@ def find_model(
         raise UsageError(
             f"{model} is an ONNX model: the reference is the PyTorch model, give its directory"
         )
-    check_plain_weights(source.directory, names=[source.name])
-    tell_beside(source.directory, "the reference's base is without it")
+    check_unquantized(source.directory, names=[source.name])
+    warn_of_unused_files(source.directory, "the reference's base is without it")
     digest = base_digest(source.directory)
     base = manifest.base
     if base.kind == "checkpoint" and base.digest not in (None, digest):

@@ -42,7 +42,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
-from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
+from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
 from loradeploy.lora.inject import copy_into, inject
 from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
@@ -91,7 +91,7 @@ def run(
         checkpoints.check(resume=resume)
     place = find_checkpoint(model, quantized=[BITSANDBYTES])
     if main:
-        tell_beside(place, "training begins at the base alone")
+        warn_of_unused_files(place, "training begins at the base alone")
     with quiet(), _explained():
         opened = open_checkpoint(place)
         config = opened.within(config)

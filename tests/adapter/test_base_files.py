@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import base_digest
-from loradeploy.adapter.base_files import check_plain, refuse_adapter, stray_weights, weight_files
+from loradeploy.adapter.base_files import (
+    check_no_peft_layers,
+    refuse_adapter,
+    stray_weights,
+    weight_files,
+)
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.errors import ModelError
 
@@ -78,19 +83,22 @@ def test_the_file_that_the_config_names_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({INDEX: index(*SHARDS), SHARDS[0]: A}, f"{SHARDS[1]}, which is not there: .* complete"),
-        ({INDEX: index("../x.safetensors")}, "leads out of"),
+        ({INDEX: index(*SHARDS), SHARDS[0]: A}, f"{SHARDS[1]}, which does not exist: .* complete"),
+        ({INDEX: index("../x.safetensors")}, "is outside"),
         ({INDEX: {}}, "no weight_map"),
         (
             {"model.fp16.safetensors": A},
-            r"model\.fp16\.safetensors is none that transformers loads",
+            r"transformers does not load model\.fp16\.safetensors by default",
         ),
-        ({"consolidated.safetensors": A}, "consolidated.safetensors is none"),
+        ({"consolidated.safetensors": A}, "does not load consolidated.safetensors"),
         ({"pytorch_model.bin": None}, "pytorch_model.bin, a pickle"),
         ({"shard-00000-model-00001-of-00001.safetensors": A}, "distributed checkpoint"),
-        ({"config.json": {"transformers_weights": "../x.safetensors"}}, "leads out of"),
+        ({"config.json": {"transformers_weights": "../x.safetensors"}}, "is outside"),
         ({"config.json": {"transformers_weights": "x.safetensors"}}, "no such file"),
-        ({"config.json": {"transformers_weights": "x.bin"}}, "the name of safetensors is needed"),
+        (
+            {"config.json": {"transformers_weights": "x.bin"}},
+            "expected the name of a .safetensors file",
+        ),
     ],
 )
 def test_weights_that_transformers_would_not_load_are_named(
@@ -134,8 +142,10 @@ def test_an_adapter_beside_a_model_leaves_it_one(tmp_path: Path) -> None:
 )
 def test_a_model_saved_with_peft_s_layers_in_it_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="saved with PEFT's layers in it .*merge_and_unload"):
-        check_plain(Path("m"), ["model.norm.weight", name])
+        check_no_peft_layers(Path("m"), ["model.norm.weight", name])
 
 
 def test_names_that_only_look_like_peft_s_are_plain() -> None:
-    check_plain(Path("m"), ["model.base_model.weight", "flora_A.weight", "model.q_a_proj.weight"])
+    check_no_peft_layers(
+        Path("m"), ["model.base_model.weight", "flora_A.weight", "model.q_a_proj.weight"]
+    )

@@ -118,12 +118,12 @@ def test_a_combination_is_pefts(method: str, tiny_gpt2: Path, make_adapter: Any)
     [
         ({"config": {"use_dora": True}}, "is a DoRA adapter, whose magnitudes cannot be added"),
         ({"config": {"init_lora_weights": "pissa"}}, "loradeploy convert ADAPTER --model BASE"),
-        ({"base_digest": "sha256:11"}, "a base of their own"),
+        ({"base_digest": "sha256:11"}, "different bases"),
         ({"rank": 2}, "method linear needs equal ones, use cat or svd"),
-        ({"factors": {"l.q": Factors(np.ones((4, 9)), np.ones((10, 4)))}}, "of other shapes"),
+        ({"factors": {"l.q": Factors(np.ones((4, 9)), np.ones((10, 4)))}}, "have different shapes"),
         (
             {"saved": {"h.weight": np.ones(3)}, "config": {"modules_to_save": ("h",)}},
-            "have both trained h.weight whole",
+            "have both fully trained h.weight",
         ),
     ],
 )
@@ -139,12 +139,12 @@ def test_what_cannot_be_combined_is_refused(change: dict[str, Any], message: str
     [
         (lambda a: ld.combine({}), "no adapters"),
         (lambda a: ld.combine({a: 1}, method="mean"), "'mean' is unknown"),
-        (lambda a: ld.combine({a: 1}, method="cat", rank=2), "a rank is for method svd"),
+        (lambda a: ld.combine({a: 1}, method="cat", rank=2), "`rank` needs method svd"),
         (lambda a: ld.combine({a: math.nan}), "has the weight nan"),
-        (lambda a: ld.reduce_rank(a), "one of the two"),
-        (lambda a: ld.reduce_rank(a, 2, energy=0.5), "one of the two"),
+        (lambda a: ld.reduce_rank(a), "either `rank` or `energy`"),
+        (lambda a: ld.reduce_rank(a, 2, energy=0.5), "either `rank` or `energy`"),
         (lambda a: ld.reduce_rank(a, 0), "1 or more"),
-        (lambda a: ld.reduce_rank(a, energy=1.5), "a part of 1"),
+        (lambda a: ld.reduce_rank(a, energy=1.5), "a fraction above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(call: Any, message: str) -> None:
@@ -152,13 +152,13 @@ def test_options_that_make_no_sense_are_refused(call: Any, message: str) -> None
         call(an_adapter())
 
 
-def test_what_is_trained_whole_comes_from_the_one_that_has_it() -> None:
+def test_what_is_trained_in_full_comes_from_the_one_that_has_it() -> None:
     head = np.ones((2, 3), np.float32)
     one = an_adapter(1, saved={"h.weight": head}, config={"modules_to_save": ("h",)}, labels=("a",))
     combined = ld.combine({one: 1, an_adapter(2): -0.5})
     assert combined.saved["h.weight"] is head
     assert (combined.config.modules_to_save, combined.labels) == (("h",), ("a",))
-    with pytest.raises(AdapterError, match=r"h\.weight whole, which cannot be taken away"):
+    with pytest.raises(AdapterError, match=r"h\.weight, which cannot be subtracted"):
         ld.combine({one: -1, an_adapter(2): 1})
 
 
@@ -197,11 +197,11 @@ def test_what_came_of_the_base_and_trained_rows_stay(changed: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({bringing(): 1, an_adapter(2): 1}, r"emb\.weight of the base came with"),
-        ({an_adapter(2): 1, bringing(): 1}, r"emb\.weight of the base came with"),
-        ({bringing(): 1, bringing(2, size=1.5): 1}, r"emb\.weight of the base came with"),
+        ({bringing(): 1, an_adapter(2): 1}, r"emb\.weight of the base is in"),
+        ({an_adapter(2): 1, bringing(): 1}, r"emb\.weight of the base is in"),
+        ({bringing(): 1, bringing(2, size=1.5): 1}, r"emb\.weight of the base is in"),
         ({bringing(): 1, bringing(2, tokens=3): 1}, r"both trained rows of head\.weight"),
-        ({bringing(): -1}, r"rows of head\.weight .* cannot be taken away"),
+        ({bringing(): -1}, r"rows of head\.weight .* cannot be subtracted"),
     ],
     ids=["one lacks it", "the first lacks it", "another base", "other rows", "negative"],
 )

@@ -68,18 +68,22 @@ def test_what_fits_is_accepted(fits: Adapter) -> None:
 @pytest.mark.parametrize(
     ("base", "other", "message"),
     [
-        (BASE, adapter("l.x"), "l.x is no linear layer of this base model"),
-        (BASE, adapter("embed"), "embed is no linear layer of this base model, but an embedding"),
+        (BASE, adapter("l.x"), "l.x is not a linear layer of this base model"),
+        (
+            BASE,
+            adapter("embed"),
+            "embed is not a linear layer of this base model, but an embedding",
+        ),
         (BASE, adapter(pair=linear(into=5)), r"l.q.lora_A is \[2, 5\], the base takes 3"),
         (BASE, adapter(pair=linear(out=5)), r"l.q.lora_B is \[5, 2\], the base gives 4"),
         (BASE, adapter("patch", convolution(1)), "patch is a convolution of 2 groups.* for 1"),
         (BASE, adapter("small"), "small takes no rank 2"),
-        (BASE, adapter(saved={"a.bias": zeros(3)}), "a.bias .a trained bias. is no parameter"),
+        (BASE, adapter(saved={"a.bias": zeros(3)}), "a.bias .a trained bias. is not a parameter"),
         (BASE, adapter(saved={"norm.weight": zeros(4)}), r"norm.weight is \[4\], .* has \[3\]"),
         (BASE, adapter(carried={"embed.weight": zeros(11, 3)}), "vocabulary has 11 tokens, .* 9"),
         (BASE, adapter(rows={"embed.weight": Rows((9,), zeros(1, 3))}), "tokens up to 9"),
-        (BESIDE, adapter("l.x"), "l.x is no target module of this bundle"),
-        (BESIDE, adapter("patch", convolution(2)), "a convolution, which takes no side inputs"),
+        (BESIDE, adapter("l.x"), "l.x is not a target module of this bundle"),
+        (BESIDE, adapter("patch", convolution(2)), "a convolution, which cannot have side inputs"),
         (BESIDE, adapter(pair=linear(dora=True)), "l.q has no scale in this bundle"),
         (BESIDE, adapter(carried={"embed.weight": zeros(9, 3)}), "differs from the base's"),
         (BESIDE, adapter(rows={"embed.weight": Rows((1,), zeros(1, 3))}), "merge it instead"),
@@ -110,6 +114,6 @@ def test_an_adapter_of_another_model_is_refused_in_one_sentence() -> None:
     config = AdapterConfig(r=RANK, target_modules=("x", "y"), base_model_name_or_path="other/model")
     both = Adapter(config, {"x": linear(), "y": linear()})
     with pytest.raises(
-        AdapterMismatchError, match=r"x is no .*, nor are the other 1: .* other/mod"
+        AdapterMismatchError, match=r"x is not .*, nor are the other 1: .* other/mod"
     ):
         check_fit(both, BASE)

@@ -1,4 +1,4 @@
-"""What is no adapter of PEFT is called what it is, by its content, with what to do about it."""
+"""What is not an adapter of PEFT is called what it is, by its content, with what to do about it."""
 
 from __future__ import annotations
 
@@ -129,15 +129,15 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     diffusers: ("is an adapter of diffusers", "fuse it with diffusers"),
     adapter_hub: ("a LoRA of AdapterHub's", "model.merge_adapter"),
     adapter_hub_bottleneck: ("of AdapterHub's adapters library", "train a LoRA"),
-    torchtune: ("torchtune's own names", "adapter_model.safetensors"),
+    torchtune: ("torchtune's names", "adapter_model.safetensors"),
     zero3: (r"2 empty tensors of 2 .*l\.q\.lora_A.*DeepSpeed ZeRO-3", "zero_to_fp32.py"),
-    whole_model: ("is a whole model", "`model`"),
-    whole_weights: (r"no LoRA factors but 3 whole weights .*layers\.0\.q_proj", "`model`"),
-    no_config: ("holds LoRA factors and no adapter_config.json", "copy it"),
+    whole_model: ("is not an adapter but a complete model", "`model`"),
+    whole_weights: (r"no LoRA factors but 3 full weights .*layers\.0\.q_proj", "`model`"),
+    no_config: ("has LoRA factors and no adapter_config.json", "copy it"),
     two_names: ("names of adapters in its keys", "save_pretrained"),
-    checkpoints: ("holds 3 checkpoints", "give the newest, .*checkpoint-500"),
+    checkpoints: ("has 3 checkpoints", "give the newest, .*checkpoint-500"),
     folder_of_its_name: ("its folder sport is", "give .*sport"),
-    several_folders: ("holds 2 in folders", "give one of sport, tech"),
+    several_folders: ("has 2 in folders", "give one of sport, tech"),
     gguf: ("GGUF", "give the PEFT directory"),
 }
 

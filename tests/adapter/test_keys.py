@@ -36,11 +36,11 @@ P = "base_model.model."
         (f"{P}l.q.base_layer.bias", "below", "l.q.bias", ""),
         (f"{P}emb.token_adapter.base_layer.weight", "below", "emb.weight", ""),
         (f"{P}emb.token_adapter.trainable_tokens_delta", "rows", "emb", ""),
-        (f"{P}head.modules_to_save.weight", "whole", "head.weight", ""),
-        (f"{P}head.modules_to_save.default.weight", "whole", "head.weight", ""),
-        (f"{P}head.modules_to_save.dense.weight", "whole", "head.dense.weight", ""),
+        (f"{P}head.modules_to_save.weight", "saved", "head.weight", ""),
+        (f"{P}head.modules_to_save.default.weight", "saved", "head.weight", ""),
+        (f"{P}head.modules_to_save.dense.weight", "saved", "head.dense.weight", ""),
         (f"{P}head.original_module.weight", "original", "head.weight", ""),
-        (f"{P}head.weight", "plain", "head.weight", ""),
+        (f"{P}head.weight", "parameter", "head.weight", ""),
     ],
 )
 def test_a_key_is_read_however_it_is_spelled(key: str, part: str, name: str, half: str) -> None:
@@ -79,7 +79,7 @@ def an_adapter(*modules: str, zeros: str | None = None, **changes: Any) -> Adapt
         ("l.0.q", ["vision.l.0.q"], "l.0.q"),
         ("l.7.q", ["model.l.0.q"], "l.7.q"),
     ],
-    ids=["the same", "added", "taken away", "inserted", "another part of a model", "unknown"],
+    ids=["the same", "added", "subtracted", "inserted", "another part of a model", "unknown"],
 )
 def test_a_beginning_that_can_only_be_one_is_changed(
     module: str, base: list[str], expected: str

@@ -62,7 +62,7 @@ def test_factors_are_transposed_and_the_scaling_is_folded_into_B() -> None:
         ),
         (
             {"factors": {"l.x": factors(), "l.q": factors(), "l.k": factors()}},
-            "l.x is no target",
+            "l.x is not a target",
         ),
         ({"factors": {"l.q": factors()}}, "l.k is targeted and has no tensors"),
         (
@@ -99,7 +99,7 @@ def test_every_misfit_is_in_the_one_message() -> None:
     wrong = an_adapter(factors={"l.x": factors(), "l.q": factors(into=9)})
     with pytest.raises(AdapterMismatchError) as refusal:
         side_inputs(wrong, a_manifest())
-    for misfit in ("l.x is no target", "takes 3", "l.k is targeted"):
+    for misfit in ("l.x is not a target", "takes 3", "l.k is targeted"):
         assert misfit in str(refusal.value)
 
 
@@ -160,7 +160,7 @@ def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) 
     [
         (
             Factors(np.zeros((2, 3, 1, 1), np.float32), np.zeros((4, 2, 1, 1)), kind="conv2d"),
-            "l.q is a convolution, which takes no side inputs: merge it instead",
+            "l.q is a convolution, which cannot have side inputs: merge it instead",
         ),
         (
             Factors(np.zeros((2, 3), np.float32), np.zeros((4, 2)), kind="embedding"),

@@ -38,16 +38,16 @@ def edit_config(directory: Path, **fields: object) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda d: edit_weights(d, lambda b: b[:-8]), "no valid safetensors"),
+    "truncated": (lambda d: edit_weights(d, lambda b: b[:-8]), "not a valid safetensors"),
     "lying header": (
         lambda d: edit_weights(d, lambda b: struct.pack("<Q", 1 << 50) + b[8:]),
-        "no valid safetensors",
+        "not a valid safetensors",
     ),
     "not a number": (poison, "not finite"),
     "a pickle": (lambda d: (d / WEIGHTS).rename(d / "adapter_model.bin"), "is a pickle"),
     "a variant": (lambda d: edit_config(d, use_dora=True), "use_dora"),
     "an unknown field": (lambda d: edit_config(d, tomorrow=0.5), "tomorrow"),
-    "another rank": (lambda d: edit_config(d, r=5), "the config says rank 5"),
+    "another rank": (lambda d: edit_config(d, r=5), "the config has rank 5"),
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "does not exist"),
 }
 
@@ -88,7 +88,7 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
     ("arguments", "message"),
     [
         (["inspect", "{tmp}/nowhere"], "does not exist"),
-        (["inspect", "{tmp}"], "is no adapter"),
+        (["inspect", "{tmp}"], "is not an adapter"),
         (["run", "{tmp}/nowhere", "hi"], "does not exist"),
         (["run", "{tmp}", "hi"], "holds no loradeploy.json"),
         (["run", "{bundle}"], "give either a PROMPT or --input"),
@@ -121,7 +121,7 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
         (["parity", "{bundle}", "--backends", "guess"], "guess"),
         (["parity", "{bundle}", "--model", "{model}", "--adapter", "{tmp}/no"], "does not exist"),
         (["export", "--model", "{model}", "--output", "{tmp}/o", "--precision", "fp8"], "fp8"),
-        (["inspect", "{bundle}/config.json"], "is no adapter"),
+        (["inspect", "{bundle}/config.json"], "is not an adapter"),
         (
             ["convert", "{tmp}/no", "--bundle", "{tmp}", "--output", "b.onnx_adapter"],
             "loradeploy.json",
@@ -167,7 +167,7 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     status, _, err = run("run", tiny_llama_bundle, "hi", "--adapter", make_adapter(tiny_gpt2))
     assert status == 2
-    assert "is no target module of this bundle" in one_line(err)
+    assert "is not a target module of this bundle" in one_line(err)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".onnx_adapter", ".safetensors"])

@@ -83,7 +83,7 @@ def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checke
     spoil(checked / "model.onnx")
     assert verdict()[:2] == ("changed since the export: model.onnx", "stale")
     spoil(checked / "adapters/one/adapter_model.safetensors")
-    assert "no valid safetensors" in verdict()[2]
+    assert "not a valid safetensors" in verdict()[2]
 
 
 def test_the_certificate_is_shown_with_what_it_was_made_of(checked: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_hub_s_model_that_cannot_be_had(tmp_path: Path) -> None:
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    with pytest.raises(ModelError, match=r"holds neither \.safetensors nor \.onnx files"):
+    with pytest.raises(ModelError, match=r"has neither \.safetensors nor \.onnx files"):
         export(tmp_path / "m", tmp_path / "b")
 
 

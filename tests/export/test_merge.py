@@ -139,8 +139,8 @@ def test_every_misfit_is_in_the_one_error() -> None:
         _merge(linear(), adapter)
     message = str(caught.value)
     assert "block.proj.lora_A is [2, 7], the base takes 6" in message
-    assert "gone is no linear layer" in message
-    assert "head.weight (modules_to_save) is no parameter of this graph" in message
+    assert "gone is not a linear layer" in message
+    assert "head.weight (modules_to_save) is not a parameter of this graph" in message
 
 
 def test_quantised_weights_are_not_merged_into() -> None:

@@ -156,7 +156,7 @@ def test_all_that_cannot_be_found_is_in_one_error() -> None:
     for told in (
         "embed is no embedding of this graph",
         "patch is no convolution of this graph",
-        "norm.bias (a trained bias) is no parameter of this graph",
+        "norm.bias (a trained bias) is not a parameter of this graph",
     ):
         assert told in str(refusal.value)
 

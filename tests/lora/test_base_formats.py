@@ -14,7 +14,7 @@ import loradeploy as ld
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.errors import LoraDeployError, ModelError
 from loradeploy.export.read.source import resolve
-from loradeploy.lora.base_formats import BITSANDBYTES, check_plain_weights, original_name
+from loradeploy.lora.base_formats import BITSANDBYTES, check_unquantized, original_name
 from loradeploy.lora.checkpoint import find_checkpoint
 from tests.conftest import MakeAdapter
 
@@ -44,7 +44,7 @@ def write_base(place: Path, *tensors: str, **config: Any) -> Path:
 
 def refusal_of(place: Path, **options: Any) -> str:
     with pytest.raises(ModelError) as refusal:
-        check_plain_weights(place, **options)
+        check_unquantized(place, **options)
     message = str(refusal.value).replace(str(place), "")
     assert "\n" not in message and len(message) <= LONGEST
     return message
@@ -57,7 +57,7 @@ def test_the_quantizer_is_named_with_the_way_out(name: str, inner: bool, tmp_pat
     config: dict[str, Any] = {"quantization_config": settings}
     place = write_base(tmp_path / "base", **({"text_config": config} if inner else config))
     with pytest.raises(ModelError, match=f"{told}.*{advice}"):
-        check_plain_weights(place)
+        check_unquantized(place)
     refusal_of(place)
 
 
@@ -84,7 +84,7 @@ def test_a_model_of_mlx_in_few_bits_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gguf"}}])
 def test_plain_weights_are_taken(config: dict[str, Any], tmp_path: Path) -> None:
-    check_plain_weights(write_base(tmp_path / "base", **config))
+    check_unquantized(write_base(tmp_path / "base", **config))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from loradeploy.errors import AdapterMismatchError, ModelError
 from loradeploy.export.given_adapters import check_brought
 from loradeploy.export.read.source import resolve
 from loradeploy.export.trace import load_model
-from loradeploy.lora.checkpoint import find_checkpoint, tell_beside
-from loradeploy.lora.standard import plain_on_checkpoint
+from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
+from loradeploy.lora.standard import to_standard_lora_from_checkpoint
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.model import load_base, open_checkpoint
 from loradeploy.train.tasks import task_of
@@ -109,9 +109,9 @@ def test_an_adapter_beside_is_told_unless_it_is_given(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copy / "adapter_config.json").write_text("{}")
-    tell_beside(copy, "give it with --adapter", given=[copy / ".." / copy.name])
+    warn_of_unused_files(copy, "give it with --adapter", given=[copy / ".." / copy.name])
     assert not caplog.messages
-    tell_beside(copy, "give it with --adapter", given=[copy.parent])
+    warn_of_unused_files(copy, "give it with --adapter", given=[copy.parent])
     (told,) = caplog.messages
     assert told.endswith("is not loaded: give it with --adapter")
     assert str(copy) in told
@@ -145,7 +145,7 @@ def test_shards_are_the_base_whatever_lies_beside_them(
     save_file(strange, place / "consolidated.safetensors", {"format": "pt"})
     assert torch.equal(logits(loader(place)), logits(base))
     shards[0].unlink()
-    with pytest.raises(ModelError, match=f"{shards[0].name}, which is not there"):
+    with pytest.raises(ModelError, match=f"{shards[0].name}, which does not exist"):
         loader(place)
 
 
@@ -251,7 +251,7 @@ def test_an_adapter_is_not_made_plain_on_random_weights(
     copy: Path, make_adapter: MakeAdapter, tiny_llama: Path
 ) -> None:
     adapter = load_adapter(make_adapter(tiny_llama, init_lora_weights="pissa"))
-    plain_on_checkpoint(adapter, copy)
+    to_standard_lora_from_checkpoint(adapter, copy)
     change(copy, incomplete)
     with pytest.raises(ModelError, match=r"lacks the weight of model\.layers\.1\.mlp\.up_proj"):
-        plain_on_checkpoint(adapter, copy)
+        to_standard_lora_from_checkpoint(adapter, copy)

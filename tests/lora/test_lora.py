@@ -257,7 +257,7 @@ def test_an_adapter_of_another_model_is_refused_with_every_misfit(
     base = base_of(tiny_llama, {})
     before = logits(base)
     with pytest.raises(
-        AdapterMismatchError, match="is no linear layer of this base model, nor are the other 7"
+        AdapterMismatchError, match="is not a linear layer of this base model, nor are the other 7"
     ):
         load(base, adapter)
     assert torch.equal(logits(base), before)

@@ -146,7 +146,7 @@ Arguments = Callable[[Path, Path], list[object]]
         (lambda b, t: [b, "x", "--input="], UsageError, "either a PROMPT"),
         (lambda b, t: [t / "none", "x"], LoraDeployError, "none does not exist"),
         (lambda b, t: [b, "x", "--adapter", "ghost"], UnknownAdapterError, "'ghost' is neither"),
-        (lambda b, t: [b, "x", "--adapter", t], LoraDeployError, "is no adapter"),
+        (lambda b, t: [b, "x", "--adapter", t], LoraDeployError, "is not an adapter"),
         (lambda b, t: [b, "--input", t / "none.txt"], DataError, "none.txt does not exist"),
         (lambda b, t: [b, "--input", t], DataError, "is a directory: only regular files are read"),
         (lambda b, t: [b, "x", "--top-k", 3], UsageError, "no effect at temperature 0"),

@@ -93,7 +93,7 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
     for name, values in sorted(arrays.items()):
         spec = expected.get(name)
         if spec is None:
-            problems.append(f"{name} is no side input of this bundle")
+            problems.append(f"{name} is not a side input of this bundle")
             continue
         sizes = {ADAPTERS: 1, RANK: ranks.get(name)}
         shape = [sizes.get(d) if isinstance(d, str) else d for d in spec.shape]

@@ -71,7 +71,9 @@ class ModuleMap:
         try:
             return re.compile(key)
         except re.error as problem:
-            raise UsageError(f"{self._file}: {key!r} is no regular expression: {problem}") from None
+            raise UsageError(
+                f"{self._file}: {key!r} is not a regular expression: {problem}"
+            ) from None
 
     def _check(self, key: str, pattern: re.Pattern[str], value: Any) -> None:
         several = isinstance(value, list) and bool(value)

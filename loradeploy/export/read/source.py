@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from loradeploy.adapter.base_files import (
     graphs_in,
-    holds_weights,
+    has_weights,
     is_loadable,
     refuse_adapter,
     weight_files,
@@ -96,7 +96,7 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
             "bundle", manifest.base.name, directory, directory, directory / GRAPH_NAME, manifest
         )
     checkpoint = transformer_folder(directory)
-    if is_loadable(checkpoint) or (holds_weights(checkpoint) and not graphs_in(directory)):
+    if is_loadable(checkpoint) or (has_weights(checkpoint) and not graphs_in(directory)):
         refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():
             raise ModelError(

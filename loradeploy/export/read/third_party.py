@@ -22,7 +22,7 @@ from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
 from loradeploy.files import read_json
-from loradeploy.lora.base_formats import check_plain_weights
+from loradeploy.lora.base_formats import check_unquantized
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def find_modules(
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
     given = list(adapters)
     if evidence.checkpoint is not None:
-        check_plain_weights(evidence.checkpoint)
+        check_unquantized(evidence.checkpoint)
     weights = (
         None
         if evidence.checkpoint is None

@@ -312,7 +312,7 @@ def test_what_the_graph_lacks_of_the_checkpoint_is_listed(
     ("rules", "message"),
     [
         ({"/nowhere/.*": "a.b"}, "no product of the graph is called '/nowhere/"),
-        ({"(": "a"}, "is no regular expression"),
+        ({"(": "a"}, "is not a regular expression"),
         ({"/.*": 3}, "needs a module, or a list"),
         ({"/.*": [["a", 0]]}, "needs a module, or a list"),
         ({"/.*": r"\1"}, "has no group"),
@@ -333,7 +333,7 @@ def test_evidence_is_for_onnx_models_alone(tiny_bert: Path, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_that_is_none_is_refused(encoder: Graph, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds neither .safetensors nor .onnx files"):
+    with pytest.raises(ModelError, match="has neither .safetensors nor .onnx files"):
         export(encoder("legacy"), tmp_path / "out", checkpoint=tmp_path)
     assert not (tmp_path / "out").exists()
 
