@@ -50,10 +50,14 @@ if TYPE_CHECKING:
     from loradeploy.parity.compare.api import compare
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.tolerances import Limit
+    from loradeploy.runtime.decoding.logprobs import TokenLogprob
+    from loradeploy.runtime.decoding.options import GenerationOptions
+    from loradeploy.runtime.decoding.scoring import TextScore
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.classification import TextClassifier
     from loradeploy.runtime.tasks.embedding import TextEmbedder
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+    from loradeploy.runtime.tasks.streaming import TextPiece
     from loradeploy.train.config import TrainConfig
     from loradeploy.train.result import TrainResult
 
@@ -71,6 +75,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "Generation",
+    "GenerationOptions",
     "GraphForm",
     "Limit",
     "LoraDeployError",
@@ -83,6 +88,9 @@ __all__ = [
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "TextPiece",
+    "TextScore",
+    "TokenLogprob",
     "TrainConfig",
     "TrainResult",
     "TrainingError",
@@ -107,6 +115,10 @@ _LAZY = {
     "Limit": "loradeploy.parity.tolerances",
     "ParityReport": "loradeploy.parity.report.results",
     "Generation": "loradeploy.runtime.tasks.generation",
+    "GenerationOptions": "loradeploy.runtime.decoding.options",
+    "TextPiece": "loradeploy.runtime.tasks.streaming",
+    "TextScore": "loradeploy.runtime.decoding.scoring",
+    "TokenLogprob": "loradeploy.runtime.decoding.logprobs",
     "TrainConfig": "loradeploy.train.config",
     "TrainResult": "loradeploy.train.result",
     "Adapter": "loradeploy.adapter",

@@ -20,7 +20,10 @@ PAGE: Final = ROOT / "docs" / "api.md"
 ROOMS: Final = {
     "Train": ("train", "TrainConfig", "TrainResult"),
     "Export": ("export", "GraphForm", "Manifest"),
-    "Run": ("AdapterSession", "TextGenerator", "Generation", "TextClassifier", "TextEmbedder"),
+    "Run": (
+        "AdapterSession", "TextGenerator", "GenerationOptions", "Generation", "TextPiece",
+        "TokenLogprob", "TextScore", "TextClassifier", "TextEmbedder",
+    ),
     "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit", "CertificateMinimum"),
     "Adapters": (
         "load_adapter", "save_adapter", "combine", "reduce_rank", "Adapter", "AdapterConfig",

@@ -54,6 +54,7 @@ class DecoderCache:
         fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)
         self._in_place = manifest.cache_in_place and not fixed
         self._positions = 0
+        self._used = 0  # of them, those that were written
         self.outputs = tuple(present_of(spec.name) for spec in self._specs)
         self.buffers: Mapping[str, onnxruntime.OrtValue] = {}
         self.inputs: dict[str, onnxruntime.OrtValue] = {}
@@ -64,17 +65,31 @@ class DecoderCache:
         if self._in_place and positions > self._positions:
             self._allocate(max(positions + _ROOM, 2 * self._positions))
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+        self._used = positions
 
     def keep(self, present: Sequence[onnxruntime.OrtValue]) -> None:
         """Go on from what a run gave, in the order of `outputs`."""
         self.inputs = dict(zip(self.inputs, present, strict=True))
 
-    def _allocate(self, positions: int) -> None:
-        """Buffers of `positions` that hold what was there."""
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Make the batch of these of its rows, in their order; one may come several times."""
+        self._batch = len(rows)
+        self._allocate(self._positions, rows)
+        if self._in_place:
+            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+
+    def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
+        """Buffers of `positions` that hold what was there, of all rows or of `rows`."""
         for spec in self._specs:
             _, heads, _, size = spec.shape
-            values = np.zeros((self._batch, int(heads), positions, int(size)), spec.dtype)
-            if self._positions:
-                values[:, :, : self._positions] = self.inputs[spec.name].numpy()
+            if rows is not None and not self._in_place:
+                values = self.inputs[spec.name].numpy()[list(rows)]
+            else:
+                values = np.zeros((self._batch, int(heads), positions, int(size)), spec.dtype)
+                used = min(self._used, self._positions)
+                if used:
+                    there = self.inputs[spec.name].numpy()
+                    taken = slice(None) if rows is None else list(rows)
+                    values[:, :, :used] = there[taken, :, :used]
             self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
         self._positions = positions

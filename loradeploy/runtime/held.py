@@ -37,9 +37,16 @@ class HeldAdapters:
     end waits for runs that other threads have begun.
     """
 
-    def __init__(self, run: Run, lease: Lease, device: tuple[str, int]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        lease: Lease,
+        device: tuple[str, int],
+        of_rows: Callable[[Lease, Sequence[int]], Lease],
+    ) -> None:
         self._run = run
-        self._lease = lease
+        self._all = self._lease = lease
+        self._of_rows = of_rows
         self._device = device
         self._running = 0
         self._ended = False
@@ -73,6 +80,14 @@ class HeldAdapters:
         """
         with self._while_held():
             return self._run(self._lease, output_names, feeds, self._device, buffers or {})
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Run from now on with these of the held rows, in their order; one may come several times.
+
+        `rows` counts the rows that were asked for, whatever was taken of them before.
+        """
+        with self._while_held():
+            self._lease = self._of_rows(self._all, rows)
 
     @contextmanager
     def _while_held(self) -> Iterator[None]:

@@ -35,6 +35,9 @@ class _Way(Protocol):
     def push(self, token: int, word: str) -> str:
         """The text that is final with `token`, which is `word` in the vocabulary."""
 
+    def pending(self) -> str:
+        """The rest, if the tokens ended here."""
+
     def close(self) -> str:
         """The rest."""
 
@@ -50,6 +53,10 @@ class PieceDecoder:
         """The text that is complete with `token`, perhaps none."""
         word = self._tokenizer.word(token)
         return "" if word is None else self._way.push(token, word)
+
+    def pending(self) -> str:
+        """The text that waits, as it is if no token follows; bytes of no character are left out."""
+        return self._way.pending()
 
     def close(self) -> str:
         """The text that was held back."""
@@ -68,6 +75,9 @@ class _Bytes:
         except KeyError:  # a word that was added as text
             data = word.encode("utf-8", "surrogatepass")
         return self._decoder.decode(data)
+
+    def pending(self) -> str:
+        return ""
 
     def close(self) -> str:
         rest = self._decoder.decode(b"", final=True)
@@ -93,6 +103,12 @@ class _Context:
         self._ids.append(token)
         return "" if self._in_runs and _BYTE.fullmatch(word) else self.close()
 
+    def pending(self) -> str:
+        if self._told == len(self._ids):
+            return ""
+        before = self._tokenizer.decode(self._ids[: self._told])
+        return self._tokenizer.decode(self._ids)[len(before) :]
+
     def close(self) -> str:
         if self._told == len(self._ids):
             return ""
@@ -117,6 +133,9 @@ class _Whole:
     def push(self, token: int, word: str) -> str:
         self._ids.append(token)
         return ""
+
+    def pending(self) -> str:
+        return self._tokenizer.decode(self._ids)
 
     def close(self) -> str:
         text = self._tokenizer.decode(self._ids)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
+from loradeploy.runtime.decoding.sampling import Sampling
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
-from loradeploy.runtime.tasks.sampling import Sampling
 
 PROMPTS = ["The government said", "A", "Shares in the company fell after the bank reported that"]
 SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
@@ -133,7 +133,9 @@ def test_an_end_at_once_is_an_empty_text(
     (first,) = generator.generate(PROMPTS[:1], max_new_tokens=1)
     end = first.token_ids[0]
     (result,) = _ending_at(tiny_llama_bundle, tmp_path / "b", [end]).generate(PROMPTS[:1])
-    assert result == Generation("", (), "stop", None, first.prompt_tokens)
+    assert result == Generation(
+        "", (), "stop", None, first.prompt_tokens, completion_tokens=1, stop_reason=end
+    )
 
 
 def test_a_row_may_use_all_positions_beside_a_longer_one(generator: TextGenerator) -> None:

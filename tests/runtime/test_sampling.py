@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import BundleError
-from loradeploy.runtime.tasks.sampling import adjusted
+from loradeploy.runtime.decoding.processors import Processors
 
 VOCABULARY, ENDS = 24, (2,)
 PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]
@@ -51,14 +51,14 @@ def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[i
     )
     ids = torch.tensor([[*PROMPT, *made]])
     expected = processors(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
-    got = adjusted(logits, read_settings(settings, "s"), PROMPT, made, ENDS)
+    got = Processors(read_settings(settings, "s"), ENDS)(logits, PROMPT, made)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
     logits = np.zeros(VOCABULARY, np.float32)
     settings = GenerationSettings(repetition_penalty=2.0, no_repeat_ngram_size=1)
-    changed = adjusted(logits, settings, [VOCABULARY + 3, 4], [], ENDS)
+    changed = Processors(settings, ENDS)(logits, [VOCABULARY + 3, 4], [])
     assert np.flatnonzero(np.isinf(changed)).tolist() == [4]
 
 
@@ -67,10 +67,8 @@ def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
     [
         ("num_beams", 1, 4),
         ("min_length", 0, 10),
-        ("min_p", 0.0, 0.05),
         ("typical_p", 1.0, 0.9),
         ("dola_layers", None, "high"),
-        ("stop_strings", [], ["end"]),
     ],
 )
 def test_what_is_not_applied_is_named(name: str, harmless: Any, telling: Any) -> None:

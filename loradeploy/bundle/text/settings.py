@@ -22,10 +22,8 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "encoder_repetition_penalty": (1, 1.0),
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
-    "stop_strings": ([],),
     "min_length": (0,),
     "dola_layers": (),
-    "min_p": (0, 0.0),
     "typical_p": (1, 1.0),
     "epsilon_cutoff": (0, 0.0),
     "eta_cutoff": (0, 0.0),
@@ -37,7 +35,8 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
 class GenerationSettings:
     """How the logits are changed before a token is chosen, as transformers names and defines it.
 
-    `top_k`, `top_p`: those of sampling, None where nothing is said.
+    `top_k`, `top_p`, `min_p`: those of sampling, None where the file has none.
+    `stop_strings`: texts that end a generation.
     `ignored`: settings that are not applied here and would change the text.
     """
 
@@ -48,6 +47,8 @@ class GenerationSettings:
     begin_suppress_tokens: tuple[int, ...] = ()
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    stop_strings: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     @cached_property
@@ -90,6 +91,11 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     if penalty == 0:
         raise BundleError(f"{where}: repetition_penalty is 0, more is needed")
     top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 are others' "no limit"
+    min_p = values.get("min_p")
+    stops = values.get("stop_strings") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+        raise BundleError(f"{where}: stop_strings is {shown(stops)}, a list of texts is needed")
     return GenerationSettings(
         repetition_penalty=float(penalty),
         no_repeat_ngram_size=number("no_repeat_ngram_size", 0, 0, whole=True),
@@ -98,6 +104,8 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         begin_suppress_tokens=tokens("begin_suppress_tokens"),
         top_k=top_k if isinstance(top_k, int) and top_k >= 0 else None,
         top_p=top_p if isinstance(top_p, int | float) and 0 < top_p <= 1 else None,
+        min_p=min_p if isinstance(min_p, int | float) and 0 <= min_p <= 1 else None,
+        stop_strings=tuple(stops),
         ignored=tuple(
             name
             for name, harmless in _NOT_APPLIED.items()

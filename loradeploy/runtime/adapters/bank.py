@@ -284,6 +284,16 @@ class AdapterBank:
                     self._stacked -= 1
                     self._trim()
 
+    def of_rows(self, lease: Lease, rows: Sequence[int]) -> Lease:
+        """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
+        if not lease.per_row:
+            return lease
+        taken = self._lease(tuple(lease.rows[row] for row in rows), per_row=True)
+        if taken.stacked:  # as `lease` is, by which it is counted
+            with self._stacking:
+                self._stacked -= 1
+        return taken
+
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
     ) -> Resident:

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
-
-import numpy as np
-import onnxruntime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.tasks import CAUSAL_LM
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LEFT,
-    NO_PADDING,
-    PAST,
-    POSITION_IDS,
-    TOKEN_TYPE_IDS,
-)
-from loradeploy.bundle.outputs import output_of
-from loradeploy.bundle.text.chat import Message
-from loradeploy.errors import UsageError, shown
+from loradeploy.bundle.names import INPUT_IDS
+from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.decoding.calls import Call, Prompt, listed
+from loradeploy.runtime.decoding.logprobs import TokenLogprob
+from loradeploy.runtime.decoding.loop import DecoderGraph, DecodingBatch
+from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.reading import PromptReader, ReadText, Request
+from loradeploy.runtime.decoding.scoring import TextScore, scores_of
+from loradeploy.runtime.decoding.sequences import Finished, FinishReason
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.sampling import Sampling, adjusted
-from loradeploy.runtime.texts import TextSide
-from loradeploy.runtime.tokenizer import PieceDecoder, pad, positions_of
+from loradeploy.runtime.tasks.streaming import AsyncTextStream, TextPiece, TextStream
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
-# A text, a conversation, or tokens.
-Prompt = str | Sequence[Message] | Sequence[int]
-_LISTS: Final = (list, tuple, np.ndarray)
-_FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+    from loradeploy.runtime.decoding.options import GenerationFlags
+
 OnText = Callable[[int, str], None]
 OnResult = Callable[[int, "Generation"], None]
 
@@ -45,40 +34,39 @@ OnResult = Callable[[int, "Generation"], None]
 class Generation:
     """What was generated for one prompt.
 
-    `token_ids` are without the token that ended them; `finish_reason` is "stop" where there was
-    one, "length" where `max_new_tokens` or the model's positions ran out.
+    Args:
+        text: ends before the stop string that ended it.
+        token_ids: all tokens of the text, those of a stop string included; without the token that
+            ended it.
+        finish_reason: "stop" where a token or a stop string ended it, "length" where
+            `max_new_tokens` or the model's positions ran out, "cancelled" where somebody ended it.
+        adapter: whose text it is.
+        stop_reason: the token, or the stop string, where it was one.
+        prompt_tokens: how many were read.
+        completion_tokens: how many were generated, the token that ended it included.
+        choice: which of the prompt's `n` texts it is.
+        logprobs: one for each of `token_ids`, where they were asked for.
+        score: of beam search, the sum of the tokens' log-probabilities divided by their number to
+            the power of `length_penalty`.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     adapter: AdapterSpec | None
     prompt_tokens: int
-
-
-@dataclass
-class _Row:
-    """One row of the batch while it is generated."""
-
-    number: int
-    prompt: list[int]
-    adapter: AdapterSpec | None
-    limit: int
-    random: np.random.Generator
-    side: TextSide
-    sampling: Sampling
-    pieces: PieceDecoder
-    counts: tuple[int, ...] = ()  # of its adapter's changes, when its side was read
-    ids: list[int] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def ended(self) -> bool:
-        return self.stopped or len(self.ids) >= self.limit
+    completion_tokens: int = 0
+    stop_reason: int | str | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None
 
 
 class TextGenerator:
     """Generates text with a session on a decoder bundle.
+
+    `cache_budget`: the bytes that the cache and the prompts' logits of one batch may take; by
+    default what the machine has available, where it says so (Linux, on the CPU).
 
     Raises:
         UsageError: the bundle is no causal language model, its shapes are fixed, or its graph takes
@@ -86,7 +74,7 @@ class TextGenerator:
         BundleError: the bundle holds no tokenizer.
     """
 
-    def __init__(self, session: AdapterSession) -> None:
+    def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
         manifest = session.manifest
         if manifest.task != CAUSAL_LM:
             raise UsageError(f"{session.path} is a {manifest.task} bundle: it generates no text")
@@ -96,243 +84,217 @@ class TextGenerator:
                 f"{session.path} was exported with `fixed` sizes: run it with AdapterSession.run,"
                 " or export it without"
             )
+        if cache_budget is not None:
+            check_count("cache_budget", cache_budget)
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
-        self._inputs = {spec.name: spec for spec in manifest.inputs}
-        other = [n for n in self._inputs if n not in _FED and not n.startswith(PAST)]
-        if other:
-            raise UsageError(
-                f"{session.path} takes {other[0]}, which text generation does not make: run it with"
-                " AdapterSession.run"
-            )
-        self._scores = output_of(manifest)
-        self._cached = any(name.startswith(PAST) for name in self._inputs)
+        self._graph = DecoderGraph.of(session, self.tokenizer.pad_id)
+        self._reader = PromptReader(session, cache_budget)
 
     def generate(
         self,
         prompts: str | Sequence[Prompt],
         adapters: Adapters = None,
         *,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         chat: bool = False,
         batch_size: int | None = None,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
         on_text: OnText | None = None,
         on_result: OnResult | None = None,
+        **options: Unpack[GenerationFlags],
     ) -> list[Generation]:
-        """Continue each prompt until a token that ends it, or for `max_new_tokens`.
+        """Continue each prompt until a token or a text that ends it, or for `max_new_tokens`.
 
         A prompt is a text, a conversation (a list of messages with `role` and `content`), which
         goes through the chat template, or a list of token ids; with `chat` a text is a user's
         message. `adapters` is as in `AdapterSession.run`.
 
-        The tokenizer, the chat template, the tokens that end a text and the settings of
-        generation_config.json that hold without sampling (such as repetition_penalty) are each
-        row's adapter's, where it brings its own, else the base's. A row is sampled where a
-        `temperature` is given, by its generation_config.json's top_k and top_p unless these are
-        given too.
+        `options` are the fields of `GenerationOptions`, by default greedy and 32 tokens;
+        `per_prompt` has for each prompt those that it has in place of them, and its `seed`. A
+        prompt has `n` results, one behind the other; a row is the number of one.
 
-        What a row becomes depends on its prompt, its adapter and its seed alone, not on the batch:
-        a single `seed` is every row's. `batch_size` prompts are generated together, by default all.
-        `on_text(row, piece)` is called as text appears, `on_result(row, result)` row by row when a
-        batch has ended.
+        The tokenizer, the chat template, the tokens that end a text and the settings of
+        generation_config.json are each row's adapter's, where it brings its own, else the base's. A
+        row is sampled where a `temperature` is given, by its generation_config.json's top_k, top_p
+        and min_p unless these are given too.
+
+        What a row becomes depends on its prompt, its adapter, its settings and its seed alone, not
+        on the batch: a single `seed` is every prompt's. `batch_size` prompts are generated
+        together, by default all. `on_text(row, piece)` is called as text appears, with beam search
+        once it has ended; `on_result(row, result)` row by row when a batch has ended.
 
         Raises:
-            UsageError: no prompts, an empty one, one that fills the model's positions, or a value
-                out of its range.
+            UsageError: no prompts, an empty one, one that fills the model's positions, a value out
+                of its range, settings that contradict each other, or a mask that allows no token.
             UnknownAdapterError: an adapter that was never loaded.
+            BudgetError: a batch that takes more memory than there is.
         """
-        Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p)  # checked at once
-        check_count("max_new_tokens", max_new_tokens)
+        call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
+        results: dict[int, Generation] = {}
+        told = 0
+        for piece in self._decode(call, set()):
+            if piece is None:  # a batch has ended
+                rows = sorted(results)
+                if on_result is not None:
+                    for row in rows[told:]:
+                        on_result(row, results[row])
+                told = len(rows)
+                continue
+            if on_text is not None and piece.text:
+                on_text(piece.row, piece.text)
+            if piece.result is not None:
+                results[piece.row] = piece.result
+        return [results[row] for row in sorted(results)]
+
+    def stream(
+        self,
+        prompts: str | Sequence[Prompt],
+        adapters: Adapters = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        chat: bool = False,
+        batch_size: int | None = None,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+        **options: Unpack[GenerationFlags],
+    ) -> TextStream:
+        """As `generate`, piece by piece: `for piece in generator.stream(…)`.
+
+        Raises:
+            UsageError, UnknownAdapterError, BudgetError: as `generate`. Settings are checked at
+                once; prompts and adapters with the first piece.
+        """
+        call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
+        return TextStream(lambda cancelled: self._pieces(call, cancelled))
+
+    def astream(
+        self,
+        prompts: str | Sequence[Prompt],
+        adapters: Adapters = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        chat: bool = False,
+        batch_size: int | None = None,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+        **options: Unpack[GenerationFlags],
+    ) -> AsyncTextStream:
+        """As `stream`, for asyncio: `async for piece in generator.astream(…)`.
+
+        The graph runs in a thread of its own. A task that is cancelled, and a loop that is left,
+        end the rows before their next token.
+        """
+        call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
+        return AsyncTextStream(lambda cancelled: self._pieces(call, cancelled))
+
+    def score(
+        self,
+        texts: str | Sequence[Prompt],
+        adapters: Adapters = None,
+        *,
+        chat: bool = False,
+        batch_size: int | None = None,
+        logprobs: int = 0,
+    ) -> list[TextScore]:
+        """How likely each text is: the log-probability of every token behind those before it.
+
+        `texts` are as the prompts of `generate`. `logprobs`: so many of the likeliest tokens are
+        given for each position.
+
+        Raises:
+            UsageError: no texts, one of fewer than two tokens or of more than the model has
+                positions, or a graph that gives the last token's logits alone.
+            UnknownAdapterError, BudgetError: as `generate`.
+        """
+        given = listed(texts, "texts")
+        each = each_row(adapters, len(given))
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(given, _LISTS):
-            raise UsageError(f"the prompts are {shown(prompts)}: give a text, or a list")
-        if not len(given):
-            raise UsageError("there are no prompts")
-        seeds: list[Any] = list(seed) if isinstance(seed, _LISTS) else [seed] * len(given)
-        if len(seeds) != len(given):
-            raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
-        for own in seeds:
-            if not isinstance(own, int | np.integer) or isinstance(own, bool) or own < 0:
-                raise UsageError(f"a seed is {shown(own)}: give a whole number of 0 or more")
+        GenerationOptions(logprobs=logprobs)
 
-        def made(number: int) -> _Row:
-            adapter = each[number]
-            counts = self.session.texts.counts(adapter)
-            side = self.session.texts.of(adapter)
-            sampling = Sampling.of(temperature, top_k, top_p, side.settings)
-            row = self._row(
-                number, given[number], adapter, seeds[number], max_new_tokens, chat, side, sampling
+        def read(number: int) -> ReadText:
+            what = f"text {number + 1}"
+            text = self._reader.read(number, given[number], each[number], chat, what)
+            if len(text.ids) < 2:
+                raise UsageError(
+                    f"{what} has {len(text.ids)} tokens, expected 2 or more: the first one has"
+                    " nothing before it that it could follow"
+                )
+            self._reader.check_length(len(text.ids), 0, what)
+            return text
+
+        results: dict[int, TextScore] = {}
+        rows = [read(number) for number in range(len(given))]
+        for together, held in self._reader.batches(rows, batch_size or len(rows), read):
+            lengths = [len(text.ids) for text in together]
+            self._reader.check_memory(lengths, [1] * len(together), [0] * len(together))
+            found = scores_of(
+                self._graph,
+                held,
+                [text.ids for text in together],
+                [text.adapter for text in together],
+                [text.side.tokenizer for text in together],
+                logprobs,
             )
-            return replace(row, counts=counts)
+            for text, score in zip(together, found, strict=True):
+                results[text.number] = score
+        return [results[number] for number in range(len(rows))]
 
-        each = each_row(adapters, len(given))
-        rows = [made(number) for number in range(len(given))]
-        results: list[Generation] = []
-        size = batch_size or len(rows)
-        for start in range(0, len(rows), size):
-            waiting = self._together(rows[start : start + size])
-            while waiting:
-                together, *waiting = waiting
-                with self.session.hold([row.adapter for row in together]) as held:
-                    moved = any(self._has_moved(row) for row in together)
-                    for row, piece in () if moved else self._decode(together, held):
-                        if on_text is not None:
-                            on_text(row.number, piece)
-                if moved:  # their adapters were replaced between the texts and the factors
-                    for row in together:
-                        rows[row.number] = made(row.number)
-                    again = self._together([rows[row.number] for row in together])
-                    waiting = [*again, *waiting]
-            for row in rows[start : start + size]:
-                results.append(self._generation(row))
-                if on_result is not None:
-                    on_result(row.number, results[-1])
-        return results
+    def _pieces(self, call: Call, cancelled: set[int]) -> Iterator[TextPiece]:
+        return (piece for piece in self._decode(call, cancelled) if piece is not None)
 
-    def _has_moved(self, row: _Row) -> bool:
-        return self.session.texts.have_moved(row.adapter, row.counts)
+    def _decode(self, call: Call, cancelled: set[int]) -> Iterator[TextPiece | None]:
+        """Generate batch by batch: each piece of text once it is final; None ends a batch.
 
-    def _row(
-        self,
-        number: int,
-        prompt: Prompt,
-        adapter: AdapterSpec | None,
-        seed: int,
-        max_new_tokens: int,
-        chat: bool,
-        side: TextSide,
-        sampling: Sampling,
-    ) -> _Row:
-        ids = self._encode(side, prompt, chat, f"prompt {number + 1}")
-        positions = self.tokenizer.max_length
-        if not ids:
-            raise UsageError(f"prompt {number + 1} is empty")
-        if positions is not None and len(ids) >= positions:
-            raise UsageError(
-                f"prompt {number + 1} has {len(ids)} tokens, the model has {positions} positions:"
-                " shorten it"
-            )
-        return _Row(
-            number=number,
-            prompt=ids,
-            adapter=adapter,
-            limit=min(max_new_tokens, positions - len(ids)) if positions else max_new_tokens,
-            random=np.random.default_rng(seed),
-            side=side,
-            sampling=sampling,
-            pieces=PieceDecoder(side.tokenizer),
+        `cancelled`: texts that are to end, to which the caller may add at any time.
+        """
+        requests = [self._reader.request(call, number) for number in range(len(call.prompts))]
+        batches = self._reader.batches(
+            requests, call.batch_size, lambda n: self._reader.request(call, n)
         )
-
-    def _encode(self, side: TextSide, prompt: Prompt, chat: bool, what: str) -> list[int]:
-        """The tokens of a prompt, which messages call `what`."""
-        if isinstance(prompt, str):
-            if not prompt:
-                return []
-            if chat:
-                prompt = [{"role": "user", "content": prompt}]
-        elif not isinstance(prompt, _LISTS):
-            raise UsageError(
-                f"{what} is {shown(prompt)}: give a text, a list of messages, or of token ids"
+        for together, held in batches:
+            self._reader.check_memory(
+                [len(request.ids) for request in together],
+                [max(o.n, o.num_beams) for o in (call.options[r.number] for r in together)],
+                [request.limit for request in together],
             )
-        if isinstance(prompt, str):
-            ids = side.tokenizer.encode(prompt)
-        elif all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-        else:
-            side.check_chat()
-            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
-        if ids:
-            self.session.limits.check_tokens((min(ids), max(ids)), what)
-        return ids
+            ended: set[int] = set()
+            batch = DecodingBatch(self._graph, held, [request.sequences for request in together])
+            for _ in batch.steps():
+                for request in together:
+                    yield from _news(request, ended)
+                    for choice in range(call.options[request.number].n):
+                        if request.first + choice in cancelled:
+                            request.sequences.cancel(choice)
+            yield None
 
-    def _together(self, batch: Sequence[_Row]) -> list[list[_Row]]:
-        """The rows that may share a run: those of one length, where padding changes answers."""
-        if self.session.manifest.padding != NO_PADDING:
-            return [list(batch)]
-        by_length: dict[int, list[_Row]] = {}
-        for row in batch:
-            by_length.setdefault(len(row.prompt), []).append(row)
-        return list(by_length.values())
 
-    def _decode(self, rows: Sequence[_Row], held: HeldAdapters) -> Iterator[tuple[_Row, str]]:
-        """Generate `rows` together, and tell each piece of text once it is complete."""
-        left = self.session.manifest.padding == LEFT
-        ids, mask = pad([row.prompt for row in rows], self.tokenizer.pad_id, left=left)
-        ends = np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
-        cache = self.session.empty_cache(len(rows))
-        while True:
-            cache.make_room(mask.shape[1])
-            logits, *present = held.run_with_ort_values(
-                (self._scores, *cache.outputs),
-                {**self._feeds(ids, mask), **cache.inputs},
-                buffers=cache.buffers,
-            )
-            cache.keep(present)
-            scores_of = logits.numpy()  # [batch, sequence, vocabulary]
-            if scores_of.ndim == 2:
-                scores_of = scores_of[:, np.newaxis]
-            if scores_of.shape[1] == 1:  # a graph may give the last position alone
-                ends = np.zeros_like(ends)
-            last = scores_of[np.arange(len(rows)), ends]  # [batch, vocabulary]
-            ends = np.full(len(rows), -1)
-            for row, scores in zip(rows, last, strict=True):
-                if not row.ended and (piece := self._advance(row, scores)):
-                    yield row, piece
-            if all(row.ended for row in rows):
-                return
-            if not self._cached:
-                ids, mask, ends = self._whole(rows)
-                continue
-            # A row that has ended goes on as padding, which takes no position.
-            ids = np.array([[self._next(row)] for row in rows], np.int64)
-            going = np.array([[not row.ended] for row in rows], np.int64)
-            mask = np.concatenate([mask, going], axis=1)
+def _news(request: Request, ended: set[int]) -> Iterator[TextPiece]:
+    """What a step made of a prompt's texts; a text's last piece has its result."""
+    texts = dict.fromkeys(request.sequences.ended(), "")
+    for choice, text in request.sequences.pieces():
+        texts[choice] = texts.get(choice, "") + text
+    for choice, text in sorted(texts.items()):
+        row = request.first + choice
+        if row in ended:
+            continue
+        result = None
+        if choice in request.sequences.ended():
+            ended.add(row)
+            result = _generation(request, choice)
+        yield TextPiece(row, text, result)
 
-    def _whole(
-        self, rows: Sequence[_Row]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """All tokens again, for a graph without a cache: ids, mask, and where each row ends."""
-        left = self.session.manifest.padding == LEFT
-        ids, mask = pad([row.prompt + row.ids for row in rows], self.tokenizer.pad_id, left=left)
-        return ids, mask, np.full(len(rows), -1) if left else mask.sum(axis=1) - 1
 
-    def _advance(self, row: _Row, scores: NDArray[Any]) -> str:
-        """Choose the next token of `row`, and return the text that it completes."""
-        side = row.side
-        scores = adjusted(scores, side.settings, row.prompt, row.ids, side.ends)
-        token = row.sampling.choose(scores, row.random)
-        if token in side.ends:
-            row.stopped = True
-            return row.pieces.close()
-        row.ids.append(token)
-        piece = row.pieces.push(token)
-        return piece + row.pieces.close() if row.ended else piece
-
-    def _generation(self, row: _Row) -> Generation:
-        return Generation(
-            text=row.side.tokenizer.decode(row.ids),
-            token_ids=tuple(row.ids),
-            finish_reason="stop" if row.stopped else "length",
-            adapter=row.adapter,
-            prompt_tokens=len(row.prompt),
-        )
-
-    def _next(self, row: _Row) -> int:
-        return self.tokenizer.pad_id if row.ended else row.ids[-1]
-
-    def _feeds(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64]
-    ) -> dict[str, NDArray[Any] | onnxruntime.OrtValue]:
-        made: dict[str, Callable[[], NDArray[Any]]] = {
-            INPUT_IDS: lambda: ids,
-            ATTENTION_MASK: lambda: mask,
-            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
-            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
-        }
-        return {name: make() for name, make in made.items() if name in self._inputs}
+def _generation(request: Request, choice: int) -> Generation:
+    found: Finished = request.sequences.result(choice)
+    return Generation(
+        text=found.text,
+        token_ids=found.ids,
+        finish_reason=found.reason,
+        adapter=request.adapter,
+        prompt_tokens=len(request.ids),
+        completion_tokens=found.completion_tokens,
+        stop_reason=found.stop_reason,
+        choice=choice,
+        logprobs=found.logprobs,
+        score=found.score,
+    )

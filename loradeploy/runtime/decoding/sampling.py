@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 class Sampling:
     """Greedy at `temperature` 0; else sampled from the `top_k` tokens and the `top_p` mass.
 
-    `top_k` 0 and `top_p` 1 keep all tokens.
+    Of these, tokens below `min_p` times the likeliest one's probability are left out. `top_k` 0,
+    `top_p` 1 and `min_p` 0 keep all tokens.
 
     Raises:
         UsageError: a value out of its range, or one that would have no effect.
@@ -28,12 +28,14 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, kind in (
             ("temperature", self.temperature, int | float | np.floating),
             ("top_k", self.top_k, int | np.integer),
             ("top_p", self.top_p, int | float | np.floating),
+            ("min_p", self.min_p, int | float | np.floating),
         ):
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise UsageError(f"{name} is {shown(value)}: give a number")
@@ -43,21 +45,29 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}: give more than 0 and at most 1")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p}: give 0 (all tokens) to 1")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise UsageError(
-                "top_k and top_p have no effect at temperature 0, where the likeliest token is"
-                " taken: give a temperature"
+                "top_k, top_p and min_p have no effect at temperature 0, where the likeliest token"
+                " is taken: give a temperature"
             )
 
     @classmethod
     def of(
-        cls, temperature: float, top_k: int | None, top_p: float | None, own: GenerationSettings
+        cls,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        own: GenerationSettings,
     ) -> Sampling:
         """What is asked for; a sampled row takes the rest from its own settings."""
         if temperature > 0:
             top_k = own.top_k if top_k is None else top_k
             top_p = own.top_p if top_p is None else top_p
-        return cls(temperature, top_k or 0, 1.0 if top_p is None else top_p)
+            min_p = own.min_p if min_p is None else min_p
+        return cls(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0)
 
     def choose(self, logits: NDArray[np.floating], random: np.random.Generator) -> int:
         """The next token, by logits [vocabulary]; one number of `random` is used, or none.
@@ -75,42 +85,7 @@ class Sampling:
             order = np.argsort(-weights, kind="stable")
             mass = np.cumsum(weights[order])
             weights[order[np.searchsorted(mass, self.top_p * mass[-1]) + 1 :]] = 0
+        if self.min_p:
+            weights[weights < self.min_p] = 0  # the likeliest one's is 1
         mass = np.cumsum(weights)
         return int(np.searchsorted(mass, random.random() * mass[-1], side="right"))
-
-
-def adjusted(
-    logits: NDArray[np.floating],
-    settings: GenerationSettings,
-    prompt: Sequence[int],
-    made: Sequence[int],
-    ends: Collection[int],
-) -> NDArray[np.floating]:
-    """`logits` [vocabulary] as `settings` change them behind `prompt` and the tokens `made` since.
-
-    The order and the definitions are those of transformers' logits processors.
-    """
-    if not settings.changes_scores:
-        return logits
-    scores = logits.astype(np.float32)
-    before = np.array([*prompt, *made], np.int64)
-    if settings.repetition_penalty != 1:
-        seen = np.unique(before)
-        seen = seen[(seen >= 0) & (seen < scores.size)]  # a prompt may have tokens without logits
-        values, penalty = scores[seen], np.float32(settings.repetition_penalty)
-        scores[seen] = np.where(values < 0, values * penalty, values / penalty)
-    size = settings.no_repeat_ngram_size
-    if size and len(before) + 1 >= size:
-        last = before[len(before) - size + 1 :]
-        for start in range(len(before) - size + 1):
-            if np.array_equal(before[start : start + size - 1], last):
-                repeated = int(before[start + size - 1])
-                if repeated < scores.size:
-                    scores[repeated] = -np.inf
-    barred = list(settings.suppress_tokens)
-    if len(made) < settings.min_new_tokens:
-        barred += ends
-    if not made:
-        barred += settings.begin_suppress_tokens
-    scores[[token for token in barred if token < scores.size]] = -np.inf
-    return scores

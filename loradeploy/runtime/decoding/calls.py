@@ -1,0 +1,103 @@
+"""What a call of the generator asks for, as it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.text.chat import Message
+from loradeploy.errors import UsageError, shown
+from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.decoding.options import GenerationOptions
+
+# A text, a conversation, or tokens.
+Prompt = str | Sequence[Message] | Sequence[int]
+LISTS: Final = (list, tuple, np.ndarray)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for, checked but for what needs its adapters.
+
+    `firsts`: of each prompt, the number of its first text among the results.
+    """
+
+    prompts: Sequence[Prompt]
+    adapters: list[AdapterSpec | None]
+    seeds: list[int]
+    options: list[GenerationOptions]
+    firsts: list[int]
+    chat: bool
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        prompts: str | Sequence[Prompt],
+        adapters: Adapters,
+        seed: int | Sequence[int],
+        chat: bool,
+        batch_size: int | None,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None,
+        options: Mapping[str, Any],
+    ) -> Call:
+        """A call of `TextGenerator.generate` with these arguments.
+
+        Raises:
+            UsageError: as `generate`, but for what needs adapters.
+        """
+        common = GenerationOptions.of(options)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        given = listed(prompts, "prompts")
+        seeds: list[Any] = list(seed) if isinstance(seed, LISTS) else [seed] * len(given)
+        if len(seeds) != len(given):
+            raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
+        each = [common] * len(given)
+        if per_prompt is not None:
+            if not isinstance(per_prompt, LISTS) or len(per_prompt) != len(given):
+                raise UsageError(
+                    f"per_prompt is {shown(per_prompt)}: give a list of {len(given)}, a mapping of"
+                    " settings or None for each prompt"
+                )
+            for number, own in enumerate(per_prompt):
+                if own is None:
+                    continue
+                if not isinstance(own, Mapping):
+                    raise UsageError(
+                        f"the settings of prompt {number + 1} are {shown(own)}: give a mapping"
+                    )
+                own = dict(own)
+                seeds[number] = own.pop("seed", seeds[number])
+                try:
+                    each[number] = GenerationOptions.of(options, own)
+                except UsageError as problem:
+                    raise UsageError(f"prompt {number + 1}: {problem}") from None
+        for own in seeds:
+            if not isinstance(own, int | np.integer) or isinstance(own, bool) or own < 0:
+                raise UsageError(f"a seed is {shown(own)}: give a whole number of 0 or more")
+        counts = [one.n for one in each]
+        return cls(
+            prompts=given,
+            adapters=each_row(adapters, len(given)),
+            seeds=[int(own) for own in seeds],
+            options=each,
+            firsts=[0, *accumulate(counts)][:-1],
+            chat=chat,
+            batch_size=batch_size or len(given),
+        )
+
+
+def listed(given: str | Sequence[Prompt], what: str) -> Sequence[Prompt]:
+    """The prompts or texts of a call."""
+    listed: Sequence[Prompt] = [given] if isinstance(given, str) else given
+    if not isinstance(listed, LISTS):
+        raise UsageError(f"the {what} are {shown(given)}: give a text, or a list")
+    if not len(listed):
+        raise UsageError(f"there are no {what}")
+    return listed

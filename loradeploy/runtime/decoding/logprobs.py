@@ -1,0 +1,49 @@
+"""Log-probabilities of tokens: the model's own, before any setting changes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its natural log-probability, and the likeliest tokens in its position.
+
+    `token`: its text. `top`: the likeliest first, as many as were asked for.
+    """
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Log-probabilities along the last axis, float64."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+    return result
+
+
+def token_logprob(
+    logits: NDArray[Any], token: int, most: int, tokenizer: Tokenizer
+) -> TokenLogprob:
+    """That of `token` by logits [vocabulary], with the `most` likeliest ones."""
+    values = log_softmax(logits)
+    most = min(most, values.size)
+    best = np.argpartition(-values, most - 1)[:most] if most else np.array([], np.int64)
+    best = best[np.argsort(-values[best], kind="stable")]
+
+    def of(index: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(index, tokenizer.decode([index]), float(values[index]), top)
+
+    return of(token, tuple(of(int(index)) for index in best))

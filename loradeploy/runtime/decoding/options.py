@@ -1,0 +1,223 @@
+"""The settings of a generation, each checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+
+import numpy as np
+
+from loradeploy.errors import UsageError, listed_names, shown
+from loradeploy.runtime.arguments import check_count
+from loradeploy.runtime.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Of the tokens generated so far: the tokens that may follow, as bool [vocabulary]; None is all.
+AllowedTokens = Callable[[tuple[int, ...]], "NDArray[np.bool_] | None"]
+Number: Final = (int, float, np.integer, np.floating)
+
+
+class GenerationFlags(TypedDict, total=False):
+    """The fields of `GenerationOptions`, each of which the methods take by its name."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram_size: int | None
+    logit_bias: Mapping[int | str, float] | None
+    stop: str | Sequence[str] | None
+    n: int
+    num_beams: int
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    logprobs: int | None
+    allowed_tokens: AllowedTokens | None
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How the text of one prompt is generated. docs/generation.md defines each setting.
+
+    Where repetition_penalty, no_repeat_ngram_size, stop and, in sampling, top_k, top_p and min_p
+    are None, they are those of the row's generation_config.json, if it has any.
+
+    Raises:
+        UsageError: a value out of its range, or settings that contradict each other.
+    """
+
+    max_new_tokens: int = _option(32, "the most tokens that are generated")
+    temperature: float = _option(0.0, "0 is greedy; above it, tokens are sampled by the seed")
+    top_k: int | None = _option(None, "sample from so many of the likeliest tokens, 0 for all")
+    top_p: float | None = _option(None, "sample from the likeliest tokens of this probability")
+    min_p: float | None = _option(
+        None, "sample from tokens of at least this share of the likeliest one's probability"
+    )
+    repetition_penalty: float | None = _option(
+        None, "what divides the logits of tokens that are in the prompt or the text"
+    )
+    presence_penalty: float = _option(
+        0.0, "what is subtracted from the logits of tokens that are in the text"
+    )
+    frequency_penalty: float = _option(
+        0.0, "what is subtracted from a token's logit as often as it is in the text"
+    )
+    no_repeat_ngram_size: int | None = _option(None, "let no run of so many tokens come twice")
+    logit_bias: Mapping[int | str, float] | None = _option(
+        None, "what is added to logits, by token id or by a text that is one token"
+    )
+    stop: str | Sequence[str] | None = _option(
+        None, "texts that end the generation; the result ends before them"
+    )
+    n: int = _option(1, "how many texts a prompt gets: samples, or the best of its beams")
+    num_beams: int = _option(1, "search with so many beams, where it is 2 or more")
+    length_penalty: float | None = _option(
+        None, "a beam's score is divided by its length to this power; 1.0 by default"
+    )
+    early_stopping: bool | Literal["never"] | None = _option(
+        None, 'when beam search ends: True, "never", or by default False'
+    )
+    logprobs: int | None = _option(
+        None, "give each token's log-probability, and so many of the likeliest in its position"
+    )
+    allowed_tokens: AllowedTokens | None = field(
+        default=None,
+        metadata={
+            "help": "a function of the tokens so far to those that may follow, bool [vocabulary]"
+        },
+    )
+
+    @classmethod
+    def of(cls, *given: Mapping[str, Any]) -> GenerationOptions:
+        """Settings by name; a later mapping's take the place of an earlier one's.
+
+        Raises:
+            UsageError: as the class, or a name that is none of a setting.
+        """
+        known = [known.name for known in fields(cls)]
+        merged: dict[str, Any] = {}
+        for values in given:
+            merged.update(values)
+        if unknown := [name for name in merged if name not in known]:
+            raise UsageError(
+                f"{shown(unknown[0])} is no setting of a generation; there are:"
+                f" {listed_names(known, len(known), room=1000)}"
+            )
+        return cls(**merged)
+
+    def __post_init__(self) -> None:
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_count("n", self.n)
+        check_count("num_beams", self.num_beams)
+        Sampling(self.temperature, self.top_k or 0, _or(self.top_p, 1.0), _or(self.min_p, 0.0))
+        self._check_penalties()
+        _check_bias(self.logit_bias)
+        for text in self.stops:
+            if not isinstance(text, str):
+                raise UsageError(f"stop is {shown(self.stop)}: give a text, or a list of texts")
+            if not text:
+                raise UsageError("a stop string is empty: every text would end before it began")
+        if self.logprobs is not None and not _whole(self.logprobs, 0):
+            raise UsageError(f"logprobs is {shown(self.logprobs)}: give 0 or more")
+        if self.allowed_tokens is not None and not callable(self.allowed_tokens):
+            raise UsageError(
+                f"allowed_tokens is {shown(self.allowed_tokens)}: give a function of token ids"
+            )
+        self._check_beams()
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        if self.stop is None:
+            return ()
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        if not isinstance(self.stop, Sequence):
+            raise UsageError(f"stop is {shown(self.stop)}: give a text, or a list of texts")
+        return tuple(self.stop)
+
+    def _check_penalties(self) -> None:
+        penalty = self.repetition_penalty
+        if penalty is not None and not (_number(penalty) and 0 < penalty < float("inf")):
+            raise UsageError(
+                f"repetition_penalty is {shown(penalty)}: give a number above 0, 1 for none"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not _number(value) or not -float("inf") < value < float("inf"):
+                raise UsageError(f"{name} is {shown(value)}: give a number, 0 for none")
+        size = self.no_repeat_ngram_size
+        if size is not None and not _whole(size, 0):
+            raise UsageError(f"no_repeat_ngram_size is {shown(size)}: give 0 (any) or more")
+
+    def _check_beams(self) -> None:
+        if self.num_beams == 1:
+            for name in ("length_penalty", "early_stopping"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"{name} has no effect without beams: give num_beams of 2 or more"
+                    )
+            if self.n > 1 and self.temperature == 0:
+                raise UsageError(
+                    f"n is {self.n} at temperature 0, where all {self.n} texts would be the same:"
+                    " give a temperature, or num_beams"
+                )
+            return
+        if self.temperature > 0:
+            raise UsageError(
+                f"num_beams is {self.num_beams} and temperature is {self.temperature}: beam search"
+                " does not sample, give one of the two"
+            )
+        if self.n > self.num_beams:
+            raise UsageError(f"n is {self.n} of {self.num_beams} beams: give more num_beams")
+        if self.logprobs is not None:
+            raise UsageError(
+                "logprobs are not given of beams: score the text with TextGenerator.score"
+            )
+        penalty = self.length_penalty
+        if penalty is not None and not (_number(penalty) and abs(penalty) < float("inf")):
+            raise UsageError(f"length_penalty is {shown(penalty)}: give a number")
+        if self.early_stopping not in (None, True, False, "never"):
+            raise UsageError(
+                f'early_stopping is {shown(self.early_stopping)}: give True, False or "never"'
+            )
+
+
+def _check_bias(bias: object) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise UsageError(f"logit_bias is {shown(bias)}: give a mapping of token ids to numbers")
+    for token, value in bias.items():
+        if not (isinstance(token, str) or _whole(token, 0)):
+            raise UsageError(
+                f"logit_bias names {shown(token)}: give token ids, or texts that are one token"
+            )
+        if not _number(value) or not value < float("inf"):  # -inf bars a token
+            raise UsageError(
+                f"logit_bias of {shown(token)} is {shown(value)}: give a number, or -inf to bar it"
+            )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _whole(value: object, least: int) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and value >= least  # type: ignore[operator]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

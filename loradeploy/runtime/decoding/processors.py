@@ -1,0 +1,174 @@
+"""How logits are changed before a token is chosen.
+
+In this order, that of transformers' logits processors, with vLLM's penalties behind its first:
+
+logit_bias              is added
+repetition_penalty      divides what is above 0, multiplies what is below, of tokens seen before
+frequency_penalty       is subtracted as often as the token is in the text
+presence_penalty        is subtracted once, where the token is in the text
+no_repeat_ngram_size    bars what would end a run of tokens that was there before
+min_new_tokens          bars the ends of a text
+allowed_tokens          bars what its mask leaves out
+suppress_tokens         bars them, and begin_suppress_tokens at the first token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import UsageError, shown
+from loradeploy.runtime.decoding.options import AllowedTokens, GenerationOptions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What is done to the logits of one row.
+
+    `own`: the settings of its generation_config.json, with what was given in their place. `ends`:
+    the tokens that end its text. `bias`: what is added, by token. `what`: its name in messages.
+    """
+
+    own: GenerationSettings
+    ends: Collection[int]
+    bias: dict[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    allowed_tokens: AllowedTokens | None = None
+    what: str = "prompt 1"
+
+    @classmethod
+    def of(
+        cls,
+        options: GenerationOptions,
+        own: GenerationSettings,
+        tokenizer: Tokenizer,
+        ends: Collection[int],
+        what: str,
+    ) -> Processors:
+        """Those that `options` ask for.
+
+        Raises:
+            UsageError: `logit_bias` names a text that is not one token.
+        """
+        from dataclasses import replace
+
+        given = {
+            name: value
+            for name in ("repetition_penalty", "no_repeat_ngram_size")
+            if (value := getattr(options, name)) is not None
+        }
+        return cls(
+            own=replace(own, **given),
+            ends=ends,
+            bias=_by_token(options, tokenizer),
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            allowed_tokens=options.allowed_tokens,
+            what=what,
+        )
+
+    @property
+    def _idle(self) -> bool:
+        changing = self.bias or self.presence_penalty or self.frequency_penalty
+        return not (changing or self.allowed_tokens or self.own.changes_scores)
+
+    def __call__(
+        self, logits: NDArray[np.floating], prompt: Sequence[int], made: Sequence[int]
+    ) -> NDArray[np.floating]:
+        """`logits` [vocabulary] as they are changed behind `prompt` and the tokens `made` since.
+
+        Raises:
+            UsageError: no token is left, or a mask or a token that does not fit the logits.
+        """
+        if self._idle:
+            return logits
+        scores = logits.astype(np.float32)
+        own = self.own
+        for token, value in self.bias.items():
+            if token >= scores.size:
+                raise UsageError(
+                    f"logit_bias names the token {token}, the logits end at {scores.size - 1}"
+                )
+            scores[token] += np.float32(value)
+        before = np.array([*prompt, *made], np.int64)
+        if own.repetition_penalty != 1:
+            seen = np.unique(before)
+            seen = seen[(seen >= 0) & (seen < scores.size)]  # a prompt may have others
+            values, penalty = scores[seen], np.float32(own.repetition_penalty)
+            scores[seen] = np.where(values < 0, values * penalty, values / penalty)
+        if made and (self.presence_penalty or self.frequency_penalty):
+            tokens, counts = np.unique(np.array(made, np.int64), return_counts=True)
+            taken = self.frequency_penalty * counts + self.presence_penalty
+            scores[tokens] -= taken.astype(np.float32)
+        _bar_repeated(scores, before, own.no_repeat_ngram_size)
+        barred = list(own.suppress_tokens)
+        if len(made) < own.min_new_tokens:
+            barred += self.ends
+        if not made:
+            barred += own.begin_suppress_tokens
+        scores[[token for token in barred if token < scores.size]] = -np.inf
+        if self.allowed_tokens is not None:
+            scores[~self._mask(tuple(made), scores.size)] = -np.inf
+        if not scores.max() > -np.inf:
+            raise UsageError(
+                f"{self.what}: no token is allowed behind {len(made)} generated ones"
+                f" ({'its mask' if self.allowed_tokens else 'its settings'} bars all of"
+                f" {scores.size})"
+            )
+        return scores
+
+    def _mask(self, made: tuple[int, ...], size: int) -> NDArray[np.bool_]:
+        assert self.allowed_tokens is not None
+        given = self.allowed_tokens(made)
+        if given is None:
+            return np.ones(size, np.bool_)
+        mask = np.asarray(given)
+        if mask.dtype != np.bool_ or mask.ndim != 1:
+            raise UsageError(
+                f"{self.what}: allowed_tokens gave {mask.dtype} {list(mask.shape)}: give bool"
+                f" [vocabulary], of {size} tokens, or None"
+            )
+        if mask.size > size and mask[size:].any():
+            raise UsageError(
+                f"{self.what}: allowed_tokens allows the token {size + int(mask[size:].argmax())},"
+                f" the logits end at {size - 1}"
+            )
+        whole = np.zeros(size, np.bool_)
+        whole[: mask.size] = mask[:size]
+        return whole
+
+
+def _bar_repeated(scores: NDArray[np.float32], before: NDArray[np.int64], size: int) -> None:
+    """Bar the tokens that would end a run of `size` tokens that is in `before` already."""
+    if not size or len(before) + 1 < size:
+        return
+    last = before[len(before) - size + 1 :]
+    for start in range(len(before) - size + 1):
+        if np.array_equal(before[start : start + size - 1], last):
+            repeated = int(before[start + size - 1])
+            if repeated < scores.size:
+                scores[repeated] = -np.inf
+
+
+def _by_token(options: GenerationOptions, tokenizer: Tokenizer) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    for token, value in (options.logit_bias or {}).items():
+        if isinstance(token, str):
+            ids = tokenizer.encode(token, special_tokens=False)
+            if len(ids) != 1:
+                raise UsageError(
+                    f"logit_bias names the text {shown(token)}, which is {len(ids)} tokens"
+                    f" {shown(ids)}, expected 1: give token ids"
+                )
+            token = ids[0]
+        bias[int(token)] = bias.get(int(token), 0.0) + float(value)
+    return bias

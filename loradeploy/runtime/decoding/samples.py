@@ -1,0 +1,142 @@
+"""Texts that go their own ways: greedy, or `n` samples of one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import RunError
+from loradeploy.runtime.decoding.logprobs import TokenLogprob, token_logprob
+from loradeploy.runtime.decoding.processors import Processors
+from loradeploy.runtime.decoding.sampling import Sampling
+from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
+from loradeploy.runtime.decoding.stopping import Transcript
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class _Sample:
+    """One text while it is generated."""
+
+    def __init__(self, random: np.random.Generator, transcript: Transcript) -> None:
+        self.random = random
+        self.transcript = transcript
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> str:
+        self.reason, self.stop_reason = reason, stop_reason
+        return self.transcript.close()
+
+
+class Samples:
+    """`n` texts of one prompt, each with random numbers of its own.
+
+    The first has those of `seed` alone, so that it is what it would be with n = 1.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        *,
+        n: int,
+        limit: int,
+        seed: int,
+        sampling: Sampling,
+        processors: Processors,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        logprobs: int | None,
+    ) -> None:
+        self.prompt = prompt
+        self._limit = limit
+        self._sampling = sampling
+        self._process = processors
+        self._tokenizer = tokenizer
+        self._top = logprobs
+        self._samples = [
+            _Sample(
+                np.random.default_rng([seed, number] if number else seed),
+                Transcript(tokenizer, stops),
+            )
+            for number in range(n)
+        ]
+        self._going: list[int] | None = None  # the sample of each row; None before the first step
+        self._pieces: list[tuple[int, str]] = []
+
+    def advance(self, logits: NDArray[Any]) -> list[Row]:
+        """Choose each text's next token, by the logits [rows, vocabulary]."""
+        if np.isnan(logits).any():
+            raise RunError(
+                f"{self._process.what}: the graph gave logits that are not numbers: run"
+                " `loradeploy parity` on the bundle and the adapter"
+            )
+        first = self._going is None
+        rows = []
+        going: list[int] = []
+        for row, number in enumerate(range(len(self._samples)) if first else self._going or ()):
+            parent = 0 if first else row
+            sample = self._samples[number]
+            if sample.reason is None:
+                piece = self._choose(sample, logits[parent])
+                if piece:
+                    self._pieces.append((number, piece))
+            if sample.reason is None:
+                going.append(number)
+                rows.append(Row(parent, sample.ids[-1]))
+        self._going = going
+        return rows
+
+    def _choose(self, sample: _Sample, logits: NDArray[Any]) -> str:
+        """Choose the next token of `sample`, and return the text that it completes."""
+        scores = self._process(logits, self.prompt, sample.ids)
+        token = self._sampling.choose(scores, sample.random)
+        if token in self._process.ends:
+            return sample.end("stop", token)
+        sample.ids.append(token)
+        if self._top is not None:
+            sample.logprobs.append(token_logprob(logits, token, self._top, self._tokenizer))
+        piece = sample.transcript.push(token)
+        if sample.transcript.stopped_by is not None:
+            return piece + sample.end("stop", sample.transcript.stopped_by)
+        return piece + sample.end("length") if len(sample.ids) >= self._limit else piece
+
+    def tokens(self) -> list[Sequence[int]]:
+        """What was generated in each row that goes on."""
+        return [self._samples[number].ids for number in self._going or ()]
+
+    def pieces(self) -> list[tuple[int, str]]:
+        """The text that became final since the last call, with the number of its sample."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def cancel(self, choice: int) -> None:
+        """Have a text end where it is, with the next step."""
+        sample = self._samples[choice]
+        if sample.reason is None and (piece := sample.end("cancelled")):
+            self._pieces.append((choice, piece))
+
+    def ended(self) -> list[int]:
+        """The numbers of the texts that have ended."""
+        return [n for n, sample in enumerate(self._samples) if sample.reason is not None]
+
+    def result(self, choice: int) -> Finished:
+        """A text that has ended."""
+        sample = self._samples[choice]
+        assert sample.reason is not None
+        stopped = sample.transcript.stopped_by is not None
+        ended = sample.reason == "stop" and not stopped
+        return Finished(
+            ids=tuple(sample.ids),
+            text=sample.transcript.text if stopped else self._tokenizer.decode(sample.ids),
+            reason=sample.reason,
+            stop_reason=sample.stop_reason,
+            completion_tokens=len(sample.ids) + ended,
+            logprobs=None if self._top is None else tuple(sample.logprobs),
+        )

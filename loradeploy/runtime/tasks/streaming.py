@@ -1,0 +1,167 @@
+"""Texts while they are generated: for a loop, or for an asynchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.tasks.generation import Generation
+
+# Of the rows that are to end: a generator of pieces that heeds it before each step.
+Pieces = Callable[[set[int]], "Iterator[TextPiece]"]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A part of a text that is final.
+
+    Args:
+        row: which text, in the order of `TextGenerator.generate`'s results.
+        text: what is new. All pieces of a row are its text; none holds a part of a stop string.
+        result: the whole, with the last piece of the row.
+    """
+
+    row: int
+    text: str
+    result: Generation | None = None
+
+
+class TextStream:
+    """The pieces of texts while they are generated, in a `for`.
+
+    The adapters are in use until the last piece, or `close`, or the end of its `with`.
+    """
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._cancelled: set[int] = set()
+        self._pieces = pieces(self._cancelled)
+
+    def __iter__(self) -> Iterator[TextPiece]:
+        return self
+
+    def __next__(self) -> TextPiece:
+        return next(self._pieces)
+
+    def cancel(self, row: int) -> None:
+        """End a row before its next token, as "cancelled"; the others go on."""
+        self._cancelled.add(row)
+
+    def close(self) -> None:
+        """End all rows."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncTextStream:
+    """The pieces of texts while they are generated, in an `async for`.
+
+    A thread of its own generates. It ends with the last piece, and before the next token where the
+    task is cancelled, the loop is left or `aclose` is called: then the rows, their cache and the
+    adapters are free.
+    """
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._cancelled: set[int] = set()
+        self._pieces = pieces
+        self._ended = threading.Event()
+        self._queue: asyncio.Queue[TextPiece | BaseException | None] = asyncio.Queue()
+        self._thread: threading.Thread | None = None
+        self._done: asyncio.Event | None = None
+
+    def __aiter__(self) -> AsyncTextStream:
+        return self
+
+    async def __anext__(self) -> TextPiece:
+        if self._thread is None:
+            self._start()
+        if self._ended.is_set() and self._queue.empty():
+            raise StopAsyncIteration
+        try:
+            piece = await self._queue.get()
+        except asyncio.CancelledError:
+            self._ended.set()
+            raise
+        if piece is None:
+            self._ended.set()
+            raise StopAsyncIteration
+        if isinstance(piece, BaseException):
+            self._ended.set()
+            raise piece
+        return piece
+
+    def cancel(self, row: int) -> None:
+        """End a row before its next token, as "cancelled"; the others go on."""
+        self._cancelled.add(row)
+
+    async def aclose(self) -> None:
+        """End all rows, and wait until they have ended."""
+        self._ended.set()
+        if self._done is not None:
+            await self._done.wait()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    async def __aenter__(self) -> AsyncTextStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._ended.set()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        # The thread keeps nothing of this object alive: who drops it ends the thread.
+        self._thread = threading.Thread(
+            target=_generate,
+            args=(self._pieces, self._cancelled, self._ended, self._queue, self._done, loop),
+            name="loradeploy-stream",
+            daemon=True,
+        )
+        self._thread.start()
+
+
+def _generate(
+    pieces: Pieces,
+    cancelled: set[int],
+    ended: threading.Event,
+    queue: asyncio.Queue[TextPiece | BaseException | None],
+    done: asyncio.Event,
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """Put the pieces into `queue` as they come, then None or the error, until `ended`."""
+    last: BaseException | None = None
+    running = pieces(cancelled)
+    try:
+        for piece in running:
+            if ended.is_set():
+                break
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
+    except RuntimeError as problem:
+        if loop.is_closed():
+            return
+        last = problem
+    except BaseException as problem:  # whoever awaits the next piece gets it
+        last = problem
+    finally:
+        running.close()  # type: ignore[attr-defined]
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(queue.put_nowait, last)
+        loop.call_soon_threadsafe(done.set)
