@@ -11,6 +11,7 @@
     ├── TrainingError           a training run that cannot go on
     │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
     ├── RunError                a run that ONNX Runtime could not do
+    ├── DeviceError             an execution provider that computes something else than the CPU
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported in the way asked for
     ├── OutputError             a file that cannot be written, as on a full disk (also an OSError)
@@ -96,6 +97,10 @@ class TrainingInterruptedError(TrainingError):
 
 class RunError(LoraDeployError):
     """A run that ONNX Runtime could not do: no memory, or what its checks of inputs found."""
+
+
+class DeviceError(LoraDeployError):
+    """An execution provider that computes something else than the CPU, or drops adapters."""
 
 
 class BundleError(LoraDeployError):

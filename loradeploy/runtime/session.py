@@ -35,12 +35,14 @@ from loradeploy.runtime.arguments import (
     requested_outputs,
 )
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
+from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.reading.graph import check_graph, open_graph, placement_of
+from loradeploy.runtime.reading.graph import MAPPED, check_graph, open_graph, placement_of
 from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.texts import TextSides, files_for_texts
 
@@ -66,6 +68,9 @@ class AdapterSession:
     on; an adapter that was not among those checked is refused when it is read. A
     `CertificateMinimum` asks for more: how much was checked, on which providers, who signed it.
 
+    `check_device`: on a provider other than the CPU's and CUDA's, first compare a random adapter's
+    effect with the CPU's, which takes a second session on the CPU for as long as it lasts.
+
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
 
@@ -77,6 +82,7 @@ class AdapterSession:
         BundleError: the bundle is broken, its graph is not what its manifest says, or a certificate
             is required and there is none that holds.
         UsageError: a provider that is not installed or does not start, or a budget below 1.
+        DeviceError: a provider that computes something else than the CPU.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class AdapterSession:
         host_budget: int | None = None,
         device_budget: int | None = None,
         require_certificate: bool | CertificateMinimum = False,
+        check_device: bool = True,
     ) -> None:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
@@ -109,15 +116,16 @@ class AdapterSession:
             self._opened.certified,
         )
         self._device = device_of(self._session)
-        device, device_id = self._device
-        self._bank = AdapterBank(
+        started = self._session.get_providers()
+        new_bank = partial(
+            AdapterBank,
             self.manifest,
             self._reader.defaults(),
-            device=device,
-            device_id=device_id,
-            host_budget=host_budget,
-            device_budget=device_budget,
+            device=self._device[0],
+            device_id=self._device[1],
+            feeds_all=any(known(name).feeds_all for name in started),
         )
+        self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():
             self._bank.register(name, partial(self._reader.own, name), digest=entry.digest)
         self.texts = TextSides(self._place, self.manifest, self._opened.check)
@@ -128,7 +136,23 @@ class AdapterSession:
         config = model_config(self._place)
         self.limits = Limits.of(self.manifest, config, self._place / CONFIG_NAME)
         self._opened.check()
-        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), device, device_id)
+        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), *self._device)
+        unlike = [known(name) for name in started if not known(name).like_cpu]
+        if check_device and unlike:
+            bank, self._bank = self._bank, new_bank()
+            self._check_device(unlike[0], config)
+            self._bank = bank
+
+    def _check_device(self, provider: KnownProvider, config: Mapping[str, Any]) -> None:
+        """Raise DeviceError unless a random adapter does here what it does on the CPU."""
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(MAPPED, "1")
+        with AdapterSession(self._place, [CPU], session_options=options) as host:
+            if self.manifest.side_inputs():
+                arrays = probe(self.manifest, self._reader.defaults())
+                for bank in (self._bank, host._bank):
+                    bank.add(PROBE, lambda: (arrays, PROBE, None))
+            check_effect(self, host, self.manifest, config, provider)
 
     @property
     @while_open

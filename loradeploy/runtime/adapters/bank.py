@@ -37,7 +37,7 @@ from loradeploy.runtime.adapters.resident import (
     blend_digest,
     weights_of,
 )
-from loradeploy.runtime.adapters.stacks import Stacks, bindable, used
+from loradeploy.runtime.adapters.stacks import Stacks, bindable, neutral, used
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -102,6 +102,8 @@ class AdapterBank:
 
     `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
     `device`, `device_id`: where factors live, in onnxruntime's words.
+    `feeds_all`: whether side inputs that an adapter lacks are bound too, as what the base has, none
+    of rank 0.
     `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
     device, which on the CPU are the stacks of mixed batches. None is no limit. What runs use at one
     time may take more for as long as they do.
@@ -114,6 +116,7 @@ class AdapterBank:
         *,
         device: str = "cpu",
         device_id: int = 0,
+        feeds_all: bool = False,
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
@@ -124,7 +127,8 @@ class AdapterBank:
         self._order = {name: position for position, name in enumerate(manifest.factors)}
         self._device = (device, device_id)
         self._host_budget, self._device_budget = host_budget, device_budget
-        self._base = Bindable({})  # the graph's own defaults are the base
+        # The graph's own defaults are the base.
+        self._base = neutral(manifest, defaults, self._device) if feeds_all else Bindable({})
         self._entries: dict[str, _Entry] = {}
         # In the order of their last use, as are the bindings.
         self._residents: dict[str, Resident] = {}  # by digest
@@ -133,7 +137,7 @@ class AdapterBank:
         self._leaving: set[str] = set()  # digests that no name stands for, still in use
         self._host_bytes = 0
         self._hits = self._misses = self._evictions = 0
-        self._stacks = Stacks(manifest, defaults, self._device, device_budget)
+        self._stacks = Stacks(manifest, defaults, self._device, device_budget, self._base)
         self._changed = threading.Condition()
         self._stacking = threading.Lock()  # taken before _changed, never within
         self._stacked = 0  # leases that read a stack
@@ -406,7 +410,7 @@ class AdapterBank:
             if there is not None:
                 self._bound[resident] = there
                 return there
-        made = bindable(resident.host, self._manifest, self._device)
+        made = bindable(resident.host, self._manifest, self._device, self._base)
         with self._stacking, self._changed:
             made = self._bound.pop(resident, made)
             self._bound[resident] = made

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Slots of a stack that has no budget. More than a batch has rows only saves writing them anew.
 _SLOTS: Final = 64
+HOST: Final = "cpu"  # onnxruntime's word for the host's memory
 # Batches whose factors are kept in the order of their rows.
 _KEPT_ROWS: Final = 2
 
@@ -57,6 +58,7 @@ class Stacks:
     `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
     `device`: where the tensors live, in onnxruntime's words. `budget`: their bytes at most, where a
     batch does not need more by itself.
+    `base`: what is bound for the base; where that is something, no side input is of rank 0.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Stacks:
         defaults: Arrays,
         device: tuple[str, int],
         budget: int | None,
+        base: Bindable,
     ) -> None:
         self._manifest = manifest
         self._defaults = defaults
         self._device = device
         self._budget = budget
+        self._base = base
+        self._least_rank = 1 if base.values else 0
         self._targets = manifest.targets
         self._changes = change_inputs(manifest)
         self._dtype = np.dtype(manifest.factor_dtype)
@@ -130,7 +135,7 @@ class Stacks:
         new = [member for member in members if member.digest not in stack.slots]
         if not new:
             return True
-        if self._device[0] != "cpu":
+        if self._device[0] != HOST:
             return False
         ranks = self._ranks(new)
         if any(ranks[t.lora_A] > stack.arrays[t.lora_A].shape[2] for t in self._targets):
@@ -202,7 +207,7 @@ class Stacks:
         return {
             target.lora_A: max(
                 (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
-                default=0,
+                default=self._least_rank,
             )
             for target in self._targets
         }
@@ -242,18 +247,39 @@ class Stacks:
             arrays[name][slot] = host[name][0] if name in host else neutral
 
     def _bindable(self, arrays: Mapping[str, NDArray[Any]]) -> Bindable:
-        return bindable(arrays, self._manifest, self._device)
+        return bindable(arrays, self._manifest, self._device, self._base)
 
 
-def bindable(arrays: Arrays, manifest: Manifest, device: tuple[str, int]) -> Bindable:
+def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bindable:
+    """Every side input of the graph as the base has it, the factors zeros of rank 1.
+
+    `defaults`: as of `Stacks`.
+    """
+    changes = change_inputs(manifest)
+    values = {}
+    for spec in manifest.side_inputs():
+        shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+        _, neutral = changes.get(spec.name, (0, 0.0))
+        numbers = defaults.get(spec.name, np.full(shape, neutral, spec.dtype))
+        # What chooses slots and branches is read on the host.
+        where = (HOST, 0) if spec.dtype == "int64" else device
+        values[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(numbers, *where)
+    return Bindable(values)
+
+
+def bindable(
+    arrays: Arrays, manifest: Manifest, device: tuple[str, int], base: Bindable
+) -> Bindable:
     """`arrays` on the device, with what chooses the graph's branch for them, where it has any.
 
-    On the host these are views, which keep their arrays alive.
+    On the host these are views, which keep their arrays alive. What is not among `arrays` is bound
+    as in `base`.
     """
-    values = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(numbers), *device)
-        for name, numbers in arrays.items()
-    }
+    values = dict(base.values)
+    for name, numbers in arrays.items():
+        values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.ascontiguousarray(numbers), *device
+        )
     for name, number in branch_choice(manifest).items():
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(number)
     return Bindable(values)
