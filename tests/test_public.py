@@ -19,6 +19,7 @@ PUBLIC = [
     "BundleError",
     "CertificateMinimum",
     "DataError",
+    "DeviceError",
     "ExportError",
     "Generation",
     "GenerationOptions",
