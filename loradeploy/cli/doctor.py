@@ -13,12 +13,12 @@ _MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
 @click.command(
     name="doctor",
-    short_help="Check versions, execution providers and known traps.",
+    short_help="Check versions, execution providers and known problems.",
     epilog="Example: loradeploy doctor",
 )
 @json_option
 def command(as_json: bool) -> int:
-    """Report what is installed, which execution providers there are, and the traps found.
+    """Report what is installed, which execution providers start, and the problems found.
 
     The exit status is 1 where there is a problem.
     """

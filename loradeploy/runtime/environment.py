@@ -1,50 +1,44 @@
-"""What is installed, what runs, and the traps that are known."""
+"""What is installed and what runs here, and the problems that are known."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
-from loradeploy.errors import first_line
-from loradeploy.runtime.devices.plugins import TINY_GRAPH
-from loradeploy.runtime.devices.providers import preload_cuda
+from loradeploy.errors import listed_names
+from loradeploy.runtime.devices.findings import (
+    Finding,
+    has_nvidia_device,
+    machine_root,
+    provider_findings,
+)
 from loradeploy.runtime.devices.table import PACKAGES
-
-Status = Literal["ok", "note", "problem"]
 
 _PACKAGES: Final = (
     "loradeploy", "numpy", "onnxruntime-gpu", "onnxruntime", "safetensors", "tokenizers",
     "torch", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "peft",
     "onnxruntime-genai",
 )  # fmt: skip
-_WARNINGS, _NOTHING_LOGGED = 2, 4  # onnxruntime's log severities
 _CUDA: Final = "CUDAExecutionProvider"
 # Of control groups, version 2 and 1: the processor time of a container, and for which period.
 _QUOTAS: Final = (
-    ("/sys/fs/cgroup/cpu.max",),
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ("sys/fs/cgroup/cpu.max",),
+    ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `advice` is what to do about a note or a problem."""
+def examine(root: Path | None = None) -> list[Finding]:
+    """Examine this Python, its packages, onnxruntime's providers, and the known problems.
 
-    name: str
-    status: Status
-    detail: str
-    advice: str = ""
-
-
-def examine() -> list[Finding]:
-    """Look at this Python, its packages, onnxruntime's providers, and the known traps."""
+    `root`: the directory that paths of the machine, such as dev/nvidiactl, start from.
+    """
+    root = machine_root() if root is None else root
     versions = {name: _version(name) for name in _PACKAGES}
     findings = [Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")]
     findings += [
@@ -52,9 +46,9 @@ def examine() -> list[Finding]:
     ]
     findings += _too_old()
     findings.append(_one_onnxruntime())
-    findings += _onnxruntime(versions["torch"])
+    findings += _onnxruntime(versions["torch"], root)
     findings += _extras(versions)
-    findings.append(_threads())
+    findings.append(_threads(root))
     findings.append(_model_cache())
     return findings
 
@@ -92,23 +86,59 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _one_onnxruntime() -> Finding:
+    """Whether one distribution of ONNX Runtime is installed, and the files there are its own."""
     name = "one onnxruntime"
     found = [package for package in PACKAGES if _version(package) is not None]
-    if len(found) == 1:
-        return Finding(name, "ok", found[0])
     if not found:
         return Finding(name, "problem", "none is installed", "pip install loradeploy")
+    written = files_package()
+    if len(found) == 1 and written in (None, found[0]):
+        return Finding(name, "ok", found[0])
+    all_named = dict.fromkeys([*found, *([written] if written else [])])
+    asking = _asking_for("onnxruntime") if "onnxruntime" in (*found, written) else []
+    because = f"; {listed_names(asking)} asks for onnxruntime" if asking else ""
+    if len(found) == 1:
+        detail = f"{found[0]} is installed, and its files were overwritten by {written}'s{because}"
+    else:
+        there = "" if written is None else f": the files are {written}'s now"
+        detail = f"{' and '.join(found)} are both installed and overwrite each other's files{there}"
+        detail += because
     return Finding(
         name,
         "problem",
-        f"{' and '.join(found)} are both installed and overwrite each other's files",
-        f"pip uninstall {' '.join(found)}, then install the one you need"
-        " (onnxruntime-genai depends on onnxruntime: give it an environment of its own)",
+        detail,
+        f"pip uninstall {' '.join(all_named)}, then install the one you need"
+        " with --force-reinstall; beside onnxruntime-gpu, plugins that ask for onnxruntime are"
+        " installed with --no-deps, and onnxruntime-genai goes into an environment of its own",
     )
 
 
-def _onnxruntime(torch: str | None) -> list[Finding]:
-    """What the onnxruntime that is imported says of itself, and whether CUDA starts in it."""
+def files_package() -> str | None:
+    """Which distribution wrote the files of the onnxruntime that is imported; None if unknown."""
+    spec = importlib.util.find_spec("onnxruntime")
+    for place in spec.submodule_search_locations or () if spec is not None else ():
+        file = Path(place) / "capi" / "build_and_package_info.py"
+        if file.is_file():
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if named := re.search(r"""package_name\s*=\s*['"]([\w.-]+)['"]""", text):
+                return named[1]
+    return None
+
+
+def _asking_for(package: str) -> list[str]:
+    """The installed distributions that require `package` itself, whatever the machine."""
+    found = set()
+    for distribution in importlib.metadata.distributions():
+        for line in distribution.requires or ():
+            requirement, _, marker = line.partition(";")
+            asked = re.match(r"[\w.-]+", requirement.strip())
+            if asked and asked[0].lower() == package and not marker:
+                found.add(str(distribution.metadata["Name"]))
+    return sorted(found)
+
+
+def _onnxruntime(torch: str | None, root: Path) -> list[Finding]:
+    """The onnxruntime that is imported, and which of its providers start."""
     try:
         import onnxruntime
     except ImportError as problem:
@@ -127,55 +157,13 @@ def _onnxruntime(torch: str | None) -> list[Finding]:
                 "pip install --force-reinstall the one onnxruntime that you need",
             )
         )
-    available = onnxruntime.get_available_providers()
-    findings.append(Finding("providers in this build", "ok", ", ".join(available)))
-    if _CUDA in available:
-        findings.append(_cuda(onnxruntime))
-        findings += _one_cuda(onnxruntime, torch)
+    findings += provider_findings(root)
+    if _CUDA in onnxruntime.get_available_providers():
+        findings += _one_cuda(torch, root)
     return findings
 
 
-def _cuda(onnxruntime: Any) -> Finding:
-    """Whether the CUDA provider starts: it is listed wherever it is compiled in."""
-    if not _has_nvidia_device():
-        return Finding(
-            "CUDA",
-            "note",
-            "onnxruntime could use it, and there is no NVIDIA device here",
-            "nothing to do where the CPU is meant to run it",
-        )
-    preload_cuda()
-    onnxruntime.set_default_logger_severity(_NOTHING_LOGGED)  # the finding says it
-    try:
-        session = onnxruntime.InferenceSession(TINY_GRAPH, providers=[_CUDA])
-        if _CUDA in session.get_providers():
-            return Finding("CUDA", "ok", "there is a device, and the provider starts on it")
-        why = _unloadable(onnxruntime)
-    except Exception as problem:  # onnxruntime's exceptions share no base but this
-        why = first_line(problem)
-    finally:
-        onnxruntime.set_default_logger_severity(_WARNINGS)
-    return Finding(
-        "CUDA",
-        "problem",
-        f"there is a device, and the provider does not start: {why}",
-        "pip install 'onnxruntime-gpu[cuda,cudnn]' for the CUDA and cuDNN libraries that this"
-        " build wants, and see that the driver is new enough (nvidia-smi)",
-    )
-
-
-def _unloadable(onnxruntime: Any) -> str:
-    """Which library the CUDA provider misses, in the loader's words."""
-    windows = sys.platform == "win32"
-    file = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
-    try:
-        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / file))
-    except OSError as problem:
-        return " ".join(str(problem).split())
-    return "its libraries load, the device does not answer"
-
-
-def _one_cuda(onnxruntime: Any, torch: str | None) -> list[Finding]:
+def _one_cuda(torch: str | None, root: Path) -> list[Finding]:
     """torch and onnxruntime in one process share CUDA libraries, of one major version."""
     build = re.search(r"\+(cpu|cu(\d+)\d)$", torch or "")
     theirs = build[2] if build else None
@@ -184,7 +172,7 @@ def _one_cuda(onnxruntime: Any, torch: str | None) -> list[Finding]:
     except ImportError:  # a build without CUDA, or of another layout
         return []
     ours = str(cuda_version).partition(".")[0]
-    if build and build[1] == "cpu" and _has_nvidia_device():
+    if build and build[1] == "cpu" and has_nvidia_device(root):
         return [
             Finding(
                 "CUDA of torch",
@@ -204,12 +192,6 @@ def _one_cuda(onnxruntime: Any, torch: str | None) -> list[Finding]:
             f"install a torch for CUDA {ours}, or train and serve in environments of their own",
         )
     ]
-
-
-def _has_nvidia_device() -> bool:
-    return os.path.exists("/dev/nvidiactl") or (
-        sys.platform == "win32" and os.path.exists(r"C:\Windows\System32\nvcuda.dll")
-    )
 
 
 def _extras(versions: dict[str, str | None]) -> list[Finding]:
@@ -233,10 +215,10 @@ def _extras(versions: dict[str, str | None]) -> list[Finding]:
     return findings
 
 
-def _threads() -> Finding:
+def _threads(root: Path) -> Finding:
     cores = os.cpu_count() or 1
     usable = float(len(os.sched_getaffinity(0))) if sys.platform == "linux" else cores
-    allowed = min(usable, _quota() or usable)
+    allowed = min(usable, _quota(root) or usable)
     if allowed < cores:
         return Finding(
             "threads",
@@ -248,11 +230,11 @@ def _threads() -> Finding:
     return Finding("threads", "ok", f"{cores} cores")
 
 
-def _quota() -> float | None:
+def _quota(root: Path) -> float | None:
     """The cores that a container may use, None without a limit."""
     for files in _QUOTAS:
         try:
-            words = " ".join(Path(file).read_text(encoding="utf-8") for file in files).split()
+            words = " ".join((root / file).read_text(encoding="utf-8") for file in files).split()
             quota, period = int(words[0]), int(words[1])
         except (OSError, ValueError, IndexError):  # no such file, or "max"
             continue

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from loradeploy.runtime.devices.findings import Finding, provider_findings
 from loradeploy.runtime.devices.plugins import TINY_GRAPH
+from loradeploy.runtime.devices.table import KNOWN, SOFTWARE_ADAPTER
+from loradeploy.runtime.environment import examine, files_package
+from tests.parity.conftest import without_cuda
 
 REAL = onnxruntime.__version__
 
@@ -24,10 +31,12 @@ def site(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
-def install(site: Path, name: str, version: str) -> None:
+def install(site: Path, name: str, version: str, requires: Sequence[str] = ()) -> None:
     place = site / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
-    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {line}" for line in requires]
+    (place / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def doctor(site: Path, **environment: str) -> tuple[int, list[dict[str, str]]]:
@@ -38,7 +47,8 @@ def doctor(site: Path, **environment: str) -> tuple[int, list[dict[str, str]]]:
         check=False,
         env={**os.environ, "PYTHONPATH": str(site), **environment},
     )
-    assert done.stderr == ""
+    if SOFTWARE_ADAPTER not in environment:  # a driver's own library writes there
+        assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
 
@@ -58,12 +68,39 @@ def test_the_doctor_is_content_here(site: Path) -> None:
 def test_the_doctor_sees_two_onnxruntimes(other: str, site: Path) -> None:
     for name in (other, "onnxruntime-gpu"):
         install(site, name, REAL)
+    install(site, "some-plugin", "1.0", requires=["onnxruntime>=1.20", "numpy"])
+    install(site, "some-extra", "1.0", requires=['onnxruntime; extra == "cpu"'])
     status, findings = doctor(site)
     problem = the(findings, status="problem")
     assert status == 1
     assert "overwrite each other" in problem["detail"]
+    assert f"the files are {files_package()}'s now" in problem["detail"]
+    assert ("some-plugin asks for onnxruntime" in problem["detail"]) == (other == "onnxruntime")
+    assert "some-extra" not in problem["detail"]
     assert "pip uninstall onnxruntime" in problem["advice"]
     assert other in problem["advice"]
+    assert "--no-deps" in problem["advice"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes symbolic links")
+def test_the_doctor_sees_files_that_another_package_of_the_same_version_wrote(site: Path) -> None:
+    """Its metadata is gone, as after an installation of both and the removal of one."""
+    (real,) = onnxruntime.__path__
+    fake = site / "onnxruntime"
+    (fake / "capi").mkdir(parents=True)
+    for folder, place in ((Path(real), fake), (Path(real) / "capi", fake / "capi")):
+        for file in folder.iterdir():
+            if not (place / file.name).exists():
+                (place / file.name).symlink_to(file)
+    info = fake / "capi" / "build_and_package_info.py"
+    content = info.read_text()
+    info.unlink()
+    info.write_text(content.replace(f"'{files_package()}'", "'onnxruntime-other'"))
+    status, findings = doctor(site)
+    problem = the(findings, name="one onnxruntime")
+    assert (status, problem["status"]) == (1, "problem")
+    assert "its files were overwritten by onnxruntime-other's" in problem["detail"]
+    assert "onnxruntime-other" in problem["advice"]
 
 
 def test_the_doctor_sees_files_of_another_onnxruntime(site: Path) -> None:
@@ -110,6 +147,76 @@ def test_the_doctor_tells_that_models_cannot_be_fetched(site: Path, tmp_path: Pa
     assert "cannot be written" in the(doctor(site, **home)[1], name="model cache")["detail"]
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     assert "HF_HUB_OFFLINE" in the(doctor(site, **offline)[1], name="model cache")["detail"]
+
+
+# -- execution providers -----------------------------------------------------------------------
+
+
+def machine(root: Path, *files: str) -> Path:
+    """A directory with `files` of a machine in it."""
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def provider(name: str, root: Path) -> Finding:
+    (found,) = [f for f in provider_findings(root) if f.name == f"provider {name}"]
+    return found
+
+
+@without_cuda
+def test_without_a_gpu_there_is_a_note_about_cuda_and_none_about_tensorrt(tmp_path: Path) -> None:
+    names = [finding.name for finding in provider_findings(tmp_path)]
+    assert provider("cuda", tmp_path).status == "note"
+    assert "provider tensorrt" not in names
+
+
+@without_cuda
+@pytest.mark.parametrize("driver", ["dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"])
+def test_with_a_driver_and_no_cuda_toolkit_the_missing_library_and_its_package_are_named(
+    driver: str, tmp_path: Path
+) -> None:
+    found = provider("cuda", machine(tmp_path, driver))
+    assert found.status == "problem"
+    assert re.search(r"does not start: lib\w+\.so\.\d+: cannot open shared object", found.detail)
+    assert "onnxruntime-gpu[cuda,cudnn]" in found.advice
+
+
+def test_the_cpu_starts_and_what_is_not_installed_is_listed_with_its_package(
+    tmp_path: Path,
+) -> None:
+    assert provider("cpu", tmp_path).status == "ok"
+    others = provider_findings(tmp_path)[-1]
+    listed = dict(re.findall(r"([\w-]+) \(([\w-]+)\)", others.detail))
+    shown = {f.name.removeprefix("provider ") for f in provider_findings(tmp_path)}
+    assert listed["migraphx"] == "onnxruntime-migraphx"
+    assert {row.name for row in KNOWN} - shown - {"tensorrt"} == set(listed) - {"tensorrt"}
+
+
+@pytest.mark.skipif(find_spec("onnxruntime_ep_webgpu") is None, reason="the plugin is not there")
+@pytest.mark.parametrize("software", [False, True])
+def test_a_plugin_without_a_device_is_a_note_that_says_how_to_get_one(
+    software: bool, site: Path
+) -> None:
+    """Without a driver a software adapter is listed, and does not start."""
+    allow = {SOFTWARE_ADAPTER: "1" if software else "", "VK_ICD_FILENAMES": "/no/driver.json"}
+    _, findings = doctor(site, **allow)
+    found = the(findings, name="provider webgpu")
+    if found["status"] == "ok":
+        pytest.skip("there is a GPU")
+    assert found["status"] == ("problem" if software else "note")
+    assert "onnxruntime-ep-webgpu" in found["detail"]
+    assert SOFTWARE_ADAPTER in found["advice"]
+
+
+def test_a_container_with_less_than_a_core_is_noted(tmp_path: Path) -> None:
+    quota = tmp_path / "sys/fs/cgroup/cpu.max"
+    quota.parent.mkdir(parents=True)
+    quota.write_text("50000 100000\n")
+    (threads,) = [finding for finding in examine(tmp_path) if finding.name == "threads"]
+    assert threads.status == "note"
+    assert "0.5 of " in threads.detail
 
 
 def test_every_problem_and_note_says_what_to_do(site: Path) -> None:

@@ -84,7 +84,7 @@ def _facts(
         provider=label_of(chain, options),
         chain=chain,
         version=version or onnxruntime.__version__,
-        device=None if device is None else _device(device.device),
+        device=None if device is None else device_facts(device.device),
         options={k: str(v) for k, v in sorted(options.items()) if k in NUMERIC_OPTIONS},
     )
 
@@ -103,7 +103,8 @@ def _input_devices(session: onnxruntime.InferenceSession) -> list[Any]:
         return []
 
 
-def _device(hardware: Any) -> Device:
+def device_facts(hardware: Any) -> Device:
+    """The device of one of onnxruntime's `OrtHardwareDevice`s."""
     kind = hardware.type.name
     return Device(
         kind=kind,

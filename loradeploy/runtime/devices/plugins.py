@@ -103,7 +103,7 @@ def add_plugins(
             continue
         try:
             device = _device(name, text, devices)
-            _try(name, device, text)
+            try_device(name, device, text)
         except UsageError as problem:
             if not fallback:
                 raise UsageError(f"{problem}. Or name {CPU} as well to run on the CPU.") from None
@@ -136,7 +136,8 @@ def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[A
     return found[number]
 
 
-def _try(name: str, device: Any, options: Mapping[str, str]) -> None:
+def try_device(name: str, device: Any, options: Mapping[str, str]) -> None:
+    """Raise UsageError unless the provider `name` starts on `device`, with `options`."""
     import onnxruntime
 
     tiny = onnxruntime.SessionOptions()

@@ -1,0 +1,180 @@
+"""The execution providers of this machine: installed, with which devices, and what is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from loradeploy.errors import UsageError, first_line, listed_names
+from loradeploy.runtime.devices.facts import device_facts
+from loradeploy.runtime.devices.plugins import (
+    TINY_GRAPH,
+    is_installed,
+    plugin_devices,
+    register,
+    try_device,
+)
+from loradeploy.runtime.devices.providers import preload_cuda
+from loradeploy.runtime.devices.quiet import unlogged
+from loradeploy.runtime.devices.table import CPU, KNOWN, KnownProvider, Plugin
+
+Status = Literal["ok", "note", "problem"]
+
+# Where a driver of NVIDIA shows: on Linux, in Windows' subsystem for Linux, and on Windows.
+_NVIDIA: Final = (
+    "dev/nvidiactl",
+    "usr/lib/wsl/lib/libcuda.so.1",
+    "Windows/System32/nvcuda.dll",
+)
+_CUDA_LIBRARIES: Final = (
+    "pip install 'onnxruntime-gpu[cuda,cudnn]' for the CUDA and cuDNN libraries that this build"
+    " needs (loradeploy loads them from there), and check with nvidia-smi that the driver is new"
+    " enough for them"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was examined. `advice` is what to do about a note or a problem."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+def machine_root() -> Path:
+    """The directory that paths of the machine start from."""
+    return Path(Path.cwd().anchor)
+
+
+def has_nvidia_device(root: Path) -> bool:
+    """Whether a driver of NVIDIA is loaded; `root` is the machine's."""
+    return any((root / place).exists() for place in _NVIDIA)
+
+
+def provider_findings(root: Path) -> list[Finding]:
+    """A finding for each provider that is built in or installed, and one for all others."""
+    import onnxruntime
+
+    built_in = set(onnxruntime.get_available_providers()) - plugin_devices().keys()
+    findings, missing = [], []
+    for row in KNOWN:
+        if row.full in built_in:
+            if row.device == "cuda" and row.name != "cuda" and not has_nvidia_device(root):
+                continue  # what is said of CUDA is enough
+            findings.append(_built_in(row, root))
+        elif row.plugin is not None and is_installed(row.plugin):
+            findings.append(_plugin(row, row.plugin))
+        elif row.name == "cuda" and has_nvidia_device(root):
+            findings.append(
+                _finding(
+                    row,
+                    "note",
+                    "there is an NVIDIA device, and this onnxruntime is built without CUDA",
+                    "pip uninstall the onnxruntime there is, then pip install"
+                    " 'onnxruntime-gpu[cuda,cudnn]'",
+                )
+            )
+        else:
+            missing.append(f"{row.name} ({_package(row)})")
+    if missing:
+        names = ", ".join(missing)
+        findings.append(Finding("providers not installed", "ok", f"{names}; see docs/devices.md"))
+    return findings
+
+
+def _package(row: KnownProvider) -> str:
+    return row.plugin.package if row.plugin is not None else " or ".join(row.builds)
+
+
+def _finding(row: KnownProvider, status: Status, detail: str, advice: str = "") -> Finding:
+    return Finding(f"provider {row.name}", status, detail, advice)
+
+
+def _built_in(row: KnownProvider, root: Path) -> Finding:
+    """Whether a provider starts: it is listed wherever it is compiled in."""
+    import onnxruntime
+
+    cuda = row.device == "cuda"
+    if cuda and not has_nvidia_device(root):
+        return _finding(
+            row,
+            "note",
+            "built in, and there is no NVIDIA device here",
+            "nothing to do if the CPU is to run the graphs",
+        )
+    if cuda:
+        preload_cuda()
+    try:
+        with unlogged():
+            session = onnxruntime.InferenceSession(TINY_GRAPH, providers=[row.full])
+        if row.full in session.get_providers():
+            return _finding(row, "ok", f"built in, and starts{_listed(_built_in_devices(row))}")
+        why = missing_library(row) if cuda else "no device, driver or library"
+    except Exception as problem:  # onnxruntime's exceptions share no base but this
+        why = first_line(problem)
+    if row.name == "cuda":
+        detail = f"there is an NVIDIA device, and the provider does not start: {why}"
+        return _finding(row, "problem", detail, _CUDA_LIBRARIES)
+    return _finding(row, "note", f"built in, and does not start: {why}", f"it needs {row.needs}")
+
+
+def missing_library(row: KnownProvider) -> str:
+    """Which library the provider's own library lacks, in the words of the system's loader."""
+    import onnxruntime
+
+    kind = row.full.removesuffix("ExecutionProvider").lower()
+    windows = sys.platform == "win32"
+    name = f"onnxruntime_providers_{kind}.dll" if windows else f"libonnxruntime_providers_{kind}.so"
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    except OSError as problem:
+        return " ".join(str(problem).split())
+    return "its libraries load, and the device does not answer"
+
+
+def _plugin(row: KnownProvider, plugin: Plugin) -> Finding:
+    """Whether an installed plugin finds a device that starts."""
+    installed = f"{plugin.package} {_version(plugin)}"
+    needs = f"it needs {row.needs}"
+    try:
+        register(row.full, plugin)
+    except UsageError as problem:
+        return _finding(row, "problem", str(problem), f"pip install --upgrade {plugin.package}")
+    devices = plugin_devices().get(row.full, [])
+    if not devices:
+        return _finding(row, "note", f"{installed} finds no device here", needs)
+    try:
+        for device in devices:
+            try_device(row.full, device, dict(row.options))
+    except UsageError as problem:
+        return _finding(row, "problem", f"{installed}: {problem}", needs)
+    return _finding(row, "ok", f"{installed}, and starts{_listed(devices)}")
+
+
+def _version(plugin: Plugin) -> str:
+    try:
+        return importlib.metadata.version(plugin.package)
+    except importlib.metadata.PackageNotFoundError:  # built from source
+        return "of an unknown version"
+
+
+def _built_in_devices(row: KnownProvider) -> list[Any]:
+    import onnxruntime
+
+    if row.full == CPU:
+        return []
+    devices: list[Any] = getattr(onnxruntime, "get_ep_devices", list)()
+    return [device for device in devices if device.ep_name == row.full]
+
+
+def _listed(devices: Sequence[Any]) -> str:
+    """on 0: GPU NVIDIA H200; nothing where onnxruntime lists no device."""
+    named = [f"{number}: {device_facts(d.device)}" for number, d in enumerate(devices)]
+    return f" on {listed_names(named)}" if named else ""
