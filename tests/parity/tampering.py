@@ -29,20 +29,17 @@ def change_graph(bundle: Path, change: Callable[[onnx.GraphProto], None]) -> Non
 def see_the_future_in_chunks(graph: onnx.GraphProto) -> None:
     """No causal mask where there is a past: right for one new token, wrong for more."""
     (compare,) = (node for node in graph.node if node.op_type == "LessOrEqual")
-    past = next(node for node in graph.node if node.op_type == "Range").input[0]  # zero
     (told,) = compare.output
-    length = next(
-        node.output[0]
-        for node in graph.node
-        if node.op_type == "Squeeze" and _reads(graph, node.input[0]).startswith("past_key_values")
-    )
     for node in graph.node:
         node.input[:] = [f"{told}.wrong" if name == told else name for name in node.input]
+    past = "past_key_values.0.key"
     added = [
-        helper.make_node("Greater", [length, past], ["has_past"]),
+        helper.make_node("Shape", [past], ["past_length"], start=2, end=3),
+        helper.make_node("Greater", ["past_length", "no_past"], ["has_past"]),
         helper.make_node("Or", [told, "has_past"], [f"{told}.wrong"]),
     ]
     _insert_after(graph, compare, added)
+    graph.initializer.append(numpy_helper.from_array(np.array([0]), "no_past"))
 
 
 def leave_dropout_on(share: float) -> Callable[[onnx.GraphProto], None]:
@@ -77,11 +74,6 @@ def change_embedding(bundle: Path, token: int) -> None:
         file.write(np.linspace(-1, 1, width, dtype=np.float32).tobytes())
     data = bundle / DATA
     _mend(bundle, data_digest=file_digest(data), data_fingerprint=file_fingerprint(data))
-
-
-def _reads(graph: onnx.GraphProto, name: str) -> str:
-    """What the node that gives `name` reads first."""
-    return str(next(node.input[0] for node in graph.node if name in node.output))
 
 
 def _insert_after(graph: onnx.GraphProto, node: onnx.NodeProto, added: list[Any]) -> None:

@@ -95,15 +95,18 @@ def inputs_of(graph: ir.Graph) -> dict[str | None, ir.Value]:
     return {value.name: value for value in graph.inputs}
 
 
-def query_positions(graph: ir.Graph) -> ir.Node:
-    """The sum past + 0, 1, 2, …: the places of the queries among the keys."""
-    (node,) = (
-        node
-        for node in nodes(graph, "Add")
-        for value in node.inputs
-        if value is not None and (maker := value.producer()) and maker.op_type == "Range"
+def query_positions(graph: ir.Graph) -> ir.Value:
+    """1 - n, …, 0: the places of the queries among the keys, counted from the last one."""
+    (node,) = (node for node in graph if node.name == "positions.sequence/from_the_end")
+    return node.outputs[0]
+
+
+def size(graph: ir.Graph, before: ir.Node, name: str, axis: int) -> ir.Value:
+    """The size of an axis of an input, [1]."""
+    shape: ir.Value = insert(
+        graph, before, "Shape", [inputs_of(graph)[name]], start=axis, end=axis + 1
     )
-    return node
+    return shape
 
 
 def untouched(graph: ir.Graph) -> None:
@@ -115,9 +118,12 @@ def untouched(graph: ir.Graph) -> None:
 
 def causal_from_the_top_left(graph: ir.Graph) -> None:
     """Query i sees keys 0 … i, whatever is in the cache."""
-    total = query_positions(graph)
-    (first,) = (v for v in total.inputs if v is not None and v.producer().op_type == "Range")
-    for node, index in list(total.outputs[0].uses()):
+    places = query_positions(graph)
+    users = list(places.uses())
+    at = next(node for node in graph if any(node is user for user, _ in users))
+    past = size(graph, at, "past_key_values.0.key", 2)
+    first = insert(graph, at, "Sub", [places, past])
+    for node, index in users:
         node.replace_input_with(index, first)
 
 
@@ -142,15 +148,19 @@ def cached_positions_count_the_padding(graph: ir.Graph) -> None:
 
 def _positions(graph: ir.Graph, *, cached_only: bool) -> None:
     told = inputs_of(graph)["position_ids"]
-    counted = query_positions(graph)
     users = [(node, index) for node, index in told.uses() if node.op_type != "Shape"]
     at = next(node for node in graph if any(node is user for user, _ in users))
-    if list(graph).index(at) < list(graph).index(counted):
-        at = list(graph)[list(graph).index(counted) + 1]
+    last = insert(
+        graph,
+        at,
+        "Sub",
+        [size(graph, at, "attention_mask", 1), add_constant(graph, "one", np.array([1]))],
+    )
+    counted = insert(graph, at, "Add", [query_positions(graph), last])
     like = insert(graph, at, "Shape", [told])
-    positions = insert(graph, at, "Expand", [counted.outputs[0], like])
+    positions = insert(graph, at, "Expand", [counted, like])
     if cached_only:
-        past = next(v for v in counted.inputs if v is not None and v.producer().op_type != "Range")
+        past = size(graph, at, "past_key_values.0.key", 2)
         zero = add_constant(graph, "no_past", np.array(0))
         cached = insert(graph, at, "Greater", [past, zero])
         positions = insert(graph, at, "Where", [cached, positions, told])
@@ -266,7 +276,7 @@ def attention_in_float32(graph: ir.Graph, *, masks_own: bool = False) -> None:
     `masks_own`: a padded position does not see even itself.
     """
     first = nodes(graph, "Attention")[0]
-    visible = first.inputs[3].producer().inputs[0]  # [batch, 1, sequence, total]
+    visible = first.inputs[3]  # [batch, 1, sequence, total]
     if masks_own:
         causal, seen = visible.producer().inputs
         (padding,) = (v for v in seen.producer().inputs if v.producer().op_type == "Unsqueeze")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, past_name
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
+from loradeploy.export.trace.rotary import fuse_rotary
+from loradeploy.export.trace.sizes import fold_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,6 +32,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     _optimize(model)
     _drop_metadata(model, prefix)
     name_dimensions(model)
+    fold_sizes(model.graph)
     _name_initializers(model, prefix)
     return model
 
@@ -65,6 +68,7 @@ def _optimize(model: ir.Model) -> None:
         rewrite(model)
     fold()
     join()
+    fuse_rotary(model.graph)
     fuse(model)
     join()
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

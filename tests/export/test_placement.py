@@ -1,0 +1,131 @@
+"""Every form of a graph stays on the device: CUDA's own placement, on stub libraries.
+
+`tools.cuda_placement` opens onnxruntime's CUDA provider without a GPU. It computes nothing; that
+the forms compute the same on the CPU is what the other tests of the export show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import loradeploy as ld
+from tests.conftest import once
+from tools.cuda_placement import Placement, StubsUnavailableError, place, placements, stubs
+from tools.cuda_placement.__main__ import described
+
+GQA: Final = "com.microsoft:GroupQueryAttention"
+# GroupQueryAttention takes the number of all positions in the host's memory.
+TOTAL: Final = {"Squeeze": 1, "Cast": 1}
+# In fp32 its kernel is missing, and what stands beside it goes to the CPU with it.
+FP32_GQA: Final = {GQA: 2, **TOTAL}
+FP32_GQA_ROWS: Final = {**FP32_GQA, "MatMul": 4}
+NOTHING: Final[Mapping[str, int]] = {}
+STEP: Final = {"batch": 1, "sequence": 1, "past": 127}
+CONTROL_FLOW: Final = "control flow"
+ON_CPU: Final = "not been partitioned"
+
+# The form, by what of the tiny Llama it is exported from; what of it may lie on the CPU, by
+# operator; a word of ONNX Runtime's reason not to capture it as a CUDA graph, None where it does.
+FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | None]]] = {
+    "fp32 slots": ("fp32", {}, NOTHING, None),
+    "fp32 rows": ("fp32", {"layout": "rows"}, NOTHING, None),
+    "fp32 step": ("fp32", {"fixed": STEP}, NOTHING, None),
+    "fp32 merged": ("fp32", {"merge": True}, NOTHING, None),
+    "fp32 branches": ("fp32", {"layout": "rows", "branches": True}, NOTHING, CONTROL_FLOW),
+    "fp32 gqa": ("fp32", {"attention": "gqa"}, FP32_GQA, ON_CPU),
+    "fp32 gqa rows": ("fp32", {"attention": "gqa", "layout": "rows"}, FP32_GQA_ROWS, ON_CPU),
+    "fp16 slots": ("fp16", {}, NOTHING, None),
+    "fp16 rows": ("fp16", {"layout": "rows"}, NOTHING, None),
+    "fp16 branches": ("fp16", {"branches": True}, NOTHING, CONTROL_FLOW),
+    "fp16 gqa": ("fp16", {"attention": "gqa"}, TOTAL, None),
+    "fp16 gqa rows": ("fp16", {"attention": "gqa", "layout": "rows"}, TOTAL, None),
+    "fp16 gqa step": ("fp16", {"attention": "gqa", "fixed": STEP}, NOTHING, None),
+    "bf16 slots": ("fp32", {"precision": "bf16"}, NOTHING, None),
+    "bf16 rows step": (
+        "fp32",
+        {"precision": "bf16", "layout": "rows", "fixed": STEP},
+        NOTHING,
+        None,
+    ),
+    "bf16 gqa": ("fp32", {"precision": "bf16", "attention": "gqa"}, FP32_GQA, ON_CPU),
+    "int8 slots": ("fp32", {"precision": "int8", "layout": "slots", "branches": False}, {}, None),
+    "int8 rows": ("fp32", {"precision": "int8", "branches": False}, NOTHING, None),
+    "int4 slots": ("fp32", {"precision": "int4", "layout": "slots", "branches": False}, {}, None),
+    "int4 rows": ("fp32", {"precision": "int4", "branches": False}, NOTHING, None),
+    "int4 rows step": (
+        "fp32",
+        {"precision": "int4", "branches": False, "fixed": STEP},
+        NOTHING,
+        None,
+    ),
+    "int4 branches": ("fp32", {"precision": "int4"}, NOTHING, CONTROL_FLOW),
+    "int4 gqa rows": (
+        "fp32",
+        {"precision": "int4", "branches": False, "attention": "gqa"},
+        FP32_GQA_ROWS,
+        ON_CPU,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def placed(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: Any,
+    shared: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[str, list[Placement]]:
+    """model.onnx and required.onnx of every form, in one process on the stubs."""
+    try:
+        stubs()
+    except StubsUnavailableError as problem:
+        pytest.skip(str(problem))
+    half = once(shared / "bundle-llama-fp16", lambda p: ld.export(tiny_llama, p, precision="fp16"))
+    sources = {"fp32": tiny_llama_bundle, "fp16": half}
+    files: list[Path] = []
+    for name, (source, form, *_) in FORMS.items():
+        bundle = tmp_path_factory.mktemp("placed") / name.replace(" ", "-")
+        if form.get("merge"):
+            ld.export(sources[source], bundle, adapters=[make_adapter(tiny_llama)], **form)
+        else:
+            ld.export(sources[source], bundle, required_inputs=True, **form)
+        files += sorted(bundle.glob("*.onnx"))
+    found: dict[str, list[Placement]] = {name: [] for name in FORMS}
+    for file, placement in zip(files, place(files), strict=True):
+        found[file.parent.name.replace("-", " ")].append(placement)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_what_the_table_allows_is_on_the_cpu(
+    form: str, placed: Mapping[str, list[Placement]]
+) -> None:
+    _, options, allowed, refusal = FORMS[form]
+    expected = ["model.onnx"] if options.get("merge") else ["model.onnx", "required.onnx"]
+    assert [found.graph for found in placed[form]] == expected
+    for found in placed[form]:
+        assert dict(found.on_cpu) == dict(allowed), found.graph
+        assert found.counts["CUDAExecutionProvider"] > 50
+        if refusal is None:
+            assert found.refusal is None and found.copies == 0
+        else:
+            assert refusal in str(found.refusal) and found.copies > 0
+
+
+def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
+    placed: Mapping[str, list[Placement]],
+) -> None:
+    lines = described(placed["fp32 gqa"][0])
+    assert "2 com.microsoft:GroupQueryAttention: CUDA computes it in fp16 and bf16 only" in lines[2]
+    assert lines[-1].startswith("  enable_cuda_graph=1 is refused: ")
+    assert described(placed["fp32 slots"][0])[-1] == "  enable_cuda_graph=1 is accepted"
+
+
+def test_a_directory_without_a_graph_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ld.UsageError, match="is no bundle and no ONNX file"):
+        placements(tmp_path)
