@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,92 +14,57 @@ from loradeploy.errors import BundleError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.runtime.session import AdapterSession
-from tests.conftest import ROOT, MakeAdapter
+from tests.clients.conftest import FORMS, Required
+from tests.conftest import MakeAdapter
 from tests.runtime.feeds import logits
 from tests.tolerances import tolerance
 
 IDS = np.array([[5, 6, 7, 8, 9]])
-EXAMPLE = ROOT / "examples" / "clients" / "node"
 
 
-@pytest.fixture(scope="session")
-def node() -> Path:
-    """The example with its package installed, where Node and a package registry are at hand."""
-    place = ROOT / "build" / "node"
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
-    place.mkdir(parents=True, exist_ok=True)
-    for file in EXAMPLE.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, place / file.name)
-    if not (place / "node_modules" / "onnxruntime-node").exists():
-        # The package has the CPU's library in it; its script would fetch one for GPUs.
-        command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund"]
-        try:
-            subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=120)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-            pytest.skip("onnxruntime-node could not be installed")
-    return place
+def run(javascript: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    place = javascript / "clients" / "node"
+    command = ["node", "main.mjs", *map(str, words)]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"layout": "rows"}, {"layout": "rows", "branches": True}, {"precision": "int4"}],
-    ids=["slots", "rows", "branches", "int4"],
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_node_has_the_effect_of_every_adapter(
-    node: Path,
-    tiny_llama_bundle: Path,
-    tiny_llama: Path,
-    make_adapter: MakeAdapter,
-    tmp_path: Path,
-    options: dict[str, object],
+    javascript: Path, required: Required, form: str
 ) -> None:
-    adapters = {
-        "all": make_adapter(tiny_llama, r=4, seed=5, scale=0.3),
-        "few": make_adapter(tiny_llama, r=2, seed=6, scale=0.3, target_modules=["q_proj"]),
-    }
-    bundle = tmp_path / "bundle"
-    export(tiny_llama_bundle, bundle, adapters=adapters, required_inputs=True, **options)  # type: ignore[arg-type]
-    done = subprocess.run(
-        ["node", "main.mjs", bundle, ",".join(map(str, IDS[0]))],
-        cwd=node,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    bundle = required(form)
+    done = run(javascript, bundle, ",".join(map(str, IDS[0])))
     assert done.returncode == 0, done.stderr
     theirs = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
     session = AdapterSession(bundle)
-    base = logits(session, IDS)[0, -1]
-    for name in ("base", *adapters):
-        ours = logits(session, IDS, None if name == "base" else name)[0, -1]
-        assert theirs[name]["token"] == ours.argmax()
-        assert abs(theirs[name]["distance"] - np.abs(ours - base).max()) < tolerance("rows")
-    assert min(theirs[name]["distance"] for name in adapters) > 0.01
+    base = logits(session, IDS)[0, -1].astype(np.float32)
+    half = tolerance("fp16-rounding") * np.abs(base).max()
+    limit = half if form == "fp16" else tolerance("rows")
+    assert set(theirs) == {"base", "all", "few"}
+    for name, line in theirs.items():
+        ours = logits(session, IDS, None if name == "base" else name)[0, -1].astype(np.float32)
+        assert line["token"] == ours.argmax()
+        assert abs(line["distance"] - np.abs(ours - base).max()) < limit
+    assert min(theirs[name]["distance"] for name in ("all", "few")) > 10 * limit
 
 
-def test_node_is_told_what_bundle_it_needs(node: Path, tiny_llama_bundle: Path) -> None:
-    command = ["node", "main.mjs", tiny_llama_bundle, "5,6"]
-    done = subprocess.run(command, cwd=node, capture_output=True, text=True, check=False)
+def test_node_is_told_what_bundle_it_needs(javascript: Path, tiny_llama_bundle: Path) -> None:
+    done = run(javascript, tiny_llama_bundle, "5,6")
     assert done.returncode == 2
     assert "export --required-inputs" in done.stderr
 
 
 def test_the_required_graph_has_no_defaults_and_no_weights_of_its_own(
-    tiny_llama_bundle: Path, tmp_path: Path
+    required: Required,
 ) -> None:
-    export(tiny_llama_bundle, tmp_path / "b", required_inputs=True)
-    graph = load_graph(tmp_path / "b" / "required.onnx").graph
+    bundle = required("slots")
+    graph = load_graph(bundle / "required.onnx").graph
     assert not any(value.is_initializer() for value in graph.inputs)
-    fed, _ = read_arrays(tmp_path / "b" / "required.safetensors", error=BundleError)
-    plain = load_graph(tmp_path / "b" / "model.onnx").graph
+    fed, _ = read_arrays(bundle / "required.safetensors", error=BundleError)
+    plain = load_graph(bundle / "model.onnx").graph
     assert set(fed) == {str(v.name) for v in plain.inputs if v.is_initializer()}
     assert [v.name for v in graph.inputs] == [v.name for v in plain.inputs]
-    sizes = [
-        (tmp_path / "b" / name).stat().st_size for name in ("required.onnx", "model.onnx.data")
-    ]
+    sizes = [(bundle / name).stat().st_size for name in ("required.onnx", "model.onnx.data")]
     assert sizes[0] < sizes[1]
 
 

@@ -1,7 +1,8 @@
 // Swap adapters in Node, on a bundle of `loradeploy export --required-inputs`.
 //
-//     npm install && node main.mjs BUNDLE TOKEN,TOKEN,…
+//     npm install --ignore-scripts && node main.mjs BUNDLE TOKEN,TOKEN,…
 //
+// (Its install script downloads a library for GPUs. That for the CPU is in the package.)
 // Prints, for the base and every adapter, the next token and how far its logits are from the base's.
 import { existsSync, readFileSync, readdirSync } from "node:fs";
 import { basename, join } from "node:path";
@@ -11,6 +12,21 @@ const [bundle, tokens] = process.argv.slice(2);
 if (!tokens || !existsSync(join(bundle, "required.onnx"))) {
   console.error("give a bundle of `loradeploy export --required-inputs`, and tokens as 5,6,7");
   process.exit(2);
+}
+
+// How numbers are kept: float16, which Node lacks, as its bits.
+const KINDS = {
+  F32: ["float32", Float32Array],
+  F16: ["float16", Uint16Array],
+  I64: ["int64", BigInt64Array],
+};
+const CACHES = { float32: Float32Array, float16: Uint16Array };
+
+function fromHalf(bits) {
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  const size = exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24;
+  return bits & 0x8000 ? -size : size;
 }
 
 // A safetensors file: the header's length in 8 bytes, the header as JSON, then the numbers.
@@ -23,10 +39,8 @@ function sideInputs(file) {
   for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
     const [begin, end] = data_offsets.map((offset) => 8 + length + offset);
     const copy = new Uint8Array(bytes.subarray(begin, end)).buffer;
-    feeds[name] =
-      dtype === "I64"
-        ? new ort.Tensor("int64", new BigInt64Array(copy), shape)
-        : new ort.Tensor("float32", new Float32Array(copy), shape);
+    const [type, Numbers] = KINDS[dtype];
+    feeds[name] = new ort.Tensor(type, new Numbers(copy), shape);
   }
   return feeds;
 }
@@ -40,9 +54,9 @@ const feeds = {
   attention_mask: int64(ids.map(() => 1)),
   position_ids: int64(ids.map((_, position) => position)),
 };
-for (const { name, shape } of manifest.inputs) {
+for (const { name, dtype, shape } of manifest.inputs) {
   if (name.startsWith("past_key_values.")) {
-    feeds[name] = new ort.Tensor("float32", new Float32Array(0), [1, shape[1], 0, shape[3]]);
+    feeds[name] = new ort.Tensor(dtype, new CACHES[dtype](0), [1, shape[1], 0, shape[3]]);
   }
 }
 
@@ -51,7 +65,8 @@ const files = readdirSync(join(bundle, "adapters")).filter((file) => file.endsWi
 let base;
 for (const file of ["required.safetensors", ...files.sort().map((file) => join("adapters", file))]) {
   const { logits } = await session.run({ ...feeds, ...sideInputs(join(bundle, file)) }, ["logits"]);
-  const last = logits.data.subarray(-logits.dims[2]);
+  const bits = logits.data.subarray(-logits.dims[2]);
+  const last = bits instanceof Uint16Array ? Float32Array.from(bits, fromHalf) : Float32Array.from(bits);
   base ??= last;
   const token = last.indexOf(Math.max(...last));
   const distance = Math.max(...last.map((value, index) => Math.abs(value - base[index])));

@@ -1,0 +1,114 @@
+// An adapter's side inputs, from any of its files, checked against the bundle.
+import { AdapterError, listed } from "./errors.js";
+import { cast, computable } from "./floats.js";
+import { readOnnxAdapter } from "./onnx_adapter.js";
+import { peftSideInputs, readConfig } from "./peft.js";
+import { readTensors } from "./safetensors.js";
+import { LIMITS, openSource } from "./source.js";
+
+const CONFIG = "adapter_config.json";
+const WEIGHTS = "adapter_model.safetensors";
+const BASE_DIGEST = "loradeploy.base_digest";
+
+/**
+ * The side inputs of the adapter at `place`, a Map of name → { shape, data } in the graph's dtype.
+ *
+ * `place`: an .onnx_adapter file, a PEFT directory, or its .safetensors file with the config beside
+ * it; a path in Node, a URL anywhere.
+ */
+export async function readAdapter(place, manifest) {
+  if (manifest.sideInputs.size === 0) {
+    throw new AdapterError("this bundle is merged and takes no adapters: export the base without --merge");
+  }
+  const { directory, file } = split(String(place));
+  const source = openSource(directory);
+  if (file.endsWith(".onnx_adapter")) return readNative(source, file, manifest);
+  return readPeft(source, file || WEIGHTS, manifest);
+}
+
+/** The directory of an adapter, in which files for its texts may be; null of an .onnx_adapter file. */
+export function directoryOf(place) {
+  const { directory, file } = split(String(place));
+  return file.endsWith(".onnx_adapter") ? null : directory;
+}
+
+function split(place) {
+  const [, directory, file] = /^(?:(.*)[/\\])?([^/\\]*)$/s.exec(place);
+  if (/\.(onnx_adapter|safetensors)$/.test(file)) return { directory: directory ?? ".", file };
+  if (/\.(bin|pt|pth|ckpt|gguf)$/.test(file)) {
+    throw new AdapterError(`${place} is refused: give an .onnx_adapter file, or PEFT's safetensors`);
+  }
+  return { directory: place.replace(/[/\\]$/, ""), file: "" };
+}
+
+/** The adapter `name` that came with the bundle in `source`. */
+export function readOwnAdapter(source, name, manifest) {
+  return readNative(source, `adapters/${encodeName(source, name)}.onnx_adapter`, manifest);
+}
+
+function encodeName(source, name) {
+  if (/[/\\]|^\.\.?$/.test(name)) throw new AdapterError(`the adapter name ${JSON.stringify(name)}`);
+  return source.base ? encodeURIComponent(name) : name;
+}
+
+async function readNative(source, file, manifest) {
+  const where = source.where(file);
+  const arrays = readOnnxAdapter(await source.bytes(file, LIMITS.adapter, AdapterError), where, AdapterError);
+  arrays.delete("adapter_mode"); // of the graph that the file was written for
+  return checked(arrays, manifest, where);
+}
+
+async function readPeft(source, file, manifest) {
+  const where = source.where(file);
+  const values = await source.json(CONFIG, AdapterError);
+  const config = readConfig(values, source.where(CONFIG));
+  const bytes = await source.bytes(file, LIMITS.adapter, AdapterError);
+  const { tensors, metadata } = readTensors(bytes, where, AdapterError);
+  const theirs = metadata[BASE_DIGEST];
+  const ours = manifest.base.kind === "checkpoint" ? manifest.base.digest : null;
+  if (theirs && ours && theirs !== ours) {
+    throw new AdapterError(
+      `${where}: the adapter was trained on another base (digest ${theirs}, this bundle's is ${ours})`,
+    );
+  }
+  const dtype = manifest.factor_dtype;
+  const found = peftSideInputs(config, tensors, manifest, where);
+  const arrays = new Map();
+  for (const [name, { shape, data }] of found) arrays.set(name, { dtype, shape, data: cast(data, dtype) });
+  return checked(arrays, manifest, where);
+}
+
+/** `arrays`, where they are one slot of side inputs; else one AdapterError with every misfit. */
+function checked(arrays, manifest, where) {
+  const problems = [];
+  const ranks = new Map();
+  for (const { module, lora_A, lora_B } of manifest.targets) {
+    if (arrays.has(lora_A) !== arrays.has(lora_B)) problems.push(`${module} has one factor without the other`);
+    const rank = arrays.get(lora_A)?.shape.at(-1);
+    ranks.set(lora_A, rank).set(lora_B, rank);
+  }
+  for (const { input, parameter, lacking } of manifest.saved) {
+    if (lacking && !arrays.has(input)) {
+      problems.push(`${parameter} is not there, which the base lacks too`);
+    }
+  }
+  for (const [name, { dtype, shape, data }] of arrays) {
+    const expected = manifest.sideInputs.get(name);
+    if (expected === undefined) {
+      problems.push(`${name} is no side input of this bundle`);
+      continue;
+    }
+    const sizes = { adapters: 1, rank: ranks.get(name) };
+    const needed = expected.shape.map((size) => sizes[size] ?? size);
+    if (dtype !== manifest.factor_dtype || String(shape) !== String(needed)) {
+      problems.push(`${name} is ${dtype} [${shape}], the bundle takes ${manifest.factor_dtype} [${needed}]`);
+    } else if (!computable(data)) {
+      problems.push(`${name} holds values that are not finite, or overflow`);
+    }
+  }
+  if (arrays.size === 0) problems.push("it has no side inputs");
+  if (problems.length) {
+    throw new AdapterError(`${where}: the adapter does not fit this bundle: ${listed(problems)}`);
+  }
+  return arrays;
+}

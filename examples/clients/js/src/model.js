@@ -1,0 +1,161 @@
+// A bundle that is open: its graph, its texts, and its adapters by name.
+import { directoryOf, readAdapter, readOwnAdapter } from "./adapter.js";
+import { openGraph } from "./backend.js";
+import { checkClassifier, classify } from "./classify.js";
+import { AdapterError, UsageError, checkOptions } from "./errors.js";
+import { checkDecoder, generate } from "./generate.js";
+import { readSampling } from "./logits.js";
+import { presentOf, readManifest } from "./manifest.js";
+import { IN_NODE, openSource } from "./source.js";
+import { readBase, stack } from "./stack.js";
+import { checkSameTexts, readOwnTexts, readTexts } from "./texts.js";
+
+/** Open the bundle at `place`: a directory in Node, a URL anywhere. See index.d.ts. */
+export async function load(place, options = {}) {
+  checkOptions("load", options, ["backend", "onProgress"]);
+  const source = openSource(place, options.onProgress);
+  const manifest = await readManifest(source);
+  const texts = await readTexts(source, manifest);
+  const base = await readBase(source, manifest);
+  const backend = options.backend ?? (IN_NODE ? "node" : "wasm");
+  const presents = manifest.past.map(({ name }) => presentOf(name));
+  const graph = await openGraph(source, manifest, backend, presents);
+  return new Model(source, manifest, texts, base, graph, backend);
+}
+
+class Model {
+  #source;
+  #manifest;
+  #texts;
+  #base;
+  #graph;
+  #adapters = new Map(); // name → a promise of { sideInputs, texts }
+
+  constructor(source, manifest, texts, base, graph, backend) {
+    this.#source = source;
+    this.#manifest = manifest;
+    this.#texts = texts;
+    this.#base = base;
+    this.#graph = graph;
+    this.backend = backend;
+    this.task = manifest.task;
+    for (const name of Object.keys(manifest.adapters)) this.#adapters.set(name, null); // read when first used
+  }
+
+  get adapters() {
+    return [...this.#adapters.keys()];
+  }
+
+  get hasChatTemplate() {
+    return this.#texts.template !== null;
+  }
+
+  async addAdapter(name, place) {
+    if (typeof name !== "string" || !name) throw new UsageError("an adapter needs a name");
+    if (this.#adapters.has(name)) throw new UsageError(`there is an adapter ${JSON.stringify(name)} already: remove it first`);
+    const sideInputs = await readAdapter(place, this.#manifest);
+    const directory = directoryOf(place);
+    if (directory !== null) await checkSameTexts(directory, this.#texts);
+    this.#adapters.set(name, Promise.resolve({ sideInputs, texts: this.#texts }));
+  }
+
+  removeAdapter(name) {
+    if (!this.#adapters.delete(name)) throw this.#unknown(name);
+  }
+
+  async generate(options) {
+    checkOptions("generate", options, [
+      ...["prompt", "prompts", "adapter", "adapters", "maxNewTokens", "temperature", "topK", "topP", "seed", "chat"],
+      ...["onToken", "signal"],
+    ]);
+    checkDecoder(this.#manifest);
+    const { maxNewTokens = 32, chat = false, onToken, signal } = options;
+    if (!Number.isSafeInteger(maxNewTokens) || maxNewTokens < 1) throw new UsageError(`maxNewTokens is ${maxNewTokens}: give 1 or more`);
+    const sampling = readSampling(options);
+    const rows = await this.#rows("prompt", options, (prompt, texts) => encode(prompt, texts, chat));
+    await generate(this.#graph, this.#manifest, rows, this.#stack, { maxNewTokens, sampling, onToken, signal });
+    const answers = rows.map((row) => ({
+      text: row.texts.decode(row.ids),
+      tokenIds: row.ids,
+      finishReason: row.stopped ? "stop" : "length",
+      adapter: row.name,
+      promptTokens: row.prompt.length,
+    }));
+    return "prompt" in options ? answers[0] : answers;
+  }
+
+  async classify(options) {
+    checkOptions("classify", options, ["text", "texts", "adapter", "adapters"]);
+    checkClassifier(this.#manifest);
+    const rows = await this.#rows("text", options, (text, texts) => encode(text, texts, false));
+    const logits = await classify(this.#graph, this.#manifest, rows, this.#stack);
+    const answers = rows.map((row, number) => ({ logits: logits[number], adapter: row.name }));
+    return "text" in options ? answers[0] : answers;
+  }
+
+  async release() {
+    await this.#graph.release();
+  }
+
+  #stack = (rows) => stack(rows.map(({ adapter }) => adapter), this.#base, this.#manifest, this.#graph.leastRank);
+
+  /** What is given as `one` or as a list, each with its adapter: { prompt, texts, adapter, name }. */
+  async #rows(one, options, encoded) {
+    const many = `${one}s`;
+    if (one in options === many in options) throw new UsageError(`give either ${one} or ${many}`);
+    if ("adapter" in options && "adapters" in options) throw new UsageError("give either adapter or adapters");
+    const given = one in options ? [options[one]] : options[many];
+    if (!Array.isArray(given) || !given.length) throw new UsageError(`${many} is no list, or an empty one`);
+    const names = options.adapters ?? Array(given.length).fill(options.adapter ?? null);
+    if (!Array.isArray(names) || names.length !== given.length) {
+      throw new UsageError(`${names.length} adapters for ${given.length} ${many}: give one for each, null for the base`);
+    }
+    const rows = [];
+    for (const [number, name] of names.entries()) {
+      const { sideInputs, texts } = await this.#adapter(name);
+      const prompt = encoded(given[number], texts);
+      const what = `${one} ${number + 1}`;
+      if (!prompt.length) throw new UsageError(`${what} is empty`);
+      // A classifier reads as much as fits in; a text that is generated needs a position left.
+      const room = this.task === "causal-lm" ? texts.maxLength - 1 : texts.maxLength;
+      if (prompt.length > room) throw new UsageError(`${what} has ${prompt.length} tokens, the model takes ${room}: shorten it`);
+      const outside = prompt.find((token) => !(Number.isSafeInteger(token) && token >= 0 && token < texts.vocabulary));
+      if (outside !== undefined) throw new UsageError(`${what} has the token ${outside}, the vocabulary ends at ${texts.vocabulary - 1}`);
+      rows.push({ prompt, texts, adapter: sideInputs, name });
+    }
+    return rows;
+  }
+
+  /** The side inputs and the texts of an adapter by name, or of the base for null. */
+  async #adapter(name) {
+    if (name === null || name === undefined) return { sideInputs: null, texts: this.#texts };
+    if (!this.#adapters.has(name)) throw this.#unknown(name);
+    if (this.#adapters.get(name) === null) {
+      const reading = this.#readOwn(name);
+      this.#adapters.set(name, reading);
+      // What failed, as a fetch may, is tried again.
+      reading.catch(() => this.#adapters.get(name) === reading && this.#adapters.set(name, null));
+    }
+    return this.#adapters.get(name);
+  }
+
+  async #readOwn(name) {
+    const sideInputs = await readOwnAdapter(this.#source, name, this.#manifest);
+    const texts = await readOwnTexts(this.#source, name, this.#manifest, this.#texts);
+    return { sideInputs, texts };
+  }
+
+  #unknown(name) {
+    const known = this.adapters.map((one) => JSON.stringify(one)).join(", ") || "none";
+    return new AdapterError(`no adapter is loaded as ${JSON.stringify(name)}; there are: ${known}`);
+  }
+}
+
+function encode(prompt, texts, chat) {
+  if (typeof prompt === "string") {
+    if (prompt === "") return [];
+    return chat ? texts.encodeChat([{ role: "user", content: prompt }]) : texts.encode(prompt);
+  }
+  if (!Array.isArray(prompt)) throw new UsageError("a prompt is no text: give a string, a list of messages, or of token ids");
+  return prompt.every((token) => typeof token === "number") ? prompt : texts.encodeChat(prompt);
+}

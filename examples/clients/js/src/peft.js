@@ -1,0 +1,180 @@
+// PEFT adapters: adapter_config.json and tensors to the side inputs of a bundle.
+import { AdapterError, listed } from "./errors.js";
+import { asFloats } from "./safetensors.js";
+
+const CONVERT =
+  "write it for the bundle with loradeploy convert, and load the .onnx_adapter file";
+
+// Fields that are honored, or that cannot change the numbers of a finished adapter.
+const KNOWN = new Set(
+  (
+    "r lora_alpha target_modules lora_dropout bias use_rslora use_dora fan_in_fan_out rank_pattern" +
+    " alpha_pattern exclude_modules layers_to_transform layers_pattern modules_to_save task_type" +
+    " base_model_name_or_path init_lora_weights peft_type auto_mapping corda_config eva_config" +
+    " ensure_weight_tying inference_mode loftq_config lora_ga_config megatron_core peft_version" +
+    " qalora_group_size revision runtime_config velora_config"
+  ).split(" "),
+);
+// Initializations that leave the base weights as they are.
+const BASE_KEEPING = new Set([true, false, "gaussian", "eva", "orthogonal", "mica"]);
+
+const PREFIX = /^(?:module\.)*(?:base_model\.model\.)+/;
+const FACTOR = /^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$/;
+const WHOLE = /^(.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.([^.]+)$/;
+// The name of a module or its end, as opposed to an expression: dots stand for any character.
+const NAME = /^\^?(?:[A-Za-z0-9_.]|\\[.\-_])+$/;
+
+/**
+ * s of y = x Wᵀ + s · (x Aᵀ) Bᵀ for `module`: α/r, or α/√r with use_rslora.
+ */
+function scaling(config, module) {
+  const rank = ofModule(config.rank_pattern, module) ?? config.r;
+  const alpha = ofModule(config.alpha_pattern, module) ?? config.lora_alpha;
+  return alpha / (config.use_rslora ? Math.sqrt(rank) : rank);
+}
+
+/** The value of the first pattern that is the end of `module` after a dot, or the whole. */
+function ofModule(patterns, module) {
+  for (const [pattern, value] of Object.entries(patterns)) {
+    if (new RegExp(`^(?:(?:.*\\.)?(?:${pattern}))$`).test(module)) return value;
+  }
+  return undefined;
+}
+
+function isOff(value) {
+  return !value || (typeof value === "object" && Object.keys(value).length === 0);
+}
+
+/** The config's fields with PEFT's defaults; what cannot be honored is refused by its name. */
+export function readConfig(values, where) {
+  const refuse = (problem) => {
+    throw new AdapterError(`${where}: ${problem}`);
+  };
+  const shown = (name) => `${name}=${JSON.stringify(values[name])}`;
+  if ((values.peft_type ?? "LORA") !== "LORA") refuse(`${shown("peft_type")}: only LORA is supported`);
+  for (const [name, value] of Object.entries(values)) {
+    if (!KNOWN.has(name) && !isOff(value)) {
+      refuse(`${shown(name)} may change the numbers and is not supported here: ${CONVERT}`);
+    }
+  }
+  if (values.use_dora) refuse(`${shown("use_dora")} is not supported here: ${CONVERT}`);
+  if ((values.bias ?? "none") !== "none") refuse(`${shown("bias")} is not supported here: ${CONVERT}`);
+  if (!BASE_KEEPING.has(values.init_lora_weights ?? true)) {
+    refuse(`${shown("init_lora_weights")} changed the base weights: ${CONVERT}`);
+  }
+  const config = {
+    r: values.r ?? refuse("r is missing"),
+    lora_alpha: values.lora_alpha ?? refuse("lora_alpha is missing"),
+    use_rslora: values.use_rslora ?? false,
+    rank_pattern: values.rank_pattern ?? {},
+    alpha_pattern: values.alpha_pattern ?? {},
+  };
+  const isRank = (value) => Number.isSafeInteger(value) && value > 0;
+  if (!isRank(config.r)) refuse(`${shown("r")}, a positive integer is needed`);
+  if (!Number.isFinite(config.lora_alpha)) refuse(`${shown("lora_alpha")}, a number is needed`);
+  if (typeof config.use_rslora !== "boolean") refuse(`${shown("use_rslora")}, true or false is needed`);
+  for (const [name, fits] of [["rank_pattern", isRank], ["alpha_pattern", Number.isFinite]]) {
+    for (const [pattern, value] of Object.entries(config[name])) {
+      if (!NAME.test(pattern)) refuse(`${name} has the expression ${JSON.stringify(pattern)}: ${CONVERT}`);
+      if (!fits(value)) refuse(`${name} gives ${JSON.stringify(pattern)} the value ${JSON.stringify(value)}`);
+    }
+  }
+  // What is targeted needs tensors; where it is not told by endings alone, the tensors tell it.
+  const whole = isOff(values.exclude_modules) && isOff(values.layers_to_transform ?? null) && values.layers_to_transform !== 0;
+  config.endings = whole && Array.isArray(values.target_modules) ? values.target_modules : [];
+  return config;
+}
+
+/**
+ * The side inputs of the adapter, a Map of name → { shape, data } in float32: `M.lora_A`
+ * [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, and parameters trained whole.
+ *
+ * `tensors` are those of its file. Every misfit with `manifest` is in the one error.
+ */
+export function peftSideInputs(config, tensors, manifest, where) {
+  const modules = new Map();
+  const whole = new Map();
+  const names = new Set();
+  const problems = [];
+  for (const [key, tensor] of tensors) {
+    const values = asFloats(tensor);
+    if (values === null) {
+      problems.push(`${key} has the dtype ${tensor.dtype}`);
+      continue;
+    }
+    const stored = { shape: tensor.shape, values };
+    const name = key.replace(PREFIX, "");
+    const factor = FACTOR.exec(name);
+    if (factor === null) {
+      whole.set(name.replace(WHOLE, "$1.$2"), stored);
+      continue;
+    }
+    const [, module, part, adapter] = factor;
+    if (adapter) names.add(adapter);
+    if (!modules.has(module)) modules.set(module, {});
+    modules.get(module)[part] = stored;
+  }
+  if (names.size > 1) problems.push(`the file holds several adapters: ${[...names].join(", ")}`);
+
+  const targets = new Map(manifest.targets.map((target) => [target.module, target]));
+  const found = new Map();
+  for (const [module, parts] of modules) {
+    const target = targets.get(module);
+    if (target === undefined) {
+      problems.push(`${module} is no target module of this bundle`);
+      continue;
+    }
+    const half = target.kind === "embedding" ? "lora_embedding_" : "lora_";
+    const { [`${half}A`]: A, [`${half}B`]: B, ...others } = parts;
+    if (!A || !B || Object.keys(others).length) {
+      problems.push(`${module} has ${Object.keys(parts).join(" and ")}, ${half}A and ${half}B are needed`);
+      continue;
+    }
+    const { in_features: wide, out_features: high } = target;
+    const rank = ofModule(config.rank_pattern, module) ?? config.r;
+    if (A.shape.length !== 2 || A.shape[0] !== rank || A.shape[1] !== wide) {
+      problems.push(`${module}.lora_A is [${A.shape}], rank and base take [${rank},${wide}]`);
+    } else if (B.shape.length !== 2 || B.shape[0] !== high || B.shape[1] !== rank) {
+      problems.push(`${module}.lora_B is [${B.shape}], base and rank take [${high},${rank}]`);
+    } else {
+      const s = Math.fround(scaling(config, module));
+      found.set(target.lora_A, { shape: [1, wide, rank], data: transposed(A.values, rank, wide) });
+      // A double holds the product of two float32 exactly: storing it rounds once.
+      const folded = transposed(B.values, high, rank).map((value) => value * s);
+      found.set(target.lora_B, { shape: [1, rank, high], data: folded });
+    }
+  }
+  for (const { module } of manifest.targets) {
+    const targeted = config.endings.some((end) => module === end || module.endsWith(`.${end}`));
+    if (targeted && !modules.has(module)) problems.push(`${module} is targeted and has no tensors`);
+  }
+  const replaceable = new Map(manifest.saved.map((saved) => [saved.parameter, saved]));
+  for (const [parameter, { shape, values }] of whole) {
+    const saved = replaceable.get(parameter);
+    if (saved === undefined) {
+      problems.push(`${parameter} is neither a factor nor a side input of this bundle: ${CONVERT}`);
+    } else if (String(shape) !== String(saved.shape)) {
+      problems.push(`${parameter} is [${shape}], the bundle takes [${saved.shape}]: ${CONVERT}`);
+    } else if (saved.transposed) {
+      if (shape.length !== 2) problems.push(`${parameter} is [${shape}]: ${CONVERT}`);
+      else found.set(saved.input, { shape: [1, shape[1], shape[0]], data: transposed(values, ...shape) });
+    } else {
+      found.set(saved.input, { shape: [1, ...shape], data: values });
+    }
+  }
+  if (problems.length) {
+    throw new AdapterError(`${where}: the adapter does not fit this bundle: ${listed(problems)}`);
+  }
+  return found;
+}
+
+/** `values` [rows, columns] as [columns, rows]. */
+function transposed(values, rows, columns) {
+  const turned = new Float32Array(values.length);
+  for (let row = 0; row < rows; ++row) {
+    for (let column = 0; column < columns; ++column) {
+      turned[column * rows + row] = values[row * columns + column];
+    }
+  }
+  return turned;
+}

@@ -1,0 +1,178 @@
+// Text to tokens and back: the base's files, and what an adapter brings in place of them.
+//
+//     tokenizer.json, tokenizer_config.json      the vocabulary and its rules; the special tokens
+//     chat_template.jinja                        conversations to text
+//     generation_config.json                     which tokens end a text, and settings
+//     config.json                                how many positions the model has
+import { Template } from "@huggingface/jinja";
+import { Tokenizer } from "@huggingface/tokenizers";
+import { AdapterError, BundleError, UsageError } from "./errors.js";
+import { readSettings } from "./logits.js";
+import { LIMITS, openSource, parsed } from "./source.js";
+
+const ROLES = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"].map((role) => `${role}_token`);
+const POSITIONS = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"];
+// transformers writes 10³⁰ where a tokenizer has no limit of its own.
+const NO_LIMIT = 1e9;
+const MAX_TEMPLATE = 128 * 1024;
+// Of tokenizer.json, what makes tokens of a text and text of tokens.
+const WORDS = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"];
+
+/**
+ * How the texts of one adapter, or of the base, are read and written.
+ *
+ * `ends`: a Set of the tokens that end a text. `settings`: how logits are changed before a token is
+ * chosen. `padId` fills rows up. `maxLength`: how many tokens the model takes, or Infinity.
+ */
+class Texts {
+  constructor(parts) {
+    Object.assign(this, parts);
+    this.tokenizer = new Tokenizer(this.words, { ...this.tokenizerConfig, clean_up_tokenization_spaces: false });
+  }
+
+  encode(text, special = true) {
+    if (!text.isWellFormed()) throw new UsageError("a text holds half a surrogate pair, which is no character");
+    return this.tokenizer.encode(text, { add_special_tokens: special }).ids;
+  }
+
+  /** The tokens of a conversation, up to where the assistant is to speak. */
+  encodeChat(messages) {
+    if (this.template === null) throw new UsageError("there is no chat template: give plain prompts");
+    for (const message of messages) {
+      if (typeof message?.role !== "string") throw new UsageError('a message has no role: give {role: "user", content: "…"}');
+    }
+    let text;
+    try {
+      const values = { ...this.special, messages, tools: null, documents: null, add_generation_prompt: true };
+      text = new Template(this.template).render(values);
+    } catch (problem) {
+      throw new UsageError(`the chat template fails on the messages: ${problem.message}`);
+    }
+    return this.encode(text, false);
+  }
+
+  /** The text of `ids`, without special tokens. */
+  decode(ids) {
+    if (!ids.length) return ""; // which the library refuses
+    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  }
+}
+
+/** The base's texts, from the bundle `source`. */
+export async function readTexts(source, manifest) {
+  const words = parsed(
+    await source.text("tokenizer.json", LIMITS.tokenizer, BundleError),
+    source.where("tokenizer.json"),
+    BundleError,
+  );
+  const [config, tokenizerConfig, generation] = await Promise.all(
+    ["config.json", "tokenizer_config.json", "generation_config.json"].map((name) =>
+      manifest.files.includes(name) ? source.json(name, BundleError) : {},
+    ),
+  );
+  const special = specialTokens(tokenizerConfig);
+  const template = manifest.files.includes("chat_template.jinja")
+    ? await source.text("chat_template.jinja", MAX_TEMPLATE, BundleError)
+    : ownTemplate(tokenizerConfig);
+  const idOf = (role) => words.added_tokens?.find(({ content }) => content === special[role])?.id ?? words.model?.vocab?.[special[role]];
+  const told = [ids(generation.eos_token_id), ids(config.eos_token_id), ids(idOf("eos_token"))];
+  const ends = new Set(told.find((some) => some.length) ?? []);
+  const vocabulary = config.vocab_size ?? config.text_config?.vocab_size ?? Infinity;
+  const pads = [...ids(config.pad_token_id), ...ids(idOf("pad_token")), ...ends, 0];
+  return new Texts({
+    words,
+    tokenizerConfig,
+    special,
+    template,
+    ends,
+    vocabulary,
+    padId: pads.find((id) => id < vocabulary),
+    maxLength: longest(config, tokenizerConfig),
+    settings: readSettings(generation, source.where("generation_config.json")),
+  });
+}
+
+/**
+ * The texts of the adapter `name` that came with the bundle, as its manifest and the files beside
+ * the adapter tell them.
+ */
+export async function readOwnTexts(source, name, manifest, base) {
+  const entry = manifest.adapters[name];
+  const own = entry?.text;
+  if (!own) return base;
+  const file = async (what) =>
+    Object.hasOwn(own.files, what)
+      ? parsed(await source.text(`${entry.path}/${what}`, LIMITS.tokenizer, BundleError), what, BundleError)
+      : null;
+  const tokenizerConfig = await file("tokenizer_config.json");
+  const where = `the generation settings of the adapter ${name}`;
+  return new Texts({
+    ...base,
+    words: (await file("tokenizer.json")) ?? base.words,
+    tokenizerConfig: tokenizerConfig ?? base.tokenizerConfig,
+    special: { ...base.special, ...specialTokens(tokenizerConfig ?? {}) },
+    template: own.chat_template ?? base.template,
+    ends: own.eos_token_ids.length ? new Set(own.eos_token_ids) : base.ends,
+    settings: Object.hasOwn(own.files, "generation_config.json") ? readSettings(own.generation, where) : base.settings,
+  });
+}
+
+/**
+ * Refuse an adapter from `directory` whose files say that its texts are made otherwise than the
+ * base's: only an export records what follows from them.
+ */
+export async function checkSameTexts(directory, base) {
+  const source = openSource(directory);
+  const refuse = (file) => {
+    throw new AdapterError(
+      `${source.where(file)} is not the base's: the adapter has texts of its own, export it with the` +
+        " bundle (loradeploy export --adapter)",
+    );
+  };
+  const same = (one, other) => JSON.stringify(one ?? null) === JSON.stringify(other ?? null);
+  const read = (file) => source.optionalJson(file, AdapterError);
+  const words = await source.optionalText("tokenizer.json", LIMITS.tokenizer, AdapterError);
+  if (words !== null) {
+    const own = parsed(words, source.where("tokenizer.json"), AdapterError);
+    if (!WORDS.every((part) => same(own[part], base.words[part]))) refuse("tokenizer.json");
+  }
+  const config = await read("tokenizer_config.json");
+  if (!Object.entries(specialTokens(config)).every(([role, token]) => base.special[role] === token)) {
+    refuse("tokenizer_config.json");
+  }
+  const template = await source.optionalText("chat_template.jinja", MAX_TEMPLATE, AdapterError);
+  if (template !== null && template !== base.template) refuse("chat_template.jinja");
+  if (template === null && (ownTemplate(config) ?? base.template) !== base.template) refuse("tokenizer_config.json");
+  const generation = await read("generation_config.json");
+  if (Object.keys(generation).length) {
+    const ends = ids(generation.eos_token_id);
+    const settings = readSettings(generation, source.where("generation_config.json"));
+    const sameEnds = !ends.length || same(ends.sort(), [...base.ends].sort());
+    if (!sameEnds || !same(settings, base.settings)) refuse("generation_config.json");
+  }
+}
+
+function specialTokens(config) {
+  const found = {};
+  for (const role of ROLES) {
+    const token = config[role]?.content ?? config[role];
+    if (typeof token === "string") found[role] = token;
+  }
+  return found;
+}
+
+function ownTemplate({ chat_template: template = null }) {
+  if (!Array.isArray(template)) return template;
+  return template.find(({ name }) => name === "default")?.template ?? null;
+}
+
+function ids(value) {
+  return [value ?? []].flat().filter((id) => Number.isSafeInteger(id) && id >= 0);
+}
+
+function longest(config, tokenizerConfig) {
+  const model = POSITIONS.some((name) => config.text_config?.[name]) ? config.text_config : config;
+  const positions = POSITIONS.map((name) => model[name]).find(Number.isSafeInteger) ?? Infinity;
+  const own = tokenizerConfig.model_max_length;
+  return Math.min(positions, typeof own === "number" && own < NO_LIMIT ? own : Infinity);
+}

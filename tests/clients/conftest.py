@@ -1,0 +1,109 @@
+"""Bundles for clients that feed required inputs; the examples in JavaScript, with packages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.export.api import export
+from tests.conftest import ROOT, MakeAdapter, once
+
+CLIENTS = ROOT / "examples" / "clients"
+# The forms of a graph that clients have to tell apart, and the export's options for each.
+FORMS: dict[str, dict[str, Any]] = {
+    "slots": {},
+    "rows": {"layout": "rows"},
+    "branches": {"layout": "rows", "branches": True},
+    "int4": {"precision": "int4"},
+    "fp16": {"precision": "fp16"},
+}
+Required = Callable[[str], Path]
+
+
+def unavailable(reason: str) -> None:
+    """Skip the test, unless this machine was set up so that it can run."""
+    if os.environ.get("LORADEPLOY_DEVICES") == "required":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def client_adapters(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -> dict[str, Path]:
+    """Two adapters of the tiny Llama, of rank 4 on all linear layers and of rank 2 on some.
+
+    The second has a chat template, tokens that end a text, and settings of its own.
+    """
+    few = make_adapter(tiny_llama, r=2, seed=6, scale=0.3, target_modules=["q_proj"])
+
+    def with_texts(place: Path) -> None:
+        shutil.copytree(few, place)
+        template = "{% for m in messages %}[{{ m.content | upper }}]{% endfor %}{{ eos_token }}"
+        (place / "chat_template.jinja").write_text(template)
+        settings = {"eos_token_id": list(range(3, 100)), "repetition_penalty": 1.3}
+        (place / "generation_config.json").write_text(json.dumps(settings))
+
+    return {
+        "all": make_adapter(tiny_llama, r=4, seed=5, scale=0.3),
+        "few": once(shared / "client-adapters" / "few", with_texts),
+    }
+
+
+@pytest.fixture(scope="session")
+def required(
+    tiny_llama: Path, tiny_llama_bundle: Path, client_adapters: dict[str, Path], shared: Path
+) -> Required:
+    """A function (name of a form) → the tiny Llama's bundle with required inputs and adapters."""
+
+    def made(form: str) -> Path:
+        return once(
+            shared / f"required-{form}",
+            lambda place: export(
+                tiny_llama if form == "fp16" else tiny_llama_bundle,  # of no graph in fp32
+                place,
+                adapters=client_adapters,
+                required_inputs=True,
+                **FORMS[form],
+            ),
+        )
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def javascript(shared: Path) -> Path:
+    """The examples' `web` and `clients/{js,node}`, with the packages that are locked in `js`."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        unavailable("node and npm are not installed")
+    lock = CLIENTS / "js" / "package-lock.json"
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+
+    def install(place: Path) -> None:
+        place.mkdir()
+        for file in (lock, CLIENTS / "js" / "package.json"):
+            shutil.copyfile(file, place / file.name)
+        # The packages have the CPU's library in them; the script would fetch one for GPUs.
+        command = [str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=300)
+
+    try:
+        installed = once(ROOT / "build" / f"npm-{digest}", install) / "node_modules"
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as problem:
+        unavailable(f"the packages of npm could not be installed: {problem}")
+
+    def copy(place: Path) -> None:
+        ignored = shutil.ignore_patterns("node_modules", "bundle")
+        for name in ("web", "clients/js", "clients/node"):
+            shutil.copytree(ROOT / "examples" / name, place / name, ignore=ignored)
+        for name in ("clients/js", "clients"):
+            (place / name / "node_modules").symlink_to(installed)
+
+    return once(shared / "javascript", copy)
