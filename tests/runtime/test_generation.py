@@ -262,6 +262,8 @@ def test_temperature_sharpens() -> None:
         (Sampling(1, top_p=0.41), {2, 3}),
         (Sampling(1, top_p=0.75), {1, 2, 3}),
         (Sampling(1, top_k=3, top_p=0.5), {2, 3}),
+        (Sampling(1, min_p=0.51), {2, 3}),
+        (Sampling(2, min_p=0.51), {1, 2, 3}),
     ],
 )
 def test_only_the_likeliest_tokens_are_kept(sampling: Sampling, kept: set[int]) -> None:
@@ -271,15 +273,25 @@ def test_only_the_likeliest_tokens_are_kept(sampling: Sampling, kept: set[int]) 
 
 def test_kept_tokens_are_those_of_transformers() -> None:
     import torch
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     rng = np.random.default_rng(1)
     for _ in range(20):
         logits = rng.normal(size=30).astype(np.float32) * 2
         scores = torch.from_numpy(logits)[None]
-        for warp in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8)):
+        for warp in (
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(12),
+            TopPLogitsWarper(0.8),
+            MinPLogitsWarper(0.15),
+        ):
             scores = warp(torch.zeros((1, 1), dtype=torch.long), scores)
         expected = torch.softmax(scores, -1)[0].numpy()
-        shares = _shares(Sampling(0.7, top_k=12, top_p=0.8), list(logits), 3000)
+        shares = _shares(Sampling(0.7, top_k=12, top_p=0.8, min_p=0.15), list(logits), 3000)
         assert not shares[expected == 0].any()
         assert np.abs(shares - expected).max() < 0.04

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,21 +148,22 @@ def _generate(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     """Put the pieces into `queue` as they come, then None or the error, until `ended`."""
+
+    def hand(piece: TextPiece | BaseException | None) -> None:
+        queue.put_nowait(piece)
+        if not isinstance(piece, TextPiece):
+            done.set()
+
     last: BaseException | None = None
     running = pieces(cancelled)
     try:
         for piece in running:
-            if ended.is_set():
+            if ended.is_set() or loop.is_closed():
                 break
-            loop.call_soon_threadsafe(queue.put_nowait, piece)
-    except RuntimeError as problem:
-        if loop.is_closed():
-            return
-        last = problem
+            loop.call_soon_threadsafe(hand, piece)
     except BaseException as problem:  # whoever awaits the next piece gets it
         last = problem
     finally:
         running.close()  # type: ignore[attr-defined]
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(queue.put_nowait, last)
-        loop.call_soon_threadsafe(done.set)
+    with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile waits for nothing
+        loop.call_soon_threadsafe(hand, last)
