@@ -40,8 +40,8 @@ def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if pair.groups > 1:
         # PEFT's A reads all inputs; each group of the layer reads only its own.
         raise AdapterError(
-            f"LoRA on a convolution of {pair.groups} groups is no change of its weight and cannot"
-            " be merged: leave that layer out of target_modules"
+            f"LoRA on a convolution of {pair.groups} groups cannot be merged into its weight:"
+            " leave that layer out of target_modules"
         )
     A, B = pair.A.astype(np.float32), pair.B.astype(np.float32)
     return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)

@@ -207,7 +207,7 @@ def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
     for parameter in sorted(adapter.carried) if base.own_weights is not None else ():
         known = parameter in (base.own_weights or ())
         problems.append(
-            f"{parameter} came with the adapter and {'differs from' if known else 'may not be'} the"
+            f"{parameter} is in the adapter and {'differs' if known else 'may differ'} from the"
             " base's: merge it instead"
         )
     problems += [

@@ -1,7 +1,7 @@
-"""Base models whose weights are packed: which quantizer packed them, and the way out.
+"""Recognize quantized base models, and suggest how to get an unquantized one.
 
-A packed base is neither traced nor merged into: its weights are not those that an adapter's update
-is added to here. config.json tells the quantizer; where it does not, the tensors' names do.
+A quantized base can be neither traced nor merged into, because an adapter's update cannot be added
+to its weights. The method is read from config.json, or else from the names of the tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loradeploy.files import open_file, read_json
 
 BITSANDBYTES: Final = "bitsandbytes"
 
-# What people call each quantizer, by transformers' quant_method.
+# Names of quantization methods, by transformers' quant_method.
 _TITLES: Final = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -31,14 +31,14 @@ _TITLES: Final = {
     "quanto": "Quanto",
     "mlx": "MLX",
 }
-# Read from a GGUF file, the weights are plain numbers again.
-_PLAIN: Final = ("gguf",)
-# Of which transformers makes plain weights: once loaded, or while it loads them.
+# Weights that transformers read from a GGUF file are dequantized.
+_UNQUANTIZED: Final = ("gguf",)
+# Methods that transformers can dequantize after loading, or while it loads.
 _DEQUANTIZED_AFTER: Final = (BITSANDBYTES, "higgs")
 _DEQUANTIZED_WHILE: Final = ("compressed-tensors", "fp8", "mxfp4", "mxfp8")
 
-# Endings of tensors that no plain checkpoint has.
-_PACKED_ENDINGS: Final = {
+# Endings of tensor names that only quantized checkpoints have.
+_QUANTIZED_ENDINGS: Final = {
     ".weight.absmax": BITSANDBYTES,
     ".weight.quant_map": BITSANDBYTES,
     ".SCB": BITSANDBYTES,
@@ -51,7 +51,7 @@ _PACKED_ENDINGS: Final = {
 _FLOAT8: Final = ("F8_E4M3", "F8_E5M2")
 
 _UNSLOTH: Final = "unsloth"
-# What is added to a model's name once it is quantized, as in Llama-3.1-8B-Instruct-bnb-4bit.
+# Suffixes of the names of quantized models, as in Llama-3.1-8B-Instruct-bnb-4bit.
 _SUFFIX: Final = re.compile(
     r"(-unsloth)?-(bnb-[48]bit|[48]-?bit|int[48]|gptq(-int[48])?(-.+)?|awq(-int4)?|fp8(-.+)?|hqq.*"
     r"|w[48]a(8|16)(-.+)?|mxfp4|nvfp4|gguf|mlx.*|quantized\..+)$",
@@ -60,51 +60,51 @@ _SUFFIX: Final = re.compile(
 
 
 def check_unquantized(
-    place: Path, *, names: Iterable[str | None] = (), allowed: Collection[str] = ()
+    path: Path, *, names: Iterable[str | None] = (), allowed: Collection[str] = ()
 ) -> None:
-    """Raise ModelError where the checkpoint in the directory `place` is packed by a quantizer.
+    """Raise ModelError if the checkpoint in the directory `path` is quantized.
 
-    `names`: what the base is called elsewhere, such as in an adapter's config, by which the name of
-    its original may be known. `allowed`: quantizers by transformers' quant_method.
+    `names`: other names of the base, such as in an adapter's config, from which the name of the
+    unquantized original may follow. `allowed`: accepted methods, by transformers' quant_method.
     """
-    config = _config(place)
-    method = _method(config) or _method_of_tensors(place)
-    if method is None or method in allowed or method in _PLAIN:
+    config = _config(path)
+    method = _method(config) or _method_of_tensors(path)
+    if method is None or method in allowed or method in _UNQUANTIZED:
         return
-    original = _original([place.resolve().name, str(config.get("_name_or_path") or ""), *names])
+    original = _original([path.resolve().name, str(config.get("_name_or_path") or ""), *names])
     raise ModelError(
-        f"{place} is quantized by {_TITLES.get(method, shortened(method, 40))}, and its packed"
+        f"{path} is quantized by {_TITLES.get(method, shortened(method, 40))}, and its quantized"
         f" weights can be neither exported nor compared: {_way_out(method, original)}"
     )
 
 
-def gguf_advice(place: Path) -> str | None:
-    """What to do with the GGUF file, or directory of such, at `place`; None for anything else."""
-    if place.is_file():
-        with open_file(place, error=ModelError) as file:
-            found = place if file.read(4) == b"GGUF" else None
+def gguf_advice(path: Path) -> str | None:
+    """What to do with the GGUF file, or directory with one, at `path`; None for anything else."""
+    if path.is_file():
+        with open_file(path, error=ModelError) as file:
+            found = path if file.read(4) == b"GGUF" else None
     else:
-        found = next(iter(sorted(place.glob("*.gguf"))), None)
+        found = next(iter(sorted(path.glob("*.gguf"))), None)
     if found is None:
         return None
     return (
-        f"{place} is a GGUF model of llama.cpp: give the original it was made from, or load it with"
+        f"{path} is a GGUF model of llama.cpp: give the original it was made from, or load it with"
         f" transformers (from_pretrained(DIR, gguf_file={shortened(found.name, 60)!r})), which"
-        " dequantizes it, and give what save_pretrained writes"
+        " dequantizes it, and give the directory that save_pretrained writes"
     )
 
 
 def original_name(name: str) -> str | None:
-    """The name of a quantized model without what says that it is; None where nothing does.
+    """The name of a quantized model without the suffix of its quantization; None if it has none.
 
-    The owner of the repository stays where it has the originals too: others quantize what is not
-    theirs.
+    The owner of the repository is kept only if it has the originals too: others quantize models of
+    other owners.
     """
     owner, _, last = name.rstrip("/").rpartition("/")
-    plain = _SUFFIX.sub("", last)
-    if plain in (last, ""):
+    original = _SUFFIX.sub("", last)
+    if original in (last, ""):
         return None
-    return f"{owner}/{plain}" if owner == _UNSLOTH else plain
+    return f"{owner}/{original}" if owner == _UNSLOTH else original
 
 
 def _way_out(method: str, original: str | None) -> str:
@@ -121,38 +121,38 @@ def _way_out(method: str, original: str | None) -> str:
     return way
 
 
-def _config(place: Path) -> Mapping[str, Any]:
+def _config(directory: Path) -> Mapping[str, Any]:
     try:
-        return read_json(place / "config.json", error=ModelError, finite=False)
+        return read_json(directory / "config.json", error=ModelError, finite=False)
     except ModelError:
-        return {}  # whoever needs it will say so
+        return {}  # reported by the code that needs it
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
-    """transformers' name of the quantizer that config.json tells of."""
+    """transformers' name of the quantization method that config.json declares."""
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         for field in ("quantization_config", "compression_config"):
-            told = values.get(field)
-            if not isinstance(told, Mapping) or not told:
+            settings = values.get(field)
+            if not isinstance(settings, Mapping) or not settings:
                 continue
-            if isinstance(method := told.get("quant_method"), str):
+            if isinstance(method := settings.get("quant_method"), str):
                 return BITSANDBYTES if method.startswith(BITSANDBYTES) else method.lower()
-            if told.get("load_in_4bit") or told.get("load_in_8bit"):
+            if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
                 return BITSANDBYTES
             return "compressed-tensors" if field == "compression_config" else "unknown"
-        if isinstance(told := values.get("quantization"), Mapping) and "group_size" in told:
+        if isinstance(settings := values.get("quantization"), Mapping) and "group_size" in settings:
             return "mlx"
     return None
 
 
-def _method_of_tensors(place: Path) -> str | None:
+def _method_of_tensors(directory: Path) -> str | None:
     try:
-        tensors = base_tensors(place)
+        tensors = base_tensors(directory)
     except LoraDeployError:
-        return None  # whoever reads it will say so
+        return None  # reported by the code that reads it
     for name, tensor in tensors.items():
-        for ending, method in _PACKED_ENDINGS.items():
+        for ending, method in _QUANTIZED_ENDINGS.items():
             if name.endswith(ending):
                 return method
         if tensor.dtype in _FLOAT8:
@@ -161,6 +161,6 @@ def _method_of_tensors(place: Path) -> str | None:
 
 
 def _original(names: Iterable[str | None]) -> str | None:
-    """The first original that any of `names` tells of; one with its owner before others."""
-    found = [plain for name in names if name and (plain := original_name(name)) is not None]
+    """The first original name that follows from `names`, preferably one with its owner."""
+    found = [original for name in names if name and (original := original_name(name)) is not None]
     return next((name for name in found if "/" in name), found[0] if found else None)

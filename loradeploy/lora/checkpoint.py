@@ -1,4 +1,4 @@
-"""Where a base model's checkpoint is on disk."""
+"""Find the checkpoint of a base model on disk, or fetch it from the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-# What is needed of a repository; weights in pickles are never fetched.
+# The files to fetch from a repository; weights in pickles are never fetched.
 _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -33,78 +33,75 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str] = ()) -> Path:
     """The directory of the checkpoint `model`: a Hugging Face directory, or an id of the hub.
 
-    `quantized`: quantizers whose packed weights will do, by transformers' names.
+    `quantized`: quantization methods to accept, by transformers' names.
 
     Raises:
-        ModelError: it is not there, is an adapter, holds no config.json or no safetensors, or
-            packed weights.
-        MissingDependencyError: an id, and nothing to fetch it with.
+        ModelError: it does not exist, is an adapter, lacks config.json or safetensors, or is
+            quantized.
+        MissingDependencyError: a hub id, and huggingface_hub is not installed.
     """
     text = os.fspath(model)
-    place = Path(text).expanduser()
-    if not place.exists() and is_hub_id(text):
-        fetched = transformer_folder(fetch(text))
+    path = Path(text).expanduser()
+    if not path.exists() and is_hub_id(text):
+        fetched = checkpoint_directory(fetch(text))
         refuse_adapter(fetched)
         check_unquantized(fetched, names=[text], allowed=quantized)
         return fetched
-    if place.exists() and not any(place.glob("*.safetensors")) and (told := gguf_advice(place)):
-        raise ModelError(told)
-    if not place.is_dir():
-        raise ModelError(f"{place} does not exist: give a Hugging Face model directory or id")
-    check_directory(place, error=ModelError)
-    if (folder := transformer_folder(place)) != place:
-        place = folder
-        check_directory(place, error=ModelError)
-    refuse_adapter(place)
-    if not (place / "config.json").is_file():
-        raise ModelError(f"{place} holds no config.json: it is no Hugging Face model directory")
-    if graphs_in(place) and not has_weights(place):
+    if path.exists() and not any(path.glob("*.safetensors")) and (advice := gguf_advice(path)):
+        raise ModelError(advice)
+    if not path.is_dir():
+        raise ModelError(f"{path} does not exist: give a Hugging Face model directory or id")
+    check_directory(path, error=ModelError)
+    if (inner := checkpoint_directory(path)) != path:
+        path = inner
+        check_directory(path, error=ModelError)
+    refuse_adapter(path)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is not a Hugging Face model directory")
+    if graphs_in(path) and not has_weights(path):
         raise ModelError(
-            f"{place} holds ONNX graphs and no .safetensors: PyTorch is needed here, give the"
-            " checkpoint that they were exported from"
+            f"{path} has ONNX graphs and no .safetensors, but this needs the PyTorch model: give"
+            " the checkpoint that they were exported from"
         )
-    weight_files(place)
-    check_unquantized(place, allowed=quantized)
-    return place
+    weight_files(path)
+    check_unquantized(path, allowed=quantized)
+    return path
 
 
 def warn_of_unused_files(directory: Path, advice: str, *, given: Iterable[Path] = ()) -> None:
-    """Warn of what lies beside the base's weights in `directory` and is not loaded.
+    """Warn of adapters and weights in `directory` that are not loaded with the base.
 
-    `given`: adapters that are used; of another one `advice` says what to do.
+    `given`: paths of adapters that are used. `advice`: what to do about one that is not.
     """
-    used = any(place.resolve() == directory.resolve() for place in given)
+    used = any(path.resolve() == directory.resolve() for path in given)
     if adapter_beside(directory) and not used:
-        logger.warning(
-            "an adapter lies beside the base in %s and is not loaded: %s", directory, advice
-        )
+        logger.warning("the adapter beside the base in %s is not loaded: %s", directory, advice)
     if (stray := stray_weights(directory)) is not None:
         logger.warning("not loaded from %s: %s", directory, stray)
 
 
-def transformer_folder(place: Path) -> Path:
-    """Where the checkpoint of the directory `place` is: there, or where its modules.json says.
+def checkpoint_directory(directory: Path) -> Path:
+    """The directory of the checkpoint: `directory`, or a folder in it that modules.json names.
 
     sentence-transformers wrote the encoder to 0_Transformer/ beside its other modules.
     """
     try:
-        modules = parse_json(read_bytes(place / "modules.json", error=ModelError), finite=False)
+        modules = parse_json(read_bytes(directory / "modules.json", error=ModelError), finite=False)
     except (ModelError, ValueError):
-        return place
+        return directory
     first = modules[0] if isinstance(modules, list) and modules else {}
     path = first.get("path") if isinstance(first, dict) else None
-    if isinstance(path, str) and path and not (place / "config.json").is_file():
-        folder = place / path
-        if folder.parent == place and (folder / "config.json").is_file():
+    if isinstance(path, str) and path and not (directory / "config.json").is_file():
+        folder = directory / path
+        if folder.parent == directory and (folder / "config.json").is_file():
             return folder
-    return place
+    return directory
 
 
 def pad_token(config: Any, tokenizer: Any) -> int:
-    """The token that fills a batch: `config`'s, else that of the `tokenizer` (None where there is
-    none), else the token that ends a text, else 0.
+    """The padding token of `config`, else of `tokenizer` (may be None), else its end token, else 0.
 
-    A classifier on a decoder looks for the last token that is another one, so all must agree on it.
+    A classifier on a decoder searches for the last other token, so all parts must use the same.
     """
     known = (
         config.pad_token_id,
@@ -116,24 +113,24 @@ def pad_token(config: Any, tokenizer: Any) -> int:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` can be the id of a repository on the Hugging Face hub, not a path."""
+    """Whether `text` can be a repository id of the Hugging Face hub rather than a path."""
     return not text.startswith((".", "~", "/")) and _HUB_ID.fullmatch(text) is not None
 
 
 def fetch(repository: str) -> Path:
-    """The local copy of the hub's `repository`, fetched where it is not there yet."""
+    """The local copy of the hub's `repository`, downloaded if missing."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingDependencyError(
-            f"{repository} is no directory, and to fetch it from the Hugging Face hub the export"
-            " extra is needed: pip install 'loradeploy[export]'"
+            f"{repository} is not a directory, and fetching it from the Hugging Face hub needs the"
+            " export extra: pip install 'loradeploy[export]'"
         ) from None
     try:
         code = ("*.py",) if is_trusted() else ()
         return Path(snapshot_download(repository, allow_patterns=[*_FETCHED, *code]))
-    except Exception as problem:  # the hub's own, the network's, and offline errors
+    except Exception as problem:  # errors of the hub, the network, or of being offline
         raise ModelError(
-            f"{repository} is no directory here and cannot be had from the Hugging Face hub:"
+            f"{repository} is not a directory, and cannot be fetched from the Hugging Face hub:"
             f" {first_line(problem)}"
         ) from None

@@ -1,4 +1,4 @@
-"""A PyTorch model as a base that adapters are checked against."""
+"""Describe a PyTorch model for the check whether an adapter fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loradeploy.lora.layers import LowRankLayer, kind_of
 
 
 def adaptable(model: nn.Module) -> AdaptableBase:
-    """What adapters can change of `model`: every layer that takes factors, and every parameter."""
+    """The layers of `model` that take factors, and all parameters, which adapters can replace."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     layers = {
         name: _layer(kind, module)

@@ -1,8 +1,8 @@
-"""How the factors of a fresh adapter begin: functions of the base's weight and the rank.
+"""Initializations of the factors: functions of the base's weight and the rank.
 
-Each gives A [rank, in] and B [out, rank], float32 on the device of W [out, in]; only W's shape
-counts where the initialization keeps the base as it is. Those that do not, PiSSA and OLoRA, begin
-at a part of W that is taken out of W at the same time, so that training starts at the base too.
+Each returns A [rank, in] and B [out, rank], float32 on the device of W [out, in]. kaiming, gaussian
+and embedding use only the shape of W. PiSSA and OLoRA initialize with a part of W, which is
+subtracted from W, so that the output of the model stays the same.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _NITER: Final = re.compile(r"pissa_niter_(\d+)")
 
 
 def kaiming(W: Tensor, rank: int, s: float, generator: Generator) -> Pair:
-    """A Kaiming-uniform as a linear layer's, B zero (Hu et al., 2021, arXiv:2106.09685, 4.1)."""
+    """A Kaiming-uniform as in nn.Linear, B zero (Hu et al., 2021, arXiv:2106.09685, 4.1)."""
     A = torch.empty(rank, W.shape[1])
     nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
     return A.to(W.device), torch.zeros(W.shape[0], rank, device=W.device)
 
 
 def gaussian(W: Tensor, rank: int, s: float, generator: Generator) -> Pair:
-    """A normal with deviation 1 / rank, B zero."""
+    """A normal with standard deviation 1 / rank, B zero."""
     A = torch.randn(rank, W.shape[1], generator=generator) / rank
     return A.to(W.device), torch.zeros(W.shape[0], rank, device=W.device)
 
 
 def embedding(W: Tensor, rank: int, s: float, generator: Generator) -> Pair:
-    """A zero, B standard normal: as Hu et al.'s own code begins at an embedding's W [size, words].
+    """A zero, B standard normal: for an embedding's W [size, vocabulary], as in loralib.
 
-    A word picks a column of A, so that a zero A leaves every word as it is.
+    A token selects a column of A, so that a zero A changes no token.
     """
     B = torch.randn(W.shape[0], rank, generator=generator)
     return torch.zeros(rank, W.shape[1], device=W.device), B.to(W.device)
@@ -76,14 +76,14 @@ def initialization(method: bool | str) -> Initialization:
     """The function for `init_lora_weights`.
 
     Raises:
-        UsageError: `method` is none that an adapter can begin with here.
+        UsageError: `method` is not supported for training.
     """
     if isinstance(method, str) and (niter := _NITER.fullmatch(method)):
         return partial(pissa_niter, niter=int(niter[1]))
     if method not in _INITIALIZATIONS:
         raise UsageError(
-            f"init_lora_weights {method!r} is no way to begin an adapter here: use"
-            " true, gaussian, pissa, pissa_niter_N or olora"
+            f"init_lora_weights {method!r} is not supported for training: use true,"
+            " gaussian, pissa, pissa_niter_N or olora"
         )
     return _INITIALIZATIONS[method]
 
@@ -97,11 +97,11 @@ _INITIALIZATIONS: Final[Mapping[bool | str, Initialization]] = {
 
 
 def _check_rank(W: Tensor, rank: int) -> None:
-    """Raise UsageError where W has no part of this rank."""
+    """Raise UsageError if `rank` exceeds the rank of W."""
     if rank > min(W.shape):
         raise UsageError(
-            f"a weight of {list(W.shape)} has no part of rank {rank} for the adapter to begin at:"
-            " lower r, or use init_lora_weights true"
+            f"a weight of {list(W.shape)} has no part of rank {rank} to initialize the adapter"
+            " with: lower r, or use init_lora_weights true"
         )
 
 

@@ -1,4 +1,4 @@
-"""Put an adapter into a PyTorch model, take it out as data, and give the base model back."""
+"""Inject an adapter into a PyTorch model, extract it as data, and restore the base model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
 from loradeploy.lora.fit import adaptable
-from loradeploy.lora.layers import WHAT, LowRankLayer, kind_of
+from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of
 from loradeploy.lora.parameters import Overwritten, Swap, overwrite, saved_names, swap_in
 from loradeploy.lora.standard import doubled
 from loradeploy.lora.submodels import named_as_in
@@ -33,10 +33,9 @@ _LISTED = 8
 class Injection:
     """An adapter inside a model.
 
-    `layers`: the LoRA layers by target module. `saved`: the parameters that are trained whole, by
-    the base's names (modules_to_save, biases), as they are now; `swaps`: the base's own.
-    `overwritten`: parameters of the base that the adapter brought its own numbers for, which are
-    `carried` and `rows` as in the adapter.
+    `layers`: the LoRA layers by target module. `saved`: the current fully trained parameters
+    (modules_to_save, biases), by the base's names; `swaps`: the original ones. `overwritten`:
+    parameters of the base that were overwritten by `carried` and `rows` of the adapter.
     """
 
     model: nn.Module
@@ -49,7 +48,7 @@ class Injection:
     rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What training changes, each once."""
+        """The trained parameters, without duplicates."""
         found: list[nn.Parameter] = []
         for layer in self.layers.values():
             found += [layer.lora_A, layer.lora_B]
@@ -59,9 +58,10 @@ class Injection:
     def adapter(
         self, *, base_digest: str | None = None, labels: tuple[str, ...] | None = None
     ) -> Adapter:
-        """The adapter as data, a float32 copy on the host: a plain one on the base as it is.
+        """The adapter as data, a float32 copy on the host, for the unchanged base.
 
-        What PiSSA or OLoRA took out of the base is in its factors, which are of twice the rank.
+        After PiSSA or OLoRA the factors have twice the rank, and include the part that the
+        initialization subtracted from the base.
         """
         changed = any(layer.taken_A is not None for layer in self.layers.values())
         return Adapter(
@@ -75,10 +75,10 @@ class Injection:
         )
 
     def merge(self) -> None:
-        """Fold every update into its base weight.
+        """Add every update to its base weight.
 
         Raises:
-            UsageError: an update is no change of its base's weight; nothing is merged then.
+            UsageError: an update cannot be merged into its base weight; then none is merged.
         """
         problems = [
             f"{name} {reason}"
@@ -91,36 +91,36 @@ class Injection:
             layer.merge()
 
     def unmerge(self) -> None:
-        """Put every base weight back, bit for bit."""
+        """Restore every base weight, bit for bit."""
         for layer in self.layers.values():
             layer.unmerge()
 
     def remove(self) -> None:
-        """Give the model its own layers and parameters back, bit for bit."""
+        """Restore the model's original layers and parameters, bit for bit."""
         self.unmerge()
         for module, layer in self.layers.items():
             _replace(self.model, module, layer.base)
         for swap in self.swaps:
             swap.undo()
-        for done in self.overwritten:
-            done.undo()
+        for parameter in self.overwritten:
+            parameter.undo()
 
 
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injection:
-    """Freeze `model` and put a fresh adapter into it, as `config.init_lora_weights` says.
+    """Freeze `model` and inject a new adapter, initialized by `config.init_lora_weights`.
 
-    Training starts at the base: one factor is random by `seed` and the other zero, or both are a
-    part of the base's weight that is taken out of it (PiSSA, OLoRA).
+    The outputs stay those of the base: one factor is random by `seed` and the other zero, or both
+    are a part of the base's weight that is subtracted from it (PiSSA, OLoRA).
 
     Raises:
-        UsageError: nothing matches the targets (the candidates are listed), a match takes no LoRA
-            of this rank, modules_to_save names nothing, or the initialization is none to begin
-            with; or the model carries an adapter already.
+        UsageError: no module matches the targets (candidates are listed), a target does not support
+            LoRA of this rank, modules_to_save matches nothing, the initialization is not supported,
+            or the model already has an adapter.
     """
     _check_free(model)
     targets = _targets(model, config)
-    turned = any(isinstance(layer, Conv1D) for layer in targets.values())
-    config = dataclasses.replace(config, fan_in_fan_out=turned)
+    transposed = any(isinstance(layer, Conv1D) for layer in targets.values())
+    config = dataclasses.replace(config, fan_in_fan_out=transposed)
     injection = _install(model, config, targets, saved_names(model, config, targets))
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -133,12 +133,12 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injecti
 
 
 def load(model: nn.Module, adapter: Adapter) -> Injection:
-    """Freeze `model` and put `adapter` into it.
+    """Freeze `model` and inject `adapter`.
 
     Raises:
-        AdapterError: the adapter is one for a base that its initialization changed.
-        AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
-        UsageError: the model carries an adapter already.
+        AdapterError: the adapter applies to a base that its initialization changed.
+        AdapterMismatchError: the adapter does not fit; the message lists the mismatches.
+        UsageError: the model already has an adapter.
     """
     _check_free(model)
     modules = dict(model.named_modules())
@@ -159,9 +159,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
 
 @torch.no_grad()
 def copy_into(injection: Injection, adapter: Adapter) -> None:
-    """Give what is injected the values of `adapter`, which has the same targets and shapes.
+    """Copy the values of `adapter`, with the same targets and shapes, into `injection`.
 
-    An adapter that `injection.adapter()` gave is put back as it was, whatever it began at.
+    This restores the result of an earlier `injection.adapter()`, for every initialization.
     """
     for name, layer in injection.layers.items():
         pair = adapter.factors[name]
@@ -179,7 +179,7 @@ def copy_into(injection: Injection, adapter: Adapter) -> None:
 
 @contextmanager
 def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
-    """`model` with `adapter` inside (None is the base) while the context lasts."""
+    """`model` with `adapter` injected (None: the base) inside the context."""
     if adapter is None:
         yield model
         return
@@ -192,7 +192,7 @@ def adapted(model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
 
 def _check_free(model: nn.Module) -> None:
     if any(isinstance(module, LowRankLayer) for module in model.modules()):
-        raise UsageError("the model carries an adapter already: remove() that one first")
+        raise UsageError("the model already has an adapter: remove() it first")
 
 
 def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -203,14 +203,16 @@ def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         endings = sorted({name.rpartition(".")[2] for name in candidates})
         raise UsageError(
             f"target_modules {shown(config.target_modules)} match nothing in this model;"
-            f" its linear layers end in: {listed_names(endings, 8, none='there are none')}"
+            f" its linear layers end in: {listed_names(endings, 8, none='it has none')}"
         )
     whole = config.use_dora or config.changes_base
     for name in matched:
         kind = kind_of(modules[name])
         if kind is None:
             named = type(modules[name]).__name__
-            raise UsageError(f"the target module {name} is a {named}: only {WHAT} take LoRA")
+            raise UsageError(
+                f"the target module {name} is a {named}: LoRA supports only {SUPPORTED}"
+            )
         reason = kind.refusal(modules[name], config.rank_of(name), whole=whole)
         if reason is not None:
             raise UsageError(f"the target module {name} {reason}")
@@ -230,7 +232,7 @@ def _install(
     for name, module in targets.items():
         kind = kind_of(module)
         if kind is None:
-            raise TypeError(f"{name} takes no LoRA")
+            raise TypeError(f"{name} does not support LoRA")
         layer = kind(
             module,
             config.rank_of(name),

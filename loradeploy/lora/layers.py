@@ -21,43 +21,48 @@ from loradeploy.lora.targets import LINEAR_LAYERS
 
 @torch.no_grad()
 def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """‖W + s · B A‖ of every row: float32 [out], a constant to the gradient (section 4.3).
+    """‖W + s · B A‖ of every row: float32 [out], without a gradient (section 4.3).
 
     `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in], `B` [out, rank], float32.
-    By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ nothing as large as W is made.
+    By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ no matrix of the size of W is
+    allocated.
     """
-    with torch.autocast(W.device.type, enabled=False):  # which would round the products to 8 bits
+    with torch.autocast(
+        W.device.type, enabled=False
+    ):  # autocast would round the products to 8 bits
         crossed = (B * (W @ A.T)).sum(dim=1)
-        own = (B * (B @ (A @ A.T))).sum(dim=1)
-    return (squares + 2 * s * crossed + s * s * own).clamp_min(0).sqrt()
+        update = (B * (B @ (A @ A.T))).sum(dim=1)
+    return (squares + 2 * s * crossed + s * s * update).clamp_min(0).sqrt()
 
 
 Shape = tuple[int, ...]
 
-_QUANTIZED = "is quantized to 8 or 4 bits, which cannot hold the sum: merge into the base as it was"
+_QUANTIZED = (
+    "is quantized to 8 or 4 bits, which cannot represent the sum: merge into the original base"
+)
 
 
 class LowRankLayer(nn.Module, ABC):
-    """A frozen layer with one low-rank update beside it: `y = base(x) + s · low_rank(x)`.
+    """A frozen layer with a low-rank update: `y = base(x) + s · low_rank(x)`.
 
     `lora_A` and `lora_B`, in the shapes of `adapter.Factors`, are float32 parameters, whatever the
-    width of the base; `scaling` is s. With DoRA the outputs, but for the bias, are scaled by
-    `magnitude` / ‖W + s · B A‖. Dropout is on the input of the low-rank path (Hu et al., 2021,
-    appendix D). Nothing is merged but by `merge`.
+    dtype of the base; `scaling` is s. With DoRA the outputs without bias are scaled by `magnitude`
+    / ‖W + s · B A‖. Dropout applies to the input of the low-rank path (Hu et al., 2021, appendix
+    D). Only `merge` merges; train() and eval() do not.
 
-    A subclass is one kind of layer: it says how the update is computed from `x`, and how the
-    base's weight reads as a matrix [out, in].
+    A subclass is one kind of layer. It defines how the update is computed from `x`, and the view of
+    the base's weight as a matrix [out, in].
     """
 
     kind: ClassVar[Kind]
-    # Whether the inputs are numbers that dropout can drop.
+    # Whether dropout can be applied to the inputs; not to integers.
     drops: ClassVar[bool] = True
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter | None
-    # What PiSSA and OLoRA take out of the base's weight: it is subtracted here, so that the weight
-    # stays as it is, to the bit.
+    # The part that PiSSA and OLoRA subtract from the base's weight. It is subtracted in the layer,
+    # so that the weight stays the same, bit for bit.
     taken_A: Tensor | None
     taken_B: Tensor | None
     squares: Tensor | None
@@ -89,7 +94,8 @@ class LowRankLayer(nn.Module, ABC):
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:
         """Why `base` cannot take factors of this rank, or None.
 
-        `whole`: the weight is needed as one matrix, for DoRA's norm or to begin at a part of it.
+        `whole`: the weight is needed as one matrix, for DoRA's norm or for an initialization from
+        it.
         """
         return None
 
@@ -111,11 +117,11 @@ class LowRankLayer(nn.Module, ABC):
         """`matrix` [out, in] in the base's shape."""
 
     def along_outputs(self, values: Tensor) -> Tensor:
-        """`values` [out] in a shape that meets the layer's result."""
+        """`values` [out] in a shape that broadcasts with the layer's output."""
         return values
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's result, in the dtype of the base's."""
+        """The layer's output, in the dtype of the base's."""
         y: Tensor = self.base(x)
         if self.merged:
             return y
@@ -124,8 +130,8 @@ class LowRankLayer(nn.Module, ABC):
         update = self.scaling * self.low_rank(dropped, *self.factors())
         if self.magnitude is None:
             return (y + update).to(y.dtype)
-        # y + (c - 1) · x Wᵀ + c · s · (x Aᵀ) Bᵀ with c = m / ‖W + s · B A‖; as in PEFT the dropout
-        # is on the input of all that c multiplies, and without it the base is computed once.
+        # y + (c - 1) · x Wᵀ + c · s · (x Aᵀ) Bᵀ with c = m / ‖W + s · B A‖; as in PEFT,
+        # dropout applies to the input of both products with c. Without dropout the base runs once.
         product = self.base(dropped) if dropping else y
         bias = getattr(self.base, "bias", None)
         if bias is not None:
@@ -134,9 +140,9 @@ class LowRankLayer(nn.Module, ABC):
         return (y + (c - 1) * product + c * update).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the update to the base's weight as it is.
+        """A and B of the update to the unchanged weight of the base.
 
-        They are twice as long as the trained ones where an initialization took something out.
+        They have twice the rank of the trained ones if the initialization subtracted a part.
         """
         if self.taken_A is None or self.taken_B is None:
             return self.lora_A, self.lora_B
@@ -148,10 +154,10 @@ class LowRankLayer(nn.Module, ABC):
         return magnitude / self._norms()
 
     def initialize(self, method: bool | str, generator: Generator) -> None:
-        """Begin at the base, by `initialize.initialization(method)`.
+        """Initialize the factors by `initialize.initialization(method)`; outputs stay the base's.
 
         Raises:
-            UsageError: `method` is none that an adapter can begin with.
+            UsageError: `method` is not supported for training.
         """
         with torch.no_grad():
             A, B = self.beginning(method)(self._matrix(), self.rank, self.scaling, generator)
@@ -163,28 +169,28 @@ class LowRankLayer(nn.Module, ABC):
                 self.magnitude.copy_(self._norms())
 
     def beginning(self, method: bool | str) -> Initialization:
-        """The function that `method` means for this kind of layer."""
+        """The initialization that `method` selects for this kind of layer."""
         return initialization(method)
 
     def take(self, A: Tensor, B: Tensor) -> None:
-        """Add s · B A, in the shapes of the trained factors, to the base for good."""
+        """Permanently add s · B A, in the shapes of the trained factors, to the base."""
         self.taken_A, self.taken_B = A.detach().clone(), B.detach().clone()
 
     @property
     def merged(self) -> bool:
-        """Whether the update is in the base's weight at present."""
+        """Whether the update is currently merged into the base's weight."""
         return self._unmerged is not None
 
     def unmergeable(self) -> str | None:
-        """Why the update cannot be folded into the base's weight, or None."""
+        """Why the update cannot be merged into the base's weight, or None."""
         return _QUANTIZED if is_quantized(self.base) else None
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into the base's weight, in float32 with one final cast.
+        """Add the update to the base's weight, in float32 with one final cast.
 
-        The weight becomes a parameter of this layer alone: one that is tied to another module's
-        leaves that module as it is. The original is kept, so that `unmerge` is exact.
+        The result is a new parameter: modules that are tied to the weight keep the original. The
+        layer keeps it too, so that `unmerge` is exact.
         """
         if self.merged:
             return
@@ -198,7 +204,7 @@ class LowRankLayer(nn.Module, ABC):
         self.base.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the base's weight back, bit for bit."""
+        """Restore the base's weight, bit for bit."""
         if self._unmerged is not None:
             self.base.weight = self._unmerged
             self._unmerged = None
@@ -217,7 +223,7 @@ class LowRankLayer(nn.Module, ABC):
         return row_norms(W, self.squares, *self._matrices(), self.scaling)
 
     def __getattr__(self, name: str) -> Any:
-        # Models read their layers' attributes: weight, bias, num_embeddings, kernel_size, …
+        # Models read attributes of their layers: weight, bias, num_embeddings, kernel_size, …
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -227,7 +233,7 @@ class LowRankLayer(nn.Module, ABC):
 
 
 class LoraLinear(LowRankLayer):
-    """A frozen linear layer with one low-rank update beside it: `y = x Wᵀ + s · (x Aᵀ) Bᵀ`.
+    """A frozen linear layer with a low-rank update: `y = x Wᵀ + s · (x Aᵀ) Bᵀ`.
 
     `x` [..., in] → [..., out]; `lora_A` [rank, in], `lora_B` [out, rank].
     """
@@ -237,24 +243,24 @@ class LoraLinear(LowRankLayer):
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> tuple[Shape, Shape]:
         """[rank, in] and [out, rank]."""
-        # A weight in 4 bits has a shape of its own: an nn.Linear is asked for its sizes.
+        # A 4-bit weight is stored in another shape, so the sizes are those of the nn.Linear.
         if isinstance(base, nn.Linear):
             return (rank, base.in_features), (base.out_features, rank)
-        into, out = cast(Tensor, base.weight).shape
-        return (rank, into), (out, rank)
+        inputs, outputs = cast(Tensor, base.weight).shape
+        return (rank, inputs), (outputs, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As every kind's, but the plain case as one product: it is most of a training step."""
-        if not self._is_plain(x):
+        """The output, in one fused product in the usual case, which dominates a training step."""
+        if not self._is_one_product(x):
             return super().forward(x)
         weight = self.as_matrix(cast(Tensor, self.base.weight))
         bias = cast("Tensor | None", self.base.bias)
         return low_rank_linear(x, weight, bias, *self.factors(), self.scaling)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether base and update are the one equation, with nothing frozen that is trained."""
+    def _is_one_product(self, x: Tensor) -> bool:
+        """Whether `low_rank_linear` can compute this layer: no dropout, DoRA, hooks or such."""
         base = self.base
-        own = (base.weight, base.bias)
+        frozen = (base.weight, base.bias)
         return (
             type(base) in LINEAR_LAYERS
             and self.magnitude is None
@@ -262,7 +268,9 @@ class LoraLinear(LowRankLayer):
             and not (self.training and self.dropout.p > 0)
             and not base._forward_hooks
             and not base._forward_pre_hooks
-            and all(type(p) is nn.Parameter and not p.requires_grad for p in own if p is not None)
+            and all(
+                type(p) is nn.Parameter and not p.requires_grad for p in frozen if p is not None
+            )
             and x.dtype == base.weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -272,19 +280,19 @@ class LoraLinear(LowRankLayer):
         return linear(linear(x.to(A.dtype), A), B)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A Conv1D's weight turned."""
+        """The weight of a Conv1D, transposed; others unchanged."""
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """A Conv1D's weight turned back."""
+        """The inverse of `as_matrix`."""
         return matrix.T if isinstance(self.base, Conv1D) else matrix
 
 
 class LoraEmbedding(LowRankLayer):
-    """A frozen embedding with one low-rank update beside it: `y = W[x] + s · Aᵀ[x] Bᵀ`.
+    """A frozen embedding with a low-rank update: `y = W[x] + s · Aᵀ[x] Bᵀ`.
 
     `x` integers [...] → [..., size]; `lora_A` [rank, vocabulary], `lora_B` [size, rank]. An output
-    head that is tied to the embedding is not changed. There is nothing that dropout could drop.
+    head that is tied to the embedding does not change. Dropout does not apply to token ids.
     """
 
     kind = "embedding"
@@ -293,9 +301,9 @@ class LoraEmbedding(LowRankLayer):
 
     @classmethod
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:
-        """An embedding that shortens its vectors as they are read has no fixed weight."""
+        """With max_norm, an embedding has no fixed weight: reading a vector rescales it."""
         if getattr(base, "max_norm", None) is not None:
-            return "is an embedding with max_norm, which changes its weight as it is read"
+            return "is an embedding with max_norm, which changes its weight when it is read"
         return None
 
     @classmethod
@@ -305,13 +313,13 @@ class LoraEmbedding(LowRankLayer):
         return (rank, vocabulary), (size, rank)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Aᵀ[x] Bᵀ, by the factor that some models (Gemma) put on their embeddings."""
+        """Aᵀ[x] Bᵀ, multiplied by the embedding scale of some models (Gemma)."""
         update = linear(nn.functional.embedding(x, A.T, padding_idx=self.base.padding_idx), B)
         factor = getattr(self.base, "embed_scale", None)
         return update if factor is None else update * factor
 
     def beginning(self, method: bool | str) -> Initialization:
-        """Where the base stays as it is, A is the one that is zero."""
+        """Unless the method initializes from the base's weight, A is zero instead of B."""
         return embedding if method in (True, "gaussian") else super().beginning(method)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -323,15 +331,16 @@ class LoraEmbedding(LowRankLayer):
         return matrix.T
 
 
-_GROUPED = "is a convolution of {} groups, whose update is no change of its weight"
+_GROUPED = "is a convolution of {} groups, whose update cannot be added to its weight"
 
 
 class LoraConv2d(LowRankLayer):
-    """A frozen convolution with a narrow one beside it: `y = W * x + s · B * (A * x)`.
+    """A frozen convolution with a low-rank one added: `y = W * x + s · B * (A * x)`.
 
     `x` [batch, in, height, width] → [batch, out, …]; `lora_A` [rank, in, kernel height, width]
-    moves as the base does, `lora_B` [out, rank / groups, 1, 1] mixes. Where the base has groups, A
-    reads all inputs and B is grouped, as in PEFT: such an update cannot be merged.
+    has the stride and padding of the base, `lora_B` [out, rank / groups, 1, 1] is a 1 × 1
+    convolution. If the base has groups, A reads all inputs and B is grouped, as in PEFT; such an
+    update cannot be merged.
     """
 
     kind = "conv2d"
@@ -339,14 +348,14 @@ class LoraConv2d(LowRankLayer):
 
     @classmethod
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:
-        """What PEFT's layer computes otherwise than its merged weight would, or not at all."""
+        """Convolutions for which PEFT's layer differs from its merged weight, or fails."""
         base = cast(nn.Conv2d, base)
         if base.dilation != (1, 1) or base.padding_mode != "zeros":
             return "is a convolution with dilation, or padding other than by zeros"
         if rank % base.groups:
             return f"is a convolution of {base.groups} groups, which do not divide the rank {rank}"
         if whole and base.groups > 1:
-            return _GROUPED.format(base.groups) + ": it takes standard LoRA alone"
+            return _GROUPED.format(base.groups) + ": only standard LoRA is supported"
         return None
 
     @classmethod
@@ -363,16 +372,16 @@ class LoraConv2d(LowRankLayer):
 
     @torch.no_grad()
     def initialize(self, method: bool | str, generator: Generator) -> None:
-        """As every layer; of a grouped convolution, whose B is zero, A alone."""
+        """As for every layer; of a grouped convolution only A is initialized, and B is zero."""
         if self.base.groups == 1:
             super().initialize(method, generator)
             return
-        shape = self.lora_A.flatten(1)  # as wide as an ungrouped weight
+        shape = self.lora_A.flatten(1)  # [rank, in · height · width], as of an ungrouped weight
         A, _ = self.beginning(method)(shape, self.rank, self.scaling, generator)
         self.lora_A.copy_(A.view_as(self.lora_A))
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """The kernel's positions count as inputs."""
+        """[out, in, height, width] → [out, in · height · width]."""
         return weight.flatten(1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
@@ -384,7 +393,7 @@ class LoraConv2d(LowRankLayer):
         return values.view(-1, 1, 1)
 
     def unmergeable(self) -> str | None:
-        """Groups: A reads the inputs of all of them."""
+        """With groups, A reads the inputs of all groups, which no grouped weight does."""
         return _GROUPED.format(self.base.groups) if self.base.groups > 1 else None
 
 
@@ -395,12 +404,13 @@ KINDS: Final[Mapping[type[nn.Module], type[LowRankLayer]]] = {
     nn.Conv2d: LoraConv2d,
 }
 
-WHAT: Final = "linear layers, embeddings and two-dimensional convolutions"
+SUPPORTED: Final = "linear layers, embeddings and two-dimensional convolutions"
 
 
 def kind_of(module: nn.Module | None) -> type[LowRankLayer] | None:
-    """The class of LoRA layer for `module`, None where it takes none."""
-    # nn.MultiheadAttention reads this one's weight and never calls it: LoRA would do nothing.
+    """The class of LoRA layer for `module`, or None if it takes none."""
+    # nn.MultiheadAttention reads the weight of this layer and never calls it: LoRA would have no
+    # effect.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
     return next((layer for base, layer in KINDS.items() if isinstance(module, base)), None)

@@ -1,11 +1,12 @@
-"""A base model in PyTorch with its own weights in it, and nothing else.
+"""Load a base model in PyTorch with exactly its own weights.
 
-transformers' `from_pretrained` puts an adapter that lies beside the weights into the model unasked
-(its modules are PEFT's then), initializes at random what the files lack, and drops what the model
-has no place for. Here the first never happens, and the others are known to the caller or refused.
+transformers' `from_pretrained` injects an adapter that it finds beside the weights (with PEFT's
+modules), initializes missing weights at random, and ignores unexpected ones. Here adapters are
+never injected, missing weights are returned to the caller, and unexpected ones are refused or
+reported.
 
-A model directory may name Python files of its own (auto_map). They are run inside `custom_code`
-alone, and transformers, which would ask on standard input, is always told.
+A model directory may bring its own Python files (auto_map). They run only inside `custom_code`.
+trust_remote_code is always passed, because transformers would otherwise ask on standard input.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# transformers 5 looks for an adapter in this folder of the model's directory instead.
+# transformers 5 searches for an adapter in this folder of the model's directory instead.
 _NO_ADAPTER: Final = {"adapter_kwargs": {"subfolder": "no adapter, whatever lies beside"}}
 _LISTED: Final = 3
 _TRUSTED: Final = ContextVar("trust_remote_code", default=False)
@@ -33,9 +34,9 @@ _TRUSTED: Final = ContextVar("trust_remote_code", default=False)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as transformers loaded it, and the parameters that the files lack or have otherwise.
+    """A model as transformers loaded it.
 
-    `lacking`: these have random values.
+    `lacking`: the parameters that the files lack or have in another shape; their values are random.
     """
 
     model: Any
@@ -44,7 +45,7 @@ class Loaded:
 
 @contextlib.contextmanager
 def custom_code(trusted: bool) -> Iterator[None]:
-    """While it lasts, this thread runs a model's own Python files if `trusted`, and none if not."""
+    """Inside the context, this thread runs a model's own Python files if `trusted`, else none."""
     token = _TRUSTED.set(trusted)
     try:
         yield
@@ -53,22 +54,22 @@ def custom_code(trusted: bool) -> Iterator[None]:
 
 
 def is_trusted() -> bool:
-    """Whether a model's own Python files are run: inside `custom_code(True)` alone."""
+    """Whether a model's own Python files may run: only inside `custom_code(True)`."""
     return _TRUSTED.get()
 
 
 def from_pretrained(auto_class: Any, directory: Path, **options: Any) -> Any:
-    """`auto_class.from_pretrained(directory)`, with the model's own code only where it is trusted.
+    """`auto_class.from_pretrained(directory)`, with the model's own code only if it is trusted.
 
     Raises:
-        ModelError: the model needs code of its own, and it is not trusted.
+        ModelError: the model needs its own Python code, which is not trusted.
     """
     with _explained(directory):
         return auto_class.from_pretrained(directory, trust_remote_code=is_trusted(), **options)
 
 
 def from_config(auto_class: Any, config: Any, directory: Path) -> Any:
-    """A model with new weights of the `config` that `directory` has, as `from_pretrained`."""
+    """A model of `config`, that of `directory`, with new weights; errors as `from_pretrained`."""
     with _explained(directory):
         return auto_class.from_config(config, trust_remote_code=is_trusted())
 
@@ -81,17 +82,17 @@ def _explained(directory: Path) -> Iterator[None]:
         if "trust_remote_code" not in str(problem):
             raise
         raise ModelError(
-            f"{directory} is a model with Python code of its own (auto_map in its config), which"
-            " is not run: read it, and if you trust it give `trust_remote_code=True`"
+            f"{directory} needs its own Python code (auto_map in its config), which is not run:"
+            " read it, and if you trust it, give `trust_remote_code=True`"
         ) from None
 
 
 def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
-    """`auto_class.from_pretrained(directory)` of the base's own weights alone.
+    """`auto_class.from_pretrained(directory)` with the weights of the base only.
 
     Raises:
         ModelError: the weights are missing, incomplete, of a model that PEFT wrapped, or have
-            tensors for layers of the model that those have no place for.
+            tensors that layers of the model do not have.
     """
     check_no_peft_layers(directory, base_tensors(directory))
     model, info = from_pretrained(
@@ -102,7 +103,7 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
         **_NO_ADAPTER,
         **options,
     )
-    # The modules tell whether that still keeps transformers from it.
+    # In case a version of transformers injects an adapter anyway.
     check_no_peft_layers(directory, [name for name, _ in model.named_modules()])
     _check_unexpected(model, directory, info["unexpected_keys"])
     lacking = {str(key) for key in info["missing_keys"]}
@@ -111,7 +112,7 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
 
 
 def _check_unexpected(model: Any, directory: Path, names: Iterable[str]) -> None:
-    """Refuse tensors of layers that the model has, and tell of the others: heads of other tasks."""
+    """Refuse tensors that belong to layers of the model; log others, such as other heads."""
     from loradeploy.lora.layers import kind_of
 
     modules = dict(model.named_modules())
@@ -121,13 +122,13 @@ def _check_unexpected(model: Any, directory: Path, names: Iterable[str]) -> None
         module, _, _ = name.rpartition(".")
         if any(kind_of(modules.get(path)) for path in (module, f"{body}.{module}")):
             raise ModelError(
-                f"{directory}: the checkpoint has {name}, which {type(model).__name__} by its"
-                " config.json has no place for: weights and config are not of one model"
+                f"{directory}: the checkpoint has {name}, which {type(model).__name__} does not"
+                " have by its config.json: weights and config are of different models"
             )
     parts = {name for name, _ in getattr(model, body, model).named_children()}
     inside = [n for n in unused if n.removeprefix(f"{body}.").partition(".")[0] in parts]
-    told = f"{directory} has tensors that {type(model).__name__} does not use"
+    unused_tensors = f"{directory} has tensors that {type(model).__name__} does not use"
     if inside:
-        logger.warning("%s: %s", told, listed(inside, _LISTED))
+        logger.warning("%s: %s", unused_tensors, listed(inside, _LISTED))
     elif unused:
-        logger.info("%s: %s", told, listed(unused, _LISTED))
+        logger.info("%s: %s", unused_tensors, listed(unused, _LISTED))

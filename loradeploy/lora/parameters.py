@@ -1,5 +1,5 @@
-"""Parameters that are trained whole: those of modules_to_save, biases, and the base's own that an
-adapter's file brings.
+"""Fully trained parameters: those of modules_to_save, biases, and weights of the base that an
+adapter's file has.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from loradeploy.errors import AdapterMismatchError, UsageError, shown
 
 @dataclass(frozen=True, eq=False)
 class Swap:
-    """Where a parameter of the base was, to put it back."""
+    """A parameter of the base that was replaced in its module, to restore it."""
 
     module: nn.Module
     attribute: str
     original: Tensor
 
     def undo(self) -> None:
-        """Put the base's own parameter back: a tie to another module's is there again."""
+        """Restore the base's parameter, tied to other modules as before."""
         setattr(self.module, self.attribute, self.original)
 
 
 @dataclass(frozen=True, eq=False)
 class Overwritten:
-    """A parameter of the base that holds other numbers for a while, and its own."""
+    """A parameter of the base whose values were overwritten, with its original values."""
 
     parameter: Tensor
     original: Tensor
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the base's own numbers back, bit for bit."""
+        """Restore the base's values, bit for bit."""
         self.parameter.copy_(self.original)
 
 
 @torch.no_grad()
 def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
-    """Put the weights and rows of the base that `adapter` brings into `model`; the way back.
+    """Overwrite base weights and rows in `model` with those of `adapter`; returns what undoes it.
 
-    In place, as PEFT does: whatever shares the parameter has them too. Shapes must fit.
+    In place, as in PEFT: modules that share the parameter change too. Shapes must fit.
 
     Raises:
-        AdapterMismatchError: two parameters of the adapter are one in the model, and differ.
+        AdapterMismatchError: two parameters of the adapter are tied in the model, and differ.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     done: list[Overwritten] = []
     groups: list[Mapping[str, NDArray[Any] | Rows]] = [adapter.carried, adapter.rows]
-    for given in groups:
+    for group in groups:
         seen: dict[int, str] = {}
-        for name, values in sorted(given.items()):
+        for name, values in sorted(group.items()):
             parameter = parameters[name]
             first = seen.setdefault(id(parameter), name)
-            if first != name and not same_values(given[first], values):
+            if first != name and not same_values(group[first], values):
                 for one in reversed(done):
                     one.undo()
                 raise AdapterMismatchError(
-                    f"{first} and {name} are one weight in this model, and two in the adapter:"
-                    " give the base untied (tie_word_embeddings: false), as it was trained"
+                    f"{first} and {name} are tied in this model, and differ in the adapter: give"
+                    " the base untied (tie_word_embeddings: false), as it was trained"
                 )
             done.append(Overwritten(parameter, parameter.detach().clone()))
             _put(parameter, values)
@@ -83,10 +83,10 @@ def _put(parameter: Tensor, values: NDArray[Any] | Rows) -> None:
 
 
 def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]) -> list[str]:
-    """The parameters of `model` that `config` trains whole, in the model's order.
+    """The parameters of `model` that `config` trains in full, in the model's order.
 
     Raises:
-        UsageError: modules_to_save names what the model has not.
+        UsageError: modules_to_save names a module that the model lacks.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = {name for name in names if is_trained_bias(name, targets, config)}
@@ -94,7 +94,7 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]
         only = dataclasses.replace(config, modules_to_save=(module,))
         inside = {name for name in names if is_saved(name, only)}
         if not inside:
-            raise UsageError(f"modules_to_save names {shown(module)}, which this model has not")
+            raise UsageError(f"modules_to_save names {shown(module)}, which this model lacks")
         found |= inside
     return [name for name in names if name in found]
 
@@ -102,10 +102,10 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]
 def swap_in(
     model: nn.Module, names: Iterable[str]
 ) -> tuple[Mapping[str, nn.Parameter], tuple[Swap, ...]]:
-    """Put a trainable copy in the place of each parameter of `names`; the copies, and the way back.
+    """Replace each parameter of `names` by a trainable copy; the copies, and what undoes it.
 
-    A weight that is tied to another module's is untied by that, as in PEFT: an output head trained
-    whole leaves the embedding as it is. Biases that are one stay one.
+    This unties a weight that is tied to another module, as in PEFT: fully training an output head
+    does not change the embedding. Biases that are tied stay tied.
     """
     copies: dict[str, nn.Parameter] = {}
     shared: dict[int, nn.Parameter] = {}

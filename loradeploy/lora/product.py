@@ -1,8 +1,8 @@
 """The arithmetic of a LoRA layer in one autograd function: `y = x Wᵀ + b + s · (x Aᵀ) Bᵀ`.
 
-Written as separate operations, the update costs three passes over a tensor as large as `y`, and as
-many over one as large as `x` on the way back. Here each sum is made by the matrix product that
-gives its last term, and of what lies between only x Aᵀ [tokens, rank] is kept for the way back.
+As separate operations, the update takes three passes over a tensor of the size of `y`, and in the
+backward pass as many over one of the size of `x`. Here the matrix product of the last term also
+computes the sum, and x Aᵀ [tokens, rank] is the only intermediate saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def low_rank_linear(
 ) -> Tensor:
     """`x` [..., in] → [..., out], in the dtype of `x` and of the frozen `weight` [out, in].
 
-    `lora_A` [rank, in] and `lora_B` [out, rank] get gradients and may be wider than `weight`: the
-    update is computed and added in their dtype. `weight` and `bias` get none.
+    `lora_A` [rank, in] and `lora_B` [out, rank] get gradients and may have a wider dtype than
+    `weight`, in which the update is computed and added. `weight` and `bias` get no gradients.
     """
     y = _LowRankLinear.apply(x, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
     return cast(Tensor, y)

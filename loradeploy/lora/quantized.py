@@ -1,8 +1,8 @@
-"""A frozen base in 8 or 4 bits under an adapter of full width (QLoRA).
+"""Quantize the frozen base to 8 or 4 bits under a float32 adapter (QLoRA).
 
-Dettmers et al., 2022 (arXiv:2208.07339) for int8, by vectors; Dettmers et al., 2023
-(arXiv:2305.14314) for int4: the NormalFloat of 4 bits, with double quantization. bitsandbytes does
-both; its weights are recognized by the name of their class, without importing it.
+int8: vector-wise quantization (Dettmers et al., 2022, arXiv:2208.07339). int4: NormalFloat of 4
+bits with double quantization (Dettmers et al., 2023, arXiv:2305.14314). Both use bitsandbytes,
+whose weights are recognized by the name of their class, without importing it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.targets import linear_modules
 
-_BLOCK: Final = 64  # weights that share a scale in 4 bits
+_BLOCK: Final = 64  # number of weights that share a 4-bit scale
 
 
 def quantize(model: nn.Module, precision: str, *, keep: Collection[str] = ()) -> list[str]:
-    """Quantize `model`'s nn.Linear layers in place, but for its output head and `keep`.
+    """Quantize the nn.Linear layers of `model` in place, and return their names.
 
-    `precision`: "int8", or "int4", which leaves out layers whose inputs are no multiple of 64. To
-    be called before an adapter is injected; `keep` names the modules that are trained as a whole.
-    The names of the quantized layers come back.
+    The output head and `keep`, the names of fully trained modules, are not quantized. `precision`:
+    "int8", or "int4", which skips layers whose in_features is not a multiple of 64. Call it before
+    an adapter is injected.
 
     Raises:
-        UsageError: another precision, or no layer to quantize.
+        UsageError: an unknown precision, or no layer to quantize.
         MissingDependencyError: bitsandbytes is not installed.
     """
     if precision not in _QUANTIZE:
-        raise UsageError(f"a base in {precision!r} is unknown: use {', '.join(_QUANTIZE)}")
+        raise UsageError(
+            f"unknown precision {precision!r} of a quantized base: use {', '.join(_QUANTIZE)}"
+        )
     try:
         with quiet():
             library = import_module("bitsandbytes").nn
@@ -65,21 +67,21 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def dequantized_weight(layer: nn.Module) -> Tensor:
-    """The weight of `layer` in its own shape and without a gradient, dequantized if need be.
+    """The weight of `layer`, dequantized if needed, in its logical shape and without a gradient.
 
-    Its dtype is the layer's; of int8 it is float32, of int4 the dtype before quantization.
+    Its dtype is that of the layer; for int8 float32, for int4 the dtype before quantization.
     """
     dequantize = _DEQUANTIZE.get(type(layer.weight).__name__)
     return cast(Tensor, layer.weight).detach() if dequantize is None else dequantize(layer)
 
 
 def _fits(layer: nn.Module, precision: str) -> bool:
-    # bitsandbytes 0.50.2 reads other widths back wrongly on a CPU: in_features 96 or 48 for one.
+    # bitsandbytes 0.50.2 dequantizes other sizes wrongly on a CPU, such as in_features 96 or 48.
     return type(layer) is nn.Linear and (precision != "int4" or layer.in_features % _BLOCK == 0)
 
 
 def _quantized(library: Any, layer: Any, precision: str) -> Any:
-    # On the meta device: the new layer's own weight would be made for nothing.
+    # On the meta device, because the new layer's initial weight is not used.
     with torch.device("meta"):
         new = _QUANTIZE[precision](library, layer, layer.weight)
     new.bias = layer.bias
@@ -103,8 +105,8 @@ def _to_int4(library: Any, layer: Any, weight: Any) -> Any:
         quant_type="nf4",
     )
     new.weight = library.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
-    # bitsandbytes 0.50 repacks a weight on CPUs with AVX512-BF16 once it is evaluated: to other
-    # numbers, in a form that cannot be read back, and not at all where it has under 64 inputs.
+    # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight in its first evaluation: values
+    # change, the weight cannot be dequantized any more, and under 64 inputs it fails.
     new.support_avx512bf16_for_cpu = False
     return new
 

@@ -1,4 +1,4 @@
-"""Keep what libraries say of themselves from the user."""
+"""Suppress log lines, warnings and progress bars of libraries."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _NOISY: Final = (
     "bitsandbytes",
     "huggingface_hub",
 )
-# As much for the libraries that set their own levels when they are imported.
+# For libraries that set their log levels when they are imported.
 _SETTINGS: Final = {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
 _NO_BARS: Final = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def quiet_process() -> None:
-    """Let only loradeploy's own lines reach the user, for the rest of a process that is its own.
+    """Show only loradeploy's messages, for the rest of a process that runs only loradeploy.
 
-    What matters of what a library says comes as an exception, and is told in a line of ours. Bars
-    of downloads stay where there is a terminal.
+    Relevant problems of libraries arrive as exceptions. Progress bars of downloads stay on a
+    terminal.
     """
     settings = _SETTINGS if sys.stderr.isatty() else _SETTINGS | _NO_BARS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if logging.lastResort is not None:  # where loggers without a handler end
+    if logging.lastResort is not None:  # handles records of loggers without handlers
         logging.lastResort.addFilter(logging.Filter("loradeploy"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -43,7 +43,7 @@ def quiet_process() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, log lines and progress bars of torch, transformers and their like inside."""
+    """Suppress warnings, log lines and progress bars of torch, transformers and others inside."""
     import transformers
 
     noisy = [logging.getLogger(name) for name in _NOISY]

@@ -1,7 +1,7 @@
-"""PiSSA's and OLoRA's adapters as plain ones, for the base as it was.
+"""Convert adapters of PiSSA and OLoRA to standard LoRA on the unchanged base.
 
-Both begin at factors B₀, A₀ of the base's weight and train on W − s · B₀ A₀. What they end at,
-W − s · B₀ A₀ + s · B A, is a plain adapter of twice the rank on W: [B, −B₀] and [A; A₀].
+Both initialize the factors with parts B₀, A₀ of the base's weight and train on W − s · B₀ A₀. The
+result, W − s · B₀ A₀ + s · B A, is a standard adapter of twice the rank on W: [B, −B₀] and [A; A₀].
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.submodels import named_as_in
 
-# What is left of a weight, beside what was left where it was trained: an SVD rounds by machine.
+# Tolerance for W − s · B₀ A₀ against the adapter's copy: an SVD rounds differently on each machine.
 _ROUNDING: Final = 1e-4
 
 
 def doubled(config: AdapterConfig) -> AdapterConfig:
-    """`config` with twice the rank everywhere and the same scaling s, on the base as it is."""
+    """`config` with twice the rank everywhere, the same scaling s, and an unchanged base."""
     factor = math.sqrt(2) if config.use_rslora else 2
     return dataclasses.replace(
         config,
@@ -44,54 +44,57 @@ def doubled(config: AdapterConfig) -> AdapterConfig:
 
 
 def to_standard_lora_from_checkpoint(adapter: Adapter, model: str | os.PathLike[str]) -> Adapter:
-    """As `plain`, on the Hugging Face checkpoint or hub id `model`, whose digest the adapter gets.
+    """As `to_standard_lora`, for the checkpoint or hub id `model`, whose digest the result gets.
 
     Raises:
         ModelError: the checkpoint is missing or cannot be loaded as a model for the adapter's task.
-        AdapterError: as `plain`.
+        AdapterError: as `to_standard_lora`.
     """
     import transformers
 
-    place = find_checkpoint(model)
+    directory = find_checkpoint(model)
     try:
         with quiet():
-            named = from_pretrained(transformers.AutoConfig, place).architectures or ["AutoModel"]
+            named = from_pretrained(transformers.AutoConfig, directory).architectures or [
+                "AutoModel"
+            ]
             task = task_of_peft(adapter.config.task_type)
             auto = getattr(transformers, task.auto_class if task else named[0])
-            # A head that the checkpoint lacks, or has of other labels, begins at no such factors.
-            loaded = load_pretrained(auto, place, dtype="auto", ignore_mismatched_sizes=True)
+            # A head that the checkpoint lacks, or has for other labels, is not a target.
+            loaded = load_pretrained(auto, directory, dtype="auto", ignore_mismatched_sizes=True)
     except ModelError:
         raise
     except Exception as problem:  # from_pretrained raises whatever its readers do
-        raise ModelError(f"{place} cannot be loaded: {first_line(problem)}") from None
+        raise ModelError(f"{directory} cannot be loaded: {first_line(problem)}") from None
     random = sorted(m for m in adapter.factors if f"{m}.weight" in loaded.lacking)
     if random:
         raise ModelError(
-            f"{place} lacks the weight of {random[0]}, which the adapter began at: it is not the"
-            " base that it was trained on"
+            f"{directory} lacks the weight of {random[0]}, which initialized the adapter: it is not"
+            " the base that it was trained on"
         )
-    made = plain(adapter, loaded.model)
-    return dataclasses.replace(made, base_digest=adapter.base_digest or base_digest(place))
+    made = to_standard_lora(adapter, loaded.model)
+    return dataclasses.replace(made, base_digest=adapter.base_digest or base_digest(directory))
 
 
-def plain(adapter: Adapter, model: nn.Module) -> Adapter:
-    """`adapter`, which PEFT trained from PiSSA or OLoRA, as a plain one on the base `model`.
+def to_standard_lora(adapter: Adapter, model: nn.Module) -> Adapter:
+    """`adapter`, which PEFT trained with PiSSA or OLoRA, as standard LoRA on the base `model`.
 
-    What was taken out of the base is computed again from its weights, which must be those that the
-    training began with, in the same width. An adapter that is plain already comes back as it is.
+    The part that was subtracted from the base is recomputed from its weights, which must be those
+    of the training, in the same dtype. A standard adapter is returned unchanged.
 
     Raises:
-        AdapterMismatchError: a target module is no layer of `model`, or one of another shape.
-        AdapterError: it began at a randomized SVD, which nothing can tell again; or its file has
-            other weights of the base below the factors than were left there; or another module
-            shares a target's weight.
+        AdapterMismatchError: a target module is not a linear layer of `model`, or has another
+            shape.
+        AdapterError: it was initialized by a randomized SVD, which cannot be recomputed; or the
+            base weights in its file are not what the initialization leaves of this base's; or
+            another module shares a target's weight.
     """
     if not adapter.changes_base:
         return adapter
     method = adapter.config.init_lora_weights
     if "niter" in str(method):
         raise AdapterError(
-            f"init_lora_weights {method!r} began at a random approximation that was not kept:"
+            f"init_lora_weights {method!r} used a random approximation that was not saved:"
             " convert it where it was trained, with PEFT's"
             " save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
@@ -107,8 +110,8 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
             raise AdapterMismatchError(f"{name} is not a linear layer of this model")
         if owners[id(module.weight)] > 1:
             raise AdapterError(
-                f"{name}.weight is shared by another module, out of which {method} took a part too:"
-                " no adapter can give that back; train again with the head untied"
+                f"{name}.weight is shared with another module, which {method} changed too: no"
+                " adapter can undo that; train again with the head untied"
             )
         s = adapter.scaling(name)
         layer = LoraLinear(module, pair.rank, s)
@@ -120,8 +123,8 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
         weight = layer.weight.detach()
         if method == "olora" and layer.as_matrix(weight) is not weight:
             raise AdapterError(
-                f"{name} is a Conv1D: what PEFT's OLoRA takes out of one is not the product of its"
-                " factors, so that the adapter cannot be converted"
+                f"{name} is a Conv1D: PEFT's OLoRA does not subtract the product of the factors"
+                " from it, so the adapter cannot be converted"
             )
         A, B = begin(layer.as_matrix(weight).float(), pair.rank, s, torch.Generator())
         factors[name] = Factors(
@@ -129,14 +132,14 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
             B=np.concatenate([pair.B, -_array(B)], axis=1),
             magnitude=pair.magnitude,
         )
-        # What came with the file is the weight without what the training took out of it.
+        # The weight in the adapter's file is W − s · B₀ A₀.
         below = carried.pop(f"{name}.weight", None)
         if below is not None:
             left = layer.as_matrix(weight).float() - s * (B.float() @ A.float())
             if not _nearly(layer.as_matrix(torch.tensor(below)), left):
                 raise AdapterError(
-                    f"{name}.weight came with the adapter and is not what {method} leaves of this"
-                    " base's: give the base that it was trained on"
+                    f"{name}.weight in the adapter is not what {method} leaves of this base's:"
+                    " give the base that it was trained on"
                 )
     return dataclasses.replace(
         adapter, config=doubled(adapter.config), factors=factors, carried=carried
@@ -144,7 +147,7 @@ def plain(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def _nearly(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices are the same but for the rounding of an SVD."""
+    """Whether two matrices are equal up to the rounding of an SVD."""
     return one.shape == other.shape and bool(
         torch.linalg.norm(one.float() - other) <= _ROUNDING * torch.linalg.norm(other)
     )

@@ -1,4 +1,4 @@
-"""An adapter named as a PyTorch model has its modules."""
+"""Rename an adapter's modules to those of a PyTorch model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def submodels(model: nn.Module) -> tuple[Submodel, ...]:
-    """The transformers models in `model`, itself first."""
+    """The transformers models inside `model`, including itself, which is first."""
     from transformers import PreTrainedModel
 
     return tuple(

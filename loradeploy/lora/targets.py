@@ -1,4 +1,4 @@
-"""The linear layers of a model, which "all-linear" means."""
+"""The linear layers of a model, as "all-linear" selects them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers.pytorch_utils import Conv1D
 from loradeploy.adapter import AdapterConfig
 from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 
-# nn.Linear holds its weight as [out, in], transformers' Conv1D as [in, out].
+# The weight of nn.Linear is [out, in], that of transformers' Conv1D [in, out].
 LINEAR_LAYERS: Final = (nn.Linear, Conv1D)
 
 
 def linear_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """What "all-linear" means: every linear layer but the output head, as in PEFT."""
+    """The modules of "all-linear": every linear layer but the output head, as in PEFT."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {output} if output is not None else set()
     if not heads and config.task_type == "SEQ_CLS":

@@ -121,7 +121,9 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_hub_s_model_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nobody/nothing .* cannot be had from the Hugging Face"):
+    with pytest.raises(
+        ModelError, match="nobody/nothing .* cannot be fetched from the Hugging Face"
+    ):
         export("nobody/nothing", tmp_path / "b")
 
 

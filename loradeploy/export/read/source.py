@@ -26,7 +26,7 @@ from loradeploy.export.read.repository import (
 )
 from loradeploy.files import read_json
 from loradeploy.lora.base_formats import gguf_advice
-from loradeploy.lora.checkpoint import fetch, is_hub_id, transformer_folder
+from loradeploy.lora.checkpoint import checkpoint_directory, fetch, is_hub_id
 
 _CONFIG_NAME: Final = "config.json"
 
@@ -79,7 +79,7 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
             f"{text} holds no .safetensors: give a repository with the PyTorch weights, or fetch"
             f" its ONNX graph (hf download {text} --local-dir DIR) and give the directory"
         )
-    checkpoint = transformer_folder(fetched)
+    checkpoint = checkpoint_directory(fetched)
     return Source("checkpoint", text, checkpoint, checkpoint)
 
 
@@ -95,7 +95,7 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
         return Source(
             "bundle", manifest.base.name, directory, directory, directory / GRAPH_NAME, manifest
         )
-    checkpoint = transformer_folder(directory)
+    checkpoint = checkpoint_directory(directory)
     if is_loadable(checkpoint) or (has_weights(checkpoint) and not graphs_in(directory)):
         refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():

@@ -95,7 +95,7 @@ def test_a_checkpoint_is_preferred_to_the_graphs_beside_it(tiny_bert: Path, tmp_
 def test_training_says_that_graphs_are_no_checkpoint(tmp_path: Path) -> None:
     place = _with(tmp_path, WEB)
     (place / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds ONNX graphs and no .safetensors"):
+    with pytest.raises(ModelError, match="has ONNX graphs and no .safetensors"):
         find_checkpoint(place)
 
 
