@@ -223,7 +223,10 @@ def test_dropout_is_on_the_low_rank_path_alone() -> None:
             "'eva' is not supported for training",
         ),
         ({"target_modules": ("k_proj",), "r": 64, "init_lora_weights": "pissa"}, "no part of rank"),
-        ({"target_modules": ("q_proj",), "modules_to_save": ("classifier",)}, "which this model lacks"),
+        (
+            {"target_modules": ("q_proj",), "modules_to_save": ("classifier",)},
+            "which this model lacks",
+        ),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(
