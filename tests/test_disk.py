@@ -206,7 +206,7 @@ def test_training_on_a_full_disk_keeps_the_last_checkpoint_and_names_it(
         assert result["status"] == 2 and f"{disk / 'a'}" in told, told
         assert " cannot be written: No space left on device: free some space there" in told
         assert "a" not in result["left"]
-        kept.add("is whole: go on from it with --resume" in told)
+        kept.add("is intact: continue from it with --resume" in told)
         assert ("a-checkpoints" in result["left"]) == ("is whole" in told)
     assert kept == {True, False}, "both before the first checkpoint and after it"
 

@@ -1,4 +1,4 @@
-"""A training run from beginning to end."""
+"""Run a training from start to finish."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ from loradeploy.train.trainer import AdapterTrainer, arguments
 
 logger = logger_of(__name__)
 
-# Settings that do not change the adapter: a resumed run may have others.
+# Settings that do not affect the adapter: a resumed run may change them.
 _FREE: Final = ("save_steps", "tensorboard")
-# Of the base's config.json, what says nothing of the model.
-_UNHEEDED: Final = ("_name_or_path", "transformers_version")
+# Fields of the base's config.json that do not affect the model.
+_IGNORED_FIELDS: Final = ("_name_or_path", "transformers_version")
 
 
 def run(
@@ -89,14 +89,14 @@ def run(
     if main:
         _check_output(target)
         checkpoints.check(resume=resume)
-    place = find_checkpoint(model, quantized=[BITSANDBYTES])
+    checkpoint_directory = find_checkpoint(model, quantized=[BITSANDBYTES])
     if main:
-        warn_of_unused_files(place, "training begins at the base alone")
+        warn_of_unused_files(checkpoint_directory, "training starts from the base only")
     with quiet(), _explained():
-        opened = open_checkpoint(place)
+        opened = open_checkpoint(checkpoint_directory)
         config = opened.within(config)
         prepared = prepare(data, task, opened, config)
-        digest_of_base = base_digest(place)
+        digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
         adapter_config = _adapter_config(model, config, task, base.heads)
@@ -122,7 +122,7 @@ def run(
                 loss=task.loss,
                 adapter=describe,
                 checkpoint=functools.partial(checkpoints.writing, record=record),
-                args=arguments(config, checkpoints.place, examples=len(prepared.training)),
+                args=arguments(config, checkpoints.directory, examples=len(prepared.training)),
                 train_dataset=prepared.training,
                 data_collator=_collator(base.model, opened, task, packing=config.packing),
                 evaluation=prepared.evaluation,
@@ -159,8 +159,13 @@ def run(
                 accuracy_after=after[1] if task.judged else None,
             )
             if main:
-                write_adapter = functools.partial(_write_adapter, adapter, config, place)
-                with _naming_what_is_left(checkpoints), _kept(target, write_adapter, checkpoints):
+                write_adapter = functools.partial(
+                    _write_adapter, adapter, config, checkpoint_directory
+                )
+                with (
+                    _naming_the_checkpoint(checkpoints),
+                    _saved_elsewhere(target, write_adapter, checkpoints),
+                ):
                     _write(result, adapter, trainer, config, prepared.digest, write_adapter)
             trainer.accelerator.wait_for_everyone()
             if main:
@@ -169,41 +174,41 @@ def run(
 
 
 def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | None) -> None:
-    """Train from `newest` on; what stops it says which checkpoint is left."""
-    with _naming_what_is_left(checkpoints):
+    """Train, from the checkpoint `newest` if given; errors name the last good checkpoint."""
+    with _naming_the_checkpoint(checkpoints):
         begin = trainer.agreed(newest)
         if begin is None or not trainer.restore_finished(begin):
             trainer.train(resume_from_checkpoint=begin)
 
 
 @contextmanager
-def _naming_what_is_left(checkpoints: Checkpoints) -> Iterator[None]:
+def _naming_the_checkpoint(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except (TrainingError, OutputError) as problem:
-        left = checkpoints.newest()
+        newest = checkpoints.newest()
         if isinstance(problem, OutputError):
-            go_on = f"; {left} is whole: go on from it with `resume`" if left else ""
-            raise TrainingError(f"{problem}{go_on}") from problem
-        if left is None:
+            advice = f"; {newest} is intact: continue from it with `resume`" if newest else ""
+            raise TrainingError(f"{problem}{advice}") from problem
+        if newest is None:
             raise
-        raise TrainingError(f"{problem}; the last good checkpoint is {left}") from None
+        raise TrainingError(f"{problem}; the last good checkpoint is {newest}") from None
 
 
 def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInterruptedError:
     return TrainingInterruptedError(
-        f"stopped after step {step}, which {checkpoints.newest()} holds: the same call with"
-        " `resume` goes on from it",
+        f"stopped after step {step}, with the checkpoint {checkpoints.newest()}: repeat the call"
+        " with `resume` to continue",
         status=128 + stop.signal,
     )
 
 
 def _check_output(target: Path) -> None:
-    """Find out now, not after hours, that the adapter cannot be written."""
+    """Raise UsageError before the training if the adapter cannot be written."""
     check_replaceable(target, marker=CONFIG_NAME, own_files=own_files)
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{target} cannot be written: {parent} is no directory to write in")
+        raise UsageError(f"{target} cannot be written: {parent} is not a writable directory")
 
 
 def _collator(model: PreTrainedModel, opened: Checkpoint, task: Task, *, packing: bool) -> Collate:
@@ -237,16 +242,18 @@ def _adapter_config(
 def _record(
     config: TrainConfig, digest_of_base: str, prepared: Prepared, opened: Checkpoint
 ) -> dict[str, Any]:
-    """What decides the adapter, for a resumed run to be held against."""
+    """Everything that affects the adapter, for comparison when a run is resumed."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    told = read_json(opened.place / "config.json", error=ModelError)
-    described = json.dumps({n: v for n, v in told.items() if n not in _UNHEEDED}, sort_keys=True)
+    base_config = read_json(opened.directory / "config.json", error=ModelError)
+    described = json.dumps(
+        {n: v for n, v in base_config.items() if n not in _IGNORED_FIELDS}, sort_keys=True
+    )
     return {
         **settings,
         "base": digest_of_base,
         "base_config": hashlib.sha256(described.encode()).hexdigest(),
         "data": prepared.digest,
-        "processes": process_count(),  # as many batches are a step
+        "processes": process_count(),  # a step has a batch of each process
     }
 
 
@@ -259,12 +266,12 @@ def _write(
     write_adapter: Callable[[Path], None],
 ) -> None:
     target = result.adapter
-    with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as place:
-        write_adapter(place)
-        write_curve(trainer.curve(), place)
-        (place / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as directory:
+        write_adapter(directory)
+        write_curve(trainer.curve(), directory)
+        (directory / "train.yaml").write_text(to_yaml(config), encoding="utf-8")
         text = card(result, adapter.config, config, data)
-        (place / CARD_NAME).write_text(text, encoding="utf-8")
+        (directory / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _write_adapter(adapter: Adapter, config: TrainConfig, base: Path, directory: Path) -> None:
@@ -274,13 +281,13 @@ def _write_adapter(adapter: Adapter, config: TrainConfig, base: Path, directory:
 
 
 @contextmanager
-def _kept(
+def _saved_elsewhere(
     target: Path, write_adapter: Callable[[Path], None], checkpoints: Checkpoints
 ) -> Iterator[None]:
-    """Where the directory `target` cannot be written and there is no checkpoint, write elsewhere.
+    """If `target` cannot be written and there is no checkpoint, save the adapter elsewhere.
 
     Raises:
-        TrainingError: that happened; it names the directory that has the adapter.
+        TrainingError: in this case; it names the other directory.
     """
     try:
         yield
@@ -299,22 +306,22 @@ def _kept(
         known = isinstance(problem, LoraDeployError)
         reason = problem if known else f"{target} cannot be written: {kind_and_line(problem)}"
         raise TrainingError(
-            f"{reason}; the trained adapter is in {directory}: move it to where it can stay"
+            f"{reason}; the trained adapter is in {directory}: move it to a permanent location"
         ) from problem
 
 
 def _write_pooling(base: Path, adapter: Path) -> None:
-    """Write beside the adapter how its vectors are made, where the base makes them otherwise."""
+    """Write a modules.json with mean pooling into the adapter if the base's pooling differs."""
     try:
         found = recipe_directory(base)
         recipe = None if found is None else read_recipe(found)
         usual = recipe is None or recipe.is_usual
-    except BundleError:  # a module of another kind, which was not trained with either
+    except BundleError:  # a module of another kind, which the training did not use either
         usual = False
     if not usual:
         logger.warning(
-            "the base's %s makes vectors otherwise; the adapter was trained on the mean of the"
-            " tokens' states, and has a %s that says so",
+            "the base's %s specifies another pooling; the adapter was trained with mean pooling,"
+            " and has a %s that specifies it",
             *(MODULES_NAME, MODULES_NAME),
         )
         write_default(adapter)
@@ -331,12 +338,13 @@ def _explained() -> Iterator[None]:
             raise _out_of_memory() from problem
         if process_count() > 1 and ("gloo" in str(problem) or "NCCL" in str(problem)):
             raise TrainingError(
-                f"another process of this run has ended, or is out of reach: {first_line(problem)}"
+                f"another process of this run has ended or cannot be reached: {first_line(problem)}"
             ) from problem
         raise
 
 
 def _out_of_memory() -> TrainingError:
     return TrainingError(
-        "memory ran out: lower batch_size (and raise gradient_accumulation), max_length or rank"
+        "out of memory: lower `batch_size` (and raise `gradient_accumulation`), `max_length` or"
+        " `rank`"
     )

@@ -1,4 +1,4 @@
-"""The base model of a training run: found, checked, loaded."""
+"""Open and load the base model of a training run."""
 
 from __future__ import annotations
 
@@ -25,64 +25,66 @@ from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.tasks import Task
 
-# What is packed afterwards is read in full width.
-_WIDTHS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# int8 and int4 bases are loaded in float32, and quantized afterwards.
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, with what can be known of it before its weights are read."""
+    """A base model on disk, before its weights are read."""
 
-    place: Path
+    directory: Path
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch."""
+        """The padding token."""
         return pad_token(self.config, self.tokenizer)
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model and its tokenizer take."""
+        """The maximum number of tokens that the model and its tokenizer support."""
         positions = context_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
         return longest if positions is None else min(longest, positions)
 
     def within(self, config: TrainConfig) -> TrainConfig:
-        """`config` with no longer examples than the model takes."""
+        """`config` with `max_length` limited to what the model supports."""
         return replace(config, max_length=min(config.max_length, self.max_length))
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model, and the modules that are trained whole: a classifier's head."""
+    """A loaded base model, and its fully trained modules: the head of a classifier."""
 
     model: PreTrainedModel
     heads: tuple[str, ...]
 
 
-def open_checkpoint(place: Path) -> Checkpoint:
-    """The config and tokenizer of the Hugging Face model directory `place`.
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The config and tokenizer of the Hugging Face model directory `directory`.
 
     Raises:
         ModelError: one of them cannot be read.
     """
     try:
-        config = from_pretrained(AutoConfig, place)
+        config = from_pretrained(AutoConfig, directory)
     except ModelError:
         raise
     except Exception as problem:  # from_pretrained raises whatever its readers do
-        raise ModelError(f"{place}: config.json cannot be used: {first_line(problem)}") from None
+        raise ModelError(
+            f"{directory}: config.json cannot be used: {first_line(problem)}"
+        ) from None
     try:
-        tokenizer = from_pretrained(AutoTokenizer, place)
+        tokenizer = from_pretrained(AutoTokenizer, directory)
     except ModelError:
         raise
     except Exception as problem:
         raise ModelError(
-            f"{place} has no tokenizer that can be used: {first_line(problem)}"
+            f"{directory} has no tokenizer that can be used: {first_line(problem)}"
         ) from None
-    return Checkpoint(place, config, tokenizer)
+    return Checkpoint(directory, config, tokenizer)
 
 
 def load_base(
@@ -104,8 +106,8 @@ def load_base(
     try:
         loaded = load_pretrained(
             auto_class,
-            checkpoint.place,
-            dtype=_WIDTHS.get(precision, torch.float32),
+            checkpoint.directory,
+            dtype=_DTYPES.get(precision, torch.float32),
             ignore_mismatched_sizes=headed,
             **options,
         )
@@ -113,7 +115,7 @@ def load_base(
         raise
     except Exception as problem:  # as above: a broken file, an unknown architecture, a wrong shape
         raise ModelError(
-            f"{checkpoint.place} cannot be loaded for {task.name}: {first_line(problem)}"
+            f"{checkpoint.directory} cannot be loaded for {task.name}: {first_line(problem)}"
         ) from None
     model, missing = loaded.model, set(loaded.lacking)
     if not headed and getattr(model, "pooler", None) is not None:
@@ -121,16 +123,16 @@ def load_base(
         model.pooler = None
         missing = {name for name in missing if not name.startswith("pooler.")}
     heads = _heads(model, missing) if headed else ()
-    strange = sorted(name for name in missing if not name.startswith(tuple(f"{h}." for h in heads)))
-    if strange or model.base_model_prefix in heads:
+    absent = sorted(name for name in missing if not name.startswith(tuple(f"{h}." for h in heads)))
+    if absent or model.base_model_prefix in heads:
         raise ModelError(
-            f"{checkpoint.place} has no weights for {listed_names(strange, none='the encoder')}:"
+            f"{checkpoint.directory} has no weights for {listed_names(absent, none='the encoder')}:"
             f" it is no {task.name} model"
         )
     if model.get_input_embeddings().num_embeddings < len(checkpoint.tokenizer):
         raise ModelError(
-            f"{checkpoint.place}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the model"
-            f" {model.get_input_embeddings().num_embeddings}: they are not of one model"
+            f"{checkpoint.directory}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the"
+            f" model {model.get_input_embeddings().num_embeddings}: they are not of one model"
         )
     model.config.pad_token_id = checkpoint.pad_id
     for name in heads:
@@ -160,8 +162,8 @@ def _widen(head: nn.Module) -> None:
         return
     head.float()
     head.register_forward_pre_hook(
-        lambda _, given: tuple(
+        lambda _, inputs: tuple(
             value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-            for value in given
+            for value in inputs
         )
     )

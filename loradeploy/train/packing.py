@@ -1,8 +1,8 @@
-"""Batches without padding: the examples of a batch stand behind one another in a single row.
+"""Packed sequences: the examples of a batch are concatenated into one row, without padding.
 
-Positions begin anew with each example, and no token attends to another example's: attention is
-computed example by example, which costs less than a mask over the row and is exact. Whether a model
-keeps its examples apart so is not taken from its name: it is tried.
+Positions restart with each example, and tokens attend only to their own example: attention runs
+example by example, which is exact and costs less than a mask over the row. Whether a model supports
+this is measured, not derived from its name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from loradeploy.lora.quiet import quiet
 
 PACKED: Final = "loradeploy_packed"
-# Names that transformers hands down to attention functions (FlashAttentionKwargs).
+# The name that transformers passes on to attention functions (FlashAttentionKwargs).
 _STARTS: Final = "cu_seq_lens_q"
 _PROBED_LENGTHS: Final = (5, 9, 2)
-# Of the largest logit. Packed and single examples differ by the order of summation alone.
+# Relative to the largest logit. Packed and single examples differ only by the order of summation.
 _SAME: Final = {torch.float32: 1e-4}
 _SAME_HALF: Final = 3e-2
 
@@ -31,7 +31,8 @@ _SAME_HALF: Final = 3e-2
 class PackingCollator:
     """The examples of a batch in one row: `input_ids`, `position_ids` and `labels` [1, tokens].
 
-    `cu_seq_lens_q` int32 [examples + 1] tells where each begins, and where the last one ends.
+    `cu_seq_lens_q` int32 [examples + 1] are the positions where each begins, and where the last one
+    ends.
     """
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -47,16 +48,16 @@ class PackingCollator:
 
 
 def enable_packing(model: PreTrainedModel) -> bool:
-    """Give `model` the attention that packed batches need; False, and no change, where it fails.
+    """Set the attention of `model` to that of packed sequences; False, and no change, if it fails.
 
-    It fails where packed examples do not come out as they do alone: recurrent and state-space
-    models, position biases, chunked attention, models that do not hand the lengths down.
+    It fails if packed examples give other logits than single ones: for recurrent and state-space
+    models, position biases, chunked attention, and models that do not pass the lengths on.
     """
     before = model.config._attn_implementation
     if before == PACKED:
         return True
     AttentionInterface.register(PACKED, packed_attention)
-    with quiet(), suppress(Exception):  # whatever a model raises, it cannot pack
+    with quiet(), suppress(Exception):  # any exception means that the model does not support it
         if before == "sdpa" and _chunk(model) is None:
             examples = _examples(model)
             expected = _alone(model, examples)
@@ -85,9 +86,9 @@ def packed_attention(
     [1, tokens, heads, size].
     """
     if cu_seq_lens_q is None:
-        raise ValueError(f"{type(module).__name__} does not hand down where the examples begin")
+        raise ValueError(f"{type(module).__name__} does not pass the positions of the examples on")
     lengths = cu_seq_lens_q.diff().tolist()
-    # One split is undone by one concatenation; slices would each be padded to the whole row.
+    # One split and one concatenation: gradients of slices would each have the size of the row.
     parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
     attended = [
         sdpa_attention_forward(module, q, k, v, _window(q, sliding_window), **options)[0]
@@ -97,7 +98,7 @@ def packed_attention(
 
 
 def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """The mask [1, 1, tokens, tokens] of a sliding window; None where it holds all tokens."""
+    """The mask [1, 1, tokens, tokens] of a sliding window; None if it includes all tokens."""
     length = query.shape[2]
     if size is None or length <= size:
         return None

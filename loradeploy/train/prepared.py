@@ -93,5 +93,5 @@ def _validation(source: Source, config: TrainConfig) -> Source:
     """Another split of the same dataset, or other data."""
     other = Source(config.validation, config.split, source.columns)
     if is_dataset(source) and not other.path.exists() and "/" not in config.validation:
-        return Source(source.place, config.validation, source.columns)
+        return Source(source.location, config.validation, source.columns)
     return other

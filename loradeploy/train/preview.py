@@ -1,4 +1,4 @@
-"""What a run would train on, before it does: the data as the model will read it."""
+"""Preview of a training run: the data as the model reads it, and the number of steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example as its tokens: `pieces` are (text, learnt) pairs, special tokens spelled out.
+    """An example as tokens. `pieces`: pairs of a text and whether it is in the loss.
 
-    `label` is a classifier's.
+    Special tokens are shown by name. `label`: that of a classifier.
     """
 
     tokens: int
@@ -35,10 +35,10 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would train on.
+    """The figures of a training run.
 
-    `tokens` of the `examples` in all, the loss on `learnt` of them; `longest` is an example's.
-    `truncated` examples lose their end; `evaluated` are kept to be judged by.
+    `tokens`: of all `examples`, of which `learnt` are in the loss. `longest`: tokens of the longest
+    example. `truncated`: number of truncated examples. `evaluated`: number of evaluation examples.
     """
 
     examples: int
@@ -55,7 +55,7 @@ class Preview:
 def preview(
     model: str | os.PathLike[str], data: str | os.PathLike[str], config: TrainConfig
 ) -> Preview:
-    """What `train` would read and in how many steps; no weights are loaded.
+    """Read the data as `train` would, and count the steps; no weights are loaded.
 
     Raises:
         ModelError, DataError, UsageError: as `train`.

@@ -1,8 +1,8 @@
-"""The processes of a run: how many train together, which is which, and the signals that stop them.
+"""Processes of a distributed run, and the signals that stop it.
 
-`accelerate launch -m loradeploy train …`, or torchrun's: each process trains on its share of every
-batch; the main one alone writes, prints and asks. Ctrl-C and SIGTERM end a run after the step at
-hand, with a checkpoint.
+With `accelerate launch -m loradeploy train …` or torchrun, each process trains on its share of
+every batch, and only the main process writes and prints. Ctrl-C and SIGTERM end a run with a
+checkpoint after the current step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 def process_count() -> int:
-    """How many processes train together, by what the launcher has set."""
+    """The number of processes of the run, from the launcher's WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this is the one that writes and prints."""
+    """Whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -35,16 +35,16 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Stop:
-    """Whether a run is to stop: the signal that asked for it, 0 where none did."""
+    """The signal that requested the run to stop, or 0."""
 
     signal: int = 0
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """While it lasts, the first signal is noted; a second one interrupts at once.
+    """Inside the context, the first signal sets the Stop; a second one interrupts immediately.
 
-    Only Python's main thread is sent signals: in another the Stop stays as it is.
+    Python delivers signals only to its main thread: in another thread the Stop is never set.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +65,7 @@ def stoppable() -> Iterator[Stop]:
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Ends the run with a checkpoint at the end of the step in which `stop` was noted."""
+    """Ends the run with a checkpoint at the end of the step in which `stop` was set."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
@@ -73,10 +73,10 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Look whether any process was told to stop: all of them end at the same step."""
+        """Stop all processes at the same step if any of them received a signal."""
         if process_count() > 1:
-            told = torch.tensor(self._stop.signal, device=args.device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self._stop.signal = int(told)
+            signal_number = torch.tensor(self._stop.signal, device=args.device)
+            torch.distributed.all_reduce(signal_number, torch.distributed.ReduceOp.MAX)
+            self._stop.signal = int(signal_number)
         if self._stop.signal and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What a training run gave."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 class TrainResult:
     """A finished training run.
 
-    `parameters` were trained on `examples`, of which `truncated` were longer than max_length, and
-    on `tokens` in all, padding not counted. The adapter is that of `kept_step`, the last of `steps`
-    or the best one (`keep_best`). `seconds` are this call's, from reading the data to the
-    adapter on disk. `loss_before`, `loss_after`: mean loss on the "validation" split, or on the
-    first "training" examples where there is none (`evaluated_on`); `accuracy_before`,
-    `accuracy_after` of a classifier on the same.
+    `parameters`: number of trained parameters. `examples`: number of training examples, of which
+    `truncated` were longer than max_length. `tokens`: tokens trained on, without padding.
+    `kept_step`: the step of the saved adapter, the last of `steps` or the best one (`keep_best`).
+    `seconds`: duration of this call, from reading the data to the adapter on disk. `loss_before`,
+    `loss_after`: mean loss on the "validation" examples, or on the first "training" examples if
+    there are none (`evaluated_on`); `accuracy_before`, `accuracy_after`: a classifier's on the
+    same.
     """
 
     adapter: Path

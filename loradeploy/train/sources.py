@@ -1,4 +1,4 @@
-"""Where training data lies: a file, a folder, a dataset of the Hugging Face kind; read row by row.
+"""Read training data row by row: from a file, a folder or a Hugging Face dataset.
 
 *.jsonl, *.json    an object on each line
 *.csv              a header and rows; every value is text
@@ -29,7 +29,7 @@ from loradeploy.files import (
 )
 from loradeploy.lora.checkpoint import is_hub_id
 
-# Where a row is, for messages to the user, and what it holds.
+# The location of a row, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]
 
 _FIELD_BYTES: Final = 1 << 24
@@ -40,36 +40,37 @@ _SAVED_DATASET: Final = ("dataset_info.json", "dataset_dict.json")
 class Source:
     """Data to read: its path or hub id, the split of a dataset, and `columns`.
 
-    `columns`: what a column is called here, by the name that the task knows it by.
+    `columns`: column names in the data, by the task's names for them.
     """
 
-    place: str | os.PathLike[str]
+    location: str | os.PathLike[str]
     split: str = "train"
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
-        """The place as a path."""
-        return Path(self.place).expanduser()
+        """The location as a path."""
+        return Path(self.location).expanduser()
 
     def __str__(self) -> str:
-        return os.fspath(self.place)
+        return os.fspath(self.location)
 
 
 def rows(source: Source, needed: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of `source`, their columns under the names that the task knows.
+    """The rows of `source`, with columns renamed to the task's names.
 
-    `needed`: columns that must be there, where the form has a header that tells.
+    `needed`: required columns, which are checked in formats that have a header.
 
     Raises:
-        DataError: it is missing, unreadable, a row (named) is broken, or a column is not there.
+        DataError: the source is missing or unreadable, a row (named) is broken, or a column is
+            missing.
     """
     for where, row in _read(source, needed):
         yield where, _renamed(where, row, source.columns)
 
 
 def is_dataset(source: Source) -> bool:
-    """Whether it is a dataset of the Hugging Face kind, on disk or on the hub."""
+    """Whether `source` is a Hugging Face dataset, on disk or on the hub."""
     path = source.path
     if path.is_dir():
         return any((path / name).is_file() for name in _SAVED_DATASET)
@@ -90,21 +91,21 @@ def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:
 def _renamed(where: str, row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if not columns:
         return row
-    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+    if missing := [column for column in columns.values() if column not in row]:
         near = difflib.get_close_matches(missing[0], row, n=1)
-        hint = f": did you mean {near[0]}?" if near else f", it has {listed_names(sorted(row))}"
-        raise DataError(f"{where}: there is no column {missing[0]}{hint}")
+        hint = f": did you mean {near[0]}?" if near else f": it has {listed_names(sorted(row))}"
+        raise DataError(f"{where}: no column {missing[0]}{hint}")
     rest = {name: value for name, value in row.items() if name not in columns.values()}
-    return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return {**rest, **{ours: row[column] for ours, column in columns.items()}}
 
 
 def _check_header(source: Source, header: Iterable[str], needed: Sequence[str]) -> None:
-    there = list(header)
-    missing = [name for ours in needed if (name := source.columns.get(ours, ours)) not in there]
-    if missing and there:
+    present = list(header)
+    missing = [name for ours in needed if (name := source.columns.get(ours, ours)) not in present]
+    if missing and present:
         raise DataError(
-            f"{source}: there is no column {' and no column '.join(missing)}:"
-            f" the header has {listed_names(there)}; `columns` can say which one is meant"
+            f"{source}: no column {' and no column '.join(missing)}: the header has"
+            f" {listed_names(present)}; `columns` maps names to those of the data"
         )
 
 
@@ -120,7 +121,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             where, line, error=DataError, finite=False, expected="each line is an object"
         )
         if not isinstance(value, dict):
-            raise DataError(f"{where}: a JSON {type(value).__name__}, an object is needed")
+            raise DataError(f"{where}: a JSON {type(value).__name__}, expected an object")
         yield where, value
 
 
@@ -135,7 +136,7 @@ def _csv_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
             if None in row or None in row.values():
                 raise DataError(
                     f"{where}: not the {len(header)} fields of the header:"
-                    " put texts that hold commas in quotes"
+                    " put texts that contain commas in quotes"
                 )
             yield where, row
     except csv.Error as problem:
@@ -158,7 +159,7 @@ def _parquet_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
                     number += 1
                     yield f"{source}, row {number}", row
     except (ArrowException, OSError) as problem:
-        raise DataError(f"{source} is no readable Parquet file: {first_line(problem)}") from None
+        raise DataError(f"{source} is not a readable Parquet file: {first_line(problem)}") from None
 
 
 def _dataset_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
@@ -172,7 +173,7 @@ def _dataset_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
         if isinstance(feature, ClassLabel)
     }
     for number, row in enumerate(dataset, start=1):
-        # A class is stored as a number; an adapter is to know it by its name.
+        # Classes are stored as numbers; the adapter saves their names.
         for column, feature in names.items():
             if isinstance(row[column], int) and row[column] >= 0:
                 row[column] = feature.int2str(row[column])
@@ -188,12 +189,12 @@ def _split_of(source: Source) -> Any:
             found = datasets.load_from_disk(os.fspath(source.path))
         else:
             found = datasets.load_dataset(str(source), trust_remote_code=False)
-    except Exception as problem:  # the hub's own errors, the network's, those of a broken dataset
+    except Exception as problem:  # errors of the hub, the network, or a broken dataset
         raise DataError(
-            f"{source} is no file here, and cannot be read as a dataset: {first_line(problem)}"
+            f"{source} is not a file, and cannot be read as a dataset: {first_line(problem)}"
         ) from None
     if not isinstance(found, datasets.DatasetDict):
         return found
     if source.split not in found:
-        raise DataError(f"{source} has no split {source.split!r}: there are {listed_names(found)}")
+        raise DataError(f"{source} has no split {source.split!r}: it has {listed_names(found)}")
     return found[source.split]

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with an adapter to train and to save."""
+"""transformers' Trainer for adapters."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from loradeploy.train.losses import BatchLoss, LossFunction
 from loradeploy.train.processes import process_count
 from loradeploy.train.reporting.curve import COLUMNS
 
-_ADVICE = "lower learning_rate, or look at the data"
+_ADVICE = "lower `learning_rate`, or check the data"
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints are adapters, and whose loss is checked at every step.
 
-    `injection` is what it trains, `adapter` gives that as data. `checkpoint`: yields the directory
-    for the checkpoint of a step, which counts when that is left; used by the main process.
-    `evaluation`: the examples that it is judged by; `patience`: after how many evaluations without
-    a lower loss it stops, 0 never; `keep_best`: whether `best` is the adapter of the lowest loss.
-    `ratio`: how much faster B learns (LoRA+).
+    `injection`: the trained adapter in the model; `adapter` returns it as data. `checkpoint`: a
+    context manager, used by the main process, that yields the directory for the checkpoint of a
+    step, which is complete when the context exits. `evaluation`: the evaluation examples.
+    `patience`: the number of evaluations without a lower loss after which training stops; 0: never.
+    `keep_best`: keep the adapter with the lowest loss in `best`. `ratio`: B's learning rate divided
+    by A's (LoRA+).
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.control: Any
         self.state: Any
         self.best: Adapter | None = None
-        # Gradients of several batches are summed: each loss is divided by the labels of all.
+        # Gradients are accumulated over batches: each loss is divided by the labels of all batches.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
 
@@ -87,30 +88,31 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """What Trainer differentiates: a mean over `num_items_in_batch`, or this batch's labels."""
+        """The loss that Trainer differentiates: a mean over `num_items_in_batch`, or this batch."""
         batch = self.batch_loss(model, inputs)
         items = batch.items if num_items_in_batch is None else num_items_in_batch
         loss = batch.total / torch.as_tensor(items).clamp(min=1)
-        # The labels are those of all processes, whose gradients are averaged.
+        # The count is over all processes, whose gradients Trainer averages.
         loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """The mean loss over all labels of `examples`, and the share that came out on top.
+        """The mean loss over all labels of `examples`, and the accuracy.
 
-        Each process takes its share of them. Neither the random state nor the order is touched.
+        Each process takes its share. The random state and the order of training do not change.
         """
         training = self.model.training
         self.model.eval()
-        # By length, so that little is padding: the mean does not know the order.
+        # Sorted by length, for less padding; the order does not affect the mean.
         ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
         count, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
         sums = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(ordered), size * count):
             share = ordered[start : start + size * count][rank::count]
-            # Sharded models need every process at every batch: one without a share repeats one.
+            # Sharded models need every process in every batch: one without a share repeats an
+            # example.
             batch = self._prepare_inputs(self.data_collator(share or ordered[:1]))
             loss = self.batch_loss(self.model, batch)
             if share:
@@ -120,7 +122,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return total / max(items, 1), right / max(items, 1)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """What Trainer calls every eval_steps: the best is noted, and the patience held."""
+        """Evaluate, called by Trainer every eval_steps; may note the best adapter, and may stop."""
         loss, right = self.mean_loss(self._evaluation)
         metrics = {"eval_loss": loss, "eval_accuracy": right}
         self.log(metrics)
@@ -135,7 +137,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
-        """AdamW over what the adapter trains, and nothing else of the model."""
+        """AdamW over the parameters of the adapter."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = parameter_groups(
@@ -151,7 +153,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return ByLength(self.train_dataset, size * process_count(), self.args.data_seed)
 
     def curve(self) -> list[dict[str, float]]:
-        """The figures of each step, earlier sessions' included, and of the evaluation after it."""
+        """The figures of each step, also of before a resume, with those of its evaluation."""
         rows: dict[int, dict[str, float]] = {}
         for entry in self.state.log_history:
             row = rows.setdefault(entry["step"], {})
@@ -167,25 +169,25 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        # In fp16 an overflow now and then is expected: its step is left out, the scale lowered.
+        # With fp16 occasional overflows are expected: the step is skipped and the scale lowered.
         if not math.isfinite(norm) and not self.args.fp16:
             step = self.state.global_step + 1
             raise TrainingError(f"the gradients' norm is {norm} at step {step}: {_ADVICE}")
         return norm
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
-        # The Trainer's own warns at every packed batch, which has no padding and no mask (5.23).
+        # Trainer's method warns for every packed batch, which has no padding and no mask (5.23).
         mask = inputs.get("attention_mask")
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         counted = self.accelerator.reduce(tokens.to(self.args.device))
         self.state.num_input_tokens_seen += int(counted)
 
-    # What Trainer calls to write a checkpoint and to read it: the adapter alone, not the base.
+    # Trainer calls these to write and read checkpoints: of the adapter only, without the base.
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         main = self.args.should_save
-        with self._checkpoint(self.state.global_step) if main else nullcontext() as place:
-            directory = self.agreed(place) or ""
+        with self._checkpoint(self.state.global_step) if main else nullcontext() as path:
+            directory = self.agreed(path) or ""
             self.save_model(directory)
             self._save_optimizer_and_scheduler(directory)
             self._save_scaler(directory)
@@ -194,26 +196,26 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 self.state.save_to_json(str(Path(directory, TRAINER_STATE_NAME)))
             self.accelerator.wait_for_everyone()
 
-    def agreed(self, place: Path | None) -> str | None:
-        """The main process's `place`, in every process."""
-        box = [None if place is None else str(place)]
+    def agreed(self, path: Path | None) -> str | None:
+        """`path` of the main process, broadcast to every process."""
+        box = [None if path is None else str(path)]
         if process_count() > 1:
             broadcast_object_list(box)
         return box[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, and the best one where it is another; the main process does."""
-        place = Path(output_dir or self.args.output_dir)
-        adapter = self._adapter()  # every process has a part in it where the model is sharded
+        """Write the adapter, and the best one if any, in the main process."""
+        directory = Path(output_dir or self.args.output_dir)
+        adapter = self._adapter()  # every process contributes if the model is sharded
         if self.args.should_save:
-            save_adapter(adapter, place)
+            save_adapter(adapter, directory)
             if self.best is not None:
-                save_adapter(self.best, place / BEST)
+                save_adapter(self.best, directory / BEST)
 
     def restore_finished(self, checkpoint: str) -> bool:
-        """Whether no step is left to a run that wrote `checkpoint`; then it stands at its end.
+        """Restore `checkpoint` and return True if its run has no step left.
 
-        Trainer would take one more (5.23).
+        Trainer would run one more step (5.23).
         """
         with _readable(checkpoint):
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
@@ -226,11 +228,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        place = Path(resume_from_checkpoint)
-        with _readable(place):
-            copy_into(self._injection, load_adapter(place))
-            if (place / BEST).is_dir():
-                self.best = load_adapter(place / BEST)
+        directory = Path(resume_from_checkpoint)
+        with _readable(directory):
+            copy_into(self._injection, load_adapter(directory))
+            if (directory / BEST).is_dir():
+                self.best = load_adapter(directory / BEST)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
@@ -247,17 +249,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _readable(checkpoint: str | Path | None) -> Iterator[None]:
-    """What torch reads is read as data alone (weights_only), and refused in one line."""
-    advice = "remove it, and go on from the one before it"
+    """Turn errors of reading a checkpoint into UsageError; torch loads data only (weights_only)."""
+    advice = "remove it, and resume from the one before it"
     try:
         yield
     except LoraDeployError:
         raise
-    except UnpicklingError:  # its text tells how to load it all the same
+    except UnpicklingError:  # its text advises to load it anyway
         raise UsageError(
-            f"{checkpoint} is broken, or holds code, which is not loaded: {advice}"
+            f"{checkpoint} is broken, or contains code, which is not loaded: {advice}"
         ) from None
-    except Exception as problem:  # torch and json raise whatever they do
+    except Exception as problem:  # torch and json raise various errors
         raise UsageError(
             f"{checkpoint} cannot be read ({kind_and_line(problem)}): {advice}"
         ) from None
@@ -267,10 +269,10 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
     """The Trainer's settings for `config` and a number of training examples.
 
     Raises:
-        UsageError: a width that this machine has no products of.
+        UsageError: this machine does not support the autocast precision.
     """
     if config.autocast == "fp16" and not torch.cuda.is_available():
-        raise UsageError("autocast fp16 needs a GPU: use bf16, which CPUs have too")
+        raise UsageError("`autocast` fp16 needs a GPU: use bf16, which CPUs support too")
     steps = steps_of(config, examples)
     schedules = {"constant": "constant_with_warmup"}
     settings = TrainingArguments(
@@ -303,18 +305,18 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        # The loss is had from inside the model, where a search behind its results would miss it.
+        # The loss is computed inside the model; DDP would not find it from the outputs.
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    # One device a process: Trainer would spread each batch over all with DataParallel.
+    # One device per process: Trainer would split each batch over all with DataParallel.
     if settings.n_gpu > 1:
         settings._n_gpu = 1
     return settings
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimizer steps the run has; a step is a batch of every process."""
+    """The number of optimizer steps of the run; a step has a batch of every process."""
     if config.max_steps:
         return config.max_steps
     batches = math.ceil(examples / (config.batch_size * process_count()))
@@ -322,10 +324,10 @@ def steps_of(config: TrainConfig, examples: int) -> int:
 
 
 class ByLength(LengthGroupedSampler):  # type: ignore[misc]
-    """Batches of examples of like length, in an order that `seed` and the epoch decide.
+    """Batches of examples of similar length, in an order determined by `seed` and the epoch.
 
-    transformers' own draws from the global random state, so that a run that is taken up again in
-    the middle of an epoch would go on in another order (5.23).
+    The sampler of transformers uses the global random state: a run resumed in the middle of an
+    epoch would continue in another order (5.23).
     """
 
     def __init__(self, examples: Sequence[dict[str, Any]], batch_size: int, seed: int) -> None:
@@ -334,18 +336,18 @@ class ByLength(LengthGroupedSampler):  # type: ignore[misc]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the order of `epoch`; accelerate calls it."""
+        """Start the order of `epoch`; called by accelerate."""
         self.generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
 
 
 def parameter_groups(
     injection: Injection, learning_rate: float, ratio: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The groups of an optimizer: B learns at `ratio` × `learning_rate`, all else as it says.
+    """Parameter groups of the optimizer: B with `ratio` × `learning_rate`, others without `ratio`.
 
-    As in the authors' code, a linear layer's or convolution's B and all vectors (biases, DoRA's
-    magnitudes) are fast; both factors of an embedding and the other parameters of modules_to_save
-    are not. Biases are not decayed. A group without parameters is left out.
+    As in the authors' code of LoRA+, the ratio applies to B of linear layers and convolutions and
+    to all vectors (biases, DoRA's magnitudes), but not to the factors of embeddings and to the
+    other parameters of modules_to_save. Biases are not decayed. Empty groups are omitted.
     """
     fast = {id(layer.lora_B) for layer in injection.layers.values() if layer.kind != "embedding"}
     biases = {id(p) for name, p in injection.saved.items() if name.endswith("bias")}

@@ -183,7 +183,10 @@ def test_the_command_ends_as_a_signal_ends_a_program_and_says_how_to_go_on(
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, "")
-    assert err.startswith("interrupted: stopped after step ") and "--resume goes on from it" in err
+    assert (
+        err.startswith("interrupted: stopped after step ")
+        and "repeat the call with --resume to continue" in err
+    )
     assert err.count("\n") == 1
 
 

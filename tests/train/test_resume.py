@@ -173,7 +173,7 @@ def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
         assert begin == checkpoint_of(interrupted, 2)
     (told,) = caplog.messages
     assert "checkpoint-4 is damaged" in told and said in told
-    assert told.endswith(f"the run goes on from {begin}")
+    assert told.endswith(f"resuming from {begin}")
     assert "\n" not in told
 
 
@@ -190,7 +190,7 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_left(
 ) -> None:
     for step in (2, 4):
         shorten(checkpoint_of(interrupted, step) / "optimizer.pt")
-    with pytest.raises(UsageError, match=r"no checkpoint is whole \(.*checkpoint-4 has .* remove"):
+    with pytest.raises(UsageError, match=r"no checkpoint is intact \(.*checkpoint-4 has .* remove"):
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
     assert checkpoint_of(interrupted, 2).is_dir()
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 ) -> None:
     cut(tiny_llama, lessons, tmp_path / "other", after=7, **{**SETTINGS, "seed": 1})
     shutil.copytree(checkpoint_of(tmp_path / "other", 6), checkpoint_of(interrupted, 6))
-    with pytest.raises(UsageError, match=r"checkpoint-6 is of another run than the one that"):
+    with pytest.raises(UsageError, match=r"checkpoint-6 is not of the run that"):
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
 
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     record["files"][file] = {"bytes": len(content), "digest": digest}
     (place / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and go on") as told:
+    with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and resume") as told:
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "trace").exists()
@@ -387,7 +387,7 @@ def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
     if place == "checkpoint-4":
         unwritten, last = last, checkpoint_of(unwritten, 2)
     assert said.startswith(f"{unwritten} cannot be written: {reason}: free some space there, ")
-    assert said.endswith(f"; {last} is whole: go on from it with `resume`")
+    assert said.endswith(f"; {last} is intact: continue from it with `resume`")
     assert "\n" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-checkpoints", lessons.name]
     assert quick(tiny_llama, lessons, tmp_path / "adapter", resume=True, **settings).steps == 4
@@ -396,7 +396,7 @@ def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
 def test_an_unfinished_run_is_not_lost_to_a_fresh_one(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
-    with pytest.raises(UsageError, match="checkpoint-4 is left of a run that did not finish"):
+    with pytest.raises(UsageError, match="checkpoint-4 is from a run that did not finish"):
         quick(tiny_llama, lessons, interrupted, **SETTINGS)
 
 

@@ -254,10 +254,10 @@ def test_what_cannot_be_read_is_told_in_a_line(
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
     splits = as_form("dataset-of-splits", tmp_path / "data", LESSONS)
     for source, message in (
-        (Source(tmp_path / "broken.parquet"), "is no readable Parquet file"),
+        (Source(tmp_path / "broken.parquet"), "is not a readable Parquet file"),
         (Source(tmp_path / "missing.parquet"), "does not exist"),
-        (Source("somebody/some-dataset"), "is no file here, and cannot be read as a dataset"),
-        (Source(splits, "validation"), "has no split 'validation': there are train, test"),
+        (Source("somebody/some-dataset"), "is not a file, and cannot be read as a dataset"),
+        (Source(splits, "validation"), "has no split 'validation': it has train, test"),
     ):
         with pytest.raises(DataError, match=message) as refusal:
             read_conversations(source)

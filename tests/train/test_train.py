@@ -262,7 +262,7 @@ def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
     monkeypatch.setattr(AdapterTrainer, "training_step", fail)
     with pytest.raises(TrainingError if told else RuntimeError, match="memory|shapes") as problem:
         quick(tiny_llama, lessons, tmp_path / "adapter")
-    assert ("lower batch_size" in str(problem.value)) == told
+    assert ("lower `batch_size`" in str(problem.value)) == told
 
 
 def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsewhere(
@@ -301,7 +301,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
 ) -> None:
     for output, message in (
         (lessons, "is a file"),
-        (lessons / "adapter", "is no directory to write in"),
+        (lessons / "adapter", "is not a writable directory"),
         (tmp_path, "is not empty and holds no adapter_config.json"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -1,1 +1,1 @@
-"""What a run shows while it lasts, and what it leaves beside the adapter to be read."""
+"""Progress of a training run, its loss curve, and the model card of the adapter."""

@@ -1,4 +1,4 @@
-"""What a training run shows while it lasts: a progress bar, and TensorBoard events."""
+"""Progress of a training run: a progress bar, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loradeploy.errors import MissingDependencyError
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar with loss, tokens/s, memory and time left on stderr; silent where it is no terminal."""
+    """A bar with loss, tokens/s, memory and time left on stderr; disabled without a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -58,32 +58,32 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.update(self._task, completed=state.global_step, figures=figures)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar."""
         self._bar.stop()
 
 
 def memory() -> int:
-    """Bytes in use: the most that was allocated on the GPU, else this process's resident memory."""
+    """Bytes in use: peak GPU allocation, or the resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)
 
 
 class TensorBoard(TrainerCallback):  # type: ignore[misc]
-    """Writes every logged figure to TensorBoard events in `place`.
+    """Writes every logged figure to TensorBoard events in `directory`.
 
     Raises:
         MissingDependencyError: tensorboard is not installed.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise MissingDependencyError(
-                "the setting tensorboard needs the package: pip install tensorboard"
+                "`tensorboard` needs a package: pip install tensorboard"
             ) from None
-        self._writer = SummaryWriter(str(place))
+        self._writer = SummaryWriter(str(directory))
 
     def on_log(
         self,
@@ -99,5 +99,5 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
                 self._writer.add_scalar(name, value, state.global_step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the events."""
         self._writer.close()

@@ -10,7 +10,7 @@ COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accu
 
 
 def write_curve(curve: Sequence[Mapping[str, float]], directory: Path) -> None:
-    """Write `loss.csv` and `loss.png`; a row has a step's figures, and its evaluation's if any."""
+    """Write `loss.csv` and `loss.png` with one row per step, with its evaluation if any."""
     with (directory / "loss.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
