@@ -17,7 +17,7 @@ from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
-from loradeploy.lora.standard import plain
+from loradeploy.lora.standard import to_standard_lora
 from tests.lora import tiny
 from tests.tolerances import tolerance
 
@@ -134,12 +134,12 @@ def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: 
     adapter = load_adapter(tmp_path / "theirs")
     if method == "pissa-niter":
         with pytest.raises(AdapterError, match="random approximation that was not saved"):
-            plain(adapter, base)
+            to_standard_lora(adapter, base)
         return
     if method in _CHANGING:
         with pytest.raises(AdapterError, match="loradeploy convert ADAPTER --model"):
             load(base, adapter)
-    with adapted(base, plain(adapter, base)):
+    with adapted(base, to_standard_lora(adapter, base)):
         ours = tiny.logits(base, name)
 
     assert tiny.difference(ours, theirs) <= tolerance("same-torch")

@@ -168,7 +168,7 @@ def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
 ) -> None:
     damage(checkpoint_of(interrupted, 4) / file)
     checkpoints = Checkpoints(interrupted)
-    record = json.loads((checkpoints.place / "run.json").read_text())
+    record = json.loads((checkpoints.directory / "run.json").read_text())
     with checkpoints.begun(record, resume=True) as begin:
         assert begin == checkpoint_of(interrupted, 2)
     (told,) = caplog.messages
@@ -285,7 +285,7 @@ def test_two_runs_of_one_output_do_not_write_at_the_same_time(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     checkpoints = Checkpoints(interrupted)
-    record = json.loads((checkpoints.place / "run.json").read_text())
+    record = json.loads((checkpoints.directory / "run.json").read_text())
     with checkpoints.begun(record, resume=True):
         for resume in (True, False):
             with pytest.raises(UsageError, match="another process is writing in .*-checkpoints"):
@@ -296,7 +296,7 @@ def test_two_runs_of_one_output_do_not_write_at_the_same_time(
 def test_checkpoints_may_lie_on_another_disk_behind_a_link(
     interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    place = Checkpoints(interrupted).place
+    place = Checkpoints(interrupted).directory
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).steps == 8
@@ -306,7 +306,7 @@ def test_checkpoints_may_lie_on_another_disk_behind_a_link(
 def test_checkpoints_of_another_version_are_refused(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
-    file = Checkpoints(interrupted).place / "run.json"
+    file = Checkpoints(interrupted).directory / "run.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps({n: v for n, v in record.items() if n != "processes"}))
     with pytest.raises(UsageError, match=r"run.json was written by another version"):
