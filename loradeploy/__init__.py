@@ -4,8 +4,8 @@ train    data and a base model → an adapter                    (needs the extr
 export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
 parity   a bundle against PyTorch, and the verdict             (needs both)
 compare  any two models against each other
-AdapterSession, TextGenerator, TextClassifier, TextEmbedder    the runtime; numpy and
-                                                               onnxruntime are all it needs
+AdapterSession, TextGenerator, TextClassifier,                 the runtime; numpy and
+TokenClassifier, TextEmbedder                                  onnxruntime are all it needs
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.options import GenerationOptions
     from loradeploy.runtime.decoding.scoring import TextScore
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.runtime.tasks.classification import TextClassifier
+    from loradeploy.runtime.tasks.classification import Classification, TextClassifier
     from loradeploy.runtime.tasks.embedding import TextEmbedder
+    from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
     from loradeploy.runtime.tasks.streaming import TextPiece
+    from loradeploy.runtime.tasks.tokens import TokenClassification, TokenClassifier
     from loradeploy.train.config import TrainConfig
     from loradeploy.train.result import TrainResult
 
@@ -73,8 +75,10 @@ __all__ = [
     "BudgetError",
     "BundleError",
     "CertificateMinimum",
+    "Classification",
     "DataError",
     "DeviceError",
+    "Entity",
     "ExportError",
     "Generation",
     "GenerationOptions",
@@ -93,6 +97,8 @@ __all__ = [
     "TextPiece",
     "TextScore",
     "TokenLogprob",
+    "TokenClassification",
+    "TokenClassifier",
     "TrainConfig",
     "TrainResult",
     "TrainingError",
@@ -134,6 +140,10 @@ _LAZY = {
     "TextClassifier": "loradeploy.runtime.tasks.classification",
     "TextEmbedder": "loradeploy.runtime.tasks.embedding",
     "TextGenerator": "loradeploy.runtime.tasks.generation",
+    "Classification": "loradeploy.runtime.tasks.classification",
+    "Entity": "loradeploy.runtime.tasks.entities",
+    "TokenClassification": "loradeploy.runtime.tasks.tokens",
+    "TokenClassifier": "loradeploy.runtime.tasks.tokens",
 }
 
 

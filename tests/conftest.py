@@ -253,15 +253,24 @@ def _random_adapter(
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
 
     torch.manual_seed(seed)
-    if task == "sequence-classification":
-        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=num_labels)
+    classifiers = {
+        "sequence-classification": AutoModelForSequenceClassification,
+        "token-classification": AutoModelForTokenClassification,
+    }
+    if task in classifiers:
+        base = classifiers[task].from_pretrained(model, num_labels=num_labels)
     else:
         kind = AutoModelForCausalLM if task == "causal-lm" else AutoModel
         base = kind.from_pretrained(model)
-    peft_task = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}.get(task)
+    peft_task = {
+        "causal-lm": "CAUSAL_LM",
+        "sequence-classification": "SEQ_CLS",
+        "token-classification": "TOKEN_CLS",
+    }.get(task)
     adapted = peft.get_peft_model(
         base,
         peft.LoraConfig(

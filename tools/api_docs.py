@@ -22,7 +22,8 @@ ROOMS: Final = {
     "Export": ("export", "GraphForm", "Manifest"),
     "Run": (
         "AdapterSession", "TextGenerator", "GenerationOptions", "Generation", "TextPiece",
-        "TokenLogprob", "TextScore", "TextClassifier", "TextEmbedder",
+        "TokenLogprob", "TextScore", "TextClassifier", "Classification",
+        "TokenClassifier", "TokenClassification", "Entity", "TextEmbedder",
     ),
     "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit", "CertificateMinimum"),
     "Adapters": (

@@ -84,6 +84,7 @@ class Adapter:
     base's in every module that shares the weight.
     `base_digest`: digest of the base model it was trained on, if known (`digest.base_digest`).
     `labels`: label names of a classifier in the order of its outputs, if known.
+    `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known.
 
     Raises:
         AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.
@@ -96,6 +97,7 @@ class Adapter:
     labels: tuple[str, ...] | None = None
     carried: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.factors or self.saved or self.carried or self.rows):
@@ -158,6 +160,8 @@ class Adapter:
             tensors[f"rows:{name}{list(rows.indices)}"] = rows.values
         if self.changes_base:
             numbers[f"init_lora_weights={self.config.init_lora_weights}"] = 1.0
+        if self.problem_type is not None:
+            numbers[f"problem_type={self.problem_type}"] = 1.0
         return tensors_digest(tensors, numbers)
 
 

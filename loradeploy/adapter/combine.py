@@ -91,6 +91,7 @@ def combine(
         labels=_one("different labels", [a.labels for a in found], str),
         carried=_carried(adapters),
         rows=rows,
+        problem_type=_one("problem types of their own", [a.problem_type for a in found], str),
     )
     if method != "svd":
         return combined

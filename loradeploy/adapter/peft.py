@@ -16,7 +16,8 @@
     <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
 `adapter.keys` parses other forms of keys. Data without a field in PEFT (the digest of the base
-model, the labels of a classifier) is in the metadata of the safetensors file, which PEFT ignores.
+model, the labels and the problem type of a classifier) is in the metadata of the safetensors file,
+which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
+from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.keys import PREFIX, Key, read_keys
 from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by
-from loradeploy.adapter.tasks import task_of_peft
+from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed
 from loradeploy.files import copy_file, read_json, write_json
-from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +52,6 @@ OWN_FILES: Final = frozenset(
     | {"modules.json", "1_Pooling/config.json"}  # of an embedder
 )
 _BASE_DIGEST: Final = "loradeploy.base_digest"
-_LABELS: Final = "loradeploy.labels"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
@@ -79,12 +79,15 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     try:
         _check_not_empty(arrays)
         config, tensors = _sort(arrays, config)
-        return Adapter(
-            config=config,
-            **tensors,
-            base_digest=metadata.get(_BASE_DIGEST),
-            labels=_labels(metadata),
+        adapter = Adapter(config=config, **tensors, base_digest=metadata.get(_BASE_DIGEST))
+        task = task_of_peft(config.task_type)
+        head = head_beside(
+            weights.parent,
+            metadata,
+            label_count(adapter),
+            sequences=task is None or task.name == SEQUENCE_CLASSIFICATION,
         )
+        return dataclasses.replace(adapter, labels=head.labels, problem_type=head.problem_type)
     except AdapterError as problem:
         raise AdapterError(f"{weights}: {problem}") from None
 
@@ -130,7 +133,9 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     if adapter.base_digest is not None:
         metadata[_BASE_DIGEST] = adapter.base_digest
     if adapter.labels is not None:
-        metadata[_LABELS] = json.dumps(adapter.labels, ensure_ascii=False)
+        metadata[LABELS_KEY] = json.dumps(adapter.labels, ensure_ascii=False)
+    if adapter.problem_type is not None:
+        metadata[PROBLEM_KEY] = adapter.problem_type
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / CONFIG_NAME, adapter.config.to_peft())
@@ -345,15 +350,3 @@ def _carried_key(parameter: str, adapter: Adapter) -> str:
     if module in adapter.factors:
         return f"{module}{_INNER}{last}"
     return f"{module}{_ORIGINAL}{last}" if parameter in adapter.saved else parameter
-
-
-def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    if _LABELS not in metadata:
-        return None
-    try:
-        labels = parse_json(metadata[_LABELS])
-    except ValueError:
-        labels = None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise AdapterError(f"the metadata {_LABELS} is not a JSON list of names")
-    return tuple(labels)

@@ -30,6 +30,7 @@ _CHECKS: Final[Mapping[str, Any]] = {
     ),
     "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(_is_size(d) for d in v),
     "tuple[str, ...]": lambda v: _all(v, str),
+    "tuple[str, ...] | None": lambda v: v is None or _all(v, str),
     "tuple[int, int] | None": lambda v: (
         v is None or (isinstance(v, tuple) and len(v) == 2 and all(_is_size(d) for d in v))
     ),

@@ -7,23 +7,29 @@ and a bias that makes them as good as impossible.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.heads import (
+    Head,
+    label_parameters,
+    placeholders,
+    problem_of,
+    stated_problem,
+)
+from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import BundleError
 
-# The parameter of a head whose first dimension is the number of labels, at the end of its name.
-LABELED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
+if TYPE_CHECKING:
+    from loradeploy.bundle.manifest import Manifest
+
 # e^-10000 is 0 in every float, and the number itself fits into float16.
 _IMPOSSIBLE: Final = -1e4
-
-
-def label_parameters(adapter: Adapter) -> tuple[str, ...]:
-    """The weights of the adapter's heads by label."""
-    return tuple(name for name in sorted(adapter.saved) if LABELED.fullmatch(name))
 
 
 def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
@@ -48,5 +54,28 @@ def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> 
         fewest = own[0]
     if fewest is None:
         return adapter
-    labels = adapter.labels or tuple(f"LABEL_{number}" for number in range(fewest))
+    labels = adapter.labels or placeholders(fewest)
     return dataclasses.replace(adapter, saved=saved, labels=labels)
+
+
+def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> Head:
+    """What the answers of `adapter` are in a bundle whose config.json is `config`.
+
+    Raises:
+        BundleError: the config is broken.
+    """
+    labels = with_all_labels(adapter, manifest.saved_shapes()).labels
+    own = None if labels is None else len(labels)
+    if manifest.task != SEQUENCE_CLASSIFICATION:
+        return Head(labels, None, own)
+    stated = stated_problem(config, CONFIG_NAME, error=BundleError)
+    return Head(labels, problem_of(adapter, stated, output_count(manifest, config)), own)
+
+
+def output_count(manifest: Manifest, config: Mapping[str, Any]) -> int:
+    """How many outputs the head of a bundle's graph has; 0 where nothing says."""
+    sizes = [spec.shape[-1:] for spec in manifest.outputs if spec.name == output_of(manifest)]
+    if sizes and sizes[0] and isinstance(sizes[0][0], int):
+        return sizes[0][0]
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) else 0

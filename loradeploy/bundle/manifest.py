@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.renamings import Submodel
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.fields import LARGEST, BaseKind, Mode, digests, json_object, noun, nouns
@@ -77,12 +78,16 @@ class AdapterEntry:
     `native_digest`: of its .onnx_adapter file, where that alone holds what is computed from
     weights that the bundle has packed.
     `text`: what it brings for its texts; None where all of that is the base's.
+    `labels`: the names of its head's outputs, in their order, where it brings a head and names.
+    `problem_type`: of a sequence classifier, what its outputs are (`adapter.heads`).
     """
 
     digest: str
     path: str | None = None
     native_digest: str | None = None
     text: AdapterText | None = None
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class Manifest:
     them in an adapter's file are known (`adapter.settle.values_digest`).
     `submodels`: the transformers models in the base, where module paths in some of them have been
     renamed; `base_prefix`: what the base model's own paths begin with there.
+    `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
+    merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
     """
 
     task: str
@@ -151,6 +158,7 @@ class Manifest:
     own_weights: Mapping[str, str] = field(default_factory=dict)
     submodels: tuple[Submodel, ...] = ()
     base_prefix: str = ""
+    problem_type: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -303,6 +311,10 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: padding is {shown(manifest.padding)}, not left, right or none"
         )
+    entries = [*manifest.adapters.values(), *filter(None, [manifest.merged_adapter])]
+    for problem_type in (manifest.problem_type, *(entry.problem_type for entry in entries)):
+        if problem_type not in (None, *PROBLEM_TYPES):
+            raise BundleError(f"{MANIFEST_NAME}: problem_type is {shown(problem_type)}")
     for saved in manifest.saved:
         if saved.transposed and len(saved.shape) < 2:
             raise BundleError(

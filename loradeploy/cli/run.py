@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.heads import REGRESSION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.cli.console import provider_option, say_text
 from loradeploy.errors import (
     DataError,
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.prompts import Request
     from loradeploy.runtime.session import AdapterSession
+    from loradeploy.runtime.tasks.classification import Classification
 
 
 @click.command(
@@ -69,6 +76,24 @@ if TYPE_CHECKING:
     " own].",
 )
 @click.option(
+    "--threshold",
+    type=float,
+    help="Give a text all labels of at least this probability, of a multi-label classifier"
+    " [default: 0.5].",
+)
+@click.option(
+    "--aggregation",
+    metavar="NAME",
+    help="Make entities of a token classifier's tokens by this rule: none, simple, first, average"
+    " or max [default: first].",
+)
+@click.option(
+    "--stride",
+    type=int,
+    help="Cut texts that are too long for a token classifier into parts that overlap by so many"
+    " tokens [default: they are refused].",
+)
+@click.option(
     "--batch-size", type=int, default=8, show_default=True, help="Run this many prompts at a time."
 )
 @provider_option
@@ -101,14 +126,18 @@ def command(
     certificate_key: str | None,
     as_json: bool,
     prompt_name: str | None,
+    threshold: float | None,
+    aggregation: str | None,
+    stride: int | None,
     **generation: Any,
 ) -> None:
     """Print what BUNDLE makes of PROMPT, or of each line of a file.
 
-    Text from decoders, as it appears; a label and its score from classifiers; a vector from
-    embedding models. Of a file each result is one line, in which a line break is written \\n;
-    --json has the texts as they are. Lines of a file may each name their own adapter: they share
-    batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets them.
+    Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
+    entities of token classifiers; a vector from embedding models. Of a file each result is one
+    line, in which a line break is written \\n; --json has the texts as they are. Lines of a file
+    may each name their own adapter: they share batches. On a terminal, characters of a text that
+    would act on it are escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import Request
@@ -139,10 +168,19 @@ def command(
         raise UsageError(
             f"{flags}: for text generation alone, {bundle} is a {session.manifest.task} bundle"
         )
-    if prompt_name is not None:
-        if run is not _embed:
-            raise UsageError(f"--prompt-name: for embedding models alone, {bundle} is for {task}")
-        options["prompt_name"] = prompt_name
+    own: dict[str, tuple[Any, Any, str]] = {
+        "prompt_name": (prompt_name, _embed, "embedding models"),
+        "threshold": (threshold, _classify, "classifiers"),
+        "aggregation": (aggregation, _tag, "token classifiers"),
+        "stride": (stride, _tag, "token classifiers"),
+    }
+    for name, (value, meant, models) in own.items():
+        if value is None:
+            continue
+        if run is not meant:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: for {models} alone, {bundle} is for {task}")
+        options[name] = value
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
 
@@ -196,13 +234,44 @@ def _classify(
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Printer,
+    **options: Any,
 ) -> None:
     from loradeploy.runtime.tasks.classification import TextClassifier
 
-    results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
+    results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
     for text, result in zip(prompts, results, strict=True):
-        plain = f"{printable(result.label)}\t{result.score:.4f}"
-        printer.result(plain, {"text": text, **asdict(result)})
+        values = {"text": text, **asdict(result), "labels": list(result.labels)}
+        printer.result(_answer(result), values)
+
+
+def _answer(result: Classification) -> str:
+    """A text's labels with their scores, or its numbers, between tabs."""
+    if result.problem_type == REGRESSION:
+        return "\t".join(f"{value:.6g}" for value in result.scores.values())
+    scored = (f"{printable(name)}\t{result.scores[name]:.4f}" for name in result.labels)
+    return "\t".join(scored) or "(no label)"
+
+
+def _tag(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[AdapterSpec | None],
+    batch_size: int,
+    printer: Printer,
+    **options: Any,
+) -> None:
+    from loradeploy.runtime.tasks.tokens import TokenClassifier
+
+    results = TokenClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
+    for text, result in zip(prompts, results, strict=True):
+        found = [
+            f"{printable(text[entity.start : entity.end].strip())} ({printable(entity.label)},"
+            f" {entity.score:.4f})"
+            for entity in result.entities
+        ]
+        entities = [asdict(entity) for entity in result.entities]
+        values = {"text": text, "entities": entities, "adapter": result.adapter}
+        printer.result("; ".join(found) or "(no entity)", values)
 
 
 def _embed(
@@ -227,6 +296,7 @@ def _embed(
 _TASKS: Final = {
     CAUSAL_LM: _generate,
     SEQUENCE_CLASSIFICATION: _classify,
+    TOKEN_CLASSIFICATION: _tag,
     FEATURE_EXTRACTION: _embed,
 }
 

@@ -9,10 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 from loradeploy.adapter.adapter import Kind
+from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.graph_form import (
@@ -25,15 +26,16 @@ from loradeploy.bundle.graph_form import (
     default_layout,
     is_packed,
 )
-from loradeploy.bundle.labels import LABELED, with_all_labels
+from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
 )
-from loradeploy.bundle.names import ROWS, SLOTS
+from loradeploy.bundle.names import CONFIG_NAME, ROWS, SLOTS
 from loradeploy.errors import (
     AdapterMismatchError,
     ExportError,
+    ModelError,
     UsageError,
     listed,
     listed_names,
@@ -147,7 +149,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         labeled = (saved for saved in base.before.saved if LABELED.fullmatch(saved.parameter))
         count = max([count, *(saved.shape[0] for saved in labeled)])
     settings = settings_beside(source.directory, options.evidence.checkpoint)
-    config = with_labels(settings, count, label_names(options.adapters))
+    headless = options.merge or any(LABELED.fullmatch(name) for name in base.lacking)
+    config = with_labels(settings, count, label_names(options.adapters) if headless else None)
+    if base.task == SEQUENCE_CLASSIFICATION:
+        manifest, config = _with_problem(manifest, config, options.adapters)
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
     return manifest, Content(
@@ -164,6 +169,21 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         merged=options.directories if options.merge else {},
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
     )
+
+
+def _with_problem(
+    manifest: Manifest, config: dict[str, Any], adapters: Mapping[str, Adapter]
+) -> tuple[Manifest, dict[str, Any]]:
+    """What the outputs of a classifier's own head are, or of the merged adapter's."""
+    stated = stated_problem(config, CONFIG_NAME, error=ModelError)
+    count = output_count(manifest, config)
+    if manifest.merged_adapter is None:
+        return dataclasses.replace(manifest, problem_type=stated or usual_problem(count)), config
+    (adapter,) = adapters.values()
+    problem = problem_of(adapter, stated, count)
+    entry = dataclasses.replace(manifest.merged_adapter, problem_type=problem)
+    manifest = dataclasses.replace(manifest, problem_type=problem, merged_adapter=entry)
+    return manifest, {**config, "problem_type": problem} if config else config
 
 
 def _choose_attention(base: Base, attention: str | None) -> None:
@@ -295,7 +315,7 @@ def _merged(
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         _manifest(base, "merged"),
-        merged_adapter=AdapterEntry(digests[name]),
+        merged_adapter=AdapterEntry(digests[name], labels=adapter.labels),
         merge_error=report.error,
         requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )

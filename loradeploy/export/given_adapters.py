@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
+from loradeploy.adapter.heads import label_parameters
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
-from loradeploy.bundle.labels import label_parameters, with_all_labels
+from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity
 from loradeploy.errors import (
     AdapterError,

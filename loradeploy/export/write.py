@@ -14,6 +14,7 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.fingerprint import file_fingerprint
+from loradeploy.bundle.labels import head_of
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -161,12 +162,15 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         native = directory / f"{path}{NATIVE_SUFFIX}"
         _write_adapter(adapter, content.directories.get(name), directory / path)
         write_side_inputs(content.side_inputs[name], manifest, native)
+        head = head_of(adapter, manifest, content.config)
         dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
         entries[name] = AdapterEntry(
             adapter.digest,
             path,
             None if dora <= known else file_digest(native),
             _text(name, directory, manifest, content, base),
+            head.labels,
+            head.problem_type,
         )
     manifest = dataclasses.replace(
         manifest,
@@ -193,11 +197,13 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:
     """The adapter's own files, which PEFT can be asked about, where they are `adapter` as it is.
 
-    One that was fitted to the base on the way is written anew.
+    One that was fitted to the base on the way is written anew, and one whose labels are named in
+    a file of another.
     """
     if source is not None:
         copy_adapter(source, directory)
-        if load_adapter(directory).digest == adapter.digest:
+        copied = load_adapter(directory)
+        if (copied.digest, copied.labels) == (adapter.digest, adapter.labels):
             return
     save_adapter(adapter, directory)
 

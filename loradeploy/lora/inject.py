@@ -56,7 +56,11 @@ class Injection:
         return list({id(p): p for p in [*found, *self.saved.values()]}.values())
 
     def adapter(
-        self, *, base_digest: str | None = None, labels: tuple[str, ...] | None = None
+        self,
+        *,
+        base_digest: str | None = None,
+        labels: tuple[str, ...] | None = None,
+        problem_type: str | None = None,
     ) -> Adapter:
         """The adapter as data, a float32 copy on the host, for the unchanged base.
 
@@ -72,6 +76,7 @@ class Injection:
             labels=labels,
             carried=self.carried,
             rows=self.rows,
+            problem_type=problem_type,
         )
 
     def merge(self) -> None:

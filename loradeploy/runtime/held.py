@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.heads import Head
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.bank import Lease
 from loradeploy.runtime.feeds import Feeds
@@ -54,9 +55,14 @@ class HeldAdapters:
 
     def labels(self, row: int) -> tuple[str, ...] | None:
         """The label names that the adapter of `row` was trained with, where it says."""
+        head = self.head(row)
+        return None if head is None else head.labels
+
+    def head(self, row: int) -> Head | None:
+        """What the answers of the adapter of `row` are; None of the base."""
         rows = self._lease.rows
         resident = rows[row] if self._lease.per_row else rows[0]
-        return None if resident is None else resident.labels
+        return None if resident is None else resident.head
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """As `AdapterSession.run` with the held adapters."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
+from loradeploy.adapter.heads import TRAINED_PROBLEMS
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -25,7 +26,7 @@ from loradeploy.printable import printable
 # Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
 PATHS: Final = ("model", "data", "output")
 TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, FEATURE_EXTRACTION)
-PROBLEMS: Final = ("single-label", "multi-label", "regression")
+PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
 SCHEDULES: Final = ("linear", "cosine", "constant")
 QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
@@ -171,6 +172,11 @@ class TrainConfig:
                 raise UsageError(
                     f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
                 )
+        if self.problem_type != PROBLEMS[0] and self.task != SEQUENCE_CLASSIFICATION:
+            raise UsageError(
+                f"problem_type is {self.problem_type!r}, which is for {SEQUENCE_CLASSIFICATION},"
+                f" not for {self.task}: leave it out"
+            )
         if (self.early_stopping or self.keep_best) and not self.eval_steps:
             setting = "early_stopping" if self.early_stopping else "keep_best"
             raise UsageError(f"`{setting}` needs evaluations: set `eval_steps`")

@@ -6,10 +6,10 @@ For a causal language model a row is one of
     {"messages": [{"role": …, "content": …}, …]}  the loss is on what the assistant says
     {"text": "…"}                                 the loss is on all of it
 
-For a classifier it has `text` and `label` (a name; several names; a number), or there is a folder
-with one folder of .txt files for each class. For token classification it has `tokens` and `tags`,
-lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. Other columns
-of a row are left alone. `sources` tells the forms that the rows come in.
+For a classifier it has `text` and `label` (a name; several names; a number or several), or there is
+a folder with one folder of .txt files for each class. For token classification it has `tokens` and
+`tags`, lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. Other
+columns of a row are left alone. `sources` tells the forms that the rows come in.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from loradeploy.adapter.heads import placeholders
 from loradeploy.errors import DataError, listed_names
 from loradeploy.files import MAX_TEXT_BYTES, read_text
 from loradeploy.train.sources import Row, Source, is_dataset, rows
@@ -70,11 +71,11 @@ class MultiLabelText:
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """An example for a regression."""
+    """An example for a regression of one number or several."""
 
     where: str
     text: str
-    value: float
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
         if isinstance(labels, str):
             labels = [name.strip() for name in labels.split(_LABELS_BETWEEN) if name.strip()]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-            raise DataError(f"{where}: label is {reprlib.repr(labels)}, a list of names is needed")
+            raise _contradicts(where, labels, "multi-label", "a list of names")
         examples.append(MultiLabelText(where, _text(where, row, "text"), tuple(labels)))
     return _some(examples, source)
 
@@ -140,19 +141,37 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
     """The examples for a regression.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no text or no finite number for a label.
+        DataError: nothing is there, or a row (named) has no text, no finite numbers for a label, or
+            not as many as the first.
     """
-    examples = []
+    examples: list[MeasuredText] = []
     for where, row in _texts(source):
         label = row.get("label")
-        try:
-            value = math.nan if isinstance(label, bool) else float(label)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise DataError(f"{where}: label is {reprlib.repr(label)}, a number is needed")
-        examples.append(MeasuredText(where, _text(where, row, "text"), value))
+        values = tuple(map(_measure, label if isinstance(label, list) else [label]))
+        if not values or not all(map(math.isfinite, values)):
+            raise _contradicts(where, label, "regression", "a number, or a list of numbers,")
+        if examples and len(values) != len(examples[0].values):
+            raise DataError(
+                f"{where}: label has {len(values)} numbers, those before it have"
+                f" {len(examples[0].values)}: one for each output is needed"
+            )
+        examples.append(MeasuredText(where, _text(where, row, "text"), values))
     return _some(examples, source)
+
+
+def _measure(value: Any) -> float:
+    """`value` as a number, NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _contradicts(where: str, label: Any, problem_type: str, needed: str) -> DataError:
+    return DataError(
+        f"{where}: label is {reprlib.repr(label)}, {needed} is needed for `problem_type="
+        f'"{problem_type}"`'
+    )
 
 
 def read_tagged_words(source: Source) -> list[TaggedWords]:
@@ -199,6 +218,12 @@ def label_names(
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def value_names(examples: Sequence[MeasuredText]) -> tuple[str, ...]:
+    """The names of a regression's numbers where there are several; none of a single one."""
+    count = len(examples[0].values)
+    return placeholders(count) if count > 1 else ()
 
 
 def _some(examples: list[_Example], source: Source) -> list[_Example]:
@@ -273,9 +298,7 @@ def _text(where: str, line: dict[str, Any], key: str, *, empty: bool = False) ->
 def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise DataError(
-            f"{where}: label is {reprlib.repr(label)}, a name or a whole number is needed"
-        )
+        raise _contradicts(where, label, "single-label", "a name or a whole number")
     return LabeledText(where, _text(where, line, "text"), str(label))
 
 

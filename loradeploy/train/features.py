@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -124,7 +126,7 @@ def text_features(
     """Token ids of each text, special tokens included, and what it is labeled with.
 
     That is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0 for
-    the others; or its value.
+    the others; or its numbers.
 
     Raises:
         DataError: a text without a single token, or a label that is not one of `labels`.
@@ -146,23 +148,28 @@ def word_features(
 ) -> Encoded:
     """Token ids of each example's words, with a tag's number at the first token of its word.
 
+    The words are read as a text with spaces between them, as texts are when they are served: words
+    on their own are other tokens where a token may begin with a space.
+
     Raises:
         DataError: an unknown tag, nothing tagged within `max_length`, or a tokenizer that does not
-            tell words.
+            specify where its tokens are.
     """
     if not tokenizer.is_fast:
         raise DataError("the model's tokenizer does not specify which token is of which word")
     features, truncated = [], 0
     for example in examples:
         numbers = [_number(example.where, tag, labels) for tag in example.tags]
-        encoded = tokenizer(list(example.words), is_split_into_words=True)
-        ids, words = encoded["input_ids"], encoded.word_ids()
+        encoded = tokenizer(" ".join(example.words), return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         truncated += len(ids) > max_length
-        marks, last = [], None
-        for word in words[:max_length]:
-            begins = word is not None and word != last
+        ends = list(accumulate(len(word) + 1 for word in example.words))  # behind the spaces
+        marks, last = [], -1
+        for start, end in spans[:max_length]:
+            word = bisect_right(ends, end - 1)  # the one that has the token's last letter
+            begins = end > start and word > last
             marks.append(numbers[word] if begins else IGNORED)
-            last = word
+            last = max(last, word) if begins else last
         if all(mark == IGNORED for mark in marks):
             raise DataError(f"{example.where}: no tagged word within {max_length} tokens")
         features.append({"input_ids": list(ids[:max_length]), "labels": marks})
@@ -206,9 +213,14 @@ def _cut(
 
 def _target(
     example: LabeledText | MultiLabelText | MeasuredText, labels: Sequence[str]
-) -> int | float | list[float]:
+) -> int | list[float]:
     if isinstance(example, MeasuredText):
-        return example.value
+        if len(example.values) != max(1, len(labels)):
+            raise DataError(
+                f"{example.where}: label has {len(example.values)} numbers, the examples trained on"
+                f" have {max(1, len(labels))}"
+            )
+        return list(example.values)
     if isinstance(example, LabeledText):
         return _number(example.where, example.label, labels)
     held = {_number(example.where, name, labels) for name in example.labels}

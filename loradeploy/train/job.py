@@ -104,7 +104,10 @@ def run(
             quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
         injection = inject(base.model, adapter_config, seed=config.seed)
         describe = functools.partial(
-            injection.adapter, base_digest=digest_of_base, labels=prepared.labels
+            injection.adapter,
+            base_digest=digest_of_base,
+            labels=prepared.labels,
+            problem_type=task.problem_type,
         )
         record = _record(config, digest_of_base, prepared, opened)
         newest: Path | None = None

@@ -181,10 +181,11 @@ def multi_label_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLos
 
 
 def regression_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
-    """The squared error of each text's value: `labels` is float [batch]; none counts as right."""
-    values, labels = model(**feeds_of(inputs)).logits.float().squeeze(-1), inputs["labels"]
+    """The squared error of each number: `labels` is float [batch, numbers]; none is right."""
+    values, labels = model(**feeds_of(inputs)).logits.float(), inputs["labels"]
     nothing = torch.tensor(0, device=labels.device)
-    return BatchLoss(mse_loss(values, labels, reduction="sum"), nothing + len(labels), nothing)
+    total = mse_loss(values, labels.view_as(values), reduction="sum")
+    return BatchLoss(total, nothing + labels.numel(), nothing)
 
 
 def embedding_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:

@@ -99,10 +99,9 @@ def load_base(
         ModelError: the weights cannot be read, or are not those of a model for `task`.
     """
     auto_class = getattr(transformers, task.auto_class)
-    headed = task.outputs is not None
-    options: dict[str, Any] = {}
-    if task.outputs is not None:
-        options["num_labels"] = task.outputs(len(labels or ()))
+    headed = task.labels is not None
+    # A regression of one number has no names.
+    options: dict[str, Any] = {"num_labels": len(labels or ("",))} if headed else {}
     try:
         loaded = load_pretrained(
             auto_class,

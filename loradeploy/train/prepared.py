@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, UsageError
-from loradeploy.train.data import label_names
 from loradeploy.train.sources import Source, is_dataset
 from loradeploy.train.tasks import Task
 
@@ -57,7 +56,7 @@ def prepare(
     """
     source = Source(data, config.split, config.column_names)
     examples = task.read(source)
-    labels = label_names(examples) if task.outputs is not None and task.judged else None
+    labels = task.labels(examples) or None if task.labels is not None else None
     if labels is not None and len(labels) == 1:
         raise DataError(f"{source}: all examples have the label {labels[0]!r}; two are needed")
     encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TRAINED_PROBLEMS
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -49,8 +50,10 @@ class Task:
 
     `name`: its row in `adapter.tasks`. `read`: its examples. `encode`: their token ids and labels,
     given the label names. `collate`: a batch of them, given the padding.
-    `outputs`: how many the head has for so many label names; None where there is no head.
+    `labels`: the names of the head's outputs, from the examples; None where there is no head. Of a
+    regression of one number it gives none.
     `judged`: whether a share of answers comes out right, which is the accuracy.
+    `problem_type`: of a sequence classifier, as in `adapter.heads`.
     """
 
     name: str
@@ -58,8 +61,9 @@ class Task:
     encode: Encode
     loss: LossFunction
     collate: Callable[[int], Collate] = Collator
-    outputs: Callable[[int], int] | None = None
+    labels: Callable[[Sequence[Any]], tuple[str, ...]] | None = None
     judged: bool = True
+    problem_type: str | None = None
 
     @property
     def auto_class(self) -> str:
@@ -79,29 +83,28 @@ def _without_labels(
 
 
 def _classifier(
-    read: Callable[[Source], Sequence[Any]],
-    loss: LossFunction,
-    *,
-    outputs: Callable[[int], int] = int,
-    judged: bool = True,
+    problem_type: str, read: Callable[[Source], Sequence[Any]], loss: LossFunction
 ) -> Task:
+    measured = problem_type == REGRESSION
     return Task(
         name=SEQUENCE_CLASSIFICATION,
         read=read,
         encode=text_features,
         loss=loss,
-        outputs=outputs,
-        judged=judged,
+        labels=data.value_names if measured else data.label_names,
+        judged=not measured,
+        problem_type=problem_type,
     )
 
 
-# What a sequence classifier's labels are, by `problem_type`.
 _PROBLEMS: Final[Mapping[str, Task]] = {
-    "single-label": _classifier(data.read_labeled_texts, classification_loss),
-    "multi-label": _classifier(data.read_multi_label_texts, multi_label_loss),
-    "regression": _classifier(
-        data.read_measured_texts, regression_loss, outputs=lambda _: 1, judged=False
-    ),
+    task.problem_type: task
+    for task in (
+        _classifier(SINGLE_LABEL, data.read_labeled_texts, classification_loss),
+        _classifier(MULTI_LABEL, data.read_multi_label_texts, multi_label_loss),
+        _classifier(REGRESSION, data.read_measured_texts, regression_loss),
+    )
+    if task.problem_type is not None
 }
 
 _TASKS: Final[Mapping[str, Task]] = {
@@ -119,7 +122,7 @@ _TASKS: Final[Mapping[str, Task]] = {
             read=data.read_tagged_words,
             encode=word_features,
             loss=classification_loss,
-            outputs=int,
+            labels=data.label_names,
         ),
         Task(
             name=FEATURE_EXTRACTION,
@@ -135,5 +138,5 @@ _TASKS: Final[Mapping[str, Task]] = {
 def task_of(config: TrainConfig) -> Task:
     """The row of the table that `config` asks for."""
     if config.task == SEQUENCE_CLASSIFICATION:
-        return _PROBLEMS[config.problem_type]
+        return _PROBLEMS[TRAINED_PROBLEMS[config.problem_type]]
     return _TASKS[config.task]

@@ -39,7 +39,7 @@ ELSEWHERE = {
     "train": {"as_json", "print_config", "dry_run", "config"},
     "export": {"as_json"},
     "parity": {"as_json"},
-    "run": {"as_json", "file", "adapter", "prompt_name"},
+    "run": {"as_json", "file", "adapter", "prompt_name", "threshold", "aggregation", "stride"},
     "bench": {"as_json", "adapters"},
 }
 # Values that mean something, where any text will not do.

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
-from loradeploy.errors import AdapterMismatchError, UsageError
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import AdapterError, AdapterMismatchError, BundleError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
+from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 from tests.tolerances import tolerance
 
@@ -104,14 +107,194 @@ def test_a_decoder_is_no_classifier(llama_session: AdapterSession) -> None:
         TextEmbedder(llama_session)
 
 
-def test_a_model_whose_scores_are_no_probabilities_is_refused(
-    tiny_bert_bundle: Path, tmp_path: Path
+# -- problem types -----------------------------------------------------------------------------
+
+LABELS = ("business", "sport", "tech", "world", "health")
+# By adapter: the problem type that its files declare and how, its outputs, and what it comes to.
+DECLARED: dict[str, tuple[str | None, str | None, int, str]] = {
+    "several": ("multi_label_classification", "weights", 4, "multi_label_classification"),
+    "number": ("regression", "weights", 1, "regression"),
+    "numbers": ("regression", "weights", 2, "regression"),
+    "saved": ("multi_label_classification", "config", 3, "multi_label_classification"),
+    "older": ("multi_label_classification", "train.yaml", 3, "multi_label_classification"),
+    "silent": (None, None, 5, "single_label_classification"),
+    "one": (None, None, 1, "regression"),
+}
+
+
+@pytest.fixture(scope="module")
+def declared(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Adapters by PEFT with heads of all problem types, which their files declare or do not."""
+    place = tmp_path_factory.mktemp("declared")
+    task = "sequence-classification"
+    for seed, (name, (problem, where, count, _)) in enumerate(DECLARED.items()):
+        made = make_adapter(tiny_bert, task=task, num_labels=count, seed=seed, scale=0.1)
+        shutil.copytree(made, place / name)
+        if where == "weights":
+            adapter = dataclasses.replace(load_adapter(made), problem_type=problem)
+            labels = LABELS[:count] if count > 2 else None
+            save_adapter(dataclasses.replace(adapter, labels=labels), place / name)
+        elif where == "config":
+            names = {str(index): name for index, name in enumerate(LABELS[:count])}
+            values = {"problem_type": problem, "id2label": names}
+            (place / name / "config.json").write_text(json.dumps(values))
+        elif where == "train.yaml":
+            (place / name / "train.yaml").write_text("rank: 4\nproblem_type: multi-label\n")
+    return {name: place / name for name in DECLARED}
+
+
+@pytest.fixture(scope="module")
+def typed_bundle(
+    tiny_bert: Path, declared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle with all of them but `silent` and `one`, which have no bundle to remember them."""
+    bundle = tmp_path_factory.mktemp("typed") / "bundle"
+    inside = {name: path for name, path in declared.items() if name not in ("number", "one")}
+    export(tiny_bert, bundle, adapters=inside, task="sequence-classification")
+    return bundle
+
+
+def pipeline_scores(model: Path, adapter: Path, text: str, problem: str | None) -> NDArray[Any]:
+    """What transformers' pipeline gives for PEFT's model, in the order of the outputs."""
+    import peft
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    count = next(v.shape[0] for n, v in load_adapter(adapter).saved.items() if "weight" in n)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=count, problem_type=problem
+    )
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    pipe = pipeline(
+        "text-classification", model=merged, tokenizer=AutoTokenizer.from_pretrained(model)
+    )
+    given = {entry["label"]: entry["score"] for entry in pipe(text, top_k=None)}
+    return np.array([given[f"LABEL_{number}"] for number in range(count)])
+
+
+def test_each_row_is_answered_by_its_own_problem_type_as_transformers_does(
+    typed_bundle: Path, tiny_bert: Path, declared: dict[str, Path]
 ) -> None:
-    bundle = shutil.copytree(tiny_bert_bundle, tmp_path / "copy")
-    config = json.loads((bundle / "config.json").read_text())
-    (bundle / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
-    with pytest.raises(UsageError, match="regression"):
-        TextClassifier(AdapterSession(bundle))
+    session = AdapterSession(typed_bundle)
+    for name in ("number", "one"):
+        session.load(name, declared[name])
+    names = list(DECLARED)
+    results = TextClassifier(session)([TEXTS[1]] * len(names), names, batch_size=5)
+    for name, result in zip(names, results, strict=True):
+        _, _, count, problem = DECLARED[name]
+        assert (result.problem_type, len(result.scores)) == (problem, count), name
+        expected = pipeline_scores(tiny_bert, declared[name], TEXTS[1], problem)
+        scores = np.array(list(result.scores.values()))
+        assert np.abs(scores - expected).max() <= tolerance("torch-onnx-tiny"), name
+        assert result.score == scores.max()
+        if problem == "multi_label_classification":
+            likeliest = sorted(result.scores, key=lambda label: -result.scores[label])
+            having = [label for label in likeliest if result.scores[label] >= 0.5]
+            assert result.labels == tuple(having)
+            assert not 0.99 < scores.sum() < 1.01, "they are no distribution"
+    answers = dict(zip(names, results, strict=True))
+    assert list(answers["several"].scores) == list(LABELS[:4])
+    assert list(answers["saved"].scores) == list(LABELS[:3]), "as config.json beside it names them"
+    assert answers["number"].labels == answers["one"].labels == ()
+    assert answers["silent"].labels == (answers["silent"].label,)
+    # Another adapter's answer would be seen.
+    assert abs(answers["number"].score - answers["one"].score) > 1e-2
+
+
+def test_the_manifest_has_the_problem_type_of_each_head(typed_bundle: Path) -> None:
+    manifest = read_manifest(typed_bundle)
+    assert manifest.problem_type == "single_label_classification"
+    for name, entry in manifest.adapters.items():
+        assert entry.problem_type == DECLARED[name][3]
+    assert manifest.adapters["saved"].labels == LABELS[:3]
+
+
+@pytest.mark.parametrize("name", ["several", "number", "saved"])
+def test_a_merged_bundle_answers_as_its_adapter(
+    name: str, typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
+) -> None:
+    export(typed_bundle, tmp_path / "b", adapters={name: declared[name]}, merge=True)
+    side = AdapterSession(typed_bundle)
+    side.load("given", declared[name])
+    (expected,) = TextClassifier(side)(TEXTS[1], "given")
+    (result,) = TextClassifier(AdapterSession(tmp_path / "b"))(TEXTS[1])
+    assert (result.problem_type, result.labels) == (expected.problem_type, expected.labels)
+    assert result.scores == pytest.approx(expected.scores, abs=tolerance("torch-onnx-tiny"))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["problem_type"] == DECLARED[name][3], "transformers reads it too"
+
+
+def test_a_text_has_all_labels_that_reach_the_threshold(typed_bundle: Path) -> None:
+    classify = TextClassifier(AdapterSession(typed_bundle))
+    (every,) = classify(TEXTS[0], "several", threshold=0.0)
+    assert set(every.labels) == set(LABELS[:4])
+    second = every.scores[every.labels[1]]
+    (two,) = classify(TEXTS[0], "several", threshold=second)
+    assert two.labels == every.labels[:2]
+    assert classify(TEXTS[0], "several", threshold=1.0)[0].labels == ()
+    with pytest.raises(UsageError, match="threshold is for multi_label_classification, and these"):
+        classify(TEXTS[0], "silent", threshold=0.3)
+    with pytest.raises(UsageError, match="threshold is 1.5: give a probability"):
+        classify(TEXTS[0], "several", threshold=1.5)
+
+
+def test_the_command_prints_labels_and_numbers(
+    typed_bundle: Path, declared: dict[str, Path]
+) -> None:
+    classify = TextClassifier(AdapterSession(typed_bundle))
+    several, numbers = classify([TEXTS[1]] * 2, ["several", "numbers"])
+    said = call("run", typed_bundle, TEXTS[1], "--adapter", "several", "--threshold", "0")
+    first = max(several.scores, key=lambda label: several.scores[label])
+    assert said.split("\t")[:2] == [first, f"{several.scores[first]:.4f}"]
+    assert len(said.split("\t")) == 8
+    none = call("run", typed_bundle, TEXTS[1], "--adapter", "several", "--threshold", "1")
+    assert none == "(no label)\n"
+    said = call("run", typed_bundle, TEXTS[1], "--adapter", "numbers")
+    assert said == "\t".join(f"{v:.6g}" for v in numbers.scores.values()) + "\n"
+    values = json.loads(
+        call("run", typed_bundle, TEXTS[1], "--adapter", "numbers", "--json").stdout
+    )
+    assert values["scores"] == pytest.approx(numbers.scores)
+    assert (values["problem_type"], values["labels"]) == ("regression", [])
+
+
+def test_what_a_head_answers_is_never_guessed(
+    typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
+) -> None:
+    older = shutil.copytree(typed_bundle, tmp_path / "older")
+    manifest = json.loads((older / "loradeploy.json").read_text())
+    del manifest["problem_type"]
+    (older / "loradeploy.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="export again"):
+        TextClassifier(AdapterSession(older))
+    session = AdapterSession(typed_bundle)
+    session.load("native", typed_bundle / "adapters" / "several.onnx_adapter")
+    with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
+        TextClassifier(session)(TEXTS[0], "native")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ("a", "b")}, "names 2 labels, and its head has 4 outputs"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking', not one of single_label"),
+    ],
+)
+def test_an_adapter_that_contradicts_itself_is_refused(
+    changes: dict[str, Any], message: str, declared: dict[str, Path], tmp_path: Path
+) -> None:
+    save_adapter(dataclasses.replace(load_adapter(declared["several"]), **changes), tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tmp_path)
+
+
+def test_bad_texts_are_refused_by_number(typed_bundle: Path) -> None:
+    classify = TextClassifier(AdapterSession(typed_bundle))
+    with pytest.raises(UsageError, match=r"text 2 \(''\) has no tokens"):
+        classify(["a", ""], "silent")
+    with pytest.raises(UsageError, match="text 1 is a pair"):
+        classify([("a", "b")], "silent")  # type: ignore[list-item]
 
 
 def test_vectors_are_masked_means_of_length_one(

@@ -195,8 +195,8 @@ class RecipeReader(Reader):
     """modules.json of sentence-transformers and what it names, and the labels of classifiers."""
 
     def attempt(self, random: Random) -> None:
+        from loradeploy.adapter.heads import config_labels, stated_problem
         from loradeploy.bundle.text.sentence import read_recipe
-        from loradeploy.runtime.tasks.classification import label_names
 
         place = self.scratch / "recipe"
         shutil.rmtree(place, ignore_errors=True)
@@ -204,7 +204,9 @@ class RecipeReader(Reader):
         file = random.choice(sorted(path for path in place.rglob("*") if path.is_file()))
         broken = mutate.in_json if file.suffix == ".json" else mutate.in_safetensors
         self.spoil(file, random, broken)
-        label_names(read_json(place / "config.json", error=BundleError))
+        config = read_json(place / "config.json", error=BundleError)
+        config_labels(config, "config.json", error=BundleError)
+        stated_problem(config, "config.json", error=BundleError)
         recipe = read_recipe(place)
         if recipe is not None:
             recipe.vectors(np.ones((2, 3, 8), np.float32), np.ones((2, 3), np.int64), 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.bundle.outputs import LOGITS_NAMES
 from loradeploy.bundle.text.sentence import (
@@ -94,7 +95,8 @@ def vocabulary_of(manifest: Manifest, config: Mapping[str, Any]) -> int:
     """How many words the graph has rows for."""
     for output in manifest.outputs:
         if (
-            output.name in LOGITS_NAMES
+            manifest.task not in CLASSIFICATIONS  # whose logits are of labels
+            and output.name in LOGITS_NAMES
             and len(output.shape) == 3
             and isinstance(output.shape[-1], int)
         ):

@@ -33,6 +33,7 @@ from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import (
     AdapterMismatchError,
     BundleError,
+    LoraDeployError,
     UsageError,
     first_line,
     shortened,
@@ -164,21 +165,32 @@ class Tokenizer:
         Raises:
             UsageError: it is no text. BundleError: the tokenizer fails on it.
         """
-        if not isinstance(text, str):
-            raise UsageError(f"a text is {shown(text)}: give a str")
-        if not text.isascii() and _SURROGATE.search(text):
-            raise UsageError(
-                f"the text {shortened(ascii(text), 60)} holds half a surrogate pair, which is no"
-                " character: decode what it is from as UTF-8"
-            )
-        with _library(f"the tokenizer of {self._place} fails"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with self.library(text) as tokenizer:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
             if max_length is not None:
-                around = self._tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
+                around = tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
                 encoding.truncate(max(max_length - around, 0))
-            encoding = self._tokenizer.post_process(encoding, add_special_tokens=special_tokens)
+            encoding = tokenizer.post_process(encoding, add_special_tokens=special_tokens)
             ids: list[int] = encoding.ids
         return ids
+
+    @contextmanager
+    def library(self, *texts: str) -> Iterator[FastTokenizer]:
+        """The library's tokenizer, for `texts`; it is not to be changed.
+
+        Raises:
+            UsageError: one of them is no text. BundleError: the tokenizer fails within the context.
+        """
+        for text in texts:
+            if not isinstance(text, str):
+                raise UsageError(f"a text is {shown(text)}: give a str")
+            if not text.isascii() and _SURROGATE.search(text):
+                raise UsageError(
+                    f"the text {shortened(ascii(text), 60)} holds half a surrogate pair, which is"
+                    " no character: decode what it is from as UTF-8"
+                )
+        with _library(f"the tokenizer of {self._place} fails"):
+            yield self._tokenizer
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak."""
@@ -394,6 +406,8 @@ def _library(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except LoraDeployError:  # of whoever uses it
+        raise
     except Exception as problem:
         raise BundleError(f"{what}: {first_line(problem)}") from None
     except BaseException as problem:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.heads import config_labels
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import (
+    BundleError,
     DataError,
     MissingDependencyError,
     UsageError,
@@ -24,7 +27,6 @@ from loradeploy.errors import (
     shown,
 )
 from loradeploy.parity.report.results import BASE_LABEL
-from loradeploy.runtime.tasks.classification import OTHER_PROBLEMS, label_names
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -195,9 +197,7 @@ def _label_names(
     if manifest.task != SEQUENCE_CLASSIFICATION:
         return {None: (), **{tested.name: () for tested in adapters}}
     config = model_config(bundle)
-    if config.get("problem_type") in OTHER_PROBLEMS:
-        raise UsageError(f"{bundle} is for {config['problem_type']}, which has no accuracy")
-    own = tuple(label_names(config))
+    own = config_labels(config, CONFIG_NAME, error=BundleError) or ()
     sizes = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
     outputs = sizes[0] if sizes and isinstance(sizes[0], int) else len(own)
     if len(own) != outputs:

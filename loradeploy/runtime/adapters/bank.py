@@ -40,10 +40,11 @@ from loradeploy.runtime.adapters.resident import (
 from loradeploy.runtime.adapters.stacks import Stacks, bindable, neutral, used
 
 if TYPE_CHECKING:
+    from loradeploy.adapter.heads import Head
     from loradeploy.bundle.manifest import Manifest
 
-# Reads an adapter: its side inputs, its digest, its labels.
-Read = Callable[[], "tuple[Arrays, str, tuple[str, ...] | None]"]
+# Reads an adapter: its side inputs, its digest, its head.
+Read = Callable[[], "tuple[Arrays, str, Head]"]
 _MIB: Final = 1 << 20
 
 
@@ -183,7 +184,7 @@ class AdapterBank:
             UsageError: another adapter has this name, and `replace` is not given.
             BudgetError: it is larger than the whole budget.
         """
-        arrays, digest, labels = read()
+        arrays, digest, head = read()
         with self._changed:
             there = self._entries.get(name)
         if there is not None and not replace and there.digest != digest:
@@ -197,7 +198,7 @@ class AdapterBank:
             known = there is not None and there.digest == digest
             if there is not None and not known and not replace:
                 raise _taken(name)
-            resident = self._admit(Resident(digest, labels, arrays))
+            resident = self._admit(Resident(digest, head, arrays))
             if not known:
                 self._entries[name] = _Entry(name, read, digest)
                 self._drop_unnamed()
@@ -329,12 +330,12 @@ class AdapterBank:
                 self._misses += not missed
                 missed = True
             with entry.loading:
-                arrays, digest, labels = self._read(entry)
+                arrays, digest, head = self._read(entry)
                 with self._changed:
                     if self._entries.get(name) is not entry:
                         continue  # the name changed hands meanwhile
                     entry.digest = digest
-                    resident = self._admit(Resident(digest, labels, arrays))
+                    resident = self._admit(Resident(digest, head, arrays))
                     return self._use(resident, held, thread)
 
     def _load(self, entry: _Entry) -> Resident:
@@ -346,19 +347,19 @@ class AdapterBank:
         finally:
             self._release(held, thread)
 
-    def _read(self, entry: _Entry) -> tuple[Arrays, str, tuple[str, ...] | None]:
+    def _read(self, entry: _Entry) -> tuple[Arrays, str, Head]:
         """What `entry` stands for, unless another thread has just read it."""
         with self._changed:
             there = self._residents.get(entry.digest or "")
         if there is not None:
-            return there.host, there.digest, there.labels
-        arrays, digest, labels = entry.read()
+            return there.host, there.digest, there.head
+        arrays, digest, head = entry.read()
         if entry.digest is not None and entry.digest != digest:
             raise AdapterError(
                 f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
                 " with replace=True"
             )
-        return self._in_order(arrays), digest, labels
+        return self._in_order(arrays), digest, head
 
     def _in_order(self, arrays: Arrays) -> Arrays:
         """The arrays in one block, in the order in which the graph reads them."""

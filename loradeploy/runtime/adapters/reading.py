@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import file_digest, short, tensors_digest
+from loradeploy.adapter.heads import Head
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.fit import fit_to
-from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.labels import head_of
 from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX
 from loradeploy.bundle.proof.certificate import parity_command
 from loradeploy.errors import (
@@ -26,8 +30,8 @@ from loradeploy.errors import (
 from loradeploy.files import inside
 from loradeploy.runtime.adapters.resident import Arrays
 
-# The side inputs, the digest and the labels of an adapter that fits the graph.
-Read = tuple[Arrays, str, tuple[str, ...] | None]
+# The side inputs, the digest and the head of an adapter that fits the graph.
+Read = tuple[Arrays, str, Head]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,30 +62,29 @@ class AdapterReader:
             )
         source = inside(self.directory, entry.path)
         if entry.native_digest is None:
-            arrays, digest, labels = self._read(source)
+            arrays, digest, head = self._read(source)
         else:
-            arrays, digest, labels = self._computed(source, entry.native_digest)
+            arrays, digest, head = self._computed(source, entry.native_digest)
         if digest != entry.digest:
             raise BundleError(
                 f"{source} is not the adapter that came with the bundle, its digest has changed:"
                 " export again, or load it by its path under another name"
             )
-        return arrays, digest, labels
+        return arrays, digest, dataclasses.replace(head, problem_type=entry.problem_type)
 
     def _read(self, source: Path) -> Read:
-        """The side inputs, the digest and the labels of an adapter that fits the graph."""
+        """The side inputs, the digest and the head of an adapter that fits the graph."""
         try:
             if source.suffix == NATIVE_SUFFIX:
                 arrays = read_onnx_adapter(source)
                 check_side_inputs(arrays, self.manifest)
-                return arrays, tensors_digest(arrays, {}), None
+                whole = {saved.input for saved in self.manifest.saved}
+                # The file does not say what a head in it answers; without one it is the base's.
+                base = None if whole & arrays.keys() else self.manifest.problem_type
+                return arrays, tensors_digest(arrays, {}), Head(None, base)
             adapter = fit_to(load_adapter(source), self.manifest)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
-            return (
-                arrays,
-                adapter.digest,
-                with_all_labels(adapter, self.manifest.saved_shapes()).labels,
-            )
+            return arrays, adapter.digest, self._head(adapter)
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{source}: {problem}") from None
 
@@ -91,7 +94,7 @@ class AdapterReader:
         Raises:
             AdapterError: it is refused, does not fit (AdapterMismatchError), or is not certified.
         """
-        arrays, digest, labels = self._read(source)
+        arrays, digest, head = self._read(source)
         if self.certified is not None and digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
@@ -100,7 +103,7 @@ class AdapterReader:
                 f"{source} ({short(digest)}) is not among the adapters of the certificate{form};"
                 f" run {parity_command(self.path, adapter=True)} to check it"
             )
-        return arrays, digest, labels
+        return arrays, digest, head
 
     def _computed(self, source: Path, native_digest: str) -> Read:
         """As `_read`, of an adapter whose side inputs the export computed before it packed."""
@@ -111,7 +114,11 @@ class AdapterReader:
             )
         arrays, _, _ = self._read(file)
         adapter = load_adapter(source)
-        return arrays, adapter.digest, with_all_labels(adapter, self.manifest.saved_shapes()).labels
+        return arrays, adapter.digest, self._head(adapter)
+
+    def _head(self, adapter: Adapter) -> Head:
+        """What the answers of `adapter` are."""
+        return head_of(adapter, self.manifest, model_config(self.directory))
 
     def defaults(self) -> Arrays:
         """What the base has where adapters replace whole parameters, by side input.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
+from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.factors import computable
 from loradeploy.errors import UsageError, shortened, shown
 from loradeploy.runtime.adapters.block import in_one_block
@@ -65,7 +66,7 @@ class Resident:
     """
 
     digest: str
-    labels: tuple[str, ...] | None
+    head: Head
     host: Arrays
     parts: tuple[str, ...] = ()
 
@@ -135,7 +136,8 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
                     " give smaller ones"
                 )
     parts = tuple(resident.digest for resident, _ in members)
-    return Resident(blend_digest(members), None, in_one_block(host), parts)
+    head = Head(None, manifest.problem_type)  # its members bring none
+    return Resident(blend_digest(members), head, in_one_block(host), parts)
 
 
 def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
@@ -146,12 +148,12 @@ def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
 class Once:
     """A reader of an adapter that has read it already: the first call gives that, others read."""
 
-    def __init__(self, read: Callable[[], tuple[Arrays, str, tuple[str, ...] | None]]) -> None:
+    def __init__(self, read: Callable[[], tuple[Arrays, str, Head]]) -> None:
         self._read = read
-        self._found: list[tuple[Arrays, str, tuple[str, ...] | None]] = [read()]
+        self._found: list[tuple[Arrays, str, Head]] = [read()]
 
-    def __call__(self) -> tuple[Arrays, str, tuple[str, ...] | None]:
-        """The side inputs, the digest and the labels."""
+    def __call__(self) -> tuple[Arrays, str, Head]:
+        """The side inputs, the digest and the head."""
         try:
             return self._found.pop()
         except IndexError:

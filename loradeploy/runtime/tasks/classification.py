@@ -1,102 +1,163 @@
-"""Labels from a classifier bundle, each text with its own adapter."""
+"""Labels and numbers from a classifier bundle, each text with its own adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.adapter.heads import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    Head,
+    config_labels,
+    placeholders,
+)
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.encoder import encoded_batches
+from loradeploy.runtime.tasks.encoder import PlainTokens, encoded_batches, given_texts
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Kinds of classifier whose outputs are no probabilities of one label each.
-OTHER_PROBLEMS: Final = ("multi_label_classification", "regression")
+# From which probability on a text has a label, of those that may be several.
+THRESHOLD: Final = 0.5
 
 
 @dataclass(frozen=True)
 class Classification:
-    """The likeliest label of a text, its probability, and all probabilities by label."""
+    """What a classifier makes of a text.
+
+    `label`: the likeliest label, and `score` its probability. Of a regression the name of the
+    output with the largest number, and that number.
+    `scores`: by label, all probabilities, or all numbers of a regression.
+    `labels`: the labels that the text has, the likeliest first: one, or of a multi-label classifier
+    all whose probability reaches the threshold; none of a regression.
+    `problem_type`: "single_label_classification", "multi_label_classification" or "regression".
+    """
 
     label: str
     score: float
     scores: dict[str, float]
     adapter: AdapterSpec | None
+    labels: tuple[str, ...]
+    problem_type: str
 
 
 class TextClassifier:
     """Classifies texts with a session on a sequence classification bundle.
 
     Raises:
-        UsageError: the bundle is no classifier that gives each text one label.
-        BundleError: the bundle holds no tokenizer.
+        UsageError: the bundle is no classifier of texts.
+        BundleError: the bundle holds no tokenizer, or does not say what its outputs are.
     """
 
     def __init__(self, session: AdapterSession) -> None:
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
-        config = model_config(session.path)
-        if config.get("problem_type") in OTHER_PROBLEMS:
-            raise UsageError(
-                f"{session.path} is for {config['problem_type']}, which gives no label: read its"
-                " logits with AdapterSession.run"
-            )
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
-        self._labels = label_names(config)
+        self._head = base_head(session)
 
     def __call__(
-        self, texts: str | Sequence[str], adapters: Adapters = None, *, batch_size: int = 32
+        self,
+        texts: str | Sequence[str],
+        adapters: Adapters = None,
+        *,
+        threshold: float | None = None,
+        batch_size: int = 32,
     ) -> list[Classification]:
-        """The label of each text. `adapters` is as in `AdapterSession.run`.
+        """What each text is. `adapters` is as in `AdapterSession.run`.
 
-        Texts longer than the model's positions are cut at their end. Labels are named as the
-        adapter was trained, else as in the bundle's config.json, else LABEL_0 and so on.
+        Each row is answered as its adapter was trained: probabilities that add up to 1 of
+        single-label classifiers (softmax), one for each label of multi-label ones (sigmoid), and
+        numbers as they are of regressions. Texts longer than the model's positions are cut at their
+        end. Labels are named as the adapter was trained, else as in the bundle's config.json, else
+        LABEL_0 and so on.
+
+        `threshold`: the probability from which on a text has a label, for multi-label classifiers
+        (0.5).
 
         Raises:
-            UsageError: no texts, or not one adapter for each.
+            UsageError: no texts, a text without tokens, not one adapter for each, a threshold for
+                no multi-label classifier, or an adapter whose file does not say what it answers.
             UnknownAdapterError: an adapter that was never loaded.
         """
-        results = []
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UsageError(f"threshold is {shown(threshold)}: give a probability, from 0 to 1")
+        results, problems = [], set[str]()
         output = output_of(self.session.manifest)
-        for held, rows, feeds, _ in encoded_batches(
-            self.session, texts, adapters, batch_size, _encode
+        for batch in encoded_batches(
+            self.session, given_texts(texts), adapters, batch_size, _encode
         ):
-            (logits,) = held.run([output], feeds)  # [batch, labels]
-            for row, (values, (name, _)) in enumerate(zip(logits, rows, strict=True)):
-                own = held.labels(row)
-                # An adapter may tell fewer labels apart than the graph has outputs.
-                scores = _softmax(values[: len(own)] if own else values)
-                results.append(_classification(scores, own or self._labels, name))
+            (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
+            for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
+                head = head_of_row(batch.held.head(row), self._head, one.adapter)
+                problems.add(str(head.problem_type))
+                least = THRESHOLD if threshold is None else threshold
+                results.append(_classification(values, head, one.adapter, least))
+        if threshold is not None and MULTI_LABEL not in problems:
+            raise UsageError(
+                f"threshold is for {MULTI_LABEL}, and these are {', '.join(sorted(problems))}"
+            )
         return results
 
 
-def _encode(text: str, side: TextSide) -> list[int]:
-    return side.tokenizer.encode(text, max_length=side.tokenizer.max_length)
+def base_head(session: AdapterSession) -> Head:
+    """What the outputs of a classifier's base, or of its merged adapter, are.
+
+    Raises:
+        BundleError: its config.json is broken, or it is older than this and does not say it.
+    """
+    manifest, merged = session.manifest, session.manifest.merged_adapter
+    labels = config_labels(model_config(session.path), CONFIG_NAME, error=BundleError)
+    if manifest.task == SEQUENCE_CLASSIFICATION and manifest.problem_type is None:
+        raise BundleError(
+            f"{session.path} was exported before bundles said whether their outputs are of one"
+            " label, of several or numbers: export again"
+        )
+    if merged is not None and merged.labels is not None:
+        return Head(merged.labels, manifest.problem_type, len(merged.labels))
+    return Head(labels, manifest.problem_type)
 
 
-def _classification(
-    scores: NDArray[np.float64], labels: Sequence[str], adapter: AdapterSpec | None
-) -> Classification:
-    if len(labels) != len(scores):
-        labels = [f"LABEL_{number}" for number in range(len(scores))]
-    best = int(scores.argmax())
-    by_label = dict(zip(labels, map(float, scores), strict=True))
-    return Classification(labels[best], float(scores[best]), by_label, adapter)
+def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> Head:
+    """What the outputs of a row are: its adapter's, else the base's.
+
+    Raises:
+        UsageError: its adapter came as a file that does not say it.
+    """
+    if own is None:
+        return base
+    if own.problem_type is None and base.problem_type is not None:
+        raise UsageError(
+            f"the adapter {shown(adapter)} was loaded from a file that does not say what its head"
+            " answers: load its PEFT directory"
+        )
+    return own if own.labels else Head(base.labels, own.problem_type)
 
 
-def _softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+def named_outputs(values: NDArray[Any], head: Head) -> tuple[NDArray[Any], Sequence[str]]:
+    """A row's own outputs [..., labels] with their names.
+
+    An adapter may have fewer labels than the graph has outputs.
+    """
+    own = values[..., : head.outputs]
+    labels = head.labels or ()
+    return own, labels if len(labels) == own.shape[-1] else placeholders(own.shape[-1])
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Over the last axis, in float64."""
     values = logits.astype(np.float64)
     weights = np.exp(values - values.max(axis=-1, keepdims=True))
@@ -104,16 +165,42 @@ def _softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-def label_names(config: dict[str, Any]) -> list[str]:
-    """The names of a classifier's outputs in a config.json; none where it tells none.
+def _sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
+    values = logits.astype(np.float64)
+    small = np.exp(-np.abs(values))  # does not overflow
+    result: NDArray[np.float64] = np.where(values < 0, small, 1.0) / (1.0 + small)
+    return result
 
-    Raises:
-        BundleError: its id2label is broken.
-    """
-    names = config.get("id2label")
-    if not isinstance(names, dict):
-        return []
-    try:
-        return [str(names[key]) for key in sorted(names, key=int)]
-    except ValueError:
-        raise BundleError("config.json: the keys of id2label are not numbers") from None
+
+# What the scores of a problem type are, of its logits.
+SCORES: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
+    SINGLE_LABEL: softmax,
+    MULTI_LABEL: _sigmoid,
+    REGRESSION: lambda values: values.astype(np.float64),
+}
+
+
+def _encode(text: str, side: TextSide) -> list[PlainTokens]:
+    return [PlainTokens(side.tokenizer.encode(text, max_length=side.tokenizer.max_length))]
+
+
+def _classification(
+    logits: NDArray[Any], head: Head, adapter: AdapterSpec | None, threshold: float
+) -> Classification:
+    own, labels = named_outputs(logits, head)
+    problem = str(head.problem_type)
+    scores = SCORES[problem](own)
+    best = int(scores.argmax())
+    having = {
+        SINGLE_LABEL: [best],
+        MULTI_LABEL: [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] >= threshold],
+        REGRESSION: [],
+    }
+    return Classification(
+        label=labels[best],
+        score=float(scores[best]),
+        scores=dict(zip(labels, map(float, scores), strict=True)),
+        adapter=adapter,
+        labels=tuple(labels[number] for number in having[problem]),
+        problem_type=problem,
+    )

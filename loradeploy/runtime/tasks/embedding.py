@@ -12,7 +12,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.encoder import encoded_batches
+from loradeploy.runtime.tasks.encoder import PlainTokens, encoded_batches, given_texts
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
@@ -60,23 +60,23 @@ class TextEmbedder:
             UnknownAdapterError: an adapter that was never loaded.
         """
 
-        def encode(text: str, side: TextSide) -> list[int]:
+        def encode(text: str, side: TextSide) -> list[PlainTokens]:
             prompt = _prompt(side, prompt_name)
-            return side.tokenizer.encode(prompt + text, max_length=_longest(side))
+            return [PlainTokens(side.tokenizer.encode(prompt + text, max_length=_longest(side)))]
 
         vectors: list[NDArray[np.float32]] = []
         output = output_of(self.session.manifest)
-        for held, rows, feeds, masks in encoded_batches(
-            self.session, texts, adapters, batch_size, encode
+        for batch in encoded_batches(
+            self.session, given_texts(texts), adapters, batch_size, encode
         ):
-            (states,) = held.run([output], feeds)  # [batch, sequence, hidden]
-            for row, ((_, side), mask) in enumerate(zip(rows, masks, strict=True)):
-                length = int(mask.sum())
+            (states,) = batch.held.run([output], batch.feeds)  # [batch, sequence, hidden]
+            for row, one in enumerate(batch.rows):
+                side, length = one.side, len(one.tokens.ids)
                 if states.ndim == 2:  # [batch, hidden]
                     vectors.append(self._whole(states[row : row + 1], side))
                     continue
                 skipped = _prompt_tokens(side, _prompt(side, prompt_name))
-                alone = states[row : row + 1, :length], mask[np.newaxis, :length]
+                alone = states[row : row + 1, :length], batch.mask[row : row + 1, :length]
                 vectors.append(side.recipe.vectors(*alone, skipped))
         sizes = {vector.shape[1] for vector in vectors}
         if len(sizes) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,30 +27,108 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class Tokens(Protocol):
+    """A text, or a part of one, as tokens: a row of a batch."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The token ids."""
+
+    @property
+    def types(self) -> Sequence[int] | None:
+        """The token types, None where all are 0."""
+
+
+_Tokens = TypeVar("_Tokens", bound=Tokens)
+
+
+@dataclass(frozen=True)
+class PlainTokens:
+    """The token ids of a text, and nothing more."""
+
+    ids: Sequence[int]
+    types: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Row(Generic[_Tokens]):
+    """A row of a batch: a text, or a part of it, as tokens of the side that its adapter had.
+
+    `text` is its number among the texts.
+    """
+
+    text: int
+    adapter: AdapterSpec | None
+    side: TextSide
+    tokens: _Tokens
+
+
+@dataclass(frozen=True)
+class Batch(Generic[_Tokens]):
+    """Rows, their adapters held, feeds [rows, sequence] and mask [rows, sequence]."""
+
+    held: HeldAdapters
+    rows: Sequence[Row[_Tokens]]
+    feeds: dict[str, NDArray[Any]]
+    mask: NDArray[np.int64]
+
+
 def encoded_batches(
     session: AdapterSession,
-    texts: str | Sequence[str],
+    texts: Sequence[Any],
     adapters: Adapters,
     batch_size: int,
-    encode: Callable[[str, TextSide], list[int]],
-) -> Iterator[
-    tuple[
-        HeldAdapters,
-        list[tuple[AdapterSpec | None, TextSide]],
-        dict[str, NDArray[Any]],
-        NDArray[np.int64],
-    ]
-]:
-    """The texts in batches, in their order: adapters held for a batch, each row's, feeds, mask.
+    encode: Callable[[Any, TextSide], Sequence[_Tokens]],
+) -> Iterator[Batch[_Tokens]]:
+    """The `texts` in batches, in their order.
 
-    A row's adapter comes with the side that its text was encoded with, which is of the same one as
-    the factors that are held: where it was replaced meanwhile, the text is encoded again.
+    The side that a row was encoded with is of the same adapter as the factors that are held: where
+    it was replaced meanwhile, the text is encoded again.
 
-    `encode` makes tokens of a text as its adapter wants it. Texts are padded on the right. Where
+    `encode` makes tokens of a text as its adapter wants it: one row of a batch, or several of a
+    text that is cut into parts, which share a batch, or none. Rows are padded on the right. Where
     padding would change the answer (`padding` in the manifest), a batch is of one length.
 
     Raises:
-        UsageError: no texts, not one adapter for each, or a batch size below 1.
+        UsageError: not one adapter for each text, a batch size below 1, or a text without tokens.
+    """
+    check_count("batch_size", batch_size)
+    names = each_row(adapters, len(texts))
+    inputs = {spec.name for spec in session.manifest.inputs}
+    encoded = [
+        _encoded(session, number, text, name, encode)
+        for number, (text, name) in enumerate(zip(texts, names, strict=True))
+    ]
+    pad_id = session.texts.base.tokenizer.pad_id
+    alike = session.manifest.padding == NO_PADDING
+    waiting = deque(_parts(encoded, batch_size, alike=alike))
+    while waiting:
+        part = waiting.popleft()
+        rows = [row for text in part for row in text.rows]
+        if not rows:
+            continue
+        ids, mask = pad([row.tokens.ids for row in rows], pad_id, left=False)
+        types = [row.tokens.types or [0] * len(row.tokens.ids) for row in rows]
+        made: dict[str, NDArray[Any]] = {
+            INPUT_IDS: ids,
+            ATTENTION_MASK: mask,
+            TOKEN_TYPE_IDS: pad(types, 0, left=False)[0],
+        }
+        feeds = {name: values for name, values in made.items() if name in inputs}
+        with session.hold([row.adapter for row in rows]) as held:
+            moved = any(session.texts.have_moved(text.adapter, text.counts) for text in part)
+            if not moved:
+                yield Batch(held, rows, feeds, mask)
+        if moved:
+            part = [_encoded(session, t.number, t.text, t.adapter, encode) for t in part]
+            waiting.extendleft(reversed(list(_parts(part, batch_size, alike=alike))))
+
+
+def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
+    """One text, or several, as a sequence of them.
+
+    Raises:
+        UsageError: there are none, or one is no text.
     """
     given = [texts] if isinstance(texts, str) else texts
     if not isinstance(given, list | tuple | np.ndarray):
@@ -58,60 +136,55 @@ def encoded_batches(
     if not len(given):
         raise UsageError("there are no texts")
     for number, text in enumerate(given, start=1):
+        if isinstance(text, list | tuple) and len(text) == 2:
+            raise UsageError(
+                f"text {number} is a pair {shown(text)}: give a str; pairs are for TextPairScorer"
+            )
         if not isinstance(text, str):
             raise UsageError(f"text {number} is {shown(text)}: give a str")
-    check_count("batch_size", batch_size)
-    names = each_row(adapters, len(given))
-    inputs = {spec.name for spec in session.manifest.inputs}
-    rows = [_encoded(session, text, name, encode) for text, name in zip(given, names, strict=True)]
-    pad_id = session.texts.base.tokenizer.pad_id
-    alike = session.manifest.padding == NO_PADDING
-    waiting = deque(_parts(rows, batch_size, alike=alike))
-    while waiting:
-        part = waiting.popleft()
-        ids, mask = pad([row.ids for row in part], pad_id, left=False)
-        made: dict[str, NDArray[Any]] = {
-            INPUT_IDS: ids,
-            ATTENTION_MASK: mask,
-            TOKEN_TYPE_IDS: np.zeros_like(ids),
-        }
-        feeds = {name: values for name, values in made.items() if name in inputs}
-        with session.hold([row.adapter for row in part]) as held:
-            moved = any(session.texts.have_moved(row.adapter, row.counts) for row in part)
-            if not moved:
-                yield held, [(row.adapter, row.side) for row in part], feeds, mask
-        if moved:
-            part = [_encoded(session, row.text, row.adapter, encode) for row in part]
-            waiting.extendleft(reversed(list(_parts(part, batch_size, alike=alike))))
+    return list(given)
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A text as tokens of the side that its adapter had at its `counts` of changes."""
+class _Encoded(Generic[_Tokens]):
+    """A text as rows of the side that its adapter had at its `counts` of changes."""
 
-    text: str
+    number: int
+    text: Any
     adapter: AdapterSpec | None
     counts: tuple[int, ...]
-    side: TextSide
-    ids: list[int]
+    rows: Sequence[Row[_Tokens]]
 
 
 def _encoded(
     session: AdapterSession,
-    text: str,
+    number: int,
+    text: Any,
     adapter: AdapterSpec | None,
-    encode: Callable[[str, TextSide], list[int]],
-) -> _Row:
+    encode: Callable[[Any, TextSide], Sequence[_Tokens]],
+) -> _Encoded[_Tokens]:
     counts = session.texts.counts(adapter)
     side = session.texts.of(adapter)
-    return _Row(text, adapter, counts, side, encode(text, side))
+    rows = [Row(number, adapter, side, tokens) for tokens in encode(text, side)]
+    if any(not row.tokens.ids for row in rows):
+        raise UsageError(f"text {number + 1} ({shown(text)}) has no tokens")
+    return _Encoded(number, text, adapter, counts, rows)
 
 
-def _parts(rows: Sequence[_Row], size: int, *, alike: bool) -> Iterator[Sequence[_Row]]:
-    """Batches of at most `size` rows in their order, those of one length where they are `alike`."""
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        ends = stop == len(rows) or stop - start == size
-        if ends or (alike and len(rows[stop].ids) != len(rows[start].ids)):
-            yield rows[start:stop]
-            start = stop
+def _parts(
+    texts: Sequence[_Encoded[_Tokens]], size: int, *, alike: bool
+) -> Iterator[Sequence[_Encoded[_Tokens]]]:
+    """Batches of texts in their order, of at most `size` rows unless one text alone has more.
+
+    Where they are to be `alike`, the rows of a batch are of one length.
+    """
+    part: list[_Encoded[_Tokens]] = []
+    for text in texts:
+        rows = sum(len(one.rows) for one in part)
+        lengths = {len(row.tokens.ids) for one in (*part, text) for row in one.rows}
+        if part and (rows + len(text.rows) > size or (alike and len(lengths) > 1)):
+            yield part
+            part = []
+        part.append(text)
+    if part:
+        yield part

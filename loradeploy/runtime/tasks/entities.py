@@ -1,0 +1,160 @@
+"""Labels of tokens as entities, by the rules of transformers' TokenClassificationPipeline.
+
+none      each token on its own
+simple    neighbors of one kind are one entity
+first     as simple, of whole words, each with the label of its first token
+average   likewise, with the largest of its tokens' probabilities on average
+max       likewise, with the label of its likeliest token
+
+B-X begins an entity of the kind X, I-X goes on with one; other labels are kinds themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+NONE: Final = "none"
+SIMPLE: Final = "simple"
+# Of no entity.
+OUTSIDE: Final = "O"
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Characters `start` to `end` of a text, what they are, and with which probability.
+
+    `label`: of a token, as the classifier has it; of several together, without B- and I-.
+    `word`: the tokens as text; `text[start:end]` is what the text has there.
+    `index`: the number of the token, where it is one.
+    """
+
+    label: str
+    score: float
+    word: str
+    start: int
+    end: int
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text, with the probability of each label, float [labels].
+
+    `continues`: whether it goes on with the word of the token before it.
+    """
+
+    word: str
+    scores: NDArray[Any]
+    start: int
+    end: int
+    index: int
+    continues: bool
+
+
+# What the tokens of a word have for a label: its number and its probability.
+_WORDS: Final[Mapping[str, Callable[[NDArray[Any]], tuple[int, float]]]] = {
+    "first": lambda scores: _likeliest(scores[0]),
+    "average": lambda scores: _likeliest(np.nanmean(scores, axis=0)),
+    "max": lambda scores: _likeliest(scores[int(scores.max(axis=1).argmax())]),
+}
+AGGREGATIONS: Final = (NONE, SIMPLE, *_WORDS)
+
+
+def entities_of(
+    tokens: Sequence[Token],
+    labels: Sequence[str],
+    aggregation: str,
+    join: Callable[[Sequence[str]], str],
+) -> list[Entity]:
+    """What the `tokens` of a text, or of a part of it, are; what is outside is left out.
+
+    `join` makes text of tokens.
+    """
+    if aggregation in _WORDS:
+        found = [_word(word, labels, _WORDS[aggregation], join) for word in _words(tokens)]
+    else:
+        found = [_token(token, labels) for token in tokens]
+    if aggregation != NONE:
+        found = [_group(group, join) for group in _groups(found)]
+    return [entity for entity in found if entity.label != OUTSIDE]
+
+
+def without_overlaps(entities: Sequence[Entity]) -> list[Entity]:
+    """The entities of parts that overlap: of those that begin in another, the longer one.
+
+    Of two that are as long, the likelier one.
+    """
+    kept: list[Entity] = []
+    for entity in sorted(entities, key=lambda entity: entity.start):
+        last = kept[-1] if kept else None
+        if last is None or not last.start <= entity.start < last.end:
+            kept.append(entity)
+        elif (entity.end - entity.start, entity.score) > (last.end - last.start, last.score):
+            kept[-1] = entity
+    return kept
+
+
+def tag_of(label: str) -> tuple[str, str]:
+    """Whether a label begins an entity ("B") or goes on with one ("I"), and its kind."""
+    if label[:2] in ("B-", "I-"):
+        return label[0], label[2:]
+    return "I", label
+
+
+def _likeliest(scores: NDArray[Any]) -> tuple[int, float]:
+    number = int(scores.argmax())
+    return number, float(scores[number])
+
+
+def _token(token: Token, labels: Sequence[str]) -> Entity:
+    number, score = _likeliest(token.scores)
+    return Entity(labels[number], score, token.word, token.start, token.end, token.index)
+
+
+def _words(tokens: Sequence[Token]) -> list[list[Token]]:
+    words: list[list[Token]] = []
+    for token in tokens:
+        if words and token.continues:
+            words[-1].append(token)
+        else:
+            words.append([token])
+    return words
+
+
+def _word(
+    tokens: Sequence[Token],
+    labels: Sequence[str],
+    choose: Callable[[NDArray[Any]], tuple[int, float]],
+    join: Callable[[Sequence[str]], str],
+) -> Entity:
+    number, score = choose(np.stack([token.scores for token in tokens]))
+    word = join([token.word for token in tokens])
+    return Entity(labels[number], score, word, tokens[0].start, tokens[-1].end)
+
+
+def _groups(entities: Sequence[Entity]) -> list[list[Entity]]:
+    groups: list[list[Entity]] = []
+    for entity in entities:
+        begins, kind = tag_of(entity.label)
+        if groups and begins != "B" and kind == tag_of(groups[-1][-1].label)[1]:
+            groups[-1].append(entity)
+        else:
+            groups.append([entity])
+    return groups
+
+
+def _group(entities: Sequence[Entity], join: Callable[[Sequence[str]], str]) -> Entity:
+    return Entity(
+        label=entities[0].label.split("-", 1)[-1],
+        score=float(np.nanmean([entity.score for entity in entities])),
+        word=join([entity.word for entity in entities]),
+        start=entities[0].start,
+        end=entities[-1].end,
+    )

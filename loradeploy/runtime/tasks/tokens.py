@@ -1,0 +1,142 @@
+"""Entities from a token classification bundle, each text with its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from loradeploy.adapter.tasks import TOKEN_CLASSIFICATION
+from loradeploy.bundle.names import NO_PADDING
+from loradeploy.bundle.outputs import output_of
+from loradeploy.bundle.text.parts import TextPart, is_subword_by_prefix, joined, text_parts
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import UsageError, shown
+from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.arguments import Adapters, each_row
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.classification import base_head, head_of_row, named_outputs, softmax
+from loradeploy.runtime.tasks.encoder import Row, encoded_batches, given_texts
+from loradeploy.runtime.tasks.entities import (
+    AGGREGATIONS,
+    NONE,
+    Entity,
+    Token,
+    entities_of,
+    without_overlaps,
+)
+from loradeploy.runtime.texts import TextSide
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """The entities of a text, in their order."""
+
+    entities: tuple[Entity, ...]
+    adapter: AdapterSpec | None
+
+
+class TokenClassifier:
+    """Finds entities in texts with a session on a token classification bundle.
+
+    Raises:
+        UsageError: the bundle is for another task.
+        BundleError: the bundle holds no tokenizer.
+    """
+
+    def __init__(self, session: AdapterSession) -> None:
+        if session.manifest.task != TOKEN_CLASSIFICATION:
+            raise UsageError(
+                f"{session.path} is a {session.manifest.task} bundle, no token classifier"
+            )
+        self.session = session
+        self.tokenizer = session.texts.base.tokenizer
+        self._head = base_head(session)
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        adapters: Adapters = None,
+        *,
+        aggregation: str = "first",
+        stride: int | None = None,
+        batch_size: int = 32,
+    ) -> list[TokenClassification]:
+        """The entities of each text. `adapters` is as in `AdapterSession.run`.
+
+        They are what transformers' TokenClassificationPipeline finds with the aggregation_strategy
+        `aggregation`: "none" gives each token that is not O; "simple" makes neighbors of one kind
+        an entity, by the labels' B- and I-; "first", "average" and "max" choose one label for each
+        word first, that of its first token, of its tokens on average, or of its likeliest token.
+        Training puts a word's tag at its first token, so "first" asks what was trained. A text
+        without words has no entities.
+
+        `stride`: cut texts that are longer than the model's positions into parts that overlap by so
+        many tokens; of entities in two parts the longer one counts. Without it they are refused.
+
+        Raises:
+            UsageError: no texts, not one adapter for each, a text that is too long, an unknown
+                aggregation, or a stride with "none" or that does not fit.
+            UnknownAdapterError: an adapter that was never loaded.
+        """
+        if aggregation not in AGGREGATIONS:
+            raise UsageError(
+                f"aggregation is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
+            )
+        if stride is not None and aggregation == NONE:
+            raise UsageError('stride needs an aggregation: "none" has tokens of overlaps twice')
+        if stride is not None and self.session.manifest.padding == NO_PADDING:
+            raise UsageError(
+                f"stride: {self.session.path} takes rows of one length, and parts are of several"
+            )
+        given = given_texts(texts)
+        found: list[list[Entity]] = [[] for _ in given]
+        parts = [0] * len(given)
+        output = output_of(self.session.manifest)
+
+        def encode(text: str, side: TextSide) -> list[TextPart]:
+            longest = side.tokenizer.max_length
+            return text_parts(side.tokenizer, text, max_length=longest, stride=stride)
+
+        for batch in encoded_batches(self.session, given, adapters, batch_size, encode):
+            (logits,) = batch.held.run([output], batch.feeds)  # [rows, sequence, labels]
+            for number, (values, row) in enumerate(zip(logits, batch.rows, strict=True)):
+                head = head_of_row(batch.held.head(number), self._head, row.adapter)
+                own, labels = named_outputs(values[: len(row.tokens.ids)], head)
+                tokens = _tokens(row, given[row.text], softmax(own))
+                join = partial(joined, row.side.tokenizer)
+                found[row.text] += entities_of(tokens, labels, aggregation, join)
+                parts[row.text] += 1
+        return [
+            TokenClassification(tuple(without_overlaps(own) if count > 1 else own), adapter)
+            for own, count, adapter in zip(
+                found, parts, each_row(adapters, len(given)), strict=True
+            )
+        ]
+
+
+def _tokens(row: Row[TextPart], text: str, scores: NDArray[np.float64]) -> list[Token]:
+    """The tokens of a row that are part of its text; `scores` [tokens, labels]."""
+    part, tokenizer = row.tokens, row.side.tokenizer
+    return [
+        _token(tokenizer, part, index, text, scores[index])
+        for index, special in enumerate(part.special)
+        if not special
+    ]
+
+
+def _token(
+    tokenizer: Tokenizer, part: TextPart, index: int, text: str, scores: NDArray[np.float64]
+) -> Token:
+    start, end = part.spans[index]
+    word, continues = part.words[index], is_subword_by_prefix(tokenizer, part, index)
+    if continues is None:  # as transformers guesses it: no space before it or at its beginning
+        continues = start > 0 and " " not in text[start - 1 : start + 1]
+    if word == tokenizer.special_tokens.get("unk_token"):
+        word, continues = text[start:end], False
+    return Token(word, scores, start, end, index, continues)
