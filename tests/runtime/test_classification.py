@@ -252,9 +252,7 @@ def test_the_command_prints_labels_and_numbers(
     assert none == "(no label)\n"
     said = call("run", typed_bundle, TEXTS[1], "--adapter", "numbers")
     assert said == "\t".join(f"{v:.6g}" for v in numbers.scores.values()) + "\n"
-    values = json.loads(
-        call("run", typed_bundle, TEXTS[1], "--adapter", "numbers", "--json").stdout
-    )
+    values = json.loads(call("run", typed_bundle, TEXTS[1], "--adapter", "numbers", "--json"))
     assert values["scores"] == pytest.approx(numbers.scores)
     assert (values["problem_type"], values["labels"]) == ("regression", [])
 
