@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import onnxruntime
 
+from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
@@ -151,7 +152,7 @@ class AdapterSession:
             if self.manifest.side_inputs():
                 arrays = probe(self.manifest, self._reader.defaults())
                 for bank in (self._bank, host._bank):
-                    bank.add(PROBE, lambda: (arrays, PROBE, None))
+                    bank.add(PROBE, lambda: (arrays, PROBE, Head()))
             check_effect(self, host, self.manifest, config, provider)
 
     @property
