@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,7 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
 )
 from loradeploy.cli.console import provider_option, say_text
+from loradeploy.cli.generating import generate, generation_flags, given_settings
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -48,27 +49,15 @@ if TYPE_CHECKING:
     "file",
     type=click.Path(),
     help="Read prompts from this file: one on each line, or JSONL whose objects have prompt,"
-    " messages or text, and perhaps adapter. - is standard input.",
+    " messages or text, perhaps adapter, and settings of their own such as temperature or stop."
+    " - is standard input.",
 )
 @click.option(
     "--adapter",
     metavar="NAME|DIR",
     help="Use this adapter for all prompts that name none themselves [default: the base].",
 )
-@click.option(
-    "--chat", is_flag=True, default=None, help="Give each prompt to the model as a user's message."
-)
-@click.option("--max-new-tokens", type=int, help="Generate at most this many tokens for a prompt.")
-@click.option("--temperature", type=float, help="Sample at this temperature [default: greedy].")
-@click.option(
-    "--top-k", type=int, help="Sample from this many tokens [default: generation_config.json's]."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    help="Sample from the tokens of this probability mass [default: generation_config.json's].",
-)
-@click.option("--seed", type=int, help="Sample with this seed, so that a run can be repeated.")
+@generation_flags
 @click.option(
     "--prompt-name",
     metavar="NAME",
@@ -135,9 +124,10 @@ def command(
 
     Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
     entities of token classifiers; a vector from embedding models. Of a file each result is one
-    line, in which a line break is written \\n; --json has the texts as they are. Lines of a file
-    may each name their own adapter: they share batches. On a terminal, characters of a text that
-    would act on it are escaped; a pipe gets them.
+    line, in which a line break is written \\n; --json has the texts as they are, those of decoders
+    with their tokens and why they ended. Lines of a file may each name their own adapter and
+    settings: they share batches. On a terminal, characters of a text that would act on it are
+    escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import Request
@@ -154,7 +144,7 @@ def command(
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
         required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
     session = AdapterSession(bundle, [provider], require_certificate=required)
-    options = {name: value for name, value in generation.items() if value is not None}
+    options = given_settings(generation)
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])
     task = session.manifest.task
@@ -163,7 +153,7 @@ def command(
             f"{bundle} is a {task} bundle, which this command cannot run: use AdapterSession.run"
         )
     run = _TASKS[task]
-    if run is not _generate and options:
+    if run is not generate and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(
             f"{flags}: for text generation alone, {bundle} is a {session.manifest.task} bundle"
@@ -181,6 +171,8 @@ def command(
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag}: for {models} alone, {bundle} is for {task}")
         options[name] = value
+    if run is generate:
+        options["per_prompt"] = [request.settings for request in requests]
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
 
@@ -199,33 +191,6 @@ class Printer:
             click.echo(as_json(values, indent=2 if self.one else None))
         else:
             say_text(plain if self.one else one_line(plain))
-
-
-def _generate(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    **options: Any,
-) -> None:
-    from loradeploy.runtime.tasks.generation import Generation, TextGenerator
-
-    streamed = printer.one and not printer.as_json
-
-    def show(row: int, result: Generation) -> None:
-        values = asdict(result)
-        values["token_ids"] = list(result.token_ids)
-        printer.result("" if streamed else result.text, {"prompt": prompts[row], **values})
-
-    TextGenerator(session).generate(
-        prompts,
-        adapters,
-        batch_size=batch_size,
-        on_text=(lambda _, piece: printer.piece(piece)) if streamed else None,
-        on_result=show,
-        **options,
-    )
 
 
 def _classify(
@@ -293,8 +258,8 @@ def _embed(
         printer.result(json.dumps(vector), {"text": text, "embedding": vector, "adapter": adapter})
 
 
-_TASKS: Final = {
-    CAUSAL_LM: _generate,
+_TASKS: Final[Mapping[str, Callable[..., None]]] = {
+    CAUSAL_LM: generate,
     SEQUENCE_CLASSIFICATION: _classify,
     TOKEN_CLASSIFICATION: _tag,
     FEATURE_EXTRACTION: _embed,

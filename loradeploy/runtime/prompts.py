@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError
@@ -14,23 +15,31 @@ from loradeploy.files import (
     numbered_lines,
     read_text,
 )
+from loradeploy.runtime.decoding.options import GenerationOptions
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
 
 # The first of these that an object has is the prompt.
 _FIELDS: Final = ("prompt", "messages", "text")
+# What an object may set of its own generation; a function is nothing that JSON has.
+_SETTINGS: Final = (
+    *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
+    "seed",
+)
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt and its adapter: a name, a path, several with weights, or None for the base.
 
-    `prompt`: a text, or a conversation as a list of messages.
+    `prompt`: a text, or a conversation as a list of messages. `settings`: those of its generation
+    that it has itself, by the names of `GenerationOptions`, and `seed`.
     """
 
     prompt: str | list[Any]
     adapter: AdapterSpec | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_requests(
@@ -52,7 +61,8 @@ def parse_requests(
     """The prompts in `content`, one a line; blank lines are passed over.
 
     With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, and
-    perhaps `adapter` in place of the one that all others have. `source`: its name in messages.
+    perhaps `adapter` in place of the one that all others have, and settings of a generation.
+    `source`: its name in messages.
 
     Raises:
         DataError: there are no prompts, or a line cannot be used.
@@ -72,11 +82,22 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> Request:
         return Request(values, adapter)
     if not isinstance(values, dict):
         raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
-    field = next((field for field in _FIELDS if values.get(field) is not None), None)
-    kind = list if field == "messages" else str
-    if field is None or not isinstance(values[field], kind):
+    name = next((name for name in _FIELDS if values.get(name) is not None), None)
+    kind = list if name == "messages" else str
+    if name is None or not isinstance(values[name], kind):
         raise DataError(f"{where}: give a text as prompt or text, or a list of messages")
     named = values.get("adapter", adapter)
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
-    return Request(values[field], named)
+    return Request(values[name], named, _settings(values))
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a generation that an object has; in JSON a token id is a text of digits."""
+    found = {name: values[name] for name in _SETTINGS if values.get(name) is not None}
+    if isinstance(bias := found.get("logit_bias"), dict):
+        found["logit_bias"] = {
+            int(token) if token.isascii() and token.isdigit() else token: value
+            for token, value in bias.items()
+        }
+    return found

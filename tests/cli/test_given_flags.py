@@ -39,13 +39,16 @@ ELSEWHERE = {
     "train": {"as_json", "print_config", "dry_run", "config"},
     "export": {"as_json"},
     "parity": {"as_json"},
-    "run": {"as_json", "file", "adapter", "prompt_name", "threshold", "aggregation", "stride"},
+    "run": {"as_json", "file", "adapter", "score"}
+    | {"prompt_name", "threshold", "aggregation", "stride"},
     "bench": {"as_json", "adapters"},
 }
 # Values that mean something, where any text will not do.
 VALUES = {
     "certificate_minimum": "prompts=3",
     "provider": "cuda",
+    "logit_bias": "5=-2.5",
+    "logprobs": "2 --json",
     "tolerances": "fp16",
     "fixed": "batch=1",
     "static_shapes": "batch=1",

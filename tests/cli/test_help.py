@@ -19,6 +19,7 @@ from loradeploy.export.api import export
 from loradeploy.inspection.api import inspect as inspect_path
 from loradeploy.parity.api import parity
 from loradeploy.parity.compare.api import compare
+from loradeploy.runtime.decoding.options import GenerationOptions
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
@@ -105,8 +106,9 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
     "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
     "run": (
-        (AdapterSession, TextGenerator.generate, TextEmbedder.__call__),
-        {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"},
+        (AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
+        {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"}
+        | {"score"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "convert": ((convert,), set()),
@@ -124,6 +126,11 @@ def test_every_flag_is_a_parameter_of_the_function_behind(verb: str) -> None:
 
 def test_no_verb_is_left_out() -> None:
     assert {"train", *FUNCTIONS} == set(VERBS)
+
+
+def test_every_setting_of_a_generation_is_a_flag() -> None:
+    settings = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert settings - names("run") == {"allowed_tokens"}  # a function
 
 
 @pytest.mark.parametrize("verb", VERBS)

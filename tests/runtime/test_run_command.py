@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,90 @@ def test_options_reach_the_generator(
         "finish_reason": expected.finish_reason,
         "adapter": llama_adapters["small"].name,
         "prompt_tokens": expected.prompt_tokens,
+        "completion_tokens": expected.completion_tokens,
+        "stop_reason": expected.stop_reason,
+        "choice": 0,
+        "logprobs": None,
+        "score": None,
     }
+
+
+SEVERAL: dict[str, tuple[list[object], dict[str, Any]]] = {
+    "penalties and stops": (
+        [
+            *("--repetition-penalty", 1.5, "--presence-penalty", 0.5, "--frequency-penalty", 0.25),
+            *("--stop", "zz", "--stop", "c", "--logit-bias", "69=4", "--logit-bias", "so=1.5"),
+        ],
+        {
+            "repetition_penalty": 1.5,
+            "stop": ["zz", "c"],
+            "logit_bias": {69: 4.0, "so": 1.5},
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.25,
+        },
+    ),
+    "beams": (
+        ["--beams", 3, "--n", 2, "--length-penalty", 0.5, "--early-stopping", "yes"],
+        {"num_beams": 3, "n": 2, "length_penalty": 0.5, "early_stopping": True},
+    ),
+    "samples": (
+        ["--temperature", 0.9, "--min-p", 0.1, "--n", 2, "--seed", 4, "--logprobs", 2],
+        {"temperature": 0.9, "min_p": 0.1, "n": 2, "seed": 4, "logprobs": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_settings_of_a_generation_reach_it_and_their_results_are_printed(
+    tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path, name: str
+) -> None:
+    flags, options = SEVERAL[name]
+    prompts = ["The bank", "A"]
+    expected = TextGenerator(llama_session).generate(prompts, max_new_tokens=9, **options)
+    file = lines(tmp_path, *({"prompt": prompt} for prompt in prompts))
+    flags = ["--max-new-tokens", 9, *flags]
+    result = run(tiny_llama_bundle, "--input", file, "--json", *flags)
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [values.pop("prompt") for values in printed] == [
+        prompt for prompt in prompts for _ in range(options.get("n", 1))
+    ]
+    assert printed == [json.loads(json.dumps(asdict(one))) for one in expected]
+    if "logprobs" not in options:
+        texts = run(tiny_llama_bundle, prompts[0], *flags).stdout
+        own = expected[: options.get("n", 1)]
+        assert texts == "".join(one.text + "\n" for one in own)
+
+
+def test_a_line_may_have_settings_of_its_own(
+    tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
+) -> None:
+    own: list[dict[str, Any]] = [
+        {"temperature": 1.5, "seed": 3, "n": 2},
+        {},
+        {"num_beams": 2, "logit_bias": {"300": 5}, "max_new_tokens": 3},
+    ]
+    file = lines(tmp_path, *({"prompt": "A", **settings} for settings in own))
+    result = run(tiny_llama_bundle, "--input", file, "--json", "--max-new-tokens", 5)
+    printed = [json.loads(line)["token_ids"] for line in result.stdout.splitlines()]
+    own[2]["logit_bias"] = {300: 5}
+    expected = TextGenerator(llama_session).generate(["A"] * 3, max_new_tokens=5, per_prompt=own)
+    assert printed == [list(one.token_ids) for one in expected]
+    assert len(printed[3]) == 3
+
+
+def test_texts_are_scored(
+    tiny_llama_bundle: Path, llama_adapters: dict[str, Path], llama_session: AdapterSession
+) -> None:
+    (expected,) = TextGenerator(llama_session).score(["The bank"], "small", logprobs=2)
+    arguments = [tiny_llama_bundle, "The bank", "--score", "--adapter", llama_adapters["small"]]
+    logprob, perplexity = run(*arguments).stdout.split("\t")
+    assert float(logprob) == pytest.approx(expected.logprob, abs=1e-4)
+    assert float(perplexity) == pytest.approx(expected.perplexity, abs=1e-3)
+    values = json.loads(run(*arguments, "--json", "--logprobs", 2).stdout)
+    assert values["text"] == "The bank"
+    assert len(values["logprobs"][0]["top"]) == 2
+    refused = run(*arguments, "--temperature", 1).exception
+    assert "--score generates nothing, and takes no --temperature" in str(refused)
 
 
 def test_lines_of_a_file_may_each_name_their_adapter(
@@ -150,6 +234,10 @@ Arguments = Callable[[Path, Path], list[object]]
         (lambda b, t: [b, "--input", t / "none.txt"], DataError, "none.txt does not exist"),
         (lambda b, t: [b, "--input", t], DataError, "is a directory: only regular files are read"),
         (lambda b, t: [b, "x", "--top-k", 3], UsageError, "no effect at temperature 0"),
+        (lambda b, t: [b, "x", "--logit-bias", "so"], UsageError, "give TOKEN=NUMBER"),
+        (lambda b, t: [b, "x", "--logprobs", 3], UsageError, "--logprobs: give --json too"),
+        (lambda b, t: [b, "x", "--stop", ""], UsageError, "a stop string is empty"),
+        (lambda b, t: [b, "x", "--n", 2], UsageError, "n is 2 at temperature 0"),
     ],
 )
 def test_a_mistake_is_one_line(
