@@ -84,6 +84,10 @@ def run_backends(
             continue
         varied = [context.at(variant) for variant in context.variants.each]
         for at in varied if backend.on_onnxruntime else [context]:
+            crash = context.crashed.get(at.variant.provider) if backend.on_onnxruntime else None
+            if crash is not None:
+                results.append(_broken(backend, at, crash))
+                continue
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
 
@@ -160,7 +164,7 @@ def _run_backend(
         except LoraDeployError:
             raise
         except Exception as problem:  # a backend's own: it is the backend that fails, not we
-            yield _broken(backend, context, problem)
+            yield _broken(backend, context, kind_and_line(problem))
             return
         if entry is None:
             return
@@ -276,13 +280,13 @@ def _not_run(backend: Backend, reason: str) -> Result:
     return Result(backend.name, backend.title, None, None, "not run", reason)
 
 
-def _broken(backend: Backend, context: CheckContext, problem: Exception) -> Result:
+def _broken(backend: Backend, context: CheckContext, problem: str) -> Result:
     return Result(
         backend.name,
         backend.title,
         None,
         None,
         "failed",
-        kind_and_line(problem),
+        problem,
         variant=_variant(backend, context),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class CheckContext:
 
     `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
     `variant`, and what its sessions are opened with as `providers`. `phases`: None is all.
+    `crashed`: by provider, how a process ended that ran the bundle on it.
     `genai_python`: the interpreter that has onnxruntime-genai.
     `weights`: where those of the bundle's graph are, if not beside it.
     """
@@ -68,6 +69,7 @@ class CheckContext:
     variants: Variants = DEFAULTS
     variant: Variant = DEFAULT
     phases: tuple[str, ...] | None = None
+    crashed: Mapping[str, str] = field(default_factory=dict)
     genai_python: Path | None = None
     weights: Path | None = None
 

@@ -10,6 +10,7 @@ from typing import Final
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.parity.report.results import Environment
 from loradeploy.runtime.devices.facts import processor
+from loradeploy.runtime.devices.table import KNOWN
 
 _PACKAGES: Final = (
     "loradeploy",
@@ -26,7 +27,8 @@ _PACKAGES: Final = (
 def environment(providers: tuple[ProviderFacts, ...]) -> Environment:
     """This machine and its packages; `providers`: what the check ran on."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    plugins = [row.plugin.package for row in KNOWN if row.plugin is not None]
+    for package in (*_PACKAGES, *plugins):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import functools
 import gc
@@ -36,7 +37,7 @@ from loradeploy.parity.report.results import (
 )
 from loradeploy.parity.score.heldout import HeldOut
 from loradeploy.parity.score.scores import score_backends, score_notes, score_reference
-from loradeploy.parity.variants import start
+from loradeploy.parity.variants import start, together
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -64,6 +65,9 @@ def run(
     """
     started = time.monotonic()
     started_on = start(context.bundle, context.variants)
+    chains = context.variants.chains.items()
+    running = [chain for provider, chain in chains if provider not in started_on.crashed]
+    context = dataclasses.replace(context, crashed=started_on.crashed, providers=together(running))
     logger.info("loading %s", context.model)
     model = load_model(context)
     answered = score_reference(context, model, held_out)
@@ -90,7 +94,8 @@ def run(
         gc.collect()
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, context, reference, None, progress)
-        scores = score_backends(in_onnx, context, held_out, answered)
+        if running:
+            scores = score_backends(in_onnx, context, held_out, answered)
         # Once more, for what failed, and only where something did.
         again = functools.cache(lambda: load_base(context))
         if localize is not False:

@@ -97,39 +97,58 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
 
 @dataclass(frozen=True)
 class Started:
-    """What opening the bundle on every provider showed: the facts of each, and notes."""
+    """What opening the bundle on every provider showed: the facts of each, and notes.
+
+    `crashed`: by a variant's `provider`, how the process ended that ran the bundle on it.
+    """
 
     providers: tuple[ProviderFacts, ...]
     notes: tuple[str, ...]
+    crashed: Mapping[str, str] = field(default_factory=dict)
 
 
 def start(bundle: Path, variants: Variants) -> Started:
     """Open the bundle once in every variant; report which nodes a provider leaves to the CPU.
 
+    A provider whose numbers are not taken for right runs the bundle in another process first.
+
     Raises:
         UsageError: a provider does not start.
         BundleError: onnxruntime cannot open the graph.
     """
-    from loradeploy.runtime.devices.facts import cpu_facts
+    from loradeploy.parity.trial import crash_of
+    from loradeploy.runtime.devices.facts import facts_of_chain
+    from loradeploy.runtime.devices.table import known
     from loradeploy.runtime.session import AdapterSession
 
     facts: dict[str, ProviderFacts] = {}
     notes = []
+    crashed: dict[str, str] = {}
+    for provider, chain in variants.chains.items():
+        named = dataclasses.replace(facts_of_chain(chain), provider=provider)
+        facts[provider] = named
+        if not all(known(name).like_cpu for name, _ in chain):
+            crash = crash_of(bundle, chain)
+            if crash is not None:
+                crashed[provider] = f"{provider}: {crash} when it ran the bundle ({named})"
     for variant in variants.each:
         chain = variants.chains[variant.provider]
-        if [name for name, _ in chain] == [CPU]:
-            facts[variant.provider] = cpu_facts()
+        if variant.provider in crashed or [name for name, _ in chain] == [CPU]:
             continue
         # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
-        session = AdapterSession(bundle, chain, session_options=session_options(variant))
+        session = AdapterSession(
+            bundle, chain, session_options=session_options(variant), check_device=False
+        )
         facts[variant.provider] = dataclasses.replace(session.provider, provider=variant.provider)
         placement = session.placement
         on_cpu = placement.get(CPU, {})
         if on_cpu:
             count = sum(on_cpu.values())
-            total = sum(sum(operators.values()) for operators in placement.values())
-            named = [f"{times} {op}" for op, times in list(on_cpu.items())[:_LISTED]]
-            named += ["…"] if len(on_cpu) > _LISTED else []
-            notes.append(f"{variant}: {count} of {total} nodes run on the CPU ({', '.join(named)})")
+            total = sum(sum(counts.values()) for counts in placement.values())
+            operators = [f"{times} {op}" for op, times in list(on_cpu.items())[:_LISTED]]
+            operators += ["…"] if len(on_cpu) > _LISTED else []
+            notes.append(
+                f"{variant}: {count} of {total} nodes run on the CPU ({', '.join(operators)})"
+            )
         session.close()
-    return Started(tuple(facts.values()), tuple(notes))
+    return Started(tuple(facts.values()), tuple(notes), crashed)

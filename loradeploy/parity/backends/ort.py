@@ -15,7 +15,7 @@ import numpy as np
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
-from loradeploy.errors import ExportError
+from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import plain_feeds
 from loradeploy.parity.phases import joined, output_names
@@ -140,20 +140,45 @@ def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
 
 
 def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """Each adapter as an .onnx_adapter file, activated in a plain onnxruntime session."""
+    """Each adapter as an .onnx_adapter file, activated in an onnxruntime session.
+
+    What an adapter lacks is then the graph's default, of rank 0.
+
+    Raises:
+        NotRunError: a provider does not take such defaults, after all adapters that lack nothing.
+    """
     import onnxruntime
 
     from loradeploy.bundle.adapter_inputs.base import BundleBase
+    from loradeploy.runtime.devices.table import known
     from loradeploy.runtime.reading.graph import open_graph
 
+    rows = [known(name) for name, _ in context.providers]
+    if names := [row.name for row in rows if not row.takes_defaults]:
+        raise NotRunError(f"{names[0]} needs every side input to be fed, which they do not do")
     session = open_graph(context.bundle, context.providers, _options(context))
     base = BundleBase(context.bundle, context.manifest)
+    ranks = [row.name for row in rows if not row.takes_rank_zero]
+    left_out: list[str] = []
     for tested in context.adapters:
+        if ranks and (lacking := _lacking(tested, context.manifest)):
+            left_out.append(f"{tested.name} has no factors for {listed_names(lacking, 2)}")
+            continue
         adapter = onnxruntime.LoraAdapter()
         adapter.Load(os.fspath(native_file(context, tested, base)))
         active = onnxruntime.RunOptions()
         active.add_active_adapter(adapter)
         yield tested.name, OnnxModel(context.manifest, partial(_activated, session, active))
+    if left_out:
+        raise NotRunError(
+            f"{listed(left_out)}, whose default of rank 0 {ranks[0]} does not take"
+            " (`AdapterSession` feeds zeros there)"
+        )
+
+
+def _lacking(tested: AdapterUnderTest, manifest: Manifest) -> list[str]:
+    """The modules that have side inputs in the bundle and no factors in the adapter."""
+    return [t.module for t in manifest.targets if t.module not in tested.adapter.factors]
 
 
 def native_file(context: CheckContext, tested: AdapterUnderTest, base: BaseValues) -> Path:

@@ -47,9 +47,11 @@ def facts_of(session: onnxruntime.InferenceSession) -> ProviderFacts:
     return _facts(chain, options, there)
 
 
-def cpu_facts() -> ProviderFacts:
-    """Those of a session on the CPU alone."""
-    return _facts((CPU,), {}, [])
+def facts_of_chain(chain: Sequence[tuple[str, Mapping[str, Any]]]) -> ProviderFacts:
+    """Those of a session that would be opened with the providers `chain`, as `resolve` gives it."""
+    names = [name for name, _ in chain]
+    names += [] if CPU in names else [CPU]
+    return _facts(tuple(names), chain[0][1], [])
 
 
 def label_of(chain: Sequence[str], options: Mapping[str, Any]) -> str:

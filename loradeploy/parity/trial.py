@@ -1,0 +1,67 @@
+"""A bundle opened on a provider in a process of its own, before it is opened in this one.
+
+A provider with a wrong kernel may end its process, and a check that has ended proves nothing and
+reports nothing. So a provider that is not known to be right first opens the bundle in a child,
+where a session runs the base and a random adapter on it (`runtime.devices.effect`). A child that
+a signal ended is a failure with a name.
+
+    python -m loradeploy.parity.trial    reads {"bundle": PLACE, "providers": [[NAME, {…}], …]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.devices.providers import Resolved
+
+# Windows' exit codes of a process that an exception ended begin here.
+_EXCEPTIONS: Final = 0xC0000000
+
+
+def crash_of(bundle: Path, providers: Sequence[Resolved]) -> str | None:
+    """How a process ended that ran `bundle` on `providers`; None where it came to its end.
+
+    Whether the numbers are right is not asked here: that is what the check measures.
+    """
+    request = {"bundle": os.fspath(bundle), "providers": providers}
+    done = subprocess.run(
+        [sys.executable, "-m", "loradeploy.parity.trial"],
+        input=json.dumps(request, default=str),
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    if done.returncode < 0:
+        number = -done.returncode
+        known = {one.value: one.name for one in signal.Signals}
+        return f"it ended its process ({known.get(number, f'signal {number}')})"
+    if done.returncode >= _EXCEPTIONS:
+        return f"it ended its process (exit status {done.returncode:#x})"
+    return None
+
+
+def main() -> None:
+    """Open the bundle that stdin names, and run it."""
+    from loradeploy.errors import LoraDeployError
+    from loradeploy.runtime.session import AdapterSession
+
+    request = json.load(sys.stdin)
+    providers = [(name, options) for name, options in request["providers"]]
+    try:
+        AdapterSession(request["bundle"], providers).close()
+    except LoraDeployError:
+        sys.exit(1)  # the check itself meets it again, and reports it
+
+
+if __name__ == "__main__":
+    main()
