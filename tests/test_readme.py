@@ -25,11 +25,20 @@ DOCUMENTS = {
     "docs/adapters.md": (2, set(), "adapters/both"),
     "docs/bank.md": (2, {"answered"}, "bundle/model.onnx"),
     "docs/bundles.md": (2, {"largest"}, "bundle/adapters/sport.onnx_adapter"),
+    "docs/generation.md": (
+        4,
+        {"greedy", "several", "score", "piece", "awaited"},
+        "bundle/model.onnx",
+    ),
     "docs/training.md": (2, set(), "adapters/headline/README.md"),
 }
 
 # What a program of a client is tried by: the numbers that it has at its end are AdapterSession's.
 EFFECTS = {
+    "docs/generation.md": """
+rows = [generator.generate(prompts, adapters=name)[0].text for name in (None, "topic", "sport")]
+assert len(set(rows)) == 3, rows
+""",
     "docs/bundles.md": """
 import loradeploy
 

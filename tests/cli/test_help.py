@@ -22,8 +22,10 @@ from loradeploy.parity.compare.api import compare
 from loradeploy.runtime.decoding.options import GenerationOptions
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.tokens import TokenClassifier
 from loradeploy.runtime.timing import time_bundle
 from loradeploy.train.api import train
 from loradeploy.train.config import TrainConfig
@@ -106,7 +108,10 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
     "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
     "run": (
-        (AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
+        (
+            *(AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
+            *(TextClassifier.__call__, TokenClassifier.__call__),
+        ),
         {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"}
         | {"score"},
     ),

@@ -61,6 +61,18 @@ def test_each_row_of_the_mixed_batch_is_as_alone(bundle: Path) -> None:
     assert output.count("(as alone)") == 3
 
 
+def test_every_row_writes_json_of_the_schema(bundle: Path) -> None:
+    pytest.importorskip("llguidance", reason="the example's own requirement")
+    output = example("json_schema.py", bundle, "Good morning")
+    said = answers(output)
+    assert set(said) == {"base", "first", "second"}
+    for text in said.values():
+        values = json.loads(text)
+        assert set(values) == {"topic", "important"}
+        assert values["topic"] in ("business", "sport", "tech")
+        assert isinstance(values["important"], bool)
+
+
 def test_an_adapter_is_trained_deployed_and_proved(tiny_llama: Path, tmp_path: Path) -> None:
     data = tmp_path / "lessons.jsonl"
     lessons = [{"prompt": f"Question {n}:", "completion": f" answer {n % 3}."} for n in range(8)]

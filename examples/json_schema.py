@@ -1,0 +1,86 @@
+"""Text that is JSON of a schema, whatever the model and its adapters would write.
+
+    pip install llguidance
+    python examples/json_schema.py BUNDLE "The prompt" [--schema schema.json] [--max-new-tokens 128]
+
+Every adapter of the bundle answers the prompt, and so does the base, all in one batch. llguidance
+says which tokens may follow; `allowed_tokens` hands that to the generator, row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+
+import loradeploy as ld
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "topic": {"enum": ["business", "sport", "tech"]},
+        "important": {"type": "boolean"},
+    },
+    "required": ["topic", "important"],
+    "additionalProperties": False,
+}
+
+
+class JsonText:
+    """The tokens that may follow in a JSON text of a schema; one for each row."""
+
+    def __init__(self, words: llguidance.LLTokenizer, schema: dict[str, Any]) -> None:
+        # Without spaces of its own a model cannot go on with spaces for ever.
+        options = {"whitespace_flexible": False}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        self._matcher = llguidance.LLMatcher(words, grammar)
+        if self._matcher.is_error():
+            raise ValueError(f"the schema cannot be used: {self._matcher.get_error()}")
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, words.vocab_size)
+        self._made: tuple[int, ...] = ()
+
+    def __call__(self, made: tuple[int, ...]) -> np.ndarray:
+        """Of the tokens `made` so far to a mask, bool [vocabulary]."""
+        if made[: len(self._made)] != self._made:  # another beam
+            self._matcher.reset()
+            self._made = ()
+        if not self._matcher.consume_tokens(list(made[len(self._made) :])):
+            raise ValueError(f"this is no such JSON: {self._matcher.get_error()}")
+        self._made = made
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
+        return np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("bundle")
+    parser.add_argument("prompt")
+    parser.add_argument("--schema", type=Path)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    arguments = parser.parse_args()
+
+    schema = SCHEMA if arguments.schema is None else json.loads(arguments.schema.read_text())
+    session = ld.AdapterSession(arguments.bundle)
+    generator = ld.TextGenerator(session)
+    words = llguidance.LLTokenizer(
+        (Path(arguments.bundle) / "tokenizer.json").read_text(encoding="utf-8"),
+        eos_token=min(generator.tokenizer.eos_ids),
+    )
+    rows = [None, *session.adapters]  # None is the base
+    answers = generator.generate(
+        [arguments.prompt] * len(rows),
+        rows,
+        max_new_tokens=arguments.max_new_tokens,
+        per_prompt=[{"allowed_tokens": JsonText(words, schema)} for _ in rows],
+    )
+    for name, answer in zip(rows, answers, strict=True):
+        print(f"{name or 'base'} ({answer.finish_reason}): {answer.text}")
+
+
+if __name__ == "__main__":
+    main()
