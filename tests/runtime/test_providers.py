@@ -11,6 +11,8 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.devices.providers import Provider, resolve
 from loradeploy.runtime.devices.table import KNOWN, known
 
+# Products of fp32 in fp32, which CUDA would round to TF32.
+FP32 = {"use_tf32": "0"}
 CPU, CUDA, TENSORRT, OPENVINO = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO")
 )
@@ -26,12 +28,13 @@ def every_provider_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("providers", "resolved"),
     [
         (None, [(CPU, {})]),
-        (["cuda"], [(CUDA, {})]),
-        (["CUDA"], [(CUDA, {})]),
-        (["cuda:1"], [(CUDA, {"device_id": 1})]),
-        ([f"{CUDA}:2", "cpu"], [(CUDA, {"device_id": 2}), (CPU, {})]),
-        ([("cuda", {"arena_extend_strategy": 1})], [(CUDA, {"arena_extend_strategy": 1})]),
-        (["tensorrt:1"], [(TENSORRT, {"device_id": 1}), (CUDA, {"device_id": 1})]),
+        (["cuda"], [(CUDA, FP32)]),
+        (["CUDA"], [(CUDA, FP32)]),
+        (["cuda:1"], [(CUDA, {**FP32, "device_id": 1})]),
+        ([("cuda", {"use_tf32": 1})], [(CUDA, {"use_tf32": 1})]),
+        ([f"{CUDA}:2", "cpu"], [(CUDA, {**FP32, "device_id": 2}), (CPU, {})]),
+        ([("cuda", {"arena_extend_strategy": 1})], [(CUDA, {**FP32, "arena_extend_strategy": 1})]),
+        (["tensorrt:1"], [(TENSORRT, {"device_id": 1}), (CUDA, {**FP32, "device_id": 1})]),
         ([TENSORRT], [(TENSORRT, {})]),
         (["coreml"], [("CoreMLExecutionProvider", {})]),
         (["WebGPU"], [("WebGpuExecutionProvider", {})]),
@@ -87,9 +90,9 @@ def test_what_is_not_known_of_a_provider_is_not_assumed() -> None:
 def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() -> None:
     limits = {"gpu_mem_limit": 5}
     found = dict(resolve(["tensorrt", ("cuda", limits), "cpu"]))
-    assert found["CUDAExecutionProvider"] == limits
+    assert found["CUDAExecutionProvider"] == {**FP32, **limits}
     found = dict(resolve([("tensorrt", {"device_id": 1})]))
-    assert found["CUDAExecutionProvider"] == {"device_id": 1}
+    assert found["CUDAExecutionProvider"] == {**FP32, "device_id": 1}
 
 
 @pytest.mark.parametrize(

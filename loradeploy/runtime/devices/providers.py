@@ -67,7 +67,8 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
         found[full] = {**row.options, **options}
         for other in implied.get(full, ()):
             if other not in named:
-                found.setdefault(other, _same_device(options, row.device_option, other))
+                device_options = _same_device(options, row.device_option, other)
+                found.setdefault(other, {**known(other).options, **device_options})
     check_installed(found)
     return list(found.items())
 

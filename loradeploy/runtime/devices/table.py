@@ -102,10 +102,16 @@ KNOWN: Final = (
         builds=("onnxruntime-gpu",),
         device="cuda",
         device_option="device_id",
+        options={"use_tf32": "0"},
         takes_defaults=True,
         takes_rank_zero=True,
         like_cpu=True,
         faults=(
+            Fault(
+                "all",
+                "rounds what fp32 products multiply to TF32, 10 bits, on GPUs since Ampere",
+                "use_tf32=0 is set, unless the options name it",
+            ),
             Fault(
                 "onnxruntime < 1.24",
                 "no kernel for ONNX's Attention, which runs on the CPU",
