@@ -1,7 +1,7 @@
-"""What keeps a file from being written, told in one line that names the file.
+"""Turn failures of writing a file into an OutputError that names the file and the reason.
 
-Python's errors of a write have no path, and libraries in other languages have errors of their own,
-or hide the reason: these ask the disk again.
+Python's write errors have no path, and libraries in other languages raise other errors or hide the
+reason, which a test write then finds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Final
 
 from loradeploy.errors import LoraDeployError, OutputError, first_line
 
-# What keeps a file from being written, whatever it is, and what to do about it.
+# What to do about errors that affect any write.
 _ADVICE: Final = {
-    errno.ENOSPC: "free some space there, or choose another place",
-    errno.EDQUOT: "free some space there, or choose another place",
-    errno.EFBIG: "a limit on the size of files is in the way, see ulimit -f",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EIO: "look at the disk, or choose another place",
+    errno.ENOSPC: "free some space there, or choose another directory",
+    errno.EDQUOT: "free some space there, or choose another directory",
+    errno.EFBIG: "the limit on file sizes is exceeded, see ulimit -f",
+    errno.EROFS: "choose a writable directory",
+    errno.EIO: "check the disk, or choose another directory",
 }
 _PROBE_BYTES: Final = 1 << 16
 
@@ -31,16 +31,16 @@ _PROBE_BYTES: Final = 1 << 16
 def explained(
     target: str | os.PathLike[str], temporary: str | os.PathLike[str] | None = None
 ) -> Iterator[None]:
-    """Raise what keeps `target` from being written as an OutputError that names it.
+    """Raise an OutputError that names `target` if it cannot be written.
 
-    `temporary` is where it is written, a file or a directory. Errors of other kinds come out as
-    they are, such as those of a file that is read meanwhile.
+    `temporary`: the file or directory that is actually written. Other errors, such as of reading
+    another file, pass unchanged.
     """
-    place = None if temporary is None else Path(temporary).absolute()
+    written = None if temporary is None else Path(temporary).absolute()
     try:
         yield
     except OutputError as problem:
-        if place is None or not Path(problem.filename).absolute().is_relative_to(place):
+        if written is None or not Path(problem.filename).absolute().is_relative_to(written):
             raise
         raise OutputError(target, problem.strerror or "", problem.errno) from problem
     except LoraDeployError:
@@ -48,9 +48,9 @@ def explained(
     except Exception as problem:
         found: Exception = problem
         silent = not isinstance(problem, OSError) or problem.errno in (None, errno.EIO)
-        if silent and place is not None:
-            found = _probe(place if place.is_dir() else place.parent) or problem
-        reason = _reason(found, Path(target).absolute(), place)
+        if silent and written is not None:
+            found = _probe(written if written.is_dir() else written.parent) or problem
+        reason = _reason(found, Path(target).absolute(), written)
         if reason is None:
             raise
         number = found.errno if isinstance(found, OSError) else None
@@ -59,22 +59,22 @@ def explained(
 
 @contextlib.contextmanager
 def scratch_directory(prefix: str = "loradeploy-") -> Iterator[Path]:
-    """A directory for what is needed for a while, where the system keeps such.
+    """A temporary directory of the system, removed on exit.
 
     Raises:
         OutputError: something in it cannot be written.
     """
     with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix=prefix) as name:
-        place = Path(name)
-        with explained(place.parent, place):
-            yield place
+        directory = Path(name)
+        with explained(directory.parent, directory):
+            yield directory
 
 
 def _reason(problem: Exception, target: Path, temporary: Path | None) -> str | None:
-    """Why `target` cannot be written, or None where `problem` is something else."""
+    """Why `target` cannot be written, or None if `problem` has another cause."""
     if not isinstance(problem, OSError):
         return None
-    if problem.errno is None:  # numpy counts what it wrote, and says no more
+    if problem.errno is None:  # numpy reports only the count of bytes
         return f"{first_line(problem)}: is the disk full?"
     names = [name for name in (problem.filename, problem.filename2) if name is not None]
     ours = any(_is_of(name, target, temporary) for name in names)
@@ -84,7 +84,7 @@ def _reason(problem: Exception, target: Path, temporary: Path | None) -> str | N
 
 
 def _is_of(name: object, target: Path, temporary: Path | None) -> bool:
-    """Whether `name` is the file that is written, a directory around it, or something in it."""
+    """Whether `name` is the written file, a parent directory, or a file in it."""
     if not isinstance(name, str | bytes | os.PathLike):
         return False
     path = Path(os.fsdecode(name)).absolute()
@@ -92,7 +92,7 @@ def _is_of(name: object, target: Path, temporary: Path | None) -> bool:
 
 
 def _probe(directory: Path) -> OSError | None:
-    """What happens when a little is written into `directory`."""
+    """The error of a small test write into `directory`, or None."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))

@@ -1,29 +1,29 @@
 """Every error that loradeploy raises on purpose.
 
-    LoraDeployError             a mistake that its reader can mend: what, where, what to do
+    LoraDeployError             an error the user can fix: what, where, what to do
     ├── UsageError              options that do not go together, a value out of range
     ├── DataError               training or evaluation data that cannot be used
     ├── ModelError              a base model that is missing or cannot be used
     ├── AdapterError            an adapter that cannot be read or is refused
     │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
-    ├── BudgetError             an adapter that takes more memory than a session may use
-    ├── TrainingError           a training run that cannot go on
-    │   └── TrainingInterruptedError    one that a signal stopped; there is a checkpoint of it
-    ├── RunError                a run that ONNX Runtime could not do
-    ├── DeviceError             an execution provider that computes something else than the CPU
+    ├── BudgetError             an adapter that exceeds the memory budget of a session
+    ├── TrainingError           a training run that cannot continue
+    │   └── TrainingInterruptedError    stopped by a signal, with a checkpoint
+    ├── RunError                a run that failed in ONNX Runtime
+    ├── DeviceError             an execution provider whose results differ from the CPU's
     ├── BundleError             a bundle that is broken, or does not match its manifest
-    ├── ExportError             a model or graph that cannot be exported in the way asked for
+    ├── ExportError             a model or graph that cannot be exported as requested
     ├── OutputError             a file that cannot be written, as on a full disk (also an OSError)
     └── MissingDependencyError  a part of loradeploy whose extra is not installed
 
-A message names a parameter of the Python function as code, in backticks, with the value as Python
-writes it where one is advised: `merge`, `branches=False`, `layout="rows"`, `adapters=["NAME=DIR"]`.
-The command line shows its flag in the place of it, --merge, --no-branches, --layout rows and
---adapter NAME=DIR; a parameter without a flag stays as it is.
+A message names parameters of the Python function in backticks, with a value in Python's syntax if
+it suggests one: `merge`, `branches=False`, `layout="rows"`, `adapters=["NAME=DIR"]`. The command
+line replaces them by its flags: --merge, --no-branches, --layout rows and --adapter NAME=DIR. A
+parameter without a flag is unchanged.
 
 The command line prints the message and exits with 2, or with the status of the signal that
-interrupted it; anything else is a defect of loradeploy.
+interrupted it; any other exception is a defect of loradeploy.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from typing import Final
 
 from loradeploy.printable import printable
 
-# What colors the words of a library on a terminal.
+# Terminal colors in messages of libraries.
 _COLORS: Final = re.compile(r"\x1b\[[0-9;]*m")
-# Where a message of one line would begin another.
+# Line breaks, which a message must not contain.
 _BREAK: Final = re.compile(r"\s*\n\s*")
 
 
 class LoraDeployError(Exception):
-    """A mistake that the reader of the message can mend.
+    """An error that the user can fix.
 
-    Names and values of others are in the message: it is printable, and one line.
+    The message may contain untrusted names and values; it is printed as one printable line.
     """
 
     def __str__(self) -> str:
-        # That of Exception: KeyError's is the repr, OSError's has a number.
+        # Exception.__str__, because KeyError's is a repr and OSError's has a number.
         return printable(_BREAK.sub(" ", Exception.__str__(self)))
 
 
@@ -77,15 +77,15 @@ class UnknownAdapterError(LoraDeployError, KeyError):
 
 
 class BudgetError(LoraDeployError):
-    """An adapter that takes more memory than a session may use for all."""
+    """An adapter that exceeds the memory budget of a session."""
 
 
 class TrainingError(LoraDeployError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class TrainingInterruptedError(TrainingError):
-    """A training run that a signal stopped, with a checkpoint to go on from.
+    """A training run that a signal stopped, with a checkpoint to resume from.
 
     `status`: the exit status of a process that the signal ended, 128 + its number.
     """
@@ -96,11 +96,11 @@ class TrainingInterruptedError(TrainingError):
 
 
 class RunError(LoraDeployError):
-    """A run that ONNX Runtime could not do: no memory, or what its checks of inputs found."""
+    """A run that failed in ONNX Runtime: out of memory, or invalid inputs."""
 
 
 class DeviceError(LoraDeployError):
-    """An execution provider that computes something else than the CPU, or drops adapters."""
+    """An execution provider whose results differ from the CPU's, or that ignores adapters."""
 
 
 class BundleError(LoraDeployError):
@@ -108,11 +108,11 @@ class BundleError(LoraDeployError):
 
 
 class ExportError(LoraDeployError):
-    """A model or graph that cannot be exported in the way asked for."""
+    """A model or graph that cannot be exported as requested."""
 
 
 class OutputError(LoraDeployError, OSError):
-    """A file or directory that cannot be written: the disk is full, or is not ours to write.
+    """A file or directory that cannot be written: the disk is full, or permission is denied.
 
     `filename` is its path, `strerror` the reason with what to do, `errno` the system's number.
     """
@@ -131,30 +131,29 @@ class MissingDependencyError(LoraDeployError):
     """A part of loradeploy whose extra is not installed."""
 
 
-# Characters that one thing in a message may take, and all that is listed in one together: with the
-# words around them a message stays one that is read.
+# Maximum characters of one value in a message, and of a list of names or problems.
 _ONE: Final = 120
 _NAMES: Final = 160
 _PROBLEMS: Final = 240
 
 
 def first_line(problem: BaseException) -> str:
-    """The first line of what an error of somebody else's says, or its name where it says nothing.
+    """The first line of the message of another library's error, or its class name if it is empty.
 
-    They are put into a message of one line, and many say more than one, or pages in one.
+    Long lines are shortened, for use in a message of one line.
     """
-    said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    return shortened(printable(_COLORS.sub("", said)), _NAMES)
+    text = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return shortened(printable(_COLORS.sub("", text)), _NAMES)
 
 
 def kind_and_line(problem: BaseException) -> str:
-    """The kind of an error of somebody else's, and the first line of what it says."""
-    kind, said = type(problem).__name__, first_line(problem)
-    return f"{kind}: {'no message' if said == kind else said}"
+    """The class name of another library's error, and the first line of its message."""
+    kind, text = type(problem).__name__, first_line(problem)
+    return f"{kind}: {'no message' if text == kind else text}"
 
 
 def shortened(text: str, most: int = _ONE) -> str:
-    """`text` in at most `most` characters: its beginning and its end, which tell the most of it."""
+    """`text` in at most `most` characters: its beginning and its end."""
     if len(text) <= most:
         return text
     end = most // 3
@@ -162,38 +161,41 @@ def shortened(text: str, most: int = _ONE) -> str:
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value out of a file, as Python writes it, in at most `most` characters."""
+    """The repr of an untrusted value, in at most `most` characters."""
     try:
         text = repr(value)
-    except Exception:  # of an object of any kind; of an integer of more than 4300 digits too
+    except Exception:  # any object may raise; so do integers of more than 4300 digits
         text = f"a {type(value).__name__} that cannot be shown"
     return shortened(text, most)
 
 
-def listed(problems: Sequence[str], most: int = 4, *, room: int = _PROBLEMS) -> str:
-    """The first of `problems` in one line, and how many there are besides.
+def listed(problems: Sequence[str], most: int = 4, *, width: int = _PROBLEMS) -> str:
+    """The first of `problems` in one line, and the number of the others.
 
-    The first one always, then as many of `most` as fit into `room` characters.
+    At least one and at most `most`, as many as fit into `width` characters.
     """
-    return _bounded(problems, most, room, joint="; ", last="; and ")
+    return _bounded(problems, most, width, joint="; ", last="; and ")
 
 
 def listed_names(
-    values: Iterable[str], most: int = 6, *, room: int = _NAMES, none: str = "none"
+    values: Iterable[str], most: int = 6, *, width: int = _NAMES, none: str = "none"
 ) -> str:
-    """The first of the names `values`, and how many there are besides; `none` where there is none.
+    """The first of the names `values`, and the number of the others; `none` if empty.
 
-    The first one always, then as many of `most` as fit into `room` characters.
+    At least one and at most `most`, as many as fit into `width` characters.
     """
     found = list(values)
-    return _bounded(found, most, room, joint=", ", last=" and ") if found else none
+    return _bounded(found, most, width, joint=", ", last=" and ") if found else none
 
 
-def _bounded(texts: Sequence[str], most: int, room: int, *, joint: str, last: str) -> str:
-    told: list[str] = []
+def _bounded(texts: Sequence[str], most: int, width: int, *, joint: str, last: str) -> str:
+    texts_shown: list[str] = []
     for text in texts[:most]:
-        if told and sum(map(len, told)) + len(joint) * len(told) + len(text) > room:
+        if (
+            texts_shown
+            and sum(map(len, texts_shown)) + len(joint) * len(texts_shown) + len(text) > width
+        ):
             break
-        told.append(shortened(text, room))
-    more = f"{last}{len(texts) - len(told)} more" if len(texts) > len(told) else ""
-    return joint.join(told) + more
+        texts_shown.append(shortened(text, width))
+    more = f"{last}{len(texts) - len(texts_shown)} more" if len(texts) > len(texts_shown) else ""
+    return joint.join(texts_shown) + more

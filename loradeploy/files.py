@@ -1,8 +1,8 @@
-"""Every file of somebody else is opened here; how files are written is in writing.py.
+"""Read untrusted files safely. writing.py writes files.
 
-Only regular files are read, whatever links lead to them: a FIFO or a socket would be waited for
-without end, a device read without end. What a file may have of bytes is checked before any is read.
-Libraries that open a file by its path are given it after `check_file`.
+Only regular files are read, also through links: reading a FIFO, a socket or a device might never
+end. The size is checked before anything is read. Libraries that open a file by its path get it
+after `check_file`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ __all__ = [
     "is_json_lines",
     "json_line",
     "json_object",
+    "json_values",
     "numbered_lines",
     "open_file",
-    "plain",
     "read_bytes",
     "read_json",
     "read_text",
@@ -54,11 +54,11 @@ __all__ = [
 
 MAX_JSON_BYTES: Final = 16 << 20
 _JSON_LINES: Final = (".jsonl", ".ndjson", ".json")
-MAX_TEXT_BYTES: Final = 1 << 30  # prompts and data, which are read whole
-MAX_GRAPH_BYTES: Final = 2 << 30  # of protobuf's and flatbuffers' files, which have no more
-MAX_WEIGHTS_BYTES: Final = 1 << 40  # of a file that is mapped, or in memory once it is checked
+MAX_TEXT_BYTES: Final = 1 << 30  # prompts and data, which are read into memory
+MAX_GRAPH_BYTES: Final = 2 << 30  # the limit of protobuf and flatbuffers
+MAX_WEIGHTS_BYTES: Final = 1 << 40  # for files that are mapped, or read after other checks
 
-# A FIFO without a writer is not waited for; Windows has neither, and needs O_BINARY.
+# O_NONBLOCK: do not wait for the writer of a FIFO. Windows lacks it, and needs O_BINARY.
 _FLAGS: Final = (
     os.O_RDONLY
     | getattr(os, "O_NONBLOCK", 0)
@@ -78,13 +78,15 @@ _KINDS: Final = (
 def check_file(
     path: str | os.PathLike[str], *, error: type[LoraDeployError], limit: int = MAX_WEIGHTS_BYTES
 ) -> int:
-    """The bytes of the file `path`, for a library that opens it by its name.
+    """The size of the file `path` in bytes. Call it before a library opens the file by its path.
 
     Raises:
-        error: the file is missing, no regular file, or has more bytes than `limit`.
+        error: the file is missing, not a regular file, or has more bytes than `limit`.
     """
     try:
-        return _checked(os.stat(path), path, error, limit)  # before: opening a device may do things
+        return _checked(
+            os.stat(path), path, error, limit
+        )  # before opening, which has effects for some devices
     except (OSError, ValueError) as problem:
         _refuse(path, problem, error)
 
@@ -92,12 +94,12 @@ def check_file(
 def check_directory(
     directory: str | os.PathLike[str], *, error: type[LoraDeployError], deep: bool = False
 ) -> None:
-    """Hold what lies in `directory` against `check_file`: libraries open files there unasked.
+    """Apply `check_file` to the files in `directory`, because libraries may open any of them.
 
-    `deep`: and what lies in its folders.
+    `deep`: include subdirectories.
 
     Raises:
-        error: an entry is neither a regular file nor a directory; one that leads nowhere may stay.
+        error: an entry is neither a regular file nor a directory; broken links are ignored.
     """
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
@@ -144,7 +146,7 @@ def open_file(
     except (OSError, ValueError) as problem:
         _refuse(path, problem, error)
     try:
-        _checked(os.fstat(descriptor), path, error, limit)  # it may be another one by now
+        _checked(os.fstat(descriptor), path, error, limit)  # it may have been replaced meanwhile
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -161,7 +163,7 @@ def read_bytes(
     """
     with open_file(path, error=error, limit=limit) as file:
         try:
-            # No more than it had when it was checked.
+            # Not more than its size when it was checked.
             return file.read(os.fstat(file.fileno()).st_size)
         except OSError as problem:
             _refuse(path, problem, error)
@@ -175,7 +177,7 @@ def read_text(
     encoding: str = "utf-8",
     errors: str = "strict",
 ) -> str:
-    """The text in the file `path`, of at most `limit` bytes; lines end in a newline alone.
+    """The text in the file `path`, of at most `limit` bytes; all line ends become newlines.
 
     Raises:
         error: as `read_bytes`, or it is not in this encoding.
@@ -209,31 +211,31 @@ def _checked(
 def _refuse(
     path: str | os.PathLike[str], problem: Exception, error: type[LoraDeployError]
 ) -> NoReturn:
-    """Raise `error` for what the system says of `path`."""
+    """Raise `error` for a failed system call on `path`."""
     name = os.fspath(path)
     if isinstance(problem, ValueError):  # a null byte
-        raise error(f"{shown(name)} is no path of a file") from None
+        raise error(f"{shown(name)} is not a file path") from None
     if isinstance(problem, FileNotFoundError | NotADirectoryError):
         raise error(f"{name} does not exist") from None
-    told = problem.strerror if isinstance(problem, OSError) else None
-    raise error(f"{name} cannot be read: {told or first_line(problem)}") from None
+    reason = problem.strerror if isinstance(problem, OSError) else None
+    raise error(f"{name} cannot be read: {reason or first_line(problem)}") from None
 
 
 def inside(root: str | os.PathLike[str], relative: str) -> Path:
     """The path of `relative` below `root`.
 
     Raises:
-        BundleError: `relative` is absolute or leads out of `root`, by `..` or through a link, or is
-            no path at all.
+        BundleError: `relative` is absolute, leads outside `root` by `..` or a link, or is not a
+            valid path.
     """
     top = Path(root).resolve()
     try:
         path = (top / relative).resolve()
-        path.is_file()  # a name that is too long is found out only here
+        path.is_file()  # raises if a name is too long
     except (OSError, RuntimeError, ValueError):  # a null byte, links in a circle
-        raise BundleError(f"{shown(relative)} is no path of a file in {root}") from None
+        raise BundleError(f"{shown(relative)} is not a file path in {root}") from None
     if os.path.isabs(relative) or not path.is_relative_to(top):
-        raise BundleError(f"{shown(relative)} leads out of {root}: only files inside it are read")
+        raise BundleError(f"{shown(relative)} is outside {root}: only files inside it are read")
     return path
 
 
@@ -246,10 +248,10 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in the file `path`, of at most `limit` bytes.
 
-    `finite`: whether infinite numbers and NaN are refused, which configs of models may have.
+    `finite`: whether to refuse infinite numbers and NaN, which model configs may have.
 
     Raises:
-        error: the file is missing, too large, no JSON as `parse_json` reads it, or not an object.
+        error: the file is missing, too large, not JSON by `parse_json`, or not an object.
     """
     content = read_bytes(path, error=error, limit=limit)
     return json_object(content, path, error=error, finite=finite)
@@ -262,14 +264,14 @@ def json_object(
     error: type[LoraDeployError],
     finite: bool = True,
 ) -> dict[str, Any]:
-    """The JSON object in `content`, which was read of the file `path`: see `read_json`."""
+    """The JSON object in `content`, read from the file `path`; see `read_json`."""
     file = Path(path)
     try:
         value = parse_json(content, finite=finite)
     except ValueError as problem:
         raise error(f"{file} is not readable as JSON: {first_line(problem)}") from None
     if not isinstance(value, dict):
-        raise error(f"{file} holds a JSON {type(value).__name__}, an object is needed")
+        raise error(f"{file} has a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -279,9 +281,9 @@ def is_json_lines(path: str | os.PathLike[str]) -> bool:
 
 
 def numbered_lines(text: str, source: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """The lines of `text` that are not blank, each after its place, `SOURCE, line N`.
+    """The lines of `text` that are not blank, each with its location, `SOURCE, line N`.
 
-    A newline alone ends a line: JSON may have the Unicode line separators as they are.
+    Only a newline ends a line: JSON may contain Unicode line separators.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -291,7 +293,7 @@ def numbered_lines(text: str, source: str | os.PathLike[str]) -> Iterator[tuple[
 def json_line(
     where: str, line: str, *, error: type[LoraDeployError], finite: bool = True, expected: str
 ) -> Any:
-    """The JSON value of one `line` of a file; `where` and what was `expected` are for the message.
+    """The JSON value of one `line` of a file; `where` and `expected` are for the message.
 
     Raises:
         error: it is not JSON.
@@ -303,23 +305,23 @@ def json_line(
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write `value` as indented JSON, atomically, the same bytes for the same value."""
+    """Write `value` as indented JSON, atomically. Equal values give equal bytes."""
     with atomic_file(path) as temporary:
         temporary.write_text(as_json(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON holds it, with the same text for the same value.
+def json_values(value: Any) -> Any:
+    """`value` converted to types of JSON; equal values give the same text.
 
-    Dataclasses and mappings become objects, the latter in the order of their names; numbers that
-    are not finite become null.
+    Dataclasses and mappings become objects, mappings sorted by name; numbers that are not finite
+    become null.
     """
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: json_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: plain(value[name]) for name in sorted(value)}
+        return {name: json_values(value[name]) for name in sorted(value)}
     if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
+        return [json_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

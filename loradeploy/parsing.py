@@ -1,10 +1,10 @@
-"""JSON that somebody else wrote, with one meaning, and nothing that later steps stumble over.
+"""Parse untrusted JSON strictly.
 
-numbers     whole ones that 64 bits hold are int, all others float; none is without end, and none
-            is infinite or NaN unless that is asked for (configs of models have such)
-names       an object tells each name once, or the same thing twice
-texts       no half of a surrogate pair, which no file and no terminal can hold
-nesting     at most `MAX_DEPTH` objects and lists within each other
+numbers     integers that fit in 64 bits are int, all others float; infinite numbers and NaN only if
+            requested (model configs have them)
+names       a repeated name in an object must have equal values
+texts       no unpaired surrogates, which can neither be written nor printed
+nesting     at most `MAX_DEPTH` nested objects and lists
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ MAX_DEPTH: Final = 100
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _LARGEST: Final = 2**63 - 1
-_DIGITS: Final = 18  # that 64 bits hold for certain
+_DIGITS: Final = 18  # always fit in 64 bits
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The value in the JSON `text`; bytes are UTF-8.
 
-    `finite`: whether Infinity and NaN, which are no JSON but which Python writes, are refused.
+    `finite`: whether to refuse Infinity and NaN, which Python writes although they are not JSON.
 
     Raises:
-        ValueError: it is no such JSON; the message is one line.
+        ValueError: invalid JSON; the message is one line.
     """
     try:
         source = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(
             source,
-            parse_int=_whole,
+            parse_int=_integer,
             parse_float=_number if finite else float,
             parse_constant=_refuse_constant if finite else float,
             object_pairs_hook=_object,
         )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    # Most texts cannot be too deep, or hold a surrogate at all.
+    # Skips the check for most texts, which cannot be too deep or contain a surrogate.
     deep = source.count("[") + source.count("{") > MAX_DEPTH
     if deep or _SURROGATE.search(source):
         _check(value)
@@ -53,7 +53,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
 _TOO_DEEP: Final = f"more than {MAX_DEPTH} objects and lists are nested"
 
 
-def _whole(digits: str) -> int | float:
+def _integer(digits: str) -> int | float:
     if len(digits) <= _DIGITS:
         return int(digits)
     if len(digits) <= _DIGITS + 2 and -_LARGEST - 1 <= (number := int(digits)) <= _LARGEST:
@@ -69,7 +69,7 @@ def _number(digits: str) -> float:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any) -> None:
-    """Raise ValueError where `value` is nested too deeply or holds half a surrogate pair."""
+    """Raise ValueError if `value` is nested too deeply or contains an unpaired surrogate."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         if not level:
@@ -91,13 +91,13 @@ def _check(value: Any) -> None:
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{ascii(text)[:60]} holds half a surrogate pair") from None
+                raise ValueError(f"{ascii(text)[:60]} contains an unpaired surrogate") from None
         level = [inner for outer in level for inner in _inside(outer)]
     raise ValueError(_TOO_DEEP)
 
 
 def _inside(value: Any) -> list[Any]:
-    """What a list or an object holds, of lists, objects and texts."""
+    """The items of a list, or the names and values of an object."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []

@@ -1,7 +1,7 @@
-"""Whether files are still those that were looked at: their places on disk, sizes and times.
+"""Detect whether files changed while they were read, by inode, size and times.
 
-A directory that is read file by file is one thing only if nobody writes to it meanwhile. A snapshot
-is taken before the first file is read and compared after the last. It costs a stat a file.
+A snapshot is taken before the first file of a directory is read, and compared after the last. It
+costs one stat per file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _ATTEMPTS: Final = 3
 
 @dataclass(frozen=True)
 class FileState:
-    """What the system tells of a file: which one it is, its size, when it was written.
+    """Identity, size and modification time of a file.
 
-    `touched` is when anything of it changed (ctime): no writer can set it, but a new link to the
-    file or other permissions change it too.
+    `touched`: time of the last change of any kind (ctime). Programs cannot set it, but new links to
+    the file and changed permissions update it too.
     """
 
     device: int
@@ -31,7 +31,7 @@ class FileState:
 
     @classmethod
     def of(cls, file: str | os.PathLike[str] | int) -> FileState | None:
-        """The state of the file at a path or a descriptor; None where there is none."""
+        """The state of the file at a path or a descriptor; None if it does not exist."""
         try:
             found = os.stat(file)
         except (OSError, ValueError):
@@ -39,55 +39,55 @@ class FileState:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def same(self, other: FileState | None, *, strict: bool) -> bool:
-        """Whether `other` is of the same contents; `strict` counts `touched` too."""
+        """Whether `other` has the same contents; `strict`: compare `touched` too."""
         if other is None:
             return False
-        mine = (self.device, self.inode, self.size, self.written)
+        ours = (self.device, self.inode, self.size, self.written)
         theirs = (other.device, other.inode, other.size, other.written)
-        return mine == theirs and (not strict or self.touched == other.touched)
+        return ours == theirs and (not strict or self.touched == other.touched)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The states of files in `directory`, by their paths below it; None where there is no file."""
+    """The states of files in `directory`, by relative path; None if a file does not exist."""
 
     directory: Path
     files: Mapping[str, FileState | None]
 
     @classmethod
     def take(cls, directory: Path) -> Snapshot:
-        """The states of all files below `directory` as they are now."""
+        """The current states of all files below `directory`."""
         names = []
-        for place, _, files in os.walk(directory):
-            names += [os.path.relpath(os.path.join(place, file), directory) for file in files]
+        for parent, _, files in os.walk(directory):
+            names += [os.path.relpath(os.path.join(parent, file), directory) for file in files]
         return cls.of(directory, (name.replace(os.sep, "/") for name in names))
 
     @classmethod
     def of(cls, directory: Path, names: Iterable[str]) -> Snapshot:
-        """The states of the files `names` of `directory` as they are now, there or not."""
+        """The current states of the files `names` of `directory`, which may not exist."""
         return cls(directory, {name: FileState.of(directory / name) for name in sorted(names)})
 
     def changed(
-        self, wanted: Callable[[str], bool] = lambda name: True, *, strict: bool = False
+        self, include: Callable[[str], bool] = lambda name: True, *, strict: bool = False
     ) -> str | None:
-        """The first of the files that are `wanted` that is not what it was; None where all are.
+        """The first changed file of those that `include` selects; None if none changed.
 
-        `strict`: also where only its times were set back, or a link to it was made.
+        `strict`: also report a file whose modification time was restored, or that was linked.
         """
-        for name, then in self.files.items():
-            if not wanted(name):
+        for name, before in self.files.items():
+            if not include(name):
                 continue
             now = FileState.of(self.directory / name)
-            if not (now is None if then is None else then.same(now, strict=strict)):
+            if not (now is None if before is None else before.same(now, strict=strict)):
                 return name
         return None
 
 
 def read_still(path: str | os.PathLike[str], content: Callable[[], bytes]) -> bytes:
-    """What `content` reads of the file `path`, which nobody wrote to meanwhile.
+    """The result of `content`, which reads the file `path`, if the file did not change meanwhile.
 
     Raises:
-        OSError: somebody did, at each of several attempts.
+        OSError: it changed during each of several attempts.
     """
     for _ in range(_ATTEMPTS):
         before = FileState.of(path)
@@ -96,4 +96,4 @@ def read_still(path: str | os.PathLike[str], content: Callable[[], bytes]) -> by
             len(found) == before.size and before.same(FileState.of(path), strict=True)
         ):
             return found
-    raise OSError("it is being written to: try again once it is whole")
+    raise OSError("it is being written to: try again when it is complete")

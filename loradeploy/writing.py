@@ -1,9 +1,8 @@
-"""Files and directories that are written whole or not at all, and never over somebody else's.
+"""Write files and directories atomically, without overwriting files of the user.
 
-A writer works under a random name beside its target, which it holds a lock on for as long as it
-lives, and renames that at the end. So two writers of one target never share anything: the last
-whole one wins. What a killed writer left is known by its lock, which nobody holds any more, and is
-removed by the next writer of the same target.
+A writer works on a temporary path with a random name beside its target, locks it, and renames it at
+the end. Two writers of one target are independent: the last one to finish wins. Leftovers of killed
+writers are not locked any more, and are removed by the next writer of the same target.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-# Given the directory that stands in the way: the files in it, relative and with "/", that a writer
-# of its kind wrote and may therefore replace.
+# Given an existing directory: the relative paths of the files in it that loradeploy wrote, which
+# may be replaced.
 OwnFiles = Callable[[Path], Collection[str]]
 
-# How old a leftover is before it is removed where the file system knows no locks.
+# Age at which a leftover is removed if the file system has no locks.
 _STALE_SECONDS: Final = 24 * 3600
 _ATTEMPTS: Final = 100
 
 
 def just_the_marker(directory: Path) -> Collection[str]:
-    """No file but the one that the directory is known by."""
+    """No files other than the marker."""
     return ()
 
 
@@ -47,7 +46,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it is renamed on success and removed on failure.
 
     Raises:
-        OutputError: the file cannot be written. What stood at `path` is still there.
+        OutputError: the file cannot be written. An existing `path` is unchanged.
     """
     target = Path(path)
     with explained(target):
@@ -65,14 +64,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(
     path: str | os.PathLike[str], *, marker: str, own_files: OwnFiles = just_the_marker
 ) -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that takes its place on success.
+    """Yield a temporary directory beside `path` that is renamed to `path` on success.
 
-    A directory that stands at `path` survives any failure, a kill included. It is replaced only
-    where it is empty, or holds a file named `marker` and nothing but that and `own_files`.
+    An existing directory at `path` survives any failure, even a kill. It is replaced only if it is
+    empty, or has a file named `marker` and no files other than that and `own_files`.
 
     Raises:
-        UsageError: `path` is something that is not replaced, see `check_replaceable`.
-        OutputError: something in it cannot be written. What stood at `path` is still there.
+        UsageError: `path` must not be replaced, see `check_replaceable`.
+        OutputError: something in it cannot be written. An existing `path` is unchanged.
     """
     target = Path(path).absolute()
     with explained(target):
@@ -82,17 +81,17 @@ def atomic_directory(
             try:
                 with explained(target, temporary):
                     yield temporary
-                    _put_in_place(temporary, target, marker, own_files)
+                    _replace(temporary, target, marker, own_files)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Make `directory` and be the only process that writes in it; removed where it stays empty.
+    """Create and lock `directory` against other writers; remove it at the end if it is empty.
 
     Raises:
-        UsageError: another process is writing in it. OutputError: it cannot be made.
+        UsageError: another process is writing in it. OutputError: it cannot be created.
     """
     while True:
         with explained(directory):
@@ -102,7 +101,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(_busy(directory)) from None
         except FileNotFoundError:
-            continue  # removed by the one before
+            continue  # removed by the previous writer
         try:
             if lock is None or _is_at(directory, lock):
                 try:
@@ -117,29 +116,31 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 
 def check_no_writer(directory: Path) -> None:
-    """Raise UsageError where another process is writing in `directory`, see `only_writer`."""
+    """Raise UsageError if another process is writing in `directory`, see `only_writer`."""
     try:
         lock = _lock(directory.resolve())
     except BlockingIOError:
         raise UsageError(_busy(directory)) from None
     except OSError:
-        return  # there is none
+        return  # no such directory
     if lock is not None:
         os.close(lock)
 
 
 def _busy(directory: Path) -> str:
-    return f"another process is writing in {directory}: wait for its end, or choose another output"
+    return (
+        f"another process is writing in {directory}: wait until it ends, or choose another output"
+    )
 
 
 def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the_marker) -> None:
-    """Raise UsageError unless `path` is free, or a directory of which nothing is lost.
+    """Raise UsageError unless `path` does not exist, or is a directory that may be replaced.
 
-    That is an empty one, or one that holds `marker` and no file but that and `own_files`. A link, a
-    mount point, a home directory and a root are refused whatever is in them.
+    That is an empty directory, or one with `marker` and no files other than that and `own_files`.
+    Links, mount points, the home directory and the root are always refused.
     """
     if path.is_symlink():
-        raise UsageError(f"{path} is a link: give the directory that is to be written itself")
+        raise UsageError(f"{path} is a link: give the directory that it refers to")
     if not path.exists():
         return
     if not path.is_dir():
@@ -149,14 +150,12 @@ def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the
     if not any(path.iterdir()):
         return
     if not (path / marker).is_file():
-        raise UsageError(
-            f"{path} is not empty and holds no {marker}: it is left alone, choose another directory"
-        )
+        raise UsageError(f"{path} is not empty and has no {marker}: choose another directory")
     others = _others(path, {marker, *own_files(path)})
     if others:
         count = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UsageError(
-            f"{path} also holds {others[0]}{count}, which would be lost: move it, or choose another"
+            f"{path} also has {others[0]}{count}, which would be lost: move it, or choose another"
             " directory"
         )
 
@@ -164,27 +163,27 @@ def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the
 def check_keeps_inputs(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
-    """Raise UsageError where the directory `output` is one of `inputs`, or holds one.
+    """Raise UsageError if the directory `output` is one of `inputs`, or contains one.
 
-    It would be replaced as a whole, and what it was made from be gone. An output inside an input,
-    such as a directory onnx/ inside a checkpoint, takes nothing away.
+    Replacing the output would delete the input. An output inside an input, such as a directory
+    onnx/ inside a checkpoint, is allowed.
     """
-    place = Path(output).resolve()
-    for given in inputs:
-        if Path(given).exists() and Path(given).resolve().is_relative_to(place):
+    replaced = Path(output).resolve()
+    for path in inputs:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(replaced):
             raise UsageError(
-                f"{given} would be replaced by the output {output}: choose another directory"
+                f"{path} would be replaced by the output {output}: choose another directory"
             )
 
 
-def _others(directory: Path, own: Collection[str]) -> list[str]:
-    """What is in `directory` besides the files `own` and the directories that hold them."""
-    parents = {parent.as_posix() for name in own for parent in Path(name).parents}
+def _others(directory: Path, kept: Collection[str]) -> list[str]:
+    """The entries of `directory` other than the files `kept` and their parent directories."""
+    parents = {parent.as_posix() for name in kept for parent in Path(name).parents}
     others: list[str] = []
-    for place, folders, files in os.walk(directory):
-        relative = Path(place).relative_to(directory)
+    for parent, folders, files in os.walk(directory):
+        relative = Path(parent).relative_to(directory)
         names = [(relative / name).as_posix() for name in sorted(files)]
-        others += [name for name in names if name not in own]
+        others += [name for name in names if name not in kept]
         for folder in sorted(folders):
             name = (relative / folder).as_posix()
             if name not in parents or (directory / name).is_symlink():
@@ -193,13 +192,13 @@ def _others(directory: Path, own: Collection[str]) -> list[str]:
     return others
 
 
-def _put_in_place(new: Path, target: Path, marker: str, own_files: OwnFiles) -> None:
-    """Let `new` take the place of `target`; `new` is what stood there then, if anything did."""
+def _replace(new: Path, target: Path, marker: str, own_files: OwnFiles) -> None:
+    """Rename `new` to `target`; an existing `target` is then at `new`."""
     for _ in range(_ATTEMPTS):
-        # Again: files may have come since the writing began.
+        # Checked again, because files may have been added meanwhile.
         check_replaceable(target, marker=marker, own_files=own_files)
         if not target.exists():
-            # Another writer may be first: a directory is not renamed onto one that is not empty.
+            # Fails if another writer was faster: only an empty directory can be renamed over.
             with contextlib.suppress(OSError):
                 os.rename(new, target)
                 return
@@ -209,11 +208,13 @@ def _put_in_place(new: Path, target: Path, marker: str, own_files: OwnFiles) -> 
         with contextlib.suppress(FileNotFoundError):
             _exchange(new, target)
             return
-    raise UsageError(f"{target} is being replaced all the time by others: choose another directory")
+    raise UsageError(
+        f"{target} is constantly being replaced by other processes: choose another directory"
+    )
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Let `new` and `old` trade places: at no moment is there no directory at `old`."""
+    """Exchange `new` and `old`; `old` exists at every moment (on Linux)."""
     if sys.platform == "linux":
         at_fdcwd, rename_exchange = -100, 2
         libc = ctypes.CDLL(None, use_errno=True)
@@ -234,13 +235,13 @@ def _free_name(target: Path, ending: str) -> Path:
 
 
 def _create_file(path: Path) -> None:
-    # As any new file is made: with the rights that the process's umask leaves.
+    # With the permissions of any new file, by the umask of the process.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 @contextlib.contextmanager
 def _temporary(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """A path beside `target` that `create` made, locked while the caller uses it."""
+    """A path beside `target` created by `create`, locked while the caller uses it."""
     _remove_leftovers(target)
     while True:
         path = _free_name(target, "partial")
@@ -248,7 +249,7 @@ def _temporary(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
         try:
             lock = _lock(path)
         except (BlockingIOError, FileNotFoundError):
-            continue  # taken for a leftover in the moment before the lock
+            continue  # removed as a leftover before it was locked
         try:
             if lock is None or _is_at(path, lock):
                 yield path
@@ -265,10 +266,10 @@ def _is_at(path: Path, handle: int) -> bool:
 
 
 def _lock(path: Path) -> int | None:
-    """A handle that holds the lock of `path`; None where the file system has no locks.
+    """A handle with the lock of `path`; None if the file system has no locks.
 
     Raises:
-        BlockingIOError: somebody else holds it. FileNotFoundError: there is no such path.
+        BlockingIOError: another process has the lock. FileNotFoundError: `path` does not exist.
     """
     if fcntl is None:
         return None
@@ -285,7 +286,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of `target` left behind; those still alive keep theirs."""
+    """Remove leftovers of killed writers of `target`, but not of running ones."""
     named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.partial")
     for leftover in list(target.parent.iterdir()):
         if named.fullmatch(leftover.name) is None:

@@ -207,7 +207,7 @@ def test_training_on_a_full_disk_keeps_the_last_checkpoint_and_names_it(
         assert " cannot be written: No space left on device: free some space there" in told
         assert "a" not in result["left"]
         kept.add("is intact: continue from it with --resume" in told)
-        assert ("a-checkpoints" in result["left"]) == ("is whole" in told)
+        assert ("a-checkpoints" in result["left"]) == ("is intact" in told)
     assert kept == {True, False}, "both before the first checkpoint and after it"
 
 

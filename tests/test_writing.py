@@ -83,7 +83,7 @@ def test_a_kill_keeps_the_old_directory_and_the_next_writer_tidies_up(
 def test_somebodys_files_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="not empty and holds no loradeploy.json"):
+    with pytest.raises(UsageError, match="not empty and has no loradeploy.json"):
         write_bundle(tmp_path / "home", "new")
     with pytest.raises(UsageError, match="is a file"):
         write_bundle(tmp_path / "home" / "thesis.txt", "new")
@@ -135,7 +135,7 @@ def test_a_file_that_no_writer_of_the_kind_wrote_keeps_its_directory(
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text("old")
     with (
-        pytest.raises(UsageError, match=f"also holds {precious.split('/')[0]}.*would be lost"),
+        pytest.raises(UsageError, match=f"also has {precious.split('/')[0]}.*would be lost"),
         atomic_directory(target, marker=MARKER, own_files=own),
     ):
         pass
@@ -151,7 +151,7 @@ def test_a_file_that_no_writer_of_the_kind_wrote_keeps_its_directory(
 def test_a_file_that_comes_while_the_directory_is_written_is_kept_too(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", "old")
     with (
-        pytest.raises(UsageError, match=r"also holds notes\.txt"),
+        pytest.raises(UsageError, match=r"also has notes\.txt"),
         atomic_directory(tmp_path / "b", marker=MARKER) as temporary,
     ):
         (temporary / MARKER).write_text("new")

@@ -34,7 +34,7 @@ from loradeploy.bundle.targets import StoredWeight as StoredWeight
 from loradeploy.bundle.targets import TensorSpec as TensorSpec
 from loradeploy.bundle.targets import check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
-from loradeploy.files import plain, read_json
+from loradeploy.files import json_values, read_json
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 2
@@ -195,7 +195,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        return {**head, **plain(self)}
+        return {**head, **json_values(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:

@@ -13,7 +13,7 @@ from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
 from loradeploy.cli.console import json_option, print_json, print_pairs, progress, trust_option
 from loradeploy.errors import UsageError
-from loradeploy.files import plain
+from loradeploy.files import json_values
 
 _PAIR: Final = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
 _METAVARS = {"side_inputs": "KIND[,KIND…]", "fixed": "NAME=SIZE[,…]"}
@@ -160,7 +160,7 @@ def command(
         "targets": len(manifest.targets),
         "adapters": sorted(manifest.adapters),
         "merged_adapter": manifest.merged_adapter and manifest.merged_adapter.digest,
-        "merge_error": plain(manifest.merge_error),
+        "merge_error": json_values(manifest.merge_error),
         "seconds": round(time.monotonic() - started, 1),
     }
     if as_json:

@@ -124,7 +124,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
     from loradeploy.bundle.graph_form import LORA, form_of
     from loradeploy.bundle.manifest import read_manifest
     from loradeploy.bundle.proof.certificate import covered, digests
-    from loradeploy.files import plain
+    from loradeploy.files import json_values
 
     manifest = read_manifest(path)
     form = form_of(manifest)
@@ -151,7 +151,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
         merged_adapter=None if merged is None else merged.digest,
-        merge_error=plain(manifest.merge_error),
+        merge_error=json_values(manifest.merge_error),
         graph_digest=manifest.graph_digest,
         graph=f"changed since the export: {', '.join(changed)}" if changed else "as exported",
         certificate=_certificate(path, manifest, actual),

@@ -15,7 +15,7 @@ from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.beside import (
     TEXT_NAMES,
     check_digests,
-    tells_of_texts,
+    describes_texts,
     text_directory,
     vocabulary_of,
 )
@@ -162,7 +162,7 @@ class TextSides:
         with self._lock:
             return tuple(self._counts.get(name, 0) for name in names) != counts
 
-    def is_told_by(self, name: str, place: Path | None) -> bool:
+    def is_described_by(self, name: str, place: Path | None) -> bool:
         """Whether what lies at `place` makes the texts of `name` as they are made now."""
         with self._lock:
             known = name in self._sources
@@ -270,7 +270,7 @@ class TextSides:
             check_digests(directory, entry.text.files)
         else:
             directory = text_directory(place)
-        if not tells_of_texts(directory):
+        if not describes_texts(directory):
             return base
         recipe = None
         if self._manifest.task == FEATURE_EXTRACTION:

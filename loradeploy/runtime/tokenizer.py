@@ -1,4 +1,4 @@
-"""Tokens of a batch; the tokenizer itself is the bundle's, and text by pieces in pieces.py."""
+"""Pad token ids to a batch, and compute positions."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def pad(
     ids = np.full((len(sequences), longest), pad_id, np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
-        place = slice(longest - len(sequence), None) if left else slice(0, len(sequence))
-        ids[row, place] = sequence
-        mask[row, place] = 1
+        columns = slice(longest - len(sequence), None) if left else slice(0, len(sequence))
+        ids[row, columns] = sequence
+        mask[row, columns] = 1
     return ids, mask
 
 
 def positions_of(mask: NDArray[np.int64], new: int) -> NDArray[np.int64]:
-    """Each new token's place in its row, int64 [batch, new], by the mask [batch, all tokens].
+    """Position of each new token in its row, int64 [batch, new], by the mask [batch, all tokens].
 
-    Padding on the left has no position of its own; the first real token is at 0.
+    Padding on the left is not counted; the first real token is at 0.
     """
     positions: NDArray[np.int64] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -new:]
     return positions

@@ -271,7 +271,7 @@ def spoil(change: str, directory: Path) -> Path:
         ("no weights", "does not exist"),
         ("no config", "does not exist"),
         ("broken config", "not readable as JSON"),
-        ("config is a list", "an object is needed"),
+        ("config is a list", "expected an object"),
         ("pickle", "is a pickle.*torch.load"),
     ],
 )

@@ -210,7 +210,7 @@ def test_prompts_and_the_encoders_settings_are_read(tmp_path: Path) -> None:
         ([("Pooling", "1_P", {"pooling_mode": "median"})], {}, "the pooling 'median'"),
         ([("Pooling", "1_P", {"pooling_mode_new": True})], {}, "pooling_mode_new is not supported"),
         ([POOL, ("Dense", "2_D", {})], {}, "model.safetensors does not exist"),
-        ([POOL, ("Dense", "../d", None)], {}, "leads out of"),
+        ([POOL, ("Dense", "../d", None)], {}, "is outside"),
         ([POOL], {"config_sentence_transformers": {"model_type": "SparseEncoder"}}, "SparseEnc"),
         ([POOL], {"config_sentence_transformers": {"default_prompt_name": "q"}}, "default prompt"),
         ([POOL], {"sentence_bert_config": {"transformer_task": "fill-mask"}}, "fill-mask"),

@@ -302,7 +302,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     for output, message in (
         (lessons, "is a file"),
         (lessons / "adapter", "is not a writable directory"),
-        (tmp_path, "is not empty and holds no adapter_config.json"),
+        (tmp_path, "is not empty and has no adapter_config.json"),
     ):
         with pytest.raises(UsageError, match=message):
             quick(tmp_path / "no model", tmp_path / "no data", output)

@@ -53,7 +53,7 @@ def text_files(directory: Path) -> list[str]:
     return [name for name in TEXT_NAMES if (directory / name).is_file()]
 
 
-def tells_of_texts(directory: Path) -> bool:
+def describes_texts(directory: Path) -> bool:
     """Whether anything beside an adapter's weights tells of its texts."""
     return bool(text_files(directory)) or recipe_directory(directory) is not None
 

@@ -34,7 +34,7 @@ _ENDINGS: Final = (
 # made of model.onnx, where it is there.
 _CALLED: Final = {"fp16": ("_fp16",), "int8": ("_quantized", "_int8"), "int4": ("_q4",)}
 _LISTED: Final = 8
-_ROOM: Final = 400  # characters for their paths
+_WIDTH: Final = 400  # characters for their paths
 
 
 def find_graph(directory: Path, precision: str | None = None) -> Path | None:
@@ -108,7 +108,7 @@ def above(graph: Path) -> Path | None:
 
 def _names(directory: Path, graphs: Sequence[Path]) -> str:
     return listed_names(
-        (str(graph.relative_to(directory)) for graph in graphs), _LISTED, room=_ROOM
+        (str(graph.relative_to(directory)) for graph in graphs), _LISTED, width=_WIDTH
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from loradeploy.bundle.proof.certificate import FORMAT as FORMAT
 from loradeploy.bundle.proof.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.bundle.proof.provider import ProviderFacts
-from loradeploy.files import plain
+from loradeploy.files import json_values
 from loradeploy.parity.metrics import Figures
 from loradeploy.parity.names import REPEAT
 
@@ -310,7 +310,7 @@ class ParityReport:
             "passed": self.passed,
             "mutation_score": self.mutation_score,
         }
-        return {**head, **plain(self)}
+        return {**head, **json_values(self)}
 
 
 def _failures(report: ParityReport) -> list[str]:

@@ -112,7 +112,7 @@ class GenerationOptions:
         if unknown := [name for name in merged if name not in known]:
             raise UsageError(
                 f"{shown(unknown[0])} is no setting of a generation; there are:"
-                f" {listed_names(known, len(known), room=1000)}"
+                f" {listed_names(known, len(known), width=1000)}"
             )
         return cls(**merged)
 
