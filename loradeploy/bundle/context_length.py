@@ -1,11 +1,11 @@
-"""How many tokens a model has positions for, as its configuration says."""
+"""The context length of a model, from its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-# What architectures call it; the first that is there counts.
+# Names of the field in different architectures, in order of precedence.
 _NAMES: Final = (
     "max_position_embeddings",
     "n_positions",
@@ -14,16 +14,16 @@ _NAMES: Final = (
     "max_sequence_length",
     "seq_length",
 )
-# Models that count positions from the padding's id on, so that the first ones are no text's.
+# Models whose positions start after the id of the padding token, so that the first ones are unused.
 FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
-_PADDING: Final = 1  # their padding's id where the configuration does not say
+_PADDING: Final = 1  # the id of their padding token if the configuration has none
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The most tokens, prompt and generated, that the model of `config` has positions for.
+    """The maximum number of tokens, prompt and generated, of the model of `config`.
 
-    `config`: the object in config.json; that of the text part counts where there are several.
-    None where it does not say. A value below 1 leaves no position for a token.
+    `config`: the contents of config.json; its text_config has precedence. None if it does not
+    specify a length. With a value below 1 the model has no position for a token.
     """
     text = config.get("text_config")
     found = _named(text) if isinstance(text, Mapping) else None

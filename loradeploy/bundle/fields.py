@@ -1,4 +1,4 @@
-"""Frozen dataclasses out of the JSON of a manifest, every field checked against its annotation."""
+"""Read frozen dataclasses from the JSON of a manifest; fields are checked by their annotations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import BundleError, shortened, shown
 
-# The largest size that is not a mistake.
+# The largest plausible size.
 LARGEST: Final = 2**31 - 1
 
 Mode = Literal["side-inputs", "merged"]
@@ -22,7 +22,7 @@ Noun = TypeVar("Noun")
 _CHECKS: Final[Mapping[str, Any]] = {
     "str": lambda v: isinstance(v, str),
     "str | None": lambda v: v is None or isinstance(v, str),
-    "int": lambda v: _is_whole(v),
+    "int": lambda v: _is_integer(v),
     "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "bool": lambda v: isinstance(v, bool),
     "tuple[int | str, ...]": lambda v: (
@@ -41,12 +41,12 @@ _CHECKS: Final[Mapping[str, Any]] = {
 }
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_size(value: object) -> bool:
-    return _is_whole(value) and 0 <= value <= LARGEST  # type: ignore[operator]
+    return _is_integer(value) and 0 <= value <= LARGEST  # type: ignore[operator]
 
 
 def _all(value: object, kind: Any) -> bool:
@@ -71,7 +71,7 @@ def digests(value: object, where: str) -> Mapping[str, str]:
     """An object of digests by name."""
     found = json_object(value, where)
     if not all(isinstance(digest, str) for digest in found.values()):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is no object of digests")
+        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object of digests")
     return MappingProxyType(dict(found))
 
 
@@ -93,6 +93,6 @@ def noun(kind: type[Noun], value: object, where: str) -> Noun:
         check = _CHECKS.get(str(f.type))
         if check is not None and not check(values[name]):
             raise BundleError(
-                f"{MANIFEST_NAME}: {label}{name} is {shown(values[name])}, {f.type} is needed"
+                f"{MANIFEST_NAME}: {label}{name} is {shown(values[name])}, expected {f.type}"
             )
     return kind(**values)

@@ -1,8 +1,8 @@
-"""A cheap fingerprint of a large file: its size, and pieces of it at even distances.
+"""A fast fingerprint of a large file: its size, and pieces of it at regular distances.
 
-A whole digest of gigabytes takes seconds; this one reads 1/128 of them. It tells one export's data
-file from another's, a merge of one adapter from that of another, and a copy that is not complete.
-It does not find a change of a few bytes, as a whole digest does, which a certificate asks for.
+A full digest of gigabytes takes seconds; the fingerprint reads 1/128 of the file. It distinguishes
+the data files of two exports, the merges of two adapters, and an incomplete copy. It does not
+detect a change of a few bytes; certificates use the full digest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loradeploy.files import open_file
 
 _STEP: Final = 1 << 16
 _PIECE: Final = 1 << 9
-_WHOLE: Final = 1 << 22  # bytes up to which all of a file is read
+_SMALL: Final = 1 << 22  # files up to this size are read completely
 _PREFIX: Final = "sampled-sha256:"
 
 
@@ -27,7 +27,7 @@ def fingerprint(content: memoryview) -> str:
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
-    """The fingerprint of the file `path`; the pieces alone are read.
+    """The fingerprint of the file `path`; only the pieces are read.
 
     Raises:
         BundleError: it cannot be read.
@@ -42,9 +42,9 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def _sampled(size: int, piece: Callable[[int, int], bytes | memoryview]) -> str:
-    """The fingerprint of `size` bytes, of which `piece` gives those from a start to a stop."""
+    """The fingerprint of `size` bytes, which `piece` returns from a start to a stop."""
     digest = hashlib.sha256(f"{size}:".encode())
-    if size <= _WHOLE:
+    if size <= _SMALL:
         digest.update(piece(0, size))
     else:
         for start in (*range(0, size, _STEP), size - _PIECE):

@@ -1,4 +1,4 @@
-"""An adapter as a bundle's graph takes it, and whether that takes it at all."""
+"""Convert an adapter to the form that a bundle's graph takes, and check that it fits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ THIS_BUNDLE: Final = "this bundle"
 def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Adapter:
     """`adapter` as the graph of `manifest` takes it: `fitted`, and checked.
 
-    `name` is what a message calls the base, where it is no bundle yet.
+    `name`: the name of the base in messages, during an export.
 
     Raises:
-        AdapterMismatchError: it does not fit; the first misfits are in the one message, with the
-            count of the others.
-        AdapterError: the factors are for a base that an initialization changed.
+        AdapterMismatchError: it does not fit; the message lists the first mismatches and counts the
+            others.
+        AdapterError: the factors apply to a base that the initialization changed.
     """
     if manifest.mode == "merged":
         raise AdapterMismatchError(
@@ -40,39 +40,41 @@ def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Ada
 
 
 def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
-    """`adapter` as the bundle can take it, for `adapter.fit` to judge.
+    """`adapter` in the form of the bundle, before the check of `adapter.fit`.
 
-    Modules have the names that they have in the graph; copies of the base's own weights, and
-    factors that are zero at modules that the graph lacks, are left out. A weight of the base that
-    came with the file and is a side input here is one of those that are trained whole, unless
-    another module may share it, which would not see it. A merged bundle takes none, and the adapter
-    is as it was.
+    Modules are renamed to those of the graph. Copies of the base's weights, and zero factors of
+    modules that the graph lacks, are removed. A base weight in the adapter's file that is a side
+    input here becomes a fully trained parameter, unless another module may share the weight, which
+    would not get the side input. For a merged bundle the adapter is returned unchanged.
 
     Raises:
-        AdapterMismatchError: it cannot be told which modules of the graph some of its own are.
+        AdapterMismatchError: the modules of the adapter match those of the graph in several ways.
     """
     if manifest.mode == "merged":
         return adapter
     adapter = named_as(
         adapter, _modules(manifest), lambda: renamings(manifest.submodels, manifest.base_prefix)
     )
-    own = manifest.own_weights
+    known = manifest.own_weights
     adapter = without_copies(
-        adapter, lambda name, values: name in own and own[name] == values_digest(values)
+        adapter, lambda name, values: name in known and known[name] == values_digest(values)
     )
-    digests = Counter(own.values())
-    replaceable = {t.parameter for t in manifest.saved if digests[own.get(t.parameter, "")] < 2}
-    if brought := {n: v for n, v in adapter.carried.items() if n in replaceable}:
+    digests = Counter(known.values())
+    replaceable = {t.parameter for t in manifest.saved if digests[known.get(t.parameter, "")] < 2}
+    if carried := {n: v for n, v in adapter.carried.items() if n in replaceable}:
         adapter = dataclasses.replace(
             adapter,
-            saved={**brought, **adapter.saved},
+            saved={**carried, **adapter.saved},
             carried={n: v for n, v in adapter.carried.items() if n not in replaceable},
         )
     return without_idle(adapter, {target.module for target in manifest.targets})
 
 
 def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
-    """What adapters can change of the graph of `manifest`, which a message calls `name`."""
+    """The layers and parameters of the graph of `manifest` that adapters can change.
+
+    `name`: the name of the base in messages.
+    """
     scaled = {output.module for output in manifest.changed if output.scale is not None}
     replaced = {saved.parameter: saved.shape for saved in manifest.saved}
     biases = {f"{o.module}.bias": o.size for o in manifest.changed if o.offset is not None}
@@ -97,7 +99,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
 
 
 def _modules(manifest: Manifest) -> set[str]:
-    """The modules that the manifest knows of."""
+    """The modules that the manifest names."""
     parameters = (*(saved.parameter for saved in manifest.saved), *manifest.own_weights)
     layers = {t.module for t in manifest.targets} | {o.module for o in manifest.changed}
     return layers | {p.rpartition(".")[0] for p in parameters}

@@ -1,7 +1,7 @@
-"""Classifiers whose adapters tell apart different numbers of labels, in one graph.
+"""Classifier adapters with different numbers of labels in one graph.
 
-The graph has outputs for the most labels. The head of an adapter with fewer has zeros for the rest,
-and a bias that makes them as good as impossible.
+The graph has outputs for the highest number of labels. Heads of adapters with fewer labels are
+padded with zeros, and with a bias that makes the probability of the other labels zero.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _IMPOSSIBLE: Final = -1e4
 
 
 def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-    """`adapter` with outputs for all labels of the base's head; itself where it has them.
+    """`adapter` with outputs for all labels of the base's head; unchanged if it has all.
 
-    `shapes`: of the base's parameters that can be replaced, by name.
+    `shapes`: shapes of the base's parameters that can be replaced, by name.
 
-    A head without a bias is left as it is: a label that it lacks could not be told from a logit of
-    zero. Labels that have no names get LABEL_0 and so on, so that their number is known.
+    A head without a bias is not padded, because a missing label would have a logit of zero. Without
+    label names the adapter gets LABEL_0 and so on, so that their number is known.
     """
     saved = dict(adapter.saved)
     fewest = None
     for weight in label_parameters(adapter):
         bias = weight.removesuffix("weight") + "bias"
-        shape, own = shapes.get(weight), saved[weight].shape
-        fits = shape is not None and shape[1:] == own[1:] and own[0] < shape[0]
-        if shape is None or not fits or bias not in saved or saved[bias].shape != own[:1]:
+        shape, actual = shapes.get(weight), saved[weight].shape
+        fits = shape is not None and shape[1:] == actual[1:] and actual[0] < shape[0]
+        if shape is None or not fits or bias not in saved or saved[bias].shape != actual[:1]:
             continue
-        lacking = shape[0] - own[0]
+        lacking = shape[0] - actual[0]
         saved[weight] = np.pad(saved[weight], ((0, lacking), (0, 0)))
         saved[bias] = np.pad(saved[bias], (0, lacking), constant_values=_IMPOSSIBLE)
-        fewest = own[0]
+        fewest = actual[0]
     if fewest is None:
         return adapter
     labels = adapter.labels or placeholders(fewest)

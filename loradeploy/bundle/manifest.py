@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what its graph takes, gives, and can be adapted at."""
+"""The manifest of a bundle: inputs, outputs and adaptable layers of its graph."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from loradeploy.files import json_values, read_json
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 2
-# The symbols of side inputs' dynamic dimensions.
+# Symbols of the dynamic dimensions of side inputs.
 ADAPTERS: Final = "adapters"
 RANK: Final = "rank"
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """The base model: a name for people, and the digest of its weights.
+    """The base model: a name for messages, and the digest of its weights.
 
-    `kind` tells of what the digest is: a checkpoint's tensors, or an ONNX file's initializers.
-    Only digests of one kind can be compared.
+    `kind`: what the digest is of, a checkpoint's tensors or an ONNX file's initializers. Only
+    digests of the same kind can be compared.
     """
 
     name: str
@@ -58,11 +58,11 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class AdapterText:
-    """What an adapter brings for its texts, where that is not what the base has.
+    """Text settings of an adapter that differ from the base's.
 
-    `files`: digests of the files in its directory that tell it, by name.
-    `chat_template`: the source of its template. `eos_token_ids`: the tokens that end its texts.
-    `generation`: settings of its generation_config.json that change a text.
+    `files`: digests of the files in its directory with these settings, by name.
+    `chat_template`: source of its template. `eos_token_ids`: tokens that end its texts.
+    `generation`: settings of its generation_config.json that affect generated texts.
     """
 
     files: Mapping[str, str]
@@ -73,11 +73,11 @@ class AdapterText:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that came with the export; `path` is relative to the bundle, None once merged.
+    """An adapter of the export; `path` is relative to the bundle, None if it is merged.
 
-    `native_digest`: of its .onnx_adapter file, where that alone holds what is computed from
-    weights that the bundle has packed.
-    `text`: what it brings for its texts; None where all of that is the base's.
+    `native_digest`: digest of its .onnx_adapter file, if only that file has values computed from
+    weights that are quantized in the bundle.
+    `text`: its text settings; None if they are the base's.
     `labels`: the names of its head's outputs, in their order, where it brings a head and names.
     `problem_type`: of a sequence classifier, what its outputs are (`adapter.heads`).
     """
@@ -92,9 +92,9 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class MergeError:
-    """What rounding left of a merged update: the share that is `kept`, and `noise` besides.
+    """Rounding error of a merged update: the share that is `kept`, and the added `noise`.
 
-    Both are relative to the size of the update; 1 and 0 are no loss (see export/merge_error.py).
+    Both are relative to the size of the update; 1 and 0 mean no error (see export/merge_error.py).
     """
 
     kept: float
@@ -103,30 +103,30 @@ class MergeError:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a reader of the bundle must know about its graph.
+    """The description of a bundle's graph, in loradeploy.json.
 
-    `adapters`: the adapters inside a side-input bundle, by name.
-    `merged_adapter`: the one adapter folded into a merged bundle's weights.
-    `factor_dtype`: numpy's name of the side inputs' dtype.
-    `graph_digest`: digest of model.onnx, `data_digest` of model.onnx.data; `data_fingerprint`: of
-    that too, for a check that takes no time (fingerprint.py).
-    `changed`: the layers whose outputs take a scale or an offset.
-    `layout`: of the side inputs: "slots", which `adapter_ids` names for each row, or "rows", where
-    slot i belongs to row i and there is no `adapter_ids`.
-    `branches`: whether the base has a branch of the graph to itself, which `adapter_mode` chooses.
-    `merge_error`: what the merged graph's precision did to the adapter.
-    `requantized`: whether the merge was into weights that were packed already, and packed again.
-    `padding`: the side on which the graph wants the rows of a batch filled up, as the export found
-    by running it: "left", "right", or "none" where rows of one length alone may share a batch. In
-    an encoder's bundle anything but "none" is right.
-    `cache_in_place`: whether one buffer may be both the past and the present of its cache.
-    `files`: every file that the export wrote, but for the manifest; an export replaces no other.
-    `sentence`: digests of the files that tell how an encoder's states become a text's vector, by
-    name (modules.json and what it names); none where the base has no such files.
-    `own_weights`: digests of the base's embeddings and output head, by parameter, so that copies of
-    them in an adapter's file are known (`adapter.settle.values_digest`).
-    `submodels`: the transformers models in the base, where module paths in some of them have been
-    renamed; `base_prefix`: what the base model's own paths begin with there.
+    `adapters`: the adapters in a bundle with side inputs, by name.
+    `merged_adapter`: the adapter in the weights of a merged bundle.
+    `factor_dtype`: numpy's name of the dtype of side inputs.
+    `graph_digest`: digest of model.onnx. `data_digest`, `data_fingerprint`: digest of
+    model.onnx.data, and a fingerprint of it that is fast to check (fingerprint.py).
+    `changed`: the layers whose outputs can get a scale or an offset.
+    `layout`: layout of the side inputs: "slots", selected by `adapter_ids` for each row, or "rows",
+    where slot i belongs to row i and the graph has no `adapter_ids`.
+    `branches`: whether the graph has a separate branch for the base, selected by `adapter_mode`.
+    `merge_error`: the rounding error of a merge in the precision of the graph.
+    `requantized`: whether the merge dequantized and quantized weights of the source again.
+    `padding`: the side on which rows of a batch are padded, as measured by the export: "left",
+    "right", or "none" if all rows of a batch must have the same length. For an encoder, any other
+    value than "none" means right.
+    `cache_in_place`: whether one buffer can be both past and present of the KV cache.
+    `files`: all files that the export wrote, except the manifest; only these may be replaced.
+    `sentence`: digests of the files that define how hidden states are pooled into an embedding, by
+    name (modules.json and the files it names); empty if the base has none.
+    `own_weights`: digests of the base's embeddings and output head, by parameter, to recognize
+    copies of them in an adapter's file (`adapter.settle.values_digest`).
+    `submodels`: the transformers models in the base, if module paths in some of them were renamed;
+    `base_prefix`: the prefix of the base model's paths.
     `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
     merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
     """
@@ -166,15 +166,15 @@ class Manifest:
         return tuple(name for target in self.targets for name in target.factors)
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters that adapters can replace whole, by name."""
+        """The shapes of the parameters that adapters can replace, by name."""
         return {saved.parameter: saved.shape for saved in self.saved}
 
     def side_inputs(self) -> tuple[TensorSpec, ...]:
-        """What the graph takes beside its inputs, every one optional.
+        """The side inputs of the graph, all optional.
 
-        One slot of `adapters` is one adapter: `M.lora_A` [adapters, in, rank], `M.lora_B`
-        [adapters, rank, out], saved parameters [adapters, …], and `M.scale` and `M.offset`
-        [adapters, out]; then which slot is whose, and the choice of the graph's branch.
+        One slot of the dimension `adapters` is one adapter: `M.lora_A` [adapters, in, rank],
+        `M.lora_B` [adapters, rank, out], saved parameters [adapters, …], and `M.scale` and
+        `M.offset` [adapters, out]; then `adapter_ids` and `adapter_mode`, if the graph has them.
         """
         shapes: dict[str, tuple[int | str, ...]] = {}
         for target in self.targets:
@@ -210,8 +210,8 @@ class Manifest:
         version = rest.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST_NAME}: format version {shown(version)}, this loradeploy reads"
-                f" {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
+                f"{MANIFEST_NAME}: format version {shown(version)}, this version of loradeploy"
+                f" reads {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
             )
         nested: dict[str, Any] = {
             "base": lambda value: noun(BaseIdentity, value, "base"),
@@ -248,7 +248,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """The manifest of the bundle in the directory `bundle`.
 
     Raises:
-        BundleError: the directory is missing or no bundle, or its manifest is broken.
+        BundleError: the directory is missing or not a bundle, or its manifest is broken.
     """
     directory = Path(bundle)
     if not directory.is_dir():
@@ -256,7 +256,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
             f"{directory} does not exist: give a directory that loradeploy export wrote"
         )
     if not (directory / MANIFEST_NAME).exists():
-        raise BundleError(f"{directory} is no bundle: it holds no {MANIFEST_NAME}")
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}")
     try:
         return Manifest.from_json(read_json(directory / MANIFEST_NAME, error=BundleError))
     except BundleError as problem:
@@ -264,9 +264,9 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
 
 
 def own_files(bundle: Path) -> frozenset[str]:
-    """The files in the directory `bundle` that loradeploy wrote there, by its manifest.
+    """The files in the directory `bundle` that loradeploy wrote, which an export may replace.
 
-    They are what an export may replace. A manifest that cannot be read names none.
+    They are listed in the manifest; if that cannot be read, only the certificate counts.
     """
     try:
         named = read_json(bundle / MANIFEST_NAME, error=BundleError).get("files")
@@ -300,13 +300,15 @@ def _adapter_entry(value: object, where: str) -> AdapterEntry:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise BundleError unless the fields are what they must be to each other."""
+    """Raise BundleError if fields contradict each other."""
     if manifest.task not in TASKS:
-        raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is none of {TASKS}")
+        raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is not one of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
         raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {shown(manifest.factor_dtype)}")
     if manifest.layout not in LAYOUTS:
-        raise BundleError(f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not of {LAYOUTS}")
+        raise BundleError(
+            f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
+        )
     if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
         raise BundleError(
             f"{MANIFEST_NAME}: padding is {shown(manifest.padding)}, not left, right or none"

@@ -1,4 +1,4 @@
-"""The model's configuration that lies in a bundle."""
+"""The model configuration in a bundle."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loradeploy.files import read_json
 
 
 def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError) -> dict[str, Any]:
-    """The object in the config.json of `directory`; empty where there is none.
+    """The contents of config.json in `directory`; empty if it does not exist.
 
     Raises:
-        `error`: it cannot be read, or is no object.
+        `error`: it cannot be read, or is not an object.
     """
     file = directory / CONFIG_NAME
     return read_json(file, error=error) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""The names of graph inputs, graph outputs and files, in one place."""
+"""Names of graph inputs, graph outputs and files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
 PIXEL_VALUES: Final = "pixel_values"  # float [batch, channels, height, width]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
-ADAPTER_MODE: Final = "adapter_mode"  # int64 [1]: 0 the base's branch, 1 that with an adapter
+ADAPTER_MODE: Final = (
+    "adapter_mode"  # int64 [1]: 0 for the branch of the base, 1 for that with adapters
+)
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
-LAYOUTS: Final = (SLOTS, ROWS)  # of the side inputs' first dimension
+LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 PAST: Final = "past_key_values."  # {i}.key and {i}.value: float [batch, heads, past, size]
@@ -46,7 +48,7 @@ def present_name(layer: int, part: str) -> str:
 
 
 def present_of(past: str) -> str:
-    """The graph output that goes on from the graph input `past`."""
+    """The graph output that continues the graph input `past`."""
     return past.replace(PAST, PRESENT, 1)
 
 

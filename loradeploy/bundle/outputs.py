@@ -1,4 +1,4 @@
-"""Which of a graph's outputs is the one that its task is about, whatever the exporter called it."""
+"""Find the main output of a graph for its task, whatever name the exporter gave it."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from loradeploy.bundle.names import LAST_HIDDEN_STATE, LOGITS, PRESENT
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-# In the order they are looked for; those behind the first are other exporters'.
+# In order of precedence; all but the first are names of other exporters.
 HIDDEN_NAMES: Final = (
     LAST_HIDDEN_STATE,
     *("token_embeddings", "hidden_states", "encoder_last_hidden_state"),
 )
 LOGITS_NAMES: Final = (LOGITS, "lm_logits", "prediction_logits")
-_WHOLE_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
+_ONE_PER_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 
 def main_output(task: str, ranks: Mapping[str, int | None]) -> str | None:
-    """The output that `task` is about, of outputs by name with their ranks; None where none shows.
+    """The main output for `task`, from the ranks of all outputs by name; None if it is not clear.
 
-    A name tells it, else being the only one of the rank that the task's has: 2 where a row gets one
-    answer, [batch, labels], and 3 where each position gets one. An encoder may give whole sentences
-    alone, [batch, hidden].
+    It is found by name, or as the only output of the expected rank: 2 for one result per row,
+    [batch, labels], and 3 for one per position. An encoder may have only an output for sentences,
+    [batch, hidden].
     """
     names = HIDDEN_NAMES if task == FEATURE_EXTRACTION else LOGITS_NAMES
     for name in names:
         if name in ranks:
             return name
-    beside = {name: rank for name, rank in ranks.items() if not name.startswith(PRESENT)}
-    wanted = 2 if task in _WHOLE_ROW else 3
-    fitting = [name for name, rank in beside.items() if rank == wanted]
+    others = {name: rank for name, rank in ranks.items() if not name.startswith(PRESENT)}
+    expected_rank = 2 if task in _ONE_PER_ROW else 3
+    fitting = [name for name, rank in others.items() if rank == expected_rank]
     if len(fitting) == 1:
         return fitting[0]
-    if task == FEATURE_EXTRACTION and len(beside) == 1 and not fitting:
-        return next(iter(beside))
+    if task == FEATURE_EXTRACTION and len(others) == 1 and not fitting:
+        return next(iter(others))
     return None
 
 
 def output_of(manifest: Manifest) -> str:
-    """The name of the output that the bundle's task is about."""
+    """The name of the main output of the bundle's task."""
     ranks = {spec.name: len(spec.shape) for spec in manifest.outputs}
     found = main_output(manifest.task, ranks)
     return manifest.outputs[0].name if found is None else found

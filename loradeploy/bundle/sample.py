@@ -1,7 +1,8 @@
-"""Inputs that a graph can be tried on, made by the inputs' names and shapes.
+"""Make feeds for a trial run of a graph from the names and shapes of its inputs.
 
-Rows are of random tokens below a bound, nothing is masked, a cache holds zeros. What a dimension is
-is told by its place (`_PLACES`), and by its symbol where another input has shown that.
+Rows are random tokens below a bound, nothing is masked, a cache is all zeros. The role of a
+dimension follows from its input and axis (`_DIMENSIONS`), or from its symbol if another input uses
+the same.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 Feeds = dict[str, "NDArray[Any]"]
 
 _BATCH, _SEQUENCE = 2, 4
-# Ids of the tokens that are fed: above the special ones of most vocabularies, below the smallest.
+# The range of token ids: above the special tokens of most vocabularies, below the smallest size.
 _FIRST_TOKEN, _END_TOKEN = 4, 48
 _UNNAMED: Final = ("", "?")
-# The size that a dimension is, by the input and the axis; the first that applies.
-_PLACES: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
+# The role of a dimension by input and axis; the first that applies.
+_DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
     (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
     (lambda name, axis, rank: name.startswith(PAST) and axis == rank - 2, "past"),
     (lambda name, axis, rank: name == INPUT_IDS and axis == 1, "sequence"),
@@ -34,9 +35,9 @@ _PLACES: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
 
 
 class Sample:
-    """Makes feeds for a graph with the inputs `specs`; `config` tells sizes of images and sounds.
+    """Makes feeds for a graph with the inputs `specs`; `config` has the sizes of images and audio.
 
-    `pad`: a token that no row gets, because it means padding.
+    `pad`: the padding token, which no row gets.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Sample:
         return np.random.default_rng(seed).choice(self._tokens, (rows, length))
 
     def feeds(self, batch: int = _BATCH, sequence: int = _SEQUENCE, past: int = 0) -> Feeds:
-        """A feed for every input, of `sequence` tokens behind `past`, where the graph is open.
+        """A feed for every input: `sequence` tokens after `past`, if the graph has no fixed size.
 
         Raises:
             TypeError: an input is of a dtype that numpy does not have.
@@ -67,9 +68,9 @@ class Sample:
         symbols: dict[str, int] = {}
         for spec in sorted(self._specs, key=lambda spec: spec.name != INPUT_IDS):
             for axis, symbol in enumerate(spec.shape):
-                place = _place(spec, axis)
-                if isinstance(symbol, str) and symbol not in _UNNAMED and place is not None:
-                    symbols.setdefault(symbol, sizes[place])
+                dimension = _dimension_of(spec, axis)
+                if isinstance(symbol, str) and symbol not in _UNNAMED and dimension is not None:
+                    symbols.setdefault(symbol, sizes[dimension])
         return {
             spec.name: self._values(spec, self._shape(spec, sizes, symbols), past)
             for spec in self._specs
@@ -93,20 +94,20 @@ class Sample:
     def _shape(
         self, spec: TensorSpec, sizes: Mapping[str, int], symbols: Mapping[str, int]
     ) -> tuple[int, ...]:
-        told = self._told(spec)
+        configured = self._configured(spec)
         shape = []
         for axis, size in enumerate(spec.shape):
-            place = _place(spec, axis)
+            dimension = _dimension_of(spec, axis)
             if isinstance(size, int):
                 shape.append(size)
-            elif place is not None:
-                shape.append(sizes[place])
+            elif dimension is not None:
+                shape.append(sizes[dimension])
             else:
-                shape.append(told.get(axis, symbols.get(size, sizes["sequence"])))
+                shape.append(configured.get(axis, symbols.get(size, sizes["sequence"])))
         return tuple(shape)
 
-    def _told(self, spec: TensorSpec) -> dict[int, int]:
-        """Sizes by axis that the config tells: of an image, of a sound."""
+    def _configured(self, spec: TensorSpec) -> dict[int, int]:
+        """Sizes by axis from the config, of images and audio."""
         config = self._config
         if spec.name == PIXEL_VALUES:
             size = config.get("image_size", 224)
@@ -118,12 +119,12 @@ class Sample:
         return {}
 
 
-def _place(spec: TensorSpec, axis: int) -> str | None:
+def _dimension_of(spec: TensorSpec, axis: int) -> str | None:
     rank = len(spec.shape)
-    return next((size for applies, size in _PLACES if applies(spec.name, axis, rank)), None)
+    return next((size for applies, size in _DIMENSIONS if applies(spec.name, axis, rank)), None)
 
 
-def _fixed(spec: TensorSpec, place: str) -> int | None:
-    """The size that the graph fixes for a place."""
-    sizes = [size for axis, size in enumerate(spec.shape) if _place(spec, axis) == place]
+def _fixed(spec: TensorSpec, dimension: str) -> int | None:
+    """The static size of a dimension in the graph, or None."""
+    sizes = [size for axis, size in enumerate(spec.shape) if _dimension_of(spec, axis) == dimension]
     return next((size for size in sizes if isinstance(size, int)), None)

@@ -1,4 +1,4 @@
-"""What a graph takes and gives, and the layers of it that adapters change."""
+"""Inputs and outputs of a graph, and the layers of it that adapters change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight's numbers are in model.onnx.data; `dtype` is numpy's name of theirs."""
+    """The location of a weight in model.onnx.data; `dtype`: numpy's name of the stored dtype."""
 
     offset: int
     length: int
@@ -38,12 +38,12 @@ class LoraTarget:
     """A layer of the graph that takes low-rank side inputs.
 
     `lora_A`, `lora_B`: names of the side inputs, [adapters, in, rank] and [adapters, rank, out].
-    `weight`: the initializer, held as [in, out], or as [out, in] where `transposed`.
-    `slice`: the module's range of the product's outputs where the weight is of several modules.
-    `found_by`: the evidence by which the graph's node was taken for this module.
-    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" is found in no
-    bundle: a convolution is merged.)
-    `stored`: where the weight can be read without the graph, which DoRA needs.
+    `weight`: the initializer, [in, out], or [out, in] if `transposed`.
+    `slice`: the module's range of outputs if the weight is fused from several modules.
+    `found_by`: the evidence that identified the graph's node as this module.
+    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" does not
+    occur in bundles: convolutions are merged.)
+    `stored`: location of the weight outside the graph, which DoRA needs.
     """
 
     module: str
@@ -66,12 +66,12 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class SavedTarget:
-    """A whole parameter that an adapter may replace (modules_to_save).
+    """A parameter that an adapter may replace (modules_to_save).
 
-    `input`: the side input, [adapters, *shape]; it is the last two axes swapped where `transposed`.
+    `input`: the side input, [adapters, *shape]; with the last two axes swapped if `transposed`.
     `shape`: the parameter's shape in the checkpoint's orientation.
-    `lacking`: the checkpoint has no values for it (a head that was never trained): it is zeros
-    until an adapter brings it, and an adapter that does not means nothing.
+    `lacking`: the checkpoint has no values for it (an untrained head). Its default is zeros, and
+    adapters without it are refused.
     """
 
     parameter: str
@@ -91,10 +91,10 @@ class SavedTarget:
 
 @dataclass(frozen=True)
 class OutputTarget:
-    """A layer whose output y an adapter may change: scale ⊙ y + offset, for every row its own.
+    """A layer whose output y an adapter may change to scale ⊙ y + offset, separately for each row.
 
-    `scale`, `offset`: names of the side inputs, [adapters, size]; None where the graph has none.
-    They default to ones and to zeros. DoRA takes both, a trained bias the second.
+    `scale`, `offset`: names of the side inputs, [adapters, size]; None if the graph lacks them.
+    Their defaults are ones and zeros. DoRA uses both, a trained bias only `offset`.
     """
 
     module: str
@@ -104,7 +104,7 @@ class OutputTarget:
 
 
 def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
-    """Raise BundleError where there are none, two of one name, or one of an absurd size."""
+    """Raise BundleError if there are none, duplicate names, or an implausible size."""
     names = [spec.name for spec in specs]
     if not names or len(set(names)) != len(names):
         raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
@@ -116,23 +116,24 @@ def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
 
 
 def check_slices(targets: Iterable[LoraTarget]) -> None:
-    """Raise BundleError where a slice is not of its module's size, or two of a weight overlap."""
+    """Raise BundleError if a slice does not have its module's size, or two slices overlap."""
     sliced = [(t.weight, *t.slice, t) for t in targets if t.slice is not None]
     ends: dict[str, int] = {}
     for weight, begin, end, target in sorted(sliced, key=lambda entry: entry[:3]):
         if begin < ends.get(weight, 0) or end - begin != target.out_features:
             raise BundleError(
-                f"{MANIFEST_NAME}: the slice of {target.module} is not one of its size, or"
-                " another's too"
+                f"{MANIFEST_NAME}: the slice of {target.module} has another size than the"
+                " module, or overlaps another"
             )
         ends[weight] = end
 
 
 def check_stored(target: LoraTarget, stored: StoredWeight) -> None:
-    """Raise BundleError unless `stored` has the numbers of the target's weight."""
+    """Raise BundleError unless `stored` has the size of the target's weight."""
     sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
     length = target.in_features * target.out_features * sizes.get(stored.dtype, 0)
     if stored.offset < 0 or not length or stored.length != length:
         raise BundleError(
-            f"{MANIFEST_NAME}: the stored weight of {target.module} is not one of its size"
+            f"{MANIFEST_NAME}: the stored weight of {target.module} has another size than the"
+            " module"
         )

@@ -91,7 +91,7 @@ def test_what_the_base_lacks_comes_with_every_adapter(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatchError, match=r"head\.weight is in neither the base nor"):
         side_inputs(headless, lacking)
     write_onnx_adapter(headless, a_manifest(), tmp_path / "a.onnx_adapter")
-    with pytest.raises(AdapterMismatchError, match=r"head\.weight is not there"):
+    with pytest.raises(AdapterMismatchError, match=r"head\.weight is missing"):
         check_side_inputs(read_onnx_adapter(tmp_path / "a.onnx_adapter"), lacking)
 
 
@@ -149,7 +149,7 @@ def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) 
     file = tmp_path / "a.onnx_adapter"
     write_onnx_adapter(an_adapter(), a_manifest(), file)
     file.write_bytes(file.read_bytes()[:-40] if content is None else content)
-    with pytest.raises(AdapterError, match="truncated or no .onnx_adapter"):
+    with pytest.raises(AdapterError, match="truncated or not an .onnx_adapter"):
         read_onnx_adapter(file)
     with pytest.raises(AdapterError, match="does not exist"):
         read_onnx_adapter(tmp_path / "nowhere")

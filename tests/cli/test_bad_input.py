@@ -90,7 +90,7 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
         (["inspect", "{tmp}/nowhere"], "does not exist"),
         (["inspect", "{tmp}"], "is not an adapter"),
         (["run", "{tmp}/nowhere", "hi"], "does not exist"),
-        (["run", "{tmp}", "hi"], "holds no loradeploy.json"),
+        (["run", "{tmp}", "hi"], "has no loradeploy.json"),
         (["run", "{bundle}"], "give either a PROMPT or --input"),
         (["run", "{bundle}", "hi", "--input", "x"], "give either a PROMPT or --input"),
         (["run", "{bundle}", "hi", "--adapter", "unheard"], "unheard"),

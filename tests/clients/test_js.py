@@ -275,7 +275,7 @@ def test_node_refuses_adapters_by_name(
     spoil("a long header", in_directory, b"\xff" * 16, "no valid safetensors file")
     spoil("more bytes", in_directory, weights + b"0000", "no valid safetensors file")
     spoil("a cut adapter", alone / "cut.onnx_adapter", native[:-4000], "truncated")
-    spoil("no adapter", alone / "no.onnx_adapter", weights, "truncated or no .onnx_adapter")
+    spoil("no adapter", alone / "no.onnx_adapter", weights, "truncated or not an .onnx_adapter")
     spoil("a pickle", alone / "a.bin", b"", "is refused")
     of_texts = client_adapters["few"]
     places |= {"own texts": of_texts, "nothing": tmp_path / "nothing"}

@@ -266,7 +266,7 @@ def test_a_packed_bundle_has_the_scales_of_the_adapters_that_it_came_with(
     np.testing.assert_array_equal(own, _logits(session, ids, "native"))
     assert apart(own, _expected("gpt2", model, adapter, ids)) <= tolerance(f"export-{precision}")
     assert difference(own, _logits(session, ids)) > 0.05
-    with pytest.raises(AdapterMismatchError, match="is packed here and cannot be read"):
+    with pytest.raises(AdapterMismatchError, match="is quantized here and cannot be read"):
         session.load("late", _adapter(make_adapter, "gpt2", model, dora, seed=8))
 
 

@@ -127,5 +127,5 @@ def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
 
 
 def test_a_directory_without_a_graph_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ld.UsageError, match="is no bundle and no ONNX file"):
+    with pytest.raises(ld.UsageError, match="is not a bundle and no ONNX file"):
         placements(tmp_path)

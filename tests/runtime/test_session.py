@@ -236,7 +236,7 @@ def _missing(make: MakeAdapter, model: Path, gpt2: Path, tmp: Path) -> Path:
         (_other_base, AdapterMismatchError, "c_attn is not a target module"),
         (_swapped, AdapterMismatchError, r"lora_A is \[4, 96\], the base takes 64"),
         (_truncated, AdapterError, "not a valid safetensors"),
-        (_truncated_native, AdapterError, "no .onnx_adapter file"),
+        (_truncated_native, AdapterError, "not an .onnx_adapter file"),
         (_missing, AdapterError, "does not exist"),
     ],
 )

@@ -1,8 +1,8 @@
-"""What of the base model the side inputs of some adapters are computed from.
+"""Weights and biases of the base model, which the side inputs of some adapters are computed from.
 
-DoRA's scale needs the base's weights, which are read from model.onnx.data where the manifest says
-they are; its offset, and a trained bias's, needs the biases that the graph adds. Those, and weights
-too small for the data file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
+DoRA's scale needs the base's weights, which are read from model.onnx.data at the location in the
+manifest. Offsets need the biases that the graph adds. Those, and weights too small for the data
+file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
 
 
 class BaseValues(Protocol):
-    """The numbers of a base model, by module."""
+    """Weights and biases of a base model, by module."""
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
         """The weight as [out, in], float32 (an embedding's is [size, vocabulary])."""
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
-        """The bias [out] that is in the module's output, float32."""
+        """The bias [out] that the graph adds to the module's output, float32."""
 
 
 class BundleBase:
-    """The base inside the bundle in the directory `place`; files are opened when needed.
+    """The base of the bundle in `directory`; files are opened when needed.
 
-    `check_data`: raises where the data file is not what it was when the bundle was opened.
+    `check_data`: raises if the data file changed since the bundle was opened.
     """
 
     def __init__(
-        self, place: Path, manifest: Manifest, check_data: Callable[[], None] = lambda: None
+        self, directory: Path, manifest: Manifest, check_data: Callable[[], None] = lambda: None
     ) -> None:
-        self._place = place
+        self._directory = directory
         self._manifest = manifest
         self._check_data = check_data
         self._small: Mapping[str, NDArray[Any]] | None = None
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
-        """See `BaseValues`; None where the weight is packed, or nothing tells where it is.
+        """See `BaseValues`; None if the weight is quantized, or its location is unknown.
 
         Raises:
             BundleError: the data file is missing or too short.
@@ -62,24 +62,24 @@ class BundleBase:
         shape = (target.in_features, target.out_features)
         if target.transposed:
             shape = shape[::-1]
-        file = inside(self._place, GRAPH_DATA_NAME)
+        file = inside(self._directory, GRAPH_DATA_NAME)
         check_file(file, error=BundleError)
         short = stored.dtype == "bfloat16"  # the upper half of a float32; numpy has no such type
         kind = np.dtype(np.uint16 if short else stored.dtype)
         try:
-            # Not mapped: who shortens a mapped file ends the process.
+            # Not mapped: truncating a mapped file would kill this process.
             read = np.fromfile(file, kind, shape[0] * shape[1], offset=stored.offset)
             found = read.reshape(shape)
         except (OSError, ValueError, MemoryError):
             raise BundleError(
-                f"{file} does not hold the weight of {target.module}: export again"
+                f"{file} does not contain the weight of {target.module}: export again"
             ) from None
         self._check_data()
         values = (found.astype(np.uint32) << 16).view(np.float32) if short else found
         return (values if target.transposed else values.T).astype(np.float32, copy=False)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
-        """See `BaseValues`; None where the base has none.
+        """See `BaseValues`; None if the base has no bias.
 
         Raises:
             BundleError: base.safetensors is broken.
@@ -89,14 +89,14 @@ class BundleBase:
 
     def _values(self, module: str, part: str, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
         if self._small is None:
-            file = self._place / BASE_NAME
+            file = self._directory / BASE_NAME
             self._small = read_arrays(file, error=BundleError)[0] if file.is_file() else {}
         values = self._small.get(f"{module}.{part}")
         if values is None:
             return None
         if values.shape != shape:
             raise BundleError(
-                f"{self._place / BASE_NAME}: {module}.{part} is {list(values.shape)}, the manifest"
-                f" says {list(shape)}: export again"
+                f"{self._directory / BASE_NAME}: {module}.{part} is {list(values.shape)}, the"
+                f" manifest has {list(shape)}: export again"
             )
         return values.astype(np.float32, copy=False)

@@ -1,7 +1,7 @@
 """DoRA and trained biases as side inputs: a layer's output y becomes scale ⊙ y + offset.
 
-DoRA (Liu et al., 2024, arXiv:2402.09353) multiplies what the weights give, not the bias. Where the
-bias b is in y already, and b' is the one that is wanted, offset = b' − scale ⊙ b; so one mechanism
+DoRA (Liu et al., 2024, arXiv:2402.09353) scales the product with the weight, without the bias. If y
+includes the bias b, and b' is the bias of the adapter, offset = b' − scale ⊙ b. So one mechanism
 serves DoRA, trained biases and both. A layer without a bias has b = 0.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def change_inputs(manifest: Manifest) -> dict[str, tuple[int, float]]:
-    """The side inputs that change outputs: name → size, and what the base has in every place."""
+    """The side inputs that change outputs: name → size, and the value for the base."""
     inputs: dict[str, tuple[int, float]] = {}
     for output in manifest.changed:
         if output.scale is not None:
@@ -36,7 +36,7 @@ def change_inputs(manifest: Manifest) -> dict[str, tuple[int, float]]:
 
 
 def added_biases(adapter: Adapter, manifest: Manifest) -> set[str]:
-    """The adapter's whole parameters that the bundle takes as offsets."""
+    """The adapter's trained biases that the bundle takes as offsets."""
     replaced = {target.parameter for target in manifest.saved}
     takes = {f"{o.module}.bias" for o in manifest.changed if o.offset is not None}
     return {name for name in adapter.saved if name in takes and name not in replaced}
@@ -60,7 +60,7 @@ def output_changes(
         scaled = pair is not None and pair.magnitude is not None
         if not scaled and trained is None:
             continue
-        held = None if base is None else base.bias(module)
+        base_bias = None if base is None else base.bias(module)
         scale = np.ones(output.size, np.float32)
         if pair is not None and scaled and output.scale is not None:
             W = _weight(base, targets[module])
@@ -68,9 +68,9 @@ def output_changes(
             changes[output.scale] = scale
         if output.offset is not None:
             zero = np.zeros(output.size, np.float32)
-            b = zero if held is None else held
-            wanted = b if trained is None else trained.astype(np.float32)
-            changes[output.offset] = wanted - scale * b
+            b = zero if base_bias is None else base_bias
+            bias = b if trained is None else trained.astype(np.float32)
+            changes[output.offset] = bias - scale * b
     return changes
 
 
@@ -94,30 +94,30 @@ def changes_undone(
             scales[output.module] = scale[0].astype(np.float32)
         if offset is None:
             continue
-        held = None if base is None else base.bias(output.module)
-        b = np.zeros(output.size, np.float32) if held is None else held
+        base_bias = None if base is None else base.bias(output.module)
+        b = np.zeros(output.size, np.float32) if base_bias is None else base_bias
         bias = offset[0].astype(np.float32) + scales.get(output.module, np.float32(1)) * b
-        # An offset that only keeps the base's own bias as it is tells of no trained one.
+        # An offset that only preserves the base's bias is not a trained bias.
         rounding = 8 * np.finfo(manifest.factor_dtype).eps * np.abs([b, bias, offset[0]]).max()
         if np.abs(bias - b).max() > rounding:
             biases[f"{output.module}.bias"] = bias
     if not scales:
         return dict(factors), biases
-    whole = {}
+    scaled = {}
     for module, pair in factors.items():
         ones = np.ones(len(pair.B), np.float32)
         # The norm is what the scale divides by: output_scale of a magnitude of ones is 1 / norm.
         unit = dataclasses.replace(pair, magnitude=ones)
         inverse = output_scale(_weight(base, targets[module]), unit, 1.0)
-        whole[module] = dataclasses.replace(pair, magnitude=scales.get(module, ones) / inverse)
-    return whole, biases
+        scaled[module] = dataclasses.replace(pair, magnitude=scales.get(module, ones) / inverse)
+    return scaled, biases
 
 
 def _weight(base: BaseValues | None, target: LoraTarget) -> NDArray[np.float32]:
     W = None if base is None else base.weight(target)
     if W is None:
         raise AdapterMismatchError(
-            f"it is a DoRA adapter (use_dora), and the base's weight of {target.module} is packed"
-            " here and cannot be read: export the unpacked base together with this adapter"
+            f"it is a DoRA adapter (use_dora), and the base's weight of {target.module} is"
+            " quantized here and cannot be read: export the unquantized base with this adapter"
         )
     return W

@@ -1,4 +1,4 @@
-"""An adapter in the form of a bundle's side inputs."""
+"""Convert adapters to the side inputs of a bundle, and back."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def side_inputs(
 ) -> dict[str, NDArray[Any]]:
     """The side inputs of `adapter` alone (one slot), by name, in `manifest.factor_dtype`.
 
-    `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, the scaling folded in at
-    float32 with one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA
-    and of trained biases, which need `base`. Modules that the adapter does not touch are left out:
-    the graph's defaults hold for them.
+    `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, computed in float32 with
+    one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA and of
+    trained biases, which need `base`. Modules that the adapter does not change are omitted: the
+    graph has defaults for them.
 
     Raises:
-        AdapterMismatchError: the adapter does not fit; every misfit is in the one message.
+        AdapterMismatchError: the adapter does not fit; the message lists the mismatches.
     """
     return side_inputs_of_fitted(fit_to(adapter, manifest), manifest, base)
 
@@ -50,42 +50,42 @@ def side_inputs(
 def side_inputs_of_fitted(
     adapter: Adapter, manifest: Manifest, base: BaseValues | None = None
 ) -> dict[str, NDArray[Any]]:
-    """`side_inputs` of an adapter that `fit_to` gave for the same manifest."""
+    """`side_inputs` of an adapter that `fit_to` returned for the same manifest."""
     adapter = with_all_labels(adapter, manifest.saved_shapes())
     dtype = np.dtype(manifest.factor_dtype)
     arrays: dict[str, NDArray[Any]] = {}
     for target in manifest.targets:
-        own = adapter.factors.get(target.module)
-        if own is not None:
+        pair = adapter.factors.get(target.module)
+        if pair is not None:
             s = np.float32(adapter.scaling(target.module))
-            with np.errstate(over="ignore"):  # what overflows is refused below
-                A, B = own.A.astype(np.float32).T, own.B.astype(np.float32).T * s
+            with np.errstate(over="ignore"):  # overflows are refused below
+                A, B = pair.A.astype(np.float32).T, pair.B.astype(np.float32).T * s
             arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
             arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
-    for place in manifest.saved:
-        values = adapter.saved.get(place.parameter)
+    for replaced in manifest.saved:
+        values = adapter.saved.get(replaced.parameter)
         if values is not None:
-            turned = np.swapaxes(values, -1, -2) if place.transposed else values
-            arrays[place.input] = _slot(turned, dtype, place.input)
+            oriented = np.swapaxes(values, -1, -2) if replaced.transposed else values
+            arrays[replaced.input] = _slot(oriented, dtype, replaced.input)
     for name, change in output_changes(adapter, manifest, base).items():
         arrays[name] = _slot(change, dtype, name)
     return arrays
 
 
 def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
-    """What is fed beside side inputs to choose the graph's branch for them; empty without one."""
+    """The feed that selects the graph's branch with adapters; empty if it has no branches."""
     return {ADAPTER_MODE: np.ones(1, np.int64)} if manifest.branches else {}
 
 
 def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
-    """Raise AdapterMismatchError, with every misfit, unless `arrays` are a slot of side inputs."""
+    """Raise AdapterMismatchError unless `arrays` are one slot of the bundle's side inputs."""
     expected = {spec.name: spec for spec in manifest.side_inputs() if ADAPTERS in spec.shape}
     problems = []
     for target in manifest.targets:
         if (target.lora_A in arrays) != (target.lora_B in arrays):
             problems.append(f"{target.module} has one factor without the other")
     problems += [
-        f"{saved.parameter} is not there, which the base lacks too"
+        f"{saved.parameter} is missing, which the base lacks too"
         for saved in manifest.saved
         if saved.lacking and saved.input not in arrays
     ]
@@ -99,14 +99,14 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
         shape = [sizes.get(d) if isinstance(d, str) else d for d in spec.shape]
         if list(values.shape) != shape or values.dtype != spec.dtype:
             problems.append(
-                f"{name} is {values.dtype} {list(values.shape)}, the bundle takes {spec.dtype}"
+                f"{name} is {values.dtype} {list(values.shape)}, the bundle expects {spec.dtype}"
                 f" {shape}"
             )
     refuse(problems, THIS_BUNDLE)
 
 
 def _rank(target: LoraTarget, arrays: Mapping[str, NDArray[Any]]) -> int | None:
-    """The rank of the factors of `target`: the last size of A, which B must be of too."""
+    """The rank of the factors of `target`: the last dimension of A, which B must match."""
     A = arrays.get(target.lora_A)
     return A.shape[-1] if A is not None and A.ndim else None
 
@@ -114,9 +114,9 @@ def _rank(target: LoraTarget, arrays: Mapping[str, NDArray[Any]]) -> int | None:
 def adapter_from_side_inputs(
     arrays: Mapping[str, NDArray[Any]], manifest: Manifest, base: BaseValues | None = None
 ) -> Adapter:
-    """The adapter whose side inputs are `arrays`: the scaling stays in B, so that alpha is rank.
+    """The adapter whose side inputs are `arrays`. The scaling stays in B, so that alpha = rank.
 
-    Scales and offsets become DoRA's magnitudes and trained biases again, by the weights of `base`.
+    Scales and offsets are converted to DoRA's magnitudes and trained biases with `base`.
 
     Raises:
         AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights.
@@ -131,11 +131,11 @@ def adapter_from_side_inputs(
             )
     factors, biases = changes_undone(arrays, factors, manifest, base)
     saved = {}
-    for place in manifest.saved:
-        if place.input in arrays:
-            values = arrays[place.input][0]
-            turned = np.swapaxes(values, -1, -2) if place.transposed else values
-            saved[place.parameter] = np.ascontiguousarray(turned)
+    for replaced in manifest.saved:
+        if replaced.input in arrays:
+            values = arrays[replaced.input][0]
+            oriented = np.swapaxes(values, -1, -2) if replaced.transposed else values
+            saved[replaced.parameter] = np.ascontiguousarray(oriented)
     modules_to_save = tuple(sorted({name.rpartition(".")[0] for name in saved}))
     saved.update(biases)
     blank = AdapterConfig(
@@ -144,11 +144,11 @@ def adapter_from_side_inputs(
         target_modules=tuple(sorted(factors)),
         modules_to_save=modules_to_save,
         bias="all" if biases else "none",
-        use_dora=any(own.magnitude is not None for own in factors.values()),
+        use_dora=any(pair.magnitude is not None for pair in factors.values()),
         base_model_name_or_path=manifest.base.name,
         task_type=PEFT_TASKS.get(manifest.task),
     )
-    ranks = {module: own.rank for module, own in factors.items()}
+    ranks = {module: pair.rank for module, pair in factors.items()}
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     return Adapter(config, factors, saved, base_digest=known)
@@ -163,6 +163,6 @@ def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]
 
 
 def computable(values: NDArray[Any]) -> bool:
-    """Whether products of `values` and what a model computes are numbers, as far as one can say."""
+    """Whether `values` are finite and small enough that products with activations are finite."""
     most = min(_OVERFLOWS, float(np.finfo(values.dtype).max))
     return bool((np.abs(values) <= most).all())  # False for NaN

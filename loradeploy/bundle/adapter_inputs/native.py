@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.adapter_inputs.base import BaseValues
     from loradeploy.bundle.manifest import Manifest
 
-# The format has two version numbers of the writer's choosing; nothing here reads them back.
+# Two version numbers that the writer may choose; nothing here reads them.
 _ADAPTER_VERSION = 1
 _MODEL_VERSION = 1
 
@@ -36,8 +36,8 @@ def write_onnx_adapter(
 ) -> None:
     """Write `adapter` as an `.onnx_adapter` file for the bundle of `manifest`, atomically.
 
-    The file holds the side inputs by their names in the graph, the scaling folded in. DoRA and
-    trained biases are computed by the weights of `base`.
+    The file has the side inputs by their names in the graph, with the scaling in B. DoRA and
+    trained biases need the weights of `base`.
 
     Raises:
         AdapterMismatchError: the adapter does not fit the bundle.
@@ -51,7 +51,7 @@ def write_side_inputs(
 ) -> None:
     """Write one slot of side inputs as an `.onnx_adapter` file, atomically.
 
-    Where the graph has branches the file chooses the one for its adapter.
+    If the graph has branches, the file selects the one with adapters.
 
     Raises:
         OutputError: the file cannot be written.
@@ -76,26 +76,26 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
     """The side inputs in an `.onnx_adapter` file, by name, as copies.
 
     Raises:
-        AdapterError: the file is missing, no adapter, or holds values that are not finite.
+        AdapterError: the file is missing, not an adapter, or has values that are not finite.
     """
     import onnxruntime
 
-    place = Path(file)
-    if not place.exists():
-        raise AdapterError(f"{place} does not exist: give an .onnx_adapter file")
+    path = Path(file)
+    if not path.exists():
+        raise AdapterError(f"{path} does not exist: give an .onnx_adapter file")
     try:
-        # onnxruntime maps the file that it is given: who shortens that one ends the process.
+        # onnxruntime maps the file: truncating it would kill this process, so it gets a copy.
         with scratch_directory("loradeploy-adapter-") as scratch:
             copy = scratch / f"adapter{NATIVE_SUFFIX}"
-            copy_file(place, copy, error=AdapterError, limit=MAX_GRAPH_BYTES)
+            copy_file(path, copy, error=AdapterError, limit=MAX_GRAPH_BYTES)
             content = onnxruntime.AdapterFormat.read_adapter(os.fspath(copy))
             parameters = content.get_parameters()
             arrays = {name: value.numpy().copy() for name, value in parameters.items()}
-            del content, parameters  # Windows removes no mapped file
-    except (RuntimeError, ValueError):  # its text is a C++ source line; a name that is no UTF-8
-        raise AdapterError(f"{place} is truncated or no .onnx_adapter file") from None
-    arrays.pop(ADAPTER_MODE, None)  # of the graph that the file was written for
+            del content, parameters  # Windows cannot remove a mapped file
+    except (RuntimeError, ValueError):  # its text is a C++ source line; or a name is not UTF-8
+        raise AdapterError(f"{path} is truncated or not an .onnx_adapter file") from None
+    arrays.pop(ADAPTER_MODE, None)  # selects a branch of the graph that the file was written for
     for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise AdapterError(f"{place}: {name} holds values that are not finite numbers")
+            raise AdapterError(f"{path}: {name} has values that are not finite numbers")
     return arrays

@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a null byte in a path": (lambda m, p: outside(m, p, "w\0.bin"), "no path"),
     "a name that is too long": (lambda m, p: outside(m, p, "w" * 5000), "no path"),
-    "a way out": (lambda m, p: outside(m, p, "../w.bin"), "leads out"),
+    "a way out": (lambda m, p: outside(m, p, "../w.bin"), "is outside"),
     "data that ends early": (lambda m, p: outside(m, p, offset="8"), "too short"),
     "data before its file": (lambda m, p: outside(m, p, offset="-8"), "ONNX model|before"),
     "data of several names": (linked, "hard links"),
