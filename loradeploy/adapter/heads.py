@@ -120,7 +120,9 @@ def problem_of(adapter: Adapter, stated: str | None, outputs: int) -> str:
 
     `outputs`: how many the base's head has, for an adapter that brings no head.
     """
-    return adapter.problem_type or stated or usual_problem(label_count(adapter) or outputs)
+    # One that was given outputs for all of a graph's labels names its own alone.
+    own = len(adapter.labels) if adapter.labels else label_count(adapter)
+    return adapter.problem_type or stated or usual_problem(own or outputs)
 
 
 def stated_problem(

@@ -25,7 +25,10 @@ class Task:
     `auto_class`: the class of transformers that loads the model. `output`: its first output.
     `peft`: PEFT's task_type, or None. `heads`: possible names of the model's output head.
     `trained_head`: whether PEFT trains the head in full for this task, even if modules_to_save does
-    not name it. `cached`: whether the model has a KV cache. `exported`: whether export supports it.
+    not name it. `cached`: whether the model has a KV cache. `exported`: whether export supports it,
+    with side inputs and merged, and parity checks it. `trained`: whether `train` supports it.
+    `runner`: the class that runs its bundles, as `loradeploy run` does too; None if only
+    `AdapterSession.run` does. `evaluated`: whether parity computes its metrics on held-out data.
     """
 
     name: str
@@ -36,12 +39,25 @@ class Task:
     trained_head: bool = False
     cached: bool = False
     exported: bool = True
+    trained: bool = False
+    runner: str | None = None
+    evaluated: bool = False
 
 
 TASK_TABLE: Final[Mapping[str, Task]] = {
     task.name: task
     for task in (
-        Task(CAUSAL_LM, "AutoModelForCausalLM", "logits", "CAUSAL_LM", (LM_HEAD,), cached=True),
+        Task(
+            CAUSAL_LM,
+            "AutoModelForCausalLM",
+            "logits",
+            "CAUSAL_LM",
+            (LM_HEAD,),
+            cached=True,
+            trained=True,
+            runner="TextGenerator",
+            evaluated=True,
+        ),
         Task(
             SEQUENCE_CLASSIFICATION,
             "AutoModelForSequenceClassification",
@@ -49,8 +65,18 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "SEQ_CLS",
             CLASSIFIER_HEADS,
             trained_head=True,
+            trained=True,
+            runner="TextClassifier",
+            evaluated=True,
         ),
-        Task(FEATURE_EXTRACTION, "AutoModel", "last_hidden_state", "FEATURE_EXTRACTION"),
+        Task(
+            FEATURE_EXTRACTION,
+            "AutoModel",
+            "last_hidden_state",
+            "FEATURE_EXTRACTION",
+            trained=True,
+            runner="TextEmbedder",
+        ),
         Task(
             TOKEN_CLASSIFICATION,
             "AutoModelForTokenClassification",
@@ -58,6 +84,9 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "TOKEN_CLS",
             CLASSIFIER_HEADS,
             trained_head=True,
+            trained=True,
+            runner="TokenClassifier",
+            evaluated=True,
         ),
         Task(
             IMAGE_CLASSIFICATION,
@@ -81,6 +110,10 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
 
 # Tasks that export supports.
 TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.exported)
+# Those that `train` supports.
+TRAINED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.trained)
+# Those with metrics on held-out data.
+EVALUATED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.evaluated)
 # Their models end in a classifier head, which adapters replace.
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
 # PEFT's task_type in an adapter's config, by which PEFT selects the class that wraps a model.

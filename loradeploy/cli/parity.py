@@ -164,8 +164,8 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     "--evaluate",
     multiple=True,
     metavar="[NAME=]DATA",
-    help="Compare the accuracy or perplexity on this held-out data, in any form of training data;"
-    " with NAME=, for that adapter alone. Repeat for more.",
+    help="Compare the task metrics (accuracy, F1, RMSE, perplexity) on this held-out data, in any"
+    " form of training data; with NAME=, for that adapter alone. Repeat for more.",
 )
 @click.option(
     "--examples",

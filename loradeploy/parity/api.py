@@ -70,8 +70,9 @@ def parity(
             does.
         controls: make mistakes on purpose as well, and fail unless each is caught.
         shrink: where a backend fails, look for the smallest input that fails still.
-        evaluate: held-out data to take the task metric on (accuracy, perplexity), in the forms of
-            training data; or by adapter's name, a mapping or a list of "NAME=DATA".
+        evaluate: held-out data to take the task metrics on (accuracy, F1, RMSE and correlations,
+            perplexity), in the forms of training data; or by adapter's name, a mapping or a list of
+            "NAME=DATA".
         examples: how many of them are drawn.
         localize: look for the first module that diverges, comparing values inside the model and
             the graph: None where something failed, True always, False never.

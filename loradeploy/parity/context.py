@@ -84,6 +84,13 @@ class CheckContext:
         """Whether the bundle's graph claims to hold its one adapter itself."""
         return self.manifest.mode == "merged"
 
+    def outputs_of(self, adapter: str | None) -> int | None:
+        """How many of the graph's outputs are the adapter's own; None of all."""
+        for tested in self.adapters:
+            if tested.name == adapter and tested.widened and tested.adapter.labels:
+                return len(tested.adapter.labels)
+        return None
+
 
 def find_model(
     bundle: Path, manifest: Manifest, model: str | os.PathLike[str] | None

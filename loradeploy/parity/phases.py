@@ -24,7 +24,7 @@ What an encoder gives for a text as a whole (`pooler_output`) counts as one more
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -96,6 +96,8 @@ class Row:
     `forced`: the tokens that the reference generated. `expected`: [positions, width]; positions
     are those of the prompt and of the forced tokens but the last, or one of a classifier.
     `edge`: it is of an extreme length, and shares batches with its like alone.
+    `outputs`: how many of the graph's outputs are its adapter's, the first ones; None of all. The
+    others are constants so large that they would hide what the adapter does.
     """
 
     case: int
@@ -104,6 +106,7 @@ class Row:
     forced: tuple[int, ...]
     expected: NDArray[np.float32]
     edge: bool = False
+    outputs: int | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -162,6 +165,29 @@ def run_phases(
     share a batch, because the graph takes no padding. `batched`: whether the model takes more
     than one row; one that does not decodes row by row.
     """
+    for seen in _observations(
+        model, rows, task=task, pad=pad, phases=phases, left=left, alike=alike, batched=batched
+    ):
+        own = seen.row.outputs
+        if own is None:
+            yield seen
+            continue
+        before = None if seen.before is None else seen.before[..., :own]
+        yield replace(seen, values=seen.values[..., :own], before=before)
+
+
+def _observations(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool,
+    alike: bool,
+    batched: bool,
+) -> Iterator[Observation]:
+    """What `run_phases` gives, with all outputs of the graph."""
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
     again = rows_of(REPEAT, rows) if REPEAT in phases else ()
     for row in rows if alone in phases else again:

@@ -13,19 +13,14 @@ from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
 from loradeploy.adapter.heads import TRAINED_PROBLEMS
-from loradeploy.adapter.tasks import (
-    CAUSAL_LM,
-    FEATURE_EXTRACTION,
-    SEQUENCE_CLASSIFICATION,
-    TOKEN_CLASSIFICATION,
-)
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TRAINED_TASKS
 from loradeploy.errors import UsageError
 from loradeploy.files import read_text
 from loradeploy.printable import printable
 
 # Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
 PATHS: Final = ("model", "data", "output")
-TASKS: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, FEATURE_EXTRACTION)
+TASKS: Final = TRAINED_TASKS
 PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
 SCHEDULES: Final = ("linear", "cosine", "constant")
 QUANTIZED: Final = ("int8", "int4")

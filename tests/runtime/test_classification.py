@@ -343,6 +343,8 @@ def test_adapters_with_different_numbers_of_labels_share_a_batch(
         assert result.score == pytest.approx(alone.score, abs=1e-5)
     report = ld.parity(bundle, model=tiny_bert, prompts=texts)
     assert report.passed
+    # What makes the labels that an adapter lacks impossible does not count as its effect.
+    assert all(0.1 < facts.effect < 100 for facts in report.adapters)
     later = make_adapter(tiny_bert, task=task, num_labels=4, seed=9)
     classify.session.load("later", later)
     assert len(classify([texts[0]], "later")[0].scores) == 4

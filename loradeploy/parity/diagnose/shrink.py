@@ -271,8 +271,9 @@ class _Trial:
         values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
         if manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
+        own = self.context.outputs_of(adapter)
         if not steps:
-            return Row(0, adapter, tokens, (), values)
+            return Row(0, adapter, tokens, (), values[..., :own], outputs=own)
         # The last of the forced tokens is one that nobody is fed.
         return Row(0, adapter, tokens[:-steps], (*tokens[-steps:], 0), values)
 

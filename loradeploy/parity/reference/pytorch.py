@@ -283,7 +283,8 @@ def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
         count = min(len(one.expected), len(other.expected))
         if one.forced or other.forced:
             count = len(one.prompt)
-        comparison.add(one.expected[:count], other.expected[:count])
+        width = min(one.expected.shape[-1], other.expected.shape[-1])
+        comparison.add(one.expected[:count, :width], other.expected[:count, :width])
     figures = comparison.figures()
     return Effect(figures.max_abs, figures.mean_abs)
 
@@ -321,9 +322,10 @@ def reference_rows(
         values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
         if context.manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]
-        kept = _keep(context.scratch, values)
+        own = context.outputs_of(adapter)
+        kept = _keep(context.scratch, values[..., :own])
         edge = number >= len(cases.prompts) - cases.edges
-        rows.append(Row(number, adapter, prompt, follow, kept, edge))
+        rows.append(Row(number, adapter, prompt, follow, kept, edge, own))
     return tuple(rows)
 
 

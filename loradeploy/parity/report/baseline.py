@@ -29,6 +29,7 @@ from loradeploy.files import read_json
 from loradeploy.parity.report.results import (
     BASE_LABEL,
     FORMAT,
+    LOWER_IS_BETTER,
     SCHEMA_VERSION,
     ParityReport,
     Regression,
@@ -42,8 +43,6 @@ AGREEMENT_FLOOR: Final = 0.01
 # What two reports must have alike to be comparable.
 _ALIKE: Final = ("task", "mode", "precision")
 _AGREEMENTS: Final = {"top1": "top-1", "greedy": "greedy"}
-# Scores that are better where they are higher; of others, perplexity, lower is better.
-_HIGHER_IS_BETTER: Final = ("accuracy",)
 
 Key = tuple[str, ...]
 
@@ -219,7 +218,7 @@ def _score_regressions(before: _Score, now: _Score | None) -> Iterator[Regressio
             before.where, before.metric, before.value, "missing", f"{before.metric} is not scored"
         )
         return
-    higher = before.metric in _HIGHER_IS_BETTER
+    higher = before.metric not in LOWER_IS_BETTER
     kept = now.difference >= before.low if higher else now.difference <= before.high
     if not kept:  # which no number is not either
         yield Regression(

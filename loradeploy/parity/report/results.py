@@ -192,12 +192,17 @@ class Counterexample:
     tried: int
 
 
+# The task metrics of which less is better.
+LOWER_IS_BETTER: Final = ("perplexity", "rmse")
+
+
 @dataclass(frozen=True)
 class Score:
     """A task metric on held-out data, on both sides.
 
-    `metric`: "accuracy" or "perplexity". `difference`: value − reference, and its 95 % confidence
-    interval [low, high] over the examples, paired. `limit`: how much worse it may be.
+    `metric`: one of `score.measures.MEASURES`, such as "accuracy". `difference`: value − reference,
+    and its 95 % confidence interval [low, high] over the examples, paired. `limit`: how much worse
+    it may be.
     """
 
     backend: str

@@ -13,11 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.heads import config_labels
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.heads import (
+    SINGLE_LABEL,
+    TRAINED_PROBLEMS,
+    config_labels,
+    placeholders,
+    problem_of,
+    stated_problem,
+    usual_problem,
+)
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    CLASSIFICATIONS,
+    EVALUATED_TASKS,
+    SEQUENCE_CLASSIFICATION,
+)
+from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
-from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -27,6 +40,7 @@ from loradeploy.errors import (
     shown,
 )
 from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.parity.score.measures import MEASURED
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -38,28 +52,34 @@ Data = str | os.PathLike[str]
 DataByAdapter = Data | Mapping[str, Data] | Iterable[Data]
 
 _SPLIT: Final = "test"  # of a dataset that has splits
-_METRICS: Final = {CAUSAL_LM: "perplexity", SEQUENCE_CLASSIFICATION: "accuracy"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """An example of `tokens`; `labels` are as many, or the one class of a text."""
+    """An example of `tokens`; `labels` are as many, or the one class of a text, or its numbers."""
 
     tokens: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """What one adapter, or the base, is scored on.
 
-    `metric`: what it tells. `source`: where the data is from, `available` how many there are.
+    `kind`: of `measures.MEASURED`. `source`: where the data is from, `available` how many there
+    are. `labels`: the names of the outputs.
     """
 
-    metric: str
+    kind: str
     examples: tuple[Example, ...]
     source: str
     available: int
+    labels: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures that are taken."""
+        return MEASURED[self.kind]
 
 
 def read_held_out(
@@ -85,9 +105,9 @@ def read_held_out(
     """
     if evaluate is None:
         return {}
-    if manifest.task not in _METRICS:
+    if manifest.task not in EVALUATED_TASKS:
         raise UsageError(
-            f"no task metric is known for {manifest.task}, only for {', '.join(_METRICS)}"
+            f"no task metric is known for {manifest.task}, only for {', '.join(EVALUATED_TASKS)}"
         )
     if examples < 2:
         raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
@@ -105,17 +125,20 @@ def read_held_out(
             " pip install 'loradeploy[train]'"
         ) from None
     checkpoint = open_checkpoint(model)
-    config = checkpoint.within(TrainConfig(task=manifest.task))
-    task = task_of(config)
     labels = _label_names(bundle, manifest, adapters)
+    kinds = _kinds(bundle, manifest, adapters)
     found = {}
     for name, data in _data_by_adapter(evaluate, names).items():
+        settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
+        setting = settings.get(kinds[name], TrainConfig.problem_type)
+        config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
+        task = task_of(config)
         drawn, available = _draw(task, data, examples, seed)
         try:
             coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)
         except DataError as problem:
             raise DataError(f"{name or BASE_LABEL}: {problem}") from None
-        found[name] = HeldOut(_METRICS[manifest.task], coded, os.fspath(data), available)
+        found[name] = HeldOut(kinds[name], coded, os.fspath(data), available, labels[name])
     return found
 
 
@@ -174,7 +197,7 @@ def _coded(
     longest: int,
 ) -> tuple[Example, ...]:
     """The examples as tokens; labels that are all numbers are those of the outputs."""
-    if task.name == SEQUENCE_CLASSIFICATION:
+    if task.problem_type == SINGLE_LABEL:
         given = {example.label for example in drawn}
         if not given <= set(names) and all(label.isdecimal() for label in given):
             names = tuple(map(str, range(len(names))))
@@ -194,12 +217,26 @@ def _label_names(
     bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, tuple[str, ...]]:
     """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
-    if manifest.task != SEQUENCE_CLASSIFICATION:
+    if manifest.task not in CLASSIFICATIONS:
         return {None: (), **{tested.name: () for tested in adapters}}
     config = model_config(bundle)
     own = config_labels(config, CONFIG_NAME, error=BundleError) or ()
-    sizes = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
-    outputs = sizes[0] if sizes and isinstance(sizes[0], int) else len(own)
+    outputs = output_count(manifest, config)
     if len(own) != outputs:
-        own = tuple(f"LABEL_{number}" for number in range(outputs))
+        own = placeholders(outputs)
     return {None: own, **{tested.name: tested.adapter.labels or own for tested in adapters}}
+
+
+def _kinds(
+    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
+) -> dict[str | None, str]:
+    """What each adapter's answers, and the base's, are measured as."""
+    if manifest.task != SEQUENCE_CLASSIFICATION:
+        return dict.fromkeys([None, *(tested.name for tested in adapters)], manifest.task)
+    config = model_config(bundle)
+    stated = stated_problem(config, CONFIG_NAME, error=BundleError)
+    outputs = output_count(manifest, config)
+    found: dict[str | None, str] = {None: manifest.problem_type or stated or usual_problem(outputs)}
+    for tested in adapters:
+        found[tested.name] = problem_of(tested.adapter, stated, outputs)
+    return found

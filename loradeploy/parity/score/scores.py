@@ -1,6 +1,7 @@
 """The task metric on held-out data: how well a deployment does what the adapter was trained for.
 
-Accuracy for classifiers, perplexity for causal language models, of the float32 PyTorch model with
+Accuracy for classifiers, F1 of several labels and of entities, errors and correlations of numbers,
+perplexity for causal language models (`measures`), of the float32 PyTorch model with
 the adapter and of every ONNX path that can hold it, on the same examples. For a bundle in fewer
 bits it is the figure that tells most: rounding moves every logit, and what matters is the answers.
 
@@ -15,14 +16,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
+from loradeploy.adapter.tasks import CAUSAL_LM, TOKEN_CLASSIFICATION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
@@ -31,6 +33,13 @@ from loradeploy.parity.names import ONNX_MERGED, ONNX_SIDE_INPUTS
 from loradeploy.parity.phases import Model, batch_size
 from loradeploy.parity.report.results import Score
 from loradeploy.parity.score.intervals import mean_interval, proportions_interval
+from loradeploy.parity.score.measures import (
+    MEASURES,
+    entity_counts,
+    label_counts,
+    number_pairs,
+    resampled_interval,
+)
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
@@ -76,14 +85,19 @@ class Answers:
     """What a model makes of the examples: `sums` and `counts`, both [examples].
 
     Of a classifier 1 for a right answer, of 1; of a language model the negative log-likelihood of
-    the labeled tokens, in nats, and their number.
+    the labeled tokens, in nats, and their number. `tallies` [examples, …]: how other answers are
+    counted (see `measures`).
     """
 
     sums: NDArray[np.float64]
     counts: NDArray[np.int64]
+    tallies: NDArray[np.float64] | None = None
 
     def value(self, metric: str) -> float:
         """The metric over all examples."""
+        formula = MEASURES[metric].of
+        if formula is not None and self.tallies is not None:
+            return formula(self.tallies)
         mean = float(self.sums.sum() / self.counts.sum())
         return mean if metric == "accuracy" else _exp(mean)
 
@@ -151,6 +165,7 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
     size = batch_size(len(examples[order[0]].tokens), _width(manifest))
     sums = np.zeros(len(examples), np.float64)
     counts = np.ones(len(examples), np.int64)
+    tallies: dict[int, NDArray[np.float64]] = {}
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if cases.alike:
         batches = [
@@ -166,9 +181,35 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
             if causal:
                 real = values[row][mask[row].astype(bool)]  # [tokens, vocabulary]
                 sums[index], counts[index] = _loss(real, examples[index])
+            elif data.kind in _TALLIES:
+                tallies[index] = _TALLIES[data.kind](values[row], examples[index], data.labels)
             else:
                 sums[index] = _right(values[row], examples[index])
-    return Answers(sums, counts)
+    every = np.stack([tallies[index] for index in range(len(examples))]) if tallies else None
+    return Answers(sums, counts, every)
+
+
+def _of_entities(
+    values: NDArray[Any], example: Example, labels: Sequence[str]
+) -> NDArray[np.float64]:
+    from loradeploy.train.features import IGNORED
+
+    own = values[: len(example.tokens), : len(labels)]
+    return entity_counts(own, [int(label) for label in example.labels], labels, IGNORED)
+
+
+# How answers are counted, of a row's logits, its example, and the names of the outputs.
+_TALLIES: Final[
+    Mapping[str, Callable[[NDArray[Any], Example, Sequence[str]], NDArray[np.float64]]]
+] = {
+    MULTI_LABEL: lambda values, example, labels: label_counts(
+        values[: len(labels)], example.labels
+    ),
+    REGRESSION: lambda values, example, _: number_pairs(
+        values[: len(example.labels)], example.labels
+    ),
+    TOKEN_CLASSIFICATION: _of_entities,
+}
 
 
 def judge_score(
@@ -182,9 +223,9 @@ def judge_score(
     """Both sides' answers as a score, of which `share` of the reference's value may be lost."""
     reference, value = expected.value(metric), actual.value(metric)
     low, high = difference_interval(metric, expected, actual)
-    same = bool((actual.sums == expected.sums).all())
-    least, most = (-high, -low) if metric == "accuracy" else (low, high)
-    limit = share * reference
+    same = bool((actual.sums == expected.sums).all()) and _same(actual.tallies, expected.tallies)
+    least, most = (-high, -low) if MEASURES[metric].higher else (low, high)
+    limit = share * abs(reference)
     failed, said = _verdict(reference, value, least=least, most=most, limit=limit, same=same)
     return Score(
         backend=backend.name,
@@ -206,11 +247,17 @@ def judge_score(
 def difference_interval(metric: str, expected: Answers, actual: Answers) -> tuple[float, float]:
     """The 95 % confidence interval of actual − expected; NaN where one of them is no number.
 
-    That of accuracies is Tango's. That of perplexities is the reference's perplexity times
-    exp(d) − 1, over the interval of d, the mean difference in log-likelihood (see `intervals`).
+    That of accuracies is Tango's, that of counted answers (`measures`) the paired bootstrap's. That
+    of perplexities is the reference's perplexity times exp(d) − 1, over the interval of d, the mean
+    difference in log-likelihood (see `intervals`).
     """
     if not np.isfinite(actual.sums - expected.sums).all():
         return math.nan, math.nan
+    formula = MEASURES[metric].of
+    if formula is not None and expected.tallies is not None and actual.tallies is not None:
+        if not np.isfinite(actual.tallies - expected.tallies).all():
+            return math.nan, math.nan
+        return resampled_interval(formula, expected.tallies, actual.tallies)
     if metric == "accuracy":
         gained = int((actual.sums > expected.sums).sum())
         lost = int((actual.sums < expected.sums).sum())
@@ -218,6 +265,10 @@ def difference_interval(metric: str, expected: Answers, actual: Answers) -> tupl
     low, high = mean_interval(actual.sums - expected.sums, expected.counts)
     reference = expected.value(metric)
     return reference * (_exp(low) - 1), reference * (_exp(high) - 1)
+
+
+def _same(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    return one is other if one is None or other is None else bool((one == other).all())
 
 
 def _verdict(
@@ -251,14 +302,17 @@ def _score_backend(
         for adapter, model in opened:
             if adapter not in expected:
                 continue
-            metric, right = held_out[adapter].metric, expected[adapter]
+            right = expected[adapter]
             try:
                 found, problem = answers(model, held_out[adapter], adapter, context), None
             except Exception as raised:  # whatever a backend raises is its failure
-                found = Answers(np.full_like(right.sums, np.nan), right.counts)
+                unknown = None if right.tallies is None else np.full_like(right.tallies, np.nan)
+                found = Answers(np.full_like(right.sums, np.nan), right.counts, unknown)
                 problem = f"was not to be had: {kind_and_line(raised)}"
-            score = judge_score(backend, adapter, metric, right, found, getattr(share, metric))
-            yield score if problem is None else dataclasses.replace(score, message=problem)
+            for metric in held_out[adapter].metrics:
+                limit = getattr(share, MEASURES[metric].limit)
+                score = judge_score(backend, adapter, metric, right, found, limit)
+                yield score if problem is None else dataclasses.replace(score, message=problem)
 
 
 def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:

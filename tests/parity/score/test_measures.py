@@ -1,0 +1,100 @@
+"""The figures of tasks, on examples whose figures are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from loradeploy.parity.score.measures import (
+    MEASURED,
+    MEASURES,
+    entity_counts,
+    entity_spans,
+    label_counts,
+    macro_f1,
+    micro_f1,
+    number_pairs,
+    pearson,
+    resampled_interval,
+    rmse,
+    spearman,
+)
+
+B, INSIDE, PLACE, OUT = "B-PER", "I-PER", "I-LOC", "O"
+
+
+@pytest.mark.parametrize(
+    ("tags", "spans"),
+    [
+        ([OUT, B, INSIDE, OUT], {("PER", 1, 2)}),
+        ([B, B, INSIDE], {("PER", 0, 0), ("PER", 1, 2)}),
+        ([B, PLACE, PLACE], {("PER", 0, 0), ("LOC", 1, 2)}),  # I- of another kind begins one
+        ([INSIDE, INSIDE, OUT, INSIDE], {("PER", 0, 1), ("PER", 3, 3)}),
+        (["S-PER", "B-PER", "E-PER", "E-PER"], {("PER", 0, 0), ("PER", 1, 2), ("PER", 3, 3)}),
+        (["person", "person", OUT, "place"], {("person", 0, 1), ("place", 3, 3)}),
+        ([OUT, OUT], set()),
+        ([], set()),
+    ],
+)
+def test_entities_are_those_that_seqeval_finds(
+    tags: list[str], spans: set[tuple[str, int, int]]
+) -> None:
+    assert entity_spans(tags) == spans
+
+
+def test_the_f1_of_entities_is_that_of_seqevals_own_example() -> None:
+    # From seqeval's README, where f1_score gives 0.50.
+    labels = ["O", "B-MISC", "I-MISC", "B-PER", "I-PER"]
+    truth = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    found = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    counts = []
+    for right, given in zip(truth, found, strict=True):
+        logits = np.eye(5)[[labels.index(tag) for tag in [*given, "O"]]]
+        marks = [labels.index(tag) for tag in right]
+        counts.append(entity_counts(logits, [*marks, -100], labels, -100))
+    assert micro_f1(np.stack(counts)) == 0.5
+
+
+def test_f1_of_labels_over_all_and_by_label() -> None:
+    logits = np.array([[2.0, -1.0, 0.5], [-1.0, -2.0, 3.0], [0.0, -0.1, -1.0]])
+    truth = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
+    counts = np.stack([label_counts(*row) for row in zip(logits, truth, strict=True)])
+    # By label: 2 right of 2; 1 missed; 1 right, 1 too many, 1 missed.
+    assert micro_f1(counts) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+    assert macro_f1(counts) == pytest.approx((1 + 0 + 0.5) / 3)
+    assert micro_f1(np.zeros((2, 3, 3))) == 0.0
+
+
+def test_errors_and_correlations_of_numbers() -> None:
+    truth = [1.0, 2.0, 3.0, 4.0, 5.0]
+    values = [2.0, 1.0, 4.0, 3.0, 7.0]
+    pairs = np.stack([number_pairs(np.array([v]), [t]) for v, t in zip(values, truth, strict=True)])
+    assert rmse(pairs) == pytest.approx(math.sqrt((1 + 1 + 1 + 1 + 4) / 5))
+    assert pearson(pairs) == pytest.approx(np.corrcoef(values, truth)[0, 1])
+    assert spearman(pairs) == pytest.approx(0.8)  # 1 − 6 · Σd² / (n (n² − 1)), Σd² = 4
+    ties = np.stack([np.array([[1.0, 1.0]]), np.array([[1.0, 2.0]]), np.array([[2.0, 3.0]])])
+    assert spearman(ties) == pytest.approx(math.sqrt(3) / 2)
+    assert pearson(np.ones((4, 1, 2))) == 0.0, "what is the same everywhere correlates with nothing"
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_every_kind_of_task_has_figures(kind: str) -> None:
+    assert all(name in MEASURES for name in MEASURED[kind])
+
+
+def test_what_is_no_number_is_counted_as_none() -> None:
+    assert np.isnan(label_counts(np.array([np.nan, 1.0]), [1.0, 0.0])).all()
+    assert np.isnan(entity_counts(np.array([[np.inf, 0.0]]), [0], ["O", "B-X"], -100)).all()
+
+
+def test_the_interval_has_the_difference_and_none_where_both_are_the_same() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(60, 1))
+    near = np.stack([truth + random.normal(size=truth.shape) * 0.1, truth], axis=2)
+    far = np.stack([truth + random.normal(size=truth.shape) * 0.5, truth], axis=2)
+    low, high = resampled_interval(rmse, near, far)
+    assert low <= rmse(far) - rmse(near) <= high
+    assert low > 0, "a worse model is seen"
+    assert resampled_interval(rmse, near, near) == (0.0, 0.0)

@@ -1,0 +1,138 @@
+"""Every row of the table of tasks: trained, exported, run and proved, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.heads import TRAINED_PROBLEMS
+from loradeploy.adapter.tasks import EVALUATED_TASKS, TASK_TABLE, TASKS, TRAINED_TASKS
+from loradeploy.cli.run import _TASKS as COMMANDS
+from loradeploy.errors import UsageError
+from loradeploy.parity.score.measures import MEASURED
+from tests.cli.calling import call
+from tests.train.conftest import WORDS, write_lessons, write_lines
+from tests.train.test_tasks import multi_label, pairs, regression, sentences, tagged
+
+ROOT = Path(__file__).parent.parent
+STEPS = {"max_steps": 40, "batch_size": 8, "rank": 4, "learning_rate": 2e-2, "max_length": 64}
+CLASSIFIER = {"task": "sequence-classification"}
+NUMBERS = {"business": 1.5, "sports": -0.5}
+
+
+def single_label(file: Path) -> Path:
+    rows = [{"text": text, "label": topic} for topic in WORDS for text in sentences(topic)]
+    return write_lines(file, rows)
+
+
+# By task: adapters that share a bundle, each with the maker of its data and what it is trained by.
+ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
+    "sequence-classification": {
+        "single": (single_label, CLASSIFIER),
+        "multi": (multi_label, {**CLASSIFIER, "problem_type": "multi-label"}),
+        "number": (regression, {**CLASSIFIER, "problem_type": "regression"}),
+    },
+    "causal-lm": {"lesson": (write_lessons, {"task": "causal-lm", "learning_rate": 5e-3})},
+    "feature-extraction": {"pairs": (pairs, {"task": "feature-extraction"})},
+    "token-classification": {"tags": (tagged, {"task": "token-classification"})},
+}
+
+
+def seen(task: str, values: dict[str, Any]) -> Any:
+    """What of the answer to a text tells adapters apart."""
+    keys = {
+        "sequence-classification": "scores",
+        "token-classification": "entities",
+        "feature-extraction": "embedding",
+        "causal-lm": "token_ids",
+    }
+    return values[keys[task]]
+
+
+@pytest.mark.breadth(3)
+@pytest.mark.parametrize("task", ROWS)
+def test_a_task_goes_from_training_to_proof(
+    task: str, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama if TASK_TABLE[task].cached else tiny_bert
+    data, adapters = {}, {}
+    for name, (make, settings) in ROWS[task].items():
+        data[name] = make(tmp_path / f"{name}.jsonl")
+        ld.train(model, data[name], tmp_path / name, **{**STEPS, **settings})
+        adapters[name] = tmp_path / name
+    bundle = tmp_path / "bundle"
+    manifest = ld.export(model, bundle, adapters=adapters)
+    assert manifest.task == task
+
+    text = f"{sentences('business')[1]} {sentences('sports')[2]}"
+    lines = [{"text": text, "adapter": name} for name in (*adapters, None)]
+    if task == "causal-lm":
+        lines = [{"prompt": line["text"], "adapter": line["adapter"]} for line in lines]
+    asked = write_lines(tmp_path / "asked.jsonl", lines)
+    printed = call("run", bundle, "--input", asked, "--json")
+    answers = [json.loads(line) for line in printed.splitlines()]
+    given = [json.dumps(seen(task, answer)) for answer in answers]
+    assert len(set(given)) == len(given), "each adapter's effect is seen"
+
+    scored = {} if task not in EVALUATED_TASKS else {"evaluate": data, "examples": 24}
+    phases = ["padded batch"]
+    few = {"prompts": [text, "Hi"], "certificate": False, **scored}
+    report = ld.parity(bundle, model=model, controls=True, phases=phases, **few)
+    assert report.passed, report.failures
+    assert report.controls and all(control.caught for control in report.controls)
+    figures = {(score.adapter, score.metric): score for score in report.scores}
+    if task in EVALUATED_TASKS:
+        kinds = TRAINED_PROBLEMS
+        for name, (_, settings) in ROWS[task].items():
+            kind = task
+            if task == "sequence-classification":
+                kind = kinds[settings.get("problem_type", "single-label")]
+            assert {metric for own, metric in figures if own == name} == set(MEASURED[kind])
+    for metric in ("accuracy", "micro_f1", "macro_f1", "entity_f1", "pearson"):
+        for (_, found), score in figures.items():
+            assert found != metric or score.value > 0.7, f"{metric} of what was learnt"
+
+    name = next(iter(adapters))
+    ld.export(bundle, tmp_path / "merged", adapters={name: adapters[name]}, merge=True)
+    given = {"model": model, "adapters": {name: adapters[name]}, **few}
+    if task in EVALUATED_TASKS:
+        given["evaluate"] = data[name]
+    assert ld.parity(tmp_path / "merged", **given).passed
+    (alone,) = [call("run", tmp_path / "merged", text, "--json")]
+    if task == "sequence-classification":
+        assert json.loads(alone)["label"] == answers[0]["label"]
+
+
+@pytest.mark.parametrize("name", TASK_TABLE)
+def test_what_the_table_does_not_have_is_refused_by_name(name: str) -> None:
+    task = TASK_TABLE[name]
+    assert (name in ROWS) == task.trained == (name in TRAINED_TASKS)
+    assert (name in COMMANDS) == (task.runner is not None)
+    assert task.runner is None or task.runner in ld.__all__
+    if not task.trained:
+        with pytest.raises(UsageError, match=f"task is '{name}': give one of causal-lm"):
+            ld.TrainConfig(task=name)
+    if not task.exported:
+        with pytest.raises(UsageError, match=f"'{name}'"):
+            ld.export("model", "nowhere", task=name)
+    else:
+        assert name in TASKS
+
+
+def test_the_page_of_what_is_supported_has_the_table() -> None:
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    for name, task in TASK_TABLE.items():
+        if not task.exported:
+            continue
+        runner = f"`{task.runner}`" if task.runner else "`AdapterSession.run`"
+        trained = "yes" if task.trained else "refused by name"
+        kinds = TRAINED_PROBLEMS.values() if name == "sequence-classification" else [name]
+        metrics = "; ".join(", ".join(MEASURED[kind]) for kind in kinds if kind in MEASURED)
+        scored = metrics if task.evaluated else "refused by name"
+        row = f"| `{name}` | {trained} | yes | yes | {runner} | yes | {scored} |"
+        assert row in page, row
