@@ -115,7 +115,7 @@ def test_what_the_table_does_not_have_is_refused_by_name(name: str) -> None:
     assert (name in COMMANDS) == (task.runner is not None)
     assert task.runner is None or task.runner in ld.__all__
     if not task.trained:
-        with pytest.raises(UsageError, match=f"task is '{name}': give one of causal-lm"):
+        with pytest.raises(UsageError, match=f"task` is '{name}': give one of causal-lm"):
             ld.TrainConfig(task=name)
     if not task.exported:
         with pytest.raises(UsageError, match=f"'{name}'"):

@@ -146,7 +146,9 @@ def _judge(
     comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
     for right, wrong in zip(reference.rows[name], rows, strict=True):
         count = len(right.prompt) if right.forced else len(right.expected)
-        comparison.add(right.expected[:count], wrong.expected[:count], case=right.case)
+        width = min(right.expected.shape[-1], wrong.expected.shape[-1])  # heads may differ
+        expected, found = right.expected[:count, :width], wrong.expected[:count, :width]
+        comparison.add(expected, found, case=right.case)
     verdict = judge(comparison.figures(), reference.limits[name], effect=effect)
     error = verdict.figures.max_abs
     return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)
