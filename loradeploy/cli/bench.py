@@ -71,12 +71,14 @@ def command(
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:
-        name, _, place = text.rpartition("=")
-        name = name or Path(place).resolve().name
+        name, _, path = text.rpartition("=")
+        name = name or Path(path).resolve().name
         begin = time.perf_counter()
-        session.load(name, place)
+        session.load(name, path)
         loads[name] = (time.perf_counter() - begin) * 1e3
     timings = time_bundle(session, batch=batch, length=length, rounds=rounds)
+    own, *_ = session.providers
+    off_device = {name: counts for name, counts in session.placement.items() if name != own}
     if as_json:
         print_json(
             {
@@ -87,7 +89,9 @@ def command(
                 "providers": session.providers,
                 "open_s": opened,
                 "load_ms": loads,
+                "device": asdict(session.provider),
                 "placement": session.placement,
+                "off_device": off_device,
                 "timings": [asdict(timing) for timing in timings],
             }
         )
@@ -101,6 +105,9 @@ def command(
         for name, counts in session.placement.items()
     ]
     print_rows("nodes", ("provider", "nodes", "operators"), nodes)
+    total = sum(sum(counts.values()) for counts in session.placement.values())
+    off = sum(sum(counts.values()) for counts in off_device.values())
+    say(f"ran on {session.provider}; {off} of {total} nodes run on other providers than {own}")
     say(f"opened in {opened:.2f} s")
 
 

@@ -26,14 +26,16 @@ from typing import Any
 import click
 
 from loradeploy.printable import as_json, printable, readable
+from loradeploy.runtime.devices.table import KNOWN
 
 provider_option = click.option(
     "--provider",
     metavar="NAME[:NUMBER]",
     default="cpu",
     show_default=True,
-    help="Run the graph on this execution provider of ONNX Runtime, such as cpu, cuda or tensorrt;"
-    " cuda:1 is the second device.",
+    help="Run the graph on this execution provider of ONNX Runtime:"
+    f" {', '.join(row.name for row in KNOWN)}, or one by ONNX Runtime's own name. cuda:1 is the"
+    " second device.",
 )
 trust_option = click.option(
     "--trust-remote-code",

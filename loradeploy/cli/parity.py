@@ -12,6 +12,7 @@ from loradeploy.cli.console import json_option, print_json, progress, trust_opti
 from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
 from loradeploy.parity.names import ALL_PHASES, BACKEND_NAMES, LEVELS
+from loradeploy.runtime.devices.table import KNOWN
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
@@ -133,9 +134,9 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     "--provider",
     "providers",
     multiple=True,
-    metavar="NAME",
-    help="Run the graphs on this ONNX Runtime execution provider, such as cuda. Repeat to run on"
-    " each. [default: cpu]",
+    metavar="NAME[:NUMBER]",
+    help="Run the graphs on this execution provider of ONNX Runtime:"
+    f" {', '.join(row.name for row in KNOWN)}. Repeat to run on each. [default: cpu]",
 )
 @click.option(
     "--optimization",

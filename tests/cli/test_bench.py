@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tests.cli.calling import call
@@ -27,5 +28,10 @@ def test_bench_times_every_side(
     ]
     assert all(timing["median"] > 0 for timing in facts["timings"])
     assert facts["placement"]["CPUExecutionProvider"]["MatMul"] > 10
+    assert facts["off_device"] == {}
+    assert facts["device"]["provider"] == "cpu"
+    assert facts["device"]["device"]["kind"] == "CPU"
     assert set(facts["load_ms"]) == {"a0", "a1"}
-    assert "mixed batch" in call("bench", tiny_llama_bundle, *given, *sizes)
+    table = call("bench", tiny_llama_bundle, *given, *sizes)
+    assert "mixed batch" in table
+    assert re.search(r"ran on CPU, .*; 0 of \d+ nodes run on other providers", table)
