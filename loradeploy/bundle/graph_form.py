@@ -22,6 +22,7 @@ from loradeploy.bundle.names import (
     ROWS,
     SLOTS,
 )
+from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class GraphForm:
     are no side inputs.
     `side_inputs`: the kinds besides lora that some layer has.
     `static_shapes`: the sizes of dimensions that are numbers.
+    `target`: what the bundle is for, which chose what was not given.
     """
 
     precision: str = DEFAULT_PRECISION
@@ -70,6 +72,7 @@ class GraphForm:
     side_inputs: frozenset[str] = frozenset()
     required_inputs: bool = False
     static_shapes: Mapping[str, int] = field(default_factory=dict)
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,13 @@ FORM_OPTIONS: Final = (
         STANDARD,
         ATTENTIONS,
     ),
+    FormOption(
+        "target",
+        "--target",
+        "What the bundle is for: the options that are not given become what runs on its device.",
+        "none",
+        tuple(row.name for row in RUN_TARGETS),
+    ),
 )
 BY_NAME: Final[Mapping[str, FormOption]] = MappingProxyType(
     {option.name: option for option in FORM_OPTIONS}
@@ -166,9 +176,12 @@ def is_packed(precision: str) -> bool:
     return precision in PACKED_BITS
 
 
-def default_layout(precision: str) -> str:
-    """The layout of side inputs where none is asked for and the graph can have either."""
-    return ROWS if is_packed(precision) else SLOTS
+def default_of(option: str, precision: str, target: str | None) -> Any:
+    """What an option is where it is not asked for and the graph can have either."""
+    packed = is_packed(precision)
+    own = {"layout": ROWS if packed else SLOTS, "branches": packed, "required_inputs": False}
+    chosen = choice_of(target, option, precision)
+    return own[option] if chosen is None else chosen
 
 
 def form_of(manifest: Manifest) -> GraphForm:
@@ -188,6 +201,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         side_inputs=frozenset(kind for kind, there in kinds.items() if there),
         required_inputs=REQUIRED_NAME in manifest.files,
         static_shapes=dict(_static(manifest)),
+        target=manifest.target,
     )
 
 
@@ -225,25 +239,37 @@ def check_form(asked: Mapping[str, Any]) -> None:
             "`layout='rows'` and `side_inputs=['embedding']` do not go together: factors of"
             " embeddings need the numbers of slots"
         )
+    known = {name: value for name, value in asked.items() if value is not None}
+    check_runs(asked.get("target"), known)
 
 
 def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     """What is `asked` for, with what the bundle `before` has where nothing is.
 
-    Where another precision is asked for, what was the default of the bundle's own stays open, so
-    that it becomes that of the new one. Of merged graphs and for merges what belongs to side inputs
-    is left out. Precision, attention and the kinds of side inputs are in the graph itself.
+    Where another precision or target is asked for, what was the default of the bundle's own stays
+    open, so that it becomes that of the new one; and what another target chooses is not inherited.
+    Of merged graphs and for merges what belongs to side inputs is left out. Precision, attention
+    and the kinds of side inputs are in the graph itself.
 
     Raises:
         UsageError: a static shape is asked for in another size than the bundle has.
     """
     form, result = form_of(before), dict(asked)
-    defaults: dict[str, Any] = {}
-    if asked.get("precision") not in (None, form.precision):
-        defaults = {"layout": default_layout(form.precision), "branches": is_packed(form.precision)}
+    target = result["target"] = asked.get("target") or form.target
+    moved = target != form.target
+    smaller = choice_of(target, "precision", form.precision)
+    if moved and asked.get("precision") is None and form.precision == DEFAULT_PRECISION:
+        # What a graph in fp32 can become without its checkpoint.
+        result["precision"] = smaller if smaller in PACKED_BITS else None
+    precision = result.get("precision") or form.precision
+    anew = moved or precision != form.precision
     for name in ("layout", "branches", "required_inputs"):
         value = getattr(form, name)
-        if result.get(name) is None and value != defaults.get(name):
+        if result.get(name) is not None or (
+            moved and choice_of(target, name, precision) is not None
+        ):
+            continue
+        if not (anew and value == default_of(name, form.precision, form.target)):
             result[name] = None if asked.get("merge") or form.merge else value
     sizes = dict(asked.get("fixed") or {})
     for name, size in sizes.items():

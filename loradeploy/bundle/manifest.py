@@ -27,6 +27,7 @@ from loradeploy.bundle.names import (
     SIGNATURE_NAME,
     SLOTS,
 )
+from loradeploy.bundle.run_target import BY_TARGET
 from loradeploy.bundle.targets import LoraTarget as LoraTarget
 from loradeploy.bundle.targets import OutputTarget as OutputTarget
 from loradeploy.bundle.targets import SavedTarget as SavedTarget
@@ -120,6 +121,7 @@ class Manifest:
     "right", or "none" if all rows of a batch must have the same length. For an encoder, any other
     value than "none" means right.
     `cache_in_place`: whether one buffer can be both past and present of the KV cache.
+    `target`: what the bundle is for, where the export was to choose by that (run_target.py).
     `files`: all files that the export wrote, except the manifest; only these may be replaced.
     `sentence`: digests of the files that define how hidden states are pooled into an embedding, by
     name (modules.json and the files it names); empty if the base has none.
@@ -159,6 +161,7 @@ class Manifest:
     submodels: tuple[Submodel, ...] = ()
     base_prefix: str = ""
     problem_type: str | None = None
+    target: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -308,6 +311,10 @@ def _check(manifest: Manifest) -> None:
     if manifest.layout not in LAYOUTS:
         raise BundleError(
             f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
+        )
+    if manifest.target is not None and manifest.target not in BY_TARGET:
+        raise BundleError(
+            f"{MANIFEST_NAME}: target is {shown(manifest.target)}, not one of {', '.join(BY_TARGET)}"
         )
     if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
         raise BundleError(

@@ -117,6 +117,7 @@ def command(
     module_map: str | None,
     fixed: str | None,
     attention: str | None,
+    target: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -148,6 +149,7 @@ def command(
             module_map=module_map,
             fixed=None if fixed is None else parse_sizes(fixed),
             attention=attention,
+            target=target,
             trust_remote_code=trust_remote_code,
         )
     values = {

@@ -32,6 +32,7 @@ def export(
     module_map: str | os.PathLike[str] | None = None,
     fixed: Mapping[str, int] | None = None,
     attention: str | None = None,
+    target: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = True,
 ) -> Manifest:
@@ -71,6 +72,9 @@ def export(
         attention: "gqa" for ONNX Runtime's GroupQueryAttention, whose cache can be one buffer that
             is written in place; batches are then padded on the right. "standard", the default, is
             ONNX's Attention. A graph with GroupQueryAttention cannot be turned back.
+        target: "cpu", "cuda", "webgpu", "openvino" or "web": what the bundle is for. Options that
+            are not given become what runs on its device (docs/bundles.md has the table); one that
+            is given and does not run there is refused.
         trust_remote_code: run the Python files that a checkpoint's config names; they can do
             anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
@@ -84,9 +88,10 @@ def export(
     """
     from pathlib import Path
 
-    from loradeploy.bundle.graph_form import check_form, inherit
+    from loradeploy.bundle.graph_form import DEFAULT_PRECISION, check_form, inherit
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import MANIFEST_NAME
+    from loradeploy.bundle.run_target import choice_of
     from loradeploy.export.base import Options
     from loradeploy.export.build import build
     from loradeploy.export.given_adapters import adapter_directories, read_adapters
@@ -98,9 +103,9 @@ def export(
     from loradeploy.lora.checkpoint import warn_of_unused_files
     from loradeploy.lora.loading import custom_code
 
-    target = Path(output)
-    check_output(target, overwrite=overwrite)
-    check_replaceable(target, marker=MANIFEST_NAME, own_files=own_files)
+    place = Path(output)
+    check_output(place, overwrite=overwrite)
+    check_replaceable(place, marker=MANIFEST_NAME, own_files=own_files)
     if task is not None:
         check_task(task)
     asked: dict[str, Any] = {
@@ -112,13 +117,14 @@ def export(
         "required_inputs": required_inputs,
         "fixed": dict(fixed or {}),
         "attention": attention,
+        "target": target,
     }
     check_form(asked)
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs leave packed weights alone")
     directories = adapter_directories(adapters)
     beside = (path for path in (checkpoint, module_map) if path is not None)
-    check_keeps_inputs(target, [model, *directories.values(), *beside])
+    check_keeps_inputs(place, [model, *directories.values(), *beside])
     read = read_adapters(directories)
     if merge and len(read) != 1:
         raise UsageError(f"`merge` takes exactly one adapter, {len(read)} are given")
@@ -140,6 +146,10 @@ def export(
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)
+    elif source.graph is None and precision is None:
+        asked["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
+    if asked["required_inputs"] is None and not merge:
+        asked["required_inputs"] = choice_of(asked["target"], "required_inputs", DEFAULT_PRECISION)
     options = Options(
         adapters=read,
         **asked,
@@ -150,5 +160,5 @@ def export(
     )
     with custom_code(trust_remote_code):
         manifest, content = build(source, options)
-        logger.info("writing %s", target)
-        return write_bundle(target, manifest, content)
+        logger.info("writing %s", place)
+        return write_bundle(place, manifest, content)

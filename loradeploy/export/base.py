@@ -101,6 +101,7 @@ class Options:
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
     attention: str | None = None
+    target: str | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
 

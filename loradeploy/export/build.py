@@ -23,15 +23,16 @@ from loradeploy.bundle.graph_form import (
     GQA,
     PACKED_BITS,
     STANDARD,
-    default_layout,
-    is_packed,
+    default_of,
+    form_of,
 )
 from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
 )
-from loradeploy.bundle.names import CONFIG_NAME, ROWS, SLOTS
+from loradeploy.bundle.names import CONFIG_NAME, PAST, ROWS, SLOTS
+from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import (
     AdapterMismatchError,
     ExportError,
@@ -111,7 +112,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     digests = {name: adapter.digest for name, adapter in options.adapters.items()}
     base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
     options = dataclasses.replace(options, adapters=base.adapters)
-    _choose_attention(base, options.attention)
+    _choose_attention(base, options.attention or _attention_of_target(base, options.target))
     findings = (
         find_linears(base.graph)
         if source.graph is None
@@ -144,6 +145,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         use_static_shapes(base.graph.graph, options.fixed)
         inputs, given = required_inputs(base.graph), outputs(base.graph)
         manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
+    manifest = dataclasses.replace(manifest, target=options.target)
+    check_runs(
+        options.target,
+        {**dataclasses.asdict(form_of(manifest)), "required_inputs": bool(options.required_inputs)},
+    )
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None and base.before is not None:
         labeled = (saved for saved in base.before.saved if LABELED.fullmatch(saved.parameter))
@@ -197,6 +203,15 @@ def _choose_attention(base: Base, attention: str | None) -> None:
         if base.task != CAUSAL_LM:
             raise UsageError(f'`attention="gqa"` is for decoders with a cache, not for {base.task}')
         group_queries(base.graph)
+
+
+def _attention_of_target(base: Base, target: str | None) -> str | None:
+    """The attention that the target chooses for a decoder with a cache."""
+    cached = any(str(value.name).startswith(PAST) for value in base.graph.graph.inputs)
+    if base.task != CAUSAL_LM or not cached:
+        return None
+    chosen: str | None = choice_of(target, "attention", base.precision)
+    return chosen
 
 
 def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
@@ -257,11 +272,13 @@ def _with_side_inputs(
     weights = GraphWeights(graph, added.biases)
     arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
     manifest = _quantized(base, manifest)
-    if (layout := options.layout or _layout(base)) == ROWS:
+    if (layout := options.layout or _layout(base, options.target)) == ROWS:
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.
-    shared = is_packed(base.precision) and branches_problem(graph) is None
-    if branches := shared if options.branches is None else options.branches:
+    shared = default_of("branches", base.precision, options.target)
+    if branches := (
+        shared and branches_problem(graph) is None if options.branches is None else options.branches
+    ):
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
     return manifest, added, adapters, arrays
@@ -280,9 +297,9 @@ def _with_biases(
     return dataclasses.replace(findings, linears=linears)
 
 
-def _layout(base: Base) -> str:
-    """Rows where they are the branches' default too, and the graph can have them."""
-    layout = default_layout(base.precision)
+def _layout(base: Base, target: str | None) -> str:
+    """Rows where they are the default, and the graph can have them."""
+    layout: str = default_of("layout", base.precision, target)
     return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
 
 

@@ -100,6 +100,7 @@ class BundleFacts:
     padding: str | None
     required_inputs: bool
     static_shapes: list[str]
+    target: str | None
     merged_adapter: str | None
     merge_error: Any
     graph_digest: str | None
@@ -150,6 +151,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         padding=manifest.padding,
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
+        target=form.target,
         merged_adapter=None if merged is None else merged.digest,
         merge_error=json_values(manifest.merge_error),
         graph_digest=manifest.graph_digest,

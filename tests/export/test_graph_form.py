@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.graph_form import BY_NAME, FORM_OPTIONS, GraphForm, form_of
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.run_target import RUN_TARGETS
 from tests.conftest import ROOT, MakeAdapter, once
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
@@ -30,6 +32,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "required_inputs": (None, True),
     "fixed": (None, {"batch": 2, "sequence": 5, "past": 0}),
     "attention": (None, "gqa"),
+    "target": (None, "cuda", "openvino", "web"),
 }
 REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
     ("layout", "rows", "side_inputs", ("embedding",)): "do not go together",
@@ -39,11 +42,16 @@ REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
         for value in VALUES[name]
         if value
     },
+    ("branches", True, "target", "openvino"): "falls off the device of `target='openvino'`",
 }
+# CUDA computes GroupQueryAttention in fp16 alone.
+OFF_CUDA = {"attention": "gqa", "target": "cuda"}
 
 
 def refusal(form: Mapping[str, Any]) -> str | None:
     """The message for a form that cannot be, None for one that can."""
+    if form["precision"] != "fp16" and OFF_CUDA.items() <= form.items():
+        return "falls off the device of `target='cuda'`"
     return next(
         (
             message
@@ -103,6 +111,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         "branches": form["branches"],
         "attention": form["attention"],
         "required_inputs": form["required_inputs"],
+        "target": form["target"],
     }
     actual = {name: getattr(has, name) for name in asked}
     assert actual == {
@@ -222,12 +231,93 @@ def test_what_a_bundle_cannot_become_is_refused_by_name(
         again(first, **asked)
 
 
+# -- what a bundle is for --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "expected"),
+    [
+        ({}, {"target": "cuda"}, {"layout": "rows", "branches": False, "attention": "standard"}),
+        ({}, {"target": "cuda", "layout": "slots"}, {"layout": "slots", "branches": False}),
+        ({}, {"target": "cuda", "precision": "int4"}, {"layout": "rows", "branches": False}),
+        ({}, {"target": "webgpu"}, {"precision": "fp32", "layout": "rows", "branches": False}),
+        ({}, {"target": "openvino"}, {"branches": False, "required_inputs": True}),
+        ({}, {"target": "web"}, {"precision": "int4", "required_inputs": True, "branches": True}),
+        ({}, {"target": "web", "precision": "fp32"}, {"precision": "fp32", "layout": "slots"}),
+        # What the first bundle was given for another device is chosen anew.
+        ({"layout": "rows", "branches": True}, {"target": "cuda"}, {"branches": False}),
+        # The target stays, and with it what it chooses at another precision, and what was given.
+        ({"target": "cuda"}, {"precision": "int8"}, {"target": "cuda", "branches": False}),
+        ({"target": "cuda", "layout": "slots"}, {}, {"target": "cuda", "layout": "slots"}),
+        # The CPU's choices are the defaults again.
+        ({"target": "cuda"}, {"target": "cpu"}, {"layout": "slots", "target": "cpu"}),
+        ({"target": "openvino"}, {"target": "cpu"}, {"required_inputs": False}),
+    ],
+    ids=lambda value: named(value) or "plain",
+)
+def test_a_target_chooses_what_is_not_given(
+    first: dict[str, Any], asked: dict[str, Any], expected: dict[str, Any], again: Again
+) -> None:
+    form = again({"precision": "fp32", **first} if "target" in first else first, **asked)
+    assert {name: getattr(form, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "message"),
+    [
+        ({}, {"target": "cuda", "attention": "gqa"}, "`attention='gqa'` with `precision='fp32'`"),
+        ({"attention": "gqa"}, {"target": "cuda"}, "CUDA computes GroupQueryAttention in fp16"),
+        ({}, {"target": "openvino", "branches": True}, "leaves all nodes within branches"),
+        ({}, {"target": "web", "required_inputs": False}, "would answer as the base"),
+        ({"target": "openvino"}, {"branches": True}, "falls off the device of `target='openvino'`"),
+    ],
+    ids=lambda value: named(value) if isinstance(value, dict) else "",
+)
+def test_a_form_that_falls_off_the_device_is_refused_by_name(
+    first: dict[str, Any], asked: dict[str, Any], message: str, again: Again
+) -> None:
+    with pytest.raises(ld.UsageError, match=message):
+        again(first, **asked)
+
+
+def test_clients_of_the_web_are_given_zeros_of_rank_one(
+    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapters = {"a": make_adapter(tiny_llama, target_modules=["q_proj"])}
+    for target, rank in (("web", 1), ("openvino", 0)):
+        place = tmp_path / target
+        ld.export(tiny_llama_bundle, place, adapters=adapters, target=target, precision="fp32")
+        base, _ = read_arrays(place / "required.safetensors", error=ld.BundleError)
+        assert {v.shape[2] for name, v in base.items() if name.endswith("lora_A")} == {rank}
+        assert not any(values.any() for name, values in base.items() if ".lora_" in name)
+        own, _ = read_arrays(place / "adapters" / "a.safetensors", error=ld.BundleError)
+        ranks = {v.shape[2] for name, v in own.items() if name.endswith("lora_A")}
+        assert ranks == {rank, 4}
+        side = {name: v for name, v in own.items() if name in base}
+        np.testing.assert_allclose(
+            onnx_output(place, IDS, side=side),
+            onnx_output(place, IDS, side=factors(place, adapters["a"])),
+            atol=tolerance("rows"),
+        )
+
+
 def test_the_same_again_is_no_conflict(again: Again) -> None:
     assert again({"fixed": {"batch": 2}}, fixed={"batch": 2}).static_shapes == {"batch": 2}
     assert BY_NAME["fixed"].inherited
 
 
 # -- where else the table is read ------------------------------------------------------------------
+
+
+def test_the_documentation_has_the_table_of_targets() -> None:
+    text = (ROOT / "docs" / "bundles.md").read_text(encoding="utf-8")
+    for row in RUN_TARGETS:
+        assert f"| `{row.name}` | {row.runs_in} |" in text, row.name
+        for refusal in row.refuses:
+            flags = [BY_NAME[name].flag.partition("/")[0] for name in refusal.form]
+            assert (
+                flags[0].removeprefix("--") in text.partition(f"| `{row.name}` |")[2].split("\n")[0]
+            )
 
 
 def test_the_documentation_has_the_table() -> None:

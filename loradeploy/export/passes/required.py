@@ -18,6 +18,7 @@ import numpy as np
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, REQUIRED_NAME
+from loradeploy.bundle.run_target import zeros_have_rank_one
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file
 
@@ -48,7 +49,16 @@ def write_required(
             value.const_value = None
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
+    if zeros_have_rank_one(manifest.target):
+        base = {name: _of_rank_one(values) for name, values in base.items()}
     write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})
+
+
+def _of_rank_one(values: NDArray[Any]) -> NDArray[Any]:
+    """Factors of rank 0 as zeros of rank 1, whose product is the same zeros."""
+    if values.size:
+        return values
+    return np.zeros([max(size, 1) for size in values.shape], values.dtype)

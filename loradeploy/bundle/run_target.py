@@ -1,0 +1,133 @@
+"""What a bundle is for: the form of the graph that a device runs, in one table.
+
+`loradeploy.export(target=…)`, `--target` and docs/bundles.md read it. A target chooses the options
+that are not given. One that is given is obeyed where the target runs the graph on its device, and
+refused by name where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from loradeploy.bundle.names import ROWS
+from loradeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A form that falls off the target's device: values of options, together, and why."""
+
+    form: Mapping[str, tuple[Any, ...]]
+    why: str
+
+
+@dataclass(frozen=True)
+class RunTarget:
+    """A row of the table.
+
+    `runs_in`: what opens the bundle. `chooses`: values of options that are not given;
+    `with_precision`: those that go with a precision alone. `why`: for that. `refuses`: the forms
+    that it does not run on its device. `rank_one`: whether zeros of rank 0 are written as zeros of
+    rank 1 where a client feeds them.
+    """
+
+    name: str
+    runs_in: str
+    why: str
+    chooses: Mapping[str, Any] = field(default_factory=dict)
+    with_precision: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refuses: tuple[Refusal, ...] = ()
+    rank_one: bool = False
+
+
+_NOT_FP16: Final = ("fp32", "bf16", "int8", "int4")
+_ROWS: Final = "rows gather nothing"
+
+RUN_TARGETS: Final = (
+    RunTarget(
+        "cpu", "onnxruntime on the CPU", "the defaults of each precision were measured there"
+    ),
+    RunTarget(
+        "cuda",
+        "onnxruntime-gpu",
+        "every node is on the device, and a CUDA graph can be captured: it takes no branches;"
+        f" {_ROWS}; GroupQueryAttention keeps its cache in place, in fp16 alone",
+        {"precision": "fp16", "layout": ROWS, "branches": False},
+        {"fp16": {"attention": "gqa"}},
+        (
+            Refusal(
+                {"attention": ("gqa",), "precision": _NOT_FP16},
+                "CUDA computes GroupQueryAttention in fp16 alone, and would copy every layer's"
+                " cache to the CPU and back at each step",
+            ),
+        ),
+    ),
+    RunTarget(
+        "webgpu",
+        "onnxruntime with onnxruntime-ep-webgpu",
+        f"{_ROWS}; branches are run from the host; a product over a rank of 0 ends the process, so"
+        " that zeros have rank 1. Attention is on the CPU: GroupQueryAttention has a kernel, which"
+        " was wrong from 32 tokens on where it was tried (SwiftShader)",
+        {"layout": ROWS, "branches": False},
+        rank_one=True,
+    ),
+    RunTarget(
+        "openvino",
+        "onnxruntime with onnxruntime-ep-openvino",
+        f"it opens no graph whose inputs have defaults, and takes no branches; {_ROWS}",
+        {"layout": ROWS, "branches": False, "required_inputs": True},
+        refuses=(
+            Refusal(
+                {"branches": (True,)}, "it leaves all nodes within branches to the CPU provider"
+            ),
+        ),
+    ),
+    RunTarget(
+        "web",
+        "onnxruntime-web and onnxruntime-node",
+        "it drops feeds of inputs that have defaults; int4 is the smallest download; on WebGPU"
+        " zeros need rank 1",
+        {"precision": "int4", "required_inputs": True},
+        refuses=(
+            Refusal(
+                {"required_inputs": (False,), "merge": (False,)},
+                "onnxruntime-web drops feeds of inputs that have defaults, and every adapter would"
+                " answer as the base",
+            ),
+        ),
+        rank_one=True,
+    ),
+)
+BY_TARGET: Final[Mapping[str, RunTarget]] = MappingProxyType({row.name: row for row in RUN_TARGETS})
+
+
+def choice_of(target: str | None, option: str, precision: str) -> Any:
+    """What the target chooses for an option that is not given; None where it leaves it open."""
+    if target is None:
+        return None
+    row = BY_TARGET[target]
+    return {**row.chooses, **row.with_precision.get(precision, {})}.get(option)
+
+
+def zeros_have_rank_one(target: str | None) -> bool:
+    """Whether a client on the target is given zeros of rank 1 for side inputs of rank 0."""
+    return target is not None and BY_TARGET[target].rank_one
+
+
+def check_runs(target: str | None, form: Mapping[str, Any]) -> None:
+    """Refuse a form of which part would not run on the target's device.
+
+    `form`: values by the names of the form's options; one that is not known yet is left out.
+
+    Raises:
+        UsageError: the target does not run it.
+    """
+    for refusal in () if target is None else BY_TARGET[target].refuses:
+        if all(form.get(name) in values for name, values in refusal.form.items()):
+            named = [f"`{name}={form[name]!r}`" for name in refusal.form if name != "merge"]
+            raise UsageError(
+                f"{' with '.join(named)} falls off the device of `target={target!r}`: {refusal.why}"
+            )
