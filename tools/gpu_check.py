@@ -1,121 +1,214 @@
-"""The whole way on a GPU machine, in one command: train → export → run → parity → timing.
+"""The whole way on a GPU machine, in one command: train → export → placement → parity → timing.
 
-    python -m tools.gpu_check [--output build/gpu] [--precision fp16]
+    python -m tools.gpu_check [--output build/gpu] [--form cuda]…
+    python -m tools.gpu_check --stubs      # without a GPU: everything but numbers and times
 
-Writes gpu.json with the figures of the CPU and the CUDA provider side by side, and exits with 1
-where they do not agree or CUDAExecutionProvider does not run the graph.
+Writes gpu.json with the placement of every form's nodes, and the figures of the CPU and the CUDA
+provider side by side. Exits with 1 where CUDA does not run a graph, where nodes are on the CPU that
+should not be, or where parity does not hold. With --stubs the CUDA provider opens on libraries that
+compute nothing (tools.cuda_placement): parity and times of CUDA are written and mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import loradeploy as ld
 from loradeploy.errors import LoraDeployError
 from loradeploy.files import write_json
+from loradeploy.runtime.devices.providers import Provider
+from loradeploy.runtime.devices.table import BY_NAME, CPU
 from loradeploy.runtime.environment import examine
-from loradeploy.runtime.timing import time_bundle
+from loradeploy.runtime.timing import forward, time_bundle
+from tools.cuda_placement import Placement, place, stubs
 from tools.news_tasks import stories, write_tasks
 from tools.real_models import bbc_news, smollm2
 
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+TASKS: Final = ("headline", "topic")
+CUDA: Final = BY_NAME["cuda"].full
+# What each form is exported with. The first of a precision is traced, int4 is made of fp32.
+FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "cuda": {"target": "cuda"},
+    "fp32": {"target": "cuda", "precision": "fp32"},
+    "int4": {"target": "cuda", "precision": "int4"},
 }
-TASKS = ("headline", "topic")
+# Nodes that may be on the CPU: GroupQueryAttention takes the number of positions from there.
+ALLOWED: Final = {"Squeeze": 1, "Cast": 1}
+# Parity compares float32: TF32 rounds its factors to 10 bits.
+EXACT: Final = {"use_tf32": "0"}
+PROVIDERS: Final[Mapping[str, Provider]] = {"cpu": CPU, "cuda": (CUDA, EXACT)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument("--model", type=Path, help="a decoder's directory [default: SmolLM2-135M]")
+    parser.add_argument("--form", action="append", choices=FORMS, help="[default: all]")
+    parser.add_argument("--steps", type=int, default=40, help="of training")
+    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--batch", type=int, action="append", help="[default: 1, 8 and 64]")
+    parser.add_argument("--stubs", action="store_true", help="without a GPU: numbers apart")
     arguments = parser.parse_args()
-    output: Path = arguments.output
-    report: dict[str, Any] = {"machine": machine(), "precision": arguments.precision}
-
-    model = smollm2()
-    told = stories(bbc_news())
-    data = write_tasks(told[2:802], output)
-    adapters = {task: output / "adapters" / task for task in TASKS}
-    report["training"] = {
-        task: asdict(ld.train(model, data[task], adapters[task], max_steps=arguments.steps))
-        for task in TASKS
-    }
-    begin = time.perf_counter()
-    ld.export(model, output / "bundle", adapters=adapters, precision=arguments.precision)
-    report["export_s"] = time.perf_counter() - begin
-
-    prompts = [story.prompt for story in told[:2] for _ in range(3)]
-    rows = [None, *TASKS] * 2
-    report["providers"] = {
-        name: on_provider(output / "bundle", providers, model, prompts, rows)
-        for name, providers in PROVIDERS.items()
-    }
-    report["passed"] = passed(report)
-    write_json(output / "gpu.json", plain(report))
-    print(f"{'passed' if report['passed'] else 'FAILED'}; figures in {output / 'gpu.json'}")
+    if arguments.stubs and not _on_stubs():
+        raise SystemExit(_again_on_stubs())
+    report = check(
+        arguments.model or smollm2(),
+        arguments.output,
+        forms=arguments.form or list(FORMS),
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        batches=arguments.batch or [1, 8, 64],
+        device=not arguments.stubs,
+    )
+    verdict = "passed" if report["passed"] else "FAILED"
+    print(f"{verdict}; figures in {arguments.output / 'gpu.json'}")
+    for failure in report["failures"]:
+        print(f"  {failure}")
+    if arguments.stubs:
+        print(
+            "  on stub libraries: nothing was computed on CUDA, its numbers and times mean nothing"
+        )
     raise SystemExit(0 if report["passed"] else 1)
 
 
-def machine() -> dict[str, Any]:
-    """The device as its driver names it, and what is installed."""
+def check(
+    model: Path,
+    output: Path,
+    *,
+    forms: Sequence[str],
+    steps: int,
+    rounds: int,
+    batches: Sequence[int],
+    device: bool,
+) -> dict[str, Any]:
+    """The report, which is written to gpu.json too; `device`: a GPU is there, and no stubs."""
+    told = stories(bbc_news())
+    data = write_tasks(told[2:802], output)
+    adapters = {task: output / "adapters" / task for task in TASKS}
+    training = {
+        task: asdict(ld.train(model, data[task], adapters[task], max_steps=steps)) for task in TASKS
+    }
+    prompts = [story.prompt for story in told[:2] for _ in range(3)]
+    report: dict[str, Any] = {
+        "machine": machine(device),
+        "stubs": not device,
+        "training": training,
+        "forms": {},
+    }
+    failures: list[str] = []
+    for form in forms:
+        bundle = output / form
+        begin = time.perf_counter()
+        fp32 = output / "fp32"
+        source = fp32 if FORMS[form].get("precision") == "int4" and fp32.exists() else model
+        ld.export(source, bundle, adapters=adapters, **FORMS[form])
+        found: dict[str, Any] = {"export_s": time.perf_counter() - begin}
+        (placement,) = place([bundle / "model.onnx"], device=device)
+        found["placement"] = placement.to_json()
+        failures += [f"{form}: {why}" for why in misplaced(placement)]
+        for name, provider in PROVIDERS.items():
+            found[name] = measured(bundle, provider, model, prompts, rounds, batches)
+            if name == "cpu" or device:
+                failures += [f"{form} on {name}: {why}" for why in wrong(found[name])]
+            elif "error" in found[name]:
+                failures.append(f"{form} on {name}: {found[name]['error']}")
+        report["forms"][form] = found
+    report |= {"failures": failures, "passed": not failures}
+    write_json(output / "gpu.json", plain(report))
+    return report
+
+
+def misplaced(placement: Placement) -> list[str]:
+    """What is wrong with the placement: nodes on the CPU, or a CUDA graph that is refused."""
+    over = placement.on_cpu - placement.on_cpu.__class__(ALLOWED)
+    found = [f"{count} {op} on the CPU" for op, count in over.items()]
+    if placement.refusal is not None:
+        found.append(f"no CUDA graph: {placement.refusal}")
+    return found
+
+
+def wrong(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the figures of one provider."""
+    if "error" in found:
+        return [str(found["error"])]
+    failures = found["parity"].get("failures") or ["parity does not hold"]
+    return [] if found["parity"]["passed"] else [str(failure) for failure in failures[:3]]
+
+
+def measured(
+    bundle: Path,
+    provider: Provider,
+    model: Path,
+    prompts: Sequence[str],
+    rounds: int,
+    batches: Sequence[int],
+) -> dict[str, Any]:
+    """Texts, times and parity on one provider; the error in words where it does not start."""
+    fast = provider if isinstance(provider, str) else provider[0]
     try:
-        query = [
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,memory.total",
-            "--format=csv,noheader",
-        ]
-        device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        session = ld.AdapterSession(bundle, [fast])
+        begin = time.perf_counter()
+        rows = [None, *TASKS] * (len(prompts) // 3)
+        answers = ld.TextGenerator(session).generate(prompts, rows, max_new_tokens=32)
+        generated = time.perf_counter() - begin
+        return {
+            "running": session.providers,
+            "texts": [answer.text for answer in answers],
+            "generate_s": generated,
+            "decode_and_swap": {
+                f"batch {batch}": [
+                    asdict(timing) for timing in time_bundle(session, batch=batch, rounds=rounds)
+                ]
+                for batch in batches
+            },
+            "prefill_ms": {
+                f"batch {batch}": prefill(session, batch, rounds) for batch in batches[:2]
+            },
+            "parity": ld.parity(
+                bundle, model=model, providers=[provider], certificate=False
+            ).to_json(),
+        }
+    except LoraDeployError as problem:
+        return {"error": str(problem)}
+
+
+def prefill(session: ld.AdapterSession, batch: int, rounds: int, *, tokens: int = 128) -> Any:
+    """Median milliseconds of a prompt, of the base and of each adapter, taking turns."""
+    call = forward(session, batch, past=0, new=tokens)
+    sides = {name or "base": partial(call, name) for name in (None, *session.adapters)}
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            run()
+            if turn:  # the first one warms up
+                taken[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def machine(device: bool) -> dict[str, Any]:
+    """The device as its driver names it, and what is installed."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        named = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        device = "none"
+        named = "none"
     return {
-        "device": device,
+        "device": named if device else "stub libraries",
         "platform": platform.platform(),
         "findings": [asdict(finding) for finding in examine()],
     }
-
-
-def on_provider(
-    bundle: Path,
-    providers: Sequence[str],
-    model: Path,
-    prompts: Sequence[str],
-    rows: Sequence[str | None],
-) -> dict[str, Any]:
-    """Texts, times and parity on one provider; the error in words where it does not start."""
-    try:
-        session = ld.AdapterSession(bundle, providers)
-    except LoraDeployError as problem:
-        return {"error": str(problem)}
-    begin = time.perf_counter()
-    answers = ld.TextGenerator(session).generate(prompts, rows, max_new_tokens=32)
-    generated = time.perf_counter() - begin
-    return {
-        "running": session.providers,
-        "texts": [answer.text for answer in answers],
-        "generate_s": generated,
-        "timing": {
-            f"batch {batch}": [asdict(t) for t in time_bundle(session, batch=batch)]
-            for batch in (1, 8, 64)
-        },
-        "parity": ld.parity(bundle, model=model, providers=providers[:1]).to_json(),
-    }
-
-
-def passed(report: dict[str, Any]) -> bool:
-    """Whether CUDA ran the graph, and parity holds on both providers."""
-    on_cuda = report["providers"]["cuda"]
-    return "CUDAExecutionProvider" in on_cuda.get("running", ()) and all(
-        found.get("parity", {}).get("passed") for found in report["providers"].values()
-    )
 
 
 def plain(value: Any) -> Any:
@@ -125,6 +218,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _on_stubs() -> bool:
+    return os.environ.get("LD_LIBRARY_PATH") == str(stubs())
+
+
+def _again_on_stubs() -> int:
+    """The same command in a process that finds the stub libraries; its exit code."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs())}
+    command = [sys.executable, "-m", "tools.gpu_check", *sys.argv[1:]]
+    return subprocess.run(command, env=environment).returncode
 
 
 if __name__ == "__main__":

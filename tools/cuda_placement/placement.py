@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from loradeploy.bundle.names import GRAPH_NAME, REQUIRED_NAME
 from loradeploy.errors import LoraDeployError, UsageError
+from tools.cuda_placement.placing import DEVICE
 from tools.cuda_placement.stubs import stubs
 
 CUDA: Final = "CUDAExecutionProvider"
@@ -127,7 +128,8 @@ def place(files: Sequence[Path], *, device: bool = False) -> list[Placement]:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(_ROOT), *_paths()]))
     if not device:
         environment["LD_LIBRARY_PATH"] = str(stubs())
-    command = [sys.executable, "-m", "tools.cuda_placement.placing", *map(str, files)]
+    options = [DEVICE] if device else []
+    command = [sys.executable, "-m", "tools.cuda_placement.placing", *options, *map(str, files)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"]

@@ -1,6 +1,6 @@
 """Where onnxruntime's session places the nodes of each graph; run where the stubs are loaded.
 
-    python -m tools.cuda_placement.placing GRAPH…    # prints JSON
+    python -m tools.cuda_placement.placing [--device] GRAPH…    # prints JSON
 
 A process of its own: libraries are found by LD_LIBRARY_PATH when it starts, and a fault in native
 code ends it alone.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Final
 
+DEVICE: Final = "--device"  # the machine's own CUDA libraries, no stubs
 _CUDA: Final = "CUDAExecutionProvider"
 _CPU: Final = "CPUExecutionProvider"
 _RECORD: Final = "session.record_ep_graph_assignment_info"
@@ -84,5 +85,13 @@ def _standard_error() -> Iterator[list[str]]:
             said.append(file.read().decode(errors="replace"))
 
 
+def _main(arguments: list[str]) -> None:
+    if arguments[:1] == [DEVICE]:
+        from loradeploy.runtime.devices.providers import preload_cuda
+
+        preload_cuda()
+    print(json.dumps([place(graph) for graph in arguments if graph != DEVICE]))
+
+
 if __name__ == "__main__":
-    print(json.dumps([place(graph) for graph in sys.argv[1:]]))
+    _main(sys.argv[1:])
