@@ -314,7 +314,7 @@ def _check(manifest: Manifest) -> None:
         )
     if manifest.target is not None and manifest.target not in BY_TARGET:
         raise BundleError(
-            f"{MANIFEST_NAME}: target is {shown(manifest.target)}, not one of {', '.join(BY_TARGET)}"
+            f"{MANIFEST_NAME}: target is {shown(manifest.target)}, none of {', '.join(BY_TARGET)}"
         )
     if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
         raise BundleError(
