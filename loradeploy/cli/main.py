@@ -47,7 +47,7 @@ VERBS: Final = {
     "convert": "Convert an adapter: to .onnx_adapter or back, to a lower rank, to standard LoRA.",
     "inspect": "Tell what an adapter, a bundle or an ONNX file is.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
-    "doctor": "Check versions, execution providers and known traps.",
+    "doctor": "Check versions, execution providers and known problems.",
 }
 
 DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD, TERMINATED = 0, 2, 70, 130, 141, 143
