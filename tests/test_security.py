@@ -1,4 +1,4 @@
-"""Every promise of docs/security.md names the tests that hold it, and they exist."""
+"""Every guarantee of docs/security.md names the tests that check it, and they exist."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-PROMISES = PAGE.partition("## Promises")[2].partition("## Reporting")[0]
+GUARANTEES = PAGE.partition("## Guarantees")[2].partition("## Reporting")[0]
 ROWS = [
     line
-    for line in PROMISES.splitlines()
-    if line.startswith("| ") and not line.startswith("| Promise")
+    for line in GUARANTEES.splitlines()
+    if line.startswith("| ") and not line.startswith("| Guarantee")
 ]
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", PROMISES)))
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", GUARANTEES)))
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
@@ -26,7 +26,7 @@ def test_the_tests_that_the_page_names_exist(file: str) -> None:
     assert [name for of, name in NAMED if of == file and name not in there] == []
 
 
-def test_every_promise_names_a_test() -> None:
+def test_every_guarantee_names_a_test() -> None:
     assert len(ROWS) >= 10
     assert [row for row in ROWS if "::test_" not in row] == []
 

@@ -132,7 +132,7 @@ def timed(
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
     lines = [
-        "| adapters / room | hits | swap p50 / p99 | hit | miss | mean / told | mixed p50, p99 |",
+        "| adapters / budget | hits | swap p50 / p99 | hit | miss | mean / predicted | mixed p50, p99 |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in report["results"]:
