@@ -1,4 +1,4 @@
-"""An adapter made into another: for ONNX Runtime and back, of a lower rank, as standard LoRA."""
+"""Convert adapters: to ONNX Runtime's format and back, to a lower rank, to standard LoRA."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def convert(
     model: StrPath | None = None,
     trust_remote_code: bool = False,
 ) -> Conversion:
-    """Write what the adapter at `adapter` becomes by one of three conversions to `output`.
+    """Convert the adapter at `adapter` in one of three ways, and write it to `output`.
 
     Args:
-        adapter: a PEFT directory, or an .onnx_adapter file where `bundle` is given.
-        output: a PEFT directory, or an .onnx_adapter file where `bundle` is given.
-        bundle: convert between both forms, for the graph of this bundle. The scaling is folded into
-            the factors of an .onnx_adapter file; a PEFT directory made of one computes the same
-            with alpha equal to the rank.
-        rank: reduce to the nearest adapter of this rank, by singular values.
-        model: make an adapter that began with PiSSA or OLoRA, on a base that those changed, a
-            standard LoRA adapter of twice the rank on this base as it is.
+        adapter: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
+        output: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
+        bundle: convert between both formats, for the graph of this bundle. The factors in an
+            .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
+            equal to the rank.
+        rank: reduce to the best approximation of this rank, by singular values.
+        model: convert an adapter of PiSSA or OLoRA, which needs a changed base, to standard LoRA
+            of twice the rank on this unchanged base.
         trust_remote_code: run the Python files that the configuration of `model` names.
 
     Raises:
-        UsageError: not one conversion is asked for, or it means nothing for this adapter.
+        UsageError: not exactly one conversion is requested, or it does not apply to this adapter.
         AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
         BundleError, ModelError: the bundle or the model cannot be read.
     """
     if [bundle, rank, model].count(None) != 2:
-        raise UsageError("give one of `bundle`, `rank` and `model`: what to convert to")
+        raise UsageError("give one of `bundle`, `rank` and `model`")
     if trust_remote_code and model is None:
         raise UsageError("`trust_remote_code` is for the code of `model`, which is not given")
     check_keeps_inputs(output, [path for path in (adapter, bundle, model) if path is not None])
@@ -97,7 +97,7 @@ def _of_lower_rank(adapter: StrPath, rank: int, output: Path) -> Conversion:
     highest = max((pair.rank for pair in before.factors.values()), default=0)
     if rank >= highest:
         raise UsageError(
-            f"{os.fspath(adapter)} has no module of a higher rank than {highest}: give a lower"
+            f"{os.fspath(adapter)} has no module with a rank above {highest}: give a lower rank"
         )
     reduced, reduction = reduce_rank(before, rank)
     _save(reduced, output)
@@ -110,10 +110,7 @@ def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool
 
     before = load_adapter(adapter)
     if not before.changes_base:
-        raise UsageError(
-            f"{os.fspath(adapter)} is for the base as it is already: it can be used without"
-            " conversion"
-        )
+        raise UsageError(f"{os.fspath(adapter)} is for the unchanged base: it needs no conversion")
 
     from loradeploy.lora.standard import to_standard_lora_from_checkpoint
 
@@ -131,5 +128,5 @@ def _save(adapter: Adapter, output: Path) -> None:
 
     if output.suffix == NATIVE_SUFFIX:
         raise UsageError(f"{output}: an {NATIVE_SUFFIX} file is for a bundle, give `bundle`")
-    with atomic_directory(output, marker=CONFIG_NAME, own_files=own_files) as place:
-        save_adapter(adapter, place)
+    with atomic_directory(output, marker=CONFIG_NAME, own_files=own_files) as directory:
+        save_adapter(adapter, directory)

@@ -1,18 +1,18 @@
-"""How the verbs speak: results on stdout, for people or for programs; progress on stderr.
+"""Output of the commands: results on stdout, as text or JSON; progress on stderr.
 
-A verb gathers its result in a dictionary of plain values, then prints it one of two ways:
+A command collects its result in a dictionary of JSON values, and prints it in one of two ways:
 
     @json_option
     def command(..., as_json: bool) -> None:
-        with progress("loradeploy.export"):      # what that package logs, on a terminal only
+        with progress("loradeploy.export"):      # log lines of that package, on a terminal only
             result = ...
         if as_json:
             print_json(result)                   # numbers as numbers, names in snake_case
         else:
-            print_pairs(title, result)           # and print_rows for what is a table
+            print_pairs(title, result)           # and print_rows for tables
 
 A verb raises `LoraDeployError` for a mistake, which `loradeploy.cli.main` prints as one line, and
-returns an exit status where it has one to tell.
+returns an exit status if it has one.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def say(line: str) -> None:
-    """Print a line on stdout; names and values of others may be in it."""
+    """Print a line on stdout, which may contain untrusted names and values."""
     click.echo(printable(line))
 
 
 def say_text(text: str, *, end: str = "\n") -> None:
-    """Print a text that a model made, or a piece of it, at once.
+    """Print a generated text, or a piece of it, immediately.
 
-    On a terminal nothing in it acts on the terminal; a program that reads it gets it as it is.
+    On a terminal, control characters are escaped; otherwise the text is printed unchanged.
     """
-    # click.echo would take colors out of it where there is no terminal.
+    # Not click.echo, which removes colors without a terminal.
     sys.stdout.write((readable(text) if sys.stdout.isatty() else text) + end)
     sys.stdout.flush()
 
@@ -66,9 +66,9 @@ def print_json(value: object) -> None:
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
-    """Print names and values in two columns under a title; those that are None are left out."""
+    """Print names and values in two columns under a title, without those that are None."""
     rows = [
-        (_words(name), printable(_plain(value)))
+        (_words(name), printable(_as_text(value)))
         for name, value in pairs.items()
         if value is not None
     ]
@@ -79,8 +79,8 @@ def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
 
 
 def print_rows(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table with a header under a title; nothing where there are no rows."""
-    lines = [[printable(_plain(cell)) for cell in row] for row in rows]
+    """Print a table with a header under a title; nothing without rows."""
+    lines = [[printable(_as_text(cell)) for cell in row] for row in rows]
     if not lines:
         return
     names = [_words(name) for name in header]
@@ -95,14 +95,14 @@ def print_rows(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]])
 
 @contextlib.contextmanager
 def progress(package: str) -> Iterator[None]:
-    """Show what `package` logs on stderr meanwhile; only warnings where that is no terminal."""
+    """Print log lines of `package` on stderr, without a terminal only warnings."""
     logger = logging.getLogger(package)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     logger.addHandler(handler)
-    logger.propagate = False  # or a handler at the root would say it again
+    logger.propagate = False  # or a handler of the root logger would print it again
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def progress(package: str) -> Iterator[None]:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes with a unit."""
     amount = float(count)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -122,17 +122,17 @@ def size(count: int) -> str:
 
 
 def _words(name: str) -> str:
-    """A key of the JSON as people read it; what is no key stays as it is."""
+    """A JSON key with spaces for underscores; other texts are unchanged."""
     return name.replace("_", " ") if name.isidentifier() and not name.startswith("lora_") else name
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{_words(name)} {_plain(part)}" for name, part in value.items())
+        return ", ".join(f"{_words(name)} {_as_text(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         text = ", ".join(map(str, value))
         # A list of numbers is a shape.

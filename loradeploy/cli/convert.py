@@ -21,11 +21,11 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
-    help="Reduce the adapter to this rank, and report the error of doing so.",
+    help="Reduce the adapter to this rank, and report the error.",
 )
 @click.option(
     "--model",
-    help="Convert an adapter that began with PiSSA or OLoRA to standard LoRA on this base model.",
+    help="Convert an adapter trained with PiSSA or OLoRA to standard LoRA on this base model.",
 )
 @click.option(
     "--output",
@@ -44,16 +44,16 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Convert ADAPTER in one of three ways; give the option of one.
+    """Convert ADAPTER in one of three ways. Give exactly one of these options.
 
-    --bundle: a PEFT directory to a file for ONNX Runtime's own LoraAdapter, or such a file to a
-    PEFT directory. The scaling is folded into the factors of an .onnx_adapter file; a PEFT
-    directory made of one computes the same with alpha equal to the rank.
+    --bundle: from a PEFT directory to a file for ONNX Runtime's LoraAdapter, or back. The factors
+    in an .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
+    equal to the rank.
 
-    --rank: the nearest adapter of a lower rank, by singular values.
+    --rank: to the best approximation of a lower rank, by singular values.
 
-    --model: an adapter that PEFT trained from PiSSA or OLoRA, whose factors only mean something on
-    a changed base, to standard LoRA of twice the rank on the base as it is.
+    --model: from an adapter that PEFT trained with PiSSA or OLoRA, which needs a changed base, to
+    standard LoRA of twice the rank on the unchanged base.
     """
     from loradeploy.conversion import convert
 
@@ -79,6 +79,6 @@ def command(
     say(f"{output}: {targets} target modules, digest {digest}")
     if report is not None:
         say(
-            f"relative error of the update: {report.total:.3g} in all,"
-            f" {report.worst:.3g} at most, in {report.worst_module}"
+            f"relative error of the update: {report.total:.3g} in total,"
+            f" largest {report.worst:.3g} in {report.worst_module}"
         )

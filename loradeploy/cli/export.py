@@ -23,7 +23,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     """The sizes in "NAME=SIZE,NAME=SIZE…".
 
     Raises:
-        UsageError: it is not of this form, or names a dimension twice.
+        UsageError: the form is invalid, or a dimension is given twice.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -35,14 +35,14 @@ def parse_sizes(text: str) -> dict[str, int]:
 
 
 def form_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of the form of a graph, as the table has them."""
+    """Add the options of FORM_OPTIONS to a command."""
     for option in reversed(FORM_OPTIONS):
         command = _form_option(option)(command)
     return command
 
 
 def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    kept = "; an exported bundle keeps its own" if option.inherited else ""
+    kept = "; a bundle that is exported again keeps its value" if option.inherited else ""
     text = f"{option.help} [default: {option.default}{kept}]"
     if option.name == "merge":
         return click.option(option.flag, is_flag=True, help=text)
@@ -73,17 +73,17 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="A PEFT adapter to put into the bundle. Give the option again for each further one.",
+    help="A PEFT adapter to include in the bundle. Repeat the option for more.",
 )
 @click.option(
     "--task",
     type=click.Choice(TASKS),
-    help="The task of the model, needed where neither adapters nor architecture declare it.",
+    help="The task of the model. Needed if neither adapters nor the architecture determine it.",
 )
 @form_options
 @click.option(
     "--requantize",
-    "--requantise",  # as it was spelled before
+    "--requantise",  # the former spelling
     "requantize",
     is_flag=True,
     help="Merge into int8 or int4 weights and quantize them again. The merge error is reported.",
@@ -97,7 +97,7 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     "--map",
     "module_map",
     type=click.Path(),
-    help="A JSON file that names the modules that the nodes of an ONNX model belong to.",
+    help="A JSON file that maps nodes of an ONNX model to modules.",
 )
 @trust_option
 @json_option
@@ -123,9 +123,9 @@ def command(
 ) -> None:
     """Write a bundle that ONNX Runtime runs.
 
-    Without --merge its graph takes adapters as inputs: one file serves the base, any adapter, and
-    batches in which each row has its own. With --merge it is a plain graph with the adapter in its
-    weights.
+    Without --merge the graph takes adapters as inputs: one file runs the base, any adapter, and
+    batches with a different adapter in each row. With --merge it is a standard ONNX graph with the
+    adapter merged into its weights.
     """
     from loradeploy.export.api import export
 

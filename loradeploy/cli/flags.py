@@ -1,7 +1,7 @@
-"""Messages of the library in the words of the command line: its flags for Python's parameters.
+"""Replace Python parameters in messages of the library by flags of the command line.
 
-The library names a parameter as Python does, as code: `merge`, `branches=False`, `layout="rows"`.
-Whoever typed a command reads --merge, --no-branches, --layout rows.
+The library names parameters in backticks: `merge`, `branches=False`, `layout="rows"`. On the
+command line they become --merge, --no-branches, --layout rows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, Final
 
 import click
 
-# A parameter as code, with or without a value. What is longer is no advice to type.
+# A parameter in backticks, with or without a value. Longer values are not replaced.
 _PARAMETER: Final = re.compile(r"`([a-z][a-z_]*)(?:=([^`]{1,120}))?`")
 
 
 def with_flags(message: str, verb: str | None, verbs: Mapping[str, str]) -> str:
-    """`message` with each parameter in backticks as the flag of it, where there is one.
+    """`message` with parameters in backticks replaced by flags, if there are such flags.
 
-    The flags of `verb` come first: a message may name those of another, as of the export that
-    would make a bundle fit to run.
+    Flags of `verb` have precedence over those of other commands, which a message may name too, such
+    as an option of the export for an error of run.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -45,7 +45,7 @@ def _option(name: str, verbs: list[str]) -> click.Option | None:
 
 
 def _typed(option: click.Option, value: str | None) -> str | None:
-    """What is typed to give `option` this value; None where nothing can be."""
+    """The command line arguments that set `option` to `value`; None if none do."""
     flag = option.opts[0]
     if value is None:
         return flag
@@ -62,7 +62,7 @@ def _typed(option: click.Option, value: str | None) -> str | None:
 
 
 def _parsed(value: str) -> Any:
-    """A literal's value; what is none, such as DIR, as it stands."""
+    """The value of a Python literal; other texts, such as DIR, unchanged."""
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

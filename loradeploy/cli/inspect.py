@@ -16,7 +16,7 @@ Facts = dict[str, Any]
 
 @click.command(
     name="inspect",
-    short_help="Tell what an adapter, a bundle or an ONNX file is.",
+    short_help="Describe an adapter, a bundle or an ONNX file.",
     epilog="Example: loradeploy inspect adapters/sport",
 )
 @click.argument("path", type=click.Path())
@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 def command(path: str, as_json: bool) -> None:
     """Describe PATH: an adapter, a bundle, an ONNX file, an .onnx_adapter or a .safetensors file.
 
-    The tables have one row for what is alike in every layer, with its count; --json has them all.
+    Tables join rows that are alike in every layer, with a count; --json has all rows.
     """
     from loradeploy.inspection.api import inspect
     from loradeploy.inspection.facts import as_facts
@@ -46,7 +46,7 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _alike(rows: list[Facts]) -> list[Facts]:
-    """`rows` with what differs in a layer's number alone joined, and counted."""
+    """`rows`, with those that differ only in a layer's index joined and counted."""
     groups: dict[tuple[Any, ...], list[Facts]] = {}
     for row in rows:
         groups.setdefault(tuple(_cell(value) for value in row.values()), []).append(row)

@@ -4,10 +4,10 @@ Exit status:
 
       0  done
       1  the check failed (`parity`, `doctor`)
-      2  wrong usage, bad input, or a machine that will not have it (a full disk): one line says so
+      2  wrong usage, bad input, or a failure of the machine such as a full disk, in one line
      70  a defect of loradeploy; --debug shows the traceback
     130  interrupted (143 where the signal was SIGTERM)
-    141  whoever read the output stopped reading, as of any program that a pipe ends
+    141  the reader of the output closed the pipe
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from loradeploy.errors import (
 from loradeploy.lora.quiet import quiet_process
 from loradeploy.printable import printable
 
-# One line a verb: `--help` shows them without importing any of the modules.
+# One line per command: `--help` shows them without importing the modules.
 VERBS: Final = {
     "train": "Train an adapter.",
     "export": "Export a model to a bundle, with side inputs or an adapter merged.",
     "run": "Run prompts or texts through a bundle.",
     "parity": "Prove that a bundle computes what PyTorch computes.",
     "convert": "Convert an adapter: to .onnx_adapter or back, to a lower rank, to standard LoRA.",
-    "inspect": "Tell what an adapter, a bundle or an ONNX file is.",
+    "inspect": "Describe an adapter, a bundle or an ONNX file.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
     "doctor": "Check versions, execution providers and known problems.",
 }
 
 DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD, TERMINATED = 0, 2, 70, 130, 141, 143
 
-# Modules outside the runtime, and the extra that brings each.
+# Modules outside the runtime, and the extra that installs each.
 _EXTRAS: Final = {
     "torch": "all",
     "transformers": "all",
@@ -66,7 +66,7 @@ _EXTRAS: Final = {
 
 
 class _UnreadError(Exception):
-    """Whoever read the output has stopped. click would exit as a check that failed."""
+    """The reader of the output closed the pipe. click would exit with 1, as a failed check."""
 
 
 class _Verbs(click.Group):
@@ -100,26 +100,26 @@ class _Verbs(click.Group):
 @click.option(
     "--debug",
     is_flag=True,
-    help="Show an error's traceback and what libraries log; before or after the verb.",
+    help="Show tracebacks of errors and log lines of libraries. Also accepted after the command.",
 )
 def commands(debug: bool) -> None:
     """Train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
 
 
 class _Terminated(BaseException):
-    """SIGTERM came. No handler of a library takes it for an error, and writers clean up."""
+    """SIGTERM was received. No library handles it as an error, and writers clean up."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM ends the command by an exception."""
+    """Inside the context, SIGTERM raises an exception."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: let the clean-up end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore further signals during the clean-up
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is sent signals
+        yield  # only the main thread receives signals
         return
     before = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -131,7 +131,7 @@ def _terminable() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a status of the list above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Accepted before and after the verb; what stands behind -- is text.
+    # Accepted before and after the command; arguments after -- are text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
     with _terminable():
@@ -162,7 +162,7 @@ def _run(given: list[str], *, debug: bool) -> int:
     except click.Abort:
         return _say("interrupted", INTERRUPTED)
     except _UnreadError:
-        # Keep Python from complaining when it flushes at exit.
+        # Prevents an error when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except Exception as problem:
@@ -185,19 +185,19 @@ def _explain(problem: Exception, verb: str | None) -> int:
             return _say(f"interrupted: {line}", problem.status)
         return _say(f"Error: {line}", REFUSED)
     if isinstance(problem, OSError) and problem.errno is not None:
-        # The disk is full, a directory is not ours to write: nothing that a traceback explains.
-        place = f"{problem.filename}: " if problem.filename is not None else ""
-        if not place and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            place = "the standard output cannot be written: "  # files are named by who writes them
-        return _say(f"Error: {place}{problem.strerror}", REFUSED)
+        # Such as a full disk or missing permissions, which need no traceback.
+        subject = f"{problem.filename}: " if problem.filename is not None else ""
+        if not subject and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            subject = "the standard output cannot be written: "  # writers of files name them
+        return _say(f"Error: {subject}{problem.strerror}", REFUSED)
     if isinstance(problem, MemoryError):
-        return _say("Error: out of memory: take a smaller batch, precision or model", REFUSED)
+        return _say("Error: out of memory: use a smaller batch, precision or model", REFUSED)
     kind = type(problem).__name__
-    said = f"{kind}: {first_line(problem)}"
-    return _say(f"Error: a defect of loradeploy, {said} (--debug shows the traceback)", DEFECT)
+    message = f"{kind}: {first_line(problem)}"
+    return _say(f"Error: a defect of loradeploy, {message} (--debug shows the traceback)", DEFECT)
 
 
 def _say(line: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # the status says it too
+    with contextlib.suppress(OSError):  # the status is enough
         click.echo(printable(" ".join(line.split())), err=True)
     return status

@@ -17,10 +17,10 @@ from loradeploy.runtime.devices.table import KNOWN
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
 
-# Options of both forms, and of the one that compares; all others are of a bundle and PyTorch.
+# Options of both forms, and of the one with --against; all others need a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
 _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
-_WIDTH: Final = 160  # columns of the table, where no terminal limits it
+_WIDTH: Final = 160  # columns of the table without a terminal
 DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 
 
@@ -59,7 +59,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--model",
     help="The PyTorch model that the bundle was made from: a Hugging Face id or a directory."
-    " [default: the one that the bundle names, where it is in this directory or beside the bundle]",
+    " [default: the one that the bundle names, if it is in this directory or beside the bundle]",
 )
 @click.option(
     "--adapter",
@@ -166,7 +166,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     multiple=True,
     metavar="[NAME=]DATA",
     help="Compare the task metrics (accuracy, F1, RMSE, perplexity) on this held-out data, in any"
-    " form of training data; with NAME=, for that adapter alone. Repeat for more.",
+    " form of training data; with NAME=, only for that adapter. Repeat for more.",
 )
 @click.option(
     "--examples",
@@ -178,7 +178,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--localize/--no-localize",
     default=None,
-    help="Find the first module whose values diverge: always, or never. [default: where a backend"
+    help="Find the first module whose values diverge: always, or never. [default: if a backend"
     " failed]",
 )
 @trust_option
@@ -214,13 +214,12 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> int:
-    """Compare every way to run BUNDLE with PyTorch; exit 0 only where all agree, 1 where not.
+    """Compare every way to run BUNDLE with PyTorch. Exit with 0 if all agree, else with 1.
 
-    The verdict is written into the bundle too, as parity.json.
+    The verdict is also written into the bundle, as parity.json.
 
-    With --against, compare CANDIDATE with REFERENCE instead, output by output, whatever they are.
-    A function is given numpy arrays by name and returns its outputs by name, or in the order of the
-    other side's.
+    With --against, compare all outputs of CANDIDATE and REFERENCE instead. A function gets numpy
+    arrays by name and returns its outputs by name, or in the order of the other side.
     """
     _refuse_mixture(context, compared=reference is not None)
     with progress("loradeploy.parity"):
@@ -280,12 +279,12 @@ def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
         if name in _BOTH or (name in _COMPARED) == compared:
             continue
         alone = name in _COMPARED
-        fits = "goes with --against alone" if alone else "does not go with --against"
+        fits = "needs --against" if alone else "cannot be combined with --against"
         raise UsageError(f"{flag} {fits}")
     if "examples" in flags and "evaluate" not in flags:
-        raise UsageError("--examples goes with --evaluate alone")
+        raise UsageError("--examples needs --evaluate")
     if "cases" in flags and "inputs" in flags:
-        raise UsageError("--cases is for random inputs: it does not go with --inputs")
+        raise UsageError("--cases is for random inputs and cannot be combined with --inputs")
 
 
 def _limits(text: str | None) -> str | dict[str, float] | None:
@@ -307,7 +306,7 @@ def _print_report(found: ParityReport, *, as_json: bool) -> int:
 
         from loradeploy.parity.report.table import print_report
 
-        # Nobody can widen a log: what is no terminal gets the whole table.
+        # Without a terminal, such as in a log, the table is not truncated.
         width = None if sys.stdout.isatty() else _WIDTH
         print_report(found, Console(file=sys.stdout, highlight=False, width=width))
     return 0 if found.passed else 1

@@ -1,1 +1,1 @@
-"""What a path is: an adapter, a bundle, an ONNX file or tensors, described as data."""
+"""Describe an adapter, a bundle, an ONNX file or a safetensors file as data."""

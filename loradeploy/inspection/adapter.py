@@ -1,4 +1,4 @@
-"""What an adapter is, in PEFT's files or ONNX Runtime's, and what a file of tensors holds."""
+"""Describe adapters in the formats of PEFT and ONNX Runtime, and files of tensors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class FactorFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """An adapter as PEFT writes it.
+    """An adapter in PEFT's format.
 
-    `layers`: the kinds of layers that have factors. `saved`: what is trained whole.
-    `beside`: the base model that lies in the same directory.
+    `layers`: the kinds of layers that have factors. `saved`: fully trained parameters. `beside`: a
+    base model in the same directory.
     """
 
     kind: str = "LoRA adapter"
@@ -77,7 +77,7 @@ class TensorFileFacts:
 
 
 def inspect_adapter(path: Path) -> AdapterFacts:
-    """An adapter's directory, or its file of tensors.
+    """Describe an adapter's directory, or its safetensors file.
 
     Raises:
         AdapterError: it is not an adapter, or is refused.
@@ -117,19 +117,19 @@ def inspect_adapter(path: Path) -> AdapterFacts:
             for module, pair in adapter.factors.items()
         ],
         saved=[tensor_facts(name, values) for name, values in adapter.saved.items()],
-        beside=_base_beside(path) if path.is_dir() else None,
+        beside=_base_in_same_directory(path) if path.is_dir() else None,
     )
 
 
 def _method(adapter: Adapter) -> str:
-    """The adapter's method, and which base it is for where that is not the one it names."""
+    """The adapter's method, and the initialization if it changed the base."""
     method = adapter.config.method
     if adapter.changes_base:
         return f"{method}, on a base that {adapter.config.init_lora_weights} changed"
     return method
 
 
-def _base_beside(path: Path) -> str | None:
+def _base_in_same_directory(path: Path) -> str | None:
     from loradeploy.adapter.base_files import weight_files
 
     try:
@@ -140,10 +140,10 @@ def _base_beside(path: Path) -> str | None:
 
 
 def inspect_native(path: Path) -> NativeAdapterFacts:
-    """An `.onnx_adapter` file.
+    """Describe an `.onnx_adapter` file.
 
     Raises:
-        AdapterError: it is none.
+        AdapterError: it is not an .onnx_adapter file.
     """
     from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 
@@ -157,10 +157,10 @@ def inspect_native(path: Path) -> NativeAdapterFacts:
 
 
 def inspect_tensors(path: Path) -> AdapterFacts | TensorFileFacts:
-    """A safetensors file: an adapter's, where its configuration lies beside it.
+    """Describe a safetensors file; it is an adapter if its config is in the same directory.
 
     Raises:
-        UsageError: it is no safetensors file. AdapterError: the adapter is refused.
+        UsageError: it is not a safetensors file. AdapterError: the adapter is refused.
     """
     from loradeploy.adapter.config import CONFIG_NAME
     from loradeploy.adapter.formats import other_file

@@ -1,4 +1,4 @@
-"""`inspect`: what a path is."""
+"""`inspect`: describe the file or directory at a path."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def inspect(path: Path) -> Description:
     """Describe an adapter, a bundle, an ONNX file, an `.onnx_adapter` or a `.safetensors`.
 
     Raises:
-        UsageError: there is nothing at `path`, or it is none of these.
-        AdapterError, BundleError: it is one that cannot be read.
+        UsageError: `path` does not exist, or is none of these.
+        AdapterError, BundleError: it cannot be read.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist: give an adapter, a bundle or an ONNX file")

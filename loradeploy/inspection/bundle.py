@@ -1,4 +1,4 @@
-"""What a bundle is: its graph's form, its adapters, and whether its certificate still holds."""
+"""Describe a bundle: the form of its graph, its adapters, and the state of its certificate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedAdapterFacts:
-    """What the last check found of one adapter."""
+    """The result of the last parity check for one adapter."""
 
     name: str
     digest: str
@@ -27,9 +27,9 @@ class CertifiedAdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateFacts:
-    """The certificate's verdict: passed, failed, stale, unreadable or unchecked, and why.
+    """The verdict of the certificate: passed, failed, stale, unreadable or unchecked, and why.
 
-    Without a certificate that can be read, the rest is None.
+    The other fields are None without a readable certificate.
     """
 
     parity: str
@@ -44,7 +44,7 @@ class CertificateFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """A module that takes factors. `found_by`: the evidence for its name."""
+    """A module that takes factors. `found_by`: the evidence that identified it."""
 
     module: str
     in_features: int = field(metadata={KEY: "in"})
@@ -64,7 +64,7 @@ class ChangedOutputFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedFacts:
-    """A parameter that adapters may bring whole."""
+    """A parameter that adapters can replace."""
 
     parameter: str
     shape: list[int]
@@ -72,7 +72,7 @@ class SavedFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BundledAdapterFacts:
-    """An adapter of the bundle. `files`: whether they are as exported."""
+    """An adapter of the bundle. `files`: whether its files changed since the export."""
 
     name: str
     digest: str
@@ -81,7 +81,7 @@ class BundledAdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """A bundle. `graph`: whether its files are as exported."""
+    """A bundle. `graph`: whether its files changed since the export."""
 
     kind: str = "bundle"
     task: str
@@ -117,7 +117,7 @@ class BundleFacts:
 
 
 def inspect_bundle(path: Path) -> BundleFacts:
-    """A bundle's directory; every file that its certificate covers is read.
+    """Describe a bundle; reads every file that its certificate covers.
 
     Raises:
         BundleError: its manifest cannot be read.
@@ -193,7 +193,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
 
 
 def _files(bundle: Path, path: str | None, digest: str) -> str:
-    """Whether an adapter that came with the bundle is still the one that was exported."""
+    """Whether an adapter of the bundle changed since the export."""
     from loradeploy.adapter import load_adapter
     from loradeploy.files import inside
 
@@ -207,7 +207,7 @@ def _files(bundle: Path, path: str | None, digest: str) -> str:
 
 
 def _certificate(path: Path, manifest: Manifest, actual: Mapping[str, str]) -> CertificateFacts:
-    """The verdict of the last check, and whether it is about the files that are there now."""
+    """The verdict of the last check, and whether files changed since."""
     from loradeploy.bundle.proof.certificate import fault, parity_command, read_certificate
 
     if not (path / CERTIFICATE_NAME).is_file():
@@ -233,8 +233,8 @@ def _certificate(path: Path, manifest: Manifest, actual: Mapping[str, str]) -> C
         ],
         parity_checked=[
             f"{coverage.prompts} prompts",
-            f"{coverage.prompt_tokens} tokens of them",
-            f"{coverage.generated} tokens generated for each",
+            f"{coverage.prompt_tokens} prompt tokens",
+            f"{coverage.generated} tokens generated per prompt",
             *sorted(coverage.phases),
         ],
         parity_signed=(path / SIGNATURE_NAME).is_file(),

@@ -1,4 +1,4 @@
-"""Descriptions as plain values, for JSON and for tables."""
+"""Convert descriptions to JSON values, for JSON output and tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Metadata of a field: its name in JSON, where Python reserves that; left out of JSON where it is
-# None; a description whose own fields stand in its place.
+# Metadata of a field: its name in JSON, if that is reserved in Python; omitted from JSON if None;
+# a description whose fields are inserted instead of it.
 KEY: Final = "key"
 IF_KNOWN: Final[Mapping[str, bool]] = {"if_known": True}
 INLINE: Final[Mapping[str, bool]] = {"inline": True}
@@ -18,7 +18,7 @@ INLINE: Final[Mapping[str, bool]] = {"inline": True}
 class TensorFacts:
     """A tensor, or an input or output of a graph.
 
-    `shape`: numbers, symbols, and "?" for a dimension without a name; "?" where nothing is known.
+    `shape`: numbers, symbols, and "?" for a dimension without a name; "?" if the shape is unknown.
     """
 
     name: str
@@ -27,29 +27,29 @@ class TensorFacts:
 
 
 def as_facts(description: Any) -> dict[str, Any]:
-    """The fields of a description by their names in JSON, all of them plain values."""
+    """The fields of a description as JSON values, by their names in JSON."""
     facts: dict[str, Any] = {}
     for field in dataclasses.fields(description):
         value = getattr(description, field.name)
         if field.metadata == INLINE:
             facts.update(as_facts(value))
         elif value is not None or field.metadata != IF_KNOWN:
-            facts[field.metadata.get(KEY, field.name)] = _plain(value)
+            facts[field.metadata.get(KEY, field.name)] = _json_value(value)
     return facts
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return as_facts(value)
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_json_value(part) for part in value]
     return value
 
 
 def tensor_facts(name: str, values: Any) -> TensorFacts:
-    """What an array, or a tensor of a file, is."""
+    """Describe an array, or a tensor in a file."""
     return TensorFacts(name=name, dtype=str(values.dtype), shape=list(values.shape))
 
 
@@ -58,7 +58,7 @@ _NUMPY: Final[Mapping[str, str]] = {"float": "float32", "double": "float64"}
 
 
 def spec_facts(name: str, dtype: str | None, shape: Any) -> TensorFacts:
-    """What a graph's input or output is; `dtype` and `shape` as any library names them."""
+    """Describe an input or output of a graph; `dtype` and `shape` as named by any library."""
     known = "unknown" if dtype is None else dtype.lower()
     if isinstance(shape, str):
         return TensorFacts(name=name, dtype=known, shape=shape)

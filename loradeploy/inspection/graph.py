@@ -1,4 +1,4 @@
-"""What an ONNX file takes and gives, and what it is made of."""
+"""Describe an ONNX file: inputs, outputs and operators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ERRORS_ONLY: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorFacts:
-    """How many nodes of the graph, subgraphs included, are of an operator."""
+    """The number of nodes of an operator in the graph and its subgraphs."""
 
     operator: str
     nodes: int
@@ -26,9 +26,9 @@ class OperatorFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFacts:
-    """An ONNX file. `side_inputs`: the inputs that have a default, ONNX's overridable initializers.
+    """An ONNX file. `side_inputs`: inputs with a default (overridable initializers).
 
-    What onnxruntime does not show is None where onnx_ir is not installed.
+    Without onnx_ir, fields that onnxruntime does not show are None.
     """
 
     kind: str = "ONNX file"
@@ -44,10 +44,10 @@ class GraphFacts:
 
 
 def inspect_graph(path: Path) -> GraphFacts:
-    """An ONNX file: with onnx_ir all that is in it, without it what onnxruntime shows.
+    """Describe an ONNX file with onnx_ir, or with onnxruntime if onnx_ir is not installed.
 
     Raises:
-        BundleError: it is no ONNX file, or onnxruntime cannot open it.
+        BundleError: it is not an ONNX file, or onnxruntime cannot open it.
     """
     try:
         import onnx_ir
@@ -56,10 +56,10 @@ def inspect_graph(path: Path) -> GraphFacts:
     try:
         check_file(path, error=BundleError, limit=MAX_GRAPH_BYTES)
         model = onnx_ir.load(path)
-    except Exception as problem:  # protobuf's and the library's errors share no base but this
-        raise BundleError(f"{path} is no ONNX file: {first_line(problem)}") from None
+    except Exception as problem:  # errors of protobuf and the library have no other common base
+        raise BundleError(f"{path} is not an ONNX file: {first_line(problem)}") from None
     if not model.opset_imports:  # an empty file is a valid protobuf
-        raise BundleError(f"{path} is no ONNX file: it names no opset")
+        raise BundleError(f"{path} is not an ONNX file: it has no opset")
     graph = model.graph
     weights = [value.const_value for value in graph.initializers.values()]
     files = {Path(weight.path) for weight in weights if isinstance(weight, onnx_ir.ExternalTensor)}
@@ -99,7 +99,7 @@ def _by_onnxruntime(path: Path) -> GraphFacts:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as problem:  # onnxruntime's exceptions share no base but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise BundleError(f"onnxruntime cannot open {path}: {first_line(problem)}") from None
     data = path.with_name(f"{path.name}.data")
 

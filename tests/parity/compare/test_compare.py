@@ -443,16 +443,22 @@ def test_the_command_imports_a_function_of_the_working_directory(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--against", "{reference}", "--tokens", "3"], "--tokens does not go with --against"),
-        (["--against", "{reference}", "--other", "x"], "--other does not go with --against"),
-        (["--against", "{reference}", "--controls"], "--controls does not go with --against"),
-        (["--inputs", "x.npz"], "--inputs goes with --against alone"),
-        (["--cases", "3"], "--cases goes with --against alone"),
+        (
+            ["--against", "{reference}", "--tokens", "3"],
+            "--tokens cannot be combined with --against",
+        ),
+        (["--against", "{reference}", "--other", "x"], "--other cannot be combined with --against"),
+        (
+            ["--against", "{reference}", "--controls"],
+            "--controls cannot be combined with --against",
+        ),
+        (["--inputs", "x.npz"], "--inputs needs --against"),
+        (["--cases", "3"], "--cases needs --against"),
         (
             ["--against", "{reference}", "--inputs", "x", "--cases", "3"],
-            "does not go with --inputs",
+            "cannot be combined with --inputs",
         ),
-        (["--examples", "3"], "--examples goes with --evaluate alone"),
+        (["--examples", "3"], "--examples needs --evaluate"),
         (["--against", "{reference}", "--tolerances", "kl=a"], "give METRIC=LIMIT"),
         (["--against", "nowhere.onnx"], "nowhere.onnx does not exist"),
     ],
