@@ -133,7 +133,7 @@ def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
     plain = logits(tiny_llama, tmp_path / "plain", CAUSAL)
     torch.testing.assert_close(plain, theirs, atol=tolerance("merged-torch"), rtol=0)
     assert (theirs - logits(tiny_llama, None, CAUSAL)).abs().max() > 1e-3
-    with pytest.raises(LoraDeployError, match="is for the base as it is already"):
+    with pytest.raises(LoraDeployError, match="is for the unchanged base"):
         call("convert", tmp_path / "plain", "--model", tiny_llama, "--output", tmp_path / "again")
 
 
@@ -142,8 +142,8 @@ def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
     [
         ([], "give one of `bundle`, `rank` and `model`"),
         (["--rank", "2", "--model", "m"], "give one of `bundle`, `rank` and `model`"),
-        (["--rank", "8"], "no module of a higher rank than 8"),
-        (["--model", "nowhere/at all"], "is for the base as it is already"),
+        (["--rank", "8"], "no module with a rank above 8"),
+        (["--model", "nowhere/at all"], "is for the unchanged base"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
