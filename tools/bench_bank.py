@@ -132,8 +132,10 @@ def timed(
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
     lines = [
-        "| adapters / budget | hits | swap p50 / p99 | hit | miss | mean / predicted"
-        " | mixed p50, p99 |",
+        (
+            "| adapters / budget | hits | swap p50 / p99 | hit | miss | mean / predicted"
+            " | mixed p50, p99 |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for row in report["results"]:
