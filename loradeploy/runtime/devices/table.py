@@ -58,6 +58,8 @@ class KnownProvider:
     `takes_defaults`: whether it runs graphs whose inputs have defaults. Where it does not, the
     graph is opened without them.
     `takes_rank_zero`: whether a product over a rank of 0 is zeros there.
+    `cpu_operators`: those whose kernels there are wrong; they are kept on the CPU by the option
+    `cpu_nodes_option`, which takes the names of nodes, a line each.
     `like_cpu`: whether its numbers are taken for the CPU's without a comparison at the opening.
     `tried`: on what loradeploy's tests and measurements ran it; empty where nothing did.
     """
@@ -73,6 +75,8 @@ class KnownProvider:
     before: tuple[str, ...] = ()
     takes_defaults: bool = False
     takes_rank_zero: bool = False
+    cpu_operators: tuple[str, ...] = ()
+    cpu_nodes_option: str = ""
     like_cpu: bool = False
     tried: str = ""
     faults: tuple[Fault, ...] = ()
@@ -149,8 +153,16 @@ KNOWN: Final = (
         plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
         device="webgpu",
         takes_defaults=True,
+        cpu_operators=("And", "Or", "Xor"),
+        cpu_nodes_option="forceCpuNodeNames",
         tried="SwiftShader, a GPU in software, fp32",
         faults=(
+            Fault(
+                "0.4.0",
+                "And of tensors that are broadcast is wrong after others of other shapes, in any"
+                " session of the process: masks of a batch are wrong",
+                "And, Or and Xor are kept on the CPU (forceCpuNodeNames)",
+            ),
             Fault(
                 "0.4.0",
                 "a product over a rank of 0 ends the process (segmentation fault)",

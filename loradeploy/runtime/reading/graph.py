@@ -15,7 +15,7 @@ from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
-from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file
+from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
 from loradeploy.runtime.devices.plugins import add_plugins, chosen_before, providers_in
 from loradeploy.runtime.devices.providers import (
@@ -30,6 +30,7 @@ from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
 from loradeploy.runtime.reading.weights import graph_source
+from loradeploy.runtime.reading.wire import node_names
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -79,6 +80,13 @@ def open_graph(
     else:
         assert options is not None
         names = providers_in(options)
+        for row in filter(lambda row: row.cpu_operators, map(known, names)):
+            logger.warning(
+                "%s is chosen in session_options, where %s are not kept on the CPU: name it in"
+                " providers",
+                row.full,
+                ", ".join(row.cpu_operators),
+            )
     without = _all_fed(bundle, manifest, names)
     with graph_source(bundle, options, manifest, without) as source:
         return _open(graph, source.graph, asked, source.options)
@@ -121,6 +129,9 @@ def _open(
     names = [name for name, _ in asked or ()]
     if needs_cuda(names):
         preload_cuda()
+    if asked is not None:
+        content = source if isinstance(source, bytes) else None
+        asked = [_kept_off(provider, content, graph) for provider in asked]
     by_name = None if asked is None else add_plugins(options, asked)
     try:
         with nullcontext() if names == [CPU] else unlogged():
@@ -131,6 +142,22 @@ def _open(
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
     _check_started(session, [name for name, _ in by_name or ()], fallback=CPU in names)
     return session
+
+
+def _kept_off(provider: Resolved, content: bytes | None, graph: Path) -> Resolved:
+    """The provider with the option by which operators that it gets wrong stay on the CPU.
+
+    `content`: of `graph`, where it has been read.
+    """
+    name, options = provider
+    row = known(name)
+    if not row.cpu_operators:
+        return provider
+    if content is None:
+        content = read_bytes(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
+    given = str(options.get(row.cpu_nodes_option, "")).split("\n")
+    nodes = [node for node in (*given, *node_names(content, row.cpu_operators)) if node]
+    return (name, {**options, row.cpu_nodes_option: "\n".join(nodes)}) if nodes else provider
 
 
 def _check_started(

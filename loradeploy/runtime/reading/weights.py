@@ -31,7 +31,7 @@ from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_GRAPH_BYTES, copy_file, open_file, read_bytes
-from loradeploy.runtime.reading.required import without_defaults
+from loradeploy.runtime.reading.wire import without_defaults
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

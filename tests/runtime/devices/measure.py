@@ -1,0 +1,236 @@
+"""Runs bundles on WebGPU beside the CPU, and writes what came out: a JSON object a line.
+
+    python -m tests.runtime.devices.measure RESULTS < JOB.json
+
+A process of its own, because a fault of a plugin ends the process. JOB has `bundles` and
+`adapters`, paths by name. Each case writes as soon as it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+import loradeploy as ld
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.sample import Sample
+from loradeploy.runtime.devices import table
+from loradeploy.runtime.devices.plugins import plugin_devices
+
+WEBGPU = "WebGpuExecutionProvider"
+TOKENS = 12
+PROMPTS = ["The news", "Shares fell today"]
+TEXTS = ["Shares fell.", "The match was won in the last minute of extra time", "A"]
+
+Job = Mapping[str, Mapping[str, str]]
+CASES: dict[str, Callable[[Job], dict[str, Any]]] = {}
+
+
+def case(work: Callable[[Job], dict[str, Any]]) -> Callable[[Job], dict[str, Any]]:
+    """A case of the name of its function."""
+    CASES[work.__name__] = work
+    return work
+
+
+class Pair:
+    """One bundle on the CPU and on WebGPU, with the same adapters."""
+
+    def __init__(self, job: Job, bundle: str, adapters: Sequence[str], **options: Any) -> None:
+        path = job["bundles"][bundle]
+        self.host = ld.AdapterSession(path)
+        self.device = ld.AdapterSession(path, ["webgpu"], **options)
+        for session in (self.host, self.device):
+            for name in adapters:
+                session.load(name, job["adapters"][name])
+        self.outputs = [self.host.manifest.outputs[0].name]
+        self.sample = Sample(self.host.manifest.inputs, model_config(Path(path)))
+
+    def compare(self, adapters: Any) -> dict[str, float]:
+        """The largest error of the device, and how much the adapters change, in the logits."""
+        rows = len(adapters) if isinstance(adapters, list) else 1
+        feeds = self.sample.feeds(rows, TOKENS)
+        here = self.device.run(self.outputs, feeds, adapters)[0]
+        there = self.host.run(self.outputs, feeds, adapters)[0]
+        base = self.host.run(self.outputs, feeds)[0]
+        changed = np.abs(there - base).max(axis=tuple(range(1, there.ndim)))
+        return {
+            "error": float(np.abs(here - there).max()),
+            "effect": float(changed[changed > 0].min()) if changed.any() else 0.0,
+        }
+
+    def texts(self, adapters: Any) -> list[list[str]]:
+        """What the CPU and WebGPU generate."""
+        return [
+            [
+                answer.text
+                for answer in ld.TextGenerator(session).generate(
+                    PROMPTS, adapters=adapters, max_new_tokens=8
+                )
+            ]
+            for session in (self.host, self.device)
+        ]
+
+
+@case
+def heads(job: Job) -> dict[str, Any]:
+    """Classifiers, each adapter with its own.
+
+    First, because kernels that serve other shapes after it are wrong in the sessions behind.
+    """
+    pair = Pair(job, "bert", ["bert small", "bert large"])
+    adapters = ["bert small", "bert large", "bert small"]
+    scores = [
+        [list(result.scores.values()) for result in ld.TextClassifier(session)(TEXTS, adapters)]
+        for session in (pair.host, pair.device)
+    ]
+    return {
+        "base": pair.compare(None),
+        "small": pair.compare("bert small"),
+        "mixed": pair.compare(["bert large", None, "bert small"]),
+        "scores": scores,
+    }
+
+
+@case
+def slots(job: Job) -> dict[str, Any]:
+    pair = Pair(job, "slots", ["small", "large", "partial"])
+    found: dict[str, Any] = {"base": pair.compare(None)}
+    for name in ("small", "large", "partial", "small again"):
+        found[name] = pair.compare(name.partition(" ")[0])
+    found["mixed"] = pair.compare([None, "small", "large", "partial"])
+    found["blend"] = pair.compare({"small": 0.7, "partial": 0.3})
+    found["texts"] = pair.texts(None), pair.texts("small"), pair.texts(["partial", "large"])
+    feeds = pair.sample.feeds(1, TOKENS)
+    names = [spec.name for spec in pair.device.manifest.outputs]
+    values = pair.device.run_with_ort_values(names, feeds, "small")
+    found["memory"] = sorted({value.device_name() for value in values})
+    found["device_bytes"] = pair.device.statistics.device_bytes
+    found["host_device_bytes"] = ld.AdapterSession(job["bundles"]["slots"]).statistics.device_bytes
+    found["providers"] = pair.device.providers
+    found["placement"] = pair.device.placement
+    return found
+
+
+@case
+def rows(job: Job) -> dict[str, Any]:
+    pair = Pair(job, "rows", ["small", "partial"])
+    return {
+        "base": pair.compare(None),
+        "partial": pair.compare("partial"),
+        "mixed": pair.compare(["small", None, "partial"]),
+        "texts": [pair.texts(["partial", "small"])],
+    }
+
+
+@case
+def branches(job: Job) -> dict[str, Any]:
+    pair = Pair(job, "branches", ["small", "partial"])
+    return {
+        "base": pair.compare(None),
+        "partial": pair.compare("partial"),
+        "mixed": pair.compare(["small", None, "partial"]),
+        "base again": pair.compare(None),
+    }
+
+
+@case
+def required_inputs(job: Job) -> dict[str, Any]:
+    """As of a provider that takes no inputs with defaults."""
+    row = table.BY_FULL_NAME[WEBGPU]
+    table.BY_FULL_NAME[WEBGPU] = dataclasses.replace(row, takes_defaults=False)
+    try:
+        pair = Pair(job, "branches", ["small", "partial"])
+        graph = pair.device._session
+        return {
+            "optional": len(graph.get_overridable_initializers()),
+            "base": pair.compare(None),
+            "partial": pair.compare("partial"),
+            "mixed": pair.compare(["small", None, "partial"]),
+        }
+    finally:
+        table.BY_FULL_NAME[WEBGPU] = row
+
+
+@case
+def output_changes(job: Job) -> dict[str, Any]:
+    """DoRA's scales, beside an adapter without."""
+    pair = Pair(job, "dora", ["small", "dora"])
+    return {
+        "base": pair.compare(None),
+        "dora": pair.compare("dora"),
+        "mixed": pair.compare(["small", None, "dora"]),
+    }
+
+
+@case
+def gqa(job: Job) -> dict[str, Any]:
+    """Below the length from which SwiftShader is wrong, with the cache in place."""
+    pair = Pair(job, "gqa", ["small", "partial"], check_device=False)
+    return {
+        "base": pair.compare(None),
+        "mixed": pair.compare(["small", None, "partial"]),
+        "texts": [pair.texts(["partial", "small"])],
+        "placement": pair.device.placement,
+    }
+
+
+@case
+def wrong_kernel(job: Job) -> dict[str, Any]:
+    try:
+        ld.AdapterSession(job["bundles"]["gqa"], ["webgpu"])
+    except ld.LoraDeployError as problem:
+        return {"kind": type(problem).__name__, "message": str(problem)}
+    return {}
+
+
+@case
+def session_options(job: Job) -> dict[str, Any]:
+    """Who chooses the provider, and how often."""
+    bundle = job["bundles"]["slots"]
+    options = onnxruntime.SessionOptions()
+    opened = []
+    for _ in range(2):
+        session = ld.AdapterSession(bundle, ["webgpu"], session_options=options, check_device=False)
+        opened.append(session.providers)
+    own = onnxruntime.SessionOptions()
+    own.add_provider_for_devices(plugin_devices()[WEBGPU][:1], {})
+    pair = Pair(job, "slots", ["partial"])
+    pair.device = ld.AdapterSession(bundle, session_options=own, check_device=False)
+    pair.device.load("partial", job["adapters"]["partial"])
+    given = [("webgpu", {"powerPreference": "low-power"}), "cpu"]
+    found = {
+        "opened": opened,
+        "own options": pair.device.providers,
+        "own options, partial": pair.compare("partial"),
+        "with options": ld.AdapterSession(
+            bundle, given, check_device=False
+        )._session.get_provider_options(),
+    }
+    for name, providers, reused in (("other", ["cpu"], options), ("both", ["webgpu"], own)):
+        try:
+            ld.AdapterSession(bundle, providers, session_options=reused, check_device=False)
+        except ld.LoraDeployError as problem:
+            found[name] = str(problem)
+    return found
+
+
+def main() -> None:
+    """Every case, or that the arguments name; what a case raises is its result."""
+    job = json.load(sys.stdin)
+    results, *names = sys.argv[1:]
+    with open(results, "a", encoding="utf-8") as out:
+        for name in names or CASES:
+            found = CASES[name](job)
+            out.write(json.dumps({name: found}) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main()
