@@ -38,6 +38,9 @@ TOLERANCES: Final = {
     "rows": Tolerance(
         2e-5, "one graph, but a batch and a single row take different matrix kernels"
     ),
+    "webgpu-cpu": Tolerance(
+        1e-4, "float32 in two providers over two layers; 1.3e-5 is seen, logits reach 10"
+    ),
     "export-fp16": Tolerance(1e-4, "1 − cosine of the logits: 11 bits of every number are kept"),
     "export-bf16": Tolerance(1e-3, "1 − cosine of the logits: 8 bits of every weight are kept"),
     "export-int8": Tolerance(2e-3, "1 − cosine: weights and activations in 8 bits, blocks of 32"),

@@ -1,0 +1,105 @@
+"""WebGPU on a GPU in software: what runs bundles there, once for all tests, in a process apart."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.export.api import export
+from tests.conftest import ROOT, MakeAdapter, once
+
+# Where Chromium keeps SwiftShader's driver, by distribution.
+_DRIVERS = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome")
+REQUIRED = os.environ.get("LORADEPLOY_DEVICES") == "required"
+
+
+def swiftshader() -> dict[str, str]:
+    """The environment in which WebGPU finds SwiftShader; skips, or fails, where it is not there."""
+    files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
+    driver = os.environ.get("VK_ICD_FILENAMES") or next((str(f) for f in files if f.exists()), None)
+    missing = [
+        what
+        for what, there in (
+            ("onnxruntime-ep-webgpu", importlib.util.find_spec("onnxruntime_ep_webgpu")),
+            ("SwiftShader (make devices)", driver),
+            ("libvulkan.so.1 (make devices)", ctypes.util.find_library("vulkan")),
+        )
+        if not there
+    ]
+    if missing:
+        reason = f"not installed: {', '.join(missing)}"
+        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
+    assert driver is not None
+    return {"VK_ICD_FILENAMES": driver, "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "1"}
+
+
+def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
+    """A Python process with the repository on its path."""
+    unset = ("VK_ICD_FILENAMES", "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER")
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def webgpu(
+    shared: Path,
+    tiny_llama: Path,
+    tiny_bert: Path,
+    tiny_llama_bundle: Path,
+    tiny_bert_bundle: Path,
+    make_adapter: MakeAdapter,
+    llama_adapters: dict[str, Path],
+    bert_adapters: dict[str, Path],
+) -> dict[str, Any]:
+    """What `measure` found, by case; `status` is how its process ended."""
+    environment = swiftshader()
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        bundles = {"slots": tiny_llama_bundle, "bert": tiny_bert_bundle}
+        forms: dict[str, dict[str, Any]] = {
+            "rows": {"layout": "rows"},
+            "branches": {"branches": True},
+            "gqa": {"attention": "gqa"},
+            "dora": {"side_inputs": ["dora"]},
+        }
+        for name, options in forms.items():
+            export(tiny_llama_bundle, place / name, **options)
+            bundles[name] = place / name
+        adapters = {
+            **llama_adapters,
+            "dora": make_adapter(tiny_llama, r=4, seed=3, use_dora=True),
+            **{f"bert {name}": path for name, path in bert_adapters.items()},
+        }
+        job = json.dumps({"bundles": bundles, "adapters": adapters}, default=str)
+        results = place / "results.jsonl"
+        done = run(
+            ["-m", "tests.runtime.devices.measure", str(results)],
+            environment=environment,
+            input=job,
+        )
+        found = {"status": done.returncode, "errors": done.stderr[-2000:]}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+
+    results = once(shared / "webgpu", make) / "results.jsonl"
+    found: dict[str, Any] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        found |= json.loads(line)
+    return found
