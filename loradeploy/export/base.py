@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.digest import base_digest
+from loradeploy.adapter.heads import LABELED, label_parameters
 from loradeploy.adapter.renamings import Submodel, known
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
@@ -162,6 +163,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     digest = base_digest(source.directory)
     identity = BaseIdentity(source.name, digest, "checkpoint")
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
+    if labels is not None and not options.merge:
+        labels = _with_own_head(labels, source, adapters)
     if adapters:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
         adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
@@ -207,6 +210,27 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
     )
+
+
+def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter]) -> int:
+    """How many outputs a graph has for adapters of up to so many labels, and for the base's head.
+
+    A head of other labels is no part of the model that is traced: it is kept where it is the
+    largest and the adapters' can be filled up to it, and else left out, which is said.
+    """
+    tensors = base_tensors(source.directory)
+    own = max((t.shape[0] for name, t in tensors.items() if LABELED.fullmatch(name)), default=0)
+    weights = [(a, name) for a in adapters.values() for name in label_parameters(a)]
+    filled = all(name.removesuffix("weight") + "bias" in a.saved for a, name in weights)
+    if own > labels and filled:
+        return own
+    if own not in (0, labels):
+        logger.warning(
+            "the base's own head has %d outputs and the adapters' up to %d: it is left out, and"
+            " rows without an adapter are given zeros",
+            *(own, labels),
+        )
+    return labels
 
 
 def _modules(parameters: Iterable[str]) -> frozenset[str]:

@@ -150,11 +150,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         options.target,
         {**dataclasses.asdict(form_of(manifest)), "required_inputs": bool(options.required_inputs)},
     )
-    count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
-    if count is not None and base.before is not None:
-        labeled = (saved for saved in base.before.saved if LABELED.fullmatch(saved.parameter))
-        count = max([count, *(saved.shape[0] for saved in labeled)])
     settings = settings_beside(source.directory, options.evidence.checkpoint)
+    count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
+    if count is not None:
+        count = output_count(manifest, settings) or count
     headless = options.merge or any(LABELED.fullmatch(name) for name in base.lacking)
     config = with_labels(settings, count, label_names(options.adapters) if headless else None)
     if base.task == SEQUENCE_CLASSIFICATION:

@@ -46,6 +46,7 @@ class AdapterFacts:
     modules_to_save: list[str] | None
     bias: str
     labels: list[str] | None
+    problem_type: str | None = field(default=None, metadata=IF_KNOWN)
     parameters: int
     dtype: list[str]
     bytes: int
@@ -103,6 +104,7 @@ def inspect_adapter(path: Path) -> AdapterFacts:
         modules_to_save=list(config.modules_to_save) or None,
         bias=config.bias,
         labels=list(adapter.labels) if adapter.labels else None,
+        problem_type=adapter.problem_type,
         parameters=adapter.parameter_count,
         dtype=sorted({str(pair.A.dtype) for pair in adapter.factors.values()}),
         bytes=weights.stat().st_size,

@@ -77,6 +77,7 @@ class BundledAdapterFacts:
     name: str
     digest: str
     files: str
+    problem_type: str | None = field(default=None, metadata=IF_KNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class BundleFacts:
 
     kind: str = "bundle"
     task: str
+    problem_type: str | None = field(default=None, metadata=IF_KNOWN)
     mode: str
     base_model: str | None
     base_digest: str | None
@@ -136,6 +138,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
     changed = [n for n, digest in exported.items() if digest not in (None, actual.get(n))]
     return BundleFacts(
         task=manifest.task,
+        problem_type=manifest.problem_type,
         mode=manifest.mode,
         base_model=manifest.base.name,
         base_digest=manifest.base.digest,
@@ -185,7 +188,10 @@ def inspect_bundle(path: Path) -> BundleFacts:
         ],
         adapters=[
             BundledAdapterFacts(
-                name=name, digest=entry.digest, files=_files(path, entry.path, entry.digest)
+                name=name,
+                digest=entry.digest,
+                files=_files(path, entry.path, entry.digest),
+                problem_type=entry.problem_type,
             )
             for name, entry in manifest.adapters.items()
         ],

@@ -169,7 +169,7 @@ class TrainConfig:
                 )
         if self.problem_type != PROBLEMS[0] and self.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(
-                f"problem_type is {self.problem_type!r}, which is for {SEQUENCE_CLASSIFICATION},"
+                f"`problem_type` is {self.problem_type!r}, which is for {SEQUENCE_CLASSIFICATION},"
                 f" not for {self.task}: leave it out"
             )
         if (self.early_stopping or self.keep_best) and not self.eval_steps:

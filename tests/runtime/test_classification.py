@@ -233,9 +233,9 @@ def test_a_text_has_all_labels_that_reach_the_threshold(typed_bundle: Path) -> N
     (two,) = classify(TEXTS[0], "several", threshold=second)
     assert two.labels == every.labels[:2]
     assert classify(TEXTS[0], "several", threshold=1.0)[0].labels == ()
-    with pytest.raises(UsageError, match="threshold is for multi_label_classification, and these"):
+    with pytest.raises(UsageError, match="`threshold` is for multi_label_classification, and"):
         classify(TEXTS[0], "silent", threshold=0.3)
-    with pytest.raises(UsageError, match="threshold is 1.5: give a probability"):
+    with pytest.raises(UsageError, match="`threshold` is 1.5: give a probability"):
         classify(TEXTS[0], "several", threshold=1.5)
 
 
@@ -270,6 +270,35 @@ def test_what_a_head_answers_is_never_guessed(
     session.load("native", typed_bundle / "adapters" / "several.onnx_adapter")
     with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
         TextClassifier(session)(TEXTS[0], "native")
+
+
+def test_a_base_with_a_head_of_its_own_keeps_it_beside_smaller_ones(
+    tiny_bert: Path, declared: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert,
+        num_labels=4,
+        id2label=dict(enumerate("abcd")),
+        problem_type="multi_label_classification",
+    )
+    model.classifier.weight.data.normal_()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "b", adapters={"it": declared["number"]})
+    classify = TextClassifier(AdapterSession(tmp_path / "b"))
+    base, own = classify([TEXTS[1]] * 2, [None, "it"])
+    pipe = pipeline("text-classification", model=model.eval(), tokenizer=tokenizer)
+    expected = {entry["label"]: entry["score"] for entry in pipe(TEXTS[1], top_k=None)}
+    assert base.scores == pytest.approx(expected, abs=tolerance("torch-onnx-tiny"))
+    assert base.problem_type == "multi_label_classification"
+    assert (own.problem_type, len(own.scores)) == ("regression", 1)
+    (number,) = pipeline_scores(tiny_bert, declared["number"], TEXTS[1], "regression")
+    assert abs(own.score - number) <= tolerance("torch-onnx-tiny")
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,9 @@ def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None
     [
         ([], {}, "there are no texts"),
         ([("a", "b")], {}, "text 1 is a pair"),
-        (["a"], {"aggregation": "all"}, "aggregation is 'all': give one of none, simple, first"),
-        (["a"], {"aggregation": "none", "stride": 4}, "stride needs an aggregation"),
-        (["a"], {"stride": 128}, "stride is 128: give 0 to 127 tokens"),
+        (["a"], {"aggregation": "all"}, "`aggregation` is 'all': give one of none, simple, first"),
+        (["a"], {"aggregation": "none", "stride": 4}, "`stride` needs an `aggregation`"),
+        (["a"], {"stride": 128}, "`stride` is 128: give 0 to 127 tokens"),
         (["a"], {"adapters": ["bytes"] * 2}, "2 adapters for a batch of 1 rows"),
     ],
 )

@@ -30,6 +30,11 @@ from loradeploy.train.flags import TrainFlags
         ("task: poetry", "`task` is 'poetry'"),
         ("target_modules: ','", "`target_modules` is empty"),
         ("target_modules: []", "`target_modules` is empty"),
+        ("problem_type: ranking", "`problem_type` is 'ranking': give one of single-label"),
+        (
+            "task: token-classification\nproblem_type: multi-label",
+            "`problem_type` is 'multi-label', which is for sequence-classification",
+        ),
         ("- rank", "has no settings"),
         ("", "has no settings"),
         ("rank: [", "is not valid YAML"),

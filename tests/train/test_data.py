@@ -5,11 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import label_names, read_conversations, read_labeled_texts
+from loradeploy.train.data import (
+    label_names,
+    read_conversations,
+    read_labeled_texts,
+    read_measured_texts,
+    read_multi_label_texts,
+    value_names,
+)
 from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
 
@@ -42,6 +50,47 @@ def test_a_broken_line_is_named(content: str | bytes, message: str, tmp_path: Pa
     with pytest.raises(DataError, match=message) as refusal:
         read_conversations(Source(file))
     assert "data.jsonl" in str(refusal.value)
+
+
+CLASSIFIERS = {
+    "single-label": read_labeled_texts,
+    "multi-label": read_multi_label_texts,
+    "regression": read_measured_texts,
+}
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "label", "needed"),
+    [
+        ("single-label", ["a", "b"], "a name or a whole number"),
+        ("single-label", 0.5, "a name or a whole number"),
+        ("multi-label", 3, "a list of names"),
+        ("multi-label", [1, 2], "a list of names"),
+        ("regression", "high", "a number, or a list of numbers,"),
+        ("regression", [], "a number, or a list of numbers,"),
+        ("regression", [1.0, None], "a number, or a list of numbers,"),
+        ("regression", float("inf"), "a number, or a list of numbers,"),
+        ("regression", True, "a number, or a list of numbers,"),
+    ],
+)
+def test_a_label_that_contradicts_the_problem_type_is_refused(
+    problem_type: str, label: Any, needed: str, tmp_path: Path
+) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": label}])
+    with pytest.raises(DataError, match=f'{needed} is needed for `problem_type="{problem_type}"`'):
+        CLASSIFIERS[problem_type](Source(file))
+
+
+def test_several_numbers_are_as_many_in_every_row(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": [1.0, 2]}, {"text": "y", "label": [0.5, -1.0]}]
+    examples = read_measured_texts(Source(write_lines(tmp_path / "a.jsonl", rows)))
+    assert [example.values for example in examples] == [(1.0, 2.0), (0.5, -1.0)]
+    assert value_names(examples) == ("LABEL_0", "LABEL_1")
+    one = write_lines(tmp_path / "b.jsonl", [{"text": "x", "label": 3}])
+    assert value_names(read_measured_texts(Source(one))) == ()
+    rows.append({"text": "z", "label": 1.0})
+    with pytest.raises(DataError, match="line 3: label has 1 numbers, those before it have 2"):
+        read_measured_texts(Source(write_lines(tmp_path / "a.jsonl", rows)))
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
     adapter = load_adapter(result.adapter)
     assert (adapter.config.task_type, adapter.labels) == (peft_name, labels)
     assert bool(adapter.saved) == (task != "feature-extraction"), "a head is trained whole"
+    problems = {"multi-label": "multi_label_classification", "regression": "regression"}
+    assert adapter.problem_type == problems.get(task)
     assert peft.PeftConfig.from_pretrained(str(result.adapter)).task_type == peft_name
 
 

@@ -49,7 +49,7 @@ def text_parts(
                     " `stride`, which cuts it into parts that overlap by so many tokens"
                 )
             if stride is not None and not 0 <= stride < room:
-                raise UsageError(f"stride is {stride}: give 0 to {room - 1} tokens")
+                raise UsageError(f"`stride` is {stride}: give 0 to {room - 1} tokens")
             encoding.truncate(max(room, 0), stride=stride or 0)
         whole = library.post_process(encoding, add_special_tokens=True)
     return [_part(part) for part in (whole, *whole.overflowing) if len(part)]

@@ -94,7 +94,7 @@ class TextClassifier:
             UnknownAdapterError: an adapter that was never loaded.
         """
         if threshold is not None and not 0 <= threshold <= 1:
-            raise UsageError(f"threshold is {shown(threshold)}: give a probability, from 0 to 1")
+            raise UsageError(f"`threshold` is {shown(threshold)}: give a probability, from 0 to 1")
         results, problems = [], set[str]()
         output = output_of(self.session.manifest)
         for batch in encoded_batches(
@@ -108,7 +108,7 @@ class TextClassifier:
                 results.append(_classification(values, head, one.adapter, least))
         if threshold is not None and MULTI_LABEL not in problems:
             raise UsageError(
-                f"threshold is for {MULTI_LABEL}, and these are {', '.join(sorted(problems))}"
+                f"`threshold` is for {MULTI_LABEL}, and these are {', '.join(sorted(problems))}"
             )
         return results
 

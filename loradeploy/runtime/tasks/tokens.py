@@ -86,13 +86,15 @@ class TokenClassifier:
         """
         if aggregation not in AGGREGATIONS:
             raise UsageError(
-                f"aggregation is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
+                f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
             )
         if stride is not None and aggregation == NONE:
-            raise UsageError('stride needs an aggregation: "none" has tokens of overlaps twice')
+            raise UsageError(
+                '`stride` needs an `aggregation`: with "none" the tokens of overlaps come twice'
+            )
         if stride is not None and self.session.manifest.padding == NO_PADDING:
             raise UsageError(
-                f"stride: {self.session.path} takes rows of one length, and parts are of several"
+                f"`stride`: {self.session.path} takes rows of one length, and parts are of several"
             )
         given = given_texts(texts)
         found: list[list[Entity]] = [[] for _ in given]
