@@ -1,4 +1,4 @@
-"""Models that take and give something else: encoder-decoders, images, sound, a label a token."""
+"""Models that take and give something else: encoder-decoders, images, sound."""
 
 from __future__ import annotations
 
@@ -107,15 +107,6 @@ KINDS: Final = {
         {**_ENCODER, "image_size": 16, "patch_size": 4, "num_labels": 5},
         {"pixel_values": _RANDOM.standard_normal((3, 3, 16, 16)).astype(np.float32)},
         heads=("classifier",),
-    ),
-    "bert tokens": Kind(
-        "token-classification",
-        "AutoModelForTokenClassification",
-        "BertConfig",
-        {**_ENCODER, **_TOKENS, "max_position_embeddings": 64, "num_labels": 5},
-        {**_TEXT, "token_type_ids": np.zeros_like(_IDS)},
-        "TOKEN_CLS",
-        ("classifier",),
     ),
 }
 pytestmark = pytest.mark.slow

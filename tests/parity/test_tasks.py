@@ -1,4 +1,4 @@
-"""Parity of bundles that take or give something else than text: images, sound, targets, tags."""
+"""Parity of bundles that take or give something else than text: images, sound, targets."""
 
 from __future__ import annotations
 

@@ -137,9 +137,7 @@ def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
         raise UsageError("there are no texts")
     for number, text in enumerate(given, start=1):
         if isinstance(text, list | tuple) and len(text) == 2:
-            raise UsageError(
-                f"text {number} is a pair {shown(text)}: give a str; pairs are for TextPairScorer"
-            )
+            raise UsageError(f"text {number} is a pair {shown(text)}: pairs are not supported")
         if not isinstance(text, str):
             raise UsageError(f"text {number} is {shown(text)}: give a str")
     return list(given)
