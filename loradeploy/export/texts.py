@@ -23,13 +23,13 @@ from loradeploy.bundle.text.beside import (
 )
 from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
 from loradeploy.bundle.text.settings import GenerationSettings
-from loradeploy.bundle.text.tokenizer import (
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
     SETTINGS_NAME,
     TEMPLATE_NAME,
     TOKENIZER_NAME,
-    Tokenizer,
 )
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, listed_names

@@ -28,7 +28,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.text.tokenizer import positions_of_model
+from loradeploy.bundle.text.tokenizer_files import positions_of_model
 from loradeploy.errors import UsageError, shown
 
 if TYPE_CHECKING:

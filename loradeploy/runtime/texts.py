@@ -20,14 +20,15 @@ from loradeploy.bundle.text.beside import (
     vocabulary_of,
 )
 from loradeploy.bundle.text.sentence import (
-    MODULES_NAME,
     SentenceRecipe,
     default_recipe,
     read_recipe,
     recipe_directory,
 )
+from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.bundle.text.settings import GenerationSettings
-from loradeploy.bundle.text.tokenizer import TOKENIZER_NAME, Tokenizer
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import (
     AdapterError,
     BundleError,

@@ -23,12 +23,8 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
-from loradeploy.bundle.text.sentence import (
-    MODULES_NAME,
-    read_recipe,
-    recipe_directory,
-    write_default,
-)
+from loradeploy.bundle.text.sentence import read_recipe, recipe_directory, write_default
+from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.errors import (
     BundleError,
     LoraDeployError,

@@ -10,14 +10,9 @@ from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.text.sentence import (
-    ENCODER_NAMES,
-    MODULES_NAME,
-    SentenceRecipe,
-    flat_modules,
-    recipe_directory,
-)
-from loradeploy.bundle.text.tokenizer import (
+from loradeploy.bundle.text.sentence import SentenceRecipe, flat_modules, recipe_directory
+from loradeploy.bundle.text.sentence_files import ENCODER_NAMES, MODULES_NAME
+from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
     SETTINGS_NAME,

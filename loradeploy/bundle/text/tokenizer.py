@@ -1,64 +1,48 @@
-"""Text to token ids and back, without transformers: the tokenizer files of a bundle or an adapter.
+"""Text to token ids and back, without transformers, by the files of a bundle or an adapter.
 
-tokenizer.json             the `tokenizers` library's own file: the vocabulary and the rules
-tokenizer_config.json      the special tokens by role, the padding side, perhaps a chat template
-special_tokens_map.json    the special tokens, in older checkpoints
-chat_template.jinja        the chat template, in newer ones (chat_template.json, of processors)
-generation_config.json     which tokens end a text (config.json, where it is silent), and settings
-config.json                how many positions the model has
-
-Trainers write these files beside an adapter too. There they take the place of the base's: an
-adapter is asked in the format that it was trained in, and ends where it was trained to end.
+Trainers write tokenizer files (tokenizer_files.py) beside an adapter too. There they replace the
+base's: an adapter is asked in the format that it was trained in, and ends where it was trained to.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.names import CONFIG_NAME
-from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate, Message, template_source
+from loradeploy.bundle.text.chat import ChatTemplate, Message
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
+from loradeploy.bundle.text.tokenizer_files import (
+    ADDED_NAME,
+    GENERATION_NAME,
+    SETTINGS_NAME,
+    SPECIAL_NAME,
+    TOKENIZER_NAME,
+    chat_template_of,
+    max_length_of,
+    optional_json,
+    positions_of_model,
+    special_tokens_of,
+    token_ids,
+)
+from loradeploy.bundle.text.tokenizer_library import library_errors, open_tokenizer
 from loradeploy.errors import (
     AdapterMismatchError,
     BundleError,
-    LoraDeployError,
     UsageError,
-    first_line,
     shortened,
     shown,
 )
-from loradeploy.files import check_file, read_json, read_text
 
-TOKENIZER_NAME: Final = "tokenizer.json"
-TEMPLATE_NAME: Final = "chat_template.jinja"
-GENERATION_NAME: Final = "generation_config.json"
-SETTINGS_NAME: Final = "tokenizer_config.json"
-SPECIAL_NAME: Final = "special_tokens_map.json"
-ADDED_NAME: Final = "added_tokens.json"
-_TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"
-_ROLES: Final = tuple(
-    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
-# transformers writes 10³⁰ where a tokenizer has no limit of its own.
-_NO_LIMIT: Final = 10**9
-_MAX_TOKENIZER_BYTES: Final = 512 << 20
-_LARGEST_ID: Final = 2**31 - 1
-_LARGEST_WORD: Final = 2**24  # of a word that is in a tokenizer; vocabularies have some 2**18
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_STDERR: Final = 2
-_TRIED: Final = "a"  # a text that a new tokenizer is tried on
 # Stands for an answer where it is asked what a template writes behind one.
 _ANSWER: Final = "⟦answer⟧"
 
@@ -66,8 +50,8 @@ _ANSWER: Final = "⟦answer⟧"
 class Tokenizer:
     """The tokenizer of a bundle, or of any directory with a checkpoint's tokenizer files.
 
-    With `base` it is an adapter's: what `directory` holds takes the place of the base's, and what
-    it lacks is the base's. `lowercase`: whether texts are lowercased first.
+    With `base` it is an adapter's: what `directory` has replaces the base's, and what it lacks is
+    the base's. `lowercase`: whether texts are lowercased first.
 
     `special_tokens`: the special tokens by role (`bos_token`, …).
     `eos_ids`: the tokens that end a text. An adapter's are those of its generation_config.json,
@@ -75,7 +59,7 @@ class Tokenizer:
     these are its own.
     `pad_id`: fills rows up; which token it is does not matter where the attention mask is heeded.
     `positions`: how many tokens the model has positions for; `max_length`: how many it is to take.
-    None where nothing says.
+    None where no file has it.
     `settings`: how logits are changed before a token is chosen.
     `template`: the source of the chat template, None where there is none.
     `own_words`: whether an adapter has another vocabulary or other rules than the base.
@@ -91,14 +75,14 @@ class Tokenizer:
         *,
         lowercase: bool = False,
     ) -> None:
-        place = Path(directory)
-        settings = _optional(place / SETTINGS_NAME)
-        config = {} if base is not None else _optional(place / CONFIG_NAME)
-        generation = _optional(place / GENERATION_NAME)
-        self._place = place
+        path = Path(directory)
+        settings = optional_json(path / SETTINGS_NAME)
+        config = {} if base is not None else optional_json(path / CONFIG_NAME)
+        generation = optional_json(path / GENERATION_NAME)
+        self._directory = path
         self._base = base
-        self._tokenizer = _words(place, base)
-        own_tokens = _special_tokens(_optional(place / SPECIAL_NAME) | settings)
+        self._tokenizer = _words(path, base)
+        own_tokens = special_tokens_of(optional_json(path / SPECIAL_NAME) | settings)
         self.special_tokens: dict[str, str] = {
             **(base.special_tokens if base else {}),
             **own_tokens,
@@ -109,23 +93,23 @@ class Tokenizer:
         self.own_words = base is not None and self._tokenizer is not base._tokenizer
         if lowercase:
             self._lowercase()
-        own_template = _template(place, settings)
+        own_template = chat_template_of(path, settings)
         self.template: str | None = own_template or (None if base is None else base.template)
         self._chat = (
             None if self.template is None else ChatTemplate(self.template, self.special_tokens)
         )
-        told = _ids(generation, "eos_token_id", place / GENERATION_NAME)
+        named = token_ids(generation, "eos_token_id", path / GENERATION_NAME)
         if base is None:
-            own = _ids(config, "eos_token_id", place / CONFIG_NAME)
-            eos = told or own or self._ids_of("eos_token")
+            own = token_ids(config, "eos_token_id", path / CONFIG_NAME)
+            eos = named or own or self._ids_of("eos_token")
             # A classifier on a decoder finds the last token by config.json's id: that one is first.
-            pads = _ids(config, "pad_token_id", place / CONFIG_NAME)
+            pads = token_ids(config, "pad_token_id", path / CONFIG_NAME)
             self._pads = (*pads, *self._ids_of("pad_token"), *eos, 0)
             self.pad_id: int = self._pads[0]
-            self.positions = positions_of_model(config, place / CONFIG_NAME)
-            self.max_length = _max_length(self.positions, settings, place / SETTINGS_NAME)
+            self.positions = positions_of_model(config, path / CONFIG_NAME)
+            self.max_length = max_length_of(self.positions, settings, path / SETTINGS_NAME)
         else:
-            eos = told or tuple(base.eos_ids)
+            eos = named or tuple(base.eos_ids)
             if self._ids_of("eos_token") != base._ids_of("eos_token"):
                 eos += self._ids_of("eos_token")
             if self.template != base.template:
@@ -158,7 +142,7 @@ class Tokenizer:
     def encode(
         self, text: str, *, special_tokens: bool = True, max_length: int | None = None
     ) -> list[int]:
-        """The tokens of `text`, with those that the model wants around it unless told not to.
+        """The tokens of `text`, by default with the special tokens that the model has around it.
 
         Of a text that is longer than `max_length` the end is cut; the special tokens stay.
 
@@ -189,7 +173,7 @@ class Tokenizer:
                     f"the text {shortened(ascii(text), 60)} holds half a surrogate pair, which is"
                     " no character: decode what it is from as UTF-8"
                 )
-        with _library(f"the tokenizer of {self._place} fails"):
+        with library_errors(f"the tokenizer of {self._directory} fails"):
             yield self._tokenizer
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -203,7 +187,7 @@ class Tokenizer:
             UsageError: there is no chat template, or it refuses the messages.
         """
         if self._chat is None:
-            raise UsageError(f"{self._place} has no chat template: give plain prompts")
+            raise UsageError(f"{self._directory} has no chat template: give plain prompts")
         return self._chat.render(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -213,7 +197,7 @@ class Tokenizer:
             BundleError: the tokenizer's own rules fail on them.
         """
         try:
-            with _library(f"the tokenizer of {self._place} fails"):
+            with library_errors(f"the tokenizer of {self._directory} fails"):
                 text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         except BundleError:
             if any(self.word(token) is not None for token in ids):
@@ -247,7 +231,7 @@ class Tokenizer:
         return self._tokenizer is other._tokenizer or self._as_text == other._as_text
 
     def pad_within(self, vocabulary: int) -> None:
-        """Fill rows up with a token that the graph's vocabulary has: the first that is told.
+        """Pad rows with the first padding token that the graph's vocabulary has.
 
         Configs name one beyond it where a token was added for padding alone.
         """
@@ -327,147 +311,27 @@ class Tokenizer:
         return () if index is None else (index,)
 
 
-def _words(place: Path, base: Tokenizer | None) -> FastTokenizer:
-    """The library's tokenizer of `place`; the base's own where an adapter has none."""
-    file = place / TOKENIZER_NAME
+def _words(path: Path, base: Tokenizer | None) -> FastTokenizer:
+    """The library's tokenizer of `path`; the base's own where an adapter has none."""
+    file = path / TOKENIZER_NAME
     if base is None or file.exists():
-        return _open(file)
-    _check_added(place, base)
+        return open_tokenizer(file)
+    _check_added(path, base)
     return base._tokenizer
 
 
-def _check_added(place: Path, base: Tokenizer) -> None:
-    """Raise BundleError where an adapter without a tokenizer.json tells of words of its own."""
-    told = dict(_optional(place / ADDED_NAME))
-    decoder = _optional(place / SETTINGS_NAME).get("added_tokens_decoder")
+def _check_added(path: Path, base: Tokenizer) -> None:
+    """Raise BundleError where an adapter without a tokenizer.json adds words."""
+    named = dict(optional_json(path / ADDED_NAME))
+    decoder = optional_json(path / SETTINGS_NAME).get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, Mapping) else ():
         if isinstance(token, Mapping) and index.isascii() and index.isdigit() and len(index) < 10:
-            told[str(token.get("content"))] = int(index)
-    unknown = sorted(word for word, index in told.items() if base.vocabulary.get(word) != index)
+            named[str(token.get("content"))] = int(index)
+    unknown = sorted(word for word, index in named.items() if base.vocabulary.get(word) != index)
     if unknown:
         more = f", and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise BundleError(
-            f"{place} adds the word {unknown[0]!r} as token {told[unknown[0]]}{more}, which the"
+            f"{path} adds the word {unknown[0]!r} as token {named[unknown[0]]}{more}, which the"
             f" base's tokenizer lacks, and has no {TOKENIZER_NAME}: save its tokenizer there with"
             " transformers"
         )
-
-
-def _open(file: Path) -> FastTokenizer:
-    if not file.exists():
-        raise BundleError(f"{file} does not exist: without it text cannot be read or written")
-    check_file(file, error=BundleError, limit=_MAX_TOKENIZER_BYTES)
-    with _without_panics(), _library(f"{file} is no valid tokenizer"):
-        tokenizer = FastTokenizer.from_file(os.fspath(file))
-        # Lengths are this project's business; a setting in the file would cut or pad in silence.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # Some of what is wrong with a file shows only when it is used.
-        tokenizer.decode(tokenizer.encode(_TRIED).ids)
-        words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    word = max(words, key=lambda word: words[word], default=None)
-    if word is not None and words[word] > _LARGEST_WORD:
-        # The library counts up to it when it writes or compares.
-        raise BundleError(f"{file} is no valid tokenizer: {shown(word)} is token {words[word]}")
-    return tokenizer
-
-
-@contextmanager
-def _without_panics() -> Iterator[None]:
-    """Without the lines that a panic of the library writes to standard error by itself.
-
-    Where other threads run they may have something to say there: then nothing is held back.
-    """
-    if threading.active_count() > 1:
-        yield
-        return
-    try:
-        sys.stderr.flush()
-        own = os.dup(_STDERR)
-    except (AttributeError, OSError, ValueError):  # there is none
-        yield
-        return
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, _STDERR)
-        os.close(nowhere)
-        yield
-    finally:
-        os.dup2(own, _STDERR)
-        os.close(own)
-
-
-@contextmanager
-def _library(what: str) -> Iterator[None]:
-    """Raise BundleError, which begins with `what`, where the tokenizers library fails.
-
-    It raises bare Exceptions; and where its own code panics, an error that is no Exception and
-    that no module exports.
-    """
-    try:
-        yield
-    except LoraDeployError:  # of whoever uses it
-        raise
-    except Exception as problem:
-        raise BundleError(f"{what}: {first_line(problem)}") from None
-    except BaseException as problem:
-        if type(problem).__name__ != "PanicException":
-            raise
-        raise BundleError(f"{what}: {first_line(problem)}") from None
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file, error=BundleError) if file.exists() else {}
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by role; files hold each as a text or as an object with its content."""
-    tokens = {}
-    for role in _ROLES:
-        value = settings.get(role)
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str):
-            tokens[role] = text
-    return tokens
-
-
-def _template(place: Path, settings: Mapping[str, Any]) -> str | None:
-    """The source of the chat template, in the order in which transformers looks for it."""
-    file = place / TEMPLATE_NAME
-    if file.exists():
-        return read_text(file, error=BundleError, limit=MAX_TEMPLATE_BYTES)
-    source = template_source(settings.get("chat_template"))
-    if source is None:
-        source = template_source(_optional(place / _TEMPLATE_OF_PROCESSOR).get("chat_template"))
-    return source
-
-
-def _ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ...]:
-    """The token ids that `values`, of `file`, has under `name`; a negative one is none."""
-    told = values.get(name)
-    listed = [] if told is None else told if isinstance(told, list) else [told]
-    if not all(type(token) is int and token <= _LARGEST_ID for token in listed):
-        raise BundleError(f"{file}: {name} is {shown(told)}, which is no id of a token")
-    return tuple(token for token in listed if token >= 0)
-
-
-def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
-    """How many tokens the model has positions for, by its `config`, which `file` holds.
-
-    Raises:
-        BundleError: not one.
-    """
-    positions = context_length(config)
-    if positions is not None and positions < 1:
-        raise BundleError(f"{file}: {positions} positions, which leaves none for a token")
-    return positions
-
-
-def _max_length(positions: int | None, settings: Mapping[str, Any], file: Path) -> int | None:
-    limits = [] if positions is None else [positions]
-    own = settings.get("model_max_length")
-    if isinstance(own, int | float) and own < _NO_LIMIT:
-        if own < 1:
-            raise BundleError(f"{file}: model_max_length is {own}, which leaves no token of a text")
-        limits.append(int(own))
-    return min(limits, default=None)

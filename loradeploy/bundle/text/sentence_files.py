@@ -1,0 +1,173 @@
+"""The files that sentence-transformers saves, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.tensors import read_arrays
+from loradeploy.bundle.text.pooling import POOLS
+from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
+from loradeploy.files import inside, read_bytes, read_json
+from loradeploy.parsing import parse_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+MODULES_NAME: Final = "modules.json"
+PROMPTS_NAME: Final = "config_sentence_transformers.json"
+_ENCODERS: Final = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+ENCODER_NAMES: Final = tuple(f"sentence_{name}_config.json" for name in _ENCODERS)
+WEIGHTS_NAME: Final = "model.safetensors"
+PACKAGE: Final = "sentence_transformers."
+# The modes of pooling, by the booleans of older files, in the order in which they are put together.
+_FLAGS: Final = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+class RecipeReader:
+    """Reads the files below one directory, and notes which."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: list[str] = []
+
+    def list(self, name: str) -> list[Any]:
+        """The JSON list in the file `name`."""
+        file = self.directory / name
+        try:
+            value = parse_json(read_bytes(file, error=BundleError))
+        except ValueError as problem:
+            raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise BundleError(f"{file} holds no list of modules")
+        self.files.append(name)
+        return value
+
+    def object(self, name: str) -> dict[str, Any]:
+        """The JSON object in the file `name`, empty where there is none."""
+        file = inside(self.directory, name)
+        if not file.is_file():
+            return {}
+        self.files.append(name)
+        return read_json(file, error=BundleError)
+
+    def prompts(self) -> tuple[str, dict[str, str], str | None]:
+        """What kind of model it is, the prompts, and the name of the default one."""
+        values = self.object(PROMPTS_NAME)
+        where = self.directory / PROMPTS_NAME
+        given = values.get("prompts") or {}
+        if not isinstance(given, dict) or not all(
+            text is None or isinstance(text, str) for text in given.values()
+        ):
+            raise BundleError(f"{where}: prompts is no object of texts")
+        prompts = {name: text or "" for name, text in given.items()}
+        default = values.get("default_prompt_name")
+        if default is not None and not (isinstance(default, str) and default in prompts):
+            raise BundleError(
+                f"{where}: the default prompt {shown(default)} is not among its prompts"
+            )
+        return str(values.get("model_type") or "SentenceTransformer"), prompts, default
+
+    def encoder(self, path: str) -> tuple[int | None, bool]:
+        """The longest text in tokens, and whether texts are lowercased."""
+        values: dict[str, Any] = {}
+        for name in ENCODER_NAMES:
+            # In a bundle, whose encoder is not in a folder of its own, it is beside modules.json.
+            values = self.object(join(path, name)) or (path and self.object(name)) or {}
+            if values:
+                break
+        where = self.directory / path
+        if values.get("transformer_task") not in (None, "feature-extraction"):
+            raise BundleError(
+                f"{where}: the encoder is used for {shown(values['transformer_task'])}, not for its"
+                " states"
+            )
+        if values.get("module_output_name") not in (None, "token_embeddings"):
+            raise BundleError(f"{where}: the encoder gives {shown(values['module_output_name'])}")
+        ways = values.get("modality_config")
+        if isinstance(ways, dict) and "text" not in ways:
+            raise BundleError(f"{where}: the encoder takes {listed_names(ways)}, and no plain text")
+        longest = values.get("max_seq_length")
+        if longest is not None and not (type(longest) is int and longest > 0):
+            raise BundleError(f"{where}: max_seq_length is {shown(longest)}")
+        return longest, values.get("do_lower_case") is True
+
+    def pooling(self, path: str) -> tuple[tuple[str, ...], bool]:
+        """The modes of pooling, and whether prompts are pooled."""
+        name = join(path, "config.json")
+        values = self.object(name)
+        given = values.get("pooling_mode")
+        if given is None:
+            flags = [key for key in values if key.startswith("pooling_mode_") and values[key]]
+            if unknown := [key for key in flags if key not in _FLAGS]:
+                raise BundleError(
+                    f"{self.directory / name}: {unknown[0]} is not supported; there are"
+                    f" {', '.join(_FLAGS)}"
+                )
+            given = [mode for key, mode in _FLAGS.items() if values.get(key)] or "mean"
+        modes = tuple(given) if isinstance(given, list) else (given,)
+        if not 0 < len(modes) <= len(POOLS) or not all(isinstance(mode, str) for mode in modes):
+            raise BundleError(f"{self.directory / name}: pooling_mode is {shown(given)}")
+        if unknown := [mode for mode in modes if mode not in POOLS]:
+            raise BundleError(
+                f"{self.directory / name}: the pooling {shown(unknown[0])} is not supported;"
+                f" there are {', '.join(POOLS)}"
+            )
+        return modes, values.get("include_prompt", True) is not False
+
+    def weights(self, path: str, names: Mapping[str, bool]) -> dict[str, Floats]:
+        """The tensors of a module; `names` tells which it must have."""
+        name = join(path, WEIGHTS_NAME)
+        file = inside(self.directory, name)
+        if not file.is_file():
+            raise BundleError(
+                f"{file} does not exist: save the model anew with sentence-transformers, weights in"
+                " pickles are not read"
+            )
+        arrays, _ = read_arrays(file, error=BundleError)
+        self.files.append(name)
+        for tensor, needed in names.items():
+            if needed and tensor not in arrays:
+                raise BundleError(f"{file} lacks {tensor}")
+        if more := sorted(arrays.keys() - names.keys()):
+            raise BundleError(f"{file} holds {shortened(more[0])}, which is not of its module")
+        sizes = {array.shape[0] for array in arrays.values() if array.ndim}
+        ranks = {tensor: 1 if _is_vector(tensor) else 2 for tensor in arrays}
+        if len(sizes) != 1 or any(arrays[tensor].ndim != rank for tensor, rank in ranks.items()):
+            shapes = {tensor: list(array.shape) for tensor, array in sorted(arrays.items())}
+            raise BundleError(f"{file} holds tensors that do not fit: {shown(shapes, 120)}")
+        return {tensor: values.astype(np.float32) for tensor, values in arrays.items()}
+
+
+def _is_vector(tensor: str) -> bool:
+    return tensor.endswith("bias") or tensor.startswith("norm.")
+
+
+def module_of(entry: Mapping[str, Any], file: Path) -> tuple[str, str]:
+    """A module's kind and folder; code of others is never run."""
+    given, path = entry.get("type"), entry.get("path", "")
+    if not isinstance(given, str) or not isinstance(path, str):
+        raise BundleError(f"{file}: a module has no type or no path")
+    if not given.startswith(PACKAGE):
+        raise BundleError(
+            f"{file} names the module {shortened(given)}, which is code of its own and is not run:"
+            " only sentence-transformers' modules are supported"
+        )
+    return given.rpartition(".")[2], path
+
+
+def join(path: str, name: str) -> str:
+    """The file `name` in a module's folder `path`, which may be the directory itself."""
+    return f"{path.rstrip('/')}/{name}" if path else name

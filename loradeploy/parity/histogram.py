@@ -1,0 +1,69 @@
+"""Largest, mean, percentiles and distribution of numbers that come in parts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.floating[Any]]
+
+# Absolute errors are counted by the upper bits of their float32 form: the exponent and seven bits
+# of the fraction, so that a percentile is known to within 0.8 %.
+_DROPPED_BITS: Final = 16
+_BINS: Final = 1 << (31 - _DROPPED_BITS)
+_LARGEST: Final = 0x7F7FFFFF  # float32's largest number, above which bins have no edge
+# Half decades of a distribution: all errors below 1e-12 count as that.
+_SMALLEST_HALF: Final = -24
+
+
+class Histogram:
+    """Largest, mean and percentiles of non-negative numbers, as they come."""
+
+    def __init__(self) -> None:
+        self.largest = self._sum = 0.0
+        self._count = 0
+        self._histogram = np.zeros(_BINS, np.int64)
+
+    def add(self, values: Values) -> None:
+        self.largest = max(self.largest, float(values.max()))
+        self._sum += float(values.sum(dtype=np.float64))
+        self._count += values.size
+        with np.errstate(over="ignore"):
+            bits = values.astype(np.float32, copy=False).view(np.uint32) >> _DROPPED_BITS
+        counts = np.bincount(bits.ravel())
+        self._histogram[: len(counts)] += counts
+
+    @property
+    def mean(self) -> float:
+        return self._sum / max(1, self._count)
+
+    def percentile(self, share: float) -> float:
+        """The upper edge of the bin in which the percentile lies."""
+        if not self._count:
+            return 0.0
+        index = int(np.searchsorted(np.cumsum(self._histogram), share * self._count))
+        if index == 0:  # zeros and what float32 cannot tell from them
+            return 0.0
+        return min(float(_upper_edges(np.array([index]))[0]), self.largest)
+
+    def distribution(self) -> tuple[tuple[float, int], ...]:
+        """Upper edges and counts, in half decades (`Figures`)."""
+        bins = np.flatnonzero(self._histogram)
+        counts: dict[float, int] = {}
+        for index, edge in zip(bins, _upper_edges(bins), strict=True):
+            half = max(_SMALLEST_HALF, math.ceil(2 * math.log10(edge)))
+            upper = 0.0 if index == 0 else float(f"{10 ** (half / 2):.3g}")
+            counts[upper] = counts.get(upper, 0) + int(self._histogram[index])
+        return tuple(sorted(counts.items()))
+
+
+def _upper_edges(bins: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The largest number that each bin of a histogram holds."""
+    codes = np.minimum((bins + 1) << _DROPPED_BITS, _LARGEST).astype(np.int32)
+    edges: NDArray[np.float64] = codes.view(np.float32).astype(np.float64)
+    return edges
