@@ -44,7 +44,7 @@ from loradeploy.export.match.linears import (
 )
 from loradeploy.export.match.norm_forms import note_forms, vectors_in
 from loradeploy.export.match.products import precision_of
-from loradeploy.export.own_weights import own_digests, settled
+from loradeploy.export.own_weights import model_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
 from loradeploy.export.passes.branches import remove_branches
 from loradeploy.export.passes.side_inputs import (
@@ -181,7 +181,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         logger.log(level, message, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     adapters = settled(model, adapters, merge=options.merge)
-    own_weights = {} if options.merge else own_digests(model)
+    own_weights = {} if options.merge else model_digests(model)
     weights = None
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None

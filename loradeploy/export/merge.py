@@ -1,4 +1,4 @@
-"""Graph merge: an adapter folded into a graph's weights. No torch, no copy of the whole model."""
+"""Merge an adapter into the weights of a graph, without torch and without a copy of the model."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
-    `modules`: whose weights took the product of the factors in. `parameters`: replaced whole.
-    `untied`: modules that shared their weight with others, and got a copy of their own.
-    `error`: what the stored precision did to the update; None where there was none.
+    `modules`: those whose weights got an update. `parameters`: those that were replaced. `untied`:
+    modules that shared their weight with others, and got a copy. `error`: the rounding error of
+    the update in the stored precision; None without an update.
     """
 
     modules: tuple[str, ...]
@@ -62,20 +62,21 @@ def merge_adapter(
     """W ← W + s · B A for every module of `adapter`, in float32 with one final cast.
 
     With DoRA W ← m / ‖W + s · B A‖ · (W + s · B A), over each output's row. Linear layers,
-    embeddings and convolutions take factors; what the adapter trained whole (modules_to_save,
-    biases) is put in its place, a bias that the graph lacks is added; weights and rows that it
-    brings of the base come first, for all that share them. `weights` gives modules'
-    weights, [out, in] of a linear, at a higher precision than the graph's, to start from. A weight
-    that something else in the graph shares, such as an embedding tied to the output head, is copied
-    first: the other user keeps its own. `rounding` is, for the error, what the weights of a kind
-    of layer become afterwards: linear, embedding, conv2d. With `requantize` quantized weights are
-    read, merged and quantized again. `name` is what a message calls the base, `digest`
-    the checkpoint's, where known.
+    embeddings and convolutions take factors. Fully trained parameters (modules_to_save, biases)
+    replace those of the graph, and a bias that the graph lacks is added. Base weights and rows in
+    the adapter are written first, for all modules that share them. A weight that is shared with
+    another part of the graph, such as an embedding tied to the output head, is copied first: the
+    other part keeps the original.
+
+    `weights`: weights of modules, [out, in] of a linear, in a higher precision than the graph's, to
+    start from. `rounding`: how weights of a kind of layer (linear, embedding, conv2d) are rounded
+    afterwards, to compute the error. `requantize`: merge into quantized weights and quantize them
+    again. `name`: the name of the base in messages. `digest`: that of the checkpoint, if known.
 
     Raises:
-        AdapterError: the factors are for a base that an initialization changed, or a convolution of
-            several groups has some.
-        AdapterMismatchError: the graph lacks a module, or a size differs; all are in the one error.
+        AdapterError: the factors apply to a base that the initialization changed, or to a
+            convolution with several groups.
+        AdapterMismatchError: the graph lacks a module, or a size differs; one error lists all.
         ExportError: a weight is quantized, or the result does not fit into the graph's dtype.
     """
     layers = Layers(model.graph, linears, find_parts(model))
@@ -106,26 +107,26 @@ def merge_adapter(
 
 
 def _overwrite(layers: Layers, adapter: Adapter) -> None:
-    """Put the base's weights and rows that the adapter brings in their places."""
+    """Overwrite the graph's weights with the base weights and rows in the adapter."""
     groups: list[Mapping[str, NDArray[Any] | Rows]] = [adapter.carried, adapter.rows]
-    for given in groups:
-        for first, second in itertools.combinations(sorted(given), 2):
-            if layers.may_share(first, second) and not same_values(given[first], given[second]):
+    for group in groups:
+        for first, second in itertools.combinations(sorted(group), 2):
+            if layers.may_share(first, second) and not same_values(group[first], group[second]):
                 raise AdapterMismatchError(
-                    f"{first} and {second} are one weight in this graph, or have the same numbers,"
-                    " and are two in the adapter: merge it into the checkpoint, untied"
-                    " (tie_word_embeddings: false), as it was trained"
+                    f"{first} and {second} are tied in this graph, or have equal values, and differ"
+                    " in the adapter: merge it into the untied checkpoint (tie_word_embeddings:"
+                    " false), as it was trained"
                 )
     for parameter, values in sorted(adapter.carried.items()):
         layers.overwrite(parameter, values, others=adapter.carried)
     for parameter, rows in sorted(adapter.rows.items()):
-        own = layers.values_of(parameter).copy()
-        own[list(rows.indices)] = rows.values
-        layers.overwrite(parameter, own, others=adapter.rows)
+        values = layers.values_of(parameter).copy()
+        values[list(rows.indices)] = rows.values
+        layers.overwrite(parameter, values, others=adapter.rows)
 
 
 def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
-    """The layer of the graph that the factors are for, where their kind is the same."""
+    """The layer of the graph for the factors, if it is of the same kind."""
     if pair.kind == "linear":
         return layers.linears.get(module)
     part = layers.parts.get(module)
@@ -163,14 +164,14 @@ def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
 
 
 def _merge_quantized(graph: ir.Graph, layer: Linear, pair: Factors, s: float, tally: Tally) -> None:
-    """Merge into a quantized weight, which loses what its few steps cannot represent."""
+    """Merge into a quantized weight, which can represent the update only with an error."""
     node = layer.nodes[0]
     product = next(each for each in products(graph) if each.node is node)
     before = product.rows(list(range(product.out_features)))
     if before is None or node.op_type != MATMUL_NBITS:
         raise ExportError(
-            f"{layer.module}: the weight of a {node.op_type} whose numbers are quantized cannot be"
-            " quantized again: merge into the graph before it was, or take side inputs"
+            f"{layer.module}: the quantized weight of a {node.op_type} cannot be quantized again:"
+            " merge into the unquantized graph, or use side inputs"
         )
     W = before.copy()
     _update(W if layer.slice is None else W[slice(*layer.slice)], pair, s)
@@ -179,8 +180,8 @@ def _merge_quantized(graph: ir.Graph, layer: Linear, pair: Factors, s: float, ta
     after = next(each for each in products(graph) if each.node is node)
     stored = after.rows(list(range(product.out_features)))
     assert stored is not None
-    own = slice(None) if layer.slice is None else slice(*layer.slice)
-    tally.add_stored(before[own], W[own], stored[own])
+    part = slice(None) if layer.slice is None else slice(*layer.slice)
+    tally.add_stored(before[part], W[part], stored[part])
 
 
 def _count(
@@ -191,10 +192,10 @@ def _count(
     dtype: np.dtype[Any],
     rounding: Mapping[str, Round],
 ) -> None:
-    """The error of one weight, [out, in] before and after."""
+    """Add the error of one weight, [out, in] before and after, to the tally."""
     if isinstance(layer, Linear) and layer.slice is not None:
-        own = slice(*layer.slice)
-        before, after = before[own], after[own]
+        part = slice(*layer.slice)
+        before, after = before[part], after[part]
     kind = "linear" if isinstance(layer, Linear) else layer.kind
     tally.add(before, after, rounding.get(kind, lambda W: W.astype(dtype)))
 
@@ -221,13 +222,13 @@ def _check(layers: Layers, adapter: Adapter, base: AdaptableBase, *, requantize:
 def adaptable(
     layers: Layers, adapter: Adapter, *, name: str, digest: str | None = None
 ) -> AdaptableBase:
-    """What can be merged into a graph; of its parameters those that `adapter` asks for.
+    """The layers of a graph, and the parameters of it that `adapter` changes, for the check of fit.
 
-    `name` is what a message calls the graph. `digest`: the checkpoint's, where known.
+    `name`: the name of the graph in messages. `digest`: that of the checkpoint, if known.
     """
-    asked = (*adapter.saved, *adapter.carried, *adapter.rows)
-    shapes = {n: shape for n in asked if (shape := layers.shape_of(n)) is not None}
-    problems = {n: problem for n in asked if (problem := layers.problem_with(n)) is not None}
+    names = (*adapter.saved, *adapter.carried, *adapter.rows)
+    shapes = {n: shape for n in names if (shape := layers.shape_of(n)) is not None}
+    problems = {n: problem for n in names if (problem := layers.problem_with(n)) is not None}
     found: dict[str, Linear | Part] = {**layers.parts, **layers.linears}
     described = {
         module: described
@@ -240,7 +241,7 @@ def adaptable(
 
 
 def _described(layer: Linear | Part) -> Described | None:
-    """The sizes of a layer's factors; None of one that takes none."""
+    """The sizes of a layer's factors; None for a norm, which takes none."""
     if isinstance(layer, Linear):
         return Described("linear", (layer.in_features,), layer.out_features)
     if layer.kind == "norm":

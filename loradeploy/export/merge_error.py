@@ -1,9 +1,9 @@
-"""What rounding to the stored precision does to a merged update.
+"""The rounding error of a merged update in the stored precision.
 
 With Δ the exact update and R() the rounding, the stored weights changed by
-D = R(W + Δ) − R(W). `kept` = ⟨D, Δ⟩ / ‖Δ‖² is the share of the update that is in them, `noise` =
-‖D − kept · Δ‖ / ‖Δ‖ the rest, both over all merged weights together. Rounding to the
-dtype of the update itself gives 1 and 0. Noise of 1 is as large as the update, but of no direction.
+D = R(W + Δ) − R(W). `kept` = ⟨D, Δ⟩ / ‖Δ‖² is the share of the update in them, `noise` =
+‖D − kept · Δ‖ / ‖Δ‖ the rest, both over all merged weights. Rounding to the dtype of the update
+gives 1 and 0. Noise of 1 is as large as the update, but not in its direction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Rounding works row by row (or block by block of a row), so that some rows stand for all.
+# Rounding works by rows (or blocks of a row), so a sample of rows is enough.
 _ROWS: Final = 64
 _LEAST_KEPT: Final = 0.95
 _MOST_NOISE: Final = 0.25
@@ -36,7 +36,7 @@ class Tally:
         self._exact = self._along = self._stored = 0.0
 
     def add(self, before: NDArray[np.float32], after: NDArray[np.float32], rounded: Round) -> None:
-        """Count the update of one weight, by some of its rows."""
+        """Add the update of one weight, by a sample of its rows."""
         picks = np.unique(np.linspace(0, len(before) - 1, _ROWS).astype(int))
         before, after = before[picks], after[picks]
         delta = (after - before).astype(np.float64)
@@ -51,14 +51,14 @@ class Tally:
         after: NDArray[np.float32],
         stored: NDArray[np.float32],
     ) -> None:
-        """Count the update of a weight that was rounded `before` and is `stored` now."""
+        """Add the update of a weight that was rounded in `before`, and is now `stored`."""
         delta, changed = (W.astype(np.float64) - before for W in (after, stored))
         self._exact += float((delta * delta).sum())
         self._along += float((changed * delta).sum())
         self._stored += float((changed * changed).sum())
 
     def error(self) -> MergeError | None:
-        """Both figures; None where nothing was updated."""
+        """Both figures; None if nothing was updated."""
         if not self._exact:
             return None
         kept = self._along / self._exact
@@ -67,12 +67,12 @@ class Tally:
 
 
 def warn_of(error: MergeError | None, precision: str) -> None:
-    """Warn where rounding takes a noticeable share of the adapter."""
+    """Warn if rounding loses a noticeable share of the adapter."""
     if error is None or (error.kept >= _LEAST_KEPT and error.noise <= _MOST_NOISE):
         return
     logger.warning(
-        "%s holds %.0f %% of the adapter's update, with rounding noise of %.0f %% of its size:"
-        " check the result with loradeploy parity, or take side inputs, which are not rounded",
+        "%s keeps %.0f %% of the adapter's update, with rounding noise of %.0f %% of its size:"
+        " check the result with loradeploy parity, or use side inputs, which are not rounded",
         precision,
         100 * error.kept,
         100 * error.noise,

@@ -1,4 +1,4 @@
-"""The base's embeddings and output head beside what adapters bring of them in their files."""
+"""Compare the base's embeddings and output head with copies of them in adapters' files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def settled(
     model: torch.nn.Module, adapters: Mapping[str, Adapter], *, merge: bool
 ) -> dict[str, Adapter]:
-    """The adapters without what `model`, the base in float32, has of them already.
+    """The adapters without copies of weights of `model`, the base in float32.
 
-    Where the one adapter is to be merged, its own weights and rows of the base are put into `model`
-    before that is traced, and whatever shares them has them too.
+    For a merge, the base weights and rows in the adapter overwrite those of `model` before it is
+    traced, for all modules that share them.
 
     Raises:
-        AdapterMismatchError: two weights of the adapter are one in the model, and differ.
+        AdapterMismatchError: two weights of the adapter are tied in the model, and differ.
     """
     from loradeploy.lora.parameters import overwrite
 
@@ -46,7 +46,7 @@ def settled(
     return found
 
 
-def own_digests(model: torch.nn.Module) -> dict[str, str]:
+def model_digests(model: torch.nn.Module) -> dict[str, str]:
     """`Manifest.own_weights` of a model in PyTorch."""
     embeddings = {
         getattr(model, getter, lambda: None)()
@@ -63,7 +63,7 @@ def own_digests(model: torch.nn.Module) -> dict[str, str]:
 def graph_digests(
     linears: Mapping[str, Linear], parts: Mapping[str, Part], head: str | None
 ) -> dict[str, str]:
-    """The same of a graph whose output head is the module `head`; none of packed weights."""
+    """`Manifest.own_weights` of a graph with the output head `head`, without quantized weights."""
     return {name: values_digest(values) for name, values in _own(linears, parts, head)}
 
 

@@ -142,14 +142,14 @@ def test_an_adapter_given_as_the_model(
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"hello, I am no protobuf")
-    with pytest.raises(ModelError, match="is no readable ONNX model"):
+    with pytest.raises(ModelError, match="is not a readable ONNX model"):
         export(tmp_path / "m.onnx", tmp_path / "b")
 
 
 def test_several_graphs_in_a_directory(tmp_path: Path) -> None:
     for name in ("encoder.onnx", "decoder.onnx"):
         ir.save(linear(), tmp_path / name)
-    with pytest.raises(UsageError, match=r"name one of them: decoder\.onnx, encoder\.onnx"):
+    with pytest.raises(UsageError, match=r"give one of them: decoder\.onnx, encoder\.onnx"):
         export(tmp_path, tmp_path / "b")
 
 
@@ -190,11 +190,11 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"offset": -8}, "is no readable ONNX model"),
-        ({"offset": "x"}, "is no readable ONNX model"),
+        ({"offset": -8}, "is not a readable ONNX model"),
+        ({"offset": "x"}, "is not a readable ONNX model"),
         ({"offset": 8}, "is not in w.bin, which is too short"),
         ({"offset": 1 << 70}, "is not in w.bin, which is too short"),
-        ({"length": -1}, "is no readable ONNX model"),
+        ({"length": -1}, "is not a readable ONNX model"),
         ({"length": 40}, "is declared to be 40 bytes long, its shape takes 96"),
         ({"location": "none.bin"}, "is not in none.bin, which is missing"),
         ({"location": "link.bin"}, "'link.bin' is outside"),

@@ -67,7 +67,7 @@ def test_a_loss_that_is_noticeable_is_warned_of(
     faint = make_adapter(tiny_llama, r=4, seed=1, scale=0.001)
     export(tiny_llama, tmp_path / "b", adapters={"b": faint}, merge=True, precision="fp16")
     assert "fp16 holds" in caplog.text
-    assert "take side inputs, which are not rounded" in caplog.text
+    assert "use side inputs, which are not rounded" in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -1,4 +1,4 @@
-"""Small steps of graph surgery: constants, chains of nodes, values that take over from others."""
+"""Basic steps of graph surgery: constants, chains of nodes, replacing values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_IR_VERSION: Final = 10  # of a model that is made for a pass alone
+_IR_VERSION: Final = 10  # of a model created only to run a pass
 
 
 class Chain:
-    """Nodes put into `graph` one behind the other, the first behind `node`.
+    """Nodes inserted into `graph` one after another, after `node`.
 
-    Every node is called `label`/name, and so is its one output, of type `dtype`; the label may
-    change on the way.
+    Each node and its one output, of type `dtype`, are named `label`/name; the label may be changed
+    in between.
     """
 
     def __init__(self, graph: ir.Graph, node: ir.Node, label: str, dtype: ir.DataType) -> None:
@@ -40,7 +40,7 @@ class Chain:
         return node.outputs[0]
 
     def shape(self, name: str, value: ir.Value) -> ir.Value:
-        """The shape of `value`, as numbers in the graph; the node is one of the `readers`."""
+        """The shape of `value`, computed in the graph; adds the node to `readers`."""
         import onnx_ir as ir
 
         shape = self.add("Shape", name, [value])
@@ -50,14 +50,14 @@ class Chain:
 
 
 def constant_of(value: ir.Value) -> NDArray[Any]:
-    """The numbers of an initializer."""
+    """The values of an initializer."""
     if value.const_value is None:
-        raise ValueError(f"{value.name} is no constant")
+        raise ValueError(f"{value.name} is not a constant")
     return value.const_value.numpy()
 
 
 def set_constant(value: ir.Value, numbers: NDArray[Any]) -> None:
-    """Give an initializer other numbers of the same dtype and shape."""
+    """Replace the values of an initializer by others of the same dtype and shape."""
     import onnx_ir as ir
 
     value.const_value = ir.tensor(numbers, name=value.name)
@@ -70,7 +70,7 @@ def add_constant(
     *,
     shape: list[int | str] | None = None,
 ) -> ir.Value:
-    """A new initializer; `shape` says what may be fed in its place where it is an input too."""
+    """A new initializer; `shape`: the shape of feeds for it if it is also an input."""
     import onnx_ir as ir
 
     tensor = ir.tensor(numbers, name=name)
@@ -85,16 +85,16 @@ def add_constant(
 
 
 def free_name(graph: ir.Graph, name: str) -> str:
-    """`name`, or what comes near it and no initializer has."""
+    """`name`, with a suffix if an initializer has it already."""
     while name in graph.initializers:
         name += ".own"
     return name
 
 
 def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()) -> None:
-    """Let every user of `old` but those in `keep` use `new`, which gets its type and shape.
+    """Replace `old` by `new` in all users but those in `keep`; `new` gets its type and shape.
 
-    As a graph output `new` takes its name too.
+    If `old` is a graph output, `new` gets its name too.
     """
     kept = [(node, index) for node, index in old.uses() if node in keep]
     output = old.name if old.is_graph_output() else None
@@ -107,7 +107,7 @@ def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()
 
 
 def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
-    """Where `value` comes from through nodes of the operators `carriers`; None through others."""
+    """The source of `value` through nodes of the operators `carriers`; None through others."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in carriers:
             return None
@@ -116,7 +116,7 @@ def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | N
 
 
 def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
-    """The branches of an If, the body of a loop: the graphs within `node`."""
+    """The subgraphs of `node`: branches of an If, the body of a loop."""
     import onnx_ir as ir
 
     for attribute in node.attributes.values():
@@ -127,7 +127,7 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def remove_all(graph: ir.Graph) -> None:
-    """Remove all nodes, those within them too: what is outside of them is no longer used."""
+    """Remove all nodes, including those of subgraphs, and with them the uses of outer values."""
     for node in list(graph):
         for body in bodies_of(node):
             body.outputs.clear()
@@ -136,19 +136,19 @@ def remove_all(graph: ir.Graph) -> None:
 
 
 def integer_of(node: ir.Node, name: str) -> bool:
-    """Whether the attribute `name`, a whole number, is there and not 0."""
+    """Whether the integer attribute `name` exists and is not 0."""
     attribute = node.attributes.get(name)
     return attribute is not None and bool(attribute.as_int())
 
 
 def number_of(node: ir.Node, name: str) -> float:
-    """The attribute `name`, a factor: 1 where it is not there."""
+    """The float attribute `name`, a factor with the default 1."""
     attribute = node.attributes.get(name)
     return 1.0 if attribute is None else float(attribute.as_float())
 
 
 def remove_unused(graph: ir.Graph) -> None:
-    """Drop nodes and constants that nothing uses; what is an input stays."""
+    """Remove unused nodes and constants, but not inputs."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -156,6 +156,6 @@ def remove_unused(graph: ir.Graph) -> None:
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
-    """The node that alone uses `value`; None where it is an output of the graph too."""
+    """The only user of `value`; None if it has several or is a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

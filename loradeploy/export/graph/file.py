@@ -1,4 +1,4 @@
-"""Graphs read from files: checked, identified, and described."""
+"""Load graphs from files, with checks, digests and descriptions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def load_graph(file: Path) -> ir.Model:
-    """The ONNX model in `file`; weights stay on disk until they are used.
+    """The ONNX model in `file`; weights stay on disk until they are needed.
 
     Raises:
-        ModelError: it is no ONNX file, no graph, or its external data is missing, too short or
-            elsewhere.
+        ModelError: it is not an ONNX file, not a valid graph, or its external data is missing, too
+            short or outside the directory.
         MissingDependencyError: onnx-ir is not installed.
     """
     try:
@@ -37,11 +37,11 @@ def load_graph(file: Path) -> ir.Model:
     check_file(file, error=ModelError, limit=MAX_GRAPH_BYTES)
     try:
         model = ir.load(file)
-    except Exception as problem:  # protobuf's errors, and whatever a broken graph sets off
+    except Exception as problem:  # errors of protobuf, and of reading a broken graph
         reason = first_line(problem)
-        raise ModelError(f"{file} is no readable ONNX model: {reason}") from None
+        raise ModelError(f"{file} is not a readable ONNX model: {reason}") from None
     if not len(model.graph):
-        raise ModelError(f"{file} is no readable ONNX model: its graph is empty")
+        raise ModelError(f"{file} is not a readable ONNX model: its graph is empty")
     check_sound(model, file)
     for tensor in _external_tensors(model):
         _check_external(file, tensor)
@@ -49,7 +49,7 @@ def load_graph(file: Path) -> ir.Model:
 
 
 def graph_digest(model: ir.Model) -> str:
-    """Identity of a base graph: a digest of its initializers of rank 2 and more, in name order."""
+    """Digest of a base graph: of its initializers of rank 2 and higher, in name order."""
     digest = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
@@ -60,17 +60,17 @@ def graph_digest(model: ir.Model) -> str:
 
 
 def required_inputs(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """The inputs that have no default, as the manifest tells of them."""
+    """The inputs without a default, as in the manifest."""
     return tuple(_spec(v) for v in model.graph.inputs if not v.is_initializer())
 
 
 def outputs(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """The outputs, as the manifest tells of them."""
+    """The outputs, as in the manifest."""
     return tuple(_spec(value) for value in model.graph.outputs)
 
 
 def opset_of(model: ir.Model) -> int:
-    """The version of ONNX's own operators that the graph uses."""
+    """The opset version of the graph's ONNX operators."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
@@ -84,7 +84,7 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """The tensors that are not in the model's own file, of branches, loops and functions too."""
+    """External tensors of the model, including those of branches, loops and functions."""
     import onnx_ir as ir
 
     for graph in model.graphs():
@@ -110,8 +110,8 @@ def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
         )
     if data.is_file() and data.stat().st_nlink > 1:
         raise ModelError(  # onnx and onnx-ir refuse to read it
-            f"{file}: {data.name} has several names (hard links), by which a file elsewhere could"
-            f" be read: give it a copy of its own, cp {data.name} copy && mv copy {data.name}"
+            f"{file}: {data.name} has several names (hard links), which could refer to"
+            f" a file elsewhere: replace it by a copy, cp {data.name} copy && mv copy {data.name}"
         )
     end = (tensor.offset or 0) + tensor.nbytes
     if (tensor.offset or 0) < 0:

@@ -1,10 +1,10 @@
-"""What the nodes and values that surgery adds are called, in one place.
+"""Names of the nodes and values that surgery adds.
 
-Passes that undo others, the branches and the probe of parity find them by these names again.
+Passes that undo others, the branches and the probe of parity find nodes by these names.
 
     LABEL/STEP           a node of a step, and its output; LABEL is MODULE, or MODULE/N for call N
     PARENT.q+k+v         the label of one product of the modules PARENT.q, PARENT.k and PARENT.v
-    MODULE/output        what a module gives whose product is a part of such a one
+    MODULE/output        the output of a module whose product is part of a fused one
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CALL: Final = re.compile(r"/\d+$")
 
 
 def call_label(module: str, call: int) -> str:
-    """What the nodes at a call of the module are named after: the module, for the first one."""
+    """The label of the nodes at a call of the module: the module itself for the first call."""
     return f"{module}/{call}" if call else module
 
 
@@ -58,29 +58,29 @@ def module_of_step(node: ir.Node) -> str | None:
 
 
 def output_name(module: str) -> str:
-    """The name of what `module` gives, a part of a fused product."""
+    """The name of the output of `module`, a part of a fused product."""
     return f"{module}{_OUTPUT}"
 
 
 def module_of_output(value: ir.Value) -> str | None:
-    """The module that gives `value` as a part of a fused product; None for other values."""
+    """The module whose output `value` is, as a part of a fused product; None for other values."""
     name = str(value.name)
     return name.removesuffix(_OUTPUT) if name.endswith(_OUTPUT) else None
 
 
 def label_of(modules: Sequence[str]) -> str:
-    """What a product of several modules is called: after all of them, their parent's path once."""
+    """The label of a fused product: the names of its modules after their common parent path."""
     parent = modules[0].rpartition(".")[0]
     names = _JOINT.join(module.removeprefix(f"{parent}.") for module in modules)
     return f"{parent}.{names}" if parent else names
 
 
 def called_after(product: str) -> list[str]:
-    """The modules that a product of several is called after; itself where it is of one."""
+    """The modules in the label of a fused product; the label itself for a single module."""
     parent, dot, names = product.rpartition(".")
     return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
 
 
 def fused_weight_name(label: str) -> str:
-    """The weight of the product that fusing made of several."""
+    """The name of the weight of a fused product."""
     return f"{label}.weight"

@@ -1,4 +1,4 @@
-"""A graph run by onnxruntime on the CPU, to see what it does."""
+"""Run a graph with onnxruntime on the CPU, for trials and checks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, "NDArray[Any]"]
 CPU: Final = "CPUExecutionProvider"
-_FATAL: Final = 4  # onnxruntime's log severity: what it says goes into the error
+_FATAL: Final = 4  # onnxruntime's log severity: messages go into the error
 
 
 class NotRunError(Exception):
-    """Something that onnxruntime does not open or run here, and why. `lacking`: an operator is."""
+    """onnxruntime cannot open or run a graph. `lacking`: because it lacks an operator."""
 
     def __init__(self, reason: str, *, lacking: bool) -> None:
         super().__init__(reason)
@@ -26,19 +26,19 @@ class NotRunError(Exception):
 
 
 def trial_options() -> onnxruntime.SessionOptions:
-    """For a session that is run a few times: silent, and no memory kept or taken twice."""
+    """Options for a session that runs a few times: silent, with little memory."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = False
-    # Weights laid out anew for one run would cost their memory once more.
+    # Prepacking would copy the weights.
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
 def open_graph(file: Path) -> onnxruntime.InferenceSession:
-    """The graph in `file` on the CPU, as anybody opens it.
+    """Open the graph in `file` on the CPU, with default optimization.
 
     Raises:
         NotRunError: onnxruntime does not open it.
@@ -47,12 +47,12 @@ def open_graph(file: Path) -> onnxruntime.InferenceSession:
 
     try:
         return onnxruntime.InferenceSession(file, trial_options(), providers=[CPU])
-    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise _not_run(problem) from None
 
 
 def open_unchanged(file: Path) -> None:
-    """Open the graph in `file` as it is, to see whether it can be: nothing in it is computed.
+    """Open the graph in `file` without optimization, to validate it; nothing is computed.
 
     Raises:
         NotRunError: onnxruntime does not open it.
@@ -63,7 +63,7 @@ def open_unchanged(file: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         onnxruntime.InferenceSession(file, options, providers=[CPU])
-    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise _not_run(problem) from None
 
 

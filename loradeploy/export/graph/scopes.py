@@ -1,4 +1,4 @@
-"""Which module of the checkpoint a node was traced from: torch.onnx notes it at the node."""
+"""The module of the checkpoint that a node was traced from, in torch.onnx's metadata."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def module_path(node: ir.Node) -> str | None:
 
 
 def linear_scopes(module: str) -> dict[str, str]:
-    """The metadata by which a node of our own making is found to be of the linear `module`."""
+    """Metadata that identifies a node that surgery adds as part of the linear `module`."""
     return {NAME_SCOPES: str(["", module, "linear"])}

@@ -1,10 +1,10 @@
-"""Whether a graph that was read from a file is one at all, before anything is made of it.
+"""Validate a graph that was read from a file, before it is used.
 
-tensors     have a dtype, a size that memory can hold, and as many bytes as their shape takes
-values      come from somewhere before they are used: no circles, no loose ends
-functions   call no one in a circle, and stay of a size that can be written out
-all else    (arities, attributes, types, shapes that contradict each other) onnxruntime tells, which
-            opens the file without running or changing anything
+tensors     have a known dtype, a plausible size, and as many bytes as their shape needs
+values      are defined before they are used: no cycles, no undefined values
+functions   do not call each other in a cycle, and have a limited size when inlined
+all else    (arities, attributes, contradicting types and shapes) is checked by onnxruntime, which
+            opens the file without running or changing it
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _MAX_BYTES: Final = 2**46
-_MAX_INPUT: Final = 2**28  # numbers; images and sounds have less than a millionth of it
-# The largest models that are traced have some ten thousands.
+_MAX_INPUT: Final = 2**28  # values; images and audio have less than a millionth of it
+# The largest traced models have some ten thousands.
 _MAX_NODES: Final = 1_000_000
 
 
 def check_sound(model: ir.Model, file: Path) -> None:
-    """Raise ModelError unless the `model` that `file` holds is a graph.
+    """Raise ModelError unless `model`, read from `file`, is a valid graph.
 
-    Tensors outside of the file are looked at elsewhere (`graph.load_graph`).
+    `load_graph` checks external tensors.
     """
     try:
         for tensor in _tensors(model):
@@ -45,20 +45,22 @@ def check_sound(model: ir.Model, file: Path) -> None:
             _check_values(function.graph, frozenset())
         _check_functions(model)
     except ModelError as problem:
-        raise ModelError(f"{file} is no sound ONNX model: {problem}") from None
+        raise ModelError(f"{file} is not a valid ONNX model: {problem}") from None
     except RecursionError:
         raise ModelError(
-            f"{file} is no sound ONNX model: its graphs are nested too deeply"
+            f"{file} is not a valid ONNX model: its graphs are nested too deeply"
         ) from None
 
 
 def check_opens(file: Path) -> None:
-    """Raise ModelError where onnxruntime finds `file` wrong; kernels that it lacks do not count."""
+    """Raise ModelError if onnxruntime refuses `file`, unless it only lacks kernels."""
     try:
         open_unchanged(file)
     except NotRunError as problem:
         if not problem.lacking:
-            raise ModelError(f"{file} is no ONNX model that onnxruntime opens: {problem}") from None
+            raise ModelError(
+                f"{file} is not an ONNX model that onnxruntime can open: {problem}"
+            ) from None
 
 
 def _tensors(model: ir.Model) -> Iterator[Any]:
@@ -82,7 +84,7 @@ def _check_tensor(tensor: Any) -> None:
     try:
         sizes = [int(size) for size in tensor.shape]
         dtype = tensor.dtype
-    except Exception as problem:  # a dtype that there is not
+    except Exception as problem:  # an unknown dtype
         raise ModelError(f"the tensor {name}: {first_line(problem)}") from None
     if any(size < 0 for size in sizes) or math.prod(size or 1 for size in sizes) > _MAX_BYTES:
         raise ModelError(f"the tensor {name} has the shape {shown(sizes)}")
@@ -96,57 +98,57 @@ def _check_tensor(tensor: Any) -> None:
             size = len(proto.raw_data)
             if size != tensor.nbytes:
                 raise ModelError(
-                    f"the tensor {name} is of {size} bytes, its shape takes {tensor.nbytes}"
+                    f"the tensor {name} has {size} bytes, its shape needs {tensor.nbytes}"
                 )
         else:
             tensor.numpy()
     except ModelError:
         raise
-    except Exception as problem:  # of numpy, protobuf and onnx-ir, by what is wrong
+    except Exception as problem:  # of numpy, protobuf or onnx-ir
         raise ModelError(f"the tensor {name}: {first_line(problem)}") from None
 
 
 def _check_input(value: ir.Value) -> None:
-    """A graph is tried on inputs of the sizes that it tells."""
+    """Raise ModelError for an implausible input size, since trial runs use it."""
     sizes = [] if value.shape is None else [s for s in value.shape if isinstance(s, int)]
     if any(size < 0 for size in sizes) or math.prod(size or 1 for size in sizes) > _MAX_INPUT:
         raise ModelError(f"its input {shortened(str(value.name))} has the shape {shown(sizes)}")
 
 
 def _check_values(graph: ir.Graph, outer: frozenset[ir.Value]) -> None:
-    """Every value is an input, an initializer, or made by a node before it is used."""
+    """Raise ModelError unless every value is defined before it is used."""
     known = {*graph.inputs, *graph.initializers.values()}
     nodes = list(graph)
     if not _in_order(nodes, known, outer):
         try:
             graph.sort()
         except ValueError:
-            raise ModelError("its nodes are in a circle") from None
+            raise ModelError("its nodes form a cycle") from None
     made = set(known)
     for node in graph:
         if not node.outputs:
-            raise ModelError(f"{_of(node)} makes nothing")
+            raise ModelError(f"{_of(node)} has no outputs")
         _check_names(node)
         for value in node.inputs:
             if value is not None and value not in made and value not in outer:
                 raise ModelError(
-                    f"{_of(node)} takes {shortened(str(value.name))}, which nothing makes"
+                    f"{_of(node)} uses {shortened(str(value.name))}, which is not defined"
                 )
         for body in bodies_of(node):
             _check_values(body, outer | made)
         made.update(node.outputs)
     for value in graph.outputs:
         if value not in made and value not in outer:
-            raise ModelError(f"nothing makes its output {shortened(str(value.name))}")
+            raise ModelError(f"its output {shortened(str(value.name))} is not defined")
 
 
 def _check_names(node: ir.Node) -> None:
-    """protobuf gives bytes where a text is no UTF-8."""
+    """Raise ModelError for a name that is not UTF-8, which protobuf returns as bytes."""
     metadata = node.metadata_props
     texts = [node.name, node.op_type, node.domain, *metadata, *metadata.values()]
     texts += [value.name for value in (*node.inputs, *node.outputs) if value is not None]
     if odd := [text for text in texts if not isinstance(text, str | None)]:
-        raise ModelError(f"a name in it is {shown(odd[0])}, which is no UTF-8")
+        raise ModelError(f"a name in it is {shown(odd[0])}, which is not UTF-8")
 
 
 def _in_order(nodes: Iterable[ir.Node], known: set[ir.Value], outer: frozenset[ir.Value]) -> bool:

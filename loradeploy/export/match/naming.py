@@ -70,7 +70,7 @@ def by_graph(product: Product) -> Named | None:
     return Named(_unpacked(product, module, found_by), found_by)
 
 
-def keeping_whole(modules: Iterable[str]) -> Namer:
+def keeping_fused(modules: Iterable[str]) -> Namer:
     """As `by_graph`, but the fused projections in `modules` are modules of the checkpoint."""
     whole = frozenset(modules)
 

@@ -1,4 +1,4 @@
-"""Products out of an adapter's reach: those in branches and loops."""
+"""Refuse adapters for layers inside branches and loops."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _AN: Final = "AEIO"
 
 
 def check_reached(graph: ir.Graph, findings: Findings, adapters: Iterable[Adapter]) -> None:
-    """Raise ExportError where a layer that an adapter is for is out of an adapter's reach.
+    """Raise ExportError if a layer that an adapter targets is inside a branch or loop.
 
-    So is a layer that is found in the main graph, if a branch or loop computes with it too.
+    Also if a layer in the main graph is computed in a branch or loop too.
     """
-    wanted = {
+    targeted = {
         module
         for adapter in adapters
         for module, pair in adapter.factors.items()
         if pair.kind == "linear"
     }
-    missing = sorted(wanted - findings.linears.keys())
+    missing = sorted(targeted - findings.linears.keys())
     enclosed = list(enclosed_products(graph))
     owners = {linear.weight: module for module, linear in findings.linears.items()}
     for outer, node, weight in enclosed:
         named = module_of(node)
         module = owners.get(weight) or (None if named is None else named[0])
-        if weight in owners or module in wanted or module in findings.linears:
+        if weight in owners or module in targeted or module in findings.linears:
             raise _enclosed(str(module), outer, len(enclosed))
     if enclosed and (missing or not findings.linears):
         raise _enclosed(missing[0] if missing else "every layer", enclosed[0][0], len(enclosed))
@@ -45,7 +45,7 @@ def _enclosed(module: str, outer: ir.Node, count: int) -> ExportError:
     kind = f"{'an' if outer.op_type[0] in _AN else 'a'} {outer.op_type}"
     why = "whose condition the graph computes, " if outer.op_type == "If" else ""
     return ExportError(
-        f"{module} is not in the main graph alone: {count} products are inside {kind}"
-        f" ({outer.name or outer.outputs[0].name}), {why}which adapters do not reach: export the"
-        " model without it"
+        f"{module} is not only in the main graph: {count} products are inside {kind}"
+        f" ({outer.name or outer.outputs[0].name}), {why}where adapters cannot be applied:"
+        " export the model without it"
     )

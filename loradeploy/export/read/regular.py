@@ -1,4 +1,4 @@
-"""What exporters write in several ways, written in one: constants, inputs with defaults, shapes."""
+"""Normalize what exporters write in different ways: constants, inputs with defaults, shapes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def lift_constants(model: ir.Model) -> None:
-    """Make initializers of Constant nodes, so that weights are looked for in one place.
+    """Turn Constant nodes into initializers, so that all weights are initializers.
 
-    Some exporters state wrong shapes of them too, at which the inference of shapes gives up.
+    Some exporters also declare wrong shapes for them, which makes shape inference fail.
     """
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
@@ -21,9 +21,9 @@ def lift_constants(model: ir.Model) -> None:
 
 
 def drop_identities(model: ir.Model) -> None:
-    """Let constants behind Identity nodes be used as they are.
+    """Remove Identity nodes after constants.
 
-    torch.onnx's older exporter puts one there for a weight or bias that equals another's.
+    torch.onnx's older exporter inserts one for a weight or bias that equals another.
     """
     graph = model.graph
     for node in list(graph):
@@ -36,7 +36,7 @@ def drop_identities(model: ir.Model) -> None:
 
 
 def complete_shapes(model: ir.Model) -> None:
-    """Infer the shapes that a graph does not tell, where products need theirs."""
+    """Infer missing shapes, if products need them."""
     from onnx_ir.passes.common import ShapeInferencePass
 
     inputs = (input_of(node) for node in model.graph if node.op_type in OPERATORS)
@@ -46,7 +46,7 @@ def complete_shapes(model: ir.Model) -> None:
 
 
 def close_inputs(model: ir.Model) -> None:
-    """Make constants of the weights that old exporters list as inputs with a default too."""
+    """Remove weights from the inputs, where old exporters also list them with a default."""
     for value in list(model.graph.inputs):
         if value.is_initializer():
             model.graph.inputs.remove(value)

@@ -1,4 +1,4 @@
-"""Which graph a directory of ONNX files means, and where its config and tokenizer are.
+"""Choose the graph in a directory of ONNX files, and find its config and tokenizer.
 
 Repositories for transformers.js keep config and tokenizer at the top and the graphs in onnx/, one
 for each precision (model.onnx, model_fp16.onnx, model_q4.onnx, …); optimum writes decoders in
@@ -22,7 +22,7 @@ CONFIG_NAME: Final = "config.json"
 _GENAI_NAME: Final = "genai_config.json"
 _TOKENIZERS: Final = ("tokenizer*", "vocab.txt", "vocab.json", "spiece.model")
 # One decoder in several files: without the cache, with it, and both in one.
-_WHOLE_DECODER: Final = "decoder_model_merged.onnx"
+_MERGED_DECODER: Final = "decoder_model_merged.onnx"
 _DECODER_PARTS: Final = ("decoder_model", "decoder_with_past_model", "decoder_model_merged")
 _ENCODER_PART: Final = "encoder_model"
 # Endings of the names that transformers.js gives to graphs of other precisions, longest first.
@@ -30,21 +30,21 @@ _ENDINGS: Final = (
     *("_quantized", "_q4f16", "_q8f16", "_q2f16", "_q1f16", "_uint8", "_fp16", "_int8", "_bnb4"),
     *("_q4", "_q8", "_q2", "_q1"),
 )
-# What precisions are called in these names. A graph in fp16 is made of no other; int8 and int4 are
-# made of model.onnx, where it is there.
+# Suffixes of precisions in these names. fp16 needs such a graph; int8 and int4 are quantized from
+# model.onnx if it exists.
 _CALLED: Final = {"fp16": ("_fp16",), "int8": ("_quantized", "_int8"), "int4": ("_q4",)}
 _LISTED: Final = 8
-_WIDTH: Final = 400  # characters for their paths
+_WIDTH: Final = 400  # characters for their names
 
 
 def find_graph(directory: Path, precision: str | None = None) -> Path | None:
-    """The ONNX file that the directory `place` means, None where it holds none.
+    """The ONNX file to use in `directory`; None if it has none.
 
-    The only one, else model.onnx or a whole decoder, else the one that is called after the
-    `precision` asked for. Where there are several, it is logged which is taken.
+    The only one, else model.onnx or a merged decoder, else the one named after the requested
+    `precision`. If there are several, the choice is logged.
 
     Raises:
-        UsageError: several that could be meant.
+        UsageError: the choice is ambiguous.
         ModelError: an encoder-decoder in parts.
     """
     graphs = graphs_in(directory)
@@ -53,41 +53,41 @@ def find_graph(directory: Path, precision: str | None = None) -> Path | None:
     by_name = {graph.name: graph for graph in graphs}
     parts = {_part(graph) for graph in graphs}
     chosen = None
-    whole = GRAPH_NAME if "model" in parts else _WHOLE_DECODER
-    if whole == GRAPH_NAME or parts <= set(_DECODER_PARTS):
-        stem = whole.removesuffix(".onnx")
+    complete = GRAPH_NAME if "model" in parts else _MERGED_DECODER
+    if complete == GRAPH_NAME or parts <= set(_DECODER_PARTS):
+        stem = complete.removesuffix(".onnx")
         named = [f"{stem}{ending}.onnx" for ending in _CALLED.get(precision or "", ())]
-        order = [*named, whole] if precision == "fp16" else [whole, *named]
+        order = [*named, complete] if precision == "fp16" else [complete, *named]
         chosen = next((by_name[name] for name in order if name in by_name), None)
     if chosen is not None:
         others = _names(directory, [graph for graph in graphs if graph != chosen])
         logger.warning(
-            "%s: taking %s of %d graphs; for another give its file: %s",
+            "%s: using %s of %d graphs; to use another, give its file: %s",
             *(directory, chosen.relative_to(directory), len(graphs), others),
         )
         return chosen
     if _ENCODER_PART in parts and parts & set(_DECODER_PARTS):
         raise ModelError(
-            f"{directory} holds an encoder-decoder in parts ({graphs[0].name}, …): export its"
+            f"{directory} has an encoder-decoder in parts ({graphs[0].name}, …): export its"
             " PyTorch checkpoint, or give the file of one part"
         )
     raise UsageError(
-        f"{directory} holds several ONNX files, name one of them: {_names(directory, graphs)}"
+        f"{directory} has several ONNX files, give one of them: {_names(directory, graphs)}"
     )
 
 
 def config_directory(graph: Path) -> Path:
-    """Where the config of the model in the file `graph` is: beside it, else one level up."""
+    """The directory of the config for the file `graph`: the same, or one level up."""
     return _nearest(graph, (CONFIG_NAME, _GENAI_NAME))
 
 
 def tokenizer_directory(graph: Path) -> Path:
-    """Where the tokenizer of the model in the file `graph` is: beside it, else one level up."""
+    """The directory of the tokenizer for the file `graph`: the same, or one level up."""
     return _nearest(graph, _TOKENIZERS)
 
 
 def _nearest(graph: Path, patterns: Sequence[str]) -> Path:
-    """Beside `graph`, unless it lies in a folder of graphs alone and the files are above it."""
+    """The directory of `graph`, or the one above if only that has files of these patterns."""
     for directory in (graph.parent, above(graph)):
         if directory is not None and any(True for name in patterns for _ in directory.glob(name)):
             return directory
@@ -95,13 +95,13 @@ def _nearest(graph: Path, patterns: Sequence[str]) -> Path:
 
 
 def above(graph: Path) -> Path | None:
-    """The repository whose folder `graph` lies in; None where the level up is no repository.
+    """The repository that contains the folder of `graph`; None if the level up is not a repository.
 
-    The folder is called onnx, or it has no config of its own and the level up has one.
+    It is one if the folder is named onnx, or if the folder has no config and the level up has one.
     """
     folder = graph.resolve().parent
-    own = any((folder / name).is_file() for name in (CONFIG_NAME, _GENAI_NAME))
-    if folder.name == GRAPHS_FOLDER or (not own and (folder.parent / CONFIG_NAME).is_file()):
+    has_config = any((folder / name).is_file() for name in (CONFIG_NAME, _GENAI_NAME))
+    if folder.name == GRAPHS_FOLDER or (not has_config and (folder.parent / CONFIG_NAME).is_file()):
         return folder.parent
     return None
 
@@ -113,6 +113,6 @@ def _names(directory: Path, graphs: Sequence[Path]) -> str:
 
 
 def _part(graph: Path) -> str:
-    """The name of `graph` without the ending that tells its precision."""
+    """The name of `graph` without the suffix of its precision."""
     stem = graph.stem
     return next((stem.removesuffix(end) for end in _ENDINGS if stem.endswith(end)), stem)

@@ -1,4 +1,4 @@
-"""Where a base model comes from: a checkpoint, an ONNX file, or a bundle."""
+"""Find the base model: a checkpoint, an ONNX file, or a bundle."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _CONFIG_NAME: Final = "config.json"
 class Source:
     """A base model on disk.
 
-    `directory`: holds the config, where there is any, and a checkpoint's weights.
-    `assets`: holds the tokenizer.
-    `graph`: the ONNX file, None for a checkpoint.
-    `manifest`: of a bundle, None for the other kinds.
+    `directory`: has the config, if any, and the weights of a checkpoint.
+    `assets`: the directory of the tokenizer.
+    `graph`: the ONNX file; None for a checkpoint.
+    `manifest`: that of a bundle; None for other kinds.
     """
 
     kind: Literal["checkpoint", "onnx", "bundle"]
@@ -52,10 +52,10 @@ class Source:
 def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Source:
     """The base model that `model` names: a directory, an ONNX file, a bundle or a hub's id.
 
-    `precision`: the one that is wanted, by which one of several ONNX files may be meant.
+    `precision`: the requested one, which may select one of several ONNX files.
 
     Raises:
-        ModelError: nothing usable is there.
+        ModelError: no usable model.
         UsageError: a directory with several ONNX files.
         BundleError: a bundle whose manifest is broken.
     """
@@ -65,7 +65,7 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
         if path.suffix != ".onnx":
             if advice := gguf_advice(path):
                 raise ModelError(advice)
-            raise ModelError(f"{path} is no model: give a directory or an .onnx file")
+            raise ModelError(f"{path} is not a model: give a directory or an .onnx file")
         repository = above(path)
         return _of_graph(path, path.stem if repository is None else repository.name)
     if path.is_dir():
@@ -76,7 +76,7 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
     refuse_adapter(fetched)
     if not any(fetched.glob("*.safetensors")) and not any(fetched.glob("*/*.safetensors")):
         raise ModelError(
-            f"{text} holds no .safetensors: give a repository with the PyTorch weights, or fetch"
+            f"{text} has no .safetensors: give a repository with the PyTorch weights, or fetch"
             f" its ONNX graph (hf download {text} --local-dir DIR) and give the directory"
         )
     checkpoint = checkpoint_directory(fetched)
@@ -100,7 +100,7 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
         refuse_adapter(checkpoint)
         if not (checkpoint / "config.json").is_file():
             raise ModelError(
-                f"{checkpoint} holds weights but no config.json: it is no model directory"
+                f"{checkpoint} has weights but no config.json: it is not a model directory"
             )
         return Source("checkpoint", name, checkpoint, checkpoint)
     graph = find_graph(directory, precision)
@@ -112,15 +112,15 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
             path.parent.name for path in directory.glob("*/config.json")
         ):
             raise ModelError(
-                f"{directory} is no model itself but holds checkpoints of a training run: give the"
+                f"{directory} is not a model itself but has checkpoints of a training run: give the"
                 f" newest, {directory / newest}"
             )
-        weight_files(checkpoint)  # its error names what is there instead
-        raise ModelError(f"{directory} holds no model")
+        weight_files(checkpoint)  # its error names what the directory has instead
+        raise ModelError(f"{directory} has no model")
     return _of_graph(graph, name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The object in config.json, empty where there is none."""
+    """The contents of config.json; empty if it does not exist."""
     file = directory / _CONFIG_NAME
     return read_json(file, error=ModelError) if file.is_file() else {}

@@ -17,7 +17,7 @@ from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
-from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_whole
+from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
@@ -71,7 +71,7 @@ def find_modules(
     if weights is not None:
         findings = find_linears(model, weights.namer(first_of([*namers, by_graph])))
     else:
-        namers += [keeping_whole(_whole_projections(directory, given)), by_graph]
+        namers += [keeping_fused(_whole_projections(directory, given)), by_graph]
         findings = find_linears(model, first_of(namers))
     if mapped is not None:
         mapped.check_used()

@@ -417,7 +417,9 @@ def test_a_weight_of_integers_is_read_as_onnxruntime_reads_it(
     expected = run(model, {"x": np.eye(size, dtype=np.float32)}).T[picks]
     assert _near(product.rows(picks), expected)
     adapter = _adapter(size, size)
-    with pytest.raises(ExportError, match="m: the weight of a MatMul .* cannot be quantized again"):
+    with pytest.raises(
+        ExportError, match="m: the quantized weight of a MatMul.* cannot be quantized again"
+    ):
         _merge(model, adapter, requantize=True)
 
 

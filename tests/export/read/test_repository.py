@@ -59,13 +59,13 @@ def test_the_graph_that_is_meant_is_taken(
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        (WEB[1:], UsageError, "name one of them: onnx/model_fp16.onnx, onnx/model_q4.onnx"),
-        (PARTS, UsageError, "name one of them"),
-        (("encoder_model.onnx", *PARTS), ModelError, "holds an encoder-decoder in parts"),
+        (WEB[1:], UsageError, "give one of them: onnx/model_fp16.onnx, onnx/model_q4.onnx"),
+        (PARTS, UsageError, "give one of them"),
+        (("encoder_model.onnx", *PARTS), ModelError, "has an encoder-decoder in parts"),
         (
             ("decoder_model_merged.onnx", "embed_tokens.onnx", "vision_encoder.onnx"),
             UsageError,
-            "name one of them",
+            "give one of them",
         ),
         (tuple(f"part{i}.onnx" for i in range(40)), UsageError, "and 32 more"),
     ],
@@ -84,7 +84,7 @@ def test_the_choice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         find_graph(place)
     (record,) = caplog.records
-    assert "taking onnx/model.onnx of 5 graphs" in record.message
+    assert "using onnx/model.onnx of 5 graphs" in record.message
 
 
 def test_a_checkpoint_is_preferred_to_the_graphs_beside_it(tiny_bert: Path, tmp_path: Path) -> None:

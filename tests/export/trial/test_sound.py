@@ -66,7 +66,7 @@ def functions(model: Any, count: int, calls: Callable[[int], int]) -> None:
 BROKEN: dict[str, tuple[Change, str]] = {
     "fewer bytes than the shape": (
         lambda m, _: setattr(m.graph.initializer[1], "raw_data", b"abcd"),
-        "of 4 bytes, its shape takes 256",
+        "has 4 bytes, its shape needs 256",
     ),
     "a size below zero": (lambda m, _: m.graph.initializer[1].dims.__setitem__(0, -8), "shape"),
     "a size without end": (lambda m, _: m.graph.initializer[1].dims.extend([2**62]), "shape"),
@@ -74,10 +74,13 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda m, _: setattr(m.graph.initializer[1], "data_type", 99),
         "ONNX model",
     ),
-    "a loose end": (lambda m, _: m.graph.node[1].input.__setitem__(0, "no"), "nothing makes"),
-    "an output of nothing": (lambda m, _: m.graph.node.pop(), "nothing makes its output"),
+    "a loose end": (
+        lambda m, _: m.graph.node[1].input.__setitem__(0, "no"),
+        "which is not defined",
+    ),
+    "an output of nothing": (lambda m, _: m.graph.node.pop(), "is not defined"),
     "a node of nothing": (lambda m, _: m.graph.node[2].output.pop(), "ONNX model"),
-    "a circle": (lambda m, _: m.graph.node[2].input.__setitem__(1, "p"), "in a circle"),
+    "a circle": (lambda m, _: m.graph.node[2].input.__setitem__(1, "p"), "form a cycle"),
     "an input without end": (
         lambda m, _: m.graph.input[0].type.tensor_type.shape.dim.add(dim_value=2**40),
         "its input input_ids",
