@@ -66,7 +66,7 @@ def test_a_loss_that_is_noticeable_is_warned_of(
     assert "rounding noise" not in caplog.text
     faint = make_adapter(tiny_llama, r=4, seed=1, scale=0.001)
     export(tiny_llama, tmp_path / "b", adapters={"b": faint}, merge=True, precision="fp16")
-    assert "fp16 holds" in caplog.text
+    assert "fp16 keeps" in caplog.text
     assert "use side inputs, which are not rounded" in caplog.text
 
 

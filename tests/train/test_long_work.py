@@ -262,7 +262,7 @@ def test_autocast_trains_nearly_the_same_in_bfloat16_and_refuses_fp16_without_a_
     assert narrow.digest != wide.digest
     assert narrow.loss_after == pytest.approx(wide.loss_after, rel=tolerance("bf16-rounding"))
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="autocast fp16 needs a GPU: use bf16"):
+        with pytest.raises(UsageError, match="`autocast` fp16 needs a GPU: use bf16"):
             quick(tiny_llama, lessons, tmp_path / "half", autocast="fp16")
 
 
