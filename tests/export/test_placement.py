@@ -117,6 +117,16 @@ def test_only_what_the_table_allows_is_on_the_cpu(
             assert refusal in str(found.refusal) and found.copies > 0
 
 
+@pytest.mark.parametrize("form", ["fp32 slots", "fp16 slots", "fp16 gqa", "int4 rows"])
+def test_a_rotation_is_one_node_in_every_precision(
+    form: str, placed: Mapping[str, list[Placement]]
+) -> None:
+    for found in placed[form]:
+        operators = [op for op, _ in found.nodes["CUDAExecutionProvider"]]
+        assert operators.count("RotaryEmbedding") == 4  # of queries and keys, in two layers
+        assert not {"Slice", "Neg"} & set(operators)
+
+
 def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
     placed: Mapping[str, list[Placement]],
 ) -> None:
@@ -127,5 +137,5 @@ def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
 
 
 def test_a_directory_without_a_graph_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ld.UsageError, match="is not a bundle and no ONNX file"):
+    with pytest.raises(ld.UsageError, match="is not a bundle or an ONNX file"):
         placements(tmp_path)

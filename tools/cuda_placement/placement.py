@@ -106,7 +106,7 @@ def graphs(bundle: Path) -> Iterator[Path]:
     files = [bundle] if bundle.is_file() else [bundle / GRAPH_NAME, bundle / REQUIRED_NAME]
     found = [file for file in files if file.is_file()]
     if not found:
-        raise UsageError(f"{bundle} is no bundle and no ONNX file: give one that is there")
+        raise UsageError(f"{bundle} is not a bundle or an ONNX file: give one that exists")
     yield from found
 
 

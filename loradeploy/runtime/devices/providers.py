@@ -27,6 +27,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 Resolved = tuple[str, dict[str, Any]]
 
 _SUFFIX = "ExecutionProvider"
+_ON = ("1", "true")  # what ONNX Runtime takes for yes
 
 
 def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
@@ -36,7 +37,8 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
     of a provider that is a plugin is registered.
 
     Raises:
-        UsageError: no provider, one that is not installed, or a device of a provider without any.
+        UsageError: no provider, one that is not installed, a device of a provider without any, or
+            an option that captures runs, which a session cannot replay.
     """
     if providers is None:
         return [(CPU, {})]
@@ -64,6 +66,11 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
     found: dict[str, dict[str, Any]] = {}
     for full, options in named.items():
         row = known(full)
+        if row.captures in options and str(options[row.captures]).lower() in _ON:
+            raise UsageError(
+                f"{full} with {row.captures}: a session binds other buffers at each run, and the"
+                " captured graph would go on reading the first ones: leave it out"
+            )
         found[full] = {**row.options, **options}
         for other in implied.get(full, ()):
             if other not in named:

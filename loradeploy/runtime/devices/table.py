@@ -60,6 +60,8 @@ class KnownProvider:
     `takes_rank_zero`: whether a product over a rank of 0 is zeros there.
     `cpu_operators`: those whose kernels there are wrong; they are kept on the CPU by the option
     `cpu_nodes_option`, which takes the names of nodes, a line each.
+    `captures`: its option that records a run and replays it on the same addresses, or None. A
+    session binds other buffers at each run, which a replay would not read.
     `like_cpu`: whether its numbers are taken for the CPU's without a comparison at the opening.
     `tried`: on what loradeploy's tests and measurements ran it; empty where nothing did.
     """
@@ -77,6 +79,7 @@ class KnownProvider:
     takes_rank_zero: bool = False
     cpu_operators: tuple[str, ...] = ()
     cpu_nodes_option: str = ""
+    captures: str | None = None
     like_cpu: bool = False
     tried: str = ""
     faults: tuple[Fault, ...] = ()
@@ -107,6 +110,7 @@ KNOWN: Final = (
         device="cuda",
         device_option="device_id",
         options={"use_tf32": "0"},
+        captures="enable_cuda_graph",
         takes_defaults=True,
         takes_rank_zero=True,
         like_cpu=True,
@@ -135,6 +139,7 @@ KNOWN: Final = (
         builds=("onnxruntime-gpu",),
         device="cuda",
         device_option="device_id",
+        captures="trt_cuda_graph_enable",
         before=("cuda",),
     ),
     KnownProvider(
@@ -143,6 +148,7 @@ KNOWN: Final = (
         "an NVIDIA RTX GPU of the 30 series or later, and its driver",
         plugin=Plugin("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),
         device_option=DEVICE_NUMBER,
+        captures="enable_cuda_graph",
     ),
     KnownProvider(
         "webgpu",
@@ -152,6 +158,7 @@ KNOWN: Final = (
         " and a Vulkan driver such as SwiftShader is installed (VK_ICD_FILENAMES names its .json)",
         plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
         device="webgpu",
+        captures="enableGraphCapture",
         takes_defaults=True,
         cpu_operators=("And", "Or", "Xor"),
         cpu_nodes_option="forceCpuNodeNames",

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from loradeploy.export.graph.file import load_graph
 from loradeploy.export.trace.sizes import fold_sizes
 from tests.export.graphs import Arrays, Builder, numbers, ops, run
 
@@ -65,6 +66,18 @@ def test_an_expand_is_left_out_where_nothing_is_expanded() -> None:
     model = b.model(wide)
     fold_sizes(model.graph)
     assert ops(model) == ["Neg", "Expand"]
+
+
+@pytest.mark.parametrize("bundle", ["tiny_llama_bundle", "tiny_gpt2_bundle"])
+def test_nothing_but_attention_reads_a_decoders_cache(
+    bundle: str, request: pytest.FixtureRequest
+) -> None:
+    """Else GroupQueryAttention could not take it: which layer's sizes were read was chance."""
+    graph = load_graph(request.getfixturevalue(bundle) / "model.onnx").graph
+    caches = [value for value in graph.inputs if str(value.name).startswith("past_key_values")]
+    assert len(caches) == 4
+    for value in caches:
+        assert [node.op_type for node, _ in value.uses()] == ["Concat"]
 
 
 Compare = Callable[[Builder, ir.Value, ir.Value], ir.Value]

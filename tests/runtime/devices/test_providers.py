@@ -101,3 +101,11 @@ def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() 
 def test_two_devices_of_one_provider_are_refused(providers: list[Any]) -> None:
     with pytest.raises(UsageError, match="twice|choose device"):
         resolve(providers)
+
+
+@pytest.mark.parametrize("value", ["1", 1, True])
+def test_captured_runs_that_would_read_the_first_feeds_again_are_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="enable_cuda_graph: .* go on reading the first ones"):
+        resolve([("cuda", {"enable_cuda_graph": value})])
+    ((_, options),) = resolve([("cuda", {"enable_cuda_graph": "0"})])
+    assert options["enable_cuda_graph"] == "0"
