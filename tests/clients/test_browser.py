@@ -27,6 +27,7 @@ JOBS: list[dict[str, Any]] = [
     },
     {"bundle": "/bundle/adapters/", "backend": "wasm"},
     {"bundle": "/bundle/", "backend": "webgpu", "calls": [["generate", ON_GPU]]},
+    {"bundle": "/bundle/half/", "backend": "webgpu"},
 ]
 
 
@@ -40,6 +41,7 @@ def browser(javascript: Path, required: Required, shared: Path) -> dict[str, Any
     def look(partial: Path) -> None:
         bundle = partial / "bundle"
         shutil.copytree(required("slots"), bundle)
+        shutil.copytree(required("fp16"), bundle / "half")
         weights = (bundle / "adapters" / "all" / "adapter_model.safetensors").read_bytes()
         (bundle / "cut.safetensors").write_bytes(weights[:-100])
         config = bundle / "adapters" / "all" / "adapter_config.json"
@@ -94,6 +96,12 @@ def test_webgpu_gives_pythons_tokens(browser: dict[str, Any]) -> None:
     theirs = answers(result)
     assert [row["tokenIds"] for row in theirs] == [row["tokenIds"][:3] for row in ours]
     assert len({tuple(row["tokenIds"]) for row in theirs}) == 3
+
+
+def test_webgpu_refuses_fp16_where_the_gpu_has_none(browser: dict[str, Any]) -> None:
+    result = browser["jobs"][4]
+    assert result.get("error") == "BundleError", result
+    assert "shader-f16" in result["message"]
 
 
 def test_the_page_answers_by_the_adapter_that_is_picked(browser: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ export async function generate(graph, manifest, rows, stackOf, { maxNewTokens, s
   }
   for (const numbers of together(rows.map(({ prompt }) => prompt), manifest.padding)) {
     const batch = numbers.map((number) => ({ row: rows[number], number }));
-    await decode(graph, manifest, batch, stackOf(batch.map(({ row }) => row)), { sampling, onToken, signal });
+    const stacked = graph.tensors(stackOf(batch.map(({ row }) => row)));
+    await decode(graph, manifest, batch, stacked, { sampling, onToken, signal });
   }
   return rows;
 }
