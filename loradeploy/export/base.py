@@ -42,7 +42,7 @@ from loradeploy.export.match.linears import (
     refuse_adapter_layers,
     refuse_side_inputs,
 )
-from loradeploy.export.match.norm_forms import note_forms, vectors_in
+from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import model_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
@@ -189,7 +189,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     config: Any = model.config
     graph = trace(model, task)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
-    note_forms(graph, lambda name: norms[name].detach().float().numpy() if name in norms else None)
+    annotate_forms(
+        graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
+    )
     specs = static_specs(required_inputs(graph), options.fixed)
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
@@ -295,7 +297,7 @@ def from_graph(source: Source, options: Options) -> Base:
         task = _task_of(source, graph, options.task)
         parameters = replaced = lacking = frozenset()
     if options.evidence.checkpoint is not None:
-        note_forms(graph, vectors_in(options.evidence.checkpoint).get)
+        annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
     precision = options.precision or current

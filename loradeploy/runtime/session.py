@@ -220,7 +220,7 @@ class AdapterSession:
                     self.texts.put(name, given, files)
                 return digest
             digest = self._bank.add(name, once).digest
-            if not self.texts.is_described_by(name, given):
+            if not self.texts.has_same_texts_as(name, given):
                 raise UsageError(
                     f"the adapter {name!r} is loaded with another tokenizer, chat template or"
                     " settings of generation: unload it first, or replace it (replace=True)"

@@ -163,7 +163,7 @@ class TextSides:
         with self._lock:
             return tuple(self._counts.get(name, 0) for name in names) != counts
 
-    def is_described_by(self, name: str, place: Path | None) -> bool:
+    def has_same_texts_as(self, name: str, place: Path | None) -> bool:
         """Whether what lies at `place` makes the texts of `name` as they are made now."""
         with self._lock:
             known = name in self._sources

@@ -1,6 +1,6 @@
-"""Which linear layers a graph has, and which modules of the checkpoint they are.
+"""Find the linear layers of a graph, and the modules of the checkpoint that they are.
 
-What a product looks like is in products.py, by what evidence it is known for a module in naming.py.
+products.py finds products, naming.py identifies their modules.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from loradeploy.export.match.products import Product, bias_use, describe, produc
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the steps of a path, and of several paths
+_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the parts of a path, and of several paths
 
-# What may stand between the output head's product and the logits.
+# Operators that may be between the product of the output head and the logits.
 _AFTER_HEAD: Final = (
     *("Add", "Cast", "DequantizeLinear", "Div", "Identity", "Mul", "QuantizeLinear", "Tanh"),
 )
@@ -36,14 +36,14 @@ _AFTER_HEAD: Final = (
 class Linear:
     """A linear layer in a graph: y = x W (+ b).
 
-    `nodes`: its products, more than one where the module is called several times.
-    `weight`: the initializer; it is [out, in] where `transposed`, else [in, out].
-    `bias`: the initializer that is added to every product, where there is one.
+    `nodes`: its products, several if the module is called several times.
+    `weight`: the initializer, [out, in] if `transposed`, else [in, out].
+    `bias`: the initializer that is added to every product, if any.
     `found_by`: the evidence for `module`.
-    `quantized`: the weight is packed, and cannot be replaced by other numbers.
-    `slice`: the module's range of the product's outputs, where the weight is of several modules';
-    `weight`, and a `bias` that is added to the whole product, are then those of all.
-    `unseen_bias`: the checkpoint has a bias for it, and none is seen in the graph.
+    `quantized`: the weight is quantized, and cannot be replaced by float values.
+    `slice`: the module's range of outputs in a fused product; `weight`, and a `bias` that is added
+    to the full product, are then those of all modules.
+    `unseen_bias`: the checkpoint has a bias for it that was not found in the graph.
     """
 
     module: str

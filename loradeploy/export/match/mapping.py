@@ -1,10 +1,10 @@
-"""The user's own word on which nodes are which modules: a JSON file.
+"""Map nodes to modules by a JSON file of the user.
 
     {"/model/layers\\.(\\d+)/attn/o_proj/MatMul": "model.layers.\\1.self_attn.o_proj",
      "qkv_(\\d+)": [["layers.\\1.q_proj", 64], ["layers.\\1.k_proj", 32], …]}
 
-A key is a regular expression for the whole name of a node, of its weight, or of its output. A value
-is the module, or several with their outputs, in their order in a packed weight.
+A key is a regular expression for the full name of a node, of its weight, or of its output. A value
+is the module, or a list of modules with their outputs, in the order of the fused weight.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FOUND_BY: Final = "the given map"
 
 
 class ModuleMap:
-    """The map in the file `path`; it names products, and knows which entries named none.
+    """The map in the file `path`; names products, and records unused entries.
 
     Raises:
-        UsageError: the file is no map as above.
+        UsageError: the file is not such a map.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -38,10 +38,10 @@ class ModuleMap:
         self._unused = dict.fromkeys(entries)
 
     def __call__(self, product: Product) -> Named | None:
-        """The modules of `product`; None where no entry is for it.
+        """The modules of `product`; None if no entry matches.
 
         Raises:
-            UsageError: the outputs that the entry tells are not the product's.
+            UsageError: the entry has another number of outputs than the product.
         """
         node = product.node
         names = [str(name) for name in (node.name, product.weight.name, node.outputs[0].name)]
@@ -55,7 +55,7 @@ class ModuleMap:
             modules = tuple((found.expand(module), outputs) for module, outputs in value)
             if sum(outputs for _, outputs in modules) != product.out_features:
                 raise UsageError(
-                    f"{self._file}: {pattern.pattern!r} tells of"
+                    f"{self._file}: {pattern.pattern!r} has"
                     f" {sum(outputs for _, outputs in modules)} outputs, {describe(product)} has"
                     f" {product.out_features}"
                 )
@@ -63,7 +63,7 @@ class ModuleMap:
         return None
 
     def check_used(self) -> None:
-        """Raise UsageError where an entry named nothing: a typing error would go unseen."""
+        """Raise UsageError for an unused entry, which may be a typing error."""
         for key in self._unused:
             raise UsageError(f"{self._file}: no product of the graph is called {key!r}")
 

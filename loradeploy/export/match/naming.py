@@ -1,8 +1,8 @@
-"""Which modules of the checkpoint a product of a graph computes, and by what evidence.
+"""Identify the modules of the checkpoint that a product of a graph computes.
 
-A product may be of several modules, their outputs side by side: q, k and v fused. From the
-strongest evidence to the weakest: a map that the user gives, module paths in the nodes' metadata,
-node names that spell a path, and the numbers of a checkpoint (identity.py).
+A product may compute several modules with concatenated outputs (fused q, k and v). Evidence, from
+the strongest to the weakest: a map that the user gives, module paths in the nodes' metadata, node
+names that spell a path, and the weights of a checkpoint (identity.py).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from loradeploy.export.match.products import Product
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Of our own making: the modules of a packed product, [[module, outputs], …] as JSON.
+# Metadata of loradeploy: the modules of a fused product, [[module, outputs], …] as JSON.
 FUSED_MODULES: Final = "loradeploy.modules"
 
 _ATTENTION: Final = ("GroupQueryAttention", "MultiHeadAttention", "PagedAttention")
-# The onnxruntime-genai builder's names beside those of transformers' modules, which it renames.
+# Names of the onnxruntime-genai builder, and those of transformers' modules.
 _BUILDER: Final = (
     (re.compile(r"(.*\.layers\.\d+)\.attn\.([a-z_]+_proj|[qk]_norm)"), r"\1.self_attn.\2"),
     (re.compile(r"(.*)\.layers\.\d+\.final_norm_layernorm"), r"\1.norm"),
 )
-_PACKED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
+_FUSED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
 
 
 @dataclass(frozen=True)
 class Named:
     """The modules of a product, each with its outputs, in the order of the product's outputs.
 
-    `unseen_biases`: the modules that have a bias which is not seen behind the product.
+    `unseen_biases`: the modules whose bias was not found after the product.
     """
 
     modules: tuple[tuple[str, int], ...]
@@ -48,7 +48,7 @@ Namer = Callable[[Product], Named | None]
 
 
 def first_of(namers: Sequence[Namer]) -> Namer:
-    """The first evidence that says something."""
+    """A namer that returns the first result of `namers`."""
 
     def name(product: Product) -> Named | None:
         return next((named for namer in namers if (named := namer(product)) is not None), None)
@@ -57,7 +57,7 @@ def first_of(namers: Sequence[Namer]) -> Namer:
 
 
 def by_graph(product: Product) -> Named | None:
-    """By the graph alone: its metadata, then its node names."""
+    """Name by the graph only: its metadata, then its node names."""
     node = product.node
     fused = node.metadata_props.get(FUSED_MODULES)
     if fused:
@@ -67,16 +67,16 @@ def by_graph(product: Product) -> Named | None:
     if found is None:
         return None
     module, found_by = found
-    return Named(_unpacked(product, module, found_by), found_by)
+    return Named(_unfused(product, module, found_by), found_by)
 
 
 def keeping_fused(modules: Iterable[str]) -> Namer:
     """As `by_graph`, but the fused projections in `modules` are modules of the checkpoint."""
-    whole = frozenset(modules)
+    modules_of_checkpoint = frozenset(modules)
 
     def name(product: Product) -> Named | None:
         found = module_of(product.node)
-        if found is None or found[0] not in whole:
+        if found is None or found[0] not in modules_of_checkpoint:
             return None
         return Named(((found[0], product.out_features),), found[1])
 
@@ -84,7 +84,7 @@ def keeping_fused(modules: Iterable[str]) -> Namer:
 
 
 def module_of(node: ir.Node) -> tuple[str, str] | None:
-    """The path of the module that a node is of, and by what it was found."""
+    """The path of the module of a node, and the evidence for it."""
     path = module_path(node)
     if path is not None:
         return path, f"metadata {NAME_SCOPES}"
@@ -101,7 +101,7 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
 
 
 def _is_built(node: ir.Node) -> bool:
-    """Whether onnxruntime-genai's builder wrote the node's graph: its attention is called so."""
+    """Whether onnxruntime-genai's builder wrote the node's graph, by the name of its attention."""
     graph = node.graph
     if graph is None:
         return False
@@ -115,9 +115,9 @@ def _is_built(node: ir.Node) -> bool:
     return built
 
 
-def _unpacked(product: Product, module: str, found_by: str) -> tuple[tuple[str, int], ...]:
-    """A fused projection's modules, known by the attention that takes it; else the one module."""
-    found = _PACKED_QKV.fullmatch(module)
+def _unfused(product: Product, module: str, found_by: str) -> tuple[tuple[str, int], ...]:
+    """The modules of a fused projection, by the attention that uses it; else the one module."""
+    found = _FUSED_QKV.fullmatch(module)
     sizes = None if found is None or "builder" not in found_by else _parts_of(product.node)
     if found is None or sizes is None or sum(sizes) != product.out_features:
         return ((module, product.out_features),)
@@ -125,8 +125,8 @@ def _unpacked(product: Product, module: str, found_by: str) -> tuple[tuple[str, 
 
 
 def _parts_of(node: ir.Node) -> tuple[int, int, int] | None:
-    """The outputs of q, k and v, from the node that tells them apart behind the product `node`."""
-    for user in _behind(node):
+    """The outputs of q, k and v, from the node after the product `node` that separates them."""
+    for user in _users_after_bias(node):
         if user.op_type in _ATTENTION:
             heads = _attribute(user, "num_heads")
             shared = _attribute(user, "kv_num_heads", heads)
@@ -145,11 +145,11 @@ def _parts_of(node: ir.Node) -> tuple[int, int, int] | None:
     return None
 
 
-def _behind(node: ir.Node) -> list[ir.Node]:
-    """The users of a product, seen through its bias."""
+def _users_after_bias(node: ir.Node) -> list[ir.Node]:
+    """The users of a product after its bias."""
     users: list[ir.Node] = []
     for use in node.outputs[0].uses():
-        users += _behind(use.node) if use.node.op_type == "Add" else [use.node]
+        users += _users_after_bias(use.node) if use.node.op_type == "Add" else [use.node]
     return users
 
 

@@ -1,8 +1,8 @@
-"""In what form a graph holds the weights of norms.
+"""The form in which a graph stores the weights of norms.
 
-Some models add one to theirs (Gemma's y = x / rms(x) · (1 + w)), and exporters fold that into the
-constant. A weight that an adapter trained whole has to be put there in the same form. Which it is,
-only the checkpoint's numbers tell; the nodes remember it.
+Some models add one to the weight (Gemma's y = x / rms(x) · (1 + w)), and exporters fold that into
+the constant. A fully trained weight of an adapter must be stored in the same form. It is found by
+comparison with the checkpoint, and written into the metadata of the nodes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ AS_IS: Final = "w"
 PLUS_ONE: Final = "1 + w"
 OTHER: Final = "?"
 _FORM: Final = "loradeploy.form"
-# Norms to whose weights models are known to add one.
+# Norms to whose weights some models add one.
 _MAY_ADD: Final = (
     *("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
 )
-# Roundings of the graph's dtype between equal numbers: of the sum, and of the cast.
+# Rounding errors, in the graph's dtype, allowed between equal values: of the sum and the cast.
 _ROUNDINGS: Final = 4
 
 
-def note_forms(model: ir.Model, own: Callable[[str], NDArray[Any] | None]) -> None:
-    """Write into the norms in what form they hold their weight; bundles keep it.
+def annotate_forms(model: ir.Model, own: Callable[[str], NDArray[Any] | None]) -> None:
+    """Write the form of its weight into the metadata of each norm; bundles keep it.
 
-    `own` gives the checkpoint's parameter of a name, or None.
+    `own`: returns the parameter of the checkpoint by name, or None.
     """
     for module, part in find_parts(model).items():
         values = own(f"{module}.weight") if part.kind == "norm" else None

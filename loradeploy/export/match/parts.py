@@ -1,4 +1,4 @@
-"""The layers of a graph that are no products: embeddings, convolutions and norms, by module."""
+"""Find embeddings, convolutions and norms of a graph by module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PartKind = Literal["embedding", "conv2d", "norm"]
 
 @dataclass(frozen=True)
 class _Operator:
-    """What an operator computes, and which of its inputs are the weight and the bias."""
+    """The kind of an operator, and the indices of its weight and bias inputs."""
 
     kind: PartKind
     weight: int
@@ -47,8 +47,8 @@ class Part:
     """A layer with a constant weight.
 
     `nodes`: its calls. `weight`: an initializer, their input number `weight_input`: [vocabulary,
-    size], [out, in, height, width] or [size]. `bias_input`: where they take a bias; None where
-    they take none. `found_by`: the evidence for `module`.
+    size], [out, in, height, width] or [size]. `bias_input`: the index of the bias input, None
+    if they take none. `found_by`: the evidence for `module`.
     """
 
     module: str
@@ -67,7 +67,7 @@ class Part:
 
     @property
     def bias(self) -> ir.Value | None:
-        """The bias, where there is one."""
+        """The bias, or None."""
         inputs = self.nodes[0].inputs
         if self.bias_input is None or len(inputs) <= self.bias_input:
             return None
@@ -75,11 +75,11 @@ class Part:
 
     @property
     def outputs(self) -> int:
-        """How many numbers a bias of it has."""
+        """The size of its bias."""
         return self.shape[-1] if self.kind == "embedding" else self.shape[0]
 
     def target(self) -> LoraTarget | None:
-        """The layer as a manifest tells of it; None where it takes no factors."""
+        """The layer as a target of the manifest; None if it takes no factors."""
         if self.kind == "norm":
             return None
         embeds = self.kind == "embedding"
@@ -100,7 +100,7 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
     """Every embedding, convolution and norm whose weight is constant, by its module."""
     parts: dict[str, Part] = {}
     calls: dict[str, list[ir.Node]] = {}
-    strange = set()
+    ambiguous = set()
     for node in model.graph:
         operator = _OPERATORS.get(node.op_type)
         weight = None if operator is None else _weight(node, operator)
@@ -110,7 +110,7 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
         module, found_by = found
         first = parts.get(module)
         if first is not None and first.weight is not weight:
-            strange.add(module)  # one module with two weights is no layer
+            ambiguous.add(module)  # a module with two weights is not a layer
             continue
         calls.setdefault(module, []).append(node)
         parts[module] = Part(
@@ -122,13 +122,14 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
             bias_input=operator.bias,
             found_by=found_by,
         )
-    return {module: part for module, part in parts.items() if module not in strange}
+    return {module: part for module, part in parts.items() if module not in ambiguous}
 
 
 def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:
-    """The constant weight of `node`, where it has one of the right rank.
+    """The constant weight of `node`, or None if it has none of the expected rank.
 
-    Operators of other domains hold it in another order, and tables looked up by columns are none.
+    Operators of other domains store it in another order; tables that are read by columns do not
+    count.
     """
     axis = node.attributes.get("axis")
     transposed = node.op_type == "Gather" and axis is not None and axis.as_int() % 2

@@ -1,4 +1,4 @@
-"""The numbers of quantized weights: integers with scales, and blocks of MatMulNBits."""
+"""Dequantize weights: integers with scales, and blocks of MatMulNBits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 MATMUL_NBITS: Final = "MatMulNBits"
 INTEGER: Final = "MatMulInteger"
-# onnxruntime's products of integers that give floats: where they have the scale of the weight, its
-# zero point, and the bias.
+# onnxruntime's integer products with float results: the inputs of the weight's scale, its zero
+# point, and the bias.
 TO_FLOAT: Final = {"DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6)}
-# onnxruntime (1.31) follows g_idx at these bits alone.
+# onnxruntime (1.31) supports g_idx only with this number of bits.
 _GROUPED_BITS: Final = 4
 
 
 def input_at(node: ir.Node, index: int) -> ir.Value | None:
-    """The input of `node` at `index`, None where it has none."""
+    """The input of `node` at `index`, or None."""
     return node.inputs[index] if len(node.inputs) > index else None
 
 
@@ -108,30 +108,39 @@ def steps_of_blocks(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | No
     scales, groups = _constant(node, 2), _constant(node, 4)
     if scales is None or (groups is None) != (input_at(node, 4) is None):
         return None
-    into, out, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
-    scale = scales.reshape(out, -(-into // size))[picks].astype(np.float32)
-    return scale[:, _blocks_of_inputs(into, size, groups)]
+    inputs, out, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    scale = scales.reshape(out, -(-inputs // size))[picks].astype(np.float32)
+    return scale[:, _blocks_of_inputs(inputs, size, groups)]
 
 
 def _blocks_of_inputs(
-    into: int, size: int, groups: NDArray[np.generic] | None
+    inputs: int, size: int, groups: NDArray[np.generic] | None
 ) -> NDArray[np.int64]:
     """The block [in] whose scale and zero point each input of a packed weight has."""
-    return np.arange(into) // size if groups is None else groups.reshape(-1)[:into].astype(np.int64)
+    return (
+        np.arange(inputs) // size
+        if groups is None
+        else groups.reshape(-1)[:inputs].astype(np.int64)
+    )
 
 
 def _check_groups(
     node: ir.Node, attributes: Mapping[str, int], groups: NDArray[np.generic]
 ) -> None:
     """Raise ExportError where g_idx does not name a block for each input of a 4-bit product."""
-    bits, into = attributes.get("bits", 4), attributes["K"]
-    blocks = -(-into // attributes["block_size"])
-    named = groups.reshape(-1)[:into].astype(np.int64)
-    if bits == _GROUPED_BITS and len(named) == into and (named >= 0).all() and named.max() < blocks:
+    bits, inputs = attributes.get("bits", 4), attributes["K"]
+    blocks = -(-inputs // attributes["block_size"])
+    named = groups.reshape(-1)[:inputs].astype(np.int64)
+    if (
+        bits == _GROUPED_BITS
+        and len(named) == inputs
+        and (named >= 0).all()
+        and named.max() < blocks
+    ):
         return
     raise ExportError(
         f"{node.name or node.outputs[0].name}: {MATMUL_NBITS} has a g_idx that cannot be"
-        f" followed: it is for 4 bits and names one of {blocks} blocks for each of {into} inputs"
+        f" followed: it is for 4 bits and names one of {blocks} blocks for each of {inputs} inputs"
     )
 
 
@@ -149,19 +158,19 @@ def unpacked(
     range is zero. `groups` [in] tells the block whose scale and zero point each input has, where it
     is not the one that it stands in.
     """
-    into, out, size = attributes["K"], attributes["N"], attributes["block_size"]
+    inputs, out, size = attributes["K"], attributes["N"], attributes["block_size"]
     bits = attributes.get("bits", 4)
     if bits not in (2, 4, 8):
         return None
-    blocks = -(-into // size)
-    numbers = unpack(packed.reshape(out, -1)[picks], bits)[:, :into]
+    blocks = -(-inputs // size)
+    numbers = unpack(packed.reshape(out, -1)[picks], bits)[:, :inputs]
     middle = np.full((len(picks), blocks), 1 << (bits - 1), np.float32)
     if zeros is not None and zeros.dtype == np.uint8:
         middle = unpack(zeros.reshape(out, -1)[picks], bits)[:, :blocks]
     elif zeros is not None:
         middle = zeros.reshape(out, blocks)[picks].astype(np.float32)
     scale = scales.reshape(out, blocks)[picks].astype(np.float32)
-    block = _blocks_of_inputs(into, size, groups)
+    block = _blocks_of_inputs(inputs, size, groups)
     return ((numbers - middle[:, block]) * scale[:, block]).astype(np.float32)
 
 

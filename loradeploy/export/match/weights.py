@@ -1,8 +1,8 @@
-"""The matrices of a checkpoint, and whether one is what a product of a graph multiplies by.
+"""Compare the matrices of a checkpoint with the weights of a graph's products.
 
-A sample of rows decides which matrices may be meant; the whole matrix, at its scale and in the
-order of its rows, decides whether one is. What differs is allowed as far as rounding explains it:
-that of the numbers' formats, or of the bits that a quantized weight has.
+A sample of rows selects candidates; the full matrix, including scale and order of rows, decides.
+Differences are accepted if rounding explains them: of the dtype, or of the bits of a quantized
+weight.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows that are read at a time: a whole output head in fp32 would be half of a model.
+# Rows that are read at a time: a full output head in fp32 can be half of a model.
 _CHUNK: Final = 1024
-# 1 − cosine of two rows: what they may differ by and still be worth a comparison.
+# 1 − cosine of two rows, below which the full matrices are compared.
 _SIMILAR_FLOAT: Final = 1e-2
 _SIMILAR_QUANTIZED: Final = 0.3
-# Between numbers that were never rounded, and the formats that exporters round through.
+# Relative error of values that were not rounded, and dtypes that exporters may round to.
 _EXACT: Final = 1e-5
 _ROUNDED_THROUGH: Final = ("float16", "bfloat16")
 # Rounding to the nearest step leaves 0.29 steps (root mean square); clipped numbers and rounded
@@ -40,7 +40,7 @@ _FACTOR: Final = {16: 1e-3, 8: 0.02, 4: 0.05, 2: 0.3}
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix of the checkpoint [out, in]; `transposed` where it is stored as [in, out]."""
+    """A matrix of the checkpoint [out, in]; `transposed` if it is stored as [in, out]."""
 
     module: str
     stored: StoredTensor
@@ -63,12 +63,12 @@ class Matrix:
         return self.stored.shape[0 if self.transposed else 1]
 
     def samples(self) -> list[int]:
-        """Rows that tell most others apart."""
+        """Indices of the rows to compare first."""
         return sorted({0, self.outputs // 3, self.outputs // 2, self.outputs - 1})
 
     @cached_property
     def sampled(self) -> NDArray[np.float32]:
-        """The rows of `samples`, which every product of the same width is held against."""
+        """The rows of `samples`, which are compared with every product of the same size."""
         return self.rows(self.samples())
 
     def rows(self, picks: list[int]) -> NDArray[np.float32]:
@@ -78,7 +78,7 @@ class Matrix:
 
 
 class Sample:
-    """A few rows of a product, each read once however many matrices they are held against."""
+    """A few rows of a product, each read only once for all comparisons."""
 
     def __init__(self, product: Product) -> None:
         self._product = product
@@ -87,7 +87,7 @@ class Sample:
     def resembles(self, first: int, matrix: Matrix) -> bool:
         """Whether any sampled row of the product's outputs from `first` on is one of the matrix.
 
-        One is enough: the rows of the others may stand elsewhere, or be scaled.
+        One is enough: other rows may be in another order, or scaled.
         """
         if first + matrix.outputs > self._product.out_features:
             return False
@@ -100,19 +100,19 @@ class Sample:
 
 
 def difference(product: Product, first: int, matrix: Matrix) -> str | None:
-    """How the product's outputs from `first` on differ from the matrix; None where they are it.
+    """How the product's outputs from `first` on differ from the matrix; None if they do not.
 
-    Memory for a chunk of rows, not for the whole, unless the rows have to be looked for.
+    Reads the weight in chunks of rows, unless the order of the rows has to be found.
     """
     bits = bits_of(product)
     dots = squares = 0.0
     same = True
     for begin in range(0, matrix.outputs, _CHUNK):
         picks = list(range(begin, min(begin + _CHUNK, matrix.outputs)))
-        given, expected = _read(product, [first + pick for pick in picks]), matrix.rows(picks)
-        if given is None:
+        actual, expected = _read(product, [first + pick for pick in picks]), matrix.rows(picks)
+        if actual is None:
             return f"its numbers, or their scale, cannot be read to be compared with {matrix.name}"
-        rows, steps = given
+        rows, steps = actual
         dots += float((rows * expected).sum(dtype=np.float64))
         squares += float((expected * expected).sum(dtype=np.float64))
         same = same and _same(rows, expected, steps, bits)
@@ -127,26 +127,26 @@ def bits_of(product: Product) -> int:
     if not product.quantized:
         return 0
     if product.node.op_type == MATMUL_NBITS:
-        given = product.node.attributes.get("bits")
-        return 4 if given is None else given.as_int()
+        attribute = product.node.attributes.get("bits")
+        return 4 if attribute is None else attribute.as_int()
     dtype = product.weight.dtype
     return 8 if dtype is None else min(dtype.bitwidth, 16)
 
 
-def bias_difference(matrix: Matrix, given: NDArray[np.float32] | None) -> str | None:
-    """How the bias [out] in the graph differs from the checkpoint's; None where it does not.
+def bias_difference(matrix: Matrix, actual: NDArray[np.float32] | None) -> str | None:
+    """How the bias [out] in the graph differs from the checkpoint's; None if it does not.
 
-    A bias that is not seen in the graph (None) is no difference: it may be added elsewhere.
+    A bias that was not found in the graph (None) is not a difference: it may be added elsewhere.
     """
-    if given is None:
+    if actual is None:
         return None
     name = f"{matrix.module}.bias"
     if matrix.bias is None:
-        return f"it adds a bias, the checkpoint has no {name}" if given.any() else None
+        return f"it adds a bias, the checkpoint has no {name}" if actual.any() else None
     expected = matrix.bias.array().astype(np.float32)
-    if expected.shape != given.shape:
-        return f"its bias has {given.size} numbers, {name} has {expected.size}"
-    if _same(given[np.newaxis], expected[np.newaxis], None, 0):
+    if expected.shape != actual.shape:
+        return f"its bias has {actual.size} values, {name} has {expected.size}"
+    if _same(actual[np.newaxis], expected[np.newaxis], None, 0):
         return None
     return f"its bias is not {name}"
 
@@ -189,7 +189,7 @@ def _same(
     steps: NDArray[np.float32] | None,
     bits: int,
 ) -> bool:
-    """Whether rows are the expected ones, but for rounding."""
+    """Whether rows equal the expected ones, up to rounding."""
     if steps is None:
         size = np.maximum(np.abs(expected).max(axis=1, keepdims=True), 1e-30)
         return bool((_nearest_all(rows, expected) <= _EXACT * size).all())
@@ -210,7 +210,7 @@ def _nearest_all(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> ND
         errors.append(np.abs(rows - _rounded(expected, name)))
         # The checkpoint may be the coarser one of the two.
         errors.append(np.abs(_rounded(rows, name) - expected))
-    # One way of rounding is meant for all of it, not the best one for each number.
+    # One rounding applies to all values, not the best one for each.
     best: NDArray[np.float32] = min(errors, key=lambda error: float(error.max(initial=0)))
     return best
 
@@ -221,17 +221,17 @@ def _rounded(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     else:
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-    whole: NDArray[np.float32] = half.astype(np.float32)
-    return whole
+    full: NDArray[np.float32] = half.astype(np.float32)
+    return full
 
 
 def _explained(product: Product, first: int, matrix: Matrix, factor: float, bits: int) -> str:
-    """What was seen, as far as a factor or another order of the rows explains it."""
+    """A description of the difference: a factor, another order of rows, or other values."""
     name = matrix.name
-    given = _read(product, [first + index for index in range(matrix.outputs)])
+    actual = _read(product, [first + index for index in range(matrix.outputs)])
     expected = matrix.rows(list(range(matrix.outputs)))
-    assert given is not None, "it was read before"
-    rows = given[0]
+    assert actual is not None, "it was read before"
+    rows = actual[0]
     limit = _SIMILAR_QUANTIZED if bits else _SIMILAR_FLOAT
     aligned = _distance(rows, expected) < limit
     if aligned.all():
@@ -255,7 +255,7 @@ def _is_factor(
 def _order(
     rows: NDArray[np.float32], expected: NDArray[np.float32], limit: float
 ) -> NDArray[np.int64] | None:
-    """Which row of `expected` each of `rows` is; None where they are not the same rows."""
+    """The index in `expected` of each of `rows`; None if they are not the same rows."""
     if len(rows) > _CHUNK * 8:
         return None
     a = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)

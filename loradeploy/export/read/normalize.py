@@ -1,12 +1,12 @@
-"""Products that are scaled, transposed or added to in one operator, as MatMul, Gemm and Add.
+"""Rewrite scaled, transposed and fused products as MatMul, Gemm and Add.
 
     Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
     FusedGemm    act(α x W + β C)   →   the same, and act behind it
     FusedMatMul  α x W              →   MatMul x (α W)
     either, of xᵀ                   →   Transpose, and the same of x
 
-An adapter's update is not scaled, and its bias is no half of one: the rest of the export knows
-y = x W + b alone. The graph computes what it did, but for the rounding of α W.
+The rest of the export supports only y = x W + b, without factors of the product or the bias. The
+results of the graph stay the same, up to the rounding of α W.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# What a float weight may pass through on its way from its initializer to the product.
+# Nodes that may be between the initializer of a float weight and the product.
 _CARRIERS: Final = ("Cast", "Identity", "Transpose")
-# What FusedGemm may do behind its product that has no numbers of its own.
+# Activations of FusedGemm without parameters.
 _ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
-# Numbers of fewer bits than these lose some when they are scaled, but by a power of two.
+# Floats of fewer bytes are rounded when they are scaled, except by a power of two.
 _EXACT_BITS: Final = 4
 
 
 def normalize_products(graph: ir.Graph) -> None:
-    """Rewrite every Gemm and FusedMatMul with a constant weight that is no plain product.
+    """Rewrite every Gemm and FusedMatMul with a constant weight that is not y = x W + b.
 
-    What cannot be made plain stays as it is, and is no layer that an adapter could be for.
+    Products that cannot be rewritten stay unchanged, and cannot take adapters.
 
     Raises:
         ExportError: a FusedMatMul with a constant weight has an input or attribute that is unknown.
     """
     for node in list(graph):
         if node.op_type == "FusedGemm" and node.domain == MICROSOFT:
-            _part_activation(graph, node)
+            _separate_activation(graph, node)
         if node.op_type == "Gemm" and node.domain == "":
-            _plain_gemm(graph, node)
+            _to_standard_gemm(graph, node)
         elif node.op_type == "FusedMatMul" and node.domain == MICROSOFT:
-            _plain_matmul(graph, node)
+            _to_standard_matmul(graph, node)
 
 
-def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
-    """Make a Gemm of a FusedGemm, its activation a node behind it."""
+def _separate_activation(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace a FusedGemm by a Gemm and its activation."""
     import onnx_ir as ir
 
-    given = node.attributes.get("activation")
-    activation = None if given is None else given.as_string()
+    attribute = node.attributes.get("activation")
+    activation = None if attribute is None else attribute.as_string()
     if activation not in _ACTIVATIONS or problem_of(node) or not _is_constant(node.inputs[1]):
         return
     node.attributes.pop("activation")
@@ -73,15 +73,15 @@ def _part_activation(graph: ir.Graph, node: ir.Node) -> None:
     replace_uses(y, act.outputs[0], keep=[act])
 
 
-def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
+def _to_standard_gemm(graph: ir.Graph, node: ir.Node) -> None:
     alpha, beta = number_of(node, "alpha"), number_of(node, "beta")
     transposed, addend = (
         integer_of(node, "transA"),
         node.inputs[2] if len(node.inputs) > 2 else None,
     )
-    plain_addend = addend is None or _is_bias(node, addend) or _comes_quantized(addend)
+    standard_addend = addend is None or _is_bias(node, addend) or _comes_quantized(addend)
     if not _is_constant(node.inputs[1]) or (
-        alpha == 1 and beta == 1 and not transposed and plain_addend
+        alpha == 1 and beta == 1 and not transposed and standard_addend
     ):
         return
     weight = _weight(node.inputs[1]) if alpha != 1 else None
@@ -94,14 +94,14 @@ def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
     if weight is not None:
         _scale_weight(graph, node, weight, alpha)
     if transposed:
-        _turn_input(graph, node)
-    if addend is not None and not (beta == 1 and plain_addend):
-        _plain_addend(graph, node, addend, beta)
+        _transpose_input(graph, node)
+    if addend is not None and not (beta == 1 and standard_addend):
+        _to_standard_addend(graph, node, addend, beta)
     for name in ("alpha", "beta", "transA"):
         node.attributes.pop(name, None)
 
 
-def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
+def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
     alpha, weight = number_of(node, "alpha"), _weight(node.inputs[1])
     x = node.inputs[0]
     if weight is None or len(weight.shape) != 2 or not _scales(weight, alpha):
@@ -111,24 +111,24 @@ def _plain_matmul(graph: ir.Graph, node: ir.Node) -> None:
         return
     check_operators(_name(node), [node])
     if integer_of(node, "transB"):
-        node.replace_input_with(1, _own(graph, node, np.ascontiguousarray(weight.T)))
+        node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
         weight = _weight(node.inputs[1])
         assert weight is not None
     if alpha != 1:
         _scale_weight(graph, node, weight, alpha)
     if transposed:
-        _turn_input(graph, node)
+        _transpose_input(graph, node)
     node.attributes.clear()
     node.op_type, node.domain = "MatMul", ""
 
 
 def _scale_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[Any], alpha: float) -> None:
     scaled = weight.astype(np.float32) * np.float32(alpha)
-    node.replace_input_with(1, _own(graph, node, scaled.astype(weight.dtype)))
+    node.replace_input_with(1, _separate_weight(graph, node, scaled.astype(weight.dtype)))
 
 
-def _own(graph: ir.Graph, node: ir.Node, numbers: NDArray[Any]) -> ir.Value:
-    """A weight of the node's own; the one that it had may be another's too."""
+def _separate_weight(graph: ir.Graph, node: ir.Node, numbers: NDArray[Any]) -> ir.Value:
+    """A new weight for the node, because other nodes may share the old one."""
     value: ir.Value | None = node.inputs[1]
     while value is not None and (carrier := value.producer()) is not None:
         value = carrier.inputs[0]
@@ -136,24 +136,26 @@ def _own(graph: ir.Graph, node: ir.Node, numbers: NDArray[Any]) -> ir.Value:
     return add_constant(graph, free_name(graph, f"{value.name}.plain"), numbers)
 
 
-def _turn_input(graph: ir.Graph, node: ir.Node) -> None:
-    """Feed the node xᵀ: its last two axes swapped."""
+def _transpose_input(graph: ir.Graph, node: ir.Node) -> None:
+    """Insert a Transpose of the last two axes before the node's input."""
     import onnx_ir as ir
 
     x = node.inputs[0]
     assert x is not None and x.shape is not None
     order = list(range(len(x.shape)))
     order[-2:] = order[:-3:-1]
-    turn = ir.node("Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/transposed")
-    transposed = turn.outputs[0]
-    transposed.name, transposed.type = turn.name, x.type
+    transpose = ir.node(
+        "Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/transposed"
+    )
+    transposed = transpose.outputs[0]
+    transposed.name, transposed.type = transpose.name, x.type
     transposed.shape = ir.Shape([x.shape[axis] for axis in order])
-    graph.insert_before(node, turn)
+    graph.insert_before(node, transpose)
     node.replace_input_with(0, transposed)
 
 
-def _plain_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float) -> None:
-    """C as a constant [out]; any other is added behind the product."""
+def _to_standard_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: float) -> None:
+    """Make C a constant [out], or else add it after the product."""
     import onnx_ir as ir
 
     node.replace_input_with(2, None)
@@ -191,7 +193,7 @@ def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
 
 
 def _comes_quantized(value: ir.Value) -> bool:
-    """Whether C is a constant of integers, which stays with its product."""
+    """Whether C is a quantized constant, which is kept."""
     node = value.producer()
     return node is not None and node.op_type == "DequantizeLinear" and _is_constant(value)
 
@@ -203,7 +205,7 @@ def _is_initializer(value: ir.Value | None) -> bool:
 
 
 def _weight(value: ir.Value | None) -> NDArray[Any] | None:
-    """The float numbers that come to a product's input, where they are constant."""
+    """The values of a product's input, if it is a constant of floats."""
     steps = []
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in _CARRIERS or node.domain != "":
@@ -232,7 +234,7 @@ def _dtype(cast: ir.Node) -> np.dtype[Any]:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    """Whether a product's weight is a constant, of floats or of integers that become floats."""
+    """Whether a product's weight is a constant, of floats or of dequantized integers."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in (*_CARRIERS, "DequantizeLinear"):
             return False
@@ -245,12 +247,12 @@ def _scales(weight: NDArray[Any], alpha: float) -> bool:
     if weight.dtype.itemsize >= _EXACT_BITS or alpha == 1:
         return True
     scaled = weight.astype(np.float32) * np.float32(alpha)
-    held = scaled.astype(weight.dtype).astype(np.float32)
-    return abs(math.frexp(alpha)[0]) == 0.5 and bool((held == scaled).all())
+    stored = scaled.astype(weight.dtype).astype(np.float32)
+    return abs(math.frexp(alpha)[0]) == 0.5 and bool((stored == scaled).all())
 
 
 def _outputs(node: ir.Node) -> int:
-    """How many numbers a row of the Gemm's result has."""
+    """The number of outputs of the Gemm."""
     y = node.outputs[0].shape
     if y is not None and isinstance(y[-1], int):
         return y[-1]

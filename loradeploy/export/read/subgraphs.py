@@ -1,10 +1,10 @@
-"""Work that is not in the main graph: functions of the model, branches of an If, bodies of loops.
+"""Bring computations of functions and branches into the main graph.
 
 functions           are inlined
-If with a product   is replaced by its one branch, where the condition is constant; where it is
-                    an input such as use_cache_branch, by the branch that uses the cache, once
-                    both have given the same for an empty one
-what remains        in branches and loops is refused by name where an adapter is for it
+If with a product   is replaced by one branch if the condition is constant; if it is an input such
+                    as use_cache_branch, by the branch with the cache, after both gave the same
+                    results for an empty cache
+other products      in branches and loops are refused by name if an adapter targets them
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 _BRANCHES: Final = ("else_branch", "then_branch")  # by the condition
-# What a condition may pass through on its way from the input that it is.
+# Nodes that may be between an input and the condition.
 _CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-# Errors of rounding between two branches of one model, relative to what they give.
+# Relative rounding error allowed between two branches of one model.
 _ROUNDING: Final = 1e-3
-_SAID: Final = 120
-# Rows, and positions behind an empty cache: a prompt's, and one.
+_REASON_LENGTH: Final = 120
+# Rows, and positions after an empty cache: of a prompt, and a single one.
 _SIZES: Final = ((3, 5), (2, 1))
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the nodes of the model's own functions where they are called.
+    """Inline the functions of the model.
 
     Raises:
-        ExportError: one does not fit where it is called.
+        ExportError: a function cannot be inlined.
     """
     from onnx_ir.passes import common
 
@@ -59,18 +59,18 @@ def inline_functions(model: ir.Model) -> None:
             common.InlinePass()(model)
         except ValueError as problem:  # of another opset, or called with another number of inputs
             raise ExportError(
-                f"the graph's functions cannot be put where they are called: {first_line(problem)}"
+                f"the graph's functions cannot be inlined: {first_line(problem)}"
             ) from None
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -> None:
-    """Replace every If that has products in it by the branch that does the work.
+    """Replace every If with products by one of its branches.
 
     `directory`: that of the graph's external data. `config`: that of the model.
 
     Raises:
-        ExportError: the branches of an input's choice do not give the same.
+        ExportError: an input selects between branches whose results differ.
     """
     graph = model.graph
     taken: dict[ir.Value, bool] = {}
@@ -140,7 +140,7 @@ def _check_same(
     directory: Path,
     config: Mapping[str, Any],
 ) -> None:
-    """Raise ExportError unless the branch gives what the other one does, with an empty cache."""
+    """Raise ExportError unless both branches give the same results with an empty cache."""
     name, sample = str(condition.name), sample_of(model, config)
     made = [sample.feeds(*rows_and_positions) for rows_and_positions in _SIZES]
     try:
@@ -149,21 +149,21 @@ def _check_same(
             (_run(session, feeds, name, branch), _run(session, feeds, name, not branch))
             for feeds in made
         ]
-    except Exception as problem:  # onnxruntime's own errors, of many kinds
+    except Exception as problem:  # errors of onnxruntime, of many kinds
         raise ExportError(
-            f"the graph computes in two branches, as its input {name} says, and does not run here"
-            f" with both, so that one could stand for both: {first_line(problem)[:_SAID]}; export"
-            " the model in one branch, with a cache"
+            f"the input {name} selects between two branches of the graph, which cannot be run here"
+            f" to compare them: {first_line(problem)[:_REASON_LENGTH]}; export the model without"
+            " branches, with a cache"
         ) from None
-    for own, other in pairs:
-        for output, a, b in zip(model.graph.outputs, own, other, strict=True):
+    for chosen, other in pairs:
+        for output, a, b in zip(model.graph.outputs, chosen, other, strict=True):
             if a.shape != b.shape or not np.allclose(
                 a, b, rtol=_ROUNDING, atol=_ROUNDING * float(np.abs(b).max(initial=0))
             ):
                 raise ExportError(
-                    f"the graph computes in two branches, as its input {name} says, which do not"
-                    f" give the same {output.name} where the cache is empty, so that one could"
-                    " stand for both: export the model in one branch, with a cache"
+                    f"the input {name} selects between two branches of the graph, which give"
+                    f" different {output.name} for an empty cache: export the model without"
+                    " branches, with a cache"
                 )
 
 
@@ -174,11 +174,11 @@ def _run(session: Any, feeds: Feeds, condition: str, value: bool) -> list[Any]:
 
 
 def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
-    """Put the nodes and initializers of one branch in the place of the If `node`."""
+    """Replace the If `node` by the nodes and initializers of one branch."""
     import onnx_ir as ir
 
     body = node.attributes[_BRANCHES[choice]].as_graph()
-    nodes, given = list(body), list(body.outputs)
+    nodes, outputs = list(body), list(body.outputs)
     constants = list(body.initializers.values())
     for name in _BRANCHES:
         branch = node.attributes[name].as_graph()
@@ -199,20 +199,20 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
                 value.name = _free(names, value.name)
     graph.insert_before(node, nodes)
     last: ir.Node = node
-    for old, new in zip(node.outputs, given, strict=True):
+    for old, new in zip(node.outputs, outputs, strict=True):
         if new.producer() not in nodes or new.is_graph_output():
             same = ir.node("Identity", [new])
             graph.insert_after(last, same)
             last, new = same, same.outputs[0]
             new.name = _free(names, f"{old.name}/chosen")
-        own = new.type, new.shape
+        known = new.type, new.shape
         replace_uses(old, new)
-        new.type, new.shape = new.type or own[0], new.shape or own[1]
+        new.type, new.shape = new.type or known[0], new.shape or known[1]
     graph.remove(node, safe=True)
 
 
 def _names(graph: ir.Graph) -> set[str]:
-    """The names of all values, those in branches and loops too."""
+    """The names of all values, including those in branches and loops."""
     names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
     for node in graph:
         names.update(str(value.name) for value in node.outputs)
@@ -222,7 +222,7 @@ def _names(graph: ir.Graph) -> set[str]:
 
 
 def _free(names: set[str], name: str) -> str:
-    """`name`, or what comes near it and no value has."""
+    """`name`, with a suffix if a value has it already."""
     while name in names:
         name += ".own"
     names.add(name)

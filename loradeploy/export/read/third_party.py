@@ -1,6 +1,6 @@
-"""Graphs that others exported: what they leave open is read from what lies beside them.
+"""Graphs of other exporters: complete them from the files beside them.
 
-The onnxruntime-genai builder writes no config.json and leaves the size of a head a symbol; both are
+The onnxruntime-genai builder writes no config.json, and a symbol for the size of a head; both are
 in its genai_config.json.
 """
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Architectures whose own checkpoints have q, k and v in one weight, by onnxruntime-genai's name.
-_WHOLE_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
+# Architectures whose checkpoints have a fused q, k, v weight, by onnxruntime-genai's names.
+_FUSED_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
 _LISTED: Final = 4
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a user gives that tells which modules the products of a graph are.
+    """What the user gives to identify the modules of a graph.
 
-    `checkpoint`: the directory that the graph was exported from. `map`: a file, see mapping.py.
+    `checkpoint`: the checkpoint that the graph was exported from. `map`: a file, see mapping.py.
     """
 
     checkpoint: Path | None = None
@@ -51,11 +51,11 @@ class Evidence:
 def find_modules(
     model: ir.Model, directory: Path, evidence: Evidence, adapters: Iterable[Adapter]
 ) -> Findings:
-    """The linear layers of a graph by all evidence there is, which is then noted in the graph.
+    """Identify the linear layers of a graph by all evidence, and annotate the graph.
 
     Raises:
-        UsageError: a map that is none, or has an entry for nothing.
-        ModelError: no checkpoint is there. ExportError: the graph has another one's numbers.
+        UsageError: an invalid map, or an entry of it that matches nothing.
+        ModelError: the checkpoint does not exist. ExportError: the graph is of another checkpoint.
     """
     adapters = tuple(adapters)
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
@@ -71,7 +71,7 @@ def find_modules(
     if weights is not None:
         findings = find_linears(model, weights.namer(first_of([*namers, by_graph])))
     else:
-        namers += [keeping_fused(_whole_projections(directory, given)), by_graph]
+        namers += [keeping_fused(_fused_projections(directory, given)), by_graph]
         findings = find_linears(model, first_of(namers))
     if mapped is not None:
         mapped.check_used()
@@ -83,7 +83,7 @@ def find_modules(
 
 
 def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """What config.json would say: the graph's own, the checkpoint's, or onnxruntime-genai's."""
+    """The config of the graph, of the checkpoint, or derived from onnxruntime-genai's."""
     config = read_config(directory)
     if not config and checkpoint is not None:
         config = read_config(checkpoint)
@@ -91,17 +91,17 @@ def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
 
 
 def assets_of(directory: Path, checkpoint: Path | None) -> Path:
-    """Where the tokenizer is: beside the graph, or in the checkpoint."""
+    """The directory of the tokenizer: that of the graph, or the checkpoint."""
     if checkpoint is None or any(directory.glob("tokenizer*")):
         return directory
     return checkpoint
 
 
 def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = None) -> None:
-    """Put the size of a head in the cache's shapes, where the graph has a symbol there.
+    """Replace the symbol for the size of a head in the cache's shapes by its value.
 
     Raises:
-        ExportError: nothing tells it.
+        ExportError: no config specifies it.
     """
     import onnx_ir as ir
 
@@ -126,28 +126,28 @@ def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = N
 
 
 def padding_of(model: ir.Model) -> str:
-    """The side on which the rows of a batch are padded, where the graph cannot be tried on it.
+    """The side on which the rows of a batch are padded, if the graph cannot be run to measure it.
 
     GroupQueryAttention counts a row's tokens from its beginning (its input seqlens_k). A decoder
-    that is not told its positions may count them from the beginning of its cache: see
+    without position_ids may count positions from the beginning of its cache, see
     trial/padding.py.
     """
     if any(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph):
         return RIGHT
     inputs = {str(value.name) for value in model.graph.inputs}
-    told = POSITION_IDS in inputs or not any(name.startswith(PAST) for name in inputs)
-    return LEFT if told else NO_PADDING
+    counted_by_input = POSITION_IDS in inputs or not any(name.startswith(PAST) for name in inputs)
+    return LEFT if counted_by_input else NO_PADDING
 
 
-def _whole_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:
-    """The packed projections that are modules of the checkpoint, as far as anything tells."""
+def _fused_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:
+    """The fused projections that are modules of the checkpoint, as far as known."""
     return {
         module for adapter in adapters for module in adapter.factors if module.endswith(".qkv_proj")
-    } | (_all_projections(directory) if _packs_qkv(directory) else set())
+    } | (_all_projections(directory) if _fuses_qkv(directory) else set())
 
 
-def _packs_qkv(directory: Path) -> bool:
-    return _genai_settings(directory).get("type") in _WHOLE_QKV
+def _fuses_qkv(directory: Path) -> bool:
+    return _genai_settings(directory).get("type") in _FUSED_QKV
 
 
 def _all_projections(directory: Path) -> set[str]:
@@ -166,17 +166,17 @@ def _compare(findings: Findings, weights: CheckpointWeights) -> None:
     if not findings.linears:
         seen = f" (seen: {weights.reasons[0]})" if weights.reasons else ""
         raise ExportError(
-            "no product of the graph has the numbers of a matrix in the checkpoint: it is another"
-            f" model's, or the exporter changed the weights{seen}"
+            "no product of the graph has the weight of a matrix in the checkpoint: it is of another"
+            f" model, or the exporter changed the weights{seen}"
         )
     if weights.reasons:
         logger.warning(
-            "resembling modules of the checkpoint and left without adapters: %s",
+            "similar to modules of the checkpoint, and left without adapters: %s",
             listed(weights.reasons, _LISTED),
         )
     if missing:
-        told = listed_names(missing, _LISTED)
-        logger.warning("not found in the graph, of the checkpoint: %s", told)
+        names = listed_names(missing, _LISTED)
+        logger.warning("modules of the checkpoint that were not found in the graph: %s", names)
 
 
 def _genai_settings(directory: Path) -> dict[str, Any]:

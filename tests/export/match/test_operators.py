@@ -17,7 +17,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.norm_forms import check_known, note_forms
+from loradeploy.export.match.norm_forms import annotate_forms, check_known
 from loradeploy.export.match.operators import MICROSOFT, OPERATORS, REFUSED, problem_of
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import products
@@ -599,7 +599,7 @@ def test_a_norm_trained_whole_is_put_there_in_the_form_of_the_base_s(
 ) -> None:
     own = numbers(IN)
     model = _norm({"as it is": own, "with one added": own + 1, "squared": own**2}[held])
-    note_forms(model, {"norm.weight": own}.get)
+    annotate_forms(model, {"norm.weight": own}.get)
     trained = numbers(IN, seed=5)
     config = AdapterConfig(modules_to_save=("norm",))
     adapter = Adapter(config, {}, {"norm.weight": trained})
@@ -617,7 +617,7 @@ def test_a_bundle_remembers_the_form_that_a_checkpoint_told(tmp_path: Path) -> N
     for added in (0, 1):
         own = numbers(IN)
         model = _norm(own + np.float32(added))
-        note_forms(model, {"norm.weight": own}.get)
+        annotate_forms(model, {"norm.weight": own}.get)
         ir.save(model, tmp_path / "model.onnx")
         kept = ir.load(tmp_path / "model.onnx")
         check_known(kept, ["norm.weight"])  # nobody has to give the checkpoint again
