@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -131,7 +132,7 @@ def check(
 
 def misplaced(placement: Placement) -> list[str]:
     """What is wrong with the placement: nodes on the CPU, or a CUDA graph that is refused."""
-    over = placement.on_cpu - placement.on_cpu.__class__(ALLOWED)
+    over = placement.on_cpu - Counter(ALLOWED)
     found = [f"{count} {op} on the CPU" for op, count in over.items()]
     if placement.refusal is not None:
         found.append(f"no CUDA graph: {placement.refusal}")

@@ -16,6 +16,7 @@ import loradeploy as ld
 from tests.conftest import once
 from tools.cuda_placement import Placement, StubsUnavailableError, place, placements, stubs
 from tools.cuda_placement.__main__ import described
+from tools.gpu_check import misplaced
 
 GQA: Final = "com.microsoft:GroupQueryAttention"
 # GroupQueryAttention takes the number of all positions in the host's memory.
@@ -134,6 +135,17 @@ def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
     assert "2 com.microsoft:GroupQueryAttention: CUDA computes it in fp16 and bf16 only" in lines[2]
     assert lines[-1].startswith("  enable_cuda_graph=1 is refused: ")
     assert described(placed["fp32 slots"][0])[-1] == "  enable_cuda_graph=1 is accepted"
+
+
+def test_the_check_on_a_gpu_machine_fails_where_nodes_leave_the_device(
+    placed: Mapping[str, list[Placement]],
+) -> None:
+    on_cpu = misplaced(placed["fp32 gqa"][0])
+    assert on_cpu[0] == "2 com.microsoft:GroupQueryAttention on the CPU"
+    assert on_cpu[-1].startswith("no CUDA graph: ")
+    assert len(misplaced(placed["fp16 branches"][0])) == 1  # the nodes are there, no CUDA graph
+    for form in ("fp16 gqa rows", "fp32 rows", "int4 rows"):  # what --target cuda chooses
+        assert misplaced(placed[form][0]) == []
 
 
 def test_a_directory_without_a_graph_is_refused(tmp_path: Path) -> None:
