@@ -1,4 +1,4 @@
-"""What each adapter of a session brings for texts: its tokenizer, chat template, end, pooling."""
+"""Text settings of each adapter of a session: tokenizer, chat template, end tokens, pooling."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_OWN: Final = Path()  # an adapter that came with the bundle
+_FROM_BUNDLE: Final = Path()  # an adapter that came with the bundle
 
 
 @dataclass(frozen=True, eq=False)
 class TextSide:
-    """How the rows of one adapter, or of the base, are read and written.
+    """The text settings of one adapter, or of the base.
 
-    `recipe`: of an embedder. `ends`: the tokens that end a text. `torn`: of a blend, the names of
-    two members whose chat templates differ.
+    `recipe`: the pooling of an embedder. `ends`: the tokens that end a text. `torn`: two members of
+    a blend whose chat templates differ, or None.
     """
 
     tokenizer: Tokenizer
@@ -65,25 +65,25 @@ class TextSide:
     torn: tuple[str, str] | None = None
 
     def check_chat(self) -> None:
-        """Raise UsageError where no chat template is the blend's."""
+        """Raise UsageError if the members of a blend have different chat templates."""
         if self.torn is not None:
             one, other = self.torn
             raise UsageError(
                 f"the adapters {one!r} and {other!r} of the blend have different chat templates:"
-                " give the text as a plain prompt"
+                " give the text as a prompt, without a chat"
             )
 
 
 class TextSides:
-    """The text sides of a session's adapters by name, each read when it is first used.
+    """The text settings of a session's adapters by name, each read when it is first used.
 
-    `check`: raises where the bundle's files, or those below a folder of it, have changed since it
-    was opened.
+    `check`: raises if the bundle's files, or those below a folder of it, changed since it was
+    opened.
 
-    Safe from several threads. Factors and texts are kept apart (the bank has the former), so a name
-    has a count of its changes: who takes the side of a name, and then its factors, and finds the
-    same even count before and after, has both of one adapter. A change is counted when it begins
-    and when it has ended, and nobody who waits for the end of one holds anything.
+    Thread-safe. The bank stores factors, this class text settings, so each name has a count of its
+    changes: a reader of both that finds the same even count before and after has the settings and
+    factors of one adapter. A change is counted when it begins and when it ends, and threads that
+    wait for its end hold no locks or adapters.
     """
 
     def __init__(
@@ -99,30 +99,30 @@ class TextSides:
         self._moved = threading.Condition(self._lock)
         self._counts: dict[str, int] = {}
         self._writers: dict[str, threading.Lock] = {}
-        self._files: dict[str, Snapshot] = {}  # of what was loaded from elsewhere
-        self._sources: dict[str, Path] = dict.fromkeys(manifest.adapters, _OWN)
+        self._files: dict[str, Snapshot] = {}  # of adapters that are not in the bundle
+        self._sources: dict[str, Path] = dict.fromkeys(manifest.adapters, _FROM_BUNDLE)
         self._sides: dict[str, TextSide] = {}
 
-    def put(self, name: str, place: Path | None, files: Snapshot | None = None) -> None:
-        """Let `name` stand for the adapter loaded from `place`; None is the bundle's own.
+    def put(self, name: str, source: Path | None, files: Snapshot | None = None) -> None:
+        """Set the adapter of `name` to that loaded from `source`; None is the one in the bundle.
 
-        `files`: its files for texts when its weights were read.
+        `files`: the state of its text files when its weights were read.
         """
         with self._lock:
-            self._sources[name] = _OWN if place is None else place
+            self._sources[name] = _FROM_BUNDLE if source is None else source
             self._sides.pop(name, None)
             self._files.pop(name, None)
             if files is not None:
                 self._files[name] = files
 
     def knows(self, name: str) -> bool:
-        """Whether the name stands for anything."""
+        """Whether the name is known."""
         with self._lock:
             return name in self._sources
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Be the only one who changes what `name` stands for; readers are not kept waiting."""
+        """Lock the adapter of `name` against other writers; readers do not wait."""
         with self._lock:
             writer = self._writers.setdefault(name, threading.Lock())
         with writer:
@@ -130,7 +130,7 @@ class TextSides:
 
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:
-        """Change the factors and the side of `name`, as one for those who read both."""
+        """Change the factors and the text settings of `name` atomically for readers of both."""
         self._count(name)
         try:
             yield
@@ -143,9 +143,9 @@ class TextSides:
             self._moved.notify_all()
 
     def counts(self, spec: AdapterSpec | None) -> tuple[int, ...]:
-        """How often what the names of `spec` stand for has changed; changes begun are waited for.
+        """The counts of changes of the names in `spec`; waits for changes in progress.
 
-        To be called by no thread that holds adapters which the change may wait for.
+        Must not be called by a thread that holds adapters which the change may wait for.
         """
         names = [] if spec is None else [name for name, _ in weights_of(spec)]
         with self._moved:
@@ -153,23 +153,23 @@ class TextSides:
             return tuple(self._counts.get(name, 0) for name in names)
 
     def count(self, name: str) -> int:
-        """As `counts`, of one name, and at once."""
+        """As `counts`, for one name and without waiting."""
         with self._lock:
             return self._counts.get(name, 0)
 
     def have_moved(self, spec: AdapterSpec | None, counts: tuple[int, ...]) -> bool:
-        """Whether what the names of `spec` stand for changed, or is changing, since `counts`."""
+        """Whether names in `spec` changed, or are changing, since `counts`."""
         names = [] if spec is None else [name for name, _ in weights_of(spec)]
         with self._lock:
             return tuple(self._counts.get(name, 0) for name in names) != counts
 
-    def has_same_texts_as(self, name: str, place: Path | None) -> bool:
-        """Whether what lies at `place` makes the texts of `name` as they are made now."""
+    def has_same_texts_as(self, name: str, source: Path | None) -> bool:
+        """Whether the text settings at `source` equal the current ones of `name`."""
         with self._lock:
             known = name in self._sources
         if not known or not (self._bundle / TOKENIZER_NAME).is_file():
             return True  # without a tokenizer there are no texts
-        now, then = self._named(name), self._read(name, _OWN if place is None else place)
+        now, then = self._named(name), self._read(name, _FROM_BUNDLE if source is None else source)
         return (
             now.tokenizer.same_words(then.tokenizer)
             and now.tokenizer.template == then.tokenizer.template
@@ -178,7 +178,7 @@ class TextSides:
         )
 
     def remove(self, name: str, count: int) -> None:
-        """Forget `name`, unless it has changed since its `count`: it stands for another by then."""
+        """Remove `name`, unless it changed since `count`, and so is another adapter."""
         with self._moved:
             if self._counts.get(name, 0) != count:
                 return
@@ -190,7 +190,7 @@ class TextSides:
 
     @cached_property
     def base(self) -> TextSide:
-        """The base's."""
+        """The text settings of the base."""
         recipe = None
         if self._manifest.task == FEATURE_EXTRACTION and self._manifest.sentence:
             check_digests(self._bundle, self._manifest.sentence)
@@ -199,7 +199,7 @@ class TextSides:
         tokenizer = Tokenizer(self._bundle, lowercase=recipe.lowercase)
         vocabulary = self._vocabulary()
         if tokenizer.pad_id >= vocabulary and self._manifest.task == SEQUENCE_CLASSIFICATION:
-            # The graph of a decoder finds the end of a text by it.
+            # The graph of a decoder finds the end of a text by the padding.
             raise BundleError(
                 f"{self._bundle / CONFIG_NAME}: pad_token_id is {tokenizer.pad_id}, and the"
                 f" vocabulary ends at {vocabulary - 1}: set it to the token that the model was"
@@ -215,13 +215,13 @@ class TextSides:
         return vocabulary_of(self._manifest, known)
 
     def of(self, spec: AdapterSpec | None) -> TextSide:
-        """The side of an adapter, of a blend, or of the base.
+        """The text settings of an adapter, of a blend, or of the base.
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
             UsageError: a blend of adapters with different tokenizers or poolings.
-            BundleError: files that cannot be used, or are not those that came with the bundle.
-            AdapterMismatchError: words that the graph's vocabulary has not.
+            BundleError: files that cannot be used, or changed since the export.
+            AdapterMismatchError: tokens that the graph's vocabulary lacks.
         """
         if spec is None:
             return self.base
@@ -231,19 +231,19 @@ class TextSides:
 
     def _named(self, name: str) -> TextSide:
         with self._lock:
-            place = self._sources.get(name)
-            there = self._sides.get(name)
+            source = self._sources.get(name)
+            known_side = self._sides.get(name)
             files = self._files.get(name)
-        if there is not None:
-            return there
-        if place is None:
+        if known_side is not None:
+            return known_side
+        if source is None:
             with self._lock:
                 known = listed_names(sorted(self._sources))
-            raise UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
+            raise UnknownAdapterError(f"no adapter is loaded as {name!r}; loaded: {known}")
         try:
-            side = self._read(name, place)
-            if place is _OWN:
-                self._check_own(name)
+            side = self._read(name, source)
+            if source is _FROM_BUNDLE:
+                self._check_bundled(name)
             elif files is not None and (changed := files.changed()) is not None:
                 raise AdapterError(
                     f"{files.directory / changed} has changed since its weights were read: load it"
@@ -252,25 +252,25 @@ class TextSides:
         except LoraDeployError as problem:
             raise type(problem)(f"the adapter {name!r}: {problem}") from None
         with self._lock:
-            if self._sources.get(name) is place:
+            if self._sources.get(name) is source:
                 self._sides[name] = side
         return side
 
-    def _check_own(self, name: str) -> None:
+    def _check_bundled(self, name: str) -> None:
         entry = self._manifest.adapters[name]
         if entry.text is not None and entry.path is not None:
             self._check(entry.path)
 
-    def _read(self, name: str, place: Path) -> TextSide:
+    def _read(self, name: str, source: Path) -> TextSide:
         base = self.base
-        if place is _OWN:
+        if source is _FROM_BUNDLE:
             entry = self._manifest.adapters[name]
             if entry.text is None or entry.path is None:
                 return base
             directory = inside(self._bundle, entry.path)
             check_digests(directory, entry.text.files)
         else:
-            directory = text_directory(place)
+            directory = text_directory(source)
         if not describes_texts(directory):
             return base
         recipe = None
@@ -280,20 +280,22 @@ class TextSides:
         recipe = recipe or base.recipe
         tokenizer = Tokenizer(directory, base.tokenizer, lowercase=recipe.lowercase)
         tokenizer.check_words(self._vocabulary())
-        if place is not _OWN and tokenizer.settings.ignored:  # of its own, the export said so
+        if (
+            source is not _FROM_BUNDLE and tokenizer.settings.ignored
+        ):  # those in the bundle were reported by the export
             logger.warning(
-                "the adapter %r has settings of generation that are not applied: %s",
+                "the adapter %r has generation settings that are not applied: %s",
                 *(name, listed_names(tokenizer.settings.ignored)),
             )
         return _side(tokenizer, recipe)
 
 
-def files_for_texts(place: Path) -> Snapshot:
-    """The state of the files for texts of an adapter whose weights are loaded from `place`."""
-    directory = text_directory(place)
+def files_for_texts(source: Path) -> Snapshot:
+    """The state of the text files of an adapter whose weights are loaded from `source`."""
+    directory = text_directory(source)
     names = {*TEXT_NAMES, MODULES_NAME}
     if directory.is_dir():
-        inner = directory.glob("*/config.json")  # of a pooling
+        inner = directory.glob("*/config.json")  # of the pooling
         names.update(file.relative_to(directory).as_posix() for file in inner)
     return Snapshot.of(directory, names)
 
@@ -303,7 +305,7 @@ def _side(tokenizer: Tokenizer, recipe: SentenceRecipe) -> TextSide:
 
 
 def _blend(members: Mapping[str, TextSide]) -> TextSide:
-    """One side for several: what they agree on, and every end."""
+    """Text settings of a blend: those that all members share, and the end tokens of all."""
     (first, side), *others = members.items()
     for name, other in others:
         if not side.tokenizer.same_words(other.tokenizer):
@@ -313,13 +315,13 @@ def _blend(members: Mapping[str, TextSide]) -> TextSide:
             )
         if not side.recipe.same(other.recipe):
             raise UsageError(
-                f"the adapters {first!r} and {name!r} of the blend make vectors in different ways:"
+                f"the adapters {first!r} and {name!r} of the blend have different poolings:"
                 " use AdapterSession.run"
             )
         if other.settings != side.settings:
             raise UsageError(
-                f"the adapters {first!r} and {name!r} of the blend have different settings of"
-                " generation: use AdapterSession.run, or give them the same generation_config.json"
+                f"the adapters {first!r} and {name!r} of the blend have different generation"
+                " settings: use AdapterSession.run, or give them the same generation_config.json"
             )
     torn = [n for n, other in others if other.tokenizer.template != side.tokenizer.template]
     ends = frozenset().union(*(member.ends for member in members.values()))

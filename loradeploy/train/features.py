@@ -1,4 +1,4 @@
-"""Examples as token ids, with labels where the loss is."""
+"""Tokenize examples, with labels for the tokens of the loss."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 _MARKS_ASSISTANT: Final = re.compile(r"{%-?\s*generation\b")
 
-IGNORED: Final = -100  # torch's cross-entropy leaves these out
+IGNORED: Final = -100  # ignored by torch's cross-entropy
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as the model reads them; `truncated` of them were longer and lost their end.
+    """Tokenized examples, of which `truncated` were longer than the limit.
 
     A feature has `input_ids` (a list) and `labels`: a list as long, or what the collators say.
     """
@@ -106,12 +106,12 @@ def conversation_features(
         encode = _chat if example.messages else _parts
         ids, labels = encode(example, tokenizer)
         truncated += len(ids) > max_length
-        # The first token is predicted from nothing.
+        # The first token has nothing to be predicted from.
         labels = [IGNORED, *labels[1:max_length]]
         if all(label == IGNORED for label in labels):
             raise DataError(
-                f"{example.where}: nothing to learn from within {max_length} tokens:"
-                " raise max_length, or shorten the prompt"
+                f"{example.where}: no tokens of the loss within {max_length} tokens:"
+                " raise `max_length`, or shorten the prompt"
             )
         features.append({"input_ids": ids[:max_length], "labels": labels})
     return Encoded(features, truncated)
@@ -206,9 +206,9 @@ def _cut(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[list[int]], int]:
     """Token ids of each text, at most `max_length`, and how many texts were longer."""
-    whole = tokenizer(list(texts))["input_ids"]
+    full = tokenizer(list(texts))["input_ids"]
     cut = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    return [list(ids) for ids in cut], sum(len(ids) > max_length for ids in whole)
+    return [list(ids) for ids in cut], sum(len(ids) > max_length for ids in full)
 
 
 def _target(
@@ -238,7 +238,7 @@ def _number(where: str, label: str, labels: Sequence[str]) -> int:
 def _parts(
     example: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Each part tokenized by itself, as a prompt is when it is served."""
+    """Tokenize each part separately, as a prompt is tokenized at run time."""
     ids: list[int] = []
     labels: list[int] = []
     for number, (text, learnt) in enumerate(example.parts):
@@ -253,10 +253,10 @@ def _parts(
 
 
 def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The conversation by the tokenizer's template, labels where the assistant speaks.
+    """Tokenize the conversation by the chat template, with labels on assistant turns.
 
-    A template may mark what the assistant says ({% generation %}); else where a turn begins and
-    ends is told by rendering the conversation up to it.
+    A template may mark assistant turns ({% generation %}). Otherwise their positions are found by
+    rendering the conversation up to each turn.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -275,8 +275,8 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         after = _render(example, tokenizer, index + 1)
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise DataError(
-                f"{example.where}: the chat template changes earlier turns, so that the assistant's"
-                " cannot be told apart: give prompt and completion instead"
+                f"{example.where}: the chat template changes earlier turns, so that assistant turns"
+                " cannot be located: give prompt and completion instead"
             )
         turn = after[len(before) :]
         if tokenizer.eos_token_id in turn:  # a line break after it is never generated
@@ -286,7 +286,7 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render the conversation within limits: transformers, which has none, may never come back."""
+    """Render the conversation with limits, because transformers has none and may not end."""
     try:
         source = str(tokenizer.get_chat_template())
     except ValueError:  # several, and none for this: transformers says what it has

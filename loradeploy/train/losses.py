@@ -1,4 +1,4 @@
-"""The losses of all tasks: sums over a batch, so that batches add up to one mean."""
+"""The losses of all tasks, as sums over a batch, so that batches can be averaged."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from torch.nn.functional import (
 
 from loradeploy.train.features import IGNORED
 
-# Logits of a chunk, in numbers: 64 MiB of float32.
+# Number of logits in a chunk: 64 MiB of float32.
 _CHUNK: Final = 1 << 24
-# Models whose logits are not what their output head gives: soft-capped, scaled.
+# Models that change the logits after the output head: soft-capping, scaling.
 _SHAPED: Final[WeakSet[nn.Module]] = WeakSet()
 
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """`total` (a scalar, with gradient) over `items` labels, of which `right` came out on top."""
+    """`total` (a scalar, with gradient) over `items` labels, of which `right` were predicted."""
 
     total: Tensor
     items: Tensor
@@ -43,8 +43,8 @@ LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], BatchLoss]
 def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the next token, over the labeled tokens of `inputs` [batch, sequence].
 
-    Exactly the model's own loss, but logits exist only where there is a label, and only a chunk of
-    them at a time: over a large vocabulary they cost more than layers, and more memory than all.
+    Equals the model's loss, but logits are computed only for labeled tokens, and in chunks: with a
+    large vocabulary they can take more time than layers, and more memory than the rest.
     """
     labels = inputs["labels"].roll(-1, dims=1)  # position t predicts token t + 1
     labels[:, -1] = IGNORED
@@ -56,11 +56,11 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
         if found and logits is found[0].logits:
             return found[0].loss
         _SHAPED.add(model)
-    return _plain_loss(model, feeds, labels)
+    return _loss_of_logits(model, feeds, labels)
 
 
 def feeds_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model is given: all but the labels."""
+    """The inputs of the model in a batch: all but the labels."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
@@ -72,10 +72,10 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> BatchLoss:
     return BatchLoss(total, counted.sum(), right.sum())
 
 
-def _plain_loss(model: nn.Module, feeds: Mapping[str, Tensor], labels: Tensor) -> BatchLoss:
-    """The loss from the model's logits, in the columns that have a label where it lets one say."""
-    plain = extract_model_from_parallel(model)
-    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+def _loss_of_logits(model: nn.Module, feeds: Mapping[str, Tensor], labels: Tensor) -> BatchLoss:
+    """The loss from the model's logits, only for columns with labels if the model supports it."""
+    unwrapped = extract_model_from_parallel(model)
+    if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters:
         columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
         labels = labels[:, columns]
         logits = model(**feeds, logits_to_keep=columns, use_cache=False).logits
@@ -86,16 +86,16 @@ def _plain_loss(model: nn.Module, feeds: Mapping[str, Tensor], labels: Tensor) -
 
 @dataclass(frozen=True, eq=False)
 class _InHead:
-    """A loss that was computed in the output head, and what the head gave instead of logits."""
+    """A loss that was computed in the output head, and what the head returned instead of logits."""
 
     loss: BatchLoss
     logits: Tensor
 
 
 def _frozen_head(model: nn.Module) -> nn.Linear | None:
-    """The output head, where it is a plain linear layer that is not trained, held whole."""
-    plain: Any = extract_model_from_parallel(model)
-    head = getattr(plain, "get_output_embeddings", lambda: None)()
+    """The output head, if it is a standard, frozen and unsharded linear layer; else None."""
+    unwrapped: Any = extract_model_from_parallel(model)
+    head = getattr(unwrapped, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return None
     return None if any(p.requires_grad for p in head.parameters()) else head
@@ -103,10 +103,10 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def _loss_in(head: nn.Linear, labels: Tensor) -> Iterator[list[_InHead]]:
-    """While it lasts, `head` computes the loss at `labels` instead of logits.
+    """Inside the context, `head` computes the loss at `labels` instead of logits.
 
-    The model gets an empty tensor for logits. That it comes back as the very same tensor is the
-    proof that the model does nothing to its logits behind the head.
+    The model gets an empty tensor for logits. If it returns this same tensor, it does not change
+    its logits after the head.
     """
     found: list[_InHead] = []
 
@@ -126,18 +126,18 @@ def _loss_in(head: nn.Linear, labels: Tensor) -> Iterator[list[_InHead]]:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of `hidden Wᵀ + b` at `labels`, and how many came out on top.
+    """Summed cross-entropy of `hidden Wᵀ + b` at `labels`, and the number of correct predictions.
 
-    The head is frozen, so the gradient of `hidden` is all that the way back needs, and it is had
-    while a chunk's logits are there.
+    The head is frozen, so the backward pass needs only the gradient of `hidden`, which is computed
+    while the logits of a chunk exist.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, W: Tensor, b: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_gradient else None
         total = torch.zeros((), device=hidden.device)
         right = torch.zeros((), dtype=torch.int64, device=hidden.device)
         size = max(1, _CHUNK // W.shape[0])

@@ -223,7 +223,7 @@ def test_missing_data_is_said_and_nothing_is_written(
 def test_a_prompt_that_leaves_nothing_to_learn_is_named(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    with pytest.raises(DataError, match=r"line 1: nothing to learn from within 3 tokens"):
+    with pytest.raises(DataError, match=r"line 1: no tokens of the loss within 3 tokens"):
         quick(tiny_llama, lessons, tmp_path / "adapter", max_length=3)
 
 

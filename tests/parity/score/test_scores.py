@@ -333,7 +333,7 @@ def test_every_precision_that_can_be_proved_has_its_limits() -> None:
         ("accuracy", [], "holds no examples"),
         ("accuracy", [{"text": "a", "label": "tech"}], "holds one example"),
         ("perplexity", [{"text": "a", "label": "tech"}] * 2, "data for a classifier"),
-        ("perplexity", [{"prompt": "a " * 200, "completion": "b"}] * 2, "nothing to learn"),
+        ("perplexity", [{"prompt": "a " * 200, "completion": "b"}] * 2, "no tokens of the loss"),
     ],
 )
 def test_data_that_cannot_be_scored_is_told_in_one_line(
