@@ -1,4 +1,4 @@
-"""`loradeploy.parity`: a bundle held against PyTorch, and the verdict."""
+"""`loradeploy.parity`: a bundle compared with PyTorch, and the verdict."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parity(
     baseline: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
-    """Hold every way to run `bundle` against PyTorch, and return what was found.
+    """Compare every way to run `bundle` with PyTorch, and return what was found.
 
     The reference is the base model in PyTorch with the adapter as LoRA layers, float32. Whether
     everything agrees is `ParityReport.passed`; a difference is no error.
@@ -60,7 +60,7 @@ def parity(
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
         seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
-        fuzz: how many rows of random tokens are fed besides.
+        fuzz: how many rows of random tokens are fed too.
         providers: execution providers as `AdapterSession` takes them, such as "cuda", "cuda:1" or
             ("cuda", {"use_tf32": 1}); the graphs are run on each, with the providers that stand
             behind it. The CPU by default.
@@ -69,17 +69,17 @@ def parity(
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             does.
         controls: make mistakes on purpose as well, and fail unless each is caught.
-        shrink: where a backend fails, look for the smallest input that fails still.
+        shrink: where a backend fails, search for the smallest input that fails still.
         evaluate: held-out data to take the task metrics on (accuracy, F1, RMSE and correlations,
             perplexity), in the forms of training data; or by adapter's name, a mapping or a list of
             "NAME=DATA".
         examples: how many of them are drawn.
-        localize: look for the first module that diverges, comparing values inside the model and
+        localize: search for the first module that diverges, comparing values inside the model and
             the graph: None where something failed, True always, False never.
         certificate: write the verdict into the bundle, as parity.json.
         sign: a PEM file with an ed25519 key: its signature of a verdict that passed is written
             beside it, as parity.json.sig.
-        others: besides, what else is held against PyTorch; docs/parity.md has the forms.
+        others: what else is compared with PyTorch; docs/parity.md has the forms.
         baseline: an earlier report (JSON): what got worse since is a failure.
         trust_remote_code: run the Python files that the config of `model` names, which do as they
             like; without it such a model is refused. Not for a model that the bundle names.

@@ -19,9 +19,10 @@ def assert_parity(
 ) -> ParityReport:
     """Raise AssertionError, with the failures and the table, unless `candidate` computes the same.
 
-    A bundle without a `reference`, or with a checkpoint's directory as one, is held against PyTorch
-    by `loradeploy.parity`; anything else against `reference` by `loradeploy.compare`. `options` are
-    those of the one or the other: `adapters`, `prompts`, `others`, …, or `inputs`, `tolerances`, ….
+    A bundle without a `reference`, or with a checkpoint's directory as one, is compared with
+    PyTorch by `loradeploy.parity`; anything else with `reference` by `loradeploy.compare`.
+    `options` are those of the one or the other: `adapters`, `prompts`, `others`, …, or `inputs`,
+    `tolerances`, ….
 
     Raises:
         AssertionError: the check failed.

@@ -222,8 +222,8 @@ def _run_rows(
         tally.seconds += time.perf_counter() - begin
     for (adapter, phase), tally in tallies.found.items():
         # What it did not come to is as unproved as what it failed in.
-        said = problem if tally.due else None
-        yield _result(backend, adapter, phase, tally, said, context, reference)
+        failure = problem if tally.due else None
+        yield _result(backend, adapter, phase, tally, failure, context, reference)
 
 
 def _record(tally: _Tally, seen: Observation) -> None:

@@ -1,7 +1,7 @@
 """Negative controls: mistakes made on purpose, which the check must see.
 
-Each mistake is made to an adapter in PyTorch, and what comes of it is held against the reference as
-if a backend had given it. A mistake that passes means that these prompts and tolerances would not
+Each mistake is made to an adapter in PyTorch, and the result is compared with the reference as if a
+backend had given it. A mistake that passes means that these prompts and tolerances would not
 have noticed it in a deployment either.
 """
 
@@ -97,7 +97,7 @@ def ignored_magnitude(adapter: Adapter) -> Adapter | None:
 
 
 def ignored_bias(adapter: Adapter) -> Adapter | None:
-    """The base's own biases in the place of the trained ones."""
+    """The base's own biases in place of the trained ones."""
     if adapter.config.bias == "none" or not adapter.factors:
         return None
     kept = {n: values for n, values in adapter.saved.items() if is_saved(n, adapter.config)}

@@ -17,7 +17,6 @@ from loradeploy.parity.controls import run_controls
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
-from loradeploy.parity.reference.packed import PACKED
 from loradeploy.parity.reference.pytorch import (
     Reference,
     load_base,
@@ -25,6 +24,7 @@ from loradeploy.parity.reference.pytorch import (
     make_reference,
     take_weights,
 )
+from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.repeat import second_run
 from loradeploy.parity.report.results import (
     Control,
@@ -78,7 +78,7 @@ def run(
     localized: tuple[Localization, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
-    said: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     results: list[Result] = []
     nondeterministic = second_run(context, reference, base)
     if nondeterministic is not None:
@@ -103,7 +103,7 @@ def run(
                 context, reference, backends, results, again, always=bool(localize)
             )
         if shrink:
-            smallest, said = shrink_failures(in_onnx, context, reference, results, again)
+            smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
     manifest, cases = context.manifest, context.cases
     return ParityReport(
         bundle=str(context.bundle),
@@ -129,7 +129,7 @@ def run(
         adapters=adapter_facts(context, reference),
         controls=made,
         localizations=localized,
-        notes=(*_notes(context, reference), *started_on.notes, *said, *score_notes(held_out)),
+        notes=(*_notes(context, reference), *started_on.notes, *remarks, *score_notes(held_out)),
         seconds=round(time.monotonic() - started, 1),
         files=files,
         counterexamples=smallest,
@@ -139,10 +139,10 @@ def run(
 
 
 def _notes(context: CheckContext, reference: Reference) -> list[str]:
-    """What the reader of the verdict must know besides."""
+    """What the reader of the verdict must know too."""
     notes = list(reference.notes)
     manifest = context.manifest
-    if manifest.precision in PACKED:
+    if manifest.precision in QUANTIZED:
         notes.append(
             f"{manifest.precision} products round activations in each provider's own way: the"
             f" verdict holds on {', '.join(context.variants.chains)} and not on other providers"

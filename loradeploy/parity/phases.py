@@ -5,7 +5,7 @@ Decoders:  prefill           each prompt by itself, followed by the tokens that 
            padded batch      the prompts in batches, padded on the side that the graph wants
            permuted batch    one batch with its rows in another order
            decode            from the batch's cache on, the reference's tokens one a step
-           repeat            a prompt a second time, held against the first
+           repeat            a prompt a second time, compared with the first
 Encoders:  one row           each text by itself
            padded batch      the texts in batches, padded on the right
            permuted batch, repeat
@@ -131,7 +131,7 @@ class Observation:
     """Consecutive positions of a row as a backend sees them: `values` [positions, width].
 
     `before`: what the backend gave the first time, where it is that and not the reference that the
-    values are held against.
+    values are compared with.
     """
 
     phase: str

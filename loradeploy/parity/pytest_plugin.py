@@ -86,10 +86,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     from loradeploy.printable import printable
 
     terminalreporter.section("parity")
-    for nodeid, said in found:
-        color = {"green" if said["passed"] else "red": True}
-        terminalreporter.write_line(printable(f"{nodeid}: {said['headline']}"), **color)
-        for line in said["lines"]:
+    for nodeid, shown in found:
+        color = {"green" if shown["passed"] else "red": True}
+        terminalreporter.write_line(printable(f"{nodeid}: {shown['headline']}"), **color)
+        for line in shown["lines"]:
             terminalreporter.write_line(printable(f"    {line}"))
 
 
@@ -128,9 +128,9 @@ def _check(
         files += [Path(directory) / f"{name}{ending}" for ending in WRITERS]
         lines.append(f"report {Path(directory) / name}")
     report = finish(report, baseline=earlier, files=files)
-    said = {"headline": headline(report), "passed": report.passed, "lines": lines}
+    shown = {"headline": headline(report), "passed": report.passed, "lines": lines}
     # A report of pytest carries it from the worker that xdist ran the test in.
-    request.node.user_properties.append((_PROPERTY, json.dumps(said)))
+    request.node.user_properties.append((_PROPERTY, json.dumps(shown)))
     if not report.passed:
         raise AssertionError(failure_text(report))
     return report

@@ -1,11 +1,11 @@
 """How far a deployment may be from its reference, and why: measured on the spot, not guessed.
 
 PyTorch itself does not give *the* numbers: float32 is off from float64, float16 from float32, and
-products of packed weights round what they multiply. How much that comes to on the very inputs of a
+products of quantized weights round what they multiply. How much that comes to on the inputs of a
 check, the *gap*, is measured in PyTorch (calibrate.py), where nothing but rounding is in it. A
 deployment in the same precision rounds as often, in another order, so it is as far off in another
 direction: its distance from the reference is up to two gaps, and `ROOM` is twice that. An adapter
-that is wrong is off by its effect instead, which the last metric holds against the error.
+that is wrong is off by its effect instead, which the last metric compares with the error.
 
 Where there is no PyTorch model to measure in, `assumed` has limits from what others came to.
 """
@@ -106,10 +106,10 @@ def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit
         count = LEAST[precision]
         least = _roundings(metric, precision, count, scale)
         if room * measured < least:
-            said = (
+            reason = (
                 f"{measured:.1e} was measured; {count} roundings of {scale:.2g} are always allowed"
             )
-            return Limit(least, said)
+            return Limit(least, reason)
         return Limit(room * measured, f"{room:g} × {measured:.1e}, which {GAPS[precision]} here")
 
     return _limits(precision, limit)
@@ -127,9 +127,9 @@ def assumed(precision: str, *, scale: float) -> dict[str, Limit]:
             " PyTorch model, which they can be measured on"
         )
     count = ASSUMED[precision]
-    said = f"{count} roundings of values that reach {scale:.2g}, as SmolLM2-135M needs half of"
+    reason = f"{count} roundings of values that reach {scale:.2g}, as SmolLM2-135M needs half of"
     return _limits(
-        precision, lambda metric: Limit(_roundings(metric, precision, count, scale), said)
+        precision, lambda metric: Limit(_roundings(metric, precision, count, scale), reason)
     )
 
 

@@ -119,7 +119,7 @@ def check_certificate(
 ) -> Certificate:
     """The certificate of `bundle`, which passed, and is about the files as they are now.
 
-    All of the files are read for it. `minimum`: what it must stand for besides.
+    All of the files are read for it. `minimum`: what else it must stand for.
 
     Raises:
         BundleError: there is none, it failed, something has changed since, or it is less than the
@@ -197,14 +197,14 @@ def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
         BundleError: a name leads out of the bundle.
     """
     names = {GRAPH_NAME, GRAPH_DATA_NAME, *_READ, *manifest.files}
-    for place in (bundle / ADAPTERS_DIRECTORY).rglob("*"):
-        names.add(place.relative_to(bundle).as_posix())
+    for path in (bundle / ADAPTERS_DIRECTORY).rglob("*"):
+        names.add(path.relative_to(bundle).as_posix())
     names -= {CERTIFICATE_NAME, SIGNATURE_NAME}
     return tuple(sorted(name for name in names if inside(bundle, name).is_file()))
 
 
 def counts(name: str, manifest: Manifest) -> bool:
-    """Whether the file `name` is one of those that `covered` tells of, or of the certificate."""
+    """Whether the file `name` is one of those that `covered` lists, or of the certificate."""
     return (
         name in (GRAPH_NAME, GRAPH_DATA_NAME, CERTIFICATE_NAME, SIGNATURE_NAME, *_READ)
         or name in manifest.files
@@ -220,12 +220,12 @@ def fault(
     `found`: the digests of the bundle's `covered` files now, by name. `verdict`: whether a check
     that failed counts too.
     """
-    told = {**certificate.files, GRAPH_NAME: certificate.graph_digest}
+    recorded = {**certificate.files, GRAPH_NAME: certificate.graph_digest}
     if certificate.data_digest is not None:
-        told[GRAPH_DATA_NAME] = certificate.data_digest
+        recorded[GRAPH_DATA_NAME] = certificate.data_digest
     first = (GRAPH_NAME, GRAPH_DATA_NAME, MANIFEST_NAME)
-    for name in (*first, *sorted({*told, *found} - {*first})):
-        if found.get(name) != told.get(name):
+    for name in (*first, *sorted({*recorded, *found} - {*first})):
+        if found.get(name) != recorded.get(name):
             return f"{shortened(name)} has changed since it was checked"
     for name, digest in (
         (GRAPH_NAME, manifest.graph_digest),

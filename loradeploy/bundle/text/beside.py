@@ -1,4 +1,4 @@
-"""The files beside an adapter's weights that tell of its texts, and whether they are unchanged."""
+"""The files beside an adapter's weights for its texts, and whether they are unchanged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def text_files(directory: Path) -> list[str]:
 
 
 def describes_texts(directory: Path) -> bool:
-    """Whether anything beside an adapter's weights tells of its texts."""
+    """Whether anything beside an adapter's weights is for its texts."""
     return bool(text_files(directory)) or recipe_directory(directory) is not None
 
 

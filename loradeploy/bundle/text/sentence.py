@@ -170,7 +170,7 @@ def recipe_directory(directory: Path) -> Path | None:
 
 
 def default_recipe() -> SentenceRecipe:
-    """Where nothing tells: the mean of the tokens' states at length 1, as most are trained."""
+    """Without any file: the mean of the tokens' states at length 1, as most are trained."""
     return SentenceRecipe(("mean",), (normalize,))
 
 

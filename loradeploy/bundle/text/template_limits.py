@@ -269,8 +269,8 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def paid(*args: Any, **kwargs: Any) -> Any:
         _pay(args, kwargs)
         before, value, rest = args[:first], args[first], args[first + 1 :]
-        said = (*rest, *kwargs.values())
-        _check_widths(name, said)
+        arguments = (*rest, *kwargs.values())
+        _check_widths(name, arguments)
         known = isinstance(value, (*_SIZED, *_CONTAINERS, dict, jinja2.Undefined))
         if name in _GATHERING and not known:
             value = [*value]
@@ -279,13 +279,13 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             glue = (*rest, kwargs.get("d", ""))[0]
             _check_join(glue, [*value])
         elif name == "replace":
-            told = (*rest, *(kwargs[n] for n in ("old", "new") if n in kwargs))
-            _check_replace(str(value), *(str(one) for one in told[:2]))
+            texts = (*rest, *(kwargs[n] for n in ("old", "new") if n in kwargs))
+            _check_replace(str(value), *(str(one) for one in texts[:2]))
         elif name == "format":
             _check_format(value)
         elif name == "indent":
             _check_size(len(str(value)) + _WIDEST * str(value).count("\n"))
-        elif name == "sum" and any(not isinstance(one, int | float | str) for one in said):
+        elif name == "sum" and any(not isinstance(one, int | float | str) for one in arguments):
             raise LimitError("sum adds numbers alone")
         return _checked(function(*before, value, *rest, **kwargs))
 

@@ -155,8 +155,8 @@ class Worker:
 
     def _last_words(self) -> str:
         self._process.wait()
-        said = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        lines = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"the worker ended with status {self._process.returncode}: {last}"
 
 

@@ -1,4 +1,4 @@
-"""Backends of the user's own, held against PyTorch on the same way as ours.
+"""Backends of the user's own, compared with PyTorch on the same way as ours.
 
     model.onnx              an ONNX file, by whatever exporter, with inputs of the usual names
     package.module:function feeds → outputs, numpy arrays by the names of the bundle's graph
@@ -140,7 +140,7 @@ def _keeps_cache(side: Side, manifest: Manifest) -> bool:
     """Whether a callable gives a cache for one token.
 
     One that raises with a cache and not without has none; where it raises always, the check will
-    tell of it.
+    report it.
     """
     given = _given(side, manifest.inputs, manifest)
     if given is None:

@@ -1,4 +1,4 @@
-"""The backends, one row each: what is held against the reference, and what it needs."""
+"""The backends, one row each: what is compared with the reference, and what it needs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from loradeploy.parity.names import (
     TORCH_MERGED,
 )
 from loradeploy.parity.phases import Model
-from loradeploy.parity.reference.packed import PACKED
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import TorchModel, merged
+from loradeploy.parity.reference.quantized import QUANTIZED
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,8 @@ class Backend:
     `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
     `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
-    `batched`: it takes more than one row. `lacks`: why it cannot be run besides. `unasked`:
-    whether it is run where nobody asks for it by name; where it is not, nothing is said of it.
+    `batched`: it takes more than one row. `lacks`: why it cannot be run otherwise. `unasked`:
+    whether it is run where nobody asks for it by name; where it is not, it is not mentioned.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Backend:
             return f"{self.needs} is not installed"
         if self.needs_adapter and not context.adapters:
             return "no adapter is in the bundle or given"
-        if self.on_torch and context.merged and context.manifest.precision in PACKED:
+        if self.on_torch and context.merged and context.manifest.precision in QUANTIZED:
             return "it does not round what it merged, as the graph does"
         return None if self.lacks is None else self.lacks(context)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Feed = dict[str, "NDArray[Any]"]
 FeedsPlace = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
-# Ids stay below this where nothing tells the size of the vocabulary.
+# Ids stay below this where the size of the vocabulary is unknown.
 UNKNOWN_VOCABULARY: Final = 64
 _LARGEST: Final = 24  # of the sizes that are drawn
 _BATCHES: Final = 4
@@ -63,11 +63,11 @@ _Maker = Callable[[tuple[int, ...], _Making], "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class Meaning:
-    """Values for inputs of some names or kinds. `told`: the assumption, None where it is none."""
+    """Values for inputs of some names or kinds. `assumption`: that they make, or None."""
 
     applies: Callable[[TensorSpec], bool]
     make: _Maker
-    told: str | None = None
+    assumption: str | None = None
 
 
 def _positions(shape: tuple[int, ...], making: _Making) -> NDArray[Any]:
@@ -139,7 +139,7 @@ def make_feeds(
         raise UsageError(f"values for {listed_names(unmade)} cannot be made up: give inputs")
     random = np.random.default_rng(seed)
     below = UNKNOWN_VOCABULARY if vocabulary is None else vocabulary
-    cases, said = [], {}
+    cases, assumed = [], {}
     for number in range(count):
         sizes = _sizes(specs, number, random)
         feed = _feed(specs, sizes, _Making(random, below, sizes.past))
@@ -149,9 +149,9 @@ def make_feeds(
         cases.append(feed)
     for spec in specs:
         meaning = _meaning(spec)
-        if meaning.told is not None and (vocabulary is None or meaning.make is not _ids):
-            said[spec.name] = meaning.told.format(vocabulary=below)
-    notes = tuple(f"assumed of {name}: {told}" for name, told in said.items())
+        if meaning.assumption is not None and (vocabulary is None or meaning.make is not _ids):
+            assumed[spec.name] = meaning.assumption.format(vocabulary=below)
+    notes = tuple(f"assumed of {name}: {assumption}" for name, assumption in assumed.items())
     return Fed(tuple(cases), f"made from the inputs' shapes, seed {seed}", notes)
 
 
@@ -170,7 +170,7 @@ def _cache(feed: Feed, before: Feed, run: Callable[[Feed], Given]) -> Feed:
     """The cache of `feed`, as it is after `before`; nothing where the model does not give one."""
     try:
         given = run(before)
-    except Exception:  # the check itself will tell of it
+    except Exception:  # the check itself reports it
         return {}
     if not isinstance(given, dict):
         return {}
@@ -183,10 +183,10 @@ def _cache(feed: Feed, before: Feed, run: Callable[[Feed], Given]) -> Feed:
 
 
 def shapes(feed: Mapping[str, NDArray[Any]]) -> str:
-    """The shapes of a case, short: a cache's tensors are told as one."""
-    told = [f"{name} {list(v.shape)}" for name, v in feed.items() if not name.startswith(PAST)]
+    """The shapes of a case, short: a cache's tensors count as one."""
+    tensors = [f"{name} {list(v.shape)}" for name, v in feed.items() if not name.startswith(PAST)]
     cache = [f"past {list(v.shape)}" for name, v in feed.items() if name.startswith(PAST)]
-    return ", ".join(told + cache[:1])
+    return ", ".join(tensors + cache[:1])
 
 
 def _read(file: Path) -> Feed:

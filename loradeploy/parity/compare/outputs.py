@@ -35,7 +35,7 @@ _ALL: Final = "outputs"  # what a problem with all of them stands under
 
 @dataclass
 class _Output:
-    """What an output, or a cache, has come to. `problems`: why it fails; the first is told."""
+    """What an output, or a cache, has come to. `problems`: why it fails; the first is reported."""
 
     comparison: Comparison
     scale: float

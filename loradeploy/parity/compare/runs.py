@@ -88,8 +88,8 @@ class Runs:
         try:
             given = self.side.run({self.renamed.get(n, n): value for n, value in feed.items()})
         except (Exception, SystemExit) as problem:  # theirs; sys.exit(0) must not end us as passed
-            said = kind_and_line(problem)
-            self.problems.append(f"on case {number + 1} ({shapes(feed)}): {said}")
+            reason = kind_and_line(problem)
+            self.problems.append(f"on case {number + 1} ({shapes(feed)}): {reason}")
             return None
         self.seconds += time.perf_counter() - begin
         if isinstance(given, dict):
@@ -98,10 +98,11 @@ class Runs:
         return given
 
     def _nondeterminism(self, first: Given, second: Given, limits: LimitsOf) -> str | None:
-        said = f"the {self.role} is nondeterministic by itself: "
+        beginning = f"the {self.role} is nondeterministic by itself: "
         one, two = named(first, first), named(second, second)
         if {n: v.shape for n, v in one.items()} != {n: v.shape for n, v in two.items()}:
-            return f"{said}two runs give other outputs, or outputs of other shapes{self.side.hint}"
+            why = "two runs give other outputs, or outputs of other shapes"
+            return f"{beginning}{why}{self.side.hint}"
         largest, where, fails = 0.0, "", False
         for name, values in one.items():
             if np.array_equal(values, two[name], equal_nan=values.dtype.kind == "f"):
@@ -113,11 +114,13 @@ class Runs:
             failed, error = not verdict.passed, verdict.figures.max_abs
             if (failed, error) >= (fails, largest):
                 largest, where, fails = error, name, failed
-        told = f"two runs differ by {largest:.2g} at output {where}"
+        difference = f"two runs differ by {largest:.2g} at output {where}"
         if fails:
-            return f"{said}{told}{self.side.hint}"
+            return f"{beginning}{difference}{self.side.hint}"
         if where:
-            self.notes.append(f"the {self.role} is not the same twice: {told}, within the limits")
+            self.notes.append(
+                f"the {self.role} is not the same twice: {difference}, within the limits"
+            )
         return None
 
 

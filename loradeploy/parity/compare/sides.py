@@ -1,4 +1,4 @@
-"""What is held against something else: a model that takes arrays by name and gives arrays."""
+"""What is compared with something else: a model that takes arrays by name and gives arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Side:
     `title`: as it was given; `name`: short, for tables.
     `inputs`: what it takes, None where it does not tell. `precision`: of its weights, None where it
     is only seen by what it gives. `vocabulary`: the number of ids that it knows, `labels` their
-    names by number, `tokenizer` the file of its tokenizer: None where nothing tells. `provider`:
+    names by number, `tokenizer` the file of its tokenizer: None where that is unknown. `provider`:
     what runs it, None where that is not onnxruntime here. `hint`: what to think of first where it
     differs from itself.
     """

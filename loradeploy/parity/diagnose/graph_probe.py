@@ -67,7 +67,7 @@ class Probe:
 class ProbedGraph:
     """A bundle's graph, loaded, with the probes that were found in it.
 
-    `unmatched`: the modules that nothing in the graph could be told to be.
+    `unmatched`: the modules that nothing in the graph could be identified as.
     """
 
     bundle: Path

@@ -16,8 +16,8 @@ from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.inside import GRAPHS, MODELS, TorchRow, other_side
 from loradeploy.parity.diagnose.search import ROUNDINGS, Found, Sides, search
-from loradeploy.parity.reference.packed import activations_of
 from loradeploy.parity.reference.pytorch import Base, Reference
+from loradeploy.parity.reference.quantized import activations_of
 from loradeploy.parity.report.results import BASE_LABEL, Localization
 from loradeploy.printable import logger_of
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# How many failures are looked into, the first of each backend and adapter.
+# How many failures are examined, the first of each backend and adapter.
 AT_MOST: Final = 3
 # Where large values cancel, an error is that of one number, and one draw may hardly move it.
 _DRAWS: Final = 3
@@ -36,7 +36,7 @@ _LEAST_TOKENS: Final = 8
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be looked into, on `case` up to `position`, or all of it.
+    """What is to be examined, on `case` up to `position`, or all of it.
 
     `variant`: how onnxruntime ran it; None is as it does by itself.
     """
@@ -58,9 +58,9 @@ def localizations(
     *,
     always: bool,
 ) -> tuple[Localization, ...]:
-    """Look into what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
+    """Examine what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
 
-    With `always` and nothing failed, the base and the first adapter are looked into with one of
+    With `always` and nothing failed, the base and the first adapter are examined with one of
     `backends`.
     """
     requests = _failures(context, reference, results)
@@ -69,11 +69,11 @@ def localizations(
         requests = _samples(context, backends)
     if not requests:
         return ()
-    logger.info("looking inside, for where it begins" if failed else "looking inside")
+    logger.info("searching for the first module that diverges" if failed else "comparing modules")
     try:
         base = load()
     except Exception as problem:  # it was loaded before: memory, or a file that is gone
-        logger.warning("nothing can be looked into: %s", first_line(problem))
+        logger.warning("nothing can be examined: %s", first_line(problem))
         return ()
     found = []
     for request in requests[:AT_MOST]:
@@ -104,7 +104,7 @@ def localize(
     nothing = Localization(backend, backend, adapter, 0, len(tokens), ())
     # What runs in PyTorch is float32, whatever the graph is.
     rounding = ROUNDINGS["fp32" if backend in MODELS else context.manifest.precision]
-    activations = {} if backend in MODELS else activations_of(base.packed)
+    activations = {} if backend in MODELS else activations_of(base.quantized)
     try:
         row = TorchRow(context, base, adapter, tokens)
         with other_side(row, backend, row.sites()) as other:
@@ -124,8 +124,8 @@ def localize(
             )
             found = search(sides, tokens=len(tokens))
     except Exception as problem:  # whatever a broken graph sets off must not hide the verdict
-        said = f"it could not be looked into: {first_line(problem)}"
-        return dataclasses.replace(nothing, message=said)
+        message = f"it could not be examined: {first_line(problem)}"
+        return dataclasses.replace(nothing, message=message)
     return dataclasses.replace(
         nothing,
         steps=found.steps,

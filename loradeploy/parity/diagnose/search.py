@@ -3,8 +3,8 @@
 Values inside both sides are compared a few at a time: first the blocks and what is outside of them,
 then what is between the last that agrees and the first that does not. What a value may be off by is
 measured on the same tokens: PyTorch's own modules are disturbed by the precision's unit roundoff
-(`torch_probe.rounded`), or round what packed weights are multiplied with (rounding.py), and how far
-each value moves by that is what rounding does to it here, at this depth. An error is counted in
+(`torch_probe.rounded`), or round what quantized weights multiply (rounding.py), and how far each
+value moves by that is what rounding does to it here, at this depth. An error is counted in
 multiples of it, its excess. A module diverges where
 
     excess > limit                            more than rounding was seen to come to (`ROUNDINGS`)
@@ -59,7 +59,7 @@ ROUNDINGS: Final[Mapping[str, Rounding]] = {
     "fp32": Rounding(2.0**-24, limit=12.0, seen=4.0),
     "fp16": Rounding(2.0**-11, limit=6.0, seen=1.8),
     "bf16": Rounding(2.0**-8, limit=6.0, seen=1.8),  # not measured: as fp16
-    # What is packed computes in float32; its activations are rounded in PyTorch as they are there.
+    # Quantized products compute in float32; PyTorch rounds activations as they do.
     "int8": Rounding(2.0**-24, limit=6.0, seen=1.9),
     "int4": Rounding(2.0**-24, limit=6.0, seen=2.6),
 }
@@ -82,7 +82,7 @@ class Point:
 
     @property
     def block(self) -> str | None:
-        """The module that it is looked at for first: a block, or one outside of all blocks."""
+        """The module that it is examined for first: a block, or one outside of all blocks."""
         given = self.site.given_by
         blocks = [name for name in given if _block(name) == name]
         if blocks:
@@ -100,7 +100,7 @@ class Sides:
     """What is compared: `points` in the order of execution, and the values of each side there.
 
     `disturbed`: the reference's as `rounding` moves them, drawn several times. `upstream`: for each
-    point those it is computed from, as bits; None where nothing tells, and each is taken to be
+    point those it is computed from, as bits; None where that is unknown, and each is taken to be
     computed from the one before.
     """
 
@@ -130,7 +130,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A point that was looked at; `shares`: of its positions, or its only one."""
+    """A point that was examined; `shares`: of its positions, or its only one."""
 
     step: Step
     shares: tuple[float, ...]
@@ -139,19 +139,19 @@ class _Seen:
 
 def search(sides: Sides, *, tokens: int) -> Found:
     """Find the first point that diverges. `tokens`: how many positions the row has."""
-    look = _Search(sides, tokens)
+    search = _Search(sides, tokens)
     coarse = [n for n, point in enumerate(sides.points) if point.block is not None]
-    look.at(coarse)
-    first = look.first()
+    search.at(coarse)
+    first = search.first()
     if first is not None:
-        agreeing = (n for n in coarse if n < first and n in look.seen)
-        look.at(range(max(agreeing, default=-1) + 1, first))
-        closer = look.first()
+        agreeing = (n for n in coarse if n < first and n in search.seen)
+        search.at(range(max(agreeing, default=-1) + 1, first))
+        closer = search.first()
         first = first if closer is None else closer
     elif not coarse or max(coarse) < len(sides.points) - 1:
-        look.at(range(max(coarse, default=-1) + 1, len(sides.points)))
-        first = look.first()
-    return look.found(first)
+        search.at(range(max(coarse, default=-1) + 1, len(sides.points)))
+        first = search.first()
+    return search.found(first)
 
 
 def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Array, Array]:
@@ -184,7 +184,7 @@ def groups(sizes: Iterable[tuple[int, int]], limit: int) -> Iterator[list[int]]:
 
 
 class _Search:
-    """The points that were looked at so far, by number."""
+    """The points that were examined so far, by number."""
 
     def __init__(self, sides: Sides, tokens: int) -> None:
         self._sides = sides
@@ -194,7 +194,7 @@ class _Search:
         self.seen: dict[int, _Seen] = {}
 
     def at(self, numbers: Iterable[int]) -> None:
-        """Look at the points that were not looked at yet, a group at a time."""
+        """Examine the points that were not examined yet, a group at a time."""
         points = self._sides.points
         new = (n for n in numbers if n not in self.seen and n not in self._lost)
         sizes = ((n, 4 * math.prod(points[n].site.shape)) for n in new)
@@ -212,7 +212,7 @@ class _Search:
                     self.seen[number] = self._compare(points[number], one, other, by)
 
     def first(self) -> int | None:
-        """The first point that diverges, of those that were looked at."""
+        """The first point that diverges, of those that were examined."""
         return next((n for n in sorted(self.seen) if self._diverges(n)), None)
 
     def found(self, first: int | None) -> Found:
@@ -241,7 +241,7 @@ class _Search:
     def _shares(
         self, group: Sequence[int], expected: Sequence[Array | None], moved: Sequence[Array | None]
     ) -> list[float]:
-        """The largest share by which each point was moved, 0 where nothing tells."""
+        """The largest share by which each point was moved, 0 where that is unknown."""
         return [
             0.0
             if one is None or other is None
@@ -293,7 +293,7 @@ class _Search:
         return self.seen[number].excess / max(before, 1.0)
 
     def _inputs(self, number: int) -> list[int]:
-        """The nearest points, of those that were looked at, that `number` is computed from."""
+        """The nearest points, of those that were examined, that `number` is computed from."""
         if self._sides.upstream is None:
             return sorted(n for n in self.seen if n < number)[-1:]
         upstream = self._sides.upstream

@@ -116,7 +116,7 @@ def shrink_failures(
         return (), ()
     remarks = []
     if len(failed) > MOST:
-        remarks.append(f"the smallest failing input was looked for in {MOST} of {len(failed)}")
+        remarks.append(f"the smallest failing input was searched for in {MOST} of {len(failed)}")
     found = []
     try:
         base = load()
@@ -218,7 +218,7 @@ class _Trial:
     rows: Sequence[Row]
 
     def on(self, row: Row) -> Callable[[Tokens], Fault | None]:
-        """What tells whether tokens in the place of `row` fail."""
+        """Decides whether tokens in place of `row` fail."""
         return lambda tokens: self._fault(tokens, row)
 
     def beside(self, row: Row) -> str:

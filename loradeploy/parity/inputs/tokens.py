@@ -80,7 +80,7 @@ def make_cases(
 
     `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), a list of
     texts, or None for the built-in ones. A bundle without a tokenizer is fed random tokens. `fuzz`
-    rows of random tokens come besides, and one row each of the least and of the largest length.
+    rows of random tokens come too, and one row each of the least and of the largest length.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
@@ -174,7 +174,7 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
             return output.shape[-1]
     if all(spec.name != INPUT_IDS for spec in manifest.inputs):
         return _SEEDS
-    raise UsageError(f"{bundle} tells neither a tokenizer nor the size of the vocabulary")
+    raise UsageError(f"{bundle} has neither a tokenizer nor the size of the vocabulary")
 
 
 def _edge_rows(rows: Rows, longest: int) -> Rows:

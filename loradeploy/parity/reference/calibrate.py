@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.parity.metrics import Comparison, Figures
-from loradeploy.parity.reference.packed import PACKED
+from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.rounding import DTYPES, Activations, in_dtype, rounded_activations
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def measure_gap(
     """How far PyTorch is off by the rounding of `precision` alone, on some of `rows`.
 
     `forward` runs `model`, whose adapter is in it; the rows hold what it gives in float32.
-    `activations` are the modules whose inputs packed weights round.
+    `activations` are the modules whose inputs quantized weights round.
     """
     gap = Comparison(scale=scale, logits=logits)
     with _less_exact(model, precision, activations):
@@ -53,7 +53,7 @@ def measure_gap(
 def _less_exact(
     model: torch.nn.Module, precision: str, activations: Mapping[str, Activations]
 ) -> AbstractContextManager[None]:
-    if precision in PACKED and activations:
+    if precision in QUANTIZED and activations:
         return rounded_activations(model, activations)
     return in_dtype(model, DTYPES.get(precision, DTYPES["fp32"]))
 

@@ -1,4 +1,4 @@
-"""The PyTorch side: the reference, and the backends that are held against it in PyTorch.
+"""The PyTorch side: the reference, and the backends that are compared with it in PyTorch.
 
 The base model is loaded once; adapters are put in and taken out again.
 """
@@ -32,14 +32,14 @@ from loradeploy.parity.phases import (
     output_names,
 )
 from loradeploy.parity.reference.calibrate import measure_gap
-from loradeploy.parity.reference.packed import (
-    PACKED,
-    PackedWeight,
+from loradeploy.parity.reference.quantized import (
+    QUANTIZED,
+    QuantizedWeight,
     activations_of,
+    dequantize_into,
     layers_of,
-    packed_weights,
+    quantized_weights,
     rounded_as,
-    unpack_into,
     weight_of,
 )
 from loradeploy.parity.reference.requantized import with_roundings
@@ -116,13 +116,13 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The base model in PyTorch, float32, and the weights that the graph holds packed.
+    """The base model in PyTorch, float32, and the weights that the graph holds quantized.
 
     `notes`: what a reader of the report must know of them.
     """
 
     model: torch.nn.Module
-    packed: Mapping[str, PackedWeight]
+    quantized: Mapping[str, QuantizedWeight]
     notes: tuple[str, ...] = ()
 
 
@@ -159,40 +159,40 @@ def load_model(context: CheckContext) -> torch.nn.Module:
 
 
 def take_weights(context: CheckContext, model: torch.nn.Module) -> Base:
-    """`model` as the base, with the graph's own weights where those are packed.
+    """`model` as the base, with the graph's own weights where those are quantized.
 
     Raises:
-        BundleError: the graph's packed weights cannot be read, or are not the base's.
+        BundleError: the graph's quantized weights cannot be read, or are not the base's.
     """
-    if context.manifest.precision not in PACKED:
+    if context.manifest.precision not in QUANTIZED:
         return Base(model, {})
-    packed = packed_weights(context.bundle, context.manifest)
+    quantized = quantized_weights(context.bundle, context.manifest)
     if not context.merged:
-        unpack_into(model, packed, context.manifest)
+        dequantize_into(model, quantized, context.manifest)
     elif context.manifest.requantized:
-        return _requantized(context, model, packed)
-    return Base(model, packed)
+        return _requantized(context, model, quantized)
+    return Base(model, quantized)
 
 
 def _requantized(
-    context: CheckContext, model: torch.nn.Module, packed: Mapping[str, PackedWeight]
+    context: CheckContext, model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]
 ) -> Base:
     """The base with what the packings before and after the merge rounded, where it is no more."""
 
     def weights() -> dict[str, NDArray[np.float32]]:
-        return {name: weight_of(layer).copy() for name, layer in layers_of(model, packed)}
+        return {name: weight_of(layer).copy() for name, layer in layers_of(model, quantized)}
 
     (tested,) = context.adapters
     base = weights()
     with merged(model, tested.adapter):
         merged_weights = weights()
-    found, problems = with_roundings(packed, base.get, merged_weights.get)
+    found, problems = with_roundings(quantized, base.get, merged_weights.get)
     notes = (f"not rounding alone: {problem}" for problem in problems)
     return Base(model, found, tuple(notes))
 
 
 def load_base(context: CheckContext) -> Base:
-    """The base model of `context`, with the graph's own weights where those are packed.
+    """The base model of `context`, with the graph's own weights where those are quantized.
 
     Raises: as `load_model` and `take_weights`.
     """
@@ -240,15 +240,15 @@ def as_reference(
 def as_reference_with(
     context: CheckContext, base: Base, adapter: Adapter | None
 ) -> Iterator[torch.nn.Module]:
-    """The same for any adapter that fits the model, in the place of the context's own."""
+    """The same for any adapter that fits the model, in place of the context's own."""
     from loradeploy.lora.inject import adapted
 
     with ExitStack() as stack:
         if adapter is not None:
-            holding = merged if context.merged and base.packed else adapted
+            holding = merged if context.merged and base.quantized else adapted
             stack.enter_context(holding(base.model, adapter))
         if context.merged:
-            stack.enter_context(rounded_as(base.model, base.packed))
+            stack.enter_context(rounded_as(base.model, base.quantized))
         yield base.model
 
 
@@ -263,7 +263,7 @@ def _limits(
             TorchModel(base.model, manifest),
             rows,
             manifest.precision,
-            activations_of(base.packed),
+            activations_of(base.quantized),
             scale=scale,
             logits=has_logits(manifest.task),
         )

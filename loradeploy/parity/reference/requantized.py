@@ -1,6 +1,6 @@
-"""The reference for a graph whose packed weights were unpacked, merged into and packed again.
+"""The reference for a graph whose weights were dequantized, merged into and quantized again.
 
-How the base was packed before the merge is not in the graph any more, so that the merge in PyTorch,
+How the base was quantized before the merge is not in the graph any more: the merge in PyTorch,
 rounded once, is another model: by the rounding that came first. What both roundings did, together,
 is in the graph: with V its weight, W the base's and Δ the adapter's update
 
@@ -28,7 +28,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.parity.reference.packed import PackedWeight
+    from loradeploy.parity.reference.quantized import QuantizedWeight
 
 # A rounding is off by 1 / √12 of a step on average, two by √2 of that. Quantizers that look at
 # activations (GPTQ) leave more than the nearest step would.
@@ -73,15 +73,15 @@ class _Along:
 
 
 def with_roundings(
-    packed: Mapping[str, PackedWeight], base: Weights, merged: Weights
-) -> tuple[dict[str, PackedWeight], tuple[str, ...]]:
-    """The packed weights with E where it is rounding alone, and why it is not of the others.
+    quantized: Mapping[str, QuantizedWeight], base: Weights, merged: Weights
+) -> tuple[dict[str, QuantizedWeight], tuple[str, ...]]:
+    """The quantized weights with E where it is rounding alone, and why it is not of the others.
 
     `base` and `merged` give a module's weight [out, in] without and with the adapter.
     """
-    found: dict[str, PackedWeight] = {}
+    found: dict[str, QuantizedWeight] = {}
     total, problems = _Along(), []
-    for name, weight in packed.items():
+    for name, weight in quantized.items():
         own, merged_weight = base(name), merged(name)
         found[name] = weight
         if own is None or merged_weight is None:
@@ -95,13 +95,13 @@ def with_roundings(
             problems.append(f"the quantized weight of {name} {problem}")
     if abs(total.share - 1) > _SHARE or _SURE * total.error > 2 * _SHARE:
         problems.insert(0, f"the quantized weights hold {total.share:.0%} of the adapter's update")
-        found = dict(packed)
+        found = dict(quantized)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return found, ((f"{problems[0]}{more}",) if problems else ())
 
 
 def _problem(
-    weight: PackedWeight,
+    weight: QuantizedWeight,
     own: NDArray[np.float32],
     merged_weight: NDArray[np.float32],
     along: _Along,
@@ -128,7 +128,7 @@ def _problem(
     return None
 
 
-def _most(weight: PackedWeight, merged_weight: NDArray[np.float32]) -> NDArray[np.float64]:
+def _most(weight: QuantizedWeight, merged_weight: NDArray[np.float32]) -> NDArray[np.float64]:
     """‖E‖ of each row [out] that two roundings may leave."""
     out, into = merged_weight.shape
     blocks = np.pad(np.abs(merged_weight), ((0, 0), (0, -into % weight.block)))

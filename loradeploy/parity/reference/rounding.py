@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import torch
 
-# What a precision's gap is taken to. float32 is held against float64: both are in PyTorch, so that
+# What a precision's gap is taken to. float32 is compared with float64: both are in PyTorch, so that
 # nothing but rounding is between them.
 DTYPES: Final[Mapping[str, str]] = {"fp32": "float64", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -60,7 +60,7 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
 def rounded_activations(
     model: torch.nn.Module, activations: Mapping[str, Activations]
 ) -> Iterator[None]:
-    """`model` with the inputs of some modules rounded to 8 bits, as packed products do it."""
+    """`model` with the inputs of some modules rounded to 8 bits, as quantized products do it."""
     modules: dict[str, Any] = dict(model.named_modules())
     with ExitStack() as hooks:
         for name, how in activations.items():

@@ -178,9 +178,9 @@ def _regressions(before: Baseline, now: Baseline) -> Iterator[Regression]:
 def _result_regressions(before: _Entry, now: _Entry | None) -> Iterator[Regression]:
     outcome = "missing" if now is None else now.outcome
     if now is None or outcome != "passed":
-        said = "" if now is None or now.message is None else f": {now.message}"
+        reason = "" if now is None or now.message is None else f": {now.message}"
         yield Regression(
-            before.where, "outcome", "passed", outcome, f"passed before, now {outcome}{said}"
+            before.where, "outcome", "passed", outcome, f"passed before, now {outcome}{reason}"
         )
         return
     if now.positions < before.positions:

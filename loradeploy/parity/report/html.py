@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TEMPLATE: Final = Path(__file__).with_name("report.html.jinja")
 # What is said of a figure elsewhere than in the list of all of them.
 _OWN_PLACE: Final = ("worst", "first_divergence", "distribution")
-_MOST_FAILURES: Final = 5  # that are told at the top; the others are folded away
+_MOST_FAILURES: Final = 5  # that are shown at the top; the others are folded away
 _FEW_RESULTS: Final = 15  # up to here those that passed are not folded away either
 
 
@@ -61,7 +61,7 @@ class MetricRow:
 
 
 def html(report: ParityReport) -> str:
-    """The report as a page. Whatever is told in it is escaped: names come from users."""
+    """The report as a page. Whatever is shown in it is escaped: names come from users."""
     from jinja2 import Environment, StrictUndefined
 
     from loradeploy.parity.report import plots

@@ -74,15 +74,15 @@ def error_bar(
     value: float, limit: float | None, effect: float | None, scale: LogScale, *, passed: bool
 ) -> Markup:
     """An error as a bar, its limit as a line, the adapter's effect as a diamond."""
-    said = f"error {number(value)}"
+    caption = f"error {number(value)}"
     parts = [_track(), _rect(0, scale.at(value), 4, 8, "ok" if passed else "bad")]
     if effect:
-        said += f", adapter effect {number(effect)}"
+        caption += f", adapter effect {number(effect)}"
         parts.append(_diamond(scale.at(effect)))
     if limit is not None:
-        said += f", limit {number(limit)}"
+        caption += f", limit {number(limit)}"
         parts.append(_line(scale.at(limit), 0, scale.at(limit), _BAR, "limit"))
-    return _svg(said, _BAR, parts)
+    return _svg(caption, _BAR, parts)
 
 
 def axis(scale: LogScale) -> Markup:
@@ -114,14 +114,14 @@ def histogram(distribution: Sequence[tuple[float, int]], scale: LogScale) -> Mar
         if edge > 0 and count:
             left, right = scale.at(edge / math.sqrt(10)), scale.at(edge)
             height = max(1.5, (_HISTOGRAM - 4) * count / most)
-            told = f"{100 * count / total:.2g} % up to {number(edge)}"
+            caption = f"{100 * count / total:.2g} % up to {number(edge)}"
             width = max(0.6, right - left - 0.4)
-            bar = _rect(left, width, _HISTOGRAM - height, height, "bar", told)
+            bar = _rect(left, width, _HISTOGRAM - height, height, "bar", caption)
             parts.append(bar)
     peak = max(((count, edge) for edge, count in distribution), default=(0, 0.0))[1]
-    said = f"{total} values, most of them with an error of about {number(peak)}"
+    caption = f"{total} values, most of them with an error of about {number(peak)}"
     return _svg(
-        said if peak else f"{total} values, most of them without an error", _HISTOGRAM, parts
+        caption if peak else f"{total} values, most of them without an error", _HISTOGRAM, parts
     )
 
 
@@ -145,12 +145,12 @@ def error_by_layer(found: Localization) -> Markup:
             parts.append(_line(x, 0, x, bottom, "first"))
             anchor = "start" if x < 50 else "end"
             parts.append(_text(x, 12, " ✕ first to diverge ", "first-label", anchor))
-        said = f"{step.module} ({step.op}): {number(step.share)}"
-        parts.append(_point(x, y, 5 if is_first else 3, "bad" if is_first else "dot", said))
-    said = f"relative error of {len(steps)} modules in the order of execution"
+        caption = f"{step.module} ({step.op}): {number(step.share)}"
+        parts.append(_point(x, y, 5 if is_first else 3, "bad" if is_first else "dot", caption))
+    caption = f"relative error of {len(steps)} modules in the order of execution"
     if first is not None:
-        said += f"; {first} is the first to diverge"
-    return _svg(said, _LAYERS, parts)
+        caption += f"; {first} is the first to diverge"
+    return _svg(caption, _LAYERS, parts)
 
 
 def heatmap_labels(modules: Sequence[str]) -> Markup:
@@ -170,17 +170,17 @@ def heatmap_cells(heatmap: Heatmap) -> Markup:
     parts = []
     for row, (module, values) in enumerate(zip(heatmap.modules, heatmap.values, strict=True)):
         for column, (position, value) in enumerate(zip(heatmap.positions, values, strict=True)):
-            said = f"{module}, position {position}: {number(value)}"
-            look = f"h{shade(value, scale)}" if math.isfinite(value) else "hatched"
+            caption = f"{module}, position {position}: {number(value)}"
+            style = f"h{shade(value, scale)}" if math.isfinite(value) else "hatched"
             left = column * width
-            parts.append(_rect(left, width, row * _CELL, _CELL - 1, look, said))
+            parts.append(_rect(left, width, row * _CELL, _CELL - 1, style, caption))
     bottom = _CELL * len(heatmap.modules) + 13
     step = max(1, math.ceil(columns / _MOST_LABELS))
     for column in range(0, columns, step):
         x = (column + 0.5) * width
         parts.append(_text(x, bottom, str(heatmap.positions[column]), "tick", "middle"))
-    said = f"heatmap of {len(heatmap.modules)} modules by {columns} positions"
-    return _svg(said, _CELL * len(heatmap.modules) + _AXIS, parts)
+    caption = f"heatmap of {len(heatmap.modules)} modules by {columns} positions"
+    return _svg(caption, _CELL * len(heatmap.modules) + _AXIS, parts)
 
 
 def heat_scale(heatmap: Heatmap) -> LogScale:
@@ -200,7 +200,7 @@ def shade_edges(scale: LogScale) -> list[tuple[int, float]]:
 
 
 def condensed(heatmap: Heatmap) -> Heatmap:
-    """A heatmap of a size that can be looked at: neighbors are joined, the worst of them kept."""
+    """A heatmap of a size that can be examined: neighbors are joined, the worst of them kept."""
     rows = math.ceil(len(heatmap.modules) / _MOST_ROWS) or 1
     columns = math.ceil(len(heatmap.positions) / _MOST_COLUMNS) or 1
     if rows == columns == 1:
@@ -226,14 +226,14 @@ def interval(low: float, value: float, high: float, limit: float, *, passed: boo
     def at(number_: float) -> float:
         return round(50 + 50 * max(-1.0, min(1.0, number_ / (reach or 1.0))), 2)
 
-    look = "ok" if passed else "bad"
+    style = "ok" if passed else "bad"
     parts = [_track(), _line(50, 0, 50, _BAR, "zero")]
     parts += [_line(at(edge), 0, at(edge), _BAR, "limit") for edge in (-limit, limit)]
     if all(map(math.isfinite, (low, value, high))):
-        parts.append(_rect(at(low), max(0.5, at(high) - at(low)), 6, 4, look))
-        parts.append(_point(at(value), 8, 4, look, number(value)))
-    said = f"difference {number(value)}, between {number(low)} and {number(high)}"
-    return _svg(f"{said}, limit {number(limit)}", _BAR, parts)
+        parts.append(_rect(at(low), max(0.5, at(high) - at(low)), 6, 4, style))
+        parts.append(_point(at(value), 8, 4, style, number(value)))
+    caption = f"difference {number(value)}, between {number(low)} and {number(high)}"
+    return _svg(f"{caption}, limit {number(limit)}", _BAR, parts)
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -268,10 +268,10 @@ def _worst(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (not math.isfinite(value), value))
 
 
-def _svg(said: str, height: int, parts: Iterable[Markup]) -> Markup:
+def _svg(caption: str, height: int, parts: Iterable[Markup]) -> Markup:
     body = Markup("").join(parts)
     head = Markup('<svg role="img" aria-label="{}" width="100%" height="{}"><title>{}</title>')
-    return head.format(said, height, said) + body + Markup("</svg>")
+    return head.format(caption, height, caption) + body + Markup("</svg>")
 
 
 def _track() -> Markup:
@@ -279,23 +279,23 @@ def _track() -> Markup:
 
 
 def _rect(
-    x: float, width: float, y: float, height: float, look: str, said: str | None = None
+    x: float, width: float, y: float, height: float, style: str, caption: str | None = None
 ) -> Markup:
-    title = Markup("") if said is None else Markup("<title>{}</title>").format(said)
+    title = Markup("") if caption is None else Markup("<title>{}</title>").format(caption)
     return Markup(
         '<rect class="{}" x="{:.4g}%" width="{:.4g}%" y="{:.4g}" height="{:.4g}">{}</rect>'
-    ).format(look, x, width, y, height, title)
+    ).format(style, x, width, y, height, title)
 
 
-def _line(x: float, y: float, right: float, below: float, look: str) -> Markup:
+def _line(x: float, y: float, right: float, below: float, style: str) -> Markup:
     return Markup('<line class="{}" x1="{}%" y1="{}" x2="{}%" y2="{}"></line>').format(
-        look, x, y, right, below
+        style, x, y, right, below
     )
 
 
-def _point(x: float, y: float, radius: int, look: str, said: str) -> Markup:
+def _point(x: float, y: float, radius: int, style: str, caption: str) -> Markup:
     return Markup('<circle class="{}" cx="{}%" cy="{}" r="{}"><title>{}</title></circle>').format(
-        look, x, y, radius, said
+        style, x, y, radius, caption
     )
 
 
@@ -307,7 +307,7 @@ def _diamond(x: float) -> Markup:
     ).format(x)
 
 
-def _text(x: float, y: float, text: str, look: str, anchor: str) -> Markup:
+def _text(x: float, y: float, text: str, style: str, anchor: str) -> Markup:
     return Markup('<text class="{}" x="{:.4g}%" y="{}" text-anchor="{}">{}</text>').format(
-        look, x, y, anchor, text
+        style, x, y, anchor, text
     )

@@ -28,7 +28,7 @@ def outcome_of(failure: str | None) -> Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One figure held against its limit. `reason` is the limit's."""
+    """One figure compared with its limit. `reason` is the limit's."""
 
     metric: str
     title: str

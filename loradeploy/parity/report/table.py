@@ -53,8 +53,8 @@ def adapter_lines(report: ParityReport) -> list[str]:
     """The adapters, the controls, and the check itself, a line each."""
     lines = [f"ran on {facts.provider}: {facts}" for facts in report.environment.providers]
     for facts in report.adapters:
-        said = "" if facts.message is None else f": {facts.message}"
-        lines.append(f"adapter {facts.name}: effect {facts.effect:.2g} max abs{said}")
+        text = "" if facts.message is None else f": {facts.message}"
+        lines.append(f"adapter {facts.name}: effect {facts.effect:.2g} max abs{text}")
     caught = sum(control.caught for control in report.controls)
     if report.controls:
         lines.append(
@@ -145,13 +145,13 @@ def _localization(localization: Localization) -> str:
     first = localization.first
     if first is None:
         return localization.message or "no module diverges by itself"
-    said = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
+    text = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
     if localization.before is not None:
-        said += f", after {localization.before.module} with {localization.before.share:.1g}"
+        text += f", after {localization.before.module} with {localization.before.share:.1g}"
     if localization.offenders:
         worst = ", ".join(step.module for step in localization.offenders[:_MOST_OFFENDERS])
-        said += f"; the error grows most at {worst}"
-    return said
+        text += f"; the error grows most at {worst}"
+    return text
 
 
 def _row(result: Result, varied: bool) -> tuple[str, ...]:

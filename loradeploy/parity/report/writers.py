@@ -126,8 +126,8 @@ def markdown(report: ParityReport) -> str:
     header, *body = rows(report)
     table = [_row(header), _row("---" for _ in header), *map(_row, body), ""]
     if len(body) > _LONG:
-        said = f"{len(body)} results"
-        table = [f"<details><summary>{said}</summary>", "", *table, "</details>", ""]
+        summary = f"{len(body)} results"
+        table = [f"<details><summary>{summary}</summary>", "", *table, "</details>", ""]
     lines += [*table, *_bullets([*score_lines(report), *adapter_lines(report)])]
     versions = ", ".join(
         f"{name} {version}" for name, version in report.environment.versions.items()

@@ -3,7 +3,7 @@
 Accuracy for classifiers, F1 of several labels and of entities, errors and correlations of numbers,
 perplexity for causal language models (`measures`), of the float32 PyTorch model with
 the adapter and of every ONNX path that can hold it, on the same examples. For a bundle in fewer
-bits it is the figure that tells most: rounding moves every logit, and what matters is the answers.
+bits it is the figure that says most: rounding moves every logit, and what matters is the answers.
 
 A score is judged as a non-inferiority trial is: it fails where a loss of more than the limit is
 certain, all of the interval being beyond it, and where such a loss cannot be excluded although the
@@ -226,7 +226,7 @@ def judge_score(
     same = bool((actual.sums == expected.sums).all()) and _same(actual.tallies, expected.tallies)
     least, most = (-high, -low) if MEASURES[metric].higher else (low, high)
     limit = share * abs(reference)
-    failed, said = _verdict(reference, value, least=least, most=most, limit=limit, same=same)
+    failed, text = _verdict(reference, value, least=least, most=most, limit=limit, same=same)
     return Score(
         backend=backend.name,
         title=backend.title,
@@ -240,7 +240,7 @@ def judge_score(
         high=high,
         limit=limit,
         passed=not failed,
-        message=said,
+        message=text,
     )
 
 
@@ -274,18 +274,18 @@ def _same(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
 def _verdict(
     reference: float, value: float, *, least: float, most: float, limit: float, same: bool
 ) -> tuple[bool, str | None]:
-    """Whether it fails, and what is to be said; `least` to `most` is the interval of the loss."""
+    """Whether it fails, and the text about it; `least` to `most` is the interval of the loss."""
     if not math.isfinite(value - reference):
         side = "it" if math.isfinite(reference) else "PyTorch"
         return True, f"is no number: {side} gives NaN or infinite values"
-    said = f"is {value:.4g} for PyTorch's {reference:.4g}"
+    text = f"is {value:.4g} for PyTorch's {reference:.4g}"
     lost = f"a loss of {least:.2g} to {most:.2g} where {limit:.2g} may be"
     if least > limit:
-        return True, f"{said}, for certain worse: {lost}"
+        return True, f"{text}, for certain worse: {lost}"
     if most > limit >= most - least:
-        return True, f"{said}, and may be worse: {lost}"
+        return True, f"{text}, and may be worse: {lost}"
     if most > limit and not same:
-        return False, f"{said}: too few examples to tell whether more than {limit:.2g} is lost"
+        return False, f"{text}: too few examples to tell whether more than {limit:.2g} is lost"
     return False, None
 
 
@@ -297,7 +297,7 @@ def _score_backend(
 ) -> Iterator[Score]:
     share = SCORE_LIMITS[context.manifest.precision]
     opened = open_backend(backend, context, None)
-    # A backend that cannot be opened is told of among the results.
+    # A backend that cannot be opened is among the results.
     with contextlib.suppress(NotRunError):
         for adapter, model in opened:
             if adapter not in expected:

@@ -156,7 +156,7 @@ def test_what_comes_before_agrees_and_what_follows_is_not_blamed(
     assert (found.before.module, found.before.op) == ("model.layers.0.mlp", "Mul")
     assert [step.module for step in found.offenders] == ["model.layers.0.mlp.down_proj"]
     layers = {step.layer for step in found.steps if step.module.endswith("proj")}
-    assert layers == {0}, "only the block that diverges is looked into"
+    assert layers == {0}, "only the block that diverges is examined"
 
 
 def test_two_faults_are_both_among_the_offenders(
@@ -322,7 +322,7 @@ def test_a_wrong_factor_in_pytorch_is_named_without_a_graph(
     assert locate(bundle, tiny_llama, "torch-merged").first is None
 
 
-# -- what cannot be looked into ----------------------------------------------------------------
+# -- what cannot be examined --------------------------------------------------------------------
 
 
 def test_a_graph_that_cannot_be_read_is_a_message(
@@ -331,7 +331,7 @@ def test_a_graph_that_cannot_be_read_is_a_message(
     (bundle / "model.onnx").write_bytes(b"no graph")
     found = locate(bundle, tiny_llama)
     assert (found.first, found.steps) == (None, ())
-    assert str(found.message).startswith("it could not be looked into: ")
+    assert str(found.message).startswith("it could not be examined: ")
 
 
 def test_a_backend_without_a_way_inside_is_a_message(

@@ -195,7 +195,7 @@ def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
     monkeypatch.setattr(OnnxModel, "forward", shifted)
     report = check(llama_with_adapter, shrink=True)
     assert len(report.counterexamples) == MOST
-    assert any("was looked for in 3 of " in note for note in report.notes)
+    assert any("was searched for in 3 of " in note for note in report.notes)
 
 
 def test_what_goes_wrong_in_the_search_is_a_remark_and_the_verdict_stands(

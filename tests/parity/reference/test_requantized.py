@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.parity.reference.packed import PackedWeight
+from loradeploy.parity.reference.quantized import QuantizedWeight
 from loradeploy.parity.reference.requantized import with_roundings
 from tests.conftest import MakeAdapter, once
 from tests.export import others
@@ -188,7 +188,7 @@ def test_rounding_has_no_part_along_the_adapter(
 
     own, other = update(), update()
     stored = _rounded(_rounded(base, bits) + share * own + extra * other, bits)
-    packed = {"m": PackedWeight(stored, bits, BLOCK, None)}
+    packed = {"m": QuantizedWeight(stored, bits, BLOCK, None)}
     found, problems = with_roundings(packed, {"m": base}.get, {"m": base + own}.get)
     assert (not problems) == right, problems
     assert (found["m"].rounding is not None) == right

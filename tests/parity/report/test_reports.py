@@ -213,4 +213,4 @@ def test_a_score_and_a_regression_are_cases_of_their_own(tmp_path: Path) -> None
     assert cases["parity.score", "accuracy, ONNX merged, sport"].find("failure") is None
     assert cases["parity.score", "perplexity, ONNX mixed, tech"].find("failure") is not None
     assert cases["parity.baseline", "PEFT, outcome"].find("failure") is not None
-    assert ("parity.onnx-merged", "sport, prefill, CPU, disable") in cases
+    assert ("parity.onnx-merged", "sport, prefill, cpu, disable") in cases

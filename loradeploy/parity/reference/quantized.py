@@ -1,13 +1,13 @@
-"""The reference for packed weights: PyTorch with the numbers that the graph has, unpacked.
+"""The reference for quantized weights: PyTorch with the numbers that the graph has, dequantized.
 
-What rounding to 8 or 4 bits does to the model is the choice of whoever packed it; parity asks
+What rounding to 8 or 4 bits does to the model is the choice of whoever quantized it; parity asks
 whether the weights are the base's but for that rounding, and whether the deployment computes what
 they say, adapters on top. What is left between the two is the activations, which onnxruntime rounds
-to 8 bits where it multiplies packed weights.
+to 8 bits where it multiplies quantized weights.
 
 A merged graph packs base and adapter in one. There the reference is the merge in PyTorch, rounded
 as loradeploy's own export rounds: nothing of the graph is in it but how many bits it packs to. Of a
-base that was packed before the merge, both roundings are taken from the graph (requantized.py).
+base that was quantized before the merge, both roundings are taken from the graph (requantized.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-PACKED: Final = ("int8", "int4")
+QUANTIZED: Final = ("int8", "int4")
 # What rounding may change of a row of a weight, ‖difference‖ / ‖row‖. With s steps to each side of
 # zero, normal numbers in blocks of 32 lose 0.6 / s: 0.5 % and 9 %; outliers make it more.
 _MOST_OFF: Final = {"int8": 0.05, "int4": 0.3}
@@ -46,13 +46,13 @@ _INT8_ACTIVATIONS: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A packed weight of a graph: its numbers [out, in] unpacked, its bits, and its blocks.
+class QuantizedWeight:
+    """A quantized weight of a graph: its numbers [out, in] dequantized, its bits, and its blocks.
 
     Of several modules that share a product, all have the numbers of the whole.
 
     `activations`: how the product rounds what it multiplies; None where it does not.
-    `rounding`: what rounding did to a merged weight, [out, in], where that is told from the graph.
+    `rounding`: what rounding did to a merged weight, [out, in], where that is read from the graph.
     """
 
     values: NDArray[np.float32]
@@ -62,11 +62,11 @@ class PackedWeight:
     rounding: NDArray[np.float32] | None = None
 
 
-def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeight]:
-    """The packed weights of the bundle's graph, by module.
+def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, QuantizedWeight]:
+    """The quantized weights of the bundle's graph, by module.
 
     Raises:
-        BundleError: a weight is packed in a way that is not understood.
+        BundleError: a weight is quantized in a way that is not understood.
     """
     from loradeploy.export.graph.file import load_graph
     from loradeploy.export.graph.names import called_after
@@ -81,7 +81,7 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
         remove_branches(graph.graph)
     remove_side_inputs(graph, manifest)
     at = {product.node: product for product in products(graph.graph)}
-    found: dict[str, PackedWeight] = {}
+    found: dict[str, QuantizedWeight] = {}
     for name, linear in find_linears(graph).linears.items():
         if not linear.quantized:
             continue
@@ -94,16 +94,16 @@ def packed_weights(bundle: Path, manifest: Manifest) -> Mapping[str, PackedWeigh
                 f"{bundle}: parity cannot read the {product.node.op_type} weight of {name}: compare"
                 " the graph with the PyTorch model instead (`reference`)"
             )
-        weight = _packed_weight(product, values)
+        weight = _quantized_weight(product, values)
         # A merged graph keeps q, k and v as one product; blocks are within a module's own rows.
         found |= dict.fromkeys(called_after(name), weight)
     return found
 
 
-def unpack_into(
-    model: torch.nn.Module, weights: Mapping[str, PackedWeight], manifest: Manifest
+def dequantize_into(
+    model: torch.nn.Module, weights: Mapping[str, QuantizedWeight], manifest: Manifest
 ) -> None:
-    """Give the linear layers of `model` a graph's packed weights.
+    """Give the linear layers of `model` a graph's quantized weights.
 
     Raises:
         BundleError: a weight is not that of the base but for its rounding.
@@ -119,11 +119,11 @@ def unpack_into(
                 f" its size, where {manifest.precision} leaves {most:.0%} at most: export again"
             )
         _give(module, weight)
-    logger.info("took the packed weights of the graph into the reference")
+    logger.info("took the quantized weights of the graph into the reference")
 
 
 @contextmanager
-def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> Iterator[None]:
+def rounded_as(model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
     """`model` with its weights as they are, merged or not, rounded as `weights` are."""
     from loradeploy.export.passes.quantize import rounded
 
@@ -131,11 +131,11 @@ def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> I
     try:
         for name, module in layers_of(model, weights):
             kept.append((module, module.weight))
-            whole, packed = weight_of(module), weights[name]
-            if packed.rounding is None:
-                values = rounded(whole, packed.bits, packed.block)
+            whole, quantized = weight_of(module), weights[name]
+            if quantized.rounding is None:
+                values = rounded(whole, quantized.bits, quantized.block)
             else:
-                values = whole + packed.rounding
+                values = whole + quantized.rounding
             _give(module, _like(module, values))
         yield
     finally:
@@ -143,7 +143,7 @@ def rounded_as(model: torch.nn.Module, weights: Mapping[str, PackedWeight]) -> I
             module.weight = weight
 
 
-def activations_of(weights: Mapping[str, PackedWeight]) -> dict[str, Activations]:
+def activations_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Activations]:
     """How the products round what they multiply, by module, where they do."""
     return {name: w.activations for name, w in weights.items() if w.activations is not None}
 
@@ -163,9 +163,9 @@ def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
 
 
 def layers_of(
-    model: torch.nn.Module, weights: Mapping[str, PackedWeight]
+    model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]
 ) -> Iterator[tuple[str, Any]]:
-    """The layers of `model` whose weights are packed; of adapted ones, the base's."""
+    """The layers of `model` whose weights are quantized; of adapted ones, the base's."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name in weights:
         if name in modules:
@@ -181,17 +181,17 @@ def _like(module: Any, values: NDArray[np.float32]) -> torch.Tensor:
 
 
 def _give(module: Any, weight: torch.Tensor) -> None:
-    """A parameter of its own: an output head may be tied to embeddings, which are not packed."""
+    """A parameter of its own: an output head may be tied to embeddings, which are not quantized."""
     import torch
 
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _packed_weight(product: Product, values: NDArray[np.float32]) -> PackedWeight:
+def _quantized_weight(product: Product, values: NDArray[np.float32]) -> QuantizedWeight:
     given = product.node.attributes
     if product.node.op_type != "MatMulNBits":
-        return PackedWeight(values, 8, values.shape[1], Activations(None))
+        return QuantizedWeight(values, 8, values.shape[1], Activations(None))
     bits = given["bits"].as_int() if "bits" in given else 4
     block, level = given["block_size"].as_int(), given.get("accuracy_level")
     rounds = level is not None and level.as_int() == _INT8_ACTIVATIONS
-    return PackedWeight(values, bits, block, Activations(block) if rounds else None)
+    return QuantizedWeight(values, bits, block, Activations(block) if rounds else None)
