@@ -16,6 +16,10 @@ CPU: Final = f"CPU{_SUFFIX}"
 # Of a plugin: which of its devices, in the order of `onnxruntime.get_ep_devices`.
 DEVICE_NUMBER: Final = "device_number"
 SOFTWARE_ADAPTER: Final = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
+# OpenVINO's configuration by device, in JSON.
+_OPENVINO_FP32: Final = (
+    '{"CPU":{"INFERENCE_PRECISION_HINT":"f32"},"GPU":{"INFERENCE_PRECISION_HINT":"f32"}}'
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ KNOWN: Final = (
         builds=("onnxruntime-openvino",),
         plugin=Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),
         device_option=DEVICE_NUMBER,
-        options={"precision": "FP32"},
+        # The plugin takes this option alone, and leaves others out with a line in the log.
+        options={"load_config": _OPENVINO_FP32},
         tried="a CPU, by hand, fp32",
         faults=(
             Fault(
@@ -204,8 +209,8 @@ KNOWN: Final = (
             ),
             Fault(
                 "1.8.1",
-                "computes in bf16 where the processor can, unless a precision is named",
-                "precision=FP32 is set, unless the options name one",
+                "computes in bf16 where the processor can, unless f32 is asked for",
+                "load_config asks for f32, unless the options have one",
             ),
         ),
     ),

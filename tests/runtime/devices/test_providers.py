@@ -16,6 +16,10 @@ FP32 = {"use_tf32": "0"}
 CPU, CUDA, TENSORRT, OPENVINO = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO")
 )
+# OpenVINO computes in bf16 where it can, unless it is asked not to.
+PRECISE = {
+    "load_config": '{"CPU":{"INFERENCE_PRECISION_HINT":"f32"},"GPU":{"INFERENCE_PRECISION_HINT":"f32"}}'
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +42,8 @@ def every_provider_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TENSORRT], [(TENSORRT, {})]),
         (["coreml"], [("CoreMLExecutionProvider", {})]),
         (["WebGPU"], [("WebGpuExecutionProvider", {})]),
-        (["openvino:2"], [(OPENVINO, {"precision": "FP32", "device_number": 2})]),
-        ([("openvino", {"precision": "ACCURACY"})], [(OPENVINO, {"precision": "ACCURACY"})]),
+        (["openvino:2"], [(OPENVINO, {**PRECISE, "device_number": 2})]),
+        ([("openvino", {"load_config": "{}"})], [(OPENVINO, {"load_config": "{}"})]),
     ],
 )
 def test_a_provider_goes_by_either_name(
@@ -84,7 +88,7 @@ def test_what_is_not_known_of_a_provider_is_not_assumed() -> None:
     assert row.feeds_all
     assert not row.takes_defaults
     assert not row.like_cpu
-    assert known("OpenVINOExecutionProvider.AUTO").options == {"precision": "FP32"}
+    assert known("OpenVINOExecutionProvider.AUTO").options == PRECISE
 
 
 def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() -> None:
