@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import onnxruntime
@@ -9,17 +10,16 @@ import pytest
 
 from loradeploy.errors import UsageError
 from loradeploy.runtime.devices.providers import Provider, resolve
-from loradeploy.runtime.devices.table import KNOWN, known
+from loradeploy.runtime.devices.table import BY_NAME, KNOWN, KnownProvider, known
+from tests.conftest import ROOT
 
 # Products of fp32 in fp32, which CUDA would round to TF32.
 FP32 = {"use_tf32": "0"}
 CPU, CUDA, TENSORRT, OPENVINO = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO")
 )
-# OpenVINO computes in bf16 where it can, unless it is asked not to.
-PRECISE = {
-    "load_config": '{"CPU":{"INFERENCE_PRECISION_HINT":"f32"},"GPU":{"INFERENCE_PRECISION_HINT":"f32"}}'
-}
+# OpenVINO computes in bf16 where it can, unless it is asked for f32.
+PRECISE = BY_NAME["openvino"].options
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +113,18 @@ def test_captured_runs_that_would_read_the_first_feeds_again_are_refused(value: 
         resolve([("cuda", {"enable_cuda_graph": value})])
     ((_, options),) = resolve([("cuda", {"enable_cuda_graph": "0"})])
     assert options["enable_cuda_graph"] == "0"
+
+
+def test_openvino_is_asked_for_f32() -> None:
+    devices = json.loads(PRECISE["load_config"])
+    assert devices["CPU"] == devices["GPU"] == {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.name)
+def test_the_documentation_has_every_provider(row: KnownProvider) -> None:
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    line = next(line for line in page.splitlines() if line.startswith(f"| `{row.name}` |"))
+    package = row.plugin.package if row.plugin else row.builds[0]
+    assert package in line
+    assert ("(plugin)" in line) == (row.plugin is not None)
+    assert ("device" in line.split("|")[4]) == (row.device != "cpu")
