@@ -82,3 +82,19 @@ def test_an_adapter_is_trained_deployed_and_proved(tiny_llama: Path, tmp_path: P
     assert "merged: parity passed" in output
     before, after = map(float, re.findall(r"loss (\S+) → (\S+)", output)[0])
     assert after < before
+
+
+def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -> None:
+    names = {"Paris": "B-LOC", "Rome": "B-LOC", "Anna": "B-PER", "Tom": "B-PER"}
+    rows = [
+        {"tokens": [name, word, "again"], "tags": [tag, "O", "O"]}
+        for word in ("won", "fell", "rose", "came")
+        for name, tag in names.items()
+    ]
+    data = tmp_path / "names.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--steps", 40, "--learning-rate", 2e-2, "--text", "Rome won again")
+    output = example("ner.py", tiny_bert, data, tmp_path / "out", *given)
+    assert "parity passed" in output
+    assert re.search(r"^ONNX side inputs: entity_f1 (\S+), PyTorch \1$", output, re.MULTILINE)
+    assert re.search(r"^0-4 Rome: LOC \(", output, re.MULTILINE)
