@@ -17,7 +17,7 @@ from loradeploy.parity.report.html import html
 from loradeploy.parity.report.plots import LogScale, condensed, number, shade
 from loradeploy.parity.report.results import Heatmap, Localization, ParityReport
 from loradeploy.parity.report.writers import write_report
-from tests.parity.reports import FULL, HEATMAP, PASSED
+from tests.parity.reports import FULL, HEATMAP, ON_CPU, PASSED
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>{{ 7 * 7 }}\x00"
 NAMED_BADLY = dataclasses.replace(
@@ -183,6 +183,7 @@ def test_every_plot_says_in_words_what_it_shows(report: ParityReport) -> None:
 
 def test_variants_have_a_column_only_where_there_is_more_than_one() -> None:
     assert "cpu, disable" in Page(html(FULL)).text
+    assert f"Ran on cpu {ON_CPU}" in Page(html(FULL)).text
     assert "Variant" not in Page(html(PASSED)).text
 
 
