@@ -291,7 +291,7 @@ def _text(where: str, line: dict[str, Any], key: str, *, empty: bool = False) ->
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"{where}: {key} is {reprlib.repr(value)}, a text is needed")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{where}: {key} holds half a surrogate pair, which is no text")
+        raise DataError(f"{where}: {key} contains an unpaired surrogate")
     return value
 
 

@@ -36,7 +36,7 @@ from tests.train.conftest import write_lines
         ('{"completion": "b"}\n', "line 1: prompt is None"),
         ('{"prompt": "a", "completion": ""}\n', "line 1: completion is ''"),
         ('{"prompt": 3, "completion": "b"}\n', "line 1: prompt is 3"),
-        ('{"text": "\\ud800"}\n', "line 1: .*holds half a surrogate pair"),
+        ('{"text": "\\ud800"}\n', "line 1: .*contains an unpaired surrogate"),
         ('{"messages": [{"role": "user"}]}\n', "line 1: messages is no list of objects"),
         ('{"messages": "hello"}\n', "line 1: messages is no list of objects"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "nothing to learn"),
