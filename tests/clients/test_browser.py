@@ -15,8 +15,8 @@ from tests.clients.test_js import COUNT, TOKENS, answers, calls, check_effect, t
 from tests.conftest import ROOT, once
 
 CHROMIUM = Path("/usr/bin/chromium")
-# A software GPU compiles its shaders for minutes of tokens: one batch, few tokens.
-ON_GPU = {"prompts": [TOKENS] * 3, "adapters": [None, "all", "few"], "maxNewTokens": 3}
+# A software GPU takes seconds for the shaders of one batch: the prompt, and one step.
+ON_GPU = {"prompts": [TOKENS] * 3, "adapters": [None, "all", "few"], "maxNewTokens": 2}
 JOBS: list[dict[str, Any]] = [
     {"bundle": "/bundle/", "backend": "wasm", "calls": calls()},
     {
@@ -94,7 +94,7 @@ def test_webgpu_gives_pythons_tokens(browser: dict[str, Any]) -> None:
     assert "value" in result, result
     ours = answers(browser["jobs"][0])[:3]  # Python's too
     theirs = answers(result)
-    assert [row["tokenIds"] for row in theirs] == [row["tokenIds"][:3] for row in ours]
+    assert [row["tokenIds"] for row in theirs] == [row["tokenIds"][:2] for row in ours]
     assert len({tuple(row["tokenIds"]) for row in theirs}) == 3
 
 

@@ -18,6 +18,7 @@ const FLAGS = [
   // WebGPU on SwiftShader, which is a GPU in software.
   ...["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"],
   ...["--use-vulkan=swiftshader", "--disable-vulkan-surface"],
+  "--js-flags=--liftoff-only", // tiny models do not repay the optimizing of 40 MB of WebAssembly
 ];
 const PATIENCE = 300_000; // ms: machines may be busy
 const VIEWS = [
@@ -81,6 +82,8 @@ async function useThePage() {
     const answer = document.getElementById("answer");
     new MutationObserver(() => window.lengths.push(answer.textContent.length)).observe(answer, { childList: true, characterData: true, subtree: true });
   });
+  await page.locator("#tokens").fill("12");
+  await page.locator("#prompt").focus();
   // From the prompt, where the focus is: the text, then back to the picker.
   await page.keyboard.type("Shares rose");
   await page.keyboard.press("Shift+Tab");
