@@ -91,7 +91,9 @@ def check_effect(
     try:
         ours, theirs = _outputs(device, manifest, config), _outputs(host, manifest, config)
     except LoraDeployError as problem:
-        raise DeviceError(f"{row.full} cannot run this graph: {problem}{_advice(row)}") from None
+        raise DeviceError(
+            f"{row.full} cannot run this graph: {str(problem).rstrip('.')}{_advice(row)}"
+        ) from None
     limit = _limit(manifest)
     effect = _distance(theirs["base"][0], theirs["adapter"][0])
     scale = "an adapter changes" if manifest.side_inputs() else "its outputs are of"
