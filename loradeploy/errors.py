@@ -7,7 +7,7 @@
     ├── AdapterError            an adapter that cannot be read or is refused
     │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
-    ├── BudgetError             an adapter that exceeds the memory budget of a session
+    ├── BudgetError             an adapter or a batch that exceeds a memory budget
     ├── TrainingError           a training run that cannot continue
     │   └── TrainingInterruptedError    stopped by a signal, with a checkpoint
     ├── RunError                a run that failed in ONNX Runtime
@@ -77,7 +77,7 @@ class UnknownAdapterError(LoraDeployError, KeyError):
 
 
 class BudgetError(LoraDeployError):
-    """An adapter that exceeds the memory budget of a session."""
+    """An adapter, or a batch with its cache, that exceeds a memory budget."""
 
 
 class TrainingError(LoraDeployError):
