@@ -43,7 +43,13 @@ from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
-from loradeploy.runtime.reading.graph import MAPPED, check_graph, open_graph, placement_of
+from loradeploy.runtime.reading.graph import (
+    MAPPED,
+    check_graph,
+    lacks_defaults,
+    open_graph,
+    placement_of,
+)
 from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.texts import TextSides, files_for_texts
 
@@ -124,7 +130,9 @@ class AdapterSession:
             self._reader.defaults(),
             device=self._device[0],
             device_id=self._device[1],
-            feeds_all=any(known(name).feeds_all for name in started),
+            # A provider that was passed over may have had the graph opened without defaults.
+            feeds_all=any(known(name).feeds_all for name in started)
+            or lacks_defaults(self.manifest, self._session),
         )
         self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():

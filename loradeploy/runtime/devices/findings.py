@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from loradeploy.errors import UsageError, first_line, listed_names
+from loradeploy.errors import UsageError, listed_names
 from loradeploy.runtime.devices.facts import device_facts
-from loradeploy.runtime.devices.plugins import (
-    TINY_GRAPH,
-    is_installed,
-    plugin_devices,
-    register,
-    try_device,
-)
+from loradeploy.runtime.devices.plugins import is_installed, plugin_devices, register
 from loradeploy.runtime.devices.providers import preload_cuda
-from loradeploy.runtime.devices.quiet import unlogged
+from loradeploy.runtime.devices.starting import check_starts, why_not
 from loradeploy.runtime.devices.table import CPU, KNOWN, KnownProvider, Plugin
 
 Status = Literal["ok", "note", "problem"]
@@ -99,8 +91,6 @@ def _finding(row: KnownProvider, status: Status, detail: str, advice: str = "") 
 
 def _built_in(row: KnownProvider, root: Path) -> Finding:
     """Whether a provider starts: it is listed wherever it is compiled in."""
-    import onnxruntime
-
     cuda = row.device == "cuda"
     if cuda and not has_nvidia_device(root):
         return _finding(
@@ -111,32 +101,13 @@ def _built_in(row: KnownProvider, root: Path) -> Finding:
         )
     if cuda:
         preload_cuda()
-    try:
-        with unlogged():
-            session = onnxruntime.InferenceSession(TINY_GRAPH, providers=[row.full])
-        if row.full in session.get_providers():
-            return _finding(row, "ok", f"built in, and starts{_listed(_built_in_devices(row))}")
-        why = missing_library(row) if cuda else "no device, driver or library"
-    except Exception as problem:  # onnxruntime's exceptions share no base but this
-        why = first_line(problem)
+    why = why_not(row.full, row.options)
+    if why is None:
+        return _finding(row, "ok", f"built in, and starts{_listed(_built_in_devices(row))}")
     if row.name == "cuda":
         detail = f"there is an NVIDIA device, and the provider does not start: {why}"
         return _finding(row, "problem", detail, _CUDA_LIBRARIES)
     return _finding(row, "note", f"built in, and does not start: {why}", f"it needs {row.needs}")
-
-
-def missing_library(row: KnownProvider) -> str:
-    """Which library the provider's own library lacks, in the words of the system's loader."""
-    import onnxruntime
-
-    kind = row.full.removesuffix("ExecutionProvider").lower()
-    windows = sys.platform == "win32"
-    name = f"onnxruntime_providers_{kind}.dll" if windows else f"libonnxruntime_providers_{kind}.so"
-    try:
-        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
-    except OSError as problem:
-        return " ".join(str(problem).split())
-    return "its libraries load, and the device does not answer"
 
 
 def _plugin(row: KnownProvider, plugin: Plugin) -> Finding:
@@ -152,7 +123,7 @@ def _plugin(row: KnownProvider, plugin: Plugin) -> Finding:
         return _finding(row, "note", f"{installed} finds no device here", needs)
     try:
         for device in devices:
-            try_device(row.full, device, dict(row.options))
+            check_starts(row.full, dict(row.options), device)
     except UsageError as problem:
         return _finding(row, "problem", f"{installed}: {problem}", needs)
     return _finding(row, "ok", f"{installed}, and starts{_listed(devices)}")

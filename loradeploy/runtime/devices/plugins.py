@@ -1,8 +1,7 @@
-"""Providers whose library comes apart from ONNX Runtime: registering it, and starting its devices.
+"""Providers whose library comes apart from ONNX Runtime: registering it, and choosing its devices.
 
 ONNX Runtime does not start such a provider by its name: it takes the devices that the library
-found, in a session's options. A plugin may find none, and may find one that does not start (no
-driver for it), so that is tried on a graph of one node before a session's options are changed.
+found, in a session's options. Which providers start is tried before the options are changed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import UsageError, first_line
 from loradeploy.printable import logger_of
-from loradeploy.runtime.devices.quiet import FATAL, unlogged
+from loradeploy.runtime.devices.quiet import unlogged
+from loradeploy.runtime.devices.starting import TINY_GRAPH, check_starts
 from loradeploy.runtime.devices.table import CPU, DEVICE_NUMBER, Plugin, known
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
-TINY_GRAPH: Final = (
-    b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
-    b"\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
 # In a session's options: the providers that were put there, so that they open a second session.
 _CHOSEN: Final = "loradeploy.providers"
 _LIBRARY: Final = "library_path"  # what the metadata of a plugin's device has
@@ -78,16 +73,16 @@ def register(full: str, plugin: Plugin) -> bool:
         return True
 
 
-def add_plugins(
+def add_started(
     options: onnxruntime.SessionOptions, providers: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]] | None:
-    """Put `providers` into `options` where one is a plugin, else give back those to be named.
+    """Put the `providers` that start into `options` where one is a plugin, else give them back.
 
-    A plugin that does not start is passed over, with a logged warning, where the CPU's provider
-    stands in `providers` too. None: they are in the options, those of an earlier call included.
+    One that does not start is passed over, with a logged warning, where the CPU's provider stands
+    in `providers` too. None: they are in the options, those of an earlier call included.
 
     Raises:
-        UsageError: a plugin does not start, a provider cannot stand beside it, or the options have
+        UsageError: a provider does not start, one cannot stand beside it, or the options have
             been given other providers before.
     """
     import onnxruntime
@@ -98,12 +93,10 @@ def add_plugins(
     started: list[tuple[str, dict[str, str], Any]] = []
     for name, given in providers:
         text = {key: str(value) for key, value in given.items()}
-        if name in by_name:
-            started.append((name, text, None))
-            continue
         try:
-            device = _device(name, text, devices)
-            try_device(name, device, text)
+            device = None if name in by_name else _device(name, text, devices)
+            if name != CPU:
+                check_starts(name, text, device)
         except UsageError as problem:
             if not fallback:
                 raise UsageError(f"{problem}. Or name {CPU} as well to run on the CPU.") from None
@@ -134,23 +127,6 @@ def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[A
     if number >= len(found):
         raise UsageError(f"{name} has no device {number}: it has {len(found)}, counted from 0")
     return found[number]
-
-
-def try_device(name: str, device: Any, options: Mapping[str, str]) -> None:
-    """Raise UsageError unless the provider `name` starts on `device`, with `options`."""
-    import onnxruntime
-
-    tiny = onnxruntime.SessionOptions()
-    tiny.log_severity_level = FATAL
-    try:
-        with unlogged():
-            tiny.add_provider_for_devices([device], options)
-            onnxruntime.InferenceSession(TINY_GRAPH, tiny, enable_fallback=0)
-    except Exception as problem:  # onnxruntime's exceptions share no base but this
-        raise UsageError(
-            f"{name} is installed and finds a device, which does not start:"
-            f" {first_line(problem)}. It needs {_needs(name)}"
-        ) from None
 
 
 def _needs(name: str) -> str:

@@ -37,8 +37,8 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
     of a provider that is a plugin is registered.
 
     Raises:
-        UsageError: no provider, one that is not installed, a device of a provider without any, or
-            an option that captures runs, which a session cannot replay.
+        UsageError: no provider, one that is not installed, a device of a provider without any or
+            one that is no number, or an option that captures runs, which a session cannot replay.
     """
     if providers is None:
         return [(CPU, {})]
@@ -59,6 +59,12 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
             if str(other_device) != str(device):
                 raise UsageError(f"{shown(name)}: its options choose device {shown(other_device)}")
             options = {row.device_option: device, **options}
+        chosen = options.get(row.device_option or "", 0)
+        if not str(chosen).isdecimal():
+            raise UsageError(
+                f"{shown(name)} has {row.device_option} {shown(chosen)}: give the number of a"
+                " device, counted from 0"
+            )
         if named.setdefault(full, options) != options:
             raise UsageError(f"providers has {full} twice, with different options")
         if full != name.partition(":")[0]:

@@ -17,7 +17,7 @@ from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
-from loradeploy.runtime.devices.plugins import add_plugins, chosen_before, providers_in
+from loradeploy.runtime.devices.plugins import add_started, chosen_before, providers_in
 from loradeploy.runtime.devices.providers import (
     Provider,
     Resolved,
@@ -132,7 +132,7 @@ def _open(
     if asked is not None:
         content = source if isinstance(source, bytes) else None
         asked = [_kept_off(provider, content, graph) for provider in asked]
-    by_name = None if asked is None else add_plugins(options, asked)
+    by_name = None if asked is None else add_started(options, asked)
     try:
         with nullcontext() if names == [CPU] else unlogged():
             session = onnxruntime.InferenceSession(
@@ -194,7 +194,7 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
     """
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
-    if not overridable:
+    if lacks_defaults(manifest, session):
         side_inputs = {spec.name for spec in manifest.side_inputs()}
         overridable = {name: node for name, node in required.items() if name in side_inputs}
         required = {name: node for name, node in required.items() if name not in side_inputs}
@@ -212,6 +212,11 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
             f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
             f" {listed(problems, _LISTED)}. Export again."
         )
+
+
+def lacks_defaults(manifest: Manifest, session: onnxruntime.InferenceSession) -> bool:
+    """Whether the graph was opened without the defaults of its side inputs: all must be fed."""
+    return bool(manifest.side_inputs()) and not session.get_overridable_initializers()
 
 
 def _misfits(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:

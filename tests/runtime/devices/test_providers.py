@@ -61,6 +61,9 @@ def test_a_provider_goes_by_either_name(
         (["cuda:first"], "give NAME or NAME:NUMBER"),
         (["cpu:1"], "has no devices to choose"),
         (["webgpu:1"], "has no devices to choose"),
+        ([("openvino", {"device_number": "GPU"})], "has device_number 'GPU': give the number"),
+        ([("openvino", {"device_number": -1})], "has device_number -1: give the number"),
+        ([("cuda", {"device_id": "first"})], "has device_id 'first': give the number"),
         (["nothing"], "this onnxruntime has no 'nothing', it has CPUExecutionProvider, CUDA"),
     ],
 )
