@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from loradeploy.errors import BudgetError, RunError, UsageError
@@ -462,6 +463,10 @@ def test_an_error_in_the_thread_reaches_the_loop(generators: dict[str, TextGener
         ({"num_beams": 2, "n": 3}, "n is 3 of 2 beams"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs are not given of beams"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1"),
+        ({"num_beams": 2, "early_stopping": np.ones(2)}, "early_stopping is array"),
+        ({"num_beams": 2, "length_penalty": -2000.0}, "length_penalty is -2000.0: give a number"),
+        ({"num_beams": 2, "length_penalty": 5000.0}, "length_penalty is 5000.0: give a number"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"length_penalty": 1.0}, "length_penalty has no effect without beams"),
         ({"early_stopping": False}, "early_stopping has no effect without beams"),
@@ -478,6 +483,8 @@ def test_an_error_in_the_thread_reaches_the_loop(generators: dict[str, TextGener
         ({"logit_bias": {-1: 2.0}}, "logit_bias names -1"),
         ({"logit_bias": {600: 2.0}}, "logit_bias names the token 600, the logits end at 511"),
         ({"logit_bias": {5: float("inf")}}, "logit_bias of 5 is inf"),
+        ({"logit_bias": {5: 1e39}}, r"prompt \d: logit_bias or a penalty is so large"),
+        ({"repetition_penalty": 1e-45}, r"prompt \d: logit_bias or a penalty is so large"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"allowed_tokens": 5}, "allowed_tokens is 5"),
         ({"allowed_tokens": lambda made: np.ones(512)}, r"prompt 1: allowed_tokens gave float64"),
@@ -505,6 +512,40 @@ def test_a_mask_that_allows_nothing_names_its_row(
     own = [None, {"allowed_tokens": none_of}]
     with pytest.raises(UsageError, match="prompt 2: no token is allowed behind 3 generated ones"):
         generators["grows"].generate(PROMPTS[:2], per_prompt=own, num_beams=beams)
+
+
+def test_a_mask_that_allows_fewer_texts_than_n_names_its_row(
+    generators: dict[str, TextGenerator],
+) -> None:
+    def one_of(made: tuple[int, ...]) -> np.ndarray:
+        return np.arange(512) == 60 + len(made)
+
+    generator = generators["grows"]
+    own = [None, {"allowed_tokens": one_of}]
+    options: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 3}
+    with pytest.raises(UsageError, match="prompt 2: n is 2 texts, of which its mask allows 1:"):
+        generator.generate(PROMPTS[:2], per_prompt=own, n=2, **options)
+    _, best = generator.generate(PROMPTS[:2], per_prompt=own, **options)
+    assert best.token_ids == (60, 61, 62)
+
+
+def test_a_search_that_is_cancelled_ends_all_texts_of_its_prompt(
+    generators: dict[str, TextGenerator],
+) -> None:
+    def one_of(made: tuple[int, ...]) -> np.ndarray:
+        return np.arange(512) == 60 + len(made)
+
+    results = {}
+    own = [{"num_beams": 3, "n": 3}, {"num_beams": 2, "n": 2, "allowed_tokens": one_of}, None]
+    with generators["grows"].stream(PROMPTS, max_new_tokens=NEW, per_prompt=own) as stream:
+        stream.cancel(1)
+        stream.cancel(3)
+        for piece in stream:
+            if piece.result is not None:
+                results[piece.row] = piece.result
+    reasons = [results[row].finish_reason for row in range(6)]
+    assert reasons == ["cancelled"] * 5 + ["length"]
+    assert [len(results[row].token_ids) for row in range(5)] == [1, 1, 1, 1, 0]
 
 
 def test_a_batch_beyond_the_memory_is_refused_with_figures(
@@ -535,9 +576,34 @@ def test_texts_that_cannot_be_scored_are_refused(generators: dict[str, TextGener
     assert len(score([[7] * 128])[0].logprobs) == 127
 
 
-def test_logits_that_are_no_numbers_choose_no_token(generators: dict[str, TextGenerator]) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"num_beams": 2}])
+def test_logits_that_are_not_finite_choose_no_token(
+    generators: dict[str, TextGenerator], options: dict[str, Any], value: float
+) -> None:
     generator = generators["grows"]
-    call = Call.of("A", None, 0, False, None, None, {})
-    sequences = generator._reader.request(call, 0).sequences
-    with pytest.raises(RunError, match="prompt 1: the graph gave logits that are not numbers"):
-        sequences.advance(np.full((1, 512), np.nan, np.float32))
+    logits = np.zeros((1, 512), np.float16)
+    logits[0, :5] = -np.inf  # bars these tokens
+    call = Call.of("A", None, 0, False, None, None, options)
+    assert generator._reader.request(call, 0).sequences.advance(logits)
+    logits[0, 7] = value
+    for given in (logits, np.full_like(logits, -np.inf)):
+        sequences = generator._reader.request(call, 0).sequences
+        with pytest.raises(RunError, match="prompt 1: the graph gave logits that are not finite"):
+            sequences.advance(given)
+
+
+def test_a_text_is_not_scored_by_logits_that_are_not_finite(
+    generators: dict[str, TextGenerator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = HeldAdapters.run_with_ort_values
+
+    def overflowing(self: HeldAdapters, names: Any, feeds: Any, **options: Any) -> Any:
+        logits, *present = run(self, names, feeds, **options)
+        values = logits.numpy().copy()
+        values[1, -1, 7] = np.inf
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(values), *present]
+
+    monkeypatch.setattr(HeldAdapters, "run_with_ort_values", overflowing)
+    with pytest.raises(RunError, match="text 2: the graph gave logits that are not finite"):
+        generators["grows"].score([PROMPTS[0], PROMPTS[2]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
-from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export import others
 from tests.tolerances import tolerance
@@ -120,6 +120,52 @@ def test_an_adapter_changes_what_is_generated_in_a_batch_that_is_not_padded(
     base = generator.generate(prompts, max_new_tokens=6)
     own = generator.generate(prompts, "own", max_new_tokens=6)
     assert [row.token_ids for row in base] != [row.token_ids for row in own]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2, "temperature": 0.9}, {"num_beams": 3, "n": 2}], ids=str
+)
+def test_results_are_reported_in_their_order_where_batches_are_of_one_length(
+    bundles: Bundles, options: dict[str, Any]
+) -> None:
+    generator = TextGenerator(AdapterSession(bundles("gpt2 without positions")))
+    prompts = [[5, 6], [7, 8, 9], [10, 11], [5], [12, 13, 14]]
+    alone = [
+        one
+        for prompt in prompts
+        for one in generator.generate([prompt], "own", max_new_tokens=4, **options)
+    ]
+    for batch_size in (5, 3, 1):
+        reported: dict[int, Generation] = {}
+        results = generator.generate(
+            prompts,
+            "own",
+            max_new_tokens=4,
+            batch_size=batch_size,
+            on_result=reported.__setitem__,
+            **options,
+        )
+        assert list(reported.items()) == list(enumerate(results))
+        assert [one.token_ids for one in results] == [one.token_ids for one in alone]
+
+
+def test_samples_and_beams_are_the_same_with_a_cache_and_without(bundles: Bundles) -> None:
+    cached, without = (
+        TextGenerator(AdapterSession(bundles(kind)))
+        for kind in ("gpt2 with positions", "gpt2 without a cache")
+    )
+    prompts = [[5, 6], [7, 8, 9, 10, 11], [12]]
+    own: list[dict[str, Any]] = [{"num_beams": 3, "n": 2}, {"n": 3, "temperature": 0.9}, {}]
+    options: dict[str, Any] = {"max_new_tokens": 6, "per_prompt": own}
+    results = [
+        made.generate(prompts, [None, "own", "own"], **options) for made in (cached, without)
+    ]
+    one, other = ([result.token_ids for result in of] for of in results)
+    assert one == other
+    assert len(set(one)) == 6
+    base = without.generate(prompts, **options)
+    assert [result.token_ids for result in base][:2] == one[:2]
+    assert [result.token_ids for result in base][2:] != one[2:]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.cli.run import command
 from loradeploy.errors import DataError, LoraDeployError, UnknownAdapterError, UsageError
 from loradeploy.runtime.session import AdapterSession
@@ -108,6 +109,23 @@ def test_settings_of_a_generation_reach_it_and_their_results_are_printed(
         texts = run(tiny_llama_bundle, prompts[0], *flags).stdout
         own = expected[: options.get("n", 1)]
         assert texts == "".join(one.text + "\n" for one in own)
+
+
+def test_each_answer_is_printed_with_its_prompt_where_batches_are_of_one_length(
+    tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_llama_bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    (bundle / MANIFEST_NAME).write_text(json.dumps({**manifest, "padding": "none"}))
+    prompts = ["A", "Shares in the company fell", "I"]
+    expected = TextGenerator(llama_session).generate(prompts, max_new_tokens=5)
+    file = lines(tmp_path, *({"prompt": prompt} for prompt in prompts))
+    result = run(bundle, "--input", file, "--json", "--max-new-tokens", 5)
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["prompt"], line["text"]) for line in printed] == [
+        (prompt, one.text) for prompt, one in zip(prompts, expected, strict=True)
+    ]
 
 
 def test_a_line_may_have_settings_of_its_own(

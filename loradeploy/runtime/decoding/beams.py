@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.errors import RunError
-from loradeploy.runtime.decoding.logprobs import log_softmax
+from loradeploy.errors import UsageError
+from loradeploy.runtime.decoding.logprobs import check_logits, log_softmax
 from loradeploy.runtime.decoding.processors import Processors
 from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
 from loradeploy.runtime.decoding.stopping import first_stop
@@ -76,13 +76,12 @@ class BeamSearch:
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
         """The beams that go on, by the logits [rows, vocabulary] of those that there are."""
-        if np.isnan(logits).any():
-            raise RunError(
-                f"{self._process.what}: the graph gave logits that are not numbers: run"
-                " `loradeploy parity` on the bundle and the adapter"
-            )
+        check_logits(logits, self._process.what)
         if self._cancelled:
             self._keep([self._end(beam, "cancelled", None) for beam in self._running])
+            # A mask may have allowed fewer beginnings so far; every text of a prompt has an end.
+            missing = self._n - len(self._ended)
+            self._ended += [_Beam((), -np.inf, reason="cancelled")] * missing
             self._running = []
             return []
         candidates = [self._judged(beam) for beam in self._candidates(logits)]
@@ -94,6 +93,12 @@ class BeamSearch:
         self._improvable = self._improvable and self._can_improve(going, length)
         if not self._improvable or (self._full and self._early_stopping is True):
             going = []
+        if not going and len(self._ended) < self._n:
+            raise UsageError(
+                f"{self._process.what}: n is {self._n} texts, of which its"
+                f" {'mask allows' if self._process.allowed_tokens else 'settings allow'}"
+                f" {len(self._ended)}: give a smaller n"
+            )
         # In the order of their rows: where no beam is doubled the cache stays as it is.
         self._running = sorted(going, key=lambda beam: beam.row)
         return [Row(beam.row, beam.ids[-1]) for beam in self._running]
@@ -166,12 +171,12 @@ class BeamSearch:
         return [(rank, text) for rank, text in texts if text]
 
     def cancel(self, choice: int) -> None:
-        """Have the search end where it is, with the next step, for all of its texts."""
+        """Have the search end where it is, with the next step: its texts end together."""
         self._cancelled = True
 
     def ended(self) -> list[int]:
         """The ranks of the best texts, once the search has ended."""
-        return [] if self._running else list(range(min(self._n, len(self._ended))))
+        return [] if self._running else list(range(self._n))
 
     def result(self, choice: int) -> Finished:
         """The text of a rank."""

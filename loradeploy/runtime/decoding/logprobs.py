@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import RunError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,18 @@ class TokenLogprob:
     token: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+
+
+def check_logits(logits: NDArray[Any], what: str) -> None:
+    """Raise RunError where a position of logits [..., vocabulary] has NaN, +inf, or -inf alone.
+
+    -inf bars a token, which a graph may do. `what`: whose they are.
+    """
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise RunError(
+            f"{what}: the graph gave logits that are not finite (an overflow, such as of float16):"
+            " run `loradeploy parity` on the bundle and the adapter"
+        )
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

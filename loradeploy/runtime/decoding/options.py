@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Of the tokens generated so far: the tokens that may follow, as bool [vocabulary]; None is all.
 AllowedTokens = Callable[[tuple[int, ...]], "NDArray[np.bool_] | None"]
+# The length of any text to this power is a number, and so is a score divided by it.
+_MOST_PENALTY: Final = 20
 Number: Final = (int, float, np.integer, np.floating)
 
 
@@ -186,9 +188,14 @@ class GenerationOptions:
                 "logprobs are not given of beams: score the text with TextGenerator.score"
             )
         penalty = self.length_penalty
-        if penalty is not None and not (_number(penalty) and abs(penalty) < float("inf")):
-            raise UsageError(f"length_penalty is {shown(penalty)}: give a number")
-        if self.early_stopping not in (None, True, False, "never"):
+        if penalty is not None and not (_number(penalty) and abs(penalty) <= _MOST_PENALTY):
+            raise UsageError(
+                f"length_penalty is {shown(penalty)}: give a number from -{_MOST_PENALTY} to"
+                f" {_MOST_PENALTY}"
+            )
+        early = self.early_stopping
+        kind = isinstance(early, bool | str | None)  # 1 is no True, which `in` takes it for
+        if not kind or early not in (None, True, False, "never"):
             raise UsageError(
                 f'early_stopping is {shown(self.early_stopping)}: give True, False or "never"'
             )

@@ -81,13 +81,15 @@ class Processors:
         changing = self.bias or self.presence_penalty or self.frequency_penalty
         return not (changing or self.allowed_tokens or self.own.changes_scores)
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused below
     def __call__(
         self, logits: NDArray[np.floating], prompt: Sequence[int], made: Sequence[int]
     ) -> NDArray[np.floating]:
         """`logits` [vocabulary] as they are changed behind `prompt` and the tokens `made` since.
 
         Raises:
-            UsageError: no token is left, or a mask or a token that does not fit the logits.
+            UsageError: no token is left, a logit is infinite, or a mask or a token that does not
+                fit the logits.
         """
         if self._idle:
             return logits
@@ -123,6 +125,10 @@ class Processors:
                 f"{self.what}: no token is allowed behind {len(made)} generated ones"
                 f" ({'its mask' if self.allowed_tokens else 'its settings'} bars all of"
                 f" {scores.size})"
+            )
+        if not scores.max() < np.inf:
+            raise UsageError(
+                f"{self.what}: logit_bias or a penalty is so large that a logit is infinite"
             )
         return scores
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.errors import RunError
-from loradeploy.runtime.decoding.logprobs import TokenLogprob, token_logprob
+from loradeploy.runtime.decoding.logprobs import TokenLogprob, check_logits, token_logprob
 from loradeploy.runtime.decoding.processors import Processors
 from loradeploy.runtime.decoding.sampling import Sampling
 from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
@@ -72,11 +71,7 @@ class Samples:
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
         """Choose each text's next token, by the logits [rows, vocabulary]."""
-        if np.isnan(logits).any():
-            raise RunError(
-                f"{self._process.what}: the graph gave logits that are not numbers: run"
-                " `loradeploy parity` on the bundle and the adapter"
-            )
+        check_logits(logits, self._process.what)
         first = self._going is None
         rows = []
         going: list[int] = []

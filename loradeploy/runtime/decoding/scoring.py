@@ -12,7 +12,12 @@ import numpy as np
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.decoding.logprobs import TokenLogprob, log_softmax, token_logprob
+from loradeploy.runtime.decoding.logprobs import (
+    TokenLogprob,
+    check_logits,
+    log_softmax,
+    token_logprob,
+)
 from loradeploy.runtime.decoding.loop import DecoderGraph
 from loradeploy.runtime.held import HeldAdapters
 
@@ -48,12 +53,16 @@ def scores_of(
     texts: Sequence[Sequence[int]],
     adapters: Sequence[AdapterSpec | None],
     tokenizers: Sequence[Tokenizer],
+    numbers: Sequence[int],
     most: int,
 ) -> list[TextScore]:
     """The scores of `texts`, token ids, with the `most` likeliest tokens of each position.
 
+    `numbers`: what messages call them by.
+
     Raises:
         UsageError: the graph gives the logits of the last position alone.
+        RunError: it gives logits that are not finite.
     """
     ids, mask, _ = graph.padded(texts)
     cache = graph.session.empty_cache(len(texts))
@@ -72,6 +81,7 @@ def scores_of(
     results = []
     for row, (text, adapter, tokenizer) in enumerate(zip(texts, adapters, tokenizers, strict=True)):
         own = values[row, mask[row] == 1]
+        check_logits(own, f"text {numbers[row] + 1}")
         results.append(_score(own, text, adapter, tokenizer, most))
     return results
 

@@ -122,24 +122,25 @@ class TextGenerator:
         What a row becomes depends on its prompt, its adapter, its settings and its seed alone, not
         on the batch: a single `seed` is every prompt's. `batch_size` prompts are generated
         together, by default all. `on_text(row, piece)` is called as text appears, with beam search
-        once it has ended; `on_result(row, result)` row by row when a batch has ended.
+        once it has ended; `on_result(row, result)` in the order of the rows, when a batch has
+        ended.
 
         Raises:
             UsageError: no prompts, an empty one, one that fills the model's positions, a value out
-                of its range, settings that contradict each other, or a mask that allows no token.
+                of its range, settings that contradict each other, or a mask that allows no token,
+                or fewer texts than `n` beams.
+            RunError: the graph gave logits that are not finite.
             UnknownAdapterError: an adapter that was never loaded.
             BudgetError: a batch that takes more memory than there is.
         """
         call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
         results: dict[int, Generation] = {}
-        told = 0
+        reported = 0
         for piece in self._decode(call, set()):
-            if piece is None:  # a batch has ended
-                rows = sorted(results)
-                if on_result is not None:
-                    for row in rows[told:]:
-                        on_result(row, results[row])
-                told = len(rows)
+            if piece is None:  # a batch has ended; one may hold later rows than the next one
+                while on_result is not None and reported in results:
+                    on_result(reported, results[reported])
+                    reported += 1
                 continue
             if on_text is not None and piece.text:
                 on_text(piece.row, piece.text)
@@ -203,7 +204,7 @@ class TextGenerator:
         Raises:
             UsageError: no texts, one of fewer than two tokens or of more than the model has
                 positions, or a graph that gives the last token's logits alone.
-            UnknownAdapterError, BudgetError: as `generate`.
+            UnknownAdapterError, BudgetError, RunError: as `generate`.
         """
         given = listed(texts, "texts")
         each = each_row(adapters, len(given))
@@ -233,6 +234,7 @@ class TextGenerator:
                 [text.ids for text in together],
                 [text.adapter for text in together],
                 [text.side.tokenizer for text in together],
+                [text.number for text in together],
                 logprobs,
             )
             for text, score in zip(together, found, strict=True):

@@ -49,7 +49,10 @@ class TextStream:
         return next(self._pieces)
 
     def cancel(self, row: int) -> None:
-        """End a row before its next token, as "cancelled"; the others go on."""
+        """End a row before its next token, as "cancelled"; the others go on.
+
+        The texts of a beam search are one search: the other rows of the prompt end with it.
+        """
         self._cancelled.add(row)
 
     def close(self) -> None:
@@ -101,7 +104,10 @@ class AsyncTextStream:
         return piece
 
     def cancel(self, row: int) -> None:
-        """End a row before its next token, as "cancelled"; the others go on."""
+        """End a row before its next token, as "cancelled"; the others go on.
+
+        The texts of a beam search are one search: the other rows of the prompt end with it.
+        """
         self._cancelled.add(row)
 
     async def aclose(self) -> None:
