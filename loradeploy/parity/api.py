@@ -63,7 +63,7 @@ def parity(
         fuzz: how many rows of random tokens are fed too.
         providers: execution providers as `AdapterSession` takes them, such as "cuda", "cuda:1" or
             ("cuda", {"use_tf32": 1}); the graphs are run on each, with the providers that stand
-            behind it. The CPU by default.
+            behind it; scores are taken, and `others` are run, on the first. The CPU by default.
         optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
             at: "disable", "basic", "extended" or "all"; "all" by default.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
@@ -117,7 +117,7 @@ def parity(
     from loradeploy.parity.report.writers import check_reports
     from loradeploy.parity.score.heldout import read_held_out
     from loradeploy.parity.score.scores import check_scored
-    from loradeploy.parity.variants import choose_variants, together
+    from loradeploy.parity.variants import choose_variants
     from loradeploy.snapshot import Snapshot
 
     if trust_remote_code and model is None:
@@ -146,8 +146,8 @@ def parity(
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
     tested = find_adapters(path, manifest, adapters)
     digests = graph_digests(path, manifest)
-    used = together(variants.chains.values())
-    chosen += other_backends(others, manifest, tested, used)
+    first = variants.chains[variants.each[0].provider]
+    chosen += other_backends(others, manifest, tested, first)
     with custom_code(trust_remote_code):
         directory, base = find_model(path, manifest, model)
     if earlier is not None:
@@ -172,7 +172,7 @@ def parity(
             adapters=tested,
             cases=cases,
             scratch=scratch,
-            providers=used,
+            providers=first,
             variants=variants,
             phases=shown,
             genai_python=interpreter,

@@ -37,7 +37,7 @@ from loradeploy.parity.report.results import (
 )
 from loradeploy.parity.score.heldout import HeldOut
 from loradeploy.parity.score.scores import score_backends, score_notes, score_reference
-from loradeploy.parity.variants import start, together
+from loradeploy.parity.variants import start
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -65,9 +65,10 @@ def run(
     """
     started = time.monotonic()
     started_on = start(context.bundle, context.variants)
-    chains = context.variants.chains.items()
-    running = [chain for provider, chain in chains if provider not in started_on.crashed]
-    context = dataclasses.replace(context, crashed=started_on.crashed, providers=together(running))
+    context = dataclasses.replace(context, crashed=started_on.crashed)
+    running = [one for one in context.variants.each if one.provider not in started_on.crashed]
+    if running:  # what runs once runs on the first
+        context = context.at(running[0])
     logger.info("loading %s", context.model)
     model = load_model(context)
     answered = score_reference(context, model, held_out)
@@ -129,7 +130,12 @@ def run(
         adapters=adapter_facts(context, reference),
         controls=made,
         localizations=localized,
-        notes=(*_notes(context, reference), *started_on.notes, *remarks, *score_notes(held_out)),
+        notes=(
+            *_notes(context, reference),
+            *started_on.notes,
+            *remarks,
+            *score_notes(context, held_out),
+        ),
         seconds=round(time.monotonic() - started, 1),
         files=files,
         counterexamples=smallest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -67,14 +67,6 @@ def choose_variants(
         )
     each = dict.fromkeys(Variant(name, level) for name in chains for level in levels)
     return Variants(tuple(each), chains)
-
-
-def together(chains: Iterable[Sequence[Resolved]]) -> list[Resolved]:
-    """All providers of `chains`, for one session, in their order."""
-    found: list[Resolved] = []
-    for chain in chains:
-        found += [provider for provider in chain if provider not in found]
-    return found
 
 
 def _shown(options: Mapping[str, object]) -> str:

@@ -147,10 +147,11 @@ def score_backends(
     )
 
 
-def score_notes(held_out: Mapping[str | None, HeldOut]) -> list[str]:
-    """What was scored on what."""
+def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -> list[str]:
+    """What was scored on what, and where: in one of several variants."""
+    where = f", on {context.variant}" if len(context.variants.each) > 1 else ""
     found = {
-        f"scores: {len(data.examples)} of {data.available} examples in {data.source}"
+        f"scores: {len(data.examples)} of {data.available} examples in {data.source}{where}"
         for data in held_out.values()
     }
     return sorted(found)

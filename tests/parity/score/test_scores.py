@@ -19,7 +19,7 @@ from loradeploy.cli.main import main
 from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.backends.table import BACKENDS
 from loradeploy.parity.controls import wrong_adapter
-from loradeploy.parity.report.results import ParityReport, Score
+from loradeploy.parity.report.results import ParityReport, Score, Variant
 from loradeploy.parity.score.heldout import Example, read_held_out
 from loradeploy.parity.score.scores import SCORE_LIMITS, Answers, _loss, judge_score
 from loradeploy.parity.tolerances import UNIT
@@ -124,6 +124,30 @@ def test_a_classifier_keeps_its_accuracy(
         # Forty examples that all agree leave room for doubt, and say so by their interval.
         assert (score.low, score.high) == pytest.approx((-0.0876, 0.0876), abs=1e-3)
     assert f"scores: 40 of 60 examples in {topics}" in report.notes
+
+
+def test_scores_are_those_of_the_first_provider_where_one_has_two_settings(
+    bundles: dict[str, Path], tiny_bert: Path, topics: Path, parity: Parity
+) -> None:
+    report = parity(
+        bundles["accuracy"],
+        model=tiny_bert,
+        evaluate=topics,
+        providers=["cpu", ("cpu", {"arena": "0"})],
+        optimization=["basic"],
+        backends=["onnx-side-inputs"],
+        others=[f"base={bundles['accuracy']}/model.onnx"],
+        phases=["padded-batch"],
+        controls=False,
+    )
+    assert report.passed, report.failures
+    assert {(r.backend, r.variant) for r in report.results} == {
+        ("onnx-side-inputs", Variant("cpu", "basic")),
+        ("onnx-side-inputs", Variant("cpu arena=0", "basic")),
+        ("other:base", None),
+    }
+    assert [score.backend for score in report.scores] == ["onnx-side-inputs"]
+    assert f"scores: 40 of 60 examples in {topics}, on cpu, basic" in report.notes
 
 
 def test_a_language_model_keeps_its_perplexity_with_the_adapter_and_without(
