@@ -20,6 +20,8 @@ SINGLE_LABEL: Final = "single_label_classification"
 MULTI_LABEL: Final = "multi_label_classification"
 REGRESSION: Final = "regression"
 PROBLEM_TYPES: Final = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+# In their place: there is a head, and nothing declares its labels or its problem type.
+UNDECLARED: Final = "undeclared"
 # The names of the setting of training.
 TRAINED_PROBLEMS: Final[Mapping[str, str]] = {
     "single-label": SINGLE_LABEL,
@@ -42,13 +44,19 @@ class Head:
     """What the answers of an adapter, or of the base, are.
 
     `labels`: their names in the order of the outputs, None where they are the base's.
-    `problem_type`: one of PROBLEM_TYPES, of a sequence classifier; None where it is not known.
+    `problem_type`: one of PROBLEM_TYPES, of a sequence classifier; UNDECLARED of a classifier of
+    either kind whose files cannot say what its answers are; else None.
     `outputs`: how many of the graph's are its own, the first ones; None of all.
     """
 
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     outputs: int | None = None
+
+    @property
+    def declared(self) -> bool:
+        """Whether it is known what the answers are."""
+        return self.problem_type != UNDECLARED
 
 
 def label_parameters(adapter: Adapter) -> tuple[str, ...]:

@@ -20,12 +20,14 @@ from loradeploy.adapter.heads import (
     problem_of,
     stated_problem,
 )
-from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loradeploy.bundle.manifest import Manifest
 
 # e^-10000 is 0 in every float, and the number itself fits into float16.
@@ -56,6 +58,15 @@ def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> 
         return adapter
     labels = adapter.labels or placeholders(fewest)
     return dataclasses.replace(adapter, saved=saved, labels=labels)
+
+
+def brings_head(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> bool:
+    """Whether side inputs may replace the head of a classifier.
+
+    Names of heads are as many as architectures, so that every replaced parameter counts as one.
+    """
+    whole = {saved.input for saved in manifest.saved}
+    return manifest.task in CLASSIFICATIONS and not whole.isdisjoint(arrays)
 
 
 def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> Head:

@@ -36,6 +36,20 @@ def check_count(name: str, value: object) -> None:
         raise UsageError(f"{name} is {shown(value)}: give 1 or more")
 
 
+def check_stride(value: object) -> None:
+    """Raise UsageError unless `value`, a stride, is a whole number from 0 on."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 0:  # type: ignore[operator]
+        raise UsageError(f"`stride` is {shown(value)}: give a number of tokens")
+
+
+def check_probability(name: str, value: object) -> None:
+    """Raise UsageError unless `value`, which the user calls `name`, is a number from 0 to 1."""
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:  # type: ignore[operator]
+        raise UsageError(f"`{name}` is {shown(value)}: give a probability, from 0 to 1")
+
+
 def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
     """The adapter of each of `rows` rows.
 

@@ -53,16 +53,9 @@ class HeldAdapters:
         self._ended = False
         self._changed = threading.Condition()
 
-    def labels(self, row: int) -> tuple[str, ...] | None:
-        """The label names that the adapter of `row` was trained with, where it says."""
-        head = self.head(row)
-        return None if head is None else head.labels
-
     def head(self, row: int) -> Head | None:
         """What the answers of the adapter of `row` are; None of the base."""
-        rows = self._lease.rows
-        resident = rows[row] if self._lease.per_row else rows[0]
-        return None if resident is None else resident.head
+        return self._lease.heads[row if self._lease.per_row else 0]
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """As `AdapterSession.run` with the held adapters."""

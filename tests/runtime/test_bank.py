@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loradeploy.adapter.heads import Head
 from loradeploy.errors import AdapterError, BudgetError, UnknownAdapterError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
@@ -189,7 +190,7 @@ def test_an_adapter_in_use_stays(
     session = small()
     with session.hold(list(alone)) as held:  # more than the budget at one time
         assert session.statistics.resident == COUNT
-        assert held.labels(0) is None
+        assert (held.head(0), held.head(1)) == (None, Head())
     assert session.statistics.host_bytes <= session._bank._host_budget
 
 

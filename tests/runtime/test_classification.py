@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import AdapterError, AdapterMismatchError, BundleError, UsageError
+from loradeploy.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    BundleError,
+    RunError,
+    UsageError,
+)
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
@@ -237,6 +243,9 @@ def test_a_text_has_all_labels_that_reach_the_threshold(typed_bundle: Path) -> N
         classify(TEXTS[0], "silent", threshold=0.3)
     with pytest.raises(UsageError, match="`threshold` is 1.5: give a probability"):
         classify(TEXTS[0], "several", threshold=1.5)
+    for given in ("0.5", True, float("nan")):
+        with pytest.raises(UsageError, match=r"`threshold` is .*: give a probability"):
+            classify(TEXTS[0], "several", threshold=given)  # type: ignore[arg-type]
 
 
 def test_the_command_prints_labels_and_numbers(
@@ -272,8 +281,90 @@ def test_what_a_head_answers_is_never_guessed(
         TextClassifier(session)(TEXTS[0], "native")
 
 
+# -- names of one adapter's numbers ------------------------------------------------------------
+
+
+def labeled(place: Path, source: Path, **changes: Any) -> Path:
+    """The adapter at `source` with other declarations, at `place`; its tensors are the same."""
+    save_adapter(dataclasses.replace(load_adapter(source), **changes), place)
+    return place
+
+
+def test_each_name_has_the_labels_of_its_own_files(
+    tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    source = bert_adapters["large"]
+    news = labeled(tmp_path / "news", source, labels=("sport", "business"))
+    mood = labeled(tmp_path / "mood", source, labels=("good", "bad"))
+    session = AdapterSession(tiny_bert_bundle)
+    session.load("news", news)
+    before = session.statistics.host_bytes
+    session.load("mood", mood)
+    session.register("silent", source)
+    classify = TextClassifier(session)
+    rows = classify([TEXTS[1]] * 3, ["mood", "news", "silent"])
+    named = [["good", "bad"], ["sport", "business"], ["LABEL_0", "LABEL_1"]]
+    assert [list(row.scores) for row in rows] == named
+    assert [row.score for row in rows] == [rows[0].score] * 3
+    assert session.statistics.host_bytes == before, "their numbers are in memory once"
+
+    right = labeled(tmp_path / "right", source, labels=("finance", "sport"))
+    with pytest.raises(UsageError, match="another adapter is loaded as 'news'"):
+        session.load("news", right)
+    session.load("news", right, replace=True)
+    assert list(classify(TEXTS[1], "news")[0].scores) == ["finance", "sport"]
+    assert list(classify(TEXTS[1], "mood")[0].scores) == ["good", "bad"]
+    session.unload("mood")
+    assert list(classify(TEXTS[1], "news")[0].scores) == ["finance", "sport"]
+
+
+def test_an_adapter_of_the_bundle_keeps_its_labels_beside_one_of_equal_numbers(
+    typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
+) -> None:
+    session = AdapterSession(typed_bundle)
+    session.load("given", labeled(tmp_path / "a", declared["several"], labels=tuple("abcd")))
+    given, own = TextClassifier(session)([TEXTS[1]] * 2, ["given", "several"])
+    assert list(given.scores) == list("abcd")
+    assert list(own.scores) == list(LABELS[:4])
+
+
+def test_labels_that_changed_on_disk_are_refused_and_not_mixed(
+    tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    place = labeled(tmp_path / "it", bert_adapters["large"], labels=("sport", "business"))
+    session = AdapterSession(tiny_bert_bundle, host_budget=100_000)
+    session.register("it", place)
+    session.register("other", bert_adapters["small"])
+    classify = TextClassifier(session)
+    assert list(classify(TEXTS[1], "it")[0].scores) == ["sport", "business"]
+    labeled(place, place, labels=("good", "bad"))
+    classify(TEXTS[1], "other")
+    assert session.statistics.evictions
+    with pytest.raises(AdapterError, match="'it' has changed on disk"):
+        classify(TEXTS[1], "it")
+
+
+def test_numbers_that_are_not_finite_are_refused_and_never_answered(
+    tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = load_adapter(bert_adapters["small"])
+    wide = {
+        module: dataclasses.replace(
+            pair, A=np.full_like(pair.A, 1e17), B=np.full_like(pair.B, 1e17)
+        )
+        for module, pair in adapter.factors.items()
+    }
+    session = AdapterSession(tiny_bert_bundle)
+    session.load("wide", labeled(tmp_path / "wide", bert_adapters["small"], factors=wide))
+    with pytest.raises(RunError, match="text 2: the graph gave numbers that are not finite"):
+        TextClassifier(session)(TEXTS[:2], [None, "wide"])
+
+
 def test_a_base_with_a_head_of_its_own_keeps_it_beside_smaller_ones(
-    tiny_bert: Path, declared: dict[str, Path], tmp_path: Path
+    tiny_bert: Path,
+    declared: dict[str, Path],
+    bert_adapters: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -299,6 +390,16 @@ def test_a_base_with_a_head_of_its_own_keeps_it_beside_smaller_ones(
     assert (own.problem_type, len(own.scores)) == ("regression", 1)
     (number,) = pipeline_scores(tiny_bert, declared["number"], TEXTS[1], "regression")
     assert abs(own.score - number) <= tolerance("torch-onnx-tiny")
+
+    # A blend answers with the base's head, as all its members declare, or is refused.
+    for name, problem in (("a", "regression"), ("b", "regression"), ("c", None)):
+        changed = labeled(tmp_path / name, bert_adapters["headless"], problem_type=problem)
+        classify.session.load(name, changed)
+    blend, member, other = classify([TEXTS[1]] * 3, [{"a": 0.75, "b": 0.25}, "a", "c"])
+    assert (blend.problem_type, other.problem_type) == ("regression", base.problem_type)
+    assert blend.scores == pytest.approx(member.scores, abs=1e-5)
+    with pytest.raises(UsageError, match="'a' and 'c' declare different labels or problem types"):
+        classify(TEXTS[1], {"a": 0.5, "c": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import UsageError
+from loradeploy.errors import RunError, UsageError
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.entities import Entity, without_overlaps
 from loradeploy.runtime.tasks.tokens import TokenClassifier
@@ -175,6 +175,35 @@ def test_a_merged_bundle_finds_what_its_adapter_finds(
             assert spans[0] == spans[1]
 
 
+def test_a_native_file_with_a_head_is_refused_for_it_does_not_name_its_labels(
+    tagged_bundle: Path,
+) -> None:
+    session = AdapterSession(tagged_bundle)
+    session.load("native", tagged_bundle / "adapters" / "pieces.onnx_adapter")
+    with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
+        TokenClassifier(session)(TEXTS[0], "native")
+    # Under a name that has them it changes nothing.
+    session.load("pieces")
+    session.load("bytes", tagged_bundle / "adapters" / "bytes.onnx_adapter")
+    found = TokenClassifier(session)(TEXTS[0], "bytes", aggregation="none")[0].entities
+    assert {entity.label for entity in found} <= set(LABELS["bytes"])
+
+
+def test_logits_that_are_not_finite_are_refused(
+    tagged_bundle: Path, taggers: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = load_adapter(taggers["bytes"])
+    wide = {
+        module: dataclasses.replace(pair, A=pair.A * 0 + 1e17, B=pair.B * 0 + 1e17)
+        for module, pair in adapter.factors.items()
+    }
+    save_adapter(dataclasses.replace(adapter, factors=wide), tmp_path)
+    session = AdapterSession(tagged_bundle)
+    session.load("wide", tmp_path)
+    with pytest.raises(RunError, match="text 2: the graph gave numbers that are not finite"):
+        TokenClassifier(session)(TEXTS[:2], [None, "wide"])
+
+
 def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None:
     empty, full = classify(["", TEXTS[0]], "bytes")
     assert empty.entities == ()
@@ -190,6 +219,7 @@ def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None
         (["a"], {"aggregation": "all"}, "`aggregation` is 'all': give one of none, simple, first"),
         (["a"], {"aggregation": "none", "stride": 4}, "`stride` needs an `aggregation`"),
         (["a"], {"stride": 128}, "`stride` is 128: give 0 to 127 tokens"),
+        (["a"], {"stride": "4"}, "`stride` is '4': give a number of tokens"),
         (["a"], {"adapters": ["bytes"] * 2}, "2 adapters for a batch of 1 rows"),
     ],
 )

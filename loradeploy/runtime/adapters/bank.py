@@ -3,6 +3,7 @@
 A name is cheap: what it stands for is read when a run first needs it, and let go when the budget
 wants room, the least recently used first; what a run uses, and what is pinned, stays. Memory is
 kept by content: two names of one adapter share it, and what is read again must be what it was.
+What the answers are called is no content: each name has the head that its own files declare.
 
 One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
 bytes. A batch whose rows differ reads a stack of several (stacks.py).
@@ -35,6 +36,7 @@ from loradeploy.runtime.adapters.resident import (
     Resident,
     blend,
     blend_digest,
+    blend_head,
     weights_of,
 )
 from loradeploy.runtime.adapters.stacks import Stacks, bindable, neutral, used
@@ -70,13 +72,14 @@ class BankStatistics:
 class _Entry:
     """What a name stands for.
 
-    `read`: how it is read again; `digest` is None until it was once. `loading` is held by the one
-    thread that reads it.
+    `read`: how it is read again; `head` is None until it was once, and `digest` where nothing else
+    told it. `loading` is held by the one thread that reads it.
     """
 
     name: str
     read: Read
     digest: str | None
+    head: Head | None = None
     pinned: bool = False
     loading: threading.Lock = field(default_factory=threading.Lock)
 
@@ -86,12 +89,14 @@ class Lease:
     """What the rows of a run use, kept in the bank until the lease ends.
 
     `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
+    `heads`: what the answers of each of `rows` are, None for the base.
     `per_row`: whether `rows` has an entry for each row.
     `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
     `stacked`: whether it reads a stack of several adapters.
     """
 
     rows: tuple[Resident | None, ...]
+    heads: tuple[Head | None, ...]
     per_row: bool
     device: Bindable
     adapter_ids: onnxruntime.OrtValue | None = None
@@ -177,8 +182,9 @@ class AdapterBank:
     ) -> Resident:
         """Read an adapter now, and return what is in the bank under its name then.
 
-        The same adapter again changes nothing. Another one takes the name only with `replace`: runs
-        that have begun end with the old one, runs that begin later use the new one.
+        The same adapter again changes nothing. Another one, or one whose answers are called
+        otherwise, takes the name only with `replace`: runs that have begun end with the old one,
+        runs that begin later use the new one.
 
         Raises:
             UsageError: another adapter has this name, and `replace` is not given.
@@ -187,20 +193,22 @@ class AdapterBank:
         arrays, digest, head = read()
         with self._changed:
             there = self._entries.get(name)
-        if there is not None and not replace and there.digest != digest:
-            present = self._load(there)  # it may be the same one in another format
-            if not present.computes(digest, arrays):
+        if there is not None and not replace and (there.digest, there.head) != (digest, head):
+            # It may be the same one in another format, or not read yet.
+            present, its_head = self._load(there)
+            alike = not head.declared or head == its_head
+            if not (alike and present.computes(digest, arrays)):
                 raise _taken(name)
             return present
         arrays = self._in_order(arrays)
         with self._changed:
             there = self._entries.get(name)
-            known = there is not None and there.digest == digest
+            known = there is not None and (there.digest, there.head) == (digest, head)
             if there is not None and not known and not replace:
                 raise _taken(name)
-            resident = self._admit(Resident(digest, head, arrays))
+            resident = self._admit(Resident(digest, arrays))
             if not known:
-                self._entries[name] = _Entry(name, read, digest)
+                self._entries[name] = _Entry(name, read, digest, head)
                 self._drop_unnamed()
         return resident
 
@@ -279,8 +287,9 @@ class AdapterBank:
                 weights: self._find(weights, held, thread)
                 for weights in dict.fromkeys(weights_of(s) for s in specs if s is not None)
             }
-            rows = tuple(None if s is None else found[weights_of(s)] for s in specs)
-            lease = self._lease(rows, per_row)
+            chosen = [(None, None) if s is None else found[weights_of(s)] for s in specs]
+            rows, heads = zip(*chosen, strict=True) if chosen else ((), ())
+            lease = self._lease(rows, heads, per_row)
             yield lease
         finally:
             self._release(held, thread)
@@ -293,7 +302,9 @@ class AdapterBank:
         """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
         if not lease.per_row:
             return lease
-        taken = self._lease(tuple(lease.rows[row] for row in rows), per_row=True)
+        residents = tuple(lease.rows[row] for row in rows)
+        heads = tuple(lease.heads[row] for row in rows)
+        taken = self._lease(residents, heads, per_row=True)
         if taken.stacked:  # as `lease` is, by which it is counted
             with self._stacking:
                 self._stacked -= 1
@@ -301,22 +312,24 @@ class AdapterBank:
 
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
-    ) -> Resident:
+    ) -> tuple[Resident, Head]:
         """The adapter or blend, in use by `thread` and noted in `held`, as are its members."""
-        members = [(self._take(name, held, thread), weight) for name, weight in weights]
+        taken = {name: self._take(name, held, thread) for name, _ in weights}
+        members = [(taken[name][0], weight) for name, weight in weights]
         if len(members) == 1 and members[0][1] == 1:
-            return members[0][0]
+            return taken[weights[0][0]]
+        head = blend_head({name: own for name, (_, own) in taken.items()})
         digest = blend_digest(members)
         with self._changed:
             made = self._residents.get(digest)
             if made is not None:
-                return self._use(made, held, thread)
+                return self._use(made, held, thread), head
         made = blend(members, self._manifest)
         with self._changed:
-            return self._use(self._admit(made), held, thread)
+            return self._use(self._admit(made), held, thread), head
 
-    def _take(self, name: str, held: list[Resident], thread: int) -> Resident:
-        """The adapter `name`, read if it is not in memory, in use by `thread`."""
+    def _take(self, name: str, held: list[Resident], thread: int) -> tuple[Resident, Head]:
+        """The adapter `name`, read if it is not in memory, in use by `thread`, and its head."""
         missed = False
         while True:
             with self._changed:
@@ -324,9 +337,10 @@ class AdapterBank:
                 if entry is None:
                     raise self._unknown(name)
                 resident = self._residents.get(entry.digest or "")
-                if resident is not None:
+                # Its like under another name may have another head.
+                if resident is not None and entry.head is not None:
                     self._hits += not missed
-                    return self._use(resident, held, thread)
+                    return self._use(resident, held, thread), entry.head
                 self._misses += not missed
                 missed = True
             with entry.loading:
@@ -334,12 +348,12 @@ class AdapterBank:
                 with self._changed:
                     if self._entries.get(name) is not entry:
                         continue  # the name changed hands meanwhile
-                    entry.digest = digest
-                    resident = self._admit(Resident(digest, head, arrays))
-                    return self._use(resident, held, thread)
+                    entry.digest, entry.head = digest, head
+                    resident = self._admit(Resident(digest, arrays))
+                    return self._use(resident, held, thread), head
 
-    def _load(self, entry: _Entry) -> Resident:
-        """The adapter of `entry` in memory."""
+    def _load(self, entry: _Entry) -> tuple[Resident, Head]:
+        """The adapter of `entry` in memory, and its head."""
         held: list[Resident] = []
         thread = threading.get_ident()
         try:
@@ -351,10 +365,10 @@ class AdapterBank:
         """What `entry` stands for, unless another thread has just read it."""
         with self._changed:
             there = self._residents.get(entry.digest or "")
-        if there is not None:
-            return there.host, there.digest, there.head
+        if there is not None and entry.head is not None:
+            return there.host, there.digest, entry.head
         arrays, digest, head = entry.read()
-        if entry.digest is not None and entry.digest != digest:
+        if entry.digest not in (None, digest) or entry.head not in (None, head):
             raise AdapterError(
                 f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
                 " with replace=True"
@@ -385,24 +399,26 @@ class AdapterBank:
             self._evict()
             self._changed.notify_all()
 
-    def _lease(self, rows: tuple[Resident | None, ...], per_row: bool) -> Lease:
+    def _lease(
+        self, rows: tuple[Resident | None, ...], heads: tuple[Head | None, ...], per_row: bool
+    ) -> Lease:
         members = used(rows)
         if not members:
-            return Lease(rows, per_row, self._base)
+            return Lease(rows, heads, per_row, self._base)
         if len(members) == 1 and None not in rows:
-            return Lease(rows, per_row, self._bind(members[0]))
+            return Lease(rows, heads, per_row, self._bind(members[0]))
         with self._stacking:
             if self._manifest.layout == ROWS:
                 device = self._stacks.in_rows(rows)
                 self._stacked += 1
-                return Lease(rows, per_row, device, stacked=True)
+                return Lease(rows, heads, per_row, device, stacked=True)
             with self._changed:
                 busy = frozenset(self._users)
             device, slots_of = self._stacks.of(members, busy)
             self._stacked += 1
         slots = [0 if resident is None else slots_of[resident] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return Lease(rows, per_row, device, adapter_ids, stacked=True)
+        return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
 
     def _bind(self, resident: Resident) -> Bindable:
         """The adapter's side inputs on the device."""

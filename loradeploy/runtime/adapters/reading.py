@@ -8,14 +8,14 @@ from pathlib import Path
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import file_digest, short, tensors_digest
-from loradeploy.adapter.heads import Head
+from loradeploy.adapter.heads import UNDECLARED, Head
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.fit import fit_to
-from loradeploy.bundle.labels import head_of
+from loradeploy.bundle.labels import brings_head, head_of
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX
@@ -78,10 +78,10 @@ class AdapterReader:
             if source.suffix == NATIVE_SUFFIX:
                 arrays = read_onnx_adapter(source)
                 check_side_inputs(arrays, self.manifest)
-                whole = {saved.input for saved in self.manifest.saved}
-                # The file does not say what a head in it answers; without one it is the base's.
-                base = None if whole & arrays.keys() else self.manifest.problem_type
-                return arrays, tensors_digest(arrays, {}), Head(None, base)
+                # The file cannot say what a head in it answers; without one it is the base's.
+                undeclared = brings_head(arrays, self.manifest)
+                problem = UNDECLARED if undeclared else self.manifest.problem_type
+                return arrays, tensors_digest(arrays, {}), Head(None, problem)
             adapter = fit_to(load_adapter(source), self.manifest)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
             return arrays, adapter.digest, self._head(adapter)

@@ -66,7 +66,6 @@ class Resident:
     """
 
     digest: str
-    head: Head
     host: Arrays
     parts: tuple[str, ...] = ()
 
@@ -136,8 +135,23 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
                     " give smaller ones"
                 )
     parts = tuple(resident.digest for resident, _ in members)
-    head = Head(None, manifest.problem_type)  # its members bring none
-    return Resident(blend_digest(members), head, in_one_block(host), parts)
+    return Resident(blend_digest(members), in_one_block(host), parts)
+
+
+def blend_head(heads: Mapping[str, Head]) -> Head:
+    """What the answers of a blend are: what those of its members are, whose `heads` these are.
+
+    Raises:
+        UsageError: the members do not agree.
+    """
+    (first, head), *others = heads.items()
+    for name, other in others:
+        if other != head:
+            raise UsageError(
+                f"{first!r} and {name!r} declare different labels or problem types: a blend of them"
+                " has no names for its answers"
+            )
+    return head
 
 
 def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:

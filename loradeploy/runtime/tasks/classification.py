@@ -22,9 +22,14 @@ from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.arguments import Adapters, check_probability
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.encoder import PlainTokens, encoded_batches, given_texts
+from loradeploy.runtime.tasks.encoder import (
+    PlainTokens,
+    check_finite,
+    encoded_batches,
+    given_texts,
+)
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
@@ -92,9 +97,10 @@ class TextClassifier:
             UsageError: no texts, a text without tokens, not one adapter for each, a threshold for
                 no multi-label classifier, or an adapter whose file does not say what it answers.
             UnknownAdapterError: an adapter that was never loaded.
+            RunError: the graph gave logits that are not finite numbers.
         """
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise UsageError(f"`threshold` is {shown(threshold)}: give a probability, from 0 to 1")
+        if threshold is not None:
+            check_probability("threshold", threshold)
         results, problems = [], set[str]()
         output = output_of(self.session.manifest)
         for batch in encoded_batches(
@@ -105,7 +111,9 @@ class TextClassifier:
                 head = head_of_row(batch.held.head(row), self._head, one.adapter)
                 problems.add(str(head.problem_type))
                 least = THRESHOLD if threshold is None else threshold
-                results.append(_classification(values, head, one.adapter, least))
+                own, labels = named_outputs(values, head)
+                check_finite(own, one)
+                results.append(_classification(own, labels, head, one.adapter, least))
         if threshold is not None and MULTI_LABEL not in problems:
             raise UsageError(
                 f"`threshold` is for {MULTI_LABEL}, and these are {', '.join(sorted(problems))}"
@@ -139,7 +147,7 @@ def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> He
     """
     if own is None:
         return base
-    if own.problem_type is None and base.problem_type is not None:
+    if not own.declared:
         raise UsageError(
             f"the adapter {shown(adapter)} was loaded from a file that does not say what its head"
             " answers: load its PEFT directory"
@@ -185,11 +193,14 @@ def _encode(text: str, side: TextSide) -> list[PlainTokens]:
 
 
 def _classification(
-    logits: NDArray[Any], head: Head, adapter: AdapterSpec | None, threshold: float
+    logits: NDArray[Any],
+    labels: Sequence[str],
+    head: Head,
+    adapter: AdapterSpec | None,
+    threshold: float,
 ) -> Classification:
-    own, labels = named_outputs(logits, head)
     problem = str(head.problem_type)
-    scores = SCORES[problem](own)
+    scores = SCORES[problem](logits)
     best = int(scores.argmax())
     having = {
         SINGLE_LABEL: [best],

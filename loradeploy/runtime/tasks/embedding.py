@@ -12,7 +12,12 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.encoder import PlainTokens, encoded_batches, given_texts
+from loradeploy.runtime.tasks.encoder import (
+    PlainTokens,
+    check_finite,
+    encoded_batches,
+    given_texts,
+)
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
@@ -58,6 +63,7 @@ class TextEmbedder:
             UsageError: no texts, not one adapter for each, no prompt of this name, or adapters
                 whose vectors have different sizes.
             UnknownAdapterError: an adapter that was never loaded.
+            RunError: the graph gave states that are not finite numbers.
         """
 
         def encode(text: str, side: TextSide) -> list[PlainTokens]:
@@ -72,6 +78,8 @@ class TextEmbedder:
             (states,) = batch.held.run([output], batch.feeds)  # [batch, sequence, hidden]
             for row, one in enumerate(batch.rows):
                 side, length = one.side, len(one.tokens.ids)
+                own = states[row] if states.ndim == 2 else states[row, :length]
+                check_finite(own, one)
                 if states.ndim == 2:  # [batch, hidden]
                     vectors.append(self._whole(states[row : row + 1], side))
                     continue
@@ -102,7 +110,7 @@ def _prompt(side: TextSide, name: str | None) -> str:
     if name is None:
         name = side.recipe.default_prompt
         return "" if name is None else prompts[name]
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         known = ", ".join(prompts) or "none"
         raise UsageError(f"no prompt is called {name!r}; there are: {known}")
     return prompts[name]

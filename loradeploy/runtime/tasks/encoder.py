@@ -15,7 +15,7 @@ from loradeploy.bundle.names import (
     NO_PADDING,
     TOKEN_TYPE_IDS,
 )
-from loradeploy.errors import UsageError, shown
+from loradeploy.errors import RunError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.held import HeldAdapters
@@ -51,7 +51,7 @@ class PlainTokens:
 
 
 @dataclass(frozen=True)
-class Row(Generic[_Tokens]):
+class TextRow(Generic[_Tokens]):
     """A row of a batch: a text, or a part of it, as tokens of the side that its adapter had.
 
     `text` is its number among the texts.
@@ -68,7 +68,7 @@ class Batch(Generic[_Tokens]):
     """Rows, their adapters held, feeds [rows, sequence] and mask [rows, sequence]."""
 
     held: HeldAdapters
-    rows: Sequence[Row[_Tokens]]
+    rows: Sequence[TextRow[_Tokens]]
     feeds: dict[str, NDArray[Any]]
     mask: NDArray[np.int64]
 
@@ -143,6 +143,15 @@ def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
     return list(given)
 
 
+def check_finite(values: NDArray[Any], row: TextRow[Any]) -> None:
+    """Raise RunError unless what the graph gave for `row` are finite numbers, to be answered by."""
+    if not np.isfinite(values).all():
+        raise RunError(
+            f"text {row.text + 1}: the graph gave numbers that are not finite: run `loradeploy"
+            " parity` on the bundle and the adapter"
+        )
+
+
 @dataclass(frozen=True)
 class _Encoded(Generic[_Tokens]):
     """A text as rows of the side that its adapter had at its `counts` of changes."""
@@ -151,7 +160,7 @@ class _Encoded(Generic[_Tokens]):
     text: Any
     adapter: AdapterSpec | None
     counts: tuple[int, ...]
-    rows: Sequence[Row[_Tokens]]
+    rows: Sequence[TextRow[_Tokens]]
 
 
 def _encoded(
@@ -163,7 +172,7 @@ def _encoded(
 ) -> _Encoded[_Tokens]:
     counts = session.texts.counts(adapter)
     side = session.texts.of(adapter)
-    rows = [Row(number, adapter, side, tokens) for tokens in encode(text, side)]
+    rows = [TextRow(number, adapter, side, tokens) for tokens in encode(text, side)]
     if any(not row.tokens.ids for row in rows):
         raise UsageError(f"text {number + 1} ({shown(text)}) has no tokens")
     return _Encoded(number, text, adapter, counts, rows)

@@ -14,10 +14,15 @@ from loradeploy.bundle.text.parts import TextPart, is_subword_by_prefix, joined,
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, each_row
+from loradeploy.runtime.arguments import Adapters, check_stride, each_row
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import base_head, head_of_row, named_outputs, softmax
-from loradeploy.runtime.tasks.encoder import Row, encoded_batches, given_texts
+from loradeploy.runtime.tasks.encoder import (
+    TextRow,
+    check_finite,
+    encoded_batches,
+    given_texts,
+)
 from loradeploy.runtime.tasks.entities import (
     AGGREGATIONS,
     NONE,
@@ -81,13 +86,17 @@ class TokenClassifier:
 
         Raises:
             UsageError: no texts, not one adapter for each, a text that is too long, an unknown
-                aggregation, or a stride with "none" or that does not fit.
+                aggregation, a stride with "none" or that does not fit, or an adapter whose file
+                does not say what its labels are.
             UnknownAdapterError: an adapter that was never loaded.
+            RunError: the graph gave logits that are not finite numbers.
         """
-        if aggregation not in AGGREGATIONS:
+        if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
             raise UsageError(
                 f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
             )
+        if stride is not None:
+            check_stride(stride)
         if stride is not None and aggregation == NONE:
             raise UsageError(
                 '`stride` needs an `aggregation`: with "none" the tokens of overlaps come twice'
@@ -110,6 +119,7 @@ class TokenClassifier:
             for number, (values, row) in enumerate(zip(logits, batch.rows, strict=True)):
                 head = head_of_row(batch.held.head(number), self._head, row.adapter)
                 own, labels = named_outputs(values[: len(row.tokens.ids)], head)
+                check_finite(own, row)
                 tokens = _tokens(row, given[row.text], softmax(own))
                 join = partial(joined, row.side.tokenizer)
                 found[row.text] += entities_of(tokens, labels, aggregation, join)
@@ -122,7 +132,7 @@ class TokenClassifier:
         ]
 
 
-def _tokens(row: Row[TextPart], text: str, scores: NDArray[np.float64]) -> list[Token]:
+def _tokens(row: TextRow[TextPart], text: str, scores: NDArray[np.float64]) -> list[Token]:
     """The tokens of a row that are part of its text; `scores` [tokens, labels]."""
     part, tokenizer = row.tokens, row.side.tokenizer
     return [
