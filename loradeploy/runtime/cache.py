@@ -60,10 +60,14 @@ class DecoderCache:
         self.inputs: dict[str, onnxruntime.OrtValue] = {}
         self._allocate(0)
 
-    def make_room(self, positions: int) -> None:
-        """Have room for `positions` where the graph writes in place; call it before each run."""
+    def make_room(self, positions: int, most: int | None = None) -> None:
+        """Have room for `positions` where the graph writes in place; call it before each run.
+
+        `most`: how many there will be at most, where that is known.
+        """
         if self._in_place and positions > self._positions:
-            self._allocate(max(positions + _ROOM, 2 * self._positions))
+            room = max(positions + _ROOM, 2 * self._positions)
+            self._allocate(room if most is None else max(positions, min(room, most)))
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
         self._used = positions
 
@@ -80,6 +84,9 @@ class DecoderCache:
 
     def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
         """Buffers of `positions` that hold what was there, of all rows or of `rows`."""
+        # Each old buffer goes once its new one is there, and not before: what a run gives of it in
+        # `inputs` does not keep its memory.
+        old, self.buffers = dict(self.buffers), {}
         for spec in self._specs:
             _, heads, _, size = spec.shape
             if rows is not None and not self._in_place:
@@ -88,8 +95,8 @@ class DecoderCache:
                 values = np.zeros((self._batch, int(heads), positions, int(size)), spec.dtype)
                 used = min(self._used, self._positions)
                 if used:
-                    there = self.inputs[spec.name].numpy()
                     taken = slice(None) if rows is None else list(rows)
-                    values[:, :, :used] = there[taken, :, :used]
+                    values[:, :, :used] = self.inputs[spec.name].numpy()[taken, :, :used]
             self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
+            old.pop(present_of(spec.name), None)
         self._positions = positions

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from loradeploy.errors import listed_names
+from loradeploy.runtime.devices import cgroups
 from loradeploy.runtime.devices.findings import (
     Finding,
     has_nvidia_device,
@@ -26,11 +27,6 @@ _PACKAGES: Final = (
     "onnxruntime-genai",
 )  # fmt: skip
 _CUDA: Final = "CUDAExecutionProvider"
-# Of control groups, version 2 and 1: the processor time of a container, and for which period.
-_QUOTAS: Final = (
-    ("sys/fs/cgroup/cpu.max",),
-    ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
 
 
 def examine(root: Path | None = None) -> list[Finding]:
@@ -218,7 +214,7 @@ def _extras(versions: dict[str, str | None]) -> list[Finding]:
 def _threads(root: Path) -> Finding:
     cores = os.cpu_count() or 1
     usable = float(len(os.sched_getaffinity(0))) if sys.platform == "linux" else cores
-    allowed = min(usable, _quota(root) or usable)
+    allowed = min(usable, cgroups.cores(root) or usable)
     if allowed < cores:
         return Finding(
             "threads",
@@ -228,19 +224,6 @@ def _threads(root: Path) -> Finding:
             f"set session_options.intra_op_num_threads to {max(1, int(allowed))}",
         )
     return Finding("threads", "ok", f"{cores} cores")
-
-
-def _quota(root: Path) -> float | None:
-    """The cores that a container may use, None without a limit."""
-    for files in _QUOTAS:
-        try:
-            words = " ".join((root / file).read_text(encoding="utf-8") for file in files).split()
-            quota, period = int(words[0]), int(words[1])
-        except (OSError, ValueError, IndexError):  # no such file, or "max"
-            continue
-        if quota > 0 and period > 0:
-            return quota / period
-    return None
 
 
 def _model_cache() -> Finding:

@@ -210,10 +210,29 @@ def test_a_plugin_without_a_device_is_a_note_that_says_how_to_get_one(
     assert SOFTWARE_ADAPTER in found["advice"]
 
 
-def test_a_container_with_less_than_a_core_is_noted(tmp_path: Path) -> None:
-    quota = tmp_path / "sys/fs/cgroup/cpu.max"
-    quota.parent.mkdir(parents=True)
-    quota.write_text("50000 100000\n")
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"sys/fs/cgroup/cpu.max": "50000 100000\n"},
+        {
+            "proc/self/cgroup": "0::/pods/one\n",
+            "sys/fs/cgroup/pods/cpu.max": "50000 100000\n",
+            "sys/fs/cgroup/pods/one/cpu.max": "max 100000\n",
+        },
+        {
+            "proc/self/cgroup": "2:memory:/elsewhere\n1:cpuacct,cpu:/pods\n0::/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu/pods/cpu.cfs_quota_us": "50000\n",
+            "sys/fs/cgroup/cpu/pods/cpu.cfs_period_us": "100000\n",
+        },
+    ],
+    ids=["its own", "of a group around it", "version 1"],
+)
+def test_a_container_with_less_than_a_core_is_noted(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     (threads,) = [finding for finding in examine(tmp_path) if finding.name == "threads"]
     assert threads.status == "note"
     assert "0.5 of " in threads.detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,34 @@ def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() 
         assert (value.numpy()[:, :, :room] == 7).all()
         assert not value.numpy()[:, :, room:].any()
     assert [cache.buffers[name].data_ptr() for name in PRESENT] == addresses(cache)
+
+
+def test_a_cache_in_place_has_no_more_room_than_there_will_be_positions() -> None:
+    cache = a_cache(cache_in_place=True)
+    rooms = []
+    for positions in (600, *range(601, 1001)):
+        cache.make_room(positions, 1000)
+        ((*_, room, _),) = shapes(cache)
+        rooms.append(room)
+    assert sorted(set(rooms)) == [856, 1000]
+    cache.make_room(1001, 1000)
+    assert shapes(cache) == {(3, 2, 1001, 4)}
+
+
+def test_a_buffer_of_a_cache_in_place_is_free_once_its_new_one_is_there() -> None:
+    cache = a_cache(cache_in_place=True)
+    cache.make_room(5)
+    cache.keep([cache.buffers[name] for name in PRESENT])
+    buffers = [weakref.ref(value) for value in cache.inputs.values()]
+    alive = []
+    make = onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def counted(*arguments: Any) -> Any:
+        alive.append(sum(buffer() is not None for buffer in buffers))
+        return make(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", counted)
+        cache.make_room(1000)
+        cache.take_rows([0, 0])
+    assert alive == [2, 1, 0, 0]

@@ -560,8 +560,32 @@ def test_a_batch_beyond_the_memory_is_refused_with_figures(
     )
     with pytest.raises(BudgetError, match=r"16 rows of 1\d\d tokens take \d MiB .* is 1 MiB"):
         small.generate(PROMPTS[1:], **beams)
+    # The longer prompt's row has ended, and the other one is as long as both: 2 × 200 tokens.
+    own = [{"max_new_tokens": 5}, {"max_new_tokens": 100}]
+    uneven = TextGenerator(session, cache_budget=700_000)
+    with pytest.raises(BudgetError, match="2 rows of 200 tokens"):
+        uneven.generate([[7] * 100, [7]], per_prompt=own)
     with pytest.raises(UsageError, match="cache_budget is 0"):
         TextGenerator(session, cache_budget=0)
+
+
+def test_a_cache_in_place_takes_no_more_than_is_reckoned_with(
+    generators: dict[str, TextGenerator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = []
+    run = HeldAdapters.run_with_ort_values
+
+    def recorded(self: HeldAdapters, names: Any, feeds: Any, **options: Any) -> Any:
+        rooms.append({tuple(value.shape()) for value in options["buffers"].values()})
+        return run(self, names, feeds, **options)
+
+    monkeypatch.setattr(HeldAdapters, "run_with_ort_values", recorded)
+    prompts = [[7] * 9, [8] * 20]
+    generators["in place"].generate(prompts, max_new_tokens=30, num_beams=2)
+    generators["in place"].score(prompts)
+    assert rooms[0] == {(2, 2, 50, 16)}
+    assert max(shape[2] for shapes in rooms for shape in shapes) == 50
+    assert rooms[-1] == {(2, 2, 20, 16)}
 
 
 def test_texts_that_cannot_be_scored_are_refused(generators: dict[str, TextGenerator]) -> None:

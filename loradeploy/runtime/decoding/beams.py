@@ -62,7 +62,7 @@ class BeamSearch:
         self.prompt = prompt
         self._num_beams = num_beams
         self._n = n
-        self._limit = limit
+        self.limit = limit
         self._length_penalty = length_penalty
         self._early_stopping = early_stopping
         self._process = processors
@@ -135,7 +135,7 @@ class BeamSearch:
             found = first_stop(self._tokenizer.decode(beam.ids), self._stops)
             if found is not None:
                 return self._end(beam, "stop", found[1])
-        return self._end(beam, "length", None) if len(beam.ids) >= self._limit else beam
+        return self._end(beam, "length", None) if len(beam.ids) >= self.limit else beam
 
     def _end(self, beam: _Beam, reason: FinishReason, stop_reason: int | str | None) -> _Beam:
         length = len(beam.ids)
@@ -154,7 +154,7 @@ class BeamSearch:
         if not self._full:
             return True
         longest = self._early_stopping == "never" and self._length_penalty > 0
-        at = self._limit if longest else length
+        at = self.limit if longest else length
         best: float = going[0].score / at**self._length_penalty
         return best > self._ended[-1].score
 

@@ -105,6 +105,7 @@ class DecodingBatch:
         self._rows: list[list[int]] = [[row] for row in range(len(sequences))]
         self._owners = list(range(len(sequences)))  # of each row, the number of its sequences
         self._ids, self._mask, self._ends = graph.padded([s.prompt for s in sequences])
+        self._most = self._ids.shape[1] + max(s.limit for s in sequences)
         self._cache: DecoderCache = graph.session.empty_cache(len(sequences))
 
     def steps(self) -> Iterator[None]:
@@ -116,7 +117,7 @@ class DecodingBatch:
     def _logits(self) -> NDArray[Any]:
         """One run of the graph: each row's logits at its last token, [rows, vocabulary]."""
         cache = self._cache
-        cache.make_room(self._mask.shape[1])
+        cache.make_room(self._mask.shape[1], self._most)
         logits, *present = self._held.run_with_ort_values(
             (self._graph.output, *cache.outputs),
             {**self._graph.feeds(self._ids, self._mask), **cache.inputs},

@@ -10,14 +10,13 @@ import numpy as np
 
 from loradeploy.bundle.names import PAST
 from loradeploy.errors import BudgetError
+from loradeploy.runtime.devices.cgroups import free_memory
+from loradeploy.runtime.devices.findings import machine_root
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 _MIB: Final = 1 << 20
-_MEMINFO: Final = Path("/proc/meminfo")
-_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")  # of a container
-_CURRENT: Final = Path("/sys/fs/cgroup/memory.current")
 
 
 def check_memory(
@@ -37,39 +36,47 @@ def check_memory(
     available = limit if limit is not None else available_memory()
     if available is None:
         return
-    longest = max(prompt + more for prompt, more in zip(prompts, new, strict=True))
+    longest = max(prompts) + max(new)  # shorter prompts are padded
     rows = sum(sequences)
-    cache = rows * longest * position_bytes(manifest)
-    # The graph makes a cache that grows anew while the last one is read.
-    cache *= 1 if manifest.cache_in_place else 2
-    logits = len(prompts) * max(prompts) * (vocabulary or 0) * 4
+    sizes = _position_bytes(manifest)
+    # The graph makes a cache that grows anew while the last one is read; one in place moves tensor
+    # by tensor where it grows.
+    twice = sum(sizes) if not manifest.cache_in_place else max(sizes, default=0)
+    cache = rows * longest * (sum(sizes) + twice)
+    # Without a cache every step reads the rows from their beginning.
+    read = len(prompts) * max(prompts) if sizes else rows * longest
+    logits = read * (vocabulary or 0) * 4
     if cache + logits > available:
         whose = "`cache_budget` is" if limit is not None else "the machine has"
         raise BudgetError(
-            f"{rows} rows of {longest} tokens take {cache / _MIB:.0f} MiB of cache and their"
-            f" prompts {logits / _MIB:.0f} MiB of logits, {whose} {available / _MIB:.0f} MiB: give"
+            f"{rows} rows of {longest} tokens take {cache / _MIB:.0f} MiB of cache and"
+            f" {logits / _MIB:.0f} MiB of logits, {whose} {available / _MIB:.0f} MiB: give"
             " a smaller batch_size, num_beams, n or max_new_tokens, or shorter prompts"
         )
 
 
-def position_bytes(manifest: Manifest) -> int:
-    """The bytes of the cache for one token of one row."""
-    return sum(
+def _position_bytes(manifest: Manifest) -> list[int]:
+    """The bytes of each tensor of the cache for one token of one row."""
+    return [
         int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
         for spec in manifest.inputs
         if spec.name.startswith(PAST) and len(spec.shape) == 4
-    )
+    ]
 
 
-def available_memory() -> int | None:
-    """The bytes that this process may still take, by the system and its container."""
-    found = [_of_system(), _of_container()]
+def available_memory(root: Path | None = None) -> int | None:
+    """The bytes that this process may still take, by the system and its container.
+
+    `root`: the directory that paths of the machine start from.
+    """
+    root = machine_root() if root is None else root
+    found = [_of_system(root), free_memory(root)]
     return min((size for size in found if size is not None), default=None)
 
 
-def _of_system() -> int | None:
+def _of_system(root: Path) -> int | None:
     try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
     for line in lines:
@@ -77,11 +84,3 @@ def _of_system() -> int | None:
         if name == "MemAvailable" and value.split():
             return int(value.split()[0]) << 10
     return None
-
-
-def _of_container() -> int | None:
-    try:
-        limit, current = _LIMIT.read_text(), _CURRENT.read_text()
-        return max(0, int(limit) - int(current))
-    except (OSError, ValueError):  # "max", or no such files
-        return None

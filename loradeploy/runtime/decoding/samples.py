@@ -54,7 +54,7 @@ class Samples:
         logprobs: int | None,
     ) -> None:
         self.prompt = prompt
-        self._limit = limit
+        self.limit = limit
         self._sampling = sampling
         self._process = processors
         self._tokenizer = tokenizer
@@ -100,7 +100,7 @@ class Samples:
         piece = sample.transcript.push(token)
         if sample.transcript.stopped_by is not None:
             return piece + sample.end("stop", sample.transcript.stopped_by)
-        return piece + sample.end("length") if len(sample.ids) >= self._limit else piece
+        return piece + sample.end("length") if len(sample.ids) >= self.limit else piece
 
     def tokens(self) -> list[Sequence[int]]:
         """What was generated in each row that goes on."""

@@ -66,7 +66,7 @@ def scores_of(
     """
     ids, mask, _ = graph.padded(texts)
     cache = graph.session.empty_cache(len(texts))
-    cache.make_room(ids.shape[1])
+    cache.make_room(ids.shape[1], ids.shape[1])
     logits, *_ = held.run_with_ort_values(
         (graph.output, *cache.outputs),
         {**graph.feeds(ids, mask), **cache.inputs},

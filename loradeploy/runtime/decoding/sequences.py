@@ -46,9 +46,10 @@ class Finished:
 
 
 class Sequences(Protocol):
-    """The sequences of one prompt."""
+    """The sequences of one prompt. `limit`: the most tokens that each of them gets."""
 
     prompt: list[int]
+    limit: int
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
         """The rows that go on, by the logits [rows, vocabulary] of those that there are."""
