@@ -42,7 +42,8 @@ def convert(
         output: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
         bundle: convert between both formats, for the graph of this bundle. The factors in an
             .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
-            equal to the rank.
+            equal to the rank, and does not declare what a classifier's head answers: it is refused
+            as a classifier until a config.json beside it states problem_type and id2label.
         rank: reduce to the best approximation of this rank, by singular values.
         model: convert an adapter of PiSSA or OLoRA, which needs a changed base, to standard LoRA
             of twice the rank on this unchanged base.

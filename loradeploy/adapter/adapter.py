@@ -84,7 +84,8 @@ class Adapter:
     base's in every module that shares the weight.
     `base_digest`: digest of the base model it was trained on, if known (`digest.base_digest`).
     `labels`: label names of a classifier in the order of its outputs, if known.
-    `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known.
+    `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known;
+    of any classifier `heads.UNDECLARED`, if its head is one whose answers nothing declares.
 
     Raises:
         AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.

@@ -83,12 +83,16 @@ def head_beside(
     `metadata`: of its file of weights. Where that is silent, a config.json beside it has the names
     and the type, as trainers save the model's; and the settings of loradeploy's own training, which
     did not write the type into the weights always. `sequences`: whether it classifies sequences,
-    which alone have a problem type.
+    which alone have a problem type. Where the metadata marks the head as UNDECLARED, it is until
+    such a file states the type, or of token classification the names.
 
     Raises:
         AdapterError: the files are broken, or name another number of labels than the head has.
     """
     labels, problem = _labels(metadata), metadata.get(PROBLEM_KEY)
+    undeclared = problem == UNDECLARED
+    if undeclared:
+        problem = None
     if problem is not None and problem not in PROBLEM_TYPES:
         raise AdapterError(
             f"the metadata {PROBLEM_KEY} is {shown(problem)}, not one of {', '.join(PROBLEM_TYPES)}"
@@ -103,11 +107,14 @@ def head_beside(
         names = config_labels(config, str(file), error=AdapterError)
         if labels is None and names is not None and len(names) == outputs:
             labels = None if names == placeholders(outputs) else names
+            undeclared = undeclared and sequences
     settings = directory / _SETTINGS_NAME
     if problem is None and outputs is not None and sequences and settings.is_file():
         text = read_text(settings, error=AdapterError, limit=MAX_TEXT_BYTES)
         setting = _SETTING.search(text)
         problem = TRAINED_PROBLEMS.get(setting[1]) if setting else None
+    if undeclared and problem is None:
+        return Head(labels, UNDECLARED)
     return Head(labels, problem if sequences else None)
 
 
@@ -123,11 +130,24 @@ def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(labels)
 
 
+def check_declared(adapter: Adapter) -> None:
+    """Raise AdapterError if nothing declares what the answers of the adapter's head are."""
+    if adapter.problem_type == UNDECLARED:
+        raise AdapterError(
+            "its files do not declare what its head answers, because it was converted from an"
+            " .onnx_adapter file: state problem_type and id2label in a config.json beside it"
+        )
+
+
 def problem_of(adapter: Adapter, stated: str | None, outputs: int) -> str:
     """The problem type of `adapter`: its own, else the base's if `stated`, else the usual one.
 
     `outputs`: how many the base's head has, for an adapter that brings no head.
+
+    Raises:
+        AdapterError: its head is one that nothing declares.
     """
+    check_declared(adapter)
     # One that was given outputs for all of a graph's labels names its own alone.
     own = len(adapter.labels) if adapter.labels else label_count(adapter)
     return adapter.problem_type or stated or usual_problem(own or outputs)

@@ -14,6 +14,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.heads import (
+    UNDECLARED,
     Head,
     label_parameters,
     placeholders,
@@ -60,6 +61,19 @@ def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> 
     return dataclasses.replace(adapter, saved=saved, labels=labels)
 
 
+def without_padding(adapter: Adapter) -> Adapter:
+    """`adapter` without the outputs that `with_all_labels` gave its heads."""
+    saved = dict(adapter.saved)
+    for weight in label_parameters(adapter):
+        W, b = saved[weight], saved.get(weight.removesuffix("weight") + "bias")
+        if b is None or b.shape != W.shape[:1]:
+            continue
+        own = (b != b.dtype.type(_IMPOSSIBLE)) | W.any(axis=tuple(range(1, W.ndim)))
+        count = int(own.nonzero()[0].max(initial=-1)) + 1
+        saved[weight], saved[weight.removesuffix("weight") + "bias"] = W[:count], b[:count]
+    return dataclasses.replace(adapter, saved=saved)
+
+
 def brings_head(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> bool:
     """Whether side inputs may replace the head of a classifier.
 
@@ -77,6 +91,8 @@ def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> 
     """
     labels = with_all_labels(adapter, manifest.saved_shapes()).labels
     own = None if labels is None else len(labels)
+    if adapter.problem_type == UNDECLARED:
+        return Head(labels, UNDECLARED, own)
     if manifest.task != SEQUENCE_CLASSIFICATION:
         return Head(labels, None, own)
     stated = stated_problem(config, CONFIG_NAME, error=BundleError)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
-from loradeploy.adapter.heads import label_parameters
+from loradeploy.adapter.heads import check_declared, label_parameters
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.targets import is_saved
@@ -78,10 +78,13 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
 
     Raises:
         UsageError: they differ, and a head with fewer has no bias (see bundle/labels.py).
+        AdapterError: nothing declares what a head answers.
     """
     counts: dict[str, int] = {}
     without_bias = []
     for name, adapter in adapters.items():
+        with named(name):
+            check_declared(adapter)
         for weight in label_parameters(adapter):
             counts[name] = adapter.saved[weight].shape[0]
             if weight.removesuffix("weight") + "bias" not in adapter.saved:

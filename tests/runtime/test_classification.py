@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.conversion import convert
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -342,6 +343,28 @@ def test_labels_that_changed_on_disk_are_refused_and_not_mixed(
     assert session.statistics.evictions
     with pytest.raises(AdapterError, match="'it' has changed on disk"):
         classify(TEXTS[1], "it")
+
+
+def test_the_way_through_an_onnx_adapter_loses_no_answer_silently(
+    typed_bundle: Path, declared: dict[str, Path], tiny_bert: Path, tmp_path: Path
+) -> None:
+    source, native, back = declared["several"], tmp_path / "a.onnx_adapter", tmp_path / "back"
+    convert(source, native, bundle=typed_bundle)
+    convert(native, back, bundle=typed_bundle)
+    assert load_adapter(back).saved["classifier.bias"].shape == (4,), "what was padded is gone"
+    session = AdapterSession(typed_bundle)
+    session.load("back", back)
+    with pytest.raises(UsageError, match="'back' was loaded from a file that does not say"):
+        TextClassifier(session)(TEXTS[1], "back")
+    with pytest.raises(AdapterError, match="it: its files do not declare what its head answers"):
+        export(tiny_bert, tmp_path / "b", adapters={"it": back}, task="sequence-classification")
+
+    config = {"problem_type": DECLARED["several"][0], "id2label": dict(enumerate(LABELS[:4]))}
+    (back / "config.json").write_text(json.dumps(config))
+    session.load("back", back, replace=True)
+    again, before = TextClassifier(session)([TEXTS[1]] * 2, ["back", "several"])
+    assert (again.problem_type, again.labels) == (before.problem_type, before.labels)
+    assert again.scores == pytest.approx(before.scores, abs=1e-6)
 
 
 def test_numbers_that_are_not_finite_are_refused_and_never_answered(

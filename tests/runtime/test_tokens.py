@@ -13,6 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.conversion import convert
 from loradeploy.errors import RunError, UsageError
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.entities import Entity, without_overlaps
@@ -187,6 +188,25 @@ def test_a_native_file_with_a_head_is_refused_for_it_does_not_name_its_labels(
     session.load("bytes", tagged_bundle / "adapters" / "bytes.onnx_adapter")
     found = TokenClassifier(session)(TEXTS[0], "bytes", aggregation="none")[0].entities
     assert {entity.label for entity in found} <= set(LABELS["bytes"])
+
+
+def test_labels_are_declared_again_after_the_way_through_an_onnx_adapter(
+    classify: TokenClassifier, tagged_bundle: Path, tmp_path: Path
+) -> None:
+    native = tagged_bundle / "adapters" / "pieces.onnx_adapter"
+    convert(native, tmp_path / "back", bundle=tagged_bundle)
+    word_pieces(tmp_path / "back")
+    session = AdapterSession(tagged_bundle)
+    session.load("back", tmp_path / "back")
+    with pytest.raises(UsageError, match="'back' was loaded from a file that does not say"):
+        TokenClassifier(session)(TEXTS[0], "back")
+    config = {"id2label": dict(enumerate(LABELS["pieces"]))}
+    (tmp_path / "back" / "config.json").write_text(json.dumps(config))
+    session.load("back", tmp_path / "back", replace=True)
+    (again,), (before,) = (TokenClassifier(session)(TEXTS[0], "back"), classify(TEXTS[0], "pieces"))
+    assert before.entities
+    for ours, theirs in zip(again.entities, before.entities, strict=True):
+        assert dataclasses.replace(ours, score=theirs.score) == theirs
 
 
 def test_logits_that_are_not_finite_are_refused(

@@ -10,6 +10,7 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.fit import refuse
+from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
 from loradeploy.bundle.adapter_inputs.changes import (
@@ -17,7 +18,7 @@ from loradeploy.bundle.adapter_inputs.changes import (
     output_changes,
 )
 from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
-from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.labels import brings_head, with_all_labels, without_padding
 from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterMismatchError
@@ -116,7 +117,8 @@ def adapter_from_side_inputs(
 ) -> Adapter:
     """The adapter whose side inputs are `arrays`. The scaling stays in B, so that alpha = rank.
 
-    Scales and offsets are converted to DoRA's magnitudes and trained biases with `base`.
+    Scales and offsets are converted to DoRA's magnitudes and trained biases with `base`. What the
+    head of a classifier answers is not in the arrays: it is UNDECLARED.
 
     Raises:
         AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights.
@@ -151,7 +153,8 @@ def adapter_from_side_inputs(
     ranks = {module: pair.rank for module, pair in factors.items()}
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
-    return Adapter(config, factors, saved, base_digest=known)
+    problem = UNDECLARED if brings_head(arrays, manifest) else None
+    return without_padding(Adapter(config, factors, saved, base_digest=known, problem_type=problem))
 
 
 def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:

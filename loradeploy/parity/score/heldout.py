@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.heads import (
     SINGLE_LABEL,
     TRAINED_PROBLEMS,
+    check_declared,
     config_labels,
     placeholders,
     problem_of,
@@ -224,6 +225,8 @@ def _label_names(
     outputs = output_count(manifest, config)
     if len(own) != outputs:
         own = placeholders(outputs)
+    for tested in adapters:
+        check_declared(tested.adapter)
     return {None: own, **{tested.name: tested.adapter.labels or own for tested in adapters}}
 
 

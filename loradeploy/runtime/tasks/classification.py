@@ -150,7 +150,8 @@ def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> He
     if not own.declared:
         raise UsageError(
             f"the adapter {shown(adapter)} was loaded from a file that does not say what its head"
-            " answers: load its PEFT directory"
+            " answers: load its PEFT directory, where a config.json may state problem_type and"
+            " id2label"
         )
     return own if own.labels else Head(base.labels, own.problem_type)
 
