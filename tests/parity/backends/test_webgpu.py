@@ -15,6 +15,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.proof.certificate import read_certificate
 from loradeploy.errors import BundleError, UsageError
+from loradeploy.parity import trial
 from loradeploy.parity.trial import crash_of
 from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
 from loradeploy.runtime.session import AdapterSession
@@ -106,6 +107,15 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    os.kill(os.getpid(), signal.SIGSEGV)\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+def test_a_trial_that_does_not_end_is_ended(
+    llama_with_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trial, "LONGEST", 1)
+    assert crash_of(llama_with_adapter, [(CPU, {})]) == "it had not ended after 1 seconds"
 
 
 def test_a_trial_that_comes_to_its_end_is_no_crash(llama_with_adapter: Path) -> None:
