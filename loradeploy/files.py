@@ -313,8 +313,8 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 def json_values(value: Any) -> Any:
     """`value` converted to types of JSON; equal values give the same text.
 
-    Dataclasses and mappings become objects, mappings sorted by name; numbers that are not finite
-    become null.
+    Dataclasses and mappings become objects, mappings sorted by name; paths become strings, numbers
+    that are not finite null.
     """
     if dataclasses.is_dataclass(value):
         return {f.name: json_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -322,6 +322,8 @@ def json_values(value: Any) -> Any:
         return {name: json_values(value[name]) for name in sorted(value)}
     if isinstance(value, tuple | list):
         return [json_values(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from loradeploy.errors import BundleError
-from loradeploy.files import inside, read_json
+from loradeploy.files import inside, json_values, read_json
 
 
 @pytest.mark.parametrize("escape", ["/etc/passwd", "../secret", "a/../../secret", "link/secret"])
@@ -27,3 +29,14 @@ def test_json_is_bounded(tmp_path: Path) -> None:
         read_json(tmp_path / "deep.json", error=BundleError)
     with pytest.raises(BundleError, match="2,002 bytes"):
         read_json(tmp_path / "large.json", error=BundleError, limit=1000)
+
+
+def test_values_of_a_report_become_json(tmp_path: Path) -> None:
+    @dataclass
+    class Figures:
+        file: Path
+        errors: tuple[float, ...]
+
+    found = json_values({"b": Figures(tmp_path, (0.5, math.inf)), "a": [None, True]})
+    assert list(found) == ["a", "b"]
+    assert found == {"a": [None, True], "b": {"file": str(tmp_path), "errors": [0.5, None]}}

@@ -20,14 +20,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import loradeploy as ld
 from loradeploy.errors import LoraDeployError
-from loradeploy.files import write_json
+from loradeploy.files import json_values, write_json
 from loradeploy.runtime.devices.providers import Provider
 from loradeploy.runtime.devices.table import BY_NAME, CPU
 from loradeploy.runtime.environment import examine
@@ -98,7 +97,7 @@ def check(
     data = write_tasks(told[2:802], output)
     adapters = {task: output / "adapters" / task for task in TASKS}
     training = {
-        task: asdict(ld.train(model, data[task], adapters[task], max_steps=steps)) for task in TASKS
+        task: ld.train(model, data[task], adapters[task], max_steps=steps) for task in TASKS
     }
     prompts = [story.prompt for story in told[:2] for _ in range(3)]
     report: dict[str, Any] = {
@@ -126,7 +125,7 @@ def check(
                 failures.append(f"{form} on {name}: {found[name]['error']}")
         report["forms"][form] = found
     report |= {"failures": failures, "passed": not failures}
-    write_json(output / "gpu.json", plain(report))
+    write_json(output / "gpu.json", json_values(report))
     return report
 
 
@@ -168,9 +167,7 @@ def measured(
             "texts": [answer.text for answer in answers],
             "generate_s": generated,
             "decode_and_swap": {
-                f"batch {batch}": [
-                    asdict(timing) for timing in time_bundle(session, batch=batch, rounds=rounds)
-                ]
+                f"batch {batch}": time_bundle(session, batch=batch, rounds=rounds)
                 for batch in batches
             },
             "prefill_ms": {
@@ -208,17 +205,8 @@ def machine(device: bool) -> dict[str, Any]:
     return {
         "device": named if device else "stub libraries",
         "platform": platform.platform(),
-        "findings": [asdict(finding) for finding in examine()],
+        "findings": examine(),
     }
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON holds it."""
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _on_stubs() -> bool:

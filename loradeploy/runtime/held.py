@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.heads import Head
 from loradeploy.errors import UsageError
-from loradeploy.runtime.adapters.bank import Lease
+from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.feeds import Feeds
 
 if TYPE_CHECKING:

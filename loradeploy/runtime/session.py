@@ -25,7 +25,8 @@ from loradeploy.errors import (
     UsageError,
     first_line,
 )
-from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics, Lease
+from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
+from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
 from loradeploy.runtime.adapters.resident import Once
 from loradeploy.runtime.arguments import (

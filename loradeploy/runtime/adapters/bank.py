@@ -1,12 +1,11 @@
-"""The adapter bank: names on disk, adapters' side inputs in memory, copies on the device.
+"""The adapter bank: names on disk, adapters' side inputs in memory.
 
 A name is cheap: what it stands for is read when a run first needs it, and let go when the budget
 wants room, the least recently used first; what a run uses, and what is pinned, stays. Memory is
 kept by content: two names of one adapter share it, and what is read again must be what it was.
 What the answers are called is no content: each name has the head that its own files declare.
 
-One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
-bytes. A batch whose rows differ reads a stack of several (stacks.py).
+What runs read of the adapters in memory is made by leases.py.
 """
 
 from __future__ import annotations
@@ -17,10 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import onnxruntime
-
-from loradeploy.bundle.names import ROWS
 from loradeploy.errors import (
     AdapterError,
     BudgetError,
@@ -29,17 +24,16 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.runtime.adapters.block import in_one_block
+from loradeploy.runtime.adapters.leases import Lease, Leases
 from loradeploy.runtime.adapters.resident import (
     AdapterSpec,
     Arrays,
-    Bindable,
     Resident,
     blend,
     blend_digest,
     blend_head,
     weights_of,
 )
-from loradeploy.runtime.adapters.stacks import Stacks, bindable, neutral, used
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
@@ -84,25 +78,6 @@ class _Entry:
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """What the rows of a run use, kept in the bank until the lease ends.
-
-    `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
-    `heads`: what the answers of each of `rows` are, None for the base.
-    `per_row`: whether `rows` has an entry for each row.
-    `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
-    `stacked`: whether it reads a stack of several adapters.
-    """
-
-    rows: tuple[Resident | None, ...]
-    heads: tuple[Head | None, ...]
-    per_row: bool
-    device: Bindable
-    adapter_ids: onnxruntime.OrtValue | None = None
-    stacked: bool = False
-
-
 class AdapterBank:
     """The adapters of one session. Safe from several threads.
 
@@ -131,22 +106,23 @@ class AdapterBank:
                 raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
         self._order = {name: position for position, name in enumerate(manifest.factors)}
-        self._device = (device, device_id)
-        self._host_budget, self._device_budget = host_budget, device_budget
-        # The graph's own defaults are the base.
-        self._base = neutral(manifest, defaults, self._device) if feeds_all else Bindable({})
+        self._host_budget = host_budget
         self._entries: dict[str, _Entry] = {}
-        # In the order of their last use, as are the bindings.
-        self._residents: dict[str, Resident] = {}  # by digest
-        self._bound: dict[Resident, Bindable] = {}
+        self._residents: dict[str, Resident] = {}  # by digest, in the order of their last use
         self._users: dict[str, list[int]] = {}  # by digest: the threads, once for each use
         self._leaving: set[str] = set()  # digests that no name stands for, still in use
         self._host_bytes = 0
         self._hits = self._misses = self._evictions = 0
-        self._stacks = Stacks(manifest, defaults, self._device, device_budget, self._base)
         self._changed = threading.Condition()
-        self._stacking = threading.Lock()  # taken before _changed, never within
-        self._stacked = 0  # leases that read a stack
+        self._leases = Leases(
+            manifest,
+            defaults,
+            (device, device_id),
+            feeds_all=feeds_all,
+            budget=device_budget,
+            users=self._users,
+            changed=self._changed,
+        )
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -254,12 +230,12 @@ class AdapterBank:
 
     def statistics(self) -> BankStatistics:
         """What the bank holds now and did so far."""
-        with self._stacking, self._changed:
+        with self._leases.locked():
             return BankStatistics(
                 registered=len(self._entries),
                 resident=len(self._residents),
                 host_bytes=self._host_bytes,
-                device_bytes=self._bound_bytes() + self._stacks.nbytes,
+                device_bytes=self._leases.nbytes,
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
@@ -289,26 +265,16 @@ class AdapterBank:
             }
             chosen = [(None, None) if s is None else found[weights_of(s)] for s in specs]
             rows, heads = zip(*chosen, strict=True) if chosen else ((), ())
-            lease = self._lease(rows, heads, per_row)
+            lease = self._leases.make(rows, heads, per_row)
             yield lease
         finally:
             self._release(held, thread)
-            if lease is not None and lease.stacked:
-                with self._stacking, self._changed:
-                    self._stacked -= 1
-                    self._trim()
+            if lease is not None:
+                self._leases.end(lease)
 
     def of_rows(self, lease: Lease, rows: Sequence[int]) -> Lease:
         """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
-        if not lease.per_row:
-            return lease
-        residents = tuple(lease.rows[row] for row in rows)
-        heads = tuple(lease.heads[row] for row in rows)
-        taken = self._lease(residents, heads, per_row=True)
-        if taken.stacked:  # as `lease` is, by which it is counted
-            with self._stacking:
-                self._stacked -= 1
-        return taken
+        return self._leases.of_rows(lease, rows)
 
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
@@ -399,51 +365,6 @@ class AdapterBank:
             self._evict()
             self._changed.notify_all()
 
-    def _lease(
-        self, rows: tuple[Resident | None, ...], heads: tuple[Head | None, ...], per_row: bool
-    ) -> Lease:
-        members = used(rows)
-        if not members:
-            return Lease(rows, heads, per_row, self._base)
-        if len(members) == 1 and None not in rows:
-            return Lease(rows, heads, per_row, self._bind(members[0]))
-        with self._stacking:
-            if self._manifest.layout == ROWS:
-                device = self._stacks.in_rows(rows)
-                self._stacked += 1
-                return Lease(rows, heads, per_row, device, stacked=True)
-            with self._changed:
-                busy = frozenset(self._users)
-            device, slots_of = self._stacks.of(members, busy)
-            self._stacked += 1
-        slots = [0 if resident is None else slots_of[resident] for resident in rows]
-        adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
-
-    def _bind(self, resident: Resident) -> Bindable:
-        """The adapter's side inputs on the device."""
-        with self._changed:
-            there = self._bound.pop(resident, None)
-            if there is not None:
-                self._bound[resident] = there
-                return there
-        made = bindable(resident.host, self._manifest, self._device, self._base)
-        with self._stacking, self._changed:
-            made = self._bound.pop(resident, made)
-            self._bound[resident] = made
-            self._trim()
-        return made
-
-    def _trim(self) -> None:
-        """Let go of what nobody reads on the device, as the budget wants. Both locks are held."""
-        budget = self._device_budget
-        for idle in [other for other in self._bound if other.digest not in self._users]:
-            if budget is None or self._bound_bytes() + self._stacks.nbytes <= budget:
-                return
-            del self._bound[idle]
-        if budget is not None and not self._stacked and self._stacks.nbytes > budget:
-            self._stacks.clear()
-
     # -- memory; `_changed` is held ------------------------------------------------------------
 
     def _admit(self, resident: Resident) -> Resident:
@@ -488,14 +409,8 @@ class AdapterBank:
 
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]
-        self._bound.pop(resident, None)
+        self._leases.drop(resident)
         self._host_bytes -= resident.nbytes
-
-    def _bound_bytes(self) -> int:
-        """On the host the bindings are views."""
-        if self._device[0] == "cpu":
-            return 0
-        return sum(resident.nbytes for resident in self._bound)
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         known = listed_names(sorted(self._entries))

@@ -1,0 +1,157 @@
+"""Leases: what runs read of the adapters in memory, bound as they are or stacked, on the device.
+
+One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
+bytes. A batch whose rows differ reads a stack of several (stacks.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.names import ROWS
+from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident
+from loradeploy.runtime.adapters.stacks import HOST, Stacks, bindable, neutral, used
+
+if TYPE_CHECKING:
+    from loradeploy.adapter.heads import Head
+    from loradeploy.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """What the rows of a run use, kept in the bank until the lease ends.
+
+    `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
+    `heads`: what the answers of each of `rows` are, None for the base.
+    `per_row`: whether `rows` has an entry for each row.
+    `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
+    `stacked`: whether it reads a stack of several adapters.
+    """
+
+    rows: tuple[Resident | None, ...]
+    heads: tuple[Head | None, ...]
+    per_row: bool
+    device: Bindable
+    adapter_ids: onnxruntime.OrtValue | None = None
+    stacked: bool = False
+
+
+class Leases:
+    """Makes leases, and keeps the copies on the device that they read.
+
+    `defaults`, `device`, `feeds_all`: as the bank has them. `budget`: bytes of the copies and the
+    stacks; None is no limit.
+    `users`: the digests in use, which `changed`, the bank's lock, guards.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        defaults: Arrays,
+        device: tuple[str, int],
+        *,
+        feeds_all: bool,
+        budget: int | None,
+        users: Mapping[str, object],
+        changed: threading.Condition,
+    ) -> None:
+        self._manifest = manifest
+        self._device, self._budget = device, budget
+        # The graph's own defaults are the base.
+        self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
+        self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
+        self._stacks = Stacks(manifest, defaults, device, budget, self._base)
+        self._stacked = 0  # leases that read a stack
+        self._users, self._changed = users, changed
+        self._stacking = threading.Lock()  # taken before _changed, never within
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """With the bank's lock and that of the stacks, in the order in which they are taken."""
+        with self._stacking, self._changed:
+            yield
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of copies on the device and of stacks. Both locks are held.
+
+        On the host the copies are views.
+        """
+        copies = () if self._device[0] == HOST else self._bound
+        return sum(resident.nbytes for resident in copies) + self._stacks.nbytes
+
+    def make(
+        self, rows: tuple[Resident | None, ...], heads: tuple[Head | None, ...], per_row: bool
+    ) -> Lease:
+        """What a run reads, of adapters that are in use until the lease ends (`end`)."""
+        members = used(rows)
+        if not members:
+            return Lease(rows, heads, per_row, self._base)
+        if len(members) == 1 and None not in rows:
+            return Lease(rows, heads, per_row, self._bind(members[0]))
+        with self._stacking:
+            if self._manifest.layout == ROWS:
+                device = self._stacks.in_rows(rows)
+                self._stacked += 1
+                return Lease(rows, heads, per_row, device, stacked=True)
+            with self._changed:
+                busy = frozenset(self._users)
+            device, slots_of = self._stacks.of(members, busy)
+            self._stacked += 1
+        slots = [0 if resident is None else slots_of[resident] for resident in rows]
+        adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
+        return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
+
+    def end(self, lease: Lease) -> None:
+        """Let go of what `lease` read, whose adapters are no longer in use by it."""
+        if lease.stacked:
+            with self.locked():
+                self._stacked -= 1
+                self._trim()
+
+    def of_rows(self, lease: Lease, rows: Sequence[int]) -> Lease:
+        """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
+        if not lease.per_row:
+            return lease
+        residents = tuple(lease.rows[row] for row in rows)
+        heads = tuple(lease.heads[row] for row in rows)
+        taken = self.make(residents, heads, per_row=True)
+        if taken.stacked:  # as `lease` is, by which it is counted
+            with self._stacking:
+                self._stacked -= 1
+        return taken
+
+    def drop(self, resident: Resident) -> None:
+        """Let go of the copy of an adapter that nobody uses. `changed` is held."""
+        self._bound.pop(resident, None)
+
+    def _bind(self, resident: Resident) -> Bindable:
+        """The adapter's side inputs on the device."""
+        with self._changed:
+            there = self._bound.pop(resident, None)
+            if there is not None:
+                self._bound[resident] = there
+                return there
+        made = bindable(resident.host, self._manifest, self._device, self._base)
+        with self.locked():
+            made = self._bound.pop(resident, made)
+            self._bound[resident] = made
+            self._trim()
+        return made
+
+    def _trim(self) -> None:
+        """Let go of what nobody reads on the device, as the budget wants. Both locks are held."""
+        budget = self._budget
+        for idle in [other for other in self._bound if other.digest not in self._users]:
+            if budget is None or self.nbytes <= budget:
+                return
+            del self._bound[idle]
+        if budget is not None and not self._stacked and self._stacks.nbytes > budget:
+            self._stacks.clear()
