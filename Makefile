@@ -63,4 +63,5 @@ bench: $(STAMP)
 	$(BIN)/python -m tools.bench_runtime
 
 clean:
-	rm -rf $(VENV) $(GENAI) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GENAI) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
+		examples/clients/*/node_modules

@@ -1,8 +1,6 @@
 // The page: loads the bundle, and streams the answer of the adapter that is picked.
 //
 // ?bundle=URL loads another bundle, ?backend=webgpu runs it on the GPU.
-import { load } from "loradeploy-client";
-
 const at = (id) => document.getElementById(id);
 const wanted = new URLSearchParams(location.search);
 let model;
@@ -18,6 +16,7 @@ await open();
 async function open() {
   const begin = performance.now();
   try {
+    const { load } = await client();
     model = await load(wanted.get("bundle") ?? "bundle/", {
       backend: wanted.get("backend") ?? "wasm",
       onProgress: showProgress,
@@ -36,6 +35,15 @@ async function open() {
   at("status").textContent = `Ready after ${seconds(begin)} s (${model.backend}).`;
   at("fields").disabled = at("generate").disabled = false;
   at("prompt").focus();
+}
+
+/** The client's module. Imported here, so that the page can say what is missing. */
+async function client() {
+  try {
+    return await import("loradeploy-client");
+  } catch (problem) {
+    throw new Error(`The client or one of its packages cannot be loaded. Was npm install run? (${problem.message})`);
+  }
 }
 
 async function answer(event) {

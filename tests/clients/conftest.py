@@ -23,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "rows": {"layout": "rows"},
     "branches": {"layout": "rows", "branches": True},
     "int4": {"precision": "int4"},
+    "gqa": {"attention": "gqa"},
     "fp16": {"precision": "fp16"},
 }
 Required = Callable[[str], Path]
@@ -81,8 +82,9 @@ def required(
 def javascript(shared: Path) -> Path:
     """The examples' `web` and `clients/{js,node}`, with the packages that are locked in `js`."""
     npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        unavailable("node and npm are not installed")
+    for program, found in (("node", shutil.which("node")), ("npm", npm)):
+        if found is None:
+            unavailable(f"{program} is not installed, which the tests of JavaScript need")
     lock = CLIENTS / "js" / "package-lock.json"
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
 

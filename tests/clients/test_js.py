@@ -15,6 +15,7 @@ import pytest
 from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError
 from loradeploy.export.api import export
+from loradeploy.runtime.reading.wire import node_names
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.clients.conftest import FORMS, Required
@@ -382,6 +383,35 @@ def test_node_classifies_each_text_by_its_adapter(
         (logits,) = session.run(["logits"], feeds(session.manifest, ids), adapters="own")
         assert np.abs(theirs[row] - logits[0]).max() < tolerance("rows")
     assert np.abs(theirs[0] - theirs[2]).max() > 100 * tolerance("rows")
+
+
+NAMES = """
+import { readFileSync } from "node:fs";
+const { nodeNames } = await import(process.argv[1]);
+const names = (file) => {
+  try {
+    return nodeNames(readFileSync(file), ["And", "Or", "Xor"]);
+  } catch (problem) {
+    return problem.message;
+  }
+};
+console.log(JSON.stringify(process.argv.slice(2).map(names)));
+"""
+
+
+def test_the_nodes_that_stay_off_the_gpu_are_found_by_operator(
+    javascript: Path, required: Required, tmp_path: Path
+) -> None:
+    graph = required("branches") / "required.onnx"
+    content = graph.read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(content[:-3])
+    module = javascript / "clients" / "js" / "src" / "onnx.js"
+    command = ["node", "--input-type=module", "-e", NAMES, module, graph, tmp_path / "cut.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, cut = json.loads(done.stdout)
+    assert sorted(found) == sorted(node_names(content, ("And", "Or", "Xor")))
+    assert {name.split("/")[0] for name in found} == {"adapted", "base"}  # both branches
+    assert "no ONNX model" in cut
 
 
 TYPED = """

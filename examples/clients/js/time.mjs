@@ -1,6 +1,6 @@
 // Times a bundle in Node: node time.mjs BUNDLE [ADAPTER]
 //
-// Milliseconds to load it, to the first token behind a prompt of 96, and for each further token:
+// Milliseconds to load it, to the first token behind a prompt of 128, and for each further token:
 // medians of 5 rounds in which the base, the adapter and the base once more, as a control, alternate.
 import { load } from "./index.js";
 
@@ -13,7 +13,7 @@ const begin = performance.now();
 const model = await load(bundle);
 const figures = { load: performance.now() - begin };
 if (adapter) await model.addAdapter("timed", adapter);
-const prompt = Array.from({ length: 96 }, (_, index) => 100 + index);
+const prompt = Array.from({ length: 128 }, (_, index) => 100 + index);
 const sides = { base: null, ...(adapter ? { adapter: "timed" } : {}), "base again": null };
 
 async function timed(name, maxNewTokens) {

@@ -3,7 +3,7 @@
 //     node browser.mjs EXAMPLES BUNDLE SCREENSHOTS < JOBS
 //
 // EXAMPLES has web/ and clients/js/ with its node_modules. Bundles of jobs are URLs below the page.
-// Writes a PNG for each view, and prints { jobs, page, views } as JSON.
+// Writes a PNG for each view, and prints { and, jobs, page, views } as JSON.
 import { spawn } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -38,7 +38,7 @@ const context = await chromium.launchPersistentContext(profile, {
 });
 context.setDefaultTimeout(PATIENCE);
 try {
-  const result = { jobs: await runInPage(), ...(await useThePage()) };
+  const result = { ...(await runInPage()), ...(await useThePage()) };
   console.log(JSON.stringify(result));
 } finally {
   await context.close();
@@ -46,7 +46,7 @@ try {
   rmSync(profile, { recursive: true, force: true });
 }
 
-/** The jobs, in an empty page with the example's import map. */
+/** The jobs, in an empty page with the example's import map, behind the product of bools in and.onnx. */
 async function runInPage() {
   const [map] = /<script type="importmap">.*?<\/script>/s.exec(readFileSync(join(examples, "web", "index.html"), "utf8"));
   const modules = readFileSync(new URL("jobs.mjs", import.meta.url), "utf8");
@@ -55,13 +55,33 @@ async function runInPage() {
   await serve("jobs.html", "text/html", `<!doctype html>${map}`);
   await serve("jobs.mjs", "text/javascript", modules);
   await page.goto(`${url}jobs.html`);
+  const and = await page.evaluate(breakAnd);
   const results = await page.evaluate(async (jobs) => {
     const { load } = await import("loradeploy-client");
     const { runJobs } = await import("/jobs.mjs");
     return runJobs(load, jobs);
   }, jobs);
   await page.close();
-  return results;
+  return { and, jobs: results };
+}
+
+/**
+ * How many values WebGPU's And gets wrong: a row with a column, whose kernel the page then keeps, and
+ * matrices, as in the masks of batches.
+ */
+async function breakAnd() {
+  const ort = await import("onnxruntime-web/webgpu");
+  const session = await ort.InferenceSession.create("/bundle/and.onnx", { executionProviders: ["webgpu"], logSeverityLevel: 3 });
+  const bools = (dims, step) => {
+    const size = dims.reduce((product, side) => product * side);
+    return new ort.Tensor("bool", Uint8Array.from({ length: size }, (_, index) => index % step > 0), dims);
+  };
+  await session.run({ x: bools([2, 1, 1, 12], 3), y: bools([1, 1, 12, 1], 5) });
+  const [x, y] = [bools([1, 1, 12, 12], 3), bools([2, 1, 12, 12], 5)];
+  const [once, twice] = [x.data.slice(), y.data.slice()];
+  const { z } = await session.run({ x, y });
+  await session.release();
+  return z.data.filter((value, index) => value !== (once[index % once.length] & twice[index])).length;
 }
 
 /** What the example's page shows, by keyboard alone, and what it says of a bundle that is missing. */
@@ -123,5 +143,10 @@ async function useThePage() {
   await page.setViewportSize(VIEWS[0]);
   await page.screenshot({ path: join(screenshots, "missing.png"), fullPage: true });
   const missing = { status: await shown("status"), error: await shown("error"), enabled: await page.locator("#generate").isEnabled() };
-  return { page: { ...seen, picker, answers, figures, steps, tooLong, missing, problems }, views };
+  // Then without the client's packages, as where they were not installed.
+  await page.route("**/@huggingface/jinja/**", (route) => route.fulfill({ status: 404 }));
+  await page.goto(url);
+  await page.waitForFunction(() => !document.getElementById("error").hidden);
+  const noPackages = { status: await shown("status"), error: await shown("error"), progress: await page.locator("#progress").isVisible() };
+  return { page: { ...seen, picker, answers, figures, steps, tooLong, missing, noPackages, problems }, views };
 }

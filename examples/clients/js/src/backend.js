@@ -1,7 +1,10 @@
 // onnxruntime's packages for JavaScript: which one runs a bundle, and how it is opened.
 import { BundleError, UsageError } from "./errors.js";
+import { nodeNames } from "./onnx.js";
+import { LIMITS } from "./source.js";
 
 // `leastRank`: WebGPU's MatMul takes no factors of rank 0. `onDevice`: the KV cache stays there.
+// `check`: throws where the backend cannot run the bundle, and returns the operators that stay on the CPU.
 const BACKENDS = {
   node: { import: () => import("onnxruntime-node"), package: "onnxruntime-node", provider: "cpu", leastRank: 0 },
   wasm: { import: () => import("onnxruntime-web/wasm"), package: "onnxruntime-web", provider: "wasm", leastRank: 0 },
@@ -15,13 +18,27 @@ const BACKENDS = {
   },
 };
 
-/** Throw BundleError where this browser's GPU cannot run the bundle. */
+// Kernels of onnxruntime-web 1.30 that give wrong numbers. Once And has joined a row with a column, it is
+// wrong for other shapes in every session of the page, and with it the masks of batches.
+const WRONG = ["And", "Or", "Xor"];
+// From 32 tokens on, on SwiftShader, a GPU in software; not known of GPUs.
+const WRONG_ON_SWIFTSHADER = ["GroupQueryAttention"];
+
+/** Throw BundleError where this browser's GPU cannot run the bundle; the operators that it gets wrong. */
 async function checkGpu({ precision }) {
   const gpu = await globalThis.navigator?.gpu?.requestAdapter();
   if (!gpu) throw new BundleError("there is no WebGPU here: use the backend wasm");
   if (precision === "fp16" && !gpu.features.has("shader-f16")) {
     throw new BundleError("the bundle is fp16, which this GPU does not compute (shader-f16): use the backend wasm, or a bundle in fp32");
   }
+  return gpu.info?.architecture === "swiftshader" ? [...WRONG, ...WRONG_ON_SWIFTSHADER] : WRONG;
+}
+
+/** onnxruntime's option by which the nodes of `operators` stay on the CPU. */
+async function keptOnCpu(operators, model, source, graph) {
+  const bytes = typeof model === "string" ? await source.bytes(graph, LIMITS.graph, BundleError) : model;
+  const names = nodeNames(bytes, operators);
+  return names.length ? { forceCpuNodeNames: names } : {}; // an empty list is refused
 }
 
 /**
@@ -40,9 +57,11 @@ export async function openGraph(source, manifest, name, presents) {
         ` (${problem.message})`,
     );
   });
-  await backend.check?.(manifest);
+  const onCpu = (await backend.check?.(manifest)) ?? [];
   const { model, externalData } = await source.graph(manifest.graph, "model.onnx.data", BundleError);
-  const options = { executionProviders: [backend.provider], logSeverityLevel: 3 };
+  const provider = { name: backend.provider };
+  if (onCpu.length) Object.assign(provider, await keptOnCpu(onCpu, model, source, manifest.graph));
+  const options = { executionProviders: [provider], logSeverityLevel: 3 };
   if (externalData) options.externalData = externalData;
   if (backend.onDevice) {
     options.preferredOutputLocation = Object.fromEntries(presents.map((output) => [output, "gpu-buffer"]));
