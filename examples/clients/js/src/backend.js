@@ -18,8 +18,8 @@ const BACKENDS = {
   },
 };
 
-// Kernels of onnxruntime-web 1.30 that give wrong numbers. Once And has joined a row with a column, it is
-// wrong for other shapes in every session of the page, and with it the masks of batches.
+// Kernels of onnxruntime-web 1.30 that give wrong numbers. Once And has joined a row with a column, in any
+// open session of the page, it is wrong for other shapes, and with it the masks of batches.
 const WRONG = ["And", "Or", "Xor"];
 // From 32 tokens on, on SwiftShader, a GPU in software; not known of GPUs.
 const WRONG_ON_SWIFTSHADER = ["GroupQueryAttention"];
