@@ -15,6 +15,7 @@ import pytest
 from loradeploy.errors import BudgetError, RunError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.decoding.calls import Call
+from loradeploy.runtime.decoding.requests import read_request
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
@@ -609,10 +610,10 @@ def test_logits_that_are_not_finite_choose_no_token(
     logits = np.zeros((1, 512), np.float16)
     logits[0, :5] = -np.inf  # bars these tokens
     call = Call.of("A", None, 0, False, None, None, options)
-    assert generator._reader.request(call, 0).sequences.advance(logits)
+    assert read_request(generator._reader, call, 0).sequences.advance(logits)
     logits[0, 7] = value
     for given in (logits, np.full_like(logits, -np.inf)):
-        sequences = generator._reader.request(call, 0).sequences
+        sequences = read_request(generator._reader, call, 0).sequences
         with pytest.raises(RunError, match="prompt 1: the graph gave logits that are not finite"):
             sequences.advance(given)
 

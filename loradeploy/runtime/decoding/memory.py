@@ -15,27 +15,29 @@ from loradeploy.runtime.devices.findings import machine_root
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
+    from loradeploy.runtime.session import AdapterSession
 
 _MIB: Final = 1 << 20
 
 
 def check_memory(
-    manifest: Manifest,
-    vocabulary: int | None,
+    session: AdapterSession,
+    limit: int | None,
     prompts: Sequence[int],
     sequences: Sequence[int],
     new: Sequence[int],
-    limit: int | None,
 ) -> None:
     """Raise BudgetError where a batch takes more than `limit` bytes.
 
-    By default what the machine has available, where it says so (Linux, on the CPU).
+    None is what the machine has available, where it says so (Linux, on the CPU).
     `prompts`, `sequences`, `new`: of each prompt, its tokens, its texts or beams, and the most
     tokens that each of these gets.
     """
-    available = limit if limit is not None else available_memory()
+    on_host = session.providers[:1] == ("CPUExecutionProvider",)
+    available = limit if limit is not None or not on_host else available_memory()
     if available is None:
         return
+    manifest, vocabulary = session.manifest, session.limits.vocabulary
     longest = max(prompts) + max(new)  # shorter prompts are padded
     rows = sum(sequences)
     sizes = _position_bytes(manifest)

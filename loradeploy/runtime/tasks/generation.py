@@ -11,11 +11,14 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.decoding.batches import batches
 from loradeploy.runtime.decoding.calls import Call, Prompt, listed
 from loradeploy.runtime.decoding.logprobs import TokenLogprob
 from loradeploy.runtime.decoding.loop import DecoderGraph, DecodingBatch
+from loradeploy.runtime.decoding.memory import check_memory
 from loradeploy.runtime.decoding.options import GenerationOptions
-from loradeploy.runtime.decoding.reading import PromptReader, ReadText, Request
+from loradeploy.runtime.decoding.reading import PromptReader, ReadText
+from loradeploy.runtime.decoding.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.decoding.sequences import Finished, FinishReason
 from loradeploy.runtime.session import AdapterSession
@@ -89,7 +92,8 @@ class TextGenerator:
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self._graph = DecoderGraph.of(session, self.tokenizer.pad_id)
-        self._reader = PromptReader(session, cache_budget)
+        self._budget = cache_budget
+        self._reader = PromptReader(session)
 
     def generate(
         self,
@@ -225,9 +229,10 @@ class TextGenerator:
 
         results: dict[int, TextScore] = {}
         rows = [read(number) for number in range(len(given))]
-        for together, held in self._reader.batches(rows, batch_size or len(rows), read):
+        for together, held in batches(self.session, rows, batch_size or len(rows), read):
             lengths = [len(text.ids) for text in together]
-            self._reader.check_memory(lengths, [1] * len(together), [0] * len(together))
+            ones, none = [1] * len(together), [0] * len(together)
+            check_memory(self.session, self._budget, lengths, ones, none)
             found = scores_of(
                 self._graph,
                 held,
@@ -249,24 +254,28 @@ class TextGenerator:
 
         `cancelled`: texts that are to end, to which the caller may add at any time.
         """
-        requests = [self._reader.request(call, number) for number in range(len(call.prompts))]
-        batches = self._reader.batches(
-            requests, call.batch_size, lambda n: self._reader.request(call, n)
-        )
-        for together, held in batches:
-            self._reader.check_memory(
-                [len(request.ids) for request in together],
-                [max(o.n, o.num_beams) for o in (call.options[r.number] for r in together)],
-                [request.limit for request in together],
+
+        def read(number: int) -> Request:
+            return read_request(self._reader, call, number)
+
+        requests = [read(number) for number in range(len(call.prompts))]
+        for together, held in batches(self.session, requests, call.batch_size, read):
+            options = [call.options[one.number] for one in together]
+            check_memory(
+                self.session,
+                self._budget,
+                [len(one.ids) for one in together],
+                [max(own.n, own.num_beams) for own in options],
+                [one.limit for one in together],
             )
             ended: set[int] = set()
-            batch = DecodingBatch(self._graph, held, [request.sequences for request in together])
+            batch = DecodingBatch(self._graph, held, [one.sequences for one in together])
             for _ in batch.steps():
-                for request in together:
-                    yield from _news(request, ended)
-                    for choice in range(call.options[request.number].n):
-                        if request.first + choice in cancelled:
-                            request.sequences.cancel(choice)
+                for one in together:
+                    yield from _news(one, ended)
+                    for choice in range(call.options[one.number].n):
+                        if one.first + choice in cancelled:
+                            one.sequences.cancel(choice)
             yield None
 
 

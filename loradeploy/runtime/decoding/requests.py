@@ -1,0 +1,75 @@
+"""What a prompt of a call asks for: its tokens, and the texts that its settings make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loradeploy.errors import UsageError
+from loradeploy.runtime.decoding.beams import BeamSearch
+from loradeploy.runtime.decoding.calls import Call
+from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.processors import Processors
+from loradeploy.runtime.decoding.reading import PromptReader, ReadText
+from loradeploy.runtime.decoding.samples import Samples
+from loradeploy.runtime.decoding.sampling import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Request(ReadText):
+    """A prompt, and what becomes of it. `first`: the number of its first text among all."""
+
+    first: int
+    limit: int
+    sequences: Samples | BeamSearch
+
+
+def read_request(reader: PromptReader, call: Call, number: int) -> Request:
+    """A prompt of `call` as its adapter reads it now.
+
+    Raises:
+        UsageError: it is empty or fills the model's positions, or settings that do not fit it.
+    """
+    options, what = call.options[number], f"prompt {number + 1}"
+    text = reader.read(number, call.prompts[number], call.adapters[number], call.chat, what)
+    if not text.ids:
+        raise UsageError(f"{what} is empty")
+    limit = reader.check_length(len(text.ids), options.max_new_tokens, what)
+    return Request(
+        **vars(text),
+        first=call.firsts[number],
+        limit=limit,
+        sequences=_sequences(text, options, call.seeds[number], limit, what),
+    )
+
+
+def _sequences(
+    text: ReadText, options: GenerationOptions, seed: int, limit: int, what: str
+) -> Samples | BeamSearch:
+    """What `options` make of a prompt, with the settings of its own generation_config.json."""
+    side = text.side
+    own, tokenizer = side.settings, side.tokenizer
+    processors = Processors.of(options, own, tokenizer, side.ends, what)
+    stops = own.stop_strings if options.stop is None else options.stops
+    if options.num_beams > 1:
+        return BeamSearch(
+            text.ids,
+            num_beams=options.num_beams,
+            n=options.n,
+            limit=limit,
+            length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
+            early_stopping=options.early_stopping or False,
+            processors=processors,
+            tokenizer=tokenizer,
+            stops=stops,
+        )
+    return Samples(
+        text.ids,
+        n=options.n,
+        limit=limit,
+        seed=seed,
+        sampling=Sampling.of(options.temperature, options.top_k, options.top_p, options.min_p, own),
+        processors=processors,
+        tokenizer=tokenizer,
+        stops=stops,
+        logprobs=options.logprobs,
+    )
