@@ -5,7 +5,7 @@ export   a base model → a bundle, merged or with side inputs   (needs the extr
 parity   a bundle against PyTorch, and the verdict             (needs both)
 compare  any two models against each other
 AdapterSession, TextGenerator, TextClassifier,                 the runtime; numpy and
-TokenClassifier, TextEmbedder                                  onnxruntime are all it needs
+TextPairScorer, TokenClassifier, TextEmbedder                  onnxruntime are all it needs
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.embedding import TextEmbedder
     from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+    from loradeploy.runtime.tasks.pairs import RankedDocument, TextPairScorer
     from loradeploy.runtime.tasks.streaming import TextPiece
     from loradeploy.runtime.tasks.tokens import TokenClassification, TokenClassifier
     from loradeploy.train.config import TrainConfig
@@ -90,10 +91,12 @@ __all__ = [
     "ModelError",
     "OutputError",
     "ParityReport",
+    "RankedDocument",
     "RunError",
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
+    "TextPairScorer",
     "TextPiece",
     "TextScore",
     "TokenClassification",
@@ -140,6 +143,8 @@ _LAZY = {
     "TextClassifier": "loradeploy.runtime.tasks.classification",
     "TextEmbedder": "loradeploy.runtime.tasks.embedding",
     "TextGenerator": "loradeploy.runtime.tasks.generation",
+    "RankedDocument": "loradeploy.runtime.tasks.pairs",
+    "TextPairScorer": "loradeploy.runtime.tasks.pairs",
     "Classification": "loradeploy.runtime.tasks.classification",
     "Entity": "loradeploy.runtime.tasks.entities",
     "TokenClassification": "loradeploy.runtime.tasks.tokens",

@@ -23,7 +23,8 @@ ROOMS: Final = {
     "Run": (
         "AdapterSession", "TextGenerator", "GenerationOptions", "Generation", "TextPiece",
         "TokenLogprob", "TextScore", "TextClassifier", "Classification",
-        "TokenClassifier", "TokenClassification", "Entity", "TextEmbedder",
+        "TextPairScorer", "RankedDocument", "TokenClassifier", "TokenClassification", "Entity",
+        "TextEmbedder",
     ),
     "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit", "CertificateMinimum"),
     "Adapters": (

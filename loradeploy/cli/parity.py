@@ -94,8 +94,8 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--prompts",
     metavar="FILE",
-    help="Read the prompts from this file: one a line, or JSONL with prompt, messages or text."
-    " [default: built-in prompts]",
+    help="Read the prompts from this file: one a line, or JSONL with prompt, messages or text"
+    " (and text_pair). [default: built-in prompts]",
 )
 @click.option(
     "--tokens",

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     "file",
     type=click.Path(),
     help="Read prompts from this file: one on each line, or JSONL whose objects have prompt,"
-    " messages or text, perhaps adapter, and settings of their own such as temperature or stop."
-    " - is standard input.",
+    " messages or text (and text_pair), perhaps adapter, and settings of their own such as"
+    " temperature or stop. - is standard input.",
 )
 @click.option(
     "--adapter",
@@ -153,6 +153,8 @@ def command(
             f"{bundle} is a {task} bundle, which this command cannot run: use AdapterSession.run"
         )
     run = _TASKS[task]
+    if run is not _classify and any(isinstance(prompt, tuple) for prompt in prompts):
+        raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {task}")
     if run is not generate and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(
@@ -204,8 +206,10 @@ def _classify(
     from loradeploy.runtime.tasks.classification import TextClassifier
 
     results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
-    for text, result in zip(prompts, results, strict=True):
-        values = {"text": text, **asdict(result), "labels": list(result.labels)}
+    for prompt, result in zip(prompts, results, strict=True):
+        given = prompt if isinstance(prompt, tuple) else (prompt,)
+        texts = dict(zip(("text", "text_pair"), given, strict=False))
+        values = {**texts, **asdict(result), "labels": list(result.labels)}
         printer.result(_answer(result), values)
 
 
@@ -266,9 +270,9 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
 }
 
 
-def _texts(prompts: Sequence[Any]) -> list[str]:
+def _texts(prompts: Sequence[Any]) -> list[Any]:
     for number, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             raise UsageError(f"prompt {number} is a conversation: this bundle takes texts")
     return list(prompts)
 

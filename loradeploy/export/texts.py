@@ -27,12 +27,13 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
+    INPUT_NAMES,
     SETTINGS_NAME,
     TEMPLATE_NAME,
     TOKENIZER_NAME,
 )
 from loradeploy.disk import scratch_directory
-from loradeploy.errors import BundleError, LoraDeployError, listed_names
+from loradeploy.errors import BundleError, LoraDeployError, first_line, listed_names
 from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.printable import logger_of
 
@@ -178,6 +179,26 @@ def make_tokenizer(source: Path, output: Path) -> None:
             TOKENIZER_NAME,
             problem,
         )
+
+
+def declare_token_types(source: Path, bundle: Path) -> None:
+    """Write into the tokenizer's settings in `bundle` which inputs `source`'s tokenizer gives.
+
+    transformers decides it by the class of the tokenizer, which the runtime does not know.
+    """
+    settings = _object(bundle / SETTINGS_NAME)
+    if not (bundle / TOKENIZER_NAME).is_file() or isinstance(settings.get(INPUT_NAMES), list):
+        return
+    try:
+        from transformers import AutoTokenizer
+
+        from loradeploy.lora.loading import from_pretrained
+
+        names = from_pretrained(AutoTokenizer, source).model_input_names
+    except Exception as problem:  # transformers missing, or whatever its readers raise
+        logger.warning("the bundle takes no pairs of texts: %s", first_line(problem))
+        return
+    write_json(bundle / SETTINGS_NAME, settings | {INPUT_NAMES: list(names)})
 
 
 def _declared(settings: GenerationSettings) -> dict[str, Any]:

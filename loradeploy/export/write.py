@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.fingerprint import file_fingerprint
@@ -25,6 +25,7 @@ from loradeploy.bundle.names import (
     GRAPH_NAME,
     MANIFEST_NAME,
     NATIVE_SUFFIX,
+    TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ from loradeploy.export.texts import (
     base_tokenizer,
     bring_recipe,
     bring_text,
+    declare_token_types,
     make_tokenizer,
     replace_texts,
     say_ignored,
@@ -235,6 +237,9 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         make_tokenizer(content.assets, directory)
     for name, source in content.merged.items():
         replace_texts(name, source, directory, manifest, content.config)
+    typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
+    if typed and manifest.task == SEQUENCE_CLASSIFICATION:
+        declare_token_types(content.assets, directory)
     recipes = (*content.merged.values(), *content.recipes)
     manifest = dataclasses.replace(
         manifest, sentence=bring_recipe(recipes, directory, manifest.task)

@@ -115,7 +115,7 @@ def parity(
     from loradeploy.parity.report.baseline import check_comparable, read_baseline
     from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.writers import check_reports
-    from loradeploy.parity.score.heldout import read_held_out
+    from loradeploy.parity.score.heldout import read_held_out, with_types
     from loradeploy.parity.score.scores import check_scored
     from loradeploy.parity.variants import choose_variants
     from loradeploy.snapshot import Snapshot
@@ -164,6 +164,7 @@ def parity(
         held_out = read_held_out(
             path, manifest, directory, tested, evaluate, examples=examples, seed=seed
         )
+    cases = with_types(cases, held_out)
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
         context = CheckContext(
             bundle=path,

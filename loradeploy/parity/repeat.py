@@ -32,7 +32,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
     alone = PREFILL if task == CAUSAL_LM else ONE_ROW
     rows = rows_of(REPEAT, reference.rows[None])
     with as_reference(context, base, None) as model:
-        backend = TorchModel(model, context.manifest)
+        backend = TorchModel(model, context.manifest, context.cases.types)
         for seen in run_phases(backend, rows, task=task, pad=context.cases.pad, phases=(alone,)):
             comparison.add(seen.expected, seen.values, case=seen.row.case)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)

@@ -33,11 +33,11 @@ _SETTINGS: Final = (
 class Request:
     """A prompt and its adapter: a name, a path, several with weights, or None for the base.
 
-    `prompt`: a text, or a conversation as a list of messages. `settings`: those of its generation
-    that it has itself, by the names of `GenerationOptions`, and `seed`.
+    `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
+    those of its generation that it has itself, by the names of `GenerationOptions`, and `seed`.
     """
 
-    prompt: str | list[Any]
+    prompt: str | tuple[str, str] | list[Any]
     adapter: AdapterSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,8 +60,9 @@ def parse_requests(
 ) -> list[Request]:
     """The prompts in `content`, one a line; blank lines are passed over.
 
-    With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, and
-    perhaps `adapter` in place of the one that all others have, and settings of a generation.
+    With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, perhaps
+    `text_pair` beside `text`, and perhaps `adapter` in place of the one that all
+    others have, and settings of a generation.
     `source`: its name in messages.
 
     Raises:
@@ -89,7 +90,11 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> Request:
     named = values.get("adapter", adapter)
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
-    return Request(values[name], named, _settings(values))
+    if (pair := values.get("text_pair")) is None:
+        return Request(values[name], named, _settings(values))
+    if name != "text" or not isinstance(pair, str):
+        raise DataError(f"{where}: give a pair as two texts, text and text_pair")
+    return Request((values[name], pair), named, _settings(values))
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ For a causal language model a row is one of
     {"messages": [{"role": …, "content": …}, …]}  the loss is on what the assistant says
     {"text": "…"}                                 the loss is on all of it
 
-For a classifier it has `text` and `label` (a name; several names; a number or several), or there is
-a folder with one folder of .txt files for each class. For token classification it has `tokens` and
+For a classifier it has `text` and `label` (a name; several names; a number or several), and
+`text_pair` where it classifies pairs of texts; or there is a folder with one folder of .txt files
+for each class. For token classification it has `tokens` and
 `tags`, lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. Other
 columns of a row are left alone. `sources` tells the forms that the rows come in.
 """
@@ -31,6 +32,7 @@ _FORMS: Final = ("messages", "completion", "text")
 _LABELS_BETWEEN: Final = "|"  # where several labels stand in one field of a CSV file
 
 _Example = TypeVar("_Example")
+_Labeled = TypeVar("_Labeled", "LabeledText", "MultiLabelText", "MeasuredText")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class LabeledText:
-    """An example for a classifier."""
+    """An example for a classifier, of a text or of a pair of them."""
 
     where: str
     text: str
     label: str
+    pair: str | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -67,6 +70,7 @@ class MultiLabelText:
     where: str
     text: str
     labels: tuple[str, ...]
+    pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class MeasuredText:
     where: str
     text: str
     values: tuple[float, ...]
+    pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,12 @@ def read_labeled_texts(source: Source) -> list[LabeledText]:
     """The examples for a classifier, in a fixed order.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no text or label.
+        DataError: nothing is there, a row (named) has no text or label, or some rows alone have a
+            text_pair.
     """
-    return _some([_labeled(where, row) for where, row in _texts(source)], source)
+    return _all_pairs_or_none(
+        _some([_labeled(where, row) for where, row in _texts(source)], source)
+    )
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
@@ -133,8 +141,9 @@ def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
             labels = [name.strip() for name in labels.split(_LABELS_BETWEEN) if name.strip()]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             raise _contradicts(where, labels, "multi-label", "a list of names")
-        examples.append(MultiLabelText(where, _text(where, row, "text"), tuple(labels)))
-    return _some(examples, source)
+        text, pair = _text(where, row, "text"), _pair(where, row)
+        examples.append(MultiLabelText(where, text, tuple(labels), pair))
+    return _all_pairs_or_none(_some(examples, source))
 
 
 def read_measured_texts(source: Source) -> list[MeasuredText]:
@@ -155,8 +164,8 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
                 f"{where}: label has {len(values)} numbers, those before it have"
                 f" {len(examples[0].values)}: one for each output is needed"
             )
-        examples.append(MeasuredText(where, _text(where, row, "text"), values))
-    return _some(examples, source)
+        examples.append(MeasuredText(where, _text(where, row, "text"), values, _pair(where, row)))
+    return _all_pairs_or_none(_some(examples, source))
 
 
 def _measure(value: Any) -> float:
@@ -299,7 +308,19 @@ def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise _contradicts(where, label, "single-label", "a name or a whole number")
-    return LabeledText(where, _text(where, line, "text"), str(label))
+    return LabeledText(where, _text(where, line, "text"), str(label), _pair(where, line))
+
+
+def _pair(where: str, line: dict[str, Any]) -> str | None:
+    """The second text of a pair, None where a line has one text."""
+    return None if line.get("text_pair") is None else _text(where, line, "text_pair")
+
+
+def _all_pairs_or_none(examples: list[_Labeled]) -> list[_Labeled]:
+    for example in examples:
+        if (example.pair is None) != (examples[0].pair is None):
+            raise DataError(f"{example.where}: some rows have a text_pair and others have none")
+    return examples
 
 
 def _class_folders(path: Path) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from jinja2 import TemplateError
 
+from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.errors import BundleError, DataError, UsageError, listed_names, shown
 from loradeploy.train.data import (
@@ -47,6 +48,7 @@ class Encoded:
 class Collator:
     """Pads a batch on the right: int64 `input_ids` and `attention_mask` [batch, longest].
 
+    `token_type_ids`, int64 [batch, longest], where the examples have them.
     `labels` too where they are lists of class numbers; as they are where they are one number, or a
     list of floats, for an example: [batch] or [batch, classes].
     """
@@ -58,6 +60,9 @@ class Collator:
         by_token = isinstance(labels[0], list) and not isinstance(labels[0][0], float)
         inputs = padded_inputs([feature["input_ids"] for feature in features], self.pad_id)
         longest = inputs["input_ids"].shape[1]
+        if TOKEN_TYPE_IDS in features[0]:
+            types = [feature[TOKEN_TYPE_IDS] for feature in features]
+            inputs[TOKEN_TYPE_IDS] = torch.tensor(_padded(types, 0, longest))
         return {
             **inputs,
             "labels": torch.tensor(_padded(labels, IGNORED, longest) if by_token else labels),
@@ -123,20 +128,28 @@ def text_features(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Token ids of each text, special tokens included, and what it is labeled with.
+    """Token ids of each text or pair, special tokens included, and what it is labeled with.
 
-    That is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0 for
-    the others; or its numbers.
+    Pairs have `token_type_ids` too where the tokenizer gives them. Of a pair that is longer than
+    `max_length` the longer text is cut first.
+
+    `labels` is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0
+    for the others; or its numbers.
 
     Raises:
         DataError: a text without a single token, or a label that is not one of `labels`.
     """
-    cut, truncated = _cut([example.text for example in examples], tokenizer, max_length)
-    features = []
-    for example, ids in zip(examples, cut, strict=True):
+    texts = [example.text for example in examples]
+    pairs = [example.pair for example in examples if example.pair is not None]
+    cut, truncated = _cut(texts, tokenizer, max_length, pairs)
+    features: list[dict[str, Any]] = []
+    for example, ids in zip(examples, cut["input_ids"], strict=True):
         if not ids:
             raise DataError(f"{example.where}: the text has no tokens")
-        features.append({"input_ids": ids, "labels": _target(example, labels)})
+        features.append({"input_ids": list(ids), "labels": _target(example, labels)})
+    if pairs and TOKEN_TYPE_IDS in cut:
+        for feature, types in zip(features, cut[TOKEN_TYPE_IDS], strict=True):
+            feature[TOKEN_TYPE_IDS] = list(types)
     return Encoded(features, truncated)
 
 
@@ -195,20 +208,27 @@ def pair_features(
     for name, texts in columns.items():
         cut, more = _cut(texts, tokenizer, max_length)
         truncated += more
-        for example, feature, ids in zip(examples, features, cut, strict=True):
+        for example, feature, ids in zip(examples, features, cut["input_ids"], strict=True):
             if not ids:
                 raise DataError(f"{example.where}: a text has no tokens")
-            feature[name] = ids
+            feature[name] = list(ids)
     return Encoded(features, truncated)
 
 
 def _cut(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[list[int]], int]:
-    """Token ids of each text, at most `max_length`, and how many texts were longer."""
-    full = tokenizer(list(texts))["input_ids"]
-    cut = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    return [list(ids) for ids in cut], sum(len(ids) > max_length for ids in full)
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    pairs: Sequence[str] = (),
+) -> tuple[Mapping[str, list[list[int]]], int]:
+    """The tokenizer's lists of each text or pair, at most `max_length`, and how many were longer.
+
+    `pairs`: the second texts of all pairs, or none.
+    """
+    given = (list(texts), list(pairs)) if pairs else (list(texts),)
+    full = tokenizer(*given)["input_ids"]
+    cut = tokenizer(*given, truncation="longest_first", max_length=max_length)
+    return cut, sum(len(ids) > max_length for ids in full)
 
 
 def _target(

@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from loradeploy.bundle.context_length import context_length
+from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.train.config import TrainConfig
+from loradeploy.train.features import Encoded
 from loradeploy.train.tasks import Task
 
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
@@ -48,6 +50,20 @@ class Checkpoint:
         positions = context_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
         return longest if positions is None else min(longest, positions)
+
+    def encode(
+        self, task: Task, examples: Sequence[Any], labels: Sequence[str], max_length: int
+    ) -> Encoded:
+        """The examples as the model takes them: token types only where it has several.
+
+        Raises:
+            DataError: as the task's `encode`.
+        """
+        encoded = task.encode(examples, labels, self.tokenizer, max_length)
+        if (getattr(self.config, "type_vocab_size", None) or 0) < 2:
+            for feature in encoded.features:
+                feature.pop(TOKEN_TYPE_IDS, None)
+        return encoded
 
     def within(self, config: TrainConfig) -> TrainConfig:
         """`config` with `max_length` limited to what the model supports."""

@@ -57,9 +57,10 @@ def prepare(
     source = Source(data, config.split, config.column_names)
     examples = task.read(source)
     labels = task.labels(examples) or None if task.labels is not None else None
-    if labels is not None and len(labels) == 1:
+    # Of several labels that a text may have, one is enough where some texts lack it.
+    if labels is not None and len(labels) == 1 and all(example.labels for example in examples):
         raise DataError(f"{source}: all examples have the label {labels[0]!r}; two are needed")
-    encoded = task.encode(examples, labels or (), opened.tokenizer, config.max_length)
+    encoded = opened.encode(task, examples, labels or (), config.max_length)
     features, truncated = encoded.features, encoded.truncated
     random.Random(config.seed).shuffle(features)
     kept = round(len(features) * config.validation_split)
@@ -71,7 +72,7 @@ def prepare(
     evaluation, features = features[:kept], features[kept:]
     if config.validation:
         read = task.read(_validation(source, config))
-        others = task.encode(read, labels or (), opened.tokenizer, config.max_length)
+        others = opened.encode(task, read, labels or (), config.max_length)
         evaluation, truncated = others.features, truncated + others.truncated
     if (config.keep_best or config.early_stopping) and not evaluation:
         setting = "keep_best" if config.keep_best else "early_stopping"

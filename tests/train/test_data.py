@@ -20,6 +20,7 @@ from loradeploy.train.data import (
 )
 from loradeploy.train.sources import Source
 from tests.train.conftest import write_lines
+from tests.train.test_tasks import as_form
 
 
 @pytest.mark.parametrize(
@@ -172,3 +173,23 @@ def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
     lines.append({"text": "x", "label": "other"})
     named = label_names(read_labeled_texts(Source(write_lines(tmp_path / "a.jsonl", lines))))
     assert named == ("1", "10", "2", "other")
+
+
+LABELS: dict[str, Any] = {"single-label": "x", "multi-label": ["x"], "regression": 0.5}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("problem", CLASSIFIERS)
+def test_a_row_may_have_a_pair_of_texts(problem: str, form: str, tmp_path: Path) -> None:
+    rows = [{"text": text, "text_pair": "b, c", "label": LABELS[problem]} for text in "ad"]
+    if form == "csv" and problem == "multi-label":
+        rows = [{**row, "label": "x"} for row in rows]
+    read = CLASSIFIERS[problem]
+    examples = read(Source(as_form(form, tmp_path / "data", rows)))
+    assert [(example.text, example.pair) for example in examples] == [("a", "b, c"), ("d", "b, c")]
+    if form == "jsonl":
+        rows[1]["text_pair"] = None
+        with pytest.raises(DataError, match="line 2: some rows have a text_pair and others"):
+            read(Source(write_lines(tmp_path / "some.jsonl", rows)))
+        with pytest.raises(DataError, match="line 1: text_pair is '', a text is needed"):
+            read(Source(write_lines(tmp_path / "some.jsonl", [{**rows[0], "text_pair": ""}])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 from loradeploy.errors import DataError
+from loradeploy.train.config import TrainConfig
 from loradeploy.train.data import LabeledText, read_conversations
 from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
+from loradeploy.train.model import open_checkpoint
 from loradeploy.train.sources import Source
+from loradeploy.train.tasks import task_of
+from tests.pairs import give_rules
 from tests.train.conftest import write_lines
 
 CHAT = [
@@ -140,3 +145,28 @@ def test_batches_are_padded_on_the_right() -> None:
     classes = Collator(pad_id=9)([{"input_ids": [1], "labels": 2}, {"input_ids": [3], "labels": 0}])
     assert classes["labels"].tolist() == [2, 0]
     assert {tensor.dtype for tensor in (*batch.values(), *classes.values())} == {torch.int64}
+
+
+def test_pairs_are_encoded_as_by_the_tokenizer_with_their_token_types(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    opened = open_checkpoint(give_rules(tmp_path / "model"))
+    task = task_of(TrainConfig(task="sequence-classification"))
+    examples = [
+        LabeledText("line 1", "a b c d e f g h i j", "x", "k l m n"),
+        LabeledText("line 2", "a", "y", "b"),
+    ]
+    encoded = opened.encode(task, examples, ("x", "y"), 12)
+    for feature, example in zip(encoded.features, examples, strict=True):
+        expected = opened.tokenizer(example.text, example.pair, truncation=True, max_length=12)
+        assert feature["input_ids"] == expected["input_ids"]
+        assert feature["token_type_ids"] == expected["token_type_ids"]
+        assert 1 in feature["token_type_ids"]
+    assert encoded.truncated == 1
+    batch = Collator(0)(encoded.features)
+    assert batch["token_type_ids"].shape == batch["input_ids"].shape == (2, 12)
+    short = len(encoded.features[1]["input_ids"])
+    assert batch["token_type_ids"][1, short:].tolist() == [0] * (12 - short)
+    opened.config.type_vocab_size = 1  # as of RoBERTa
+    assert "token_type_ids" not in opened.encode(task, examples, ("x", "y"), 12).features[0]

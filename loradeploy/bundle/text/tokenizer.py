@@ -17,12 +17,13 @@ from typing import Final
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.names import CONFIG_NAME, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.chat import ChatTemplate, Message
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
+    INPUT_NAMES,
     SETTINGS_NAME,
     SPECIAL_NAME,
     TOKENIZER_NAME,
@@ -60,6 +61,8 @@ class Tokenizer:
     `pad_id`: fills rows up; which token it is does not matter where the attention mask is heeded.
     `positions`: how many tokens the model has positions for; `max_length`: how many it is to take.
     None where no file has it.
+    `truncation_side`: "right" or "left", where texts that are too long are cut.
+    `token_types`: whether the model takes the token types of pairs; None where no file has it.
     `settings`: how logits are changed before a token is chosen.
     `template`: the source of the chat template, None where there is none.
     `own_words`: whether an adapter has another vocabulary or other rules than the base.
@@ -117,6 +120,14 @@ class Tokenizer:
             self._pads, self.pad_id = base._pads, base.pad_id
             self.positions, self.max_length = base.positions, base.max_length
         self.eos_ids: frozenset[int] = frozenset(eos)
+        side = settings.get("truncation_side", None if base is None else base.truncation_side)
+        self.truncation_side: str = "left" if side == "left" else "right"
+        names = settings.get(INPUT_NAMES)
+        self.token_types: bool | None = (
+            TOKEN_TYPE_IDS in names
+            if isinstance(names, list)
+            else (None if base is None else base.token_types)
+        )
         self.settings: GenerationSettings = (
             base.settings
             if base is not None and not generation
@@ -144,7 +155,8 @@ class Tokenizer:
     ) -> list[int]:
         """The tokens of `text`, by default with the special tokens that the model has around it.
 
-        Of a text that is longer than `max_length` the end is cut; the special tokens stay.
+        Of a text that is longer than `max_length` the end is cut, or the beginning where
+        tokenizer_config.json has `truncation_side` "left"; the special tokens stay.
 
         Raises:
             UsageError: it is no text. BundleError: the tokenizer fails on it.
@@ -153,7 +165,7 @@ class Tokenizer:
             encoding = tokenizer.encode(text, add_special_tokens=False)
             if max_length is not None:
                 around = tokenizer.num_special_tokens_to_add(False) if special_tokens else 0
-                encoding.truncate(max(max_length - around, 0))
+                encoding.truncate(max(max_length - around, 0), direction=self.truncation_side)
             encoding = tokenizer.post_process(encoding, add_special_tokens=special_tokens)
             ids: list[int] = encoding.ids
         return ids

@@ -50,16 +50,16 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
         made = ReferenceEvaluator(os.fspath(graph))
     except Exception as problem:  # of several kinds, all for want of an operator
         raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
-    manifest = context.manifest
+    manifest, types = context.manifest, context.cases.types
     if context.merged:
         for tested in context.adapters:
-            yield tested.name, OnnxModel(manifest, partial(_evaluate, made, {}))
+            yield tested.name, OnnxModel(manifest, partial(_evaluate, made, {}), types=types)
         return
-    yield None, OnnxModel(manifest, partial(_evaluate, made, {}))
+    yield None, OnnxModel(manifest, partial(_evaluate, made, {}), types=types)
     base = BundleBase(context.bundle, manifest)
     for tested in context.adapters:
         side = side_inputs(tested.adapter, manifest, base) | branch_choice(manifest)
-        yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side))
+        yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side), types=types)
 
 
 def _evaluate(

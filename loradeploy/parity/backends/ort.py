@@ -17,7 +17,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.inputs.row_feeds import plain_feeds
+from loradeploy.parity.inputs.row_feeds import Types, plain_feeds
 from loradeploy.parity.phases import joined, output_names
 from loradeploy.parity.variants import session_options
 from loradeploy.runtime.tokenizer import pad
@@ -44,12 +44,19 @@ class OnnxModel:
     """A graph as a backend; `run` may give arrays or OrtValues.
 
     `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
-    graph's present outputs are the next past, as they come.
+    graph's present outputs are the next past, as they come. `types`: the token types of pairs of
+    texts, by their tokens.
     """
 
     def __init__(
-        self, manifest: Manifest, run: Run, cache: Callable[[int], DecoderCache] | None = None
+        self,
+        manifest: Manifest,
+        run: Run,
+        cache: Callable[[int], DecoderCache] | None = None,
+        *,
+        types: Types | None = None,
     ) -> None:
+        self._types = types
         self._manifest = manifest
         self._run = run
         self._cache = cache
@@ -74,7 +81,7 @@ class OnnxModel:
         else:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
-            feeds = {**plain_feeds(self._manifest, ids, mask), **cache.inputs}
+            feeds = {**plain_feeds(self._manifest, ids, mask, self._types), **cache.inputs}
             given = self._run(names, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
@@ -113,7 +120,7 @@ class OnnxModel:
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
-        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask))
+        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask, self._types))
         past = self._empty(len(ids)) if cache is None else cache
         return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 
@@ -129,14 +136,22 @@ def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
     _load(session, context.adapters)
     for name in (None, *(tested.name for tested in context.adapters)):
         run = partial(_all_rows, session, name)
-        yield name, OnnxModel(context.manifest, run, session.empty_cache)
+        yield name, OnnxModel(context.manifest, run, session.empty_cache, types=context.cases.types)
 
 
 def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     """All adapters and the base at once, through `AdapterSession`: each row has its own."""
     session = _open(context, context.bundle)
     _load(session, context.adapters)
-    yield None, OnnxModel(context.manifest, session.run_with_ort_values, session.empty_cache)
+    yield (
+        None,
+        OnnxModel(
+            context.manifest,
+            session.run_with_ort_values,
+            session.empty_cache,
+            types=context.cases.types,
+        ),
+    )
 
 
 def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
@@ -168,7 +183,12 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
         adapter.Load(os.fspath(native_file(context, tested, base)))
         active = onnxruntime.RunOptions()
         active.add_active_adapter(adapter)
-        yield tested.name, OnnxModel(context.manifest, partial(_activated, session, active))
+        yield (
+            tested.name,
+            OnnxModel(
+                context.manifest, partial(_activated, session, active), types=context.cases.types
+            ),
+        )
     if left_out:
         raise NotRunError(
             f"{listed(left_out)}, whose default of rank 0 {ranks[0]} does not take"
@@ -203,7 +223,10 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
         with merged_bundle(context, tested) as bundle:
             session = _open(context, bundle)
             run = partial(_all_rows, session, None)
-            yield tested.name, OnnxModel(session.manifest, run, session.empty_cache)
+            yield (
+                tested.name,
+                OnnxModel(session.manifest, run, session.empty_cache, types=context.cases.types),
+            )
             del session
 
 

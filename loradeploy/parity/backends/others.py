@@ -30,7 +30,7 @@ from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.compare.opening import open_side, short_title
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.inputs.row_feeds import FED
+from loradeploy.parity.inputs.row_feeds import FED, Types
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
@@ -108,12 +108,14 @@ def _open(
     model: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], context: CheckContext
 ) -> Iterator[tuple[str | None, OnnxModel]]:
     side = open_side(model, context.providers)
-    yield claim, _model(side, inputs, context.manifest)
+    yield claim, _model(side, inputs, context.manifest, context.cases.types)
 
 
-def _model(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> OnnxModel:
+def _model(
+    side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest, types: Types | None = None
+) -> OnnxModel:
     own = dataclasses.replace(manifest, inputs=inputs)
-    return OnnxModel(own, partial(_run, side, manifest))
+    return OnnxModel(own, partial(_run, side, manifest), types=types)
 
 
 def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:

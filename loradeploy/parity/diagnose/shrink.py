@@ -267,7 +267,7 @@ class _Trial:
         """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
         manifest = self.context.manifest
         ids = np.array([tokens], np.int64)
-        reference = TorchModel(self.torch_model, manifest)
+        reference = TorchModel(self.torch_model, manifest, self.context.cases.types)
         values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
         if manifest.task not in WHOLE_ROW:
             values = values[0]  # [positions, width]

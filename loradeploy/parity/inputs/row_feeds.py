@@ -6,7 +6,7 @@ target is they themselves, so that a row of tokens stands for all that is fed in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
     TOKEN_TYPE_IDS,
 )
-from loradeploy.errors import UsageError
+from loradeploy.errors import DataError, UsageError, shown
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:
@@ -31,17 +31,48 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
+Tokens = tuple[int, ...]
+# Token types of pairs of texts, by the row's tokens.
+Types = Mapping[Tokens, Tokens]
+
 # Tokens of an encoder-decoder's target, for a source of any length.
 TARGET: Final = 8
 
 
-def plain_feeds(manifest: Manifest, ids: Ids, mask: Ids) -> dict[str, NDArray[Any]]:
-    """The graph's inputs but for the cache, of `ids` [rows, new tokens], `mask` [rows, tokens]."""
-    return {
+def plain_feeds(
+    manifest: Manifest, ids: Ids, mask: Ids, types: Types | None = None
+) -> dict[str, NDArray[Any]]:
+    """The graph's inputs but for the cache, of `ids` [rows, new tokens], `mask` [rows, tokens].
+
+    `types`: the token types of rows, by their tokens; those of other rows are 0.
+    """
+    feeds = {
         spec.name: _MAKERS[spec.name](ids, mask, spec).astype(spec.dtype, copy=False)
         for spec in manifest.inputs
         if spec.name in _MAKERS
     }
+    if types and TOKEN_TYPE_IDS in feeds:
+        for row, real in enumerate(mask.astype(bool)):
+            own = types.get(tuple(ids[row, real].tolist()))
+            if own is not None:
+                feeds[TOKEN_TYPE_IDS][row, real] = own
+    return feeds
+
+
+def types_of(rows: Iterable[tuple[Tokens, Tokens | None]]) -> Types:
+    """The token types of `rows` by their tokens, of (tokens, types or None where all are 0).
+
+    Raises:
+        DataError: two rows of the same tokens have different types.
+    """
+    found: dict[Tokens, Tokens] = {}
+    for tokens, types in rows:
+        own = types or (0,) * len(tokens)
+        if found.setdefault(tokens, own) != own:
+            raise DataError(
+                f"a text and a pair of texts are the same tokens {shown(tokens)}: leave one out"
+            )
+    return {tokens: types for tokens, types in found.items() if any(types)}
 
 
 def check_inputs(manifest: Manifest) -> None:

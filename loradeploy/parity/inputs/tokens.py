@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING
+from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING, TOKEN_TYPE_IDS
 from loradeploy.bundle.outputs import output_of
+from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
+from loradeploy.parity.inputs.row_feeds import Types, types_of
 from loradeploy.runtime.prompts import read_requests
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 # What a prompt is cut to, so that a text file of long articles does not make a check of hours.
 MAX_PROMPT_TOKENS: Final = 256
-# A text, or a conversation as a list of messages.
-Prompt = str | list[Any]
+# A text, a pair of texts, or a conversation as a list of messages.
+Prompt = str | tuple[str, str] | list[Any]
 
 _SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
@@ -47,7 +49,8 @@ class Cases:
     `prompts`: token ids, one row a case: the prompts, then `fuzz` random rows, then `edges` of
     extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
     `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
-    rows are filled up on the left. `alike`: whether rows of one length alone share a batch.
+    rows are filled up on the left. `types`: the token types of pairs. `alike`: whether
+    rows of one length alone share a batch.
     """
 
     prompts: Rows
@@ -58,6 +61,7 @@ class Cases:
     fuzz: int = 0
     edges: int = 0
     alike: bool = False
+    types: Types = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[tuple[Rows, int], ...]:
@@ -71,16 +75,17 @@ def make_cases(
     bundle: Path,
     manifest: Manifest,
     *,
-    prompts: str | os.PathLike[str] | Sequence[str] | None,
+    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
     generated: int | None,
     seed: int,
     fuzz: int = 0,
 ) -> Cases:
     """The cases for a bundle.
 
-    `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), a list of
-    texts, or None for the built-in ones. A bundle without a tokenizer is fed random tokens. `fuzz`
-    rows of random tokens come too, and one row each of the least and of the largest length.
+    `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
+    or `messages`), a list of texts and pairs, or None for the built-in ones. A bundle without a
+    tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row each of the
+    least and of the largest length.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
@@ -100,8 +105,9 @@ def make_cases(
     longest = _longest(config, follow)
     has_tokenizer = (bundle / "tokenizer.json").is_file()
     vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
+    types: Types = {}
     if has_tokenizer:
-        rows, pad, source = _tokenized(bundle, prompts, longest)
+        rows, types, pad, source = _tokenized(bundle, manifest, prompts, longest)
     elif prompts is None:
         pad_id = config.get("pad_token_id")
         rows = _random_rows(vocabulary, longest, seed)
@@ -112,25 +118,32 @@ def make_cases(
     random = _fuzz_rows(vocabulary, longest, seed, fuzz)
     edges = _edge_rows(rows, longest)
     every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
-    return Cases(every, follow, pad, source, left, len(random), len(edges), alike)
+    return Cases(every, follow, pad, source, left, len(random), len(edges), alike, types)
 
 
 def _tokenized(
-    bundle: Path, prompts: str | os.PathLike[str] | Sequence[str] | None, longest: int
-) -> tuple[Rows, int, str]:
-    """The prompts as tokens, the id that fills rows up, and where the prompts are from."""
+    bundle: Path,
+    manifest: Manifest,
+    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
+    longest: int,
+) -> tuple[Rows, Types, int, str]:
+    """The prompts as tokens, their types, the id that fills rows up, and where they are from."""
     from loradeploy.runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
     texts, source = _texts(prompts)
-    encoded = tuple(tuple(_encode(tokenizer, text, longest)) for text in texts)
+    if manifest.task != SEQUENCE_CLASSIFICATION and any(isinstance(t, tuple) for t in texts):
+        raise UsageError(f"{source}: pairs of texts, and the bundle is for {manifest.task}")
+    typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
+    rows = [_encode(tokenizer, text, longest, typed=typed) for text in texts]
+    encoded = tuple(tokens for tokens, _ in rows)
     if empty := [number for number, row in enumerate(encoded, start=1) if not row]:
         raise DataError(f"{source}: prompt {empty[0]} has no tokens")
-    return encoded, tokenizer.pad_id, source
+    return encoded, types_of(rows), tokenizer.pad_id, source
 
 
 def _texts(
-    prompts: str | os.PathLike[str] | Sequence[str] | None,
+    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
 ) -> tuple[Sequence[Prompt], str]:
     if prompts is None:
         return PROMPTS, "built-in prompts"
@@ -142,10 +155,16 @@ def _texts(
     return list(prompts), "given prompts"
 
 
-def _encode(tokenizer: Tokenizer, text: Prompt, longest: int) -> list[int]:
+def _encode(
+    tokenizer: Tokenizer, text: Prompt, longest: int, *, typed: bool
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The tokens of a prompt, and their types where it is a pair that has some."""
+    if isinstance(text, tuple):
+        row = pair_tokens(tokenizer, *text, max_length=longest, typed=typed)
+        return tuple(row.ids), None if row.types is None else tuple(row.types)
     if isinstance(text, str):
-        return tokenizer.encode(text, max_length=longest)
-    return tokenizer.encode_chat(text)[:longest]
+        return tuple(tokenizer.encode(text, max_length=longest)), None
+    return tuple(tokenizer.encode_chat(text)[:longest]), None
 
 
 def _longest(config: dict[str, Any], generated: int) -> int:

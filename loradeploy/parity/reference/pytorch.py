@@ -20,7 +20,7 @@ from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.inputs.row_feeds import plain_feeds
+from loradeploy.parity.inputs.row_feeds import Types, plain_feeds
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
     WHOLE_ROW,
@@ -54,9 +54,15 @@ if TYPE_CHECKING:
 
 
 class TorchModel:
-    """A PyTorch model as a backend; the adapter is what is in it at the time."""
+    """A PyTorch model as a backend; the adapter is what is in it at the time.
 
-    def __init__(self, model: torch.nn.Module, manifest: Manifest) -> None:
+    `types`: the token types of pairs of texts, by their tokens.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, manifest: Manifest, types: Types | None = None
+    ) -> None:
+        self._types = types
         self._model = model
         self._manifest = manifest
         self._task = manifest.task
@@ -71,7 +77,7 @@ class TorchModel:
         import torch
 
         if self._task != CAUSAL_LM:
-            made = plain_feeds(self._manifest, ids, mask)
+            made = plain_feeds(self._manifest, ids, mask, self._types)
             feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
         else:
             feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
@@ -260,7 +266,7 @@ def _limits(
     try:
         gap = measure_gap(
             base.model,
-            TorchModel(base.model, manifest),
+            TorchModel(base.model, manifest, context.cases.types),
             rows,
             manifest.precision,
             activations_of(base.quantized),
@@ -307,7 +313,7 @@ def reference_rows(
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
     cases = context.cases
-    backend = TorchModel(model, context.manifest)
+    backend = TorchModel(model, context.manifest, context.cases.types)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
     for prompts, after in cases.groups:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +31,7 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.names import CONFIG_NAME, TOKEN_TYPE_IDS
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -40,12 +40,14 @@ from loradeploy.errors import (
     listed_names,
     shown,
 )
+from loradeploy.parity.inputs.row_feeds import types_of
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.measures import MEASURED
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.parity.context import AdapterUnderTest
+    from loradeploy.parity.inputs.tokens import Cases
     from loradeploy.train.model import Checkpoint
     from loradeploy.train.tasks import Task
 
@@ -57,10 +59,14 @@ _SPLIT: Final = "test"  # of a dataset that has splits
 
 @dataclass(frozen=True)
 class Example:
-    """An example of `tokens`; `labels` are as many, or the one class of a text, or its numbers."""
+    """An example of `tokens`; `labels` are as many, or the one class of a text, or its numbers.
+
+    `types`: the token types of a pair of texts.
+    """
 
     tokens: tuple[int, ...]
     labels: tuple[float, ...]
+    types: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,18 @@ def read_held_out(
     return found
 
 
+def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:
+    """`cases` that know the token types of the held-out pairs of texts too.
+
+    Raises:
+        DataError: a text has the tokens of a pair.
+    """
+    prompts = cases.prompts[: len(cases.prompts) - cases.fuzz - cases.edges]
+    rows = [(tokens, cases.types.get(tokens)) for tokens in prompts]
+    rows += [(e.tokens, e.types) for data in held_out.values() for e in data.examples]
+    return replace(cases, types=types_of(rows))
+
+
 def _data_by_adapter(
     evaluate: DataByAdapter, names: Sequence[str | None]
 ) -> dict[str | None, Data]:
@@ -202,13 +220,14 @@ def _coded(
         given = {example.label for example in drawn}
         if not given <= set(names) and all(label.isdecimal() for label in given):
             names = tuple(map(str, range(len(names))))
-    features = task.encode(drawn, names, checkpoint.tokenizer, longest).features
+    features = checkpoint.encode(task, drawn, names, longest).features
     return tuple(
         Example(
             tuple(feature["input_ids"]),
             tuple(feature["labels"])
             if isinstance(feature["labels"], list)
             else (feature["labels"],),
+            tuple(feature[TOKEN_TYPE_IDS]) if TOKEN_TYPE_IDS in feature else None,
         )
         for feature in features
     )

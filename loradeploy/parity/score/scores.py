@@ -124,7 +124,9 @@ def score_reference(
     found: dict[str | None, Answers] = {}
     for name, data in held_out.items():
         with adapted(model, None if name is None else adapters[name]):
-            found[name] = answers(TorchModel(model, context.manifest), data, name, context)
+            found[name] = answers(
+                TorchModel(model, context.manifest, context.cases.types), data, name, context
+            )
     return found
 
 

@@ -25,12 +25,11 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_probability
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
-    PlainTokens,
     check_finite,
+    encode_texts_or_pairs,
     encoded_batches,
-    given_texts,
+    given_texts_or_pairs,
 )
-from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,19 +75,20 @@ class TextClassifier:
 
     def __call__(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str | tuple[str, str]],
         adapters: Adapters = None,
         *,
         threshold: float | None = None,
         batch_size: int = 32,
     ) -> list[Classification]:
-        """What each text is. `adapters` is as in `AdapterSession.run`.
+        """What each text is, or each pair of texts. `adapters` is as in `AdapterSession.run`.
 
         Each row is answered as its adapter was trained: probabilities that add up to 1 of
         single-label classifiers (softmax), one for each label of multi-label ones (sigmoid), and
         numbers as they are of regressions. Texts longer than the model's positions are cut at their
-        end. Labels are named as the adapter was trained, else as in the bundle's config.json, else
-        LABEL_0 and so on.
+        end; of a pair (a tuple or list of two texts) the longer text is cut first. Labels
+        are named as the adapter was trained, else as in the bundle's config.json, else LABEL_0 and
+        so on.
 
         `threshold`: the probability from which on a text has a label, for multi-label classifiers
         (0.5).
@@ -104,7 +104,11 @@ class TextClassifier:
         results, problems = [], set[str]()
         output = output_of(self.session.manifest)
         for batch in encoded_batches(
-            self.session, given_texts(texts), adapters, batch_size, _encode
+            self.session,
+            given_texts_or_pairs(texts),
+            adapters,
+            batch_size,
+            encode_texts_or_pairs(self.session),
         ):
             (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
             for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
@@ -187,10 +191,6 @@ SCORES: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
     MULTI_LABEL: _sigmoid,
     REGRESSION: lambda values: values.astype(np.float64),
 }
-
-
-def _encode(text: str, side: TextSide) -> list[PlainTokens]:
-    return [PlainTokens(side.tokenizer.encode(text, max_length=side.tokenizer.max_length))]
 
 
 def _classification(

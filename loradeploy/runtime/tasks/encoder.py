@@ -15,6 +15,7 @@ from loradeploy.bundle.names import (
     NO_PADDING,
     TOKEN_TYPE_IDS,
 )
+from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import RunError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
@@ -124,23 +125,62 @@ def encoded_batches(
             waiting.extendleft(reversed(list(_parts(part, batch_size, alike=alike))))
 
 
+Pair = tuple[str, str]
+
+
 def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
     """One text, or several, as a sequence of them.
 
     Raises:
         UsageError: there are none, or one is no text.
     """
+    given = given_texts_or_pairs(texts)
+    for number, text in enumerate(given, start=1):
+        if not isinstance(text, str):
+            raise UsageError(
+                f"text {number} is a pair {shown(text)}: sequence classifiers take pairs"
+            )
+    return [text for text in given if isinstance(text, str)]
+
+
+def given_texts_or_pairs(texts: str | Sequence[str | Pair]) -> Sequence[str | Pair]:
+    """One text, or several texts and pairs of texts, as a sequence of them.
+
+    Raises:
+        UsageError: there are none, or one is no text and no pair of texts.
+    """
     given = [texts] if isinstance(texts, str) else texts
     if not isinstance(given, list | tuple | np.ndarray):
         raise UsageError(f"the texts are {shown(texts)}: give a text, or a list of them")
     if not len(given):
         raise UsageError("there are no texts")
+    found: list[str | Pair] = []
     for number, text in enumerate(given, start=1):
         if isinstance(text, list | tuple) and len(text) == 2:
-            raise UsageError(f"text {number} is a pair {shown(text)}: pairs are not supported")
-        if not isinstance(text, str):
+            first, second = text
+            if not (isinstance(first, str) and isinstance(second, str)):
+                raise UsageError(f"text {number} is {shown(text)}: a pair is of two str")
+            found.append((first, second))
+        elif isinstance(text, str):
+            found.append(text)
+        else:
             raise UsageError(f"text {number} is {shown(text)}: give a str")
-    return list(given)
+    return found
+
+
+def encode_texts_or_pairs(
+    session: AdapterSession,
+) -> Callable[[str | Pair, TextSide], Sequence[Tokens]]:
+    """How a text or a pair is one row of a batch, no longer than the model takes."""
+    typed = any(spec.name == TOKEN_TYPE_IDS for spec in session.manifest.inputs)
+
+    def encode(text: str | Pair, side: TextSide) -> Sequence[Tokens]:
+        tokenizer, longest = side.tokenizer, side.tokenizer.max_length
+        if isinstance(text, str):
+            return [PlainTokens(tokenizer.encode(text, max_length=longest))]
+        return [pair_tokens(tokenizer, *text, max_length=longest, typed=typed)]
+
+    return encode
 
 
 def check_finite(values: NDArray[Any], row: TextRow[Any]) -> None:

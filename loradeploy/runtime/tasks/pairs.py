@@ -1,0 +1,152 @@
+"""Scores of pairs of texts from a bundle with one output, each pair with its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
+from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import BundleError, UsageError, listed_names, shown
+from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.arguments import Adapters, check_count
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
+from loradeploy.runtime.tasks.encoder import (
+    check_finite,
+    encode_texts_or_pairs,
+    encoded_batches,
+    given_texts,
+    given_texts_or_pairs,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# What a score is, of the one logit.
+_ACTIVATIONS: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
+    "sigmoid": SCORES[MULTI_LABEL],
+    "identity": SCORES[REGRESSION],
+}
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """A document of `TextPairScorer.rerank`: its number among those given, and its score."""
+
+    index: int
+    score: float
+
+
+class TextPairScorer:
+    """Scores pairs of texts, with a session on a sequence classification bundle with one output.
+
+    A score is what sentence-transformers' `CrossEncoder.predict` gives: the sigmoid of the logit,
+    or the logit where the base's config.json declares the identity as activation function.
+
+    `activation`: "sigmoid" or "identity" in place of that. Adapters that were trained as a
+    regression give their number with "identity". The order of documents is the same.
+
+    Raises:
+        UsageError: the bundle is no classifier of texts, or an unknown activation.
+        BundleError: the bundle holds no tokenizer, or declares another activation function.
+    """
+
+    def __init__(self, session: AdapterSession, *, activation: str | None = None) -> None:
+        if session.manifest.task != SEQUENCE_CLASSIFICATION:
+            raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
+        if activation is not None and activation not in _ACTIVATIONS:
+            raise UsageError(
+                f"`activation` is {shown(activation)}: give {' or '.join(_ACTIVATIONS)}"
+            )
+        self.session = session
+        self.tokenizer = session.texts.base.tokenizer
+        self.activation: str = activation or _declared_activation(session)
+        self._head = base_head(session)
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        adapters: Adapters = None,
+        *,
+        batch_size: int = 32,
+    ) -> NDArray[np.float64]:
+        """The score of each pair, float64 [pairs]. `adapters` is as in `AdapterSession.run`.
+
+        Of a pair that is longer than the model's positions the longer text is cut first.
+
+        Raises:
+            UsageError: no pairs, a text that is no pair, not one adapter for each, or a head with
+                several outputs.
+            UnknownAdapterError: an adapter that was never loaded.
+            RunError: the graph gave logits that are not finite numbers.
+        """
+        given = given_texts_or_pairs(pairs)
+        for number, text in enumerate(given, start=1):
+            if isinstance(text, str):
+                raise UsageError(f"pair {number} is the text {shown(text)}: give two texts")
+        scores, output = [], output_of(self.session.manifest)
+        encode = encode_texts_or_pairs(self.session)
+        for batch in encoded_batches(self.session, given, adapters, batch_size, encode):
+            (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
+            for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
+                head = head_of_row(batch.held.head(row), self._head, one.adapter)
+                own, labels = named_outputs(values, head)
+                if len(own) != 1:
+                    whose = "the base" if one.adapter is None else f"adapter {shown(one.adapter)}"
+                    raise UsageError(
+                        f"{whose} has {len(own)} outputs ({listed_names(labels, 3)}), and a score"
+                        " is of one: use TextClassifier"
+                    )
+                check_finite(own, one)
+                scores.append(_ACTIVATIONS[self.activation](own)[0])
+        return np.array(scores, np.float64)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        adapter: AdapterSpec | None = None,
+        *,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[RankedDocument]:
+        """The `documents` by their score with `query`, the best first; equal ones in their order.
+
+        `top_k`: only so many of them.
+
+        Raises:
+            UsageError: as `score`, or `top_k` is below 1.
+        """
+        if top_k is not None:
+            check_count("top_k", top_k)
+        if not isinstance(query, str) or isinstance(documents, str):
+            raise UsageError("give one query and a list of documents")
+        pairs = [(query, document) for document in given_texts(documents)]
+        scores = self.score(pairs, adapter, batch_size=batch_size)
+        best = np.argsort(-scores, kind="stable")[:top_k]
+        return [RankedDocument(int(index), float(scores[index])) for index in best]
+
+
+def _declared_activation(session: AdapterSession) -> str:
+    """The activation of a cross-encoder's base, by what sentence-transformers writes."""
+    config = model_config(session.path)
+    known = config.get("sentence_transformers")
+    declared = known.get("activation_fn") if isinstance(known, Mapping) else None
+    # Versions before 4 wrote it beside the model's own settings.
+    declared = declared or config.get("sbert_ce_default_activation_function")
+    if declared is None:
+        return "sigmoid"
+    name = str(declared).rpartition(".")[2].lower()
+    if name not in _ACTIVATIONS:
+        raise BundleError(
+            f"{session.path / CONFIG_NAME}: the activation function is {shown(declared)}: choose"
+            f" `activation`, {' or '.join(_ACTIVATIONS)}"
+        )
+    return name
