@@ -145,7 +145,7 @@ def test_a_certificate_must_say_that_it_passed_in_every_entry(
         (None, r"has no certificate \(parity\.json\): run `loradeploy parity"),
         ("", "not readable as JSON"),
         ("{", "not readable as JSON"),
-        ("[]", "holds a JSON list"),
+        ("[]", "has a JSON list, expected an object"),
         ("{}", "is no certificate"),
         ('{"format": "another", "schema_version": 2}', "is no certificate"),
         ('{"format": "loradeploy-parity", "schema_version": 1}', "schema version 1.*again"),

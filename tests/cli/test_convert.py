@@ -103,7 +103,7 @@ def test_a_lower_rank_is_written_with_its_error(
     )
     assert 0 < said["error"] < 1
     told = call("convert", source, "--rank", 3, "--output", lower)
-    assert f"relative error of the update: {report.total:.3g} in all" in told
+    assert f"relative error of the update: {report.total:.3g} in total" in told
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["q", "head too"])

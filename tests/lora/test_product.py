@@ -80,7 +80,7 @@ def test_a_layer_computes_the_same_in_one_function_as_in_several(base: str, meth
     torch.manual_seed(0)
     layer = layer_on(BASES[base](), method)
     x = torch.randn(2, 5, 6, requires_grad=True)
-    assert layer._is_plain(x)
+    assert layer._is_one_product(x)
     trained = [x, layer.lora_A, layer.lora_B]
     results = []
     for y in (layer(x), LowRankLayer.forward(layer, x)):
@@ -98,6 +98,6 @@ def test_what_is_no_plain_case_is_not_taken_for_one() -> None:
     merged = layer_on(nn.Linear(6, 4))
     merged.merge()
     half = layer_on(nn.Linear(6, 4).bfloat16())
-    assert not any(layer._is_plain(x) for layer in (hooked, trained_bias, dropping, merged, half))
+    assert not any(layer._is_one_product(x) for layer in (hooked, trained_bias, dropping, merged, half))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not layer_on(nn.Linear(6, 4))._is_plain(x)
+        assert not layer_on(nn.Linear(6, 4))._is_one_product(x)

@@ -107,8 +107,8 @@ def test_a_level_at_which_the_numbers_change_fails_alone(
     right = AdapterSession.run_with_ort_values
     broken = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 
-    def note(self: Any, *arguments: Any, session_options: Any) -> None:
-        opened(self, *arguments, session_options=session_options)
+    def note(self: Any, *arguments: Any, session_options: Any, **options: Any) -> None:
+        opened(self, *arguments, session_options=session_options, **options)
         self.broken = session_options.graph_optimization_level == broken
 
     def run(self: Any, outputs: Any, feeds: Any, adapters: Any, **buffers: Any) -> Any:
