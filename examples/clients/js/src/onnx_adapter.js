@@ -12,7 +12,7 @@ const DTYPES = { 1: ["float32", Float32Array], 7: ["int64", BigInt64Array], 10: 
 /** The side inputs in `file`, a Map of name → { dtype, shape, data }. */
 export function readOnnxAdapter(file, where, Problem) {
   const refuse = (problem) => {
-    throw new Problem(`${where} is truncated or no .onnx_adapter file: ${problem}`);
+    throw new Problem(`${where} is truncated or not an .onnx_adapter file: ${problem}`);
   };
   const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
   const within = (at, length) => {
