@@ -98,6 +98,8 @@ def test_what_is_no_plain_case_is_not_taken_for_one() -> None:
     merged = layer_on(nn.Linear(6, 4))
     merged.merge()
     half = layer_on(nn.Linear(6, 4).bfloat16())
-    assert not any(layer._is_one_product(x) for layer in (hooked, trained_bias, dropping, merged, half))
+    assert not any(
+        layer._is_one_product(x) for layer in (hooked, trained_bias, dropping, merged, half)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert not layer_on(nn.Linear(6, 4))._is_one_product(x)

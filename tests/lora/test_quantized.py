@@ -91,7 +91,9 @@ def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: P
 
 @pytest.mark.usefixtures("library")
 def test_what_cannot_be_packed_is_refused() -> None:
-    with pytest.raises(UsageError, match="unknown precision 'int3' of a quantized base: use int8, int4"):
+    with pytest.raises(
+        UsageError, match="unknown precision 'int3' of a quantized base: use int8, int4"
+    ):
         quantize(tiny.model("llama-wide"), "int3")
     with pytest.raises(UsageError, match="no linear layers that can be quantized to int4"):
         quantize(tiny.model("gpt2"), "int4")
