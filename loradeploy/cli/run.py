@@ -32,7 +32,7 @@ from loradeploy.printable import as_json, one_line, printable
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.prompts import Request
+    from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.classification import Classification
 
@@ -130,7 +130,7 @@ def command(
     escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
-    from loradeploy.runtime.prompts import Request
+    from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
 
     if (prompt is None) == (file is None):
@@ -138,7 +138,7 @@ def command(
     if file is not None:
         requests = _read(file, adapter)
     elif prompt is not None:
-        requests = [Request(prompt, adapter)]
+        requests = [InputPrompt(prompt, adapter)]
     required: bool | CertificateMinimum = require_certificate
     if certificate_minimum is not None or certificate_key is not None:
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
@@ -311,7 +311,7 @@ def _name(session: AdapterSession, adapter: str) -> str:
     return name
 
 
-def _read(name: str, adapter: str | None) -> list[Request]:
+def _read(name: str, adapter: str | None) -> list[InputPrompt]:
     """The prompts in the file `name`, or on the standard input where that is "-"."""
     from loradeploy.runtime.prompts import parse_requests, read_requests
 

@@ -30,7 +30,7 @@ _SETTINGS: Final = (
 
 
 @dataclass(frozen=True)
-class Request:
+class InputPrompt:
     """A prompt and its adapter: a name, a path, several with weights, or None for the base.
 
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
@@ -44,7 +44,7 @@ class Request:
 
 def read_requests(
     file: str | os.PathLike[str], adapter: AdapterSpec | None = None
-) -> list[Request]:
+) -> list[InputPrompt]:
     """The prompts in a file, by its ending plain text or JSONL; see `parse_requests`.
 
     Raises:
@@ -57,7 +57,7 @@ def read_requests(
 
 def parse_requests(
     content: str, source: str, adapter: AdapterSpec | None = None, *, as_json: bool = False
-) -> list[Request]:
+) -> list[InputPrompt]:
     """The prompts in `content`, one a line; blank lines are passed over.
 
     With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, perhaps
@@ -69,7 +69,7 @@ def parse_requests(
         DataError: there are no prompts, or a line cannot be used.
     """
     requests = [
-        _request(line, where, adapter) if as_json else Request(line, adapter)
+        _request(line, where, adapter) if as_json else InputPrompt(line, adapter)
         for where, line in numbered_lines(content, source)
     ]
     if not requests:
@@ -77,10 +77,10 @@ def parse_requests(
     return requests
 
 
-def _request(line: str, where: str, adapter: AdapterSpec | None) -> Request:
+def _request(line: str, where: str, adapter: AdapterSpec | None) -> InputPrompt:
     values = json_line(where, line, error=DataError, expected='give {"prompt": "…"}')
     if isinstance(values, str):
-        return Request(values, adapter)
+        return InputPrompt(values, adapter)
     if not isinstance(values, dict):
         raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
@@ -91,10 +91,10 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> Request:
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
     if (pair := values.get("text_pair")) is None:
-        return Request(values[name], named, _settings(values))
+        return InputPrompt(values[name], named, _settings(values))
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
-    return Request((values[name], pair), named, _settings(values))
+    return InputPrompt((values[name], pair), named, _settings(values))
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-from loradeploy.errors import BundleError, LoraDeployError, UsageError
+from loradeploy.errors import BundleError, LoraDeployError, RunError, UsageError
 from loradeploy.export.api import export
+from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.texts import TextSides
@@ -213,6 +214,26 @@ def test_a_longest_text_beyond_the_models_positions_is_cut_at_these(
     session = AdapterSession(sentence_bundle)
     session.load("long", adapter)
     assert np.isfinite(TextEmbedder(session)("word " * 500, "long")).all()
+
+
+def test_states_that_are_not_finite_are_refused_but_for_those_of_padding(
+    sentence_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = TextEmbedder(AdapterSession(sentence_bundle))
+    texts = ["one two three", "one"]
+    right, place = HeldAdapters.run, [-1]
+
+    def run(self: HeldAdapters, names: Any, feeds: Any) -> Any:
+        (states,) = right(self, names, feeds)  # [batch, sequence, hidden]
+        states[1, place[0], 0] = np.inf
+        return [states]
+
+    expected = embed(texts)
+    monkeypatch.setattr(HeldAdapters, "run", run)
+    assert np.array_equal(embed(texts), expected)
+    place[0] = 0
+    with pytest.raises(RunError, match="text 2: the graph gave numbers that are not finite"):
+        embed(texts)
 
 
 def test_vectors_of_several_sizes_are_refused(
