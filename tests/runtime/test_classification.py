@@ -445,7 +445,7 @@ def test_bad_texts_are_refused_by_number(typed_bundle: Path) -> None:
     with pytest.raises(UsageError, match=r"text 2 \(''\) has no tokens"):
         classify(["a", ""], "silent")
     with pytest.raises(UsageError, match="text 1 is .*: give a str"):
-        classify([("a", "b", "c")], "silent")  # type: ignore[list-item]  # type: ignore[list-item]
+        classify([("a", "b", "c")], "silent")  # type: ignore[list-item]
 
 
 def test_vectors_are_masked_means_of_length_one(
