@@ -154,8 +154,8 @@ def test_all_that_cannot_be_found_is_in_one_error() -> None:
     with pytest.raises(AdapterMismatchError) as refusal:
         _merge(linear(), adapter)
     for told in (
-        "embed is no embedding of this graph",
-        "patch is no convolution of this graph",
+        "embed is not an embedding of this graph",
+        "patch is not a convolution of this graph",
         "norm.bias (a trained bias) is not a parameter of this graph",
     ):
         assert told in str(refusal.value)
