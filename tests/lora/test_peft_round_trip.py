@@ -125,6 +125,7 @@ def without_blanks(config: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
 def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: Path) -> None:
     theirs = trained_by_peft(kind, method, tmp_path / "theirs")
@@ -147,6 +148,7 @@ def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: 
     assert torch.equal(tiny.logits(base, name), before)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
 def test_what_is_trained_here_gives_the_same_logits_in_peft(
     kind: str, method: str, tmp_path: Path
@@ -169,6 +171,7 @@ def test_what_is_trained_here_gives_the_same_logits_in_peft(
         assert tiny.difference(ours, tiny.logits(again, name)) <= tolerance("same-torch")
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
 def test_no_field_and_no_tensor_of_pefts_is_lost(kind: str, method: str, tmp_path: Path) -> None:
     trained_by_peft(kind, method, tmp_path / "theirs")
@@ -187,6 +190,7 @@ def test_no_field_and_no_tensor_of_pefts_is_lost(kind: str, method: str, tmp_pat
         assert (before[key] == values).all(), key
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("method", ["lora", "dora", "bias-all", "dora-rslora"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d", "strided-conv2d"])

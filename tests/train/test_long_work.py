@@ -266,6 +266,7 @@ def test_autocast_trains_nearly_the_same_in_bfloat16_and_refuses_fp16_without_a_
             quick(tiny_llama, lessons, tmp_path / "half", autocast="fp16")
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_base_in_few_bits_trains_an_adapter_in_full_width(
     precision: str, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick

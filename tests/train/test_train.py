@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_stays(
     model.save_pretrained(tmp_path / "poisoned")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "poisoned")
     good = quick(tiny_llama, lessons, tmp_path / "adapter")
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1: lower learning_rate"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1: lower `learning_rate`"):
         quick(tmp_path / "poisoned", lessons, tmp_path / "adapter")
     assert load_adapter(tmp_path / "adapter").digest == good.digest
 

@@ -79,6 +79,7 @@ def _branches(bundle: Path) -> dict[str, ir.Graph]:
     return {name: attribute.as_graph() for name, attribute in choice.attributes.items()}
 
 
+@pytest.mark.breadth(3)
 @each_kind
 @each_form
 def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
@@ -155,6 +156,7 @@ def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
         np.testing.assert_array_equal(got, logits(ours, IDS, name))
 
 
+@pytest.mark.breadth(3)
 @each_kind
 @each_form
 def test_a_branched_bundle_exports_as_the_plain_one_does(

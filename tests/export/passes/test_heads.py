@@ -95,6 +95,7 @@ def test_a_head_of_two_layers_is_told_apart(
     assert np.abs(adapted).max() > 0.05
 
 
+@pytest.mark.breadth(3)
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "GPT2Config"])
 @pytest.mark.parametrize("told_by", ["tokenizer", "nothing"])

@@ -17,6 +17,7 @@ from tests.tolerances import tolerance
 IDS = np.random.default_rng(0).integers(3, 500, (2, 9))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_coarser_precisions_stay_near_the_adapted_model(

@@ -181,6 +181,7 @@ def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path:
 # -- torch.onnx, optimum, quantized graphs -----------------------------------------------------
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(
     ("kind", "evidence", "found_by"),
     [

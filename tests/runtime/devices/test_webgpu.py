@@ -25,7 +25,7 @@ COMPARED = {
 # What its kernels lack, or get wrong, in the tiny Llama's graph.
 ON_CPU = {
     "Add", "And", "Attention", "Cast", "Concat", "Cos", "Equal", "LessOrEqual", "Or", "Range",
-    "Reshape", "Shape", "Sin", "Squeeze", "Unsqueeze", "Expand",
+    "Reshape", "Shape", "Sin", "Squeeze", "Unsqueeze", "Expand", "ConstantOfShape", "CumSum",
 }  # fmt: skip
 
 
