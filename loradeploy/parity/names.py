@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from loradeploy.bundle.proof.certificate import ONNX_MERGED as ONNX_MERGED
-from loradeploy.bundle.proof.certificate import ONNX_MIXED as ONNX_MIXED
-from loradeploy.bundle.proof.certificate import ONNX_NATIVE as ONNX_NATIVE
-from loradeploy.bundle.proof.certificate import ONNX_SIDE_INPUTS as ONNX_SIDE_INPUTS
+from loradeploy.bundle.proof.record import ONNX_MERGED as ONNX_MERGED
+from loradeploy.bundle.proof.record import ONNX_MIXED as ONNX_MIXED
+from loradeploy.bundle.proof.record import ONNX_NATIVE as ONNX_NATIVE
+from loradeploy.bundle.proof.record import ONNX_SIDE_INPUTS as ONNX_SIDE_INPUTS
 
 TORCH_MERGED: Final = "torch-merged"
 PEFT: Final = "peft"

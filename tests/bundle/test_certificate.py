@@ -11,12 +11,8 @@ from typing import Any
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.proof.certificate import (
-    FORMAT,
-    RUN_THE_BUNDLE,
-    Certificate,
-    check_certificate,
-)
+from loradeploy.bundle.proof.certificate import FORMAT, check_certificate
+from loradeploy.bundle.proof.record import RUN_THE_BUNDLE, Certificate
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_JSON_BYTES
 from loradeploy.parity.backends.table import BACKENDS
