@@ -8,6 +8,7 @@ from typing import TypeVar
 from loradeploy.bundle.names import NO_PADDING
 from loradeploy.runtime.decoding.reading import ReadText
 from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
 
 _T = TypeVar("_T", bound=ReadText)
@@ -15,22 +16,16 @@ _T = TypeVar("_T", bound=ReadText)
 
 def batches(
     session: AdapterSession, texts: Sequence[_T], size: int, again: Callable[[int], _T]
-) -> Iterator[tuple[list[_T], HeldAdapters]]:
+) -> Iterator[tuple[Sequence[_T], HeldAdapters]]:
     """Texts that may share a run, with their adapters; `again` reads one whose adapter was
     replaced between its texts and its factors."""
     for start in range(0, len(texts), size):
-        waiting = _together(session, texts[start : start + size])
-        while waiting:
-            together, *waiting = waiting
-            with session.hold([text.adapter for text in together]) as held:
-                moved = any(
-                    session.texts.have_moved(text.adapter, text.counts) for text in together
-                )
-                if not moved:
-                    yield together, held
-            if moved:
-                read = [again(text.number) for text in together]
-                waiting = [*_together(session, read), *waiting]
+        yield from leased_batches(
+            session,
+            _together(session, texts[start : start + size]),
+            lambda together: [text.adapter for text in together],
+            lambda together: _together(session, [again(text.number) for text in together]),
+        )
 
 
 def _together(session: AdapterSession, texts: Sequence[_T]) -> list[list[_T]]:

@@ -25,7 +25,7 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_probability
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
-    check_finite,
+    check_answer,
     encode_texts_or_pairs,
     encoded_batches,
     given_texts_or_pairs,
@@ -116,7 +116,7 @@ class TextClassifier:
                 problems.add(str(head.problem_type))
                 least = THRESHOLD if threshold is None else threshold
                 own, labels = named_outputs(values, head)
-                check_finite(own, one)
+                check_answer(own, one)
                 results.append(_classification(own, labels, head, one.adapter, least))
         if threshold is not None and MULTI_LABEL not in problems:
             raise UsageError(

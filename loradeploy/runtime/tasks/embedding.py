@@ -14,7 +14,7 @@ from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     PlainTokens,
-    check_finite,
+    check_answer,
     encoded_batches,
     given_texts,
 )
@@ -79,7 +79,7 @@ class TextEmbedder:
             for row, one in enumerate(batch.rows):
                 side, length = one.side, len(one.tokens.ids)
                 own = states[row] if states.ndim == 2 else states[row, :length]
-                check_finite(own, one)
+                check_answer(own, one)
                 if states.ndim == 2:  # [batch, hidden]
                     vectors.append(self._whole(states[row : row + 1], side))
                     continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -20,6 +19,7 @@ from loradeploy.errors import RunError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.texts import TextSide
 from loradeploy.runtime.tokenizer import pad
@@ -102,12 +102,18 @@ def encoded_batches(
     ]
     pad_id = session.texts.base.tokenizer.pad_id
     alike = session.manifest.padding == NO_PADDING
-    waiting = deque(_parts(encoded, batch_size, alike=alike))
-    while waiting:
-        part = waiting.popleft()
+
+    def again(part: Sequence[_Encoded[_Tokens]]) -> Iterator[Sequence[_Encoded[_Tokens]]]:
+        read = [_encoded(session, t.number, t.text, t.adapter, encode) for t in part]
+        return _parts(read, batch_size, alike=alike)
+
+    for part, held in leased_batches(
+        session,
+        _parts(encoded, batch_size, alike=alike),
+        lambda part: [row.adapter for text in part for row in text.rows],
+        again,
+    ):
         rows = [row for text in part for row in text.rows]
-        if not rows:
-            continue
         ids, mask = pad([row.tokens.ids for row in rows], pad_id, left=False)
         types = [row.tokens.types or [0] * len(row.tokens.ids) for row in rows]
         made: dict[str, NDArray[Any]] = {
@@ -116,13 +122,7 @@ def encoded_batches(
             TOKEN_TYPE_IDS: pad(types, 0, left=False)[0],
         }
         feeds = {name: values for name, values in made.items() if name in inputs}
-        with session.hold([row.adapter for row in rows]) as held:
-            moved = any(session.texts.have_moved(text.adapter, text.counts) for text in part)
-            if not moved:
-                yield Batch(held, rows, feeds, mask)
-        if moved:
-            part = [_encoded(session, t.number, t.text, t.adapter, encode) for t in part]
-            waiting.extendleft(reversed(list(_parts(part, batch_size, alike=alike))))
+        yield Batch(held, rows, feeds, mask)
 
 
 Pair = tuple[str, str]
@@ -183,7 +183,7 @@ def encode_texts_or_pairs(
     return encode
 
 
-def check_finite(values: NDArray[Any], row: TextRow[Any]) -> None:
+def check_answer(values: NDArray[Any], row: TextRow[Any]) -> None:
     """Raise RunError unless what the graph gave for `row` are finite numbers, to be answered by."""
     if not np.isfinite(values).all():
         raise RunError(

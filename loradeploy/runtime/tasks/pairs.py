@@ -19,7 +19,7 @@ from loradeploy.runtime.arguments import Adapters, check_count
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
 from loradeploy.runtime.tasks.encoder import (
-    check_finite,
+    check_answer,
     encode_texts_or_pairs,
     encoded_batches,
     given_texts,
@@ -104,7 +104,7 @@ class TextPairScorer:
                         f"{whose} has {len(own)} outputs ({listed_names(labels, 3)}), and a score"
                         " is of one: use TextClassifier"
                     )
-                check_finite(own, one)
+                check_answer(own, one)
                 scores.append(_ACTIVATIONS[self.activation](own)[0])
         return np.array(scores, np.float64)
 

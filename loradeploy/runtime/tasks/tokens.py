@@ -19,7 +19,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import base_head, head_of_row, named_outputs, softmax
 from loradeploy.runtime.tasks.encoder import (
     TextRow,
-    check_finite,
+    check_answer,
     encoded_batches,
     given_texts,
 )
@@ -119,7 +119,7 @@ class TokenClassifier:
             for number, (values, row) in enumerate(zip(logits, batch.rows, strict=True)):
                 head = head_of_row(batch.held.head(number), self._head, row.adapter)
                 own, labels = named_outputs(values[: len(row.tokens.ids)], head)
-                check_finite(own, row)
+                check_answer(own, row)
                 tokens = _tokens(row, given[row.text], softmax(own))
                 join = partial(joined, row.side.tokenizer)
                 found[row.text] += entities_of(tokens, labels, aggregation, join)
