@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 
 from loradeploy.export.api import export
 from tests.conftest import ROOT, MakeAdapter, once
+from tests.devices import unavailable
 
 CLIENTS = ROOT / "examples" / "clients"
 # The forms of a graph that clients have to tell apart, and the export's options for each.
@@ -27,13 +27,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
 }
 Required = Callable[[str], Path]
-
-
-def unavailable(reason: str) -> None:
-    """Skip the test, unless this machine was set up so that it can run."""
-    if os.environ.get("LORADEPLOY_DEVICES") == "required":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
-from tests.clients.conftest import Required, unavailable
+from tests.clients.conftest import Required
 from tests.clients.test_js import (
     ADAPTERS,
     COUNT,
@@ -24,6 +24,7 @@ from tests.clients.test_js import (
     told_by_python,
 )
 from tests.conftest import ROOT, once
+from tests.devices import unavailable
 
 CHROMIUM = Path("/usr/bin/chromium")
 # A software GPU takes seconds for the shaders of one batch: the prompt, and one step. The mask

@@ -5,7 +5,6 @@ What a provider does that ends its process is a failure with a name.
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +16,12 @@ from loradeploy.bundle.proof.certificate import read_certificate
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.parity import trial
 from loradeploy.parity.trial import crash_of
-from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
+from tests.devices import swiftshader, unavailable
 from tests.parity.conftest import CPU, Check
 
 WEBGPU = "WebGpuExecutionProvider"
-SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 with_plugin = pytest.mark.skipif(
     find_spec("onnxruntime_ep_webgpu") is None, reason="the plugin is not installed"
 )
@@ -32,15 +30,12 @@ with_plugin = pytest.mark.skipif(
 @pytest.fixture
 def webgpu(llama_with_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The provider's name, where it starts."""
-    monkeypatch.setenv(SOFTWARE_ADAPTER, "1")
-    if SWIFTSHADER.is_file():
-        monkeypatch.setenv("VK_ICD_FILENAMES", str(SWIFTSHADER))
+    for name, value in swiftshader().items():
+        monkeypatch.setenv(name, value)
     try:
         AdapterSession(llama_with_adapter, ["webgpu"], check_device=False).close()
     except UsageError as problem:
-        if os.environ.get("LORADEPLOY_DEVICES") == "required":
-            raise
-        pytest.skip(str(problem))
+        unavailable(str(problem))
     return "webgpu"
 
 

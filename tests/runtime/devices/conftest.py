@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,36 +12,14 @@ from typing import Any
 import pytest
 
 from loradeploy.export.api import export
+from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
 from tests.conftest import ROOT, MakeAdapter, once
-
-# Where Chromium keeps SwiftShader's driver, by distribution.
-_DRIVERS = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome")
-REQUIRED = os.environ.get("LORADEPLOY_DEVICES") == "required"
-
-
-def swiftshader() -> dict[str, str]:
-    """The environment in which WebGPU finds SwiftShader; skips, or fails, where it is not there."""
-    files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
-    driver = os.environ.get("VK_ICD_FILENAMES") or next((str(f) for f in files if f.exists()), None)
-    missing = [
-        what
-        for what, there in (
-            ("onnxruntime-ep-webgpu", importlib.util.find_spec("onnxruntime_ep_webgpu")),
-            ("SwiftShader (make devices)", driver),
-            ("libvulkan.so.1 (make devices)", ctypes.util.find_library("vulkan")),
-        )
-        if not there
-    ]
-    if missing:
-        reason = f"not installed: {', '.join(missing)}"
-        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
-    assert driver is not None
-    return {"VK_ICD_FILENAMES": driver, "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "1"}
+from tests.devices import DRIVER, swiftshader
 
 
 def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
     """A Python process with the repository on its path."""
-    unset = ("VK_ICD_FILENAMES", "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER")
+    unset = (DRIVER, SOFTWARE_ADAPTER)
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         [sys.executable, *command],

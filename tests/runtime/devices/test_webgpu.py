@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.runtime.devices.conftest import run, swiftshader
+from tests.devices import swiftshader
+from tests.runtime.devices.conftest import run
 from tests.tolerances import tolerance
 
 WEBGPU, CPU = "WebGpuExecutionProvider", "CPUExecutionProvider"

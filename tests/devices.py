@@ -1,0 +1,42 @@
+"""What the tests of devices need on the machine: skipped without it, unless it was to be there."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
+
+# Where Chromium keeps SwiftShader's driver, by distribution.
+_DRIVERS = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome")
+DRIVER = "VK_ICD_FILENAMES"
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test, unless this machine was set up so that it can run."""
+    if os.environ.get("LORADEPLOY_DEVICES") == "required":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def swiftshader() -> dict[str, str]:
+    """The environment in which WebGPU finds SwiftShader; skips, or fails, where it is not there."""
+    files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
+    driver = os.environ.get(DRIVER) or next((str(f) for f in files if f.exists()), None)
+    missing = [
+        what
+        for what, there in (
+            ("onnxruntime-ep-webgpu", importlib.util.find_spec("onnxruntime_ep_webgpu")),
+            ("SwiftShader (make devices)", driver),
+            ("libvulkan.so.1 (make devices)", ctypes.util.find_library("vulkan")),
+        )
+        if not there
+    ]
+    if missing or driver is None:
+        unavailable(f"not installed: {', '.join(missing)}")
+    return {DRIVER: driver, SOFTWARE_ADAPTER: "1"}
