@@ -141,6 +141,13 @@ def find_adapters(
         BundleError: an adapter in the bundle is not the one that was exported.
         AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
     """
+
+    def under_test(
+        name: str, path: Path, adapter: Adapter, native: Path | None
+    ) -> AdapterUnderTest:
+        wide = with_all_labels(adapter, manifest.saved_shapes())
+        return AdapterUnderTest(name, path, wide, adapter.digest, native, wide is not adapter)
+
     found: dict[str, AdapterUnderTest] = {}
     for name, entry in manifest.adapters.items():
         if entry.path is None:
@@ -153,23 +160,16 @@ def find_adapters(
                 " export again"
             )
         native = path.with_name(f"{name}{NATIVE_SUFFIX}")
-        wide = with_all_labels(adapter, manifest.saved_shapes())
-        file = native if native.is_file() else None
-        found[name] = AdapterUnderTest(
-            name, path, wide, adapter.digest, file, widened=wide is not adapter
-        )
+        found[name] = under_test(name, path, adapter, native if native.is_file() else None)
     for name, path in adapter_directories(adapters).items():
         adapter = fitted(load_adapter(path), manifest)
-        wide = with_all_labels(adapter, manifest.saved_shapes())
         if name in found and found[name].digest != adapter.digest:
             raise UsageError(
                 f'two adapters are named {name!r}: give them other names, `adapters=["NAME=DIR"]`'
             )
         beside = found[name].native if name in found else None
         # Of one that the bundle has too, PEFT reads the files that are given.
-        found[name] = AdapterUnderTest(
-            name, path, wide, adapter.digest, beside, wide is not adapter
-        )
+        found[name] = under_test(name, path, adapter, beside)
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
             f"{bundle} is merged: give the one adapter that its graph is meant to hold,"

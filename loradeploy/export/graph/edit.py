@@ -84,6 +84,12 @@ def add_constant(
     return value
 
 
+def shared_constant(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:
+    """The initializer `name`, which has `numbers` wherever it is used; added if it is not there."""
+    value = graph.initializers.get(name)
+    return add_constant(graph, name, numbers) if value is None else value
+
+
 def free_name(graph: ir.Graph, name: str) -> str:
     """`name`, with a suffix if an initializer has it already."""
     while name in graph.initializers:

@@ -22,7 +22,13 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, only_user, remove_unused, replace_uses
+from loradeploy.export.graph.edit import (
+    add_constant,
+    only_user,
+    remove_unused,
+    replace_uses,
+    shared_constant,
+)
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, problem_of
 
 if TYPE_CHECKING:
@@ -219,10 +225,8 @@ def _flat(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     transposed = ir.node("Transpose", [value], attributes={"perm": list(_HEADS_FIRST)})
     transposed.name = f"{node.name}/{value.name}/transposed"
     whole = ir.Shape([value.shape[0], value.shape[2], heads, size])
-    sizes = graph.initializers.get(f"gqa.{heads * size}")
-    if sizes is None:
-        rest = np.array([0, 0, heads * size], np.int64)
-        sizes = add_constant(graph, f"gqa.{heads * size}", rest)
+    rest = np.array([0, 0, heads * size], np.int64)
+    sizes = shared_constant(graph, f"gqa.{heads * size}", rest)
     joined = ir.node("Reshape", [_placed(graph, node, transposed, value, whole), sizes])
     joined.name = f"{node.name}/{value.name}/flat"
     return _placed(graph, node, joined, value, shape)

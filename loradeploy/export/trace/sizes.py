@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS
-from loradeploy.export.graph.edit import add_constant, constant_of, remove_unused, replace_uses
+from loradeploy.export.graph.edit import constant_of, remove_unused, replace_uses, shared_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,9 +63,7 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
     if sizes.count(-1) > 1 or (-1 in sizes and kept_past) or 0 in list(y.shape):
         return
     name = f"shape.{'x'.join(map(str, sizes))}"
-    constant = graph.initializers.get(name)
-    if constant is None:
-        constant = add_constant(graph, name, np.array(sizes, np.int64))
+    constant = shared_constant(graph, name, np.array(sizes, np.int64))
     node.attributes.pop("allowzero", None)  # a size of 0 is that of the input
     node.replace_input_with(1, constant)
 
@@ -160,9 +158,7 @@ def _from_the_end(graph: ir.Graph, size: str) -> ir.Value | None:
     if source is None or source.shape is None or str(source.shape[1]) != size:
         return None
     minus_one = ir.tensor(np.array([-1], np.int64))
-    axis = graph.initializers.get("positions.axis")
-    if axis is None:
-        axis = add_constant(graph, "positions.axis", np.array(0, np.int64))
+    axis = shared_constant(graph, "positions.axis", np.array(0, np.int64))
     shape = ir.node("Shape", [source], attributes={"start": 1, "end": 2})
     ones = ir.node("ConstantOfShape", [shape.outputs[0]], attributes={"value": minus_one})
     # Exclusive and from behind: the last position has none after it.

@@ -15,7 +15,7 @@ suppress_tokens         bars them, and begin_suppress_tokens at the first token
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,8 +59,6 @@ class Processors:
         Raises:
             UsageError: `logit_bias` names a text that is not one token.
         """
-        from dataclasses import replace
-
         given = {
             name: value
             for name in ("repetition_penalty", "no_repeat_ngram_size")

@@ -123,14 +123,12 @@ def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[A
     found = devices.get(name, ())
     number = int(options.pop(DEVICE_NUMBER, 0))
     if not found:
-        raise UsageError(f"{name} is installed and finds no device here. It needs {_needs(name)}")
+        raise UsageError(
+            f"{name} is installed and finds no device here. It needs {known(name).needs}"
+        )
     if number >= len(found):
         raise UsageError(f"{name} has no device {number}: it has {len(found)}, counted from 0")
     return found[number]
-
-
-def _needs(name: str) -> str:
-    return known(name).needs
 
 
 def _are_chosen(
@@ -161,7 +159,7 @@ def _used_before() -> UsageError:
 
 
 def chosen_before(options: onnxruntime.SessionOptions) -> str | None:
-    """What `add_plugins` noted in the options when it put providers there; None without that."""
+    """What `add_started` noted in the options when it put providers there; None without that."""
     try:
         return str(options.get_session_config_entry(_CHOSEN))
     except RuntimeError:  # its way to say that there is no such entry
@@ -176,7 +174,7 @@ def _add(options: onnxruntime.SessionOptions, name: str, text: Mapping[str, str]
     except Exception as problem:  # onnxruntime's exceptions share no base but this
         raise UsageError(
             f"{name} cannot stand beside a plugin here: {first_line(problem)}. It needs"
-            f" {_needs(name)}"
+            f" {known(name).needs}"
         ) from None
 
 
