@@ -159,17 +159,24 @@ def _run(given: list[str], *, debug: bool) -> int:
         context = problem.ctx if isinstance(problem, click.UsageError) else None
         hint = f": see {context.command_path} --help" if context is not None else ""
         return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
-    except click.Abort:
+    except click.Abort as problem:
+        # click makes one of any EOFError, as if a prompt had been left: this program has none.
+        if isinstance(problem.__cause__, EOFError):
+            return _report(problem.__cause__, given, debug=debug)
         return _say("interrupted", INTERRUPTED)
     except _UnreadError:
         # Prevents an error when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except Exception as problem:
-        if debug:
-            text = "".join(traceback.format_exception(problem))
-            click.echo(printable(text, lines=True), err=True, nl=False)
-        return _explain(problem, next((word for word in given if word in VERBS), None))
+        return _report(problem, given, debug=debug)
+
+
+def _report(problem: Exception, given: list[str], *, debug: bool) -> int:
+    if debug:
+        text = "".join(traceback.format_exception(problem))
+        click.echo(printable(text, lines=True), err=True, nl=False)
+    return _explain(problem, next((word for word in given if word in VERBS), None))
 
 
 def _explain(problem: Exception, verb: str | None) -> int:

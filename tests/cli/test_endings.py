@@ -87,6 +87,18 @@ def test_a_defect_says_that_it_is_one(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "--debug" in line
 
 
+def test_a_file_that_ends_too_early_is_no_interruption(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> None:
+        raise EOFError("EOF read where object expected")
+
+    monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
+    status, _, err = run("inspect", ".")
+    assert status == 70
+    assert "a defect of loradeploy, EOFError: EOF read" in one_line(err.lstrip("\n"))
+
+
 def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def read(self, size: int | None = -1) -> str:
@@ -164,8 +176,9 @@ def test_a_disk_without_room_leaves_nothing_behind(
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
     place = str(make_adapter(tiny_llama))
     arguments = ["convert", place, "--bundle", str(tiny_llama_bundle), "--output", str(output)]
+    # -B: the compiled modules would be cut short too.
     done = subprocess.run(
-        [sys.executable, "-c", limit + CALL, *arguments],
+        [sys.executable, "-B", "-c", limit + CALL, *arguments],
         capture_output=True,
         encoding="utf-8",
         check=False,

@@ -396,8 +396,9 @@ export(sys.argv[1], sys.argv[2] + "/merged", adapters=[sys.argv[3]], merge=True)
 
 
 def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # -B: where files are cut short, the compiled modules would be too.
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-B", "-c", code, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
