@@ -11,6 +11,10 @@
     ├── TrainingError           a training run that cannot continue
     │   └── TrainingInterruptedError    stopped by a signal, with a checkpoint
     ├── RunError                a run that failed in ONNX Runtime
+    ├── EngineError             a request that an engine does not serve
+    │   ├── EngineFullError         as many wait as may: try again after `retry_after` seconds
+    │   ├── EngineClosedError       the engine is closed, or drains
+    │   └── DeadlineError           the request's deadline passed before it ended
     ├── DeviceError             an execution provider whose results differ from the CPU's
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported as requested
@@ -97,6 +101,29 @@ class TrainingInterruptedError(TrainingError):
 
 class RunError(LoraDeployError):
     """A run that failed in ONNX Runtime: out of memory, or invalid inputs."""
+
+
+class EngineError(LoraDeployError):
+    """A request that an engine does not serve."""
+
+
+class EngineFullError(EngineError):
+    """An engine in which as many requests wait as may.
+
+    `retry_after`: seconds after which there may be room.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineClosedError(EngineError):
+    """An engine that is closed, or that takes no more requests because it drains."""
+
+
+class DeadlineError(EngineError):
+    """A request whose deadline passed before it ended."""
 
 
 class DeviceError(LoraDeployError):

@@ -82,6 +82,41 @@ class DecoderCache:
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
+    def join(
+        self,
+        rows: Sequence[int],
+        width: int,
+        other: DecoderCache,
+        copies: int,
+        wide: int,
+        left: bool,
+    ) -> None:
+        """Make the batch of these of its rows and, `copies` times, the first of `other` behind them.
+
+        `width` and `wide`: so many positions of the rows, and of the other's, are taken over.
+        `left`: whether they are a row's last positions, with padding on the left, or its first.
+        """
+        most = max(width, wide)
+        room = max(most, self._positions) if self._in_place else most
+        for spec in self._specs:
+            _, heads, _, size = spec.shape
+            values = np.zeros((len(rows) + copies, int(heads), room, int(size)), spec.dtype)
+            for part, cache, taken, count in (
+                (values[: len(rows)], self, list(rows), width),
+                (values[len(rows) :], other, [0], wide),
+            ):
+                if not len(part) or not count:
+                    continue
+                old = cache.inputs[spec.name].numpy()
+                if left:
+                    part[:, :, most - count : most] = old[taken, :, old.shape[2] - count :]
+                else:
+                    part[:, :, :count] = old[taken, :, :count]
+            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
+        self._batch, self._positions, self._used = len(rows) + copies, room, most
+        if self._in_place:
+            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+
     def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
         """Buffers of `positions` that hold what was there, of all rows or of `rows`."""
         # Each old buffer goes once its new one is there, and not before: what a run gives of it in

@@ -53,6 +53,11 @@ class HeldAdapters:
         self._ended = False
         self._changed = threading.Condition()
 
+    @property
+    def lease(self) -> Lease:
+        """What runs read."""
+        return self._lease
+
     def head(self, row: int) -> Head | None:
         """What the answers of the adapter of `row` are; None of the base."""
         return self._lease.heads[row if self._lease.per_row else 0]
@@ -108,3 +113,80 @@ class HeldAdapters:
         with self._changed:
             self._ended = True
             self._changed.wait_for(lambda: not self._running)
+
+
+class JoinedAdapters:
+    """The adapters of a batch whose rows come and go: each row's is that of a hold of its own.
+
+    `AdapterSession.joined` gives it. A hold is for one row, and lasts from `enter` to `leave`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        device: tuple[str, int],
+        join: Callable[[Sequence[Lease]], Lease],
+        part: Callable[[Lease], None],
+    ) -> None:
+        self._run, self._device = run, device
+        self._join, self._part = join, part
+        self._holds: dict[int, HeldAdapters] = {}
+        self._rows: tuple[Lease, ...] = ()  # of each row of the batch
+        self._lease: Lease | None = None
+
+    def enter(self, number: int, held: HeldAdapters) -> None:
+        """Call the first row of `held` by `number`."""
+        self._holds[number] = held
+
+    def leave(self, number: int) -> None:
+        """Let go of a hold; rows that have its number from now on are of no account."""
+        del self._holds[number]
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Run from now on with the holds of these numbers, in their order.
+
+        A row whose hold has gone runs with another's, one that is among the others if it can be:
+        so a batch whose rows all have one adapter is a batch of one adapter.
+        """
+        there = [self._holds[row].lease if row in self._holds else None for row in rows]
+        living = {lease.rows[0]: lease for lease in there if lease is not None}
+        if not living:
+            self.close()
+            return
+        first = next(iter(living.values()))
+        before = (*self._rows, *[first] * len(rows))
+        chosen = tuple(
+            lease or living.get(old.rows[0], first)
+            for lease, old in zip(there, before, strict=False)
+        )
+        same = len(chosen) == len(self._rows) and all(
+            new.rows[0] is old.rows[0] for new, old in zip(chosen, self._rows, strict=True)
+        )
+        self._rows = chosen
+        if self._lease is None or not same:
+            old_lease, self._lease = self._lease, self._join(chosen)
+            if old_lease is not None:
+                self._part(old_lease)
+
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
+    ) -> list[onnxruntime.OrtValue]:
+        """As `HeldAdapters.run_with_ort_values` with the rows that were taken last."""
+        assert self._lease is not None
+        return self._run(self._lease, output_names, feeds, self._device, buffers or {})
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rows' adapters differ."""
+        return self._lease is not None and self._lease.stacked
+
+    def close(self) -> None:
+        """Let go of all rows."""
+        self._rows = ()
+        if self._lease is not None:
+            self._part(self._lease)
+            self._lease = None

@@ -41,7 +41,7 @@ from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.feeds import Feeds, feed_values
-from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
 from loradeploy.runtime.reading.graph import (
@@ -356,6 +356,10 @@ class AdapterSession:
                 yield held
             finally:
                 held.end()
+
+    def joined(self) -> JoinedAdapters:
+        """The rows of a batch that come and go, each with a hold of its own."""
+        return JoinedAdapters(self._run, self._device, self._bank.join, self._bank.part)
 
     def close(self) -> None:
         """Wait for what has begun, and let go of the graph and the adapters.

@@ -276,6 +276,18 @@ class AdapterBank:
         """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
         return self._leases.of_rows(lease, rows)
 
+    def join(self, rows: Sequence[Lease]) -> Lease:
+        """A lease of the first row of each of `rows`, as the rows of one batch, until `part`.
+
+        Those last longer than it does.
+        """
+        residents = tuple(lease.rows[0] for lease in rows)
+        return self._leases.make(residents, tuple(lease.heads[0] for lease in rows), per_row=True)
+
+    def part(self, lease: Lease) -> None:
+        """Let go of a lease that `join` made."""
+        self._leases.end(lease)
+
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
     ) -> tuple[Resident, Head]:

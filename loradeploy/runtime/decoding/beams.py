@@ -10,7 +10,7 @@ import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError
-from loradeploy.runtime.decoding.logprobs import check_logits, log_softmax
+from loradeploy.runtime.decoding.logprobs import TokenLogprob, check_logits, log_softmax
 from loradeploy.runtime.decoding.processors import Processors
 from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
 from loradeploy.runtime.decoding.stopping import first_stop
@@ -161,6 +161,10 @@ class BeamSearch:
     def tokens(self) -> list[Sequence[int]]:
         """What was generated in each beam that goes on."""
         return [beam.ids for beam in self._running]
+
+    def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
+        """The tokens of a text that has ended; before that none is final."""
+        return (() if self._running else self._ended[choice].ids), None
 
     def pieces(self) -> list[tuple[int, str]]:
         """The texts, whole, once all have ended: before that none is final."""

@@ -1,4 +1,4 @@
-"""The decoding loop: a graph, a cache, and sequences whose rows come and go between steps."""
+"""The decoding loop: a graph, rows with a cache, and sequences that come and go between steps."""
 
 from __future__ import annotations
 
@@ -9,183 +9,162 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LEFT,
-    PAST,
-    POSITION_IDS,
-    TOKEN_TYPE_IDS,
-)
-from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import UsageError
-from loradeploy.runtime.decoding.sequences import Sequences
-from loradeploy.runtime.held import HeldAdapters
-from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tokenizer import pad, positions_of
+from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.rows import CachedRows, RowAdapters, Rows, UncachedRows
+from loradeploy.runtime.decoding.sequences import Row, Sequences
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.cache import DecoderCache
-
-FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+_NOBODY: Final = -1  # owns a row that no prompt had yet
 
 
-@dataclass(frozen=True)
-class DecoderGraph:
-    """What a loop feeds a session's graph and reads of it.
+@dataclass(eq=False)
+class _Member:
+    """Sequences of a batch, and the rows that they go on in with the token that each is fed."""
 
-    `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
-    on which side shorter prompts are padded, with `pad_id`.
-
-    Raises:
-        UsageError: the graph takes something besides tokens and a cache.
-    """
-
-    session: AdapterSession
-    inputs: frozenset[str]
-    output: str
-    cached: bool
-    left: bool
-    pad_id: int
-
-    @classmethod
-    def of(cls, session: AdapterSession, pad_id: int) -> DecoderGraph:
-        """That of `session`."""
-        manifest = session.manifest
-        names = [spec.name for spec in manifest.inputs]
-        other = [name for name in names if name not in FED and not name.startswith(PAST)]
-        if other:
-            raise UsageError(
-                f"{session.path} takes {other[0]}, which text generation does not make: run it with"
-                " AdapterSession.run"
-            )
-        return cls(
-            session=session,
-            inputs=frozenset(names),
-            output=output_of(manifest),
-            cached=any(name.startswith(PAST) for name in names),
-            left=manifest.padding == LEFT,
-            pad_id=pad_id,
-        )
-
-    def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Any]:
-        """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens]."""
-        made: dict[str, Callable[[], NDArray[Any]]] = {
-            INPUT_IDS: lambda: ids,
-            ATTENTION_MASK: lambda: mask,
-            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
-            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
-        }
-        return {name: make() for name, make in made.items() if name in self.inputs}
-
-    def padded(
-        self, tokens: Sequence[Sequence[int]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Whole rows: ids and mask [rows, longest], and where each row has its last token."""
-        ids, mask = pad(tokens, self.pad_id, left=self.left)
-        ends = np.full(len(tokens), -1) if self.left else mask.sum(axis=1) - 1
-        return ids, mask, ends
+    sequences: Sequences
+    rows: list[int]
+    tokens: list[int]
 
 
 class DecodingBatch:
-    """Sequences that are generated together, each prompt with its adapter of `held`.
+    """Sequences that are generated together, each prompt with its adapter.
 
-    `held` has a row a prompt. A row leaves the batch when its text has ended; it may go on as
-    padding meanwhile, which takes no position, as moving the cache costs more than one such row.
+    `adapters` knows each prompt's by the number that it has here. Prompts may `join` and `leave`
+    between steps. `on_failure` gets the number of a prompt that cannot go on, and why; without it
+    the batch fails.
     """
 
     def __init__(
-        self, graph: DecoderGraph, held: HeldAdapters, sequences: Sequence[Sequences]
+        self,
+        graph: DecoderGraph,
+        adapters: RowAdapters,
+        rows: Rows,
+        on_failure: Callable[[int, Exception], None] | None = None,
     ) -> None:
         self._graph = graph
-        self._held = held
-        self._sequences = sequences
-        self._rows: list[list[int]] = [[row] for row in range(len(sequences))]
-        self._owners = list(range(len(sequences)))  # of each row, the number of its sequences
-        self._ids, self._mask, self._ends = graph.padded([s.prompt for s in sequences])
-        self._most = self._ids.shape[1] + max(s.limit for s in sequences)
-        self._cache: DecoderCache = graph.session.empty_cache(len(sequences))
+        self._on_failure = on_failure
+        self._adapters = adapters
+        self._rows = rows
+        self._members: dict[int, _Member] = {}
+        self._owners: list[int] = []  # of each row, the number of its prompt
+
+    @classmethod
+    def of(
+        cls, graph: DecoderGraph, adapters: RowAdapters, sequences: Sequence[Sequences]
+    ) -> DecodingBatch:
+        """A batch of these prompts, which are read in one run; their numbers are 0, 1, …"""
+        prompts = [own.prompt for own in sequences]
+        most = max(map(len, prompts)) + max(own.limit for own in sequences)
+        count = len(sequences)
+        rows = CachedRows(graph, count, most) if graph.cached else UncachedRows(graph, count)
+        batch = cls(graph, adapters, rows)
+        batch._owners = list(range(count))
+        for number, own in enumerate(sequences):
+            batch._members[number] = _Member(own, [number], [])
+        return batch
+
+    def __len__(self) -> int:
+        """How many prompts go on."""
+        return len(self._members)
+
+    @property
+    def rows(self) -> int:
+        """How many rows go on."""
+        return sum(len(member.rows) for member in self._members.values())
+
+    @property
+    def owners(self) -> Sequence[int]:
+        """Of each row that a run reads, the number of its prompt, or of one that has left."""
+        return self._owners
 
     def steps(self) -> Iterator[None]:
         """Run step by step until no row goes on; the sequences know what became of them."""
-        while self._owners:
-            self._advance(self._logits())
+        while self._members:
+            self.step()
             yield
 
-    def _logits(self) -> NDArray[Any]:
-        """One run of the graph: each row's logits at its last token, [rows, vocabulary]."""
-        cache = self._cache
-        cache.make_room(self._mask.shape[1], self._most)
-        logits, *present = self._held.run_with_ort_values(
-            (self._graph.output, *cache.outputs),
-            {**self._graph.feeds(self._ids, self._mask), **cache.inputs},
-            buffers=cache.buffers,
-        )
-        cache.keep(present)
-        scores = logits.numpy()  # [rows, tokens, vocabulary]
-        if scores.ndim == 2:
-            scores = scores[:, np.newaxis]
-        # A graph may give the last position alone.
-        ends = np.zeros_like(self._ends) if scores.shape[1] == 1 else self._ends
-        last: NDArray[Any] = scores[np.arange(len(scores)), ends]
-        return last
+    def step(self) -> None:
+        """One run of the graph, after which every prompt's sequences go on."""
+        logits = self._rows.read(self._adapters, *self._feeds())
+        going: dict[int, list[Row]] = {}
+        for number, member in list(self._members.items()):
+            try:
+                going[number] = member.sequences.advance(logits[member.rows])
+            except Exception as problem:
+                if self._on_failure is None:
+                    raise
+                going[number] = []
+                self._on_failure(number, problem)
+        parents = []
+        for number, rows in going.items():
+            member = self._members[number]
+            parents += [member.rows[row.parent] for row in rows]
+            member.tokens = [row.token for row in rows]
+        self._settle({number: len(rows) for number, rows in going.items()}, parents)
 
-    def _advance(self, logits: NDArray[Any]) -> None:
-        """Have every prompt's sequences go on, and the rows of the batch with them."""
-        parents: list[int] = []
-        tokens: list[int] = []
-        owners: list[int] = []
-        for number, sequences in enumerate(self._sequences):
-            rows = self._rows[number]
-            if not rows:
-                continue
-            for row in sequences.advance(logits[rows]):
-                parents.append(rows[row.parent])
-                tokens.append(row.token)
-                owners.append(number)
-        if not parents:
+    def enter(self, number: int, sequences: Sequences) -> None:
+        """Have a prompt, which nothing was read of, take part in steps: without a cache alone."""
+        assert isinstance(self._rows, UncachedRows)
+        self._members[number] = _Member(sequences, [], [])
+        counts = {known: len(member.rows) for known, member in self._members.items()}
+        rows = [row for member in self._members.values() for row in member.rows]
+        self._settle({**counts, number: 1}, [*rows, 0])
+
+    def join(self, number: int, sequences: Sequences, logits: NDArray[Any], read: Any) -> None:
+        """Have a prompt that was `read` take part in steps, by its `logits` [1, vocabulary].
+
+        Raises:
+            UsageError, RunError: as `Sequences.advance`; the batch is as it was.
+        """
+        going = sequences.advance(logits)
+        if not going:
+            return
+        counts = {known: len(member.rows) for known, member in self._members.items()}
+        rows = [row for member in self._members.values() for row in member.rows]
+        found = self._rows.join(rows, read, len(going))  # type: ignore[attr-defined]
+        self._members[number] = _Member(sequences, [], [row.token for row in going])
+        self._assign({**counts, number: len(going)}, found)
+
+    def leave(self, number: int) -> None:
+        """Let a prompt's rows go before they have ended."""
+        if self._members.pop(number, None) is not None:
+            counts = {known: len(member.rows) for known, member in self._members.items()}
+            self._settle(counts, [row for member in self._members.values() for row in member.rows])
+
+    def _settle(self, counts: dict[int, int], parents: list[int]) -> None:
+        """Go on with rows that follow `parents`, so many of each prompt."""
+        self._assign(counts, self._rows.move(parents))
+
+    def _assign(self, counts: dict[int, int], rows: list[int]) -> None:
+        owners = [*self._owners, *[_NOBODY] * self._rows.count][: self._rows.count]
+        waiting = iter(rows)
+        for number, count in counts.items():
+            self._members[number].rows = list(itertools.islice(waiting, count))
+            for row in self._members[number].rows:
+                owners[row] = number
+            if not count:
+                del self._members[number]
+        if not self._members:
             self._owners = []
-            return
-        if self._graph.cached and self._stays(parents):
-            rows = parents
-        else:
-            rows = list(range(len(parents)))
-            self._move(parents, owners)
-        self._rows = [
-            [row for row, owner in zip(rows, owners, strict=True) if owner == number]
-            for number in range(len(self._sequences))
-        ]
-        self._feed(rows, tokens)
+        elif owners != self._owners:
+            self._owners = owners
+            self._adapters.take_rows(owners)
 
-    def _stays(self, parents: list[int]) -> bool:
-        """Whether all rows that go on may stay where they are, those that ended beside them."""
-        apart = all(a < b for a, b in itertools.pairwise(parents))
-        return apart and 2 * len(parents) > len(self._owners)
-
-    def _move(self, parents: list[int], owners: list[int]) -> None:
-        """Make the rows of the batch those that follow the rows `parents`."""
-        if self._graph.cached:
-            self._cache.take_rows(parents)
-            self._mask = self._mask[parents]
-        if owners != self._owners:
-            self._held.take_rows(owners)
-        self._owners = owners
-
-    def _feed(self, rows: list[int], tokens: list[int]) -> None:
-        """What the next step is fed: the new tokens, and padding in rows that have ended."""
-        if not self._graph.cached:
+    def _feeds(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, mask and ends of what the next run reads: whole prompts, or a token a row."""
+        members = self._members.values()
+        started = all(member.tokens for member in members)
+        if not started or not self._graph.cached:
             texts = [
-                [*sequences.prompt, *made]
-                for number, sequences in enumerate(self._sequences)
-                if self._rows[number]
-                for made in sequences.tokens()
+                [*member.sequences.prompt, *made]
+                for member in members
+                for made in (member.sequences.tokens() if member.tokens else ((),))
             ]
-            self._ids, self._mask, self._ends = self._graph.padded(texts)
-            return
-        self._ids = np.full((len(self._owners), 1), self._graph.pad_id, np.int64)
-        going = np.zeros_like(self._ids)
-        self._ids[rows, 0], going[rows, 0] = tokens, 1
-        self._mask = np.concatenate([self._mask, going], axis=1)
-        self._ends = np.full(len(self._owners), -1)
+            return self._graph.padded(texts)
+        ids = np.full((self._rows.count, 1), self._graph.pad_id, np.int64)
+        going = np.zeros_like(ids)
+        for member in members:
+            ids[member.rows, 0], going[member.rows, 0] = member.tokens, 1
+        return ids, going, np.full(len(ids), -1)

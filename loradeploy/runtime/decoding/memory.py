@@ -33,20 +33,15 @@ def check_memory(
     `prompts`, `sequences`, `new`: of each prompt, its tokens, its texts or beams, and the most
     tokens that each of these gets.
     """
-    on_host = session.providers[:1] == ("CPUExecutionProvider",)
-    available = limit if limit is not None or not on_host else available_memory()
+    available = memory_for_rows(session, limit)
     if available is None:
         return
     manifest, vocabulary = session.manifest, session.limits.vocabulary
     longest = max(prompts) + max(new)  # shorter prompts are padded
     rows = sum(sequences)
-    sizes = _position_bytes(manifest)
-    # The graph makes a cache that grows anew while the last one is read; one in place moves tensor
-    # by tensor where it grows.
-    twice = sum(sizes) if not manifest.cache_in_place else max(sizes, default=0)
-    cache = rows * longest * (sum(sizes) + twice)
+    cache = rows * longest * row_bytes(manifest)
     # Without a cache every step reads the rows from their beginning.
-    read = len(prompts) * max(prompts) if sizes else rows * longest
+    read = len(prompts) * max(prompts) if cache else rows * longest
     logits = read * (vocabulary or 0) * 4
     if cache + logits > available:
         whose = "`cache_budget` is" if limit is not None else "the machine has"
@@ -55,6 +50,22 @@ def check_memory(
             f" {logits / _MIB:.0f} MiB of logits, {whose} {available / _MIB:.0f} MiB: give"
             " a smaller batch_size, num_beams, n or max_new_tokens, or shorter prompts"
         )
+
+
+def memory_for_rows(session: AdapterSession, limit: int | None) -> int | None:
+    """The bytes that rows may take: `limit`, or what the machine has, None where unknown."""
+    on_host = session.providers[:1] == ("CPUExecutionProvider",)
+    return limit if limit is not None or not on_host else available_memory()
+
+
+def row_bytes(manifest: Manifest) -> int:
+    """The bytes that one position of one row takes while a run goes on.
+
+    The graph makes a cache that grows anew while the last one is read; one in place moves tensor by
+    tensor where it grows.
+    """
+    sizes = _position_bytes(manifest)
+    return sum(sizes) + (max(sizes, default=0) if manifest.cache_in_place else sum(sizes))
 
 
 def _position_bytes(manifest: Manifest) -> list[int]:

@@ -106,6 +106,11 @@ class Samples:
         """What was generated in each row that goes on."""
         return [self._samples[number].ids for number in self._going or ()]
 
+    def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
+        """The tokens of a text so far, with their log-probabilities where these were asked for."""
+        sample = self._samples[choice]
+        return sample.ids, None if self._top is None else sample.logprobs
+
     def pieces(self) -> list[tuple[int, str]]:
         """The text that became final since the last call, with the number of its sample."""
         pieces, self._pieces = self._pieces, []

@@ -57,6 +57,9 @@ class Sequences(Protocol):
     def tokens(self) -> list[Sequence[int]]:
         """What was generated in each row that goes on."""
 
+    def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
+        """The final tokens of a sequence so far, and their log-probabilities if asked for."""
+
     def pieces(self) -> list[tuple[int, str]]:
         """The text that became final since the last call, with the number of its sequence."""
 

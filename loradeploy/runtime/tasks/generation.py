@@ -13,8 +13,9 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.batches import batches
 from loradeploy.runtime.decoding.calls import Call, Prompt, listed
+from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.logprobs import TokenLogprob
-from loradeploy.runtime.decoding.loop import DecoderGraph, DecodingBatch
+from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.memory import check_memory
 from loradeploy.runtime.decoding.options import GenerationOptions
 from loradeploy.runtime.decoding.reading import PromptReader, ReadText
@@ -269,7 +270,7 @@ class TextGenerator:
                 [one.limit for one in together],
             )
             ended: set[int] = set()
-            batch = DecodingBatch(self._graph, held, [one.sequences for one in together])
+            batch = DecodingBatch.of(self._graph, held, [one.sequences for one in together])
             for _ in batch.steps():
                 for one in together:
                     yield from _news(one, ended)
@@ -291,11 +292,12 @@ def _news(request: Request, ended: set[int]) -> Iterator[TextPiece]:
         result = None
         if choice in request.sequences.ended():
             ended.add(row)
-            result = _generation(request, choice)
+            result = generation_of(request, choice)
         yield TextPiece(row, text, result)
 
 
-def _generation(request: Request, choice: int) -> Generation:
+def generation_of(request: Request, choice: int) -> Generation:
+    """What became of a text of a prompt, which has ended."""
     found: Finished = request.sequences.result(choice)
     return Generation(
         text=found.text,

@@ -1,0 +1,84 @@
+"""What a decoding loop feeds a graph, and reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LEFT,
+    PAST,
+    POSITION_IDS,
+    TOKEN_TYPE_IDS,
+)
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import UsageError
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tokenizer import pad, positions_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """What a loop feeds a session's graph and reads of it.
+
+    `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
+    on which side shorter prompts are padded, with `pad_id`.
+
+    Raises:
+        UsageError: the graph takes something besides tokens and a cache.
+    """
+
+    session: AdapterSession
+    inputs: frozenset[str]
+    output: str
+    cached: bool
+    left: bool
+    pad_id: int
+
+    @classmethod
+    def of(cls, session: AdapterSession, pad_id: int) -> DecoderGraph:
+        """That of `session`."""
+        manifest = session.manifest
+        names = [spec.name for spec in manifest.inputs]
+        other = [name for name in names if name not in FED and not name.startswith(PAST)]
+        if other:
+            raise UsageError(
+                f"{session.path} takes {other[0]}, which text generation does not make: run it with"
+                " AdapterSession.run"
+            )
+        return cls(
+            session=session,
+            inputs=frozenset(names),
+            output=output_of(manifest),
+            cached=any(name.startswith(PAST) for name in names),
+            left=manifest.padding == LEFT,
+            pad_id=pad_id,
+        )
+
+    def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Any]:
+        """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens]."""
+        made: dict[str, Callable[[], NDArray[Any]]] = {
+            INPUT_IDS: lambda: ids,
+            ATTENTION_MASK: lambda: mask,
+            POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
+            TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
+        }
+        return {name: make() for name, make in made.items() if name in self.inputs}
+
+    def padded(
+        self, tokens: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Whole rows: ids and mask [rows, longest], and where each row has its last token."""
+        ids, mask = pad(tokens, self.pad_id, left=self.left)
+        ends = np.full(len(tokens), -1) if self.left else mask.sum(axis=1) - 1
+        return ids, mask, ends

@@ -1,0 +1,1 @@
+"""The engine: requests that come one by one, generated together, each with its own adapter."""

@@ -1,0 +1,357 @@
+"""The engine: requests that come one by one are generated together, each with its adapter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.errors import (
+    DeadlineError,
+    EngineClosedError,
+    EngineFullError,
+)
+from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
+from loradeploy.runtime.arguments import check_adapters, check_count
+from loradeploy.runtime.decoding.calls import Call, Prompt
+from loradeploy.runtime.decoding.reading import PromptReader
+from loradeploy.runtime.engine.queue import FairQueue
+from loradeploy.runtime.engine.running import Running, prepare
+from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
+from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage, deadline_of
+from loradeploy.runtime.engine.worker import Worker
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loradeploy.runtime.decoding.options import GenerationFlags
+
+# Requests whose adapters are read while they wait for rows.
+_AHEAD: Final = 4
+# Characters of a text for a token, to weigh requests by before they are read.
+_CHARACTERS: Final = 4
+
+
+class Engine:
+    """Generates requests of a decoder bundle together, as they come, each with its own adapter.
+
+    A request joins the others between two tokens and leaves when it has ended; its texts are those
+    that it would get alone. Two threads of its own do the work, from `start` (or the beginning of
+    a `with`) until `close`: one reads adapters and prompts of requests that wait, the other runs
+    the graph. It may be used from several threads, and with asyncio.
+
+    `bundle`: a session on a decoder bundle, or a generator of one.
+    `max_rows`: how many texts are generated together. `max_waiting`: how many requests may wait
+    for that. `prefill_chunk`: so many tokens of a prompt are read between two steps of the others.
+    `cache_budget`: the bytes that the rows' keys and values may take, by default half of what the
+    machine has available (Linux, on the CPU).
+    `observer`: called with what it measures, see `Moment`.
+
+    Raises:
+        UsageError: as `TextGenerator`, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        bundle: AdapterSession | TextGenerator,
+        *,
+        max_rows: int = 8,
+        max_waiting: int = 64,
+        prefill_chunk: int = 64,
+        cache_budget: int | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        for name, value in (
+            ("max_rows", max_rows),
+            ("max_waiting", max_waiting),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            check_count(name, value)
+        if cache_budget is not None:
+            check_count("cache_budget", cache_budget)
+        generator = bundle if isinstance(bundle, TextGenerator) else TextGenerator(bundle)
+        self.session = generator.session
+        self.tokenizer = generator.tokenizer
+        self._reader = PromptReader(self.session)
+        self._max_waiting = max_waiting
+        self._statistics = EngineStatistics(slots=max_rows)
+        self._worker = Worker(
+            self.session,
+            self.tokenizer.pad_id,
+            self._statistics,
+            observer or (lambda moment, seconds, submission: None),
+            slots=max_rows,
+            chunk=prefill_chunk,
+            budget=cache_budget,
+        )
+        self._changed = threading.Condition()
+        self._queue: FairQueue[Submission] = FairQueue()
+        self._preparing: Submission | None = None
+        self._ready: deque[Running] = deque()
+        self._running: dict[int, Running] = {}
+        self._threads: list[threading.Thread] = []
+        self._number = 0
+        self._pace = 0.0  # seconds from one request's end to the next one's, of late
+        self._last_end: float | None = None
+        self._draining = self._closed = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self) -> Engine:
+        """Begin to work; what was submitted before waits until then."""
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("this engine is closed: make another one")
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=self._load, name="loradeploy-loader", daemon=True),
+                    threading.Thread(target=self._work, name="loradeploy-engine", daemon=True),
+                ]
+                for thread in self._threads:
+                    thread.start()
+        return self
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait until those that there are have ended.
+
+        True where they all have; after `timeout` seconds the others are cancelled.
+        """
+        with self._changed:
+            self._draining = True
+            empty = self._changed.wait_for(lambda: not self._alive(), timeout)
+            rest = self._alive()
+        for submission in rest:
+            submission.cancel()
+        if rest and self._threads:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._alive())
+        return empty
+
+    def close(self) -> None:
+        """Cancel all requests and end; the session stays open. A second call changes nothing."""
+        with self._changed:
+            self._draining = self._closed = True
+            rest = self._alive()
+            self._changed.notify_all()
+        for submission in rest:
+            submission.cancel()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        adapter: AdapterSpec | None = None,
+        *,
+        seed: int = 0,
+        chat: bool = False,
+        scope: str | None = None,
+        deadline: float | None = None,
+        **options: Unpack[GenerationFlags],
+    ) -> Submission:
+        """Take a request in, and return at once.
+
+        `prompt`, `adapter`, `seed`, `chat` and `options` are as those of one prompt of
+        `TextGenerator.generate`. `scope`: whose it is, such as an API key: scopes take turns, and
+        nothing that is kept of a prompt serves another scope. `deadline`: seconds from now after
+        which it fails, wherever it is.
+
+        Raises:
+            UsageError: as `TextGenerator.generate`, but for what needs the adapter or the prompt's
+                tokens, which the submission raises, and UnknownAdapterError, AdapterError and
+                BudgetError with it.
+            EngineFullError: as many requests wait as may; with `retry_after`.
+            EngineClosedError: the engine is closed, or drains.
+        """
+        if not (adapter is None or isinstance(adapter, str)):
+            check_adapters([adapter])
+            weights_of(adapter)
+        until = deadline_of(deadline)
+        call = Call.of([prompt], [adapter], seed, chat, None, None, options)
+        own = call.options[0]
+        name = adapter if adapter is None or isinstance(adapter, str) else weights_of(adapter)
+        length = len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
+        cost = 1 + length + own.max_new_tokens * max(own.n, own.num_beams)
+        shed = None
+        with self._changed:
+            if self._draining:
+                raise EngineClosedError(
+                    "the engine takes no more requests: it is closed, or drains"
+                )
+            if len(self._queue) >= self._max_waiting:
+                self._statistics.refused += 1
+                shed = self._queue.shed(scope)
+                if shed is None:
+                    raise self._full()
+            self._number += 1
+            submission = Submission(self._number, call, scope, until, self._cancel)
+            self._queue.push(submission, scope, name, cost)
+            self._statistics.submitted += 1
+            self._changed.notify_all()
+        if shed is not None:
+            self._fail(shed, self._full())
+        return submission
+
+    def stats(self) -> EngineStatistics:
+        """What it did and has at hand, a copy."""
+        with self._changed:
+            return replace(
+                self._statistics,
+                waiting=len(self._queue) + len(self._ready) + (self._preparing is not None),
+                running=len(self._running),
+                finished=dict(self._statistics.finished),
+                failed=dict(self._statistics.failed),
+                batch_sizes=dict(self._statistics.batch_sizes),
+            )
+
+    def _full(self) -> EngineFullError:
+        waiting = self._max_waiting
+        after = min(max(self._pace * (waiting + 1) / 2, 0.1), 60.0)
+        return EngineFullError(
+            f"{waiting} requests wait, as many as may: try again in {after:.1f} seconds",
+            retry_after=after,
+        )
+
+    def _alive(self) -> list[Submission]:
+        """All requests that have not ended. `_changed` is held."""
+        preparing = [] if self._preparing is None else [self._preparing]
+        prepared = [one.submission for one in (*self._ready, *self._running.values())]
+        return [*self._queue, *preparing, *prepared]
+
+    def _cancel(self, submission: Submission) -> None:
+        """End a request that waits; the threads see to those that they have."""
+        with self._changed:
+            waited = self._queue.remove(submission)
+            self._changed.notify_all()
+        if waited:
+            self._end_unread(submission)
+
+    def _end_unread(self, submission: Submission) -> None:
+        """The end of a request that was cancelled before its prompt was read."""
+        choices = submission.call.options[0].n
+        for choice in range(choices):
+            nothing = Generation("", (), "cancelled", submission.adapter, 0, choice=choice)
+            last = choice == choices - 1
+            submission.put(
+                GenerationEvent(choice, "", generation=nothing, usage=Usage(0, 0) if last else None)
+            )
+        with self._changed:
+            finished = self._statistics.finished
+            finished["cancelled"] = finished.get("cancelled", 0) + choices
+            self._changed.notify_all()
+
+    def _fail(self, submission: Submission, problem: BaseException) -> None:
+        submission.fail(problem)
+        with self._changed:
+            name = type(problem).__name__
+            self._statistics.failed[name] = self._statistics.failed.get(name, 0) + 1
+            self._changed.notify_all()
+
+    # -- the thread that reads adapters and prompts --------------------------------------------
+
+    def _load(self) -> None:
+        while True:
+            late: list[Submission] = []
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or (self._queue and len(self._ready) < _AHEAD),
+                    self._patience(),
+                )
+                if self._closed and not self._queue:
+                    return
+                now = time.monotonic()
+                for submission in list(self._queue):
+                    if submission.deadline is not None and submission.deadline <= now:
+                        self._queue.remove(submission)
+                        late.append(submission)
+                if self._queue and len(self._ready) < _AHEAD:
+                    self._preparing = self._queue.pop()
+            for submission in late:
+                self._fail(submission, _too_late())
+            if self._preparing is not None:
+                self._prepare(self._preparing)
+
+    def _patience(self) -> float | None:
+        """Seconds until the next deadline of those that wait. `_changed` is held."""
+        ends = [one.deadline for one in self._queue if one.deadline is not None]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _prepare(self, submission: Submission) -> None:
+        running = None
+        try:
+            if not submission.cancelled:
+                running = prepare(
+                    self.session, self._reader, submission, self._worker.slots, self._worker.budget
+                )
+        except Exception as problem:  # a request's own code may raise anything
+            self._fail(submission, problem)
+        else:
+            if running is None:
+                self._end_unread(submission)
+        with self._changed:
+            self._preparing = None
+            if running is not None:
+                self._ready.append(running)
+            self._changed.notify_all()
+
+    # -- the thread that runs the graph --------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._ready or self._running)
+                if self._closed and not self._alive():
+                    break
+                while self._ready and self._worker.fits(self._ready[0]):
+                    one = self._ready.popleft()
+                    self._running[one.number] = one
+                    self._worker.admit(one)
+                if not self._running:  # what is ready is being read, or nothing goes on
+                    self._changed.wait(0.05)
+                    continue
+            self._changed_by(self._worker.advance())
+        self._worker.close()
+
+    def _changed_by(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
+        """Let go of what has ended in a round of the worker."""
+        for one, problem in ended:
+            one.close()
+            if problem is not None:
+                one.submission.fail(problem)
+        if not ended:
+            return
+        now = time.monotonic()
+        with self._changed:
+            for one, problem in ended:
+                del self._running[one.number]
+                if problem is not None:
+                    name = type(problem).__name__
+                    self._statistics.failed[name] = self._statistics.failed.get(name, 0) + 1
+            if self._last_end is not None:
+                each = (now - self._last_end) / len(ended)
+                self._pace = each if not self._pace else 0.8 * self._pace + 0.2 * each
+            self._last_end = now
+            self._changed.notify_all()
+
+
+def _too_late() -> DeadlineError:
+    return DeadlineError("the request's deadline passed before it ended")

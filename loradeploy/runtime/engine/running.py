@@ -1,0 +1,162 @@
+"""A request whose adapter and prompt are read, until its texts have ended."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from loradeploy.errors import BudgetError, UsageError
+from loradeploy.runtime.decoding.memory import row_bytes
+from loradeploy.runtime.decoding.requests import Request, read_request
+from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage
+from loradeploy.runtime.tasks.generation import generation_of
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.decoding.reading import PromptReader
+    from loradeploy.runtime.decoding.rows import CachedRows
+    from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
+    from loradeploy.runtime.held import HeldAdapters
+    from loradeploy.runtime.session import AdapterSession
+
+
+@dataclass(eq=False)
+class Running:
+    """A request with its adapter, which is in use until `close`.
+
+    `rows`: how many it takes at most. `most`: the positions of each. `reading`: its row while its
+    prompt is read, with how much of it was. `told`: of each text, the tokens that were handed out.
+    """
+
+    submission: Submission
+    request: Request
+    held: HeldAdapters
+    rows: int
+    holding: ExitStack
+    reading: CachedRows | None = None
+    read: int = 0
+    told: dict[int, int] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    generated: int = 0
+    last_token: float = 0.0
+
+    @property
+    def number(self) -> int:
+        """What it is called by in the batch."""
+        return self.submission.number
+
+    @property
+    def most(self) -> int:
+        """The positions that each of its rows takes at most."""
+        return len(self.request.ids) + self.request.limit
+
+    @property
+    def choices(self) -> int:
+        """How many texts it has."""
+        return self.submission.call.options[0].n
+
+    def tell(self, statistics: EngineStatistics, observer: Observer) -> bool:
+        """Hand out what is new; whether all texts have ended."""
+        sequences = self.request.sequences
+        texts: dict[int, str] = {}
+        for choice, text in sequences.pieces():
+            texts[choice] = texts.get(choice, "") + text
+        ended = sequences.ended()
+        events = []
+        for choice in range(self.choices):
+            if choice in self.ended:
+                continue
+            ids, logprobs = sequences.made(choice)
+            told = self.told.get(choice, 0)
+            over = choice in ended
+            if len(ids) > told or over or texts.get(choice):
+                events.append(
+                    GenerationEvent(
+                        choice=choice,
+                        text=texts.get(choice, ""),
+                        token_ids=tuple(ids[told:]),
+                        logprobs=None if logprobs is None else tuple(logprobs[told:]),
+                        generation=generation_of(self.request, choice) if over else None,
+                    )
+                )
+                self.told[choice] = len(ids)
+            if over:
+                self.ended.add(choice)
+        for event in events:
+            if event.generation is not None:
+                self.generated += event.generation.completion_tokens
+                reason = event.generation.finish_reason
+                statistics.finished[reason] = statistics.finished.get(reason, 0) + 1
+            statistics.generated_tokens += len(event.token_ids)
+        self._observe(any(event.token_ids for event in events), observer)
+        whole = len(self.ended) == self.choices
+        if whole and events:
+            usage = Usage(len(self.request.ids), self.generated, self.submission.cached_tokens)
+            events[-1] = replace(events[-1], usage=usage)
+        for event in events:
+            self.submission.put(event)
+        return whole
+
+    def _observe(self, tokens: bool, observer: Observer) -> None:
+        if not tokens:
+            return
+        now = time.monotonic()
+        if self.last_token:
+            observer("inter_token", now - self.last_token, self.submission)
+        else:
+            observer("first_token", now - self.submission.created, self.submission)
+        self.last_token = now
+
+    def cancel(self) -> bool:
+        """End its texts where they are; whether it can leave at once.
+
+        A beam search that has begun ends with the next step.
+        """
+        for choice in range(self.choices):
+            self.request.sequences.cancel(choice)
+        return len(self.request.sequences.ended()) == self.choices
+
+    def close(self) -> None:
+        """Let go of its adapter."""
+        self.reading = None
+        self.holding.close()
+
+
+def prepare(
+    session: AdapterSession,
+    reader: PromptReader,
+    submission: Submission,
+    slots: int,
+    budget: int | None,
+) -> Running:
+    """Read a request's adapter and its prompt, both of one moment.
+
+    Raises:
+        UsageError: the prompt, or settings that do not fit it, or more rows than `slots`.
+        UnknownAdapterError, AdapterError: its adapter.
+        BudgetError: it takes more than `budget` by itself.
+    """
+    options = submission.call.options[0]
+    rows = max(options.n, options.num_beams)
+    if rows > slots:
+        raise UsageError(
+            f"the request takes {rows} rows (n or num_beams), the engine has {slots}: give fewer,"
+            " or the engine more `max_rows`"
+        )
+    while True:
+        request = read_request(reader, submission.call, 0)
+        with ExitStack() as stack:
+            held = stack.enter_context(session.hold(request.adapter))
+            if session.texts.have_moved(request.adapter, request.counts):
+                continue
+            running = Running(submission, request, held, rows, stack.pop_all())
+            break
+    taken = rows * running.most * row_bytes(session.manifest)
+    if budget is not None and taken > budget:
+        running.close()
+        raise BudgetError(
+            f"{rows} rows of {running.most} tokens take {taken >> 20} MiB of cache, the engine has"
+            f" {budget >> 20} MiB: give a smaller n or max_new_tokens, or a shorter prompt"
+        )
+    return running

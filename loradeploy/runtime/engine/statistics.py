@@ -1,0 +1,69 @@
+"""What an engine did and has at hand: figures for a page of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.engine.submission import Submission
+
+# What an observer is told of, each with its seconds.
+Moment = Literal[
+    "queue",  # from the call of submit until the request takes part in steps
+    "first_token",  # from the call of submit until its first token
+    "inter_token",  # from a token of a text to its next
+    "request",  # from the call of submit until its end, when it was well
+    "step",  # one run of the graph that decodes
+    "prefill",  # one run of the graph that reads a part of a prompt
+]
+# Called in the engine's thread: it should be quick. The submission is None for "step".
+Observer = Callable[[Moment, float, "Submission | None"], None]
+
+
+@dataclass
+class EngineStatistics:
+    """Of an engine, since it was started.
+
+    Args:
+        waiting: requests that wait.
+        running: requests that take part in steps, or whose prompt is read.
+        rows: rows of the next step.
+        slots: rows that there can be.
+        submitted: requests that were taken.
+        refused: requests that were refused, as too many waited.
+        finished: requests that ended well, by finish_reason of each text.
+        failed: requests that failed, by the name of their error.
+        prompt_tokens: tokens of prompts that were read, those found in the prefix cache among them.
+        cached_tokens: those that were found there.
+        generated_tokens: tokens that were generated.
+        steps: runs of the graph that decoded.
+        one_adapter_steps: those whose rows all had one adapter, or the base.
+        batch_sizes: how many steps had so many rows that went on.
+        prefills: runs of the graph that read a part of a prompt.
+        prefix_entries: blocks of tokens in the prefix cache.
+        prefix_bytes: their bytes.
+        prefix_evictions: blocks that went to make room.
+        cache_bytes: the most that the rows' keys and values may take.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    rows: int = 0
+    slots: int = 0
+    submitted: int = 0
+    refused: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    one_adapter_steps: int = 0
+    batch_sizes: dict[int, int] = field(default_factory=dict)
+    prefills: int = 0
+    prefix_entries: int = 0
+    prefix_bytes: int = 0
+    prefix_evictions: int = 0
+    cache_bytes: int = 0

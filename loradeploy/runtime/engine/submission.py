@@ -1,0 +1,267 @@
+"""A request of an engine, and what becomes of it: for a thread, or for an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from loradeploy.runtime.adapters.resident import AdapterSpec
+    from loradeploy.runtime.decoding.calls import Call
+    from loradeploy.runtime.decoding.logprobs import TokenLogprob
+    from loradeploy.runtime.tasks.generation import Generation
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took.
+
+    Args:
+        prompt_tokens: how many the prompt has.
+        completion_tokens: how many were generated, in all of its texts.
+        cached_tokens: of the prompt's, those whose keys and values were there already.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """News of one of a request's texts.
+
+    Args:
+        choice: which of its `n` texts.
+        text: what is new and final; all of a text's events together are its text.
+        token_ids: the tokens that are new; their text may come with a later event.
+        logprobs: one for each of `token_ids`, where they were asked for.
+        generation: the whole text with its finish_reason, in its last event.
+        usage: of the whole request, in its last event.
+    """
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    generation: Generation | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    Args:
+        generations: its `n` texts.
+        usage: what it took.
+    """
+
+    generations: tuple[Generation, ...]
+    usage: Usage
+
+
+class Submission:
+    """A request that `Engine.submit` took.
+
+    `async for event in submission` and `for event in submission` give its events as they come,
+    `result` all that became of it; `started` waits until its adapter and its prompt are read.
+    A request that fails raises its error in all of these. It is generated whether or not anybody
+    reads: `cancel` ends it, and so does the end of an `async with submission`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        call: Call,
+        scope: str | None,
+        deadline: float | None,
+        on_cancel: Callable[[Submission], None],
+    ) -> None:
+        self.number = number
+        self.call = call
+        self.scope = scope
+        self.deadline = deadline  # of time.monotonic
+        self.created = time.monotonic()
+        self.prompt_tokens: int | None = None
+        self.cached_tokens = 0
+        self._on_cancel = on_cancel
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._events: deque[GenerationEvent] = deque()
+        self._generations: dict[int, Generation] = {}
+        self._usage: Usage | None = None
+        self._error: BaseException | None = None
+        self._started = False
+        self._cancelled = False
+
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """The adapter that was asked for."""
+        return self.call.adapters[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._usage is not None or self._error is not None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """End its texts where they are, as "cancelled", before the next token."""
+        self._cancelled = True
+        self._on_cancel(self)
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for its end.
+
+        Raises:
+            TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            LoraDeployError: why it failed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"the request has not ended after {timeout} seconds")
+        return self._completion()
+
+    async def completion(self) -> Completion:
+        """As `result`, for asyncio."""
+        await self._until(lambda: self.done)
+        return self._completion()
+
+    async def started(self) -> int:
+        """Wait until it takes part in steps; the number of its prompt's tokens.
+
+        Until then it fails if its prompt or its adapter is refused.
+        """
+        await self._until(lambda: self._started or self.done)
+        if self._error is not None:
+            raise self._error
+        return self.prompt_tokens or 0
+
+    def _completion(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        assert self._usage is not None
+        return Completion(
+            tuple(self._generations[choice] for choice in sorted(self._generations)), self._usage
+        )
+
+    # -- events --------------------------------------------------------------------------------
+
+    def __aiter__(self) -> Submission:
+        return self
+
+    async def __anext__(self) -> GenerationEvent:
+        await self._until(lambda: bool(self._events) or self.done)
+        event = self._next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def __iter__(self) -> Iterator[GenerationEvent]:
+        return self
+
+    def __next__(self) -> GenerationEvent:
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self.done)
+        event = self._next()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def _next(self) -> GenerationEvent | None:
+        with self._changed:
+            if self._events:
+                return self._events.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._changed:
+                if ready():
+                    return
+                woken = loop.create_future()
+                self._waiting.append((loop, woken))
+            await woken
+
+    async def __aenter__(self) -> Submission:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.done:
+            self.cancel()
+
+    # -- the engine's side ---------------------------------------------------------------------
+
+    def start(self, prompt_tokens: int, cached_tokens: int = 0) -> None:
+        """Say that it takes part; the engine calls it."""
+        with self._changed:
+            self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+            self._started = True
+            self._wake()
+
+    def put(self, event: GenerationEvent) -> None:
+        """Hand out an event; the engine calls it. One with a usage is the last."""
+        with self._changed:
+            if self.done:
+                return
+            self._events.append(event)
+            if event.generation is not None:
+                self._generations[event.choice] = event.generation
+            self._usage = event.usage
+            self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that it failed; the engine calls it."""
+        with self._changed:
+            if not self.done:
+                self._error = error
+                self._wake()
+
+    def _wake(self) -> None:
+        """Wake who waits. `_changed` is held."""
+        self._changed.notify_all()
+        waiting, self._waiting = self._waiting, []
+        for loop, woken in waiting:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed waits for nothing
+                loop.call_soon_threadsafe(_set, woken)
+
+
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def deadline_of(seconds: object) -> float | None:
+    """The time of time.monotonic that is so many seconds from now.
+
+    Raises:
+        UsageError: it is no number above 0.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise UsageError(f"deadline is {seconds!r}: give seconds, a number above 0, or None")
+    return time.monotonic() + seconds

@@ -1,0 +1,173 @@
+"""What the engine's thread does between two looks at the queue: a chunk of a prompt, and a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.bundle.names import NO_PADDING
+from loradeploy.errors import DeadlineError
+from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.loop import DecodingBatch
+from loradeploy.runtime.decoding.memory import memory_for_rows, row_bytes
+from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.engine.running import Running
+    from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
+    from loradeploy.runtime.session import AdapterSession
+
+Ended = tuple["Running", "BaseException | None"]
+
+
+class Worker:
+    """The requests that take part in steps, and those whose prompt is read.
+
+    `slots`: how many rows there are. `chunk`: tokens of a prompt that are read in one run.
+    `budget`: bytes of the rows' cache, None where nothing limits it.
+    """
+
+    def __init__(
+        self,
+        session: AdapterSession,
+        pad_id: int,
+        statistics: EngineStatistics,
+        observer: Observer,
+        *,
+        slots: int,
+        chunk: int,
+        budget: int | None,
+    ) -> None:
+        self._session = session
+        self._graph = DecoderGraph.of(session, pad_id)
+        self._statistics = statistics
+        self._observer = observer
+        self.slots = slots
+        self._chunk = chunk
+        # Rows of different lengths cannot share a run where padding changes answers.
+        self._alone = session.manifest.padding == NO_PADDING
+        available = memory_for_rows(session, budget)
+        self.budget = available if budget is not None or available is None else available // 2
+        statistics.cache_bytes = self.budget or 0
+        self._adapters = session.joined()
+        self._rows = (
+            CachedRows(self._graph, 0) if self._graph.cached else UncachedRows(self._graph, 0)
+        )
+        self._batch = DecodingBatch(self._graph, self._adapters, self._rows, self._failed)
+        self._going: dict[int, Running] = {}  # in the batch
+        self._reading: list[Running] = []  # the one that is read next comes first
+        self._ended: list[Ended] = []
+
+    def fits(self, one: Running) -> bool:
+        """Whether there are rows and memory for a request now."""
+        others = [*self._going.values(), *self._reading]
+        if not others:
+            return True
+        rows = one.rows + sum(other.rows for other in others)
+        if self._alone or rows > self.slots:
+            return False
+        longest = max(other.most for other in (one, *others))
+        taken = rows * longest * row_bytes(self._session.manifest)
+        return self.budget is None or taken <= self.budget
+
+    def admit(self, one: Running) -> None:
+        """Begin with a request."""
+        self._reading.append(one)
+        self._statistics.prompt_tokens += len(one.request.ids)
+        self._observer("queue", time.monotonic() - one.submission.created, one.submission)
+
+    def advance(self) -> Sequence[Ended]:
+        """A chunk of a prompt and a step of all others; the requests that have ended with it."""
+        self._heed()
+        if self._reading:
+            self._read(self._reading[0])
+        if self._going:
+            self._step()
+        self._statistics.rows = self._batch.rows
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Let go of the batch."""
+        self._adapters.close()
+
+    def _heed(self) -> None:
+        """End what was cancelled, and what is late."""
+        now = time.monotonic()
+        for one in [*self._going.values(), *self._reading]:
+            deadline = one.submission.deadline
+            if deadline is not None and deadline <= now:
+                self._end(one, DeadlineError("the request's deadline passed before it ended"))
+            elif one.submission.cancelled and one.cancel():
+                one.tell(self._statistics, self._observer)
+                self._end(one)
+
+    def _read(self, one: Running) -> None:
+        """Read the next chunk of a prompt; behind its last token the request takes part."""
+        prompt = one.request.ids
+        try:
+            if one.read == 0:
+                one.submission.start(len(prompt))
+            if not isinstance(self._rows, CachedRows):
+                self._adapters.enter(one.number, one.held)
+                self._batch.enter(one.number, one.request.sequences)
+                self._reading.remove(one)
+                self._going[one.number] = one
+                return
+            if one.reading is None:
+                one.reading = self._rows.begin()
+            began = time.monotonic()
+            chunk = np.array([prompt[one.read : one.read + self._chunk]], np.int64)
+            logits = one.reading.read(one.held, chunk, np.ones_like(chunk), np.array([-1]))
+            one.read += chunk.shape[1]
+            self._statistics.prefills += 1
+            self._observer("prefill", time.monotonic() - began, one.submission)
+            if one.read < len(prompt):
+                return
+            self._reading.remove(one)
+            self._adapters.enter(one.number, one.held)
+            self._going[one.number] = one
+            self._batch.join(one.number, one.request.sequences, logits, one.reading)
+            one.reading = None
+            self._tell(one)
+        except Exception as problem:  # a mask of the request's own may raise anything
+            self._end(one, problem)
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        rows = self._batch.rows
+        try:
+            self._batch.step()
+        except Exception as problem:  # the run itself
+            for one in list(self._going.values()):
+                self._end(one, problem)
+            return
+        statistics = self._statistics
+        statistics.steps += 1
+        statistics.one_adapter_steps += not self._adapters.mixed
+        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
+        self._observer("step", time.monotonic() - began, None)
+        for one in list(self._going.values()):
+            self._tell(one)
+
+    def _tell(self, one: Running) -> None:
+        if one.tell(self._statistics, self._observer):
+            self._observer("request", time.monotonic() - one.submission.created, one.submission)
+            self._end(one)
+
+    def _failed(self, number: int, problem: Exception) -> None:
+        """A request that cannot go on; the batch has let go of it, or will."""
+        self._end(self._going[number], problem, left=True)
+
+    def _end(self, one: Running, problem: BaseException | None = None, left: bool = False) -> None:
+        if one in self._reading:
+            self._reading.remove(one)
+        if self._going.pop(one.number, None) is not None:
+            if not left:
+                self._batch.leave(one.number)
+            self._adapters.leave(one.number)
+            self._adapters.take_rows(self._batch.owners)
+        self._ended.append((one, problem))
