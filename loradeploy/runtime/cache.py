@@ -91,7 +91,7 @@ class DecoderCache:
         wide: int,
         left: bool,
     ) -> None:
-        """Make the batch of these of its rows and, `copies` times, the first of `other` behind them.
+        """Make the batch of these of its rows and, `copies` times, the first of `other`.
 
         `width` and `wide`: so many positions of the rows, and of the other's, are taken over.
         `left`: whether they are a row's last positions, with padding on the left, or its first.
