@@ -1,4 +1,4 @@
-"""Convert adapters: to ONNX Runtime's format and back, to a lower rank, to standard LoRA."""
+"""Convert adapters: to ONNX Runtime's format and back, of other libraries, to a lower rank."""
 
 from __future__ import annotations
 
@@ -33,12 +33,18 @@ def convert(
     bundle: StrPath | None = None,
     rank: int | None = None,
     model: StrPath | None = None,
+    name: str | None = None,
     trust_remote_code: bool = False,
 ) -> Conversion:
-    """Convert the adapter at `adapter` in one of three ways, and write it to `output`.
+    """Convert the adapter at `adapter` in one of four ways, and write it to `output`.
+
+    An adapter of another library (mlx-lm, torchtune, AdapterHub, a text encoder's of kohya or
+    diffusers, a task's of jina-embeddings-v3, a state_dict() with adapters) is recognized by its
+    content and converted to a PEFT directory, without further arguments where its files suffice.
 
     Args:
-        adapter: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
+        adapter: a PEFT directory, another library's directory or .safetensors file, or an
+            .onnx_adapter file if `bundle` is given.
         output: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
         bundle: convert between both formats, for the graph of this bundle. The factors in an
             .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
@@ -46,23 +52,33 @@ def convert(
             as a classifier until a config.json beside it states problem_type and id2label.
         rank: reduce to the best approximation of this rank, by singular values.
         model: convert an adapter of PiSSA or OLoRA, which needs a changed base, to standard LoRA
-            of twice the rank on this unchanged base.
+            of twice the rank on this unchanged base. Adapters of torchtune and kohya need the
+            base too, for its names and its number of heads.
+        name: which adapter to convert, if another library's file has several.
         trust_remote_code: run the Python files that the configuration of `model` names.
 
     Raises:
-        UsageError: not exactly one conversion is requested, or it does not apply to this adapter.
+        UsageError: not exactly one conversion is requested, or it does not apply to this adapter;
+            the form of another library needs `model` or `name`.
         AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
         BundleError, ModelError: the bundle or the model cannot be read.
     """
-    if [bundle, rank, model].count(None) != 2:
+    from loradeploy.adapter.readers.table import other_form
+
+    other = bundle is None and rank is None and other_form(adapter) is not None
+    if not other and [bundle, rank, model].count(None) != 2:
         raise UsageError("give one of `bundle`, `rank` and `model`")
-    if trust_remote_code and model is None:
-        raise UsageError("`trust_remote_code` is for the code of `model`, which is not given")
+    if not other and name is not None:
+        raise UsageError("`name` is for another library's file with several adapters")
+    if trust_remote_code and (model is None or other):
+        raise UsageError("`trust_remote_code` is for the code of `model`, which is not run here")
     check_keeps_inputs(output, [path for path in (adapter, bundle, model) if path is not None])
     if bundle is not None:
         return Conversion(_between_forms(Path(adapter), Path(bundle), Path(output)))
     if rank is not None:
         return _of_lower_rank(adapter, rank, Path(output))
+    if other:
+        return Conversion(_of_another_library(adapter, Path(output), model, name))
     return Conversion(_of_unchanged_base(adapter, str(model), Path(output), trust_remote_code))
 
 
@@ -87,6 +103,19 @@ def _between_forms(adapter: Path, bundle: Path, output: Path) -> Adapter:
     else:
         converted = adapter_from_side_inputs(read_onnx_adapter(adapter), manifest, base)
         _save(converted, output)
+    return converted
+
+
+def _of_another_library(
+    adapter: StrPath, output: Path, model: StrPath | None, name: str | None
+) -> Adapter:
+    from loradeploy.adapter.readers.source import Base
+    from loradeploy.adapter.readers.table import read_other
+    from loradeploy.lora.checkpoint import find_checkpoint
+
+    base = None if model is None else Base(find_checkpoint(model))
+    converted = read_other(adapter, name=name, base=base)
+    _save(converted, output)
     return converted
 
 

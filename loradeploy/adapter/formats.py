@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,21 +19,43 @@ from loradeploy.files import open_file, read_json
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = ".safetensors"
 
-_MLX: Final = (
-    "is an adapter of mlx-lm (lora_a, lora_b), not of PEFT: fuse it into its base with"
-    " mlx_lm.fuse --dequantize, and export the model that this writes"
+_CONVERT: Final = "convert it with loradeploy convert ADAPTER --output DIR"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of another library's adapter. `message`: what it is and what to do with it."""
+
+    message: str
+
+
+MLX: Final = Form(f"is an adapter of mlx-lm (lora_a, lora_b), not of PEFT: {_CONVERT}")
+KOHYA: Final = Form(
+    "is an adapter of kohya's sd-scripts (lora_down, lora_up): convert that of a text encoder with"
+    " loradeploy convert ADAPTER --model BASE --output DIR; for a diffusion model, which is not"
+    " exported here, fuse it with diffusers (load_lora_weights, fuse_lora) and export that"
 )
-_KOHYA: Final = (
-    "is an adapter of kohya's sd-scripts (lora_down, lora_up) for a diffusion model, which is not"
-    " exported here: fuse it with diffusers (load_lora_weights, fuse_lora) and export that"
+DIFFUSERS: Final = Form(
+    "is an adapter of diffusers: convert that of a text encoder with loradeploy convert; for a"
+    " diffusion model, which is not exported here, fuse it with diffusers (load_lora_weights,"
+    " fuse_lora) and export that"
 )
-_DIFFUSERS: Final = (
-    "is an adapter of diffusers for a diffusion model, which is not exported here: fuse it with"
-    " diffusers (load_lora_weights, fuse_lora) and export that"
+TORCHTUNE: Final = Form(
+    "is an adapter with torchtune's names (lora_a.weight, lora_b.weight): convert it with"
+    " loradeploy convert ADAPTER --model BASE --output DIR"
 )
-_TORCHTUNE: Final = (
-    "is an adapter with torchtune's names (lora_a.weight, lora_b.weight): let its checkpointer"
-    " write PEFT's files (adapter_config.json, adapter_model.safetensors) and give that directory"
+ADAPTER_HUB: Final = Form(f"is a LoRA of AdapterHub's adapters library, not of PEFT: {_CONVERT}")
+BOTTLENECK: Final = Form(
+    "is an adapter of AdapterHub's adapters library, of layers between those of the base,"
+    " which are not exported: train a LoRA with PEFT instead"
+)
+JINA: Final = Form(
+    "has the adapters of jina-embeddings-v3, one of each task: convert one with loradeploy convert"
+    " CHECKPOINT --name TASK --output DIR"
+)
+NAMED: Final = Form(
+    "has the names of adapters in its keys, as a model's state_dict() does: convert one with"
+    " loradeploy convert ADAPTER --name NAME --output DIR"
 )
 _GGUF: Final = (
     "is a GGUF file of llama.cpp, not an adapter of PEFT: give the PEFT directory that it was"
@@ -48,6 +71,10 @@ _SHARDED: Final = (
     " the zero_to_fp32.py in the same directory"
 )
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
+
+# A LoRA of AdapterHub's library, and a stack of adapters of jina-embeddings-v3.
+_LORAS: Final = re.compile(r"\.loras\.[^.]+\.lora_[AB]$")
+_STACKED: Final = ".parametrizations.weight.0.lora_"
 
 _DIFFUSED: Final = re.compile(
     r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\..*lora"
@@ -70,30 +97,52 @@ def other_peft_type(peft_type: object) -> str:
 
 
 def other_config(values: Mapping[str, Any]) -> str | None:
-    """The library, other than PEFT, whose adapter_config.json has these `values`."""
+    """What an adapter_config.json with these `values`, which is not PEFT's, belongs to."""
+    form = form_of_config(values)
+    return None if form is None else form.message
+
+
+def form_of(values: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
+    """The form of an adapter with these settings and tensors, if it is one of another library."""
+    return form_of_tensors(shapes) or (None if values is None else form_of_config(values))
+
+
+def form_of_config(values: Mapping[str, Any]) -> Form | None:
+    """The form, other than PEFT's, whose adapter_config.json has these `values`."""
     if "peft_type" in values:
         return None
     if "lora_parameters" in values or "fine_tune_type" in values:
-        return _MLX
+        return MLX
     inner = values.get("config")
     kind = values.get("architecture") or (
         inner.get("architecture") if isinstance(inner, Mapping) else None
     )
     if kind is not None or (isinstance(inner, Mapping) and "model_name" in values):
-        if kind == "lora":
-            return (
-                "is a LoRA of AdapterHub's adapters library, not of PEFT: merge it there"
-                " (model.merge_adapter), save the model and export that"
-            )
-        return (
-            "is an adapter of AdapterHub's adapters library, of layers between those of the base,"
-            " which are not exported: train a LoRA with PEFT instead"
-        )
+        return ADAPTER_HUB if kind == "lora" else BOTTLENECK
+    return None
+
+
+def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
+    """The form, other than PEFT's, whose tensors have these names."""
+    if any(key.startswith(("lora_unet_", "lora_te")) for key in shapes):
+        return KOHYA
+    if any(_STACKED in key for key in shapes):
+        return JINA
+    if any(key.endswith((".lora_a", ".lora_b")) for key in shapes):
+        return MLX
+    if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in shapes):
+        return TORCHTUNE
+    if any(_LORAS.search(key) for key in shapes):
+        return ADAPTER_HUB
+    if any(_DIFFUSED.match(key) for key in shapes):
+        return DIFFUSERS
+    if any(_NAMED.search(key) for key in shapes):
+        return NAMED
     return None
 
 
 def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The library whose tensors have these names, unless they are a complete PEFT adapter."""
+    """What has tensors with these names, unless they are a complete PEFT adapter."""
     empty = [key for key, shape in shapes.items() if 0 in shape]
     if empty:
         return (
@@ -101,20 +150,11 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
             " DeepSpeed ZeRO-3 saves empty tensors if it does not gather them. Save it again with"
             " stage3_gather_16bit_weights_on_model_save, or use zero_to_fp32.py"
         )
-    if any(key.startswith(("lora_unet_", "lora_te")) for key in shapes):
-        return _KOHYA
-    if any(key.endswith((".lora_a", ".lora_b")) for key in shapes):
-        return _MLX
-    if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in shapes):
-        return _TORCHTUNE
-    if any(_DIFFUSED.match(key) for key in shapes):
-        return _DIFFUSERS
-    named = {found["name"] for key in shapes if (found := _NAMED.search(key))}
-    if named:
-        return (
-            f"has the names of adapters in its keys ({listed_names(sorted(named), 3)}), as a"
-            " model's state_dict() does: save one with PEFT's save_pretrained"
-        )
+    if (form := form_of_tensors(shapes)) is NAMED:
+        names = {found["name"] for key in shapes if (found := _NAMED.search(key))}
+        return f"{NAMED.message} (the names are {listed_names(sorted(names), 3)})"
+    if form is not None:
+        return form.message
     if shapes and not any("lora" in key.lower() for key in shapes):
         return (
             f"has no LoRA factors but {len(shapes)} full weights (first"
@@ -148,6 +188,8 @@ def other_directory(directory: Path) -> str | None:
     if any(directory.glob("head_config.json")) or any(directory.glob("pytorch_adapter.bin")):
         return other_config({"architecture": "unknown"})
     files = sorted(directory.glob(f"*{_TENSORS}"))
+    if any(form_of_tensors(_shapes_in(file)) == JINA for file in files):
+        return JINA.message
     if (directory / "config.json").is_file() and (
         files or any(directory.glob("pytorch_model*.bin"))
     ):
@@ -160,7 +202,7 @@ def other_directory(directory: Path) -> str | None:
     if peft and any(directory.glob("global_step*")):
         return _SHARDED
     if any(directory.glob("adapters.npz")):
-        return _MLX
+        return MLX.message
     return None
 
 

@@ -163,14 +163,7 @@ def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]
 
 def _weights_file(path: Path) -> Path:
     if path.suffix in _PICKLES or (path.is_dir() and not (path / WEIGHTS_NAME).exists()):
-        pickles = [path] if path.is_file() else sorted(path.glob("adapter_model.*"))
-        for file in pickles:
-            if file.suffix in _PICKLES:
-                raise AdapterError(
-                    f"{file} is a pickle, which can run code when it is loaded, and is refused. If"
-                    ' you trust it, convert it: python -c "import torch, safetensors.torch as s; s.'
-                    f"save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
-                )
+        refuse_pickles(path, "adapter_model.*")
     if path.is_dir():
         if not (path / WEIGHTS_NAME).exists():
             if (found := other_directory(path)) is not None:
@@ -189,6 +182,27 @@ def _weights_file(path: Path) -> Path:
             f"{path} is not an adapter: give a PEFT directory or its .safetensors file"
         )
     return path
+
+
+def refuse_pickles(path: Path, names: str = "*adapter*") -> None:
+    """Raise AdapterError, with the conversion to run, for a pickle: `path`, or `names` in it."""
+    for file in [path] if path.is_file() else sorted(path.glob(names)):
+        if file.suffix in _PICKLES:
+            raise AdapterError(
+                f"{file} is a pickle, which can run code when it is loaded, and is refused. If"
+                ' you trust it, convert it: python -c "import torch, safetensors.torch as s; s.'
+                f"save_file(torch.load('{file.name}', weights_only=True), '{WEIGHTS_NAME}')\""
+            )
+
+
+def adapter_from_arrays(arrays: Mapping[str, NDArray[Any]], config: AdapterConfig) -> Adapter:
+    """The adapter that PEFT's tensors `arrays`, by their keys, and `config` are.
+
+    Raises:
+        AdapterError: as `load_adapter`, for tensors.
+    """
+    config, tensors = _sort(arrays, config)
+    return Adapter(config=config, **tensors)
 
 
 def _sort(

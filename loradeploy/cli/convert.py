@@ -9,7 +9,7 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 
 @click.command(
     name="convert",
-    short_help="Convert an adapter: to .onnx_adapter or back, to a lower rank, to standard LoRA.",
+    short_help="Convert an adapter: to .onnx_adapter or back, of another library, to a lower rank.",
     epilog="Example: loradeploy convert adapters/sport --bundle bundle --output sport.onnx_adapter",
 )
 @click.argument("adapter", type=click.Path())
@@ -25,7 +25,12 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 )
 @click.option(
     "--model",
-    help="Convert an adapter trained with PiSSA or OLoRA to standard LoRA on this base model.",
+    help="Convert an adapter trained with PiSSA or OLoRA to standard LoRA on this base model, or"
+    " name the base of another library's adapter, where its files do not suffice.",
+)
+@click.option(
+    "--name",
+    help="Convert the adapter of this name, of another library's file that has several.",
 )
 @click.option(
     "--output",
@@ -40,11 +45,17 @@ def command(
     bundle: str | None,
     rank: int | None,
     model: str | None,
+    name: str | None,
     output: str,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Convert ADAPTER in one of three ways. Give exactly one of these options.
+    """Convert ADAPTER in one of four ways.
+
+    Without options: from another library's form to a PEFT directory. The form is recognized by the
+    content: mlx-lm, AdapterHub, torchtune (needs --model), text encoders' adapters of kohya (needs
+    --model) and diffusers, the tasks of jina-embeddings-v3 (--name), and a state_dict() with the
+    names of adapters in its keys (--name, if there are several).
 
     --bundle: from a PEFT directory to a file for ONNX Runtime's LoraAdapter, or back. The factors
     in an .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
@@ -63,6 +74,7 @@ def command(
         bundle=bundle,
         rank=rank,
         model=model,
+        name=name,
         trust_remote_code=trust_remote_code,
     )
     digest, targets = conversion.adapter.digest, len(conversion.adapter.factors)

@@ -44,7 +44,7 @@ VERBS: Final = {
     "export": "Export a model to a bundle, with side inputs or an adapter merged.",
     "run": "Run prompts or texts through a bundle.",
     "parity": "Prove that a bundle computes what PyTorch computes.",
-    "convert": "Convert an adapter: to .onnx_adapter or back, to a lower rank, to standard LoRA.",
+    "convert": "Convert an adapter: to .onnx_adapter or back, of another library, to a lower rank.",
     "inspect": "Describe an adapter, a bundle or an ONNX file.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
     "doctor": "Check versions, execution providers and known problems.",

@@ -1,0 +1,1 @@
+"""Read adapters of other libraries: `table` has a row for each form, the others its equation."""

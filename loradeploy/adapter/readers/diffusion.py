@@ -1,0 +1,99 @@
+"""Text encoders' LoRAs as kohya's sd-scripts and diffusers write them.
+
+lora_te_<module, dots as underscores>.lora_down.weight|lora_up.weight|alpha     kohya; te1, te2
+text_encoder.<module>.lora_linear_layer.down.weight|up.weight                   diffusers, older
+text_encoder.<module>.lora_A.weight|lora_B.weight, and alpha                    diffusers; _2, _3
+
+s = alpha / rank, 1 without alpha. Which module a name with underscores means, the base says.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves
+from loradeploy.errors import AdapterError, listed_names
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_KOHYA: Final = re.compile(r"lora_(te\d?|unet)_(.+)")
+_DIFFUSERS: Final = re.compile(r"(text_encoder(?:_\d)?|unet|transformer)\.(.+)")
+_ENDINGS: Final = {
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".dora_scale": "magnitude",
+    ".alpha": "alpha",
+}
+_IMAGES: Final = ("unet", "transformer")
+
+
+def read(source: Source) -> Adapter:
+    """The adapter of the chosen text encoder."""
+    found = {key: _KOHYA.fullmatch(key) or _DIFFUSERS.fullmatch(key) for key in source.shapes}
+    if unknown := sorted(key for key, match in found.items() if match is None):
+        raise AdapterError(f"{unknown[0]} is no part of a LoRA of a text encoder")
+    chosen = source.choose(match[1] for match in found.values() if match)
+    if chosen in _IMAGES:
+        raise AdapterError(
+            f"{chosen} is a diffusion model, which is not exported here: fuse it with diffusers"
+            " (load_lora_weights, fuse_lora) and export that"
+        )
+    keys = {match[2]: key for key, match in found.items() if match and match[1] == chosen}
+    modules, others = halves(keys, _ENDINGS)
+    check_complete(modules, others)
+    underscored = any(key.startswith("lora_te") for key in keys.values())
+    named = underscored or source.base is not None
+    names = _in_base(source, list(modules)) if named else {m: m for m in modules}
+    factors, scalings = {}, {}
+    for module, parts in modules.items():
+        if "magnitude" in parts:
+            raise AdapterError(
+                f"{module} has DoRA's magnitude, which is not supported in this form"
+            )
+        A, B = (_matrix(source.array(keys[parts[half]]), module) for half in "AB")
+        rank = len(A)
+        alpha = float(source.array(keys[parts["alpha"]]).reshape(())) if "alpha" in parts else rank
+        factors[names[module]] = Factors(A, B)
+        # sd-scripts takes no alpha, and an alpha of 0, for the rank.
+        scalings[names[module]] = (alpha or rank) / rank
+    return adapter_of(factors, scalings)
+
+
+def _matrix(values: NDArray[Any], module: str) -> NDArray[Any]:
+    if values.ndim != 2:
+        raise AdapterError(f"{module}: a factor is {list(values.shape)}, a matrix is needed")
+    return np.ascontiguousarray(values)
+
+
+def _in_base(source: Source, written: list[str]) -> dict[str, str]:
+    """The base's modules by the names in the file, each exactly one."""
+    base = source.needs_base("the names in the file have underscores for dots")
+    spelled: dict[str, list[str]] = {}
+    for module in base.modules:
+        spelled.setdefault(_spelled(module), []).append(module)
+    found = {name: spelled.get(_spelled(name), []) for name in written}
+    unclear = [name for name, modules in found.items() if len(modules) != 1]
+    if unclear:
+        candidates = listed_names(found[unclear[0]], 2, none="no module")
+        raise AdapterError(
+            f"{unclear[0]} is {candidates} of {base.directory}: give the base that the adapter was"
+            " trained on"
+        )
+    return {name: modules[0] for name, modules in found.items()}
+
+
+def _spelled(module: str) -> str:
+    # transformers 5 has CLIP's text encoder without this prefix.
+    return module.replace(".", "_").removeprefix("text_model_")

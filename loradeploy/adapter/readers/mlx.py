@@ -1,0 +1,59 @@
+"""Adapters of mlx-lm: y = W x + scale · (x a) b, a [in, rank] and b [rank, out].
+
+The names of the modules are those of mlx's model, which are transformers' for most architectures.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves, number
+from loradeploy.errors import AdapterError, listed_names
+
+_ENDINGS: Final = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
+# An adapted embedding of mlx also changes the tied output head, which PEFT's does not.
+_EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
+
+
+def read(source: Source) -> Adapter:
+    """The adapter as PEFT has it: A = aᵀ, B = bᵀ, s = scale."""
+    config = source.settings("its scale")
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"its fine_tune_type is {kind!r}: only lora and dora are adapters")
+    settings = config.get("lora_parameters")
+    if not isinstance(settings, dict):
+        raise AdapterError("its adapter_config.json has no lora_parameters, which have the scale")
+    if "alpha" in settings:
+        raise AdapterError(
+            "lora_parameters has alpha and scale, which versions of mlx-lm use differently: remove"
+            " alpha, and let scale be the factor that your version multiplied by"
+        )
+    scale = number(settings, "scale")
+    modules, others = halves(source.shapes, _ENDINGS)
+    check_complete(modules, others)
+    embeddings = [m for m in modules if m.rpartition(".")[2] in _EMBEDDINGS]
+    if embeddings:
+        raise AdapterError(
+            f"{embeddings[0]} is an embedding, whose LoRA in mlx-lm changes a tied output head too:"
+            " fuse it into its base with mlx_lm.fuse --dequantize, and export the result"
+        )
+    deep = [m for m, keys in modules.items() if len(source.shapes[keys["A"]]) != 2]
+    if deep:
+        raise AdapterError(
+            f"factors for each expert ({listed_names(deep, 2)}) are not supported: fuse it into its"
+            " base with mlx_lm.fuse --dequantize, and export the result"
+        )
+    dora = kind == "dora"
+    factors = {}
+    for module, keys in modules.items():
+        magnitude = source.array(keys["magnitude"]) if "magnitude" in keys else None
+        a, b = source.array(keys["A"]), source.array(keys["B"])  # [in, rank], [rank, out]
+        if "rank" in settings and a.shape[1] != settings["rank"]:
+            raise AdapterError(
+                f"{module}: lora_a is {list(a.shape)}, [in, rank] with the config's rank"
+                f" {settings['rank']} is needed"
+            )
+        factors[module] = Factors(a.T, b.T, magnitude)
+    return adapter_of(factors, dict.fromkeys(factors, scale), dora=dora, task_type="CAUSAL_LM")

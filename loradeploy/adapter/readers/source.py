@@ -1,0 +1,153 @@
+"""What a reader is given: the files of another library's adapter, and the base model if given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.scaling import with_ranks
+from loradeploy.adapter.tensors import read_arrays
+from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names
+from loradeploy.files import read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MODEL_CONFIG: Final = "config.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint in `directory`, as far as readers need it."""
+
+    directory: Path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The contents of its config.json."""
+        return read_json(self.directory / _MODEL_CONFIG, error=ModelError, finite=False)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that have a weight, by the names in the checkpoint."""
+        names = base_tensors(self.directory)
+        return tuple(sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight")))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An adapter of another library.
+
+    `config`: the contents of the JSON file that describes it, or None. `chosen`: which of several
+    adapters in the file to read, or None. `base`: the base model, None if it is not given.
+    """
+
+    file: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any] | None
+    chosen: str | None = None
+    base: Base | None = None
+    _read: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def array(self, key: str) -> NDArray[Any]:
+        """One tensor of the file, floating point and finite."""
+        if not self._read:
+            self._read.update(read_arrays(self.file, error=AdapterError)[0])
+        values = self._read[key]
+        if values.dtype.kind != "f":
+            raise AdapterError(f"{key} is {values.dtype}, not floating point")
+        return values
+
+    def settings(self, what: str) -> Mapping[str, Any]:
+        """The contents of the adapter's JSON file, which has `what`."""
+        if self.config is None:
+            raise AdapterError(
+                f"there is no adapter_config.json beside it, which has {what}: copy it from the"
+                " directory of the original adapter"
+            )
+        return self.config
+
+    def needs_base(self, why: str) -> Base:
+        """The base model, or a UsageError that says `why` it is needed."""
+        if self.base is None:
+            raise UsageError(f"{self.file}: give its base as `model`: {why}")
+        return self.base
+
+    def choose(self, names: Iterable[str]) -> str:
+        """The adapter to read of those in the file: the only one, or the one that is chosen.
+
+        Raises:
+            UsageError: there are several and none is chosen, or there is none of this name.
+        """
+        known = sorted(set(names))
+        if self.chosen is None and len(known) == 1:
+            return known[0]
+        if self.chosen in known:
+            return str(self.chosen)
+        asked = f", and none is {self.chosen!r}" if self.chosen is not None else ""
+        raise UsageError(
+            f"{self.file} has {len(known)} adapters{asked}: give `name`, one of"
+            f" {listed_names(known, 8)}"
+        )
+
+
+def number(values: Mapping[str, Any], name: str) -> float:
+    """The number `name` of a config."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AdapterError(f"{name} in its config is {value!r}, a number is needed")
+    return value
+
+
+def halves(
+    keys: Iterable[str], endings: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys by module and half, and those that have none of `endings` (half by ending)."""
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for key in sorted(keys):
+        ending = next((end for end in endings if key.endswith(end)), None)
+        if ending is None:
+            others.append(key)
+        else:
+            found.setdefault(key.removesuffix(ending), {})[endings[ending]] = key
+    return found, others
+
+
+def check_complete(modules: Mapping[str, Mapping[str, str]], others: Iterable[str]) -> None:
+    """Raise AdapterError for a factor without its counterpart, and for `others`."""
+    problems = [
+        f"{module} has {', '.join(halves)} alone"
+        for module, halves in modules.items()
+        if not {"A", "B"} <= set(halves)
+    ]
+    problems += [f"{key} is no part of a LoRA" for key in others]
+    if problems:
+        raise AdapterError(f"tensors are refused: {listed(problems)}")
+    if not modules:
+        raise AdapterError("the file has no LoRA factors")
+
+
+def adapter_of(
+    factors: Mapping[str, Factors],
+    scalings: Mapping[str, float],
+    *,
+    dora: bool = False,
+    task_type: str | None = None,
+    base_name: object = None,
+) -> Adapter:
+    """The adapter with these factors and scalings s, by the base's module names."""
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    plain = AdapterConfig(
+        target_modules=tuple(sorted(factors)),
+        use_dora=dora,
+        task_type=task_type,
+        base_model_name_or_path=base_name if isinstance(base_name, str) else None,
+    )
+    return Adapter(with_ranks(plain, ranks, scalings), dict(factors))

@@ -1,0 +1,128 @@
+"""The table of readers, and the one function that chooses from it, by what a file has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.formats import (
+    ADAPTER_HUB,
+    DIFFUSERS,
+    JINA,
+    KOHYA,
+    MLX,
+    NAMED,
+    TORCHTUNE,
+    Form,
+    form_of,
+)
+from loradeploy.adapter.peft import WEIGHTS_NAME, refuse_pickles
+from loradeploy.adapter.readers import (
+    adapterhub,
+    diffusion,
+    jina,
+    mlx,
+    named,
+    torchtune,
+)
+from loradeploy.adapter.readers.source import Base, Source
+from loradeploy.adapter.tensors import map_tensors
+from loradeploy.errors import AdapterError, LoraDeployError, UsageError, listed_names
+from loradeploy.files import read_json
+
+READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
+    ADAPTER_HUB: adapterhub.read,
+    DIFFUSERS: diffusion.read,
+    JINA: jina.read,
+    KOHYA: diffusion.read,
+    MLX: mlx.read,
+    NAMED: named.read,
+    TORCHTUNE: torchtune.read,
+}
+
+# Names that the libraries give their files; a directory's only .safetensors needs none of them.
+_FILES: Final = (
+    WEIGHTS_NAME,
+    "adapters.safetensors",
+    "adapter.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "model.safetensors",
+)
+_MODEL_CONFIG: Final = "config.json"
+
+
+def other_form(path: str | os.PathLike[str]) -> Form | None:
+    """The form of the adapter at `path` if it is one of the table's, None for everything else."""
+    try:
+        source = _open(Path(path))
+    except LoraDeployError:
+        return None
+    form = None if source is None else form_of(source.config, source.shapes)
+    return form if form in READERS else None
+
+
+def read_other(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    base: Base | None = None,
+) -> Adapter:
+    """The adapter of another library at `path`, a directory or a .safetensors file.
+
+    Args:
+        path: what the library wrote.
+        name: which adapter to read of a file that has several.
+        base: the base model, for the forms that need it.
+
+    Raises:
+        UsageError: the form needs the base or a name, or has no adapter of that name.
+        AdapterError: it is none of these forms, a tensor or a setting is not supported, or the
+            settings are missing; the message names it.
+        ModelError: the base cannot be read, or is none that the form is for.
+    """
+    source = _open(Path(path), name=name, base=base)
+    form = None if source is None else form_of(source.config, source.shapes)
+    if source is None or form is None or form not in READERS:
+        raise AdapterError(f"{path} is no adapter of a library that can be converted")
+    try:
+        return READERS[form](source)
+    except AdapterError as problem:
+        raise AdapterError(f"{source.file}: {problem}") from None
+
+
+def _open(path: Path, **given: Any) -> Source | None:
+    """The adapter's tensors and settings, None if `path` has no safetensors."""
+    directory = path if path.is_dir() else path.parent
+    file = _weights(path) if path.is_dir() else path
+    if file is None or file.suffix != ".safetensors" or not file.is_file():
+        return None
+    tensors, _ = map_tensors(file, error=AdapterError)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config = next(
+        (
+            read_json(directory / name, error=AdapterError)
+            for name in (CONFIG_NAME, _MODEL_CONFIG)
+            if (directory / name).is_file()
+        ),
+        None,
+    )
+    return Source(file, shapes, config, given.get("name"), given.get("base"))
+
+
+def _weights(directory: Path) -> Path | None:
+    for name in _FILES:
+        if (directory / name).is_file():
+            return directory / name
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) > 1:
+        raise UsageError(
+            f"{directory} has {len(files)} files of tensors: give one of"
+            f" {listed_names(file.name for file in files)}"
+        )
+    if not files:
+        refuse_pickles(directory)
+    return files[0] if files else None

@@ -1,0 +1,89 @@
+"""Adapters of torchtune, whose names and, for rotary positions, order of rows are Meta's.
+
+torchtune pairs neighboring rows of each head's query and key where transformers pairs both halves
+of the head: for the models in `_ROTARY`, rows of B (and of DoRA's magnitude) have to be permuted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.readers.source import (
+    Base,
+    Source,
+    adapter_of,
+    check_complete,
+    halves,
+    number,
+)
+from loradeploy.errors import AdapterError, ModelError, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ENDINGS: Final = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}
+_LAYER: Final = re.compile(r"layers\.(\d+)\.(attn\.\w+|mlp\.\w+)")
+_NAMES: Final = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+# Whether torchtune permutes query and key of the model, by transformers' model_type.
+_ROTARY: Final = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+_HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+
+
+def read(source: Source) -> Adapter:
+    """The adapter with transformers' names and order of rows, s = α/r."""
+    config = source.settings("its rank and alpha")
+    alpha, rank = number(config, "lora_alpha"), number(config, "r")
+    base = source.needs_base("its number of heads says how query and key are ordered")
+    permuted = _ROTARY.get(str(base.config.get("model_type")))
+    if permuted is None:
+        raise ModelError(
+            f"{base.directory} is a {shown(base.config.get('model_type'))}: torchtune's adapters"
+            f" are converted for {', '.join(_ROTARY)}"
+        )
+    modules, others = halves(source.shapes, _ENDINGS)
+    check_complete(modules, others)
+    factors = {}
+    for module, keys in modules.items():
+        name = _renamed(module)
+        magnitude = source.array(keys["magnitude"]) if "magnitude" in keys else None
+        A, B = source.array(keys["A"]), source.array(keys["B"])
+        if permuted and (heads := _HEADS.get(name.rpartition(".")[2])):
+            B = _halves_first(B, base, heads, name)
+            magnitude = None if magnitude is None else _halves_first(magnitude, base, heads, name)
+        factors[name] = Factors(A, B, magnitude)
+    dora = any(pair.magnitude is not None for pair in factors.values())
+    scalings = dict.fromkeys(factors, alpha / rank)
+    return adapter_of(factors, scalings, dora=dora, task_type="CAUSAL_LM")
+
+
+def _renamed(module: str) -> str:
+    if module == "output":
+        return "lm_head"
+    found = _LAYER.fullmatch(module)
+    if found is None or found[2] not in _NAMES:
+        raise AdapterError(f"{module} is no module of torchtune's decoders")
+    return f"model.layers.{found[1]}.{_NAMES[found[2]]}"
+
+
+def _halves_first(values: NDArray[Any], base: Base, heads: str, name: str) -> NDArray[Any]:
+    """`values` [out, …] with the rows 0 2 4 … 1 3 5 … of each head."""
+    count = base.config.get(heads, base.config.get("num_attention_heads"))
+    if not isinstance(count, int) or count < 1 or len(values) % (2 * count):
+        raise ModelError(
+            f"{base.directory}: {heads} is {shown(count)}, which does not divide the"
+            f" {len(values)} rows of {name}"
+        )
+    pairs = values.reshape(count, -1, 2, *values.shape[1:])  # [heads, size / 2, 2, …]
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -1,0 +1,453 @@
+"""Adapters of other libraries, converted to PEFT directories, compute what those libraries compute.
+
+Each case writes the library's files with random numbers, and gives the library's own equation: the
+weight that each module has with the adapter. PEFT with the converted adapter must give the logits
+of the model with these weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter import load_adapter
+from loradeploy.adapter.tensors import write_arrays
+from loradeploy.errors import LoraDeployError
+from tests.cli.calling import call
+from tests.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Arrays = dict[str, np.ndarray]
+# The weight of a module with the adapter, from the base's weight.
+Equation = Callable[[np.ndarray], np.ndarray]
+
+SMALL = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {"intermediate_size": 48, "initializer_range": 0.2}
+
+
+def random(*shape: int) -> np.ndarray:
+    numbers = np.random.default_rng(sum(i * n for i, n in enumerate(shape, 1)))
+    return (0.2 * numbers.standard_normal(shape)).astype(np.float32)
+
+
+def models() -> dict[str, Callable[[], nn.Module]]:
+    import transformers as t
+
+    decoder = {**SMALL, **BODY, **WIDE, "num_key_value_heads": 2}
+    encoder = {**SMALL, **BODY, **WIDE, "max_position_embeddings": 40}
+    clip = {"projection_dim": 16, "max_position_embeddings": 40}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    return {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**decoder)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**decoder)),
+        "bert": lambda: t.BertModel(t.BertConfig(**encoder), add_pooling_layer=False),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2, **SMALL)),
+        "clip": lambda: t.CLIPTextModel(t.CLIPTextConfig(**SMALL, **BODY, **clip)),
+        "jina": lambda: t.JinaEmbeddingsV3Model(t.JinaEmbeddingsV3Config(**encoder)),
+    }
+
+
+@dataclass
+class Case:
+    """What a library writes, and the weights that it computes with.
+
+    `wrong`: equations with a mistake that a conversion may make, which must be seen.
+    """
+
+    model: str
+    tensors: Arrays
+    right: Mapping[str, Equation]
+    wrong: Mapping[str, Equation]
+    config: Mapping[str, Any] | None = None
+    file: str = "adapters.safetensors"
+    config_file: str = "adapter_config.json"
+    options: list[str] = field(default_factory=list)
+    needs_base: bool = False
+
+
+def plus(update: np.ndarray) -> Equation:
+    return lambda weight: weight + update
+
+
+def mlx() -> Case:
+    """y = W x + scale · (x a) b."""
+    tensors, right, wrong = {}, {}, {}
+    for module, shape in {
+        "model.layers.0.self_attn.q_proj": (32, 32),
+        "model.layers.1.mlp.down_proj": (48, 32),
+    }.items():
+        a, b = random(shape[0], 4), random(4, shape[1])
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        right[module], wrong[module] = plus(3 * (a @ b).T), plus((a @ b).T)
+    settings = {"rank": 4, "scale": 3.0, "dropout": 0.0}
+    return Case(
+        "llama", tensors, right, wrong, {"fine_tune_type": "lora", "lora_parameters": settings}
+    )
+
+
+def mlx_dora() -> Case:
+    """W' = m · (W + scale · (a b)ᵀ) / ‖W + scale · (a b)ᵀ‖, the norms of rows."""
+    module = "model.layers.0.self_attn.v_proj"
+    a, b, m = random(32, 4), random(4, 16), 1 + np.abs(random(16))
+
+    def scaled(magnitude: np.ndarray) -> Equation:
+        def equation(weight: np.ndarray) -> np.ndarray:
+            both = weight + 3 * (a @ b).T
+            return magnitude[:, None] * both / np.linalg.norm(both, axis=1, keepdims=True)
+
+        return equation
+
+    tensors = {f"{module}.lora_a": a, f"{module}.lora_b": b, f"{module}.m": m.astype(np.float32)}
+    settings = {"rank": 4, "scale": 3.0}
+    config = {"fine_tune_type": "dora", "lora_parameters": settings}
+    wrong = {module: plus(3 * (a @ b).T)}
+    return Case("llama", tensors, {module: scaled(m)}, wrong, config)
+
+
+def tune_order(heads: int, size: int) -> np.ndarray:
+    """The row of transformers' weight at each row of torchtune's, as its hf_to_tune permutes."""
+    return np.arange(heads * size).reshape(heads, 2, size // 2).swapaxes(1, 2).reshape(-1)
+
+
+def torchtune(model: str = "llama") -> Case:
+    """W' = W + α/r · B A in torchtune's order of rows, which differs in query and key of Llama."""
+    tensors, right, wrong = {}, {}, {}
+    for name, module, heads, shape in (
+        ("layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj", 4, (32, 32)),
+        ("layers.1.attn.k_proj", "model.layers.1.self_attn.k_proj", 2, (32, 16)),
+        ("layers.1.attn.output_proj", "model.layers.1.self_attn.o_proj", 0, (32, 32)),
+        ("layers.1.mlp.w1", "model.layers.1.mlp.gate_proj", 0, (32, 48)),
+        ("layers.0.mlp.w2", "model.layers.0.mlp.down_proj", 0, (48, 32)),
+        ("layers.0.mlp.w3", "model.layers.0.mlp.up_proj", 0, (32, 48)),
+        ("output", "lm_head", 0, (32, 64)),
+    ):
+        A, B = random(4, shape[0]), random(shape[1], 4)
+        tensors |= {f"{name}.lora_a.weight": A, f"{name}.lora_b.weight": B}
+        update = 2 * (B @ A)
+        ordered = np.zeros_like(update)
+        ordered[tune_order(heads, 8) if heads else slice(None)] = update
+        llama = model == "llama"
+        right[module] = plus(ordered if llama else update)
+        wrong[module] = plus(update if llama else ordered)
+    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": ["q_proj", "w1"]}
+    return Case(model, tensors, right, wrong, config, "adapter_model.safetensors", needs_base=True)
+
+
+def adapter_hub() -> Case:
+    """W' = W + α/r · B A."""
+    tensors, right, wrong = {}, {}, {}
+    for module in ("encoder.layer.0.attention.self.query", "encoder.layer.1.attention.self.value"):
+        A, B = random(4, 32), random(32, 4)
+        for name, factor in (("sport", 1), ("tech", -1)):
+            tensors |= {f"{module}.loras.{name}.lora_A": factor * A}
+            tensors |= {f"{module}.loras.{name}.lora_B": B}
+        right[module], wrong[module] = plus(4 * B @ A), plus(-4 * B @ A)
+    inner = {"architecture": "lora", "alpha": 16, "r": 4, "attn_matrices": ["q", "v"]}
+    config = {"config": inner, "model_name": "bert", "model_type": "bert", "hidden_size": 32}
+    return Case(
+        "bert", tensors, right, wrong, config, "adapter.safetensors", options=["--name", "sport"]
+    )
+
+
+def adapter_hub_fused() -> Case:
+    """Rows of query and value get α/r · B A of their own factors, the key none; W is [in, out]."""
+    module = "transformer.h.0.attn.c_attn"
+    A, B = random(2 * 4, 32), random(2 * 32, 4)  # of query and value
+    q, v = (B[32 * i : 32 * (i + 1)] @ A[4 * i : 4 * (i + 1)] for i in (0, 1))
+    update, mixed = (2 * np.concatenate(parts).T for parts in ((q, 0 * q, v), (q, v, 0 * q)))
+    tensors = {f"{module}.loras.sport.lora_A": A, f"{module}.loras.sport.lora_B": B}
+    inner = {"architecture": "lora", "alpha": 8, "r": 4, "attn_matrices": ["q", "v"]}
+    config = {"config": inner, "model_name": "gpt2"}
+    right, wrong = {module: plus(update)}, {module: plus(mixed)}
+    return Case("gpt2", tensors, right, wrong, config, "adapter.safetensors")
+
+
+def jina() -> Case:
+    """W' = W + α/r · B A of the task; of an embedding α/r · A B. Query, key and value are fused."""
+    layer, stack = "roberta.encoder.layers.1", "parametrizations.weight.0"
+    fused = (random(3, 4, 32), random(3, 96, 4))
+    out = (random(3, 4, 48), random(3, 32, 4))
+    words = (random(3, 64, 4), random(3, 4, 32))
+    tensors = {
+        f"{name}.{stack}.lora_{half}": values
+        for name, pair in {
+            f"{layer}.mixer.Wqkv": fused,
+            f"{layer}.mlp.fc2": out,
+            "roberta.embeddings.word_embeddings": words,
+        }.items()
+        for half, values in zip("AB", pair, strict=True)
+    }
+    tensors[f"{layer}.mlp.fc2.parametrizations.weight.original"] = random(32, 48)
+    parts = ("q_proj", "k_proj", "v_proj")
+
+    def of(task: int) -> dict[str, Equation]:
+        A, B = (half[task] for half in fused)
+        found = {
+            f"layers.1.self_attn.{part}": plus(0.25 * B[32 * i : 32 * (i + 1)] @ A)
+            for i, part in enumerate(parts)
+        }
+        found["layers.1.mlp.fc2"] = plus(0.25 * out[1][task] @ out[0][task])
+        found["embeddings.word_embeddings"] = plus(0.25 * words[0][task] @ words[1][task])
+        return found
+
+    config = {
+        "model_type": "xlm-roberta",
+        "lora_adaptations": ["retrieval.query", "retrieval.passage", "text-matching"],
+        "lora_rank": 4,
+        "lora_alpha": 1,
+    }
+    return Case(
+        "jina",
+        tensors,
+        of(2),
+        of(1),
+        config,
+        "model.safetensors",
+        "config.json",
+        options=["--name", "text-matching"],
+    )
+
+
+TEXT = "encoder.layers"
+
+
+def kohya() -> Case:
+    """W' = W + alpha / rank · up down; the alpha of each module is in the file."""
+    tensors: Arrays = {"lora_unet_mid_block.lora_down.weight": random(4, 8)}
+    tensors["lora_unet_mid_block.lora_up.weight"] = random(8, 4)
+    right, wrong = {}, {}
+    for module, alpha in (("0.self_attn.q_proj", 2.0), ("1.mlp.fc2", None)):
+        down, up = random(4, 2048 if "fc2" in module else 32), random(32, 4)
+        key = f"lora_te_text_model.{TEXT}.{module}".replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = np.array(alpha, np.float32)
+        name = f"{TEXT}.{module}"
+        right[name] = plus((1 if alpha is None else alpha / 4) * up @ down)
+        wrong[name] = plus(up @ down)
+    return Case(
+        "clip",
+        tensors,
+        right,
+        wrong,
+        file="style.safetensors",
+        options=["--name", "te"],
+        needs_base=True,
+    )
+
+
+def diffusers() -> Case:
+    """The same, with dots in the names and diffusers' names of the halves."""
+    down, up = random(4, 32), random(32, 4)
+    module = f"{TEXT}.1.self_attn.v_proj"
+    key = f"text_encoder.text_model.{module}.lora_linear_layer"
+    tensors = {f"{key}.down.weight": down, f"{key}.up.weight": up}
+    right, wrong = {module: plus(up @ down)}, {module: plus(0.25 * up @ down)}
+    return Case(
+        "clip", tensors, right, wrong, file="pytorch_lora_weights.safetensors", needs_base=True
+    )
+
+
+def state_dict() -> Case:
+    """PEFT's own layers with the name of each adapter in the keys."""
+    module = "model.layers.0.self_attn.q_proj"
+    tensors: Arrays = {}
+    for name, sign in (("sport", 1), ("tech", -1)):
+        key = f"base_model.model.{module}.lora_"
+        tensors |= {f"{key}A.{name}.weight": sign * random(4, 32)}
+        tensors |= {f"{key}B.{name}.weight": random(32, 4)}
+    tensors[f"base_model.model.{module}.base_layer.weight"] = random(32, 32)
+    update = 2 * random(32, 4) @ random(4, 32)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    right, wrong = {module: plus(update)}, {module: plus(-update)}
+    options = ["--name", "sport"]
+    return Case("llama", tensors, right, wrong, config, "all.safetensors", options=options)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlx-lm": mlx,
+    "mlx-lm, DoRA": mlx_dora,
+    "torchtune, rotary order": torchtune,
+    "torchtune, Qwen2": lambda: torchtune("qwen2"),
+    "AdapterHub": adapter_hub,
+    "AdapterHub, fused projection": adapter_hub_fused,
+    "jina-embeddings-v3": jina,
+    "kohya": kohya,
+    "diffusers": diffusers,
+    "state_dict()": state_dict,
+}
+
+
+def written(case: Case, place: Path) -> Path:
+    place.mkdir()
+    write_arrays(place / case.file, case.tensors, {})
+    if case.config is not None:
+        (place / case.config_file).write_text(json.dumps(case.config))
+    return place
+
+
+def model_of(case: Case) -> nn.Module:
+    import torch
+
+    torch.manual_seed(0)
+    return models()[case.model]().eval()
+
+
+def outputs(model: nn.Module) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        first: Tensor = model(torch.arange(3, 27).reshape(2, 12))[0]
+        return first
+
+
+def with_weights(case: Case, equations: Mapping[str, Equation]) -> Tensor:
+    """What the model computes with the weights that `equations` give."""
+    import torch
+
+    model = model_of(case)
+    for module, equation in equations.items():
+        weight = model.get_parameter(f"{module}.weight")
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(equation(weight.numpy().astype(np.float64))))
+    return outputs(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_converted_adapter_computes_what_its_library_computes(name: str, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    case = CASES[name]()
+    source, output = written(case, tmp_path / "theirs"), tmp_path / "peft"
+    options = list(case.options)
+    if case.needs_base:
+        model_of(case).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+        options += ["--model", str(tmp_path / "base")]
+    said = json.loads(call("convert", source, "--output", output, *options, "--json"))
+    assert said["targets"] == len(case.right) == len(load_adapter(output).factors)
+
+    found = outputs(PeftModel.from_pretrained(model_of(case), output).eval())
+    right = with_weights(case, case.right)
+    torch.testing.assert_close(found, right, atol=tolerance("merged-torch"), rtol=0)
+    for unlike in (with_weights(case, case.wrong), outputs(model_of(case))):
+        assert (found - unlike).abs().max() > 1e-3, "the test would not see a wrong conversion"
+
+
+def change(case: Case, **changes: Any) -> Case:
+    for name, value in changes.items():
+        setattr(case, name, value)
+    return case
+
+
+REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
+    "which of several": (
+        lambda: change(adapter_hub(), options=[]),
+        "has 2 adapters: give `name`, one of sport, tech",
+    ),
+    "a name it lacks": (
+        lambda: change(adapter_hub(), options=["--name", "art"]),
+        "none is 'art': give `name`, one of sport, tech",
+    ),
+    "no settings": (lambda: change(mlx(), config=None), "no adapter_config.json .* its scale"),
+    "alpha and scale": (
+        lambda: change(mlx(), config={"lora_parameters": {"alpha": 16, "scale": 10}}),
+        "alpha and scale, which versions of mlx-lm use differently",
+    ),
+    "full training": (
+        lambda: change(mlx(), config={"fine_tune_type": "full"}),
+        "fine_tune_type is 'full'",
+    ),
+    "swapped factors": (
+        lambda: change(mlx(), tensors={k: v.T.copy() for k, v in mlx().tensors.items()}),
+        "lora_a is .*, .in, rank. with the config's rank 4 is needed",
+    ),
+    "experts": (
+        lambda: change(mlx(), tensors={k: v[None] for k, v in mlx().tensors.items()}),
+        "factors for each expert",
+    ),
+    "half a module": (
+        lambda: change(mlx(), tensors={"l.q.lora_a": random(8, 4)}),
+        "l.q has A alone",
+    ),
+    "an embedding": (
+        lambda: change(
+            mlx(),
+            tensors={
+                f"model.embed_tokens.lora_{half}": random(*shape)
+                for half, shape in (("a", (64, 4)), ("b", (4, 32)))
+            },
+        ),
+        "changes a tied output head too",
+    ),
+    "rotary order without a base": (
+        lambda: change(torchtune(), needs_base=False),
+        "give its base as `model`: its number of heads",
+    ),
+    "an architecture of unknown order": (
+        lambda: change(torchtune(), model="bert"),
+        "is a 'bert': torchtune's adapters are converted for llama",
+    ),
+    "gating": (
+        lambda: change(
+            adapter_hub(), config={"config": {"architecture": "lora", "use_gating": True}}
+        ),
+        "its use_gating is True, which is not supported",
+    ),
+    "a diffusion model": (
+        lambda: change(kohya(), options=["--name", "unet"]),
+        "unet is a diffusion model",
+    ),
+    "another base": (
+        lambda: change(kohya(), model="llama"),
+        "lora_te_|q_proj is no module of",
+    ),
+    "a task too few": (
+        lambda: change(jina(), tensors={k: v[:2] for k, v in jina().tensors.items()}),
+        "a matrix for each of the 3 tasks",
+    ),
+    "a lower rank at once": (
+        lambda: change(mlx(), options=["--rank", "2"]),
+        "is an adapter of mlx-lm .*convert it",
+    ),
+    "a name for PEFT's": (
+        lambda: change(
+            state_dict(),
+            file="adapter_model.safetensors",
+            tensors={f"base_model.model.l.q.lora_{half}.weight": random(4, 4) for half in "AB"},
+            options=["--name", "sport", "--model", "base"],
+        ),
+        "`name` is for another library's file",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_told_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    make, message = REFUSED[what]
+    case = make()
+    source = written(case, tmp_path / "theirs")
+    options = list(case.options)
+    if case.needs_base:
+        model_of(case).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+        options += ["--model", str(tmp_path / "base")]
+    with pytest.raises(LoraDeployError, match=message) as refusal:
+        call("convert", source, "--output", tmp_path / "peft", *options)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_is_named_where_an_adapter_is_read(name: str, tmp_path: Path) -> None:
+    source = written(CASES[name](), tmp_path / "theirs")
+    with pytest.raises(LoraDeployError, match="loradeploy convert"):
+        load_adapter(source)
