@@ -1,0 +1,92 @@
+"""Texts of a JSON schema: which tokens may follow, by llguidance."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.problems import Problem, refused
+from loradeploy.serve.schemas.text import ResponseFormat
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.text.tokenizer import Tokenizer
+    from loradeploy.runtime.adapters.resident import AdapterSpec
+    from loradeploy.runtime.decoding.options import AllowedTokens
+
+
+class Grammars:
+    """Makes the masks of a service's texts. It compiles: call it in a thread."""
+
+    def __init__(self, session: AdapterSession) -> None:
+        self._session = session
+        self._words: weakref.WeakKeyDictionary[Tokenizer, Any] = weakref.WeakKeyDictionary()
+
+    def allowed(self, form: ResponseFormat, adapter: AdapterSpec | None) -> AllowedTokens | None:
+        """The tokens that texts of a form may have; None for all.
+
+        Raises:
+            Problem: 400, llguidance is not installed, or cannot use the schema.
+        """
+        if form.type == "text":
+            return None
+        schema: dict[str, Any] = {"type": "object"}
+        if form.type == "json_schema":
+            if form.json_schema is None:
+                raise refused("response_format", "json_schema is missing")
+            schema = form.json_schema.schema_
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise refused(
+                "response_format",
+                f"{form.type} is not available: llguidance is not installed on the server",
+            ) from None
+        # Without spaces of its own a model cannot go on with spaces for ever.
+        options = {"whitespace_flexible": False}
+        tokenizer = self._session.texts.of(adapter).tokenizer
+        words = self._words.get(tokenizer)
+        if words is None:
+            words = llguidance.LLTokenizer(tokenizer.as_text, eos_token=min(tokenizer.eos_ids))
+            self._words[tokenizer] = words
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        except ValueError as problem:
+            raise _unusable(problem) from None
+        return _JsonText(words, grammar)
+
+
+class _JsonText:
+    """The tokens that may follow in a text of a grammar."""
+
+    def __init__(self, words: Any, grammar: str) -> None:
+        import llguidance.numpy
+
+        self._matcher = llguidance.LLMatcher(words, grammar)
+        if self._matcher.is_error():
+            raise _unusable(self._matcher.get_error())
+        self._fill = llguidance.numpy.fill_next_token_bitmask
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, words.vocab_size)
+        self._size = words.vocab_size
+        self._made: tuple[int, ...] = ()
+
+    def __call__(self, made: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Of the tokens `made` so far to a mask, bool [vocabulary]."""
+        import numpy as np
+
+        if made[: len(self._made)] != self._made:  # another of the request's texts
+            self._matcher.reset()
+            self._made = ()
+        if not self._matcher.consume_tokens(list(made[len(self._made) :])):
+            raise Problem(500, "the text left its grammar")
+        self._made = made
+        self._fill(self._matcher, self._bits)
+        return np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
+
+
+def _unusable(problem: object) -> Problem:
+    line = (str(problem).strip() or "unknown").splitlines()[0][:200]
+    return refused("response_format", f"the schema cannot be used: {line}")

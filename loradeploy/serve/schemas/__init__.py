@@ -1,0 +1,1 @@
+"""What requests and answers are, as pydantic models: the OpenAPI description comes from them."""

@@ -1,0 +1,236 @@
+"""Requests and answers of text generation, in the shape of OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from loradeploy.serve.schemas.common import Answer, ModelRequest, RequestBody
+
+_Token = Annotated[int, Field(ge=0)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Bias = Annotated[float, Field(ge=-1000, le=1000)]
+
+
+class StreamOptions(RequestBody):
+    """How a stream is sent."""
+
+    include_usage: bool = Field(default=False, description="Send the usage before the end.")
+
+
+class JsonSchema(RequestBody):
+    """A JSON schema."""
+
+    name: str
+    description: str | None = None
+    strict: bool | None = Field(default=None, description="The schema always holds.")
+    schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
+
+
+class ResponseFormat(RequestBody):
+    """What form a text has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class TextRequest(ModelRequest):
+    """What both kinds of text generation take."""
+
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, description="An extension; 0 and -1 are all.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="An extension.")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, le=100, description="An extension."
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=-(2**63),
+        lt=2**63,
+        description="The same seed gives the same text; without one it is random.",
+    )
+    stop: str | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    n: int = Field(default=1, ge=1, description="Texts for each prompt.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="By default as many as the service allows."
+    )
+    logit_bias: dict[str, _Bias] | None = Field(
+        default=None, description="What is added to the logits of tokens, by their ids."
+    )
+    response_format: ResponseFormat | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, description="Has no effect.")
+    safety_identifier: str | None = Field(default=None, description="Has no effect.")
+    prompt_cache_key: str | None = Field(default=None, description="Has no effect.")
+    service_tier: Literal["auto", "default"] = Field(default="auto", description="Has no effect.")
+    store: Literal[False] = False
+
+
+class CompletionRequest(TextRequest):
+    """A request to continue prompts."""
+
+    prompt: str | list[str] | list[_Token] | list[list[_Token]] = Field(
+        description="A text, token ids, or a list of either."
+    )
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="So many of the likeliest tokens for each position."
+    )
+    echo: Literal[False] = False
+    best_of: int | None = Field(default=None, description="Must be n.")
+
+
+class ContentPart(RequestBody):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(RequestBody):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="The chat template has to know it; developer is system."
+    )
+    content: str | list[ContentPart]
+    name: str | None = Field(default=None, description="For chat templates that read it.")
+
+
+class ChatRequest(TextRequest):
+    """A request to answer a conversation."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Another name of max_tokens."
+    )
+    logprobs: bool = False
+    top_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="So many of the likeliest tokens for each position, with logprobs.",
+    )
+
+
+class CachedTokens(Answer):
+    """Tokens of a prompt whose keys and values were there already."""
+
+    cached_tokens: int
+
+
+class Usage(Answer):
+    """How many tokens a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CompletionLogprobs(Answer):
+    """The log-probabilities of a text's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """A text, or a piece of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Completion(Answer):
+    """The texts of a request's prompts, or pieces of them."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class LikelyToken(Answer):
+    """A token that a position may have had."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprobs(LikelyToken):
+    """A token of a text."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Answer):
+    """The log-probabilities of a message's tokens."""
+
+    content: list[TokenLogprobs]
+
+
+class AssistantMessage(Answer):
+    """The answer of the model."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Answer):
+    """One of the answers."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Answer):
+    """The answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Answer):
+    """What is new of an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Answer):
+    """A piece of one of the answers."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(Answer):
+    """A piece of the answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
