@@ -55,7 +55,7 @@ def modules(package: str) -> list[str]:
     return [".".join(name).removesuffix(".__init__") for name in names]
 
 
-@pytest.mark.parametrize("package", ["adapter", "bundle", "runtime", "cli"])
+@pytest.mark.parametrize("package", ["adapter", "bundle", "runtime", "serve", "cli"])
 def test_a_serving_machine_can_import_every_module(package: str) -> None:
     run(BLOCK + "".join(f"import {module}\n" for module in modules(package)))
 

@@ -46,6 +46,7 @@ VERBS: Final = {
     "parity": "Prove that a bundle computes what PyTorch computes.",
     "convert": "Convert an adapter: to .onnx_adapter or back, of another library, to a lower rank.",
     "inspect": "Describe an adapter, a bundle or an ONNX file.",
+    "serve": "Serve a bundle over HTTP, in the interface of OpenAI's API.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
     "doctor": "Check versions, execution providers and known problems.",
 }
@@ -62,6 +63,11 @@ _EXTRAS: Final = {
     "onnx": "export",
     "onnx_ir": "export",
     "onnxscript": "export",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

@@ -27,7 +27,7 @@ from loradeploy.errors import (
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import ApiKey
-from loradeploy.serve.problems import Problem, refused
+from loradeploy.serve.problems import RequestError, refused
 from loradeploy.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Catalog:
         """The adapter that a request names: None is the base. It is loaded when this returns.
 
         Raises:
-            Problem: 404, there is no such model for this key; 400, a blend beside an adapter.
+            RequestError: 404, there is no such model for this key; 400, a blend beside an adapter.
             AdapterError: the adapter's files are refused.
         """
         if blend is None:
@@ -125,7 +125,7 @@ class Catalog:
                 return None
             if name in self._bundled or await self._from_root(name):
                 return name
-        raise Problem(
+        raise RequestError(
             404,
             f"the model {shown(name)} does not exist, or this API key may not use it",
             param=param,
@@ -148,7 +148,7 @@ class Catalog:
         """Let `name` stand for the adapter `entry` below the root, which is read now.
 
         Raises:
-            Problem: 400, a name that is taken, or that is no name; 404, no such entry.
+            RequestError: 400, a name that is taken, or that is no name; 404, no such entry.
             AdapterError: the adapter's files are refused.
         """
         for param, value in (("lora_name", name), ("lora_path", entry)):
@@ -159,7 +159,7 @@ class Catalog:
         if name in self._loaded and not replace:
             raise refused("lora_name", f"{name!r} is loaded: give load_inplace to replace it")
         if await asyncio.to_thread(self._find, entry) is None:
-            raise Problem(
+            raise RequestError(
                 404,
                 f"there is no adapter {entry!r} below the adapter root",
                 param="lora_path",
@@ -184,11 +184,11 @@ class Catalog:
         """Forget the adapter `name` until it is loaded again; waits for requests that use it.
 
         Raises:
-            Problem: 404, no adapter has this name.
+            RequestError: 404, no adapter has this name.
         """
         known = name in self._bundled or name in self._loaded or name in self._entries
         if not known or name in self._unloaded:
-            raise Problem(
+            raise RequestError(
                 404,
                 f"there is no adapter {shown(name)} that is loaded",
                 param="lora_name",

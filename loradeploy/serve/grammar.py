@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.serve.problems import Problem, refused
+from loradeploy.serve.problems import RequestError, refused
 from loradeploy.serve.schemas.text import ResponseFormat
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Grammars:
         """The tokens that texts of a form may have; None for all.
 
         Raises:
-            Problem: 400, llguidance is not installed, or cannot use the schema.
+            RequestError: 400, llguidance is not installed, or cannot use the schema.
         """
         if form.type == "text":
             return None
@@ -81,12 +81,12 @@ class _JsonText:
             self._matcher.reset()
             self._made = ()
         if not self._matcher.consume_tokens(list(made[len(self._made) :])):
-            raise Problem(500, "the text left its grammar")
+            raise RequestError(500, "the text left its grammar")
         self._made = made
         self._fill(self._matcher, self._bits)
         return np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
 
 
-def _unusable(problem: object) -> Problem:
+def _unusable(problem: object) -> RequestError:
     line = (str(problem).strip() or "unknown").splitlines()[0][:200]
     return refused("response_format", f"the schema cannot be used: {line}")

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from loradeploy.errors import DataError, shown
 from loradeploy.files import read_json
-from loradeploy.serve.problems import Problem
+from loradeploy.serve.problems import RequestError
 
 # Shorter keys can be guessed.
 MIN_KEY_LENGTH: Final = 16
@@ -80,7 +80,7 @@ class KeyRing:
         """The key that a request's Authorization header has.
 
         Raises:
-            Problem: 401, there is none, or none of these.
+            RequestError: 401, there is none, or none of these.
         """
         given = _digest(_secret(authorization or ""))
         found = None
@@ -89,14 +89,14 @@ class KeyRing:
                 found = key
         if found is None:
             message = "give a valid API key: Authorization: Bearer KEY"
-            raise Problem(401, message, code="invalid_api_key", headers=_CHALLENGE)
+            raise RequestError(401, message, code="invalid_api_key", headers=_CHALLENGE)
         return found
 
     def count(self, key: ApiKey) -> None:
         """Count a request of `key`.
 
         Raises:
-            Problem: 429, it has made as many as it may.
+            RequestError: 429, it has made as many as it may.
         """
         rate = key.requests_per_minute
         if rate is None:
@@ -109,7 +109,7 @@ class KeyRing:
             enough = left >= 1
             self._buckets[key.name] = (left - enough, now)
         if not enough:
-            raise Problem(
+            raise RequestError(
                 429,
                 f"this API key may make {rate:g} requests a minute",
                 code="rate_limit_exceeded",
@@ -151,7 +151,7 @@ def _key(values: Any, where: str) -> ApiKey:
     # The secret itself is not shown.
     if not isinstance(secret, str) or len(secret) < MIN_KEY_LENGTH or not _sendable(secret):
         raise DataError(
-            f"{where}: key is not a text of {MIN_KEY_LENGTH} or more ASCII characters without spaces"
+            f"{where}: key is not a text of {MIN_KEY_LENGTH} or more ASCII characters, no spaces"
         )
     adapters = values.get("adapters")
     listed = isinstance(adapters, list) and all(isinstance(one, str) for one in adapters)

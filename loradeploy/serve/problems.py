@@ -30,7 +30,7 @@ _TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class Problem(Exception):
+class RequestError(Exception):
     """A request that is answered with an error.
 
     `param`: the field of the request that is wrong. `retry_after`: seconds after which the same
@@ -70,42 +70,44 @@ class Problem(Exception):
         }
 
 
-def refused(param: str, message: str, code: str | None = None) -> Problem:
+def refused(param: str, message: str, code: str | None = None) -> RequestError:
     """A field of a request that is refused, by its name."""
-    return Problem(400, f"{param}: {message}", param=param, code=code)
+    return RequestError(400, f"{param}: {message}", param=param, code=code)
 
 
-def problem_of(error: BaseException) -> Problem:
+def problem_of(error: BaseException) -> RequestError:
     """How an error of the library is answered.
 
     Messages about the request go to the client; those about the server, which name its files, go to
     the log. Of an error that nobody expected the log has the kind and the lines of code, but no
     message, which may quote a prompt.
     """
-    if isinstance(error, Problem):
+    if isinstance(error, RequestError):
         return error
     if isinstance(error, EngineFullError):
-        return Problem(
+        return RequestError(
             429, str(error), code="too_many_requests", retry_after=error.retry_after
         )
     if isinstance(error, EngineClosedError):
-        return Problem(503, "the service is shutting down", code="shutting_down", retry_after=5)
+        return RequestError(
+            503, "the service is shutting down", code="shutting_down", retry_after=5
+        )
     if isinstance(error, DeadlineError):
-        return Problem(504, "the request took longer than the service allows", code="timeout")
+        return RequestError(504, "the request took longer than the service allows", code="timeout")
     if isinstance(error, UnknownAdapterError):
-        return Problem(404, "the adapter was unloaded", param="model", code="model_not_found")
+        return RequestError(404, "the adapter was unloaded", param="model", code="model_not_found")
     if isinstance(error, UsageError | DataError | BudgetError):
-        return Problem(400, str(error))
+        return RequestError(400, str(error))
     if isinstance(error, AdapterError):
         logger.warning("an adapter could not be loaded: %s", error)
-        return Problem(
+        return RequestError(
             503, "the adapter could not be loaded", param="model", code="adapter_load_failed"
         )
     if isinstance(error, LoraDeployError):
         logger.error("a request failed: %s", error)
-        return Problem(500, "the model could not be run; the server's log has the reason")
+        return RequestError(500, "the model could not be run; the server's log has the reason")
     logger.error("a defect of loradeploy: %s", described(error))
-    return Problem(500, "internal error")
+    return RequestError(500, "internal error")
 
 
 def described(error: BaseException) -> str:

@@ -20,7 +20,10 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name in ("torch", "transformers", "accelerate", "matplotlib", "onnx", "onnx_ir"):
+        if name in (
+            *("torch", "transformers", "accelerate", "matplotlib", "onnx", "onnx_ir"),
+            *("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"),
+        ):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())

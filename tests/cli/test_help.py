@@ -27,6 +27,8 @@ from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from loradeploy.runtime.timing import time_bundle
+from loradeploy.serve.service import Service
+from loradeploy.serve.settings import ServeLimits
 from loradeploy.train.api import train
 from loradeploy.train.config import TrainConfig
 from tests.cli.calling import call, command, without_extras
@@ -73,8 +75,9 @@ def test_every_verb_explains_itself_where_the_extras_are_missing(verb: str) -> N
         (["train", "--model", "{model}", "--data", "{model}", "--output", "{tmp}/o"], "train"),
         (["export", "--model", "{model}", "--output", "{tmp}/o"], "export"),
         (["parity", "{bundle}", "--model", "{model}"], "export"),
+        (["serve", "{bundle}"], "serve"),
     ],
-    ids=["train", "export", "parity"],
+    ids=["train", "export", "parity", "serve"],
 )
 def test_a_missing_extra_is_named(
     arguments: list[str], extra: str, tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path
@@ -116,6 +119,11 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
         | {"score"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
+    "serve": (
+        (AdapterSession, ServeLimits, Service),
+        {"port", "adapters", "adapter_root", "allow_adapter_updates", "adapter_memory"}
+        | {"api_keys", "provider", "demo"},
+    ),
     "convert": ((convert,), set()),
     "inspect": ((inspect_path,), set()),
     "doctor": ((examine,), set()),

@@ -91,7 +91,7 @@ class Tokenizer:
             **own_tokens,
         }
         self._mark_special()
-        if base is not None and self._tokenizer.to_str() == base._as_text:
+        if base is not None and self._tokenizer.to_str() == base.as_text:
             self._tokenizer = base._tokenizer
         self.own_words = base is not None and self._tokenizer is not base._tokenizer
         if lowercase:
@@ -146,7 +146,8 @@ class Tokenizer:
         return words
 
     @cached_property
-    def _as_text(self) -> str:
+    def as_text(self) -> str:
+        """The vocabulary and the rules, as tokenizer.json has them."""
         text: str = self._tokenizer.to_str()
         return text
 
@@ -240,7 +241,7 @@ class Tokenizer:
 
     def same_words(self, other: Tokenizer) -> bool:
         """Whether both make the same tokens of every text."""
-        return self._tokenizer is other._tokenizer or self._as_text == other._as_text
+        return self._tokenizer is other._tokenizer or self.as_text == other.as_text
 
     def pad_within(self, vocabulary: int) -> None:
         """Pad rows with the first padding token that the graph's vocabulary has.

@@ -1,0 +1,76 @@
+"""The ASGI application of a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from loradeploy.errors import LoraDeployError
+from loradeploy.serve.gate import Gate
+from loradeploy.serve.problems import RequestError, problem_of
+from loradeploy.serve.routes import adapters, encoders, models, operations, page, text
+from loradeploy.serve.schemas.common import ErrorAnswer
+from loradeploy.serve.service import Service
+
+_DESCRIPTION = (
+    "A bundle of loradeploy as a service. A request's model names the base, or an adapter."
+)
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The application of `service`, whose OpenAPI description is at /openapi.json."""
+    app = FastAPI(
+        title="loradeploy",
+        version="1",
+        description=_DESCRIPTION,
+        docs_url=None,  # they load scripts of other hosts
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+    )
+    app.state.service = service
+    for routes in (models, text, encoders, adapters, operations, page):
+        app.include_router(routes.router)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _response(_of_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _response(RequestError(error.status_code, message, headers=error.headers))
+
+    @app.exception_handler(RequestError)
+    @app.exception_handler(LoraDeployError)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return _response(problem_of(error))
+
+    @app.exception_handler(Exception)  # which goes on to the gate, for the log
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return _response(RequestError(500, "internal error"))
+
+    return Gate(app, service)
+
+
+def _response(problem: RequestError) -> JSONResponse:
+    return JSONResponse(problem.body, problem.status, headers=problem.headers)
+
+
+def _of_validation(error: RequestValidationError) -> RequestError:
+    """The first thing that is wrong with a body, by the name of its field."""
+    first: dict[str, Any] = error.errors()[0]
+    # Names of types are in it where a field may have several.
+    parts = [str(part) for part in first["loc"][1:]]
+    param = ".".join(part for part in parts if part != "str" and "[" not in part)
+    if first["type"] == "extra_forbidden":
+        return RequestError(
+            400, f"{param} is not supported", param=param, code="unsupported_parameter"
+        )
+    if first["type"] == "json_invalid":
+        return RequestError(400, "the body is not JSON")
+    return RequestError(400, f"{param or 'the body'}: {first['msg']}", param=param or None)

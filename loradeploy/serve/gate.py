@@ -1,0 +1,174 @@
+"""What every request passes first: host, key, rate, size and time; and what no error passes."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loradeploy.serve.keys import ANYONE, ApiKey
+from loradeploy.serve.problems import RequestError, problem_of
+from loradeploy.serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a client may take to send a request's body.
+_BODY_TIMEOUT: Final = 30.0
+_OPEN_PATHS: Final = frozenset({"/health"})
+# A page of another site may not use the service, nor show this page inside its own.
+_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+class _SlowClientError(Exception):
+    """A client that does not accept its answer."""
+
+
+class Gate:
+    """The application, behind its checks. The key of a request is in its state."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def limited_send(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                self._service.metrics.responded(message["status"])
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            try:
+                await asyncio.wait_for(send(message), self._service.limits.send_timeout)
+            except asyncio.TimeoutError:
+                raise _SlowClientError from None
+
+        try:
+            key = self._check(scope)
+            scope.setdefault("state", {})["key"] = key
+            body = await self._body(scope, receive)
+            await self._app(scope, _behind(body, receive), limited_send)
+        except _SlowClientError:
+            logger.info("a client accepted no more of its answer")
+        except Exception as error:
+            problem = problem_of(error)
+            if not begun:
+                await _answer(problem, limited_send)
+
+    def _check(self, scope: Scope) -> ApiKey:
+        """Whose request it is.
+
+        Raises:
+            RequestError: nobody's who may ask, or one too many.
+        """
+        service = self._service
+        if scope["path"] in _OPEN_PATHS:
+            return ANYONE
+        headers = dict(scope["headers"])
+        if service.keys is None:
+            # Without a key, a page of another site could reach this one by a name of its own.
+            if is_loopback(service.host) and not is_loopback(_host(headers.get(b"host", b""))):
+                raise RequestError(421, "this service answers on localhost alone")
+            key = ANYONE
+        else:
+            key = service.keys.check(headers.get(b"authorization", b"").decode("latin-1"))
+        if scope["method"] == "POST":
+            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if kind != b"application/json":  # a browser sends it nowhere without asking
+                raise RequestError(415, "give Content-Type: application/json")
+            if service.keys is not None:
+                service.keys.count(key)
+            if service.draining:
+                raise RequestError(
+                    503, "the service is shutting down", code="shutting_down", retry_after=5
+                )
+        return key
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, before anything is done for it.
+
+        Raises:
+            RequestError: it is too long, or takes too long.
+        """
+        most = self._service.limits.max_request_bytes
+        too_long = RequestError(413, f"the request has more than {most:,} bytes")
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > most:
+            raise too_long
+
+        async def read() -> bytes:
+            body = bytearray()
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    break
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_long
+                more = message.get("more_body", False)
+            return bytes(body)
+
+        try:
+            return await asyncio.wait_for(read(), _BODY_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise RequestError(408, "the request's body took too long to arrive") from None
+
+
+def _behind(body: bytes, receive: Receive) -> Receive:
+    """What is received once the body was."""
+    given = False
+
+    async def next_message() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return next_message
+
+
+async def _answer(problem: RequestError, send: Send) -> None:
+    body = json.dumps(problem.body).encode()
+    headers = {"Content-Type": "application/json", **problem.headers}
+    listed = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send(
+        {
+            "type": "http.response.start",
+            "status": problem.status,
+            "headers": [*listed, (b"content-length", str(len(body)).encode())],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+def _host(header: bytes) -> str:
+    """The name in a Host header, without its port."""
+    text = header.decode("latin-1").strip().lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,233 @@
+"""A request for text, submitted to the engine: its settings, its prompts, what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fastapi import Request
+
+from loradeploy.errors import EngineClosedError
+from loradeploy.runtime.decoding.calls import Prompt
+from loradeploy.runtime.engine.submission import GenerationEvent, Submission
+from loradeploy.runtime.tasks.generation import Generation
+from loradeploy.serve.keys import ApiKey
+from loradeploy.serve.problems import refused
+from loradeploy.serve.schemas.text import (
+    CachedTokens,
+    ChatRequest,
+    CompletionRequest,
+    TextRequest,
+    Usage,
+)
+from loradeploy.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request's prompts at the engine. `texts`: how many each of them gets."""
+
+    submissions: Sequence[Submission]
+    texts: int
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for submission in self.submissions:
+            if not submission.done:
+                submission.cancel()
+
+    async def started(self) -> None:
+        """Wait until all prompts are read.
+
+        Raises:
+            LoraDeployError: one of them or the adapter is refused.
+        """
+        for submission in self.submissions:
+            await submission.started()
+
+    async def generations(self) -> list[Generation]:
+        """All texts, those of a prompt together.
+
+        Raises:
+            LoraDeployError: one of them failed.
+        """
+        done = [await submission.completion() for submission in self.submissions]
+        texts = [text for completion in done for text in completion.generations]
+        for text in texts:
+            _check_whole(text)
+        return texts
+
+    async def events(self) -> AsyncIterator[tuple[int, GenerationEvent]]:
+        """What becomes of the texts as it comes, each event with its text's index.
+
+        Raises:
+            LoraDeployError: one of them failed.
+        """
+        queue: asyncio.Queue[tuple[int, GenerationEvent] | BaseException | None] = asyncio.Queue()
+
+        async def read(number: int, submission: Submission) -> None:
+            try:
+                async for event in submission:
+                    queue.put_nowait((number * self.texts + event.choice, event))
+                queue.put_nowait(None)
+            except Exception as problem:  # goes on in the loop below
+                queue.put_nowait(problem)
+
+        readers = [asyncio.create_task(read(*one)) for one in enumerate(self.submissions)]
+        try:
+            ended = 0
+            while ended < len(readers):
+                news = await queue.get()
+                if news is None:
+                    ended += 1
+                elif isinstance(news, BaseException):
+                    raise news
+                else:
+                    if news[1].generation is not None:
+                        _check_whole(news[1].generation)
+                    yield news
+        finally:
+            for reader in readers:
+                reader.cancel()
+
+    def usage(self, generated: int) -> Usage:
+        """The tokens of the prompts, and of `generated` ones."""
+        prompts = sum(submission.prompt_tokens or 0 for submission in self.submissions)
+        cached = sum(submission.cached_tokens for submission in self.submissions)
+        return Usage(
+            prompt_tokens=prompts,
+            completion_tokens=generated,
+            total_tokens=prompts + generated,
+            prompt_tokens_details=CachedTokens(cached_tokens=cached),
+        )
+
+
+def _check_whole(text: Generation) -> None:
+    """Raise EngineClosedError of a text that was cancelled, as at the end of the service."""
+    if text.finish_reason == "cancelled":
+        raise EngineClosedError("the text was cancelled")
+
+
+def chat_prompt(body: ChatRequest) -> Prompt:
+    """The conversation as the chat template takes it."""
+    messages = []
+    for message in body.messages:
+        content = message.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        role = "system" if message.role == "developer" else message.role
+        name = {} if message.name is None else {"name": message.name}
+        messages.append({"role": role, "content": text, **name})
+    return cast(Prompt, messages)
+
+
+def completion_prompts(body: CompletionRequest) -> list[Prompt]:
+    """The prompts: texts, or token ids."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [cast(Prompt, prompt)]
+    return list(cast("list[Prompt]", prompt))
+
+
+async def ask(
+    service: Service,
+    key: ApiKey,
+    body: TextRequest,
+    prompts: Sequence[Prompt],
+    logprobs: int | None,
+) -> Asked:
+    """Submit the prompts of a request.
+
+    Raises:
+        RequestError, LoraDeployError: it is refused, by its name; or too many requests wait.
+    """
+    engine = service.text_engine()
+    limits = service.limits
+    if not prompts:
+        raise refused("prompt", "there is none")
+    if len(prompts) > limits.max_inputs:
+        raise refused("prompt", f"{len(prompts)} prompts; this service takes {limits.max_inputs}")
+    if len(prompts) * body.n > limits.max_n:
+        texts = f"{len(prompts)} prompts × n {body.n}"
+        raise refused("n", f"{texts} are more than the {limits.max_n} texts of one request")
+    if body.stream_options is not None and not body.stream:
+        raise refused("stream_options", "only with stream")
+    adapter = await service.catalog.resolve(body.model, body.adapters, key)
+    options = _options(service, body, logprobs)
+    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+    submissions: list[Submission] = []
+    try:
+        for prompt in prompts:
+            if body.response_format is not None:
+                options["allowed_tokens"] = await asyncio.to_thread(
+                    service.grammars.allowed, body.response_format, adapter
+                )
+            submissions.append(
+                engine.submit(
+                    prompt,
+                    adapter,
+                    seed=seed,
+                    scope=key.name or None,
+                    deadline=limits.request_timeout,
+                    **options,
+                )
+            )
+    except BaseException:
+        Asked(submissions, body.n).cancel()
+        raise
+    return Asked(submissions, body.n)
+
+
+def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[str, Any]:
+    """The settings of the generation, by their names in `GenerationOptions`."""
+    most = service.limits.max_tokens
+    asked = {"max_tokens": body.max_tokens}
+    if isinstance(body, ChatRequest):
+        asked["max_completion_tokens"] = body.max_completion_tokens
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(set(given.values())) > 1:
+        raise refused("max_completion_tokens", "is another number than max_tokens")
+    for name, value in given.items():
+        if value > most:
+            raise refused(name, f"{value} is more than the {most} tokens of this service")
+    bias = {}
+    for token, added in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise refused("logit_bias", "give token ids")
+        bias[int(token)] = added
+    return {
+        "max_new_tokens": next(iter(given.values()), most),
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0 if body.top_k == -1 else body.top_k,
+        "min_p": body.min_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": bias or None,
+        "stop": body.stop if body.stop else None,
+        "n": body.n,
+        "logprobs": logprobs,
+    }
+
+
+@asynccontextmanager
+async def watched(request: Request, asked: Asked) -> AsyncIterator[None]:
+    """Inside the context, the end of the client's connection cancels what was asked."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        asked.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        asked.cancel()
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,33 @@
+"""What those who run the service ask it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from loradeploy.serve.problems import RequestError
+from loradeploy.serve.routes.dependencies import ServiceOf
+from loradeploy.serve.schemas.common import Status
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health")
+async def health() -> Status:
+    """Whether the process answers; needs no key."""
+    return Status(status="ok")
+
+
+@router.get("/ready")
+async def ready(service: ServiceOf) -> Status:
+    """Whether requests are taken: not while the service shuts down."""
+    if service.draining:
+        raise RequestError(503, "the service is shutting down", code="shutting_down")
+    return Status(status="ready")
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(service: ServiceOf) -> Response:
+    """Figures for Prometheus."""
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(service.metrics.text(), headers={"Content-Type": kind})

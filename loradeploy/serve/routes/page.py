@@ -1,0 +1,30 @@
+"""The page at /: static files of the package, which load nothing of other hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+router = APIRouter(include_in_schema=False)
+_FILES: Final = Path(__file__).parent.parent / "page"
+
+
+@router.get("/")
+async def page() -> FileResponse:
+    """The page."""
+    return FileResponse(_FILES / "index.html")
+
+
+@router.get("/page.js")
+async def script() -> FileResponse:
+    """What it does."""
+    return FileResponse(_FILES / "page.js", media_type="text/javascript")
+
+
+@router.get("/page.css")
+async def style() -> FileResponse:
+    """How it looks."""
+    return FileResponse(_FILES / "page.css", media_type="text/css")

@@ -1,0 +1,70 @@
+"""Text generation, in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from loradeploy.serve.answers import ChatPieces, CompletionPieces, chat_completion, completion
+from loradeploy.serve.generating import ask, chat_prompt, completion_prompts, watched
+from loradeploy.serve.problems import refused
+from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
+from loradeploy.serve.schemas.text import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    TextRequest,
+)
+from loradeploy.serve.streaming import EventStream
+
+router = APIRouter(tags=["text generation"])
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream, its pieces as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
+async def answer_chat(
+    body: ChatRequest, request: Request, service: ServiceOf, key: KeyOf
+) -> ChatCompletion | Response:
+    """Answer a conversation."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise refused("top_logprobs", "only with logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    asked = await ask(service, key, body, [chat_prompt(body)], logprobs)
+    async with watched(request, asked):
+        if not body.stream:
+            texts = await asked.generations()
+            usage = asked.usage(sum(text.completion_tokens for text in texts))
+            return chat_completion(texts, usage, model=body.model, created=service.now())
+        await asked.started()
+    pieces = ChatPieces(body.model, service.now())
+    return EventStream(asked, pieces, include_usage=_usage_wanted(body))
+
+
+@router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
+async def complete(
+    body: CompletionRequest, request: Request, service: ServiceOf, key: KeyOf
+) -> Completion | Response:
+    """Continue one or several prompts."""
+    if body.best_of is not None and body.best_of != body.n:
+        raise refused("best_of", "has to be n: texts are not chosen among")
+    asked = await ask(service, key, body, completion_prompts(body), body.logprobs)
+    async with watched(request, asked):
+        if not body.stream:
+            texts = await asked.generations()
+            usage = asked.usage(sum(text.completion_tokens for text in texts))
+            return completion(texts, usage, model=body.model, created=service.now())
+        await asked.started()
+    pieces = CompletionPieces(body.model, service.now())
+    return EventStream(asked, pieces, include_usage=_usage_wanted(body))
+
+
+def _usage_wanted(body: TextRequest) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage

@@ -1,0 +1,168 @@
+"""What the routes of one service share: the session, its engine or encoder, keys, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.errors import DeadlineError, EngineFullError
+from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.catalog import Catalog
+from loradeploy.serve.grammar import Grammars
+from loradeploy.serve.keys import KeyRing
+from loradeploy.serve.metrics import Metrics
+from loradeploy.serve.problems import RequestError
+from loradeploy.serve.settings import ServeLimits
+
+_Result = TypeVar("_Result")
+
+
+class Service:
+    """A bundle that is served.
+
+    `root`: the adapter root. `updates`: whether adapters may be loaded and unloaded by requests.
+    `keys`: None where anybody may ask. `host`: the address that it is reached by.
+
+    Raises:
+        UsageError: as `Catalog`, or updates without a root.
+    """
+
+    def __init__(
+        self,
+        session: AdapterSession,
+        *,
+        limits: ServeLimits,
+        keys: KeyRing | None = None,
+        root: Path | None = None,
+        updates: bool = False,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.session = session
+        self.limits = limits
+        self.keys = keys
+        self.updates = updates
+        self.host = host
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.metrics.watch_adapters(lambda: session.statistics)
+        self.catalog = Catalog(
+            session,
+            root=root,
+            max_bytes=limits.max_adapter_bytes,
+            on_load=self.metrics.adapter_loaded,
+        )
+        self.engine: Engine | None = None
+        self.encoder = EncoderQueue(limits)
+        if session.manifest.task == CAUSAL_LM:
+            self.engine = Engine(
+                session,
+                max_rows=limits.max_rows,
+                max_waiting=limits.max_waiting,
+                observer=self.metrics.observe,
+            )
+            self.metrics.watch_engine(self.engine.stats)
+        else:
+            self.metrics.watch_queue(lambda: self.encoder.waiting, lambda: self.encoder.running)
+        self.grammars = Grammars(session)
+        self.draining = False
+
+    def now(self) -> int:
+        """Seconds since 1970, for answers."""
+        return int(time.time())
+
+    def text_engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            RequestError: 404, the bundle generates no text.
+        """
+        if self.engine is None:
+            raise RequestError(
+                404, f"this bundle is for {self.session.manifest.task}: it generates no text"
+            )
+        return self.engine
+
+    def check_task(self, task: str, what: str) -> None:
+        """Raise RequestError, 404, unless the bundle is for `task`, which gives `what`."""
+        own = self.session.manifest.task
+        if own != task:
+            raise RequestError(404, f"this bundle is for {own}: it gives no {what}")
+
+    def start(self) -> None:
+        """Begin to work."""
+        if self.engine is not None:
+            self.engine.start()
+
+    def drain(self) -> None:
+        """Take no more requests, and wait for those that there are, as long as the limits have."""
+        self.draining = True
+        if self.engine is not None:
+            self.engine.drain(self.limits.drain_timeout)
+
+    def close(self) -> None:
+        """End whatever goes on, and let go of the bundle."""
+        self.draining = True
+        if self.engine is not None:
+            self.engine.close()
+        self.session.close()
+
+
+class EncoderQueue:
+    """Requests of an encoder, one of which runs at a time; for one asyncio loop.
+
+    `waiting` and `running` are how many there are.
+    """
+
+    def __init__(self, limits: ServeLimits) -> None:
+        self._limits = limits
+        self._turn = asyncio.Lock()
+        self._seconds = 0.0  # of a request, of late
+        self.waiting = 0
+        self.running = 0
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        """What `work` returns, which runs in a thread.
+
+        Raises:
+            EngineFullError: too many wait.
+            DeadlineError: it did not get its turn in time.
+        """
+        if self.waiting >= self._limits.max_waiting:
+            after = max(self._seconds * (self.waiting + 1) / 2, 0.1)
+            raise EngineFullError(
+                f"{self.waiting} requests wait, as many as may", retry_after=after
+            )
+        try:
+            with self._counted():
+                await asyncio.wait_for(self._turn.acquire(), self._limits.request_timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineError("the request waited longer than the service allows") from None
+        self.running += 1
+        begin = time.perf_counter()
+        try:
+            # A client that is gone does not make room: the thread goes on.
+            return await asyncio.shield(asyncio.ensure_future(self._run(work)))
+        finally:
+            taken = time.perf_counter() - begin
+            self._seconds = taken if not self._seconds else 0.8 * self._seconds + 0.2 * taken
+
+    async def _run(self, work: Callable[[], _Result]) -> _Result:
+        try:
+            return await asyncio.to_thread(work)
+        finally:
+            self.running -= 1
+            self._turn.release()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1

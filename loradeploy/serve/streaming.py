@@ -1,0 +1,62 @@
+"""Server-sent events: the pieces of an answer as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Send
+
+from loradeploy.serve.answers import ChatPieces, CompletionPieces
+from loradeploy.serve.generating import Asked
+from loradeploy.serve.problems import problem_of
+
+
+class EventStream(StreamingResponse):
+    """The pieces of what was asked; the request ends with the client's connection.
+
+    An error that comes after the first piece is an event of its own, and no [DONE] follows it.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        pieces: ChatPieces | CompletionPieces,
+        *,
+        include_usage: bool,
+    ) -> None:
+        events = _events(asked, pieces, include_usage=include_usage)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._asked = asked
+
+    async def stream_response(self, send: Send) -> None:
+        """Send it; whatever ends this, such as a client that is gone or slow, ends the request."""
+        try:
+            await super().stream_response(send)
+        finally:
+            self._asked.cancel()
+
+
+async def _events(
+    asked: Asked, pieces: ChatPieces | CompletionPieces, *, include_usage: bool
+) -> AsyncIterator[str]:
+    generated = 0
+    try:
+        async for index, event in asked.events():
+            if event.generation is not None:
+                generated += event.generation.completion_tokens
+            for chunk in pieces.of(index, event):
+                # Where the usage is asked for, every other chunk has null.
+                left_out = None if include_usage else {"usage"}
+                yield _event(chunk.model_dump_json(exclude=left_out))
+        if include_usage:
+            yield _event(pieces.usage(asked.usage(generated)).model_dump_json())
+        yield _event("[DONE]")
+    except Exception as problem:
+        yield _event(json.dumps(problem_of(problem).body))
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"

@@ -1,0 +1,1 @@
+"""Specifications of `loradeploy.serve`: real servers on a free port, real clients."""

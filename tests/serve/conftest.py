@@ -1,0 +1,97 @@
+"""Servers of the tiny bundles, each on a free port of this machine, in a thread of this process."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytest.importorskip("fastapi")
+
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.keys import KeyRing
+from loradeploy.serve.server import Server, listen, url_of
+from loradeploy.serve.service import Service
+from loradeploy.serve.settings import ServeLimits
+from tests.conftest import MakeAdapter
+
+# The adapters' effect is seen in greedy texts of a few tokens.
+LARGE = {"scale": 0.3}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs."""
+
+    url: str
+    service: Service
+    server: Server
+
+    def client(self, key: str = "unused-by-servers-without-keys") -> openai.OpenAI:
+        """The official client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+
+@contextmanager
+def serving(bundle: Path, **options: Any) -> Iterator[Running]:
+    """A server of `bundle`; what is not an option of `Service` is a limit."""
+    keys = options.pop("keys", None)
+    own = {name: options.pop(name) for name in ("root", "updates", "host") if name in options}
+    adapters = options.pop("adapters", {})
+    budget = options.pop("host_budget", None)
+    session = AdapterSession(bundle, host_budget=budget)
+    for name, path in adapters.items():
+        session.load(name, path)
+    ring = None if keys is None else KeyRing(keys)
+    service = Service(session, limits=ServeLimits(**options), keys=ring, **own)
+    server = Server(service)
+    listening = listen("127.0.0.1", 0)
+    url = url_of(listening)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.serve_on, args=(listening, ready.set))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield Running(url, service, server)
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serve_adapters(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
+    """Three adapters of the tiny Llama, of different ranks."""
+    return {
+        "headline": make_adapter(tiny_llama, seed=1, **LARGE),
+        "sport": make_adapter(tiny_llama, seed=2, r=8, **LARGE),
+        "topic": make_adapter(tiny_llama, seed=3, r=2, **LARGE),
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama_bundle: Path, serve_adapters: dict[str, Path]) -> Iterator[Running]:
+    """The tiny Llama, served with two adapters."""
+    adapters = {name: serve_adapters[name] for name in ("headline", "sport")}
+    with serving(tiny_llama_bundle, adapters=adapters, max_tokens=64) as running:
+        yield running
+
+
+@pytest.fixture
+def root(serve_adapters: dict[str, Path], tmp_path: Path) -> Path:
+    """An adapter root with one adapter, `headline`."""
+    place = tmp_path / "root"
+    place.mkdir()
+    shutil.copytree(serve_adapters["headline"], place / "headline")
+    return place
