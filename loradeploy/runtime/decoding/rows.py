@@ -135,6 +135,9 @@ class CachedRows:
             return list(range(len(parents)))
         return list(parents)
 
+    def close(self) -> None:
+        """Let go of what was read; nothing to do, it goes with the rows."""
+
     def begin(self) -> CachedRows:
         """A row that reads a prompt by itself, and may `join` then."""
         return CachedRows(self._graph, 1)

@@ -300,7 +300,12 @@ class Engine:
         try:
             if not submission.cancelled:
                 running = prepare(
-                    self.session, self._reader, submission, self._worker.slots, self._worker.budget
+                    self.session,
+                    self._reader,
+                    submission,
+                    self._worker.slots,
+                    self._worker.budget,
+                    self._worker.positions,
                 )
         except Exception as problem:  # a request's own code may raise anything
             self._fail(submission, problem)

@@ -16,6 +16,7 @@ from loradeploy.runtime.tasks.generation import generation_of
 if TYPE_CHECKING:
     from loradeploy.runtime.decoding.reading import PromptReader
     from loradeploy.runtime.decoding.rows import CachedRows
+    from loradeploy.runtime.decoding.slots import SlotReading
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters
     from loradeploy.runtime.session import AdapterSession
@@ -34,7 +35,7 @@ class Running:
     held: HeldAdapters
     rows: int
     holding: ExitStack
-    reading: CachedRows | None = None
+    reading: CachedRows | SlotReading | None = None
     read: int = 0
     told: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
@@ -119,7 +120,9 @@ class Running:
 
     def close(self) -> None:
         """Let go of its adapter."""
-        self.reading = None
+        if self.reading is not None:
+            self.reading.close()
+            self.reading = None
         self.holding.close()
 
 
@@ -129,13 +132,14 @@ def prepare(
     submission: Submission,
     slots: int,
     budget: int | None,
+    positions: int | None,
 ) -> Running:
     """Read a request's adapter and its prompt, both of one moment.
 
     Raises:
         UsageError: the prompt, or settings that do not fit it, or more rows than `slots`.
         UnknownAdapterError, AdapterError: its adapter.
-        BudgetError: it takes more than `budget` by itself.
+        BudgetError: it takes more than `budget` bytes by itself, or a row more than `positions`.
     """
     options = submission.call.options[0]
     rows = max(options.n, options.num_beams)
@@ -152,6 +156,12 @@ def prepare(
                 continue
             running = Running(submission, request, held, rows, stack.pop_all())
             break
+    if positions is not None and running.most > positions:
+        running.close()
+        raise BudgetError(
+            f"the prompt and max_new_tokens are {running.most} tokens together, a row of the engine"
+            f" has room for {positions}: give it a larger `cache_budget`, or fewer `max_rows`"
+        )
     taken = rows * running.most * row_bytes(session.manifest)
     if budget is not None and taken > budget:
         running.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,12 +14,14 @@ from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.memory import memory_for_rows, row_bytes
 from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
+from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
 
 if TYPE_CHECKING:
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession
 
+_POSITIONS: Final = 4096  # of a row, where the model has no end
 Ended = tuple["Running", "BaseException | None"]
 
 
@@ -53,13 +55,24 @@ class Worker:
         self.budget = available if budget is not None or available is None else available // 2
         statistics.cache_bytes = self.budget or 0
         self._adapters = session.joined()
-        self._rows = (
-            CachedRows(self._graph, 0) if self._graph.cached else UncachedRows(self._graph, 0)
-        )
+        self._rows, self.positions = self._make_rows()
         self._batch = DecodingBatch(self._graph, self._adapters, self._rows, self._failed)
         self._going: dict[int, Running] = {}  # in the batch
         self._reading: list[Running] = []  # the one that is read next comes first
         self._ended: list[Ended] = []
+
+    def _make_rows(self) -> tuple[CachedRows | SlotRows | UncachedRows, int | None]:
+        """The rows as the graph's cache wants them, and the positions of one where it is fixed."""
+        if not self._graph.cached:
+            return UncachedRows(self._graph, 0), None
+        if not keeps_slots(self._graph):
+            return CachedRows(self._graph, 0), None
+        most = self._session.texts.base.tokenizer.max_length or _POSITIONS
+        if self.budget is not None:
+            most = max(
+                1, min(most, self.budget // (self.slots * row_bytes(self._session.manifest)))
+            )
+        return SlotRows(self._graph, self.slots, most), most
 
     def fits(self, one: Running) -> bool:
         """Whether there are rows and memory for a request now."""
@@ -69,6 +82,8 @@ class Worker:
         rows = one.rows + sum(other.rows for other in others)
         if self._alone or rows > self.slots:
             return False
+        if self.positions is not None:
+            return True  # every slot has its memory
         longest = max(other.most for other in (one, *others))
         taken = rows * longest * row_bytes(self._session.manifest)
         return self.budget is None or taken <= self.budget
@@ -111,7 +126,7 @@ class Worker:
         try:
             if one.read == 0:
                 one.submission.start(len(prompt))
-            if not isinstance(self._rows, CachedRows):
+            if isinstance(self._rows, UncachedRows):
                 self._adapters.enter(one.number, one.held)
                 self._batch.enter(one.number, one.request.sequences)
                 self._reading.remove(one)
@@ -131,6 +146,7 @@ class Worker:
             self._adapters.enter(one.number, one.held)
             self._going[one.number] = one
             self._batch.join(one.number, one.request.sequences, logits, one.reading)
+            one.reading.close()
             one.reading = None
             self._tell(one)
         except Exception as problem:  # a mask of the request's own may raise anything
