@@ -8,7 +8,7 @@ nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
@@ -17,6 +17,8 @@ from loradeploy.bundle.names import PAST, present_of
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loradeploy.bundle.manifest import Manifest
 
 # Positions that a buffer has room for beside those that are asked for; it grows by doubling.
@@ -79,6 +81,18 @@ class DecoderCache:
         """Make the batch of these of its rows, in their order; one may come several times."""
         self._batch = len(rows)
         self._allocate(self._positions, rows)
+        if self._in_place:
+            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+
+    def fill(self, values: Sequence[NDArray[Any]]) -> None:
+        """Go on from keys and values [rows, heads, tokens, size], in the order of `inputs`."""
+        used = values[0].shape[2]
+        room = used + _ROOM if self._in_place else used
+        for spec, own in zip(self._specs, values, strict=True):
+            whole = np.zeros((*own.shape[:2], room, own.shape[3]), spec.dtype)
+            whole[:, :, :used] = own
+            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(whole, *self._device)
+        self._batch, self._positions, self._used = len(values[0]), room, used
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 

@@ -135,6 +135,15 @@ class CachedRows:
             return list(range(len(parents)))
         return list(parents)
 
+    def values(self) -> list[NDArray[Any]]:
+        """What the first row's cache holds, of each of its tensors [heads, tokens, size]."""
+        return [value.numpy()[0] for value in self._cache.inputs.values()]
+
+    def load(self, values: Sequence[NDArray[Any]]) -> None:
+        """Have the one row hold this, as if it had read the tokens."""
+        self._cache.fill([part[np.newaxis] for part in values])
+        self._mask = np.ones((1, values[0].shape[1]), np.int64)
+
     def close(self) -> None:
         """Let go of what was read; nothing to do, it goes with the rows."""
 

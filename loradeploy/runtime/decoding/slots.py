@@ -177,6 +177,17 @@ class SlotReading:
         self._rows._lengths[self.slot] += ids.shape[1]
         return logits
 
+    def values(self) -> list[NDArray[Any]]:
+        """What the slot holds, of each tensor of the cache [heads, positions, size]."""
+        return [array[self.slot] for array in self._rows._arrays.values()]
+
+    def load(self, values: Sequence[NDArray[Any]]) -> None:
+        """Have the slot hold this, as if it had read the tokens."""
+        length = values[0].shape[1]
+        for array, part in zip(self._rows._arrays.values(), values, strict=True):
+            array[self.slot, :, :length] = part
+        self._rows._lengths[self.slot] = length
+
     def close(self) -> None:
         """Let go of the slot, unless its row goes on."""
         if not self.joined:

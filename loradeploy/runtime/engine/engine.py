@@ -14,6 +14,7 @@ from loradeploy.errors import (
     DeadlineError,
     EngineClosedError,
     EngineFullError,
+    UsageError,
 )
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
@@ -51,6 +52,8 @@ class Engine:
     for that. `prefill_chunk`: so many tokens of a prompt are read between two steps of the others.
     `cache_budget`: the bytes that the rows' keys and values may take, by default half of what the
     machine has available (Linux, on the CPU).
+    `prefix_budget`: the bytes that keys and values of prompts' beginnings may take, which later
+    prompts of the same adapter and scope begin with; 0 keeps none.
     `observer`: called with what it measures, see `Moment`.
 
     Raises:
@@ -65,6 +68,7 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = 64,
         cache_budget: int | None = None,
+        prefix_budget: int = 256 << 20,
         observer: Observer | None = None,
     ) -> None:
         for name, value in (
@@ -75,6 +79,12 @@ class Engine:
             check_count(name, value)
         if cache_budget is not None:
             check_count("cache_budget", cache_budget)
+        if (
+            isinstance(prefix_budget, bool)
+            or not isinstance(prefix_budget, int)
+            or prefix_budget < 0
+        ):
+            raise UsageError(f"prefix_budget is {prefix_budget!r}: give bytes, 0 for none")
         generator = bundle if isinstance(bundle, TextGenerator) else TextGenerator(bundle)
         self.session = generator.session
         self.tokenizer = generator.tokenizer
@@ -89,6 +99,7 @@ class Engine:
             slots=max_rows,
             chunk=prefill_chunk,
             budget=cache_budget,
+            prefixes=prefix_budget,
         )
         self._changed = threading.Condition()
         self._queue: FairQueue[Submission] = FairQueue()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.reading import PromptReader
     from loradeploy.runtime.decoding.rows import CachedRows
     from loradeploy.runtime.decoding.slots import SlotReading
+    from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters
     from loradeploy.runtime.session import AdapterSession
@@ -51,6 +52,12 @@ class Running:
     def most(self) -> int:
         """The positions that each of its rows takes at most."""
         return len(self.request.ids) + self.request.limit
+
+    @property
+    def owner(self) -> Owner:
+        """Whose its keys and values are."""
+        resident = self.held.lease.rows[0]
+        return None if resident is None else resident.digest, self.submission.scope
 
     @property
     def choices(self) -> int:

@@ -15,6 +15,7 @@ from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.memory import memory_for_rows, row_bytes
 from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
+from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
 
 if TYPE_CHECKING:
     from loradeploy.runtime.engine.running import Running
@@ -29,7 +30,8 @@ class Worker:
     """The requests that take part in steps, and those whose prompt is read.
 
     `slots`: how many rows there are. `chunk`: tokens of a prompt that are read in one run.
-    `budget`: bytes of the rows' cache, None where nothing limits it.
+    `budget`: bytes of the rows' cache, None where nothing limits it. `prefixes`: bytes of the
+    prefix cache, 0 for none.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Worker:
         slots: int,
         chunk: int,
         budget: int | None,
+        prefixes: int,
     ) -> None:
         self._session = session
         self._graph = DecoderGraph.of(session, pad_id)
@@ -57,6 +60,7 @@ class Worker:
         self._adapters = session.joined()
         self._rows, self.positions = self._make_rows()
         self._batch = DecodingBatch(self._graph, self._adapters, self._rows, self._failed)
+        self._prefixes = PrefixCache(prefixes) if prefixes and self._graph.cached else None
         self._going: dict[int, Running] = {}  # in the batch
         self._reading: list[Running] = []  # the one that is read next comes first
         self._ended: list[Ended] = []
@@ -124,9 +128,8 @@ class Worker:
         """Read the next chunk of a prompt; behind its last token the request takes part."""
         prompt = one.request.ids
         try:
-            if one.read == 0:
-                one.submission.start(len(prompt))
             if isinstance(self._rows, UncachedRows):
+                one.submission.start(len(prompt))
                 self._adapters.enter(one.number, one.held)
                 self._batch.enter(one.number, one.request.sequences)
                 self._reading.remove(one)
@@ -134,6 +137,8 @@ class Worker:
                 return
             if one.reading is None:
                 one.reading = self._rows.begin()
+                self._find(one)
+                one.submission.start(len(prompt), one.read)
             began = time.monotonic()
             chunk = np.array([prompt[one.read : one.read + self._chunk]], np.int64)
             logits = one.reading.read(one.held, chunk, np.ones_like(chunk), np.array([-1]))
@@ -142,6 +147,7 @@ class Worker:
             self._observer("prefill", time.monotonic() - began, one.submission)
             if one.read < len(prompt):
                 return
+            self._keep(one)
             self._reading.remove(one)
             self._adapters.enter(one.number, one.held)
             self._going[one.number] = one
@@ -151,6 +157,25 @@ class Worker:
             self._tell(one)
         except Exception as problem:  # a mask of the request's own may raise anything
             self._end(one, problem)
+
+    def _find(self, one: Running) -> None:
+        """Begin behind what the prefix cache has of a prompt."""
+        if self._prefixes is None or one.reading is None:
+            return
+        blocks = self._prefixes.find(one.owner, one.request.ids)
+        if blocks:
+            one.reading.load([np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True)])
+            one.read = len(blocks) * BLOCK
+            self._statistics.cached_tokens += one.read
+
+    def _keep(self, one: Running) -> None:
+        """Keep what a prompt was read to."""
+        if self._prefixes is None or one.reading is None or len(one.request.ids) < BLOCK:
+            return
+        self._prefixes.keep(one.owner, one.request.ids, one.reading.values())
+        self._statistics.prefix_entries = len(self._prefixes)
+        self._statistics.prefix_bytes = self._prefixes.nbytes
+        self._statistics.prefix_evictions = self._prefixes.evictions
 
     def _step(self) -> None:
         began = time.monotonic()
