@@ -66,7 +66,7 @@ from loradeploy.export.match.norm_forms import check_known
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.operators import unreached
 from loradeploy.export.match.parts import Part, find_parts
-from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.weights import to_bfloat16
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.merge_error import Round, warn_of
@@ -218,6 +218,8 @@ def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
     for linear in findings.linears.values():
         for node in linear.nodes:
             yield output_of(node)
+            if (repeated := repeated_for_rows(output_of(node))) is not None:
+                yield repeated
             if (x := input_of(node)) is not None:
                 yield x
     for part in find_parts(model).values():

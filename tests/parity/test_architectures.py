@@ -23,6 +23,7 @@ CHOSEN: Final = (
     "bloom: biased by distance",
     "mixtral: a mixture of experts",
     "roberta: a head of two layers",
+    "deberta: layers for tokens and for positions",
 )
 EMBEDDER: Final = "albert: one layer many times"
 

@@ -186,6 +186,14 @@ def output_of(node: ir.Node) -> ir.Value:
     return y
 
 
+def repeated_for_rows(y: ir.Value) -> ir.Value | None:
+    """What an Expand gives of `y`, to which only constants are added before; None without one."""
+    after = only_user(y)
+    while after is not None and after.op_type == "Add" and any(map(_is_constant, after.inputs)):
+        after = only_user(after.outputs[0])
+    return after.outputs[0] if after is not None and after.op_type == "Expand" else None
+
+
 def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
     """Where the constant [size] that is added to the product `node` is used: a node's input.
 

@@ -28,7 +28,7 @@ from loradeploy.export.graph.names import (
 )
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.products import output_of
+from loradeploy.export.match.products import output_of, repeated_for_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -104,6 +104,8 @@ def _key(linear: Linear) -> object:
     if more or linear.quantized or linear.transposed or node.op_type != "MatMul":
         return None
     if node.inputs[1] is not weight or len(list(weight.uses())) > 1 or x is None:
+        return None
+    if repeated_for_rows(node.outputs[0]) is not None:  # its update is added before it is repeated
         return None
     return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
 

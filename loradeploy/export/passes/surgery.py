@@ -13,7 +13,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, add_constant
 from loradeploy.export.match.observe import FLATTENED, FRONT, SECOND, Seen, not_run, seen_at
 from loradeploy.export.match.products import OPERATORS as PRODUCTS
-from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -171,6 +171,8 @@ def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:
 
 def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows:
     seen = None if x is None else seen_at(x)
+    if x is not None and _serves_all_rows(graph, x, y):
+        return Rows(x)
     if x is not None and seen is not None:
         return _seen_rows(x, seen, module)
     shape = x.shape if x is not None and x.shape is not None else y.shape
@@ -190,6 +192,24 @@ def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows
             + ("" if why is None else f" (the graph does not run here: {why[:_SHOWN]})")
         )
     return Rows(x, no_sequence=len(shape) == 2, rank=len(shape))
+
+
+def _serves_all_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
+    """Whether a product [1, sequence, in] → `y` is computed once, and then repeated for each row.
+
+    So are DeBERTa's relative positions. An update [batch, sequence, out] is added before that.
+    """
+    repeated = repeated_for_rows(y)
+    if repeated is None:
+        return False
+    before, after = seen_at(x), seen_at(repeated)
+    if before is not None and after is not None:
+        once = before.rows is None and len(before.shape) == 3 and before.shape[0] == 1
+        return once and after.rows == FRONT and after.shape[0] == after.batch
+    if x.shape is None or repeated.shape is None:
+        return False
+    once = len(x.shape) == 3 and x.shape[0] == 1
+    return once and _is_batch(graph, repeated.shape, exactly=True)
 
 
 def _seen_rows(x: ir.Value, seen: Seen, module: str) -> Rows:

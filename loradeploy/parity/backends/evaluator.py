@@ -47,7 +47,7 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
 
     graph = context.bundle / GRAPH_NAME
     try:
-        made = ReferenceEvaluator(os.fspath(graph))
+        made = ReferenceEvaluator(os.fspath(graph), new_ops=[_gather_elements()])
     except Exception as problem:  # of several kinds, all for want of an operator
         raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
     manifest, types = context.manifest, context.cases.types
@@ -60,6 +60,20 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     for tested in context.adapters:
         side = side_inputs(tested.adapter, manifest, base) | branch_choice(manifest)
         yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side), types=types)
+
+
+def _gather_elements() -> type:
+    """GatherElements of the standard. onnx 1.23's refuses the axis -1, and more than 32 choices."""
+    import numpy as np
+    from onnx.reference.op_run import OpRun
+
+    class GatherElements(OpRun):
+        op_domain = ""
+
+        def _run(self, data: Any, indices: Any, axis: int | None = None) -> tuple[Any]:
+            return (np.take_along_axis(data, indices.astype(np.int64), axis=axis or 0),)
+
+    return GatherElements
 
 
 def _evaluate(

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter.tasks import TASK_TABLE
-from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
@@ -124,6 +123,30 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "ModernBertConfig",
         {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
     ),
+    # Projects its table of positions, which has no batch, by the layers that project the tokens.
+    "deberta: layers for tokens and for positions": (
+        "sequence-classification",
+        "DebertaV2Config",
+        {
+            **_ENCODER,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "position_biased_input": False,
+        },
+    ),
+    "deberta: layers for positions alone": (
+        "sequence-classification",
+        "DebertaV2Config",
+        {
+            **_ENCODER,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": False,
+        },
+    ),
 }
 
 
@@ -134,18 +157,6 @@ TARGETS: Final[Mapping[str, list[str]]] = {
     "MixtralForCausalLM": _ATTENTION,
     "Qwen3MoeForCausalLM": _ATTENTION,
     "DistilBertForSequenceClassification": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
-}
-
-
-# Projects its table of positions, which has no batch, by the layers that project the tokens.
-DEBERTA: Final = {
-    **_ENCODER,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 8,
-    "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "position_biased_input": False,
 }
 
 
@@ -203,19 +214,3 @@ def test_every_path_is_the_pytorch_model(
     )
     real = mask.astype(bool) if task == "causal-lm" else slice(None)
     assert difference(padded[real], expected[real]) <= allowed
-
-
-def test_layers_that_see_more_than_the_batch_are_merged_and_not_side_inputs(
-    make_adapter: MakeAdapter, tmp_path: Path
-) -> None:
-    task = "sequence-classification"
-    model = make_model(tmp_path / "m", task, "DebertaV2Config", DEBERTA)
-    adapter = make_adapter(model, out=tmp_path / "a", task=task, scale=0.1)
-    with pytest.raises(ExportError, match=r"query_proj takes an input of shape .*merge"):
-        export(model, tmp_path / "side", adapters={"a": adapter})
-    export(model, tmp_path / "merged", adapters={"a": adapter}, merge=True)
-    ids = np.random.default_rng(0).integers(5, 110, (2, 9))
-    adapted = torch_output(model, ids, task=task, adapter=adapter)
-    merged = onnx_output(tmp_path / "merged", ids)
-    assert difference(merged, adapted) <= tolerance("torch-onnx-tiny")
-    assert difference(merged, torch_output(model, ids, task=task)) > 0.1
