@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,20 @@ class Running:
     url: str
     service: Service
     server: Server
+    clients: ExitStack
+    made: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = "unused-by-servers-without-keys") -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        if key not in self.made:  # it takes a while to make one
+            client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+            self.made[key] = self.clients.enter_context(client)
+        return self.made[key]
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        """A client of no interface."""
+        client = httpx.Client(base_url=self.url, timeout=60, **options)
+        return self.clients.enter_context(client)
 
 
 @contextmanager
@@ -63,7 +70,8 @@ def serving(bundle: Path, **options: Any) -> Iterator[Running]:
     thread.start()
     try:
         assert ready.wait(30)
-        yield Running(url, service, server)
+        with ExitStack() as clients:
+            yield Running(url, service, server, clients)
     finally:
         server.stop()
         thread.join(60)

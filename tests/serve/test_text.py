@@ -253,8 +253,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_change_the_answer_is_refused_by_name(llama: Running, name: str) -> None:
     body, param = REFUSED[name]
-    with llama.http() as http:
-        answer = http.post("/v1/completions", json={"model": BASE, "prompt": PROMPT, **body})
+    http = llama.http()
+    answer = http.post("/v1/completions", json={"model": BASE, "prompt": PROMPT, **body})
     error = answer.json()["error"]
     assert answer.status_code in (400, 404), error
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
@@ -265,8 +265,8 @@ def test_what_would_change_the_answer_is_refused_by_name(llama: Running, name: s
 def test_a_field_that_is_null_or_has_no_effect_is_taken(llama: Running) -> None:
     given = {"tools": None, "stop": None, "user": "u", "metadata": {"a": "b"}, "store": False}
     body = {"model": BASE, "prompt": PROMPT, "temperature": 0, "max_tokens": 4, **given}
-    with llama.http() as http:
-        answer = http.post("/v1/completions", json=body)
+    http = llama.http()
+    answer = http.post("/v1/completions", json=body)
     assert answer.json()["choices"][0]["text"] == alone(llama, PROMPT, max_new_tokens=4).text
 
 
@@ -294,18 +294,18 @@ def test_models_are_listed_with_their_parent_and_digest(llama: Running) -> None:
 
 
 def test_figures_are_counted(llama: Running) -> None:
-    with llama.http() as http:
+    http = llama.http()
 
-        def figures() -> dict[str, float]:
-            lines = http.get("/metrics").text.splitlines()
-            rows = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
-            return {name: float(value) for name, value in rows}
+    def figures() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        rows = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, value in rows}
 
-        before = figures()
-        body = {"model": "headline", "prompt": "a secret", "max_tokens": 5, "temperature": 0}
-        usage = http.post("/v1/completions", json=body).json()["usage"]
-        after = figures()
-        text = http.get("/metrics").text
+    before = figures()
+    body = {"model": "headline", "prompt": "a secret", "max_tokens": 5, "temperature": 0}
+    usage = http.post("/v1/completions", json=body).json()["usage"]
+    after = figures()
+    text = http.get("/metrics").text
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     prefix = "loradeploy:"
     assert grown[f"{prefix}prompt_tokens_total"] == usage["prompt_tokens"]

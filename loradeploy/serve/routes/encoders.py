@@ -46,8 +46,11 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
 
     def work() -> tuple[np.ndarray, TextUsage]:
-        usage = _usage(service, texts, adapter, truncate=body.truncate)
         embedder = TextEmbedder(service.session)
+        recipe = service.session.texts.of(adapter).recipe
+        name = recipe.default_prompt if body.prompt_name is None else body.prompt_name
+        prompt = recipe.prompts.get(name or "", "")  # an unknown one is refused below
+        usage = _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
         return embedder(texts, adapter, prompt_name=body.prompt_name), usage
 
     vectors, usage = await _run(service, work, len(texts))
@@ -153,7 +156,9 @@ def _usage(
     """
     side = service.session.texts.of(adapter)
     tokenizer = side.tokenizer
-    longest = tokenizer.max_length if side.recipe.max_length is None else side.recipe.max_length
+    own = side.recipe.max_length
+    limits = (tokenizer.max_length if own is None else own, tokenizer.positions)
+    longest = min((limit for limit in limits if limit is not None), default=None)
     count = 0
     for number, text in enumerate(texts, start=1):
         if isinstance(text, str):

@@ -1,0 +1,179 @@
+"""Adapters of the adapter root: found by name, read again when changed, loaded by request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from loradeploy.errors import UsageError
+from loradeploy.serve.catalog import Catalog
+from tests.serve.conftest import Running, serving
+
+PROMPT = "Shares rose"
+
+
+def text(running: Running, model: str) -> str:
+    answer = running.client().completions.create(
+        model=model, prompt=PROMPT, temperature=0, max_tokens=6
+    )
+    return answer.choices[0].text
+
+
+def names(running: Running) -> set[str]:
+    return {model.id for model in running.client().models.list()} - {"bundle-llama"}
+
+
+def figure(running: Running, name: str) -> float:
+    http = running.http()
+    lines = http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"loradeploy:{name} ")).split()[1])
+
+
+def put(adapter: Path, place: Path) -> None:
+    """Put an adapter there as one step, over what is there."""
+    ready = place.with_name(f".{place.name}.new")
+    shutil.copytree(adapter, ready)
+    shutil.rmtree(place, ignore_errors=True)
+    ready.rename(place)
+
+
+def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
+) -> None:
+    with serving(tiny_llama_bundle, root=root) as running:
+        base, first = text(running, "bundle-llama"), text(running, "headline")
+        assert names(running) == {"headline"}
+        put(serve_adapters["sport"], root / "sport")  # a new one
+        assert names(running) == {"headline", "sport"}
+        sport = text(running, "sport")
+        put(serve_adapters["topic"], root / "headline")  # under the same name
+        replaced = text(running, "headline")
+        put(serve_adapters["topic"], root / "topic")
+        assert text(running, "topic") == replaced
+        assert len({base, first, sport, replaced}) == 4
+        loads = figure(running, "adapter_load_time_seconds_count")
+        assert loads == 4
+        text(running, "sport")
+        assert figure(running, "adapter_load_time_seconds_count") == loads  # it had not changed
+
+        (root / "broken").mkdir()
+        config = (root / "sport" / "adapter_config.json").read_text()
+        (root / "broken" / "adapter_config.json").write_text(config)
+        with pytest.raises(openai.InternalServerError, match="could not be loaded") as failed:
+            text(running, "broken")
+        assert failed.value.status_code == 503
+        assert str(root) not in str(failed.value)
+        assert text(running, "sport") == sport  # it failed that request alone
+        put(serve_adapters["headline"], root / "broken")
+        assert text(running, "broken") == first
+
+        shutil.rmtree(root / "sport")
+        with pytest.raises(openai.NotFoundError):
+            text(running, "sport")
+        assert "sport" not in names(running)
+
+
+def test_an_adapter_that_went_from_memory_is_read_again(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
+) -> None:
+    put(serve_adapters["topic"], root / "topic")
+    with serving(tiny_llama_bundle, root=root) as running:
+        expected = {name: text(running, name) for name in ("headline", "topic")}
+        size = running.service.session.statistics.host_bytes
+    with serving(tiny_llama_bundle, root=root, host_budget=size - 1) as running:
+        for _ in range(2):
+            for name, answer in expected.items():
+                assert text(running, name) == answer
+        assert figure(running, "adapter_cache_evictions_total") >= 3
+        assert figure(running, "adapters_resident") == 1
+
+
+def test_a_name_leads_nowhere_but_below_the_root(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
+) -> None:
+    shutil.copytree(serve_adapters["sport"], root / ".hidden")
+    (root / "linked").symlink_to(serve_adapters["sport"])
+    shutil.copytree(serve_adapters["sport"], root / "large")
+    with (root / "large" / "more.bin").open("wb") as file:
+        os.truncate(file.fileno(), 1 << 30)
+    limit = 1 << 24
+    with serving(tiny_llama_bundle, root=root, updates=True, max_adapter_bytes=limit) as running:
+        http = running.http()
+        names = ["../headline", "a/b", "/etc", "..", ".", ".hidden", "linked", "a\0b", "x" * 200]
+        for name in (*names, "large"):
+            body: dict[str, Any] = {"model": name, "prompt": PROMPT, "max_tokens": 1}
+            asked = http.post("/v1/completions", json=body)
+            assert asked.status_code == (503 if name == "large" else 404), name
+            for given in ({"lora_name": name}, {"lora_name": "other", "lora_path": name}):
+                status = http.post("/v1/load_lora_adapter", json=given).status_code
+                assert status in (400, 404), name
+        assert set(running.service.session.adapters) == set()
+
+
+def test_adapters_are_loaded_and_unloaded_in_vllms_shape(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
+) -> None:
+    put(serve_adapters["sport"], root / "sport")
+    with serving(tiny_llama_bundle, root=root, updates=True) as running:
+        http = running.http()
+        sport = text(running, "sport")
+
+        def post(verb: str, **body: Any) -> tuple[int, str]:
+            answer = http.post(f"/v1/{verb}_lora_adapter", json=body)
+            return answer.status_code, answer.text
+
+        assert post("load", lora_name="news", lora_path="headline") == (
+            200,
+            "Success: LoRA adapter 'news' added successfully.",
+        )
+        first = text(running, "news")
+        assert first == text(running, "headline") != sport
+        assert post("load", lora_name="news", lora_path="sport")[0] == 400
+        assert post("load", lora_name="news", lora_path="sport", load_inplace=True)[0] == 200
+        assert text(running, "news") == sport
+        (root / "cut").mkdir()
+        shutil.copy(root / "sport" / "adapter_config.json", root / "cut")
+        status, answer = post("load", lora_name="news", lora_path="cut", load_inplace=True)
+        assert (status, json.loads(answer)["error"]["code"]) == (400, "adapter_load_failed")
+        assert text(running, "news") == sport  # as it was
+        assert post("unload", lora_name="news")[0] == 200
+        assert post("unload", lora_name="news")[0] == 404
+        with pytest.raises(openai.NotFoundError):
+            text(running, "news")
+        assert post("unload", lora_name="sport")[0] == 200
+        with pytest.raises(openai.NotFoundError):  # though its files are there
+            text(running, "sport")
+        assert "sport" not in names(running)
+        assert post("load", lora_name="sport")[0] == 200
+        assert text(running, "sport") == sport
+        assert post("load", lora_name="bundle-llama", lora_path="sport")[0] == 400
+        assert post("load", lora_name="x", lora_path="nobody")[0] == 404
+
+
+def test_updates_are_off_unless_asked_for(tiny_llama_bundle: Path, root: Path) -> None:
+    with serving(tiny_llama_bundle, root=root) as running:
+        http = running.http()
+        for verb in ("load", "unload"):
+            answer = http.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "headline"})
+            assert answer.status_code == 404
+            assert "without adapter updates" in answer.json()["error"]["message"]
+
+
+def test_one_name_is_not_two_models(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    from loradeploy.runtime.session import AdapterSession
+
+    with AdapterSession(tiny_llama_bundle) as session:
+        session.load("bundle-llama", serve_adapters["sport"])
+        with pytest.raises(UsageError, match="the same name"):
+            Catalog(session, root=None, max_bytes=1, on_load=print)
+        session.unload("bundle-llama")
+        with pytest.raises(UsageError, match="is not a directory"):
+            Catalog(session, root=tmp_path / "nothing", max_bytes=1, on_load=print)
