@@ -47,12 +47,10 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.exception_handler(RequestError)
     @app.exception_handler(LoraDeployError)
+    @app.exception_handler(Exception)  # the gate gets it after the answer
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return _response(problem_of(error))
 
-    @app.exception_handler(Exception)  # which goes on to the gate, for the log
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return _response(RequestError(500, "internal error"))
 
     return Gate(app, service)
 

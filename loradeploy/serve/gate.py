@@ -64,9 +64,8 @@ class Gate:
         except _SlowClientError:
             logger.info("a client accepted no more of its answer")
         except Exception as error:
-            problem = problem_of(error)
-            if not begun:
-                await _answer(problem, limited_send)
+            if not begun:  # else it is in the log, and the answer tells it
+                await _answer(problem_of(error), limited_send)
 
     def _check(self, scope: Scope) -> ApiKey:
         """Whose request it is.

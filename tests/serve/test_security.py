@@ -64,7 +64,7 @@ def test_every_route_but_health_asks_for_a_key(guarded: Running) -> None:
             assert answer.status_code == 200
             continue
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-    for wrong in (f"Bearer {ALL}x", f"Bearer {ALL[:-1]}", "Bearer ", f"Token {ALL}", "Basic !"):
+    for wrong in (f"Bearer {ALL}x", f"Bearer {ALL[:-1]}", "Bearer", f"Token {ALL}", "Basic !"):
         assert http.get("/v1/models", headers={"Authorization": wrong}).status_code == 401
     # A browser asks for it by itself.
     assert "Basic" in http.get("/").headers["www-authenticate"]
