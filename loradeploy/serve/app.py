@@ -51,7 +51,6 @@ def create_app(service: Service) -> ASGIApp:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return _response(problem_of(error))
 
-
     return Gate(app, service)
 
 
