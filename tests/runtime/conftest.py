@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, once
 
 RANKS = {"small": 4, "large": 64, "partial": 8}
 
@@ -48,6 +49,15 @@ def bert_adapters(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]
         target_modules=["query", "value"],
     )
     return adapters
+
+
+@pytest.fixture(scope="session")
+def in_place(tiny_llama_bundle: Path, shared: Path) -> Path:
+    """The tiny Llama with its cache in place, and a slot of side inputs for each row."""
+    return once(
+        shared / "bundle-llama-in-place",
+        lambda place: export(tiny_llama_bundle, place, attention="gqa", layout="rows"),
+    )
 
 
 @pytest.fixture

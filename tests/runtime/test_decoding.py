@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 
 from loradeploy.errors import BudgetError, RunError, UsageError
-from loradeploy.export.api import export
 from loradeploy.runtime.decoding.calls import Call
 from loradeploy.runtime.decoding.requests import read_request
 from loradeploy.runtime.held import HeldAdapters
@@ -27,14 +26,6 @@ ADAPTERS = ["large", None, "small"]
 NEW = 12
 END = 2
 Reference = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def in_place(tiny_llama_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with its cache in place, and a slot of side inputs for each row."""
-    bundle = tmp_path_factory.mktemp("in-place") / "bundle"
-    export(tiny_llama_bundle, bundle, attention="gqa", layout="rows")
-    return bundle
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ from loradeploy.errors import (
     EngineFullError,
     UsageError,
 )
+from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
 from loradeploy.runtime.decoding.calls import Call, Prompt
 from loradeploy.runtime.decoding.reading import PromptReader
 from loradeploy.runtime.engine.queue import FairQueue
 from loradeploy.runtime.engine.running import Running, prepare
-from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
+from loradeploy.runtime.engine.statistics import EngineStatistics, Moment, Observer
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage, deadline_of
 from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loradeploy.runtime.decoding.options import GenerationFlags
+
+logger = logger_of(__name__)
 
 # Requests whose adapters are read while they wait for rows.
 _AHEAD: Final = 4
@@ -95,7 +98,7 @@ class Engine:
             self.session,
             self.tokenizer.pad_id,
             self._statistics,
-            observer or (lambda moment, seconds, submission: None),
+            _guarded(observer),
             slots=max_rows,
             chunk=prefill_chunk,
             budget=cache_budget,
@@ -291,7 +294,7 @@ class Engine:
                     return
                 now = time.monotonic()
                 for submission in list(self._queue):
-                    if submission.deadline is not None and submission.deadline <= now:
+                    if submission.late(now):
                         self._queue.remove(submission)
                         late.append(submission)
                 if self._queue and len(self._ready) < _AHEAD:
@@ -332,11 +335,31 @@ class Engine:
     # -- the thread that runs the graph --------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._rounds()
+        except Exception as problem:  # a defect; nobody may wait for ever
+            logger.exception("the engine ends")
+            with self._changed:
+                self._draining = self._closed = True
+                rest, self._ready = [*self._ready, *self._running.values()], deque()
+                waiting = list(self._queue)
+                self._running.clear()
+                for submission in waiting:
+                    self._queue.remove(submission)
+            for one in rest:
+                one.close()
+            for submission in [*waiting, *(one.submission for one in rest)]:
+                self._fail(submission, problem)
+        finally:
+            self._worker.close()
+
+    def _rounds(self) -> None:
         while True:
+            self._drop_ready()
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._ready or self._running)
                 if self._closed and not self._alive():
-                    break
+                    return
                 while self._ready and self._worker.fits(self._ready[0]):
                     one = self._ready.popleft()
                     self._running[one.number] = one
@@ -345,7 +368,21 @@ class Engine:
                     self._changed.wait(0.05)
                     continue
             self._changed_by(self._worker.advance())
-        self._worker.close()
+
+    def _drop_ready(self) -> None:
+        """Let go of requests that were cancelled, or are late, before there were rows for them."""
+        now = time.monotonic()
+        with self._changed:
+            late = [one for one in self._ready if one.submission.late(now)]
+            idle = [one for one in self._ready if one.submission.cancelled and one not in late]
+            for one in (*late, *idle):
+                self._ready.remove(one)
+        for one in (*late, *idle):
+            one.close()
+        for one in late:
+            self._fail(one.submission, _too_late())
+        for one in idle:
+            self._end_unread(one.submission)
 
     def _changed_by(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
         """Let go of what has ended in a round of the worker."""
@@ -367,6 +404,19 @@ class Engine:
                 self._pace = each if not self._pace else 0.8 * self._pace + 0.2 * each
             self._last_end = now
             self._changed.notify_all()
+
+
+def _guarded(observer: Observer | None) -> Observer:
+    """`observer`, whose errors are logged and hurt no request."""
+
+    def observe(moment: Moment, seconds: float, submission: Submission | None) -> None:
+        try:
+            if observer is not None:
+                observer(moment, seconds, submission)
+        except Exception:
+            logger.exception("the observer of an engine fails at %s", moment)
+
+    return observe
 
 
 def _too_late() -> DeadlineError:

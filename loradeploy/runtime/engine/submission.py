@@ -120,6 +120,10 @@ class Submission:
         """Whether it was cancelled."""
         return self._cancelled
 
+    def late(self, now: float) -> bool:
+        """Whether its deadline has passed, at `now` of time.monotonic."""
+        return self.deadline is not None and self.deadline <= now
+
     def cancel(self) -> None:
         """End its texts where they are, as "cancelled", before the next token."""
         self._cancelled = True

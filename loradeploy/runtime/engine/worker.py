@@ -117,8 +117,7 @@ class Worker:
         """End what was cancelled, and what is late."""
         now = time.monotonic()
         for one in [*self._going.values(), *self._reading]:
-            deadline = one.submission.deadline
-            if deadline is not None and deadline <= now:
+            if one.submission.late(now):
                 self._end(one, DeadlineError("the request's deadline passed before it ended"))
             elif one.submission.cancelled and one.cancel():
                 one.tell(self._statistics, self._observer)

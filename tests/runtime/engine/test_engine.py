@@ -1,0 +1,256 @@
+"""What an engine promises beside right answers: order, bounds, ends, and whose keys are whose."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.errors import (
+    BudgetError,
+    DeadlineError,
+    EngineClosedError,
+    EngineFullError,
+    UsageError,
+)
+from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.engine.prefix import BLOCK
+from loradeploy.runtime.engine.submission import GenerationEvent
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+
+LONG = list(range(20, 20 + 3 * BLOCK + 2))
+
+
+@pytest.fixture(scope="module", params=["grows", "in place"])
+def session(
+    request: pytest.FixtureRequest,
+    tiny_llama_bundle: Path,
+    in_place: Path,
+    llama_adapters: dict[str, Path],
+) -> Iterator[AdapterSession]:
+    with AdapterSession(tiny_llama_bundle if request.param == "grows" else in_place) as session:
+        for name, path in llama_adapters.items():
+            session.load(name, path)
+        yield session
+
+
+def test_events_are_the_text_and_the_tokens_of_the_result(session: AdapterSession) -> None:
+    async def read(engine: Engine) -> list[GenerationEvent]:
+        submission = engine.submit(
+            "The bank", "large", max_new_tokens=8, n=2, temperature=1.0, logprobs=1
+        )
+        assert await submission.started() == submission.prompt_tokens
+        return [event async for event in submission]
+
+    with Engine(session) as engine:
+        events = asyncio.run(read(engine))
+    alone = TextGenerator(session).generate(
+        ["The bank"], "large", max_new_tokens=8, n=2, temperature=1.0, logprobs=1
+    )
+    for choice, expected in enumerate(alone):
+        own = [event for event in events if event.choice == choice]
+        assert len(own) > 2
+        assert "".join(event.text for event in own) == expected.text
+        assert sum((event.token_ids for event in own), ()) == expected.token_ids
+        logprobs = [part for event in own for part in event.logprobs or ()]
+        assert [part.token_id for part in logprobs] == list(expected.token_ids)
+        assert [event.generation is None for event in own] == [True] * (len(own) - 1) + [False]
+        assert own[-1].generation is not None
+        assert own[-1].generation.finish_reason == expected.finish_reason
+    assert [event.usage is None for event in events] == [True] * (len(events) - 1) + [False]
+    usage = events[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens == alone[0].prompt_tokens
+    assert usage.completion_tokens == sum(one.completion_tokens for one in alone)
+
+
+def test_what_a_prompt_begins_with_is_read_once_for_its_adapter_and_scope_alone(
+    session: AdapterSession,
+) -> None:
+    def ask(engine: Engine, adapter: Any, scope: str | None, last: int) -> tuple[int, Any]:
+        done = engine.submit([*LONG, last], adapter, scope=scope, max_new_tokens=4).result(60)
+        return done.usage.cached_tokens, done.generations[0].token_ids
+
+    generator = TextGenerator(session)
+    alone = {
+        (adapter, last): generator.generate([[*LONG, last]], adapter, max_new_tokens=4)[0].token_ids
+        for adapter in ("large", "small", None)
+        for last in (7, 9)
+    }
+    assert len(set(alone.values())) > 3
+    shared = 3 * BLOCK
+    with Engine(session, prefill_chunk=16) as engine:
+        for adapter, scope, last, cached in (
+            ("large", "a", 7, 0),
+            ("large", "a", 9, shared),  # the control: it is found where it may be
+            ("small", "a", 9, 0),
+            (None, "a", 9, 0),
+            ("large", "b", 9, 0),
+            ("large", None, 9, 0),
+            ("large", "b", 7, shared),
+            ({"large": 1.0}, "a", 7, shared),  # the same factors
+            ({"large": 0.5}, "a", 7, 0),
+        ):
+            found, ids = ask(engine, adapter, scope, last)
+            assert found == cached, (adapter, scope, last)
+            if not isinstance(adapter, dict):
+                assert ids == alone[adapter, last]
+        assert engine.stats().cached_tokens == 3 * shared
+    with Engine(session, prefix_budget=0) as engine:
+        assert [ask(engine, "large", "a", 7)[0] for _ in range(2)] == [0, 0]
+
+
+def test_the_prefix_cache_stays_below_its_budget(session: AdapterSession) -> None:
+    with Engine(session) as engine:
+        engine.submit(LONG, max_new_tokens=1).result(60)
+        each = engine.stats().prefix_bytes // 3
+    with Engine(session, prefix_budget=4 * each) as engine:
+        for first in range(6):
+            engine.submit([first + 3, *LONG], max_new_tokens=1).result(60)
+            assert engine.stats().prefix_bytes <= 4 * each
+        stats = engine.stats()
+        assert stats.prefix_entries == 4
+        assert stats.prefix_evictions == 6 * 3 - 4
+        again = engine.submit([5 + 3, *LONG], max_new_tokens=1).result(60)
+        assert again.usage.cached_tokens == 3 * BLOCK  # what was used last is there
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others(session: AdapterSession) -> None:
+    with Engine(session, prefill_chunk=8, prefix_budget=0) as engine:
+        going = engine.submit("The bank", "small", max_new_tokens=60)
+        next(going)
+        late = engine.submit(list(range(20, 100)), "large", max_new_tokens=1)
+        seen = 0
+        while not late.done:
+            next(going)
+            seen += 1
+        assert seen > 5, "it waited for the whole prompt"
+        assert len(going.result(60).generations[0].token_ids) == 60
+
+
+def test_as_many_wait_as_may_and_a_scope_with_few_goes_before_one_with_many(
+    session: AdapterSession,
+) -> None:
+    engine = Engine(session, max_waiting=4)  # nothing is taken before its start
+    first = [engine.submit("A", scope="many", max_new_tokens=2) for _ in range(4)]
+    with pytest.raises(EngineFullError, match="4 requests wait") as full:
+        engine.submit("A", scope="many")
+    assert full.value.retry_after > 0
+    other = engine.submit("A", scope="few", max_new_tokens=2)
+    with pytest.raises(EngineFullError):
+        first[-1].result(1)
+    assert engine.stats().waiting == 4
+    with engine:
+        other.result(60)
+        assert all(one.result(60).usage.completion_tokens for one in first[:-1])
+        stats = engine.stats()
+    assert (stats.submitted, stats.refused, stats.failed) == (5, 2, {"EngineFullError": 1})
+
+
+def test_requests_end_at_their_deadline_and_when_they_are_cancelled(
+    session: AdapterSession,
+) -> None:
+    with Engine(session, max_rows=1) as engine:
+        going = engine.submit("The bank", max_new_tokens=100)
+        next(going)
+        waits = engine.submit("The bank", deadline=0.001)
+        with pytest.raises(DeadlineError):
+            waits.result(60)
+        gone = engine.submit("The bank", max_new_tokens=5)
+        gone.cancel()
+        nothing = gone.result(60).generations[0]
+        assert (nothing.finish_reason, nothing.token_ids) == ("cancelled", ())
+        going.cancel()
+        whole = going.result(60).generations[0]
+        assert whole.finish_reason == "cancelled"
+        alone = TextGenerator(session).generate(["The bank"], max_new_tokens=100)[0].token_ids
+        assert whole.token_ids == alone[: len(whole.token_ids)]
+        assert 0 < len(whole.token_ids) < len(alone)
+        late = engine.submit("The bank", max_new_tokens=100, deadline=0.05, logit_bias={2: -100})
+        with pytest.raises(DeadlineError):
+            list(late)
+        assert engine.submit("The bank", max_new_tokens=2).result(60)
+
+
+def test_what_leaves_the_async_with_of_a_request_cancels_it(session: AdapterSession) -> None:
+    async def leave(engine: Engine) -> str:
+        async with engine.submit("The bank", max_new_tokens=100) as submission:
+            await anext(submission)
+        return (await submission.completion()).generations[0].finish_reason
+
+    with Engine(session) as engine:
+        assert asyncio.run(leave(engine)) == "cancelled"
+
+
+def test_a_drain_ends_what_there_is_and_takes_nothing_new(session: AdapterSession) -> None:
+    with Engine(session, max_rows=2) as engine:
+        all_of_them = [engine.submit("The bank", max_new_tokens=4) for _ in range(5)]
+        assert engine.drain(60)
+        assert all(one.done for one in all_of_them)
+        with pytest.raises(EngineClosedError):
+            engine.submit("A")
+    with Engine(session, max_rows=1) as engine:
+        slow = [engine.submit("The bank", max_new_tokens=100) for _ in range(3)]
+        next(slow[0])
+        assert not engine.drain(0.01)
+        reasons = [one.result(60).generations[0].finish_reason for one in slow]
+        assert reasons == ["cancelled"] * 3
+    with pytest.raises(EngineClosedError):
+        engine.start()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "problem", "message"),
+    [
+        ("", {}, UsageError, "empty"),
+        ([9999], {}, UsageError, "9999"),
+        ("A", {"temperature": 1.0, "n": 9}, UsageError, "9 rows"),
+        ("A " * 60, {"max_new_tokens": 60}, BudgetError, "MiB|room for"),
+    ],
+    ids=["empty", "a token out of range", "more texts than rows", "more than its memory"],
+)
+def test_a_request_that_cannot_be_served_is_refused_by_name(
+    session: AdapterSession, prompt: Any, given: Any, problem: type[Exception], message: str
+) -> None:
+    with Engine(session, cache_budget=100_000) as engine:
+        with pytest.raises(problem, match=message):
+            engine.submit(prompt, **given).result(60)
+        assert engine.submit("A", max_new_tokens=2).result(60)
+
+
+def test_settings_are_checked_at_once(session: AdapterSession) -> None:
+    engine = Engine(session)
+    with pytest.raises(UsageError, match="temperature"):
+        engine.submit("A", temperature=-1)
+    with pytest.raises(UsageError, match="deadline"):
+        engine.submit("A", deadline=0)
+    with pytest.raises(UsageError, match="max_rows"):
+        Engine(session, max_rows=0)
+    with pytest.raises(UsageError, match="prefix_budget"):
+        Engine(session, prefix_budget=-1)
+
+
+def test_an_observer_sees_what_a_request_waited_for_and_cannot_hurt_it(
+    session: AdapterSession,
+) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def observe(moment: str, seconds: float, submission: Any) -> None:
+        seen.append((moment, seconds))
+        raise ValueError("an observer's fault")
+
+    with Engine(session, observer=observe) as engine:
+        began = time.monotonic()
+        done = engine.submit("The bank", max_new_tokens=5, logit_bias={2: -100}).result(60)
+        took = time.monotonic() - began
+    counts = [moment for moment, _ in seen]
+    assert done.usage.completion_tokens == 5
+    for moment, times in (("queue", 1), ("prefill", 1), ("first_token", 1), ("request", 1)):
+        assert counts.count(moment) == times
+    assert counts.count("step") == counts.count("inter_token") == 4
+    assert all(0 <= seconds <= took for _, seconds in seen)

@@ -1,0 +1,179 @@
+"""Ask an engine for a long time, by twice as many askers as it has rows, and account for all.
+
+    python -m tools.soak_engine BUNDLE --adapter NAME=DIR … --minutes 30
+
+Askers submit requests of all kinds, read or cancel them; adapters are replaced under one name, and
+the session has room for few of them. Each answer is compared with the one that its request gets
+alone. Exits with 1 where one differs or is missing, or where memory grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.errors import EngineFullError
+from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+
+WORDS: Final = "The government said shares in the company fell after the bank reported"
+SETTINGS: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {"temperature": 0.9},
+    {"temperature": 0.8, "n": 2},
+    {"repetition_penalty": 1.2},
+)
+_KINDS: Final = 40  # different requests
+_GROWTH: Final = 0.1  # of the memory after a quarter of the time, that is no growth
+
+
+@dataclass
+class SoakReport:
+    """What became of all requests.
+
+    `wrong`: answers that differ from the lone one. `lost`: requests that never ended. `rss`: MiB,
+    once a second or rarer.
+    """
+
+    asked: int = 0
+    answered: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    wrong: int = 0
+    lost: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rss: list[float] = field(default_factory=list)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the last quarter's memory is above the second one's."""
+        part = len(self.rss) // 4
+        if not part:
+            return False
+        early, late = (
+            sorted(r)[len(r) // 2] for r in (self.rss[part : 2 * part], self.rss[-part:])
+        )
+        return late > early * (1 + _GROWTH)
+
+
+def soak(
+    bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int = 8
+) -> SoakReport:
+    """Ask an engine on `bundle` for so many seconds."""
+    report, lock = SoakReport(), threading.Lock()
+    size = sum(path.stat().st_size for path in bundle.rglob("*.onnx*"))
+    with AdapterSession(bundle, host_budget=max(size // 2, 1 << 20)) as session:
+        for name, path in adapters.items():
+            session.register(name, path)
+        chance = random.Random(0)
+        kinds = [
+            (
+                " ".join(chance.choices(WORDS.split(), k=chance.randint(1, 12))),
+                chance.choice([None, *adapters]),
+                {**chance.choice(SETTINGS), "max_new_tokens": chance.randint(1, 16)},
+            )
+            for _ in range(_KINDS)
+        ]
+        generator = TextGenerator(session)
+        lone = [
+            [one.token_ids for one in generator.generate([prompt], adapter, **options)]
+            for prompt, adapter, options in kinds
+        ]
+        end = time.monotonic() + seconds
+
+        def ask(engine: Engine, seed: int) -> None:
+            own = random.Random(seed)
+            while time.monotonic() < end:
+                number = own.randrange(_KINDS)
+                prompt, adapter, options = kinds[number]
+                with lock:
+                    report.asked += 1
+                try:
+                    submission = engine.submit(prompt, adapter, scope=str(seed % 3), **options)
+                except EngineFullError as problem:
+                    with lock:
+                        report.refused += 1
+                    time.sleep(min(problem.retry_after, 0.2))
+                    continue
+                if own.random() < 0.1:
+                    time.sleep(own.random() * 0.02)
+                    submission.cancel()
+                try:
+                    done = submission.result(120)
+                except TimeoutError:
+                    with lock:
+                        report.lost += 1
+                    continue
+                except EngineFullError:  # it had to give way to a scope with fewer
+                    with lock:
+                        report.refused += 1
+                    continue
+                ids = [one.token_ids for one in done.generations]
+                ended = [one.finish_reason != "cancelled" for one in done.generations]
+                with lock:
+                    report.tokens += done.usage.completion_tokens
+                    report.answered += all(ended)
+                    report.cancelled += not all(ended)
+                    report.wrong += any(
+                        a != b if whole else a != b[: len(a)]
+                        for a, b, whole in zip(ids, lone[number], ended, strict=True)
+                    )
+
+        with Engine(
+            session, max_rows=max_rows, max_waiting=2 * max_rows, prefill_chunk=8
+        ) as engine:
+            askers = [
+                threading.Thread(target=ask, args=(engine, seed)) for seed in range(4 * max_rows)
+            ]
+            for asker in askers:
+                asker.start()
+            began = time.monotonic()
+            names = sorted(adapters)
+            while time.monotonic() < end:
+                report.rss.append(_rss())
+                if names:  # the same adapter again, read anew: what runs is not disturbed
+                    name = chance.choice(names)
+                    session.load(name, adapters[name], replace=True)
+                time.sleep(max(0.1, min(1.0, seconds / 100)))
+            for asker in askers:
+                asker.join()
+            report.seconds = time.monotonic() - began
+    return report
+
+
+def _rss() -> float:
+    """MiB of memory of this process (Linux)."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / (1 << 20)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--rows", type=int, default=8)
+    given = parser.parse_args()
+    adapters = {name: Path(path) for name, _, path in (one.partition("=") for one in given.adapter)}
+    report = soak(given.bundle, adapters, seconds=60 * given.minutes, max_rows=given.rows)
+    accounted = report.asked == report.answered + report.cancelled + report.refused + report.lost
+    well = accounted and not (report.wrong or report.lost or report.grows)
+    print(json.dumps({**asdict(report), "accounted": accounted, "grows": report.grows}))
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
