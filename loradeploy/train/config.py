@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,11 @@ QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
+# What an adapter that training continues from states itself.
+OF_ADAPTER: Final = (
+    *("rank", "alpha", "use_rslora", "use_dora", "init", "bias", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern"),
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -53,6 +58,11 @@ class TrainConfig:
         "",
         "Evaluation data: a file, a directory, a dataset, or the name of another split of the"
         " training dataset.",
+    )
+    init_adapter: str = _option(
+        "",
+        "Directory of a PEFT adapter to continue from. Rank, alpha, targets and method are those of"
+        " this adapter.",
     )
     rank: int = _option(8, "Rank r of the factors A and B.")
     alpha: float = _option(16.0, "LoRA alpha. The scaling is alpha / rank.")
@@ -181,12 +191,25 @@ class TrainConfig:
             )
         if not re.fullmatch("|".join((*INITS, r"pissa_niter_[1-9]\d*")), self.init):
             raise UsageError(f"`init` is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
+        self._check_initial(
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
         # Values that cannot be parsed are refused here, not when they are used.
         for name in ("rank_pattern", "alpha_pattern"):
             self.pattern(name)
         _ = self.column_names, self.layers
         if not self.targets:
             raise UsageError("`target_modules` is empty: give all-linear, names, or re:PATTERN")
+
+    def _check_initial(self, given: Iterable[str]) -> None:
+        """Raise UsageError if settings that an adapter has itself are `given` beside it."""
+        both = [name for name in given if name in OF_ADAPTER]
+        if self.init_adapter and both:
+            raise UsageError(
+                f"`{both[0]}` cannot be set with `init_adapter`: it is that of the adapter"
+            )
 
     @property
     def targets(self) -> str | tuple[str, ...]:
@@ -293,7 +316,9 @@ def read_config(
             )
             raise UsageError(f"unknown setting {name!r}{hint}")
         values[name] = _typed(name, value, str(fields[name].type))
-    return TrainConfig(**values)
+    made = TrainConfig(**values)
+    made._check_initial(flags or {})  # a flag is refused even where it has the default
+    return made
 
 
 def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:

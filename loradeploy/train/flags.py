@@ -12,6 +12,7 @@ class TrainFlags(TypedDict, total=False):
     problem_type: str
     columns: str
     split: str
+    init_adapter: str
     validation: str
     rank: int
     alpha: float

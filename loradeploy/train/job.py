@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -39,12 +40,13 @@ from loradeploy.errors import (
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
-from loradeploy.lora.inject import copy_into, inject
+from loradeploy.lora.inject import copy_into, inject, load
 from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
+from loradeploy.train.initial import initial_adapter
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
 from loradeploy.train.prepared import Prepared, prepare
@@ -95,10 +97,18 @@ def run(
         digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
-        adapter_config = _adapter_config(model, config, task, base.heads)
+        initial = initial_adapter(config, task, prepared.labels, base.heads, digest_of_base)
+        if initial is None:
+            adapter_config = _adapter_config(model, config, task, base.heads)
+        else:
+            initial = _continued(initial, config, task)
+            adapter_config = initial.config
         if config.precision in QUANTIZED:
             quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
-        injection = inject(base.model, adapter_config, seed=config.seed)
+        if initial is None:
+            injection = inject(base.model, adapter_config, seed=config.seed)
+        else:
+            injection = load(base.model, initial)
         describe = functools.partial(
             injection.adapter,
             base_digest=digest_of_base,
@@ -106,6 +116,8 @@ def run(
             problem_type=task.problem_type,
         )
         record = _record(config, digest_of_base, prepared, opened)
+        if initial is not None:
+            record["init_adapter_digest"] = initial.digest
         newest: Path | None = None
         callbacks: list[Any] = []
         with ExitStack() as closing:
@@ -236,6 +248,14 @@ def _adapter_config(
         task_type=task.peft,
         base_model_name_or_path=os.fspath(model),
     )
+
+
+def _continued(adapter: Adapter, config: TrainConfig, task: Task) -> Adapter:
+    """`adapter` as this run trains it: with its dropout, for its task."""
+    own = dataclasses.replace(
+        adapter.config, lora_dropout=config.dropout, task_type=task.peft, init_lora_weights=True
+    )
+    return dataclasses.replace(adapter, config=own)
 
 
 def _record(

@@ -1,0 +1,81 @@
+"""The adapter that a training goes on from, checked against the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loradeploy.adapter import Adapter, load_adapter
+from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
+from loradeploy.errors import BundleError, UsageError, listed, listed_names
+from loradeploy.train.config import TrainConfig
+from loradeploy.train.tasks import Task
+
+
+def initial_adapter(
+    config: TrainConfig,
+    task: Task,
+    labels: tuple[str, ...] | None,
+    heads: tuple[str, ...],
+    digest_of_base: str,
+) -> Adapter | None:
+    """The adapter at `init_adapter`; None without one.
+
+    `labels`, `heads`: the names of the head's outputs, and the head's modules, of this run.
+
+    Raises:
+        AdapterError: it cannot be read, or needs a changed base.
+        UsageError: it is of another base, task or head; all that differs is listed.
+    """
+    if not config.init_adapter:
+        return None
+    adapter = load_adapter(config.init_adapter)
+    adapter.check_plain()
+    saved = {parameter.rpartition(".")[0] for parameter in adapter.saved}
+    lacking = [head for head in heads if not any(_within(module, head) for module in saved)]
+    problems = [
+        problem
+        for differs, problem in (
+            (
+                adapter.base_digest not in (None, digest_of_base),
+                "it was trained on another base",
+            ),
+            (
+                task.peft is not None and adapter.config.task_type not in (None, task.peft),
+                f"its task_type is {adapter.config.task_type}, the task {task.name}",
+            ),
+            (
+                bool(heads) and adapter.problem_type not in (None, task.problem_type),
+                f"its problem_type is {adapter.problem_type}, that of the run {task.problem_type}",
+            ),
+            (
+                bool(heads) and adapter.labels is not None and adapter.labels != labels,
+                f"its labels are {_named(adapter.labels)}, those of the data {_named(labels)}",
+            ),
+            (bool(lacking), f"it has no {listed_names(lacking)}"),
+            (
+                not heads and task.labels is None and _pools_otherwise(Path(config.init_adapter)),
+                "its modules.json specifies another pooling than the mean",
+            ),
+        )
+        if differs
+    ]
+    if problems:
+        raise UsageError(f"`init_adapter` {config.init_adapter} cannot be used: {listed(problems)}")
+    return adapter
+
+
+def _named(labels: tuple[str, ...] | None) -> str:
+    return listed_names(labels or ())
+
+
+def _within(module: str, head: str) -> bool:
+    return module == head or module.startswith(f"{head}.")
+
+
+def _pools_otherwise(directory: Path) -> bool:
+    try:
+        found = recipe_directory(directory)
+        recipe = None if found is None else read_recipe(found)
+    except BundleError:
+        return True
+    return recipe is not None and not recipe.is_usual
