@@ -19,11 +19,35 @@ from loradeploy.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.manifest import Manifest
+    from loradeploy.bundle.manifest import Manifest, TensorSpec
 
 # Positions that a buffer has room for beside those that are asked for; it grows by doubling.
 _ROOM: Final = 256
 _DTYPES: Final = ("float32", "float16", "float64")
+
+
+def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
+    """The inputs [batch, heads, past, size] that take the cache: none where a graph has no cache.
+
+    Raises:
+        UsageError: numpy has no such dtype, or heads or size are not known, so that no cache can be
+            allocated.
+    """
+    specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+    for spec in specs:
+        if spec.dtype not in _DTYPES:
+            raise UsageError(
+                f"{spec.name} is of {spec.dtype}, of which numpy makes no cache: give"
+                " OrtValues of your own to AdapterSession.run"
+            )
+    for spec in specs:
+        if len(spec.shape) != 4 or not all(isinstance(spec.shape[i], int) for i in (1, 3)):
+            raise UsageError(
+                f"{spec.name} is {list(spec.shape)}, a cache of [batch, heads, past, size] with"
+                " numbers for heads and size is needed: give OrtValues of your own to"
+                " AdapterSession.run"
+            )
+    return specs
 
 
 class DecoderCache:
@@ -35,20 +59,7 @@ class DecoderCache:
     """
 
     def __init__(self, manifest: Manifest, device: tuple[str, int], *, batch: int) -> None:
-        self._specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
-        unknown = [spec for spec in self._specs if spec.dtype not in _DTYPES]
-        if unknown:
-            raise UsageError(
-                f"{unknown[0].name} is of {unknown[0].dtype}, of which numpy makes no cache: give"
-                " OrtValues of your own to AdapterSession.run"
-            )
-        for spec in self._specs:
-            if len(spec.shape) != 4 or not all(isinstance(spec.shape[i], int) for i in (1, 3)):
-                raise UsageError(
-                    f"{spec.name} is {list(spec.shape)}, a cache of [batch, heads, past, size] with"
-                    " numbers for heads and size is needed: give OrtValues of your own to"
-                    " AdapterSession.run"
-                )
+        self._specs = cache_inputs(manifest)
         if batch < 1:
             raise UsageError(f"a cache for {batch} rows: give 1 or more")
         self._batch = batch

@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 
 from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.errors import UsageError
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.decoding.memory import row_bytes
 from tests.bundle.test_manifest import a_manifest
 
 PAST = ("past_key_values.0.key", "past_key_values.0.value")
@@ -101,3 +103,20 @@ def test_a_buffer_of_a_cache_in_place_is_free_once_its_new_one_is_there() -> Non
         cache.make_room(1000)
         cache.take_rows([0, 0])
     assert alive == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason"),
+    [
+        ("float32", ("batch", "heads", "past", 4), "with numbers for heads and size"),
+        ("float32", ("batch", 2, "past"), "with numbers for heads and size"),
+        ("bfloat16", ("batch", 2, "past", 4), "of which numpy makes no cache"),
+    ],
+)
+@pytest.mark.parametrize("reader", [row_bytes, lambda m: DecoderCache(m, ("cpu", 0), batch=1)])
+def test_a_cache_that_cannot_be_allocated_is_refused_wherever_its_shape_is_read(
+    reader: Any, dtype: str, shape: tuple[int | str, ...], reason: str
+) -> None:
+    manifest = a_manifest(inputs=(TensorSpec(PAST[0], dtype, shape),))
+    with pytest.raises(UsageError, match=reason):
+        reader(manifest)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import PAST
 from loradeploy.errors import BudgetError
+from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.devices.cgroups import free_memory
 from loradeploy.runtime.devices.findings import machine_root
 
@@ -72,8 +72,7 @@ def _position_bytes(manifest: Manifest) -> list[int]:
     """The bytes of each tensor of the cache for one token of one row."""
     return [
         int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
-        for spec in manifest.inputs
-        if spec.name.startswith(PAST) and len(spec.shape) == 4
+        for spec in cache_inputs(manifest)
     ]
 
 

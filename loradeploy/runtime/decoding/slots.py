@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
+from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.rows import RowAdapters, logits_at
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ class SlotRows:
             spec.name: np.zeros(
                 (slots, int(spec.shape[1]), positions, int(spec.shape[3])), spec.dtype
             )
-            for spec in graph.session.manifest.inputs
-            if spec.name.startswith(PAST)
+            for spec in cache_inputs(graph.session.manifest)
         }
         self._outputs = tuple(present_of(name) for name in self._arrays)
         self._views: dict[tuple[int, int], tuple[_Values, _Values]] = {}
