@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from loradeploy.adapter import Adapter, load_adapter
-from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
-from loradeploy.errors import BundleError, UsageError, listed, listed_names
+from loradeploy.bundle.text.sentence import recipe_directory
+from loradeploy.errors import UsageError, listed, listed_names
 from loradeploy.train.config import TrainConfig
+from loradeploy.train.pooling import Pooling, pooling_of
 from loradeploy.train.tasks import Task
 
 
@@ -17,10 +18,12 @@ def initial_adapter(
     labels: tuple[str, ...] | None,
     heads: tuple[str, ...],
     digest_of_base: str,
+    pooling: Pooling | None = None,
 ) -> Adapter | None:
     """The adapter at `init_adapter`; None without one.
 
     `labels`, `heads`: the names of the head's outputs, and the head's modules, of this run.
+    `pooling`: of an embedder.
 
     Raises:
         AdapterError: it cannot be read, or needs a changed base.
@@ -53,8 +56,8 @@ def initial_adapter(
             ),
             (bool(lacking), f"it has no {listed_names(lacking)}"),
             (
-                not heads and task.labels is None and _pools_otherwise(Path(config.init_adapter)),
-                "its modules.json specifies another pooling than the mean",
+                pooling is not None and _pools_otherwise(Path(config.init_adapter), pooling),
+                "its modules.json specifies another pooling than this run",
             ),
         )
         if differs
@@ -72,10 +75,8 @@ def _within(module: str, head: str) -> bool:
     return module == head or module.startswith(f"{head}.")
 
 
-def _pools_otherwise(directory: Path) -> bool:
-    try:
-        found = recipe_directory(directory)
-        recipe = None if found is None else read_recipe(found)
-    except BundleError:
-        return True
-    return recipe is not None and not recipe.is_usual
+def _pools_otherwise(directory: Path, pooling: Pooling) -> bool:
+    if recipe_directory(directory) is None:
+        return False  # the base's
+    own = pooling_of(directory)
+    return not own.of_base or own.modes != pooling.modes

@@ -24,10 +24,9 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
-from loradeploy.bundle.text.sentence import read_recipe, recipe_directory, write_default
+from loradeploy.bundle.text.sentence import write_default
 from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.errors import (
-    BundleError,
     LoraDeployError,
     ModelError,
     OutputError,
@@ -47,8 +46,10 @@ from loradeploy.printable import logger_of
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
 from loradeploy.train.initial import initial_adapter
+from loradeploy.train.losses import embedding_loss
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
+from loradeploy.train.pooling import Pooling, pooling_of
 from loradeploy.train.prepared import Prepared, prepare
 from loradeploy.train.processes import (
     Stop,
@@ -97,7 +98,17 @@ def run(
         digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
-        initial = initial_adapter(config, task, prepared.labels, base.heads, digest_of_base)
+        embeds = task.name == FEATURE_EXTRACTION
+        pooling = pooling_of(checkpoint_directory) if embeds else None
+        if pooling is not None and not pooling.of_base and main:
+            logger.warning(
+                "the base's %s specifies more than a pooling, which training does not compute; the"
+                " adapter is trained with mean pooling, and gets a %s that specifies it",
+                *(MODULES_NAME, MODULES_NAME),
+            )
+        initial = initial_adapter(
+            config, task, prepared.labels, base.heads, digest_of_base, pooling
+        )
         if initial is None:
             adapter_config = _adapter_config(model, config, task, base.heads)
         else:
@@ -130,7 +141,9 @@ def run(
             stop = closing.enter_context(stoppable())
             trainer = AdapterTrainer(
                 injection=injection,
-                loss=task.loss,
+                loss=task.loss
+                if pooling is None
+                else functools.partial(embedding_loss, pooling=pooling.modes),
                 adapter=describe,
                 checkpoint=functools.partial(checkpoints.writing, record=record),
                 args=arguments(config, checkpoints.directory, examples=len(prepared.training)),
@@ -170,9 +183,7 @@ def run(
                 accuracy_after=after[1] if task.judged else None,
             )
             if main:
-                write_adapter = functools.partial(
-                    _write_adapter, adapter, config, checkpoint_directory
-                )
+                write_adapter = functools.partial(_write_adapter, adapter, pooling)
                 with (
                     _naming_the_checkpoint(checkpoints),
                     _saved_elsewhere(target, write_adapter, checkpoints),
@@ -293,10 +304,10 @@ def _write(
         (directory / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def _write_adapter(adapter: Adapter, config: TrainConfig, base: Path, directory: Path) -> None:
+def _write_adapter(adapter: Adapter, pooling: Pooling | None, directory: Path) -> None:
     save_adapter(adapter, directory)
-    if config.task == FEATURE_EXTRACTION:
-        _write_pooling(base, directory)
+    if pooling is not None and not pooling.of_base:
+        write_default(directory)
 
 
 @contextmanager
@@ -327,23 +338,6 @@ def _saved_elsewhere(
         raise TrainingError(
             f"{reason}; the trained adapter is in {directory}: move it to a permanent location"
         ) from problem
-
-
-def _write_pooling(base: Path, adapter: Path) -> None:
-    """Write a modules.json with mean pooling into the adapter if the base's pooling differs."""
-    try:
-        found = recipe_directory(base)
-        recipe = None if found is None else read_recipe(found)
-        usual = recipe is None or recipe.is_usual
-    except BundleError:  # a module of another kind, which the training did not use either
-        usual = False
-    if not usual:
-        logger.warning(
-            "the base's %s specifies another pooling; the adapter was trained with mean pooling,"
-            " and has a %s that specifies it",
-            *(MODULES_NAME, MODULES_NAME),
-        )
-        write_default(adapter)
 
 
 @contextmanager

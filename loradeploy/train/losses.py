@@ -21,6 +21,7 @@ from torch.nn.functional import (
 )
 
 from loradeploy.train.features import IGNORED
+from loradeploy.train.pooling import pooled
 
 # Number of logits in a chunk: 64 MiB of float32.
 _CHUNK: Final = 1 << 24
@@ -188,15 +189,17 @@ def regression_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss
     return BatchLoss(total, nothing + labels.numel(), nothing)
 
 
-def embedding_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
+def embedding_loss(
+    model: nn.Module, inputs: Mapping[str, Tensor], pooling: tuple[str, ...] = ("mean",)
+) -> BatchLoss:
     """Cross-entropy of picking, for each anchor, its own text of all in the batch, by cosine.
 
     In-batch negatives: Henderson et al., 2017 (arXiv:1705.00652), section 4.4. The first rows of
     `inputs`, as many as `labels` [batch] has, are the anchors; the others are what they pick from.
+    `pooling`: the modes, as in `train.pooling`.
     """
     hidden = model(**feeds_of(inputs)).last_hidden_state.float()  # [rows, sequence, size]
-    mask = inputs["attention_mask"].unsqueeze(-1)
-    mean = (hidden * mask).sum(1) / mask.sum(1)  # over the tokens that are no padding
-    vectors = normalize(mean, dim=-1)  # [rows, size]
+    vectors = pooled(hidden, inputs["attention_mask"], pooling)
+    vectors = normalize(vectors, dim=-1)  # [rows, size]
     anchors, texts = vectors[: len(inputs["labels"])], vectors[len(inputs["labels"]) :]
     return cross_entropy_sum(_SIMILARITY_SCALE * anchors @ texts.T, inputs["labels"])
