@@ -27,26 +27,18 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
-    INPUT_NAMES,
     SETTINGS_NAME,
     TEMPLATE_NAME,
     TOKENIZER_NAME,
 )
 from loradeploy.disk import scratch_directory
-from loradeploy.errors import BundleError, LoraDeployError, first_line, listed_names
+from loradeploy.errors import BundleError, LoraDeployError, listed_names
+from loradeploy.export.tokenizers import OLDER_TOKENIZERS, corrected_tokenizer, make_tokenizer
 from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-# What the tokenizers library is not read from, by which transformers makes a tokenizer.json.
-OLDER_TOKENIZERS: Final = (
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _LISTED: Final = 6
 
@@ -109,7 +101,8 @@ def bring_text(
         BundleError: a file is broken.
     """
     differences, files = [], []
-    with _named(name), _with_tokenizer(text_directory(directory)) as source:
+    vocabulary = vocabulary_of(manifest, config)
+    with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
         own = _own_tokenizer(source, base, manifest, config)
         if own is not None and (changes := _differences(own, base)):
             differences += changes
@@ -147,7 +140,8 @@ def replace_texts(
         AdapterMismatchError: its tokenizer has words that the graph has no row for.
         BundleError: a file is broken.
     """
-    with _named(name), _with_tokenizer(text_directory(directory)) as source:
+    vocabulary = vocabulary_of(manifest, config)
+    with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
         base = base_tokenizer(bundle)
         own = _own_tokenizer(source, base, manifest, config)
         if own is None or not (changes := _differences(own, base)):
@@ -159,46 +153,6 @@ def replace_texts(
         _copy_text(source, bundle)
         _settle(bundle, own, before)
     _say(name, changes)
-
-
-def make_tokenizer(source: Path, output: Path) -> None:
-    """Write tokenizer.json to `output` of the older files that `source` has instead, if any."""
-    if not any((source / name).is_file() for name in OLDER_TOKENIZERS):
-        return
-    try:
-        from transformers import AutoTokenizer
-
-        from loradeploy.lora.loading import from_pretrained
-
-        tokenizer = from_pretrained(AutoTokenizer, source)
-        tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
-    except Exception as problem:  # transformers missing, or whatever an old format sets off
-        logger.warning(
-            "no %s could be made of the tokenizer's older files, the bundle takes token ids only:"
-            " %s",
-            TOKENIZER_NAME,
-            problem,
-        )
-
-
-def declare_token_types(source: Path, bundle: Path) -> None:
-    """Write into the tokenizer's settings in `bundle` which inputs `source`'s tokenizer gives.
-
-    transformers decides it by the class of the tokenizer, which the runtime does not know.
-    """
-    settings = _object(bundle / SETTINGS_NAME)
-    if not (bundle / TOKENIZER_NAME).is_file() or isinstance(settings.get(INPUT_NAMES), list):
-        return
-    try:
-        from transformers import AutoTokenizer
-
-        from loradeploy.lora.loading import from_pretrained
-
-        names = from_pretrained(AutoTokenizer, source).model_input_names
-    except Exception as problem:  # transformers missing, or whatever its readers raise
-        logger.warning("the bundle takes no pairs of texts: %s", first_line(problem))
-        return
-    write_json(bundle / SETTINGS_NAME, settings | {INPUT_NAMES: list(names)})
 
 
 def _declared(settings: GenerationSettings) -> dict[str, Any]:
@@ -226,15 +180,23 @@ def _named(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _with_tokenizer(source: Path) -> Iterator[Path]:
-    """`source`, or where its tokenizer is in older files alone, its files with one made of them."""
+def _with_tokenizer(source: Path, vocabulary: int) -> Iterator[Path]:
+    """`source`, or its files with a tokenizer.json that has all that transformers reads of them.
+
+    That is where the tokenizer is in older files alone, or other files change it.
+    """
     has = (source / TOKENIZER_NAME).is_file()
-    if has or not any((source / name).is_file() for name in OLDER_TOKENIZERS):
+    corrected = corrected_tokenizer(source, vocabulary) if has else None
+    older = not has and any((source / name).is_file() for name in OLDER_TOKENIZERS)
+    if corrected is None and not older:
         yield source
         return
     with scratch_directory() as made:
-        make_tokenizer(source, made)
         _copy_text(source, made)
+        if corrected is None:
+            make_tokenizer(source, made)
+        else:
+            corrected.save(str(made / TOKENIZER_NAME))
         yield made
 
 

@@ -27,6 +27,7 @@ from loradeploy.bundle.names import (
     NATIVE_SUFFIX,
     TOKEN_TYPE_IDS,
 )
+from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
@@ -37,11 +38,10 @@ from loradeploy.export.texts import (
     base_tokenizer,
     bring_recipe,
     bring_text,
-    declare_token_types,
-    make_tokenizer,
     replace_texts,
     say_ignored,
 )
+from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
 from loradeploy.export.trial.bundle import Source, try_bundle
 from loradeploy.files import atomic_directory, copy_file, read_json, write_json
 from loradeploy.printable import logger_of
@@ -235,6 +235,8 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
             copy_file(file, directory / _GENERATION_NAME, error=ModelError)
     if not (directory / _TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
+    elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is correct
+        correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
     for name, source in content.merged.items():
         replace_texts(name, source, directory, manifest, content.config)
     typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)

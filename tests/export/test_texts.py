@@ -275,6 +275,25 @@ def test_transformers_reads_a_merged_bundles_tokenizer_as_the_adapters(
         assert own == theirs
 
 
+def test_a_word_that_only_the_tokenizers_settings_add_is_one_token(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "a")
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {str(WORDS): {"content": "<|end|>", "special": True}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "w5 <|end|> w9"
+    expected = AutoTokenizer.from_pretrained(adapter)(text)["input_ids"]
+    assert WORDS in expected
+    export(worded_bundle, tmp_path / "b", adapters={"a": adapter})
+    with AdapterSession(tmp_path / "b") as session:
+        generator = TextGenerator(session)
+        assert generator.session.texts.of("a").tokenizer.encode(text) == expected
+        assert WORDS not in generator.session.texts.base.tokenizer.encode(text)
+
+
 # -- what the export says --------------------------------------------------------------------------
 
 
