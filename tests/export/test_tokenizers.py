@@ -1,4 +1,4 @@
-"""A bundle's tokenizer.json has what other files of a tokenizer change: transformers is the judge."""
+"""A bundle's tokenizer.json makes the tokens that transformers makes of all files together."""
 
 from __future__ import annotations
 
