@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
+from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
@@ -110,6 +111,32 @@ def test_a_row_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
             assert got.token_ids == alone.token_ids, (prompt, adapter)
 
     check()
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_a_request_of_an_engine_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
+    settings: list[dict[str, Any]] = [{}, {"n": 2, "temperature": 0.9}, {"num_beams": 2}]
+    asked: list[tuple[list[int], str | None, dict[str, Any]]] = [
+        (
+            [5 + number, *range(30, 30 + 5 * (number % 5))],
+            (None, "own")[number % 2],
+            {**settings[number % 3], "max_new_tokens": 3 + number % 4},
+        )
+        for number in range(12)
+    ]
+    with AdapterSession(bundles(kind)) as session:
+        generator = TextGenerator(session)
+        alone = [
+            [one.token_ids for one in generator.generate([prompt], adapter, **options)]
+            for prompt, adapter, options in asked
+        ]
+        with Engine(session, max_rows=5, prefill_chunk=4) as engine:
+            taken = [
+                engine.submit(prompt, adapter, **options) for prompt, adapter, options in asked
+            ]
+            found = [[one.token_ids for one in each.result(60).generations] for each in taken]
+    assert found == alone
+    assert len({ids for of in alone for ids in of}) > 8
 
 
 def test_an_adapter_changes_what_is_generated_in_a_batch_that_is_not_padded(

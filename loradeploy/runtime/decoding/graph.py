@@ -65,6 +65,11 @@ class DecoderGraph:
             pad_id=pad_id,
         )
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions are fed; else the graph may count them by the cache."""
+        return POSITION_IDS in self.inputs
+
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Any]:
         """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens]."""
         made: dict[str, Callable[[], NDArray[Any]]] = {

@@ -52,8 +52,10 @@ class Worker:
         self._observer = observer
         self.slots = slots
         self._chunk = chunk
-        # Rows of different lengths cannot share a run where padding changes answers.
-        self._alone = session.manifest.padding == NO_PADDING
+        # Rows of different lengths cannot share a run where padding changes answers. A cache whose
+        # keys may have their columns for positions cannot be padded later.
+        columns = self._graph.cached and self._graph.left and not self._graph.takes_positions
+        self._alone = session.manifest.padding == NO_PADDING or columns
         available = memory_for_rows(session, budget)
         self.budget = available if budget is not None or available is None else available // 2
         statistics.cache_bytes = self.budget or 0
