@@ -103,6 +103,21 @@ class MergeError:
 
 
 @dataclass(frozen=True)
+class EncoderGraph:
+    """The encoder of an encoder-decoder, in encoder.onnx; model.onnx is its decoder.
+
+    `inputs`, `outputs`: the names of those of the manifest's that are the encoder's; all others are
+    the decoder's. Its outputs `present.{i}.encoder.key` and `.value` are what the decoder takes as
+    `past_key_values.{i}.encoder.key` and `.value` at every step.
+    `graph_digest`: digest of encoder.onnx.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    graph_digest: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of a bundle's graph, in loradeploy.json.
 
@@ -131,6 +146,8 @@ class Manifest:
     `base_prefix`: the prefix of the base model's paths.
     `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
     merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
+    `encoder`: of an encoder-decoder with a cache, what of it is in encoder.onnx; None of a graph in
+    one piece.
     """
 
     task: str
@@ -162,6 +179,7 @@ class Manifest:
     base_prefix: str = ""
     problem_type: str | None = None
     target: str | None = None
+    encoder: EncoderGraph | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -238,6 +256,7 @@ class Manifest:
                 None if value is None else _adapter_entry(value, "merged_adapter")
             ),
             "sentence": lambda value: digests(value, "sentence"),
+            "encoder": lambda value: None if value is None else noun(EncoderGraph, value, "encoder"),
         }
         for name, read in nested.items():
             if name in rest:
@@ -302,6 +321,22 @@ def _adapter_entry(value: object, where: str) -> AdapterEntry:
     return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
 
 
+def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
+    """Raise BundleError unless the encoder has some of the inputs and outputs, and not all."""
+    for what, own, specs in (
+        ("inputs", encoder.inputs, manifest.inputs),
+        ("outputs", encoder.outputs, manifest.outputs),
+    ):
+        names = [spec.name for spec in specs]
+        if not own or not set(own) < set(names) or len(set(own)) != len(own):
+            raise BundleError(
+                f"{MANIFEST_NAME}: encoder.{what} is {shown(list(own))}: expected some of"
+                f" {shown(names)}"
+            )
+    if manifest.branches or manifest.cache_in_place:
+        raise BundleError(f"{MANIFEST_NAME}: an encoder-decoder has branches or a cache in place")
+
+
 def _check(manifest: Manifest) -> None:
     """Raise BundleError if fields contradict each other."""
     if manifest.task not in TASKS:
@@ -331,6 +366,8 @@ def _check(manifest: Manifest) -> None:
             )
     check_specs("inputs", manifest.inputs)
     check_specs("outputs", manifest.outputs)
+    if manifest.encoder is not None:
+        _check_encoder(manifest, manifest.encoder)
     for target in manifest.targets:
         for size in (target.in_features, target.out_features):
             if not 0 < size <= LARGEST:

@@ -10,6 +10,7 @@ POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
 DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
 PIXEL_VALUES: Final = "pixel_values"  # float [batch, channels, height, width]
+ENCODER_ATTENTION_MASK: Final = "encoder_attention_mask"  # int64 [batch, source]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 ADAPTER_MODE: Final = (
@@ -22,9 +23,13 @@ LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 PAST: Final = "past_key_values."  # {i}.key and {i}.value: float [batch, heads, past, size]
 PRESENT: Final = "present."
+# Of an encoder-decoder's layer, the parts of its two caches: {i}.decoder.key, {i}.encoder.key, …
+SELF: Final = "decoder."
+CROSS: Final = "encoder."
 
 MANIFEST_NAME: Final = "loradeploy.json"
 GRAPH_NAME: Final = "model.onnx"
+ENCODER_NAME: Final = "encoder.onnx"  # of an encoder-decoder; model.onnx is the decoder
 GRAPH_DATA_NAME: Final = "model.onnx.data"
 DEFAULTS_NAME: Final = "defaults.safetensors"
 BASE_NAME: Final = "base.safetensors"
@@ -50,6 +55,11 @@ def present_name(layer: int, part: str) -> str:
 def present_of(past: str) -> str:
     """The graph output that continues the graph input `past`."""
     return past.replace(PAST, PRESENT, 1)
+
+
+def is_cross(name: str) -> bool:
+    """Whether an input or output is of an encoder-decoder's keys and values of the source."""
+    return name.startswith((PAST, PRESENT)) and f".{CROSS}" in name
 
 
 def lora_a_name(module: str) -> str:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import INPUT_FEATURES, INPUT_IDS, PAST, PIXEL_VALUES, POSITION_IDS
+from loradeploy.bundle.names import (
+    DECODER_INPUT_IDS,
+    ENCODER_ATTENTION_MASK,
+    INPUT_FEATURES,
+    INPUT_IDS,
+    PAST,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    is_cross,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +37,8 @@ _UNNAMED: Final = ("", "?")
 # The role of a dimension by input and axis; the first that applies.
 _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
     (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
+    (lambda name, axis, rank: is_cross(name) and axis == rank - 2, "source"),
+    (lambda name, axis, rank: name == ENCODER_ATTENTION_MASK and axis == 1, "source"),
     (lambda name, axis, rank: name.startswith(PAST) and axis == rank - 2, "past"),
     (lambda name, axis, rank: name == INPUT_IDS and axis == 1, "sequence"),
     (lambda name, axis, rank: "mask" in name and axis == rank - 1, "total"),
@@ -64,7 +75,10 @@ class Sample:
         sequence = next(
             (size for spec in self._specs if (size := _fixed(spec, "sequence"))), sequence
         )
-        sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
+        # An encoder-decoder's mask is of its source, which has no cache before it.
+        halves = any(spec.name == DECODER_INPUT_IDS for spec in self._specs)
+        total = sequence if halves else past + sequence
+        sizes = {"batch": batch, "source": sequence, "sequence": sequence, "past": past, "total": total}
         symbols: dict[str, int] = {}
         for spec in sorted(self._specs, key=lambda spec: spec.name != INPUT_IDS):
             for axis, symbol in enumerate(spec.shape):
@@ -79,7 +93,7 @@ class Sample:
     def _values(self, spec: TensorSpec, shape: tuple[int, ...], past: int) -> NDArray[Any]:
         name, dtype = spec.name, np.dtype(spec.dtype)
         random = np.random.default_rng(zlib.crc32(name.encode()))
-        if "past" in name:
+        if "past" in name and not is_cross(name):
             return np.zeros(shape, dtype)
         if "mask" in name:
             return np.ones(shape, dtype)

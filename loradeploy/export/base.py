@@ -37,6 +37,7 @@ from loradeploy.export.given_adapters import (
     label_count,
 )
 from loradeploy.export.graph.file import graph_digest, load_graph, outputs, required_inputs
+from loradeploy.export.graph.halves import load_bundle_graph
 from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.linears import (
     refuse_adapter_layers,
@@ -265,7 +266,11 @@ def from_graph(source: Source, options: Options) -> Base:
             f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
         )
     logger.info("reading %s", source.graph)
-    graph = load_graph(source.graph)
+    graph = (
+        load_graph(source.graph)
+        if source.manifest is None
+        else load_bundle_graph(source.graph.parent, source.manifest)
+    )
     if source.manifest is None:
         check_opens(source.graph)
         refuse_side_inputs(graph)  # while they are inputs

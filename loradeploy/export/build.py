@@ -29,6 +29,7 @@ from loradeploy.bundle.graph_form import (
 from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
+    EncoderGraph,
     Manifest,
 )
 from loradeploy.bundle.names import CONFIG_NAME, PAST, ROWS, SLOTS
@@ -54,6 +55,7 @@ from loradeploy.export.graph.file import (
     outputs,
     required_inputs,
 )
+from loradeploy.export.graph.halves import encoder_of
 from loradeploy.export.match.biases import separate_biases
 from loradeploy.export.match.linears import (
     Findings,
@@ -231,6 +233,7 @@ def _with_side_inputs(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
     needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
+    _check_form_of_halves(base, options)
     findings = _with_biases(base, findings, options, needs.changed)
     targets, heads = _split(base, findings, options.adapters.values())
     parts = find_parts(base.graph)
@@ -278,11 +281,18 @@ def _with_side_inputs(
     # Branches cost no memory where weights are quantized: those are shared between them.
     shared = default_of("branches", base.precision, options.target)
     if branches := (
-        shared and branches_problem(graph) is None if options.branches is None else options.branches
+        shared and branches_problem(graph) is None and not _encoder(base) if options.branches is None else options.branches
     ):
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
     return manifest, added, adapters, arrays
+
+
+def _check_form_of_halves(base: Base, options: Options) -> None:
+    """Refuse the forms that a graph in two halves does not have."""
+    for name, asked in (("branches", options.branches), ("required_inputs", options.required_inputs)):
+        if asked and _encoder(base):
+            raise UsageError(f"`{name}` is not for encoder-decoders, which are two graphs: leave it out")
 
 
 def _with_biases(
@@ -406,7 +416,15 @@ def _manifest(base: Base, mode: Any) -> Manifest:
         outputs=outputs(base.graph),
         padding=padding_of(base.graph),
         cache_in_place=keeps_cache(base.graph),
+        encoder=_encoder(base),
     )
+
+
+def _encoder(base: Base) -> EncoderGraph | None:
+    """The encoder's part of an encoder-decoder's graph, where it is a part of its own."""
+    if base.task != SEQ2SEQ_LM:
+        return None
+    return encoder_of(required_inputs(base.graph), outputs(base.graph))
 
 
 def _quantized(base: Base, manifest: Manifest) -> Manifest:

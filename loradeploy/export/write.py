@@ -20,6 +20,7 @@ from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
     DEFAULTS_NAME,
+    ENCODER_NAME,
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
@@ -32,6 +33,7 @@ from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import genai_config
+from loradeploy.export.graph.halves import with_digests, write_halves
 from loradeploy.export.passes.base_weights import store_weights
 from loradeploy.export.passes.required import write_required
 from loradeploy.export.texts import (
@@ -154,6 +156,9 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     )
     data = directory / GRAPH_DATA_NAME
     manifest, weights = store_weights(directory, manifest)
+    if manifest.encoder is not None:
+        write_halves(directory, manifest)
+        manifest = with_digests(manifest, file_digest(directory / ENCODER_NAME))
     known = {target.module for target in manifest.targets if target.stored is not None}
     known.update(name.removesuffix(".weight") for name in weights)
     manifest = _write_assets(directory, manifest, content)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.names import PAST, present_of
+from loradeploy.bundle.names import PAST, is_cross, present_of
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
         UsageError: numpy has no such dtype, or heads or size are not known, so that no cache can be
             allocated.
     """
-    specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
+    specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST) and not is_cross(spec.name)]
     for spec in specs:
         if spec.dtype not in _DTYPES:
             raise UsageError(

@@ -16,14 +16,12 @@ from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import ADAPTER_IDS, CONFIG_NAME, INPUT_IDS
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import (
     AdapterError,
-    RunError,
     UsageError,
-    first_line,
 )
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
@@ -33,14 +31,13 @@ from loradeploy.runtime.arguments import (
     Adapters,
     check_adapters,
     check_name,
-    check_rows,
-    requested_outputs,
 )
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
-from loradeploy.runtime.feeds import Feeds, feed_values
+from loradeploy.runtime.feeds import Feeds
+from loradeploy.runtime.graphs import open_graphs
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.limits import Limits
@@ -48,6 +45,7 @@ from loradeploy.runtime.reading.graph import (
     MAPPED,
     check_graph,
     lacks_defaults,
+    open_encoder,
     open_graph,
     placement_of,
 )
@@ -110,7 +108,10 @@ class AdapterSession:
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
             session = open_graph(place, providers, session_options, manifest)
             check_graph(place, manifest, session)
+            encoders[:] = open_encoder(place, providers, session_options, manifest)
             return session
+
+        encoders: list[onnxruntime.InferenceSession] = []
 
         self._opened = open_bundle(self.path, opened, require_certificate)
         self._place = self._opened.place
@@ -139,14 +140,17 @@ class AdapterSession:
         for name, entry in self.manifest.adapters.items():
             self._bank.register(name, partial(self._reader.own, name), digest=entry.digest)
         self.texts = TextSides(self._place, self.manifest, self._opened.check)
-        self._inputs = {spec.name: spec for spec in self.manifest.inputs}
-        # Its first dimension is the batch.
-        self._first = INPUT_IDS if INPUT_IDS in self._inputs else self.manifest.inputs[0].name
-        self._outputs = tuple(spec.name for spec in self.manifest.outputs)
         config = model_config(self._place)
         self.limits = Limits.of(self.manifest, config, self._place / CONFIG_NAME)
         self._opened.check()
-        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), *self._device)
+        self._graphs = open_graphs(
+            self.path,
+            self.manifest,
+            self.limits,
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), *self._device),
+            self._session,
+            *(encoders or [None]),
+        )
         unlike = [known(name) for name in started if not known(name).like_cpu]
         if check_device and unlike:
             bank, self._bank = self._bank, new_bank()
@@ -296,7 +300,8 @@ class AdapterSession:
         """Run the graph, as `onnxruntime.InferenceSession.run` does, with adapters.
 
         `adapters`: None is the base, a name one adapter for all rows, a sequence one for each row
-        of the batch, in which None is the base. In place of a name may stand a mapping of names to
+        of the batch, in which None is the base. Of an encoder-decoder the feeds may be what the
+        encoder takes, the decoder, or both (docs/seq2seq.md). In place of a name may stand a mapping of names to
         weights: the sum of the adapters' updates, each times its weight. `output_names` None means
         all outputs.
 
@@ -370,7 +375,7 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run.
         """
         if self._lifetime.end():
-            del self._bank, self._session, self._reader
+            del self._bank, self._session, self._graphs, self._reader
 
     def __enter__(self) -> AdapterSession:
         return self
@@ -389,33 +394,5 @@ class AdapterSession:
         device: tuple[str, int],
         buffers: Mapping[str, onnxruntime.OrtValue],
     ) -> list[onnxruntime.OrtValue]:
-        """The outputs, those in `buffers` written there, the others made on `device`."""
-        requested = requested_outputs(output_names, self._outputs)
-        if unknown := [name for name in buffers if name not in requested]:
-            raise UsageError(f"there is a buffer for {unknown[0]!r}, which is not requested")
-        values = feed_values(feeds, self._inputs, self.limits)
-        if lease.per_row:
-            check_rows(len(lease.rows), values[self._first].shape()[0])
-        binding = lease.device.take(self._session)
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        if lease.adapter_ids is not None:
-            binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
-        for name in requested:
-            if name in buffers:
-                binding.bind_ortvalue_output(name, buffers[name])
-            else:
-                binding.bind_output(name, *device)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
-            raise RunError(
-                f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}"
-            ) from None
-        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
-        # A spare binding must not keep a whole cache alive.
-        binding.clear_binding_outputs()
-        for name in values:
-            binding.bind_ortvalue_input(name, self._nothing)
-        lease.device.put_back(binding)
-        return outputs
+        """See `Graphs.run`."""
+        return self._graphs.run(lease, output_names, feeds, device, buffers)

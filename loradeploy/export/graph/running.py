@@ -81,6 +81,27 @@ def run_graph(
         raise _not_run(problem) from None
 
 
+def run_graphs(
+    sessions: Sequence[onnxruntime.InferenceSession],
+    feeds: Mapping[str, Any],
+    names: Sequence[str],
+) -> Outputs:
+    """The outputs `names` of a graph that is in several files, each fed what it takes.
+
+    Raises:
+        NotRunError: onnxruntime does not run one of them.
+    """
+    if len(sessions) == 1:
+        return run_graph(sessions[0], feeds, names)
+    found: Outputs = {}
+    for session in sessions:
+        taken = {n.name for n in (*session.get_inputs(), *session.get_overridable_initializers())}
+        own = [node.name for node in session.get_outputs() if node.name in names]
+        given = {name: values for name, values in feeds.items() if name in taken}
+        found |= run_graph(session, given, own)
+    return {name: found[name] for name in names}
+
+
 def _not_run(problem: Exception) -> NotRunError:
     line = first_line(problem)
     lacking = type(problem).__name__ == "NotImplemented" or "not a registered function" in line

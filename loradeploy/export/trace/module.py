@@ -16,7 +16,6 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
-    DECODER_INPUT_IDS,
     INPUT_FEATURES,
     INPUT_IDS,
     PIXEL_VALUES,
@@ -28,6 +27,7 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import (
     ExportError,
 )
+from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.patches import traceable
 from loradeploy.export.trace.tidy import tidy
@@ -69,8 +69,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
     or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
     is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
-    `pixel_values` → `logits`. Encoder-decoders: `input_ids` and `attention_mask`, or
-    `input_features`, and `decoder_input_ids` → `logits` [batch, target, vocabulary], no cache.
+    `pixel_values` → `logits`. Encoder-decoders: see `trace/encoder_decoder.py`.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -79,11 +78,8 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
 
     kind = TASK_TABLE[task]
     with quiet(), traceable(), torch.no_grad():
-        caches = _caches(model) if kind.cached else ()
         wrapper = _wrapper(model, kind)
-        arguments, dynamic, names = _example(model, kind, caches)
-        outputs = _outputs(model, kind)
-        outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+        arguments, dynamic, names, outputs = _example(model, kind)
         try:
             logger.info("tracing %s with torch.export", type(model).__name__)
             program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
@@ -149,6 +145,8 @@ def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
     import torch
     from transformers.cache_utils import DynamicCache
 
+    if kind.name == SEQ2SEQ_LM:
+        return encoder_decoder.wrapper(model)
     names, taken, outputs = _plain_inputs(model, kind), _parameters(model), _outputs(model, kind)
     # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
     rotates = POSITION_IDS in taken and bool(getattr(model.config, "rope_parameters", None))
@@ -196,10 +194,6 @@ def _plain_inputs(model: Any, kind: Task) -> list[str]:
     taken = _parameters(model)
     if kind.name == IMAGE_CLASSIFICATION:
         return [PIXEL_VALUES]
-    if kind.name == SEQ2SEQ_LM:
-        heard = INPUT_FEATURES in taken
-        source = [INPUT_FEATURES] if heard else [INPUT_IDS, ATTENTION_MASK]
-        return [*source, DECODER_INPUT_IDS]
     names = [INPUT_IDS, ATTENTION_MASK]
     if kind.cached and POSITION_IDS in taken:
         names.append(POSITION_IDS)
@@ -210,11 +204,19 @@ def _plain_inputs(model: Any, kind: Task) -> list[str]:
 
 
 def _example(
-    model: Any, kind: Task, caches: Sequence[Cache]
-) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str]]:
-    """Example arguments, their dynamic dimensions, and the names of the graph's inputs."""
+    model: Any, kind: Task
+) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str], list[str]]:
+    """Example arguments, their dynamic dimensions, and the names of inputs and outputs."""
     import torch
 
+    if kind.name == SEQ2SEQ_LM:
+        heard = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
+        arguments, dynamic, names = encoder_decoder.example(model, heard)
+        given = encoder_decoder.output_names(encoder_decoder.layers_of(names))
+        return arguments, dynamic, names, given
+    caches = _caches(model) if kind.cached else ()
+    outputs = _outputs(model, kind)
+    outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
     batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
     # Free to find its limit: encoders' positions end at the length of their embedding table.
     total = torch.export.Dim.AUTO
@@ -233,7 +235,6 @@ def _example(
             {0: batch, 1: sequence},
         ),
         TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
-        DECODER_INPUT_IDS: (torch.ones((_BATCH, _PAST), dtype=torch.int64), {0: batch, 1: total}),
     }
     names = _plain_inputs(model, kind)
     sizes = _fixed_sizes(model.config, names[0])
@@ -242,7 +243,7 @@ def _example(
     plain = [examples[name][0] for name in names]
     plain_dims = [examples[name][1] for name in names]
     if not kind.cached:
-        return (plain,), (plain_dims,), names
+        return (plain,), (plain_dims,), names, outputs
     make: Callable[..., torch.Tensor] = torch.ones
     cached = [
         (
@@ -253,7 +254,7 @@ def _example(
     ]
     cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
     names += [past_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
-    return (plain, cached), (plain_dims, cached_dims), names
+    return (plain, cached), (plain_dims, cached_dims), names, outputs
 
 
 def _fixed_sizes(config: Any, name: str) -> tuple[int, ...] | None:

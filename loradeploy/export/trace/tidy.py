@@ -6,7 +6,14 @@ import ast
 import re
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, past_name
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    CROSS,
+    DECODER_INPUT_IDS,
+    INPUT_IDS,
+    SELF,
+    past_name,
+)
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
 from loradeploy.export.trace.rotary import fuse_rotary
 from loradeploy.export.trace.sizes import fold_sizes
@@ -108,7 +115,8 @@ def name_dimensions(model: ir.Model) -> None:
         if not isinstance(dimension, ir.SymbolicDim) or dimension.value is None:
             return dimension
         text = re.sub(r"\b\w+\b", lambda found: names.get(found[0], found[0]), dimension.value)
-        if {part.strip() for part in text.split("+")} == {"past", "sequence"}:
+        parts = {part.strip() for part in text.split("+")}
+        if parts in ({"past", "sequence"}, {"past", "target"}):
             text = "total"
         return ir.SymbolicDim(text)
 
@@ -118,11 +126,17 @@ def name_dimensions(model: ir.Model) -> None:
 
 
 def _symbols(graph: ir.Graph) -> Mapping[str, str]:
-    known = {
+    known: dict[str, tuple[str | None, ...]] = {
         INPUT_IDS: ("batch", "sequence"),
         ATTENTION_MASK: ("batch", "total"),
         past_name(0, "key"): ("batch", None, "past"),
+        DECODER_INPUT_IDS: ("batch", "target"),
+        past_name(0, f"{SELF}key"): ("batch", None, "past"),
+        past_name(0, f"{CROSS}key"): ("batch", None, "source"),
     }
+    # An encoder-decoder's mask is of its source, which has as many tokens.
+    if any(value.name == DECODER_INPUT_IDS for value in graph.inputs):
+        known[ATTENTION_MASK] = known[INPUT_IDS]
     names: dict[str, str] = {}
     for value in graph.inputs:
         if value.name in known and value.shape is not None:

@@ -21,10 +21,17 @@ import numpy as np
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
-from loradeploy.bundle.names import ADAPTER_IDS, DEFAULTS_NAME, GRAPH_NAME, REQUIRED_NAME, SLOTS
+from loradeploy.bundle.names import (
+    ADAPTER_IDS,
+    DEFAULTS_NAME,
+    ENCODER_NAME,
+    GRAPH_NAME,
+    REQUIRED_NAME,
+    SLOTS,
+)
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
-from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
+from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph, run_graphs
 from loradeploy.export.passes.required import BASE_INPUTS_NAME
 from loradeploy.export.trial.original import Original, made_factors, of_graph
 from loradeploy.export.trial.padding import padding_by_trial
@@ -96,7 +103,12 @@ def _given_by(graph: Path | None, manifest: Manifest, sample: Sample) -> Origina
         return None
     names = [spec.name for spec in manifest.outputs]
     try:
-        return of_graph(graph, sample.feeds(), names)
+        given = of_graph(graph, sample.feeds(), names)
+        encoder = graph.parent / ENCODER_NAME
+        if manifest.encoder is None or not encoder.is_file():
+            return given
+        outputs = {**given.outputs, **of_graph(encoder, sample.feeds(), names).outputs}
+        return dataclasses.replace(given, outputs=outputs)
     except (NotRunError, TypeError) as problem:  # a dtype that numpy does not have
         logger.warning("not compared with %s, which is not run here: %s", graph.name, problem)
         return None
@@ -114,7 +126,8 @@ class Trial:
         self.manifest = manifest
         self._directory = directory
         self.names = [spec.name for spec in manifest.outputs]
-        self._session = _opened(directory / GRAPH_NAME)
+        files = [GRAPH_NAME] if manifest.encoder is None else [ENCODER_NAME, GRAPH_NAME]
+        self._sessions = [_opened(directory / file) for file in files]
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], side_inputs: Mapping[str, NDArray[Any]] | None
@@ -126,7 +139,7 @@ class Trial:
         """
         chosen = {} if side_inputs is None else {**side_inputs, **branch_choice(self.manifest)}
         try:
-            return run_graph(self._session, {**feeds, **chosen}, self.names)
+            return run_graphs(self._sessions, {**feeds, **chosen}, self.names)
         except NotRunError as problem:
             raise _refused(f"onnxruntime opens it and cannot run it: {problem}") from None
 
@@ -134,7 +147,7 @@ class Trial:
         """Run the bundle where there is nothing to hold it against, if a sample can be made."""
         try:
             feeds = sample.feeds()
-            run_graph(self._session, feeds, self.names)
+            run_graphs(self._sessions, feeds, self.names)
         except (NotRunError, TypeError) as problem:
             logger.warning("opened, not run: no sample could be made for it (%s)", problem)
 
@@ -275,7 +288,7 @@ class Trial:
 
     def _defaults(self) -> dict[str, NDArray[Any]]:
         """What the base has where adapters replace whole parameters, [1, …]."""
-        nodes = {node.name for node in self._session.get_overridable_initializers()}
+        nodes = {node.name for node in self._sessions[-1].get_overridable_initializers()}
         replaced = [saved.input for saved in self.manifest.saved if saved.input in nodes]
         if not replaced:
             return {}

@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
-from loradeploy.export.graph.file import load_graph, outputs
+from loradeploy.bundle.names import (
+    CERTIFICATE_NAME,
+    ENCODER_NAME,
+    GRAPH_DATA_NAME,
+    GRAPH_NAME,
+    MANIFEST_NAME,
+)
+from loradeploy.export.graph.halves import (
+    load_bundle_graph,
+    with_encoder_outputs,
+    write_halves,
+)
 from loradeploy.export.graph.names import (
     HEAD_ADD,
     LORA_ADD,
@@ -102,14 +112,16 @@ class ProbedGraph:
         for value in dict.fromkeys(probe.value for probe in self.probes):
             if value not in given:
                 self.model.graph.outputs.append(value)
-        left = [GRAPH_NAME, MANIFEST_NAME, CERTIFICATE_NAME]
+        left = [GRAPH_NAME, ENCODER_NAME, MANIFEST_NAME, CERTIFICATE_NAME]
         if all(target.stored is None for target in self.manifest.targets):
             left.append(GRAPH_DATA_NAME)
         shutil.copytree(self.bundle, path, ignore=shutil.ignore_patterns(*left))
         ir.save(self.model, path / GRAPH_NAME)
         manifest = dataclasses.replace(
-            self.manifest, outputs=outputs(self.model), graph_digest=None, branches=False
+            with_encoder_outputs(self.model, self.manifest), graph_digest=None, branches=False
         )
+        if manifest.encoder is not None:
+            write_halves(path, manifest)
         write_json(path / MANIFEST_NAME, manifest.to_json())
         return manifest
 
@@ -122,7 +134,7 @@ def probe_graph(
     Raises:
         ModelError: the graph cannot be read. ExportError: it lacks the branches it should have.
     """
-    model = load_graph(bundle / GRAPH_NAME)
+    model = load_bundle_graph(bundle, manifest)
     if manifest.branches:
         remove_branches(model.graph)
     complete_shapes(model)

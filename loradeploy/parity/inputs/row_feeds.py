@@ -14,6 +14,7 @@ import numpy as np
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
+    ENCODER_ATTENTION_MASK,
     INPUT_FEATURES,
     INPUT_IDS,
     PAST,
@@ -111,6 +112,7 @@ _MAKERS: Final[Mapping[str, Callable[[Ids, Ids, TensorSpec], NDArray[Any]]]] = {
     POSITION_IDS: lambda ids, mask, spec: positions_of(mask, ids.shape[1]),
     TOKEN_TYPE_IDS: lambda ids, mask, spec: np.zeros_like(ids),
     DECODER_INPUT_IDS: _target,
+    ENCODER_ATTENTION_MASK: lambda ids, mask, spec: mask,
     **dict.fromkeys(_DRAWN, _noise),
 }
 FED: Final = tuple(_MAKERS)

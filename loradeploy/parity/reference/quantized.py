@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import BundleError
 from loradeploy.parity.reference.rounding import Activations
 from loradeploy.printable import logger_of
@@ -68,7 +67,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     Raises:
         BundleError: a weight is quantized in a way that is not understood.
     """
-    from loradeploy.export.graph.file import load_graph
+    from loradeploy.export.graph.halves import load_bundle_graph
     from loradeploy.export.graph.names import called_after
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import products
@@ -76,7 +75,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     from loradeploy.export.passes.branches import remove_branches
     from loradeploy.export.passes.side_inputs import remove_side_inputs
 
-    graph = load_graph(bundle / GRAPH_NAME)
+    graph = load_bundle_graph(bundle, manifest)
     if manifest.branches:
         remove_branches(graph.graph)
     remove_side_inputs(graph, manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,27 +35,30 @@ class Bindable:
     """Side inputs on the device, and spare IOBindings that hold them already.
 
     Binding all side inputs of a large model takes longer than all else around a run. An IOBinding
-    serves one run at a time, so a run takes one out and puts it back.
+    serves one run at a time, so a run takes one out and puts it back. It is of one session: a
+    bundle's other graph has its own.
     """
 
     values: Mapping[str, onnxruntime.OrtValue]
-    _spare: deque[onnxruntime.IOBinding] = field(
-        default_factory=lambda: deque(maxlen=_SPARE_BINDINGS)
+    _spare: dict[onnxruntime.InferenceSession, deque[onnxruntime.IOBinding]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=_SPARE_BINDINGS))
     )
 
     def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
         """An IOBinding of `session` in which the side inputs are bound."""
         try:
-            return self._spare.pop()
+            return self._spare[session].pop()
         except IndexError:
             binding = session.io_binding()
             for name, value in self.values.items():
                 binding.bind_ortvalue_input(name, value)
             return binding
 
-    def put_back(self, binding: onnxruntime.IOBinding) -> None:
-        """Keep `binding`, in which only the side inputs are bound, for another run."""
-        self._spare.append(binding)
+    def put_back(
+        self, binding: onnxruntime.IOBinding, session: onnxruntime.InferenceSession
+    ) -> None:
+        """Keep `binding` of `session`, in which only the side inputs are bound, for another run."""
+        self._spare[session].append(binding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import onnxruntime
 
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
-from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
@@ -47,6 +47,7 @@ def open_graph(
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest | None = None,
+    name: str = GRAPH_NAME,
 ) -> onnxruntime.InferenceSession:
     """An inference session on the bundle's graph; on the CPU where `providers` is None.
 
@@ -57,16 +58,16 @@ def open_graph(
     happens to the files afterwards changes nothing (weights.py).
     Where a provider does not take inputs with defaults, the graph is opened without these, and
     every side input has to be fed.
-    `manifest`: what the graph and its weights must be of.
+    `manifest`: what the graph and its weights must be of. `name`: the graph's file.
 
     Raises:
         UsageError: a provider that is not installed or does not start, or providers both here and
             in the options.
         BundleError: there is no graph, onnxruntime cannot read it, or it is not the manifest's.
     """
-    graph = bundle / GRAPH_NAME
+    graph = bundle / name
     if not graph.is_file():
-        raise BundleError(f"{bundle} holds no {GRAPH_NAME}: export again")
+        raise BundleError(f"{bundle} holds no {name}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
     chosen = options is not None and _has_providers(options)
     if chosen and providers is not None and options is not None and chosen_before(options) is None:
@@ -88,8 +89,22 @@ def open_graph(
                 ", ".join(row.cpu_operators),
             )
     without = _all_fed(bundle, manifest, names)
-    with graph_source(bundle, options, manifest, without) as source:
+    with graph_source(bundle, options, manifest, without, name) as source:
         return _open(graph, source.graph, asked, source.options)
+
+
+def open_encoder(
+    bundle: Path,
+    providers: Sequence[Provider] | None,
+    options: onnxruntime.SessionOptions | None,
+    manifest: Manifest,
+) -> list[onnxruntime.InferenceSession]:
+    """As `open_graph`, of an encoder-decoder's encoder, checked; empty where there is none."""
+    if manifest.encoder is None:
+        return []
+    session = open_graph(bundle, providers, options, manifest, ENCODER_NAME)
+    check_graph(bundle, manifest, session, encoder=True)
+    return [session]
 
 
 def open_file(
@@ -187,10 +202,17 @@ def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, i
     return {provider: dict(counts.most_common()) for provider, counts in placed.items()}
 
 
-def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+def check_graph(
+    bundle: Path,
+    manifest: Manifest,
+    session: onnxruntime.InferenceSession,
+    *,
+    encoder: bool = False,
+) -> None:
     """Raise BundleError unless the graph takes and gives what the manifest says.
 
-    It may have been opened without the defaults of its side inputs.
+    It may have been opened without the defaults of its side inputs. `encoder`: whether it is that
+    of encoder.onnx, which has some of the inputs and outputs and all side inputs, as model.onnx has then.
     """
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
@@ -199,17 +221,21 @@ def check_graph(bundle: Path, manifest: Manifest, session: onnxruntime.Inference
         overridable = {name: node for name, node in required.items() if name in side_inputs}
         required = {name: node for name, node in required.items() if name not in side_inputs}
     outputs = {node.name: node for node in session.get_outputs()}
+    inputs, given, sides = manifest.inputs, manifest.outputs, manifest.side_inputs()
+    if (apart := manifest.encoder) is not None:
+        inputs = tuple(spec for spec in inputs if (spec.name in apart.inputs) is encoder)
+        given = tuple(spec for spec in given if (spec.name in apart.outputs) is encoder)
     problems = [
-        *_misfits("input", manifest.inputs, required),
-        *_unknown("input", manifest.inputs, required),
-        *_misfits("output", manifest.outputs, outputs),
-        *_unknown("output", manifest.outputs, outputs),
-        *_misfits("side input", manifest.side_inputs(), overridable),
-        *_unknown("side input", manifest.side_inputs(), overridable),
+        *_misfits("input", inputs, required),
+        *_unknown("input", inputs, required),
+        *_misfits("output", given, outputs),
+        *_unknown("output", given, outputs),
+        *_misfits("side input", sides, overridable),
+        *_unknown("side input", sides, overridable),
     ]
     if problems:
         raise BundleError(
-            f"{bundle / GRAPH_NAME} does not fit the bundle's manifest:"
+            f"{bundle / (ENCODER_NAME if encoder else GRAPH_NAME)} does not fit the bundle's manifest:"
             f" {listed(problems, _LISTED)}. Export again."
         )
 

@@ -17,6 +17,7 @@ from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     CERTIFICATE_NAME,
+    ENCODER_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MANIFEST_NAME,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS: Final = 3
 # What is read when a session opens, and never again.
-_AT_ONCE: Final = (GRAPH_NAME, MANIFEST_NAME, CERTIFICATE_NAME, SIGNATURE_NAME)
+_AT_ONCE: Final = (GRAPH_NAME, ENCODER_NAME, MANIFEST_NAME, CERTIFICATE_NAME, SIGNATURE_NAME)
 _ADAPTERS: Final = f"{ADAPTERS_DIRECTORY}/"
 
 

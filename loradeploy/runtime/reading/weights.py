@@ -60,10 +60,12 @@ def graph_source(
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest | None,
     without: Collection[str] = (),
+    name: str = GRAPH_NAME,
 ) -> Iterator[Source]:
     """The graph of `bundle` and its weights, to be opened within the context.
 
-    `manifest`: what the files must be of. `without`: inputs whose defaults are left out.
+    `manifest`: what the files must be of. `without`: inputs whose defaults are left out. `name`:
+    the graph's file.
 
     Raises:
         BundleError: they cannot be read, or are not those that the manifest declares.
@@ -73,29 +75,29 @@ def graph_source(
     if options is None:
         options = onnxruntime.SessionOptions()
     if entry(options, WEIGHTS_AT):  # the graph is another's, in a part of its file
-        yield Source(_graph(bundle, manifest, without), options)
+        yield Source(_graph(bundle, manifest, without, name), options)
     # Nobody writes to a mapped file on Windows.
     elif (entry(options, MAPPED) == "1" or sys.platform == "win32") and not without:
-        _check_file(bundle, manifest)
-        yield Source(os.fspath(bundle / GRAPH_NAME), options)
+        _check_file(bundle, manifest, name)
+        yield Source(os.fspath(bundle / name), options)
     elif given is None and hasattr(options, _FROM_MEMORY):
         with _in_memory(bundle / GRAPH_DATA_NAME) as content:
             with memoryview(content) as view:
                 found = fingerprint(view) if content is not _NOTHING else None
             _check(bundle, manifest, found)
             getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
-            yield Source(_graph(bundle, manifest, without), options)
+            yield Source(_graph(bundle, manifest, without, name), options)
     else:
         with scratch_directory("loradeploy-session-") as copy:
-            for name in (GRAPH_NAME, GRAPH_DATA_NAME):
-                if (bundle / name).is_file():
-                    copy_file(bundle / name, copy / name, error=BundleError)
-            _check_file(copy, manifest, named=bundle)
+            for file in (name, GRAPH_DATA_NAME):
+                if (bundle / file).is_file():
+                    copy_file(bundle / file, copy / file, error=BundleError)
+            _check_file(copy, manifest, name, named=bundle)
             if without:
-                content = _graph(copy, manifest, without)
-                (copy / GRAPH_NAME).unlink()
-                (copy / GRAPH_NAME).write_bytes(content)
-            yield Source(os.fspath(copy / GRAPH_NAME), options)
+                content = _graph(copy, manifest, without, name)
+                (copy / name).unlink()
+                (copy / name).write_bytes(content)
+            yield Source(os.fspath(copy / name), options)
 
 
 def entry(options: onnxruntime.SessionOptions, name: str) -> str:
@@ -106,13 +108,19 @@ def entry(options: onnxruntime.SessionOptions, name: str) -> str:
         return ""
 
 
-def _graph(bundle: Path, manifest: Manifest | None, without: Collection[str] = ()) -> bytes:
+def _graph(
+    bundle: Path,
+    manifest: Manifest | None,
+    without: Collection[str] = (),
+    name: str = GRAPH_NAME,
+) -> bytes:
     """The bytes of the graph that the manifest declares, less the defaults of `without`."""
-    content = read_bytes(bundle / GRAPH_NAME, error=BundleError, limit=MAX_GRAPH_BYTES)
-    expected = None if manifest is None else manifest.graph_digest
+    content = read_bytes(bundle / name, error=BundleError, limit=MAX_GRAPH_BYTES)
+    declares = manifest if name == GRAPH_NAME or manifest is None else manifest.encoder
+    expected = None if declares is None else declares.graph_digest
     if expected not in (None, bytes_digest(content)):
         raise BundleError(
-            f"{bundle / GRAPH_NAME} does not fit the bundle's manifest: its digest has changed"
+            f"{bundle / name} does not fit the bundle's manifest: its digest has changed"
             " since the export. Export again."
         )
     return without_defaults(content, without) if without else content
@@ -151,12 +159,14 @@ def _read(file: Path, content: mmap.mmap, size: int) -> None:
         raise BundleError(f"{file} cannot be read: {problem.strerror or problem}") from None
 
 
-def _check_file(directory: Path, manifest: Manifest | None, named: Path | None = None) -> None:
+def _check_file(
+    directory: Path, manifest: Manifest | None, name: str, named: Path | None = None
+) -> None:
     """As `_check`, of files that onnxruntime opens itself."""
     file = directory / GRAPH_DATA_NAME
     found = file_fingerprint(file) if manifest is not None and file.is_file() else None
     _check(named or directory, manifest, found)
-    _graph(directory, manifest)
+    _graph(directory, manifest, name=name)
 
 
 def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:

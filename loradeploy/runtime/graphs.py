@@ -1,0 +1,220 @@
+"""A bundle's graphs in onnxruntime, each run with what a lease holds of the adapters.
+
+Most bundles have one. Those of encoder-decoders have two, and a run goes to where its feeds are:
+
+    what the encoder takes          its outputs, the source's keys and values
+    what the decoder takes          its outputs: one step, on both caches
+    both, those keys and values     the encoder, then the decoder on what it gave: the whole model,
+    or an empty cache left out      as PyTorch runs it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.manifest import Manifest, TensorSpec
+from loradeploy.bundle.names import (
+    ADAPTER_IDS,
+    ATTENTION_MASK,
+    ENCODER_ATTENTION_MASK,
+    INPUT_IDS,
+    PAST,
+    is_cross,
+    present_of,
+)
+from loradeploy.errors import RunError, UsageError, first_line
+from loradeploy.runtime.adapters.leases import Lease
+from loradeploy.runtime.arguments import check_rows, requested_outputs
+from loradeploy.runtime.feeds import Feeds, feed_values
+from loradeploy.runtime.limits import Limits
+
+Values = Mapping[str, onnxruntime.OrtValue]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """One graph: what it takes, besides side inputs, and gives."""
+
+    path: Path
+    session: onnxruntime.InferenceSession
+    inputs: Mapping[str, TensorSpec]
+    outputs: tuple[str, ...]
+    limits: Limits
+    nothing: onnxruntime.OrtValue
+
+    @cached_property
+    def _first(self) -> str:
+        """An input whose first dimension is the batch."""
+        return INPUT_IDS if INPUT_IDS in self.inputs else next(iter(self.inputs))
+
+    def run(
+        self,
+        lease: Lease,
+        requested: Sequence[str],
+        feeds: Feeds,
+        device: tuple[str, int],
+        buffers: Values,
+    ) -> list[onnxruntime.OrtValue]:
+        """The outputs, those in `buffers` written there, the others made on `device`.
+
+        Raises:
+            UsageError: feeds that do not fit. RunError: onnxruntime cannot run it.
+        """
+        values = feed_values(feeds, self.inputs, self.limits)
+        if lease.per_row:
+            check_rows(len(lease.rows), values[self._first].shape()[0])
+        binding = lease.device.take(self.session)
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        if lease.adapter_ids is not None:
+            binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
+        for name in requested:
+            if name in buffers:
+                binding.bind_ortvalue_output(name, buffers[name])
+            else:
+                binding.bind_output(name, *device)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
+            raise RunError(
+                f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}"
+            ) from None
+        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        # A spare binding must not keep a whole cache alive.
+        binding.clear_binding_outputs()
+        for name in values:
+            binding.bind_ortvalue_input(name, self.nothing)
+        lease.device.put_back(binding, self.session)
+        return outputs
+
+
+class Graphs:
+    """The graphs of a bundle as one; `encoder` is None where there is one."""
+
+    def __init__(self, decoder: Graph, encoder: Graph | None, manifest: Manifest) -> None:
+        self._decoder, self._encoder = decoder, encoder
+        self._outputs = tuple(spec.name for spec in manifest.outputs)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Those of the graph that gives the task's output."""
+        return self._decoder.inputs
+
+    def run(
+        self,
+        lease: Lease,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        device: tuple[str, int],
+        buffers: Values,
+    ) -> list[onnxruntime.OrtValue]:
+        """See `Graph.run`; `output_names` None means all outputs of the graphs that run.
+
+        Raises:
+            UsageError: as there, or outputs of a graph that is not fed.
+        """
+        requested = requested_outputs(output_names, self._outputs)
+        if unknown := [name for name in buffers if name not in requested]:
+            raise UsageError(f"there is a buffer for {unknown[0]!r}, which is not requested")
+        if self._encoder is None:
+            return self._decoder.run(lease, requested, feeds, device, buffers)
+        return self._run_halves(
+            self._encoder,
+            lease,
+            None if output_names is None else requested,
+            feeds,
+            device,
+            buffers,
+        )
+
+    def _run_halves(
+        self,
+        encoder: Graph,
+        lease: Lease,
+        requested: Sequence[str] | None,
+        feeds: Feeds,
+        device: tuple[str, int],
+        buffers: Values,
+    ) -> list[onnxruntime.OrtValue]:
+        if not isinstance(feeds, Mapping):
+            return self._decoder.run(lease, self._decoder.outputs, feeds, device, buffers)
+        source = {name: feed for name, feed in feeds.items() if name in encoder.inputs}
+        target = {name: feed for name, feed in feeds.items() if name not in encoder.inputs}
+        if requested is None:
+            both = (*self._decoder.outputs, *encoder.outputs)
+            halves = (target and self._decoder.outputs, source and encoder.outputs)
+            requested = [name for name in both if any(half and name in half for half in halves)]
+        found: dict[str, onnxruntime.OrtValue] = {}
+        own = [name for name in requested if name in encoder.outputs]
+        rest = [name for name in requested if name not in encoder.outputs]
+        crosses = [name for name in self._decoder.inputs if is_cross(name)]
+        lacking = bool(rest and source) and not any(name in target for name in crosses)
+        if own or lacking or not (target or rest):
+            names = list(encoder.outputs) if lacking else own or list(encoder.outputs)
+            # On the decoder's device: it goes on with them.
+            where = device if not lacking else ("cpu", 0)
+            given = encoder.run(
+                lease, names, source, where, {n: buffers[n] for n in names if n in buffers}
+            )
+            found.update(zip(names, given, strict=True))
+        if rest:
+            if lacking:
+                target.update((name, found[present_of(name)]) for name in crosses)
+                if ENCODER_ATTENTION_MASK in self._decoder.inputs and ATTENTION_MASK in source:
+                    target.setdefault(ENCODER_ATTENTION_MASK, source[ATTENTION_MASK])
+            if source:
+                target = {**self._empty(source), **target}
+            given = self._decoder.run(
+                lease, rest, target, device, {n: buffers[n] for n in rest if n in buffers}
+            )
+            found.update(zip(rest, given, strict=True))
+        return [found[name] for name in requested]
+
+    def _empty(self, source: Feeds) -> dict[str, onnxruntime.OrtValue]:
+        """A self-attention cache of no tokens, for the rows of `source`."""
+        first = next(iter(source.values()))
+        shape = first.shape() if isinstance(first, onnxruntime.OrtValue) else np.shape(first)
+        return {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros([shape[0] if shape else 1, spec.shape[1], 0, spec.shape[3]], spec.dtype)
+            )
+            for name, spec in self._decoder.inputs.items()
+            if name.startswith(PAST) and not is_cross(name)
+        }
+
+
+def open_graphs(
+    path: Path,
+    manifest: Manifest,
+    limits: Limits,
+    nothing: onnxruntime.OrtValue,
+    session: onnxruntime.InferenceSession,
+    encoder: onnxruntime.InferenceSession | None,
+) -> Graphs:
+    """The graphs of the bundle at `path`, opened as `session` and `encoder`."""
+    apart = manifest.encoder
+    taken = () if apart is None else apart.inputs
+    given = () if apart is None else apart.outputs
+
+    def graph(opened: onnxruntime.InferenceSession, *, source: bool) -> Graph:
+        return Graph(
+            path,
+            opened,
+            {spec.name: spec for spec in manifest.inputs if (spec.name in taken) is source},
+            tuple(spec.name for spec in manifest.outputs if (spec.name in given) is source),
+            limits,
+            nothing,
+        )
+
+    return Graphs(
+        graph(session, source=False),
+        None if encoder is None else graph(encoder, source=True),
+        manifest,
+    )
