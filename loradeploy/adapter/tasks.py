@@ -95,7 +95,14 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             None,
             CLASSIFIER_HEADS,
         ),
-        Task(SEQ2SEQ_LM, "AutoModelForSeq2SeqLM", "logits", "SEQ_2_SEQ_LM", (LM_HEAD,)),
+        Task(
+            SEQ2SEQ_LM,
+            "AutoModelForSeq2SeqLM",
+            "logits",
+            "SEQ_2_SEQ_LM",
+            (LM_HEAD,),
+            runner="TextGenerator",
+        ),
         Task(
             QUESTION_ANSWERING,
             "AutoModelForQuestionAnswering",

@@ -256,7 +256,9 @@ class Manifest:
                 None if value is None else _adapter_entry(value, "merged_adapter")
             ),
             "sentence": lambda value: digests(value, "sentence"),
-            "encoder": lambda value: None if value is None else noun(EncoderGraph, value, "encoder"),
+            "encoder": lambda value: (
+                None if value is None else noun(EncoderGraph, value, "encoder")
+            ),
         }
         for name, read in nested.items():
             if name in rest:

@@ -57,6 +57,11 @@ def present_of(past: str) -> str:
     return past.replace(PAST, PRESENT, 1)
 
 
+def past_of(present: str) -> str:
+    """The graph input that the graph output `present` is fed to."""
+    return present.replace(PRESENT, PAST, 1)
+
+
 def is_cross(name: str) -> bool:
     """Whether an input or output is of an encoder-decoder's keys and values of the source."""
     return name.startswith((PAST, PRESENT)) and f".{CROSS}" in name

@@ -78,7 +78,13 @@ class Sample:
         # An encoder-decoder's mask is of its source, which has no cache before it.
         halves = any(spec.name == DECODER_INPUT_IDS for spec in self._specs)
         total = sequence if halves else past + sequence
-        sizes = {"batch": batch, "source": sequence, "sequence": sequence, "past": past, "total": total}
+        sizes = {
+            "batch": batch,
+            "source": sequence,
+            "sequence": sequence,
+            "past": past,
+            "total": total,
+        }
         symbols: dict[str, int] = {}
         for spec in sorted(self._specs, key=lambda spec: spec.name != INPUT_IDS):
             for axis, symbol in enumerate(spec.shape):

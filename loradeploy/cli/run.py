@@ -16,6 +16,7 @@ from loradeploy.adapter.heads import REGRESSION
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
@@ -264,6 +265,7 @@ def _embed(
 
 _TASKS: Final[Mapping[str, Callable[..., None]]] = {
     CAUSAL_LM: generate,
+    SEQ2SEQ_LM: generate,
     SEQUENCE_CLASSIFICATION: _classify,
     TOKEN_CLASSIFICATION: _tag,
     FEATURE_EXTRACTION: _embed,

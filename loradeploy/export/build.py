@@ -281,7 +281,9 @@ def _with_side_inputs(
     # Branches cost no memory where weights are quantized: those are shared between them.
     shared = default_of("branches", base.precision, options.target)
     if branches := (
-        shared and branches_problem(graph) is None and not _encoder(base) if options.branches is None else options.branches
+        shared and branches_problem(graph) is None and not _encoder(base)
+        if options.branches is None
+        else options.branches
     ):
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
@@ -290,9 +292,14 @@ def _with_side_inputs(
 
 def _check_form_of_halves(base: Base, options: Options) -> None:
     """Refuse the forms that a graph in two halves does not have."""
-    for name, asked in (("branches", options.branches), ("required_inputs", options.required_inputs)):
+    for name, asked in (
+        ("branches", options.branches),
+        ("required_inputs", options.required_inputs),
+    ):
         if asked and _encoder(base):
-            raise UsageError(f"`{name}` is not for encoder-decoders, which are two graphs: leave it out")
+            raise UsageError(
+                f"`{name}` is not for encoder-decoders, which are two graphs: leave it out"
+            )
 
 
 def _with_biases(

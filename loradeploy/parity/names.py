@@ -39,6 +39,8 @@ REPEAT: Final = "repeat"
 
 DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
+# Of encoder-decoders, whose rows are targets.
+SEQ2SEQ_PHASES: Final = (PREFILL, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, *ENCODER_PHASES)))
 
 # Levels of graph optimization, and of their members in onnxruntime's GraphOptimizationLevel.

@@ -6,6 +6,12 @@ Decoders:  prefill           each prompt by itself, followed by the tokens that 
            permuted batch    one batch with its rows in another order
            decode            from the batch's cache on, the reference's tokens one a step
            repeat            a prompt a second time, compared with the first
+Encoder-decoders:
+           prefill           each source by itself, with a whole target
+           padded batch      the sources in batches, padded on the right
+           permuted batch    one batch with its rows in another order
+           decode            the target one token a step, on the caches
+           repeat
 Encoders:  one row           each text by itself
            padded batch      the texts in batches, padded on the right
            permuted batch, repeat
@@ -26,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import numpy as np
 
@@ -50,6 +56,7 @@ from loradeploy.parity.names import (
     PERMUTED,
     PREFILL,
     REPEAT,
+    SEQ2SEQ_PHASES,
 )
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
@@ -70,6 +77,8 @@ _TO_CHUNK: Final = 4
 # What gives one answer for a row, rather than one for each position.
 WHOLE_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
+_PHASES: Final = {CAUSAL_LM: DECODER_PHASES, SEQ2SEQ_LM: SEQ2SEQ_PHASES}
+
 # Rows of one batch, and the size of one output that a batch may have.
 _MAX_ROWS: Final = 16
 _MAX_OUTPUT: Final = 1 << 26  # values
@@ -89,6 +98,13 @@ class Model(Protocol):
         """
 
 
+class SourceModel(Model, Protocol):
+    """A backend of an encoder-decoder with a cache."""
+
+    def decode(self, ids: Ids, mask: Ids, adapters: Sequence[str | None]) -> NDArray[Any]:
+        """For sources `ids`, the target's tokens one a step → [rows, target, width]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One prompt with one adapter, and what the reference gives for it.
@@ -98,6 +114,7 @@ class Row:
     `edge`: it is of an extreme length, and shares batches with its like alone.
     `outputs`: how many of the graph's outputs are its adapter's, the first ones; None of all. The
     others are constants so large that they would hide what the adapter does.
+    `target`: how many tokens of an encoder-decoder's target are decoded one by one on its cache.
     """
 
     case: int
@@ -107,6 +124,7 @@ class Row:
     expected: NDArray[np.float32]
     edge: bool = False
     outputs: int | None = None
+    target: int = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -120,6 +138,8 @@ class Row:
 
     def due(self, phase: str) -> int:
         """How many positions the phase shows of this row."""
+        if phase == DECODE and self.target:
+            return self.target
         if phase == DECODE:
             return max(0, len(self.forced) - 1)
         batched = phase in (PADDED_BATCH, PERMUTED) and self.forced
@@ -188,7 +208,7 @@ def _observations(
     batched: bool,
 ) -> Iterator[Observation]:
     """What `run_phases` gives, with all outputs of the graph."""
-    alone = PREFILL if task == CAUSAL_LM else ONE_ROW
+    alone = PREFILL if task in (CAUSAL_LM, SEQ2SEQ_LM) else ONE_ROW
     again = rows_of(REPEAT, rows) if REPEAT in phases else ()
     for row in rows if alone in phases else again:
         values = _forward_alone(model, row, task)
@@ -206,6 +226,9 @@ def _observations(
         for some in _batches(shown, most=_MAX_ROWS if batched else 1):
             for batch in _of_one_length(some) if alike else [some]:
                 yield from _run_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+    if DECODE in phases and (decoded := [row for row in rows if row.target]):
+        for some in _batches(decoded, most=_MAX_ROWS if batched else 1):
+            yield from _run_target(cast("SourceModel", model), some, pad=pad)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
         for batch in _of_one_length(permuted) if alike else [permuted]:
             yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
@@ -213,7 +236,7 @@ def _observations(
 
 def phases_of(task: str) -> tuple[str, ...]:
     """The phases that a task has."""
-    return DECODER_PHASES if task == CAUSAL_LM else ENCODER_PHASES
+    return _PHASES.get(task, ENCODER_PHASES)
 
 
 def choose_phases(task: str, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -295,6 +318,13 @@ def _run_batch(
         values, cache = model.forward(ids, mask, cache, adapters)
         for row, its in zip(batch, values, strict=True):
             yield Observation(DECODE, row, len(row.prompt) + step, its)
+
+
+def _run_target(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=False)
+    values = model.decode(ids, mask, [row.adapter for row in batch])
+    for row, its in zip(batch, values, strict=True):
+        yield Observation(DECODE, row, 0, its)
 
 
 def _run_permuted(

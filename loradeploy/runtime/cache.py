@@ -33,7 +33,8 @@ def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
         UsageError: numpy has no such dtype, or heads or size are not known, so that no cache can be
             allocated.
     """
-    specs = [spec for spec in manifest.inputs if spec.name.startswith(PAST) and not is_cross(spec.name)]
+    # An encoder-decoder's keys and values of the source are none that grow.
+    specs = [s for s in manifest.inputs if s.name.startswith(PAST) and not is_cross(s.name)]
     for spec in specs:
         if spec.dtype not in _DTYPES:
             raise UsageError(

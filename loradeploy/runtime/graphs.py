@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -158,10 +157,8 @@ class Graphs:
         lacking = bool(rest and source) and not any(name in target for name in crosses)
         if own or lacking or not (target or rest):
             names = list(encoder.outputs) if lacking else own or list(encoder.outputs)
-            # On the decoder's device: it goes on with them.
-            where = device if not lacking else ("cpu", 0)
             given = encoder.run(
-                lease, names, source, where, {n: buffers[n] for n in names if n in buffers}
+                lease, names, source, device, {n: buffers[n] for n in names if n in buffers}
             )
             found.update(zip(names, given, strict=True))
         if rest:
@@ -181,9 +178,10 @@ class Graphs:
         """A self-attention cache of no tokens, for the rows of `source`."""
         first = next(iter(source.values()))
         shape = first.shape() if isinstance(first, onnxruntime.OrtValue) else np.shape(first)
+        rows = shape[0] if shape else 1
         return {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros([shape[0] if shape else 1, spec.shape[1], 0, spec.shape[3]], spec.dtype)
+                np.zeros((rows, int(spec.shape[1]), 0, int(spec.shape[3])), spec.dtype)
             )
             for name, spec in self._decoder.inputs.items()
             if name.startswith(PAST) and not is_cross(name)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 LOOKED_AT: Final = (INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 _UNNAMED: Final = ("", "?")
 # Models whose positions are differences, or slopes, which have no end.
-_ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
+ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:
 
 
 def _positions(manifest: Manifest, config: Mapping[str, Any], file: Path) -> int | None:
-    endless = config.get("model_type") in _ENDLESS or config.get("alibi") is True
+    endless = config.get("model_type") in ENDLESS or config.get("alibi") is True
     if endless or manifest.task == SEQ2SEQ_LM:
         return None
     inputs = {spec.name for spec in manifest.inputs}

@@ -300,10 +300,10 @@ class AdapterSession:
         """Run the graph, as `onnxruntime.InferenceSession.run` does, with adapters.
 
         `adapters`: None is the base, a name one adapter for all rows, a sequence one for each row
-        of the batch, in which None is the base. Of an encoder-decoder the feeds may be what the
-        encoder takes, the decoder, or both (docs/seq2seq.md). In place of a name may stand a mapping of names to
+        of the batch, in which None is the base. In place of a name may stand a mapping of names to
         weights: the sum of the adapters' updates, each times its weight. `output_names` None means
-        all outputs.
+        all outputs. Of an encoder-decoder the feeds may be what the encoder takes, what the decoder
+        takes, or both (docs/seq2seq.md).
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.

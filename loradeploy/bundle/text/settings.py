@@ -12,17 +12,13 @@ from loradeploy.errors import BundleError, shown
 # Settings that change a text and are not applied, with the values that change nothing.
 _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
-    "bad_words_ids": ([],),
     "sequence_bias": ([], {}),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "forced_decoder_ids": ([],),
     "penalty_alpha": (0, 0.0),
     "guidance_scale": (1, 1.0),
     "encoder_repetition_penalty": (1, 1.0),
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
-    "min_length": (0,),
     "dola_layers": (),
     "typical_p": (1, 1.0),
     "epsilon_cutoff": (0, 0.0),
@@ -37,6 +33,7 @@ class GenerationSettings:
 
     `top_k`, `top_p`, `min_p`: those of sampling, None where the file has none.
     `stop_strings`: texts that end a generation.
+    `decoder_start_token_id`: what an encoder-decoder's target begins with.
     `ignored`: settings that are not applied here and would change the text.
     """
 
@@ -50,6 +47,11 @@ class GenerationSettings:
     min_p: float | None = None
     stop_strings: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    min_length: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
 
     @cached_property
     def changes_scores(self) -> bool:
@@ -60,6 +62,10 @@ class GenerationSettings:
                 self.min_new_tokens,
                 self.suppress_tokens,
                 self.begin_suppress_tokens,
+                self.min_length,
+                self.bad_words_ids,
+                self.forced_bos_token_id is not None,
+                self.forced_eos_token_id,
             )
         )
 
@@ -87,6 +93,18 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
             raise BundleError(f"{where}: {name} is {shown(value)}, a list of token ids is needed")
         return tuple(token for token in listed if token >= 0)
 
+    def words(name: str) -> tuple[tuple[int, ...], ...]:
+        listed = values.get(name) or []
+        fits = isinstance(listed, list) and all(
+            isinstance(word, list) and word and all(type(token) is int for token in word)
+            for word in listed
+        )
+        if not fits:
+            raise BundleError(
+                f"{where}: {name} is {shown(listed)}, a list of lists of token ids is needed"
+            )
+        return tuple(map(tuple, listed))
+
     penalty = number("repetition_penalty", 1.0, 0, whole=False)
     if penalty == 0:
         raise BundleError(f"{where}: repetition_penalty is 0, more is needed")
@@ -106,6 +124,11 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         top_p=top_p if isinstance(top_p, int | float) and 0 < top_p <= 1 else None,
         min_p=min_p if isinstance(min_p, int | float) and 0 <= min_p <= 1 else None,
         stop_strings=tuple(stops),
+        min_length=number("min_length", 0, 0, whole=True),
+        bad_words_ids=words("bad_words_ids"),
+        decoder_start_token_id=number("decoder_start_token_id", None, 0, whole=True),
+        forced_bos_token_id=number("forced_bos_token_id", None, 0, whole=True),
+        forced_eos_token_id=tokens("forced_eos_token_id"),
         ignored=tuple(
             name
             for name, harmless in _NOT_APPLIED.items()

@@ -121,7 +121,8 @@ def join(encoder: ir.Model, decoder: ir.Model, manifest: Manifest) -> ir.Model:
     moved = []
     for node in list(source):
         source.remove(node)
-        if not any([shared(value) for value in node.outputs]):
+        twice = [shared(value) for value in node.outputs]
+        if not any(twice):
             moved.append(node)
     first = into[0] if len(into) else None
     if first is None:
@@ -145,8 +146,7 @@ def join(encoder: ir.Model, decoder: ir.Model, manifest: Manifest) -> ir.Model:
 
 
 def with_encoder_outputs(model: ir.Model, manifest: Manifest) -> Manifest:
-    """The manifest with all outputs of the joined `model`, those that see the source the encoder's.
-    """
+    """The manifest with all outputs of `model`, those that see the source being the encoder's."""
     if manifest.encoder is None:
         return dataclasses.replace(manifest, outputs=outputs_of(model))
     seen = {value for value in model.graph.inputs if value.name in manifest.encoder.inputs}

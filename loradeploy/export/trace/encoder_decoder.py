@@ -55,7 +55,7 @@ def output_names(layers: int) -> list[str]:
 
 
 def cache_parts(layers: int, *whose: str, apart: bool = False) -> Iterator[tuple[int, str]]:
-    """Layer and part of every cached tensor, layer by layer, or `apart` one cache after the other."""
+    """Layer and part of every cached tensor: layer by layer, or one cache `apart` from another."""
     if apart:
         yield from ((i, f"{of}{p}") for of in whose for i in range(layers) for p in _PARTS)
     else:
@@ -134,14 +134,15 @@ def example(
 
     Dim = torch.export.Dim
     batch, past, target, cross = Dim("batch"), Dim("past"), Dim.AUTO, Dim("source")
+    sources = Dim("source_batch")  # the halves share no size
     dtype = next(model.parameters()).dtype
     caches = _caches(model, source_sizes)
     heard = source_sizes is not None
     source = Dim.AUTO
     ids = torch.ones((_BATCH, _SOURCE), dtype=torch.int64)
     plain: dict[str, tuple[torch.Tensor, dict[int, Any]]] = {
-        INPUT_IDS: (ids, {0: batch, 1: source}),
-        ATTENTION_MASK: (ids, {0: batch, 1: source}),
+        INPUT_IDS: (ids, {0: sources, 1: source}),
+        ATTENTION_MASK: (ids, {0: sources, 1: source}),
         DECODER_INPUT_IDS: (ids[:, :_TARGET].clone(), {0: batch, 1: target}),
         ENCODER_ATTENTION_MASK: (
             torch.ones((_BATCH, _CROSS), dtype=torch.int64),
@@ -149,7 +150,7 @@ def example(
         ),
     }
     if source_sizes is not None:
-        plain[INPUT_FEATURES] = (torch.zeros(_BATCH, *source_sizes, dtype=dtype), {0: batch})
+        plain[INPUT_FEATURES] = (torch.zeros(_BATCH, *source_sizes, dtype=dtype), {0: sources})
     names = plain_inputs(model)
     cached, cached_dims = [], []
     for own, crossed in caches:

@@ -10,6 +10,7 @@ from loradeploy.bundle.names import (
     ATTENTION_MASK,
     CROSS,
     DECODER_INPUT_IDS,
+    INPUT_FEATURES,
     INPUT_IDS,
     SELF,
     past_name,
@@ -28,6 +29,8 @@ _KEPT: Final = ("Gemm", "MatMul")
 # Shape constants are joined, so that what they feed can be; weights never are: an adapter merged
 # into one of two equal weights must not change the other.
 _JOINED_ELEMENTS: Final = 8
+# The rows of an encoder-decoder's source.
+_SOURCES: Final = "source_batch"
 
 
 def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
@@ -40,6 +43,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     _drop_metadata(model, prefix)
     name_dimensions(model)
     fold_sizes(model.graph)
+    _rename_symbols(model.graph, {_SOURCES: "batch"})
     _name_initializers(model, prefix)
     return model
 
@@ -107,9 +111,11 @@ def name_dimensions(model: ir.Model) -> None:
 
     A sum of past and sequence is `total`.
     """
-    import onnx_ir as ir
+    _rename_symbols(model.graph, _symbols(model.graph))
 
-    names = _symbols(model.graph)
+
+def _rename_symbols(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    import onnx_ir as ir
 
     def renamed(dimension: object) -> object:
         if not isinstance(dimension, ir.SymbolicDim) or dimension.value is None:
@@ -120,7 +126,7 @@ def name_dimensions(model: ir.Model) -> None:
             text = "total"
         return ir.SymbolicDim(text)
 
-    for value in _values(model.graph):
+    for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])  # type: ignore[misc]
 
@@ -134,9 +140,11 @@ def _symbols(graph: ir.Graph) -> Mapping[str, str]:
         past_name(0, f"{SELF}key"): ("batch", None, "past"),
         past_name(0, f"{CROSS}key"): ("batch", None, "source"),
     }
-    # An encoder-decoder's mask is of its source, which has as many tokens.
+    # An encoder-decoder's mask is of its source, which has as many tokens. The rows of its halves
+    # are counted apart while sizes are folded, so that neither reads the other's inputs.
     if any(value.name == DECODER_INPUT_IDS for value in graph.inputs):
-        known[ATTENTION_MASK] = known[INPUT_IDS]
+        known[ATTENTION_MASK] = known[INPUT_IDS] = (_SOURCES, "sequence")
+        known[INPUT_FEATURES] = (_SOURCES,)
     names: dict[str, str] = {}
     for value in graph.inputs:
         if value.name in known and value.shape is not None:

@@ -26,12 +26,15 @@ _STANDARD: Final = ("", "ai.onnx")
 
 def lacks(context: CheckContext) -> str | None:
     """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
+    if context.manifest.encoder is not None:
+        return "it runs one graph, and an encoder-decoder has two"
     return _lacks(context, _LARGEST)
 
 
 def is_quick(context: CheckContext) -> bool:
     """Whether the evaluator is there, and runs the bundle's graph in little time."""
-    return importlib.util.find_spec("onnx") is not None and _lacks(context, _QUICK) is None
+    one = context.manifest.encoder is None
+    return one and importlib.util.find_spec("onnx") is not None and _lacks(context, _QUICK) is None
 
 
 def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:

@@ -14,8 +14,9 @@ import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import NATIVE_SUFFIX, PAST, present_of
+from loradeploy.bundle.names import ENCODER_NAME, NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError, listed, listed_names
+from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import Types, plain_feeds
 from loradeploy.parity.phases import joined, output_names
@@ -72,6 +73,9 @@ class OnnxModel:
         adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.Model`."""
+        if self._manifest.encoder is not None:
+            given = self._halves().whole(self._plain(ids, mask), adapters)
+            return joined([_array(value) for value in given]), None
         names, count = [*self._outputs, *self._presents], len(self._outputs)
         if not self._past and self._manifest.task == CAUSAL_LM:
             return self._without_cache(ids, mask, cache, adapters)
@@ -81,10 +85,23 @@ class OnnxModel:
         else:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
-            feeds = {**plain_feeds(self._manifest, ids, mask, self._types), **cache.inputs}
+            feeds = {**self._plain(ids, mask), **cache.inputs}
             given = self._run(names, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
+
+    def decode(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
+    ) -> NDArray[Any]:
+        """See `phases.SourceModel`."""
+        steps = self._halves().one_by_one(self._plain(ids, mask), adapters)
+        return np.concatenate([joined([_array(v) for v in step]) for step in steps], axis=1)
+
+    def _halves(self) -> Halves:
+        return Halves(self._manifest, self._run, self._outputs)
+
+    def _plain(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return plain_feeds(self._manifest, ids, mask, self._types)
 
     def _without_cache(
         self,
@@ -120,7 +137,9 @@ class OnnxModel:
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
         """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
-        feeds: dict[str, Any] = dict(plain_feeds(self._manifest, ids, mask, self._types))
+        feeds: dict[str, Any] = self._plain(ids, mask)
+        if self._manifest.encoder is not None:
+            return feeds  # `AdapterSession` runs the halves on them
         past = self._empty(len(ids)) if cache is None else cache
         return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 
@@ -171,7 +190,13 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
     rows = [known(name) for name, _ in context.providers]
     if names := [row.name for row in rows if not row.takes_defaults]:
         raise NotRunError(f"{names[0]} needs every side input to be fed, which they do not do")
-    session = open_graph(context.bundle, context.providers, _options(context))
+    manifest = context.manifest
+    sessions = [open_graph(context.bundle, context.providers, _options(context))]
+    if manifest.encoder is not None:
+        encoder = open_graph(
+            context.bundle, context.providers, _options(context), name=ENCODER_NAME
+        )
+        sessions.append(encoder)
     base = BundleBase(context.bundle, context.manifest)
     ranks = [row.name for row in rows if not row.takes_rank_zero]
     left_out: list[str] = []
@@ -186,7 +211,7 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
         yield (
             tested.name,
             OnnxModel(
-                context.manifest, partial(_activated, session, active), types=context.cases.types
+                context.manifest, partial(_activated, sessions, active), types=context.cases.types
             ),
         )
     if left_out:
@@ -243,9 +268,16 @@ def _all_rows(
 
 
 def _activated(
-    session: Any, active: Any, outputs: Sequence[str], feeds: Feeds, adapters: object
+    sessions: Sequence[Any], active: Any, outputs: Sequence[str], feeds: Feeds, adapters: object
 ) -> Sequence[Any]:
-    """Run a plain session with the adapter that its run options have activated."""
+    """Run a plain session with the adapter that its run options have activated.
+
+    Of `sessions`, the one that gives the outputs.
+    """
+    session, *others = sessions
+    for other in others:
+        if outputs[0] in {node.name for node in other.get_outputs()}:
+            session = other
     values: Sequence[Any] = session.run(list(outputs), dict(feeds), active)
     return values
 

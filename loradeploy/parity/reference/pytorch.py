@@ -20,7 +20,7 @@ from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.inputs.row_feeds import Types, plain_feeds
+from loradeploy.parity.inputs.row_feeds import TARGET, Types, plain_feeds
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
     WHOLE_ROW,
@@ -323,6 +323,7 @@ def reference_rows(
             steps = min(count, after)
             forced += generate(backend, batch, count=steps, pad=cases.pad, adapter=adapter)
     rows = []
+    target = TARGET if context.manifest.encoder is not None else 0
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
@@ -331,7 +332,7 @@ def reference_rows(
         own = context.outputs_of(adapter)
         kept = _keep(context.scratch, values[..., :own])
         edge = number >= len(cases.prompts) - cases.edges
-        rows.append(Row(number, adapter, prompt, follow, kept, edge, own))
+        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target))
     return tuple(rows)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
+    DECODER_INPUT_IDS,
+    ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LEFT,
     PAST,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+# Of an encoder-decoder's decoder, whose rows are of one length and have no mask.
+FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ class DecoderGraph:
     pad_id: int
 
     @classmethod
-    def of(cls, session: AdapterSession, pad_id: int) -> DecoderGraph:
-        """That of `session`."""
+    def of(cls, session: AdapterSession, pad_id: int, *, source: bool = False) -> DecoderGraph:
+        """That of `session`; of an encoder-decoder the decoder's, for rows that have a `source`."""
         manifest = session.manifest
         names = [spec.name for spec in manifest.inputs]
-        other = [name for name in names if name not in FED and not name.startswith(PAST)]
+        known: tuple[str, ...] = FED
+        if source and manifest.encoder is not None:
+            names = [name for name in names if name not in manifest.encoder.inputs]
+            known = FED_WITH_SOURCE
+        other = [name for name in names if name not in known and not name.startswith(PAST)]
         if other:
             raise UsageError(
                 f"{session.path} takes {other[0]}, which text generation does not make: run it with"
@@ -74,6 +82,7 @@ class DecoderGraph:
         """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens]."""
         made: dict[str, Callable[[], NDArray[Any]]] = {
             INPUT_IDS: lambda: ids,
+            DECODER_INPUT_IDS: lambda: ids,
             ATTENTION_MASK: lambda: mask,
             POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
             TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),

@@ -16,6 +16,8 @@ from loradeploy.runtime.decoding.sequences import Row, Sequences
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loradeploy.runtime.decoding.source import EncodedSource
+
 _NOBODY: Final = -1  # owns a row that no prompt had yet
 
 
@@ -52,13 +54,23 @@ class DecodingBatch:
 
     @classmethod
     def of(
-        cls, graph: DecoderGraph, adapters: RowAdapters, sequences: Sequence[Sequences]
+        cls,
+        graph: DecoderGraph,
+        adapters: RowAdapters,
+        sequences: Sequence[Sequences],
+        source: EncodedSource | None = None,
     ) -> DecodingBatch:
-        """A batch of these prompts, which are read in one run; their numbers are 0, 1, …"""
+        """A batch of these prompts, which are read in one run; their numbers are 0, 1, …
+
+        `source`: of an encoder-decoder, whose prompts are what its decoder begins with, all of one
+        length: the decoder takes no mask.
+        """
         prompts = [own.prompt for own in sequences]
         most = max(map(len, prompts)) + max(own.limit for own in sequences)
         count = len(sequences)
-        rows = CachedRows(graph, count, most) if graph.cached else UncachedRows(graph, count)
+        rows = (
+            CachedRows(graph, count, most, source) if graph.cached else UncachedRows(graph, count)
+        )
         batch = cls(graph, adapters, rows)
         batch._owners = list(range(count))
         for number, own in enumerate(sequences):

@@ -8,6 +8,10 @@ frequency_penalty       is subtracted as often as the token is in the text
 presence_penalty        is subtracted once, where the token is in the text
 no_repeat_ngram_size    bars what would end a run of tokens that was there before
 min_new_tokens          bars the ends of a text
+bad_words_ids           bars what would end one of these runs of tokens
+min_length              bars the ends of a text, what it follows counted too
+forced_bos_token_id     bars all else behind a single token
+forced_eos_token_id     bars all else where a text may have but one token more
 allowed_tokens          bars what its mask leaves out
 suppress_tokens         bars them, and begin_suppress_tokens at the first token
 """
@@ -35,6 +39,7 @@ class Processors:
 
     `own`: the settings of its generation_config.json, with what was given in their place. `ends`:
     the tokens that end its text. `bias`: what is added, by token. `what`: its name in messages.
+    `limit`: how many tokens it may have.
     """
 
     own: GenerationSettings
@@ -44,6 +49,7 @@ class Processors:
     frequency_penalty: float = 0.0
     allowed_tokens: AllowedTokens | None = None
     what: str = "prompt 1"
+    limit: int | None = None
 
     @classmethod
     def of(
@@ -53,6 +59,7 @@ class Processors:
         tokenizer: Tokenizer,
         ends: Collection[int],
         what: str,
+        limit: int | None = None,
     ) -> Processors:
         """Those that `options` ask for.
 
@@ -72,6 +79,7 @@ class Processors:
             frequency_penalty=options.frequency_penalty,
             allowed_tokens=options.allowed_tokens,
             what=what,
+            limit=limit,
         )
 
     @property
@@ -110,11 +118,16 @@ class Processors:
             taken = self.frequency_penalty * counts + self.presence_penalty
             scores[tokens] -= taken.astype(np.float32)
         _bar_repeated(scores, before, own.no_repeat_ngram_size)
-        barred = list(own.suppress_tokens)
-        if len(made) < own.min_new_tokens:
+        barred = [*own.suppress_tokens, *_bad(own.bad_words_ids, before, self.ends)]
+        if len(made) < own.min_new_tokens or len(before) < own.min_length:
             barred += self.ends
-        if not made:
+        opens = own.forced_bos_token_id is not None and len(prompt) == 1
+        if len(made) == (1 if opens else 0):
             barred += own.begin_suppress_tokens
+        if opens and not made and own.forced_bos_token_id is not None:
+            _force(scores, (own.forced_bos_token_id,))
+        if own.forced_eos_token_id and self.limit is not None and len(made) == self.limit - 1:
+            _force(scores, own.forced_eos_token_id)
         scores[[token for token in barred if token < scores.size]] = -np.inf
         if self.allowed_tokens is not None:
             scores[~self._mask(tuple(made), scores.size)] = -np.inf
@@ -149,6 +162,25 @@ class Processors:
         whole = np.zeros(size, np.bool_)
         whole[: mask.size] = mask[:size]
         return whole
+
+
+def _force(scores: NDArray[np.float32], tokens: Sequence[int]) -> None:
+    """Bar all tokens but these, which are as likely as can be."""
+    scores[:] = -np.inf
+    scores[[token for token in tokens if token < scores.size]] = 0.0
+
+
+def _bad(
+    words: Sequence[Sequence[int]], before: NDArray[np.int64], ends: Collection[int]
+) -> list[int]:
+    """The tokens that would end one of `words` behind `before`; an end of the text is none."""
+    return [
+        word[-1]
+        for word in words
+        if not (len(word) == 1 and word[0] in ends)
+        and len(before) >= len(word)
+        and (len(word) == 1 or before[1 - len(word) :].tolist() == list(word[:-1]))
+    ]
 
 
 def _bar_repeated(scores: NDArray[np.float32], before: NDArray[np.int64], size: int) -> None:

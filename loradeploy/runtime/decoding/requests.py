@@ -12,6 +12,8 @@ from loradeploy.runtime.decoding.processors import Processors
 from loradeploy.runtime.decoding.reading import PromptReader, ReadText
 from loradeploy.runtime.decoding.samples import Samples
 from loradeploy.runtime.decoding.sampling import Sampling
+from loradeploy.runtime.decoding.source import Target
+from loradeploy.runtime.texts import TextSide
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +25,10 @@ class Request(ReadText):
     sequences: Samples | BeamSearch
 
 
-def read_request(reader: PromptReader, call: Call, number: int) -> Request:
-    """A prompt of `call` as its adapter reads it now.
+def read_request(
+    reader: PromptReader, call: Call, number: int, target: Target | None = None
+) -> Request:
+    """A prompt of `call` as its adapter reads it now; it is the source of a `target` where given.
 
     Raises:
         UsageError: it is empty or fills the model's positions, or settings that do not fit it.
@@ -33,26 +37,31 @@ def read_request(reader: PromptReader, call: Call, number: int) -> Request:
     text = reader.read(number, call.prompts[number], call.adapters[number], call.chat, what)
     if not text.ids:
         raise UsageError(f"{what} is empty")
-    limit = reader.check_length(len(text.ids), options.max_new_tokens, what)
+    if target is None:
+        begin = text.ids
+        limit = reader.check_length(len(begin), options.max_new_tokens, what)
+    else:
+        target.check_source(len(text.ids), what)
+        begin = target.begin(text.side.settings, what)
+        limit = target.room(len(begin), options.max_new_tokens)
     return Request(
         **vars(text),
         first=call.firsts[number],
         limit=limit,
-        sequences=_sequences(text, options, call.seeds[number], limit, what),
+        sequences=sequences_of(begin, text.side, options, call.seeds[number], limit, what),
     )
 
 
-def _sequences(
-    text: ReadText, options: GenerationOptions, seed: int, limit: int, what: str
+def sequences_of(
+    prompt: list[int], side: TextSide, options: GenerationOptions, seed: int, limit: int, what: str
 ) -> Samples | BeamSearch:
     """What `options` make of a prompt, with the settings of its own generation_config.json."""
-    side = text.side
     own, tokenizer = side.settings, side.tokenizer
-    processors = Processors.of(options, own, tokenizer, side.ends, what)
+    processors = Processors.of(options, own, tokenizer, side.ends, what, limit)
     stops = own.stop_strings if options.stop is None else options.stops
     if options.num_beams > 1:
         return BeamSearch(
-            text.ids,
+            prompt,
             num_beams=options.num_beams,
             n=options.n,
             limit=limit,
@@ -63,7 +72,7 @@ def _sequences(
             stops=stops,
         )
     return Samples(
-        text.ids,
+        prompt,
         n=options.n,
         limit=limit,
         seed=seed,

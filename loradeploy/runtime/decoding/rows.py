@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.decoding.graph import DecoderGraph
+    from loradeploy.runtime.decoding.source import EncodedSource
     from loradeploy.runtime.feeds import Feeds
 
 
@@ -89,12 +90,19 @@ class CachedRows:
 
     A row that nobody goes on with may be read as padding meanwhile, which takes no position, as
     moving the cache costs more than one such row. `most`: how many positions a row has at most,
-    where that is known.
+    where that is known. `source`: of an encoder-decoder, what the encoder made for the rows.
     """
 
-    def __init__(self, graph: DecoderGraph, rows: int, most: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: DecoderGraph,
+        rows: int,
+        most: int | None = None,
+        source: EncodedSource | None = None,
+    ) -> None:
         self._graph = graph
         self._most = most
+        self._source = source
         self._cache = graph.session.empty_cache(max(rows, 1))
         self._mask = np.zeros((rows, 0), np.int64)
 
@@ -116,7 +124,11 @@ class CachedRows:
         cache.make_room(self._mask.shape[1], self._most)
         logits, *present = adapters.run_with_ort_values(
             (self._graph.output, *cache.outputs),
-            {**self._graph.feeds(ids, self._mask), **cache.inputs},
+            {
+                **self._graph.feeds(ids, self._mask),
+                **cache.inputs,
+                **({} if self._source is None else self._source.inputs),
+            },
             buffers=cache.buffers,
         )
         cache.keep(present)
@@ -131,6 +143,8 @@ class CachedRows:
         apart = all(a < b for a, b in itertools.pairwise(parents))
         if not apart or 2 * len(parents) <= self.count:
             self._cache.take_rows(parents)
+            if self._source is not None:
+                self._source.take_rows(parents)
             self._mask = self._mask[list(parents)]
             return list(range(len(parents)))
         return list(parents)

@@ -212,7 +212,7 @@ def check_graph(
     """Raise BundleError unless the graph takes and gives what the manifest says.
 
     It may have been opened without the defaults of its side inputs. `encoder`: whether it is that
-    of encoder.onnx, which has some of the inputs and outputs and all side inputs, as model.onnx has then.
+    of encoder.onnx. Then each of the two has its part of inputs and outputs, and all side inputs.
     """
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
@@ -234,9 +234,9 @@ def check_graph(
         *_unknown("side input", sides, overridable),
     ]
     if problems:
+        file = bundle / (ENCODER_NAME if encoder else GRAPH_NAME)
         raise BundleError(
-            f"{bundle / (ENCODER_NAME if encoder else GRAPH_NAME)} does not fit the bundle's manifest:"
-            f" {listed(problems, _LISTED)}. Export again."
+            f"{file} does not fit the bundle's manifest: {listed(problems, _LISTED)}. Export again."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
@@ -22,6 +22,7 @@ from loradeploy.runtime.decoding.reading import PromptReader, ReadText
 from loradeploy.runtime.decoding.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.decoding.sequences import Finished, FinishReason
+from loradeploy.runtime.decoding.source import EncodedSource, Target
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.streaming import AsyncTextStream, TextPiece, TextStream
 
@@ -80,8 +81,7 @@ class TextGenerator:
 
     def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
         manifest = session.manifest
-        if manifest.task != CAUSAL_LM:
-            raise UsageError(f"{session.path} is a {manifest.task} bundle: it generates no text")
+        self._target = _target_of(session)
         sizes = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS)
         if any(isinstance(size, int) for size in sizes):
             raise UsageError(
@@ -92,7 +92,7 @@ class TextGenerator:
             check_count("cache_budget", cache_budget)
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
-        self._graph = DecoderGraph.of(session, self.tokenizer.pad_id)
+        self._graph = DecoderGraph.of(session, self.tokenizer.pad_id, source=True)
         self._budget = cache_budget
         self._reader = PromptReader(session)
 
@@ -211,6 +211,11 @@ class TextGenerator:
                 positions, or a graph that gives the last token's logits alone.
             UnknownAdapterError, BudgetError, RunError: as `generate`.
         """
+        if self._target is not None:
+            raise UsageError(
+                f"{self.session.path} is an encoder-decoder, whose texts have a source: score"
+                " targets with AdapterSession.run"
+            )
         given = listed(texts, "texts")
         each = each_row(adapters, len(given))
         if batch_size is not None:
@@ -257,7 +262,7 @@ class TextGenerator:
         """
 
         def read(number: int) -> Request:
-            return read_request(self._reader, call, number)
+            return read_request(self._reader, call, number, self._target)
 
         requests = [read(number) for number in range(len(call.prompts))]
         for together, held in batches(self.session, requests, call.batch_size, read):
@@ -270,7 +275,11 @@ class TextGenerator:
                 [one.limit for one in together],
             )
             ended: set[int] = set()
-            batch = DecodingBatch.of(self._graph, held, [one.sequences for one in together])
+            source = None
+            if self._target is not None:
+                texts = [one.ids for one in together]
+                source = EncodedSource.of_tokens(self.session, held, texts, self.tokenizer.pad_id)
+            batch = DecodingBatch.of(self._graph, held, [one.sequences for one in together], source)
             for _ in batch.steps():
                 for one in together:
                     yield from _news(one, ended)
@@ -278,6 +287,26 @@ class TextGenerator:
                         if one.first + choice in cancelled:
                             one.sequences.cancel(choice)
             yield None
+
+
+def _target_of(session: AdapterSession) -> Target | None:
+    """What an encoder-decoder's decoder begins with; None of a decoder.
+
+    Raises:
+        UsageError: a bundle of another task, or of one that was exported without its cache.
+    """
+    manifest = session.manifest
+    if manifest.task == CAUSAL_LM:
+        return None
+    if manifest.task != SEQ2SEQ_LM:
+        raise UsageError(f"{session.path} is a {manifest.task} bundle: it generates no text")
+    if manifest.encoder is None:
+        raise UsageError(f"{session.path} has no cache: export it again to generate with it")
+    if INPUT_IDS not in manifest.encoder.inputs:
+        raise UsageError(
+            f"{session.path} takes {manifest.encoder.inputs[0]}, no text: use SpeechRecognizer"
+        )
+    return Target.of(session)
 
 
 def _news(request: Request, ended: set[int]) -> Iterator[TextPiece]:

@@ -1,0 +1,138 @@
+"""The source of an encoder-decoder: what its decoder begins with, and is given at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    CONFIG_NAME,
+    ENCODER_ATTENTION_MASK,
+    INPUT_IDS,
+    past_of,
+)
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.tokenizer_files import positions_of_model
+from loradeploy.errors import BundleError, UsageError, shown
+from loradeploy.runtime.limits import ENDLESS
+from loradeploy.runtime.tokenizer import pad
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.runtime.decoding.rows import RowAdapters
+    from loradeploy.runtime.session import AdapterSession
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a decoder begins with, and how far it goes.
+
+    `start`: the token that begins a target, where generation_config.json names none. `positions`:
+    how many the decoder has, `sources` the encoder; None where there is no end.
+    """
+
+    start: int | None
+    positions: int | None
+    sources: int | None
+
+    @classmethod
+    def of(cls, session: AdapterSession) -> Target:
+        """That of an encoder-decoder's bundle.
+
+        Raises:
+            BundleError: config.json has sizes or a token that are none.
+        """
+        config = model_config(session.path)
+        start = config.get("decoder_start_token_id")
+        start = config.get("bos_token_id") if start is None else start
+        if start is not None and (type(start) is not int or start < 0):
+            raise BundleError(
+                f"{session.path / CONFIG_NAME}: decoder_start_token_id is {shown(start)}"
+            )
+        if config.get("model_type") in ENDLESS:
+            return cls(start, None, None)
+        targets = config.get("max_target_positions")
+        positions = positions_of_model(config, session.path / CONFIG_NAME)
+        return cls(start, targets if type(targets) is int and targets > 0 else positions, positions)
+
+    def begin(self, settings: GenerationSettings, what: str) -> list[int]:
+        """The decoder's first tokens for `what`.
+
+        Raises:
+            UsageError: nothing names one.
+        """
+        start = settings.decoder_start_token_id
+        start = self.start if start is None else start
+        if start is None:
+            raise UsageError(
+                f"{what}: neither generation_config.json nor config.json has a"
+                " decoder_start_token_id, which the decoder begins with"
+            )
+        return [start]
+
+    def check_source(self, tokens: int, what: str) -> None:
+        """Raise UsageError where a source has more tokens than the encoder has positions."""
+        if self.sources is not None and tokens > self.sources:
+            raise UsageError(
+                f"{what} has {tokens} tokens, the encoder has {self.sources} positions: shorten it"
+            )
+
+    def room(self, first: int, new: int) -> int:
+        """How many of `new` tokens there are positions for, behind the `first`."""
+        return new if self.positions is None else max(1, min(new, self.positions - first))
+
+
+class EncodedSource:
+    """The keys and values of the sources of a batch, and their mask: `inputs` of the decoder."""
+
+    def __init__(self, inputs: Mapping[str, onnxruntime.OrtValue | NDArray[Any]]) -> None:
+        self.inputs = dict(inputs)
+
+    @classmethod
+    def of_tokens(
+        cls,
+        session: AdapterSession,
+        adapters: RowAdapters,
+        tokens: Sequence[Sequence[int]],
+        pad_id: int,
+    ) -> EncodedSource:
+        """Of texts, each with its row's adapter; shorter ones are padded behind."""
+        ids, mask = pad(tokens, pad_id, left=False)
+        feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask}
+        taken = {spec.name for spec in session.manifest.inputs}
+        masked = {ENCODER_ATTENTION_MASK: mask} if ENCODER_ATTENTION_MASK in taken else {}
+        return cls.of_feeds(session, adapters, feeds, masked)
+
+    @classmethod
+    def of_feeds(
+        cls,
+        session: AdapterSession,
+        adapters: RowAdapters,
+        feeds: Mapping[str, NDArray[Any]],
+        besides: Mapping[str, NDArray[Any]],
+    ) -> EncodedSource:
+        """Of what the encoder is fed; the decoder is given `besides` too."""
+        encoder = session.manifest.encoder
+        assert encoder is not None
+        own = {name: values for name, values in feeds.items() if name in encoder.inputs}
+        given = adapters.run_with_ort_values(encoder.outputs, own)
+        named = zip((past_of(name) for name in encoder.outputs), given, strict=True)
+        return cls({**dict(named), **besides})
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Have these of the rows, in their order; one may come several times."""
+        for name, values in self.inputs.items():
+            if isinstance(values, np.ndarray):
+                self.inputs[name] = values[list(rows)]
+                continue
+            taken = np.ascontiguousarray(values.numpy()[list(rows)])
+            self.inputs[name] = onnxruntime.OrtValue.ortvalue_from_numpy(
+                taken, values.device_name()
+            )
