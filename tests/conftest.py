@@ -167,7 +167,7 @@ def _tiny_tokenizer(news: Path) -> Any:
 
 
 def _tiny_config(name: str) -> Any:
-    from transformers import BertConfig, GPT2Config, LlamaConfig
+    from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 512}
     if name == "llama":  # grouped-query attention, untied head
@@ -186,6 +186,17 @@ def _tiny_config(name: str) -> Any:
         return GPT2Config(
             n_embd=48, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, **tokens
         )
+    if name == "t5":  # an encoder-decoder, relative positions, tied head
+        return T5Config(
+            d_model=48,
+            d_kv=12,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+            initializer_factor=1.5,
+            **tokens,
+        )
     return BertConfig(  # an encoder without a classifier
         hidden_size=48,
         intermediate_size=64,
@@ -200,10 +211,11 @@ def _tiny_config(name: str) -> Any:
 
 def _make_tiny(name: str, place: Path, news: Path) -> None:
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
-    kind = AutoModel if name == "bert" else AutoModelForCausalLM
+    kinds = {"bert": AutoModel, "t5": AutoModelForSeq2SeqLM}
+    kind = kinds.get(name, AutoModelForCausalLM)
     kind.from_config(_tiny_config(name)).eval().save_pretrained(place)
     _tiny_tokenizer(news).save_pretrained(place)
 
@@ -222,6 +234,12 @@ def tiny_llama(shared: Path, bbc: Path) -> Path:
 def tiny_gpt2(shared: Path, bbc: Path) -> Path:
     """A random GPT-2 of two layers: Conv1D, learned positions, tied head."""
     return _tiny("gpt2", shared, bbc)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(shared: Path, bbc: Path) -> Path:
+    """A random T5 of one layer a side: relative positions, tied head."""
+    return _tiny("t5", shared, bbc)
 
 
 @pytest.fixture(scope="session")
@@ -252,6 +270,7 @@ def _random_adapter(
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -264,10 +283,12 @@ def _random_adapter(
     if task in classifiers:
         base = classifiers[task].from_pretrained(model, num_labels=num_labels)
     else:
-        kind = AutoModelForCausalLM if task == "causal-lm" else AutoModel
+        kinds = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
+        kind = kinds.get(task, AutoModel)
         base = kind.from_pretrained(model)
     peft_task = {
         "causal-lm": "CAUSAL_LM",
+        "seq2seq-lm": "SEQ_2_SEQ_LM",
         "sequence-classification": "SEQ_CLS",
         "token-classification": "TOKEN_CLS",
     }.get(task)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.digest import file_digest
 from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.fingerprint import file_fingerprint
@@ -254,11 +254,12 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     if not content.config:
         return manifest
     write_json(directory / _CONFIG_NAME, content.config)
-    if manifest.task == CAUSAL_LM:
+    if manifest.task in (CAUSAL_LM, SEQ2SEQ_LM):
         file = directory / _GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:
             say_ignored(manifest.base.name, read_settings(generation, _GENERATION_NAME))
+    if manifest.task == CAUSAL_LM:
         genai = genai_config(manifest, content.config, generation)
         if genai is not None:
             # onnxruntime-genai's parser takes plain ASCII for certain.

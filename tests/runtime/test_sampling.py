@@ -66,7 +66,6 @@ def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
     ("name", "harmless", "telling"),
     [
         ("num_beams", 1, 4),
-        ("min_length", 0, 10),
         ("typical_p", 1.0, 0.9),
         ("dola_layers", None, "high"),
     ],

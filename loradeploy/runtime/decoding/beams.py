@@ -85,7 +85,7 @@ class BeamSearch:
             self._running = []
             return []
         candidates = [self._judged(beam) for beam in self._candidates(logits)]
-        length = len(candidates[0].ids)
+        length = len(self._running[0].ids) + 1  # the token that ends a beam is none of its ids
         best = candidates[: self._num_beams]
         if self._improvable and not (self._full and self._early_stopping is True):
             self._keep([beam for beam in best if beam.reason is not None])

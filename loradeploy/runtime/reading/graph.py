@@ -29,7 +29,7 @@ from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
-from loradeploy.runtime.reading.weights import graph_source
+from loradeploy.runtime.reading.weights import entry, graph_source
 from loradeploy.runtime.reading.wire import node_names
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def _open(
     check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
     if options.log_severity_level == UNSET:
         options.log_severity_level = severity()
-    options.add_session_config_entry(_RECORD, "1")
+    if entry(options, _RECORD) != "1":
+        options.add_session_config_entry(_RECORD, "1")
     names = [name for name, _ in asked or ()]
     if needs_cuda(names):
         preload_cuda()

@@ -1,0 +1,223 @@
+"""Encoder-decoders: two graphs on one set of weights, and the texts that transformers makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.runtime.engine.engine import Engine
+from tests.cli.calling import call
+from tests.conftest import MakeAdapter, once
+from tests.tolerances import tolerance
+
+TEXTS = ["Shares rose", "The striker scored twice in the final", "A film"]
+ROWS = ["first", None, "second"]
+SETTINGS = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 4, "length_penalty": 0.4, "early_stopping": True},
+    {"num_beams": 3, "no_repeat_ngram_size": 2},
+    {"repetition_penalty": 1.7},
+]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_t5: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
+    """Two adapters of different ranks, on every linear layer of both halves."""
+    return {
+        name: make_adapter(tiny_t5, task="seq2seq-lm", r=rank, seed=rank, scale=0.2)
+        for name, rank in (("first", 2), ("second", 4))
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_t5: Path, adapters: dict[str, Path], shared: Path) -> Path:
+    """The tiny T5 with both adapters."""
+    return once(shared / "seq2seq", lambda place: ld.export(tiny_t5, place, adapters=adapters))
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> ld.TextGenerator:
+    return ld.TextGenerator(ld.AdapterSession(bundle))
+
+
+def expected(model: Path, adapter: Path | None, text: str, **settings: Any) -> list[int]:
+    """What PyTorch, transformers and PEFT generate of a text, up to its end."""
+    import peft
+    import torch
+    import transformers
+
+    made: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(model)
+    if adapter is not None:
+        made = peft.PeftModel.from_pretrained(made, adapter)
+    ids = transformers.AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = made.eval().generate(
+            input_ids=ids, max_new_tokens=10, do_sample=False, **{"num_beams": 1, **settings}
+        )
+    made_of = out[0].tolist()[1:]
+    return made_of[: made_of.index(2)] if 2 in made_of else made_of
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_each_row_generates_what_transformers_does_with_its_adapter(
+    settings: dict[str, Any],
+    generator: ld.TextGenerator,
+    tiny_t5: Path,
+    adapters: dict[str, Path],
+) -> None:
+    answers = generator.generate(TEXTS, ROWS, max_new_tokens=10, **settings)
+    for text, name, answer in zip(TEXTS, ROWS, answers, strict=True):
+        adapter = None if name is None else adapters[name]
+        assert list(answer.token_ids) == expected(tiny_t5, adapter, text, **settings)
+    one = generator.generate([TEXTS[0]] * 3, ROWS, max_new_tokens=10, **settings)
+    assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
+
+
+def test_generation_config_is_obeyed_as_transformers_does(
+    bundle: Path, tiny_t5: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    own = {"forced_bos_token_id": 17, "forced_eos_token_id": 2, "min_length": 6}
+    plain = ld.TextGenerator(ld.AdapterSession(bundle)).generate(TEXTS[0], max_new_tokens=10)[0]
+    own["bad_words_ids"] = [[plain.token_ids[0]], list(plain.token_ids[1:3])]
+    model, copy = tmp_path / "model", tmp_path / "bundle"
+    shutil.copytree(tiny_t5, model)
+    shutil.copytree(bundle, copy)
+    for place in (model, copy):
+        file = place / "generation_config.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({**values, **own}))
+    for settings in ({}, {"num_beams": 3}):
+        answer = ld.TextGenerator(ld.AdapterSession(copy)).generate(
+            TEXTS[0], "first", max_new_tokens=10, **settings
+        )[0]
+        assert list(answer.token_ids) == expected(model, adapters["first"], TEXTS[0], **settings)
+        assert answer.token_ids[0] == 17
+
+
+def test_the_halves_are_the_model_with_every_form_of_an_adapter(
+    bundle: Path, tiny_t5: Path, adapters: dict[str, Path]
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    allowed = tolerance("torch-onnx-tiny")
+    random = np.random.default_rng(3)
+    ids, target = random.integers(5, 400, (3, 7)), random.integers(5, 400, (3, 6))
+    mask = np.ones_like(ids)
+    mask[1, 4:] = 0
+    feeds = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+    tensors = {name: torch.from_numpy(values) for name, values in feeds.items()}
+    answers = {}
+    for name in ROWS:
+        model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
+        if name is not None:
+            model = peft.PeftModel.from_pretrained(model, adapters[name])
+        with torch.no_grad():
+            answers[name] = model.eval()(**tensors).logits.numpy()
+    session = ld.AdapterSession(bundle)
+    (mixed,) = session.run(["logits"], feeds, ROWS)
+    for row, name in enumerate(ROWS):
+        assert np.abs(mixed[row] - answers[name][row]).max() <= allowed
+        assert name is None or np.abs(mixed[row] - answers[None][row]).max() > 0.1
+
+    # The same in two steps, on the caches, in plain onnxruntime with onnxruntime's own adapter.
+    adapter, active = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    adapter.Load(str(bundle / "adapters" / "first.onnx_adapter"))
+    active.add_active_adapter(adapter)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    encoder = onnxruntime.InferenceSession(bundle / "encoder.onnx", options)
+    decoder = onnxruntime.InferenceSession(bundle / "model.onnx", options)
+    names = [node.name for node in encoder.get_outputs()]
+    source = encoder.run(names, {"input_ids": ids, "attention_mask": mask}, active)
+    fed: dict[str, Any] = {
+        name.replace("present", "past_key_values"): values
+        for name, values in zip(names, source, strict=True)
+    }
+    fed |= {
+        node.name: np.zeros((3, node.shape[1], 0, node.shape[3]), np.float32)
+        for node in decoder.get_inputs()
+        if ".decoder." in node.name
+    }
+    presents = [node.name for node in decoder.get_outputs() if node.name != "logits"]
+    found = []
+    for part in (target[:, :4], target[:, 4:]):
+        logits, *cache = decoder.run(
+            ["logits", *presents],
+            {**fed, "decoder_input_ids": part, "encoder_attention_mask": mask},
+            active,
+        )
+        found.append(logits)
+        fed |= {
+            name.replace("present", "past_key_values"): values
+            for name, values in zip(presents, cache, strict=True)
+        }
+    assert np.abs(np.concatenate(found, axis=1) - answers["first"]).max() <= allowed
+
+
+def test_both_graphs_read_one_set_of_weights_and_one_adapter(bundle: Path, tiny_t5: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.encoder is not None
+    assert {file.name for file in bundle.glob("*.onnx*")} == {
+        "encoder.onnx",
+        "model.onnx",
+        "model.onnx.data",
+    }
+    weights = (tiny_t5 / "model.safetensors").stat().st_size
+    # The embedding, a third of the weights, is in both graphs.
+    assert (bundle / "model.onnx.data").stat().st_size < 1.1 * weights
+    modules = {target.module for target in manifest.targets}
+    assert "encoder.block.0.layer.0.SelfAttention.q" in modules
+    assert "decoder.block.0.layer.1.EncDecAttention.k" in modules
+
+
+def test_a_merged_bundle_and_the_command_give_the_adapters_text(
+    bundle: Path, adapters: dict[str, Path], generator: ld.TextGenerator, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    ld.export(bundle, merged, adapters={"first": adapters["first"]}, merge=True)
+    answer = generator.generate(TEXTS[1], "first", max_new_tokens=8, num_beams=2)[0]
+    given = call("run", merged, TEXTS[1], "--max-new-tokens", "8", "--num-beams", "2", "--json")
+    assert tuple(json.loads(given)["token_ids"]) == answer.token_ids
+    asked = ("--adapter", "first", "--max-new-tokens", "8", "--num-beams", "2", "--json")
+    from_side_inputs = json.loads(call("run", bundle, TEXTS[1], *asked))
+    assert (from_side_inputs["text"], from_side_inputs["adapter"]) == (answer.text, "first")
+    again = tmp_path / "again"
+    ld.export(bundle, again, adapters={"first": adapters["first"]}, merge=True)
+    for name in ("encoder.onnx", "model.onnx", "model.onnx.data"):
+        assert (again / name).read_bytes() == (merged / name).read_bytes(), "same bytes"
+
+
+def test_what_cannot_be_is_refused_in_a_line(
+    bundle: Path, generator: ld.TextGenerator, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="whose texts have a source"):
+        generator.score(TEXTS)
+    with pytest.raises(UsageError, match="is empty"):
+        generator.generate("", None)
+    with pytest.raises(UsageError, match="decoder_input_ids"):
+        Engine(generator)
+    for option in ({"branches": True}, {"required_inputs": True}):
+        with pytest.raises(UsageError, match="encoder-decoders, which are two graphs"):
+            ld.export(bundle, tmp_path / "out", **option)
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle, broken)
+    content = bytearray((broken / "encoder.onnx").read_bytes())
+    content[-1] ^= 1
+    (broken / "encoder.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match=r"encoder.onnx does not fit"):
+        ld.AdapterSession(broken)
+    (broken / "encoder.onnx").unlink()
+    with pytest.raises(BundleError, match=r"holds no encoder.onnx"):
+        ld.AdapterSession(broken)
