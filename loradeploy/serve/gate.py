@@ -22,7 +22,10 @@ _OPEN_PATHS: Final = frozenset({"/health"})
 # A page of another site may not use the service, nor show this page inside its own.
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    ),
     (b"referrer-policy", b"no-referrer"),
 )
 

@@ -1,0 +1,224 @@
+"""`loradeploy serve`: what its flags change, its life as a process, its mistakes."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loradeploy.cli.main import main
+from loradeploy.errors import LoraDeployError, UsageError
+from loradeploy.runtime.engine.statistics import EngineStatistics
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.app import create_app
+from loradeploy.serve.server import Server
+from loradeploy.serve.service import Service
+from loradeploy.serve.settings import ServeLimits
+from tests.cli.calling import call
+
+KEY = "a-key-0123456789abcdef"
+
+Seen = dict[str, Any]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What a server was made of when it would have begun."""
+    found: Seen = {}
+
+    def serve_on(self: Server, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+        service = self._service
+        found["address"] = listening.getsockname()[:2]
+        found["limits"] = vars(service.limits)
+        found["root"] = service.catalog.root
+        found["updates"] = service.updates
+        found["keys"] = service.keys and service.keys.check(f"Bearer {KEY}").name
+        found["adapters"] = sorted(service.session.adapters)
+        found["budget"] = service.session._bank._host_budget
+        assert service.engine is not None
+        found["rows"] = service.engine.stats().slots
+        on_ready()
+        listening.close()
+        service.close()
+
+    monkeypatch.setattr(Server, "serve_on", serve_on)
+    return found
+
+
+# A flag with its value, and what it changes.
+FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
+    (["--host", "127.0.0.2"], lambda s: s["address"][0], "127.0.0.2"),
+    (["--adapter", "news={adapter}"], lambda s: s["adapters"], ["news"]),
+    (["--adapter", "{adapter}"], lambda s: s["adapters"], ["headline"]),
+    (["--adapter-root", "{root}"], lambda s: s["root"].name, "root"),
+    (["--adapter-root", "{root}", "--allow-adapter-updates"], lambda s: s["updates"], True),
+    (["--adapter-memory", "3"], lambda s: s["budget"], 3 << 20),
+    (["--api-keys", "{keys}"], lambda s: s["keys"], "me"),
+    (["--max-rows", "3"], lambda s: s["rows"], 3),
+    (["--max-waiting", "3"], lambda s: s["limits"]["max_waiting"], 3),
+    (["--max-tokens", "3"], lambda s: s["limits"]["max_tokens"], 3),
+    (["--max-n", "3"], lambda s: s["limits"]["max_n"], 3),
+    (["--max-inputs", "3"], lambda s: s["limits"]["max_inputs"], 3),
+    (["--max-request-bytes", "3"], lambda s: s["limits"]["max_request_bytes"], 3),
+    (["--max-adapter-bytes", "3"], lambda s: s["limits"]["max_adapter_bytes"], 3),
+    (["--request-timeout", "3"], lambda s: s["limits"]["request_timeout"], 3.0),
+    (["--send-timeout", "3"], lambda s: s["limits"]["send_timeout"], 3.0),
+    (["--drain-timeout", "3"], lambda s: s["limits"]["drain_timeout"], 3.0),
+]
+
+
+def test_every_flag_changes_what_is_served(
+    seen: Seen, tiny_llama_bundle: Path, root: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [{"name": "me", "key": KEY}]}))
+    places = {"adapter": root / "headline", "root": root, "keys": keys}
+    line = ["serve", str(tiny_llama_bundle), "--port", "0"]
+    call(*line)
+    plain = dict(seen)
+    for flags, look, expected in FLAGS:
+        call(*line, *(flag.format(**places) for flag in flags))
+        assert look(seen) == expected, flags
+        if "--allow" not in flags[-1]:
+            assert repr(seen) != repr({**plain, "address": seen["address"]}) or flags[0] == "--host"
+    assert plain["address"][0] == "127.0.0.1"
+
+
+def test_the_demo_opens_its_page(
+    seen: Seen, tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="run `make demo`"):
+        call("serve", "--demo", "--port", "0")
+    (tmp_path / "build" / "demo").mkdir(parents=True)
+    (tmp_path / "build" / "demo" / "bundle").symlink_to(tiny_llama_bundle)
+    call("serve", "--demo", "--port", "0")
+    host, port = seen["address"]
+    assert opened == [f"http://{host}:{port}"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give the BUNDLE to serve"),
+        (["{bundle}", "--allow-adapter-updates"], "give --adapter-root"),
+        (["{bundle}", "--adapter-root", "nothing"], "give --adapter-root one of adapters"),
+        (["{bundle}", "--api-keys", "nothing.json"], "nothing.json"),
+        (["{bundle}", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["{bundle}", "--adapter-memory", "0"], "--adapter-memory is 0 MiB"),
+        (["{bundle}", "--port", "{taken}"], "cannot be listened on: Address already in use"),
+        (["{bundle}", "--port", "70000"], "cannot be listened on"),
+        (["{bundle}", "--require-certificate"], "certificate"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], message: str, tiny_llama_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = {"bundle": tiny_llama_bundle, "taken": taken.getsockname()[1]}
+        # Where nothing is wrong, a port that cannot be listened on ends it.
+        line = ["serve", *(flag.format(**given) for flag in flags)]
+        with pytest.raises(SystemExit) as ended:
+            main(line if "--port" in line else [*line, "--port", "0"])
+    (text,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert text.startswith("Error: ")
+    assert message in text
+
+
+def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Path) -> None:
+    command = [sys.executable, "-m", "loradeploy", "serve", str(certified_bundle), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--json", "--require-certificate"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        lines = []
+        while not lines or not lines[-1].startswith("}"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()[1]
+        told = json.loads("".join(lines))
+        assert list(told["adapters"]) == ["one"]
+        body = {"model": "one", "prompt": "The", "temperature": 0, "max_tokens": 120}
+        body["logit_bias"] = {"2": -1000}  # the token that ends a text
+        whole = httpx.post(f"{told['url']}/v1/completions", json=body, timeout=60).json()
+        host = told["url"].removeprefix("http://")
+        asked = http.client.HTTPConnection(host, timeout=60)
+        headers = {"Content-Type": "application/json"}
+        content = json.dumps({**body, "stream": True})
+        asked.request("POST", "/v1/completions", content, headers)
+        answer = asked.getresponse()  # it streams
+        process.send_signal(signal.SIGTERM)
+        streamed = answer.read().decode()
+        asked.close()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    events = [json.loads(part[6:]) for part in streamed.split("\n\n") if part.startswith("data: {")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == whole["choices"][0]["text"]
+    assert streamed.endswith("data: [DONE]\n\n")
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_rows(
+    tiny_llama_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "loradeploy.serve")
+    body = {"model": "bundle-llama", "prompt": "a", "stream": True}
+    content = json.dumps({**body, "logit_bias": {"2": -1000}}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+        "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }
+
+    async def use(service: Service) -> EngineStatistics:
+        given = [{"type": "http.request", "body": content}]
+
+        async def receive() -> Any:
+            return given.pop() if given else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the client's side of the connection is full
+
+        assert service.engine is not None
+        await create_app(service)(scope, receive, send)
+        await asyncio.to_thread(service.engine.drain)
+        return service.engine.stats()
+
+    session = AdapterSession(tiny_llama_bundle)
+    service = Service(session, limits=ServeLimits(send_timeout=0.05))
+    service.start()
+    try:
+        stats = asyncio.run(use(service))
+    finally:
+        service.close()
+    assert stats.finished == {"cancelled": 1}
+    assert "accepted no more" in caplog.text
+
+
+def test_a_limit_is_a_number_above_0() -> None:
+    for wrong in (0, -1, True, "3", float("nan")):
+        with pytest.raises(LoraDeployError, match="`max_rows` is"):
+            ServeLimits(max_rows=wrong)  # type: ignore[arg-type]
