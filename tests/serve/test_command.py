@@ -187,8 +187,12 @@ def test_a_client_that_reads_nothing_does_not_keep_its_rows(
     body = {"model": "bundle-llama", "prompt": "a", "stream": True}
     content = json.dumps({**body, "logit_bias": {"2": -1000}}).encode()
     scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
-        "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "http_version": "1.1",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
         "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
     }
 
