@@ -27,7 +27,7 @@ DOCUMENTS = {
     "docs/bundles.md": (2, {"largest"}, "bundle/adapters/sport.onnx_adapter"),
     "docs/generation.md": (
         4,
-        {"greedy", "several", "score", "piece", "awaited"},
+        {"greedy", "several", "score", "piece", "awaited", "event"},
         "bundle/model.onnx",
     ),
     "docs/training.md": (2, set(), "adapters/headline/README.md"),
