@@ -12,10 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import ExportError, UsageError
+from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
-from tests.cli.calling import call
 from tests.export.reference import difference
 from tests.tolerances import tolerance
 
@@ -202,6 +201,3 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path) -> None:
     model, _, _ = prepared(kind, tmp_path)
     with pytest.raises(ExportError, match="encoder-decoder model, which is exported for seq2seq"):
         export(model, tmp_path / "out", task="sequence-classification")
-    export(model, tmp_path / "side")
-    with pytest.raises(UsageError, match="is a seq2seq-lm bundle"):
-        call("run", tmp_path / "side", "hello")
