@@ -36,10 +36,10 @@ from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.keys import PREFIX, Key, read_keys
-from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by
+from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by, untargeted
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
 from loradeploy.adapter.tensors import read_arrays, write_arrays
-from loradeploy.errors import AdapterError, listed
+from loradeploy.errors import AdapterError, listed, listed_names
 from loradeploy.files import copy_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -240,6 +240,14 @@ def _sort(
             problems.append(f"{module} {found}")
         else:
             factors[module] = found
+    working = [n for n, pair in factors.items() if pair.magnitude is not None or np.any(pair.B)]
+    ignored = untargeted(working, config)
+    if ignored:
+        problems.append(
+            f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"
+            " or layers_to_transform in its config leave the module out (PEFT ignores them): remove"
+            " them from the file, or correct the config"
+        )
     task = task_of_peft(config.task_type)
     heads = task.heads if task is not None and task.trained_head else ()
     saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))

@@ -23,6 +23,33 @@ def match_targets(
     return [name for name in names if _is_target(name, config, linear)]
 
 
+def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
+    """Those of `names`, modules with factors in a file, that `config` leaves out.
+
+    PEFT ignores their factors. A regular expression may be for other names than the file's (of a
+    renamed or wrapped model), so it counts only if it matches some of them.
+    """
+    known = tuple(names)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        matched = {name for name in known if _matches_an_end(targets, name, config)} or {*known}
+    elif targets and not isinstance(targets, str):
+        matched = {
+            name
+            for name in known
+            if _listed(name, "target_modules", config) and _in_layers(name, config)
+        }
+    else:
+        matched = {*known}
+    return [n for n in known if n not in matched or _listed(n, "exclude_modules", config)]
+
+
+def _matches_an_end(pattern: str, name: str, config: AdapterConfig) -> bool:
+    """Whether `pattern` matches `name` without some of its first parts."""
+    starts = (0, *(index + 1 for index, letter in enumerate(name) if letter == "."))
+    return any(config.matcher.fullmatch(pattern, name[start:]) for start in starts)
+
+
 def is_saved(parameter: str, config: AdapterConfig) -> bool:
     """Whether `modules_to_save` includes the model's `parameter`.
 

@@ -282,6 +282,41 @@ def test_a_spoilt_adapter_is_refused_in_one_line(change: str, message: str, tmp_
     assert "adapter" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "ignored"),
+    [
+        ({"target_modules": ["q"]}, "1.k"),
+        ({"target_modules": ["q", "k"]}, None),
+        ({"target_modules": ["q", "k"], "exclude_modules": ["k"]}, "1.k"),
+        ({"target_modules": ["q", "k"], "layers_to_transform": [0, 2]}, "1.k"),
+        ({"target_modules": ["q", "k"], "layers_to_transform": [0, 1]}, None),
+        ({"target_modules": r".*layers\.\d\.q"}, "1.k"),
+        ({"target_modules": r"model\.layers\.\d\.[qk]"}, None),
+        ({"target_modules": r"language_model\.layers\.\d\.[qk]"}, None),  # renamed since
+        ({"target_modules": "all-linear"}, None),
+        ({"target_modules": "all-linear", "exclude_modules": ".*k"}, "1.k"),
+        ({"target_modules": None}, None),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "model."])
+def test_factors_that_the_config_leaves_out_are_refused_and_not_applied(
+    config: dict[str, Any], ignored: str | None, before: str, tmp_path: Path
+) -> None:
+    tensors = {}
+    for module in ("layers.0.q", "layers.1.k"):
+        tensors[f"{PREFIX}{before}model.{module}.lora_A.weight"] = np.ones((2, 3), np.float32)
+        tensors[f"{PREFIX}{before}model.{module}.lora_B.weight"] = np.ones((4, 2), np.float32)
+    place = write(tmp_path / "a", tensors, **config)
+    if ignored is None:
+        assert len(load_adapter(place).factors) == 2
+        return
+    with pytest.raises(AdapterError, match=rf"layers\.{ignored}: the file has factors, and"):
+        load_adapter(place)
+    zeros = f"{PREFIX}{before}model.layers.{ignored}.lora_B.weight"
+    tensors[zeros] = np.zeros_like(tensors[zeros])
+    assert len(load_adapter(write(place, tensors, **config)).factors) == 2
+
+
 @pytest.mark.parametrize("module", ["head", "pre_head", "model.head", "head.dense"])
 def test_what_ends_in_a_saved_name_is_saved_as_in_peft(module: str, tmp_path: Path) -> None:
     tensors = {**good_tensors(), f"{PREFIX}{module}.weight": np.ones((5, 4), np.float32)}
