@@ -77,6 +77,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     import torch
 
     kind = TASK_TABLE[task]
+    _check_positions(model)
     with quiet(), traceable(), torch.no_grad():
         wrapper = _wrapper(model, kind)
         arguments, dynamic, names, outputs = _example(model, kind)
@@ -103,6 +104,21 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
     logger.info("optimizing the graph")
     return tidy(onnx_program.model, prefix=WRAPPED)
+
+
+def _check_positions(model: torch.nn.Module) -> None:
+    """Raise ExportError if rotary frequencies depend on the longest text so far."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        found = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+        if any("dynamic" in str(kind) for kind in found):
+            longest = getattr(module, "original_max_seq_len", "max_position_embeddings")
+            raise ExportError(
+                f"{type(model).__name__} changes its rotary positions with the length of a text"
+                " (rope_scaling of type dynamic), which cannot be exported: for texts of up to"
+                f" {longest} tokens, where nothing is scaled, remove rope_scaling from"
+                " config.json, or set the rope_type in rope_parameters to default"
+            )
 
 
 def answers(

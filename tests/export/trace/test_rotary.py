@@ -67,3 +67,23 @@ def test_what_is_split_elsewhere_than_in_half_stays() -> None:
     model = rotation(half=3)
     fuse_rotary(model.graph)
     assert "RotaryEmbedding" not in ops(model)
+
+
+def test_positions_that_depend_on_the_length_of_a_text_are_refused_by_name() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from loradeploy.errors import ExportError
+    from loradeploy.export.trace.module import trace
+
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    )
+    message = "rope_scaling of type dynamic.*texts of up to 32 tokens"
+    with pytest.raises(ExportError, match=message):
+        trace(LlamaForCausalLM(config), "causal-lm")
