@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.serve.conftest import Running, serving
 
-EXAMPLES = 4
+EXAMPLES = 3
 FEW = settings(
     max_examples=EXAMPLES,
     deadline=None,
