@@ -29,6 +29,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.checkpoint import root_cause
+from loradeploy.export.trace.lowering import lowered
 from loradeploy.export.trace.patches import traceable
 from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
@@ -85,16 +86,17 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
             logger.info("tracing %s with torch.export", type(model).__name__)
             program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
             logger.info("translating the trace to ONNX")
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=outputs,
-                optimize=False,
-                verify=False,
-                verbose=False,
-            )
+            with lowered(program):
+                onnx_program = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=names,
+                    output_names=outputs,
+                    optimize=False,
+                    verify=False,
+                    verbose=False,
+                )
         except Exception as problem:  # torch's own errors have no common base
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for {task}: {root_cause(problem)}"

@@ -1,7 +1,7 @@
 """Sizes that a traced graph computes from its inputs, where the graph can do without.
 
     Reshape x [batch, sequence, …]     →   Reshape x [0, 0, …], where sizes stay in their axes
-    Expand x to the shape that it has  →   x
+    Expand or Reshape x to its shape   →   x
     0 … total - 1, past … total - 1    →   the same less total - 1, where only their order counts
 
 A size is a number in the host's memory: what computes with it runs on the CPU on every device, and
@@ -36,10 +36,12 @@ def fold_sizes(graph: ir.Graph) -> None:
     The shapes of values have to be known, with one symbol for sizes that always are the same.
     """
     for node in list(graph):
-        if node.op_type == "Reshape" and node.domain == "":
+        if node.op_type not in ("Reshape", "Expand") or node.domain != "":
+            continue
+        if _keeps_shape(node):
+            replace_uses(node.outputs[0], node.inputs[0])  # type: ignore[arg-type]
+        elif node.op_type == "Reshape":
             _fix_reshape(graph, node)
-        elif node.op_type == "Expand" and node.domain == "":
-            _drop_expand(node)
     remove_unused(graph)
     _count_from_the_end(graph)
     remove_unused(graph)
@@ -68,15 +70,14 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(1, constant)
 
 
-def _drop_expand(node: ir.Node) -> None:
-    """Leave out an Expand to the shape that its input has."""
+def _keeps_shape(node: ir.Node) -> bool:
+    """Whether its output has the shape that its input has, and one can stand for the other."""
     x, y = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or y.shape is None or len(x.shape) != len(y.shape):
-        return
+        return False
     if x.is_graph_input() and y.is_graph_output():
-        return
-    if all(one == other and _known(one) for one, other in zip(x.shape, y.shape, strict=True)):
-        replace_uses(y, x)
+        return False
+    return all(one == other and _known(one) for one, other in zip(x.shape, y.shape, strict=True))
 
 
 def _known(size: int | ir.SymbolicDim) -> bool:

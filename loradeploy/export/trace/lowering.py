@@ -1,0 +1,163 @@
+"""An exported program made ready for torch.onnx without a second trace, where that is possible."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import Node
+
+logger = logger_of(__name__)
+
+# What evaluation makes of an operator that changes nothing: its first argument.
+_SAME: Final = frozenset(
+    {
+        "aten::alias",
+        "aten::contiguous",
+        "aten::detach",
+        "aten::detach_",
+        "aten::dropout",
+        "aten::feature_dropout",
+        "aten::lift_fresh_copy",
+    }
+)
+_CASTS: Final = frozenset({"aten::to.device", "aten::to.dtype", "aten::to.dtype_layout"})
+_RENAMED: Final = {
+    "aten::__and__.Tensor": "bitwise_and.Tensor",
+    "aten::__or__.Tensor": "bitwise_or.Tensor",
+    "aten::reshape": "view.default",
+}
+_ASSERTIONS: Final = frozenset({"aten::_assert_tensor_metadata"})
+# Operators that torch.export's decompositions leave as they are, because torch.onnx translates
+# them. A program of others is decomposed.
+_TRANSLATED: Final = frozenset(
+    {
+        *("aten::add.Tensor", "aten::arange", "aten::arange.start", "aten::bitwise_and.Tensor"),
+        *("aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::cat", "aten::clone", "aten::cos"),
+        *("aten::cumsum", "aten::div.Tensor", "aten::embedding", "aten::eq.Scalar"),
+        *("aten::eq.Tensor", "aten::expand", "aten::gather", "aten::ge.Scalar", "aten::ge.Tensor"),
+        *("aten::gelu", "aten::gt.Scalar", "aten::gt.Tensor", "aten::layer_norm", "aten::le.Scalar"),
+        *("aten::le.Tensor", "aten::linear", "aten::lt.Scalar", "aten::lt.Tensor", "aten::matmul"),
+        *("aten::mean.dim", "aten::mul.Scalar", "aten::mul.Tensor", "aten::ne.Scalar"),
+        *("aten::neg", "aten::new_ones", "aten::pow.Tensor_Scalar", "aten::relu", "aten::rsqrt"),
+        *("aten::rsub.Scalar", "aten::scaled_dot_product_attention", "aten::select.int"),
+        *("aten::sigmoid", "aten::silu", "aten::sin", "aten::slice.Tensor", "aten::softmax.int"),
+        *("aten::split.Tensor", "aten::split_with_sizes", "aten::squeeze.dim", "aten::sub.Tensor"),
+        *("aten::sum.dim_IntList", "aten::sym_size.int", "aten::tanh", "aten::transpose.int"),
+        *("aten::unsqueeze", "aten::view"),
+    }
+)
+
+
+@contextlib.contextmanager
+def lowered(program: ExportedProgram) -> Iterator[None]:
+    """Spare torch.onnx the decomposition of `program` and the operators that it does not have.
+
+    torch.onnx traces a program a second and third time to decompose it, which takes longer than
+    the first. A program of operators that it would leave alone, or that have a plain equivalent
+    in evaluation, is rewritten node by node instead; any other is left to torch.onnx.
+    """
+    if not _rewritten(program):
+        yield
+        return
+    with _registered_operators(program):
+        # Of the instance: torch.onnx asks the program for its decomposition.
+        program.run_decompositions = lambda *_, **__: program  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del program.run_decompositions
+
+
+def _rewritten(program: ExportedProgram) -> bool:
+    """Rewrite `program` in place; False, and nothing is changed, if it has other operators."""
+    graph = program.graph_module.graph
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    known = _SAME | _CASTS | _RENAMED.keys() | _ASSERTIONS | _TRANSLATED
+    others = sorted({_name(node) for node in nodes} - known - {""})
+    foreign = any(node.op not in _PLAIN for node in graph.nodes)
+    if others or foreign or not all(map(_evaluates, nodes)):
+        logger.debug("decomposing the program for %s", ", ".join(others))
+        return False
+    for node in nodes:
+        _rewrite(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return True
+
+
+_PLAIN: Final = frozenset({"placeholder", "call_function", "output"})
+
+
+def _name(node: Node) -> str:
+    """The operator's qualified name; of Python's own, which compute sizes, none."""
+    from torch._ops import OpOverload
+
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return str(target.name())
+    return "" if getattr(target, "__module__", "") in ("_operator", "math") else str(target)
+
+
+def _evaluates(node: Node) -> bool:
+    """Whether it is no dropout in training."""
+    return not _name(node).endswith("dropout") or not node.args[2]
+
+
+def _rewrite(node: Node) -> None:
+    import torch
+
+    graph, name = node.graph, _name(node)
+    given: Any = node.args[0] if node.args else None
+    if name in _ASSERTIONS:
+        graph.erase_node(node)
+    elif name in _RENAMED:
+        packet, _, overload = _RENAMED[name].partition(".")
+        node.target = getattr(getattr(torch.ops.aten, packet), overload)
+    elif name in _CASTS:
+        dtype = node.meta["val"].dtype
+        if dtype == given.meta["val"].dtype:
+            _replace(node, given)
+        else:
+            node.target, node.args = torch.ops.aten._to_copy.default, (given,)
+            node.kwargs = {"dtype": dtype}
+    elif name in _SAME:
+        _replace(node, given)
+
+
+def _replace(node: Node, given: Node) -> None:
+    """`given` for `node`; an output keeps its name, which the program's signature refers to."""
+    import torch
+
+    if any(user.op == "output" for user in node.users):
+        node.target, node.args, node.kwargs = torch.ops.aten.clone.default, (given,), {}
+        return
+    node.replace_all_uses_with(given)
+    node.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _registered_operators(program: ExportedProgram) -> Iterator[None]:
+    """onnxscript's operators are those of `program`: torch.onnx parses each that it finds there."""
+    from onnxscript.function_libs.torch_lib import ops, registration
+
+    del ops  # registers them
+    wanted = {_name(node) for node in program.graph.nodes if node.op == "call_function"}
+    every = registration.default_registry
+    fewer = registration.Registry()
+    for name, functions in every.items():
+        if name in wanted or not name.startswith("aten::"):
+            for function in functions.overloads:
+                fewer.register(function, name)
+            for function in functions.complex:
+                fewer.register(function, name, complex=True)
+    registration.default_registry = fewer
+    try:
+        yield
+    finally:
+        registration.default_registry = every
