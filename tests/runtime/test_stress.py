@@ -14,7 +14,7 @@ from tools.stress import LAYOUTS, Stress, write_adapters
 @pytest.fixture(scope="module")
 def seconds(request: pytest.FixtureRequest) -> float:
     """How long each of the three layouts is under stress: longer with --all."""
-    return 20.0 if request.config.getoption("--all") else 6.0
+    return 20.0 if request.config.getoption("--all") else 2.5
 
 
 @pytest.fixture
@@ -48,5 +48,5 @@ def test_a_wrong_row_and_an_error_are_seen(stress: Stress, monkeypatch: pytest.M
     assert len(stress.counts.wrong) == 1 and stress.counts.wrong[0].startswith("row 0 of")
     for name in stress.session.adapters:
         stress.session.unload(name)
-    counts = stress.run(5, threads=2)
+    counts = stress.run(1, threads=2)
     assert counts.raised and counts.raised[0].startswith("UnknownAdapterError: no adapter")

@@ -18,7 +18,6 @@ logger = logger_of(__name__)
 _SAME: Final = frozenset(
     {
         "aten::alias",
-        "aten::contiguous",
         "aten::detach",
         "aten::detach_",
         "aten::dropout",
@@ -26,12 +25,17 @@ _SAME: Final = frozenset(
         "aten::lift_fresh_copy",
     }
 )
-_CASTS: Final = frozenset({"aten::to.device", "aten::to.dtype", "aten::to.dtype_layout"})
+_CASTS: Final = frozenset(
+    {"aten::to.device", "aten::to.dtype", "aten::to.dtype_layout", "aten::type_as"}
+)
 _RENAMED: Final = {
     "aten::__and__.Tensor": "bitwise_and.Tensor",
     "aten::__or__.Tensor": "bitwise_or.Tensor",
-    "aten::reshape": "view.default",
 }
+# torch.onnx runs the program on tensors without values, whose strides a view has to fit.
+_LAID_OUT: Final = frozenset({"aten::contiguous", "aten::reshape"})
+# What torch.onnx adds where an operator's arguments are of different types.
+_PROMOTIONS: Final = frozenset({"aten::_to_copy", "aten::scalar_tensor"})
 _ASSERTIONS: Final = frozenset({"aten::_assert_tensor_metadata"})
 # Operators that torch.export's decompositions leave as they are, because torch.onnx translates
 # them. A program of others is decomposed.
@@ -41,7 +45,13 @@ _TRANSLATED: Final = frozenset(
         *("aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::cat", "aten::clone", "aten::cos"),
         *("aten::cumsum", "aten::div.Tensor", "aten::embedding", "aten::eq.Scalar"),
         *("aten::eq.Tensor", "aten::expand", "aten::gather", "aten::ge.Scalar", "aten::ge.Tensor"),
-        *("aten::gelu", "aten::gt.Scalar", "aten::gt.Tensor", "aten::layer_norm", "aten::le.Scalar"),
+        *(
+            "aten::gelu",
+            "aten::gt.Scalar",
+            "aten::gt.Tensor",
+            "aten::layer_norm",
+            "aten::le.Scalar",
+        ),
         *("aten::le.Tensor", "aten::linear", "aten::lt.Scalar", "aten::lt.Tensor", "aten::matmul"),
         *("aten::mean.dim", "aten::mul.Scalar", "aten::mul.Tensor", "aten::ne.Scalar"),
         *("aten::neg", "aten::new_ones", "aten::pow.Tensor_Scalar", "aten::relu", "aten::rsqrt"),
@@ -78,7 +88,7 @@ def _rewritten(program: ExportedProgram) -> bool:
     """Rewrite `program` in place; False, and nothing is changed, if it has other operators."""
     graph = program.graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    known = _SAME | _CASTS | _RENAMED.keys() | _ASSERTIONS | _TRANSLATED
+    known = _SAME | _CASTS | _RENAMED.keys() | _LAID_OUT | _ASSERTIONS | _TRANSLATED
     others = sorted({_name(node) for node in nodes} - known - {""})
     foreign = any(node.op not in _PLAIN for node in graph.nodes)
     if others or foreign or not all(map(_evaluates, nodes)):
@@ -100,7 +110,8 @@ def _name(node: Node) -> str:
 
     target: Any = node.target
     if isinstance(target, OpOverload):
-        return str(target.name())
+        name: str = target.name()  # type: ignore[no-untyped-call]
+        return name
     return "" if getattr(target, "__module__", "") in ("_operator", "math") else str(target)
 
 
@@ -126,19 +137,35 @@ def _rewrite(node: Node) -> None:
         else:
             node.target, node.args = torch.ops.aten._to_copy.default, (given,)
             node.kwargs = {"dtype": dtype}
+    elif name == "aten::contiguous":
+        _copy(node, given)
+    elif name == "aten::reshape":
+        with graph.inserting_before(node):
+            laid_out = graph.call_function(torch.ops.aten.clone.default)
+        value = given.meta["val"].clone(memory_format=torch.contiguous_format)
+        laid_out.meta = {**node.meta, "val": value}
+        _copy(laid_out, given)
+        node.target, node.args = torch.ops.aten.view.default, (laid_out, *node.args[1:])
     elif name in _SAME:
         _replace(node, given)
 
 
 def _replace(node: Node, given: Node) -> None:
     """`given` for `node`; an output keeps its name, which the program's signature refers to."""
-    import torch
 
     if any(user.op == "output" for user in node.users):
-        node.target, node.args, node.kwargs = torch.ops.aten.clone.default, (given,), {}
+        _copy(node, given)
         return
     node.replace_all_uses_with(given)
     node.graph.erase_node(node)
+
+
+def _copy(node: Node, given: Node) -> None:
+    """Make `node` a copy of `given`, laid out without gaps."""
+    import torch
+
+    node.target, node.args = torch.ops.aten.clone.default, (given,)
+    node.kwargs = {"memory_format": torch.contiguous_format}
 
 
 @contextlib.contextmanager
@@ -147,11 +174,13 @@ def _registered_operators(program: ExportedProgram) -> Iterator[None]:
     from onnxscript.function_libs.torch_lib import ops, registration
 
     del ops  # registers them
-    wanted = {_name(node) for node in program.graph.nodes if node.op == "call_function"}
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    # Of any overload: arguments that are promoted may need another one.
+    wanted = {name.partition(".")[0] for name in (*map(_name, nodes), *_PROMOTIONS)}
     every = registration.default_registry
     fewer = registration.Registry()
     for name, functions in every.items():
-        if name in wanted or not name.startswith("aten::"):
+        if name.partition(".")[0] in wanted or not name.startswith("aten::"):
             for function in functions.overloads:
                 fewer.register(function, name)
             for function in functions.complex:
