@@ -36,6 +36,7 @@ _RENAMED: Final = {
 _LAID_OUT: Final = frozenset({"aten::contiguous", "aten::reshape"})
 # What torch.onnx adds where an operator's arguments are of different types.
 _PROMOTIONS: Final = frozenset({"aten::_to_copy", "aten::scalar_tensor"})
+_PLAIN: Final = frozenset({"placeholder", "call_function", "output"})  # nodes without a graph
 _ASSERTIONS: Final = frozenset({"aten::_assert_tensor_metadata"})
 # Operators that torch.export's decompositions leave as they are, because torch.onnx translates
 # them. A program of others is decomposed.
@@ -77,7 +78,7 @@ def lowered(program: ExportedProgram) -> Iterator[None]:
         return
     with _registered_operators(program):
         # Of the instance: torch.onnx asks the program for its decomposition.
-        program.run_decompositions = lambda *_, **__: program  # type: ignore[method-assign]
+        program.run_decompositions = lambda *_, **__: program
         try:
             yield
         finally:
@@ -90,8 +91,8 @@ def _rewritten(program: ExportedProgram) -> bool:
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     known = _SAME | _CASTS | _RENAMED.keys() | _LAID_OUT | _ASSERTIONS | _TRANSLATED
     others = sorted({_name(node) for node in nodes} - known - {""})
-    foreign = any(node.op not in _PLAIN for node in graph.nodes)
-    if others or foreign or not all(map(_evaluates, nodes)):
+    nested = any(node.op not in _PLAIN for node in graph.nodes)
+    if others or nested or not all(map(_evaluates, nodes)):
         logger.debug("decomposing the program for %s", ", ".join(others))
         return False
     for node in nodes:
@@ -99,9 +100,6 @@ def _rewritten(program: ExportedProgram) -> bool:
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return True
-
-
-_PLAIN: Final = frozenset({"placeholder", "call_function", "output"})
 
 
 def _name(node: Node) -> str:
