@@ -98,3 +98,23 @@ def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -
     assert "parity passed" in output
     assert re.search(r"^ONNX side inputs: entity_f1 (\S+), PyTorch \1$", output, re.MULTILINE)
     assert re.search(r"^0-4 Rome: LOC \(", output, re.MULTILINE)
+
+
+# A query's own document has its words in it.
+SOUGHT = {
+    "who won the cup": "the home side won the cup",
+    "where did shares rise": "shares rise in the bank market",
+    "which phone is new": "the new phone has a chip",
+}
+
+
+def test_vectors_are_learnt_proved_and_searched(tiny_bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"anchor": query, "positive": document} for query, document in SOUGHT.items()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    query = "which phone is new"
+    given = ("--steps", 30, "--learning-rate", 2e-2, "--query", query)
+    output = example("embeddings.py", tiny_bert, data, tmp_path / "out", *given)
+    assert "parity passed" in output
+    assert "search: recall@1 1.000, MRR 1.000" in output
+    assert output.splitlines()[-3].endswith(SOUGHT[query])
