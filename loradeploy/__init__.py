@@ -4,7 +4,7 @@ train    data and a base model → an adapter                    (needs the extr
 export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)
 parity   a bundle against PyTorch, and the verdict             (needs both)
 compare  any two models against each other
-AdapterSession, TextGenerator, TextClassifier,                 the runtime; numpy and
+AdapterSession, TextGenerator, Engine, TextClassifier,         the runtime; numpy and
 TextPairScorer, TokenClassifier, TextEmbedder                  onnxruntime are all it needs
 """
 
@@ -21,7 +21,11 @@ from loradeploy.errors import (
     BudgetError,
     BundleError,
     DataError,
+    DeadlineError,
     DeviceError,
+    EngineClosedError,
+    EngineError,
+    EngineFullError,
     ExportError,
     LoraDeployError,
     MissingDependencyError,
@@ -54,6 +58,9 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.logprobs import TokenLogprob
     from loradeploy.runtime.decoding.options import GenerationOptions
     from loradeploy.runtime.decoding.scoring import TextScore
+    from loradeploy.runtime.engine.engine import Engine
+    from loradeploy.runtime.engine.statistics import EngineStatistics
+    from loradeploy.runtime.engine.submission import Completion, GenerationEvent, Submission, Usage
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.classification import Classification, TextClassifier
     from loradeploy.runtime.tasks.embedding import TextEmbedder
@@ -77,11 +84,19 @@ __all__ = [
     "BundleError",
     "CertificateMinimum",
     "Classification",
+    "Completion",
     "DataError",
+    "DeadlineError",
     "DeviceError",
+    "Engine",
+    "EngineClosedError",
+    "EngineError",
+    "EngineFullError",
+    "EngineStatistics",
     "Entity",
     "ExportError",
     "Generation",
+    "GenerationEvent",
     "GenerationOptions",
     "GraphForm",
     "Limit",
@@ -93,6 +108,7 @@ __all__ = [
     "ParityReport",
     "RankedDocument",
     "RunError",
+    "Submission",
     "TextClassifier",
     "TextEmbedder",
     "TextGenerator",
@@ -107,6 +123,7 @@ __all__ = [
     "TrainingError",
     "TrainingInterruptedError",
     "UnknownAdapterError",
+    "Usage",
     "UsageError",
     "assert_parity",
     "combine",
@@ -140,6 +157,12 @@ _LAZY = {
     "reduce_rank": "loradeploy.adapter.reduce",
     "save_adapter": "loradeploy.adapter",
     "AdapterSession": "loradeploy.runtime.session",
+    "Completion": "loradeploy.runtime.engine.submission",
+    "Engine": "loradeploy.runtime.engine.engine",
+    "EngineStatistics": "loradeploy.runtime.engine.statistics",
+    "GenerationEvent": "loradeploy.runtime.engine.submission",
+    "Submission": "loradeploy.runtime.engine.submission",
+    "Usage": "loradeploy.runtime.engine.submission",
     "TextClassifier": "loradeploy.runtime.tasks.classification",
     "TextEmbedder": "loradeploy.runtime.tasks.embedding",
     "TextGenerator": "loradeploy.runtime.tasks.generation",

@@ -26,6 +26,9 @@ ROOMS: Final = {
         "TextPairScorer", "RankedDocument", "TokenClassifier", "TokenClassification", "Entity",
         "TextEmbedder",
     ),
+    "Serve": (
+        "Engine", "Submission", "GenerationEvent", "Completion", "Usage", "EngineStatistics",
+    ),
     "Prove": ("parity", "compare", "assert_parity", "ParityReport", "Limit", "CertificateMinimum"),
     "Adapters": (
         "load_adapter", "save_adapter", "combine", "reduce_rank", "Adapter", "AdapterConfig",
