@@ -28,6 +28,7 @@ SETTINGS = [
     {"num_beams": 3, "no_repeat_ngram_size": 2},
     {"repetition_penalty": 1.7},
 ]
+SIZES = (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,49 @@ def test_each_row_generates_what_transformers_does_with_its_adapter(
         adapter = None if name is None else adapters[name]
         assert list(answer.token_ids) == expected(tiny_t5, adapter, text, **settings)
     one = generator.generate([TEXTS[0]] * 3, ROWS, max_new_tokens=10, **settings)
+    assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
+
+
+# What differs from T5: learned or sinusoidal positions, biases, end tokens.
+OTHERS = {
+    "bart": ("BartConfig", {}),
+    "mbart": ("MBartConfig", {"scale_embedding": True}),
+    "marian": ("MarianConfig", {"scale_embedding": True, "decoder_start_token_id": 1}),
+}
+
+
+@pytest.mark.breadth
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_encoder_decoders_generate_what_transformers_does(
+    name: str, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    kind, own = OTHERS[name]
+    sizes = {f"{half}_{what}": size for half in ("encoder", "decoder") for what, size in SIZES}
+    tokens = json.loads((tiny_t5 / "config.json").read_text())
+    config = getattr(transformers, kind)(
+        **{"d_model": 32, "init_std": 0.4, "max_position_embeddings": 128, **sizes},
+        **{"decoder_start_token_id": 2, "forced_eos_token_id": 2, **own},
+        **{key: tokens[key] for key in ("vocab_size", "pad_token_id", "eos_token_id")},
+    )
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    transformers.AutoModelForSeq2SeqLM.from_config(config).eval().save_pretrained(model)
+    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(model)
+    own_adapters = {
+        row: make_adapter(model, task="seq2seq-lm", r=rank, seed=rank, scale=0.2)
+        for row, rank in (("first", 2), ("second", 4))
+    }
+    ld.export(model, tmp_path / "bundle", adapters=own_adapters)
+    other = ld.TextGenerator(ld.AdapterSession(tmp_path / "bundle"))
+    for settings in SETTINGS[:3]:
+        answers = other.generate(TEXTS, ROWS, max_new_tokens=10, **settings)
+        for text, row, answer in zip(TEXTS, ROWS, answers, strict=True):
+            adapter = None if row is None else own_adapters[row]
+            assert list(answer.token_ids) == expected(model, adapter, text, **settings)
+    one = other.generate([TEXTS[1]] * 3, ROWS, max_new_tokens=10)
     assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
 
 
