@@ -72,6 +72,7 @@ class Case:
     config_file: str = "adapter_config.json"
     options: list[str] = field(default_factory=list)
     needs_base: bool = False
+    header: Mapping[str, str] = field(default_factory=dict)
 
 
 def plus(update: np.ndarray) -> Equation:
@@ -257,6 +258,45 @@ def diffusers() -> Case:
     )
 
 
+V_PROJ = f"text_encoder.text_model.{TEXT}.1.self_attn.v_proj"
+
+
+def peft_header(**fields: Any) -> dict[str, str]:
+    """The header's metadata that diffusers (0.34) writes for two components."""
+    own = {f"text_encoder.{name}": value for name, value in fields.items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.lora_alpha": 64, **own})}
+
+
+def diffusers_header(expected: float = 8.0, **fields: Any) -> Case:
+    """s is that of PEFT's config in the header: not 1, and not that of another component."""
+    A, B = random(4, 32), random(32, 4)
+    tensors = {f"{V_PROJ}.lora_A.weight": A, f"{V_PROJ}.lora_B.weight": B}
+    module = f"{TEXT}.1.self_attn.v_proj"
+    right, wrong = {module: plus(expected * B @ A)}, {module: plus(B @ A)}
+    header = peft_header(**{"r": 4, "lora_alpha": 32, **fields})
+    file = "pytorch_lora_weights.safetensors"
+    return Case("clip", tensors, right, wrong, file=file, needs_base=True, header=header)
+
+
+def with_alpha(case: Case, alpha: float) -> Case:
+    alphas = {f"{V_PROJ}.alpha": np.array(alpha, np.float32)}
+    return change(case, tensors=case.tensors | alphas)
+
+
+def kohya_header() -> Case:
+    """Where the file has the alpha of a module, it rules over the header's."""
+    case = kohya()
+    found = {key for key in case.tensors if "fc2" not in key}
+    module = f"{TEXT}.0.self_attn.q_proj"
+    return change(
+        case,
+        tensors={key: case.tensors[key] for key in found},
+        right={module: case.right[module]},
+        wrong={module: case.wrong[module]},
+        header={"ss_network_alpha": "16.0", "ss_network_dim": "4"},
+    )
+
+
 def state_dict() -> Case:
     """PEFT's own layers with the name of each adapter in the keys."""
     module = "model.layers.0.self_attn.q_proj"
@@ -282,14 +322,20 @@ CASES: dict[str, Callable[[], Case]] = {
     "AdapterHub, fused projection": adapter_hub_fused,
     "jina-embeddings-v3": jina,
     "kohya": kohya,
+    "kohya, alpha in the header too": kohya_header,
     "diffusers": diffusers,
+    "diffusers, config in the header": diffusers_header,
+    "diffusers, rsLoRA": lambda: diffusers_header(16.0, use_rslora=True),
+    "diffusers, alpha of one module": lambda: with_alpha(
+        diffusers_header(4.0, alpha_pattern={"v_proj": 16}), 16
+    ),
     "state_dict()": state_dict,
 }
 
 
 def written(case: Case, place: Path) -> Path:
     place.mkdir()
-    write_arrays(place / case.file, case.tensors, {})
+    write_arrays(place / case.file, case.tensors, case.header)
     if case.config is not None:
         (place / case.config_file).write_text(json.dumps(case.config))
     return place
@@ -402,6 +448,42 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
             adapter_hub(), config={"config": {"architecture": "lora", "use_gating": True}}
         ),
         "its use_gating is True, which is not supported",
+    ),
+    "a header that contradicts alpha": (
+        lambda: with_alpha(diffusers_header(), 4),
+        "its alpha of 4 scales by 1, the config in its header by 8",
+    ),
+    "a header of another rank": (
+        lambda: diffusers_header(r=8),
+        "lora_A has 4 rows, the rank in its header is 8",
+    ),
+    "a header without alpha": (
+        lambda: change(diffusers_header(), header=peft_header(r=4)),
+        "its header has no text_encoder.lora_alpha",
+    ),
+    "a header of DoRA": (
+        lambda: diffusers_header(use_dora=True),
+        "text_encoder.use_dora in its header is True",
+    ),
+    "a header with an unknown field": (
+        lambda: diffusers_header(gate=2),
+        "the field gate=2 is unknown",
+    ),
+    "a broken header": (
+        lambda: change(diffusers_header(), header={"lora_adapter_metadata": "{"}),
+        "lora_adapter_metadata in its header is not valid JSON",
+    ),
+    "kohya's alpha in the header alone": (
+        lambda: change(kohya(), header={"ss_network_alpha": "1.0"}),
+        "has no alpha, which means its rank of 4, but ss_network_alpha in the header is 1",
+    ),
+    "a header with patterns for underscores": (
+        lambda: change(kohya(), header=peft_header(r=4, lora_alpha=8, alpha_pattern={"fc2": 1})),
+        "patterns for names with dots",
+    ),
+    "a header that contradicts the settings": (
+        lambda: change(state_dict(), header={"lora_alpha": "16"}),
+        "lora_alpha in its header is 16, and its config gives .* alpha 8",
     ),
     "a diffusion model": (
         lambda: change(kohya(), options=["--name", "unet"]),

@@ -4,22 +4,28 @@ lora_te_<module, dots as underscores>.lora_down.weight|lora_up.weight|alpha     
 text_encoder.<module>.lora_linear_layer.down.weight|up.weight                   diffusers, older
 text_encoder.<module>.lora_A.weight|lora_B.weight, and alpha                    diffusers; _2, _3
 
-s = alpha / rank, 1 without alpha. Which module a name with underscores means, the base says.
+s = alpha / rank, 1 without alpha; diffusers states PEFT's config in the header (`header`). Which
+module a name with underscores means, the base says.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.readers.header import alpha_in, config_in
 from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves
+from loradeploy.adapter.scaling import scaling
 from loradeploy.errors import AdapterError, listed_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from loradeploy.adapter.config import AdapterConfig
 
 _KOHYA: Final = re.compile(r"lora_(te\d?|unet)_(.+)")
 _DIFFUSERS: Final = re.compile(r"(text_encoder(?:_\d)?|unet|transformer)\.(.+)")
@@ -56,6 +62,12 @@ def read(source: Source) -> Adapter:
     underscored = any(key.startswith("lora_te") for key in keys.values())
     named = underscored or source.base is not None
     names = _in_base(source, list(modules)) if named else {m: m for m in modules}
+    config = config_in(source.header, _component(chosen))
+    if underscored and config is not None and (config.rank_pattern or config.alpha_pattern):
+        raise AdapterError(
+            "the config in its header has patterns for names with dots, and the file has"
+            " underscores: save it in diffusers' form"
+        )
     factors, scalings = {}, {}
     for module, parts in modules.items():
         if "magnitude" in parts:
@@ -63,12 +75,48 @@ def read(source: Source) -> Adapter:
                 f"{module} has DoRA's magnitude, which is not supported in this form"
             )
         A, B = (_matrix(source.array(keys[parts[half]]), module) for half in "AB")
-        rank = len(A)
-        alpha = float(source.array(keys[parts["alpha"]]).reshape(())) if "alpha" in parts else rank
+        alpha = None
+        if "alpha" in parts:
+            alpha = float(source.array(keys[parts["alpha"]]).reshape(()))
         factors[names[module]] = Factors(A, B)
-        # sd-scripts takes no alpha, and an alpha of 0, for the rank.
-        scalings[names[module]] = (alpha or rank) / rank
+        scalings[names[module]] = _scaling(source, config, module, len(A), alpha)
     return adapter_of(factors, scalings)
+
+
+def _component(chosen: str) -> str:
+    """diffusers' name of a text encoder that kohya's files call te, te1, te2, …"""
+    if chosen in ("te", "te1"):
+        return "text_encoder"
+    return re.sub(r"^te(\d)$", r"text_encoder_\1", chosen)
+
+
+def _scaling(
+    source: Source, config: AdapterConfig | None, module: str, rank: int, alpha: float | None
+) -> float:
+    """s of `module`, by the header's `config` and by `alpha`, its tensor. They must agree."""
+    # sd-scripts takes no alpha, and an alpha of 0, for the rank.
+    of_tensor = (alpha or rank) / rank
+    if config is not None:
+        if config.rank_of(module) != rank:
+            raise AdapterError(
+                f"{module}: lora_A has {rank} rows, the rank in its header is"
+                f" {config.rank_of(module)}"
+            )
+        s = scaling(config, module)
+        # alpha may be stored with the 8 bits of bfloat16.
+        if alpha is not None and not math.isclose(s, of_tensor, rel_tol=2**-8):
+            raise AdapterError(
+                f"{module}: its alpha of {alpha:g} scales by {of_tensor:g}, the config in its"
+                f" header by {s:g}: remove the wrong one"
+            )
+        return s
+    stated = alpha_in(source.header) if alpha is None else None
+    if stated is not None and (stated[1] or rank) != rank:
+        raise AdapterError(
+            f"{module} has no alpha, which means its rank of {rank}, but {stated[0]} in the header"
+            f" is {stated[1]:g}: add the tensor {module}.alpha, or remove {stated[0]}"
+        )
+    return of_tensor
 
 
 def _matrix(values: NDArray[Any], module: str) -> NDArray[Any]:

@@ -46,6 +46,7 @@ class Source:
 
     `config`: the contents of the JSON file that describes it, or None. `chosen`: which of several
     adapters in the file to read, or None. `base`: the base model, None if it is not given.
+    `header`: the metadata in the header of the file.
     """
 
     file: Path
@@ -53,6 +54,7 @@ class Source:
     config: Mapping[str, Any] | None
     chosen: str | None = None
     base: Base | None = None
+    header: Mapping[str, str] = field(default_factory=dict)
     _read: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def array(self, key: str) -> NDArray[Any]:

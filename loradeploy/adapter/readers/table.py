@@ -29,6 +29,7 @@ from loradeploy.adapter.readers import (
     named,
     torchtune,
 )
+from loradeploy.adapter.readers.header import check_header
 from loradeploy.adapter.readers.source import Base, Source
 from loradeploy.adapter.tensors import map_tensors
 from loradeploy.errors import AdapterError, LoraDeployError, UsageError, listed_names
@@ -89,7 +90,10 @@ def read_other(
     if source is None or form is None or form not in READERS:
         raise AdapterError(f"{path} is no adapter of a library that can be converted")
     try:
-        return READERS[form](source)
+        adapter = READERS[form](source)
+        if READERS[form] is not diffusion.read:  # which uses the header itself
+            check_header(source.header, adapter)
+        return adapter
     except AdapterError as problem:
         raise AdapterError(f"{source.file}: {problem}") from None
 
@@ -100,7 +104,7 @@ def _open(path: Path, **given: Any) -> Source | None:
     file = _weights(path) if path.is_dir() else path
     if file is None or file.suffix != ".safetensors" or not file.is_file():
         return None
-    tensors, _ = map_tensors(file, error=AdapterError)
+    tensors, header = map_tensors(file, error=AdapterError)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = next(
         (
@@ -110,7 +114,7 @@ def _open(path: Path, **given: Any) -> Source | None:
         ),
         None,
     )
-    return Source(file, shapes, config, given.get("name"), given.get("base"))
+    return Source(file, shapes, config, given.get("name"), given.get("base"), header)
 
 
 def _weights(directory: Path) -> Path | None:
