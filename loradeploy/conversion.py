@@ -59,7 +59,7 @@ def convert(
 
     Raises:
         UsageError: not exactly one conversion is requested, or it does not apply to this adapter;
-            the form of another library needs `model` or `name`.
+            the form of another library needs `model` or `name`, or does not use the one given.
         AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
         BundleError, ModelError: the bundle or the model cannot be read.
     """

@@ -501,6 +501,18 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: change(mlx(), options=["--rank", "2"]),
         "is an adapter of mlx-lm .*convert it",
     ),
+    "a name where there is one adapter": (
+        lambda: change(mlx(), options=["--name", "nosuch"]),
+        "is converted without `name`: leave it out",
+    ),
+    "torchtune with a name": (
+        lambda: change(torchtune(), options=["--name", "nosuch"]),
+        "is converted without `name`: leave it out",
+    ),
+    "a base that is not needed": (
+        lambda: change(adapter_hub(), needs_base=True),
+        "is converted without `model`: leave it out",
+    ),
     "a name for PEFT's": (
         lambda: change(
             state_dict(),

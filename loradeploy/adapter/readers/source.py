@@ -46,7 +46,8 @@ class Source:
 
     `config`: the contents of the JSON file that describes it, or None. `chosen`: which of several
     adapters in the file to read, or None. `base`: the base model, None if it is not given.
-    `header`: the metadata in the header of the file.
+    `header`: the metadata in the header of the file. `asked`: which of `name` (`chosen`) and
+    `model` (`base`) a reader has asked for.
     """
 
     file: Path
@@ -55,6 +56,7 @@ class Source:
     chosen: str | None = None
     base: Base | None = None
     header: Mapping[str, str] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
     _read: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def array(self, key: str) -> NDArray[Any]:
@@ -77,6 +79,7 @@ class Source:
 
     def needs_base(self, why: str) -> Base:
         """The base model, or a UsageError that says `why` it is needed."""
+        self.asked.add("model")
         if self.base is None:
             raise UsageError(f"{self.file}: give its base as `model`: {why}")
         return self.base
@@ -87,6 +90,7 @@ class Source:
         Raises:
             UsageError: there are several and none is chosen, or there is none of this name.
         """
+        self.asked.add("name")
         known = sorted(set(names))
         if self.chosen is None and len(known) == 1:
             return known[0]

@@ -80,7 +80,8 @@ def read_other(
         base: the base model, for the forms that need it.
 
     Raises:
-        UsageError: the form needs the base or a name, or has no adapter of that name.
+        UsageError: the form needs the base or a name, or has no adapter of that name; or it needs
+            none, and one is given.
         AdapterError: it is none of these forms, a tensor or a setting is not supported, or the
             settings are missing; the message names it.
         ModelError: the base cannot be read, or is none that the form is for.
@@ -93,9 +94,12 @@ def read_other(
         adapter = READERS[form](source)
         if READERS[form] is not diffusion.read:  # which uses the header itself
             check_header(source.header, adapter)
-        return adapter
     except AdapterError as problem:
         raise AdapterError(f"{source.file}: {problem}") from None
+    for option, given in (("name", name), ("model", base)):
+        if given is not None and option not in source.asked:
+            raise UsageError(f"{source.file} is converted without `{option}`: leave it out")
+    return adapter
 
 
 def _open(path: Path, **given: Any) -> Source | None:
