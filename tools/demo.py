@@ -3,14 +3,19 @@
 SmolLM2-135M learns two tasks from BBC News as two adapters. The base is exported once with side
 inputs, and from that bundle once more with an adapter merged; ONNX Runtime then answers with no
 adapter, with each, and with both in one batch; parity proves all of it, and tables tell sizes,
-losses, errors and latencies.
+losses, errors and latencies. At the end the bundle is served, and three requests ask three models.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -72,6 +77,7 @@ def main() -> None:
     latency = step("time every path", partial(latencies, bundle, merged))
     for table in (learning(trained), sizes(output), proofs(reports), latency):
         console.print(table)
+    step("serve the bundle: a request for each model", partial(show_served, bundle, held_out[0]))
     console.print(f"{time.perf_counter() - begin:.0f} s in all; what was made is in {output}")
     if not all(report.passed for report in reports):
         raise SystemExit(1)
@@ -100,6 +106,39 @@ def show_answers(bundle: Path, merged: Path, told: list[Story]) -> None:
         for name, answer in zip((None, *TASKS), answers[3 * number :], strict=False):
             show(name or "base", answer.text)
         show("merged headline", alone[number].text)
+
+
+def show_served(bundle: Path, story: Story) -> None:
+    """`loradeploy serve` in a process of its own, asked by three clients at once."""
+    models = (bundle.name, *TASKS)
+    command = [sys.executable, "-m", "loradeploy", "serve", str(bundle), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            for model, text in zip(models, asked(server, models, story.prompt), strict=True):
+                show(model, text)
+        finally:
+            server.terminate()
+
+
+def asked(server: subprocess.Popen[str], models: Sequence[str], prompt: str) -> list[str]:
+    """The texts that the models of a server continue a prompt with."""
+    assert server.stdout is not None
+    printed = "".join(iter(server.stdout.readline, "}\n"))  # once it is ready; it goes on
+    url = json.loads(printed + "}")["url"]
+
+    def ask(model: str) -> str:
+        body = {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0}
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            text: str = json.load(answer)["choices"][0]["text"]
+        return text
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(pool.map(ask, models))
 
 
 def show(name: str, text: str) -> None:
