@@ -119,7 +119,7 @@ class EngineFullError(EngineError):
 
 
 class EngineClosedError(EngineError):
-    """An engine that is closed, or that takes no more requests because it drains."""
+    """An engine that is closed, was ended by a defect, or takes no more requests as it drains."""
 
 
 class DeadlineError(EngineError):

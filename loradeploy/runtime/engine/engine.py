@@ -15,6 +15,7 @@ from loradeploy.errors import (
     EngineClosedError,
     EngineFullError,
     UsageError,
+    shown,
 )
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
@@ -114,12 +115,20 @@ class Engine:
         self._pace = 0.0  # seconds from one request's end to the next one's, of late
         self._last_end: float | None = None
         self._draining = self._closed = False
+        self._broken: BaseException | None = None  # the defect that ended it
 
     # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves what was submitted: False once it is closed, or a defect ended it."""
+        return not self._closed
 
     def start(self) -> Engine:
         """Begin to work; what was submitted before waits until then."""
         with self._changed:
+            if self._broken is not None:
+                raise self._ended_by_defect()
             if self._closed:
                 raise EngineClosedError("this engine is closed: make another one")
             if not self._threads:
@@ -138,20 +147,20 @@ class Engine:
         """
         with self._changed:
             self._draining = True
-            empty = self._changed.wait_for(lambda: not self._alive(), timeout)
-            rest = self._alive()
+            empty = self._changed.wait_for(lambda: not self._unfinished(), timeout)
+            rest = self._unfinished()
         for submission in rest:
             submission.cancel()
         if rest and self._threads:
             with self._changed:
-                self._changed.wait_for(lambda: not self._alive())
+                self._changed.wait_for(lambda: not self._unfinished())
         return empty
 
     def close(self) -> None:
         """Cancel all requests and end; the session stays open. A second call changes nothing."""
         with self._changed:
             self._draining = self._closed = True
-            rest = self._alive()
+            rest = self._unfinished()
             self._changed.notify_all()
         for submission in rest:
             submission.cancel()
@@ -194,7 +203,7 @@ class Engine:
                 tokens, which the submission raises, and UnknownAdapterError, AdapterError and
                 BudgetError with it.
             EngineFullError: as many requests wait as may; with `retry_after`.
-            EngineClosedError: the engine is closed, or drains.
+            EngineClosedError: the engine is closed, drains, or was ended by a defect.
         """
         if not (adapter is None or isinstance(adapter, str)):
             check_adapters([adapter])
@@ -207,10 +216,7 @@ class Engine:
         cost = 1 + length + own.max_new_tokens * max(own.n, own.num_beams)
         shed = None
         with self._changed:
-            if self._draining:
-                raise EngineClosedError(
-                    "the engine takes no more requests: it is closed, or drains"
-                )
+            self._check_open()
             if len(self._queue) >= self._max_waiting:
                 self._statistics.refused += 1
                 shed = self._queue.shed(scope)
@@ -237,6 +243,20 @@ class Engine:
                 batch_sizes=dict(self._statistics.batch_sizes),
             )
 
+    def _check_open(self) -> None:
+        """Raise EngineClosedError where no more requests are taken. `_changed` is held."""
+        if self._broken is not None:
+            raise self._ended_by_defect()
+        if self._draining:
+            raise EngineClosedError("the engine takes no more requests: it is closed, or drains")
+
+    def _ended_by_defect(self) -> EngineClosedError:
+        problem = self._broken
+        return EngineClosedError(
+            f"the engine was ended by a defect ({type(problem).__name__}: {shown(str(problem))}):"
+            " make another one, and see the log"
+        )
+
     def _full(self) -> EngineFullError:
         waiting = self._max_waiting
         after = min(max(self._pace * (waiting + 1) / 2, 0.1), 60.0)
@@ -245,7 +265,7 @@ class Engine:
             retry_after=after,
         )
 
-    def _alive(self) -> list[Submission]:
+    def _unfinished(self) -> list[Submission]:
         """All requests that have not ended. `_changed` is held."""
         preparing = [] if self._preparing is None else [self._preparing]
         prepared = [one.submission for one in (*self._ready, *self._running.values())]
@@ -341,6 +361,7 @@ class Engine:
             logger.exception("the engine ends")
             with self._changed:
                 self._draining = self._closed = True
+                self._broken = problem
                 rest, self._ready = [*self._ready, *self._running.values()], deque()
                 waiting = list(self._queue)
                 self._running.clear()
@@ -358,7 +379,7 @@ class Engine:
             self._drop_ready()
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._ready or self._running)
-                if self._closed and not self._alive():
+                if self._closed and not self._unfinished():
                     return
                 while self._ready and self._worker.fits(self._ready[0]):
                     one = self._ready.popleft()

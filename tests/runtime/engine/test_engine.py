@@ -254,3 +254,24 @@ def test_an_observer_sees_what_a_request_waited_for_and_cannot_hurt_it(
         assert counts.count(moment) == times
     assert counts.count("step") == counts.count("inter_token") == 4
     assert all(0 <= seconds <= took for _, seconds in seen)
+
+
+def test_an_engine_that_a_defect_ended_says_so(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect() -> None:
+        raise RuntimeError("a defect")
+
+    with Engine(session) as engine:
+        assert engine.alive
+        monkeypatch.setattr(engine._worker, "advance", defect)
+        with pytest.raises(RuntimeError, match="a defect"):
+            engine.submit("The bank").result(60)
+        assert not engine.alive
+        with pytest.raises(EngineClosedError, match="ended by a defect .RuntimeError"):
+            engine.submit("The bank")
+        with pytest.raises(EngineClosedError, match="ended by a defect"):
+            engine.start()
+    with Engine(session) as engine:
+        pass
+    assert not engine.alive
