@@ -80,6 +80,17 @@ _DIFFUSED: Final = re.compile(
     r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\..*lora"
 )
 
+# All that torchtune writes for PEFT, and use_dora, which it leaves out.
+_TUNE_FIELDS: Final = frozenset(
+    {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "use_dora"}
+)
+_TUNE_PICKLE: Final = "adapter_model.pt"
+_MISORDERED: Final = (
+    "is an export of torchtune, which misorders rows of query and key for Qwen models and of DoRA's"
+    f" magnitude: save the {_TUNE_PICKLE} beside it as .safetensors in a directory of its own, with"
+    " a copy of adapter_config.json, and run loradeploy convert DIR --model BASE"
+)
+
 # Types of PEFT that learn inputs instead of weights: they cannot be merged.
 _PROMPTS: Final = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
@@ -162,6 +173,26 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
             " as `model`"
         )
     return None
+
+
+def misordered_export(
+    directory: Path, values: Mapping[str, Any], keys: Iterable[str]
+) -> str | None:
+    """What an adapter with PEFT's names is whose rows torchtune has put in a wrong order.
+
+    `values`, `keys`: the contents of adapter_config.json and the names of the tensors. torchtune's
+    export permutes B of query and key for every model, also for those that need no permutation, and
+    never DoRA's magnitude. Only the files beside it tell it from PEFT's own.
+    """
+    if not values.keys() <= _TUNE_FIELDS or not (directory / _TUNE_PICKLE).is_file():
+        return None
+    rotary = [key for key in keys if ".q_proj." in key or ".k_proj." in key]
+    names = [values.get("base_model_name_or_path")]
+    with contextlib.suppress(AdapterError):  # torchtune copies the base's
+        names.append(read_json(directory / "config.json", error=AdapterError).get("model_type"))
+    qwen = any("qwen" in name.lower() for name in names if isinstance(name, str))
+    dora = any("lora_magnitude_vector" in key for key in rotary)
+    return _MISORDERED if dora or (qwen and rotary) else None
 
 
 def other_directory(directory: Path) -> str | None:

@@ -33,7 +33,13 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
-from loradeploy.adapter.formats import other_config, other_directory, other_file, other_tensors
+from loradeploy.adapter.formats import (
+    misordered_export,
+    other_config,
+    other_directory,
+    other_file,
+    other_tensors,
+)
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.keys import PREFIX, Key, read_keys
 from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by, untargeted
@@ -74,8 +80,10 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     source = Path(path)
     weights = _weights_file(source)
-    config = _read_config(weights)
+    values, config = _read_config(weights)
     arrays, metadata = read_arrays(weights, error=AdapterError)
+    if (found := misordered_export(weights.parent, values, arrays)) is not None:
+        raise AdapterError(f"{weights.parent} {found}")
     try:
         _check_not_empty(arrays)
         config, tensors = _sort(arrays, config)
@@ -92,8 +100,11 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(f"{weights}: {problem}") from None
 
 
-def _read_config(weights: Path) -> AdapterConfig:
-    """The config beside `weights`; the error names the library of another format's adapter."""
+def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
+    """The config beside `weights`, as read and parsed.
+
+    The error names the library of another format's adapter.
+    """
     file = weights.parent / CONFIG_NAME
     if not file.exists() and (found := other_file(weights)) is not None:
         raise AdapterError(f"{file} does not exist: {weights.name} {found}")
@@ -101,7 +112,7 @@ def _read_config(weights: Path) -> AdapterConfig:
     if (found := other_config(values)) is not None:
         raise AdapterError(f"{weights.parent} {found}")
     try:
-        return AdapterConfig.from_peft(values)
+        return values, AdapterConfig.from_peft(values)
     except AdapterError as problem:
         raise AdapterError(f"{weights.parent}: {problem}") from None
 

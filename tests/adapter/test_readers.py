@@ -545,3 +545,38 @@ def test_every_form_is_named_where_an_adapter_is_read(name: str, tmp_path: Path)
     source = written(CASES[name](), tmp_path / "theirs")
     with pytest.raises(LoraDeployError, match="loradeploy convert"):
         load_adapter(source)
+
+
+def torchtune_export(place: Path, base: str, *, dora: bool = False) -> Path:
+    """A directory that torchtune writes for PEFT: few settings, and its own pickle beside."""
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors: Arrays = {f"{module}.lora_A.weight": random(4, 32)}
+    tensors[f"{module}.lora_B.weight"] = random(32, 4)
+    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": ["q_proj"]}
+    if dora:
+        tensors[f"{module}.lora_magnitude_vector"] = random(32)
+        config["use_dora"] = True
+    config["base_model_name_or_path"] = base
+    case = Case("llama", tensors, {}, {}, config, "adapter_model.safetensors")
+    directory = written(case, place)
+    (directory / "adapter_model.pt").write_bytes(b"a pickle")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("base", "dora", "refused"),
+    [
+        ("Qwen/Qwen2.5-0.5B", False, True),
+        ("meta-llama/Llama-3.2-1B", True, True),
+        ("meta-llama/Llama-3.2-1B", False, False),
+    ],
+)
+def test_torchtunes_export_with_misordered_rows_is_refused(
+    base: str, dora: bool, refused: bool, tmp_path: Path
+) -> None:
+    directory = torchtune_export(tmp_path / "epoch_0", base, dora=dora)
+    if refused:
+        with pytest.raises(LoraDeployError, match=r"export of torchtune.* adapter_model\.pt"):
+            load_adapter(directory)
+        (directory / "adapter_model.pt").unlink()  # nothing else tells it from PEFT's own
+    assert len(load_adapter(directory).factors) == 1
