@@ -43,7 +43,7 @@ class DecodingBatch:
         graph: DecoderGraph,
         adapters: RowAdapters,
         rows: Rows,
-        on_failure: Callable[[int, Exception], None] | None = None,
+        on_failure: Callable[[int, BaseException], None] | None = None,
     ) -> None:
         self._graph = graph
         self._on_failure = on_failure
@@ -104,7 +104,7 @@ class DecodingBatch:
         for number, member in list(self._members.items()):
             try:
                 going[number] = member.sequences.advance(logits[member.rows])
-            except Exception as problem:
+            except BaseException as problem:  # a panic of a mask's library is no Exception
                 if self._on_failure is None:
                     raise
                 going[number] = []
@@ -161,8 +161,8 @@ class DecodingBatch:
         if not self._members:
             self._owners = []
         elif owners != self._owners:
-            self._owners = owners
             self._adapters.take_rows(owners)
+            self._owners = owners
 
     def _feeds(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Ids, mask and ends of what the next run reads: whole prompts, or a token a row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -133,7 +133,7 @@ class Engine:
                 raise EngineClosedError("this engine is closed: make another one")
             if not self._threads:
                 self._threads = [
-                    threading.Thread(target=self._load, name="loradeploy-loader", daemon=True),
+                    threading.Thread(target=self._loader, name="loradeploy-loader", daemon=True),
                     threading.Thread(target=self._work, name="loradeploy-engine", daemon=True),
                 ]
                 for thread in self._threads:
@@ -294,17 +294,53 @@ class Engine:
             self._changed.notify_all()
 
     def _fail(self, submission: Submission, problem: BaseException) -> None:
-        submission.fail(problem)
+        name = type(submission.fail(problem)).__name__
         with self._changed:
-            name = type(problem).__name__
             self._statistics.failed[name] = self._statistics.failed.get(name, 0) + 1
             self._changed.notify_all()
 
+    def _break(self, problem: BaseException) -> None:
+        """The end by a defect in one of the threads: nobody may wait for ever.
+
+        What runs is let go of by the thread that runs it.
+        """
+        logger.error("a defect ends the engine", exc_info=problem)
+        with self._changed:
+            self._draining = self._closed = True
+            self._broken = self._broken or problem
+            waiting = list(self._queue)
+            for submission in waiting:
+                self._queue.remove(submission)
+            if self._preparing is not None:
+                waiting.append(self._preparing)
+                self._preparing = None
+            ready, self._ready = self._ready, deque()
+            self._changed.notify_all()
+        for submission in waiting:
+            self._fail(submission, problem)
+        self._abandon(ready, problem)
+
+    def _abandon(self, rest: Iterable[Running], problem: BaseException) -> None:
+        """Fail requests whose adapters are in use, after a defect."""
+        for one in rest:
+            try:
+                one.close()
+            except BaseException:  # the others are to end too
+                logger.exception("a request's adapter stays in use")
+            self._fail(one.submission, problem)
+
     # -- the thread that reads adapters and prompts --------------------------------------------
+
+    def _loader(self) -> None:
+        try:
+            self._load()
+        except BaseException as problem:
+            self._break(problem)
 
     def _load(self) -> None:
         while True:
             late: list[Submission] = []
+            taken = None
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._closed or (self._queue and len(self._ready) < _AHEAD),
@@ -318,11 +354,11 @@ class Engine:
                         self._queue.remove(submission)
                         late.append(submission)
                 if self._queue and len(self._ready) < _AHEAD:
-                    self._preparing = self._queue.pop()
+                    taken = self._preparing = self._queue.pop()
             for submission in late:
                 self._fail(submission, _too_late())
-            if self._preparing is not None:
-                self._prepare(self._preparing)
+            if taken is not None:
+                self._prepare(taken)
 
     def _patience(self) -> float | None:
         """Seconds until the next deadline of those that wait. `_changed` is held."""
@@ -341,37 +377,33 @@ class Engine:
                     self._worker.budget,
                     self._worker.positions,
                 )
-        except Exception as problem:  # a request's own code may raise anything
+        except BaseException as problem:  # a panic of a tokenizer is no Exception
             self._fail(submission, problem)
         else:
             if running is None:
                 self._end_unread(submission)
         with self._changed:
             self._preparing = None
-            if running is not None:
+            broken = self._broken
+            if running is not None and broken is None:
                 self._ready.append(running)
             self._changed.notify_all()
+        if running is not None and broken is not None:
+            self._abandon([running], broken)
 
     # -- the thread that runs the graph --------------------------------------------------------
 
     def _work(self) -> None:
         try:
             self._rounds()
-        except Exception as problem:  # a defect; nobody may wait for ever
-            logger.exception("the engine ends")
-            with self._changed:
-                self._draining = self._closed = True
-                self._broken = problem
-                rest, self._ready = [*self._ready, *self._running.values()], deque()
-                waiting = list(self._queue)
-                self._running.clear()
-                for submission in waiting:
-                    self._queue.remove(submission)
-            for one in rest:
-                one.close()
-            for submission in [*waiting, *(one.submission for one in rest)]:
-                self._fail(submission, problem)
+        except BaseException as problem:
+            self._break(problem)
         finally:
+            with self._changed:
+                rest, self._running = list(self._running.values()), {}
+                broken = self._broken
+            if broken is not None:
+                self._abandon(rest, broken)
             self._worker.close()
 
     def _rounds(self) -> None:
@@ -379,7 +411,7 @@ class Engine:
             self._drop_ready()
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._ready or self._running)
-                if self._closed and not self._unfinished():
+                if self._broken is not None or (self._closed and not self._unfinished()):
                     return
                 while self._ready and self._worker.fits(self._ready[0]):
                     one = self._ready.popleft()
@@ -410,16 +442,13 @@ class Engine:
         for one, problem in ended:
             one.close()
             if problem is not None:
-                one.submission.fail(problem)
+                self._fail(one.submission, problem)
         if not ended:
             return
         now = time.monotonic()
         with self._changed:
-            for one, problem in ended:
+            for one, _ in ended:
                 del self._running[one.number]
-                if problem is not None:
-                    name = type(problem).__name__
-                    self._statistics.failed[name] = self._statistics.failed.get(name, 0) + 1
             if self._last_end is not None:
                 each = (now - self._last_end) / len(ended)
                 self._pace = each if not self._pace else 0.8 * self._pace + 0.2 * each
@@ -434,7 +463,7 @@ def _guarded(observer: Observer | None) -> Observer:
         try:
             if observer is not None:
                 observer(moment, seconds, submission)
-        except Exception:
+        except BaseException:
             logger.exception("the observer of an engine fails at %s", moment)
 
     return observe

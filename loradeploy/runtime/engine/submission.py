@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import RunError, UsageError, shown
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,7 +101,7 @@ class Submission:
         self._events: deque[GenerationEvent] = deque()
         self._generations: dict[int, Generation] = {}
         self._usage: Usage | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._started = False
         self._cancelled = False
 
@@ -237,12 +237,21 @@ class Submission:
             self._usage = event.usage
             self._wake()
 
-    def fail(self, error: BaseException) -> None:
-        """Say that it failed; the engine calls it."""
+    def fail(self, problem: BaseException) -> Exception:
+        """Say that it failed, with the error that its reader gets; the engine calls it.
+
+        What is no Exception, such as a panic of a library in Rust, is the cause of a RunError.
+        """
+        if isinstance(problem, Exception):
+            error = problem
+        else:
+            error = RunError(f"{type(problem).__name__}: {shown(str(problem), 200)}")
+            error.__cause__ = problem
         with self._changed:
             if not self.done:
                 self._error = error
                 self._wake()
+        return error
 
     def _wake(self) -> None:
         """Wake who waits. `_changed` is held."""

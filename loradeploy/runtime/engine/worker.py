@@ -131,10 +131,10 @@ class Worker:
         try:
             if isinstance(self._rows, UncachedRows):
                 one.submission.start(len(prompt))
-                self._adapters.enter(one.number, one.held)
-                self._batch.enter(one.number, one.request.sequences)
                 self._reading.remove(one)
+                self._adapters.enter(one.number, one.held)
                 self._going[one.number] = one
+                self._batch.enter(one.number, one.request.sequences)
                 return
             if one.reading is None:
                 one.reading = self._rows.begin()
@@ -156,7 +156,7 @@ class Worker:
             one.reading.close()
             one.reading = None
             self._tell(one)
-        except Exception as problem:  # a mask of the request's own may raise anything
+        except BaseException as problem:  # a panic of a mask's library is no Exception
             self._end(one, problem)
 
     def _find(self, one: Running) -> None:
@@ -183,7 +183,7 @@ class Worker:
         rows = self._batch.rows
         try:
             self._batch.step()
-        except Exception as problem:  # the run itself
+        except BaseException as problem:  # the run itself
             for one in list(self._going.values()):
                 self._end(one, problem)
             return
@@ -196,15 +196,21 @@ class Worker:
             self._tell(one)
 
     def _tell(self, one: Running) -> None:
-        if one.tell(self._statistics, self._observer):
+        try:
+            whole = one.tell(self._statistics, self._observer)
+        except BaseException as problem:  # of its tokenizer
+            self._end(one, problem)
+            return
+        if whole:
             self._observer("request", time.monotonic() - one.submission.created, one.submission)
             self._end(one)
 
-    def _failed(self, number: int, problem: Exception) -> None:
+    def _failed(self, number: int, problem: BaseException) -> None:
         """A request that cannot go on; the batch has let go of it, or will."""
         self._end(self._going[number], problem, left=True)
 
     def _end(self, one: Running, problem: BaseException | None = None, left: bool = False) -> None:
+        self._ended.append((one, problem))
         if one in self._reading:
             self._reading.remove(one)
         if self._going.pop(one.number, None) is not None:
@@ -212,4 +218,3 @@ class Worker:
                 self._batch.leave(one.number)
             self._adapters.leave(one.number)
             self._adapters.take_rows(self._batch.owners)
-        self._ended.append((one, problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from loradeploy.errors import (
     DeadlineError,
     EngineClosedError,
     EngineFullError,
+    RunError,
     UsageError,
 )
 from loradeploy.runtime.engine.engine import Engine
@@ -275,3 +277,85 @@ def test_an_engine_that_a_defect_ended_says_so(
     with Engine(session) as engine:
         pass
     assert not engine.alive
+
+
+class Panic(BaseException):
+    """As pyo3 raises it for a panic of a library in Rust."""
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["with the prompt", "in a step"])
+def test_a_panic_of_a_mask_fails_its_own_request_alone(session: AdapterSession, after: int) -> None:
+    def mask(made: Any) -> Any:
+        if len(made) >= after:
+            raise Panic("of a grammar")
+        return None
+
+    alone = TextGenerator(session).generate(["The bank"], "large", max_new_tokens=6)[0]
+    with Engine(session) as engine:
+        other = engine.submit("The bank", "large", max_new_tokens=6)
+        panics = engine.submit("The bank", "small", max_new_tokens=6, allowed_tokens=mask)
+        with pytest.raises(RunError, match="Panic.*of a grammar") as failed:
+            panics.result(60)
+        assert isinstance(failed.value.__cause__, Panic)
+        assert other.result(60).generations[0].token_ids == alone.token_ids
+        later = engine.submit("The bank", "large", max_new_tokens=6).result(60)
+        assert later.generations[0].token_ids == alone.token_ids
+        assert engine.alive
+        assert engine.stats().failed == {"RunError": 1}
+
+
+def test_a_panic_of_a_tokenizer_fails_its_own_request_alone(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(session) as engine:
+        read = engine._reader.read
+
+        def panics(number: int, prompt: Any, *rest: Any) -> Any:
+            if prompt == "panics":
+                raise Panic("of a tokenizer")
+            return read(number, prompt, *rest)
+
+        monkeypatch.setattr(engine._reader, "read", panics)
+        with pytest.raises(RunError, match="of a tokenizer"):
+            engine.submit("panics").result(60)
+        assert engine.submit("The bank", max_new_tokens=2).result(60)
+
+
+@pytest.mark.parametrize("thread", ["loader", "engine"])
+def test_a_defect_of_a_thread_fails_every_request(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    """One runs, one is being read, and one waits."""
+    reading, go_on = threading.Event(), threading.Event()
+    with Engine(session) as engine:
+        read, advance = engine._reader.read, engine._worker.advance
+
+        def slow(number: int, prompt: Any, *rest: Any) -> Any:
+            if prompt == "slow":
+                reading.set()
+                go_on.wait(60)
+            return read(number, prompt, *rest)
+
+        def defect(*given: Any) -> Any:
+            if reading.is_set():
+                raise Panic("a defect")
+            return advance()
+
+        monkeypatch.setattr(engine._reader, "read", slow)
+        if thread == "engine":
+            monkeypatch.setattr(engine._worker, "advance", defect)
+        going = engine.submit("The bank", "large", max_new_tokens=100)
+        next(going)
+        slow_one, waits = engine.submit("slow", "small"), engine.submit("The bank")
+        assert reading.wait(60)
+        if thread == "loader":
+            monkeypatch.setattr(engine, "_prepare", defect)
+            monkeypatch.setattr(engine, "_patience", defect)
+            go_on.set()
+        for one in (waits, slow_one, going):
+            with pytest.raises(RunError, match="a defect"):
+                one.result(60)
+        go_on.set()
+        assert engine.drain(60)
+        assert not engine.alive
+    assert not session._bank._users  # no adapter stays in use
