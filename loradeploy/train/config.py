@@ -205,10 +205,10 @@ class TrainConfig:
 
     def _check_initial(self, given: Iterable[str]) -> None:
         """Raise UsageError if settings that an adapter has itself are `given` beside it."""
-        both = [name for name in given if name in OF_ADAPTER]
+        both = [f"`{name}`" for name in given if name in OF_ADAPTER]
         if self.init_adapter and both:
             raise UsageError(
-                f"`{both[0]}` cannot be set with `init_adapter`: it is that of the adapter"
+                f"{', '.join(both)} cannot be set with `init_adapter`: the adapter states them"
             )
 
     @property
@@ -317,7 +317,8 @@ def read_config(
             raise UsageError(f"unknown setting {name!r}{hint}")
         values[name] = _typed(name, value, str(fields[name].type))
     made = TrainConfig(**values)
-    made._check_initial(flags or {})  # a flag is refused even where it has the default
+    # What is given is refused even where it has the default, which a TrainConfig cannot tell.
+    made._check_initial((flags or {}) if isinstance(config, TrainConfig) else values)
     return made
 
 
@@ -335,11 +336,16 @@ def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> di
 
 
 def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
-    """`config` as YAML that `read_config` reads, with a comment at each key if `explained`."""
+    """`config` as YAML that `read_config` reads, with a comment at each key if `explained`.
+
+    Without the settings that the adapter of `init_adapter` states.
+    """
     import yaml
 
     lines = []
     for field in dataclasses.fields(config):
+        if config.init_adapter and field.name in OF_ADAPTER:
+            continue
         value = getattr(config, field.name)
         if explained:
             lines.append(f"# {field.metadata['help']}\n")

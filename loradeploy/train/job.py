@@ -24,7 +24,7 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
-from loradeploy.bundle.text.sentence import write_default
+from loradeploy.bundle.text.sentence import recipe_directory, write_default
 from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.errors import (
     LoraDeployError,
@@ -105,6 +105,10 @@ def run(
                 "the base's %s specifies more than a pooling, which training does not compute; the"
                 " adapter is trained with mean pooling, and gets a %s that specifies it",
                 *(MODULES_NAME, MODULES_NAME),
+            )
+        elif pooling is not None and main and recipe_directory(checkpoint_directory) is None:
+            logger.warning(
+                "%s has no %s: the embedder is trained with mean pooling", model, MODULES_NAME
             )
         initial = initial_adapter(
             config, task, prepared.labels, base.heads, digest_of_base, pooling

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
 from loradeploy.errors import LoraDeployError, UsageError
 from loradeploy.train.api import train
+from loradeploy.train.config import TrainConfig, read_config, to_yaml
 from loradeploy.train.result import TrainResult
 from tests.conftest import MakeAdapter
 
@@ -75,6 +77,23 @@ def test_a_setting_that_the_adapter_has_itself_is_refused(
     (name,) = setting
     with pytest.raises(UsageError, match=f"`{name}` cannot be set with `init_adapter`"):
         goes_on(tmp_path, tmp_path, tmp_path / "o", tmp_path, **setting)
+
+
+@pytest.mark.parametrize("flags", [{}, {"init_adapter": "a"}], ids=["in the file", "a flag"])
+def test_a_setting_of_the_file_is_refused_as_a_flag_is(flags: dict[str, Any]) -> None:
+    values = {"rank": TrainConfig().rank, "alpha": 16, "seed": 0}  # the defaults
+    if not flags:
+        values["init_adapter"] = "a"
+    with pytest.raises(UsageError, match="`rank`, `alpha` cannot be set with `init_adapter`"):
+        read_config(values, flags)
+
+
+def test_the_written_settings_of_a_continued_run_can_be_read() -> None:
+    config = TrainConfig(init_adapter="a", seed=3)
+    text = to_yaml(config)
+    assert "\nrank:" not in text
+    assert read_config(yaml.safe_load(text)) == config
+    assert read_config(yaml.safe_load(to_yaml(TrainConfig()))) == TrainConfig()
 
 
 def of(**changes: Any) -> Callable[[Adapter], Adapter]:

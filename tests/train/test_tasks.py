@@ -97,13 +97,15 @@ TASKS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str, tuple[str, .
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_is_learnt_and_its_adapter_read_by_peft(
-    task: str, tiny_bert: Path, tmp_path: Path, quick: Quick
+    task: str, tiny_bert: Path, tmp_path: Path, quick: Quick, caplog: pytest.LogCaptureFixture
 ) -> None:
     import peft
 
     make, settings, peft_name, labels = TASKS[task]
     data = make(tmp_path / "data.jsonl")
     result = quick(tiny_bert, data, tmp_path / "adapter", **LEARNING, **settings)
+    assumed = "has no modules.json: the embedder is trained with mean pooling" in caplog.text
+    assert assumed == (task == "feature-extraction")
     # Half of a batch may be of the anchor's own topic, where an embedder cannot be right.
     assert result.loss_after < (0.85 if task == "feature-extraction" else 0.7) * result.loss_before
     if task == "regression":
@@ -124,12 +126,17 @@ MORE: dict[str, Any] = {"prompts": {"query": "query: "}, "default_prompt_name": 
 
 @pytest.mark.parametrize("more", [{}, {"config_sentence_transformers": MORE}], ids=["", "prompts"])
 def test_an_embedder_says_how_it_was_trained_where_the_base_does_more_than_pool(
-    more: dict[str, Any], tiny_bert: Path, tmp_path: Path, quick: Quick
+    more: dict[str, Any],
+    tiny_bert: Path,
+    tmp_path: Path,
+    quick: Quick,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = shutil.copytree(tiny_bert, tmp_path / "base")
     write(base, ("Pooling", "1_Pooling", {"pooling_mode": "cls"}), **more)
     data = pairs(tmp_path / "data.jsonl")
     result = quick(base, data, tmp_path / "adapter", task="feature-extraction", max_steps=1)
+    assert "has no modules.json" not in caplog.text
     recipe = read_recipe(result.adapter)
     if not more:
         assert recipe is None, "it was trained with the pooling of its base"
