@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.heads import Head
-from loradeploy.errors import UsageError
+from loradeploy.errors import RunError, UsageError
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.feeds import Feeds
 
@@ -146,7 +146,8 @@ class JoinedAdapters:
         """Run from now on with the holds of these numbers, in their order.
 
         A row whose hold has gone runs with another's, one that is among the others if it can be:
-        so a batch whose rows all have one adapter is a batch of one adapter.
+        so a batch whose rows all have one adapter is a batch of one adapter. Where this fails no
+        rows are taken, and a run is refused until they are.
         """
         there = [self._holds[row].lease if row in self._holds else None for row in rows]
         living = {lease.rows[0]: lease for lease in there if lease is not None}
@@ -162,11 +163,16 @@ class JoinedAdapters:
         same = len(chosen) == len(self._rows) and all(
             new.rows[0] is old.rows[0] for new, old in zip(chosen, self._rows, strict=True)
         )
-        self._rows = chosen
         if self._lease is None or not same:
-            old_lease, self._lease = self._lease, self._join(chosen)
+            try:
+                lease = self._join(chosen)
+            except BaseException:
+                self.close()  # the rows of before are not those of the batch
+                raise
+            old_lease, self._lease = self._lease, lease
             if old_lease is not None:
                 self._part(old_lease)
+        self._rows = chosen
 
     def run_with_ort_values(
         self,
@@ -175,8 +181,13 @@ class JoinedAdapters:
         *,
         buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `HeldAdapters.run_with_ort_values` with the rows that were taken last."""
-        assert self._lease is not None
+        """As `HeldAdapters.run_with_ort_values` with the rows that were taken last.
+
+        Raises:
+            RunError: there are none, as the last `take_rows` failed.
+        """
+        if self._lease is None:
+            raise RunError("the adapters of the batch's rows could not be joined: nothing is run")
         return self._run(self._lease, output_names, feeds, self._device, buffers or {})
 
     @property

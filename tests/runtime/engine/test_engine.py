@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +360,60 @@ def test_a_defect_of_a_thread_fails_every_request(
         assert engine.drain(60)
         assert not engine.alive
     assert not session._bank._users  # no adapter stays in use
+
+
+def test_no_row_runs_with_another_adapter_after_a_join_that_failed(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        joined = session.joined()
+        stack.callback(joined.close)
+        held = [stack.enter_context(session.hold(name)) for name in ("large", "large", "small")]
+        for number, one in enumerate(held):
+            joined.enter(number, one)
+        joined.take_rows([0, 1, 2])
+        joined.leave(0)
+        joined.take_rows([0, 1, 2])
+        join, asked = joined._join, [0]
+
+        def fails_once(leases: Any) -> Any:
+            asked[0] += 1
+            if asked[0] == 1:
+                raise MemoryError("a join")
+            return join(leases)
+
+        monkeypatch.setattr(joined, "_join", fails_once)
+        joined.enter(3, held[2])
+        with pytest.raises(MemoryError):
+            joined.take_rows([3, 1, 2])
+        with pytest.raises(RunError, match="could not be joined"):
+            joined.run_with_ort_values(None, {})
+        joined.leave(3)
+        joined.take_rows([3, 1, 2])
+        joined.enter(4, held[2])
+        joined.take_rows([4, 1, 2])
+        assert joined._lease is not None
+        small = held[2].lease.rows[0]
+        assert [row is small for row in joined._lease.rows] == [True, False, True]
+
+
+def test_others_get_their_text_where_the_adapters_of_a_request_cannot_be_joined(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = TextGenerator(session).generate(["The bank"], "large", max_new_tokens=40)[0]
+    with Engine(session) as engine:
+        adapters = engine._worker._adapters
+        join, failed = adapters._join, []
+
+        def fails_once(leases: Any) -> Any:
+            if len({id(lease.rows[0]) for lease in leases}) > 1 and not failed:
+                failed.append(True)
+                raise MemoryError("a join")
+            return join(leases)
+
+        monkeypatch.setattr(adapters, "_join", fails_once)
+        going = engine.submit("The bank", "large", max_new_tokens=40)
+        next(going)
+        with pytest.raises(MemoryError, match="a join"):
+            engine.submit("The bank", "small", max_new_tokens=40).result(60)
+        assert going.result(60).generations[0].token_ids == alone.token_ids
