@@ -211,7 +211,8 @@ class Engine:
         until = deadline_of(deadline)
         call = Call.of([prompt], [adapter], seed, chat, None, None, options)
         own = call.options[0]
-        name = adapter if adapter is None or isinstance(adapter, str) else weights_of(adapter)
+        # Blends of the same adapters are one flow, whatever their weights are.
+        names = () if adapter is None else tuple(name for name, _ in weights_of(adapter))
         length = len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
         cost = 1 + length + own.max_new_tokens * max(own.n, own.num_beams)
         shed = None
@@ -224,7 +225,7 @@ class Engine:
                     raise self._full()
             self._number += 1
             submission = Submission(self._number, call, scope, until, self._cancel)
-            self._queue.push(submission, scope, name, cost)
+            self._queue.push(submission, scope, names, cost)
             self._statistics.submitted += 1
             self._changed.notify_all()
         if shed is not None:

@@ -1,8 +1,14 @@
 """Who is next: scopes take turns, and in a scope its adapters, by the work that they ask for.
 
-A flow's clock goes on by the tokens of what it was given, and the waiting flow with the earliest
-clock is next. One that was idle begins at the clock of the one that was served last, so that nobody
-saves turns up, or at its own where that is later, so that nobody comes back without a debt.
+Fair queueing by start times (FQS, Greenberg and Madras 1992), twice: among scopes, and in each
+scope among its adapters. A flow's clock goes on by the cost of each item it is served, and the
+waiting flow with the earliest clock is next. `now` goes on by the cost of each item divided by the
+number of flows that wait, as the clock of each would if all were served at once.
+
+A flow that was idle begins at `now`, so that nobody saves turns up, or at its own clock where that
+is later: nobody comes back without a debt. Invariant: `now` grows with every item, so a flow that
+waits is served at last, however many others begin anew, and a debt ends. What is kept of an idle
+flow is its debt alone: one whose clock is `now` or earlier is forgotten.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ class _Flow(Generic[_Item]):
 
 @dataclass(eq=False)
 class _Scope(Generic[_Item]):
-    """What waits in one scope, by adapter. `now`: the clock of the adapter served last."""
+    """What waits in one scope, by adapter. `now`: where an adapter that was idle begins."""
 
     clock: float
     now: float = 0.0
@@ -65,10 +71,13 @@ class FairQueue(Generic[_Item]):
 
     def pop(self) -> _Item:
         """The next item."""
-        scope = min((one for one in self._scopes.values() if len(one)), key=lambda one: one.clock)
-        flow = min((one for one in scope.flows.values() if len(one)), key=lambda one: one.clock)
+        scopes = [one for one in self._scopes.values() if len(one)]
+        scope = min(scopes, key=lambda one: one.clock)
+        flows = [one for one in scope.flows.values() if len(one)]
+        flow = min(flows, key=lambda one: one.clock)
         item, cost = flow.items.pop(0)
-        self._now, scope.now = scope.clock, flow.clock
+        self._now = max(self._now, scope.clock) + cost / len(scopes)
+        scope.now = max(scope.now, flow.clock) + cost / len(flows)
         scope.clock += cost
         flow.clock += cost
         self._forget()

@@ -60,3 +60,44 @@ def test_the_scope_with_most_gives_way_to_one_with_fewer() -> None:
     assert list(queue) == ["m1", "m2", "f1"]
     assert queue.remove("m1")
     assert not queue.remove("m1")
+
+
+def flows(queue: FairQueue[str]) -> int:
+    return sum(len(scope.flows) for scope in queue._scopes.values())
+
+
+def test_who_comes_back_with_a_debt_is_served_however_many_others_begin_anew() -> None:
+    for scopes in (False, True):
+        queue: FairQueue[str] = FairQueue()
+
+        def push(item: str, name: str, queue: FairQueue[str] = queue, apart: bool = scopes) -> None:
+            queue.push(item, name if apart else None, "x" if apart else name, 50)
+
+        push("first", "regular")
+        push("other", "other")
+        assert queue.pop() == "first"
+        push("again", "regular")
+        served = []
+        for number in range(1000):
+            push(f"new {number}", f"new {number}")
+            served.append(queue.pop())
+            if served[-1] == "again":
+                break
+        assert 1 < len(served) < 6, served
+
+
+def test_flows_without_a_debt_are_forgotten() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(2000):
+        queue.push("item", None, number, 10)
+        queue.pop()
+        queue.push("item", number, None, 10)
+        queue.pop()
+    assert flows(queue) == 0
+    queue.push("waits", None, "large", 1000)
+    queue.push("waits", None, "large", 1000)
+    queue.pop()
+    for number in range(200):
+        queue.push("item", None, number, 10)
+        queue.pop()
+        assert flows(queue) < 50
