@@ -6,6 +6,9 @@ the check works.
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,10 +17,14 @@ from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.digest import short
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.errors import AdapterMismatchError, listed, shortened
+from loradeploy.printable import logger_of
+
+logger = logger_of(__name__)
 
 Shape = tuple[int, ...]
 
 _LISTED: Final = 6
+_HUB_ID: Final = re.compile(r"[\w.-]+/(?P<name>[\w.-]+)", re.ASCII)
 _A_LAYER: Final[Mapping[str, str]] = {
     "linear": "a linear layer",
     "embedding": "an embedding",
@@ -65,7 +72,7 @@ class AdaptableBase:
     `own_weights`: the weights whose values are known, once copies of them were removed from the
     adapter; None before that.
     `lacking`: parameters that get their values from an adapter.
-    `digest`: digest of the checkpoint, if known.
+    `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
     """
 
     name: str
@@ -78,6 +85,7 @@ class AdaptableBase:
     own_weights: Collection[str] | None = None
     lacking: Collection[str] = ()
     digest: str | None = None
+    model: str | None = None
 
 
 def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
@@ -86,9 +94,14 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
     One message lists the first mismatches and counts the others. The adapter's modules must have
     the names of the base (`names.named_as`).
 
+    Where no digests can be compared, a base of another name on the hub is a warning.
+
     AdapterError: the factors apply to a base that the initialization changed.
     """
     adapter.check_plain()
+    trained_on = adapter.config.base_model_name_or_path
+    if trained_on and base.model and None in (base.digest, adapter.base_digest):
+        _warn_of_name(trained_on, base.model)
     refuse(
         [
             *_other_base(adapter, base),
@@ -124,6 +137,19 @@ def _other_base(adapter: Adapter, base: AdaptableBase) -> list[str]:
     theirs, ours = short(adapter.base_digest), short(base.digest)
     found = f"digest {theirs}, {base.name}'s is {ours}"
     return [f"it was trained on another base{_trained_on(adapter)} ({found})"]
+
+
+@functools.cache  # once, though an export and a run check an adapter several times
+def _warn_of_name(trained_on: str, model: str) -> None:
+    theirs, ours = _HUB_ID.fullmatch(trained_on), _HUB_ID.fullmatch(model)
+    if theirs is None or ours is None or os.path.exists(trained_on):
+        return
+    if theirs["name"].lower() != ours["name"].lower():  # a copy has another owner
+        logger.warning(
+            "the adapter was trained on %s, this base is %s: if their weights differ, so do the"
+            " outputs from those of the training",
+            *(shortened(trained_on, 60), shortened(model, 60)),
+        )
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -95,6 +95,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
         own_weights=manifest.own_weights,
         lacking=[saved.parameter for saved in manifest.saved if saved.lacking],
         digest=manifest.base.digest if manifest.base.kind == "checkpoint" else None,
+        model=manifest.base.name,
     )
 
 

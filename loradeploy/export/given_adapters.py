@@ -120,7 +120,7 @@ def check_adapters(
     """
     from loradeploy.lora.fit import adaptable
 
-    model = dataclasses.replace(adaptable(skeleton), digest=base.digest)
+    model = dataclasses.replace(adaptable(skeleton), digest=base.digest, model=base.name)
     modules = {name for name, layer in model.layers.items() if merge or layer.kind != "conv2d"}
     for name, given in adapters.items():
         expected, adapter = model, without_idle(given, modules)

@@ -117,3 +117,35 @@ def test_an_adapter_of_another_model_is_refused_in_one_sentence() -> None:
         AdapterMismatchError, match=r"x is not .*, nor are the other 1: .* other/mod"
     ):
         check_fit(both, BASE)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "base", "digests", "warned"),
+    [
+        ("org/Llama-1B", "org/Llama-1B-Instruct", False, True),
+        ("org/Llama-1B", "ORG/llama-1b", False, False),
+        ("org/Llama-2B", "mirror/Llama-2B", False, False),  # a copy
+        ("org/Llama-3B", "org/Llama-3B-Instruct", True, False),  # compared by digest
+        ("/models/Llama", "org/Llama-1B-Instruct", False, False),
+        ("org/Llama-1B", "base", False, False),  # a directory
+        (None, "org/Llama-1B", False, False),
+    ],
+)
+def test_a_base_of_another_name_is_named_once(
+    trained_on: str | None,
+    base: str,
+    digests: bool,
+    warned: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    known = "sha256:11" if digests else None
+    made = adapter(base_digest=known)
+    config = dataclasses.replace(made.config, base_model_name_or_path=trained_on)
+    for _ in range(2):
+        check_fit(
+            dataclasses.replace(made, config=config),
+            dataclasses.replace(BASE, model=base, digest="sha256:11"),
+        )
+    assert len(caplog.records) == warned
+    if warned:
+        assert f"trained on {trained_on}, this base is {base}" in caplog.text
