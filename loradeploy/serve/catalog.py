@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Files of one adapter; more are not read.
 _MOST_FILES: Final = 256
+# Times that an adapter is read whose files change meanwhile.
+_READS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -211,29 +213,56 @@ class Catalog:
             return False
         entry = self._entries.get(name, name)
         found = await asyncio.to_thread(self._find, entry)
-        if found is None:
-            if name in self._loaded:
-                await self._forget(name)
+        if found is None and name not in self._loaded:
             return False
-        if found.same(self._loaded.get(name)):
+        if found is not None and found.same(self._loaded.get(name)):
             return True
-        async with self._locks.setdefault(name, asyncio.Lock()):
+        async with self._lock(name):
+            return await self._refreshed(name)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """What is held while the adapter `name` is read, loaded or unloaded."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _refreshed(self, name: str) -> bool:
+        """As `_from_root`, with the lock of `name`: nothing is decided by what was before it."""
+        entry = self._entries.get(name, name)
+        for _ in range(_READS):
+            if name in self._unloaded:
+                return False
+            found = await asyncio.to_thread(self._find, entry)
+            if found is None:
+                if name in self._loaded:
+                    await self._forget(name)
+                return False
             if found.same(self._loaded.get(name)):
                 return True
-            files, problem = self._failed.get(name, (None, None))
-            if problem is not None and found.same(files):
-                raise problem
+            files, known = self._failed.get(name, (None, None))
+            if known is not None and found.same(files):
+                raise known
             begin = time.perf_counter()
+            problem: LoraDeployError | None = None
             try:
                 await asyncio.to_thread(self._read, name, found)
-            except LoraDeployError as problem:
+            except LoraDeployError as error:
+                problem = error
+            if not found.same(await asyncio.to_thread(self._find, entry)):
+                continue  # what was read may be of two versions
+            if problem is not None:
                 self._failed[name] = found, problem
-                raise
+                raise problem
             self._failed.pop(name, None)
             self._loaded[name] = found
             self._on_load(time.perf_counter() - begin)
             logger.info("loaded the adapter %s", name)
-        return True
+            return True
+        raise RequestError(
+            503,
+            "the adapter's files are being written: try again when they are complete",
+            param="model",
+            code="adapter_load_failed",
+            retry_after=1,
+        )
 
     async def _forget(self, name: str) -> None:
         self._loaded.pop(name, None)

@@ -11,9 +11,11 @@ from typing import Any
 import openai
 import pytest
 
+from loradeploy.adapter import peft
 from loradeploy.errors import UsageError
 from loradeploy.serve.catalog import Catalog
-from tests.serve.conftest import Running, serving
+from tests.conftest import MakeAdapter
+from tests.serve.conftest import LARGE, Running, serving
 
 PROMPT = "Shares rose"
 
@@ -77,6 +79,43 @@ def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
         with pytest.raises(openai.NotFoundError):
             text(running, "sport")
         assert "sport" not in names(running)
+
+
+def test_config_and_weights_are_of_one_version(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new = shutil.copytree(make_adapter(tiny_llama, seed=9, **LARGE), root.parent / "new")
+    config = json.loads((new / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 4
+    (new / "adapter_config.json").write_text(json.dumps(config))
+    read, changes = peft.read_arrays, iter([True])
+    writing: list[bool] = []
+
+    def changed_meanwhile(file: Any, **options: Any) -> Any:
+        """The weights, after another version came between them and the config."""
+        if "headline" in str(file) and (writing or next(changes, False)):
+            put(new, root / "headline")
+        return read(file, **options)
+
+    with serving(tiny_llama_bundle, root=root) as running:
+        first = text(running, "headline")
+        put(new, root / "whole")
+        whole = text(running, "whole")
+        config["lora_alpha"] *= 2  # any other, so that it is read again
+        (root / "headline" / "adapter_config.json").write_text(json.dumps(config))
+        monkeypatch.setattr(peft, "read_arrays", changed_meanwhile)
+        assert text(running, "headline") == whole != first
+        writing.append(True)
+        put(new, root / "headline")
+        with pytest.raises(openai.InternalServerError) as failed:
+            text(running, "headline")
+        assert failed.value.status_code == 503
+        writing.clear()
+        assert text(running, "headline") == whole
 
 
 def test_an_adapter_that_went_from_memory_is_read_again(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import file_digest, short, tensors_digest
@@ -29,9 +31,13 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.runtime.adapters.resident import Arrays
+from loradeploy.snapshot import Snapshot
 
 # The side inputs, the digest and the head of an adapter that fits the graph.
 Read = tuple[Arrays, str, Head]
+# What an adapter is read from; a directory may have logs too, which somebody writes.
+_SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
+_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +98,10 @@ class AdapterReader:
         """The adapter at `source`, which the bundle came without.
 
         Raises:
-            AdapterError: it is refused, does not fit (AdapterMismatchError), or is not certified.
+            AdapterError: it is refused, does not fit (AdapterMismatchError), is not certified, or
+                its files changed during each of several attempts.
         """
-        arrays, digest, head = self._read(source)
+        arrays, digest, head = _of_one_version(source, lambda: self._read(source))
         if self.certified is not None and digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
@@ -140,3 +147,36 @@ class AdapterReader:
         if missing := sorted(replaced - defaults.keys()):
             raise BundleError(f"{file} lacks {missing[0]}: export again")
         return defaults
+
+
+def _of_one_version(source: Path, read: Callable[[], Read]) -> Read:
+    """What `read` gives of the files at `source`, none of which changed meanwhile.
+
+    A config of one version and weights of another may fit each other.
+
+    Raises:
+        AdapterError: as `read`, or the files changed during each of several attempts.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _states(source)
+        try:
+            found = read()
+        except AdapterError:
+            if _states(source) == before:
+                raise
+        else:
+            if _states(source) == before:
+                return found
+    raise AdapterError(f"{source} was written to while it was read: try again when it is complete")
+
+
+def _states(source: Path) -> Snapshot:
+    """The states of the files that the adapter at `source` is read from."""
+    place = source if source.is_dir() else source.parent
+    names = {source.name} if source != place else set()
+    if source.suffix != NATIVE_SUFFIX:
+        try:
+            names |= {one.name for one in place.iterdir() if one.suffix in _SUFFIXES}
+        except OSError:  # it is gone
+            pass
+    return Snapshot.of(place, names)
