@@ -157,7 +157,6 @@ async def ask(
         raise refused("stream_options", "only with stream")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
     options = _options(service, body, logprobs)
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
     submissions: list[Submission] = []
     try:
         for prompt in prompts:
@@ -169,7 +168,8 @@ async def ask(
                 engine.submit(
                     prompt,
                     adapter,
-                    seed=seed,
+                    # With a seed, a prompt's text is the same alone and among others.
+                    seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
                     scope=key.name or None,
                     deadline=limits.request_timeout,
                     **options,

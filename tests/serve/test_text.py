@@ -158,6 +158,19 @@ def test_without_a_seed_texts_differ_and_n_gives_several(llama: Running) -> None
     assert list(streamed.values()) == [one.text for one in expected]
 
 
+def test_a_prompt_given_several_times_has_several_texts_unless_there_is_a_seed(
+    llama: Running,
+) -> None:
+    asked: dict[str, Any] = {"model": BASE, "max_tokens": 8, "temperature": 2}
+
+    def texts(prompts: list[str], **more: int) -> set[str]:
+        answer = llama.client().completions.create(prompt=prompts, **asked, **more)
+        return {choice.text for choice in answer.choices}
+
+    assert len(texts([PROMPT] * 4)) == 4
+    assert texts([PROMPT] * 4, seed=5) == texts([PROMPT], seed=5)
+
+
 def test_log_probabilities_are_the_librarys(llama: Running) -> None:
     expected = alone(llama, AS_TEMPLATED, "sport", max_new_tokens=5, logprobs=3).logprobs
     asked: dict[str, Any] = {"model": "sport", "temperature": 0, "max_tokens": 5}

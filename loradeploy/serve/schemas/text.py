@@ -51,7 +51,8 @@ class TextRequest(ModelRequest):
         default=None,
         ge=-(2**63),
         lt=2**63,
-        description="The same seed gives the same text; without one it is random.",
+        description="The seed of each prompt. The same seed gives the same text; without one it is"
+        " random.",
     )
     stop: str | Annotated[list[_Stop], Field(max_length=16)] | None = None
     n: int = Field(default=1, ge=1, description="Texts for each prompt.")
