@@ -355,6 +355,31 @@ def test_a_blend_goes_with_its_members(
     assert session.statistics.resident == 1
 
 
+def test_of_ever_new_blends_memory_has_a_few(
+    tiny_llama_bundle: Path, tenants: dict[str, Path]
+) -> None:
+    session = AdapterSession(tiny_llama_bundle)  # without a budget
+    for name in ("tenant1", "tenant2"):
+        session.load(name, tenants[name])
+
+    def blended(number: int) -> np.ndarray:
+        return logits(session, IDS, {"tenant1": 0.5 + number / 50, "tenant2": 0.5})
+
+    first = blended(0)
+    with session.hold({"tenant1": 3.0, "tenant2": 0.5}):
+        kept = [session.statistics.resident for number in range(1, 13) if blended(number).size]
+        assert max(kept) <= 2 + 1 + 8  # the members, the blend in use, a few others
+        assert kept[0] == 5
+    assert session.statistics.resident <= 2 + 8
+    misses = session.statistics.misses
+    assert np.array_equal(blended(0), first)  # made again, of members that stayed
+    assert session.statistics.misses == misses
+    many = [{"tenant1": number / 7, "tenant2": 0.5} for number in range(1, 13)]
+    rows = logits(session, random_ids(len(many), 5), many)  # all of them are in use at once
+    assert len({row.tobytes() for row in rows}) == len(many)
+    assert session.statistics.resident <= 2 + 8
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

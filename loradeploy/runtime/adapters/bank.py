@@ -1,8 +1,9 @@
 """The adapter bank: names on disk, adapters' side inputs in memory.
 
 A name is cheap: what it stands for is read when a run first needs it, and let go when the budget
-wants room, the least recently used first; what a run uses, and what is pinned, stays. Memory is
-kept by content: two names of one adapter share it, and what is read again must be what it was.
+wants room, the least recently used first; what a run uses, and what is pinned, stays. Of blends
+that no run uses a few stay. Memory is kept by content: two names of one adapter share it, and what
+is read again must be what it was.
 What the answers are called is no content: each name has the head that its own files declare.
 
 What runs read of the adapters in memory is made by leases.py.
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 # Reads an adapter: its side inputs, its digest, its head.
 Read = Callable[[], "tuple[Arrays, str, Head]"]
 _MIB: Final = 1 << 20
+# Blends that no run uses, whatever the budget: there is no end of weights, and each is quickly made
+# again of its members.
+_IDLE_BLENDS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -395,7 +399,12 @@ class AdapterBank:
         return resident
 
     def _evict(self, spare: Resident | None = None) -> None:
-        """Let go of what was not used the longest, as the budget wants."""
+        """Let go of what was not used the longest: of blends all but a few, else by the budget."""
+        blends = [one for one in self._residents.values() if one.parts and one is not spare]
+        idle = [one for one in blends if one.digest not in self._users]
+        for resident in idle[: max(0, len(idle) - _IDLE_BLENDS)]:
+            self._drop(resident)
+            self._evictions += 1
         if self._host_budget is None or self._host_bytes <= self._host_budget:
             return
         pinned = {entry.digest for entry in self._entries.values() if entry.pinned}
