@@ -146,11 +146,12 @@ class Catalog:
 
     # -- the load and unload routes ------------------------------------------------------------
 
-    async def load(self, name: str, entry: str, *, replace: bool) -> None:
+    async def load(self, name: str, entry: str, key: ApiKey, *, replace: bool) -> None:
         """Let `name` stand for the adapter `entry` below the root, which is read now.
 
         Raises:
-            RequestError: 400, a name that is taken, or that is no name; 404, no such entry.
+            RequestError: 400, a name that is taken, or that is no name; 404, there is no such entry
+                for this key.
             AdapterError: the adapter's files are refused.
         """
         for param, value in (("lora_name", name), ("lora_path", entry)):
@@ -158,48 +159,61 @@ class Catalog:
                 raise refused(param, "give a name below the adapter root, not a path")
         if name == self.base or name in self._bundled:
             raise refused("lora_name", f"{name!r} is a model of the bundle")
-        if name in self._loaded and not replace:
-            raise refused("lora_name", f"{name!r} is loaded: give load_inplace to replace it")
+        missing = RequestError(
+            404,
+            f"there is no adapter {entry!r} below the adapter root that this API key may use",
+            param="lora_path",
+            code="adapter_not_found",
+        )
+        # Under a name of its own a key would use whatever there is.
+        if not (key.may_use(entry) and key.may_use(name)):
+            raise missing
         if await asyncio.to_thread(self._find, entry) is None:
-            raise RequestError(
-                404,
-                f"there is no adapter {entry!r} below the adapter root",
-                param="lora_path",
-                code="adapter_not_found",
-            )
-        before, hidden = self._entries.get(name), name in self._unloaded
-        self._entries[name] = entry
-        self._unloaded.discard(name)
-        try:
-            self._failed.pop(name, None)
-            await self._from_root(name)
-        except Exception:
-            if before is None:
-                del self._entries[name]
-            else:
-                self._entries[name] = before
-            if hidden:
-                self._unloaded.add(name)
-            raise
+            raise missing
+        async with self._lock(name):
+            if name in self._loaded and not replace:
+                raise refused("lora_name", f"{name!r} is loaded: give load_inplace to replace it")
+            before, hidden = self._entries.get(name), name in self._unloaded
+            self._entries[name] = entry
+            self._unloaded.discard(name)
+            try:
+                self._failed.pop(name, None)
+                if not await self._refreshed(name):
+                    raise missing  # its files went meanwhile
+            except BaseException:
+                if before is None:
+                    del self._entries[name]
+                else:
+                    self._entries[name] = before
+                if hidden:
+                    self._unloaded.add(name)
+                raise
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, key: ApiKey) -> None:
         """Forget the adapter `name` until it is loaded again; waits for requests that use it.
 
         Raises:
-            RequestError: 404, no adapter has this name.
+            RequestError: 404, no adapter has this name, or none that the key may use.
         """
+        # One that is being read has a lock.
+        if key.may_use(name) and (self._knows(name) or name in self._locks):
+            async with self._lock(name):
+                if self._knows(name):
+                    self._unloaded.add(name)
+                    self._bundled.discard(name)
+                    self._entries.pop(name, None)
+                    await self._forget(name)
+                    return
+        raise RequestError(
+            404,
+            f"there is no adapter {shown(name)} that is loaded",
+            param="lora_name",
+            code="adapter_not_found",
+        )
+
+    def _knows(self, name: str) -> bool:
         known = name in self._bundled or name in self._loaded or name in self._entries
-        if not known or name in self._unloaded:
-            raise RequestError(
-                404,
-                f"there is no adapter {shown(name)} that is loaded",
-                param="lora_name",
-                code="adapter_not_found",
-            )
-        self._unloaded.add(name)
-        self._bundled.discard(name)
-        self._entries.pop(name, None)
-        await self._forget(name)
+        return known and name not in self._unloaded
 
     # -- the adapter root ----------------------------------------------------------------------
 
@@ -208,6 +222,7 @@ class Catalog:
 
         Raises:
             AdapterError: it is refused; the same files are not read a second time.
+            LoraDeployError: another failure, which another time may not have.
         """
         if self.root is None or name in self._unloaded or not _NAME.fullmatch(name):
             return False
@@ -249,7 +264,8 @@ class Catalog:
             if not found.same(await asyncio.to_thread(self._find, entry)):
                 continue  # what was read may be of two versions
             if problem is not None:
-                self._failed[name] = found, problem
+                if _lasting(problem):
+                    self._failed[name] = found, problem
                 raise problem
             self._failed.pop(name, None)
             self._loaded[name] = found
@@ -306,3 +322,15 @@ class Catalog:
             if _NAME.fullmatch(name) and name != self.base and self._find(name) is not None:
                 names.append(name)
         return names
+
+
+def _lasting(problem: BaseException) -> bool:
+    """Whether the same files fail again: they are refused, and not for an error of the system."""
+    if not isinstance(problem, AdapterError):
+        return False
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return True

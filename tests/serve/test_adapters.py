@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import openai
 import pytest
 
 from loradeploy.adapter import peft
-from loradeploy.errors import UsageError
+from loradeploy.errors import AdapterError, BudgetError, UsageError
 from loradeploy.serve.catalog import Catalog
 from tests.conftest import MakeAdapter
 from tests.serve.conftest import LARGE, Running, serving
@@ -193,6 +196,67 @@ def test_adapters_are_loaded_and_unloaded_in_vllms_shape(
         assert text(running, "sport") == sport
         assert post("load", lora_name="bundle-llama", lora_path="sport")[0] == 400
         assert post("load", lora_name="x", lora_path="nobody")[0] == 404
+
+
+def test_loads_and_unloads_of_a_name_follow_each_other(
+    tiny_llama_bundle: Path,
+    serve_adapters: dict[str, Path],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(serve_adapters["sport"], root / "sport")
+    with serving(tiny_llama_bundle, root=root, updates=True) as running:
+        http, session = running.http(), running.service.session
+        load, begun, go_on = session.load, threading.Event(), threading.Event()
+
+        def slow(name: str, *given: Any, **options: Any) -> str:
+            begun.set()
+            assert go_on.wait(30)
+            return load(name, *given, **options)
+
+        def post(verb: str, **body: Any) -> int:
+            return http.post(f"/v1/{verb}_lora_adapter", json=body).status_code
+
+        monkeypatch.setattr(session, "load", slow)
+        with ThreadPoolExecutor(2) as pool:  # an unload in the middle of a load
+            loaded = pool.submit(post, "load", lora_name="sport")
+            assert begun.wait(30)
+            unloaded = pool.submit(post, "unload", lora_name="sport")
+            with pytest.raises(FutureTimeoutError):
+                unloaded.result(0.3)
+            go_on.set()
+            assert (loaded.result(), unloaded.result()) == (200, 200)
+        assert "sport" not in session.adapters
+        assert post("unload", lora_name="sport") == 404
+
+        def vanishing(name: str, *given: Any, **options: Any) -> str:
+            shutil.rmtree(root / "headline")
+            return load(name, *given, **options)
+
+        monkeypatch.setattr(session, "load", vanishing)
+        assert post("load", lora_name="headline") == 404  # it is not there any more
+        assert "headline" not in names(running)
+
+
+def test_a_failure_of_the_system_is_not_remembered(
+    tiny_llama_bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*given: Any, **options: Any) -> Any:
+        try:
+            raise OSError(24, "Too many open files")
+        except OSError as problem:
+            raise AdapterError(f"headline cannot be read: {problem}") from None
+
+    def large(*given: Any, **options: Any) -> Any:
+        raise BudgetError("it takes more than the whole budget")
+
+    with serving(tiny_llama_bundle, root=root) as running:
+        for failing in (exhausted, large):
+            with monkeypatch.context() as patched:
+                patched.setattr(running.service.session, "load", failing)
+                with pytest.raises(openai.APIStatusError):
+                    text(running, "headline")
+        assert text(running, "headline") != text(running, "bundle-llama")
 
 
 def test_updates_are_off_unless_asked_for(tiny_llama_bundle: Path, root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import threading
 import time
@@ -22,12 +23,15 @@ from tests.serve.conftest import Running, serving
 
 PROMPT = "Shares rose"
 BASE = "bundle-llama"
-ALL, NEWS, SLOW, ADMIN = (f"{name}-0123456789abcdef" for name in ("all", "news", "slow", "admin"))
+ALL, NEWS, SLOW, ADMIN, PART = (
+    f"{name}-0123456789abcdef" for name in ("all", "news", "slow", "admin", "part")
+)
 KEYS = [
     ApiKey("all", ALL),
     ApiKey("news", NEWS, frozenset({"headline"})),
     ApiKey("slow", SLOW, requests_per_minute=2),
     ApiKey("admin", ADMIN, admin=True),
+    ApiKey("part", PART, frozenset({"headline", "mine"}), admin=True),
 ]
 BODY: dict[str, Any] = {"model": BASE, "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
 # Ends at the last position of the tiny model, some seconds later.
@@ -87,6 +91,24 @@ def test_a_key_sees_and_uses_its_own_adapters_alone(guarded: Running) -> None:
         client.post("/load_lora_adapter", body={"lora_name": "x"}, cast_to=object)
     with pytest.raises(openai.NotFoundError, match="no adapter 'x'"):
         guarded.client(ADMIN).post("/load_lora_adapter", body={"lora_name": "x"}, cast_to=object)
+
+
+def test_an_admin_of_some_adapters_changes_no_others(
+    guarded: Running, serve_adapters: dict[str, Path]
+) -> None:
+    root = guarded.service.catalog.root
+    assert root is not None
+    for name in ("mine", "others"):
+        shutil.copytree(serve_adapters["topic"], root / name)
+    http = guarded.http(headers={"Authorization": f"Bearer {PART}"})
+
+    def post(verb: str, **body: str) -> int:
+        return http.post(f"/v1/{verb}_lora_adapter", json=body).status_code
+
+    assert post("load", lora_name="mine", lora_path="others") == 404
+    assert post("load", lora_name="other", lora_path="mine") == 404
+    assert post("unload", lora_name="sport") == 404
+    assert post("load", lora_name="mine") == post("unload", lora_name="mine") == 200
 
 
 def test_a_key_has_its_rate(guarded: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,8 +176,6 @@ def _states(source: Path) -> Snapshot:
     place = source if source.is_dir() else source.parent
     names = {source.name} if source != place else set()
     if source.suffix != NATIVE_SUFFIX:
-        try:
+        with contextlib.suppress(OSError):  # it is gone
             names |= {one.name for one in place.iterdir() if one.suffix in _SUFFIXES}
-        except OSError:  # it is gone
-            pass
     return Snapshot.of(place, names)

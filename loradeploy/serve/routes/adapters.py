@@ -21,7 +21,7 @@ async def load_adapter(body: AdapterRequest, service: ServiceOf, key: KeyOf) -> 
     _check(service, key)
     entry = body.lora_name if body.lora_path is None else body.lora_path
     try:
-        await service.catalog.load(body.lora_name, entry, replace=body.load_inplace)
+        await service.catalog.load(body.lora_name, entry, key, replace=body.load_inplace)
     except AdapterError as error:
         message = str(error).replace(f"{service.catalog.root}/", "")
         raise RequestError(400, message, param="lora_path", code="adapter_load_failed") from None
@@ -32,7 +32,7 @@ async def load_adapter(body: AdapterRequest, service: ServiceOf, key: KeyOf) -> 
 async def unload_adapter(body: AdapterName, service: ServiceOf, key: KeyOf) -> str:
     """Unload an adapter, once the requests that use it have ended."""
     _check(service, key)
-    await service.catalog.unload(body.lora_name)
+    await service.catalog.unload(body.lora_name, key)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
