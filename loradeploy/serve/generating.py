@@ -200,6 +200,7 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
         bias[int(token)] = added
     return {
         "max_new_tokens": next(iter(given.values()), most),
+        "shorten": not given,  # the service's own number is no request for as many
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": 0 if body.top_k == -1 else body.top_k,

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import UsageError
+from loradeploy.errors import BudgetError, UsageError
 from loradeploy.export.api import export
+from loradeploy.runtime.decoding.memory import position_bytes
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
@@ -265,3 +266,17 @@ def test_a_classifier_without_a_padding_token_answers_each_text_as_alone(
     np.testing.assert_allclose(
         [row.score for row in together], [row.score for row in alone], atol=tolerance("rows")
     )
+
+
+def test_an_engine_bounds_the_logits_of_a_graph_without_a_cache(bundles: Bundles) -> None:
+    session = AdapterSession(bundles("gpt2 without a cache"))
+    each = position_bytes(session)
+    assert each == 4 * (session.limits.vocabulary or 0) > 0
+    with Engine(session, cache_budget=20 * each) as engine:
+        with pytest.raises(BudgetError, match="1 rows of 21 tokens take"):
+            engine.submit([5] * 11, max_new_tokens=10).result(60)
+        with pytest.raises(BudgetError, match="2 rows"):
+            engine.submit([5] * 8, max_new_tokens=4, num_beams=2).result(60)
+        fits = engine.submit([5] * 10, "own", max_new_tokens=10).result(60).generations[0]
+    alone = TextGenerator(session).generate([[5] * 10], "own", max_new_tokens=10)[0]
+    assert fits.token_ids == alone.token_ids

@@ -58,6 +58,14 @@ def memory_for_rows(session: AdapterSession, limit: int | None) -> int | None:
     return limit if limit is not None or not on_host else available_memory()
 
 
+def position_bytes(session: AdapterSession) -> int:
+    """The bytes that one position of one row takes: of the cache, or without one of the logits.
+
+    0 where the vocabulary is not known either.
+    """
+    return row_bytes(session.manifest) or (session.limits.vocabulary or 0) * 4
+
+
 def row_bytes(manifest: Manifest) -> int:
     """The bytes that one position of one row takes while a run goes on.
 

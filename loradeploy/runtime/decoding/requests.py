@@ -26,9 +26,16 @@ class Request(ReadText):
 
 
 def read_request(
-    reader: PromptReader, call: Call, number: int, target: Target | None = None
+    reader: PromptReader,
+    call: Call,
+    number: int,
+    target: Target | None = None,
+    *,
+    room: int | None = None,
 ) -> Request:
     """A prompt of `call` as its adapter reads it now; it is the source of a `target` where given.
+
+    `room`: the positions that a row has, where its new tokens may be fewer than asked for.
 
     Raises:
         UsageError: it is empty or fills the model's positions, or settings that do not fit it.
@@ -40,6 +47,7 @@ def read_request(
     if target is None:
         begin = text.ids
         limit = reader.check_length(len(begin), options.max_new_tokens, what)
+        limit = limit if room is None else max(1, min(limit, room - len(begin)))
     else:
         target.check_source(len(text.ids), what)
         begin = target.begin(text.side.settings, what)

@@ -189,6 +189,7 @@ class Engine:
         chat: bool = False,
         scope: str | None = None,
         deadline: float | None = None,
+        shorten: bool = False,
         **options: Unpack[GenerationFlags],
     ) -> Submission:
         """Take a request in, and return at once.
@@ -196,7 +197,8 @@ class Engine:
         `prompt`, `adapter`, `seed`, `chat` and `options` are as those of one prompt of
         `TextGenerator.generate`. `scope`: whose it is, such as an API key: scopes take turns, and
         nothing that is kept of a prompt serves another scope. `deadline`: seconds from now after
-        which it fails, wherever it is.
+        which it fails, wherever it is. `shorten`: fewer than `max_new_tokens` will do where a row
+        has less room, instead of a BudgetError; so it is without `max_new_tokens`.
 
         Raises:
             UsageError: as `TextGenerator.generate`, but for what needs the adapter or the prompt's
@@ -224,7 +226,8 @@ class Engine:
                 if shed is None:
                     raise self._full()
             self._number += 1
-            submission = Submission(self._number, call, scope, until, self._cancel)
+            limited = "max_new_tokens" in options and not shorten
+            submission = Submission(self._number, call, scope, until, self._cancel, limited)
             self._queue.push(submission, scope, names, cost)
             self._statistics.submitted += 1
             self._changed.notify_all()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import BudgetError, UsageError
-from loradeploy.runtime.decoding.memory import row_bytes
+from loradeploy.runtime.decoding.memory import position_bytes
 from loradeploy.runtime.decoding.requests import Request, read_request
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage
 from loradeploy.runtime.tasks.generation import generation_of
@@ -143,6 +143,8 @@ def prepare(
 ) -> Running:
     """Read a request's adapter and its prompt, both of one moment.
 
+    Where the caller named no max_new_tokens, it gets those that its rows have room for.
+
     Raises:
         UsageError: the prompt, or settings that do not fit it, or more rows than `slots`.
         UnknownAdapterError, AdapterError: its adapter.
@@ -155,8 +157,13 @@ def prepare(
             f"the request takes {rows} rows (n or num_beams), the engine has {slots}: give fewer,"
             " or the engine more `max_rows`"
         )
+    each = rows * position_bytes(session)  # bytes of a position
+    fitting = budget // each if budget is not None and each else None
+    room = min((size for size in (positions, fitting) if size is not None), default=None)
     while True:
-        request = read_request(reader, submission.call, 0)
+        request = read_request(
+            reader, submission.call, 0, room=None if submission.limited else room
+        )
         with ExitStack() as stack:
             held = stack.enter_context(session.hold(request.adapter))
             if session.texts.have_moved(request.adapter, request.counts):
@@ -169,11 +176,11 @@ def prepare(
             f"the prompt and max_new_tokens are {running.most} tokens together, a row of the engine"
             f" has room for {positions}: give it a larger `cache_budget`, or fewer `max_rows`"
         )
-    taken = rows * running.most * row_bytes(session.manifest)
+    taken = each * running.most
     if budget is not None and taken > budget:
         running.close()
         raise BudgetError(
-            f"{rows} rows of {running.most} tokens take {taken >> 20} MiB of cache, the engine has"
-            f" {budget >> 20} MiB: give a smaller n or max_new_tokens, or a shorter prompt"
+            f"{rows} rows of {running.most} tokens take {taken / 2**20:.1f} MiB, the engine has"
+            f" {budget / 2**20:.1f} MiB: give a smaller n or max_new_tokens, or a shorter prompt"
         )
     return running

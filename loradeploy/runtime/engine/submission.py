@@ -87,11 +87,13 @@ class Submission:
         scope: str | None,
         deadline: float | None,
         on_cancel: Callable[[Submission], None],
+        limited: bool = True,
     ) -> None:
         self.number = number
         self.call = call
         self.scope = scope
         self.deadline = deadline  # of time.monotonic
+        self.limited = limited  # max_new_tokens was named: no fewer will do
         self.created = time.monotonic()
         self.prompt_tokens: int | None = None
         self.cached_tokens = 0

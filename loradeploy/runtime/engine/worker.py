@@ -12,7 +12,7 @@ from loradeploy.bundle.names import NO_PADDING
 from loradeploy.errors import DeadlineError
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch
-from loradeploy.runtime.decoding.memory import memory_for_rows, row_bytes
+from loradeploy.runtime.decoding.memory import memory_for_rows, position_bytes
 from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
 from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
@@ -75,9 +75,7 @@ class Worker:
             return CachedRows(self._graph, 0), None
         most = self._session.texts.base.tokenizer.max_length or _POSITIONS
         if self.budget is not None:
-            most = max(
-                1, min(most, self.budget // (self.slots * row_bytes(self._session.manifest)))
-            )
+            most = max(1, min(most, self.budget // (self.slots * position_bytes(self._session))))
         return SlotRows(self._graph, self.slots, most), most
 
     def fits(self, one: Running) -> bool:
@@ -91,7 +89,7 @@ class Worker:
         if self.positions is not None:
             return True  # every slot has its memory
         longest = max(other.most for other in (one, *others))
-        taken = rows * longest * row_bytes(self._session.manifest)
+        taken = rows * longest * position_bytes(self._session)
         return self.budget is None or taken <= self.budget
 
     def admit(self, one: Running) -> None:

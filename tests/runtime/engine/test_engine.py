@@ -20,6 +20,7 @@ from loradeploy.errors import (
     RunError,
     UsageError,
 )
+from loradeploy.runtime.decoding.memory import position_bytes
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.prefix import BLOCK
 from loradeploy.runtime.engine.submission import GenerationEvent
@@ -417,3 +418,20 @@ def test_others_get_their_text_where_the_adapters_of_a_request_cannot_be_joined(
         with pytest.raises(MemoryError, match="a join"):
             engine.submit("The bank", "small", max_new_tokens=40).result(60)
         assert going.result(60).generations[0].token_ids == alone.token_ids
+
+
+def test_max_new_tokens_that_nobody_named_is_what_a_row_has_room_for(
+    session: AdapterSession,
+) -> None:
+    prompt = list(range(20, 60))
+    each = position_bytes(session)
+    alone = TextGenerator(session).generate([prompt], "large", max_new_tokens=20)[0]
+    with Engine(session, max_rows=1, cache_budget=50 * each) as engine:
+        for given in ({}, {"max_new_tokens": 20, "shorten": True}):
+            got = engine.submit(prompt, "large", **given).result(60).generations[0]  # type: ignore[arg-type]
+            assert got.token_ids == alone.token_ids[:10]
+            assert got.finish_reason == "length"
+        with pytest.raises(BudgetError):
+            engine.submit(prompt, "large", max_new_tokens=20).result(60)
+        with pytest.raises(BudgetError):  # no room for a single token
+            engine.submit(prompt + prompt, "large").result(60)
