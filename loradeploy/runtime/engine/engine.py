@@ -1,4 +1,17 @@
-"""The engine: requests that come one by one are generated together, each with its adapter."""
+"""The engine: requests that come one by one are generated together, each with its adapter.
+
+A request is in one of these states; `_changed` guards all of them.
+
+    State      Where                    Goes on to
+    waits      `_queue`                 prepared, by the loader; shed, late or cancelled: ended
+    prepared   `_preparing`             ready, with its adapter in use; refused or cancelled: ended
+    ready      `_ready`                 runs, where there are rows; late or cancelled: ended
+    runs       `_running`, the worker   ended: with its last text, failed, late or cancelled
+    ended      nowhere                  its adapter is no longer in use
+
+A defect of either thread ends the engine (`_break`): what waits, is prepared or ready ends with its
+error at once, what runs when the engine's thread has seen it.
+"""
 
 from __future__ import annotations
 
