@@ -8,7 +8,6 @@ read again when its files have changed; nothing has to be restarted. A client gi
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -24,13 +23,14 @@ from loradeploy.errors import (
     UsageError,
     shown,
 )
+from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
 from loradeploy.snapshot import Snapshot
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # One component of a path that leads nowhere else.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

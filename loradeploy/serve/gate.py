@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import logging
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loradeploy.printable import logger_of
 from loradeploy.serve.keys import ANYONE, ApiKey
 from loradeploy.serve.problems import RequestError, problem_of
 from loradeploy.serve.service import Service
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Seconds that a client may take to send a request's body.
 _BODY_TIMEOUT: Final = 30.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import traceback
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from loradeploy.errors import (
     UnknownAdapterError,
     UsageError,
 )
+from loradeploy.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # The type of an error by its status, as OpenAI's API has it.
 _TYPES: Final[Mapping[int, str]] = {

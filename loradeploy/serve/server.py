@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import threading
@@ -13,11 +12,12 @@ from types import FrameType
 import uvicorn
 
 from loradeploy.errors import UsageError
+from loradeploy.printable import logger_of
 from loradeploy.serve.app import create_app
 from loradeploy.serve.gate import is_loopback
 from loradeploy.serve.service import Service
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 # Seconds beyond the drain in which the last answers are sent.
 _LAST_WORDS = 5

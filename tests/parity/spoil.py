@@ -44,11 +44,21 @@ def weight(
     return change
 
 
-def attribute(node: str, name: str, number: float) -> Change:
-    """The attribute `name` of the node that ends in `node`."""
+def reads(operator: str, value: str) -> Callable[[ir.Node], bool]:
+    """Whether a node is an `operator` that reads a value whose name ends so."""
+
+    def reads(node: ir.Node) -> bool:
+        names = [str(each.name) for each in node.inputs if each is not None]
+        return node.op_type == operator and any(name.endswith(value) for name in names)
+
+    return reads
+
+
+def attribute(node: Callable[[ir.Node], bool], name: str, number: float) -> Change:
+    """The attribute `name` of the one node that `node` picks."""
 
     def change(graph: ir.Graph) -> None:
-        (found,) = (each for each in graph if str(each.name).endswith(node))
+        (found,) = (each for each in graph if node(each))
         found.attributes[name] = ir.AttrFloat32(name, number)
 
     return change
