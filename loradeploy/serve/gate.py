@@ -18,6 +18,8 @@ logger = logger_of(__name__)
 
 # Seconds that a client may take to send a request's body.
 _BODY_TIMEOUT: Final = 30.0
+# What metrics count where the client did not wait for the answer, which is no failure.
+_GONE: Final = 499
 _OPEN_PATHS: Final = frozenset({"/health"})
 # A page of another site may not use the service, nor show this page inside its own.
 _HEADERS: Final = (
@@ -46,13 +48,19 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        begun = gone = False
+
+        async def noted_receive() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def limited_send(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self._service.metrics.responded(message["status"])
+                self._service.metrics.responded(_GONE if gone else message["status"])
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
             try:
                 await asyncio.wait_for(send(message), self._service.limits.send_timeout)
@@ -62,8 +70,8 @@ class Gate:
         try:
             key = self._check(scope)
             scope.setdefault("state", {})["key"] = key
-            body = await self._body(scope, receive)
-            await self._app(scope, _behind(body, receive), limited_send)
+            body = await self._body(scope, noted_receive)
+            await self._app(scope, _behind(body, noted_receive), limited_send)
         except _SlowClientError:
             logger.info("a client accepted no more of its answer")
         except Exception as error:

@@ -18,6 +18,7 @@ from loradeploy.runtime.tasks.generation import Generation
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import refused
 from loradeploy.serve.schemas.text import (
+    STOP_LENGTH,
     CachedTokens,
     ChatRequest,
     CompletionRequest,
@@ -153,6 +154,12 @@ async def ask(
     if len(prompts) * body.n > limits.max_n:
         texts = f"{len(prompts)} prompts × n {body.n}"
         raise refused("n", f"{texts} are more than the {limits.max_n} texts of one request")
+    if len(prompts) > limits.max_waiting:  # each of them waits, and so they never all would
+        raise refused(
+            "prompt", f"{len(prompts)} prompts; {limits.max_waiting} may wait at this service"
+        )
+    if isinstance(body.stop, str) and not 0 < len(body.stop) <= STOP_LENGTH:
+        raise refused("stop", f"give 1 to {STOP_LENGTH} characters")
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options", "only with stream")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)

@@ -49,6 +49,8 @@ class Grammars:
         options = {"whitespace_flexible": False}
         tokenizer = self._session.texts.of(adapter).tokenizer
         words = self._words.get(tokenizer)
+        if not tokenizer.eos_ids:
+            raise refused("response_format", f"{form.type}: no token of this model ends a text")
         if words is None:
             words = llguidance.LLTokenizer(tokenizer.as_text, eos_token=min(tokenizer.eos_ids))
             self._words[tokenizer] = words
@@ -56,22 +58,27 @@ class Grammars:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         except ValueError as problem:
             raise _unusable(problem) from None
-        return _JsonText(words, grammar)
+        return _JsonText(words, grammar, tokenizer.eos_ids)
 
 
 class _JsonText:
-    """The tokens that may follow in a text of a grammar."""
+    """The tokens that may follow in a text of a grammar. `ends`: those that end a text.
 
-    def __init__(self, words: Any, grammar: str) -> None:
+    Raises:
+        RequestError: 400, the grammar is too complex: at once, or where a text comes to such a
+            part of it.
+    """
+
+    def __init__(self, words: Any, grammar: str, ends: frozenset[int]) -> None:
         import llguidance.numpy
 
         self._matcher = llguidance.LLMatcher(words, grammar)
-        if self._matcher.is_error():
-            raise _unusable(self._matcher.get_error())
+        self._check()
         self._fill = llguidance.numpy.fill_next_token_bitmask
         self._bits = llguidance.numpy.allocate_token_bitmask(1, words.vocab_size)
-        self._size = words.vocab_size
+        self._ends = sorted(ends)  # llguidance knows the first of them
         self._made: tuple[int, ...] = ()
+        self(())  # what is too complex at the start is refused before anything is generated
 
     def __call__(self, made: tuple[int, ...]) -> NDArray[np.bool_]:
         """Of the tokens `made` so far to a mask, bool [vocabulary]."""
@@ -80,11 +87,20 @@ class _JsonText:
         if made[: len(self._made)] != self._made:  # another of the request's texts
             self._matcher.reset()
             self._made = ()
-        if not self._matcher.consume_tokens(list(made[len(self._made) :])):
+        taken = self._matcher.consume_tokens(list(made[len(self._made) :]))
+        self._check()
+        if not taken:
             raise RequestError(500, "the text left its grammar")
         self._made = made
         self._fill(self._matcher, self._bits)
-        return np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
+        self._check()
+        mask = np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
+        mask[[end for end in self._ends if end < mask.size]] = mask[self._ends[0]]
+        return mask
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise _unusable(self._matcher.get_error())
 
 
 def _unusable(problem: object) -> RequestError:

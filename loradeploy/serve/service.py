@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from loradeploy.adapter.tasks import CAUSAL_LM
-from loradeploy.errors import DeadlineError, EngineFullError
+from loradeploy.errors import DeadlineError, EngineClosedError, EngineFullError, UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.catalog import Catalog
 from loradeploy.serve.grammar import Grammars
-from loradeploy.serve.keys import KeyRing
+from loradeploy.serve.keys import ApiKey, KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
@@ -80,13 +81,21 @@ class Service:
         """The engine.
 
         Raises:
-            RequestError: 404, the bundle generates no text.
+            RequestError: 404, the bundle generates no text; 503, the engine has failed.
         """
         if self.engine is None:
             raise RequestError(
                 404, f"this bundle is for {self.session.manifest.task}: it generates no text"
             )
+        self.check_alive()
         return self.engine
+
+    def check_alive(self) -> None:
+        """Raise RequestError, 503, where the engine ended by a defect: a new process is needed."""
+        if self.engine is not None and not self.engine.alive and not self.draining:
+            raise RequestError(
+                503, "the engine has failed: restart the service", code="engine_failed"
+            )
 
     def check_task(self, task: str, what: str) -> None:
         """Raise RequestError, 404, unless the bundle is for `task`, which gives `what`."""
@@ -107,7 +116,7 @@ class Service:
 
     def close(self) -> None:
         """End whatever goes on, and let go of the bundle."""
-        self.draining = True
+        self.draining = self.encoder.closed = True
         if self.engine is not None:
             self.engine.close()
         self.session.close()
@@ -116,53 +125,68 @@ class Service:
 class EncoderQueue:
     """Requests of an encoder, one of which runs at a time; for one asyncio loop.
 
-    `waiting` and `running` are how many there are.
+    `waiting` and `running` are how many there are. `closed`: whether the session is, or will be.
     """
 
     def __init__(self, limits: ServeLimits) -> None:
         self._limits = limits
         self._turn = asyncio.Lock()
         self._seconds = 0.0  # of a request, of late
+        self._of_keys: Counter[str] = Counter()  # how many wait, by the key's name
         self.waiting = 0
         self.running = 0
+        self.closed = False
 
-    async def run(self, work: Callable[[], _Result]) -> _Result:
+    async def run(self, work: Callable[[], _Result], key: ApiKey) -> _Result:
         """What `work` returns, which runs in a thread.
 
         Raises:
-            EngineFullError: too many wait.
-            DeadlineError: it did not get its turn in time.
+            EngineFullError: too many wait, or too many of this key.
+            DeadlineError: it did not end in time. A run that has begun goes on for nobody.
+            EngineClosedError: the service ended.
         """
-        if self.waiting >= self._limits.max_waiting:
+        most = self._limits.max_waiting
+        # One key leaves room for others.
+        crowded = bool(key.name) and self._of_keys[key.name] >= max(1, most // 2)
+        if self.waiting >= most or crowded:
             after = max(self._seconds * (self.waiting + 1) / 2, 0.1)
+            whose = " of this API key" if crowded else ""
             raise EngineFullError(
-                f"{self.waiting} requests wait, as many as may", retry_after=after
+                f"{self._of_keys[key.name] if crowded else self.waiting} requests{whose} wait, as"
+                " many as may",
+                retry_after=after,
             )
+        end = time.monotonic() + self._limits.request_timeout
         try:
-            with self._counted():
+            with self._counted(key):
                 await asyncio.wait_for(self._turn.acquire(), self._limits.request_timeout)
-        except asyncio.TimeoutError:
-            raise DeadlineError("the request waited longer than the service allows") from None
-        self.running += 1
-        begin = time.perf_counter()
-        try:
+            self.running += 1
             # A client that is gone does not make room: the thread goes on.
-            return await asyncio.shield(asyncio.ensure_future(self._run(work)))
-        finally:
-            taken = time.perf_counter() - begin
-            self._seconds = taken if not self._seconds else 0.8 * self._seconds + 0.2 * taken
+            run = asyncio.ensure_future(self._run(work))
+            return await asyncio.wait_for(asyncio.shield(run), max(end - time.monotonic(), 0.001))
+        except asyncio.TimeoutError:
+            raise DeadlineError("the request took longer than the service allows") from None
+        except UsageError:
+            if self.closed:  # of the session, not of the request
+                raise EngineClosedError("the service ended") from None
+            raise
 
     async def _run(self, work: Callable[[], _Result]) -> _Result:
+        begin = time.perf_counter()
         try:
             return await asyncio.to_thread(work)
         finally:
+            taken = time.perf_counter() - begin
+            self._seconds = taken if not self._seconds else 0.8 * self._seconds + 0.2 * taken
             self.running -= 1
             self._turn.release()
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, key: ApiKey) -> Iterator[None]:
         self.waiting += 1
+        self._of_keys[key.name] += 1
         try:
             yield
         finally:
             self.waiting -= 1
+            self._of_keys[key.name] -= 1

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Final
 
 from loradeploy.errors import UsageError, shown
+
+# Seconds, about three years; what waits takes no number without end.
+_LONGEST: Final = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class ServeLimits:
         drain_timeout: seconds in which requests may end once the service is to stop.
 
     Raises:
-        UsageError: one of them is no number above 0.
+        UsageError: one of them is no number above 0, or a time without end.
     """
 
     max_rows: int = 8
@@ -43,3 +47,7 @@ class ServeLimits:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise UsageError(f"`{field.name}` is {shown(value)}: give a number above 0")
+            if isinstance(field.default, float) and value > _LONGEST:
+                raise UsageError(
+                    f"`{field.name}` is {shown(value)}: give at most {_LONGEST:,} seconds"
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -16,9 +17,18 @@ from typing import Any
 import openai
 import pytest
 
-from loradeploy.errors import DataError, LoraDeployError
+from loradeploy.errors import (
+    DataError,
+    DeadlineError,
+    EngineClosedError,
+    EngineFullError,
+    LoraDeployError,
+    UsageError,
+)
 from loradeploy.serve.keys import ApiKey, KeyRing
 from loradeploy.serve.problems import RequestError, problem_of
+from loradeploy.serve.service import EncoderQueue
+from loradeploy.serve.settings import ServeLimits
 from tests.serve.conftest import Running, serving
 
 PROMPT = "Shares rose"
@@ -246,6 +256,8 @@ def test_a_client_that_is_gone_cancels_its_request(narrow: Running, stream: bool
     client.close()
     until(lambda: idle(narrow))
     assert narrow.service.engine.stats().finished["cancelled"] == before + 1
+    figures = narrow.http().get("/metrics").text  # it is no failure of the service
+    assert 'http_responses_total{status="503"}' not in figures
 
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_read(narrow: Running) -> None:
@@ -264,12 +276,55 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(narrow: Running) -
         ({**BODY, "n": 3, "temperature": 1}, 400),
         ({**BODY, "prompt": ["a", "b", "c"]}, 400),
         ({**BODY, "n": 2, "temperature": 1, "max_tokens": 2}, 400),  # of one row
+        ({**BODY, "prompt": ["a", "b"]}, 400),  # of which one may wait
     ],
 )
 def test_a_request_beyond_a_limit_is_refused(
     narrow: Running, body: dict[str, Any], status: int
 ) -> None:
     assert narrow.http().post("/v1/completions", json=body).status_code == status
+
+
+@pytest.mark.parametrize("name", ["request_timeout", "send_timeout", "drain_timeout"])
+def test_a_time_has_an_end(name: str) -> None:
+    with pytest.raises(UsageError, match=f"`{name}` is inf: give at most"):
+        ServeLimits(**{name: float("inf")})
+
+
+def test_an_encoders_queue_has_room_for_every_key_and_no_run_without_end() -> None:
+    async def check() -> None:
+        queue = EncoderQueue(ServeLimits(max_waiting=4, request_timeout=2.0))
+        go_on = threading.Event()
+
+        def asked() -> asyncio.Task[bool]:
+            return asyncio.create_task(queue.run(lambda: go_on.wait(30), KEYS[0]))
+
+        first = asked()
+        while not queue.running:
+            await asyncio.sleep(0.01)
+        waiting = [asked(), asked()]
+        await asyncio.sleep(0)
+        assert (queue.running, queue.waiting) == (1, 2)
+        with pytest.raises(EngineFullError, match="2 requests of this API key wait"):
+            await queue.run(lambda: True, KEYS[0])
+        other = asyncio.create_task(queue.run(lambda: True, KEYS[1]))
+        for late in (first, *waiting, other):  # the first had its turn, and is late all the same
+            with pytest.raises(DeadlineError):
+                await late
+        assert queue.running == 1
+        go_on.set()
+        assert await queue.run(lambda: 5, KEYS[0]) == 5
+
+        def closed() -> None:
+            raise UsageError("the session is closed")
+
+        with pytest.raises(UsageError):
+            await queue.run(closed, KEYS[0])
+        queue.closed = True
+        with pytest.raises(EngineClosedError):
+            await queue.run(closed, KEYS[0])
+
+    asyncio.run(asyncio.wait_for(check(), 60))
 
 
 def test_a_request_has_its_time(tiny_llama_bundle: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from loradeploy.runtime.tasks.generation import TextGenerator
-from tests.serve.conftest import Running
+from loradeploy.serve.grammar import Grammars
+from loradeploy.serve.problems import RequestError
+from loradeploy.serve.schemas.text import ResponseFormat
+from tests.serve.conftest import Running, serving
 
 BASE = "bundle-llama"
 PROMPT = "Shares rose"
@@ -233,6 +238,26 @@ def test_a_schema_is_kept(llama: Running, stream: bool) -> None:
     assert isinstance(value["good"], bool)
 
 
+def test_every_token_that_ends_a_text_may_end_a_json_text(
+    llama: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    form = ResponseFormat(type="json_object")
+    tokenizer = llama.service.session.texts.of(None).tokenizer
+    first, other = 2, 300
+    whole, begun = tokenizer.encode("{}"), tokenizer.encode("{")
+    for ends in ({first}, {first, other}):
+        monkeypatch.setattr(tokenizer, "eos_ids", frozenset(ends))
+        allowed = Grammars(llama.service.session).allowed(form, None)
+        assert allowed is not None
+        masks = [allowed(tuple(tokens)) for tokens in (begun, whole)]
+        assert [set(np.flatnonzero(mask)) & {first, other} for mask in masks] == [set(), ends]
+    monkeypatch.setattr(tokenizer, "eos_ids", frozenset())
+    with pytest.raises(RequestError, match="no token of this model ends a text") as refused:
+        Grammars(llama.service.session).allowed(form, None)
+    assert refused.value.status == 400
+
+
 # A body beside model and prompt, and the field that the refusal names.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
@@ -245,6 +270,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tokens": ({"max_tokens": 65}, "max_tokens"),
     "n": ({"n": 9}, "n"),
     "prompts": ({"prompt": []}, "prompt"),
+    "stop": ({"stop": ""}, "stop"),
+    "complex": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "x",
+                    "schema": {"type": "string", "pattern": "^(a{1000}){1000}$"},
+                },
+            }
+        },
+        "response_format",
+    ),
     "options": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "inner": ({"stream": True, "stream_options": {"chunks": 3}}, "stream_options.chunks"),
     "bias": ({"logit_bias": {"the": 3}}, "logit_bias"),
@@ -338,3 +376,24 @@ def test_figures_are_counted(llama: Running) -> None:
 def test_the_service_says_that_it_is_well(llama: Running) -> None:
     assert httpx.get(f"{llama.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{llama.url}/ready").json() == {"status": "ready"}
+
+
+def test_a_service_whose_engine_failed_says_so(
+    tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_llama_bundle) as running:
+        http = running.http()
+
+        def defect() -> Any:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(running.service.engine._worker, "advance", defect)
+        body = {"model": BASE, "prompt": PROMPT, "max_tokens": 2}
+        assert http.post("/v1/completions", json=body).status_code == 500
+        for answer in (
+            http.post("/v1/completions", json=body),
+            http.get("/ready"),
+            http.get("/health"),
+        ):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_failed"

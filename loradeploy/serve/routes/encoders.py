@@ -17,6 +17,7 @@ from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from loradeploy.serve.answers import new_id
+from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import refused
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.encoders import (
@@ -53,7 +54,7 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
         usage = _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
         return embedder(texts, adapter, prompt_name=body.prompt_name), usage
 
-    vectors, usage = await _run(service, work, len(texts))
+    vectors, usage = await _run(service, key, work, len(texts))
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         raise refused("dimensions", f"the model's vectors have {vectors.shape[1]} numbers")
     as_text = body.encoding_format == "base64"
@@ -94,7 +95,7 @@ async def classify(body: ClassifyRequest, service: ServiceOf, key: KeyOf) -> Lab
         ]
         return labels, usage
 
-    data, usage = await _run(service, work, len(texts))
+    data, usage = await _run(service, key, work, len(texts))
     return LabelList(
         id=new_id("classify"), created=service.now(), model=body.model, data=data, usage=usage
     )
@@ -121,13 +122,13 @@ async def rerank(body: RerankRequest, service: ServiceOf, key: KeyOf) -> Ranking
         ]
         return results, usage
 
-    results, usage = await _run(service, work, len(documents))
+    results, usage = await _run(service, key, work, len(documents))
     return Ranking(id=new_id("rerank"), model=body.model, results=results, usage=usage)
 
 
-async def _run(service: Service, work: Callable[[], _Result], texts: int) -> _Result:
+async def _run(service: Service, key: ApiKey, work: Callable[[], _Result], texts: int) -> _Result:
     begin = time.perf_counter()
-    result = await service.encoder.run(work)
+    result = await service.encoder.run(work, key)
     service.metrics.encoded(texts, time.perf_counter() - begin)
     return result
 

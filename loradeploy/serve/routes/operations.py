@@ -13,14 +13,16 @@ router = APIRouter(tags=["operations"])
 
 
 @router.get("/health")
-async def health() -> Status:
-    """Whether the process answers; needs no key."""
+async def health(service: ServiceOf) -> Status:
+    """Whether the process answers and its engine runs; needs no key."""
+    service.check_alive()
     return Status(status="ok")
 
 
 @router.get("/ready")
 async def ready(service: ServiceOf) -> Status:
-    """Whether requests are taken: not while the service shuts down."""
+    """Whether requests are taken: not in the shutdown, nor once the engine has failed."""
+    service.check_alive()
     if service.draining:
         raise RequestError(503, "the service is shutting down", code="shutting_down")
     return Status(status="ready")

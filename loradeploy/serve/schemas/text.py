@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from loradeploy.serve.schemas.common import Answer, ModelRequest, RequestBody
 
 _Token = Annotated[int, Field(ge=0)]
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# Characters of one stop string.
+STOP_LENGTH: Final = 256
+_Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
 
 
