@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.errors import DeadlineError, EngineClosedError, EngineFullError, UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
@@ -22,6 +22,8 @@ from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
 
 _Result = TypeVar("_Result")
+# The tasks that a route answers.
+_SERVED: Final = (CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION)
 
 
 class Service:
@@ -31,7 +33,7 @@ class Service:
     `keys`: None where anybody may ask. `host`: the address that it is reached by.
 
     Raises:
-        UsageError: as `Catalog`, or updates without a root.
+        UsageError: as `Catalog`, or the bundle is for a task that no route answers.
     """
 
     def __init__(
@@ -44,6 +46,11 @@ class Service:
         updates: bool = False,
         host: str = "127.0.0.1",
     ) -> None:
+        if session.manifest.task not in _SERVED:
+            raise UsageError(
+                f"a bundle for {session.manifest.task} is not served, only one for"
+                f" {', '.join(_SERVED)}: run it with `loradeploy run` or the Python API"
+            )
         self.session = session
         self.limits = limits
         self.keys = keys

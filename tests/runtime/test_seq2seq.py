@@ -148,6 +148,15 @@ def test_generation_config_is_obeyed_as_transformers_does(
         assert answer.token_ids[0] == 17
 
 
+def test_an_encoder_decoder_is_not_served(bundle: Path) -> None:
+    pytest.importorskip("fastapi")
+    from loradeploy.serve.service import Service
+    from loradeploy.serve.settings import ServeLimits
+
+    with pytest.raises(UsageError, match="a bundle for seq2seq-lm is not served"):
+        Service(ld.AdapterSession(bundle), limits=ServeLimits())
+
+
 def test_the_halves_are_the_model_with_every_form_of_an_adapter(
     bundle: Path, tiny_t5: Path, adapters: dict[str, Path]
 ) -> None:
