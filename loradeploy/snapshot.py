@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_ATTEMPTS: Final = 3
+# How often files that change while they are read are read again.
+ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_still(path: str | os.PathLike[str], content: Callable[[], bytes]) -> by
     Raises:
         OSError: it changed during each of several attempts.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         before = FileState.of(path)
         found = content()
         if before is None or (

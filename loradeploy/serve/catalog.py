@@ -28,7 +28,7 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
-from loradeploy.snapshot import Snapshot
+from loradeploy.snapshot import ATTEMPTS, Snapshot
 
 logger = logger_of(__name__)
 
@@ -36,8 +36,6 @@ logger = logger_of(__name__)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Files of one adapter; more are not read.
 _MOST_FILES: Final = 256
-# Times that an adapter is read whose files change meanwhile.
-_READS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ class Catalog:
     async def _refreshed(self, name: str) -> bool:
         """As `_from_root`, with the lock of `name`: nothing is decided by what was before it."""
         entry = self._entries.get(name, name)
-        for _ in range(_READS):
+        for _ in range(ATTEMPTS):
             if name in self._unloaded:
                 return False
             found = await asyncio.to_thread(self._find, entry)

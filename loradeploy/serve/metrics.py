@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -32,6 +32,9 @@ _TIMES: Final[dict[Moment, tuple[str, str, tuple[float, ...]]]] = {
     "step": ("step_time_seconds", "Seconds of one run of the graph that decodes.", _SHORT),
     "prefill": ("prefill_time_seconds", "Seconds of one run that reads a prompt's part.", _LONG),
 }
+
+
+_Figure = tuple[str, str, int]  # name, help, value
 
 
 class Metrics:
@@ -108,6 +111,13 @@ def _named(name: str) -> str:
     return f"loradeploy:{name}"
 
 
+def _families(gauges: Sequence[_Figure], counters: Sequence[_Figure]) -> Iterator[Metric]:
+    for name, text, value in gauges:
+        yield GaugeMetricFamily(_named(name), text, value)
+    for name, text, value in counters:
+        yield CounterMetricFamily(_named(name), text, value)
+
+
 def _of_engine(now: EngineStatistics) -> Iterator[Metric]:
     gauges = (
         ("num_requests_waiting", "Requests that wait.", now.waiting),
@@ -116,8 +126,6 @@ def _of_engine(now: EngineStatistics) -> Iterator[Metric]:
         ("num_rows_max", "Texts that can be generated together.", now.slots),
         ("prefix_cache_bytes", "Bytes of the prefix cache.", now.prefix_bytes),
     )
-    for name, text, value in gauges:
-        yield GaugeMetricFamily(_named(name), text, value)
     counters = (
         ("requests", "Requests that were taken.", now.submitted),
         ("requests_refused", "Requests that were refused, as too many waited.", now.refused),
@@ -128,8 +136,7 @@ def _of_engine(now: EngineStatistics) -> Iterator[Metric]:
         ("steps", "Runs of the graph that decoded.", now.steps),
         ("one_adapter_steps", "Those whose rows had one adapter.", now.one_adapter_steps),
     )
-    for name, text, value in counters:
-        yield CounterMetricFamily(_named(name), text, value)
+    yield from _families(gauges, counters)
     ended = CounterMetricFamily(
         _named("request_success"), "Texts that ended, by reason.", labels=["finished_reason"]
     )
@@ -164,12 +171,9 @@ def _of_bank(now: BankStatistics) -> Iterator[Metric]:
         ("adapters_resident", "Adapters and blends in memory.", now.resident),
         ("adapter_bytes", "Their bytes in host memory.", now.host_bytes),
     )
-    for name, text, value in gauges:
-        yield GaugeMetricFamily(_named(name), text, value)
     counters = (
         ("adapter_cache_hits", "Uses of an adapter that was in memory.", now.hits),
         ("adapter_cache_misses", "Uses of an adapter that had to be read.", now.misses),
         ("adapter_cache_evictions", "Adapters that left memory.", now.evictions),
     )
-    for name, text, value in counters:
-        yield CounterMetricFamily(_named(name), text, value)
+    yield from _families(gauges, counters)

@@ -32,13 +32,12 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.runtime.adapters.resident import Arrays
-from loradeploy.snapshot import Snapshot
+from loradeploy.snapshot import ATTEMPTS, Snapshot
 
 # The side inputs, the digest and the head of an adapter that fits the graph.
 Read = tuple[Arrays, str, Head]
 # What an adapter is read from; a directory may have logs too, which somebody writes.
 _SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
-_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +157,7 @@ def _of_one_version(source: Path, read: Callable[[], Read]) -> Read:
     Raises:
         AdapterError: as `read`, or the files changed during each of several attempts.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         before = _states(source)
         try:
             found = read()

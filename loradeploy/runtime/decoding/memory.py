@@ -54,8 +54,12 @@ def check_memory(
 
 def memory_for_rows(session: AdapterSession, limit: int | None) -> int | None:
     """The bytes that rows may take: `limit`, or what the machine has, None where unknown."""
-    on_host = session.providers[:1] == ("CPUExecutionProvider",)
-    return limit if limit is not None or not on_host else available_memory()
+    return limit if limit is not None or not on_host(session) else available_memory()
+
+
+def on_host(session: AdapterSession) -> bool:
+    """Whether the cache lies in the host's memory."""
+    return session.providers[:1] == ("CPUExecutionProvider",)
 
 
 def position_bytes(session: AdapterSession) -> int:

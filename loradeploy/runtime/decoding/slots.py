@@ -9,13 +9,14 @@ holds, which nobody reads after it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
 from loradeploy.runtime.cache import cache_inputs
+from loradeploy.runtime.decoding.memory import on_host
 from loradeploy.runtime.decoding.rows import RowAdapters, logits_at
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.graph import DecoderGraph
 
 _Values = Mapping[str, onnxruntime.OrtValue]
-_HOST: Final = ("CPUExecutionProvider",)
 
 
 def keeps_slots(graph: DecoderGraph) -> bool:
@@ -32,8 +32,7 @@ def keeps_slots(graph: DecoderGraph) -> bool:
     manifest = graph.session.manifest
     past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
     free = all(len(spec.shape) == 4 and not isinstance(spec.shape[2], int) for spec in past)
-    on_host = graph.session.providers[:1] == _HOST
-    return manifest.cache_in_place and bool(past) and free and on_host
+    return manifest.cache_in_place and bool(past) and free and on_host(graph.session)
 
 
 class SlotRows:

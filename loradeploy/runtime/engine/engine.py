@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import (
-    DeadlineError,
     EngineClosedError,
     EngineFullError,
     UsageError,
@@ -38,7 +37,13 @@ from loradeploy.runtime.decoding.reading import PromptReader
 from loradeploy.runtime.engine.queue import FairQueue
 from loradeploy.runtime.engine.running import Running, prepare
 from loradeploy.runtime.engine.statistics import EngineStatistics, Moment, Observer
-from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage, deadline_of
+from loradeploy.runtime.engine.submission import (
+    GenerationEvent,
+    Submission,
+    Usage,
+    deadline_of,
+    too_late,
+)
 from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
@@ -255,9 +260,9 @@ class Engine:
                 self._statistics,
                 waiting=len(self._queue) + len(self._ready) + (self._preparing is not None),
                 running=len(self._running),
-                finished=dict(self._statistics.finished),
-                failed=dict(self._statistics.failed),
-                batch_sizes=dict(self._statistics.batch_sizes),
+                finished=Counter(self._statistics.finished),
+                failed=Counter(self._statistics.failed),
+                batch_sizes=Counter(self._statistics.batch_sizes),
             )
 
     def _check_open(self) -> None:
@@ -306,14 +311,13 @@ class Engine:
                 GenerationEvent(choice, "", generation=nothing, usage=Usage(0, 0) if last else None)
             )
         with self._changed:
-            finished = self._statistics.finished
-            finished["cancelled"] = finished.get("cancelled", 0) + choices
+            self._statistics.finished["cancelled"] += choices
             self._changed.notify_all()
 
     def _fail(self, submission: Submission, problem: BaseException) -> None:
         name = type(submission.fail(problem)).__name__
         with self._changed:
-            self._statistics.failed[name] = self._statistics.failed.get(name, 0) + 1
+            self._statistics.failed[name] += 1
             self._changed.notify_all()
 
     def _break(self, problem: BaseException) -> None:
@@ -373,7 +377,7 @@ class Engine:
                 if self._queue and len(self._ready) < _AHEAD:
                     taken = self._preparing = self._queue.pop()
             for submission in late:
-                self._fail(submission, _too_late())
+                self._fail(submission, too_late())
             if taken is not None:
                 self._prepare(taken)
 
@@ -450,7 +454,7 @@ class Engine:
         for one in (*late, *idle):
             one.close()
         for one in late:
-            self._fail(one.submission, _too_late())
+            self._fail(one.submission, too_late())
         for one in idle:
             self._end_unread(one.submission)
 
@@ -484,7 +488,3 @@ def _guarded(observer: Observer | None) -> Observer:
             logger.exception("the observer of an engine fails at %s", moment)
 
     return observe
-
-
-def _too_late() -> DeadlineError:
-    return DeadlineError("the request's deadline passed before it ended")

@@ -95,7 +95,7 @@ class Running:
             if event.generation is not None:
                 self.generated += event.generation.completion_tokens
                 reason = event.generation.finish_reason
-                statistics.finished[reason] = statistics.finished.get(reason, 0) + 1
+                statistics.finished[reason] += 1
             statistics.generated_tokens += len(event.token_ids)
         self._observe(any(event.token_ids for event in events), observer)
         whole = len(self.ended) == self.choices

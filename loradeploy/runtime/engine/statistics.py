@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -54,14 +55,14 @@ class EngineStatistics:
     slots: int = 0
     submitted: int = 0
     refused: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
+    finished: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
     one_adapter_steps: int = 0
-    batch_sizes: dict[int, int] = field(default_factory=dict)
+    batch_sizes: Counter[int] = field(default_factory=Counter)
     prefills: int = 0
     prefix_entries: int = 0
     prefix_bytes: int = 0

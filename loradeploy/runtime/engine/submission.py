@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import RunError, UsageError, shown
+from loradeploy.errors import DeadlineError, RunError, UsageError, shown
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -262,6 +262,11 @@ class Submission:
         for loop, woken in waiting:
             with contextlib.suppress(RuntimeError):  # a loop that was closed waits for nothing
                 loop.call_soon_threadsafe(_set, woken)
+
+
+def too_late() -> DeadlineError:
+    """The error of a request that is `late`."""
+    return DeadlineError("the request's deadline passed before it ended")
 
 
 def _set(woken: asyncio.Future[None]) -> None:

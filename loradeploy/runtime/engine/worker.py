@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.names import NO_PADDING
-from loradeploy.errors import DeadlineError
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.memory import memory_for_rows, position_bytes
 from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
 from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
+from loradeploy.runtime.engine.submission import too_late
 
 if TYPE_CHECKING:
     from loradeploy.runtime.engine.running import Running
@@ -118,7 +118,7 @@ class Worker:
         now = time.monotonic()
         for one in [*self._going.values(), *self._reading]:
             if one.submission.late(now):
-                self._end(one, DeadlineError("the request's deadline passed before it ended"))
+                self._end(one, too_late())
             elif one.submission.cancelled and one.cancel():
                 one.tell(self._statistics, self._observer)
                 self._end(one)
@@ -188,7 +188,7 @@ class Worker:
         statistics = self._statistics
         statistics.steps += 1
         statistics.one_adapter_steps += not self._adapters.mixed
-        statistics.batch_sizes[rows] = statistics.batch_sizes.get(rows, 0) + 1
+        statistics.batch_sizes[rows] += 1
         self._observer("step", time.monotonic() - began, None)
         for one in list(self._going.values()):
             self._tell(one)
