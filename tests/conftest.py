@@ -42,9 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out breadth, unless all is asked for; skip what needs a GPU where there is none."""
+    """Leave out breadth, unless all is asked for, and what needs a GPU; what is slow first."""
     if not config.getoption("--all"):
         _thin(config, items)
+    # One worker begins with these, in one run: no other one waits while the bundle is made.
+    items.sort(key=lambda item: "smollm2_bundle" not in getattr(item, "fixturenames", ()))
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if on_gpu and not _cuda_works():
         for item in on_gpu:
