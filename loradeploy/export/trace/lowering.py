@@ -76,7 +76,7 @@ def lowered(program: ExportedProgram) -> Iterator[None]:
     if not _rewritten(program):
         yield
         return
-    with _registered_operators(program):
+    with _registered_operators(program), _known_values():
         # Of the instance: torch.onnx asks the program for its decomposition.
         program.run_decompositions = lambda *_, **__: program
         try:
@@ -164,6 +164,35 @@ def _copy(node: Node, given: Node) -> None:
 
     node.target, node.args = torch.ops.aten.clone.default, (given,)
     node.kwargs = {"memory_format": torch.contiguous_format}
+
+
+@contextlib.contextmanager
+def _known_values() -> Iterator[None]:
+    """torch.onnx's type promotion computes the values of the nodes that it changes alone.
+
+    It runs the whole program on tensors without values otherwise, to learn shapes and dtypes that
+    the trace has left on every node.
+    """
+    from torch.fx import Interpreter
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    interpreter: Any = type_promotion._TypePromotionInterpreter
+
+    def run_node(self: Any, node: Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return Interpreter.run_node(self, node)
+        rule = type_promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        if rule is not None:
+            with self._set_current_node(node):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    every = interpreter.run_node
+    interpreter.run_node = run_node
+    try:
+        yield
+    finally:
+        interpreter.run_node = every
 
 
 @contextlib.contextmanager
