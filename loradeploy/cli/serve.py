@@ -18,7 +18,7 @@ from loradeploy.serve.settings import ServeLimits
 _DEMO: Final = Path("build/demo/bundle")
 _MIB: Final = 1 << 20
 _LIMITS: Final = {
-    "max_rows": "Generate this many texts together.",
+    "max_rows": "Generate, or encode, this many texts together.",
     "max_waiting": "Let this many requests wait; answer one more with 429.",
     "max_tokens": "Let a text have this many tokens.",
     "max_n": "Generate this many texts for one request, over all of its prompts.",
@@ -28,6 +28,7 @@ _LIMITS: Final = {
     "request_timeout": "Seconds until a request has to be answered.",
     "send_timeout": "Seconds that a client may take to accept a part of its answer.",
     "drain_timeout": "Seconds in which requests may end after SIGTERM.",
+    "batch_delay": "Seconds that an encoder waits for further requests to share a run.",
 }
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -81,7 +82,7 @@ def _limits(command: _Command) -> _Command:
 @click.option(
     "--api-keys",
     metavar="FILE",
-    help="Ask for one of the API keys in this JSON file, on every route but /health.",
+    help="Ask for one of the API keys in this JSON file, on every route but /health and /ready.",
 )
 @_limits
 @provider_option
@@ -115,7 +116,7 @@ def command(
 
     A request's model is an adapter's name, or the bundle's for the base. Decoders answer
     /v1/chat/completions and /v1/completions, encoders /v1/embeddings, or /v1/classify and
-    /v1/rerank. There is a page to try it at /.
+    /v1/rerank, and tensors of the Open Inference Protocol at /v2. There is a page to try it at /.
     """
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.serve.keys import KeyRing

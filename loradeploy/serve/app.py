@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from loradeploy.errors import LoraDeployError
 from loradeploy.serve.gate import Gate
 from loradeploy.serve.problems import RequestError, problem_of
-from loradeploy.serve.routes import adapters, encoders, models, operations, page, text
+from loradeploy.serve.routes import adapters, encoders, inference, models, operations, page, text
 from loradeploy.serve.schemas.common import ErrorAnswer
 from loradeploy.serve.service import Service
 
@@ -33,29 +33,29 @@ def create_app(service: Service) -> ASGIApp:
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )
     app.state.service = service
-    for routes in (models, text, encoders, adapters, operations, page):
+    for routes in (models, text, encoders, inference, adapters, operations, page):
         app.include_router(routes.router)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _response(_of_validation(error))
+        return _response(request, _of_validation(error))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return _response(RequestError(error.status_code, message, headers=error.headers))
+        return _response(request, RequestError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(RequestError)
     @app.exception_handler(LoraDeployError)
     @app.exception_handler(Exception)  # the gate gets it after the answer
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _response(problem_of(error))
+        return _response(request, problem_of(error))
 
     return Gate(app, service)
 
 
-def _response(problem: RequestError) -> JSONResponse:
-    return JSONResponse(problem.body, problem.status, headers=problem.headers)
+def _response(request: Request, problem: RequestError) -> JSONResponse:
+    return JSONResponse(problem.body_at(request.url.path), problem.status, headers=problem.headers)
 
 
 def _of_validation(error: RequestValidationError) -> RequestError:

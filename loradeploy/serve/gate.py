@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loradeploy.printable import logger_of
 from loradeploy.serve.keys import ANYONE, ApiKey
-from loradeploy.serve.problems import RequestError, problem_of
+from loradeploy.serve.problems import RequestError, problem_of, speaks_v2
 from loradeploy.serve.service import Service
 
 logger = logger_of(__name__)
@@ -20,7 +20,10 @@ logger = logger_of(__name__)
 _BODY_TIMEOUT: Final = 30.0
 # What metrics count where the client did not wait for the answer, which is no failure.
 _GONE: Final = 499
-_OPEN_PATHS: Final = frozenset({"/health"})
+# What those ask who watch the service, and have no key.
+_OPEN_PATHS: Final = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+# How long the JSON of a body is, in the Open Inference Protocol, where bytes of tensors follow it.
+_JSON_LENGTH: Final = b"inference-header-content-length"
 # A page of another site may not use the service, nor show this page inside its own.
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -71,12 +74,13 @@ class Gate:
             key = self._check(scope)
             scope.setdefault("state", {})["key"] = key
             body = await self._body(scope, noted_receive)
+            body = _json_of(scope, body)
             await self._app(scope, _behind(body, noted_receive), limited_send)
         except _SlowClientError:
             logger.info("a client accepted no more of its answer")
         except Exception as error:
             if not begun:  # else it is in the log, and the answer tells it
-                await _answer(problem_of(error), limited_send)
+                await _answer(problem_of(error), scope["path"], limited_send)
 
     def _check(self, scope: Scope) -> ApiKey:
         """Whose request it is.
@@ -97,7 +101,15 @@ class Gate:
             key = service.keys.check(headers.get(b"authorization", b"").decode("latin-1"))
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":  # a browser sends it nowhere without asking
+            # What a browser sends nowhere without asking; others need no such name in the protocol.
+            if not (
+                kind == b"application/json"
+                or (
+                    speaks_v2(scope["path"])
+                    and kind in (b"", b"application/octet-stream")
+                    and b"origin" not in headers
+                )
+            ):
                 raise RequestError(415, "give Content-Type: application/json")
             if service.keys is not None:
                 service.keys.count(key)
@@ -152,8 +164,29 @@ def _behind(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-async def _answer(problem: RequestError, send: Send) -> None:
-    body = json.dumps(problem.body).encode()
+def _json_of(scope: Scope, body: bytes) -> bytes:
+    """The JSON of a body. The bytes behind it are in the request's state, None without any.
+
+    Raises:
+        RequestError: it is shorter than it says.
+    """
+    scope["state"]["tail"] = None
+    if not speaks_v2(scope["path"]):
+        return body
+    headers = dict(scope["headers"])
+    kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    scope["headers"] = [*kept, (b"content-type", b"application/json")]
+    length = headers.get(_JSON_LENGTH)
+    if length is None:
+        return body
+    if not length.isdigit() or int(length[:20]) > len(body):
+        raise RequestError(400, f"{_JSON_LENGTH.decode()} is not the length of the body's JSON")
+    scope["state"]["tail"] = body[int(length) :]
+    return body[: int(length)]
+
+
+async def _answer(problem: RequestError, path: str, send: Send) -> None:
+    body = json.dumps(problem.body_at(path)).encode()
     headers = {"Content-Type": "application/json", **problem.headers}
     listed = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send(

@@ -58,6 +58,11 @@ class Metrics:
         self._texts = Counter(
             _named("encoder_texts"), "Texts that an encoder was run on.", registry=self._registry
         )
+        self._runs = Counter(
+            _named("encoder_runs"),
+            "Runs of an encoder, which requests share.",
+            registry=self._registry,
+        )
 
     def observe(self, moment: Moment, seconds: float, submission: Submission | None) -> None:
         """Note a time of the engine; its observer."""
@@ -79,6 +84,10 @@ class Metrics:
     def watch_engine(self, statistics: Callable[[], EngineStatistics]) -> None:
         """Show an engine's figures, as they are when they are asked for."""
         self._registry.register(_Collector(lambda: _of_engine(statistics())))
+
+    def encoder_ran(self) -> None:
+        """Count a run of an encoder."""
+        self._runs.inc()
 
     def watch_queue(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
         """Show how many requests of an encoder wait and run."""

@@ -56,9 +56,13 @@ class RequestError(Exception):
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The JSON of the answer to a request for `path`, by its protocol."""
+        return {"error": self.message} if speaks_v2(path) else self.body
+
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON of the answer, as OpenAI's API has it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -68,6 +72,11 @@ class RequestError(Exception):
                 "code": self.code,
             }
         }
+
+
+def speaks_v2(path: str) -> bool:
+    """Whether a path is of the Open Inference Protocol, whose errors are a sentence."""
+    return path == "/v2" or path.startswith("/v2/")
 
 
 def refused(param: str, message: str, code: str | None = None) -> RequestError:

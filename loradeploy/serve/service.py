@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
-from loradeploy.errors import DeadlineError, EngineClosedError, EngineFullError, UsageError
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACTION
+from loradeploy.errors import UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.catalog import Catalog
+from loradeploy.serve.encoding import EncoderQueue
 from loradeploy.serve.grammar import Grammars
-from loradeploy.serve.keys import ApiKey, KeyRing
+from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
 
-_Result = TypeVar("_Result")
 # The tasks that a route answers.
-_SERVED: Final = (CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION)
+_SERVED: Final = (CAUSAL_LM, FEATURE_EXTRACTION, *CLASSIFICATIONS)
 
 
 class Service:
@@ -66,7 +62,7 @@ class Service:
             on_load=self.metrics.adapter_loaded,
         )
         self.engine: Engine | None = None
-        self.encoder = EncoderQueue(limits)
+        self.encoder = EncoderQueue(limits, session, on_run=self.metrics.encoder_ran)
         if session.manifest.task == CAUSAL_LM:
             self.engine = Engine(
                 session,
@@ -104,6 +100,12 @@ class Service:
                 503, "the engine has failed: restart the service", code="engine_failed"
             )
 
+    def check_ready(self) -> None:
+        """Raise RequestError, 503, where no requests are taken."""
+        self.check_alive()
+        if self.draining:
+            raise RequestError(503, "the service is shutting down", code="shutting_down")
+
     def check_task(self, task: str, what: str) -> None:
         """Raise RequestError, 404, unless the bundle is for `task`, which gives `what`."""
         own = self.session.manifest.task
@@ -127,73 +129,3 @@ class Service:
         if self.engine is not None:
             self.engine.close()
         self.session.close()
-
-
-class EncoderQueue:
-    """Requests of an encoder, one of which runs at a time; for one asyncio loop.
-
-    `waiting` and `running` are how many there are. `closed`: whether the session is, or will be.
-    """
-
-    def __init__(self, limits: ServeLimits) -> None:
-        self._limits = limits
-        self._turn = asyncio.Lock()
-        self._seconds = 0.0  # of a request, of late
-        self._of_keys: Counter[str] = Counter()  # how many wait, by the key's name
-        self.waiting = 0
-        self.running = 0
-        self.closed = False
-
-    async def run(self, work: Callable[[], _Result], key: ApiKey) -> _Result:
-        """What `work` returns, which runs in a thread.
-
-        Raises:
-            EngineFullError: too many wait, or too many of this key.
-            DeadlineError: it did not end in time. A run that has begun goes on for nobody.
-            EngineClosedError: the service ended.
-        """
-        most = self._limits.max_waiting
-        # One key leaves room for others.
-        crowded = bool(key.name) and self._of_keys[key.name] >= max(1, most // 2)
-        if self.waiting >= most or crowded:
-            after = max(self._seconds * (self.waiting + 1) / 2, 0.1)
-            whose = " of this API key" if crowded else ""
-            raise EngineFullError(
-                f"{self._of_keys[key.name] if crowded else self.waiting} requests{whose} wait, as"
-                " many as may",
-                retry_after=after,
-            )
-        end = time.monotonic() + self._limits.request_timeout
-        try:
-            with self._counted(key):
-                await asyncio.wait_for(self._turn.acquire(), self._limits.request_timeout)
-            self.running += 1
-            # A client that is gone does not make room: the thread goes on.
-            run = asyncio.ensure_future(self._run(work))
-            return await asyncio.wait_for(asyncio.shield(run), max(end - time.monotonic(), 0.001))
-        except asyncio.TimeoutError:
-            raise DeadlineError("the request took longer than the service allows") from None
-        except UsageError:
-            if self.closed:  # of the session, not of the request
-                raise EngineClosedError("the service ended") from None
-            raise
-
-    async def _run(self, work: Callable[[], _Result]) -> _Result:
-        begin = time.perf_counter()
-        try:
-            return await asyncio.to_thread(work)
-        finally:
-            taken = time.perf_counter() - begin
-            self._seconds = taken if not self._seconds else 0.8 * self._seconds + 0.2 * taken
-            self.running -= 1
-            self._turn.release()
-
-    @contextmanager
-    def _counted(self, key: ApiKey) -> Iterator[None]:
-        self.waiting += 1
-        self._of_keys[key.name] += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            self._of_keys[key.name] -= 1

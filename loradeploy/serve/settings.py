@@ -16,7 +16,7 @@ class ServeLimits:
     """What the service takes at most; a request beyond a limit is refused.
 
     Args:
-        max_rows: texts that are generated together.
+        max_rows: texts that are generated, or encoded, together.
         max_waiting: requests that may wait; one more is answered with 429.
         max_tokens: tokens of one generated text.
         max_n: generated texts of one request, over all of its prompts.
@@ -26,6 +26,7 @@ class ServeLimits:
         request_timeout: seconds until a request has to be answered.
         send_timeout: seconds that a client may take to accept a part of an answer.
         drain_timeout: seconds in which requests may end once the service is to stop.
+        batch_delay: seconds that an encoder waits for further requests to share a run.
 
     Raises:
         UsageError: one of them is no number above 0, or a time without end.
@@ -41,6 +42,7 @@ class ServeLimits:
     request_timeout: float = 600.0
     send_timeout: float = 30.0
     drain_timeout: float = 30.0
+    batch_delay: float = 0.002
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -76,6 +76,7 @@ FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
     (["--request-timeout", "3"], lambda s: s["limits"]["request_timeout"], 3.0),
     (["--send-timeout", "3"], lambda s: s["limits"]["send_timeout"], 3.0),
     (["--drain-timeout", "3"], lambda s: s["limits"]["drain_timeout"], 3.0),
+    (["--batch-delay", "3"], lambda s: s["limits"]["batch_delay"], 3.0),
 ]
 
 

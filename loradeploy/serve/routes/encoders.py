@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
@@ -13,10 +13,12 @@ from fastapi import APIRouter
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.tasks.classification import TextClassifier
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.tasks.classification import Classification, TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from loradeploy.serve.answers import new_id
+from loradeploy.serve.encoding import RowWork
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import refused
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
@@ -35,7 +37,11 @@ from loradeploy.serve.schemas.encoders import (
 )
 from loradeploy.serve.service import Service
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 router = APIRouter(tags=["encoders"])
+_Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
 
 
@@ -46,17 +52,20 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
     texts = _texts(service, body.input, "input")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
 
-    def work() -> tuple[np.ndarray, TextUsage]:
-        embedder = TextEmbedder(service.session)
+    def usage() -> TextUsage:
         recipe = service.session.texts.of(adapter).recipe
         name = recipe.default_prompt if body.prompt_name is None else body.prompt_name
         prompt = recipe.prompts.get(name or "", "")  # an unknown one is refused below
-        usage = _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
-        return embedder(texts, adapter, prompt_name=body.prompt_name), usage
+        return _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
 
-    vectors, usage = await _run(service, key, work, len(texts))
-    if body.dimensions is not None and body.dimensions != vectors.shape[1]:
-        raise refused("dimensions", f"the model's vectors have {vectors.shape[1]} numbers")
+    def run(rows: Sequence[str], adapters: Adapters) -> Sequence[NDArray[np.float32]]:
+        embedder = TextEmbedder(service.session)
+        return list(embedder(rows, adapters, prompt_name=body.prompt_name))
+
+    work = RowWork(("embed", body.prompt_name), usage, run)
+    used, vectors = await _run(service, key, work, texts, adapter)
+    if body.dimensions is not None and body.dimensions != len(vectors[0]):
+        raise refused("dimensions", f"the model's vectors have {len(vectors[0])} numbers")
     as_text = body.encoding_format == "base64"
     data = [
         Embedding(
@@ -67,7 +76,7 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
         )
         for index, vector in enumerate(vectors)
     ]
-    return EmbeddingList(data=data, model=body.model, usage=usage)
+    return EmbeddingList(data=data, model=body.model, usage=used)
 
 
 @router.post("/v1/classify")
@@ -77,27 +86,31 @@ async def classify(body: ClassifyRequest, service: ServiceOf, key: KeyOf) -> Lab
     texts = _texts(service, body.input, "input")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
 
-    def work() -> tuple[list[TextLabel], TextUsage]:
-        usage = _usage(service, texts, adapter, truncate=body.truncate)
-        found = TextClassifier(service.session)(texts, adapter, threshold=body.threshold)
-        labels = [
-            TextLabel(
-                index=index,
-                label=one.label,
-                score=one.score,
-                probs=list(one.scores.values()),
-                num_classes=len(one.scores),
-                labels=list(one.labels),
-                scores=one.scores,
-                problem_type=one.problem_type,
-            )
-            for index, one in enumerate(found)
-        ]
-        return labels, usage
+    def usage() -> TextUsage:
+        return _usage(service, texts, adapter, truncate=body.truncate)
 
-    data, usage = await _run(service, key, work, len(texts))
+    def run(rows: Sequence[str], adapters: Adapters) -> Sequence[Classification]:
+        return TextClassifier(service.session)(rows, adapters, threshold=body.threshold)
+
+    # Whether there may be a threshold depends on the adapter.
+    group = "classify" if body.threshold is None else (body.threshold, repr(adapter))
+    work = RowWork(group, usage, run)
+    used, found = await _run(service, key, work, texts, adapter)
+    data = [
+        TextLabel(
+            index=index,
+            label=one.label,
+            score=one.score,
+            probs=list(one.scores.values()),
+            num_classes=len(one.scores),
+            labels=list(one.labels),
+            scores=one.scores,
+            problem_type=one.problem_type,
+        )
+        for index, one in enumerate(found)
+    ]
     return LabelList(
-        id=new_id("classify"), created=service.now(), model=body.model, data=data, usage=usage
+        id=new_id("classify"), created=service.now(), model=body.model, data=data, usage=used
     )
 
 
@@ -108,29 +121,39 @@ async def rerank(body: RerankRequest, service: ServiceOf, key: KeyOf) -> Ranking
     documents = _texts(service, body.documents, "documents")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
 
-    def work() -> tuple[list[Ranked], TextUsage]:
-        pairs = [(body.query, document) for document in documents]
-        usage = _usage(service, pairs, adapter, truncate=body.truncate)
-        scorer = TextPairScorer(service.session)
-        results = [
-            Ranked(
-                index=one.index,
-                relevance_score=one.score,
-                document=RankedText(text=documents[one.index]) if body.return_documents else None,
-            )
-            for one in scorer.rerank(body.query, documents, adapter, top_k=body.top_n)
-        ]
-        return results, usage
+    pairs = [(body.query, document) for document in documents]
 
-    results, usage = await _run(service, key, work, len(documents))
-    return Ranking(id=new_id("rerank"), model=body.model, results=results, usage=usage)
+    def usage() -> TextUsage:
+        return _usage(service, pairs, adapter, truncate=body.truncate)
+
+    def run(rows: Sequence[tuple[str, str]], adapters: Adapters) -> Sequence[float]:
+        return [float(score) for score in TextPairScorer(service.session).score(rows, adapters)]
+
+    used, scores = await _run(service, key, RowWork("score", usage, run), pairs, adapter)
+    # The best first, equal ones in their order.
+    order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.top_n]
+    results = [
+        Ranked(
+            index=index,
+            relevance_score=scores[index],
+            document=RankedText(text=documents[index]) if body.return_documents else None,
+        )
+        for index in order
+    ]
+    return Ranking(id=new_id("rerank"), model=body.model, results=results, usage=used)
 
 
-async def _run(service: Service, key: ApiKey, work: Callable[[], _Result], texts: int) -> _Result:
+async def _run(
+    service: Service,
+    key: ApiKey,
+    work: RowWork[_Row, TextUsage, _Result],
+    rows: Sequence[_Row],
+    adapter: AdapterSpec | None,
+) -> tuple[TextUsage, list[_Result]]:
     begin = time.perf_counter()
-    result = await service.encoder.run(work, key)
-    service.metrics.encoded(texts, time.perf_counter() - begin)
-    return result
+    answer = await service.encoder.run(work, rows, adapter, key)
+    service.metrics.encoded(len(rows), time.perf_counter() - begin)
+    return answer
 
 
 def _texts(service: Service, given: str | list[str], param: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from loradeploy.serve.problems import RequestError
 from loradeploy.serve.routes.dependencies import ServiceOf
 from loradeploy.serve.schemas.common import Status
 
@@ -21,10 +20,11 @@ async def health(service: ServiceOf) -> Status:
 
 @router.get("/ready")
 async def ready(service: ServiceOf) -> Status:
-    """Whether requests are taken: not in the shutdown, nor once the engine has failed."""
-    service.check_alive()
-    if service.draining:
-        raise RequestError(503, "the service is shutting down", code="shutting_down")
+    """Whether requests are taken: not in the shutdown, nor once the engine has failed.
+
+    It needs no key, as those who ask it, such as Kubernetes, have none.
+    """
+    service.check_ready()
     return Status(status="ready")
 
 

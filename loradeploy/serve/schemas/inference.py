@@ -1,0 +1,137 @@
+"""Requests and answers of the Open Inference Protocol, version 2."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from loradeploy.serve.schemas.common import Answer, RequestBody
+
+Datatype = Literal[
+    "BOOL",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "FP16",
+    "FP32",
+    "FP64",
+]
+
+
+class InputParameters(RequestBody):
+    """How an input is sent."""
+
+    binary_data_size: int | None = Field(
+        default=None, ge=0, description="Its bytes are so many after the JSON, and no data in it."
+    )
+
+
+class OutputParameters(RequestBody):
+    """How an output is sent."""
+
+    binary_data: bool | None = Field(default=None, description="Its bytes come after the JSON.")
+
+
+class InferParameters(RequestBody):
+    """How all outputs are sent."""
+
+    binary_data_output: bool = Field(default=False, description="Their bytes come after the JSON.")
+
+
+class InputTensor(RequestBody):
+    """An input of the graph."""
+
+    name: str
+    shape: list[int] = Field(max_length=8)
+    datatype: Datatype
+    data: list[Any] | None = Field(
+        default=None, description="Its numbers in row-major order, flat or nested."
+    )
+    parameters: InputParameters = InputParameters()
+
+
+class RequestedOutput(RequestBody):
+    """An output that is asked for."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(RequestBody):
+    """A request to run the graph."""
+
+    id: str | None = Field(default=None, max_length=256, description="It comes back.")
+    inputs: list[InputTensor] = Field(min_length=1, max_length=64)
+    outputs: list[RequestedOutput] = Field(
+        default=[], max_length=64, description="Without any, all."
+    )
+    parameters: InferParameters = InferParameters()
+
+
+class OutputTensor(Answer):
+    """An output of the graph."""
+
+    name: str
+    shape: list[int]
+    datatype: Datatype
+    data: list[bool | int | float] = Field(description="Its numbers in row-major order.")
+
+
+class InferAnswer(Answer):
+    """What the graph gave."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+class TensorMetadata(Answer):
+    """An input or output of the graph; -1 is a dimension of any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(Answer):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(Answer):
+    """What this server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(Answer):
+    """Whether the server lives."""
+
+    live: bool
+
+
+class Ready(Answer):
+    """Whether the server takes requests."""
+
+    ready: bool
+
+
+class ModelReady(Answer):
+    """Whether a model takes requests."""
+
+    name: str
+    ready: bool
