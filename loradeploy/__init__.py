@@ -5,7 +5,8 @@ export   a base model → a bundle, merged or with side inputs   (needs the extr
 parity   a bundle against PyTorch, and the verdict             (needs both)
 compare  any two models against each other
 AdapterSession, TextGenerator, Engine, TextClassifier,         the runtime; numpy and
-TextPairScorer, TokenClassifier, TextEmbedder                  onnxruntime are all it needs
+TextPairScorer, TokenClassifier, TextEmbedder,                 onnxruntime are all it needs
+SpeechRecognizer
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
     from loradeploy.runtime.tasks.pairs import RankedDocument, TextPairScorer
+    from loradeploy.runtime.tasks.speech import Segment, SpeechRecognizer, Transcript
     from loradeploy.runtime.tasks.streaming import TextPiece
     from loradeploy.runtime.tasks.tokens import TokenClassification, TokenClassifier
     from loradeploy.train.config import TrainConfig
@@ -108,6 +110,8 @@ __all__ = [
     "ParityReport",
     "RankedDocument",
     "RunError",
+    "Segment",
+    "SpeechRecognizer",
     "Submission",
     "TextClassifier",
     "TextEmbedder",
@@ -122,6 +126,7 @@ __all__ = [
     "TrainResult",
     "TrainingError",
     "TrainingInterruptedError",
+    "Transcript",
     "UnknownAdapterError",
     "Usage",
     "UsageError",
@@ -168,6 +173,9 @@ _LAZY = {
     "TextGenerator": "loradeploy.runtime.tasks.generation",
     "RankedDocument": "loradeploy.runtime.tasks.pairs",
     "TextPairScorer": "loradeploy.runtime.tasks.pairs",
+    "Segment": "loradeploy.runtime.tasks.speech",
+    "SpeechRecognizer": "loradeploy.runtime.tasks.speech",
+    "Transcript": "loradeploy.runtime.tasks.speech",
     "Classification": "loradeploy.runtime.tasks.classification",
     "Entity": "loradeploy.runtime.tasks.entities",
     "TokenClassification": "loradeploy.runtime.tasks.tokens",

@@ -169,7 +169,7 @@ def _tiny_tokenizer(news: Path) -> Any:
 
 
 def _tiny_config(name: str) -> Any:
-    from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+    from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, WhisperConfig
 
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 512}
     if name == "llama":  # grouped-query attention, untied head
@@ -199,6 +199,22 @@ def _tiny_config(name: str) -> Any:
             initializer_factor=1.5,
             **tokens,
         )
+    if name == "whisper":  # windows of a second, 8 bands
+        return WhisperConfig(
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=50,
+            max_target_positions=28,
+            num_mel_bins=8,
+            init_std=0.3,
+            **{**tokens, "vocab_size": 512 + len(_SPEECH_WORDS), "eos_token_id": 512},
+            decoder_start_token_id=513,
+        )
     return BertConfig(  # an encoder without a classifier
         hidden_size=48,
         intermediate_size=64,
@@ -209,6 +225,51 @@ def _tiny_config(name: str) -> Any:
         pad_token_id=0,
         vocab_size=512,
     )
+
+
+# What Whisper's vocabulary has behind the words, timestamps of a second last.
+_SPEECH_WORDS = (
+    *("<|end|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>"),
+    *("<|transcribe|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
+    *(f"<|{time / 50:.2f}|>" for time in range(51)),
+)
+
+
+def _make_tiny_whisper(place: Path, news: Path) -> None:
+    """A random Whisper with the settings that a released one has."""
+    import torch
+    from tokenizers import AddedToken
+    from transformers import (
+        GenerationConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(_tiny_config("whisper")).eval()
+    with torch.no_grad():  # so that timestamps, texts and ends all come up
+        model.model.decoder.embed_tokens.weight[521:] *= 1.4
+    known = {word: number for number, word in enumerate(_SPEECH_WORDS, start=512)}
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=513,
+        eos_token_id=512,
+        pad_token_id=512,
+        bos_token_id=512,
+        lang_to_id={word: known[word] for word in ("<|en|>", "<|de|>")},
+        task_to_id={name: known[f"<|{name}|>"] for name in ("translate", "transcribe")},
+        no_timestamps_token_id=known["<|notimestamps|>"],
+        is_multilingual=True,
+        max_initial_timestamp_index=25,
+        max_length=28,
+        suppress_tokens=[7, 8, 9, *range(513, 520)],
+        begin_suppress_tokens=[220, 512],
+    )
+    model.save_pretrained(place)
+    tokenizer = _tiny_tokenizer(news)
+    tokenizer.add_tokens([AddedToken(w, special=w[2] not in "0123") for w in _SPEECH_WORDS])
+    tokenizer.eos_token = _SPEECH_WORDS[0]
+    tokenizer.save_pretrained(place)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(place)
 
 
 def _make_tiny(name: str, place: Path, news: Path) -> None:
@@ -245,6 +306,12 @@ def tiny_t5(shared: Path, bbc: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_whisper(shared: Path, bbc: Path) -> Path:
+    """A random Whisper whose windows are a second long: two languages, two tasks, timestamps."""
+    return once(shared / "tiny-whisper", lambda place: _make_tiny_whisper(place, bbc))
+
+
+@pytest.fixture(scope="session")
 def tiny_bert(shared: Path, bbc: Path) -> Path:
     """A random BERT encoder of two layers, without a classifier head."""
     return _tiny("bert", shared, bbc)
@@ -274,6 +341,7 @@ def _random_adapter(
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
         AutoModelForTokenClassification,
     )
 
@@ -285,7 +353,11 @@ def _random_adapter(
     if task in classifiers:
         base = classifiers[task].from_pretrained(model, num_labels=num_labels)
     else:
-        kinds = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
+        kinds = {
+            "causal-lm": AutoModelForCausalLM,
+            "seq2seq-lm": AutoModelForSeq2SeqLM,
+            "speech": AutoModelForSpeechSeq2Seq,
+        }
         kind = kinds.get(task, AutoModel)
         base = kind.from_pretrained(model)
     peft_task = {

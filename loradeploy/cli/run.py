@@ -22,6 +22,7 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.cli.console import provider_option, say_text
 from loradeploy.cli.generating import generate, generation_flags, given_settings
+from loradeploy.cli.hearing import transcribe
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     "file",
     type=click.Path(),
     help="Read prompts from this file: one on each line, or JSONL whose objects have prompt,"
-    " messages or text (and text_pair), perhaps adapter, and settings of their own such as"
+    " messages, text (and text_pair) or audio, perhaps adapter, and settings of their own such as"
     " temperature or stop. - is standard input.",
 )
 @click.option(
@@ -82,6 +83,23 @@ if TYPE_CHECKING:
     type=int,
     help="Cut texts that are too long for a token classifier into parts that overlap by so many"
     " tokens [default: they are refused].",
+)
+@click.option(
+    "--language",
+    metavar="CODE",
+    help="The language that is spoken, such as en, to a speech recognizer [default: it is found].",
+)
+@click.option(
+    "--task",
+    metavar="NAME",
+    help="What a speech recognizer does: transcribe, or translate into English [default: the"
+    " model's].",
+)
+@click.option(
+    "--timestamps",
+    is_flag=True,
+    default=None,
+    help="Print the segments of a transcript with their times.",
 )
 @click.option(
     "--batch-size", type=int, default=8, show_default=True, help="Run this many prompts at a time."
@@ -119,16 +137,20 @@ def command(
     threshold: float | None,
     aggregation: str | None,
     stride: int | None,
+    language: str | None,
+    task: str | None,
+    timestamps: bool | None,
     **generation: Any,
 ) -> None:
     """Print what BUNDLE makes of PROMPT, or of each line of a file.
 
     Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
-    entities of token classifiers; a vector from embedding models. Of a file each result is one
-    line, in which a line break is written \\n; --json has the texts as they are, those of decoders
-    with their tokens and why they ended. Lines of a file may each name their own adapter and
-    settings: they share batches. On a terminal, characters of a text that would act on it are
-    escaped; a pipe gets them.
+    entities of token classifiers; a vector from embedding models; the transcript of a WAV file,
+    whose path PROMPT is then, from speech recognizers. Of a file each result is one line, in which
+    a line break is written \\n; --json has the texts as they are, those of decoders with their
+    tokens and why they ended. Lines of a file may each name their own adapter and settings: they
+    share batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets
+    them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt
@@ -148,34 +170,36 @@ def command(
     options = given_settings(generation)
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])
-    task = session.manifest.task
-    if task not in _TASKS:
-        raise UsageError(
-            f"{bundle} is a {task} bundle, which this command cannot run: use AdapterSession.run"
-        )
-    run = _TASKS[task]
+    run, kind = _runner(session)
     if run is not _classify and any(isinstance(prompt, tuple) for prompt in prompts):
-        raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {task}")
-    if run is not generate and options:
+        raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {kind}")
+    if run is not transcribe and any(request.audio for request in requests):
+        raise UsageError(f"audio: for speech recognizers alone, {bundle} is for {kind}")
+    if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise UsageError(
-            f"{flags}: for text generation alone, {bundle} is a {session.manifest.task} bundle"
-        )
+        raise UsageError(f"{flags}: for text generation alone, {bundle} is a {kind} bundle")
     own: dict[str, tuple[Any, Any, str]] = {
         "prompt_name": (prompt_name, _embed, "embedding models"),
         "threshold": (threshold, _classify, "classifiers"),
         "aggregation": (aggregation, _tag, "token classifiers"),
         "stride": (stride, _tag, "token classifiers"),
+        "language": (language, transcribe, "speech recognizers"),
+        "task": (task, transcribe, "speech recognizers"),
+        "timestamps": (timestamps, transcribe, "speech recognizers"),
     }
     for name, (value, meant, models) in own.items():
         if value is None:
             continue
         if run is not meant:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: for {models} alone, {bundle} is for {task}")
+            raise UsageError(f"{flag}: for {models} alone, {bundle} is for {kind}")
         options[name] = value
     if run is generate:
         options["per_prompt"] = [request.settings for request in requests]
+    elif run is transcribe:
+        if any(request.settings for request in requests):
+            raise UsageError(f"{file}: a sound has no settings of its own: give them as flags")
+        options["beside"] = Path() if file in (None, "-") else Path(str(file)).parent
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
 
@@ -270,6 +294,19 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
     TOKEN_CLASSIFICATION: _tag,
     FEATURE_EXTRACTION: _embed,
 }
+
+
+def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
+    """What runs a bundle, and what it is for."""
+    from loradeploy.runtime.tasks.speech import hears
+
+    task = session.manifest.task
+    if task not in _TASKS:
+        raise UsageError(
+            f"{session.path} is a {task} bundle, which this command cannot run: use"
+            " AdapterSession.run"
+        )
+    return (transcribe, f"{task} of speech") if hears(session) else (_TASKS[task], task)
 
 
 def _texts(prompts: Sequence[Any]) -> list[Any]:

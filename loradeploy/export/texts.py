@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from loradeploy.bundle.text.beside import (
 )
 from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
 from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.speech import SpeechSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
@@ -159,7 +160,7 @@ def _declared(settings: GenerationSettings) -> dict[str, Any]:
     """The settings that are not as they are where nothing is said."""
     usual = GenerationSettings()
     return {
-        field.name: value
+        field.name: asdict(value) if isinstance(value, SpeechSettings) else value
         for field in fields(settings)
         if field.name != "ignored"
         and (value := getattr(settings, field.name)) != getattr(usual, field.name)

@@ -13,6 +13,7 @@ from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
+from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.labels import head_of
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
@@ -24,6 +25,7 @@ from loradeploy.bundle.names import (
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
+    INPUT_FEATURES,
     MANIFEST_NAME,
     NATIVE_SUFFIX,
     TOKEN_TYPE_IDS,
@@ -254,6 +256,8 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     if not content.config:
         return manifest
     write_json(directory / _CONFIG_NAME, content.config)
+    if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
+        _write_feature_settings(directory, content)
     if manifest.task in (CAUSAL_LM, SEQ2SEQ_LM):
         file = directory / _GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
@@ -267,6 +271,19 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
                 json.dumps(genai, indent=4) + "\n", encoding="ascii"
             )
     return manifest
+
+
+def _write_feature_settings(directory: Path, content: Content) -> None:
+    """How sound becomes features, as the base's processor has it, in a file of its own."""
+    for source in (content.assets, *content.recipes[:1]):
+        values = feature_values(source, error=ModelError)
+        if values is not None:
+            write_json(directory / PREPROCESSOR_NAME, values)
+            return
+    logger.warning(
+        "%s has no %s, which says how sound becomes features: the bundle takes features alone",
+        *(content.assets, PREPROCESSOR_NAME),
+    )
 
 
 def padding_token(directory: Path) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
 
 # The first of these that an object has is the prompt.
-_FIELDS: Final = ("prompt", "messages", "text")
+_FIELDS: Final = ("prompt", "messages", "text", "audio")
 # What an object may set of its own generation; a function is nothing that JSON has.
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
@@ -35,11 +35,13 @@ class InputPrompt:
 
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
     those of its generation that it has itself, by the names of `GenerationOptions`, and `seed`.
+    `audio`: whether it is called the path of a sound.
     """
 
     prompt: str | tuple[str, str] | list[Any]
     adapter: AdapterSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    audio: bool = False
 
 
 def read_requests(
@@ -60,8 +62,8 @@ def parse_requests(
 ) -> list[InputPrompt]:
     """The prompts in `content`, one a line; blank lines are passed over.
 
-    With `as_json` a line is a JSON text, or an object with `prompt`, `messages` or `text`, perhaps
-    `text_pair` beside `text`, and perhaps `adapter` in place of the one that all
+    With `as_json` a line is a JSON text, or an object with `prompt`, `messages`, `text` or the path
+    `audio`, perhaps `text_pair` beside `text`, and perhaps `adapter` in place of the one that all
     others have, and settings of a generation.
     `source`: its name in messages.
 
@@ -86,12 +88,14 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> InputPrompt:
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
     kind = list if name == "messages" else str
     if name is None or not isinstance(values[name], kind):
-        raise DataError(f"{where}: give a text as prompt or text, or a list of messages")
+        raise DataError(
+            f"{where}: give a text as prompt or text, a list of messages, or a path as audio"
+        )
     named = values.get("adapter", adapter)
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
     if (pair := values.get("text_pair")) is None:
-        return InputPrompt(values[name], named, _settings(values))
+        return InputPrompt(values[name], named, _settings(values), name == "audio")
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
     return InputPrompt((values[name], pair), named, _settings(values))

@@ -40,7 +40,7 @@ ELSEWHERE = {
     "export": {"as_json"},
     "parity": {"as_json"},
     "run": {"as_json", "file", "adapter", "score"}
-    | {"prompt_name", "threshold", "aggregation", "stride"},
+    | {"prompt_name", "threshold", "aggregation", "stride", "language", "task", "timestamps"},
     "bench": {"as_json", "adapters"},
 }
 # Values that mean something, where any text will not do.

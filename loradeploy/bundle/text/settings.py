@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens, read_speech
 from loradeploy.errors import BundleError, shown
 
 # Settings that change a text and are not applied, with the values that change nothing.
@@ -24,6 +25,10 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "epsilon_cutoff": (0, 0.0),
     "eta_cutoff": (0, 0.0),
     "watermarking_config": ({},),
+    "condition_on_prev_tokens": (False,),
+    "compression_ratio_threshold": (),
+    "logprob_threshold": (),
+    "no_speech_threshold": (),
 }
 
 
@@ -35,6 +40,8 @@ class GenerationSettings:
     `stop_strings`: texts that end a generation.
     `decoder_start_token_id`: what an encoder-decoder's target begins with.
     `ignored`: settings that are not applied here and would change the text.
+    `forced_decoder_ids`: what a transcript begins with, behind the first token; None stands for a
+    language's. `speech`: what else a model of speech has.
     """
 
     repetition_penalty: float = 1.0
@@ -52,6 +59,8 @@ class GenerationSettings:
     decoder_start_token_id: int | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: tuple[int, ...] = ()
+    forced_decoder_ids: tuple[int | None, ...] = ()
+    speech: SpeechSettings | None = None
 
     @cached_property
     def changes_scores(self) -> bool:
@@ -114,6 +123,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise BundleError(f"{where}: stop_strings is {shown(stops)}, a list of texts is needed")
+    speech = read_speech(values, where)
     return GenerationSettings(
         repetition_penalty=float(penalty),
         no_repeat_ngram_size=number("no_repeat_ngram_size", 0, 0, whole=True),
@@ -129,9 +139,13 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         decoder_start_token_id=number("decoder_start_token_id", None, 0, whole=True),
         forced_bos_token_id=number("forced_bos_token_id", None, 0, whole=True),
         forced_eos_token_id=tokens("forced_eos_token_id"),
+        forced_decoder_ids=() if speech is None else forced_tokens(values, where),
+        speech=speech,
         ignored=tuple(
             name
             for name, harmless in _NOT_APPLIED.items()
-            if values.get(name) is not None and values[name] not in harmless
+            if values.get(name) is not None
+            and values[name] not in harmless
+            and not (speech is not None and name == "forced_decoder_ids")
         ),
     )

@@ -14,11 +14,12 @@ forced_bos_token_id     bars all else behind a single token
 forced_eos_token_id     bars all else where a text may have but one token more
 allowed_tokens          bars what its mask leaves out
 suppress_tokens         bars them, and begin_suppress_tokens at the first token
+rule                    bars what else may not follow, such as timestamps in a transcript
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ from loradeploy.runtime.decoding.options import AllowedTokens, GenerationOptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    # Of logits [vocabulary] and the tokens generated so far: the logits as a rule changes them.
+    LogitsRule = Callable[[NDArray[np.floating], Sequence[int]], NDArray[np.floating]]
+
 
 @dataclass(frozen=True)
 class Processors:
@@ -39,7 +43,7 @@ class Processors:
 
     `own`: the settings of its generation_config.json, with what was given in their place. `ends`:
     the tokens that end its text. `bias`: what is added, by token. `what`: its name in messages.
-    `limit`: how many tokens it may have.
+    `limit`: how many tokens it may have. `rule`: what is done to them last.
     """
 
     own: GenerationSettings
@@ -50,6 +54,7 @@ class Processors:
     allowed_tokens: AllowedTokens | None = None
     what: str = "prompt 1"
     limit: int | None = None
+    rule: LogitsRule | None = None
 
     @classmethod
     def of(
@@ -60,6 +65,7 @@ class Processors:
         ends: Collection[int],
         what: str,
         limit: int | None = None,
+        rule: LogitsRule | None = None,
     ) -> Processors:
         """Those that `options` ask for.
 
@@ -80,12 +86,14 @@ class Processors:
             allowed_tokens=options.allowed_tokens,
             what=what,
             limit=limit,
+            rule=rule,
         )
 
     @property
     def _idle(self) -> bool:
         changing = self.bias or self.presence_penalty or self.frequency_penalty
-        return not (changing or self.allowed_tokens or self.own.changes_scores)
+        ruled = self.allowed_tokens or self.rule
+        return not (changing or ruled or self.own.changes_scores)
 
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused below
     def __call__(
@@ -131,6 +139,8 @@ class Processors:
         scores[[token for token in barred if token < scores.size]] = -np.inf
         if self.allowed_tokens is not None:
             scores[~self._mask(tuple(made), scores.size)] = -np.inf
+        if self.rule is not None and scores.max() > -np.inf:
+            scores = self.rule(scores, made)
         if not scores.max() > -np.inf:
             raise UsageError(
                 f"{self.what}: no token is allowed behind {len(made)} generated ones"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
 from loradeploy.runtime.decoding.beams import BeamSearch
@@ -14,6 +15,9 @@ from loradeploy.runtime.decoding.samples import Samples
 from loradeploy.runtime.decoding.sampling import Sampling
 from loradeploy.runtime.decoding.source import Target
 from loradeploy.runtime.texts import TextSide
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.decoding.processors import LogitsRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +65,17 @@ def read_request(
 
 
 def sequences_of(
-    prompt: list[int], side: TextSide, options: GenerationOptions, seed: int, limit: int, what: str
+    prompt: list[int],
+    side: TextSide,
+    options: GenerationOptions,
+    seed: int,
+    limit: int,
+    what: str,
+    rule: LogitsRule | None = None,
 ) -> Samples | BeamSearch:
     """What `options` make of a prompt, with the settings of its own generation_config.json."""
     own, tokenizer = side.settings, side.tokenizer
-    processors = Processors.of(options, own, tokenizer, side.ends, what, limit)
+    processors = Processors.of(options, own, tokenizer, side.ends, what, limit, rule)
     stops = own.stop_strings if options.stop is None else options.stops
     if options.num_beams > 1:
         return BeamSearch(

@@ -1,0 +1,1 @@
+"""Sound as a model reads it: files, features, languages. numpy alone."""

@@ -1,0 +1,96 @@
+"""What generation_config.json says of how a model of speech begins a text: Whisper's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from loradeploy.errors import BundleError, shown
+
+# Each of these says that a file is for a model of speech.
+_MARKS: Final = ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual")
+
+
+@dataclass(frozen=True)
+class SpeechSettings:
+    """The tokens that a transcript begins with, and the rules of its timestamps.
+
+    `languages`, `tasks`: tokens by name, such as "<|en|>" and "translate". `multilingual`: whether
+    a language and a task may be given. `language`, `task`, `timestamps`: those that the model has
+    where none is asked for. `no_timestamps`: the token that says so, which timestamps follow in the
+    vocabulary. `max_initial_timestamp`: how many timestamps the first one may be from the first.
+    `max_length`: how many tokens a text may have, behind those that it begins with.
+    """
+
+    languages: Mapping[str, int] = field(default_factory=dict)
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    multilingual: bool = True
+    language: str | None = None
+    task: str | None = None
+    timestamps: bool = False
+    no_timestamps: int | None = None
+    max_initial_timestamp: int | None = None
+    max_length: int | None = None
+
+
+def read_speech(values: Mapping[str, Any], where: str) -> SpeechSettings | None:
+    """The settings in the object of a generation_config.json; None where it is for no speech.
+
+    Raises:
+        BundleError: a value is of another type; `where` names the file.
+    """
+    if not any(name in values for name in _MARKS):
+        return None
+
+    def of(name: str, kind: type[Any], least: int = 0) -> Any:
+        value = values.get(name)
+        fits = value is None or type(value) is kind
+        if not fits or (kind is int and value is not None and value < least):
+            raise BundleError(f"{where}: {name} is {shown(value)}")
+        return value
+
+    def tokens(name: str) -> dict[str, int]:
+        found = values.get(name) or {}
+        fits = isinstance(found, Mapping) and all(
+            type(token) is int and token >= 0 for token in found.values()
+        )
+        if not fits:
+            raise BundleError(
+                f"{where}: {name} is {shown(found)}, an object of token ids is needed"
+            )
+        return dict(found)
+
+    multilingual = of("is_multilingual", bool)
+    return SpeechSettings(
+        languages=tokens("lang_to_id"),
+        tasks=tokens("task_to_id"),
+        multilingual=True if multilingual is None else multilingual,
+        language=of("language", str),
+        task=of("task", str),
+        timestamps=bool(of("return_timestamps", bool)),
+        no_timestamps=of("no_timestamps_token_id", int),
+        max_initial_timestamp=of("max_initial_timestamp_index", int),
+        max_length=of("max_length", int, 1),
+    )
+
+
+def forced_tokens(values: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+    """`forced_decoder_ids` of a configuration: the tokens behind the first, None for a language's.
+
+    Raises:
+        BundleError: they are no pairs of positions from 1 on and tokens.
+    """
+    pairs = values.get("forced_decoder_ids") or []
+    fits = isinstance(pairs, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and pair[0] == position
+        and (pair[1] is None or (type(pair[1]) is int and pair[1] >= 0))
+        for position, pair in enumerate(pairs, start=1)
+    )
+    if not fits:
+        raise BundleError(
+            f"{where}: forced_decoder_ids is {shown(pairs)}, expected [[1, token], [2, token], …]"
+        )
+    return tuple(token for _, token in pairs)

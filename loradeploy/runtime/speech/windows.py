@@ -1,0 +1,262 @@
+"""Sounds heard window by window: the features of each, and the text that continues it.
+
+A window has as many frames as the encoder takes. The next one begins where the last whole segment
+ends (see `timestamps.parts_of`), until the sound is at its end. Sounds of a batch that go on are
+encoded together, and decoded together where their prompts are of one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.audio.features import FeatureSettings
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME, INPUT_FEATURES
+from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens
+from loradeploy.errors import UsageError
+from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.logprobs import check_logits
+from loradeploy.runtime.decoding.loop import DecodingBatch
+from loradeploy.runtime.decoding.memory import check_memory
+from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.requests import sequences_of
+from loradeploy.runtime.decoding.rows import CachedRows
+from loradeploy.runtime.decoding.source import EncodedSource, Target
+from loradeploy.runtime.held import HeldAdapters
+from loradeploy.runtime.speech.prompt import SpeechPrompt
+from loradeploy.runtime.speech.timestamps import TimestampRules, parts_of, text_tokens
+from loradeploy.runtime.texts import TextSide
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    from loradeploy.runtime.decoding.beams import BeamSearch
+    from loradeploy.runtime.decoding.samples import Samples
+    from loradeploy.runtime.feeds import Feeds
+
+# Frames for one timestamp: the encoder halves them into its positions.
+_STRIDE: Final = 2
+
+
+@dataclass(frozen=True, eq=False)
+class ReadSound:
+    """The samples of a sound with its adapter. `counts`: as of `ReadText`."""
+
+    number: int
+    samples: NDArray[np.float32]
+    adapter: AdapterSpec | None
+    side: TextSide
+    counts: tuple[int, ...]
+    what: str
+
+
+@dataclass(eq=False)
+class Heard:
+    """A sound while it is heard. `seek`: the frame at which the next window begins.
+
+    `segments`: their begins and ends in seconds, and their tokens.
+    """
+
+    sound: ReadSound
+    prompt: SpeechPrompt
+    features: NDArray[np.float32]  # [mels, frames]
+    seek: int = 0
+    found: int | None = None
+    windows: int = 0
+    segments: list[tuple[float, float, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def timestamps(self) -> bool:
+        """Whether its text has timestamps."""
+        return self.prompt.timestamps
+
+    @property
+    def first(self) -> int | None:
+        """The first timestamp's token; None where the model has none."""
+        known = self.prompt.settings.no_timestamps
+        return None if known is None else known + 1
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the text of each window begins with."""
+        return self.prompt.tokens(self.found)
+
+    @property
+    def language(self) -> str | None:
+        """The code of its language."""
+        return self.prompt.language_of(self.tokens)
+
+    @property
+    def going(self) -> bool:
+        """Whether there is more of it."""
+        return self.seek < int(self.features.shape[1])
+
+    def text_of(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of `ids` that are text."""
+        return text_tokens(ids, self.first, self.sound.side.ends)
+
+
+class _HeldRows:
+    """Some rows of the held adapters, which count from 0 here."""
+
+    def __init__(self, held: HeldAdapters, rows: Sequence[int]) -> None:
+        self._held, self._rows = held, rows
+        held.take_rows(rows)
+
+    def take_rows(self, rows: Sequence[int], /) -> None:
+        self._held.take_rows([self._rows[row] for row in rows])
+
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Feeds,
+        *,
+        buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
+    ) -> list[onnxruntime.OrtValue]:
+        return self._held.run_with_ort_values(output_names, feeds, buffers=buffers)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """How the sounds of a call are heard. `given`: whether `options` name the most new tokens."""
+
+    graph: DecoderGraph
+    features: FeatureSettings
+    target: Target
+    options: GenerationOptions
+    given: bool
+    budget: int | None
+    languages: Sequence[str | None]
+    task: str | None
+    timestamps: bool | None
+    seed: int
+
+    def hear(self, batch: Sequence[ReadSound], held: HeldAdapters) -> Iterator[Heard]:
+        """The sounds of a batch, each once all of them have been heard to their end.
+
+        Raises:
+            UsageError, BudgetError, RunError: as `SpeechRecognizer.transcribe`.
+        """
+        heard = [self._begun(sound) for sound in batch]
+        while going := [row for row, one in enumerate(heard) if one.going]:
+            self._step(heard, going, held)
+        yield from heard
+
+    def _begun(self, sound: ReadSound) -> Heard:
+        features = self.features.of(sound.samples)
+        long = features.shape[1] > self.features.chunk_frames
+        own = sound.side.settings
+        speech = own.speech or SpeechSettings()
+        timestamps = speech.timestamps if self.timestamps is None else self.timestamps
+        if long and self.timestamps is False:
+            raise UsageError(
+                f"{sound.what} lasts {len(sound.samples) / self.features.rate:.1f} s, more than the"
+                f" {self.features.chunk} s of a window: its windows follow its timestamps, leave"
+                " out timestamps=False"
+            )
+        forced = own.forced_decoder_ids
+        if not forced:
+            path = self.graph.session.path
+            forced = forced_tokens(model_config(path), str(path / CONFIG_NAME))
+        prompt = SpeechPrompt.of(
+            self.target.begin(own, sound.what)[0],
+            speech,
+            forced,
+            language=self.languages[sound.number],
+            task=self.task,
+            timestamps=timestamps or long,
+            what=sound.what,
+        )
+        return Heard(sound, prompt, features)
+
+    def _step(self, heard: Sequence[Heard], rows: Sequence[int], held: HeldAdapters) -> None:
+        """Hear the next window of the sounds `rows`."""
+        windows = np.stack([self._window(heard[row]) for row in rows])
+        adapters = _HeldRows(held, rows)
+        source = EncodedSource.of_feeds(self.graph.session, adapters, {INPUT_FEATURES: windows}, {})
+        if any(heard[row].prompt.needs_language and heard[row].found is None for row in rows):
+            self._find_languages([heard[row] for row in rows], adapters, source)
+        lengths = {row: len(heard[row].tokens) for row in rows}
+        for length in sorted(set(lengths.values())):
+            alike = [at for at, row in enumerate(rows) if lengths[row] == length]
+            part = EncodedSource(source.inputs)
+            if len(alike) < len(rows):
+                part.take_rows(alike)
+            some = [rows[at] for at in alike]
+            self._decode([heard[row] for row in some], _HeldRows(held, some), part)
+
+    def _window(self, one: Heard) -> NDArray[np.float32]:
+        size = self.features.chunk_frames
+        own = one.features[:, one.seek : one.seek + size]
+        return np.pad(own, ((0, 0), (0, size - own.shape[1])))
+
+    def _find_languages(
+        self, heard: Sequence[Heard], adapters: _HeldRows, source: EncodedSource
+    ) -> None:
+        """The likeliest language of each sound that has none, by its first window."""
+        ids = np.array([[one.prompt.start] for one in heard], np.int64)
+        rows = CachedRows(self.graph, len(ids), 1, source)
+        logits = rows.read(adapters, ids, np.ones_like(ids), np.full(len(ids), -1))
+        for one, values in zip(heard, logits, strict=True):
+            if one.prompt.needs_language and one.found is None:
+                check_logits(values, one.sound.what)
+                tokens = sorted(one.prompt.settings.languages.values())
+                one.found = tokens[int(values[tokens].argmax())]
+
+    def _decode(self, heard: Sequence[Heard], adapters: _HeldRows, source: EncodedSource) -> None:
+        """The text of a window of each sound, whose prompts are of one length."""
+        sequences = [self._sequences(one) for one in heard]
+        check_memory(
+            self.graph.session,
+            self.budget,
+            [len(own.prompt) for own in sequences],
+            [self.options.num_beams] * len(sequences),
+            [own.limit for own in sequences],
+        )
+        for _ in DecodingBatch.of(self.graph, adapters, sequences, source).steps():
+            pass
+        for one, own in zip(heard, sequences, strict=True):
+            self._keep(one, own.result(0).ids)
+
+    def _sequences(self, one: Heard) -> Samples | BeamSearch:
+        prompt, side, own = one.tokens, one.sound.side, one.prompt.settings
+        seed = self.seed
+        if one.windows:  # another window has random numbers of its own
+            seed = int(np.random.SeedSequence([self.seed, one.windows]).generate_state(1)[0])
+        rules = None
+        if one.timestamps and own.no_timestamps is not None:
+            end = min(side.ends, default=own.no_timestamps)
+            rules = TimestampRules(own.no_timestamps, end, own.max_initial_timestamp)
+        limit = self._limit(len(prompt), own, one.sound.what)
+        return sequences_of(prompt, side, self.options, seed, limit, one.sound.what, rules)
+
+    def _limit(self, first: int, own: SpeechSettings, what: str) -> int:
+        """How many tokens a window's text may have."""
+        room = self.target.positions
+        if room is not None and first >= room:
+            raise UsageError(
+                f"{what}: its first {first} tokens fill the decoder's {room} positions"
+            )
+        if self.given:
+            return self.target.room(first, self.options.max_new_tokens)
+        most = [size for size in (own.max_length, None if room is None else room - first) if size]
+        return min(most, default=self.options.max_new_tokens)
+
+    def _keep(self, one: Heard, ids: tuple[int, ...]) -> None:
+        """Have the segments of a window's text, and go on behind them."""
+        frames = min(self.features.chunk_frames, one.features.shape[1] - one.seek)
+        parts, behind = parts_of(ids, one.first, frames // _STRIDE)
+        begin, step = self._seconds(one.seek), self._seconds(_STRIDE)
+        one.segments += [(begin + p.start * step, begin + p.end * step, p.ids) for p in parts]
+        one.windows += 1
+        # A text whose last pair is of 0 seconds would be heard again without end.
+        one.seek += frames if not behind else behind * _STRIDE
+
+    def _seconds(self, frames: int) -> float:
+        return frames * self.features.hop / self.features.rate

@@ -1,0 +1,254 @@
+"""Text from sound with a Whisper bundle: each sound with its own adapter and language."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.tasks import SEQ2SEQ_LM
+from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, FeatureSettings, feature_settings
+from loradeploy.bundle.audio.wav import checked_samples, read_wav
+from loradeploy.bundle.names import INPUT_FEATURES
+from loradeploy.errors import BundleError, DataError, UsageError, shown
+from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.source import Target
+from loradeploy.runtime.leased import leased_batches
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.speech.windows import Heard, ReadSound, Windows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from loradeploy.runtime.decoding.options import GenerationFlags
+
+    Audio = str | os.PathLike[str] | NDArray[np.floating]
+
+# A day of speech is no one transcript, and its features alone take gigabytes.
+MAX_SECONDS: Final = 4 * 3600
+# Settings of texts that a transcript, which may be of several windows, does not have.
+_REFUSED: Final = ("n", "stop", "logprobs")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a transcript, and where it is in the sound, in seconds."""
+
+    start: float
+    end: float
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was heard in one sound.
+
+    Args:
+        text: without timestamps.
+        token_ids: all that was generated, timestamps included; without what the transcript begins
+            with and without ends.
+        segments: with `timestamps`, the parts of the text with their times; else empty.
+        language: the code of the language that was given or found; None where the model has none.
+        adapter: whose transcript it is.
+        seconds: the length of the sound.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    language: str | None
+    adapter: AdapterSpec | None
+    seconds: float
+
+
+class SpeechRecognizer:
+    """Transcribes and translates speech with a session on a Whisper bundle.
+
+    `cache_budget`: as of `TextGenerator`.
+
+    Raises:
+        UsageError: the bundle is of another task, takes text, or was exported without a cache.
+        BundleError: it holds no tokenizer or no preprocessor_config.json, or one that does not fit
+            its graph.
+    """
+
+    def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
+        if cache_budget is not None:
+            check_count("cache_budget", cache_budget)
+        self.session = session
+        self.features = _features_of(session)
+        self.tokenizer = session.texts.base.tokenizer
+        self._target = Target.of(session)
+        self._graph = DecoderGraph.of(session, self.tokenizer.pad_id, source=True)
+        self._budget = cache_budget
+
+    def transcribe(
+        self,
+        audio: Audio | Sequence[Audio],
+        adapters: Adapters = None,
+        *,
+        language: str | Sequence[str | None] | None = None,
+        task: str | None = None,
+        timestamps: bool | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        **options: Unpack[GenerationFlags],
+    ) -> list[Transcript]:
+        """The text of each sound. `adapters` is as in `AdapterSession.run`, one for each sound.
+
+        A sound is a WAV file (PCM of 8, 16, 24 or 32 bits, or floats; channels are averaged), or
+        its samples as floats [samples] from -1 to 1; both of the model's rate, which is 16 kHz.
+
+        `language`: a code such as "en", or an English name; one for all, or one for each sound. By
+        default the model finds it by the beginning of the sound, unless its generation_config.json
+        names one. `task`: "transcribe", or "translate" into English. `timestamps`: whether segments
+        with times are given; the text may be another one then.
+
+        A sound that is longer than the model's 30 s is heard window by window, as transformers
+        does it: always with timestamps, each window from where the last segment before it ends.
+        `options`: fields of `GenerationOptions` but `n`, `stop` and `logprobs`; `max_new_tokens` is
+        of a window, by default as many as the model has positions for.
+
+        Raises:
+            UsageError: no sounds, a language or a task that the model does not have,
+                timestamps=False for a long sound, or a setting out of its range.
+            DataError: a file that is missing, no WAV file, of another rate or encoding; samples
+                that are none, not finite, or of more than 4 hours.
+            UnknownAdapterError: an adapter that was never loaded.
+            BudgetError: a batch that takes more memory than there is.
+            RunError: the graph gave logits that are not finite.
+        """
+        sounds = _listed(audio)
+        spoken = _each(language, len(sounds))
+        each = each_row(adapters, len(sounds))
+        check_count("batch_size", batch_size)
+        own = _options(options)
+        if not isinstance(timestamps, bool | None):
+            raise UsageError(f"`timestamps` is {shown(timestamps)}: give True or False")
+
+        def read(number: int) -> ReadSound:
+            return self._read(number, sounds[number], each[number])
+
+        windows = Windows(
+            graph=self._graph,
+            features=self.features,
+            target=self._target,
+            options=own,
+            given="max_new_tokens" in options,
+            budget=self._budget,
+            languages=spoken,
+            task=task,
+            timestamps=timestamps,
+            seed=seed,
+        )
+        results: dict[int, Transcript] = {}
+        for start in range(0, len(sounds), batch_size):
+            numbers = range(start, min(start + batch_size, len(sounds)))
+            for batch, held in leased_batches(
+                self.session,
+                [[read(number) for number in numbers]],
+                lambda batch: [sound.adapter for sound in batch],
+                lambda batch: [[read(sound.number) for sound in batch]],
+            ):
+                for heard in windows.hear(batch, held):
+                    results[heard.sound.number] = self._transcript(heard)
+        return [results[number] for number in range(len(sounds))]
+
+    def _read(self, number: int, sound: Audio, adapter: AdapterSpec | None) -> ReadSound:
+        what = f"sound {number + 1}"
+        if isinstance(sound, str | os.PathLike):
+            samples = read_wav(sound, self.features.rate).samples
+        else:
+            samples = checked_samples(sound, what)
+        seconds = len(samples) / self.features.rate
+        if seconds > MAX_SECONDS:
+            raise DataError(
+                f"{what} lasts {seconds:,.0f} s, {MAX_SECONDS:,} s are the most: cut it into parts"
+            )
+        counts = self.session.texts.counts(adapter)
+        side = self.session.texts.of(adapter)
+        return ReadSound(number, samples, adapter, side, counts, what)
+
+    def _transcript(self, heard: Heard) -> Transcript:
+        decode = heard.sound.side.tokenizer.decode
+        segments = tuple(
+            Segment(round(start, 6), round(end, 6), decode(heard.text_of(ids)), ids)
+            for start, end, ids in heard.segments
+        )
+        ids = tuple(token for _, _, part in heard.segments for token in part)
+        return Transcript(
+            text=decode(heard.text_of(ids)),
+            token_ids=ids,
+            segments=segments if heard.timestamps else (),
+            language=heard.language,
+            adapter=heard.sound.adapter,
+            seconds=len(heard.sound.samples) / self.features.rate,
+        )
+
+
+def hears(session: AdapterSession) -> bool:
+    """Whether a session's bundle is for a SpeechRecognizer."""
+    encoder = session.manifest.encoder
+    return encoder is not None and INPUT_FEATURES in encoder.inputs
+
+
+def _features_of(session: AdapterSession) -> FeatureSettings:
+    """The features that the bundle's encoder takes, by its own file, which must fit its graph."""
+    manifest = session.manifest
+    if manifest.task != SEQ2SEQ_LM:
+        raise UsageError(f"{session.path} is a {manifest.task} bundle: it takes no sound")
+    if manifest.encoder is None:
+        raise UsageError(f"{session.path} has no cache: export it again to transcribe with it")
+    if not hears(session):
+        raise UsageError(
+            f"{session.path} takes {manifest.encoder.inputs[0]}, no sound: use TextGenerator"
+        )
+    settings = feature_settings(session.path)
+    if settings is None:
+        raise BundleError(
+            f"{session.path} has no {PREPROCESSOR_NAME}, which says how sound becomes features: put"
+            " it beside the base model, and export again"
+        )
+    taken = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_FEATURES)
+    made = (settings.mels, settings.chunk_frames)
+    if tuple(taken[1:]) != made:
+        raise BundleError(
+            f"{session.path / PREPROCESSOR_NAME} makes features of {list(made)} (bands, frames),"
+            f" the graph takes {list(taken[1:])}"
+        )
+    return settings
+
+
+def _listed(audio: Audio | Sequence[Audio]) -> list[Audio]:
+    if isinstance(audio, str | os.PathLike | np.ndarray):
+        return [audio]
+    if not isinstance(audio, Sequence) or isinstance(audio, bytes):
+        raise UsageError(f"audio is {shown(audio)}: give a WAV file, samples, or a list of them")
+    if not audio:
+        raise UsageError("there are no sounds")
+    if isinstance(audio[0], float):
+        raise UsageError("audio is a list of numbers: give samples as a numpy array")
+    return list(audio)
+
+
+def _each(language: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """The language of each of so many sounds."""
+    if language is None or isinstance(language, str):
+        return [language] * count
+    if not isinstance(language, Sequence) or len(language) != count:
+        raise UsageError(f"`language` is {shown(language)}: give one, or one for each of {count}")
+    return list(language)
+
+
+def _options(options: Mapping[str, Any]) -> GenerationOptions:
+    if refused := [name for name in _REFUSED if name in options]:
+        raise UsageError(f"`{refused[0]}` is for texts alone: a sound has one transcript")
+    return GenerationOptions.of(options)

@@ -1,0 +1,259 @@
+"""Whisper: what transformers and PEFT hear in the same sounds, each with its own adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.errors import BudgetError, BundleError, DataError, UnknownAdapterError, UsageError
+from tests.cli.calling import call
+from tests.conftest import MakeAdapter, once
+from tests.sounds import RATE, save, tone, wav
+
+SOUNDS = [tone(300, 0.7, noise=0.05), tone(900, 1, noise=0.05), tone(100, 0.3, noise=0.05)]
+LONG = tone(500, 1.6, noise=0.05)
+ROWS = ["first", None, "second"]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"language": "de", "task": "translate"},
+    {"return_timestamps": True, "language": "english"},
+    {"return_timestamps": True, "num_beams": 3},
+    {"num_beams": 2, "language": "en", "no_repeat_ngram_size": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_whisper: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
+    """Two adapters of different ranks, on every linear layer of both halves."""
+    return {
+        name: make_adapter(tiny_whisper, task="speech", r=rank, seed=rank, scale=0.2)
+        for name, rank in (("first", 2), ("second", 4))
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_whisper: Path, adapters: dict[str, Path], shared: Path) -> Path:
+    """The tiny Whisper with both adapters."""
+    return once(shared / "speech", lambda place: ld.export(tiny_whisper, place, adapters=adapters))
+
+
+@pytest.fixture(scope="module")
+def recognizer(bundle: Path) -> ld.SpeechRecognizer:
+    return ld.SpeechRecognizer(ld.AdapterSession(bundle))
+
+
+class Reference:
+    """PyTorch, transformers and PEFT: the segments of a sound, and all of their tokens."""
+
+    def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
+        import peft
+        import transformers
+
+        self.extract = transformers.WhisperFeatureExtractor.from_pretrained(model)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        self.models: dict[str | None, Any] = {}
+        for name in (None, *adapters):
+            made: Any = transformers.WhisperForConditionalGeneration.from_pretrained(model)
+            if name is not None:
+                made = peft.PeftModel.from_pretrained(made, adapters[name])
+            self.models[name] = made.eval()
+
+    def __call__(self, sound: Any, adapter: str | None, **settings: Any) -> ld.Transcript:
+        import torch
+
+        long = len(sound) > RATE
+        features = self.extract(
+            sound,
+            sampling_rate=RATE,
+            return_tensors="pt",
+            truncation=not long,
+            padding="longest" if long else "max_length",
+        ).input_features
+        with torch.no_grad():
+            (found,) = self.models[adapter].generate(
+                features, return_segments=True, do_sample=False, **settings
+            )["segments"]
+        decode = self.tokenizer.decode
+        segments = []
+        for one in found:
+            ids = tuple(one["tokens"].tolist())
+            text = decode([i for i in ids if i <= 520], skip_special_tokens=True)
+            begin, end = round(float(one["start"]), 6), round(float(one["end"]), 6)
+            segments.append(ld.Segment(begin, end, text, ids))
+        ids = tuple(token for segment in segments for token in segment.token_ids)
+        text = decode([i for i in ids if i <= 520], skip_special_tokens=True)
+        shown = tuple(segments) if long or settings.get("return_timestamps") else ()
+        return ld.Transcript(text, ids, shown, None, adapter, len(sound) / RATE)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_whisper: Path, adapters: dict[str, Path]) -> Reference:
+    return Reference(tiny_whisper, adapters)
+
+
+def asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """transformers' settings by our names."""
+    return {("timestamps" if n == "return_timestamps" else n): v for n, v in settings.items()}
+
+
+def without_language(found: ld.Transcript) -> ld.Transcript:
+    return ld.Transcript(**{**vars(found), "language": None})
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_each_row_hears_what_transformers_does_with_its_adapter(
+    settings: dict[str, Any], recognizer: ld.SpeechRecognizer, reference: Reference
+) -> None:
+    settings = {"max_new_tokens": 10, **settings}
+    found = recognizer.transcribe(SOUNDS, ROWS, **asked(settings))
+    for sound, row, answer in zip(SOUNDS, ROWS, found, strict=True):
+        assert without_language(answer) == reference(sound, row, **settings)
+        assert answer.language == settings.get("language", "de")[:2], "the likeliest is German"
+    if settings.get("return_timestamps"):
+        assert any(len(answer.segments) > 1 for answer in found), "windows begin within windows"
+
+
+def test_a_long_sound_is_heard_window_by_window_as_transformers_does(
+    recognizer: ld.SpeechRecognizer, reference: Reference
+) -> None:
+    found = recognizer.transcribe([LONG, SOUNDS[0], LONG], ["first", "second", None], language="en")
+    for row, answer in (("first", found[0]), (None, found[2])):
+        assert without_language(answer) == reference(LONG, row, language="en")
+        assert answer.segments[-1].end > 1.5, "to its end"
+    # A short one in the same batch has the text that it has by itself.
+    (alone,) = recognizer.transcribe(SOUNDS[0], "second", language="en")
+    assert found[1] == alone and not alone.segments
+
+
+def test_an_adapters_effect_is_seen_and_a_doubled_alpha_too(
+    recognizer: ld.SpeechRecognizer,
+    adapters: dict[str, Path],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    settings = {"language": "en", "max_new_tokens": 10}
+    found = recognizer.transcribe([SOUNDS[1]] * 3, ROWS, **settings)
+    assert len({answer.token_ids for answer in found}) == 3
+    doubled = tmp_path / "doubled"
+    shutil.copytree(adapters["first"], doubled)
+    config = json.loads((doubled / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (doubled / "adapter_config.json").write_text(json.dumps(config))
+    recognizer.session.load("doubled", doubled)
+    (wrong,) = recognizer.transcribe(SOUNDS[1], "doubled", **settings)
+    recognizer.session.unload("doubled")
+    expected = reference(SOUNDS[1], "first", **settings)
+    assert found[0].token_ids == expected.token_ids != wrong.token_ids
+
+
+def test_sampling_is_repeatable_and_a_language_may_be_each_sounds_own(
+    recognizer: ld.SpeechRecognizer,
+) -> None:
+    def sampled(seed: int) -> list[ld.Transcript]:
+        return recognizer.transcribe(
+            SOUNDS, language=["de", None, "English"], temperature=1.0, seed=seed, max_new_tokens=8
+        )
+
+    assert sampled(3) == sampled(3) != sampled(4)
+    assert [answer.language for answer in sampled(3)] == ["de", "de", "en"]
+
+
+def test_the_command_prints_transcripts(
+    bundle: Path, recognizer: ld.SpeechRecognizer, tmp_path: Path
+) -> None:
+    for number, sound in enumerate(SOUNDS):
+        save(tmp_path / f"{number}.wav", sound)
+    expected = recognizer.transcribe(SOUNDS, ROWS, language="en", timestamps=True)
+    flags = ("--language", "en", "--timestamps")
+    printed = call("run", bundle, tmp_path / "0.wav", "--adapter", "first", *flags)
+    first = expected[0].segments[0]
+    assert printed.splitlines()[0] == (
+        f"[{first.start:.2f} - {first.end:.2f}] {first.text.strip()}"
+    )
+    lines = [json.dumps({"audio": f"{n}.wav", "adapter": row}) for n, row in enumerate(ROWS)]
+    (tmp_path / "sounds.jsonl").write_text("\n".join(lines) + "\n")
+    answers = call("run", bundle, "--input", tmp_path / "sounds.jsonl", *flags, "--json")
+    for line, answer in zip(answers.splitlines(), expected, strict=True):
+        values = json.loads(line)
+        assert values["token_ids"] == list(answer.token_ids)
+        assert [part["start"] for part in values["segments"]] == [s.start for s in answer.segments]
+    flags = ("--task", "translate", "--language", "de", "--max-new-tokens", "8")
+    translated = call("run", bundle, tmp_path / "0.wav", *flags)
+    heard = recognizer.transcribe(
+        tmp_path / "0.wav", task="translate", language="de", max_new_tokens=8
+    )[0]
+    assert translated.strip() == heard.text.strip()
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no sounds": ({"audio": []}, UsageError, "no sounds"),
+    "no samples": ({"audio": np.zeros(0, np.float32)}, DataError, "sound 1 has no samples"),
+    "NaN": ({"audio": np.array([0.0, np.nan])}, DataError, "not finite"),
+    "numbers in a list": ({"audio": [0.0, 0.1]}, UsageError, "numpy array"),
+    "a language": ({"language": "Klingon"}, UsageError, "'Klingon' is none of the model's: de, en"),
+    "languages": ({"language": ["en", "de"]}, UsageError, "one for each of 1"),
+    "a task": ({"task": "sing"}, UsageError, "one of transcribe, translate"),
+    "an adapter": ({"adapters": "third"}, UnknownAdapterError, "third"),
+    "n": ({"n": 2}, UsageError, "`n` is for texts alone"),
+    "long": ({"audio": LONG, "timestamps": False}, UsageError, "1.6 s, more than the 1 s"),
+    "beams": ({"num_beams": 10**9}, BudgetError, "MiB"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_heard_is_refused_in_a_line(
+    case: str, recognizer: ld.SpeechRecognizer
+) -> None:
+    given, kind, message = BAD[case]
+    given = {"audio": SOUNDS[0], **given}
+    with pytest.raises(kind, match=message) as problem:
+        recognizer.transcribe(**given)
+    assert "\n" not in str(problem.value)
+
+
+def test_sounds_of_hours_are_refused_by_figures(
+    recognizer: ld.SpeechRecognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loradeploy.runtime.tasks.speech.MAX_SECONDS", 1)
+    with pytest.raises(DataError, match="sound 2 lasts 2 s, 1 s are the most: cut it"):
+        recognizer.transcribe([SOUNDS[0], LONG])
+
+
+def test_bundles_and_files_that_do_not_fit_are_refused(
+    bundle: Path, recognizer: ld.SpeechRecognizer, tiny_bert_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="no text: use SpeechRecognizer"):
+        ld.TextGenerator(recognizer.session)
+    with pytest.raises(UsageError, match="takes no sound"):
+        ld.SpeechRecognizer(ld.AdapterSession(tiny_bert_bundle))
+    with pytest.raises(DataError, match="8000 samples a second, the model takes 16000"):
+        recognizer.transcribe(wav(tmp_path / "slow.wav", bytes(64), rate=8000))
+    sound = save(tmp_path / "a.wav", SOUNDS[0])
+    for flags, message in (
+        (("--chat",), "chat: for texts alone"),
+        (("--threshold", "0.5"), "threshold: for classifiers alone"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call("run", bundle, sound, *flags)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"audio": "a.wav"}\n')
+    with pytest.raises(UsageError, match="audio: for speech recognizers alone"):
+        call("run", tiny_bert_bundle, "--input", asked)
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    for own, message in (
+        ({**settings, "feature_size": 80}, r"\[80, 100\].*\[8, 100\]"),
+        (None, "put"),
+    ):
+        (copy / "preprocessor_config.json").unlink()
+        if own is not None:
+            (copy / "preprocessor_config.json").write_text(json.dumps(own))
+        with pytest.raises(BundleError, match=message):
+            ld.SpeechRecognizer(ld.AdapterSession(copy))
