@@ -106,6 +106,7 @@ def asked(settings: dict[str, Any]) -> dict[str, Any]:
     return {("timestamps" if n == "return_timestamps" else n): v for n, v in settings.items()}
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_each_row_hears_what_transformers_does_with_its_adapter(
     settings: dict[str, Any], recognizer: ld.SpeechRecognizer, reference: Reference
