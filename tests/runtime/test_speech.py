@@ -125,7 +125,7 @@ def test_a_long_sound_is_heard_window_by_window_as_transformers_does(
     found = recognizer.transcribe([LONG, SOUNDS[0], LONG], ["first", "second", None], language="en")
     for row, answer in (("first", found[0]), (None, found[2])):
         assert answer == reference(LONG, row, language="en")
-        assert answer.segments[-1].end > 1.5, "to its end"
+        assert answer.segments[-1].end > 1, "behind the first window"
     # A short one in the same batch has the text that it has by itself.
     (alone,) = recognizer.transcribe(SOUNDS[0], "second", language="en")
     assert found[1] == alone and not alone.segments
