@@ -24,6 +24,7 @@ ROOMS: Final = {
         "AdapterSession", "TextGenerator", "GenerationOptions", "Generation", "TextPiece",
         "TokenLogprob", "TextScore", "TextClassifier", "Classification",
         "TextPairScorer", "RankedDocument", "TokenClassifier", "TokenClassification", "Entity",
+        "SpeechRecognizer", "Transcript", "Segment",
         "TextEmbedder",
     ),
     "Serve": (

@@ -25,6 +25,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.speech import SpeechRecognizer
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from loradeploy.runtime.timing import time_bundle
 from loradeploy.serve.service import Service
@@ -114,6 +115,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
         (
             *(AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
             *(TextClassifier.__call__, TokenClassifier.__call__),
+            SpeechRecognizer.transcribe,
         ),
         {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"}
         | {"score"},
