@@ -101,6 +101,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "logits",
             "SEQ_2_SEQ_LM",
             (LM_HEAD,),
+            trained=True,
             runner="TextGenerator",
         ),
         Task(

@@ -9,7 +9,9 @@ For a causal language model a row is one of
 For a classifier it has `text` and `label` (a name; several names; a number or several), and
 `text_pair` where it classifies pairs of texts; or there is a folder with one folder of .txt files
 for each class. For token classification it has `tokens` and
-`tags`, lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. Other
+`tags`, lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. For
+encoder-decoders it has `source` and `target`, or of speech `audio` (a WAV file, by its path from
+the data's directory) and `target`, perhaps `language` and `task`. Other
 columns of a row are left alone. `sources` tells the forms that the rows come in.
 """
 
@@ -105,6 +107,26 @@ class TextPair:
     anchor: str
     positive: str
     negative: str | None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """An example for an encoder-decoder of texts."""
+
+    where: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class SpokenText:
+    """An example for speech: a WAV file and its text, in a language, transcribed or translated."""
+
+    where: str
+    audio: Path
+    target: str
+    language: str | None = None
+    task: str | None = None
 
 
 def read_conversations(source: Source) -> list[Conversation]:
@@ -217,6 +239,38 @@ def read_text_pairs(source: Source) -> list[TextPair]:
         if (example.negative is None) != first:
             raise DataError(f"{example.where}: some rows have a negative and others have none")
     return examples
+
+
+def read_translations(source: Source) -> list[Translation]:
+    """The examples for an encoder-decoder of texts.
+
+    Raises:
+        DataError: nothing is there, or a row (named) lacks a text.
+    """
+    examples = [
+        Translation(where, _text(where, row, "source"), _text(where, row, "target"))
+        for where, row in rows(source, ("source", "target"))
+    ]
+    return _some(examples, source)
+
+
+def read_spoken_texts(source: Source) -> list[SpokenText]:
+    """The examples for speech; relative paths are from the directory of the data.
+
+    Raises:
+        DataError: nothing is there, or a row (named) lacks a path or a text.
+    """
+    beside = source.path if source.path.is_dir() else source.path.parent
+    examples = []
+    for where, row in rows(source, ("audio", "target")):
+        given = {
+            name: _text(where, row, name)
+            for name in ("language", "task")
+            if row.get(name) is not None
+        }
+        audio = beside / _text(where, row, "audio")
+        examples.append(SpokenText(where, audio, _text(where, row, "target"), **given))
+    return _some(examples, source)
 
 
 def label_names(

@@ -62,10 +62,10 @@ class Collator:
         longest = inputs["input_ids"].shape[1]
         if TOKEN_TYPE_IDS in features[0]:
             types = [feature[TOKEN_TYPE_IDS] for feature in features]
-            inputs[TOKEN_TYPE_IDS] = torch.tensor(_padded(types, 0, longest))
+            inputs[TOKEN_TYPE_IDS] = torch.tensor(padded(types, 0, longest))
         return {
             **inputs,
-            "labels": torch.tensor(_padded(labels, IGNORED, longest) if by_token else labels),
+            "labels": torch.tensor(padded(labels, IGNORED, longest) if by_token else labels),
         }
 
 
@@ -88,12 +88,13 @@ def padded_inputs(rows: Sequence[list[int]], pad_id: int) -> dict[str, torch.Ten
     """int64 `input_ids` and `attention_mask` [rows, longest]."""
     longest = max(len(row) for row in rows)
     return {
-        "input_ids": torch.tensor(_padded(rows, pad_id, longest)),
-        "attention_mask": torch.tensor(_padded([[1] * len(row) for row in rows], 0, longest)),
+        "input_ids": torch.tensor(padded(rows, pad_id, longest)),
+        "attention_mask": torch.tensor(padded([[1] * len(row) for row in rows], 0, longest)),
     }
 
 
-def _padded(rows: Sequence[list[int]], filler: int, longest: int) -> list[list[int]]:
+def padded(rows: Sequence[list[int]], filler: int, longest: int) -> list[list[int]]:
+    """`rows` with `filler` behind them, `longest` each."""
     return [row + [filler] * (longest - len(row)) for row in rows]
 
 

@@ -83,7 +83,7 @@ def run(
 ) -> TrainResult:
     """See `loradeploy.train.api.train`."""
     begin = time.perf_counter()
-    target, task, main = Path(output), task_of(config), is_main_process()
+    target, main = Path(output), is_main_process()
     checkpoints = Checkpoints(target)
     if main:
         _check_output(target)
@@ -93,7 +93,7 @@ def run(
         warn_of_unused_files(checkpoint_directory, "training starts from the base only")
     with quiet(), _explained():
         opened = open_checkpoint(checkpoint_directory)
-        config = opened.within(config)
+        config, task = opened.within(config), task_of(config, checkpoint_directory)
         prepared = prepare(data, task, opened, config)
         digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)

@@ -20,6 +20,7 @@ from torch.nn.functional import (
     normalize,
 )
 
+from loradeploy.bundle.names import INPUT_FEATURES
 from loradeploy.train.features import IGNORED
 from loradeploy.train.pooling import pooled
 
@@ -161,6 +162,18 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return cast(Tensor, gradient) * gradients[0].to(gradient.dtype), None, None, None
+
+
+def seq2seq_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
+    """Cross-entropy of the tokens of each target (`labels` [batch, target]).
+
+    The model itself makes the decoder's inputs of the labels.
+    """
+    labels, feeds = inputs["labels"], feeds_of(inputs)
+    if (sound := feeds.get(INPUT_FEATURES)) is not None:  # as wide as the base
+        feeds[INPUT_FEATURES] = sound.to(cast(Any, extract_model_from_parallel(model)).dtype)
+    logits = model(**feeds, labels=labels, use_cache=False).logits
+    return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
 
 
 # What cosines are multiplied by, as sentence-transformers does (MultipleNegativesRankingLoss).

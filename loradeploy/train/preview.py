@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+from loradeploy.adapter.tasks import SEQ2SEQ_LM
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.quiet import quiet
@@ -14,6 +15,7 @@ from loradeploy.train.config import TrainConfig
 from loradeploy.train.features import IGNORED
 from loradeploy.train.model import open_checkpoint
 from loradeploy.train.prepared import prepare
+from loradeploy.train.targets import AUDIO
 from loradeploy.train.tasks import task_of
 from loradeploy.train.trainer import steps_of
 
@@ -60,10 +62,9 @@ def preview(
     Raises:
         ModelError, DataError, UsageError: as `train`.
     """
-    task = task_of(config)
     with quiet():
         opened = open_checkpoint(find_checkpoint(model, quantized=[BITSANDBYTES]))
-        config = opened.within(config)
+        config, task = opened.within(config), task_of(config, opened.directory)
         prepared = prepare(data, task, opened, config)
     training = prepared.training
     lengths = [len(feature["input_ids"]) for feature in training]
@@ -77,7 +78,8 @@ def preview(
         steps=steps_of(config, len(training)),
         labels=prepared.labels,
         shown=tuple(
-            _shown(feature, opened.tokenizer, prepared.labels) for feature in training[:_SHOWN]
+            _shown(feature, opened.tokenizer, prepared.labels, apart=task.name == SEQ2SEQ_LM)
+            for feature in training[:_SHOWN]
         ),
     )
 
@@ -87,17 +89,24 @@ def _learnt(feature: dict[str, Any]) -> int:
     return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
 
 
-def _shown(feature: dict[str, Any], tokenizer: Any, labels: tuple[str, ...] | None) -> ShownExample:
+def _shown(
+    feature: dict[str, Any], tokenizer: Any, labels: tuple[str, ...] | None, *, apart: bool
+) -> ShownExample:
+    """`apart`: whether the labels are tokens of another text than the inputs."""
     ids, marks = feature["input_ids"], feature["labels"]
+    if apart:
+        source = feature.get(AUDIO) or tokenizer.decode(ids)
+        pieces = ((f"{source} → ", False), (tokenizer.decode(marks), True))
+        return ShownExample(tokens=len(ids), learnt=len(marks), pieces=pieces)
     by_token = isinstance(marks, list) and len(marks) == len(ids)
     learnt = [mark != IGNORED for mark in marks] if by_token else [False] * len(ids)
-    pieces = []
+    shown = []
     for learning, group in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
-        pieces.append((text, learning))
+        shown.append((text, learning))
     return ShownExample(
         tokens=len(ids),
         learnt=_learnt(feature),
-        pieces=tuple(pieces),
+        pieces=tuple(shown),
         label=labels[marks] if labels is not None and isinstance(marks, int) else None,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TRAI
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASK_TABLE,
     TOKEN_CLASSIFICATION,
@@ -34,8 +36,10 @@ from loradeploy.train.losses import (
     embedding_loss,
     multi_label_loss,
     regression_loss,
+    seq2seq_loss,
 )
 from loradeploy.train.sources import Source
+from loradeploy.train.targets import Hearing, TargetCollator, hears, translation_features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +57,8 @@ class Task:
     `labels`: the names of the head's outputs, from the examples; None where there is no head. Of a
     regression of one number it gives none.
     `judged`: whether a share of answers comes out right, which is the accuracy.
-    `problem_type`: of a sequence classifier, as in `adapter.heads`.
+    `problem_type`: of a sequence classifier, as in `adapter.heads`. `hears`: whether the source is
+    sound.
     """
 
     name: str
@@ -64,16 +69,17 @@ class Task:
     labels: Callable[[Sequence[Any]], tuple[str, ...]] | None = None
     judged: bool = True
     problem_type: str | None = None
+    hears: bool = False
 
     @property
     def auto_class(self) -> str:
         """transformers' class that loads the base."""
-        return TASK_TABLE[self.name].auto_class
+        return _SPEECH_CLASS if self.hears else TASK_TABLE[self.name].auto_class
 
     @property
     def peft(self) -> str | None:
-        """PEFT's name of the task."""
-        return TASK_TABLE[self.name].peft
+        """PEFT's name of the task; its class for encoder-decoders feeds tokens, no sound."""
+        return None if self.hears else TASK_TABLE[self.name].peft
 
 
 def _without_labels(
@@ -96,6 +102,8 @@ def _classifier(
         problem_type=problem_type,
     )
 
+
+_SPEECH_CLASS: Final = "AutoModelForSpeechSeq2Seq"
 
 _PROBLEMS: Final[Mapping[str, Task]] = {
     task.problem_type: task
@@ -131,12 +139,32 @@ _TASKS: Final[Mapping[str, Task]] = {
             loss=embedding_loss,
             collate=PairCollator,
         ),
+        Task(
+            name=SEQ2SEQ_LM,
+            read=data.read_translations,
+            encode=_without_labels(translation_features),
+            loss=seq2seq_loss,
+            collate=TargetCollator,
+        ),
     )
 }
 
 
-def task_of(config: TrainConfig) -> Task:
-    """The row of the table that `config` asks for."""
+def task_of(config: TrainConfig, model: Path | None = None) -> Task:
+    """The row of the table that `config` asks for; of an encoder-decoder as its `model` takes it.
+
+    Raises:
+        ModelError: a model of speech whose files do not say how it hears.
+    """
+    if config.task == SEQ2SEQ_LM and model is not None and hears(model):
+        hearing = Hearing.of(model)
+        return replace(
+            _TASKS[SEQ2SEQ_LM],
+            read=data.read_spoken_texts,
+            encode=_without_labels(hearing.encode),
+            collate=hearing.collator,
+            hears=True,
+        )
     if config.task == SEQUENCE_CLASSIFICATION:
         return _PROBLEMS[TRAINED_PROBLEMS[config.problem_type]]
     return _TASKS[config.task]

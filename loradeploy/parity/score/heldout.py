@@ -139,7 +139,7 @@ def read_held_out(
         settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
         setting = settings.get(kinds[name], TrainConfig.problem_type)
         config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
-        task = task_of(config)
+        task = task_of(config, checkpoint.directory)
         drawn, available = _draw(task, data, examples, seed)
         try:
             coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)

@@ -1,1 +1,1 @@
-"""Speech: what a transcript begins with, its timestamps, and sounds heard window by window."""
+"""Speech: timestamps, and sounds heard window by window."""

@@ -17,6 +17,7 @@ from loradeploy.bundle.audio.features import FeatureSettings
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, INPUT_FEATURES
 from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens
+from loradeploy.bundle.text.speech_prompt import SpeechPrompt
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -28,7 +29,6 @@ from loradeploy.runtime.decoding.requests import sequences_of
 from loradeploy.runtime.decoding.rows import CachedRows
 from loradeploy.runtime.decoding.source import EncodedSource, Target
 from loradeploy.runtime.held import HeldAdapters
-from loradeploy.runtime.speech.prompt import SpeechPrompt
 from loradeploy.runtime.speech.timestamps import TimestampRules, parts_of, text_tokens
 from loradeploy.runtime.texts import TextSide
 
