@@ -150,8 +150,6 @@ def load_base(
             f" model {model.get_input_embeddings().num_embeddings}: they are not of one model"
         )
     model.config.pad_token_id = checkpoint.pad_id
-    if task.hears:
-        model.main_input_name = "labels"  # Trainer counts its tokens
     for name in heads:
         _widen(model.get_submodule(name))
     return Base(model, heads)

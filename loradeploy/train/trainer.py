@@ -21,6 +21,7 @@ from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_a
 from loradeploy.lora.inject import Injection, copy_into
 from loradeploy.train.checkpoints import BEST
 from loradeploy.train.config import TrainConfig
+from loradeploy.train.features import IGNORED
 from loradeploy.train.losses import BatchLoss, LossFunction
 from loradeploy.train.processes import process_count
 from loradeploy.train.reporting.curve import COLUMNS
@@ -177,8 +178,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
         # Trainer's method warns for every packed batch, which has no padding and no mask (5.23).
-        mask = inputs.get("attention_mask")
-        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if ids is None:  # the source is sound
+            tokens = (inputs["labels"] != IGNORED).sum()
+        else:
+            tokens = torch.tensor(ids.numel()) if mask is None else mask.sum()
         counted = self.accelerator.reduce(tokens.to(self.args.device))
         self.state.num_input_tokens_seen += int(counted)
 
