@@ -25,6 +25,7 @@ _LIMITS: Final = {
     "max_inputs": "Take this many prompts, texts or documents in one request.",
     "max_request_bytes": "Take requests of this many bytes.",
     "max_adapter_bytes": "Take adapters of this many bytes from the adapter root.",
+    "max_cache_bytes": "Keep this many bytes of adapters of an object store on the disk.",
     "request_timeout": "Seconds until a request has to be answered.",
     "send_timeout": "Seconds that a client may take to accept a part of its answer.",
     "drain_timeout": "Seconds in which requests may end after SIGTERM.",
@@ -64,9 +65,15 @@ def _limits(command: _Command) -> _Command:
 )
 @click.option(
     "--adapter-root",
-    metavar="DIR",
+    metavar="DIR|URL",
     help="Serve the adapters in this directory too, one in each subdirectory, named by it. They are"
-    " loaded when a request names them, and again when their files have changed.",
+    " loaded when a request names them, and again when their files have changed. A URL is that of"
+    " an object store, such as s3://bucket/adapters.",
+)
+@click.option(
+    "--adapter-cache",
+    metavar="DIR",
+    help="Keep adapters of an object store in this directory [default: a temporary one].",
 )
 @click.option(
     "--allow-adapter-updates",
@@ -103,6 +110,7 @@ def command(
     port: int,
     adapters: tuple[str, ...],
     adapter_root: str | None,
+    adapter_cache: str | None,
     allow_adapter_updates: bool,
     adapter_memory: int | None,
     api_keys: str | None,
@@ -120,6 +128,7 @@ def command(
     """
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.serve.keys import KeyRing
+    from loradeploy.serve.roots import AdapterRoot, DirectoryRoot, StoreRoot
     from loradeploy.serve.server import Server, listen, url_of
     from loradeploy.serve.service import Service
 
@@ -134,6 +143,15 @@ def command(
         raise UsageError(f"--adapter-memory is {adapter_memory} MiB: give 1 or more")
     if allow_adapter_updates and adapter_root is None:
         raise UsageError("--allow-adapter-updates: give --adapter-root, where adapters are found")
+    stored = adapter_root is not None and "://" in adapter_root
+    if adapter_cache is not None and not stored:
+        raise UsageError("--adapter-cache: give --adapter-root the URL of an object store")
+    root: AdapterRoot | None = None
+    if adapter_root is not None and stored:
+        cache = None if adapter_cache is None else Path(adapter_cache)
+        root = StoreRoot(adapter_root, cache=cache, max_bytes=bounds.max_cache_bytes)
+    elif adapter_root is not None:
+        root = DirectoryRoot(Path(adapter_root))
     keys = None if api_keys is None else KeyRing.read(api_keys)
     listening = listen(host, port)
     with progress("loradeploy.serve"):
@@ -150,7 +168,7 @@ def command(
             session,
             limits=bounds,
             keys=keys,
-            root=None if adapter_root is None else Path(adapter_root),
+            root=root,
             updates=allow_adapter_updates,
             host=host,
         )

@@ -1,8 +1,8 @@
 """The models of a service: the base by the bundle's name, and adapters by theirs.
 
-Adapters come with the bundle, or from the adapter root, a directory that has one adapter in each
-subdirectory (or .onnx_adapter file). One of the root is read when a request first names it, and
-read again when its files have changed; nothing has to be restarted. A client gives names alone.
+Adapters come with the bundle, or from the adapter root (serve/roots.py). One of the root is read
+when a request first names it, and read again when its files have changed; nothing has to be
+restarted. A client gives names alone.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import (
     AdapterError,
     LoraDeployError,
@@ -28,25 +26,13 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
-from loradeploy.snapshot import ATTEMPTS, Snapshot
+from loradeploy.serve.roots import ENTRY_NAME, MOST_FILES, AdapterRoot, Found
+from loradeploy.snapshot import ATTEMPTS
 
 logger = logger_of(__name__)
 
-# One component of a path that leads nowhere else.
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# Files of one adapter; more are not read.
-_MOST_FILES: Final = 256
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An adapter below the root, as its files are now."""
-
-    path: Path
-    files: Snapshot
-
-    def same(self, other: _Found | None) -> bool:
-        return other is not None and self == other
+# A name that is a digest is the adapter's own.
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -61,18 +47,18 @@ class Model:
 class Catalog:
     """The models of one service.
 
-    `root`: the adapter root, None without one. `max_bytes`: of one adapter's files there.
+    `root`: where adapters are found, None for nowhere else. `max_bytes`: of one adapter's files.
     `on_load`: called with the seconds that it took to read an adapter.
 
     Raises:
-        UsageError: an adapter of the bundle has the bundle's name, or the root is no directory.
+        UsageError: an adapter of the bundle has the bundle's name.
     """
 
     def __init__(
         self,
         session: AdapterSession,
         *,
-        root: Path | None,
+        root: AdapterRoot | None,
         max_bytes: int,
         on_load: Callable[[float], None],
     ) -> None:
@@ -84,15 +70,13 @@ class Catalog:
                 f"{session.path} and an adapter have the same name, {self.base!r}, which would"
                 " name two models: rename the bundle's directory"
             )
-        if root is not None and not root.is_dir():
-            raise UsageError(f"{root} is not a directory: give `adapter_root` one of adapters")
-        self.root = None if root is None else root.resolve()
+        self.root = root
         self._max_bytes = max_bytes
         self._on_load = on_load
         self._entries: dict[str, str] = {}  # names of the load route, to entries of the root
         self._unloaded: set[str] = set()
-        self._loaded: dict[str, _Found] = {}
-        self._failed: dict[str, tuple[_Found, LoraDeployError]] = {}
+        self._loaded: dict[str, Found] = {}
+        self._failed: dict[str, tuple[Found, LoraDeployError]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     # -- requests ------------------------------------------------------------------------------
@@ -153,7 +137,7 @@ class Catalog:
             AdapterError: the adapter's files are refused.
         """
         for param, value in (("lora_name", name), ("lora_path", entry)):
-            if not _NAME.fullmatch(value):
+            if not ENTRY_NAME.fullmatch(value):
                 raise refused(param, "give a name below the adapter root, not a path")
         if name == self.base or name in self._bundled:
             raise refused("lora_name", f"{name!r} is a model of the bundle")
@@ -222,13 +206,13 @@ class Catalog:
             AdapterError: it is refused; the same files are not read a second time.
             LoraDeployError: another failure, which another time may not have.
         """
-        if self.root is None or name in self._unloaded or not _NAME.fullmatch(name):
+        if self.root is None or name in self._unloaded or not ENTRY_NAME.fullmatch(name):
             return False
         entry = self._entries.get(name, name)
         found = await asyncio.to_thread(self._find, entry)
         if found is None and name not in self._loaded:
             return False
-        if found is not None and found.same(self._loaded.get(name)):
+        if found is not None and await self._is_loaded(name, found):
             return True
         async with self._lock(name):
             return await self._refreshed(name)
@@ -248,10 +232,10 @@ class Catalog:
                 if name in self._loaded:
                     await self._forget(name)
                 return False
-            if found.same(self._loaded.get(name)):
+            if await self._is_loaded(name, found):
                 return True
             files, known = self._failed.get(name, (None, None))
-            if known is not None and found.same(files):
+            if known is not None and found == files:
                 raise known
             begin = time.perf_counter()
             problem: LoraDeployError | None = None
@@ -259,7 +243,7 @@ class Catalog:
                 await asyncio.to_thread(self._read, name, found)
             except LoraDeployError as error:
                 problem = error
-            if not found.same(await asyncio.to_thread(self._find, entry)):
+            if found != await asyncio.to_thread(self._find, entry, fresh=True):
                 continue  # what was read may be of two versions
             if problem is not None:
                 if _lasting(problem):
@@ -288,38 +272,34 @@ class Catalog:
         else:
             logger.info("unloaded the adapter %s", name)
 
-    def _read(self, name: str, found: _Found) -> None:
-        size = sum(state.size for state in found.files.files.values() if state is not None)
-        if size > self._max_bytes or len(found.files.files) > _MOST_FILES:
-            raise AdapterError(
-                f"{found.path} has {size:,} bytes in {len(found.files.files)} files; the service"
-                f" takes {self._max_bytes:,} in {_MOST_FILES} (`max_adapter_bytes`)"
-            )
-        self.session.load(name, found.path, replace=True)
-
-    def _find(self, entry: str) -> _Found | None:
-        """The adapter `entry` below the root, with the states of its files."""
+    async def _is_loaded(self, name: str, found: Found) -> bool:
+        """Whether the adapter is loaded of these files, and can be read again."""
         assert self.root is not None
-        for path in (self.root / entry, self.root / f"{entry}{NATIVE_SUFFIX}"):
-            place = path.resolve()
-            if not place.is_relative_to(self.root):
-                continue  # a link that leads elsewhere
-            if place.is_dir():
-                return _Found(place, Snapshot.take(place))
-            if place.is_file() and place.suffix == NATIVE_SUFFIX:
-                return _Found(place, Snapshot.of(place.parent, [place.name]))
-        return None
+        return found == self._loaded.get(name) and await asyncio.to_thread(self.root.has, found)
+
+    def _read(self, name: str, found: Found) -> None:
+        assert self.root is not None
+        if found.size > self._max_bytes or found.files > MOST_FILES:
+            raise AdapterError(
+                f"{found.entry} has {found.size:,} bytes in {found.files} files; the service"
+                f" takes {self._max_bytes:,} in {MOST_FILES} (`max_adapter_bytes`)"
+            )
+        digest = self.session.load(name, self.root.local(found), replace=True)
+        if _DIGEST.fullmatch(found.entry) and digest != f"sha256:{found.entry}":
+            self.session.unload(name)
+            raise AdapterError(
+                f"{found.entry} is the name of a digest, and that of its adapter is {digest}"
+            )
+
+    def _find(self, entry: str, *, fresh: bool = False) -> Found | None:
+        """The entry of the root as its files are now."""
+        assert self.root is not None
+        return self.root.find(entry, fresh=fresh)
 
     def _listed(self) -> list[str]:
-        """The names of the adapters below the root."""
-        if self.root is None:
-            return []
-        names = []
-        for path in self.root.iterdir():
-            name = path.stem if path.suffix == NATIVE_SUFFIX and path.is_file() else path.name
-            if _NAME.fullmatch(name) and name != self.base and self._find(name) is not None:
-                names.append(name)
-        return names
+        """The names of the adapters of the root."""
+        names = [] if self.root is None else self.root.listed()
+        return [name for name in names if name != self.base]
 
 
 def _lasting(problem: BaseException) -> bool:

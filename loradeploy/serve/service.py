@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACTION
@@ -16,6 +15,7 @@ from loradeploy.serve.grammar import Grammars
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
+from loradeploy.serve.roots import AdapterRoot
 from loradeploy.serve.settings import ServeLimits
 
 # The tasks that a route answers.
@@ -38,7 +38,7 @@ class Service:
         *,
         limits: ServeLimits,
         keys: KeyRing | None = None,
-        root: Path | None = None,
+        root: AdapterRoot | None = None,
         updates: bool = False,
         host: str = "127.0.0.1",
     ) -> None:
@@ -129,3 +129,5 @@ class Service:
         if self.engine is not None:
             self.engine.close()
         self.session.close()
+        if self.catalog.root is not None:
+            self.catalog.root.close()

@@ -23,6 +23,7 @@ class ServeLimits:
         max_inputs: texts, documents or prompts of one request.
         max_request_bytes: bytes of one request's body.
         max_adapter_bytes: bytes of the files of one adapter below the adapter root.
+        max_cache_bytes: bytes of adapters that are fetched from an object store and kept.
         request_timeout: seconds until a request has to be answered.
         send_timeout: seconds that a client may take to accept a part of an answer.
         drain_timeout: seconds in which requests may end once the service is to stop.
@@ -39,6 +40,7 @@ class ServeLimits:
     max_inputs: int = 256
     max_request_bytes: int = 4 << 20
     max_adapter_bytes: int = 4 << 30
+    max_cache_bytes: int = 16 << 30
     request_timeout: float = 600.0
     send_timeout: float = 30.0
     drain_timeout: float = 30.0

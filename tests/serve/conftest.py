@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import KeyRing
+from loradeploy.serve.roots import DirectoryRoot
 from loradeploy.serve.server import Server, listen, url_of
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
@@ -55,6 +56,8 @@ def serving(bundle: Path, **options: Any) -> Iterator[Running]:
     """A server of `bundle`; what is not an option of `Service` is a limit."""
     keys = options.pop("keys", None)
     own = {name: options.pop(name) for name in ("root", "updates", "host") if name in options}
+    if isinstance(own.get("root"), Path):
+        own["root"] = DirectoryRoot(own["root"])
     adapters = options.pop("adapters", {})
     budget = options.pop("host_budget", None)
     session = AdapterSession(bundle, host_budget=budget)

@@ -17,6 +17,7 @@ import pytest
 from loradeploy.adapter import peft
 from loradeploy.errors import AdapterError, BudgetError, UsageError
 from loradeploy.serve.catalog import Catalog
+from loradeploy.serve.roots import DirectoryRoot
 from tests.conftest import MakeAdapter
 from tests.serve.conftest import LARGE, Running, serving
 
@@ -279,4 +280,4 @@ def test_one_name_is_not_two_models(
             Catalog(session, root=None, max_bytes=1, on_load=print)
         session.unload("bundle-llama")
         with pytest.raises(UsageError, match="is not a directory"):
-            Catalog(session, root=tmp_path / "nothing", max_bytes=1, on_load=print)
+            DirectoryRoot(tmp_path / "nothing")

@@ -42,7 +42,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         service = self._service
         found["address"] = listening.getsockname()[:2]
         found["limits"] = vars(service.limits)
-        found["root"] = service.catalog.root
+        root = service.catalog.root
+        found["root"] = getattr(root, "path", getattr(root, "url", None))
+        found["cache"] = getattr(root, "_cache", None), getattr(root, "_max_bytes", None)
         found["updates"] = service.updates
         found["keys"] = service.keys and service.keys.check(f"Bearer {KEY}").name
         found["adapters"] = sorted(service.session.adapters)
@@ -63,6 +65,17 @@ FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
     (["--adapter", "news={adapter}"], lambda s: s["adapters"], ["news"]),
     (["--adapter", "{adapter}"], lambda s: s["adapters"], ["headline"]),
     (["--adapter-root", "{root}"], lambda s: s["root"].name, "root"),
+    (["--adapter-root", "memory://adapters"], lambda s: s["root"], "memory://adapters"),
+    (
+        ["--adapter-root", "memory://adapters", "--adapter-cache", "{root}/cache"],
+        lambda s: s["cache"][0].name,
+        "cache",
+    ),
+    (
+        ["--adapter-root", "memory://adapters", "--max-cache-bytes", "3"],
+        lambda s: s["cache"][1],
+        3,
+    ),
     (["--adapter-root", "{root}", "--allow-adapter-updates"], lambda s: s["updates"], True),
     (["--adapter-memory", "3"], lambda s: s["budget"], 3 << 20),
     (["--api-keys", "{keys}"], lambda s: s["keys"], "me"),
@@ -118,6 +131,9 @@ def test_the_demo_opens_its_page(
         ([], "give the BUNDLE to serve"),
         (["{bundle}", "--allow-adapter-updates"], "give --adapter-root"),
         (["{bundle}", "--adapter-root", "nothing"], "give --adapter-root one of adapters"),
+        (["{bundle}", "--adapter-root", "zzz://x"], "no URL that fsspec opens"),
+        (["{bundle}", "--adapter-root", "zip://x::memory://y"], "not a chain of them"),
+        (["{bundle}", "--adapter-cache", "x"], "give --adapter-root the URL"),
         (["{bundle}", "--api-keys", "nothing.json"], "nothing.json"),
         (["{bundle}", "--max-tokens", "0"], "--max-tokens is 0"),
         (["{bundle}", "--adapter-memory", "0"], "--adapter-memory is 0 MiB"),

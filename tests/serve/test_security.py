@@ -23,6 +23,7 @@ from loradeploy.errors import (
 )
 from loradeploy.serve.keys import ApiKey, KeyRing
 from loradeploy.serve.problems import RequestError, problem_of
+from loradeploy.serve.roots import DirectoryRoot
 from loradeploy.serve.settings import ServeLimits
 from tests.serve.conftest import Running, serving
 
@@ -107,9 +108,9 @@ def test_an_admin_of_some_adapters_changes_no_others(
     guarded: Running, serve_adapters: dict[str, Path]
 ) -> None:
     root = guarded.service.catalog.root
-    assert root is not None
+    assert isinstance(root, DirectoryRoot)
     for name in ("mine", "others"):
-        shutil.copytree(serve_adapters["topic"], root / name)
+        shutil.copytree(serve_adapters["topic"], root.path / name)
     http = guarded.http(headers={"Authorization": f"Bearer {PART}"})
 
     def post(verb: str, **body: str) -> int:

@@ -23,7 +23,8 @@ async def load_adapter(body: AdapterRequest, service: ServiceOf, key: KeyOf) -> 
     try:
         await service.catalog.load(body.lora_name, entry, key, replace=body.load_inplace)
     except AdapterError as error:
-        message = str(error).replace(f"{service.catalog.root}/", "")
+        root = service.catalog.root
+        message = str(error) if root is None else root.without_paths(str(error))
         raise RequestError(400, message, param="lora_path", code="adapter_load_failed") from None
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 

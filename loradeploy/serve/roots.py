@@ -1,0 +1,363 @@
+"""Adapter roots: a directory or an object store that has one adapter in each of its entries.
+
+An entry is a PEFT directory, or a NAME.onnx_adapter file. Clients give names of entries alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from loradeploy.bundle.names import NATIVE_SUFFIX
+from loradeploy.errors import AdapterError, LoraDeployError, UsageError, first_line
+from loradeploy.printable import logger_of
+from loradeploy.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from fsspec.spec import AbstractFileSystem
+
+logger = logger_of(__name__)
+
+# One component of a path that leads nowhere else.
+ENTRY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Files of one adapter; more are not read.
+MOST_FILES: Final = 256
+# Directories that files of an adapter are in, such as 1_Pooling.
+_MOST_DEPTH: Final = 3
+# Seconds in which a store is not asked for the same entry again, and the most entries known so.
+_REFRESH: Final = 5.0
+_MOST_KNOWN: Final = 4096
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry of a root as its files are now; equal ones have the same files.
+
+    `state`: what changes with its files. `size`, `files`: of all files, and how many.
+    """
+
+    entry: str
+    state: Hashable
+    size: int
+    files: int
+
+
+class AdapterRoot(Protocol):
+    """Where the service finds adapters by name."""
+
+    def find(self, entry: str, *, fresh: bool = False) -> Found | None:
+        """The entry as it is now, None if there is none. `fresh`: whatever was known before.
+
+        Raises:
+            AdapterError: the root cannot be asked.
+        """
+
+    def local(self, found: Found) -> Path:
+        """Where its files are on this machine: they stay there while the session may read them.
+
+        Raises:
+            AdapterError: they cannot be fetched, or are not those that were found.
+        """
+
+    def has(self, found: Found) -> bool:
+        """Whether `local` has its files still."""
+
+    def listed(self) -> list[str]:
+        """The names of all entries.
+
+        Raises:
+            AdapterError: the root cannot be asked.
+        """
+
+    def without_paths(self, message: str) -> str:
+        """A message as clients may see it, who know names alone."""
+
+    def close(self) -> None:
+        """Let go of what is no longer needed."""
+
+
+class DirectoryRoot:
+    """A directory of this machine.
+
+    Raises:
+        UsageError: it is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise UsageError(f"{path} is not a directory: give `adapter_root` one of adapters")
+        self.path = path.resolve()
+
+    def find(self, entry: str, *, fresh: bool = False) -> Found | None:
+        """See `AdapterRoot`; its files are looked at each time."""
+        place = self._place(entry)
+        if place is None:
+            return None
+        whole = place.is_dir()
+        files = Snapshot.take(place) if whole else Snapshot.of(place.parent, [place.name])
+        states = [state for state in files.files.values() if state is not None]
+        key = (place, tuple(sorted(files.files.items(), key=lambda one: one[0])))
+        return Found(entry, key, sum(state.size for state in states), len(files.files))
+
+    def _place(self, entry: str) -> Path | None:
+        for path in (self.path / entry, self.path / f"{entry}{NATIVE_SUFFIX}"):
+            place = path.resolve()
+            if not place.is_relative_to(self.path):
+                continue  # a link that leads elsewhere
+            if place.is_dir() or (place.is_file() and place.suffix == NATIVE_SUFFIX):
+                return place
+        return None
+
+    def local(self, found: Found) -> Path:
+        """See `AdapterRoot`."""
+        place = self._place(found.entry)
+        if place is None:
+            raise AdapterError(f"{self.path / found.entry} is not there any more")
+        return place
+
+    def has(self, found: Found) -> bool:
+        """See `AdapterRoot`."""
+        return True
+
+    def listed(self) -> list[str]:
+        """See `AdapterRoot`."""
+        names = set()
+        for path in self.path.iterdir():
+            native = path.suffix == NATIVE_SUFFIX and path.is_file()
+            name = path.stem if native else path.name
+            if ENTRY_NAME.fullmatch(name) and self._place(name) is not None:
+                names.add(name)
+        return sorted(names)
+
+    def without_paths(self, message: str) -> str:
+        """See `AdapterRoot`."""
+        return message.replace(f"{self.path}/", "")
+
+    def close(self) -> None:
+        """See `AdapterRoot`."""
+
+
+class StoreRoot:
+    """A folder of an object store that fsspec opens, such as s3://bucket/adapters.
+
+    Entries are fetched into `cache`, by their files' names, sizes and versions. What was used the
+    longest ago leaves when there are more than `max_bytes`. Without `cache` a temporary directory
+    is used, which goes when the root is closed.
+
+    Raises:
+        UsageError: fsspec or what it needs for the URL is not installed, or the URL cannot be used.
+    """
+
+    def __init__(self, url: str, *, cache: Path | None, max_bytes: int) -> None:
+        self.url = url
+        self._store, self._path = _opened(url)
+        self._max_bytes = max_bytes
+        self._temporary = None
+        if cache is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="loradeploy-adapters-")
+            cache = Path(self._temporary.name)
+        else:
+            cache.mkdir(parents=True, exist_ok=True)
+        self._cache = cache
+        self._lock = threading.Lock()
+        # By entry: when it was asked for, and what was found.
+        self._known: OrderedDict[str, tuple[float, Found | None]] = OrderedDict()
+
+    def find(self, entry: str, *, fresh: bool = False) -> Found | None:
+        """See `AdapterRoot`; the store is asked again after some seconds."""
+        now = time.monotonic()
+        with self._lock:
+            known = self._known.get(entry)
+        if known is not None and not fresh and now - known[0] < _REFRESH:
+            return known[1]
+        try:
+            found = self._asked(entry)
+        except Exception as problem:
+            if known is None or known[1] is None:
+                raise self._failed(f"the entry {entry}", problem) from None
+            logger.warning("%s cannot be asked: %s", self.url, first_line(problem))
+            found = known[1]  # as it was, for the adapter may be loaded
+        with self._lock:
+            self._known[entry] = now, found
+            self._known.move_to_end(entry)
+            while len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+        return found
+
+    def _asked(self, entry: str) -> Found | None:
+        self._store.invalidate_cache()
+        for name in (entry, f"{entry}{NATIVE_SUFFIX}"):
+            files = self._files(name)
+            if files:
+                break
+        else:
+            return None
+        known = tuple(
+            (name, int(info["size"] or 0), _version(info)) for name, info in files.items()
+        )
+        state = hashlib.sha256(repr((self.url, entry, known)).encode()).hexdigest()
+        return Found(entry, state, sum(size for _, size, _ in known), len(known))
+
+    def _files(self, name: str) -> dict[str, Mapping[str, Any]]:
+        """The files of an entry by their path below it; of a native adapter by its own name."""
+        place = f"{self._path}/{name}"
+        try:
+            found = self._store.find(place, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = {}
+        for path, info in sorted(found.items()):
+            inner = str(path).rstrip("/")[len(place) :].lstrip("/")
+            if not inner and not name.endswith(NATIVE_SUFFIX):
+                return {}  # a file where a folder is expected
+            if info.get("type") == "file":
+                files[inner or name] = info
+        return files
+
+    def local(self, found: Found) -> Path:
+        """See `AdapterRoot`; fetched unless it is in the cache."""
+        place = self._cache / str(found.state)
+        if not place.is_dir():
+            self._fetch(found, place)
+        _use(place)
+        native = place / f"{found.entry}{NATIVE_SUFFIX}"
+        return native if native.is_file() else place
+
+    def _fetch(self, found: Found, place: Path) -> None:
+        if found.size > self._max_bytes:
+            raise AdapterError(
+                f"{found.entry} has {found.size:,} bytes, the cache of adapters takes"
+                f" {self._max_bytes:,} (`max_cache_bytes`)"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self._cache))
+        try:
+            for name in (found.entry, f"{found.entry}{NATIVE_SUFFIX}"):
+                for inner, info in self._files(name).items():
+                    parts = inner.split("/")
+                    if len(parts) > _MOST_DEPTH or not all(map(ENTRY_NAME.fullmatch, parts)):
+                        raise AdapterError(f"{found.entry}: the file {inner!a} has no usual name")
+                    source = f"{self._path}/{name}"
+                    source = source if inner == name else f"{source}/{inner}"
+                    target = partial.joinpath(*parts)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._copy(source, target, int(info["size"] or 0))
+                if any(partial.iterdir()):
+                    break
+            self._make_room(found.size)
+            try:
+                partial.rename(place)
+            except OSError:
+                if not place.is_dir():  # another process was faster
+                    raise
+        except LoraDeployError:
+            raise
+        except Exception as problem:
+            raise self._failed(f"the entry {found.entry}", problem) from problem
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _copy(self, source: str, target: Path, size: int) -> None:
+        """Fetch a file of `size` bytes, and no more of it."""
+        count = 0
+        with self._store.open(source, "rb") as given, target.open("wb") as taken:
+            while part := given.read(_CHUNK):
+                count += len(part)
+                if count > size:
+                    break
+                taken.write(part)
+        if count != size:
+            raise AdapterError(f"{source} has another size than it had: try again")
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was used the longest ago, until there is room for `size` bytes."""
+        with self._lock:
+            entries = [one for one in self._cache.iterdir() if not one.name.startswith(".")]
+            sizes = {one: _size_of(one) for one in entries}
+            for old in sorted(entries, key=lambda one: one.stat().st_mtime_ns):
+                if sum(sizes.values()) + size <= self._max_bytes:
+                    return
+                shutil.rmtree(old, ignore_errors=True)
+                del sizes[old]
+
+    def has(self, found: Found) -> bool:
+        """See `AdapterRoot`."""
+        place = self._cache / str(found.state)
+        try:
+            _use(place)
+        except OSError:
+            return False
+        return True
+
+    def listed(self) -> list[str]:
+        """See `AdapterRoot`."""
+        try:
+            self._store.invalidate_cache()
+            found = self._store.ls(self._path, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as problem:
+            raise self._failed("it", problem) from None
+        names = set()
+        for info in found:
+            name = str(info["name"]).rstrip("/").rpartition("/")[2]
+            if info.get("type") != "directory":
+                if not name.endswith(NATIVE_SUFFIX):
+                    continue
+                name = name.removesuffix(NATIVE_SUFFIX)
+            if ENTRY_NAME.fullmatch(name):
+                names.add(name)
+        return sorted(names)
+
+    def without_paths(self, message: str) -> str:
+        """See `AdapterRoot`."""
+        return message.replace(f"{self._cache}/", "").replace(f"{self.url}: ", "")
+
+    def close(self) -> None:
+        """See `AdapterRoot`."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _failed(self, what: str, problem: Exception) -> AdapterError:
+        return AdapterError(f"{self.url}: {what} cannot be read: {first_line(problem)}")
+
+
+def _opened(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise UsageError(f"{url}: pip install 'loradeploy[store]' for adapters elsewhere") from None
+    if "::" in url:
+        raise UsageError(f"{url}: give `adapter_root` one URL, not a chain of them")
+    try:
+        store, path = url_to_fs(url)
+    except ImportError as problem:
+        raise UsageError(f"{url}: {first_line(problem)}") from None
+    except ValueError as problem:
+        raise UsageError(f"{url} is no URL that fsspec opens: {first_line(problem)}") from None
+    return store, str(path).rstrip("/")
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """What tells one version of an object from another, of what a store says of it."""
+    return repr(sorted((key, str(value)) for key, value in info.items() if key != "name"))
+
+
+def _use(place: Path) -> None:
+    """Note that an entry of the cache is used now, more finely than the system's clock of files."""
+    now = time.time_ns()
+    os.utime(place, ns=(now, now))
+
+
+def _size_of(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
