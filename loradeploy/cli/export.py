@@ -99,6 +99,13 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     type=click.Path(),
     help="A JSON file that maps nodes of an ONNX model to modules.",
 )
+@click.option(
+    "--triton",
+    type=click.Path(),
+    metavar="DIR",
+    help="Write the bundle as a model of Triton Inference Server too, into this model repository."
+    " Give --merge or --required-inputs with it.",
+)
 @trust_option
 @json_option
 def command(
@@ -118,6 +125,7 @@ def command(
     fixed: str | None,
     attention: str | None,
     target: str | None,
+    triton: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -150,6 +158,7 @@ def command(
             fixed=None if fixed is None else parse_sizes(fixed),
             attention=attention,
             target=target,
+            triton=triton,
             trust_remote_code=trust_remote_code,
         )
     values = {

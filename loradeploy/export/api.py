@@ -35,6 +35,7 @@ def export(
     target: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = True,
+    triton: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
 
@@ -78,6 +79,8 @@ def export(
         trust_remote_code: run the Python files that a checkpoint's config names; they can do
             anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
+        triton: a directory that gets the bundle as a model of Triton Inference Server too, beside
+            the models that it has. The bundle has to be merged or to have `required_inputs`.
 
     Raises:
         UsageError: options that do not go together.
@@ -98,6 +101,7 @@ def export(
     from loradeploy.export.read.source import resolve
     from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task
+    from loradeploy.export.triton import check_asked, write_repository
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
     from loradeploy.lora.checkpoint import warn_of_unused_files
@@ -150,6 +154,8 @@ def export(
         asked["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
     if asked["required_inputs"] is None and not merge:
         asked["required_inputs"] = choice_of(asked["target"], "required_inputs", DEFAULT_PRECISION)
+    if triton is not None:
+        check_asked(asked)
     options = Options(
         adapters=read,
         **asked,
@@ -161,4 +167,7 @@ def export(
     with custom_code(trust_remote_code):
         manifest, content = build(source, options)
         logger.info("writing %s", place)
-        return write_bundle(place, manifest, content)
+        written = write_bundle(place, manifest, content)
+    if triton is not None:
+        logger.info("writing %s", write_repository(place, triton, written))
+    return written

@@ -50,14 +50,14 @@ def write_required(
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
     if zeros_have_rank_one(manifest.target):
-        base = {name: _of_rank_one(values) for name, values in base.items()}
+        base = {name: of_rank_one(values) for name, values in base.items()}
     write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})
 
 
-def _of_rank_one(values: NDArray[Any]) -> NDArray[Any]:
+def of_rank_one(values: NDArray[Any]) -> NDArray[Any]:
     """Factors of rank 0 as zeros of rank 1, whose product is the same zeros."""
     if values.size:
         return values
