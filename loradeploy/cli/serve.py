@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from loradeploy.cli.console import json_option, print_json, progress, provider_option, say
 from loradeploy.errors import UsageError
 from loradeploy.serve.settings import ServeLimits
+
+if TYPE_CHECKING:
+    from loradeploy.serve.opening import ServiceSpec
 
 # What `make demo` writes.
 _DEMO: Final = Path("build/demo/bundle")
@@ -99,6 +102,17 @@ def _limits(command: _Command) -> _Command:
     help="Serve only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
 )
 @click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="Serve by replicas on a Ray cluster: that of RAY_ADDRESS, or one on this machine.",
+)
+@click.option(
+    "--replicas",
+    metavar="N|LEAST-MOST",
+    help="With --ray, run this many replicas, or as many as the load needs [default: 1].",
+)
+@click.option(
     "--demo",
     is_flag=True,
     help=f"Open a page to try it in; without BUNDLE, of {_DEMO}, which `make demo` writes.",
@@ -116,6 +130,8 @@ def command(
     api_keys: str | None,
     provider: str,
     require_certificate: bool,
+    on_ray: bool,
+    replicas: str | None,
     demo: bool,
     as_json: bool,
     **limits: Any,
@@ -126,11 +142,9 @@ def command(
     /v1/chat/completions and /v1/completions, encoders /v1/embeddings, or /v1/classify and
     /v1/rerank, and tensors of the Open Inference Protocol at /v2. There is a page to try it at /.
     """
-    from loradeploy.runtime.session import AdapterSession
     from loradeploy.serve.keys import KeyRing
-    from loradeploy.serve.roots import AdapterRoot, DirectoryRoot, StoreRoot
+    from loradeploy.serve.opening import ServiceSpec, open_service
     from loradeploy.serve.server import Server, listen, url_of
-    from loradeploy.serve.service import Service
 
     if bundle is None:
         if not demo:
@@ -138,48 +152,58 @@ def command(
         if not _DEMO.is_dir():
             raise UsageError(f"there is no {_DEMO} here: run `make demo`, or give a BUNDLE")
         bundle = str(_DEMO)
-    bounds = ServeLimits(**limits)
     if adapter_memory is not None and adapter_memory < 1:
         raise UsageError(f"--adapter-memory is {adapter_memory} MiB: give 1 or more")
-    if allow_adapter_updates and adapter_root is None:
-        raise UsageError("--allow-adapter-updates: give --adapter-root, where adapters are found")
-    stored = adapter_root is not None and "://" in adapter_root
-    if adapter_cache is not None and not stored:
-        raise UsageError("--adapter-cache: give --adapter-root the URL of an object store")
-    root: AdapterRoot | None = None
-    if adapter_root is not None and stored:
-        cache = None if adapter_cache is None else Path(adapter_cache)
-        root = StoreRoot(adapter_root, cache=cache, max_bytes=bounds.max_cache_bytes)
-    elif adapter_root is not None:
-        root = DirectoryRoot(Path(adapter_root))
+    if replicas is not None and not on_ray:
+        raise UsageError("--replicas: give --ray, which runs them")
+    spec = ServiceSpec(
+        bundle,
+        limits=ServeLimits(**limits),
+        adapters=dict(map(_named, adapters)),
+        adapter_root=adapter_root,
+        adapter_cache=adapter_cache,
+        adapter_memory=None if adapter_memory is None else adapter_memory * _MIB,
+        api_keys=api_keys,
+        updates=allow_adapter_updates,
+        provider=provider,
+        require_certificate=require_certificate,
+        host=host,
+    )
+
+    def ready(url: str, loaded: Mapping[str, str | None] | None) -> None:
+        if as_json:
+            known = {} if loaded is None else {"adapters": loaded}
+            print_json({"bundle": bundle, "url": url, **known})
+        else:
+            say(f"serving {bundle} on {url}")
+        if demo:
+            webbrowser.open(url)
+
+    if on_ray:
+        _serve_on_ray(spec, replicas or "1", port, ready)
+        return
     keys = None if api_keys is None else KeyRing.read(api_keys)
     listening = listen(host, port)
     with progress("loradeploy.serve"):
-        session = AdapterSession(
-            bundle,
-            [provider],
-            host_budget=None if adapter_memory is None else adapter_memory * _MIB,
-            require_certificate=require_certificate,
-        )
-        for given in adapters:
-            name, _, path = given.rpartition("=")
-            session.load(name or Path(path).resolve().name, path)
-        service = Service(
-            session,
-            limits=bounds,
-            keys=keys,
-            root=root,
-            updates=allow_adapter_updates,
-            host=host,
-        )
+        service = open_service(spec, keys)
         url = url_of(listening)
+        Server(service).serve_on(listening, lambda: ready(url, service.session.adapters))
 
-        def ready() -> None:
-            if as_json:
-                print_json({"bundle": bundle, "url": url, "adapters": session.adapters})
-            else:
-                say(f"serving {bundle} on {url}")
-            if demo:
-                webbrowser.open(url)
 
-        Server(service).serve_on(listening, ready)
+def _named(given: str) -> tuple[str, str]:
+    """The name and the path of an adapter."""
+    name, _, path = given.rpartition("=")
+    return name or Path(path).resolve().name, path
+
+
+def _serve_on_ray(
+    spec: ServiceSpec, replicas: str, port: int, ready: Callable[[str, None], None]
+) -> None:
+    try:
+        from loradeploy.serve.replicas import Scale, run, wait_for_signal
+    except ImportError as problem:
+        raise UsageError(f"--ray: pip install 'loradeploy[ray]' ({problem})") from None
+    with progress("loradeploy.serve"):
+        url = run(spec, Scale.of(replicas), port)
+        ready(url, None)
+        wait_for_signal()

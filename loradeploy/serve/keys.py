@@ -9,7 +9,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from loradeploy.errors import DataError, shown
@@ -75,6 +75,10 @@ class KeyRing:
         if set(values) != {"keys"} or not isinstance(listed, list) or not listed:
             raise DataError(f'{file}: give {{"keys": [{{"name": "…", "key": "…"}}]}}')
         return cls([_key(value, f"{file}: key {n}") for n, value in enumerate(listed, start=1)])
+
+    def without_rates(self) -> KeyRing:
+        """The same keys for a service whose requests are counted before they reach it."""
+        return KeyRing([replace(key, requests_per_minute=None) for _, key in self._digests])
 
     def check(self, authorization: str | None) -> ApiKey:
         """The key that a request's Authorization header has.

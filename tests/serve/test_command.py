@@ -134,6 +134,7 @@ def test_the_demo_opens_its_page(
         (["{bundle}", "--adapter-root", "zzz://x"], "no URL that fsspec opens"),
         (["{bundle}", "--adapter-root", "zip://x::memory://y"], "not a chain of them"),
         (["{bundle}", "--adapter-cache", "x"], "give --adapter-root the URL"),
+        (["{bundle}", "--replicas", "2"], "--replicas: give --ray"),
         (["{bundle}", "--api-keys", "nothing.json"], "nothing.json"),
         (["{bundle}", "--max-tokens", "0"], "--max-tokens is 0"),
         (["{bundle}", "--adapter-memory", "0"], "--adapter-memory is 0 MiB"),
@@ -155,6 +156,34 @@ def test_a_mistake_is_one_line(
     assert ended.value.code == 2
     assert text.startswith("Error: ")
     assert message in text
+
+
+@pytest.mark.parametrize(("flags", "scale"), [([], "1"), (["--replicas", "1-3"], "1-3")])
+def test_replicas_are_run_by_ray(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    scale: str,
+) -> None:
+    asked: list[Any] = []
+
+    class OnRay:
+        Scale = type("Scale", (), {"of": staticmethod(lambda text: text)})
+        wait_for_signal = staticmethod(lambda: asked.append("waited"))
+
+        @staticmethod
+        def run(spec: Any, replicas: str, port: int) -> str:
+            asked.extend([spec.bundle, spec.limits.max_rows, replicas, port])
+            return "http://127.0.0.1:9"
+
+    monkeypatch.setitem(sys.modules, "loradeploy.serve.replicas", OnRay)
+    line = ["serve", "some", "--ray", "--port", "9", "--max-rows", "3", *flags]
+    call(*line)
+    assert asked == ["some", 3, scale, 9, "waited"]
+    monkeypatch.setitem(sys.modules, "loradeploy.serve.replicas", None)
+    capsys.readouterr()
+    with pytest.raises(UsageError, match="pip install 'loradeploy"):
+        call(*line)
 
 
 def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Path) -> None:

@@ -1,0 +1,184 @@
+"""Replicas on a local Ray cluster: adapters stay with one, and a death makes no wrong answer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+
+from loradeploy.errors import UsageError
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.serve.opening import ServiceSpec
+from loradeploy.serve.replicas import REPLICA_HEADER, Scale, model_of, replicas_of, run
+from loradeploy.serve.settings import ServeLimits
+
+PROMPT = "Shares rose"
+KEYS = {"keys": [{"name": "me", "key": "a-key-0123456789abcdef", "requests_per_minute": 1000}]}
+SIGNED = {"Authorization": "Bearer a-key-0123456789abcdef"}
+LONG = {"max_tokens": 110, "logit_bias": {"2": -1000}}
+
+
+Texts = dict[str, tuple[str, str]]  # the short and the long one by adapter
+
+
+def body(model: str, **changes: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, **changes}
+
+
+@pytest.fixture(scope="module")
+def url(
+    tiny_llama_bundle: Path,
+    serve_adapters: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """The tiny Llama with its adapters, served by two replicas."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text(json.dumps(KEYS))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
+    )
+    try:
+        spec = ServiceSpec(
+            str(tiny_llama_bundle),
+            adapters={name: str(path) for name, path in serve_adapters.items()},
+            api_keys=str(keys),
+        )
+        yield run(spec, Scale(2, 2, cpus=0.5), port)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama_bundle: Path, serve_adapters: dict[str, Path]) -> Texts:
+    """The short text and the long one of each adapter and of the base."""
+    with AdapterSession(tiny_llama_bundle) as session:
+        for name, path in serve_adapters.items():
+            session.load(name, path)
+        generator = TextGenerator(session)
+
+        def texts(name: str | None) -> tuple[str, str]:
+            short = generator.generate([PROMPT], name, max_new_tokens=6)
+            bias = {"logit_bias": {2: -1000.0}, "max_new_tokens": 110}
+            return short[0].text, generator.generate([PROMPT], name, **bias)[0].text
+
+        return {tiny_llama_bundle.name: texts(None)} | {
+            name: texts(name) for name in serve_adapters
+        }
+
+
+def test_an_adapter_stays_with_its_replica(url: str, expected: Texts) -> None:
+    with httpx.Client(base_url=url, headers=SIGNED, timeout=60) as http:
+        replicas: dict[str, set[str]] = {}
+        for _ in range(3):
+            for name in expected:
+                answer = http.post("/v1/completions", json=body(name))
+                assert answer.json()["choices"][0]["text"] == expected[name][0]
+                replicas.setdefault(name, set()).add(answer.headers[REPLICA_HEADER])
+        base, *adapters = replicas
+        assert all(len(replicas[name]) == 1 for name in adapters), replicas
+        assert len({text for text, _ in expected.values()}) == len(expected)
+        assert http.get("/ready", headers={"Authorization": ""}).status_code == 200
+        for path, headers, status in (
+            ("/v1/models", SIGNED, 200),
+            ("/v1/models", {"Authorization": "Bearer wrong-0123456789ab"}, 401),
+            ("/metrics", SIGNED, 404),
+        ):
+            assert http.get(path, headers=headers).status_code == status
+        unknown = http.post("/v1/completions", json=body("nobody"))
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        large = http.post("/v1/completions", json=body(base, prompt="x" * (5 << 20)))
+        assert large.status_code == 413
+
+
+def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Texts) -> None:
+    whole: dict[int, httpx.Response] = {}
+    with httpx.Client(base_url=url, headers=SIGNED, timeout=120) as http:
+        with http.stream(
+            "POST", "/v1/completions", json=body("sport", stream=True, **LONG)
+        ) as stream:
+            lines = stream.iter_lines()
+            events = [next(lines)]
+            replica = stream.headers[REPLICA_HEADER]
+            threads = []
+            for number in range(2):  # of the same replica, of which nothing was sent yet
+
+                def ask(number: int = number) -> None:
+                    whole[number] = http.post("/v1/completions", json=body("sport", **LONG))
+
+                threads.append(threading.Thread(target=ask))
+                threads[-1].start()
+            time.sleep(0.3)
+            kill(replica)
+            events += [line for line in lines if line]
+        for thread in threads:
+            thread.join()
+        assert "data: [DONE]" not in events
+        values = [json.loads(event.removeprefix("data: ")) for event in events if event]
+        assert values[-1]["error"]["code"] == "replica_failed"
+        text = "".join(value["choices"][0]["text"] for value in values[:-1])
+        assert expected["sport"][1].startswith(text)
+        assert len(text) < len(expected["sport"][1])
+        for answer in whole.values():  # another replica gave it
+            assert answer.status_code == 200
+            assert answer.json()["choices"][0]["text"] == expected["sport"][1]
+            assert answer.headers[REPLICA_HEADER] != replica
+        again = http.post("/v1/completions", json=body("sport"))
+        assert again.json()["choices"][0]["text"] == expected["sport"][0]
+
+
+def kill(replica: str) -> None:
+    """End a replica's process at once."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    (found,) = [actor for actor in actors if replica in actor["name"]]
+    ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+
+
+def test_ray_scales_replicas_by_the_rows_that_they_have() -> None:
+    spec = ServiceSpec("bundle", limits=ServeLimits(max_rows=16))
+    assert replicas_of(spec, Scale.of("2")) == {"num_replicas": 2}
+    config = AutoscalingConfig(**replicas_of(spec, Scale.of("1-4"))["autoscaling_config"])
+    assert (config.min_replicas, config.max_replicas) == (1, 4)
+    assert config.target_ongoing_requests == 16
+    for wrong in ("0", "4-1", "x", "1-", "-2", "1.5"):
+        if wrong != "1-":
+            with pytest.raises(UsageError, match="`replicas`"):
+                Scale.of(wrong)
+
+
+def test_what_replicas_would_not_share_is_refused(tmp_path: Path) -> None:
+    spec = ServiceSpec("bundle", adapter_root=str(tmp_path), updates=True)
+    with pytest.raises(UsageError, match="of one replica alone"):
+        run(spec, Scale(2, 2), 8000)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "model"),
+    [
+        ("/v1/completions", b'{"model": "sport"}', "sport"),
+        ("/v1/completions", b'{"model": 5}', ""),
+        ("/v1/completions", b"[" * 100_000, ""),
+        ("/v1/completions", b"[]", ""),
+        ("/v1/completions", b"\xff", ""),
+        ("/v2/models/sport/infer", b"", "sport"),
+        ("/health", b"", ""),
+    ],
+)
+def test_the_model_of_a_request(path: str, content: bytes, model: str) -> None:
+    assert model_of(path, content) == model
