@@ -7,7 +7,7 @@ nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest, TensorSpec
+    from loradeploy.runtime.capture.pool import BorrowedBuffers, CachePool
 
 # Positions that a buffer has room for beside those that are asked for; it grows by doubling.
 _ROOM: Final = 256
@@ -57,9 +58,17 @@ class DecoderCache:
     `inputs`: past keys and values [batch, heads, past, size] by the graph's names, as they are
     fed; at first of no tokens. `outputs`: the names of the present ones. `buffers`: where the graph
     writes those; empty where it makes them anew.
+    `pool`: where buffers that are written in place come from, so that they keep their addresses.
     """
 
-    def __init__(self, manifest: Manifest, device: tuple[str, int], *, batch: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: tuple[str, int],
+        *,
+        batch: int,
+        pool: CachePool | None = None,
+    ) -> None:
         self._specs = cache_inputs(manifest)
         if batch < 1:
             raise UsageError(f"a cache for {batch} rows: give 1 or more")
@@ -67,6 +76,8 @@ class DecoderCache:
         self._device = device
         fixed = any(isinstance(spec.shape[2], int) for spec in self._specs)
         self._in_place = manifest.cache_in_place and not fixed
+        self._pool = pool if self._in_place else None
+        self._borrowed: BorrowedBuffers | None = None
         self._positions = 0
         self._used = 0  # of them, those that were written
         self.outputs = tuple(present_of(spec.name) for spec in self._specs)
@@ -81,7 +92,11 @@ class DecoderCache:
         """
         if self._in_place and positions > self._positions:
             room = max(positions + _ROOM, 2 * self._positions)
-            self._allocate(room if most is None else max(positions, min(room, most)))
+            if self._pool is not None:
+                room = self._pool.room(max(positions, room if most is None else most))
+            elif most is not None:
+                room = max(positions, min(room, most))
+            self._allocate(room)
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
         self._used = positions
 
@@ -100,10 +115,13 @@ class DecoderCache:
         """Go on from keys and values [rows, heads, tokens, size], in the order of `inputs`."""
         used = values[0].shape[2]
         room = used + _ROOM if self._in_place else used
+        if self._pool is not None:
+            room = self._pool.room(room)
+        put = self._placing(len(values[0]), room)
         for spec, own in zip(self._specs, values, strict=True):
             whole = np.zeros((*own.shape[:2], room, own.shape[3]), spec.dtype)
             whole[:, :, :used] = own
-            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(whole, *self._device)
+            self.inputs[spec.name] = put(spec.name, whole)
         self._batch, self._positions, self._used = len(values[0]), room, used
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
@@ -124,6 +142,11 @@ class DecoderCache:
         """
         most = max(width, wide)
         room = max(most, self._positions) if self._in_place else most
+        if self._pool is not None:
+            room = self._pool.room(room)
+        # The buffers of before are read until all of the new ones are written.
+        before = self._borrowed
+        put = self._placing(len(rows) + copies, room)
         for spec in self._specs:
             _, heads, _, size = spec.shape
             values = np.zeros((len(rows) + copies, int(heads), room, int(size)), spec.dtype)
@@ -138,7 +161,8 @@ class DecoderCache:
                     part[:, :, most - count : most] = old[taken, :, old.shape[2] - count :]
                 else:
                     part[:, :, :count] = old[taken, :, :count]
-            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
+            self.inputs[spec.name] = put(spec.name, values)
+        del before
         self._batch, self._positions, self._used = len(rows) + copies, room, most
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
@@ -148,6 +172,8 @@ class DecoderCache:
         # Each old buffer goes once its new one is there, and not before: what a run gives of it in
         # `inputs` does not keep its memory.
         old, self.buffers = dict(self.buffers), {}
+        before = self._borrowed
+        put = self._placing(self._batch, positions)
         for spec in self._specs:
             _, heads, _, size = spec.shape
             if rows is not None and not self._in_place:
@@ -158,6 +184,21 @@ class DecoderCache:
                 if used:
                     taken = slice(None) if rows is None else list(rows)
                     values[:, :, :used] = self.inputs[spec.name].numpy()[taken, :, :used]
-            self.inputs[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(values, *self._device)
+            self.inputs[spec.name] = put(spec.name, values)
             old.pop(present_of(spec.name), None)
+        del before
         self._positions = positions
+
+    @property
+    def length(self) -> int | None:
+        """The positions of buffers that keep their addresses, which a mask has too; else None."""
+        return None if self._pool is None else self._positions
+
+    def _placing(
+        self, rows: int, positions: int
+    ) -> Callable[[str, NDArray[Any]], onnxruntime.OrtValue]:
+        """What makes values of this size of arrays, by an input's name."""
+        if self._pool is None or not positions:
+            return lambda _, array: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+        self._borrowed = borrowed = self._pool.borrow(rows, positions)
+        return lambda name, array: borrowed.put(name, array, self._device)

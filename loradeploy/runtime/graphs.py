@@ -28,9 +28,11 @@ from loradeploy.bundle.names import (
     is_cross,
     present_of,
 )
-from loradeploy.errors import RunError, UsageError, first_line
+from loradeploy.errors import LoraDeployError, RunError, UsageError, first_line
 from loradeploy.runtime.adapters.leases import Lease
+from loradeploy.runtime.adapters.stacks import HOST
 from loradeploy.runtime.arguments import check_rows, requested_outputs
+from loradeploy.runtime.capture.replays import Replays
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.limits import Limits
 
@@ -39,7 +41,7 @@ Values = Mapping[str, onnxruntime.OrtValue]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One graph: what it takes, besides side inputs, and gives."""
+    """One graph: what it takes, besides side inputs, and gives; `replays` where it is captured."""
 
     path: Path
     session: onnxruntime.InferenceSession
@@ -47,6 +49,7 @@ class Graph:
     outputs: tuple[str, ...]
     limits: Limits
     nothing: onnxruntime.OrtValue
+    replays: Replays | None
 
     @cached_property
     def _first(self) -> str:
@@ -69,6 +72,15 @@ class Graph:
         values = feed_values(feeds, self.inputs, self.limits)
         if lease.per_row:
             check_rows(len(lease.rows), values[self._first].shape()[0])
+        if self.replays is not None:
+            given = [name for name, feed in feeds.items() if isinstance(feed, onnxruntime.OrtValue)]
+            on_host = device[0] == HOST
+            try:
+                return self.replays.run(lease, requested, values, given, on_host, buffers)
+            except LoraDeployError:
+                raise
+            except Exception as problem:  # onnxruntime's own errors
+                raise self._failed(problem) from None
         binding = lease.device.take(self.session)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -82,9 +94,7 @@ class Graph:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as problem:  # onnxruntime's own errors; the binding is not used again
-            raise RunError(
-                f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}"
-            ) from None
+            raise self._failed(problem) from None
         outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
         # A spare binding must not keep a whole cache alive.
         binding.clear_binding_outputs()
@@ -92,6 +102,9 @@ class Graph:
             binding.bind_ortvalue_input(name, self.nothing)
         lease.device.put_back(binding, self.session)
         return outputs
+
+    def _failed(self, problem: Exception) -> RunError:
+        return RunError(f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}")
 
 
 class Graphs:
@@ -195,8 +208,12 @@ def open_graphs(
     nothing: onnxruntime.OrtValue,
     session: onnxruntime.InferenceSession,
     encoder: onnxruntime.InferenceSession | None,
+    replays: Replays | None,
 ) -> Graphs:
-    """The graphs of the bundle at `path`, opened as `session` and `encoder`."""
+    """The graphs of the bundle at `path`, opened as `session` and `encoder`.
+
+    `replays`: those of `session`, where its runs are captured.
+    """
     apart = manifest.encoder
     taken = () if apart is None else apart.inputs
     given = () if apart is None else apart.outputs
@@ -209,6 +226,7 @@ def open_graphs(
             tuple(spec.name for spec in manifest.outputs if (spec.name in given) is source),
             limits,
             nothing,
+            None if source else replays,
         )
 
     return Graphs(

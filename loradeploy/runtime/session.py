@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +15,7 @@ import onnxruntime
 
 from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
+from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
@@ -33,6 +35,8 @@ from loradeploy.runtime.arguments import (
     check_name,
 )
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.capture.pool import CachePool
+from loradeploy.runtime.capture.replays import Replays
 from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
@@ -77,6 +81,11 @@ class AdapterSession:
     `check_device`: on a provider other than the CPU's and CUDA's, first compare a random adapter's
     effect with the CPU's, which takes a second session on the CPU for as long as it lasts.
 
+    `capture_graphs`: let the device record runs and replay them (CUDA graphs): a run whose shapes
+    come a second time is captured, in buffers that keep their addresses, the adapters copied into
+    fixed slots. Runs of several threads take turns then. On CUDA and WebGPU, where every node is on
+    the device (docs/devices.md).
+
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
 
@@ -87,7 +96,8 @@ class AdapterSession:
     Raises:
         BundleError: the bundle is broken, its graph is not what its manifest says, or a certificate
             is required and there is none that holds.
-        UsageError: a provider that is not installed or does not start, or a budget below 1.
+        UsageError: a provider that is not installed or does not start, a budget below 1, or a
+            provider or a graph of which no runs are captured.
         DeviceError: a provider that computes something else than the CPU.
     """
 
@@ -101,12 +111,15 @@ class AdapterSession:
         device_budget: int | None = None,
         require_certificate: bool | CertificateMinimum = False,
         check_device: bool = True,
+        capture_graphs: bool = False,
     ) -> None:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
 
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
-            session = open_graph(place, providers, session_options, manifest)
+            session = open_graph(
+                place, providers, session_options, manifest, capture=capture_graphs
+            )
             check_graph(place, manifest, session)
             encoders[:] = open_encoder(place, providers, session_options, manifest)
             return session
@@ -126,15 +139,18 @@ class AdapterSession:
         )
         self._device = device_of(self._session)
         started = self._session.get_providers()
+        # A provider that was passed over may have had the graph opened without defaults.
+        feeds_all = any(known(name).feeds_all for name in started) or lacks_defaults(
+            self.manifest, self._session
+        )
         new_bank = partial(
             AdapterBank,
             self.manifest,
             self._reader.defaults(),
             device=self._device[0],
             device_id=self._device[1],
-            # A provider that was passed over may have had the graph opened without defaults.
-            feeds_all=any(known(name).feeds_all for name in started)
-            or lacks_defaults(self.manifest, self._session),
+            feeds_all=feeds_all,
+            fixed=capture_graphs,
         )
         self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():
@@ -143,13 +159,26 @@ class AdapterSession:
         config = model_config(self._place)
         self.limits = Limits.of(self.manifest, config, self._place / CONFIG_NAME)
         self._opened.check()
+        self._replays: Replays | None = None
+        self._caches: CachePool | None = None
+        if capture_graphs:
+            self._caches = CachePool(context_length(config))
+            self._replays = Replays(
+                self._session,
+                self.manifest,
+                self._reader.defaults(),
+                self._device,
+                feeds_all=feeds_all,
+                budget=device_budget,
+            )
         self._graphs = open_graphs(
             self.path,
             self.manifest,
             self.limits,
             onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), *self._device),
             self._session,
-            *(encoders or [None]),
+            encoders[0] if encoders else None,
+            self._replays,
         )
         unlike = [known(name) for name in started if not known(name).like_cpu]
         if check_device and unlike:
@@ -196,7 +225,20 @@ class AdapterSession:
     @while_open
     def statistics(self) -> BankStatistics:
         """What adapters take in memory, and how often they were there when they were used."""
-        return self._bank.statistics()
+        found = self._bank.statistics()
+        if self._replays is None:
+            return found
+        return replace(found, device_bytes=found.device_bytes + self._replays.nbytes)
+
+    @property
+    @while_open
+    def captured(self) -> int | None:
+        """How many runs the device has recorded; None where it records none (`capture_graphs`).
+
+        It grows to one for each set of shapes, buffers and sizes of adapters: a number that grows
+        at each run says that these do not come again.
+        """
+        return None if self._replays is None else self._replays.count
 
     @while_open
     def load(
@@ -334,8 +376,11 @@ class AdapterSession:
             return held.run_with_ort_values(output_names, feeds, buffers=buffers)
 
     def empty_cache(self, batch: int) -> DecoderCache:
-        """A decoder's cache of no tokens for `batch` rows, which grows or is written in place."""
-        return DecoderCache(self.manifest, self._device, batch=batch)
+        """A decoder's cache of no tokens for `batch` rows, which grows or is written in place.
+
+        Where runs are captured, a later cache has the buffers of one that is no longer used.
+        """
+        return DecoderCache(self.manifest, self._device, batch=batch, pool=self._caches)
 
     @contextmanager
     def hold(self, adapters: Adapters) -> Iterator[HeldAdapters]:
@@ -375,7 +420,7 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run.
         """
         if self._lifetime.end():
-            del self._bank, self._session, self._graphs, self._reader
+            del self._bank, self._session, self._graphs, self._reader, self._replays, self._caches
 
     def __enter__(self) -> AdapterSession:
         return self

@@ -89,6 +89,7 @@ class AdapterBank:
     `device`, `device_id`: where factors live, in onnxruntime's words.
     `feeds_all`: whether side inputs that an adapter lacks are bound too, as what the base has, none
     of rank 0.
+    `fixed`: whether runs copy adapters into slots of their own: none is kept on the device here.
     `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
     device, which on the CPU are the stacks of mixed batches. None is no limit. What runs use at one
     time may take more for as long as they do.
@@ -102,6 +103,7 @@ class AdapterBank:
         device: str = "cpu",
         device_id: int = 0,
         feeds_all: bool = False,
+        fixed: bool = False,
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
@@ -123,6 +125,7 @@ class AdapterBank:
             defaults,
             (device, device_id),
             feeds_all=feeds_all,
+            fixed=fixed,
             budget=device_budget,
             users=self._users,
             changed=self._changed,

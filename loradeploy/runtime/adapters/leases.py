@@ -46,8 +46,8 @@ class Lease:
 class Leases:
     """Makes leases, and keeps the copies on the device that they read.
 
-    `defaults`, `device`, `feeds_all`: as the bank has them. `budget`: bytes of the copies and the
-    stacks; None is no limit.
+    `defaults`, `device`, `feeds_all`, `fixed`: as the bank has them. `budget`: bytes of the copies
+    and the stacks; None is no limit.
     `users`: the digests in use, which `changed`, the bank's lock, guards.
     """
 
@@ -58,12 +58,13 @@ class Leases:
         device: tuple[str, int],
         *,
         feeds_all: bool,
+        fixed: bool,
         budget: int | None,
         users: Mapping[str, object],
         changed: threading.Condition,
     ) -> None:
         self._manifest = manifest
-        self._device, self._budget = device, budget
+        self._device, self._budget, self._fixed = device, budget, fixed
         # The graph's own defaults are the base.
         self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
@@ -94,6 +95,11 @@ class Leases:
         members = used(rows)
         if not members:
             return Lease(rows, heads, per_row, self._base)
+        if self._fixed:
+            mixed = len(members) > 1 or None in rows
+            with self._stacking:
+                self._stacked += mixed
+            return Lease(rows, heads, per_row, self._base, stacked=mixed)
         if len(members) == 1 and None not in rows:
             return Lease(rows, heads, per_row, self._bind(members[0]))
         with self._stacking:

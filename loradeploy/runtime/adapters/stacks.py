@@ -18,7 +18,7 @@ import onnxruntime
 
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
-from loradeploy.runtime.adapters.block import empty_block
+from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident
 
 if TYPE_CHECKING:
@@ -70,14 +70,12 @@ class Stacks:
         base: Bindable,
     ) -> None:
         self._manifest = manifest
-        self._defaults = defaults
         self._device = device
         self._budget = budget
         self._base = base
         self._least_rank = 1 if base.values else 0
         self._targets = manifest.targets
-        self._changes = change_inputs(manifest)
-        self._dtype = np.dtype(manifest.factor_dtype)
+        self._fill = Filler(manifest, defaults)
         self._stack: Stack | None = None
         self._rows: dict[tuple[str | None, ...], tuple[Bindable, int]] = {}
 
@@ -96,10 +94,10 @@ class Stacks:
         """The side inputs in the order of `rows`; the last few batches' are kept."""
         key = tuple(None if resident is None else resident.digest for resident in rows)
         if (present := self._rows.pop(key, None)) is None:
-            arrays = self._empty(len(rows), self._ranks(used(rows)))
+            arrays = self._fill.empty(len(rows), self._fill.ranks(used(rows), self._least_rank))
             for slot, resident in enumerate(rows):
                 if resident is not None:
-                    self._write(arrays, slot, resident)
+                    self._fill.write(arrays, slot, resident)
             present = self._bindable(arrays), sum(v.nbytes for v in arrays.values())
             while self._rows and (
                 len(self._rows) >= _KEPT_ROWS
@@ -137,7 +135,7 @@ class Stacks:
             return True
         if self._device[0] != HOST:
             return False
-        ranks = self._ranks(new)
+        ranks = self._fill.ranks(new, self._least_rank)
         if any(ranks[t.lora_A] > stack.arrays[t.lora_A].shape[2] for t in self._targets):
             return False
         free = stack.capacity - len(stack.slots)
@@ -156,30 +154,30 @@ class Stacks:
         if free is None:
             idle = next(digest for digest in stack.slots if digest not in busy)
             free = stack.slots.pop(idle)
-        self._write(stack.arrays, free, member)
+        self._fill.write(stack.arrays, free, member)
         return free
 
     def _larger(self, stack: Stack | None, members: Sequence[Resident]) -> Stack:
         """A stack with room for `members` and, while there is some, for those of the last one."""
-        ranks = self._ranks(members)
+        ranks = self._fill.ranks(members, self._least_rank)
         before = 0 if stack is None else stack.capacity
         if stack is not None:
             for target in self._targets:
                 held = stack.arrays[target.lora_A].shape[2]
                 ranks[target.lora_A] = max(ranks[target.lora_A], held)
-        numbers = sum(math.prod(shape) for shape in self._shapes(1, ranks).values())
-        slot_bytes = numbers * self._dtype.itemsize
+        numbers = sum(math.prod(shape) for shape in self._fill.shapes(1, ranks).values())
+        slot_bytes = numbers * self._fill.dtype.itemsize
         new = sum(stack is None or member.digest not in stack.slots for member in members)
         wanted = new if stack is None else max(len(stack.slots) + new, before)
         if stack is not None and wanted > before:
             wanted = max(wanted, 2 * before)
         capacity = max(len(members), min(wanted, self._most(slot_bytes)))
-        larger = Stack(self._empty(capacity + 1, ranks), Bindable({}))
+        larger = Stack(self._fill.empty(capacity + 1, ranks), Bindable({}))
         self._copy(stack, larger, {member.digest for member in members})
         for member in members:
             if member.digest not in larger.slots:
                 larger.slots[member.digest] = len(larger.slots) + 1
-                self._write(larger.arrays, larger.slots[member.digest], member)
+                self._fill.write(larger.arrays, larger.slots[member.digest], member)
         larger.device = self._bindable(larger.arrays)
         return larger
 
@@ -202,49 +200,6 @@ class Stacks:
         if self._budget is None:
             return _SLOTS
         return max(1, self._budget // max(slot_bytes, 1) - 1)
-
-    def _ranks(self, residents: Sequence[Resident]) -> dict[str, int]:
-        return {
-            target.lora_A: max(
-                (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
-                default=self._least_rank,
-            )
-            for target in self._targets
-        }
-
-    def _shapes(self, slots: int, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the side inputs [slots, …]."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for target in self._targets:
-            rank = ranks[target.lora_A]
-            shapes[target.lora_A] = (slots, target.in_features, rank)
-            shapes[target.lora_B] = (slots, rank, target.out_features)
-        for saved in self._manifest.saved:
-            shapes[saved.input] = (slots, *saved.slot_shape)
-        return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
-
-    def _empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        """The side inputs [slots, …] with the base in every slot."""
-        arrays = empty_block(self._shapes(slots, ranks), self._dtype)
-        for name, values in arrays.items():
-            _, neutral = self._changes.get(name, (0, 0))
-            values[...] = self._defaults.get(name, neutral)
-        return arrays
-
-    def _write(self, arrays: Mapping[str, NDArray[Any]], slot: int, resident: Resident) -> None:
-        """Put an adapter into a slot that may have held another."""
-        host = resident.host
-        for target in self._targets:
-            A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
-            rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
-            if rank:
-                A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
-            # Zeros in B alone would do, but for what is not finite after them.
-            A[:, rank:], B[rank:] = 0, 0
-        for saved in self._manifest.saved:
-            arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]
-        for name, (_, neutral) in self._changes.items():
-            arrays[name][slot] = host[name][0] if name in host else neutral
 
     def _bindable(self, arrays: Mapping[str, NDArray[Any]]) -> Bindable:
         return bindable(arrays, self._manifest, self._device, self._base)

@@ -64,11 +64,18 @@ class DecoderGraph:
                 f"{session.path} takes {other[0]}, which text generation does not make: run it with"
                 " AdapterSession.run"
             )
+        cached = any(name.startswith(PAST) for name in names)
+        if session.captured is not None and not (cached and manifest.cache_in_place):
+            raise UsageError(
+                f"{session.path}: `capture_graphs` has nothing to replay in text generation, where"
+                " each step has another length: export it again with --attention gqa, whose cache"
+                " stays in place"
+            )
         return cls(
             session=session,
             inputs=frozenset(names),
             output=output_of(manifest),
-            cached=any(name.startswith(PAST) for name in names),
+            cached=cached,
             left=manifest.padding == LEFT,
             pad_id=pad_id,
         )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from loradeploy.bundle.names import ATTENTION_MASK
+
 if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
@@ -125,7 +127,7 @@ class CachedRows:
         logits, *present = adapters.run_with_ort_values(
             (self._graph.output, *cache.outputs),
             {
-                **self._graph.feeds(ids, self._mask),
+                **self._fed(ids),
                 **cache.inputs,
                 **({} if self._source is None else self._source.inputs),
             },
@@ -133,6 +135,15 @@ class CachedRows:
         )
         cache.keep(present)
         return logits_at(logits, ends)
+
+    def _fed(self, ids: NDArray[np.int64]) -> dict[str, Any]:
+        feeds = self._graph.feeds(ids, self._mask)
+        length = self._cache.length
+        if length is not None and ids.shape[1] == 1 and ATTENTION_MASK in feeds:
+            # A step of one length is one that a device has recorded.
+            mask = feeds[ATTENTION_MASK]
+            feeds[ATTENTION_MASK] = np.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+        return feeds
 
     def move(self, parents: Sequence[int]) -> list[int]:
         """As `Rows.move`."""

@@ -75,7 +75,8 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
         if row.captures in options and str(options[row.captures]).lower() in _ON:
             raise UsageError(
                 f"{full} with {row.captures}: a session binds other buffers at each run, and the"
-                " captured graph would go on reading the first ones: leave it out"
+                " captured graph would go on reading the first ones: "
+                + ("give `capture_graphs` instead" if row.recording else "leave it out")
             )
         found[full] = {**row.options, **options}
         for other in implied.get(full, ()):
@@ -84,6 +85,22 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
                 found.setdefault(other, {**known(other).options, **device_options})
     check_installed(found)
     return list(found.items())
+
+
+def recording(asked: Sequence[Resolved]) -> list[Resolved]:
+    """The providers `asked`, of which the first one records runs.
+
+    Raises:
+        UsageError: it records none, or its options say that it is not to.
+    """
+    (full, options), *others = asked
+    row = known(full)
+    if not row.recording:
+        able = ", ".join(other.name for other in BY_NAME.values() if other.recording)
+        raise UsageError(f"`capture_graphs`: {full} captures no runs here: give one of {able}")
+    if other := [name for name in row.recording if name in options]:
+        raise UsageError(f"`capture_graphs` sets {other[0]} of {full}: leave it out of the options")
+    return [(full, {**options, **row.recording}), *others]
 
 
 def _same_device(options: Mapping[str, Any], option: str | None, other: str) -> dict[str, Any]:

@@ -64,8 +64,9 @@ class KnownProvider:
     `takes_rank_zero`: whether a product over a rank of 0 is zeros there.
     `cpu_operators`: those whose kernels there are wrong; they are kept on the CPU by the option
     `cpu_nodes_option`, which takes the names of nodes, a line each.
-    `captures`: its option that records a run and replays it on the same addresses, or None. A
-    session binds other buffers at each run, which a replay would not read.
+    `captures`: its option that records a run and replays it on the same addresses, or None.
+    `recording`: the options that `capture_graphs` sets: it records each run under the number that
+    the run has in `gpu_graph_id`. Empty where a session records nothing.
     `like_cpu`: whether its numbers are taken for the CPU's without a comparison at the opening.
     `tried`: on what loradeploy's tests and measurements ran it; empty where nothing did.
     """
@@ -84,6 +85,7 @@ class KnownProvider:
     cpu_operators: tuple[str, ...] = ()
     cpu_nodes_option: str = ""
     captures: str | None = None
+    recording: Mapping[str, str] = field(default_factory=dict)
     like_cpu: bool = False
     tried: str = ""
     faults: tuple[Fault, ...] = ()
@@ -115,6 +117,7 @@ KNOWN: Final = (
         device_option="device_id",
         options={"use_tf32": "0"},
         captures="enable_cuda_graph",
+        recording={"enable_cuda_graph": "1"},
         takes_defaults=True,
         takes_rank_zero=True,
         like_cpu=True,
@@ -163,6 +166,8 @@ KNOWN: Final = (
         plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
         device="webgpu",
         captures="enableGraphCapture",
+        # Whole numbers that stay on the CPU would keep a graph from being captured.
+        recording={"enableGraphCapture": "1", "enableInt64": "1"},
         takes_defaults=True,
         cpu_operators=("And", "Or", "Xor"),
         cpu_nodes_option="forceCpuNodeNames",

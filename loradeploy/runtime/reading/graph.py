@@ -23,6 +23,7 @@ from loradeploy.runtime.devices.providers import (
     Resolved,
     needs_cuda,
     preload_cuda,
+    recording,
     resolve,
 )
 from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
@@ -40,6 +41,8 @@ logger = logger_of(__name__)
 # Which provider runs which node is kept for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _LISTED: Final = 3
+# ONNX Runtime's words where a session cannot record.
+_NOT_CAPTURED: Final = "graph capture feature"
 
 
 def open_graph(
@@ -48,6 +51,8 @@ def open_graph(
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest | None = None,
     name: str = GRAPH_NAME,
+    *,
+    capture: bool = False,
 ) -> onnxruntime.InferenceSession:
     """An inference session on the bundle's graph; on the CPU where `providers` is None.
 
@@ -59,10 +64,11 @@ def open_graph(
     Where a provider does not take inputs with defaults, the graph is opened without these, and
     every side input has to be fed.
     `manifest`: what the graph and its weights must be of. `name`: the graph's file.
+    `capture`: whether the first provider is to record runs.
 
     Raises:
         UsageError: a provider that is not installed or does not start, or providers both here and
-            in the options.
+            in the options; a provider or a graph of which no runs are captured.
         BundleError: there is no graph, onnxruntime cannot read it, or it is not the manifest's.
     """
     graph = bundle / name
@@ -76,6 +82,8 @@ def open_graph(
             " or add none to the options"
         )
     asked = None if chosen and providers is None else resolve(providers)
+    if capture:
+        asked = _recording(bundle, asked, manifest)
     if asked is not None:
         names = [name for name, _ in asked]
     else:
@@ -90,7 +98,43 @@ def open_graph(
             )
     without = _all_fed(bundle, manifest, names)
     with graph_source(bundle, options, manifest, without, name) as source:
-        return _open(graph, source.graph, asked, source.options)
+        try:
+            session = _open(graph, source.graph, asked, source.options)
+        except BundleError as problem:
+            if capture and _NOT_CAPTURED in str(problem):
+                raise UsageError(
+                    f"`capture_graphs`: {names[0]} leaves nodes of {graph} to the CPU, and then"
+                    " captures no runs: the `placement` of a session without it has them, and"
+                    f" --target {known(names[0]).name} exports what fits"
+                ) from None
+            raise
+    if capture and session.get_providers()[0] != names[0]:
+        raise UsageError(
+            f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"
+        )
+    return session
+
+
+def _recording(
+    bundle: Path, asked: Sequence[Resolved] | None, manifest: Manifest | None
+) -> list[Resolved]:
+    """The providers `asked`, of which the first records runs of the bundle's graph."""
+    if asked is None:
+        raise UsageError(
+            "`capture_graphs` sets options of a provider: name it in providers, not in"
+            " session_options"
+        )
+    manifest = manifest or read_manifest(bundle)
+    if manifest.branches:
+        raise UsageError(
+            f"`capture_graphs`: {bundle} has branches, and onnxruntime captures no `If`: export it"
+            " again with --no-branches"
+        )
+    if manifest.encoder is not None:
+        raise UsageError(
+            f"`capture_graphs`: {bundle} is an encoder-decoder, of which no runs are captured"
+        )
+    return recording(asked)
 
 
 def open_encoder(

@@ -1,0 +1,76 @@
+"""Side inputs of several adapters in one array each: a slot for each, zeros up to one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.bundle.adapter_inputs.changes import change_inputs
+from loradeploy.runtime.adapters.block import empty_block
+from loradeploy.runtime.adapters.resident import Arrays, Resident
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+
+class Filler:
+    """Makes arrays [slots, …] for the side inputs of a bundle, and writes adapters into them.
+
+    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
+    """
+
+    def __init__(self, manifest: Manifest, defaults: Arrays) -> None:
+        self._targets, self._saved = manifest.targets, manifest.saved
+        self._defaults = defaults
+        self._changes = change_inputs(manifest)
+        self.dtype = np.dtype(manifest.factor_dtype)
+
+    def ranks(self, residents: Sequence[Resident], least: int) -> dict[str, int]:
+        """The largest rank of each target, by its first factor; `least` where none has factors."""
+        return {
+            target.lora_A: max(
+                (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
+                default=least,
+            )
+            for target in self._targets
+        }
+
+    def shapes(self, slots: int, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the side inputs [slots, …]."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for target in self._targets:
+            rank = ranks[target.lora_A]
+            shapes[target.lora_A] = (slots, target.in_features, rank)
+            shapes[target.lora_B] = (slots, rank, target.out_features)
+        for saved in self._saved:
+            shapes[saved.input] = (slots, *saved.slot_shape)
+        return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
+
+    def empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """The side inputs [slots, …] with the base in every slot."""
+        arrays = empty_block(self.shapes(slots, ranks), self.dtype)
+        for name, values in arrays.items():
+            _, neutral = self._changes.get(name, (0, 0))
+            values[...] = self._defaults.get(name, neutral)
+        return arrays
+
+    def write(
+        self, arrays: Mapping[str, NDArray[Any]], slot: int, resident: Resident | None
+    ) -> None:
+        """Put an adapter, or the base, into a slot that may have held another."""
+        host: Arrays = {} if resident is None else resident.host
+        for target in self._targets:
+            A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
+            rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
+            if rank:
+                A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
+            # Zeros in B alone would do, but for what is not finite after them.
+            A[:, rank:], B[rank:] = 0, 0
+        for saved in self._saved:
+            arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]
+        for name, (_, neutral) in self._changes.items():
+            arrays[name][slot] = host[name][0] if name in host else neutral

@@ -1,0 +1,1 @@
+"""Runs that a device records once and replays: everything that they read and write stays put."""

@@ -1,0 +1,254 @@
+"""Runs of shapes that come again: recorded by the device the second time, replayed from then on.
+
+ONNX Runtime records a run (a CUDA graph) under the number in its option `gpu_graph_id`, and replays
+it on the addresses that were bound then. So what such a run reads and writes is in buffers that
+stay where they are: feeds and outputs in some of its own, adapters in fixed slots (slots.py), and a
+cache where the caller has it, whose address is part of what a recording is found by. The base is
+recorded by itself, without side inputs.
+
+Whatever else runs, such as a prompt of a length of its own, has the number −1: nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnxruntime
+
+from loradeploy.bundle.names import ADAPTER_IDS
+from loradeploy.printable import logger_of
+from loradeploy.runtime.adapters.leases import Lease
+from loradeploy.runtime.adapters.resident import Arrays
+from loradeploy.runtime.adapters.stacks import HOST, neutral
+from loradeploy.runtime.capture.slots import FixedSlots
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+logger = logger_of(__name__)
+
+GRAPH_ID: Final = "gpu_graph_id"
+_NOT_RECORDED: Final = -1
+# ONNX Runtime keeps what it has recorded for as long as the session lasts.
+MOST_RECORDINGS: Final = 64
+_REMEMBERED: Final = 1024  # shapes that came once
+
+Values = Mapping[str, onnxruntime.OrtValue]
+_Key = tuple[object, ...]
+_Shaped = tuple[tuple[int, ...], int]  # a shape, and ONNX's number of a dtype
+
+
+@dataclass(eq=False)
+class _Recording:
+    """A run that was recorded as `number`, and the buffers of its own."""
+
+    number: int
+    binding: onnxruntime.IOBinding
+    feeds: dict[str, onnxruntime.OrtValue]
+    ids: onnxruntime.OrtValue | None
+    outputs: dict[str, onnxruntime.OrtValue]
+
+
+class Replays:
+    """The recorded runs of one session. Safe from several threads, whose runs take turns.
+
+    `defaults`, `device`, `budget`: as of `FixedSlots`. `feeds_all`: whether the provider wants
+    every side input, none of rank 0.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        manifest: Manifest,
+        defaults: Arrays,
+        device: tuple[str, int],
+        *,
+        feeds_all: bool,
+        budget: int | None,
+    ) -> None:
+        self._session, self._device = session, device
+        self._slots = FixedSlots(manifest, defaults, device, budget)
+        self._base = dict(neutral(manifest, defaults, device).values) if feeds_all else {}
+        if ADAPTER_IDS in self._base:  # a copy from the host is no part of a recording
+            self._base[ADAPTER_IDS] = self._placed(np.zeros(1, np.int64))
+        self._recordings: dict[_Key, _Recording] = {}
+        self._seen: OrderedDict[_Key, dict[str, _Shaped]] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._full = False
+        self._turn = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """How many runs are recorded."""
+        return len(self._recordings)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the slots."""
+        with self._turn:
+            return self._slots.nbytes
+
+    def run(
+        self,
+        lease: Lease,
+        requested: Sequence[str],
+        feeds: Values,
+        given: Collection[str],
+        on_host: bool,
+        buffers: Values,
+    ) -> list[onnxruntime.OrtValue]:
+        """The outputs, those in `buffers` written there, the others as values of the caller's own.
+
+        `given`: the feeds that are the caller's own values, which on the device are read where they
+        are. `on_host`: whether the other outputs go to the host's memory.
+
+        Raises:
+            BudgetError: the adapters' slots do not fit in the budget. ONNX Runtime's errors.
+        """
+        with self._turn:
+            slotted = self._slots.write(lease)
+            there = {n: feeds[n] for n in given if feeds[n].device_name() == self._device[0]}
+            ids = None if slotted is None else slotted.ids
+            key: _Key = (
+                None if slotted is None else slotted.size,
+                None if ids is None else len(ids),
+                tuple(
+                    (name, _shaped(value), _address(there, name)) for name, value in feeds.items()
+                ),
+                tuple((name, _address(buffers, name)) for name in requested),
+            )
+            sides = {**self._base, **({} if slotted is None else slotted.values)}
+            recording = self._recordings.get(key)
+            if recording is None and (outputs := self._seen.get(key)) is not None:
+                recording = self._begin(key, sides, feeds, there, ids, outputs, buffers)
+            if recording is None:
+                found = self._unrecorded(sides, feeds, ids, requested, buffers)
+                self._remember(key, requested, found, buffers)
+            else:
+                found = self._recorded(key, recording, feeds, ids)
+            # What a recording writes next is not what the caller has; and ONNX Runtime may have
+            # lent memory that a recording uses to what a run made by itself.
+            return [
+                buffers[name] if name in buffers else self._copied(found[name], on_host)
+                for name in requested
+            ]
+
+    def _recorded(
+        self,
+        key: _Key,
+        recording: _Recording,
+        feeds: Values,
+        ids: NDArray[np.int64] | None,
+    ) -> dict[str, onnxruntime.OrtValue]:
+        for name, value in recording.feeds.items():
+            value.update_inplace(feeds[name].numpy())
+        if recording.ids is not None and ids is not None:
+            recording.ids.update_inplace(ids)
+        try:
+            self._session.run_with_iobinding(recording.binding, _options(recording.number))
+        except BaseException:
+            del self._recordings[key]  # nothing may have been recorded
+            raise
+        return recording.outputs
+
+    def _begin(
+        self,
+        key: _Key,
+        sides: Values,
+        feeds: Values,
+        there: Values,
+        ids: NDArray[np.int64] | None,
+        outputs: Mapping[str, _Shaped],
+        buffers: Values,
+    ) -> _Recording | None:
+        """Buffers for a run that comes again, bound; None where there are too many of these."""
+        if len(self._recordings) >= MOST_RECORDINGS:
+            if not self._full:
+                self._full = True
+                logger.warning(
+                    "%d runs of different shapes or buffers are captured: further ones are not",
+                    MOST_RECORDINGS,
+                )
+            return None
+        own = {n: self._placed(v.numpy().copy()) for n, v in feeds.items() if n not in there}
+        own_ids = None if ids is None else self._placed(ids)
+        made = {
+            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self._device)
+            for name, (shape, dtype) in outputs.items()
+        }
+        bound = {**sides, **there, **own}
+        if own_ids is not None:
+            bound[ADAPTER_IDS] = own_ids
+        binding = self._bound(bound)
+        for name, value in {**buffers, **made}.items():
+            binding.bind_ortvalue_output(name, value)
+        del self._seen[key]
+        recording = _Recording(next(self._numbers), binding, own, own_ids, made)
+        self._recordings[key] = recording
+        return recording
+
+    def _unrecorded(
+        self,
+        sides: Values,
+        feeds: Values,
+        ids: NDArray[np.int64] | None,
+        requested: Sequence[str],
+        buffers: Values,
+    ) -> dict[str, onnxruntime.OrtValue]:
+        own_ids = {} if ids is None else {ADAPTER_IDS: self._placed(ids)}
+        binding = self._bound({**sides, **feeds, **own_ids})
+        for name in requested:
+            if name in buffers:
+                binding.bind_ortvalue_output(name, buffers[name])
+            else:
+                binding.bind_output(name, *self._device)
+        self._session.run_with_iobinding(binding, _options(_NOT_RECORDED))
+        return dict(zip(requested, binding.get_outputs(), strict=True))
+
+    def _remember(
+        self, key: _Key, requested: Sequence[str], found: Values, buffers: Values
+    ) -> None:
+        self._seen[key] = {n: _shaped(found[n]) for n in requested if n not in buffers}
+        self._seen.move_to_end(key)
+        while len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+
+    def _bound(self, values: Values) -> onnxruntime.IOBinding:
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+    def _placed(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
+
+    def _copied(self, value: onnxruntime.OrtValue, on_host: bool) -> onnxruntime.OrtValue:
+        if on_host or self._device[0] == HOST:
+            return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().copy())
+        shape, dtype = _shaped(value)
+        copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self._device)
+        copy.update_inplace(value)
+        return copy
+
+
+def _shaped(value: onnxruntime.OrtValue) -> _Shaped:
+    return tuple(value.shape()), int(value.element_type())
+
+
+def _address(values: Values, name: str) -> int | None:
+    """Where the value of this name is, if it is among `values`."""
+    return values[name].data_ptr() if name in values else None
+
+
+def _options(number: int) -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry(GRAPH_ID, str(number))
+    return options
