@@ -93,7 +93,7 @@ class DecoderCache:
         if self._in_place and positions > self._positions:
             room = max(positions + _ROOM, 2 * self._positions)
             if self._pool is not None:
-                room = self._pool.room(max(positions, room if most is None else most))
+                room = self._pool.room(positions, room if most is None else most)
             elif most is not None:
                 room = max(positions, min(room, most))
             self._allocate(room)
@@ -116,7 +116,7 @@ class DecoderCache:
         used = values[0].shape[2]
         room = used + _ROOM if self._in_place else used
         if self._pool is not None:
-            room = self._pool.room(room)
+            room = self._pool.room(used, room)
         put = self._placing(len(values[0]), room)
         for spec, own in zip(self._specs, values, strict=True):
             whole = np.zeros((*own.shape[:2], room, own.shape[3]), spec.dtype)
@@ -143,7 +143,7 @@ class DecoderCache:
         most = max(width, wide)
         room = max(most, self._positions) if self._in_place else most
         if self._pool is not None:
-            room = self._pool.room(room)
+            room = self._pool.room(most, room)
         # The buffers of before are read until all of the new ones are written.
         before = self._borrowed
         put = self._placing(len(rows) + copies, room)

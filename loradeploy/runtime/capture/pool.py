@@ -24,12 +24,15 @@ class CachePool:
         self._free: dict[_Size, list[dict[str, onnxruntime.OrtValue]]] = {}
         self._lock = threading.Lock()
 
-    def room(self, positions: int) -> int:
-        """The positions of a buffer for so many: of few sizes, so that they come again."""
+    def room(self, needed: int, wanted: int) -> int:
+        """The positions of a buffer, of few sizes, so that they come again.
+
+        `wanted`: how many there may be; of them `needed` at least.
+        """
         room = _LEAST
-        while room < positions:
+        while room < wanted:
             room *= 2
-        return room if self._most is None else max(positions, min(room, self._most))
+        return room if self._most is None else max(needed, min(room, self._most))
 
     def borrow(self, rows: int, positions: int) -> BorrowedBuffers:
         """Buffers of this size; of a size that none is free of, new ones."""

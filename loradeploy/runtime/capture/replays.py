@@ -231,11 +231,10 @@ class Replays:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
 
     def _copied(self, value: onnxruntime.OrtValue, on_host: bool) -> onnxruntime.OrtValue:
-        if on_host or self._device[0] == HOST:
-            return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().copy())
-        shape, dtype = _shaped(value)
-        copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self._device)
-        copy.update_inplace(value)
+        # In memory of onnxruntime's own: what a value of an array gives as an array ends with it.
+        place = (HOST, 0) if on_host else self._device
+        copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(*_shaped(value), *place)
+        copy.update_inplace(value.numpy() if place[0] == HOST else value)
         return copy
 
 

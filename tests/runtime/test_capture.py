@@ -1,0 +1,331 @@
+"""Runs that a device records and replays: fixed buffers, adapters in slots, a recording a shape.
+
+The CPU's provider records nothing and takes no notice of a run's number. So these run the whole way
+there, in buffers that stay where they are, with the row of the table changed; on WebGPU runs are
+replayed (tests/runtime/devices/test_webgpu.py), and on CUDA the sessions were opened on stubs alone
+(tests/export/test_placement.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.runtime.adapters.filling import Filler
+from loradeploy.runtime.capture import replays
+from loradeploy.runtime.devices import table
+from tests.runtime.feeds import feeds, random_ids
+from tests.runtime.steps import logits_of_steps
+from tests.tolerances import tolerance
+
+PROMPTS = ["The news", "Shares fell today again", "x"]
+ROWS, STEPS = 2, 5
+TOKENS = random_ids(ROWS, STEPS)
+# Adapters of a batch of three rows.
+BATCHES: tuple[Any, ...] = (
+    None,
+    "large",
+    "small",
+    "partial",
+    ["small", None, "large"],
+    ["partial", "small", "large"],
+    {"small": 0.5, "partial": 0.7},
+)
+
+
+@pytest.fixture(autouse=True)
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's provider counts as one that records runs."""
+    row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
+    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_llama_bundle: Path, in_place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
+    """Decoders whose cache stays in place."""
+    slots = tmp_path_factory.mktemp("captured") / "slots"
+    ld.export(tiny_llama_bundle, slots, attention="gqa", layout="slots")
+    return {"slots": slots, "rows": in_place}
+
+
+Pair = tuple[ld.AdapterSession, ld.AdapterSession]
+
+
+@pytest.fixture(params=["slots", "rows"])
+def pair(
+    request: pytest.FixtureRequest, bundles: Mapping[str, Path], llama_adapters: dict[str, Path]
+) -> Iterator[Pair]:
+    """A session, and one of the same bundle that records runs."""
+    path = bundles[request.param]
+    with ld.AdapterSession(path) as usual, captures(path) as captured:
+        for session in (usual, captured):
+            for name, adapter in llama_adapters.items():
+                session.load(name, adapter)
+        yield usual, captured
+
+
+def captures(path: Path, **options: Any) -> ld.AdapterSession:
+    return ld.AdapterSession(path, ["cpu"], capture_graphs=True, **options)
+
+
+@pytest.fixture
+def numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the runs, as they are made."""
+    seen: list[int] = []
+    made = replays._options
+
+    def noted(number: int) -> Any:
+        options = made(number)
+        assert options.get_run_config_entry("gpu_graph_id") == str(number)
+        seen.append(number)
+        return options
+
+    monkeypatch.setattr(replays, "_options", noted)
+    return seen
+
+
+def slots_of(session: ld.AdapterSession) -> dict[Any, Any]:
+    assert session._replays is not None
+    return session._replays._slots._sets
+
+
+def test_texts_are_those_of_a_session_that_records_nothing(pair: Pair) -> None:
+    usual, captured = (ld.TextGenerator(session) for session in pair)
+    texts = []
+    for adapters in BATCHES:
+        expected, found = (
+            [answer.text for answer in generator.generate(PROMPTS, adapters, max_new_tokens=10)]
+            for generator in (usual, captured)
+        )
+        assert found == expected, adapters
+        texts.append(found)
+    assert len({str(found) for found in texts}) == len(BATCHES)  # each of them has an effect
+    counts = []
+    for _ in range(3):  # prompts of one length come again too
+        for adapters in BATCHES:
+            captured.generate(PROMPTS, adapters, max_new_tokens=3)
+        counts.append(pair[1].captured)
+    assert counts[1] == counts[2] and (counts[0] or 0) >= len(BATCHES) - 1
+    assert pair[0].captured is None
+
+
+def test_every_set_of_shapes_has_a_number_and_what_comes_once_has_none(
+    pair: Pair, numbers: list[int]
+) -> None:
+    _, session = pair
+    runs: tuple[Any, ...] = (None, None, None, "large", "large", "small", "small", "partial", None)
+    logits_of_steps(session, np.resize(TOKENS, (ROWS, len(runs))), runs)
+    # The base, then rank 64, then ranks 4 and 8, which are of one size.
+    assert numbers == [-1, 1, 1, -1, 2, -1, 3, 3, 1]
+    mixed = ["small", None]
+    logits_of_steps(session, TOKENS, [mixed, mixed, "small", "small", mixed])
+    assert numbers[len(runs) :] == [-1, 4, 3, 3, 4]
+    assert session.captured == 4
+
+
+def test_a_swap_writes_into_slots_that_stay_where_they_are(pair: Pair) -> None:
+    _, session = pair
+
+    def addresses() -> dict[str, int]:
+        assert session._replays is not None
+        found = {
+            f"{size} {name}": value.data_ptr()
+            for size, own in slots_of(session).items()
+            for name, value in own.values.items()
+        }
+        for recording in session._replays._recordings.values():
+            for name, value in {**recording.feeds, **recording.outputs}.items():
+                found[f"{recording.number} {name}"] = value.data_ptr()
+        return found
+
+    assert session.statistics.device_bytes == 0
+    logits_of_steps(session, TOKENS, ["small", "small", "partial", "small", "partial"])
+    before, memory = addresses(), session.statistics.device_bytes
+    assert list(slots_of(session)) == [(1, 8)] and memory > 0
+    assert {"1 input_ids", "1 attention_mask", "1 position_ids", "1 logits"} <= before.keys()
+    for adapters in ("small", {"small": 0.5}, "partial"):
+        ((own),) = slots_of(session).values()
+        held = own.values["model.layers.0.self_attn.q_proj.lora_B"].numpy().copy()
+        logits_of_steps(session, TOKENS, [adapters] * STEPS)
+        assert addresses() == before
+        now = own.values["model.layers.0.self_attn.q_proj.lora_B"].numpy()
+        assert np.abs(now - held).max() > 0
+    assert session.statistics.device_bytes == memory
+
+
+def test_a_smaller_adapter_leaves_nothing_of_a_larger_one(
+    pair: Pair, llama_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `small` has factors of rank 4 for all modules, `partial` of rank 8 for two kinds of them.
+    runs = ["small", "partial", "small", "small", "partial"]
+    expected, found = (logits_of_steps(own, TOKENS, runs) for own in pair)
+    assert np.abs(found - expected).max() <= tolerance("rows")
+
+    def careless(self: Filler, arrays: Any, slot: int, resident: Any) -> None:
+        for name, values in ({} if resident is None else resident.host).items():
+            arrays[name][slot][tuple(slice(size) for size in values.shape[1:])] = values[0]
+
+    monkeypatch.setattr(Filler, "write", careless)
+    with captures(pair[1].path) as stale:
+        for name in ("small", "partial"):
+            stale.load(name, llama_adapters[name])
+        wrong = logits_of_steps(stale, TOKENS, runs)
+    assert np.abs(wrong[0] - expected[0]).max() <= tolerance("rows")
+    assert np.abs(wrong[1] - expected[1]).max() > 0.1
+
+
+def test_the_base_is_recorded_without_side_inputs(pair: Pair) -> None:
+    usual, session = pair
+    expected = logits_of_steps(usual, TOKENS, [None] * STEPS)
+    first = logits_of_steps(session, TOKENS, [None] * STEPS)
+    assert not slots_of(session)
+    logits_of_steps(session, TOKENS, ["large"] * STEPS)
+    assert np.array_equal(logits_of_steps(session, TOKENS, [None] * STEPS), first)
+    assert np.abs(first - expected).max() <= tolerance("rows")
+
+
+def test_what_a_run_gave_is_the_callers_own(pair: Pair) -> None:
+    _, session = pair
+    inputs = [feeds(session.manifest, random_ids(1, 6, seed=seed)) for seed in range(3)]
+    values = [session.run_with_ort_values(["logits"], own, "small")[0] for own in inputs]
+    arrays = [session.run(["logits"], own, "small")[0] for own in inputs]
+    assert session.captured == 1
+    for value, array, own in zip(values, arrays, inputs, strict=True):
+        (again,) = session.run(["logits"], own, "small")
+        assert np.array_equal(value.numpy(), array) and np.array_equal(array, again)
+    assert not np.array_equal(arrays[1], arrays[2])
+
+
+def test_threads_take_turns_each_with_its_own_adapter(pair: Pair) -> None:
+    usual, session = pair
+    adapters: list[Any] = ["small", "large", None, ["partial", "small"]]
+    expected = [logits_of_steps(usual, TOKENS, [own] * STEPS) for own in adapters]
+    errors: list[float] = []
+
+    def work(number: int) -> None:
+        for _ in range(4):
+            found = logits_of_steps(session, TOKENS, [adapters[number]] * STEPS)
+            errors.append(float(np.abs(found - expected[number]).max()))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(adapters))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 4 * len(adapters) and max(errors) <= tolerance("rows")
+
+
+def test_a_later_generation_has_the_cache_of_an_earlier_one(pair: Pair) -> None:
+    _, session = pair
+
+    def addresses(cache: Any) -> list[int]:
+        return [value.data_ptr() for value in cache.inputs.values()]
+
+    first, second = (session.empty_cache(2) for _ in range(2))
+    for cache in (first, second):
+        cache.make_room(10, 20)
+        assert cache.length == 128  # of the model
+    before = addresses(first)
+    assert before != addresses(second)
+    for value in first.inputs.values():
+        value.update_inplace(np.full(value.shape(), 7, np.float32))
+    del first, cache, value
+    third = session.empty_cache(2)
+    third.make_room(90)
+    assert addresses(third) == before
+    assert all(not value.numpy().any() for value in third.inputs.values())
+
+
+def test_there_is_an_end_to_what_is_recorded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, session = pair
+    monkeypatch.setattr(replays, "MOST_RECORDINGS", 1)
+    runs: list[Any] = [None, None, "small", "small", "small"]
+    expected, found = (logits_of_steps(own, TOKENS, runs) for own in pair)
+    assert np.abs(found - expected).max() <= tolerance("rows")
+    assert session.captured == 1
+    assert [record.message for record in caplog.records] == [
+        "1 runs of different shapes or buffers are captured: further ones are not"
+    ]
+
+
+def test_an_engine_serves_from_recorded_runs(pair: Pair) -> None:
+    usual, captured = pair
+    answers = []
+    for session in (usual, captured):
+        with ld.Engine(session) as engine:
+            waiting = [
+                engine.submit(prompt, adapter=name, max_new_tokens=8)
+                for prompt, name in zip(PROMPTS, ("small", None, "large"), strict=True)
+            ]
+            answers.append([one.result().generations[0].text for one in waiting])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) == len(PROMPTS)
+
+
+def test_heads_of_classifiers_lie_in_slots_too(
+    tiny_bert_bundle: Path, bert_adapters: dict[str, Path]
+) -> None:
+    scores = []
+    for session in (ld.AdapterSession(tiny_bert_bundle), captures(tiny_bert_bundle)):
+        for name in ("small", "large"):
+            session.load(name, bert_adapters[name])
+        classify = ld.TextClassifier(session)
+        batches = [["small", None, "large"], "large", "small", None]
+        scores.append(
+            [
+                [list(result.scores.values()) for result in classify(PROMPTS, adapters)]
+                for adapters in batches * 2
+            ]
+        )
+    found, expected = np.array(scores[1]), np.array(scores[0])
+    assert np.abs(found - expected).max() <= tolerance("rows")
+    assert np.abs(expected[1] - expected[2]).max() > 0.05
+    assert session.captured == 4  # mixed, one of rank 16, one of rank 4, the base
+
+
+def test_slots_beyond_the_budget_are_refused(
+    bundles: Mapping[str, Path], llama_adapters: dict[str, Path]
+) -> None:
+    with captures(bundles["rows"], device_budget=100_000) as session:
+        for name, adapter in llama_adapters.items():
+            session.load(name, adapter)
+        logits_of_steps(session, TOKENS, ["small"] * STEPS)
+        with pytest.raises(ld.BudgetError, match="2 slots of rank 64 take .* device_budget is"):
+            logits_of_steps(session, TOKENS, [["small", "large"]] * STEPS)
+
+
+def test_a_graph_with_branches_is_refused(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+    ld.export(tiny_llama_bundle, tmp_path / "branches", branches=True)
+    with pytest.raises(ld.UsageError, match="`capture_graphs`: .* has branches, .* --no-branches"):
+        captures(tmp_path / "branches")
+
+
+def test_text_generation_with_a_cache_that_grows_is_refused(tiny_llama_bundle: Path) -> None:
+    match = "--attention gqa, whose cache stays in place"
+    with captures(tiny_llama_bundle) as session, pytest.raises(ld.UsageError, match=match):
+        ld.TextGenerator(session)
+
+
+def test_options_that_say_otherwise_are_refused(tiny_llama_bundle: Path) -> None:
+    with pytest.raises(ld.UsageError, match="`capture_graphs` sets records of CPUExec"):
+        ld.AdapterSession(tiny_llama_bundle, [("cpu", {"records": "0"})], capture_graphs=True)
+
+
+def test_a_provider_that_records_nothing_is_refused(
+    tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    message = "CPUExecutionProvider captures no runs here: give one of cuda, webgpu"
+    with pytest.raises(ld.UsageError, match=message):
+        captures(tiny_llama_bundle)
