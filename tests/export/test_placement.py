@@ -6,6 +6,10 @@ the forms compute the same on the CPU is what the other tests of the export show
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +17,7 @@ from typing import Any, Final
 import pytest
 
 import loradeploy as ld
-from tests.conftest import once
+from tests.conftest import ROOT, MakeAdapter, once
 from tools.cuda_placement import Placement, StubsUnavailableError, place, placements, stubs
 from tools.cuda_placement.__main__ import described
 from tools.gpu_check import misplaced
@@ -73,29 +77,44 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | No
 }
 
 
+# Those that sessions capture: enough of the table to have every layout and precision.
+CAPTURED: Final = (
+    *("fp32 slots", "fp32 rows", "fp16 slots", "fp16 rows", "fp16 gqa", "fp16 gqa rows"),
+    *("bf16 slots", "int8 rows", "int4 slots", "int4 rows", "fp32 step"),
+)
+REFUSED: Final = {"fp32 branches": "has branches", "fp32 gqa rows": "leaves nodes of"}
+
+
 @pytest.fixture(scope="module")
-def placed(
+def forms(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     make_adapter: Any,
     shared: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Mapping[str, list[Placement]]:
-    """model.onnx and required.onnx of every form, in one process on the stubs."""
+) -> Mapping[str, Path]:
+    """A bundle of every form, by its name."""
     try:
         stubs()
     except StubsUnavailableError as problem:
         pytest.skip(str(problem))
     half = once(shared / "bundle-llama-fp16", lambda p: ld.export(tiny_llama, p, precision="fp16"))
     sources = {"fp32": tiny_llama_bundle, "fp16": half}
-    files: list[Path] = []
+    bundles: dict[str, Path] = {}
     for name, (source, form, *_) in FORMS.items():
         bundle = tmp_path_factory.mktemp("placed") / name.replace(" ", "-")
         if form.get("merge"):
             ld.export(sources[source], bundle, adapters=[make_adapter(tiny_llama)], **form)
         else:
             ld.export(sources[source], bundle, required_inputs=True, **form)
-        files += sorted(bundle.glob("*.onnx"))
+        bundles[name] = bundle
+    return bundles
+
+
+@pytest.fixture(scope="module")
+def placed(forms: Mapping[str, Path]) -> Mapping[str, list[Placement]]:
+    """model.onnx and required.onnx of every form, in one process on the stubs."""
+    files = [file for bundle in forms.values() for file in sorted(bundle.glob("*.onnx"))]
     found: dict[str, list[Placement]] = {name: [] for name in FORMS}
     for file, placement in zip(files, place(files), strict=True):
         found[file.parent.name.replace("-", " ")].append(placement)
@@ -116,6 +135,47 @@ def test_only_what_the_table_allows_is_on_the_cpu(
             assert found.refusal is None and found.copies == 0
         else:
             assert refusal in str(found.refusal) and found.copies > 0
+
+
+@pytest.fixture(scope="module")
+def captured(
+    forms: Mapping[str, Path], tiny_llama: Path, make_adapter: MakeAdapter
+) -> Mapping[str, Any]:
+    """What sessions that capture their runs did on the stubs, by form."""
+    adapters = {"small": make_adapter(tiny_llama), "large": make_adapter(tiny_llama, r=16, seed=2)}
+    job = {"bundles": {name: forms[name] for name in (*CAPTURED, *REFUSED)}, "adapters": adapters}
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.export.capture"],
+        input=json.dumps(job, default=str),
+        env={**os.environ, "LD_LIBRARY_PATH": str(stubs()), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    return json.loads(child.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", CAPTURED)
+def test_a_session_captures_its_runs_on_buffers_that_stay_where_they_are(
+    form: str, captured: Mapping[str, Any]
+) -> None:
+    found = captured[form]
+    assert found["enable_cuda_graph"] == "1"
+    assert found["same addresses"] and found["memory"] == ["cuda"]
+    ranks = {"(1, 16)": [16], "(1, 8)": [4]}
+    if form != "fp32 step":  # which is of one row
+        ranks["(2, 8)"] = [0, 4]
+    assert found["ranks"] == ranks  # what a slot holds, copied back from the device
+    assert found["captured"] == 1 + len(ranks)  # of the base, without side inputs
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_a_session_refuses_to_capture_what_cuda_refuses(
+    form: str, captured: Mapping[str, Any]
+) -> None:
+    assert captured[form]["refused"].startswith("`capture_graphs`: ")
+    assert REFUSED[form] in captured[form]["refused"]
 
 
 @pytest.mark.parametrize("form", ["fp32 slots", "fp16 slots", "fp16 gqa", "int4 rows"])

@@ -104,8 +104,8 @@ def open_graph(
             if capture and _NOT_CAPTURED in str(problem):
                 raise UsageError(
                     f"`capture_graphs`: {names[0]} leaves nodes of {graph} to the CPU, and then"
-                    " captures no runs: the `placement` of a session without it has them, and"
-                    f" --target {known(names[0]).name} exports what fits"
+                    " captures no runs. The `placement` of a session without it has them;"
+                    " docs/devices.md has the forms that fit"
                 ) from None
             raise
     if capture and session.get_providers()[0] != names[0]:

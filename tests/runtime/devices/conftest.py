@@ -15,6 +15,7 @@ from loradeploy.export.api import export
 from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
 from tests.conftest import ROOT, MakeAdapter, once
 from tests.devices import DRIVER, swiftshader
+from tests.runtime.devices.recordable import make_recordable
 
 
 def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
@@ -39,6 +40,7 @@ def webgpu(
     tiny_bert: Path,
     tiny_llama_bundle: Path,
     tiny_bert_bundle: Path,
+    in_place: Path,
     make_adapter: MakeAdapter,
     llama_adapters: dict[str, Path],
     bert_adapters: dict[str, Path],
@@ -48,7 +50,8 @@ def webgpu(
 
     def make(place: Path) -> None:
         place.mkdir()
-        bundles = {"slots": tiny_llama_bundle, "bert": tiny_bert_bundle}
+        bundles = {"slots": tiny_llama_bundle, "bert": tiny_bert_bundle, "in place": in_place}
+        bundles["recordable"] = make_recordable(in_place, place / "recordable")
         forms: dict[str, dict[str, Any]] = {
             "rows": {"layout": "rows"},
             "branches": {"branches": True},

@@ -21,8 +21,10 @@ import onnxruntime
 import loradeploy as ld
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.sample import Sample
+from loradeploy.runtime.capture.replays import _options
 from loradeploy.runtime.devices import table
 from loradeploy.runtime.devices.plugins import plugin_devices
+from tests.runtime.steps import logits_of_steps
 
 WEBGPU = "WebGpuExecutionProvider"
 TOKENS = 12
@@ -179,6 +181,56 @@ def gqa(job: Job) -> dict[str, Any]:
         "texts": [pair.texts(["partial", "small"])],
         "placement": pair.device.placement,
     }
+
+
+@case
+def replays(job: Job) -> dict[str, Any]:
+    """Recorded runs, the adapters of each step other ones, on a graph that WebGPU runs alone."""
+    host = ld.AdapterSession(job["bundles"]["in place"])
+    device = ld.AdapterSession(
+        job["bundles"]["recordable"], ["webgpu"], check_device=False, capture_graphs=True
+    )
+    for session in (host, device):
+        for name in ("small", "large", "partial"):
+            session.load(name, job["adapters"][name])
+    steps = [None] * 3 + ["large"] * 3 + ["small", "partial", "small", "partial"]
+    steps += [["small", None], ["small", "partial"], [None, "small"], "large"]
+    tokens = np.random.default_rng(0).integers(3, 512, (2, len(steps)))
+    here, there = (logits_of_steps(session, tokens, steps) for session in (device, host))
+    base = logits_of_steps(host, tokens, [None] * len(steps))
+    again = logits_of_steps(device, tokens, steps)
+    # A recording reads the buffers that it was made with, whatever is bound afterwards, which
+    # onnxruntime's Python would refuse.
+    assert device._replays is not None
+    recording = next(iter(device._replays._recordings.values()))
+    numbers = []
+    for token in (5, 7):
+        other = onnxruntime.OrtValue.ortvalue_from_numpy(np.full((2, 1), token), "webgpu", 0)
+        binding = recording.binding._iobinding
+        binding.bind_ortvalue_input("input_ids", other._ortvalue)
+        device._session._sess.run_with_iobinding(binding, _options(recording.number))
+        numbers.append(recording.outputs["logits"].numpy().copy())
+    effects = np.abs(there - base).max(axis=(1, 2))
+    return {
+        "error": float(np.abs(here - there).max()),
+        "again": float(np.abs(again - here).max()),
+        "effect": float(effects[3:].min()),
+        "captured": device.captured,
+        "placement": sorted(device.placement),
+        "after other feeds": float(np.abs(numbers[1] - numbers[0]).max()),
+        "device_bytes": device.statistics.device_bytes,
+    }
+
+
+@case
+def not_recordable(job: Job) -> dict[str, Any]:
+    try:
+        ld.AdapterSession(
+            job["bundles"]["in place"], ["webgpu"], check_device=False, capture_graphs=True
+        )
+    except ld.LoraDeployError as problem:
+        return {"kind": type(problem).__name__, "message": str(problem)}
+    return {}
 
 
 @case

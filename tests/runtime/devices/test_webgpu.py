@@ -89,6 +89,22 @@ def test_a_wrong_kernel_is_seen_at_the_opening(webgpu: dict[str, Any]) -> None:
     assert "GroupQueryAttention is wrong from 32 tokens on" in found["message"]
 
 
+def test_recorded_runs_are_replayed_with_the_adapters_of_each_step(webgpu: dict[str, Any]) -> None:
+    found = webgpu["replays"]
+    assert found["placement"] == [WEBGPU]
+    assert found["error"] <= tolerance("webgpu-cpu") and found["again"] == 0
+    assert found["effect"] >= 1000 * tolerance("webgpu-cpu")
+    # The base, ranks of 64 and 8, a slot for each row of rank 8.
+    assert found["captured"] == 4 and found["device_bytes"] > 0
+    assert found["after other feeds"] == 0
+
+
+def test_a_graph_with_nodes_on_the_cpu_is_not_captured(webgpu: dict[str, Any]) -> None:
+    found = webgpu["not_recordable"]
+    assert found["kind"] == "UsageError"
+    assert found["message"].startswith(f"`capture_graphs`: {WEBGPU} leaves nodes of ")
+
+
 def test_the_provider_is_chosen_by_name_or_in_session_options(webgpu: dict[str, Any]) -> None:
     found = webgpu["session_options"]
     assert found["opened"] == [[WEBGPU, CPU]] * 2  # the same options twice
