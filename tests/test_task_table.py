@@ -14,7 +14,7 @@ from loradeploy.adapter.heads import TRAINED_PROBLEMS
 from loradeploy.adapter.tasks import EVALUATED_TASKS, TASK_TABLE, TASKS, TRAINED_TASKS
 from loradeploy.cli.run import _TASKS as COMMANDS
 from loradeploy.errors import UsageError
-from loradeploy.parity.score.measures import MEASURED
+from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
 from tests.train.conftest import WORDS, write_lessons, write_lines
 from tests.train.test_tasks import multi_label, pairs, regression, sentences, tagged
@@ -30,6 +30,16 @@ def single_label(file: Path) -> Path:
     return write_lines(file, rows)
 
 
+def scored(file: Path) -> Path:
+    rows = []
+    for topic in WORDS:
+        for other in WORDS:
+            for first, second in zip(sentences(topic), reversed(sentences(other)), strict=True):
+                score = 0.9 if topic == other else 0.1
+                rows.append({"text": first, "text_pair": second, "score": score})
+    return write_lines(file, rows)
+
+
 # By task: adapters that share a bundle, each with the maker of its data and what it is trained by.
 ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
     "sequence-classification": {
@@ -38,7 +48,10 @@ ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
         "number": (regression, {**CLASSIFIER, "problem_type": "regression"}),
     },
     "causal-lm": {"lesson": (write_lessons, {"task": "causal-lm", "learning_rate": 5e-3})},
-    "feature-extraction": {"pairs": (pairs, {"task": "feature-extraction"})},
+    "feature-extraction": {
+        "pairs": (pairs, {"task": "feature-extraction"}),
+        "scored": (scored, {"task": "feature-extraction", "embedding_loss": "cosine"}),
+    },
     "token-classification": {"tags": (tagged, {"task": "token-classification"})},
 }
 
@@ -87,13 +100,14 @@ def test_a_task_goes_from_training_to_proof(
     assert report.controls and all(control.caught for control in report.controls)
     figures = {(score.adapter, score.metric): score for score in report.scores}
     if task in EVALUATED_TASKS:
-        kinds = TRAINED_PROBLEMS
         for name, (_, settings) in ROWS[task].items():
             kind = task
             if task == "sequence-classification":
-                kind = kinds[settings.get("problem_type", "single-label")]
+                kind = TRAINED_PROBLEMS[settings.get("problem_type", "single-label")]
+            if task == "feature-extraction":
+                kind = "similarity" if "embedding_loss" in settings else "retrieval"
             assert {metric for own, metric in figures if own == name} == set(MEASURED[kind])
-    for metric in ("accuracy", "micro_f1", "macro_f1", "entity_f1", "pearson"):
+    for metric in ("accuracy", "micro_f1", "macro_f1", "entity_f1", "pearson", "recall_at_10"):
         for (_, found), score in figures.items():
             assert found != metric or score.value > 0.7, f"{metric} of what was learnt"
 
@@ -131,7 +145,7 @@ def test_the_page_of_what_is_supported_has_the_table() -> None:
             continue
         runner = f"`{task.runner}`" if task.runner else "`AdapterSession.run`"
         trained = "yes" if task.trained else "refused by name"
-        kinds = TRAINED_PROBLEMS.values() if name == "sequence-classification" else [name]
+        kinds = KINDS.get(name, [name])
         metrics = "; ".join(", ".join(MEASURED[kind]) for kind in kinds if kind in MEASURED)
         scored = metrics if task.evaluated else "refused by name"
         row = f"| `{name}` | {trained} | yes | yes | {runner} | yes | {scored} |"

@@ -76,6 +76,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "FEATURE_EXTRACTION",
             trained=True,
             runner="TextEmbedder",
+            evaluated=True,
         ),
         Task(
             TOKEN_CLASSIFICATION,

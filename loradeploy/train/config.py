@@ -13,7 +13,12 @@ from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
 from loradeploy.adapter.heads import TRAINED_PROBLEMS
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TRAINED_TASKS
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TRAINED_TASKS,
+)
 from loradeploy.errors import UsageError
 from loradeploy.files import read_text
 from loradeploy.printable import printable
@@ -22,6 +27,10 @@ from loradeploy.printable import printable
 PATHS: Final = ("model", "data", "output")
 TASKS: Final = TRAINED_TASKS
 PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
+# Of embedders: on pairs and triplets of texts, and on pairs of texts with a score.
+RANKING_LOSSES: Final = ("ranking", "triplet")
+SCORED_LOSSES: Final = ("cosent", "cosine")
+NO_PROMPT: Final = "none"
 SCHEDULES: Final = ("linear", "cosine", "constant")
 QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
@@ -49,6 +58,22 @@ class TrainConfig:
     task: str = _option(CAUSAL_LM, f"Training task: {', '.join(TASKS)}.")
     problem_type: str = _option(
         "single-label", f"Problem type of sequence-classification: {', '.join(PROBLEMS)}."
+    )
+    embedding_loss: str = _option(
+        "ranking",
+        "Loss of feature-extraction: ranking (anchor, positive, optionally negative; in-batch"
+        " negatives), triplet (anchor, positive, negative), cosent or cosine (text, text_pair,"
+        " score).",
+    )
+    query_prompt: str = _option(
+        "",
+        "Text before each anchor (feature-extraction). The base's own query prompt, or else its"
+        f" default prompt, if not set; {NO_PROMPT}: no prompt.",
+    )
+    document_prompt: str = _option(
+        "",
+        "Text before each positive and negative (feature-extraction). The base's own document"
+        f" prompt, or else its default prompt, if not set; {NO_PROMPT}: no prompt.",
     )
     columns: str = _option(
         "", "Column names in the data, as NAME=COLUMN pairs: prompt=question,completion=answer."
@@ -177,11 +202,12 @@ class TrainConfig:
                 raise UsageError(
                     f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(allowed)}"
                 )
-        if self.problem_type != PROBLEMS[0] and self.task != SEQUENCE_CLASSIFICATION:
-            raise UsageError(
-                f"`problem_type` is {self.problem_type!r}, which is for {SEQUENCE_CLASSIFICATION},"
-                f" not for {self.task}: leave it out"
-            )
+        for name, task in _OF_TASK.items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and self.task != task:
+                raise UsageError(
+                    f"`{name}` is {value!r}, which is for {task}, not for {self.task}: leave it out"
+                )
         if (self.early_stopping or self.keep_best) and not self.eval_steps:
             setting = "early_stopping" if self.early_stopping else "keep_best"
             raise UsageError(f"`{setting}` needs evaluations: set `eval_steps`")
@@ -284,8 +310,16 @@ _RANGES: Final = (
     ("save_steps", 0, _BIG),
     ("seed", 0, 2**32 - 1),
 )
+# Settings of one task alone.
+_OF_TASK: Final = {
+    "problem_type": SEQUENCE_CLASSIFICATION,
+    "embedding_loss": FEATURE_EXTRACTION,
+    "query_prompt": FEATURE_EXTRACTION,
+    "document_prompt": FEATURE_EXTRACTION,
+}
 CHOICES: Final = {
     "bias": BIASES,
+    "embedding_loss": (*RANKING_LOSSES, *SCORED_LOSSES),
     "problem_type": PROBLEMS,
     "task": TASKS,
     "schedule": SCHEDULES,

@@ -9,9 +9,9 @@ For a causal language model a row is one of
 For a classifier it has `text` and `label` (a name; several names; a number or several), and
 `text_pair` where it classifies pairs of texts; or there is a folder with one folder of .txt files
 for each class. For token classification it has `tokens` and
-`tags`, lists of the same length; for embeddings `anchor`, `positive`, and perhaps `negative`. For
-encoder-decoders it has `source` and `target`, or of speech `audio` (a WAV file, by its path from
-the data's directory) and `target`, perhaps `language` and `task`. Other
+`tags`, lists of the same length. For encoder-decoders it has `source` and `target`, or of speech
+`audio` (a WAV file, by its path from the data's directory) and `target`, perhaps `language` and
+`task`. Those of embedders are in `embedding.data`. Other
 columns of a row are left alone. `sources` tells the forms that the rows come in.
 """
 
@@ -100,16 +100,6 @@ class TaggedWords:
 
 
 @dataclass(frozen=True)
-class TextPair:
-    """An example for embeddings: `positive` belongs to `anchor`, `negative` does not."""
-
-    where: str
-    anchor: str
-    positive: str
-    negative: str | None
-
-
-@dataclass(frozen=True)
 class Translation:
     """An example for an encoder-decoder of texts."""
 
@@ -135,7 +125,7 @@ def read_conversations(source: Source) -> list[Conversation]:
     Raises:
         DataError: there are none, or a row (named) is none of the three forms.
     """
-    return _some([_conversation(where, row) for where, row in rows(source)], source)
+    return some([_conversation(where, row) for where, row in rows(source)], source)
 
 
 def read_labeled_texts(source: Source) -> list[LabeledText]:
@@ -145,9 +135,7 @@ def read_labeled_texts(source: Source) -> list[LabeledText]:
         DataError: nothing is there, a row (named) has no text or label, or some rows alone have a
             text_pair.
     """
-    return _all_pairs_or_none(
-        _some([_labeled(where, row) for where, row in _texts(source)], source)
-    )
+    return _all_pairs_or_none(some([_labeled(where, row) for where, row in _texts(source)], source))
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
@@ -163,9 +151,9 @@ def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
             labels = [name.strip() for name in labels.split(_LABELS_BETWEEN) if name.strip()]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             raise _contradicts(where, labels, "multi-label", "a list of names")
-        text, pair = _text(where, row, "text"), _pair(where, row)
+        text, pair = text_of(where, row, "text"), _pair(where, row)
         examples.append(MultiLabelText(where, text, tuple(labels), pair))
-    return _all_pairs_or_none(_some(examples, source))
+    return _all_pairs_or_none(some(examples, source))
 
 
 def read_measured_texts(source: Source) -> list[MeasuredText]:
@@ -186,8 +174,8 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
                 f"{where}: label has {len(values)} numbers, those before it have"
                 f" {len(examples[0].values)}: one for each output is needed"
             )
-        examples.append(MeasuredText(where, _text(where, row, "text"), values, _pair(where, row)))
-    return _all_pairs_or_none(_some(examples, source))
+        examples.append(MeasuredText(where, text_of(where, row, "text"), values, _pair(where, row)))
+    return _all_pairs_or_none(some(examples, source))
 
 
 def _measure(value: Any) -> float:
@@ -219,26 +207,7 @@ def read_tagged_words(source: Source) -> list[TaggedWords]:
                 f"{where}: {len(words)} tokens and {len(tags)} tags: one each is needed"
             )
         examples.append(TaggedWords(where, words, tags))
-    return _some(examples, source)
-
-
-def read_text_pairs(source: Source) -> list[TextPair]:
-    """The examples for embeddings.
-
-    Raises:
-        DataError: nothing is there, or a row (named) lacks a text; all have a negative, or none.
-    """
-    examples = []
-    for where, row in rows(source, ("anchor", "positive")):
-        anchor, positive = (_text(where, row, name) for name in ("anchor", "positive"))
-        negative = _text(where, row, "negative") if row.get("negative") is not None else None
-        examples.append(TextPair(where, anchor, positive, negative))
-    _some(examples, source)
-    first = examples[0].negative is None
-    for example in examples:
-        if (example.negative is None) != first:
-            raise DataError(f"{example.where}: some rows have a negative and others have none")
-    return examples
+    return some(examples, source)
 
 
 def read_translations(source: Source) -> list[Translation]:
@@ -248,10 +217,10 @@ def read_translations(source: Source) -> list[Translation]:
         DataError: nothing is there, or a row (named) lacks a text.
     """
     examples = [
-        Translation(where, _text(where, row, "source"), _text(where, row, "target"))
+        Translation(where, text_of(where, row, "source"), text_of(where, row, "target"))
         for where, row in rows(source, ("source", "target"))
     ]
-    return _some(examples, source)
+    return some(examples, source)
 
 
 def read_spoken_texts(source: Source) -> list[SpokenText]:
@@ -264,13 +233,13 @@ def read_spoken_texts(source: Source) -> list[SpokenText]:
     examples = []
     for where, row in rows(source, ("audio", "target")):
         given = {
-            name: _text(where, row, name)
+            name: text_of(where, row, name)
             for name in ("language", "task")
             if row.get(name) is not None
         }
-        audio = beside / _text(where, row, "audio")
-        examples.append(SpokenText(where, audio, _text(where, row, "target"), **given))
-    return _some(examples, source)
+        audio = beside / text_of(where, row, "audio")
+        examples.append(SpokenText(where, audio, text_of(where, row, "target"), **given))
+    return some(examples, source)
 
 
 def label_names(
@@ -289,7 +258,8 @@ def value_names(examples: Sequence[MeasuredText]) -> tuple[str, ...]:
     return placeholders(count) if count > 1 else ()
 
 
-def _some(examples: list[_Example], source: Source) -> list[_Example]:
+def some(examples: list[_Example], source: Source) -> list[_Example]:
+    """The `examples`; DataError where there are none."""
     if not examples:
         raise DataError(f"{source} holds no examples")
     return examples
@@ -328,9 +298,9 @@ def _conversation(where: str, line: dict[str, Any]) -> Conversation:
     if forms == ["messages"]:
         return Conversation(where, messages=_messages(where, line["messages"]))
     if forms == ["text"]:
-        return Conversation(where, ((_text(where, line, "text"), True),))
-    prompt = _text(where, line, "prompt", empty=True)
-    return Conversation(where, ((prompt, False), (_text(where, line, "completion"), True)))
+        return Conversation(where, ((text_of(where, line, "text"), True),))
+    prompt = text_of(where, line, "prompt", empty=True)
+    return Conversation(where, ((prompt, False), (text_of(where, line, "completion"), True)))
 
 
 def _messages(where: str, messages: Any) -> tuple[dict[str, Any], ...]:
@@ -343,13 +313,14 @@ def _messages(where: str, messages: Any) -> tuple[dict[str, Any], ...]:
     if not well_formed:
         raise DataError(f"{where}: messages is no list of objects with role and content")
     for message in messages:
-        _text(where, message, "content", empty=message["role"] != "assistant")
+        text_of(where, message, "content", empty=message["role"] != "assistant")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: no message is the assistant's, so there is nothing to learn")
     return tuple(messages)
 
 
-def _text(where: str, line: dict[str, Any], key: str, *, empty: bool = False) -> str:
+def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) -> str:
+    """The text at `key` of a row; DataError where it is none, or empty unless that may be."""
     value = line.get(key)
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"{where}: {key} is {reprlib.repr(value)}, a text is needed")
@@ -362,12 +333,12 @@ def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise _contradicts(where, label, "single-label", "a name or a whole number")
-    return LabeledText(where, _text(where, line, "text"), str(label), _pair(where, line))
+    return LabeledText(where, text_of(where, line, "text"), str(label), _pair(where, line))
 
 
 def _pair(where: str, line: dict[str, Any]) -> str | None:
     """The second text of a pair, None where a line has one text."""
-    return None if line.get("text_pair") is None else _text(where, line, "text_pair")
+    return None if line.get("text_pair") is None else text_of(where, line, "text_pair")
 
 
 def _all_pairs_or_none(examples: list[_Labeled]) -> list[_Labeled]:

@@ -22,7 +22,6 @@ from loradeploy.train.data import (
     MeasuredText,
     MultiLabelText,
     TaggedWords,
-    TextPair,
 )
 
 if TYPE_CHECKING:
@@ -67,21 +66,6 @@ class Collator:
             **inputs,
             "labels": torch.tensor(padded(labels, IGNORED, longest) if by_token else labels),
         }
-
-
-@dataclass(frozen=True)
-class PairCollator:
-    """Anchors, then what belongs to them, then what does not, as the rows of one padded batch.
-
-    `labels` int64 [batch]: the number of the text that belongs to each anchor.
-    """
-
-    pad_id: int
-
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        parts = [part for part in ("input_ids", "positive", "negative") if part in features[0]]
-        rows = [feature[part] for part in parts for feature in features]
-        return {**padded_inputs(rows, self.pad_id), "labels": torch.arange(len(features))}
 
 
 def padded_inputs(rows: Sequence[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -142,7 +126,7 @@ def text_features(
     """
     texts = [example.text for example in examples]
     pairs = [example.pair for example in examples if example.pair is not None]
-    cut, truncated = _cut(texts, tokenizer, max_length, pairs)
+    cut, truncated = truncated_ids(texts, tokenizer, max_length, pairs)
     features: list[dict[str, Any]] = []
     for example, ids in zip(examples, cut["input_ids"], strict=True):
         if not ids:
@@ -190,33 +174,7 @@ def word_features(
     return Encoded(features, truncated)
 
 
-def pair_features(
-    examples: Sequence[TextPair], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Encoded:
-    """Token ids of each anchor (`input_ids`), `positive` and `negative`.
-
-    Raises:
-        DataError: a text without a single token.
-    """
-    columns: dict[str, list[str]] = {
-        "input_ids": [example.anchor for example in examples],
-        "positive": [example.positive for example in examples],
-    }
-    if examples[0].negative is not None:
-        columns["negative"] = [str(example.negative) for example in examples]
-    features: list[dict[str, Any]] = [{"labels": 0} for _ in examples]
-    truncated = 0
-    for name, texts in columns.items():
-        cut, more = _cut(texts, tokenizer, max_length)
-        truncated += more
-        for example, feature, ids in zip(examples, features, cut["input_ids"], strict=True):
-            if not ids:
-                raise DataError(f"{example.where}: a text has no tokens")
-            feature[name] = list(ids)
-    return Encoded(features, truncated)
-
-
-def _cut(
+def truncated_ids(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,

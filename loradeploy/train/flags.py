@@ -10,6 +10,9 @@ class TrainFlags(TypedDict, total=False):
 
     task: str
     problem_type: str
+    embedding_loss: str
+    query_prompt: str
+    document_prompt: str
     columns: str
     split: str
     init_adapter: str

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loradeploy.adapter import Adapter, load_adapter
-from loradeploy.bundle.text.sentence import recipe_directory
 from loradeploy.errors import UsageError, listed, listed_names
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.pooling import Pooling, pooling_of
 from loradeploy.train.tasks import Task
 
 
@@ -18,12 +14,10 @@ def initial_adapter(
     labels: tuple[str, ...] | None,
     heads: tuple[str, ...],
     digest_of_base: str,
-    pooling: Pooling | None = None,
 ) -> Adapter | None:
     """The adapter at `init_adapter`; None without one.
 
     `labels`, `heads`: the names of the head's outputs, and the head's modules, of this run.
-    `pooling`: of an embedder.
 
     Raises:
         AdapterError: it cannot be read, or needs a changed base.
@@ -55,10 +49,6 @@ def initial_adapter(
                 f"its labels are {_named(adapter.labels)}, those of the data {_named(labels)}",
             ),
             (bool(lacking), f"it has no {listed_names(lacking)}"),
-            (
-                pooling is not None and _pools_otherwise(Path(config.init_adapter), pooling),
-                "its modules.json specifies another pooling than this run",
-            ),
         )
         if differs
     ]
@@ -73,10 +63,3 @@ def _named(labels: tuple[str, ...] | None) -> str:
 
 def _within(module: str, head: str) -> bool:
     return module == head or module.startswith(f"{head}.")
-
-
-def _pools_otherwise(directory: Path, pooling: Pooling) -> bool:
-    if recipe_directory(directory) is None:
-        return False  # the base's
-    own = pooling_of(directory)
-    return not own.of_base or own.modes != pooling.modes

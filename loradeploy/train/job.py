@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
-from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
-from loradeploy.bundle.text.sentence import recipe_directory, write_default
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.errors import (
     LoraDeployError,
@@ -45,11 +44,10 @@ from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
+from loradeploy.train.embedding.vectors import Vectors
 from loradeploy.train.initial import initial_adapter
-from loradeploy.train.losses import embedding_loss
 from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
 from loradeploy.train.packing import PackingCollator, enable_packing
-from loradeploy.train.pooling import Pooling, pooling_of
 from loradeploy.train.prepared import Prepared, prepare
 from loradeploy.train.processes import (
     Stop,
@@ -93,26 +91,18 @@ def run(
         warn_of_unused_files(checkpoint_directory, "training starts from the base only")
     with quiet(), _explained():
         opened = open_checkpoint(checkpoint_directory)
-        config, task = opened.within(config), task_of(config, checkpoint_directory)
+        begun = Path(config.init_adapter) if config.init_adapter else None
+        task = task_of(config, checkpoint_directory, begun)
+        config = opened.within(config)
         prepared = prepare(data, task, opened, config)
         digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)
         base = load_base(opened, task, prepared.labels, config.precision)
-        embeds = task.name == FEATURE_EXTRACTION
-        pooling = pooling_of(checkpoint_directory) if embeds else None
-        if pooling is not None and not pooling.of_base and main:
-            logger.warning(
-                "the base's %s specifies more than a pooling, which training does not compute; the"
-                " adapter is trained with mean pooling, and gets a %s that specifies it",
-                *(MODULES_NAME, MODULES_NAME),
-            )
-        elif pooling is not None and main and recipe_directory(checkpoint_directory) is None:
+        if task.vectors is not None and task.vectors.source is None and main:
             logger.warning(
                 "%s has no %s: the embedder is trained with mean pooling", model, MODULES_NAME
             )
-        initial = initial_adapter(
-            config, task, prepared.labels, base.heads, digest_of_base, pooling
-        )
+        initial = initial_adapter(config, task, prepared.labels, base.heads, digest_of_base)
         if initial is None:
             adapter_config = _adapter_config(model, config, task, base.heads)
         else:
@@ -133,6 +123,8 @@ def run(
         record = _record(config, digest_of_base, prepared, opened)
         if initial is not None:
             record["init_adapter_digest"] = initial.digest
+        if task.vectors is not None:
+            record["sentence"] = task.vectors.recipe.digest
         newest: Path | None = None
         callbacks: list[Any] = []
         with ExitStack() as closing:
@@ -145,9 +137,7 @@ def run(
             stop = closing.enter_context(stoppable())
             trainer = AdapterTrainer(
                 injection=injection,
-                loss=task.loss
-                if pooling is None
-                else functools.partial(embedding_loss, pooling=pooling.modes),
+                loss=task.loss,
                 adapter=describe,
                 checkpoint=functools.partial(checkpoints.writing, record=record),
                 args=arguments(config, checkpoints.directory, examples=len(prepared.training)),
@@ -187,7 +177,7 @@ def run(
                 accuracy_after=after[1] if task.judged else None,
             )
             if main:
-                write_adapter = functools.partial(_write_adapter, adapter, pooling)
+                write_adapter = functools.partial(_write_adapter, adapter, task.vectors)
                 with (
                     _naming_the_checkpoint(checkpoints),
                     _saved_elsewhere(target, write_adapter, checkpoints),
@@ -308,10 +298,10 @@ def _write(
         (directory / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def _write_adapter(adapter: Adapter, pooling: Pooling | None, directory: Path) -> None:
+def _write_adapter(adapter: Adapter, vectors: Vectors | None, directory: Path) -> None:
     save_adapter(adapter, directory)
-    if pooling is not None and not pooling.of_base:
-        write_default(directory)
+    if vectors is not None and vectors.own:
+        vectors.write(directory)
 
 
 @contextmanager

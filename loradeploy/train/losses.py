@@ -17,12 +17,10 @@ from torch.nn.functional import (
     cross_entropy,
     linear,
     mse_loss,
-    normalize,
 )
 
 from loradeploy.bundle.names import INPUT_FEATURES
 from loradeploy.train.features import IGNORED
-from loradeploy.train.pooling import pooled
 
 # Number of logits in a chunk: 64 MiB of float32.
 _CHUNK: Final = 1 << 24
@@ -176,10 +174,6 @@ def seq2seq_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
 
 
-# What cosines are multiplied by, as sentence-transformers does (MultipleNegativesRankingLoss).
-_SIMILARITY_SCALE: Final = 20.0
-
-
 def classification_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the class of each text (`labels` [batch]) or token ([batch, sequence])."""
     logits = model(**feeds_of(inputs)).logits  # [batch, (sequence,) classes]
@@ -200,19 +194,3 @@ def regression_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss
     nothing = torch.tensor(0, device=labels.device)
     total = mse_loss(values, labels.view_as(values), reduction="sum")
     return BatchLoss(total, nothing + labels.numel(), nothing)
-
-
-def embedding_loss(
-    model: nn.Module, inputs: Mapping[str, Tensor], pooling: tuple[str, ...] = ("mean",)
-) -> BatchLoss:
-    """Cross-entropy of picking, for each anchor, its own text of all in the batch, by cosine.
-
-    In-batch negatives: Henderson et al., 2017 (arXiv:1705.00652), section 4.4. The first rows of
-    `inputs`, as many as `labels` [batch] has, are the anchors; the others are what they pick from.
-    `pooling`: the modes, as in `train.pooling`.
-    """
-    hidden = model(**feeds_of(inputs)).last_hidden_state.float()  # [rows, sequence, size]
-    vectors = pooled(hidden, inputs["attention_mask"], pooling)
-    vectors = normalize(vectors, dim=-1)  # [rows, size]
-    anchors, texts = vectors[: len(inputs["labels"])], vectors[len(inputs["labels"]) :]
-    return cross_entropy_sum(_SIMILARITY_SCALE * anchors @ texts.T, inputs["labels"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.tasks import SEQ2SEQ_LM
@@ -64,7 +65,9 @@ def preview(
     """
     with quiet():
         opened = open_checkpoint(find_checkpoint(model, quantized=[BITSANDBYTES]))
-        config, task = opened.within(config), task_of(config, opened.directory)
+        begun = Path(config.init_adapter) if config.init_adapter else None
+        task = task_of(config, opened.directory, begun)
+        config = opened.within(config)
         prepared = prepare(data, task, opened, config)
     training = prepared.training
     lengths = [len(feature["input_ids"]) for feature in training]

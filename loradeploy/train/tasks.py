@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,13 +20,15 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
 )
 from loradeploy.train import data
-from loradeploy.train.config import TrainConfig
+from loradeploy.train.config import SCORED_LOSSES, TrainConfig
+from loradeploy.train.embedding.data import read_scored_pairs, read_text_pairs
+from loradeploy.train.embedding.features import RowsCollator, embedder_features
+from loradeploy.train.embedding.losses import embedding_loss
+from loradeploy.train.embedding.vectors import Vectors, vectors_of
 from loradeploy.train.features import (
     Collator,
     Encoded,
-    PairCollator,
     conversation_features,
-    pair_features,
     text_features,
     word_features,
 )
@@ -33,7 +36,6 @@ from loradeploy.train.losses import (
     LossFunction,
     causal_lm_loss,
     classification_loss,
-    embedding_loss,
     multi_label_loss,
     regression_loss,
     seq2seq_loss,
@@ -58,7 +60,7 @@ class Task:
     regression of one number it gives none.
     `judged`: whether a share of answers comes out right, which is the accuracy.
     `problem_type`: of a sequence classifier, as in `adapter.heads`. `hears`: whether the source is
-    sound.
+    sound. `vectors`: of an embedder.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Task:
     judged: bool = True
     problem_type: str | None = None
     hears: bool = False
+    vectors: Vectors | None = None
 
     @property
     def auto_class(self) -> str:
@@ -133,13 +136,6 @@ _TASKS: Final[Mapping[str, Task]] = {
             labels=data.label_names,
         ),
         Task(
-            name=FEATURE_EXTRACTION,
-            read=data.read_text_pairs,
-            encode=_without_labels(pair_features),
-            loss=embedding_loss,
-            collate=PairCollator,
-        ),
-        Task(
             name=SEQ2SEQ_LM,
             read=data.read_translations,
             encode=_without_labels(translation_features),
@@ -150,14 +146,18 @@ _TASKS: Final[Mapping[str, Task]] = {
 }
 
 
-def task_of(config: TrainConfig, model: Path | None = None) -> Task:
-    """The row of the table that `config` asks for; of an encoder-decoder as its `model` takes it.
+def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None = None) -> Task:
+    """The row of the table that `config` asks for.
+
+    An embedder's texts become vectors as what is saved beside `adapter`, or else beside `base`,
+    specifies. An encoder-decoder's row is as the model in `base` takes it.
 
     Raises:
         ModelError: a model of speech whose files do not say how it hears.
+        BundleError: that cannot be read, or is not computed.
     """
-    if config.task == SEQ2SEQ_LM and model is not None and hears(model):
-        hearing = Hearing.of(model)
+    if config.task == SEQ2SEQ_LM and base is not None and hears(base):
+        hearing = Hearing.of(base)
         return replace(
             _TASKS[SEQ2SEQ_LM],
             read=data.read_spoken_texts,
@@ -167,4 +167,24 @@ def task_of(config: TrainConfig, model: Path | None = None) -> Task:
         )
     if config.task == SEQUENCE_CLASSIFICATION:
         return _PROBLEMS[TRAINED_PROBLEMS[config.problem_type]]
+    if config.task == FEATURE_EXTRACTION:
+        return _embedder(config.embedding_loss, vectors_of(config, base, adapter))
     return _TASKS[config.task]
+
+
+def _embedder(loss: str, vectors: Vectors) -> Task:
+    scored = loss in SCORED_LOSSES
+    read = (
+        partial(read_scored_pairs, bounded=loss == "cosine")
+        if scored
+        else partial(read_text_pairs, triplets=loss == "triplet")
+    )
+    return Task(
+        name=FEATURE_EXTRACTION,
+        read=read,
+        encode=_without_labels(partial(embedder_features, vectors=vectors)),
+        loss=partial(embedding_loss, vectors=vectors, name=loss),
+        collate=partial(RowsCollator, scored=scored),
+        judged=not scored,
+        vectors=vectors,
+    )

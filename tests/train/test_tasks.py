@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loradeploy.adapter import load_adapter
-from loradeploy.bundle.text.sentence import default_recipe, read_recipe
 from loradeploy.errors import DataError
-from loradeploy.lora.inject import adapted
-from loradeploy.train.api import train
 from loradeploy.train.data import read_conversations, read_labeled_texts, read_tagged_words
-from loradeploy.train.features import PairCollator
-from loradeploy.train.losses import embedding_loss, multi_label_loss, regression_loss
-from loradeploy.train.pooling import Pooling, pooling_of
+from loradeploy.train.losses import multi_label_loss, regression_loss
 from loradeploy.train.sources import Source
-from tests.bundle.test_sentence import write
 from tests.tolerances import tolerance
 from tests.train.conftest import WORDS, Quick, write_lines
 
@@ -121,32 +113,6 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
     assert peft.PeftConfig.from_pretrained(str(result.adapter)).task_type == peft_name
 
 
-MORE: dict[str, Any] = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
-
-
-@pytest.mark.parametrize("more", [{}, {"config_sentence_transformers": MORE}], ids=["", "prompts"])
-def test_an_embedder_says_how_it_was_trained_where_the_base_does_more_than_pool(
-    more: dict[str, Any],
-    tiny_bert: Path,
-    tmp_path: Path,
-    quick: Quick,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    base = shutil.copytree(tiny_bert, tmp_path / "base")
-    write(base, ("Pooling", "1_Pooling", {"pooling_mode": "cls"}), **more)
-    data = pairs(tmp_path / "data.jsonl")
-    result = quick(base, data, tmp_path / "adapter", task="feature-extraction", max_steps=1)
-    assert "has no modules.json" not in caplog.text
-    recipe = read_recipe(result.adapter)
-    if not more:
-        assert recipe is None, "it was trained with the pooling of its base"
-        return
-    assert recipe is not None and recipe.is_usual
-    states, mask = np.random.default_rng(0).normal(size=(2, 3, 8)), np.ones((2, 3), np.int64)
-    usual = default_recipe().vectors(states, mask)
-    assert (recipe.vectors(states, mask) == usual).all()
-
-
 @pytest.mark.parametrize("problem", ["multi-label", "regression"])
 def test_the_loss_of_a_classifier_is_transformers_own(problem: str, tiny_bert: Path) -> None:
     count, name = (3, "multi_label_classification") if problem == "multi-label" else (1, problem)
@@ -160,95 +126,6 @@ def test_the_loss_of_a_classifier_is_transformers_own(problem: str, tiny_bert: P
     with torch.no_grad():
         ours, theirs = loss(model, batch), model(**batch).loss
     assert float(ours.total / ours.items) == pytest.approx(float(theirs), abs=1e-6)
-
-
-@pytest.mark.parametrize("negative", [False, True], ids=["in-batch", "with-negatives"])
-def test_the_loss_of_an_embedder_is_the_choice_of_its_own_text(
-    negative: bool, tiny_bert: Path
-) -> None:
-    model = AutoModel.from_pretrained(tiny_bert).eval()
-    parts = ("input_ids", "positive", *(("negative",) if negative else ()))
-    generator = torch.Generator().manual_seed(0)
-
-    def random_ids(length: int) -> list[int]:
-        return torch.randint(5, 40, (length,), generator=generator).tolist()
-
-    features = [{part: random_ids(3 + n) for part in parts} for n in range(3)]
-    with torch.no_grad():
-        ours = embedding_loss(model, PairCollator(0)(features))
-
-        def vector(ids: list[int]) -> torch.Tensor:  # one text alone, with no padding
-            mean = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
-            return mean / mean.norm()
-
-        texts = [vector(feature[part]) for part in parts[1:] for feature in features]
-        scores = torch.stack(
-            [20 * torch.stack([vector(f["input_ids"]) @ t for t in texts]) for f in features]
-        )
-        expected = torch.nn.functional.cross_entropy(scores, torch.arange(3), reduction="sum")
-    assert float(ours.total) == pytest.approx(float(expected), abs=20 * tolerance("same-torch"))
-    assert int(ours.items) == 3
-
-
-def pooling_config(base: Path, *modes: str) -> dict[str, Any]:
-    size = json.loads((base / "config.json").read_text())["hidden_size"]
-    return {"pooling_mode": list(modes), "embedding_dimension": size}
-
-
-MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-
-
-@pytest.mark.parametrize("modes", [*((mode,) for mode in MODES), ("cls", "max")], ids="+".join)
-def test_the_loss_of_an_embedder_is_that_of_sentence_transformers(
-    modes: tuple[str, ...], tiny_bert: Path, tmp_path: Path
-) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
-    base = shutil.copytree(tiny_bert, tmp_path / "base")
-    write(base, ("Pooling", "1_Pooling", pooling_config(base, *modes)))
-    theirs = SentenceTransformer(str(base), device="cpu").eval()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = (["shares rose", "a goal"], ["profit of the bank grew again", "the match ended"])
-    encoded = [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in texts]
-    anchors, positives = (tokenizer(part)["input_ids"] for part in texts)
-    features = [
-        {"input_ids": anchor, "positive": positive}
-        for anchor, positive in zip(anchors, positives, strict=True)
-    ]
-    model = AutoModel.from_pretrained(base).eval()
-    assert pooling_of(base) == Pooling(modes)
-    with torch.no_grad():
-        expected = MultipleNegativesRankingLoss(theirs)(encoded, torch.arange(2))
-        ours = embedding_loss(model, PairCollator(0)(features), modes)
-        other = embedding_loss(model, PairCollator(0)(features), ("max", "mean"))
-    assert float(ours.total / ours.items) == pytest.approx(float(expected), abs=1e-5)
-    assert float(other.total / other.items) != pytest.approx(float(expected), abs=1e-4)
-
-
-def test_sentence_transformers_gives_the_vectors_of_a_trained_adapter(
-    tiny_bert: Path, tmp_path: Path
-) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    base = shutil.copytree(tiny_bert, tmp_path / "base")
-    write(base, ("Pooling", "1_Pooling", pooling_config(base, "lasttoken")))
-    data = pairs(tmp_path / "data.jsonl")
-    result = train(base, data, tmp_path / "a", config=LEARNING, task="feature-extraction")
-    text = "shares and profit"
-    theirs = SentenceTransformer(str(base), device="cpu")
-    before = theirs.encode(text)
-    theirs.load_adapter(str(result.adapter))
-    recipe = read_recipe(base)
-    assert recipe is not None
-    model = AutoModel.from_pretrained(base).eval()
-    encoded = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")
-    with torch.no_grad(), adapted(model, load_adapter(result.adapter)):
-        states = model(**encoded).last_hidden_state.numpy()
-    ours = recipe.vectors(states, encoded["attention_mask"].numpy())[0]
-    found = theirs.encode(text)
-    np.testing.assert_allclose(found, ours, atol=1e-5)
-    assert np.abs(found - before).max() > 1e-2, "the adapter changed nothing"
 
 
 def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +24,47 @@ _VECTOR: Final = "sentence_embedding"
 _LEAST: Final = 1e-12  # a vector of zeros stays one
 
 
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """activation(x Wᵀ + b), plus x or x Rᵀ where it is `residual`; R is `beside`.
+
+    `W` float32 [out, in]; `bias` [out] and `beside` [out, in], or None. `where`: for messages.
+    """
+
+    W: Floats
+    bias: Floats | None
+    activation: str
+    residual: bool
+    beside: Floats | None
+    where: Path
+
+    def __call__(self, x: Floats) -> Floats:
+        """Of vectors [batch, in], vectors [batch, out]."""
+        check_size(x.shape[1], self.W.shape[1], self.where)
+        bias = 0 if self.bias is None else self.bias
+        y: Floats = ACTIVATIONS[self.activation](x @ self.W.T + bias)
+        if self.residual:
+            y = y + (x if self.beside is None else x @ self.beside.T)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """`weight` and `bias` are float32 [size]. `where`: for messages."""
+
+    weight: Floats
+    bias: Floats
+    where: Path
+
+    def __call__(self, x: Floats) -> Floats:
+        """Of vectors [batch, size], vectors [batch, size]."""
+        check_size(x.shape[1], self.weight.size, self.where)
+        centered = x - x.mean(axis=1, keepdims=True)
+        deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + np.float32(1e-5))
+        scaled: Floats = centered / deviation * self.weight + self.bias
+        return scaled
+
+
 def _dense(reader: RecipeReader, path: str) -> Step:
     values = reader.object(join(path, "config.json"))
     where = reader.directory / path
@@ -37,37 +79,20 @@ def _dense(reader: RecipeReader, path: str) -> Step:
         },
     )
     given = values.get("activation_function", "torch.nn.modules.activation.Tanh")
-    activation = _ACTIVATIONS.get(str(given).rpartition(".")[2])
-    if activation is None or not str(given).startswith("torch.nn."):
+    name = str(given).rpartition(".")[2]
+    if name not in ACTIVATIONS or not str(given).startswith("torch.nn."):
         raise BundleError(
             f"{where}: the activation {shown(given)} is not supported; there are"
-            f" {', '.join(_ACTIVATIONS)}"
+            f" {', '.join(ACTIVATIONS)}"
         )
-    W, bias = weights["linear.weight"], weights.get("linear.bias")
-    beside = weights.get("residual.weight")
-
-    def step(x: Floats) -> Floats:
-        _check_size(x, W.shape[1], where)
-        y: Floats = activation(x @ W.T + (0 if bias is None else bias))
-        if residual:
-            y = y + (x if beside is None else x @ beside.T)
-        return y
-
-    return step
+    bias, beside = weights.get("linear.bias"), weights.get("residual.weight")
+    return Dense(weights["linear.weight"], bias, name, residual, beside, where)
 
 
 def _layer_norm(reader: RecipeReader, path: str) -> Step:
     reader.object(join(path, "config.json"))
     weights = reader.weights(path, {"norm.weight": True, "norm.bias": True})
-
-    def step(x: Floats) -> Floats:
-        _check_size(x, weights["norm.weight"].size, reader.directory / path)
-        centered = x - x.mean(axis=1, keepdims=True)
-        deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + np.float32(1e-5))
-        scaled: Floats = centered / deviation * weights["norm.weight"] + weights["norm.bias"]
-        return scaled
-
-    return step
+    return LayerNorm(weights["norm.weight"], weights["norm.bias"], reader.directory / path)
 
 
 def _normalizing(reader: RecipeReader, path: str) -> Step:
@@ -89,7 +114,7 @@ STEPS: Final[Mapping[str, Callable[[RecipeReader, str], Step]]] = {
     "LayerNorm": _layer_norm,
     "Normalize": _normalizing,
 }
-_ACTIVATIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
+ACTIVATIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
@@ -107,6 +132,7 @@ def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:
             )
 
 
-def _check_size(x: Floats, size: int, where: Path) -> None:
-    if x.shape[1] != size:
-        raise BundleError(f"{where} takes vectors of {size}, the pooling gives {x.shape[1]}")
+def check_size(given: int, size: int, where: Path) -> None:
+    """Raise BundleError unless the step at `where` takes vectors of the size that is `given`."""
+    if given != size:
+        raise BundleError(f"{where} takes vectors of {size}, the pooling gives {given}")

@@ -27,11 +27,13 @@ from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     EVALUATED_TASKS,
+    FEATURE_EXTRACTION,
     SEQUENCE_CLASSIFICATION,
 )
 from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, TOKEN_TYPE_IDS
+from loradeploy.bundle.text.sentence import recipe_directory
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -42,6 +44,7 @@ from loradeploy.errors import (
 )
 from loradeploy.parity.inputs.row_feeds import types_of
 from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.measures import MEASURED
 
 if TYPE_CHECKING:
@@ -74,14 +77,17 @@ class HeldOut:
     """What one adapter, or the base, is scored on.
 
     `kind`: of `measures.MEASURED`. `source`: where the data is from, `available` how many there
-    are. `labels`: the names of the outputs.
+    are, `taken` how many of them were drawn. `labels`: the names of the outputs. `embedded`: of an
+    embedder, whose `examples` are texts.
     """
 
     kind: str
     examples: tuple[Example, ...]
     source: str
     available: int
+    taken: int
     labels: tuple[str, ...] = ()
+    embedded: Embedded | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -103,7 +109,7 @@ def read_held_out(
 
     `evaluate` is one source of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
     of their own. `examples` of it are drawn, as `seed` decides. A classifier's base is scored only
-    where no adapter is, since a head of its own it seldom has.
+    where no adapter is, since it seldom has a head of its own.
 
     Raises:
         UsageError: a task without a metric, an unknown name, or no examples are asked for.
@@ -119,8 +125,8 @@ def read_held_out(
     if examples < 2:
         raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
     names: list[str | None] = [tested.name for tested in adapters]
-    # In a merged bundle there is no base; a classifier's has no head of its own, but for one alone.
-    if manifest.mode != "merged" and (manifest.task == CAUSAL_LM or not names):
+    # In a merged bundle there is no base; a classifier's seldom has a head of its own.
+    if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
         names.insert(0, None)
     try:
         from loradeploy.train.config import TrainConfig
@@ -135,7 +141,14 @@ def read_held_out(
     labels = _label_names(bundle, manifest, adapters)
     kinds = _kinds(bundle, manifest, adapters)
     found = {}
+    places = {tested.name: tested.path for tested in adapters}
     for name, data in _data_by_adapter(evaluate, names).items():
+        if manifest.task == FEATURE_EXTRACTION:
+            base = model if recipe_directory(bundle) is None else bundle
+            task = _embedder(data, base, None if name is None else places[name])
+            drawn, available = _draw(task, data, examples, seed)
+            found[name] = _embedded(name, drawn, task, checkpoint, os.fspath(data), available)
+            continue
         settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
         setting = settings.get(kinds[name], TrainConfig.problem_type)
         config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
@@ -145,7 +158,9 @@ def read_held_out(
             coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)
         except DataError as problem:
             raise DataError(f"{name or BASE_LABEL}: {problem}") from None
-        found[name] = HeldOut(kinds[name], coded, os.fspath(data), available, labels[name])
+        found[name] = HeldOut(
+            kinds[name], coded, os.fspath(data), available, len(drawn), labels[name]
+        )
     return found
 
 
@@ -231,6 +246,36 @@ def _coded(
         )
         for feature in features
     )
+
+
+def _embedder(data: Data, base: Path, adapter: Path | None) -> Task:
+    """How texts of `data` are trained with what is saved beside `adapter`, else in `base`."""
+    from loradeploy.train.config import RANKING_LOSSES, SCORED_LOSSES, TrainConfig
+    from loradeploy.train.embedding.data import is_scored
+    from loradeploy.train.sources import Source, rows
+    from loradeploy.train.tasks import task_of
+
+    scored = is_scored(next(rows(Source(data, _SPLIT)), ("", {})))
+    loss = (SCORED_LOSSES if scored else RANKING_LOSSES)[0]
+    return task_of(TrainConfig(task=FEATURE_EXTRACTION, embedding_loss=loss), base, adapter)
+
+
+def _embedded(
+    name: str | None,
+    drawn: Sequence[Any],
+    task: Task,
+    checkpoint: Checkpoint,
+    source: str,
+    available: int,
+) -> HeldOut:
+    assert task.vectors is not None
+    try:
+        features = checkpoint.encode(task, drawn, (), checkpoint.max_length).features
+        found = embedded(features, task.vectors.recipe, scored=not task.judged)
+    except DataError as problem:
+        raise DataError(f"{name or BASE_LABEL}: {problem}") from None
+    texts = tuple(Example(tokens, ()) for tokens, _ in found.texts)
+    return HeldOut(found.compared.kind, texts, source, available, len(drawn), embedded=found)
 
 
 def _label_names(

@@ -5,6 +5,8 @@ Of a kind of task an answer is counted as
     several labels   true and false positives and false negatives of each label, [labels, 3]
     numbers          the number and the right one, for each of them, [numbers, 2]
     entities         true and false positives and false negatives, [1, 3]
+    retrieval        the reciprocal rank of a query, and its recall at 1 and at 10, [3]
+    similarity       the cosine of a pair and its score, [1, 2]
 
 and a figure is a function of these over examples, [examples, …].
 """
@@ -18,7 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from loradeploy.adapter.tasks import CAUSAL_LM, TOKEN_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.parity.report.results import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -72,6 +79,11 @@ def spearman(pairs: Counts) -> float:
     return float(np.mean([_correlation(*sides) for sides in ranked]))
 
 
+def mean_of(column: int) -> Callable[[Counts], float]:
+    """The mean over examples of a column of [examples, columns]."""
+    return lambda counts: float(counts[:, column].mean())
+
+
 MEASURES: Final[Mapping[str, Measure]] = {
     measure.name: measure
     for measure in (
@@ -83,15 +95,31 @@ MEASURES: Final[Mapping[str, Measure]] = {
         Measure("rmse", "perplexity", rmse),
         Measure("pearson", "accuracy", pearson),
         Measure("spearman", "accuracy", spearman),
+        Measure("mrr", "accuracy", mean_of(0)),
+        Measure("recall_at_1", "accuracy", mean_of(1)),
+        Measure("recall_at_10", "accuracy", mean_of(2)),
     )
 }
-# By kind of task: the problem type of a sequence classifier, else the task.
+# What an embedder is measured as, by its data.
+RETRIEVAL: Final = "retrieval"
+SIMILARITY: Final = "similarity"
+_RECALLS: Final = (1, 10)
+
+# By kind of task: the problem type of a sequence classifier, what an embedder is measured as, else
+# the task.
 MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
     CAUSAL_LM: ("perplexity",),
     SINGLE_LABEL: ("accuracy",),
     MULTI_LABEL: ("micro_f1", "macro_f1"),
     REGRESSION: ("rmse", "pearson", "spearman"),
     TOKEN_CLASSIFICATION: ("entity_f1",),
+    RETRIEVAL: ("mrr", "recall_at_1", "recall_at_10"),
+    SIMILARITY: ("pearson", "spearman"),
+}
+# The kinds of the tasks that have several.
+KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    SEQUENCE_CLASSIFICATION: (SINGLE_LABEL, MULTI_LABEL, REGRESSION),
+    FEATURE_EXTRACTION: (RETRIEVAL, SIMILARITY),
 }
 
 
@@ -119,6 +147,22 @@ def entity_counts(
     right = entity_spans([labels[truth[int(index)]] for index in at])
     both = len(found & right)
     return np.array([[both, len(found) - both, len(right) - both]], np.float64)
+
+
+def retrieval_counts(similarities: NDArray[Any], relevant: Sequence[int]) -> Counts:
+    """[3] of a query, of its `similarities` [documents]; `relevant` are numbers of documents.
+
+    A document as similar as a relevant one is ranked before it: vectors that are all alike find
+    nothing.
+    """
+    if not np.isfinite(similarities).all():
+        return np.full(1 + len(_RECALLS), np.nan)
+    own = np.zeros(len(similarities), bool)
+    own[list(relevant)] = True
+    others = similarities[~own]
+    best_first = np.sort(similarities[own])[::-1]
+    ranks = 1 + np.arange(len(best_first)) + (others >= best_first[:, None]).sum(axis=1)
+    return np.array([1 / ranks[0], *((ranks <= k).mean() for k in _RECALLS)], np.float64)
 
 
 def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -1,9 +1,10 @@
 """The task metric on held-out data: how well a deployment does what the adapter was trained for.
 
 Accuracy for classifiers, F1 of several labels and of entities, errors and correlations of numbers,
-perplexity for causal language models (`measures`), of the float32 PyTorch model with
-the adapter and of every ONNX path that can hold it, on the same examples. For a bundle in fewer
-bits it is the figure that says most: rounding moves every logit, and what matters is the answers.
+ranks of an embedder's documents, perplexity for causal language models (`measures`), of the float32
+PyTorch model with the adapter and of every ONNX path that can hold it, on the same examples. For a
+bundle in fewer bits it is the figure that says most: rounding moves every logit, and what matters
+is the answers.
 
 A score is judged as a non-inferiority trial is: it fails where a loss of more than the limit is
 certain, all of the interval being beyond it, and where such a loss cannot be excluded although the
@@ -153,7 +154,7 @@ def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -
     """What was scored on what, and where: in one of several variants."""
     where = f", on {context.variant}" if len(context.variants.each) > 1 else ""
     found = {
-        f"scores: {len(data.examples)} of {data.available} examples in {data.source}{where}"
+        f"scores: {data.taken} of {data.available} examples in {data.source}{where}"
         for data in held_out.values()
     }
     return sorted(found)
@@ -169,6 +170,7 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
     sums = np.zeros(len(examples), np.float64)
     counts = np.ones(len(examples), np.int64)
     tallies: dict[int, NDArray[np.float64]] = {}
+    vectors: dict[int, NDArray[Any]] = {}
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if cases.alike:
         batches = [
@@ -181,13 +183,19 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
         ids, mask = pad_rows(tokens, cases.pad, left=causal and cases.left)
         values, _ = model.forward(ids, mask, None, [adapter] * len(batch))
         for row, index in enumerate(batch):
-            if causal:
+            if data.embedded is not None:
+                vectors[index] = data.embedded.vector(values[row], index)
+            elif causal:
                 real = values[row][mask[row].astype(bool)]  # [tokens, vocabulary]
                 sums[index], counts[index] = _loss(real, examples[index])
             elif data.kind in _TALLIES:
                 tallies[index] = _TALLIES[data.kind](values[row], examples[index], data.labels)
             else:
                 sums[index] = _right(values[row], examples[index])
+    if data.embedded is not None:
+        compared = data.embedded.compared
+        found = compared.counts(np.stack([vectors[index] for index in range(len(examples))]))
+        return Answers(np.zeros(len(compared)), np.ones(len(compared), np.int64), found)
     every = np.stack([tallies[index] for index in range(len(examples))]) if tallies else None
     return Answers(sums, counts, every)
 

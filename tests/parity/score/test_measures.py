@@ -18,6 +18,7 @@ from loradeploy.parity.score.measures import (
     number_pairs,
     pearson,
     resampled_interval,
+    retrieval_counts,
     rmse,
     spearman,
 )
@@ -98,3 +99,32 @@ def test_the_interval_has_the_difference_and_none_where_both_are_the_same() -> N
     assert low <= rmse(far) - rmse(near) <= high
     assert low > 0, "a worse model is seen"
     assert resampled_interval(rmse, near, near) == (0.0, 0.0)
+
+
+def test_ranks_of_documents_are_those_of_sentence_transformers() -> None:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    draw = np.random.default_rng(0)
+    similar = draw.normal(size=(6, 30))
+    relevant = [set(draw.choice(30, size=1 + n % 3, replace=False).tolist()) for n in range(6)]
+    found = np.stack(
+        [retrieval_counts(row, sorted(own)) for row, own in zip(similar, relevant, strict=True)]
+    )
+    evaluator = InformationRetrievalEvaluator(
+        queries={str(n): "" for n in range(6)},
+        corpus={str(n): "" for n in range(30)},
+        relevant_docs={str(n): {str(d) for d in own} for n, own in enumerate(relevant)},
+        mrr_at_k=[30],
+        precision_recall_at_k=[1, 10],
+    )
+    hits = [[{"corpus_id": str(d), "score": float(row[d])} for d in range(30)] for row in similar]
+    expected = evaluator.compute_metrics(hits)
+    theirs = [expected["mrr@k"][30], expected["recall@k"][1], expected["recall@k"][10]]
+    ours = [MEASURES[name].of(found) for name in MEASURED["retrieval"]]  # type: ignore[misc]
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    assert 0 < ours[1] < ours[2] < 1
+
+
+def test_vectors_that_are_all_alike_find_nothing() -> None:
+    assert retrieval_counts(np.ones(20), [3]).tolist() == [1 / 20, 0, 0]
+    assert np.isnan(retrieval_counts(np.array([np.nan, 1.0]), [0])).all()

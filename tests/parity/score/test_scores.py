@@ -398,11 +398,13 @@ def test_options_that_do_not_go_together_are_told_in_one_line(
         parity(bundles["perplexity"], model=tiny_llama, **{"evaluate": lessons, **options})
 
 
-def test_an_embedder_has_no_metric(tiny_bert: Path, bundles: dict[str, Path], topics: Path) -> None:
+def test_a_task_without_a_metric_is_refused_by_name(
+    tiny_bert: Path, bundles: dict[str, Path], topics: Path
+) -> None:
     bundle = bundles["accuracy"]
-    embedder = dataclasses.replace(read_manifest(bundle), task="feature-extraction")
-    with pytest.raises(UsageError, match="no task metric is known for feature-extraction"):
-        read_held_out(bundle, embedder, tiny_bert, (), topics, examples=10, seed=0)
+    other = dataclasses.replace(read_manifest(bundle), task="seq2seq-lm")
+    with pytest.raises(UsageError, match="no task metric is known for seq2seq-lm"):
+        read_held_out(bundle, other, tiny_bert, (), topics, examples=10, seed=0)
 
 
 # -- what is shown -----------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Examples to train embedders on, read and checked."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loradeploy.errors import DataError
+from loradeploy.train.data import some, text_of
+from loradeploy.train.sources import Row, Source, rows
+
+RANKED: Final = ("anchor", "positive")
+SCORED: Final = ("text", "text_pair", "score")
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """`positive` belongs to `anchor`, `negative` does not."""
+
+    where: str
+    anchor: str
+    positive: str
+    negative: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts in the order of the model's rows."""
+        return tuple(t for t in (self.anchor, self.positive, self.negative) if t is not None)
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """Two texts and how similar they are."""
+
+    where: str
+    text: str
+    pair: str
+    score: float
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts in the order of the model's rows."""
+        return (self.text, self.pair)
+
+
+def read_text_pairs(source: Source, *, triplets: bool = False) -> list[TextPair]:
+    """The examples with an anchor and a positive; `triplets`: with a negative too.
+
+    Raises:
+        DataError: nothing is there, a row (named) lacks a text or is a scored pair, or some rows
+            alone have a negative.
+    """
+    examples = []
+    for where, row in rows(source, RANKED):
+        _check_form(where, row, RANKED, SCORED, "cosent or cosine")
+        anchor, positive = (text_of(where, row, name) for name in RANKED)
+        negative = None if row.get("negative") is None else text_of(where, row, "negative")
+        if triplets and negative is None:
+            raise DataError(f'{where}: has no negative, which `embedding_loss="triplet"` needs')
+        examples.append(TextPair(where, anchor, positive, negative))
+    some(examples, source)
+    for example in examples:
+        if (example.negative is None) != (examples[0].negative is None):
+            raise DataError(f"{example.where}: some rows have a negative and others have none")
+    return examples
+
+
+def read_scored_pairs(source: Source, *, bounded: bool = False) -> list[ScoredPair]:
+    """The examples with two texts and a score; `bounded`: from -1 to 1, as cosines are.
+
+    Raises:
+        DataError: nothing is there, or a row (named) lacks a text, has no number for a score or one
+            out of bounds, or is an anchor with a positive.
+    """
+    examples = []
+    for where, row in rows(source, SCORED):
+        _check_form(where, row, SCORED, RANKED, "ranking or triplet")
+        text, pair = (text_of(where, row, name) for name in SCORED[:2])
+        examples.append(ScoredPair(where, text, pair, _score(where, row.get("score"), bounded)))
+    return some(examples, source)
+
+
+def is_scored(first: Row) -> bool:
+    """Whether data whose `first` row it is has scored pairs."""
+    return "score" in first[1]
+
+
+def _check_form(
+    where: str, row: dict[str, Any], needed: tuple[str, ...], other: tuple[str, ...], losses: str
+) -> None:
+    if not any(name in row for name in needed) and all(name in row for name in other):
+        raise DataError(
+            f"{where}: has {', '.join(other)}, which is data for `embedding_loss` {losses}; this"
+            f" run needs {', '.join(needed)}"
+        )
+
+
+def _score(where: str, value: Any, bounded: bool) -> float:
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise DataError(f"{where}: score is {reprlib.repr(value)}, a number is needed")
+    if bounded and not -1 <= score <= 1:
+        raise DataError(
+            f'{where}: score is {score:g}, which no cosine is: `embedding_loss="cosine"` needs -1'
+            ' to 1, "cosent" takes any scale'
+        )
+    return score

@@ -1,0 +1,95 @@
+"""Texts of an embedder's examples as token ids, and as the rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from loradeploy.errors import DataError
+from loradeploy.train.embedding.data import ScoredPair, TextPair
+from loradeploy.train.features import Encoded, padded_inputs, truncated_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loradeploy.train.embedding.vectors import Vectors
+
+# The texts of an example: the first, what is compared with it, and what does not belong to it.
+_PARTS: Final = ("input_ids", "positive", "negative")
+# int64 [rows, longest]: 1 at the tokens that are pooled.
+POOLING_MASK: Final = "pooling_mask"
+
+
+def embedder_features(
+    examples: Sequence[TextPair | ScoredPair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vectors: Vectors,
+) -> Encoded:
+    """Token ids of each example's texts: `input_ids`, `positive` and perhaps `negative`.
+
+    Each text has its prompt. `unpooled` has the number of the prompt's tokens in each text, where
+    they are not pooled. `labels` is the score, or 0.
+
+    Raises:
+        DataError: a text without a single token.
+    """
+    longest = min(max_length, vectors.recipe.max_length or max_length)
+    features: list[dict[str, Any]] = [
+        {"labels": example.score if isinstance(example, ScoredPair) else 0} for example in examples
+    ]
+    truncated = 0
+    columns = zip(*(example.texts for example in examples), strict=True)
+    for number, (name, texts) in enumerate(zip(_PARTS, columns, strict=False)):
+        prompt = vectors.prompts[min(number, 1)]
+        full = [vectors.text(prompt + text) for text in texts]
+        cut, more = truncated_ids(full, tokenizer, longest)
+        truncated += more
+        unpooled = _unpooled(tokenizer, vectors, prompt, longest)
+        for example, feature, ids in zip(examples, features, cut["input_ids"], strict=True):
+            if len(ids) <= unpooled:
+                raise DataError(f"{example.where}: a text has no tokens")
+            feature[name] = list(ids)
+            if unpooled:
+                feature.setdefault("unpooled", {})[name] = unpooled
+    return Encoded(features, truncated)
+
+
+def _unpooled(
+    tokenizer: PreTrainedTokenizerBase, vectors: Vectors, prompt: str, longest: int
+) -> int:
+    """How many tokens at a text's beginning are its prompt's and are not pooled."""
+    if not prompt or vectors.recipe.include_prompt:
+        return 0
+    ids = tokenizer(vectors.text(prompt), truncation=True, max_length=longest)["input_ids"]
+    return len(ids) - bool(ids and ids[-1] in tokenizer.all_special_ids)
+
+
+@dataclass(frozen=True)
+class RowsCollator:
+    """The first texts, then what is compared with them, then the negatives, as one padded batch.
+
+    `labels`: float [batch], the scores, where examples are `scored`; else int64 [batch], the number
+    of the text that belongs to each anchor.
+    """
+
+    pad_id: int
+    scored: bool = False
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        parts = [part for part in _PARTS if part in features[0]]
+        inputs = padded_inputs([f[part] for part in parts for f in features], self.pad_id)
+        if "unpooled" in features[0]:
+            mask = inputs["attention_mask"].clone()
+            skipped = [f["unpooled"].get(part, 0) for part in parts for f in features]
+            for row, count in zip(mask, skipped, strict=True):
+                row[:count] = 0
+            inputs[POOLING_MASK] = mask
+        if self.scored:
+            labels = torch.tensor([f["labels"] for f in features], dtype=torch.float32)
+        else:
+            labels = torch.arange(len(features))
+        return {**inputs, "labels": labels}

@@ -1,0 +1,140 @@
+"""From a text to the vector that is trained: what sentence-transformers saved, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, normalize
+
+from loradeploy.bundle.text.beside import copy_recipe
+from loradeploy.bundle.text.sentence import (
+    SentenceRecipe,
+    default_recipe,
+    read_recipe,
+    recipe_directory,
+    write_default,
+)
+from loradeploy.bundle.text.sentence_files import PROMPTS_NAME
+from loradeploy.bundle.text.sentence_steps import Dense, LayerNorm, check_size
+from loradeploy.bundle.text.sentence_steps import normalize as normalize_step
+from loradeploy.errors import BundleError
+from loradeploy.files import read_json, write_json
+from loradeploy.train.config import NO_PROMPT, SCORED_LOSSES, TrainConfig
+from loradeploy.train.embedding.pooling import pooled
+
+# Names of the prompts of queries and of documents, the first that there is, as
+# sentence-transformers' encode_query and encode_document look for them.
+_QUERY: Final = ("query",)
+_DOCUMENT: Final = ("document", "passage", "corpus")
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """How texts become vectors in a training run.
+
+    `source`: the directory that `recipe` is from, None for the default one. `prompts`: what the
+    first and the other texts of an example begin with. `own`: whether it is not what the base
+    specifies, so that the adapter has files of its own. `given`: whether a prompt was given.
+    """
+
+    recipe: SentenceRecipe
+    source: Path | None = None
+    prompts: tuple[str, str] = ("", "")
+    own: bool = False
+    given: bool = False
+
+    def text(self, text: str) -> str:
+        """The text, prompt included, as the tokenizer gets it."""
+        return text.lower() if self.recipe.lowercase else text
+
+    def of(self, states: Tensor, mask: Tensor) -> Tensor:
+        """float32 [batch, size] of states [batch, sequence, hidden], int64 mask [batch, sequence].
+
+        The mask is 1 at the tokens that are pooled.
+        """
+        found = pooled(states, mask, self.recipe.pooling)
+        for step in self.recipe.steps:
+            found = _STEPS[type(step)](step, found)
+        return found
+
+    def write(self, directory: Path) -> None:
+        """Write the files of sentence-transformers for these vectors."""
+        if self.source is None:
+            write_default(directory)
+        else:
+            copy_recipe(self.source, self.recipe, directory)
+        if not self.given:
+            return
+        file = directory / PROMPTS_NAME
+        settings = read_json(file, error=BundleError) if file.is_file() else {}
+        prompts = {**self.recipe.prompts, _QUERY[0]: self.prompts[0], _DOCUMENT[0]: self.prompts[1]}
+        write_json(file, {**settings, "prompts": prompts})
+
+
+def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = None) -> Vectors:
+    """What is trained on the model in `base`: what is saved beside `adapter`, else beside the base.
+
+    Where neither has a modules.json it is the mean of the tokens' states. The prompts are those
+    that are given, else those that are saved.
+
+    Raises:
+        BundleError: a file is broken, or a module is of a kind that is not computed.
+    """
+    recipe, source, own = default_recipe(), None, False
+    for directory in (adapter, base):
+        found = None if directory is None else recipe_directory(directory)
+        read = None if found is None else read_recipe(found)
+        if read is not None:
+            recipe, source, own = read, found, directory is adapter
+            break
+    scored = config.embedding_loss in SCORED_LOSSES  # where neither text is the query
+    prompts = (
+        _prompt(recipe, config.query_prompt, () if scored else _QUERY),
+        _prompt(recipe, config.document_prompt, () if scored else _DOCUMENT),
+    )
+    given = bool(config.query_prompt or config.document_prompt)
+    return Vectors(recipe, source, prompts, own or given, given)
+
+
+def _prompt(recipe: SentenceRecipe, given: str, names: Sequence[str]) -> str:
+    if given:
+        return "" if given == NO_PROMPT else given
+    name = next((name for name in names if name in recipe.prompts), recipe.default_prompt)
+    return "" if name is None else recipe.prompts[name]
+
+
+def _dense(step: Dense, x: Tensor) -> Tensor:
+    check_size(x.shape[1], step.W.shape[1], step.where)
+    bias = None if step.bias is None else _as(x, step.bias)
+    activation = getattr(torch.nn, step.activation)()
+    y: Tensor = activation(linear(x, _as(x, step.W), bias))
+    if step.residual:
+        y = y + (x if step.beside is None else linear(x, _as(x, step.beside)))
+    return y
+
+
+def _layer_norm(step: LayerNorm, x: Tensor) -> Tensor:
+    check_size(x.shape[1], step.weight.size, step.where)
+    return layer_norm(x, x.shape[1:], _as(x, step.weight), _as(x, step.bias), eps=1e-5)
+
+
+def _normalize(_: Any, x: Tensor) -> Tensor:
+    return normalize(x, dim=-1)
+
+
+# By the type of the step of `bundle.text.sentence_steps`; normalization is a function there.
+_STEPS: Final[Mapping[type, Callable[[Any, Tensor], Tensor]]] = {
+    Dense: _dense,
+    LayerNorm: _layer_norm,
+    type(normalize_step): _normalize,
+}
+
+
+def _as(x: Tensor, values: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(values).to(x)
