@@ -109,7 +109,8 @@ def test_a_task_goes_from_training_to_proof(
             assert {metric for own, metric in figures if own == name} == set(MEASURED[kind])
     for metric in ("accuracy", "micro_f1", "macro_f1", "entity_f1", "pearson", "recall_at_10"):
         for (_, found), score in figures.items():
-            assert found != metric or score.value > 0.7, f"{metric} of what was learnt"
+            least = 0.5 if task == "feature-extraction" else 0.7
+            assert found != metric or score.value > least, f"{metric} of what was learnt"
 
     name = next(iter(adapters))
     ld.export(bundle, tmp_path / "merged", adapters={name: adapters[name]}, merge=True)
