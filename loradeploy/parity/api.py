@@ -11,6 +11,7 @@ from loradeploy.parity.inputs.prompts import EXAMPLES
 
 if TYPE_CHECKING:
     from loradeploy.parity.backends.others import Others
+    from loradeploy.parity.inputs.tokens import Prompts
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.score.heldout import DataByAdapter
     from loradeploy.runtime.devices.providers import Provider
@@ -24,7 +25,7 @@ def parity(
     report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     backends: Sequence[str] | None = None,
     phases: Sequence[str] | None = None,
-    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     tokens: int | None = None,
     seed: int = 0,
     fuzz: int = 0,
@@ -57,7 +58,8 @@ def parity(
             bundle has and that can be run here.
         phases: names such as "prefill" or "chunked prefill"; by
             default all that the task has.
-        prompts: a file (one prompt a line, or JSONL with `prompt`, `text` or `messages`), or texts.
+        prompts: a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
+            or `messages`), or a list of texts, pairs of texts, and such objects.
         tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
         seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
         fuzz: how many rows of random tokens are fed too.

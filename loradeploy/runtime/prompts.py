@@ -85,6 +85,17 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> InputPrompt:
         return InputPrompt(values, adapter)
     if not isinstance(values, dict):
         raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
+    return request_of(values, where, adapter)
+
+
+def request_of(
+    values: Mapping[str, Any], where: str, adapter: AdapterSpec | None = None
+) -> InputPrompt:
+    """The request of an object as a line of JSONL has it; see `parse_requests`.
+
+    Raises:
+        DataError: it has no prompt, or something of another type.
+    """
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
     kind = list if name == "messages" else str
     if name is None or not isinstance(values[name], kind):

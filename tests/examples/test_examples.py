@@ -118,3 +118,19 @@ def test_vectors_are_learnt_proved_and_searched(tiny_bert: Path, tmp_path: Path)
     assert "parity passed" in output
     assert "search: recall@1 1.000, MRR 1.000" in output
     assert output.splitlines()[-3].endswith(SOUGHT[query])
+
+
+def test_pairs_are_learnt_proved_and_ranked(tiny_bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    query, other = "who won the cup", "which team has the cup"
+    rows = [
+        {"text": text, "text_pair": document, "label": ["relevant"] if own == query else []}
+        for text in (query, other)
+        for own, document in SOUGHT.items()
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--steps", 30, "--learning-rate", 2e-2, "--query", query)
+    output = example("reranking.py", tiny_bert, data, tmp_path / "out", *given)
+    assert "parity passed" in output
+    assert re.search(r"^ONNX side inputs: micro_f1 (\S+), PyTorch \1$", output, re.MULTILINE)
+    assert output.splitlines()[-3].endswith(SOUGHT[query])

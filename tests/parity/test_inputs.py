@@ -31,6 +31,37 @@ def cases(bundle: Path, manifest: Manifest = DECODER, **options: object) -> Case
     return make_cases(bundle, manifest, **given)  # type: ignore[arg-type]
 
 
+CLASSIFIER = dataclasses.replace(DECODER, task="sequence-classification")
+
+
+@pytest.mark.parametrize(
+    "pair", [("a cup", "a bank"), ["a cup", "a bank"], {"text": "a cup", "text_pair": "a bank"}]
+)
+def test_a_pair_of_texts_is_fed_as_one(pair: object, tiny_bert: Path) -> None:
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(tiny_bert)("a cup", "a bank")["input_ids"]
+    assert cases(tiny_bert, CLASSIFIER, prompts=[pair]).prompts[0] == tuple(expected)
+    with pytest.raises(UsageError, match="pairs of texts, and the bundle is for feature-extracti"):
+        cases(tiny_bert, ENCODER, prompts=[pair])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (("a",), r"prompt 2 is \('a',\): give a text, a pair of texts, a list of messages, or an"),
+        ((1, "b"), r"prompt 2 is \(1, 'b'\): give a text"),
+        (7, "prompt 2 is 7: give a text"),
+        ({"text": "a", "text_pair": 1}, "prompt 2: give a pair as two texts, text and text_pair"),
+        ({"label": "a"}, "prompt 2: give a text as prompt or text, a list of messages, or a path"),
+        ({"audio": "a.wav"}, "prompt 2: a path of a sound; parity draws sounds from a seed"),
+    ],
+)
+def test_a_prompt_that_is_none_is_named(prompt: object, message: str, tiny_bert: Path) -> None:
+    with pytest.raises(LoraDeployError, match=message):
+        cases(tiny_bert, CLASSIFIER, prompts=["a text", prompt])
+
+
 def test_the_built_in_prompts_are_enough_and_each_its_own() -> None:
     assert len(set(PROMPTS)) == len(PROMPTS) == 16
 

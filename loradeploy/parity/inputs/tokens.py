@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,10 +17,10 @@ from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING, TOKEN_TYPE_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
-from loradeploy.errors import DataError, UsageError
+from loradeploy.errors import DataError, UsageError, shown
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.parity.inputs.row_feeds import Types, types_of
-from loradeploy.runtime.prompts import read_requests
+from loradeploy.runtime.prompts import InputPrompt, read_requests, request_of
 
 if TYPE_CHECKING:
     from loradeploy.runtime.tokenizer import Tokenizer
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_PROMPT_TOKENS: Final = 256
 # A text, a pair of texts, or a conversation as a list of messages.
 Prompt = str | tuple[str, str] | list[Any]
+# A file of them, or they themselves, each also as an object of a JSONL file.
+Prompts = str | os.PathLike[str] | Sequence[Prompt | Mapping[str, Any]]
 
 _SEEDS: Final = 1 << 16  # where the tokens are no model's own
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
@@ -75,7 +77,7 @@ def make_cases(
     bundle: Path,
     manifest: Manifest,
     *,
-    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
+    prompts: Prompts | None,
     generated: int | None,
     seed: int,
     fuzz: int = 0,
@@ -83,9 +85,9 @@ def make_cases(
     """The cases for a bundle.
 
     `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
-    or `messages`), a list of texts and pairs, or None for the built-in ones. A bundle without a
-    tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row each of the
-    least and of the largest length.
+    or `messages`), a list of texts, pairs and such objects, or None for the built-in ones. A bundle
+    without a tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row
+    each of the least and of the largest length.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
@@ -124,7 +126,7 @@ def make_cases(
 def _tokenized(
     bundle: Path,
     manifest: Manifest,
-    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
+    prompts: Prompts | None,
     longest: int,
 ) -> tuple[Rows, Types, int, str]:
     """The prompts as tokens, their types, the id that fills rows up, and where they are from."""
@@ -143,16 +145,40 @@ def _tokenized(
 
 
 def _texts(
-    prompts: str | os.PathLike[str] | Sequence[str | tuple[str, str]] | None,
+    prompts: Prompts | None,
 ) -> tuple[Sequence[Prompt], str]:
     if prompts is None:
         return PROMPTS, "built-in prompts"
     if isinstance(prompts, str | os.PathLike):
         requests = read_requests(prompts)
-        return [request.prompt for request in requests], os.fspath(prompts)
+        source = os.fspath(prompts)
+        return [_without_audio(request, source) for request in requests], source
     if not prompts:
         raise UsageError("no prompts are given")
-    return list(prompts), "given prompts"
+    return [_given(prompt, n) for n, prompt in enumerate(prompts, start=1)], "given prompts"
+
+
+def _without_audio(request: InputPrompt, where: str) -> Prompt:
+    if request.audio:
+        raise UsageError(f"{where}: a path of a sound; parity draws sounds from a seed: give texts")
+    return request.prompt
+
+
+def _given(prompt: Prompt | Mapping[str, Any], number: int) -> Prompt:
+    """A prompt that is given in Python; raises UsageError where it is none."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return _without_audio(request_of(prompt, f"prompt {number}"), f"prompt {number}")
+    if isinstance(prompt, list | tuple) and prompt:
+        if len(prompt) == 2 and all(isinstance(part, str) for part in prompt):
+            return (prompt[0], prompt[1])
+        if all(isinstance(message, Mapping) for message in prompt):
+            return list(prompt)
+    raise UsageError(
+        f"prompt {number} is {shown(prompt)}: give a text, a pair of texts, a list of messages, or"
+        " an object with text and text_pair"
+    )
 
 
 def _encode(
