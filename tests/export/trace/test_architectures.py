@@ -10,7 +10,9 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
+from loradeploy.adapter import load_adapter
 from loradeploy.adapter.tasks import TASK_TABLE
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
@@ -123,6 +125,31 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "ModernBertConfig",
         {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
     ),
+    "modernbert-tags: labels of tokens": (
+        "token-classification",
+        "ModernBertConfig",
+        {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
+    ),
+    "modernbert-states: hidden states": (
+        "feature-extraction",
+        "ModernBertConfig",
+        {**_ENCODER, "num_hidden_layers": 3, "local_attention": 8},
+    ),
+    "xlm-roberta: positions counted from the padding on": (
+        "sequence-classification",
+        "XLMRobertaConfig",
+        {**_ENCODER, "type_vocab_size": 1},
+    ),
+    "xlm-roberta-tags: labels of tokens": (
+        "token-classification",
+        "XLMRobertaConfig",
+        {**_ENCODER, "type_vocab_size": 1},
+    ),
+    "xlm-roberta-states: hidden states and a pooler": (
+        "feature-extraction",
+        "XLMRobertaConfig",
+        {**_ENCODER, "type_vocab_size": 1},
+    ),
     # Projects its table of positions, which has no batch, by the layers that project the tokens.
     "deberta: layers for tokens and for positions": (
         "sequence-classification",
@@ -156,6 +183,8 @@ _ATTENTION: Final = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS: Final[Mapping[str, list[str]]] = {
     "MixtralForCausalLM": _ATTENTION,
     "Qwen3MoeForCausalLM": _ATTENTION,
+    "ModernBertForTokenClassification": ["Wqkv", "Wo", "Wi"],
+    "XLMRobertaForTokenClassification": ["query", "key", "value", "dense"],
     "DistilBertForSequenceClassification": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
 
@@ -195,6 +224,9 @@ def test_every_path_is_the_pytorch_model(
     ids = np.random.default_rng(0).integers(5, 110, (2, 9))
     base = torch_output(model, ids, task=task)
     adapted = torch_output(model, ids, task=task, adapter=adapter)
+    if task != "causal-lm":
+        modules = {target.module for target in read_manifest(tmp_path / "side").targets}
+        assert set(load_adapter(adapter).factors) <= modules, "a projection is no side input"
     allowed = tolerance("torch-onnx-tiny")
     side = factors(tmp_path / "side", adapter)
     assert difference(onnx_output(tmp_path / "side", ids), base) <= allowed
@@ -212,5 +244,5 @@ def test_every_path_is_the_pytorch_model(
         onnx_output(tmp_path / "side", ids, mask),
         torch_output(model, ids, mask, task=task),
     )
-    real = mask.astype(bool) if task == "causal-lm" else slice(None)
+    real = mask.astype(bool) if padded.ndim == 3 else slice(None)
     assert difference(padded[real], expected[real]) <= allowed
