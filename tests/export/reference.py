@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.tasks import CLASSIFICATIONS, TASK_TABLE
 from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.manifest import read_manifest
@@ -107,20 +108,15 @@ def torch_output(
     import torch
     import transformers
 
-    auto = {
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-        "feature-extraction": transformers.AutoModel,
-    }[task]
-    options = {"num_labels": labels} if task == "sequence-classification" else {}
+    auto = getattr(transformers, TASK_TABLE[task].auto_class)
+    options = {"num_labels": labels} if task in CLASSIFICATIONS else {}
     base = auto.from_pretrained(model, dtype=torch.float32, **options).eval()
     held = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter).eval()
     tokens = torch.from_numpy(ids)
     attention = torch.ones_like(tokens) if mask is None else torch.from_numpy(mask)
     with torch.no_grad():
         result = held(input_ids=tokens, attention_mask=attention)
-    name = "last_hidden_state" if task == "feature-extraction" else "logits"
-    output: NDArray[Any] = getattr(result, name).numpy()
+    output: NDArray[Any] = getattr(result, TASK_TABLE[task].output).numpy()
     return output
 
 
