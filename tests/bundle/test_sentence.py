@@ -209,6 +209,22 @@ def test_prompts_and_the_encoders_settings_are_read(tmp_path: Path) -> None:
         ([], {}, "names no Pooling"),
         ([("Pooling", "1_P", {"pooling_mode": "median"})], {}, "the pooling 'median'"),
         ([("Pooling", "1_P", {"pooling_mode_new": True})], {}, "pooling_mode_new is not supported"),
+        (
+            [("Pooling", "1_P", {"pooling_mode": "cls", "pooling_mode_mean_tokens": True})],
+            {},
+            "pooling_mode is cls, and pooling_mode_mean_tokens is mean: keep one",
+        ),
+        (
+            [("Pooling", "1_P", {"embedding_dimension": 6, "word_embedding_dimension": 8})],
+            {},
+            "two sizes",
+        ),
+        ([("Pooling", "1_P", {"embedding_dimension": "six"})], {}, "the size is"),
+        (
+            [("Pooling", "1_P", {"embedding_dimension": 6})],
+            {"config": {"hidden_size": 8}},
+            "the Pooling is of states of 6, the encoder's hidden_size is 8",
+        ),
         ([POOL, ("Dense", "2_D", {})], {}, "model.safetensors does not exist"),
         ([POOL, ("Dense", "../d", None)], {}, "is outside"),
         ([POOL], {"config_sentence_transformers": {"model_type": "SparseEncoder"}}, "SparseEnc"),
@@ -237,6 +253,21 @@ def test_a_dense_layer_that_is_not_understood_is_refused(
     save_file(tensors, place / "2_D" / "model.safetensors")
     with pytest.raises(BundleError, match=r"Softplus|linear\.extra"):
         read_recipe(place)
+
+
+def test_a_dense_layer_of_another_size_than_the_pooled_vector_is_refused(tmp_path: Path) -> None:
+    pooling = {"pooling_mode": ["cls", "mean"], "embedding_dimension": HIDDEN}
+    place = write(tmp_path / "m", ("Pooling", "1_P", pooling), ("Dense", "2_D", {"bias": False}))
+    for size, refused in ((HIDDEN, True), (2 * HIDDEN, False)):
+        file = place / "2_D" / "model.safetensors"
+        save_file({"linear.weight": torch.zeros(2, size)}, file)
+        if refused:
+            with pytest.raises(
+                BundleError, match="2_D takes vectors of 6, those before it are of 12"
+            ):
+                read_recipe(place)
+        else:
+            assert read_recipe(place) is not None
 
 
 @pytest.mark.parametrize("folder", ["", "onnx", "0_Transformer"])

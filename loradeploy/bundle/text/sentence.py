@@ -27,7 +27,7 @@ from loradeploy.bundle.text.sentence_files import (
     RecipeReader,
     module_of,
 )
-from loradeploy.bundle.text.sentence_steps import STEPS, normalize
+from loradeploy.bundle.text.sentence_steps import STEPS, Dense, LayerNorm, normalize
 from loradeploy.errors import BundleError, shortened
 from loradeploy.files import write_json
 
@@ -122,15 +122,21 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
     max_length, lowercase = reader.encoder(encoder[1])
     pooling: tuple[str, ...] = ()
     include_prompt = True
+    sized: int | None = None
     steps: list[Step] = []
     for entry in entries[1:]:
         kind, path = module_of(entry, file)
         if kind == "Pooling" and not pooling:
-            pooling, include_prompt = reader.pooling(path)
+            pooling, include_prompt, size = reader.pooling(path)
+            if size is not None:
+                reader.check_size(encoder[1], size)
+                sized = size * len(pooling)
         elif kind == "Dropout":
             continue
         elif kind in STEPS and pooling:
-            steps.append(STEPS[kind](reader, path))
+            step = STEPS[kind](reader, path)
+            sized = step.size_after(sized) if isinstance(step, Dense | LayerNorm) else sized
+            steps.append(step)
         else:
             where = "" if pooling else " before the Pooling"
             known = ", ".join(("Transformer", "Pooling", "Dropout", *STEPS))

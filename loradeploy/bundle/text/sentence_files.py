@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tensors import read_arrays
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
 from loradeploy.files import inside, read_bytes, read_json
@@ -34,6 +35,8 @@ _FLAGS: Final = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# How the size of a token's state is called, the second in older files.
+_SIZES: Final = ("embedding_dimension", "word_embedding_dimension")
 
 
 class RecipeReader:
@@ -104,19 +107,20 @@ class RecipeReader:
             raise BundleError(f"{where}: max_seq_length is {shown(longest)}")
         return longest, values.get("do_lower_case") is True
 
-    def pooling(self, path: str) -> tuple[tuple[str, ...], bool]:
-        """The modes of pooling, and whether prompts are pooled."""
+    def pooling(self, path: str) -> tuple[tuple[str, ...], bool, int | None]:
+        """The modes of pooling, whether prompts are pooled, and the size of a token's state."""
         name = join(path, "config.json")
         values = self.object(name)
+        flags = [key for key in values if key.startswith("pooling_mode_") and values[key]]
+        if unknown := [key for key in flags if key not in _FLAGS]:
+            raise BundleError(
+                f"{self.directory / name}: {unknown[0]} is not supported; there are"
+                f" {', '.join(_FLAGS)}"
+            )
+        flagged = [mode for key, mode in _FLAGS.items() if values.get(key)]
         given = values.get("pooling_mode")
         if given is None:
-            flags = [key for key in values if key.startswith("pooling_mode_") and values[key]]
-            if unknown := [key for key in flags if key not in _FLAGS]:
-                raise BundleError(
-                    f"{self.directory / name}: {unknown[0]} is not supported; there are"
-                    f" {', '.join(_FLAGS)}"
-                )
-            given = [mode for key, mode in _FLAGS.items() if values.get(key)] or "mean"
+            given = flagged or "mean"
         modes = tuple(given) if isinstance(given, list) else (given,)
         if not 0 < len(modes) <= len(POOLS) or not all(isinstance(mode, str) for mode in modes):
             raise BundleError(f"{self.directory / name}: pooling_mode is {shown(given)}")
@@ -125,7 +129,32 @@ class RecipeReader:
                 f"{self.directory / name}: the pooling {shown(unknown[0])} is not supported;"
                 f" there are {', '.join(POOLS)}"
             )
-        return modes, values.get("include_prompt", True) is not False
+        if flagged and set(flagged) != set(modes):
+            raise BundleError(
+                f"{self.directory / name}: pooling_mode is {listed_names(modes)}, and"
+                f" {listed_names(flags)} is {listed_names(flagged)}: keep one of them"
+            )
+        sizes = {key: values[key] for key in _SIZES if values.get(key) is not None}
+        if any(type(size) is not int or size < 1 for size in sizes.values()):
+            raise BundleError(f"{self.directory / name}: the size is {shown(sizes)}")
+        if len(set(sizes.values())) > 1:
+            raise BundleError(f"{self.directory / name}: two sizes, {shown(sizes)}: keep one")
+        size = next(iter(sizes.values()), None)
+        return modes, values.get("include_prompt", True) is not False, size
+
+    def check_size(self, path: str, size: int) -> None:
+        """Raise BundleError if the encoder in `path` has states of another size than `size`."""
+        for name in dict.fromkeys((join(path, CONFIG_NAME), CONFIG_NAME)):
+            file = inside(self.directory, name)
+            if not file.is_file():
+                continue
+            own = read_json(file, error=BundleError).get("hidden_size")
+            if type(own) is int and own != size:
+                raise BundleError(
+                    f"{self.directory}: the Pooling is of states of {size}, the encoder's"
+                    f" hidden_size is {own}: they are not of one model"
+                )
+            return
 
     def weights(self, path: str, names: Mapping[str, bool]) -> dict[str, Floats]:
         """The tensors of a module; `names` tells which it must have."""

@@ -38,6 +38,12 @@ class Dense:
     beside: Floats | None
     where: Path
 
+    def size_after(self, size: int | None) -> int:
+        """`out`; raises BundleError where `size`, that of the vectors before, is not `in`."""
+        if size is not None:
+            check_size(size, self.W.shape[1], self.where)
+        return int(self.W.shape[0])
+
     def __call__(self, x: Floats) -> Floats:
         """Of vectors [batch, in], vectors [batch, out]."""
         check_size(x.shape[1], self.W.shape[1], self.where)
@@ -55,6 +61,12 @@ class LayerNorm:
     weight: Floats
     bias: Floats
     where: Path
+
+    def size_after(self, size: int | None) -> int:
+        """The size; raises BundleError where that of the vectors before is another."""
+        if size is not None:
+            check_size(size, self.weight.size, self.where)
+        return int(self.weight.size)
 
     def __call__(self, x: Floats) -> Floats:
         """Of vectors [batch, size], vectors [batch, size]."""
@@ -135,4 +147,4 @@ def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:
 def check_size(given: int, size: int, where: Path) -> None:
     """Raise BundleError unless the step at `where` takes vectors of the size that is `given`."""
     if given != size:
-        raise BundleError(f"{where} takes vectors of {size}, the pooling gives {given}")
+        raise BundleError(f"{where} takes vectors of {size}, those before it are of {given}")

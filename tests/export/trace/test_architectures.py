@@ -183,7 +183,7 @@ _ATTENTION: Final = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS: Final[Mapping[str, list[str]]] = {
     "MixtralForCausalLM": _ATTENTION,
     "Qwen3MoeForCausalLM": _ATTENTION,
-    "ModernBertForTokenClassification": ["Wqkv", "Wo", "Wi"],
+    "ModernBertForTokenClassification": ["Wqkv", "Wo", "Wi", "head.dense"],
     "XLMRobertaForTokenClassification": ["query", "key", "value", "dense"],
     "DistilBertForSequenceClassification": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
