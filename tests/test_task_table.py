@@ -17,6 +17,7 @@ from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
 from tests.train.conftest import WORDS, write_lessons, write_lines
+from tests.train.test_seq2seq import translations
 from tests.train.test_tasks import multi_label, pairs, regression, sentences, tagged
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,7 @@ ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
         "pairs": (pairs, {"task": "feature-extraction"}),
         "scored": (scored, {"task": "feature-extraction", "embedding_loss": "cosine"}),
     },
+    "seq2seq-lm": {"words": (translations, {"task": "seq2seq-lm"})},
     "token-classification": {"tags": (tagged, {"task": "token-classification"})},
 }
 
@@ -63,6 +65,7 @@ def seen(task: str, values: dict[str, Any]) -> Any:
         "token-classification": "entities",
         "feature-extraction": "embedding",
         "causal-lm": "token_ids",
+        "seq2seq-lm": "token_ids",
     }
     return values[keys[task]]
 
@@ -70,9 +73,9 @@ def seen(task: str, values: dict[str, Any]) -> Any:
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("task", ROWS)
 def test_a_task_goes_from_training_to_proof(
-    task: str, tiny_bert: Path, tiny_llama: Path, tmp_path: Path
+    task: str, tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
-    model = tiny_llama if TASK_TABLE[task].cached else tiny_bert
+    model = {"causal-lm": tiny_llama, "seq2seq-lm": tiny_t5}.get(task, tiny_bert)
     data, adapters = {}, {}
     for name, (make, settings) in ROWS[task].items():
         data[name] = make(tmp_path / f"{name}.jsonl")
@@ -84,7 +87,7 @@ def test_a_task_goes_from_training_to_proof(
 
     text = f"{sentences('business')[1]} {sentences('sports')[2]}"
     lines = [{"text": text, "adapter": name} for name in (*adapters, None)]
-    if task == "causal-lm":
+    if task in ("causal-lm", "seq2seq-lm"):
         lines = [{"prompt": line["text"], "adapter": line["adapter"]} for line in lines]
     asked = write_lines(tmp_path / "asked.jsonl", lines)
     printed = call("run", bundle, "--input", asked, "--json")
