@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, MakeAdapter
+from tests.sounds import save, tone
 
 
 def example(name: str, *arguments: object) -> str:
@@ -98,6 +99,20 @@ def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -
     assert "parity passed" in output
     assert re.search(r"^ONNX side inputs: entity_f1 (\S+), PyTorch \1$", output, re.MULTILINE)
     assert re.search(r"^0-4 Rome: LOC \(", output, re.MULTILINE)
+
+
+def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: Path) -> None:
+    from tests.train.test_seq2seq import spoken
+
+    data = spoken(tmp_path / "sounds.jsonl")
+    new = save(tmp_path / "new.wav", tone(900, 0.6, noise=0.05, seed=7))
+    given = ("--steps", 80, "--learning-rate", 1e-2, "--audio", new)
+    output = example("speech.py", tiny_whisper, data, tmp_path / "out", *given)
+    assert "parity passed" in output
+    said = answers(output)
+    assert said["clinic"] == "a middle tone" != said["base"]
+    rates = dict(re.findall(r"^word error rate of (?:the )?(\w+): (\S+)$", output, re.MULTILINE))
+    assert float(rates["clinic"]) == 0.0 < float(rates["base"])
 
 
 # A query's own document has its words in it.
