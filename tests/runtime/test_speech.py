@@ -152,6 +152,21 @@ def test_an_adapters_effect_is_seen_and_a_doubled_alpha_too(
     assert found[0].token_ids == expected.token_ids != wrong.token_ids
 
 
+def test_parity_proves_both_graphs_and_sees_mistakes(bundle: Path, tiny_whisper: Path) -> None:
+    report = ld.parity(
+        bundle,
+        model=tiny_whisper,
+        backends=["onnx-side-inputs"],
+        prompts=["Hello there", "Hi"],
+        controls=True,
+        certificate=False,
+    )
+    assert report.passed, report.failures
+    seen = {result.phase for result in report.results}
+    assert seen >= {"prefill", "padded batch", "decode", "permuted batch"}
+    assert report.controls and all(control.caught for control in report.controls)
+
+
 def test_sampling_is_repeatable_and_a_language_may_be_each_sounds_own(
     recognizer: ld.SpeechRecognizer,
 ) -> None:
