@@ -1,0 +1,1 @@
+"""Plan nodes that serve adapters, by a simulation on measured figures (docs/scaling.md)."""

@@ -1,0 +1,316 @@
+"""Nodes that serve adapters, simulated step by step.
+
+A node generates a token for each of its rows in a step; requests join and leave between steps, and
+wait while their adapter is read. What a step takes was measured (measure.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import heapq
+import itertools
+import math
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+# A node is busier than others where it has so many more requests, in shares of its rows.
+_BUSY: Final = 1.5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on one node, in seconds and bytes.
+
+    `step`: by the number of rows, what one token for each takes; between them it is interpolated.
+    `mixed`: how many times as long a step takes whose rows have several adapters.
+    `prefill`: of a request, and of each token of its prompt. `request`: around it, such as HTTP.
+    `load`: of reading an adapter, and of each of its bytes. `rank_bytes`: of an adapter of rank 1.
+    `start`: of a new node.
+    """
+
+    step: Mapping[int, float]
+    mixed: float
+    prefill: tuple[float, float]
+    request: float
+    load: tuple[float, float]
+    rank_bytes: float
+    start: float
+
+    def step_time(self, rows: int, adapters: int) -> float:
+        """Seconds of a step."""
+        known = sorted(self.step)
+        factor = self.mixed if adapters > 1 else 1.0
+        if rows <= known[0]:
+            return self.step[known[0]] * factor
+        if rows >= known[-1]:
+            return self.step[known[-1]] * rows / known[-1] * factor
+        right = bisect.bisect_left(known, rows)
+        low, high = known[right - 1], known[right]
+        share = (rows - low) / (high - low)
+        return (self.step[low] * (1 - share) + self.step[high] * share) * factor
+
+
+@dataclass(frozen=True)
+class Load:
+    """The requests: `rate` a second (0: `clients` that ask again once they are answered).
+
+    `adapters` have ranks of `ranks` in turn, and are asked for with weights 1 / place ** `zipf`.
+    `prompt`, `output`: tokens on average; outputs differ, from half to one and a half of it.
+    """
+
+    adapters: int = 100
+    zipf: float = 1.0
+    ranks: tuple[int, ...] = (8, 16, 32)
+    prompt: int = 128
+    output: int = 64
+    spread: bool = True
+    rate: float = 0.0
+    clients: int = 0
+    requests: int = 2000
+    seed: int = 0
+
+    @property
+    def popularity(self) -> list[float]:
+        """The share of the requests of each adapter, the most popular first."""
+        weights = [1 / place**self.zipf for place in range(1, self.adapters + 1)]
+        return [weight / sum(weights) for weight in weights]
+
+    def rank(self, adapter: int) -> int:
+        """The rank of an adapter."""
+        return self.ranks[adapter % len(self.ranks)]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes. `memory`: bytes of adapters in one; `routing`: a row of ROUTINGS."""
+
+    nodes: int = 2
+    rows: int = 8
+    memory: float = float("inf")
+    routing: str = "sticky"
+    cold: int = 0  # of the nodes, those that begin to start with the first request
+    price: float = 1.0  # of a node an hour
+
+
+@dataclass
+class _Request:
+    number: int
+    adapter: int
+    prompt: int
+    output: int
+    arrived: float
+    begun: float = 0.0
+    left: int = 0
+    ready: float = 0.0  # its adapter is read
+
+
+@dataclass
+class _Node:
+    number: int
+    time: float = 0.0
+    waiting: deque[_Request] = field(default_factory=deque)
+    running: list[_Request] = field(default_factory=list)
+    resident: OrderedDict[int, float] = field(default_factory=OrderedDict)  # bytes by adapter
+    held: float = 0.0  # bytes of those
+    busy: float = 0.0
+
+    @property
+    def queued(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+
+@dataclass
+class Outcome:
+    """What came of the requests; times in seconds."""
+
+    seconds: float
+    tokens: int
+    first: list[float]
+    between: list[float]
+    whole: list[float]
+    hits: int
+    loads: int
+    busy: float
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens a second."""
+        return self.tokens / self.seconds
+
+    def cost(self, cluster: Cluster) -> float:
+        """What a million tokens cost, at a node's price an hour."""
+        return cluster.nodes * cluster.price / 3600 / self.rate * 1e6
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that this share of them does not exceed; nan of none."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
+
+
+# -- which node a request goes to --------------------------------------------------------------
+
+
+def hashed(adapter: int, nodes: int) -> int:
+    """The node that an adapter belongs to, whatever others there are (rendezvous hashing)."""
+    return max(range(nodes), key=lambda n: hashlib.md5(f"{adapter}/{n}".encode()).digest())
+
+
+def planned(load: Load, cluster: Cluster, figures: Figures) -> list[list[int]]:
+    """The nodes of each adapter: popular ones on several, ranks as evenly as they can be.
+
+    An adapter is on as many nodes as its share of the work fills. Each copy goes where there is the
+    least work, of nodes with room in memory.
+    """
+    work = [0.0] * cluster.nodes
+    room = [cluster.memory] * cluster.nodes
+    homes: list[list[int]] = []
+    for adapter, share in enumerate(load.popularity):
+        copies = min(cluster.nodes, math.ceil(share * cluster.nodes))
+        size = load.rank(adapter) * figures.rank_bytes
+        order = sorted(range(cluster.nodes), key=lambda n: (room[n] < size, work[n], n))
+        homes.append(order[:copies])
+        for node in order[:copies]:
+            work[node] += share / copies
+            room[node] -= size
+    return homes
+
+
+Route = Callable[[_Request, Sequence[_Node]], _Node]
+
+
+def _least(load: Load, cluster: Cluster, figures: Figures) -> Route:
+    return lambda request, nodes: _idlest(nodes)
+
+
+def _idlest(nodes: Sequence[_Node]) -> _Node:
+    return min(nodes, key=lambda node: (node.queued, node.number))
+
+
+def _sticky(load: Load, cluster: Cluster, figures: Figures) -> Route:
+    return _homes([[hashed(adapter, cluster.nodes)] for adapter in range(load.adapters)], cluster)
+
+
+def _planned(load: Load, cluster: Cluster, figures: Figures) -> Route:
+    return _homes(planned(load, cluster, figures), cluster)
+
+
+def _homes(homes: Sequence[Sequence[int]], cluster: Cluster) -> Route:
+    """An adapter's node, unless that is much busier than the least busy one."""
+
+    def route(request: _Request, nodes: Sequence[_Node]) -> _Node:
+        own = [node for node in nodes if node.number in homes[request.adapter]]
+        home, other = _idlest(own or nodes), _idlest(nodes)
+        return other if home.queued - other.queued > _BUSY * cluster.rows else home
+
+    return route
+
+
+ROUTINGS: Final[Mapping[str, Callable[[Load, Cluster, Figures], Route]]] = {
+    "least": _least,
+    "sticky": _sticky,
+    "planned": _planned,
+}
+
+
+# -- the simulation ----------------------------------------------------------------------------
+
+
+def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
+    """What becomes of the requests of `load`. The same arguments give the same outcome."""
+    chance = random.Random(load.seed)
+    nodes = [_Node(number) for number in range(cluster.nodes)]
+    route = ROUTINGS[cluster.routing](load, cluster, figures)
+    numbers = itertools.count()
+    popularity = load.popularity
+    found = Outcome(0.0, 0, [], [], [], 0, 0, 0.0)
+
+    def request(at: float) -> _Request:
+        (adapter,) = chance.choices(range(load.adapters), popularity)
+        output = load.output
+        if load.spread:
+            output = max(1, round(load.output * chance.uniform(0.5, 1.5)))
+        return _Request(next(numbers), adapter, load.prompt, output, at, left=output)
+
+    arrivals: list[tuple[float, int, _Request]] = []
+
+    def arrive(at: float) -> None:
+        made = request(at)
+        heapq.heappush(arrivals, (at, made.number, made))
+
+    if load.rate:
+        at = 0.0
+        for _ in range(load.requests):
+            at += chance.expovariate(load.rate)
+            arrive(at)
+    else:
+        for _ in range(min(load.clients, load.requests)):
+            arrive(0.0)
+    asked = len(arrivals)
+
+    def take(node: _Node, one: _Request) -> None:
+        size = load.rank(one.adapter) * figures.rank_bytes
+        if one.adapter in node.resident:
+            found.hits += 1
+            one.ready = one.arrived
+        else:
+            found.loads += 1
+            one.ready = one.arrived + figures.load[0] + figures.load[1] * size
+            node.resident[one.adapter] = size
+            node.held += size
+        node.resident.move_to_end(one.adapter)
+        while node.held > cluster.memory and len(node.resident) > 1:
+            node.held -= node.resident.popitem(last=False)[1]
+        if not node.queued:
+            node.time = max(node.time, one.arrived)
+        node.waiting.append(one)
+
+    def step(node: _Node) -> list[_Request]:
+        """Let waiting requests join, make a token for each row; those that ended."""
+        begin = node.time
+        ready = [one for one in node.waiting if one.ready <= node.time]
+        if not node.running and not ready:
+            node.time = min(one.ready for one in node.waiting)
+            return []
+        for one in ready[: cluster.rows - len(node.running)]:
+            node.waiting.remove(one)
+            node.running.append(one)
+            node.time += figures.prefill[0] + figures.prefill[1] * one.prompt
+            one.begun = node.time
+            one.left -= 1  # the prompt's run gives the first token
+            found.first.append(node.time - one.arrived + figures.request)
+        if any(one.left for one in node.running):
+            rows = [one for one in node.running if one.left]
+            adapters = len({one.adapter for one in rows})
+            node.time += figures.step_time(len(rows), adapters)
+            for one in rows:
+                one.left -= 1
+        ended = [one for one in node.running if not one.left]
+        node.running = [one for one in node.running if one.left]
+        node.busy += node.time - begin
+        return ended
+
+    while arrivals or any(node.queued for node in nodes):
+        active = [node for node in nodes if node.queued]
+        node = min(active, key=lambda one: one.time, default=None)
+        if arrivals and (node is None or arrivals[0][0] <= node.time):
+            _, _, one = heapq.heappop(arrivals)
+            warm = cluster.nodes if one.arrived >= figures.start else cluster.nodes - cluster.cold
+            take(route(one, nodes[:warm]), one)
+            continue
+        assert node is not None
+        for one in step(node):
+            found.tokens += one.output
+            found.seconds = max(found.seconds, node.time)
+            found.whole.append(node.time - one.arrived + figures.request)
+            if one.output > 1:
+                found.between.append((node.time - one.begun) / (one.output - 1))
+            if not load.rate and asked < load.requests:
+                asked += 1
+                arrive(node.time + figures.request)
+    found.busy = sum(node.busy for node in nodes) / (cluster.nodes * found.seconds)
+    return found
