@@ -61,6 +61,7 @@ class GraphForm:
     are no side inputs.
     `side_inputs`: the kinds besides lora that some layer has.
     `static_shapes`: the sizes of dimensions that are numbers.
+    `logits_to_keep`: whether the positions that get logits can be chosen.
     `target`: what the bundle is for, which chose what was not given.
     """
 
@@ -72,6 +73,7 @@ class GraphForm:
     side_inputs: frozenset[str] = frozenset()
     required_inputs: bool = False
     static_shapes: Mapping[str, int] = field(default_factory=dict)
+    logits_to_keep: bool = False
     target: str | None = None
 
 
@@ -159,6 +161,15 @@ FORM_OPTIONS: Final = (
         ATTENTIONS,
     ),
     FormOption(
+        "logits_to_keep",
+        "--logits-to-keep/--no-logits-to-keep",
+        "Give a decoder the optional input logits_to_keep, the positions that get logits: a prefill"
+        " computes one row of the vocabulary, not one for each token.",
+        "on for decoders, where the graph can have it",
+        inherited=False,
+        excludes={"fixed": "with fixed sizes the logits are of all positions"},
+    ),
+    FormOption(
         "target",
         "--target",
         "What the bundle is for: the options that are not given become what runs on its device.",
@@ -179,7 +190,12 @@ def is_packed(precision: str) -> bool:
 def default_of(option: str, precision: str, target: str | None) -> Any:
     """What an option is where it is not asked for and the graph can have either."""
     packed = is_packed(precision)
-    own = {"layout": ROWS if packed else SLOTS, "branches": packed, "required_inputs": False}
+    own = {
+        "layout": ROWS if packed else SLOTS,
+        "branches": packed,
+        "required_inputs": False,
+        "logits_to_keep": True,
+    }
     chosen = choice_of(target, option, precision)
     return own[option] if chosen is None else chosen
 
@@ -201,6 +217,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         side_inputs=frozenset(kind for kind, there in kinds.items() if there),
         required_inputs=REQUIRED_NAME in manifest.files,
         static_shapes=dict(_static(manifest)),
+        logits_to_keep=manifest.logits_to_keep,
         target=manifest.target,
     )
 

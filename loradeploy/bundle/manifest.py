@@ -20,6 +20,7 @@ from loradeploy.bundle.names import (
     CERTIFICATE_NAME,
     LAYOUTS,
     LEFT,
+    LOGITS_TO_KEEP,
     MANIFEST_NAME,
     NO_PADDING,
     RIGHT,
@@ -148,6 +149,8 @@ class Manifest:
     merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
     `encoder`: of an encoder-decoder with a cache, what of it is in encoder.onnx; None of a graph in
     one piece.
+    `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
+    that get logits (export/passes/kept_logits.py); without a feed all do.
     """
 
     task: str
@@ -180,6 +183,7 @@ class Manifest:
     problem_type: str | None = None
     target: str | None = None
     encoder: EncoderGraph | None = None
+    logits_to_keep: bool = False
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -212,6 +216,12 @@ class Manifest:
         if self.branches:
             specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
         return tuple(specs)
+
+    def optional_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs with a default that no adapter has a part in."""
+        if not self.logits_to_keep:
+            return ()
+        return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", "kept")),)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""

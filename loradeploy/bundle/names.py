@@ -16,6 +16,9 @@ ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in t
 ADAPTER_MODE: Final = (
     "adapter_mode"  # int64 [1]: 0 for the branch of the base, 1 for that with adapters
 )
+LOGITS_TO_KEEP: Final = (
+    "logits_to_keep"  # int64 [batch, kept] or [1, kept]: positions that get logits; [1, 0] is all
+)
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs

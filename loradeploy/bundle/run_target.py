@@ -71,14 +71,19 @@ RUN_TARGETS: Final = (
         f"{_ROWS}; branches are run from the host; a product over a rank of 0 ends the process, so"
         " that zeros have rank 1. Attention is on the CPU: GroupQueryAttention has a kernel, which"
         " was wrong from 32 tokens on where it was tried (SwiftShader)",
-        {"layout": ROWS, "branches": False},
+        {"layout": ROWS, "branches": False, "logits_to_keep": False},
         rank_one=True,
     ),
     RunTarget(
         "openvino",
         "onnxruntime with onnxruntime-ep-openvino",
         f"it opens no graph whose inputs have defaults, and takes no branches; {_ROWS}",
-        {"layout": ROWS, "branches": False, "required_inputs": True},
+        {
+            "layout": ROWS,
+            "branches": False,
+            "required_inputs": True,
+            "logits_to_keep": False,
+        },
         refuses=(
             Refusal(
                 {"branches": (True,)}, "it leaves all nodes within branches to the CPU provider"
@@ -90,7 +95,7 @@ RUN_TARGETS: Final = (
         "onnxruntime-web and onnxruntime-node",
         "it drops feeds of inputs that have defaults; int4 is the smallest download; on WebGPU"
         " zeros need rank 1",
-        {"precision": "int4", "required_inputs": True},
+        {"precision": "int4", "required_inputs": True, "logits_to_keep": False},
         refuses=(
             Refusal(
                 {"required_inputs": (False,), "merge": (False,)},

@@ -32,6 +32,7 @@ def export(
     module_map: str | os.PathLike[str] | None = None,
     fixed: Mapping[str, int] | None = None,
     attention: str | None = None,
+    logits_to_keep: bool | None = None,
     target: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = True,
@@ -73,6 +74,8 @@ def export(
         attention: "gqa" for ONNX Runtime's GroupQueryAttention, whose cache can be one buffer that
             is written in place; batches are then padded on the right. "standard", the default, is
             ONNX's Attention. A graph with GroupQueryAttention cannot be turned back.
+        logits_to_keep: give a decoder the optional input `logits_to_keep` [rows, kept], the
+            positions that get logits. The default is on, where the graph can have it.
         target: "cpu", "cuda", "webgpu", "openvino" or "web": what the bundle is for. Options that
             are not given become what runs on its device (docs/bundles.md has the table); one that
             is given and does not run there is refused.
@@ -121,6 +124,7 @@ def export(
         "required_inputs": required_inputs,
         "fixed": dict(fixed or {}),
         "attention": attention,
+        "logits_to_keep": logits_to_keep,
         "target": target,
     }
     check_form(asked)

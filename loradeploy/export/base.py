@@ -47,11 +47,11 @@ from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import model_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
-from loradeploy.export.passes.branches import remove_branches
 from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
 from loradeploy.export.passes.static_shapes import static_specs
+from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.regular import (
@@ -103,6 +103,7 @@ class Options:
     evidence: Evidence = field(default_factory=Evidence)
     fixed: Mapping[str, int] = field(default_factory=dict)
     attention: str | None = None
+    logits_to_keep: bool | None = None
     target: str | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
@@ -286,8 +287,7 @@ def from_graph(source: Source, options: Options) -> Base:
     compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:
-        if source.manifest.branches:
-            remove_branches(graph.graph)
+        remove_choices(graph.graph, source.manifest)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)

@@ -78,6 +78,7 @@ from loradeploy.export.passes.bf16 import store_as_bfloat16
 from loradeploy.export.passes.branches import add_branches, branches_problem
 from loradeploy.export.passes.fuse import fuse_products
 from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
+from loradeploy.export.passes.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.passes.layout import has_rows, use_row_layout
 from loradeploy.export.passes.quantize import quantize, rounded
 from loradeploy.export.passes.side_inputs import (
@@ -280,6 +281,7 @@ def _with_side_inputs(
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.
     shared = default_of("branches", base.precision, options.target)
+    manifest = _keeping_logits(base, manifest, options)
     if branches := (
         shared and branches_problem(graph) is None and not _encoder(base)
         if options.branches is None
@@ -354,7 +356,27 @@ def _merged(
         merge_error=report.error,
         requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )
-    return _quantized(base, manifest)
+    return _keeping_logits(base, _quantized(base, manifest), options)
+
+
+def _keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest:
+    """The manifest of the graph once the positions that get logits can be chosen.
+
+    Raises:
+        ExportError: that is asked for, and the graph cannot have it.
+    """
+    asked, graph = options.logits_to_keep, base.graph.graph
+    if asked is None:
+        wanted = default_of("logits_to_keep", base.precision, options.target)
+        if base.task != CAUSAL_LM or options.fixed or not wanted:
+            return manifest
+        if (problem := logits_to_keep_problem(graph, manifest)) is not None:
+            logger.info("the logits are of all positions: %s", problem)
+            return manifest
+    elif not asked:
+        return manifest
+    add_logits_to_keep(graph, manifest)
+    return dataclasses.replace(manifest, logits_to_keep=True, outputs=outputs(base.graph))
 
 
 def _rounding(base: Base) -> dict[str, Round]:

@@ -99,6 +99,7 @@ class BundleFacts:
     side_inputs: list[str] | None
     attention: str | None
     cache_in_place: bool
+    logits_to_keep: bool
     padding: str | None
     required_inputs: bool
     static_shapes: list[str]
@@ -151,6 +152,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         side_inputs=None if merged else [LORA, *sorted(form.side_inputs)],
         attention=form.attention,
         cache_in_place=manifest.cache_in_place,
+        logits_to_keep=form.logits_to_keep,
         padding=manifest.padding,
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],

@@ -22,9 +22,14 @@ Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
 
 
 def feed_values(
-    feeds: Feeds, inputs: Mapping[str, TensorSpec], limits: Limits
+    feeds: Feeds,
+    inputs: Mapping[str, TensorSpec],
+    limits: Limits,
+    optional: Mapping[str, TensorSpec] | None = None,
 ) -> dict[str, onnxruntime.OrtValue]:
     """The feeds as OrtValues, checked against `inputs` and `limits`; on the host, views of them.
+
+    `optional`: inputs that may be fed too.
 
     Raises:
         UsageError: a feed is missing, unknown, of a type or shape that the graph does not take, or
@@ -32,6 +37,8 @@ def feed_values(
     """
     if not isinstance(feeds, Mapping):
         raise UsageError(f"the feeds are {shown(feeds)}: give a mapping of names to arrays")
+    if optional and (own := {name: optional[name] for name in feeds if name in optional}):
+        inputs = {**inputs, **own}
     if feeds.keys() != inputs.keys():
         missing = listed_names(sorted(inputs.keys() - feeds.keys()))
         unknown = listed_names(sorted(map(str, feeds.keys() - inputs.keys())))

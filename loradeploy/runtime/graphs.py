@@ -41,7 +41,10 @@ Values = Mapping[str, onnxruntime.OrtValue]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One graph: what it takes, besides side inputs, and gives; `replays` where it is captured."""
+    """One graph: what it takes, besides side inputs, and gives; `replays` where it is captured.
+
+    `optional`: what it may be fed.
+    """
 
     path: Path
     session: onnxruntime.InferenceSession
@@ -50,6 +53,16 @@ class Graph:
     limits: Limits
     nothing: onnxruntime.OrtValue
     replays: Replays | None
+    optional: Mapping[str, TensorSpec]
+
+    @cached_property
+    def _defaults(self) -> dict[str, onnxruntime.OrtValue]:
+        """What optional inputs have where they are not fed: no positions are all of them.
+
+        They are bound at every run, as a binding keeps what it had.
+        """
+        none = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 0), np.int64))
+        return dict.fromkeys(self.optional, none)
 
     @cached_property
     def _first(self) -> str:
@@ -69,14 +82,15 @@ class Graph:
         Raises:
             UsageError: feeds that do not fit. RunError: onnxruntime cannot run it.
         """
-        values = feed_values(feeds, self.inputs, self.limits)
+        fed = feed_values(feeds, self.inputs, self.limits, self.optional)
+        values = {**self._defaults, **fed}
         if lease.per_row:
             check_rows(len(lease.rows), values[self._first].shape()[0])
         if self.replays is not None:
             given = [name for name, feed in feeds.items() if isinstance(feed, onnxruntime.OrtValue)]
             on_host = device[0] == HOST
             try:
-                return self.replays.run(lease, requested, values, given, on_host, buffers)
+                return self.replays.run(lease, requested, fed, given, on_host, buffers)
             except LoraDeployError:
                 raise
             except Exception as problem:  # onnxruntime's own errors
@@ -98,7 +112,7 @@ class Graph:
         outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
         # A spare binding must not keep a whole cache alive.
         binding.clear_binding_outputs()
-        for name in values:
+        for name in fed:
             binding.bind_ortvalue_input(name, self.nothing)
         lease.device.put_back(binding, self.session)
         return outputs
@@ -227,6 +241,7 @@ def open_graphs(
             limits,
             nothing,
             None if source else replays,
+            {} if source else {spec.name: spec for spec in manifest.optional_inputs()},
         )
 
     return Graphs(

@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
     INPUT_IDS,
+    LOGITS_TO_KEEP,
     PAST,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest, TensorSpec
 
 # Inputs whose numbers are looked at: small ones, on the host.
-LOOKED_AT: Final = (INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
+LOOKED_AT: Final = (
+    *(INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
+    LOGITS_TO_KEEP,
+)
 _UNNAMED: Final = ("", "?")
 # Models whose positions are differences, or slopes, which have no end.
 ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
@@ -96,6 +100,9 @@ class Limits:
         """Raise UsageError unless feeds of these `shapes`, some with `numbers`, make sense."""
         sizes: dict[str, tuple[int, str]] = {}
         for name, shape in shapes.items():
+            if name == LOGITS_TO_KEEP:
+                _check_kept(shape, shapes, numbers.get(name))
+                continue
             if 0 in shape:
                 _check_empty(name, shape)
             for axis, symbol in self.symbols[name]:
@@ -161,6 +168,27 @@ def _check_empty(name: str, shape: tuple[int, ...]) -> None:
     if "past" in name and empty == [len(shape) - 2] and empty != [0]:
         return
     raise UsageError(f"the feed {name} is {list(shape)}: there must be rows, and tokens in them")
+
+
+def _check_kept(
+    shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], kept: NDArray[Any] | None
+) -> None:
+    """Raise UsageError unless positions are of the tokens, for all rows or for each."""
+    ids = shapes.get(INPUT_IDS, ())
+    if len(ids) != 2:
+        return
+    rows, tokens = ids
+    if shape[0] not in (1, rows):
+        raise UsageError(
+            f"the feed {LOGITS_TO_KEEP} is {list(shape)} for {rows} rows: give positions once for"
+            f" all, [1, kept], or for each row, [{rows}, kept]"
+        )
+    if kept is not None and kept.size and not -tokens <= kept.min() <= kept.max() < tokens:
+        wrong = kept.min() if kept.min() < -tokens else kept.max()
+        raise UsageError(
+            f"the feed {LOGITS_TO_KEEP} holds {wrong}, there are {tokens} tokens: give positions"
+            f" of {-tokens} to {tokens - 1}"
+        )
 
 
 def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:

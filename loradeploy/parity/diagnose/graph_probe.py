@@ -41,8 +41,8 @@ from loradeploy.export.graph.names import (
 )
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.naming import module_of
-from loradeploy.export.passes.branches import remove_branches
 from loradeploy.export.passes.fuse import came_fused, products_of
+from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.regular import complete_shapes
 from loradeploy.files import write_json
 
@@ -118,7 +118,10 @@ class ProbedGraph:
         shutil.copytree(self.bundle, path, ignore=shutil.ignore_patterns(*left))
         ir.save(self.model, path / GRAPH_NAME)
         manifest = dataclasses.replace(
-            with_encoder_outputs(self.model, self.manifest), graph_digest=None, branches=False
+            with_encoder_outputs(self.model, self.manifest),
+            graph_digest=None,
+            branches=False,
+            logits_to_keep=False,
         )
         if manifest.encoder is not None:
             write_halves(path, manifest)
@@ -135,8 +138,7 @@ def probe_graph(
         ModelError: the graph cannot be read. ExportError: it lacks the branches it should have.
     """
     model = load_bundle_graph(bundle, manifest)
-    if manifest.branches:
-        remove_branches(model.graph)
+    remove_choices(model.graph, manifest)
     complete_shapes(model)
     graph = _Graph(model, manifest)
     probes: list[Probe] = []

@@ -72,12 +72,11 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import products
     from loradeploy.export.match.quantized import INTEGER
-    from loradeploy.export.passes.branches import remove_branches
     from loradeploy.export.passes.side_inputs import remove_side_inputs
+    from loradeploy.export.passes.undo import remove_choices
 
     graph = load_bundle_graph(bundle, manifest)
-    if manifest.branches:
-        remove_branches(graph.graph)
+    remove_choices(graph.graph, manifest)
     remove_side_inputs(graph, manifest)
     at = {product.node: product for product in products(graph.graph)}
     found: dict[str, QuantizedWeight] = {}

@@ -14,6 +14,7 @@ from loradeploy.bundle.names import (
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LEFT,
+    LOGITS_TO_KEEP,
     PAST,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
@@ -36,7 +37,8 @@ class DecoderGraph:
     """What a loop feeds a session's graph and reads of it.
 
     `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
-    on which side shorter prompts are padded, with `pad_id`.
+    on which side shorter prompts are padded, with `pad_id`. `keeps`: whether it can give the
+    logits of some positions alone.
 
     Raises:
         UsageError: the graph takes something besides tokens and a cache.
@@ -48,6 +50,7 @@ class DecoderGraph:
     cached: bool
     left: bool
     pad_id: int
+    keeps: bool = False
 
     @classmethod
     def of(cls, session: AdapterSession, pad_id: int, *, source: bool = False) -> DecoderGraph:
@@ -78,6 +81,7 @@ class DecoderGraph:
             cached=cached,
             left=manifest.padding == LEFT,
             pad_id=pad_id,
+            keeps=manifest.logits_to_keep,
         )
 
     @property
@@ -85,8 +89,16 @@ class DecoderGraph:
         """Whether positions are fed; else the graph may count them by the cache."""
         return POSITION_IDS in self.inputs
 
-    def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Any]:
-        """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens]."""
+    def feeds(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        ends: NDArray[np.int64] | None = None,
+    ) -> dict[str, Any]:
+        """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens].
+
+        `ends` [rows]: where the graph can, it gives each row's logits there alone, [rows, 1, …].
+        """
         made: dict[str, Callable[[], NDArray[Any]]] = {
             INPUT_IDS: lambda: ids,
             DECODER_INPUT_IDS: lambda: ids,
@@ -94,7 +106,10 @@ class DecoderGraph:
             POSITION_IDS: lambda: positions_of(mask, ids.shape[1]),
             TOKEN_TYPE_IDS: lambda: np.zeros_like(ids),
         }
-        return {name: make() for name, make in made.items() if name in self.inputs}
+        values = {name: make() for name, make in made.items() if name in self.inputs}
+        if ends is not None and self.keeps and ids.shape[1] > 1:
+            values[LOGITS_TO_KEEP] = ends.astype(np.int64)[:, np.newaxis]
+        return values
 
     def padded(
         self, tokens: Sequence[Sequence[int]]

@@ -42,6 +42,8 @@ def check_memory(
     cache = rows * longest * row_bytes(manifest)
     # Without a cache every step reads the rows from their beginning.
     read = len(prompts) * max(prompts) if cache else rows * longest
+    if manifest.logits_to_keep and max(new):
+        read = max(len(prompts), rows)  # of the last tokens alone
     logits = read * (vocabulary or 0) * 4
     if cache + logits > available:
         whose = "`cache_budget` is" if limit is not None else "the machine has"

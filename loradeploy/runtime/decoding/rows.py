@@ -77,7 +77,7 @@ class UncachedRows:
     ) -> NDArray[Any]:
         """As `Rows.read`, of whole rows."""
         (logits,) = adapters.run_with_ort_values(
-            (self._graph.output,), self._graph.feeds(ids, mask), buffers={}
+            (self._graph.output,), self._graph.feeds(ids, mask, ends), buffers={}
         )
         return logits_at(logits, ends)
 
@@ -127,7 +127,7 @@ class CachedRows:
         logits, *present = adapters.run_with_ort_values(
             (self._graph.output, *cache.outputs),
             {
-                **self._fed(ids),
+                **self._fed(ids, ends),
                 **cache.inputs,
                 **({} if self._source is None else self._source.inputs),
             },
@@ -136,8 +136,8 @@ class CachedRows:
         cache.keep(present)
         return logits_at(logits, ends)
 
-    def _fed(self, ids: NDArray[np.int64]) -> dict[str, Any]:
-        feeds = self._graph.feeds(ids, self._mask)
+    def _fed(self, ids: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
+        feeds = self._graph.feeds(ids, self._mask, ends)
         length = self._cache.length
         if length is not None and ids.shape[1] == 1 and ATTENTION_MASK in feeds:
             # A step of one length is one that a device has recorded.

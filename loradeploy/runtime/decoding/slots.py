@@ -86,7 +86,7 @@ class SlotRows:
         inputs, buffers = self._view(first, count)
         logits, *_ = adapters.run_with_ort_values(
             (self._graph.output, *self._outputs),
-            {**self._graph.feeds(ids, mask), **inputs},
+            {**self._graph.feeds(ids, mask, ends), **inputs},
             buffers=buffers,
         )
         return logits_at(logits, ends)

@@ -168,10 +168,15 @@ def _has_providers(options: onnxruntime.SessionOptions) -> bool:
 
 
 def _all_fed(bundle: Path, manifest: Manifest | None, names: Sequence[str]) -> tuple[str, ...]:
-    """The side inputs, where a provider of `names` wants them without defaults."""
+    """The optional inputs, where a provider of `names` wants them without defaults."""
     if all(known(name).takes_defaults for name in names):
         return ()
-    return tuple(spec.name for spec in (manifest or read_manifest(bundle)).side_inputs())
+    return tuple(spec.name for spec in _optional(manifest or read_manifest(bundle)))
+
+
+def _optional(manifest: Manifest) -> tuple[TensorSpec, ...]:
+    """The inputs that have defaults in model.onnx."""
+    return (*manifest.side_inputs(), *manifest.optional_inputs())
 
 
 def _open(
@@ -262,11 +267,11 @@ def check_graph(
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
     if lacks_defaults(manifest, session):
-        side_inputs = {spec.name for spec in manifest.side_inputs()}
-        overridable = {name: node for name, node in required.items() if name in side_inputs}
-        required = {name: node for name, node in required.items() if name not in side_inputs}
+        optional = {spec.name for spec in _optional(manifest)}
+        overridable = {name: node for name, node in required.items() if name in optional}
+        required = {name: node for name, node in required.items() if name not in optional}
     outputs = {node.name: node for node in session.get_outputs()}
-    inputs, given, sides = manifest.inputs, manifest.outputs, manifest.side_inputs()
+    inputs, given, sides = manifest.inputs, manifest.outputs, _optional(manifest)
     if (apart := manifest.encoder) is not None:
         inputs = tuple(spec for spec in inputs if (spec.name in apart.inputs) is encoder)
         given = tuple(spec for spec in given if (spec.name in apart.outputs) is encoder)
@@ -286,8 +291,8 @@ def check_graph(
 
 
 def lacks_defaults(manifest: Manifest, session: onnxruntime.InferenceSession) -> bool:
-    """Whether the graph was opened without the defaults of its side inputs: all must be fed."""
-    return bool(manifest.side_inputs()) and not session.get_overridable_initializers()
+    """Whether the graph was opened without the defaults of its inputs: all must be fed."""
+    return bool(_optional(manifest)) and not session.get_overridable_initializers()
 
 
 def _misfits(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,203 @@
+"""Logits of chosen positions alone: a prefill computes a row of the vocabulary, not one a token.
+
+    hidden [batch, sequence, size] → head    becomes    kept [batch, kept, size] → head
+
+    logits_to_keep [1, 0]            the default: every position, kept is hidden
+                   [1, kept]         these positions of every row; -1 is the last
+                   [batch, kept]     positions of each row's own, for rows of different lengths
+
+    kept = Concat(GatherND(hidden, Expand(logits_to_keep, [batch, 1])), hidden[:, kept · 2⁴⁰:])
+
+One of the two parts is empty: no position is listed, or the slice begins behind the last. What is
+computed from sizes is read on the host alone, so that no node copies from a device and back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import INPUT_IDS, LOGITS_TO_KEEP
+from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import Chain, add_constant, remove_unused
+from loradeploy.export.graph.names import step_name
+from loradeploy.export.match.products import products
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.bundle.manifest import Manifest
+
+_KEPT: Final = step_name(LOGITS_TO_KEEP, "kept")
+# The dimension of the logits that it chooses.
+_DIMENSION: Final = "kept"
+# A listed position moves the slice's beginning so far; no product of it overflows an int64.
+_BEHIND_ALL: Final = 1 << 40
+# What gives a position of its result from that position of its inputs.
+_BY_POSITION: Final = (
+    *("Add", "Cast", "Div", "FusedMatMul", "Gemm", "Identity", "MatMul", "MatMulNBits", "Mul"),
+    *("Neg", "Sub", "Tanh"),
+)
+
+
+def logits_to_keep_problem(graph: ir.Graph, manifest: Manifest) -> str | None:
+    """Why the graph of `manifest` cannot have the input; None where it can."""
+    found = _head_input(graph, output_of(manifest))
+    return found if isinstance(found, str) else None
+
+
+def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
+    """Give the graph of a decoder's `manifest` the input `logits_to_keep`.
+
+    Raises:
+        ExportError: it cannot have it, see `logits_to_keep_problem`.
+    """
+    import onnx_ir as ir
+
+    name = output_of(manifest)
+    hidden = _head_input(graph, name)
+    if isinstance(hidden, str):
+        raise ExportError(f"`logits_to_keep`: {hidden}")
+    before = hidden.producer()
+    logits = next(value for value in graph.outputs if value.name == name)
+    assert before is not None
+    uses = [(node, index) for node, index in hidden.uses() if _leads_to(node, logits)]
+    kept = add_constant(
+        graph, LOGITS_TO_KEEP, np.zeros((1, 0), np.int64), shape=["rows", _DIMENSION]
+    )
+    graph.inputs.append(kept)
+
+    def constant(name: str, number: int) -> ir.Value:
+        return add_constant(graph, step_name(LOGITS_TO_KEEP, name), np.array([number], np.int64))
+
+    zero, one, last = constant("zero", 0), constant("one", 1), constant("last", -1)
+    sizes = Chain(graph, before, LOGITS_TO_KEEP, ir.DataType.INT64)
+    batch = sizes.add("Gather", "batch", [sizes.shape("hidden_shape", hidden), zero], axis=0)
+    rows = sizes.add("Concat", "rows", [batch, one], axis=0)  # [batch, 1]
+    listed = sizes.add("Expand", "listed", [kept, rows])  # [batch, kept]
+    listed = sizes.add("Unsqueeze", "indices", [listed, last])  # [batch, kept, 1]
+    count = sizes.add("Gather", "count", [sizes.shape("shape", kept), one], axis=0)
+    begin = sizes.add("Mul", "begin", [count, constant("behind_all", _BEHIND_ALL)])
+    end = constant("end", np.iinfo(np.int64).max)
+    assert hidden.dtype is not None
+    values = Chain(graph, sizes.last, LOGITS_TO_KEEP, hidden.dtype)
+    chosen = values.add("GatherND", "chosen", [hidden, listed], batch_dims=1)
+    rest = values.add("Slice", "rest", [hidden, begin, end, one])
+    result = values.add("Concat", "kept", [chosen, rest], axis=1)  # [batch, kept, size]
+    result.shape = _with_dimension(hidden.shape)
+    for node, index in uses:
+        node.replace_input_with(index, result)
+    logits.shape = _with_dimension(logits.shape)
+
+
+def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
+    """Undo `add_logits_to_keep`.
+
+    Raises:
+        ExportError: the graph does not have the input.
+    """
+    import onnx_ir as ir
+
+    node = next((node for node in graph if node.name == _KEPT), None)
+    chosen = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
+    hidden = None if chosen is None else chosen.inputs[0]
+    if node is None or hidden is None or LOGITS_TO_KEEP not in graph.initializers:
+        raise ExportError(
+            f"the graph lacks the input {LOGITS_TO_KEEP} that its manifest lists: it was changed"
+        )
+    node.outputs[0].replace_all_uses_with(hidden)
+    ids = _ids(graph)
+    for logits in graph.outputs:
+        if logits.name == output_of(manifest) and logits.shape and ids is not None and ids.shape:
+            logits.shape = ir.Shape([logits.shape[0], ids.shape[1], *list(logits.shape)[2:]])
+    graph.inputs.remove(graph.initializers[LOGITS_TO_KEEP])
+    remove_unused(graph)
+
+
+def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
+    """What the output head is computed from, of every position; or why it cannot be cut there."""
+    output, ids = next((v for v in graph.outputs if v.name == name), None), _ids(graph)
+    if output is None or ids is None:
+        return "the graph has no logits, or takes no input_ids"
+    if ids.shape is None or output.shape is None or len(output.shape) != 3 or len(ids.shape) != 2:
+        return "the graph does not give logits [batch, sequence, vocabulary]"
+    if isinstance(ids.shape[1], int) or ids.shape[1] != output.shape[1]:
+        return "the graph's logits are not one for each of its input_ids, or of a fixed number"
+    if LOGITS_TO_KEEP in graph.initializers or any(v.name == LOGITS_TO_KEEP for v in graph.inputs):
+        return f"the graph has a value named {LOGITS_TO_KEEP}"
+    weights = {product.node for product in products(graph)}
+    behind: set[ir.Node] = set()  # from the head on
+    value: ir.Value | None = output
+    while value is not None and (node := value.producer()) is not None:
+        behind.add(node)
+        if node in weights:
+            break
+        if node.op_type not in _BY_POSITION:
+            return f"between the output head and the logits is a {node.op_type}"
+        value = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
+    else:
+        return "no product with a constant weight gives the logits"
+    hidden = node.inputs[0]
+    if hidden is None or hidden.producer() is None or hidden.dtype is None:
+        return "the input of the output head is not known"
+    if hidden.shape is not None and len(hidden.shape) != 3:
+        return "the output head takes all rows in one"
+    return _crossing(graph, hidden, output) or hidden
+
+
+def _crossing(graph: ir.Graph, hidden: ir.Value, logits: ir.Value) -> str | None:
+    """What keeps the part of the graph between `hidden` and `logits` from a choice of positions."""
+    side_inputs = {value for value in graph.inputs if value.is_initializer()}
+    between = {node for node in _after(hidden) if _leads_to(node, logits)}
+    outer: list[ir.Value] = []
+    for node in between:
+        if node.op_type not in _BY_POSITION:
+            return f"between the output head and the logits is a {node.op_type}"
+        for value in node.outputs:
+            used = value.is_graph_output() and value is not logits
+            if used or any(user not in between for user, _ in value.uses()):
+                return f"{node.name or node.op_type} of the output head gives another output too"
+        outer += [v for v in node.inputs if v is not None and v is not hidden]
+    # What else goes in there comes of weights and side inputs, which have no positions.
+    seen: set[ir.Value] = set()
+    while outer:
+        value = outer.pop()
+        maker = value.producer()
+        if value in seen or maker in between:
+            continue
+        seen.add(value)
+        if value is hidden or (value.is_graph_input() and value not in side_inputs):
+            return "the output head reads something besides the last layer's states"
+        outer += [] if maker is None else [v for v in maker.inputs if v is not None]
+    return None
+
+
+def _after(value: ir.Value) -> set[ir.Node]:
+    """The nodes that are computed from `value`."""
+    found: set[ir.Node] = set()
+    waiting = [node for node, _ in value.uses()]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [user for output in node.outputs for user, _ in output.uses()]
+    return found
+
+
+def _leads_to(node: ir.Node, value: ir.Value) -> bool:
+    """Whether `value` is computed from what `node` gives."""
+    return value in node.outputs or any(
+        value in later.outputs for output in node.outputs for later in _after(output)
+    )
+
+
+def _ids(graph: ir.Graph) -> ir.Value | None:
+    return next((value for value in graph.inputs if value.name == INPUT_IDS), None)
+
+
+def _with_dimension(shape: ir.Shape | None) -> ir.Shape | None:
+    import onnx_ir as ir
+
+    return None if shape is None else ir.Shape([shape[0], _DIMENSION, *list(shape)[2:]])

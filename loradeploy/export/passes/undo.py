@@ -1,0 +1,25 @@
+"""What an export adds last is taken away first, wherever a bundle's graph is read again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loradeploy.export.passes.branches import remove_branches
+from loradeploy.export.passes.kept_logits import remove_logits_to_keep
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.bundle.manifest import Manifest
+
+
+def remove_choices(graph: ir.Graph, manifest: Manifest) -> None:
+    """Undo what lets a run choose a branch, and the positions that get logits.
+
+    Raises:
+        ExportError: the graph lacks what its manifest lists.
+    """
+    if manifest.branches:
+        remove_branches(graph)
+    if manifest.logits_to_keep:
+        remove_logits_to_keep(graph, manifest)
