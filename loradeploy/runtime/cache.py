@@ -131,39 +131,41 @@ class DecoderCache:
         rows: Sequence[int],
         width: int,
         other: DecoderCache,
-        copies: int,
-        wide: int,
+        joining: Sequence[tuple[int, NDArray[np.intp]]],
         left: bool,
     ) -> None:
-        """Make the batch of these of its rows and, `copies` times, the first of `other`.
+        """Make the batch of these of its rows, and of the rows `joining` from `other`.
 
-        `width` and `wide`: so many positions of the rows, and of the other's, are taken over.
-        `left`: whether they are a row's last positions, with padding on the left, or its first.
+        `width`: so many positions of the own rows are taken over. `joining`: each a row of `other`
+        with those of its positions that count. `left`: whether a row's tokens are its last
+        positions, with padding on the left, or its first.
         """
-        most = max(width, wide)
+        most = max([width, *(len(positions) for _, positions in joining)])
         room = max(most, self._positions) if self._in_place else most
+        count = len(rows) + len(joining)
         if self._pool is not None:
             room = self._pool.room(most, room)
         # The buffers of before are read until all of the new ones are written.
         before = self._borrowed
-        put = self._placing(len(rows) + copies, room)
+        put = self._placing(count, room)
         for spec in self._specs:
             _, heads, _, size = spec.shape
-            values = np.zeros((len(rows) + copies, int(heads), room, int(size)), spec.dtype)
-            for part, cache, taken, count in (
-                (values[: len(rows)], self, list(rows), width),
-                (values[len(rows) :], other, [0], wide),
-            ):
-                if not len(part) or not count:
-                    continue
-                old = cache.inputs[spec.name].numpy()
+            values = np.zeros((count, int(heads), room, int(size)), spec.dtype)
+            if len(rows) and width:
+                old = self.inputs[spec.name].numpy()
                 if left:
-                    part[:, :, most - count : most] = old[taken, :, old.shape[2] - count :]
+                    values[: len(rows), :, most - width : most] = old[
+                        list(rows), :, old.shape[2] - width :
+                    ]
                 else:
-                    part[:, :, :count] = old[taken, :, :count]
+                    values[: len(rows), :, :width] = old[list(rows), :, :width]
+            new = other.inputs[spec.name].numpy()
+            for at, (row, positions) in enumerate(joining, start=len(rows)):
+                begin = most - len(positions) if left else 0
+                values[at, :, begin : begin + len(positions)] = new[row][:, span_of(positions)]
             self.inputs[spec.name] = put(spec.name, values)
         del before
-        self._batch, self._positions, self._used = len(rows) + copies, room, most
+        self._batch, self._positions, self._used = count, room, most
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
@@ -202,3 +204,10 @@ class DecoderCache:
             return lambda _, array: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
         self._borrowed = borrowed = self._pool.borrow(rows, positions)
         return lambda name, array: borrowed.put(name, array, self._device)
+
+
+def span_of(positions: NDArray[np.intp]) -> NDArray[np.intp] | slice:
+    """Sorted positions as a slice, which reads them without a copy, where none is between them."""
+    if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
+        return positions
+    return slice(int(positions[0]), int(positions[-1]) + 1)

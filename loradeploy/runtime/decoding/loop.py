@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.rows import CachedRows, RowAdapters, Rows, UncachedRows
+from loradeploy.runtime.decoding.rows import CachedRows, Reading, RowAdapters, Rows, UncachedRows
 from loradeploy.runtime.decoding.sequences import Row, Sequences
 
 if TYPE_CHECKING:
@@ -28,6 +28,15 @@ class _Member:
     sequences: Sequences
     rows: list[int]
     tokens: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Entrant:
+    """A prompt that was read: its number in the batch, and its row of what read it."""
+
+    number: int
+    sequences: Sequences
+    row: int
 
 
 class DecodingBatch:
@@ -118,26 +127,39 @@ class DecodingBatch:
 
     def enter(self, number: int, sequences: Sequences) -> None:
         """Have a prompt, which nothing was read of, take part in steps: without a cache alone."""
-        assert isinstance(self._rows, UncachedRows)
         self._members[number] = _Member(sequences, [], [])
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
         self._settle({**counts, number: 1}, [*rows, 0])
 
-    def join(self, number: int, sequences: Sequences, logits: NDArray[Any], read: Any) -> None:
-        """Have a prompt that was `read` take part in steps, by its `logits` [1, vocabulary].
+    def join(
+        self, reading: Reading, entrants: Sequence[Entrant], logits: NDArray[Any]
+    ) -> dict[int, BaseException]:
+        """Have prompts whose last token was read take part in steps.
 
-        Raises:
-            UsageError, RunError: as `Sequences.advance`; the batch is as it was.
+        `logits`: of the rows of `reading` [rows, vocabulary]. What came of those that do not, by
+        their numbers.
         """
-        going = sequences.advance(logits)
-        if not going:
-            return
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
-        found = self._rows.join(rows, read, len(going))  # type: ignore[attr-defined]
-        self._members[number] = _Member(sequences, [], [row.token for row in going])
-        self._assign({**counts, number: len(going)}, found)
+        joining: list[int] = []
+        failures: dict[int, BaseException] = {}
+        for entrant in entrants:
+            number, row = entrant.number, entrant.row
+            try:
+                going = entrant.sequences.advance(logits[row : row + 1])
+            except BaseException as problem:  # a panic of a mask's library is no Exception
+                failures[number] = problem
+                continue
+            if going:
+                joining += [row] * len(going)
+                counts[number] = len(going)
+                self._members[number] = _Member(
+                    entrant.sequences, [], [each.token for each in going]
+                )
+        if joining:
+            self._assign(counts, reading.join(rows, joining))
+        return failures
 
     def leave(self, number: int) -> None:
         """Let a prompt's rows go before they have ended."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK
+from loradeploy.runtime.cache import span_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.graph import DecoderGraph
     from loradeploy.runtime.decoding.source import EncodedSource
     from loradeploy.runtime.feeds import Feeds
+
+
+# The keys and values of a row, of each tensor of the cache [heads, tokens, size].
+Past = Sequence["NDArray[Any]"]
 
 
 class RowAdapters(Protocol):
@@ -59,6 +64,48 @@ class Rows(Protocol):
 
         A row may be followed by several, or by none.
         """
+
+
+class Reading(Protocol):
+    """Prompts that are read beside a batch, a row each, until they `join` it.
+
+    `count`: how many.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are rows for."""
+
+    def load(self, pasts: Sequence[Past | None], /) -> None:
+        """Have the rows hold these before they read anything."""
+
+    def read(
+        self,
+        adapters: RowAdapters,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> NDArray[Any]:
+        """As `Rows.read`."""
+
+    def past(self, row: int, /) -> Past:
+        """What a row has read."""
+
+    def join(self, rows: Sequence[int], joining: Sequence[int], /) -> list[int]:
+        """Have the batch go on with its `rows`, and with the rows `joining` of these.
+
+        Where they are now. A row of these may join several times.
+        """
+
+    def close(self) -> None:
+        """Let go of the rows that have not joined."""
+
+
+class RowsBeside(Protocol):
+    """Rows of a batch beside which prompts can be read."""
+
+    def begin(self, count: int, /) -> Reading:
+        """Begin to read so many prompts, or fewer where so many cannot be read in one run."""
 
 
 class UncachedRows:
@@ -160,38 +207,90 @@ class CachedRows:
             return list(range(len(parents)))
         return list(parents)
 
-    def values(self) -> list[NDArray[Any]]:
-        """What the first row's cache holds, of each of its tensors [heads, tokens, size]."""
-        return [value.numpy()[0] for value in self._cache.inputs.values()]
+    def begin(self, count: int) -> CachedReading:
+        """As `RowsBeside.begin`."""
+        return CachedReading(self, CachedRows(self._graph, count))
 
-    def load(self, values: Sequence[NDArray[Any]]) -> None:
-        """Have the one row hold this, as if it had read the tokens."""
-        self._cache.fill([part[np.newaxis] for part in values])
-        self._mask = np.ones((1, values[0].shape[1]), np.int64)
+    def load(self, pasts: Sequence[Past | None]) -> None:
+        """Have the rows hold these, as if they had read the tokens."""
+        lengths = np.array([0 if past is None else past[0].shape[1] for past in pasts])
+        if not lengths.any():
+            return
+        width, left = int(lengths.max()), self._graph.left
+        some = next(past for past in pasts if past is not None)
+        whole = []
+        for at, part in enumerate(some):
+            values = np.zeros((len(pasts), part.shape[0], width, part.shape[2]), part.dtype)
+            for row, past in enumerate(pasts):
+                if past is not None:
+                    begin = width - lengths[row] if left else 0
+                    values[row, :, begin : begin + lengths[row]] = past[at]
+            whole.append(values)
+        self._cache.fill(whole)
+        self._mask = self._padded(lengths, width)
 
-    def close(self) -> None:
-        """Let go of what was read; nothing to do, it goes with the rows."""
+    def past(self, row: int) -> Past:
+        """What a row holds."""
+        positions = span_of(np.flatnonzero(self._mask[row]))
+        return [value.numpy()[row][:, positions] for value in self._cache.inputs.values()]
 
-    def begin(self) -> CachedRows:
-        """A row that reads a prompt by itself, and may `join` then."""
-        return CachedRows(self._graph, 1)
-
-    def join(self, rows: Sequence[int], other: CachedRows, copies: int) -> list[int]:
-        """Go on with `rows`, and `copies` times with the one row of `other`; where they are now.
+    def take(self, rows: Sequence[int], other: CachedRows, joining: Sequence[int]) -> list[int]:
+        """Go on with `rows`, and with the rows `joining` of `other`; where they are now.
 
         Positions that no row uses go with it.
         """
         mine = self._mask[list(rows)].sum(axis=1)
-        theirs = int(other._mask.sum())
+        theirs = [np.flatnonzero(other._mask[row]) for row in joining]
         width = int(mine.max(initial=0))
-        left = self._graph.left
-        self._cache.join(rows, width, other._cache, copies, theirs, left)
-        lengths = np.concatenate([mine, np.full(copies, theirs, np.int64)])
-        columns = np.arange(max(width, theirs))
-        if left:
-            columns = columns[::-1]
-        self._mask = (columns < lengths[:, np.newaxis]).astype(np.int64)
+        taken = list(zip(joining, theirs, strict=True))
+        self._cache.join(rows, width, other._cache, taken, self._graph.left)
+        lengths = np.concatenate([mine, np.array([len(one) for one in theirs], np.int64)])
+        self._mask = self._padded(lengths, int(lengths.max()))
         return list(range(self.count))
+
+    def _padded(self, lengths: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        """The mask [rows, width] of rows that have so many tokens."""
+        columns = np.arange(width)
+        if self._graph.left:
+            columns = columns[::-1]
+        return (columns < lengths[:, np.newaxis]).astype(np.int64)
+
+
+class CachedReading:
+    """Prompts that are read in rows of their own, until they are copied into those of a batch."""
+
+    def __init__(self, into: CachedRows, own: CachedRows) -> None:
+        self._into, self._own = into, own
+
+    @property
+    def count(self) -> int:
+        """As `Reading.count`."""
+        return self._own.count
+
+    def load(self, pasts: Sequence[Past | None]) -> None:
+        """As `Reading.load`."""
+        self._own.load(pasts)
+
+    def past(self, row: int) -> Past:
+        """As `Reading.past`."""
+        return self._own.past(row)
+
+    def read(
+        self,
+        adapters: RowAdapters,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> NDArray[Any]:
+        """As `Rows.read`."""
+        return self._own.read(adapters, ids, mask, ends)
+
+    def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
+        """As `Reading.join`."""
+        return self._into.take(rows, self._own, joining)
+
+    def close(self) -> None:
+        """As `Reading.close`: what was read goes with the rows."""
 
 
 def logits_at(logits: onnxruntime.OrtValue, ends: NDArray[np.int64]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ import onnxruntime
 from loradeploy.bundle.names import PAST, present_of
 from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.memory import on_host
-from loradeploy.runtime.decoding.rows import RowAdapters, logits_at
+from loradeploy.runtime.decoding.rows import Past, RowAdapters, logits_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,19 +70,28 @@ class SlotRows:
     ) -> NDArray[Any]:
         """As `Rows.read`, of one token a row."""
         count = len(ids)
-        logits = self._run(adapters, ids, 0, ends)
+        logits = self._run(adapters, ids, mask, 0, ends)
         self._lengths[:count] += mask[:, 0]
         return logits
 
     def _run(
-        self, adapters: RowAdapters, ids: NDArray[np.int64], first: int, ends: NDArray[np.int64]
+        self,
+        adapters: RowAdapters,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        first: int,
+        ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Read `ids` [rows, new] in the slots from `first` on."""
+        """Read `ids` [rows, new] in the slots from `first` on; several rows from their beginning.
+
+        Or one token each. Rows without a token, and padding, are read behind what a slot holds.
+        """
         count, new = ids.shape
         lengths = self._lengths[first : first + count]
-        mask = np.zeros((count, int(lengths.max()) + new), np.int64)
-        mask[:, -new:] = 1
-        mask[np.arange(mask.shape[1]) < lengths[:, np.newaxis]] = 1
+        if count == 1 or new == 1:
+            mask = np.zeros((count, int(lengths.max()) + new), np.int64)
+            mask[:, -new:] = 1
+            mask[np.arange(mask.shape[1]) < lengths[:, np.newaxis]] = 1
         inputs, buffers = self._view(first, count)
         logits, *_ = adapters.run_with_ort_values(
             (self._graph.output, *self._outputs),
@@ -115,23 +124,40 @@ class SlotRows:
             found = [self._down(slot) for slot in found]
         return found
 
-    def begin(self) -> SlotReading:
-        """A slot in which a prompt is read, and which may `join` then."""
-        slot = self._take()
-        self._reading.add(slot)
-        return SlotReading(self, slot)
+    def begin(self, count: int) -> SlotReading:
+        """As `RowsBeside.begin`: in slots that are free and beside each other."""
+        slots = self._beside(count)
+        for slot in slots:
+            self._use(slot)
+        self._reading.update(slots)
+        return SlotReading(self, slots)
 
-    def join(self, rows: Sequence[int], other: SlotReading, copies: int) -> list[int]:
-        """Go on with `rows`, and `copies` times with the prompt that `other` read."""
-        other.joined = True
-        self._reading.discard(other.slot)
-        more = [self._copy(other.slot, self._take()) for _ in range(copies - 1)]
-        return [*rows, other.slot, *more]
+    def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
+        """Go on with `rows`, and with the slots `joining`, where prompts were read."""
+        found = list(rows)
+        for slot in joining:
+            found.append(slot if slot in self._reading else self._copy(slot, self._take()))
+            self._reading.discard(slot)
+        return found
+
+    def _beside(self, count: int) -> list[int]:
+        """The first `count` free slots in a row, or as many as there are."""
+        best: list[int] = []
+        run: list[int] = []
+        for slot in range(len(self._lengths)):
+            run = [] if slot in self._used else [*run, slot]
+            best = run if len(run) > len(best) else best
+            if len(best) == count:
+                break
+        return best
+
+    def _use(self, slot: int) -> None:
+        self._used.add(slot)
+        self._lengths[slot] = 0
 
     def _take(self) -> int:
         slot = next(slot for slot in range(len(self._lengths)) if slot not in self._used)
-        self._used.add(slot)
-        self._lengths[slot] = 0
+        self._use(slot)
         return slot
 
     def _free(self, slot: int) -> None:
@@ -157,12 +183,27 @@ class SlotRows:
 
 
 class SlotReading:
-    """A slot while a prompt is read in it. `joined`: whether its row goes on with the others."""
+    """Slots in a row, in which prompts are read. What has joined the batch is the batch's."""
 
-    def __init__(self, rows: SlotRows, slot: int) -> None:
+    def __init__(self, rows: SlotRows, slots: list[int]) -> None:
         self._rows = rows
-        self.slot = slot
-        self.joined = False
+        self._slots = slots
+        self._joined: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """As `Reading.count`."""
+        return len(self._slots)
+
+    def load(self, pasts: Sequence[Past | None]) -> None:
+        """As `Reading.load`."""
+        for slot, past in zip(self._slots, pasts, strict=True):
+            if past is None:
+                continue
+            length = past[0].shape[1]
+            for array, part in zip(self._rows._arrays.values(), past, strict=True):
+                array[slot, :, :length] = part
+            self._rows._lengths[slot] = length
 
     def read(
         self,
@@ -171,24 +212,25 @@ class SlotReading:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Read `ids` [1, new]: the logits at the last token, [1, vocabulary]."""
-        logits = self._rows._run(adapters, ids, self.slot, ends)
-        self._rows._lengths[self.slot] += ids.shape[1]
+        """As `Rows.read`; several prompts from their beginning, shorter ones padded behind."""
+        logits = self._rows._run(adapters, ids, mask, self._slots[0], ends)
+        self._rows._lengths[self._slots] += mask.sum(axis=1)
         return logits
 
-    def values(self) -> list[NDArray[Any]]:
-        """What the slot holds, of each tensor of the cache [heads, positions, size]."""
-        return [array[self.slot] for array in self._rows._arrays.values()]
+    def past(self, row: int) -> Past:
+        """As `Reading.past`."""
+        slot = self._slots[row]
+        length = self._rows._lengths[slot]
+        return [array[slot, :, :length] for array in self._rows._arrays.values()]
 
-    def load(self, values: Sequence[NDArray[Any]]) -> None:
-        """Have the slot hold this, as if it had read the tokens."""
-        length = values[0].shape[1]
-        for array, part in zip(self._rows._arrays.values(), values, strict=True):
-            array[self.slot, :, :length] = part
-        self._rows._lengths[self.slot] = length
+    def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
+        """As `Reading.join`."""
+        self._joined.update(joining)
+        return self._rows.join(rows, [self._slots[row] for row in joining])
 
     def close(self) -> None:
-        """Let go of the slot, unless its row goes on."""
-        if not self.joined:
-            self._rows._free(self.slot)
-            self.joined = True
+        """As `Reading.close`."""
+        for row, slot in enumerate(self._slots):
+            if row not in self._joined:
+                self._rows._free(slot)
+        self._joined.update(range(len(self._slots)))

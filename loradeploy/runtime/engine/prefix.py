@@ -59,6 +59,11 @@ class PrefixCache:
         found = self._chain(owner, ids, (len(ids) - 1) // BLOCK)
         return [block.values for block in found]
 
+    def shares(self, one: Sequence[int], other: Sequence[int], found: int) -> bool:
+        """Whether prompts of one owner have a block in common behind the `found` tokens kept."""
+        end = found + BLOCK
+        return min(len(one), len(other)) > end and list(one[:end]) == list(other[:end])
+
     def keep(self, owner: Owner, ids: Sequence[int], values: Sequence[NDArray[Any]]) -> None:
         """Keep the whole blocks of `ids`, whose keys and values are `values` [heads, ≥ ids, size].
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import BudgetError, UsageError
 from loradeploy.runtime.decoding.memory import position_bytes
@@ -14,9 +14,10 @@ from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Us
 from loradeploy.runtime.tasks.generation import generation_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loradeploy.runtime.decoding.reading import PromptReader
-    from loradeploy.runtime.decoding.rows import CachedRows
-    from loradeploy.runtime.decoding.slots import SlotReading
+    from loradeploy.runtime.decoding.rows import Reading
     from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters
@@ -28,7 +29,8 @@ class Running:
     """A request with its adapter, which is in use until `close`.
 
     `rows`: how many it takes at most. `most`: the positions of each. `reading`: its row while its
-    prompt is read, with how much of it was. `told`: of each text, the tokens that were handed out.
+    prompt is read, with how much of it was. `blocks`: what the prefix cache has of it. `told`: of
+    each text, the tokens that were handed out.
     """
 
     submission: Submission
@@ -36,8 +38,9 @@ class Running:
     held: HeldAdapters
     rows: int
     holding: ExitStack
-    reading: CachedRows | SlotReading | None = None
+    reading: Reading | None = None
     read: int = 0
+    blocks: list[list[NDArray[Any]]] = field(default_factory=list)
     told: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     generated: int = 0

@@ -17,9 +17,10 @@ Moment = Literal[
     "inter_token",  # from a token of a text to its next
     "request",  # from the call of submit until its end, when it was well
     "step",  # one run of the graph that decodes
-    "prefill",  # one run of the graph that reads a part of a prompt
+    "prefill",  # one run of the graph that reads a part of a prompt, or several prompts
 ]
-# Called in the engine's thread: it should be quick. The submission is None for "step".
+# Called in the engine's thread: it should be quick. The submission is None for
+# "step", and for "prefill" where several prompts are read.
 Observer = Callable[[Moment, float, "Submission | None"], None]
 
 
@@ -42,7 +43,7 @@ class EngineStatistics:
         steps: runs of the graph that decoded.
         one_adapter_steps: those whose rows all had one adapter, or the base.
         batch_sizes: how many steps had so many rows that went on.
-        prefills: runs of the graph that read a part of a prompt.
+        prefills: runs of the graph that read a part of a prompt, or several prompts.
         prefix_entries: blocks of tokens in the prefix cache.
         prefix_bytes: their bytes.
         prefix_evictions: blocks that went to make room.

@@ -1,16 +1,17 @@
-"""What the engine's thread does between two looks at the queue: a chunk of a prompt, and a step."""
+"""What the engine's thread does between two looks at the queue: a chunk of prompts, and a step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.bundle.names import NO_PADDING
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.loop import DecodingBatch
+from loradeploy.runtime.decoding.loop import DecodingBatch, Entrant
 from loradeploy.runtime.decoding.memory import memory_for_rows, position_bytes
 from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
@@ -18,6 +19,9 @@ from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
 from loradeploy.runtime.engine.submission import too_late
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.runtime.decoding.rows import Past, Reading, RowAdapters, Rows, RowsBeside
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession
@@ -29,7 +33,7 @@ Ended = tuple["Running", "BaseException | None"]
 class Worker:
     """The requests that take part in steps, and those whose prompt is read.
 
-    `slots`: how many rows there are. `chunk`: tokens of a prompt that are read in one run.
+    `slots`: how many rows there are. `chunk`: tokens of prompts that are read between two steps.
     `budget`: bytes of the rows' cache, None where nothing limits it. `prefixes`: bytes of the
     prefix cache, 0 for none.
     """
@@ -60,23 +64,30 @@ class Worker:
         self.budget = available if budget is not None or available is None else available // 2
         statistics.cache_bytes = self.budget or 0
         self._adapters = session.joined()
-        self._rows, self.positions = self._make_rows()
-        self._batch = DecodingBatch(self._graph, self._adapters, self._rows, self._failed)
+        self._readers = session.joined()  # of prompts that are read together
+        rows, self._beside, self.positions = self._make_rows()
+        self._batch = DecodingBatch(self._graph, self._adapters, rows, self._failed)
         self._prefixes = PrefixCache(prefixes) if prefixes and self._graph.cached else None
         self._going: dict[int, Running] = {}  # in the batch
-        self._reading: list[Running] = []  # the one that is read next comes first
+        self._reading: list[Running] = []  # in the order in which they came
+        self._long = False  # the last run read a chunk of a long prompt
         self._ended: list[Ended] = []
 
-    def _make_rows(self) -> tuple[CachedRows | SlotRows | UncachedRows, int | None]:
-        """The rows as the graph's cache wants them, and the positions of one where it is fixed."""
+    def _make_rows(self) -> tuple[Rows, RowsBeside | None, int | None]:
+        """The rows as the graph's cache wants them, and the positions of one where it is fixed.
+
+        The second are the same rows, where prompts are read beside them.
+        """
         if not self._graph.cached:
-            return UncachedRows(self._graph, 0), None
+            return UncachedRows(self._graph, 0), None, None
         if not keeps_slots(self._graph):
-            return CachedRows(self._graph, 0), None
+            growing = CachedRows(self._graph, 0)
+            return growing, growing, None
         most = self._session.texts.base.tokenizer.max_length or _POSITIONS
         if self.budget is not None:
             most = max(1, min(most, self.budget // (self.slots * position_bytes(self._session))))
-        return SlotRows(self._graph, self.slots, most), most
+        slots = SlotRows(self._graph, self.slots, most)
+        return slots, slots, most
 
     def fits(self, one: Running) -> bool:
         """Whether there are rows and memory for a request now."""
@@ -99,10 +110,10 @@ class Worker:
         self._observer("queue", time.monotonic() - one.submission.created, one.submission)
 
     def advance(self) -> Sequence[Ended]:
-        """A chunk of a prompt and a step of all others; the requests that have ended with it."""
+        """A chunk of prompts and a step of all others; the requests that have ended with it."""
         self._heed()
         if self._reading:
-            self._read(self._reading[0])
+            self._read()
         if self._going:
             self._step()
         self._statistics.rows = self._batch.rows
@@ -111,6 +122,7 @@ class Worker:
 
     def close(self) -> None:
         """Let go of the batch."""
+        self._readers.close()
         self._adapters.close()
 
     def _heed(self) -> None:
@@ -123,55 +135,148 @@ class Worker:
                 one.tell(self._statistics, self._observer)
                 self._end(one)
 
-    def _read(self, one: Running) -> None:
-        """Read the next chunk of a prompt; behind its last token the request takes part."""
-        prompt = one.request.ids
+    def _read(self) -> None:
+        """Read a chunk of a prompt, or several prompts; behind its last token one takes part."""
+        beside = self._beside
+        if beside is None:
+            for one in list(self._reading):
+                self._enter(one)
+            return
+        group = self._together()
         try:
-            if isinstance(self._rows, UncachedRows):
-                one.submission.start(len(prompt))
-                self._reading.remove(one)
-                self._adapters.enter(one.number, one.held)
-                self._going[one.number] = one
-                self._batch.enter(one.number, one.request.sequences)
-                return
-            if one.reading is None:
-                one.reading = self._rows.begin()
-                self._find(one)
-                one.submission.start(len(prompt), one.read)
-            began = time.monotonic()
-            chunk = np.array([prompt[one.read : one.read + self._chunk]], np.int64)
-            logits = one.reading.read(one.held, chunk, np.ones_like(chunk), np.array([-1]))
-            one.read += chunk.shape[1]
-            self._statistics.prefills += 1
-            self._observer("prefill", time.monotonic() - began, one.submission)
-            if one.read < len(prompt):
-                return
-            self._keep(one)
-            self._reading.remove(one)
-            self._adapters.enter(one.number, one.held)
-            self._going[one.number] = one
-            self._batch.join(one.number, one.request.sequences, logits, one.reading)
-            one.reading.close()
-            one.reading = None
-            self._tell(one)
+            self._run_prompts(beside, group)
         except BaseException as problem:  # a panic of a mask's library is no Exception
+            for one in group:
+                if one in self._reading or one.number in self._going:
+                    self._end(one, problem)
+
+    def _enter(self, one: Running) -> None:
+        """Have a request take part that is read from its beginning at every step."""
+        one.submission.start(len(one.request.ids))
+        try:
+            self._take_part(one)
+            self._batch.enter(one.number, one.request.sequences)
+        except BaseException as problem:
             self._end(one, problem)
 
-    def _find(self, one: Running) -> None:
-        """Begin behind what the prefix cache has of a prompt."""
-        if self._prefixes is None or one.reading is None:
-            return
-        blocks = self._prefixes.find(one.owner, one.request.ids)
-        if blocks:
-            one.reading.load([np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True)])
-            one.read = len(blocks) * BLOCK
-            self._statistics.cached_tokens += one.read
+    def _take_part(self, one: Running) -> None:
+        self._reading.remove(one)
+        self._adapters.enter(one.number, one.held)
+        self._going[one.number] = one
 
-    def _keep(self, one: Running) -> None:
-        """Keep what a prompt was read to."""
-        if self._prefixes is None or one.reading is None or len(one.request.ids) < BLOCK:
+    def _together(self) -> list[Running]:
+        """The requests whose prompts are read next: one, whose prompt is long, or several.
+
+        Together they are no more than a chunk, padding included, or where nobody waits for the next
+        step a chunk each. Of those that begin alike one is read first, for the others to find.
+        """
+        for one in self._reading:
+            if one.reading is None:
+                one.blocks = self._find(one)
+        short = [one for one in self._reading if one.reading is None and self._left(one)]
+        first = self._reading[0]
+        if first not in short and not (self._long and short):
+            self._long = True
+            return [first]
+        self._long = False
+        most = self._chunk * (1 if self._going else self.slots)
+        group: list[Running] = []
+        for one in short:
+            size = max(self._left(other) for other in (*group, one))
+            fits = (len(group) + 1) * size <= most and not any(
+                self._alike(one, other) for other in group
+            )
+            # Rows that end at different positions cannot begin at different ones.
+            if not group or (fits and (self._graph.left or not (one.blocks or group[0].blocks))):
+                group.append(one)
+        return group
+
+    def _left(self, one: Running) -> int:
+        """The tokens of a prompt that are still to be read, where a chunk has them all; else 0."""
+        rest = len(one.request.ids) - len(one.blocks) * BLOCK
+        return rest if rest <= self._chunk else 0
+
+    def _alike(self, one: Running, other: Running) -> bool:
+        """Whether two prompts share tokens that the prefix cache could hold, and does not yet."""
+        if self._prefixes is None or one.owner != other.owner:
+            return False
+        found = max(len(one.blocks), len(other.blocks)) * BLOCK
+        return self._prefixes.shares(one.request.ids, other.request.ids, found)
+
+    def _run_prompts(self, beside: RowsBeside, group: list[Running]) -> None:
+        reading = group[0].reading
+        if reading is None:
+            reading = beside.begin(len(group))
+            del group[reading.count :]  # the others are read later
+            self._begin(reading, group)
+        began = time.monotonic()
+        prompts = [one.request.ids[one.read : one.read + self._chunk] for one in group]
+        with self._adapters_of(group) as adapters:
+            logits = reading.read(adapters, *self._graph.padded(prompts))
+        for one, tokens in zip(group, prompts, strict=True):
+            one.read += len(tokens)
+        self._statistics.prefills += 1
+        alone = group[0].submission if len(group) == 1 else None
+        self._observer("prefill", time.monotonic() - began, alone)
+        if group[0].read < len(group[0].request.ids):
             return
-        self._prefixes.keep(one.owner, one.request.ids, one.reading.values())
+        entrants = []
+        for row, one in enumerate(group):
+            self._keep(one, reading, row)
+            one.reading = None
+            self._take_part(one)
+            entrants.append(Entrant(one.number, one.request.sequences, row))
+        try:
+            failures = self._batch.join(reading, entrants, logits)
+        finally:
+            reading.close()
+        for one in group:
+            if one.number in failures:
+                self._end(one, failures[one.number])
+            else:
+                self._tell(one)
+
+    def _begin(self, reading: Reading, group: Sequence[Running]) -> None:
+        """Begin behind what the prefix cache has of each prompt."""
+        pasts: list[Past | None] = []
+        for row, one in enumerate(group):
+            # What reads several prompts reads them whole, and is closed with that.
+            one.reading = reading if row == 0 else None
+            one.read = len(one.blocks) * BLOCK
+            parts = zip(*one.blocks, strict=True)
+            pasts.append([np.concatenate(part, axis=1) for part in parts] if one.blocks else None)
+            self._statistics.cached_tokens += one.read
+            one.submission.start(len(one.request.ids), one.read)
+            one.blocks = []
+        reading.load(pasts)
+
+    @contextmanager
+    def _adapters_of(self, group: Sequence[Running]) -> Iterator[RowAdapters]:
+        """The adapters that the prompts of a group are read with, a row each."""
+        if len(group) == 1:
+            yield group[0].held
+            return
+        try:
+            for one in group:
+                self._readers.enter(one.number, one.held)
+            self._readers.take_rows([one.number for one in group])
+            yield self._readers
+        finally:
+            self._readers.close()
+            for one in group:
+                self._readers.leave(one.number)
+
+    def _find(self, one: Running) -> list[list[NDArray[Any]]]:
+        """The blocks that the prefix cache has of a prompt."""
+        if self._prefixes is None:
+            return []
+        return self._prefixes.find(one.owner, one.request.ids)
+
+    def _keep(self, one: Running, reading: Reading, row: int) -> None:
+        """Keep what a prompt was read to."""
+        if self._prefixes is None or len(one.request.ids) < BLOCK:
+            return
+        self._prefixes.keep(one.owner, one.request.ids, reading.past(row))
         self._statistics.prefix_entries = len(self._prefixes)
         self._statistics.prefix_bytes = self._prefixes.nbytes
         self._statistics.prefix_evictions = self._prefixes.evictions
