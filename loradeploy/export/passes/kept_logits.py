@@ -35,6 +35,8 @@ _KEPT: Final = step_name(LOGITS_TO_KEEP, "kept")
 _DIMENSION: Final = "kept"
 # A listed position moves the slice's beginning so far; no product of it overflows an int64.
 _BEHIND_ALL: Final = 1 << 40
+# The opset from which on Shape gives a part of a shape.
+_SHAPE_OF_AXES: Final = 15
 # What gives a position of its result from that position of its inputs.
 _BY_POSITION: Final = (
     *("Add", "Cast", "Div", "FusedMatMul", "Gemm", "Identity", "MatMul", "MatMulNBits", "Mul"),
@@ -72,13 +74,20 @@ def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     def constant(name: str, number: int) -> ir.Value:
         return add_constant(graph, step_name(LOGITS_TO_KEEP, name), np.array([number], np.int64))
 
-    zero, one, last = constant("zero", 0), constant("one", 1), constant("last", -1)
+    one, last = constant("one", 1), constant("last", -1)
     sizes = Chain(graph, before, LOGITS_TO_KEEP, ir.DataType.INT64)
-    batch = sizes.add("Gather", "batch", [sizes.shape("hidden_shape", hidden), zero], axis=0)
+
+    def size(name: str, value: ir.Value, axis: int) -> ir.Value:
+        if manifest.opset >= _SHAPE_OF_AXES:
+            return sizes.add("Shape", name, [value], start=axis, end=axis + 1)
+        whole = sizes.add("Shape", f"{name}_shape", [value])
+        return sizes.add("Gather", name, [whole, constant(f"{name}_axis", axis)], axis=0)
+
+    batch = size("batch", hidden, 0)
     rows = sizes.add("Concat", "rows", [batch, one], axis=0)  # [batch, 1]
     listed = sizes.add("Expand", "listed", [kept, rows])  # [batch, kept]
     listed = sizes.add("Unsqueeze", "indices", [listed, last])  # [batch, kept, 1]
-    count = sizes.add("Gather", "count", [sizes.shape("shape", kept), one], axis=0)
+    count = size("count", kept, 1)
     begin = sizes.add("Mul", "begin", [count, constant("behind_all", _BEHIND_ALL)])
     end = constant("end", np.iinfo(np.int64).max)
     assert hidden.dtype is not None
