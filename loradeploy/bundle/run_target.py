@@ -71,7 +71,7 @@ RUN_TARGETS: Final = (
         f"{_ROWS}; branches are run from the host; a product over a rank of 0 ends the process, so"
         " that zeros have rank 1. Attention is on the CPU: GroupQueryAttention has a kernel, which"
         " was wrong from 32 tokens on where it was tried (SwiftShader)",
-        {"layout": ROWS, "branches": False, "logits_to_keep": False},
+        {"layout": ROWS, "branches": False},
         rank_one=True,
     ),
     RunTarget(
