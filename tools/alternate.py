@@ -60,10 +60,15 @@ class Worker:
 
     def time(self, calls: int) -> list[float]:
         """Seconds of each of `calls` calls."""
+        return [float(seconds) for seconds in self.results(calls)]
+
+    def results(self, calls: int) -> list[Any]:
+        """What `calls` calls gave, of a side that reports more than how long it took."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{calls}\n")
         self._process.stdin.flush()
-        return [float(seconds) for seconds in self._answer()]
+        answers: list[Any] = self._answer()
+        return answers
 
     def close(self) -> None:
         """End the process."""
@@ -80,21 +85,25 @@ class Worker:
         return json.loads(line)
 
 
-def serve_worker(factories: Mapping[str, Callable[..., Side]]) -> bool:
-    """Answer as a worker where this process was started as one; False otherwise."""
+def serve_worker(factories: Mapping[str, Callable[..., Side]], *, warm_up: int = WARM_UP) -> bool:
+    """Answer as a worker where this process was started as one; False otherwise.
+
+    A call that gives a dictionary reports that in place of its seconds.
+    """
     if len(sys.argv) < 2 or sys.argv[1] != "--worker":
         return False
     call = factories[sys.argv[2]](**json.loads(sys.argv[3]))
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         call()
     print("[]", flush=True)
     for line in sys.stdin:
-        seconds = []
+        answers: list[Any] = []
         for _ in range(int(line)):
             begin = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - begin)
-        print(json.dumps(seconds), flush=True)
+            given = call()
+            seconds = time.perf_counter() - begin
+            answers.append(given if isinstance(given, dict) else seconds)
+        print(json.dumps(answers), flush=True)
     return True
 
 

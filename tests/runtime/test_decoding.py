@@ -554,7 +554,7 @@ def test_a_batch_beyond_the_memory_is_refused_with_figures(
         small.generate(PROMPTS[1:], **beams)
     # The longer prompt's row has ended, and the other one is as long as both: 2 × 200 tokens.
     own = [{"max_new_tokens": 5}, {"max_new_tokens": 100}]
-    uneven = TextGenerator(session, cache_budget=700_000)
+    uneven = TextGenerator(session, cache_budget=400_000)
     with pytest.raises(BudgetError, match="2 rows of 200 tokens"):
         uneven.generate([[7] * 100, [7]], per_prompt=own)
     with pytest.raises(UsageError, match="cache_budget is 0"):
