@@ -95,7 +95,7 @@ RUN_TARGETS: Final = (
         "onnxruntime-web and onnxruntime-node",
         "it drops feeds of inputs that have defaults; int4 is the smallest download; on WebGPU"
         " zeros need rank 1",
-        {"precision": "int4", "required_inputs": True, "logits_to_keep": False},
+        {"precision": "int4", "required_inputs": True},
         refuses=(
             Refusal(
                 {"required_inputs": (False,), "merge": (False,)},

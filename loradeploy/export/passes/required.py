@@ -41,8 +41,10 @@ def write_required(
 
     model = ir.load(directory / GRAPH_NAME)
     base: dict[str, NDArray[Any]] = {}
-    for value in model.graph.inputs:
-        if value.is_initializer():
+    for value in list(model.graph.inputs):
+        if value.name == LOGITS_TO_KEEP:  # no client has to know of it: all positions, as always
+            model.graph.inputs.remove(value)
+        elif value.is_initializer():
             name = str(value.name)
             base[name] = np.array(constant_of(value))
             model.graph.initializers.pop(name)
@@ -50,8 +52,7 @@ def write_required(
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
     if zeros_have_rank_one(manifest.target):
-        # But for positions, of which there would be one.
-        base = {n: v if n == LOGITS_TO_KEEP else of_rank_one(v) for n, v in base.items()}
+        base = {name: of_rank_one(values) for name, values in base.items()}
     write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}

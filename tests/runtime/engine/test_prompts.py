@@ -1,0 +1,140 @@
+"""Prompts that wait are read together, and become what each of them is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradeploy.runtime.decoding.reading import PromptReader
+from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.engine.prefix import BLOCK
+from loradeploy.runtime.engine.running import prepare
+from loradeploy.runtime.engine.submission import Submission
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+
+ADAPTERS = ["small", None, "large", "partial", "small"]
+SHORT = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [20]]
+SYSTEM = list(range(30, 30 + BLOCK))
+LONG = list(range(60, 60 + 2 * BLOCK))
+
+
+@pytest.fixture(scope="module", params=["grows", "in place"])
+def session(
+    request: pytest.FixtureRequest,
+    tiny_llama_bundle: Path,
+    in_place: Path,
+    llama_adapters: dict[str, Path],
+) -> Iterator[AdapterSession]:
+    with AdapterSession(tiny_llama_bundle if request.param == "grows" else in_place) as session:
+        for name, path in llama_adapters.items():
+            session.load(name, path)
+        yield session
+
+
+class Reading:
+    """An engine whose rounds are made by hand, with requests that are ready."""
+
+    def __init__(self, session: AdapterSession, **options: Any) -> None:
+        self.engine = Engine(session, **options)
+        self._session, self._reader = session, PromptReader(session)
+
+    def ask(self, prompts: Sequence[list[int]], adapters: Sequence[Any]) -> list[Submission]:
+        """Have requests take part, all at once."""
+        worker = self.engine._worker
+        submissions = []
+        for prompt, adapter in zip(prompts, adapters, strict=True):
+            submission = self.engine.submit(prompt, adapter, max_new_tokens=6)
+            self.engine._queue.remove(submission)
+            worker.admit(
+                prepare(
+                    self._session,
+                    self._reader,
+                    submission,
+                    worker.slots,
+                    worker.budget,
+                    worker.positions,
+                )
+            )
+            submissions.append(submission)
+        return submissions
+
+    def round(self) -> None:
+        for one, problem in self.engine._worker.advance():
+            one.close()
+            assert problem is None
+
+    def finish(self, submissions: Sequence[Submission]) -> list[tuple[int, ...]]:
+        """The tokens of each request."""
+        for _ in range(100):
+            if all(one.done for one in submissions):
+                break
+            self.round()
+        return [one.result(0).generations[0].token_ids for one in submissions]
+
+    @property
+    def prefills(self) -> int:
+        return self.engine.stats().prefills
+
+
+def alone(
+    session: AdapterSession, prompts: Sequence[list[int]], adapters: Sequence[Any]
+) -> list[tuple[int, ...]]:
+    generator = TextGenerator(session)
+    return [
+        generator.generate([prompt], adapter, max_new_tokens=6)[0].token_ids
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
+
+
+def test_prompts_of_different_lengths_and_adapters_are_read_in_one_run(
+    session: AdapterSession,
+) -> None:
+    made = Reading(session)
+    submissions = made.ask(SHORT, ADAPTERS)
+    made.round()
+    assert made.prefills == 1
+    found = made.finish(submissions)
+    assert made.prefills == 1
+    assert found == alone(session, SHORT, ADAPTERS)
+    assert found != alone(session, SHORT, [None] * len(SHORT))
+
+
+def test_they_join_rows_that_go_on_a_chunk_at_a_time(session: AdapterSession) -> None:
+    made = Reading(session, prefill_chunk=12)
+    first = made.ask(SHORT[:1], ["large"])
+    made.round()
+    rest = made.ask(SHORT[1:], ADAPTERS[1:])
+    before = made.prefills
+    made.round()
+    # Of 6, 2, 4 and 1 tokens, two at a time are 12 with their padding, and the others 8.
+    assert [one.prompt_tokens is not None for one in rest] == [True, True, False, False]
+    found = made.finish([*first, *rest])
+    assert made.prefills == before + 2
+    assert found == alone(session, SHORT, ["large", *ADAPTERS[1:]])
+
+
+def test_what_they_begin_with_is_read_once_and_the_rest_of_all_together(
+    session: AdapterSession,
+) -> None:
+    prompts = [[*SYSTEM, *own] for own in SHORT]
+    made = Reading(session)
+    found = made.finish(made.ask(prompts, ["small"] * len(prompts)))
+    assert found == alone(session, prompts, ["small"] * len(prompts))
+    assert made.engine.stats().cached_tokens == BLOCK * (len(prompts) - 1)
+    # Slots that hold something already are read one by one.
+    in_slots = session.manifest.cache_in_place
+    assert made.prefills == (len(prompts) if in_slots else 2)
+
+
+def test_short_prompts_take_turns_with_the_chunks_of_a_long_one(session: AdapterSession) -> None:
+    made = Reading(session, prefill_chunk=8)
+    prompts = [LONG, *SHORT]
+    submissions = made.ask(prompts, ["large", *ADAPTERS])
+    made.round()
+    made.round()
+    assert [one.prompt_tokens is not None for one in submissions[:2]] == [True, True]
+    assert made.finish(submissions) == alone(session, prompts, ["large", *ADAPTERS])
