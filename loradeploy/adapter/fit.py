@@ -15,6 +15,7 @@ from typing import Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.digest import short
+from loradeploy.adapter.settle import same_values
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.errors import AdapterMismatchError, listed, shortened
 from loradeploy.printable import logger_of
@@ -24,6 +25,8 @@ logger = logger_of(__name__)
 Shape = tuple[int, ...]
 
 _LISTED: Final = 6
+# Of trained rows of a weight as side inputs: each of them takes as many values as the vocabulary.
+MOST_ROWS: Final = 64
 _HUB_ID: Final = re.compile(r"[\w.-]+/(?P<name>[\w.-]+)", re.ASCII)
 _A_LAYER: Final[Mapping[str, str]] = {
     "linear": "a linear layer",
@@ -71,6 +74,7 @@ class AdaptableBase:
     `side_inputs`: whether adapters are side inputs of an unchanged base.
     `own_weights`: the weights whose values are known, once copies of them were removed from the
     adapter; None before that.
+    `row_users`: the modules that use a weight, by parameter, for trained rows of it.
     `lacking`: parameters that get their values from an adapter.
     `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
     """
@@ -83,6 +87,7 @@ class AdaptableBase:
     refused: Mapping[str, str] = field(default_factory=dict)
     side_inputs: bool = False
     own_weights: Collection[str] | None = None
+    row_users: Mapping[str, Collection[str]] = field(default_factory=dict)
     lacking: Collection[str] = ()
     digest: str | None = None
     model: str | None = None
@@ -237,11 +242,53 @@ def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
             " base's: merge it instead"
         )
     problems += [
-        f"rows of {parameter} were trained (trainable_token_indices), which cannot be a side input:"
-        " merge it instead"
+        f"rows of {parameter} were trained (trainable_token_indices), {problem}"
         for parameter in sorted(adapter.rows)
+        if (problem := _rows_problem(parameter, adapter, base)) is not None
     ]
     return problems
+
+
+def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str | None:
+    """Why trained rows of `parameter` cannot be side inputs of `base`; None if they can."""
+    rows, users = adapter.rows[parameter], base.row_users.get(parameter)
+    if users is None:
+        return f"and it is not known which modules of {base.name} use it: merge it instead"
+    if len(rows.indices) > MOST_ROWS:
+        return (
+            f"{len(rows.indices)} of them, and side inputs have at most {MOST_ROWS}: merge it"
+            " instead"
+        )
+    for module in sorted(users):
+        own, pair, layer = f"{module}.weight", adapter.factors.get(module), base.layers.get(module)
+        if own in adapter.saved:
+            continue  # the module has a weight of its own
+        if own in adapter.rows and not same_values(adapter.rows[own], rows):
+            return (
+                f"and other rows of {own}, which is tied to it in {base.name}: give the base"
+                " untied (tie_word_embeddings: false), as it was trained"
+            )
+        if own in adapter.carried:
+            return f"beside all of {own}: merge it instead"
+        if pair is not None and pair.magnitude is not None:
+            return f"and {module} has DoRA, whose scale depends on them: merge it instead"
+        if layer is None or layer.kind not in ("linear", "embedding"):
+            return (
+                f"and {module} has no side inputs in {base.name}: export with"
+                " `side_inputs=['tokens']`, or merge it instead"
+            )
+        vocabulary, size = (
+            (layer.inputs[0], layer.outputs)
+            if layer.kind == "embedding"
+            else (layer.outputs, layer.inputs[0])
+        )
+        if max(rows.indices, default=0) >= vocabulary or rows.values.shape[1] != size:
+            return (
+                f"{list(rows.values.shape)} of tokens up to {max(rows.indices, default=0)}, and"
+                f" {module} has {vocabulary} tokens of {size} values: it was trained on another"
+                " base, or on one with a larger vocabulary"
+            )
+    return None
 
 
 def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:

@@ -14,6 +14,7 @@ from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import values_digest, without_copies, without_idle
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
 
 THIS_BUNDLE: Final = "this bundle"
@@ -93,10 +94,25 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
         biases={name: size for name, size in biases.items() if name not in replaced},
         side_inputs=True,
         own_weights=manifest.own_weights,
+        row_users=row_users(manifest),
         lacking=[saved.parameter for saved in manifest.saved if saved.lacking],
         digest=manifest.base.digest if manifest.base.kind == "checkpoint" else None,
         model=manifest.base.name,
     )
+
+
+def row_users(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """The modules that use each embedding or head of the base, by parameter.
+
+    Left out is a weight of a graph whose values another constant has too: nobody knows whether the
+    two are tied.
+    """
+    constants = {target.module: target.weight for target in manifest.targets}
+    found = {}
+    for parameter, users in sharing(manifest.own_weights).items():
+        if manifest.base.kind == "checkpoint" or len({constants.get(m) for m in users}) == 1:
+            found[parameter] = users
+    return found
 
 
 def _modules(manifest: Manifest) -> set[str]:

@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     SLOTS,
 )
 from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of
+from loradeploy.bundle.targets import takes_tokens
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ BFLOAT16: Final = "bf16"  # how weights are stored; they compute in fp32
 PACKED_BITS: Final[Mapping[str, int]] = MappingProxyType({"int8": 8, "int4": 4})
 PRECISIONS: Final = (DEFAULT_PRECISION, "fp16", BFLOAT16, *PACKED_BITS)
 STANDARD, GQA = ATTENTIONS = ("standard", "gqa")
-LORA, DORA, BIAS, EMBEDDING = "lora", "dora", "bias", "embedding"
+LORA, DORA, BIAS, EMBEDDING, TOKENS = "lora", "dora", "bias", "embedding", "tokens"
 SIDE_INPUT_KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         LORA: "low-rank factors of linear layers, always there",
         DORA: "scales of the outputs, for DoRA",
         BIAS: "offsets of the outputs, for trained biases",
         EMBEDDING: "low-rank factors of embeddings",
+        TOKENS: "those of the token embedding and of an output head that is tied to it, for"
+        " trained rows of tokens",
     }
 )
 # The dimensions of inputs, by which static shapes are known again; None is not dynamic.
@@ -207,6 +210,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         DORA: any(change.scale for change in manifest.changed),
         BIAS: any(change.offset and not change.scale for change in manifest.changed),
         EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
+        TOKENS: takes_tokens(manifest.own_weights, manifest.targets),
     }
     return GraphForm(
         precision=manifest.precision,
@@ -251,11 +255,12 @@ def check_form(asked: Mapping[str, Any]) -> None:
         for other in given & option.excludes.keys() if option.name in given else ():
             reason = option.excludes[other]
             raise UsageError(f"`{other}` and `{option.name}` do not go together: {reason}")
-    if asked.get("layout") == ROWS and EMBEDDING in (asked.get("side_inputs") or ()):
-        raise UsageError(
-            "`layout='rows'` and `side_inputs=['embedding']` do not go together: factors of"
-            " embeddings need the numbers of slots"
-        )
+    for kind in (EMBEDDING, TOKENS):
+        if asked.get("layout") == ROWS and kind in (asked.get("side_inputs") or ()):
+            raise UsageError(
+                f"`layout='rows'` and `side_inputs=['{kind}']` do not go together: factors of"
+                " embeddings need the numbers of slots"
+            )
     known = {name: value for name, value in asked.items() if value is not None}
     check_runs(asked.get("target"), known)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -101,6 +101,32 @@ class OutputTarget:
     size: int
     scale: str | None = None
     offset: str | None = None
+
+
+def sharing(own_weights: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The modules that share each weight of `Manifest.own_weights`, by parameter.
+
+    Trained rows replace those of all of them. Equal weights are one weight: of a checkpoint's that
+    are equal and not tied only one is in `own_weights`.
+    """
+    users: dict[str, list[str]] = {}
+    for parameter, digest in own_weights.items():
+        if parameter.endswith(".weight"):
+            users.setdefault(digest, []).append(parameter.removesuffix(".weight"))
+    return {
+        parameter: tuple(sorted(users[digest]))
+        for parameter, digest in own_weights.items()
+        if parameter.endswith(".weight")
+    }
+
+
+def takes_tokens(own_weights: Mapping[str, str], targets: Iterable[LoraTarget]) -> bool:
+    """Whether an embedding, and all that shares its weight, take factors: trained rows too."""
+    kinds = {target.module: target.kind for target in targets}
+    return any(
+        all(module in kinds for module in users) and "embedding" in {kinds[m] for m in users}
+        for users in sharing(own_weights).values()
+    )
 
 
 def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -233,10 +233,20 @@ def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
 def _with_side_inputs(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
-    needs = needs_of(options.adapters.values(), options.side_inputs, base.before)
+    parts = find_parts(base.graph)
+    own_weights = base.own_weights
+    if not own_weights and base.before is None:
+        own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
+    needs = needs_of(
+        options.adapters.values(),
+        options.side_inputs,
+        base.before,
+        embeddings_of=[module for module, part in parts.items() if part.kind == "embedding"],
+        own_weights=own_weights,
+    )
     _check_form_of_halves(base, options)
     findings = _with_biases(base, findings, options, needs.changed)
-    targets, heads = _split(base, findings, options.adapters.values())
+    targets, heads = _split(base, findings, options.adapters.values(), needs.tokens)
     parts = find_parts(base.graph)
     graph = base.graph.graph
     embeddings = choose_embeddings(graph, parts, needs)
@@ -249,9 +259,6 @@ def _with_side_inputs(
     # A bias of zeros leaves no trace in a graph.
     known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
     biased = [head.module for head in heads if f"{head.module}.bias" in known]
-    own_weights = base.own_weights
-    if not own_weights and base.before is None:
-        own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
     logger.info("giving %d layers side inputs", len(targets) + len(heads) + len(embeddings))
     added = inject_side_inputs(
         base.graph, targets, heads, biased=biased, embeddings=embeddings, changes=changes
@@ -404,10 +411,13 @@ def _checked(name: str, graph: ir.Graph) -> Iterator[None]:
 
 
 def _split(
-    base: Base, findings: Findings, adapters: Iterable[Adapter]
+    base: Base, findings: Findings, adapters: Iterable[Adapter], tokens: Collection[str]
 ) -> tuple[list[Linear], list[Linear]]:
-    """The linears that take factors, and those that are replaced whole."""
-    targeted = {module for adapter in adapters for module in adapter.factors}
+    """The linears that take factors, and those that are replaced whole.
+
+    `tokens`: those that take factors for trained rows.
+    """
+    targeted = {*tokens, *(module for adapter in adapters for module in adapter.factors)}
     saved = base.replaced | {
         name.removesuffix(".weight") for adapter in adapters for name in adapter.saved
     }

@@ -47,17 +47,25 @@ def settled(
 
 
 def model_digests(model: torch.nn.Module) -> dict[str, str]:
-    """`Manifest.own_weights` of a model in PyTorch."""
+    """`Manifest.own_weights` of a model in PyTorch.
+
+    Of weights that are equal and not tied only the first is there: who reads the manifest takes
+    equal ones for one weight.
+    """
     embeddings = {
         getattr(model, getter, lambda: None)()
         for getter in ("get_input_embeddings", "get_output_embeddings")
     } - {None}
-    return {
-        f"{name}.{part}": values_digest(values.detach().numpy())
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module in embeddings
-        for part, values in module.named_parameters(recurse=False)
-    }
+    found: dict[str, str] = {}
+    owners: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in embeddings:
+            continue
+        for part, values in module.named_parameters(recurse=False):
+            digest = values_digest(values.detach().numpy())
+            if part != "weight" or owners.setdefault(digest, values) is values:
+                found[f"{name}.{part}"] = digest
+    return found
 
 
 def graph_digests(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING
+from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING, TOKENS
 from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.targets import sharing
 from loradeploy.errors import ExportError
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
@@ -29,11 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Needs:
-    """Modules by what they need. `everywhere`: kinds that every layer is to have."""
+    """Modules by what they need. `everywhere`: kinds that every layer is to have.
+
+    `tokens`: the embeddings and heads that take trained rows, as factors.
+    """
 
     scaled: frozenset[str]
     shifted: frozenset[str]
     embeddings: frozenset[str]
+    tokens: frozenset[str]
     everywhere: frozenset[str]
 
     @property
@@ -43,11 +49,25 @@ class Needs:
 
 
 def needs_of(
-    adapters: Iterable[Adapter], asked: Collection[str], before: Manifest | None = None
+    adapters: Iterable[Adapter],
+    asked: Collection[str],
+    before: Manifest | None = None,
+    *,
+    embeddings_of: Collection[str] = (),
+    own_weights: Mapping[str, str] = MappingProxyType({}),
 ) -> Needs:
-    """What `adapters` need, what is `asked` for, and what the bundle had `before`."""
-    scaled, shifted, embeddings = set(), set(), set()
+    """What `adapters` need, what is `asked` for, and what the bundle had `before`.
+
+    `embeddings_of`: the embeddings of the graph. `own_weights`: as in the manifest.
+    """
+    scaled, shifted, embeddings, tokens, saved = set(), set(), set(), set(), set()
+    users = sharing(own_weights)
+    if TOKENS in asked:
+        inputs = [name for name in users if name.removesuffix(".weight") in embeddings_of]
+        tokens |= {module for name in inputs for module in users[name]}
     for adapter in adapters:
+        saved |= {name.removesuffix(".weight") for name in adapter.saved}
+        tokens |= {m for name in adapter.rows for m in users.get(name, ())} - saved
         for module, pair in adapter.factors.items():
             if pair.magnitude is not None:
                 scaled.add(module)
@@ -58,7 +78,8 @@ def needs_of(
         scaled |= {output.module for output in before.changed if output.scale is not None}
         shifted |= {output.module for output in before.changed if output.offset is not None}
         embeddings |= {t.module for t in before.targets if t.kind == "embedding"}
-    return Needs(frozenset(scaled), frozenset(shifted), frozenset(embeddings), frozenset(asked))
+        tokens |= {t.module for t in before.targets if f"{t.module}.weight" in users} - saved
+    return Needs(*map(frozenset, (scaled, shifted, embeddings, tokens, asked)))
 
 
 def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
@@ -68,7 +89,7 @@ def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) 
         for module, part in parts.items()
         if part.kind == "embedding"
         and (
-            module in needs.embeddings
+            module in needs.embeddings | needs.tokens
             or (EMBEDDING in needs.everywhere and has_token_rows(graph, part))
         )
     ]

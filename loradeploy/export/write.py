@@ -172,11 +172,12 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         _write_adapter(adapter, content.directories.get(name), directory / path)
         write_side_inputs(content.side_inputs[name], manifest, native)
         head = head_of(adapter, manifest, content.config)
-        dora = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
+        computed = {m for m, pair in adapter.factors.items() if pair.magnitude is not None}
+        computed |= {name.removesuffix(".weight") for name in adapter.rows}
         entries[name] = AdapterEntry(
             adapter.digest,
             path,
-            None if dora <= known else file_digest(native),
+            None if computed <= known else file_digest(native),
             _text(name, directory, manifest, content, base),
             head.labels,
             head.problem_type,

@@ -28,8 +28,8 @@ class FactorFacts:
 class AdapterFacts:
     """An adapter in PEFT's format.
 
-    `layers`: the kinds of layers that have factors. `saved`: fully trained parameters. `beside`: a
-    base model in the same directory.
+    `layers`: the kinds of layers that have factors. `saved`: fully trained parameters. `tokens`:
+    the numbers of trained rows, by weight. `beside`: a base model in the same directory.
     """
 
     kind: str = "LoRA adapter"
@@ -52,6 +52,7 @@ class AdapterFacts:
     bytes: int
     targets: list[FactorFacts]
     saved: list[TensorFacts]
+    tokens: list[str] | None = field(default=None, metadata=IF_KNOWN)
     beside: str | None = field(default=None, metadata=IF_KNOWN)
 
 
@@ -119,6 +120,7 @@ def inspect_adapter(path: Path) -> AdapterFacts:
             for module, pair in adapter.factors.items()
         ],
         saved=[tensor_facts(name, values) for name, values in adapter.saved.items()],
+        tokens=[f"{name}: {len(rows.indices)}" for name, rows in adapter.rows.items()] or None,
         beside=_base_in_same_directory(path) if path.is_dir() else None,
     )
 

@@ -18,7 +18,21 @@ def adaptable(model: nn.Module) -> AdaptableBase:
         for name, module in model.named_modules()
         if (kind := kind_of(module)) is not None
     }
-    return AdaptableBase("this base model", layers, parameters=shapes, weights=shapes)
+    users: dict[int, list[str]] = {}
+    weights = {
+        f"{name}.weight": id(module.weight)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    for parameter, weight in weights.items():
+        users.setdefault(weight, []).append(parameter.removesuffix(".weight"))
+    return AdaptableBase(
+        "this base model",
+        layers,
+        parameters=shapes,
+        weights=shapes,
+        row_users={parameter: users[weight] for parameter, weight in weights.items()},
+    )
 
 
 def _layer(kind: type[LowRankLayer], module: nn.Module) -> Layer:

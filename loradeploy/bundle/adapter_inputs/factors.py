@@ -17,6 +17,7 @@ from loradeploy.bundle.adapter_inputs.changes import (
     changes_undone,
     output_changes,
 )
+from loradeploy.bundle.adapter_inputs.tokens import joined, token_factors
 from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
 from loradeploy.bundle.labels import brings_head, with_all_labels, without_padding
 from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
@@ -39,8 +40,8 @@ def side_inputs(
 
     `M.lora_A` [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, computed in float32 with
     one final cast; saved parameters [1, …]; `M.scale` and `M.offset` [1, out] of DoRA and of
-    trained biases, which need `base`. Modules that the adapter does not change are omitted: the
-    graph has defaults for them.
+    trained biases, and factors of trained rows (tokens.py), which need `base`. Modules that the
+    adapter does not change are omitted: the graph has defaults for them.
 
     Raises:
         AdapterMismatchError: the adapter does not fit; the message lists the mismatches.
@@ -55,14 +56,17 @@ def side_inputs_of_fitted(
     adapter = with_all_labels(adapter, manifest.saved_shapes())
     dtype = np.dtype(manifest.factor_dtype)
     arrays: dict[str, NDArray[Any]] = {}
+    tokens = token_factors(adapter, manifest, base)
     for target in manifest.targets:
         pair = adapter.factors.get(target.module)
+        own = None
         if pair is not None:
             s = np.float32(adapter.scaling(target.module))
             with np.errstate(over="ignore"):  # overflows are refused below
-                A, B = pair.A.astype(np.float32).T, pair.B.astype(np.float32).T * s
-            arrays[target.lora_A] = _slot(A, dtype, target.lora_A)
-            arrays[target.lora_B] = _slot(B, dtype, target.lora_B)
+                own = pair.A.astype(np.float32).T, pair.B.astype(np.float32).T * s
+        if (factors := joined(own, tokens.get(target.module))) is not None:
+            arrays[target.lora_A] = _slot(factors[0], dtype, target.lora_A)
+            arrays[target.lora_B] = _slot(factors[1], dtype, target.lora_B)
     for replaced in manifest.saved:
         values = adapter.saved.get(replaced.parameter)
         if values is not None:

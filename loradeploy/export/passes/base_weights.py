@@ -39,13 +39,14 @@ class GraphWeights:
 def store_weights(
     directory: Path, manifest: Manifest
 ) -> tuple[Manifest, dict[str, NDArray[np.float32]]]:
-    """Where the bundle's data file holds the weights that DoRA needs, in the manifest.
+    """Where the bundle's data file holds the weights that DoRA and trained rows need.
 
     Weights that are too small for that file are the second value, [out, in] by `M.weight`.
     """
     import onnx_ir as ir
 
     scaled = {output.module for output in manifest.changed if output.scale is not None}
+    scaled |= {t.module for t in manifest.targets if f"{t.module}.weight" in manifest.own_weights}
     if not scaled:
         return manifest, {}
     graph = ir.load(directory / GRAPH_NAME).graph
