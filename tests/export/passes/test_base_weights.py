@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.adapter import load_adapter
+from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+from loradeploy.bundle.graph_form import form_of
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once
-from tests.export.reference import onnx_output
+from tests.export.reference import apart, onnx_output, token_feeds
+from tests.export.reference import session as ort
 from tests.tolerances import tolerance
 
 IDS = np.array([[5, 17, 3, 101, 5, 44, 260]])
@@ -197,6 +202,89 @@ def test_a_session_refuses_other_weights_of_the_base(
     with pytest.raises(AdapterMismatchError, match="merge it instead"):
         session.load("a", bringing(model, what))
     assert "a" not in session.adapters
+
+
+@pytest.fixture(scope="module")
+def with_tokens(
+    tied_bundle: Path, tiny_llama: Path, bringing: Callable[[Path, str], Path], shared: Path
+) -> Callable[[bool], Path]:
+    """Bundles that take trained rows: tied for adapters that come later, untied for one given."""
+
+    def make(tied: bool) -> Path:
+        def export(place: Path) -> None:
+            if tied:
+                ld.export(tied_bundle, place, side_inputs=["tokens"])
+            else:
+                given = {"given": bringing(tiny_llama, "rows of both")}
+                ld.export(tiny_llama, place, adapters=given)
+
+        return once(shared / f"bundle-tokens-{tied}", export)
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trained_rows_are_side_inputs_of_one_row_of_a_batch(
+    tied: bool,
+    bringing: Callable[[Path, str], Path],
+    with_tokens: Callable[[bool], Path],
+    base: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    model, _ = base
+    directory = with_tokens(tied)
+    assert "tokens" in form_of(read_manifest(directory)).side_inputs
+    given = {
+        what: bringing(model, what) for what in (["rows"] if tied else ["rows", "rows of both"])
+    }
+    session = ld.AdapterSession(directory)
+    for what, place in given.items():
+        session.load(what, place)
+    rows = [None, *given, None]
+    batch = np.repeat(IDS, len(rows), axis=0)
+    found = session.run(["logits"], token_feeds(ort(directory), batch), rows)[0]
+    for row, what in zip(found, rows, strict=True):
+        expected = _logits(model, None if what is None else given[what])[0]
+        assert np.abs(row - expected).max() <= tolerance("torch-onnx-tiny"), what
+    assert np.abs(found[0] - found[1]).max() > 0.01, "it does nothing"
+    # In ONNX Runtime's own format, and back as an adapter with factors of the embedding.
+    native, back = tmp_path / "a.onnx_adapter", tmp_path / "back"
+    call("convert", given["rows"], "--bundle", directory, "--output", native)
+    side = read_onnx_adapter(native)
+    assert np.abs(onnx_output(directory, IDS, side=side) - found[1]).max() < 1e-6
+    call("convert", native, "--bundle", directory, "--output", back)
+    assert load_adapter(back).factors["model.embed_tokens"].rank == 2
+    assert np.abs(_logits(model, back) - found[1]).max() <= tolerance("torch-onnx-tiny")
+    facts = json.loads(call("inspect", given["rows"], "--json"))
+    assert facts["tokens"] == ["model.embed_tokens.weight: 2"]
+
+
+def test_quantized_the_export_computes_trained_rows_and_a_session_refuses_others(
+    tied_llama: Path,
+    bringing: Callable[[Path, str], Path],
+    with_tokens: Callable[[bool], Path],
+    tmp_path: Path,
+) -> None:
+    adapter = bringing(tied_llama, "rows")
+    ld.export(with_tokens(True), tmp_path / "b", adapters={"a": adapter}, precision="int8")
+    session = ld.AdapterSession(tmp_path / "b")
+    session.load("a")
+    batch = np.repeat(IDS, 2, axis=0)
+    base, adapted = session.run(["logits"], token_feeds(ort(tmp_path / "b"), batch), [None, "a"])[0]
+    effect = _logits(tied_llama, adapter)[0] - _logits(tied_llama, None)[0]
+    assert apart(adapted - base, effect) <= tolerance("export-int8")
+    with pytest.raises(AdapterMismatchError, match="export the unquantized base with this adapter"):
+        session.load("b", adapter)
+
+
+def test_more_rows_than_side_inputs_have_are_refused_by_number(
+    tied_llama: Path, with_tokens: Callable[[bool], Path], tmp_path: Path
+) -> None:
+    many = {"trainable_token_indices": list(range(65))}
+    _made(tied_llama, tmp_path / "many", many)
+    session = ld.AdapterSession(with_tokens(True))
+    with pytest.raises(AdapterMismatchError, match="65 of them, .* at most 64: merge it"):
+        session.load("many", tmp_path / "many")
 
 
 def test_a_head_that_shares_the_embedding_is_no_side_input_for_what_came_of_the_base(
