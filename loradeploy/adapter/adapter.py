@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-Kind = Literal["linear", "embedding", "conv2d"]
+Kind = Literal["linear", "embedding", "conv2d", "experts"]
 
 # Names of the factors of each kind in the digest.
 _HALVES: Final[Mapping[str, tuple[str, str]]] = {
     "linear": ("lora_A", "lora_B"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
     "conv2d": ("lora_A", "lora_B"),
+    "experts": ("lora_A", "lora_B"),
 }
 
 
@@ -33,24 +34,27 @@ class Factors:
     linear      `A` [rank, in], `B` [out, rank]
     embedding   `A` [rank, vocabulary], `B` [size, rank]
     conv2d      `A` [rank, in, height, width], `B` [out, rank / groups, 1, 1]
+    experts     `A` [rank · experts, in], `B` [out, rank · experts]: ΔW of each expert is that of
+                its entries, which follow one another: rank first, then expert
 
-    `magnitude`: DoRA's m [out] (of an embedding [size]), None without DoRA. All arrays have a
-    floating-point dtype.
+    `experts`: how many experts the parameter has; 1 for other kinds. `magnitude`: DoRA's m [out]
+    (of an embedding [size]), None without DoRA. All arrays have a floating-point dtype.
     """
 
     A: NDArray[Any]
     B: NDArray[Any]
     magnitude: NDArray[Any] | None = None
     kind: Kind = "linear"
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        return int(self.A.shape[0])
+        return int(self.A.shape[0]) // self.experts
 
     @property
     def groups(self) -> int:
         """The number of groups of a convolution; 1 for other kinds."""
-        return self.rank // int(self.B.shape[1])
+        return int(self.A.shape[0]) // int(self.B.shape[1])
 
     @property
     def parameter_count(self) -> int:
@@ -106,7 +110,11 @@ class Adapter:
         problems = [
             f"{module}: {problem}"
             for module, pair in self.factors.items()
-            for problem in _misfits(pair, self.config.rank_of(module), self.config.use_dora)
+            for problem in _misfits(
+                pair,
+                self.config.rank_of(module) * pair.experts,
+                self.config.use_dora and pair.kind != "experts",
+            )
         ]
         if problems:
             raise AdapterError(f"adapter tensors do not fit the config: {listed(problems)}")
@@ -167,7 +175,7 @@ class Adapter:
 
 
 def _misfits(pair: Factors, rank: int, dora: bool) -> list[str]:
-    """What contradicts `rank` and `dora`, which the config has for the module."""
+    """What contradicts `rank` (of all experts) and `dora`, which the config has for the module."""
     A, B = pair.A.shape, pair.B.shape
     if pair.kind == "conv2d":
         shaped = len(A) == 4 and len(B) == 4 and B[2:] == (1, 1)

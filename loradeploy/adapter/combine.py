@@ -14,6 +14,7 @@ from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.delta import matrices
 from loradeploy.adapter.digest import short
+from loradeploy.adapter.experts import with_targets
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.adapter.reduce import reduce_rank
 from loradeploy.adapter.scaling import with_ranks
@@ -101,6 +102,10 @@ def combine(
 
 def _cat(module: str, terms: Sequence[Term]) -> Factors:
     shape = terms[0][0]
+    if shape.kind == "experts":  # rank first, then expert: of all experts the ranks add up
+        A = np.concatenate([np.float32(s) * pair.A.astype(np.float32) for pair, s in terms])
+        B = np.concatenate([pair.B.astype(np.float32) for pair, _ in terms], axis=1)
+        return dataclasses.replace(shape, A=A, B=B)
     halves = [matrices(pair) for pair, _ in terms]  # refuses grouped convolutions
     A = np.concatenate([np.float32(s) * A for (A, _), (_, s) in zip(halves, terms, strict=True)])
     B = np.concatenate([B for _, B in halves], axis=1)
@@ -124,7 +129,7 @@ def _linear(module: str, terms: Sequence[Term]) -> Factors:
         for (pair, s), root in zip(terms, roots, strict=True)
     )
     B = sum(root * pair.B for (pair, _), root in zip(terms, roots, strict=True))
-    return Factors(A=np.asarray(A), B=np.asarray(B), kind=terms[0][0].kind)
+    return dataclasses.replace(terms[0][0], A=np.asarray(A), B=np.asarray(B))
 
 
 _METHODS: Final[Mapping[str, Callable[[str, Sequence[Term]], Factors]]] = {
@@ -135,7 +140,9 @@ _METHODS: Final[Mapping[str, Callable[[str, Sequence[Term]], Factors]]] = {
 
 
 def _check_shapes(module: str, pairs: Sequence[Factors]) -> None:
-    shapes = {(pair.kind, pair.A.shape[1:], pair.B.shape[0], pair.groups) for pair in pairs}
+    shapes = {
+        (pair.kind, pair.A.shape[1:], pair.B.shape[0], pair.groups, pair.experts) for pair in pairs
+    }
     if len(shapes) > 1:
         raise AdapterError(f"the adapters' factors for {module} have different shapes")
 
@@ -143,13 +150,13 @@ def _check_shapes(module: str, pairs: Sequence[Factors]) -> None:
 def _config(configs: Sequence[AdapterConfig], factors: Mapping[str, Factors]) -> AdapterConfig:
     biases = {config.bias for config in configs}
     blank = AdapterConfig(
-        target_modules=tuple(factors),
         bias=next(bias for bias in ("all", "lora_only", "none") if bias in biases),
         modules_to_save=tuple(sorted({m for config in configs for m in config.modules_to_save})),
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         task_type=_first(config.task_type for config in configs),
         base_model_name_or_path=_first(config.base_model_name_or_path for config in configs),
     )
+    blank = with_targets(blank, factors)
     ranks = {module: pair.rank for module, pair in factors.items()}
     return with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
 

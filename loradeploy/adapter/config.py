@@ -34,6 +34,7 @@ _NEUTRAL: Final = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
+        "target_parameters",  # read with the factors themselves (adapter/experts.py)
         "trainable_token_indices",  # read with the rows themselves (adapter/peft.py)
         "velora_config",
     }
@@ -48,7 +49,6 @@ _REFUSED: Final = {
     "layer_replication": "apply it to the base model first and train on the result",
     "megatron_config": "export from a Hugging Face checkpoint instead",
     "monteclora_config": "merge it with PEFT and export the merged model",
-    "target_parameters": "merge it with PEFT and export the merged model",
     "use_bdlora": "merge it with PEFT and export the merged model",
     "use_qalora": "merge it with PEFT and export the merged model",
 }
@@ -123,6 +123,12 @@ class AdapterConfig:
                 raise AdapterError(
                     f"adapter config: {name}={shown(values[name])} is refused: {advice}"
                 )
+        parameters = values.get("target_parameters") or []
+        if not _is_list(parameters) or not all(isinstance(name, str) for name in parameters):
+            raise AdapterError(
+                f"adapter config: target_parameters is {shown(parameters)}, a list of names is"
+                " needed"
+            )
         for name in ("r", "lora_alpha"):
             if name in values and values[name] is None:  # a default could differ from the training
                 raise AdapterError(

@@ -31,6 +31,14 @@ def update(pair: Factors, s: float) -> NDArray[np.float32]:
     return product.reshape(B.shape[0], *pair.A.shape[1:])
 
 
+def expert_updates(pair: Factors, s: float) -> NDArray[np.float32]:
+    """ΔW = s · B A of each expert in float32, [experts, in, out]."""
+    A = pair.A.astype(np.float32).reshape(-1, pair.experts, pair.A.shape[1])  # [rank, experts, in]
+    B = pair.B.astype(np.float32).reshape(len(pair.B), -1, pair.experts)  # [out, rank, experts]
+    product: NDArray[np.float32] = A.transpose(1, 2, 0) @ (np.float32(s) * B).transpose(2, 1, 0)
+    return product
+
+
 def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A [rank, in] and B [out, rank] as float32; kernel positions are flattened into the inputs.
 
@@ -43,6 +51,8 @@ def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             f"LoRA on a convolution of {pair.groups} groups cannot be merged into its weight:"
             " leave that layer out of target_modules"
         )
+    if pair.kind == "experts":
+        raise AdapterError("factors of experts are an update of each: see `expert_updates`")
     A, B = pair.A.astype(np.float32), pair.B.astype(np.float32)
     return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.digest import short
+from loradeploy.adapter.experts import is_targeted
 from loradeploy.adapter.settle import same_values
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.errors import AdapterMismatchError, listed, shortened
@@ -32,6 +33,7 @@ _A_LAYER: Final[Mapping[str, str]] = {
     "linear": "a linear layer",
     "embedding": "an embedding",
     "conv2d": "a convolution",
+    "experts": "a parameter of experts",
 }
 # Why a graph has no side inputs for a layer of the kind, and what to do.
 _NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
@@ -39,6 +41,8 @@ _NO_SIDE_INPUTS: Final[Mapping[str, str]] = {
     "embedding": "an embedding without side inputs in {base}: export with"
     " `side_inputs=['embedding']`, or merge it instead",
     "conv2d": "a convolution, which cannot have side inputs: merge it instead",
+    "experts": "a parameter of experts without side inputs in {base}: export with"
+    " `side_inputs=['experts']`, or merge it instead",
 }
 
 
@@ -47,7 +51,8 @@ class Layer:
     """A layer of a base that takes low-rank factors.
 
     `inputs`: the shape of A after the rank: [in], [vocabulary], or [in, height, width].
-    `outputs`: the length of B. `groups`: the number of groups of a convolution.
+    `outputs`: the length of B. `groups`: the number of groups of a convolution. `experts`: the
+    number of experts that the parameter is of.
     `scaled`: whether DoRA's scale can be applied to its output.
     `refusal`: called with a rank and whether the weight is needed as one matrix; returns why the
     layer does not take such factors, or None.
@@ -57,6 +62,7 @@ class Layer:
     inputs: Shape
     outputs: int
     groups: int = 1
+    experts: int = 1
     scaled: bool = True
     refusal: Callable[[int, bool], str | None] = lambda rank, whole: None
 
@@ -195,6 +201,8 @@ def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]
     if layer.groups != pair.groups:
         groups = f"{layer.groups} groups, the adapter's factors are for {pair.groups}"
         return [f"{module} is a convolution of {groups}"]
+    if layer.experts != pair.experts:
+        return [f"{module} is of {layer.experts} experts, the adapter's factors of {pair.experts}"]
     problems = []
     if pair.A.shape[1:] != layer.inputs:
         takes = layer.inputs[0] if len(layer.inputs) == 1 else list(layer.inputs)
@@ -335,7 +343,13 @@ def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
 
 def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
     """Messages for modules that the config targets and that have no tensors in the adapter."""
-    targeted = match_targets(base.layers, adapter.config, linear_names=tuple(adapter.factors))
+    modules = [name for name, layer in base.layers.items() if layer.kind != "experts"]
+    targeted = match_targets(modules, adapter.config, linear_names=tuple(adapter.factors))
+    targeted += [
+        name
+        for name, layer in base.layers.items()
+        if layer.kind == "experts" and is_targeted(name, adapter.config)
+    ]
     return [
         *(f"{m} is targeted and has no tensors" for m in targeted if m not in adapter.factors),
         *(

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.experts import with_targets
 from loradeploy.adapter.renamings import Renaming
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.targets import is_saved
@@ -158,14 +159,12 @@ def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     ranks = {names[name]: pair.rank for name, pair in adapter.factors.items()}
     scalings = {names[name]: adapter.scaling(name) for name in adapter.factors}
     saved = renamed(adapter.saved)
-    config = dataclasses.replace(
+    factors = renamed(adapter.factors)
+    config = with_targets(
         with_ranks(config, ranks, scalings)
         if config.rank_pattern or config.alpha_pattern
         else config,
-        target_modules=tuple(sorted(ranks)),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        factors,
     )
     modules = {
         new.rpartition(".")[0]
@@ -178,7 +177,7 @@ def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     return dataclasses.replace(
         adapter,
         config=config,
-        factors=renamed(adapter.factors),
+        factors=factors,
         saved=saved,
         carried=renamed(adapter.carried),
         rows=renamed(adapter.rows),

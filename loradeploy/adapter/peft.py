@@ -9,6 +9,7 @@
     <module>.lora_B.weight            [out, rank / groups, 1, 1]
     <module>.lora_embedding_A         [rank, vocabulary]   an embedding
     <module>.lora_embedding_B         [size, rank]
+    (adapter/experts.py)                   experts of a mixture
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
@@ -33,6 +34,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.experts import expert_factors, parameters_below, peft_tensors
 from loradeploy.adapter.formats import (
     misordered_export,
     other_config,
@@ -65,6 +67,7 @@ _PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
     "conv2d": ("lora_A.weight", "lora_B.weight"),
+    "experts": ("lora_A.weight", "lora_B.weight"),
 }
 _INNER: Final = ".base_layer."
 _ORIGINAL: Final = ".original_module."
@@ -136,8 +139,9 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     arrays = {PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
     arrays |= {PREFIX + _carried_key(n, adapter): v for n, v in adapter.carried.items()}
     for module, pair in adapter.factors.items():
-        for part, values in _parts(pair).items():
+        for part, values in _parts(pair).items() if pair.kind != "experts" else ():
             arrays[f"{PREFIX}{module}.{part}"] = values
+    arrays |= {PREFIX + key: values for key, values in peft_tensors(adapter.factors).items()}
     for parameter, rows in adapter.rows.items():
         arrays[f"{PREFIX}{parameter.removesuffix('.weight')}{_ROWS}"] = rows.values
     metadata = {"format": "pt"}
@@ -245,13 +249,24 @@ def _sort(
         else:
             others.append((key, what, values))
     factors: dict[str, Factors] = {}
+    below = parameters_below(parts, config)
+    if isinstance(below, str):
+        problems.append(below)
+        below = {}
     for module, tensors_of_module in parts.items():
         found = _factors(tensors_of_module)
+        if module in below and isinstance(found, Factors):
+            module = below[module]
+            found = expert_factors(found.A, found.B, config.rank_of(module))
         if isinstance(found, str):
             problems.append(f"{module} {found}")
         else:
             factors[module] = found
-    working = [n for n, pair in factors.items() if pair.magnitude is not None or np.any(pair.B)]
+    working = [
+        n
+        for n, pair in factors.items()
+        if pair.kind != "experts" and (pair.magnitude is not None or np.any(pair.B))
+    ]
     ignored = untargeted(working, config)
     if ignored:
         problems.append(

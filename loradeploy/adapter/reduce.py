@@ -12,7 +12,7 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.delta import matrices
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.errors import UsageError
+from loradeploy.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,6 +62,11 @@ def reduce_rank(
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"`energy` is {energy}: give a fraction above 0 and up to 1, such as 0.99")
     adapter.check_plain()
+    if experts := sorted(n for n, pair in adapter.factors.items() if pair.kind == "experts"):
+        raise AdapterError(
+            f"{experts[0]} has factors of experts, whose rank cannot be reduced: train with the"
+            " rank that is needed"
+        )
     factors, errors = {}, {}
     energy_removed = energy_of_all = 0.0
     for module, pair in adapter.factors.items():

@@ -86,6 +86,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
                 target.kind,
                 (target.in_features,),
                 target.out_features,
+                experts=target.experts,
                 scaled=target.module in scaled,
             )
             for target in manifest.targets

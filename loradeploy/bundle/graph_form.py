@@ -35,7 +35,9 @@ BFLOAT16: Final = "bf16"  # how weights are stored; they compute in fp32
 PACKED_BITS: Final[Mapping[str, int]] = MappingProxyType({"int8": 8, "int4": 4})
 PRECISIONS: Final = (DEFAULT_PRECISION, "fp16", BFLOAT16, *PACKED_BITS)
 STANDARD, GQA = ATTENTIONS = ("standard", "gqa")
-LORA, DORA, BIAS, EMBEDDING, TOKENS = "lora", "dora", "bias", "embedding", "tokens"
+LORA, DORA, BIAS, EMBEDDING, TOKENS, EXPERTS = (
+    *("lora", "dora", "bias", "embedding", "tokens", "experts"),
+)
 SIDE_INPUT_KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         LORA: "low-rank factors of linear layers, always there",
@@ -44,6 +46,7 @@ SIDE_INPUT_KINDS: Final[Mapping[str, str]] = MappingProxyType(
         EMBEDDING: "low-rank factors of embeddings",
         TOKENS: "those of the token embedding and of an output head that is tied to it, for"
         " trained rows of tokens",
+        EXPERTS: "low-rank factors of a mixture's experts",
     }
 )
 # The dimensions of inputs, by which static shapes are known again; None is not dynamic.
@@ -210,6 +213,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         DORA: any(change.scale for change in manifest.changed),
         BIAS: any(change.offset and not change.scale for change in manifest.changed),
         EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
+        EXPERTS: any(target.kind == "experts" for target in manifest.targets),
         TOKENS: takes_tokens(manifest.own_weights, manifest.targets),
     }
     return GraphForm(

@@ -387,6 +387,11 @@ def _check(manifest: Manifest) -> None:
                     f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
                     " positive or too large"
                 )
+        if not 0 < target.experts <= LARGEST:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the experts of {shortened(target.module)} are"
+                f" {shown(target.experts)}"
+            )
         if target.stored is not None:
             check_stored(target, target.stored)
     check_slices(manifest.targets)

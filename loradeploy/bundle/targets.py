@@ -41,8 +41,9 @@ class LoraTarget:
     `weight`: the initializer, [in, out], or [out, in] if `transposed`.
     `slice`: the module's range of outputs if the weight is fused from several modules.
     `found_by`: the evidence that identified the graph's node as this module.
-    `kind`: "linear", or "embedding", whose inputs are its vocabulary. ("conv2d" does not
-    occur in bundles: convolutions are merged.)
+    `kind`: "linear", "embedding", whose inputs are its vocabulary, or "experts", a parameter of so
+    many `experts`, whose rank is that of all of them. ("conv2d" does not occur in bundles:
+    convolutions are merged.)
     `stored`: location of the weight outside the graph, which DoRA needs.
     """
 
@@ -57,6 +58,7 @@ class LoraTarget:
     slice: tuple[int, int] | None = None
     kind: Kind = "linear"
     stored: StoredWeight | None = None
+    experts: int = 1
 
     @property
     def factors(self) -> tuple[str, str]:

@@ -54,8 +54,8 @@ def export(
             token-classification, feature-extraction, seq2seq-lm, image-classification). It is
             needed where neither the adapters nor the model's architecture declare it.
         side_inputs: kinds of side inputs that every layer gets in addition to those that the given
-            adapters need, for adapters that come later: dora, bias, embedding, tokens (lora is
-            always there).
+            adapters need, for adapters that come later: dora, bias, embedding, tokens,
+            experts (lora is always there).
         layout: "slots", where `adapter_ids` names the slot of each row, or "rows", where slot i
             belongs to row i, which is faster. The default is rows for int8 and int4, else slots.
         branches: give the base model a branch of the graph to itself, so that idle side inputs

@@ -39,6 +39,7 @@ from loradeploy.export.given_adapters import (
 from loradeploy.export.graph.file import graph_digest, load_graph, outputs, required_inputs
 from loradeploy.export.graph.halves import load_bundle_graph
 from loradeploy.export.graph.sound import check_opens
+from loradeploy.export.match.experts import annotate_experts
 from loradeploy.export.match.linears import (
     refuse_adapter_layers,
     refuse_side_inputs,
@@ -151,6 +152,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import answers, load_model, trace
+    from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
 
     adapters = options.adapters
@@ -194,6 +196,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     annotate_forms(
         graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
     )
+    experts = {n: p for n, p in model.named_parameters() if n in expert_parameters(model)}
+    annotate_experts(graph, {name: p.detach().numpy() for name, p in experts.items()})
     specs = static_specs(required_inputs(graph), options.fixed)
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()

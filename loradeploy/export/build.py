@@ -57,6 +57,7 @@ from loradeploy.export.graph.file import (
 )
 from loradeploy.export.graph.halves import encoder_of
 from loradeploy.export.match.biases import separate_biases
+from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import (
     Findings,
     Linear,
@@ -67,7 +68,7 @@ from loradeploy.export.match.linears import (
 from loradeploy.export.match.norm_forms import check_known
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.operators import unreached
-from loradeploy.export.match.parts import Part, find_parts
+from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.weights import to_bfloat16
 from loradeploy.export.merge import merge_adapter
@@ -95,7 +96,12 @@ from loradeploy.export.read.third_party import (
     padding_of,
     settings_beside,
 )
-from loradeploy.export.requirements import choose_changes, choose_embeddings, needs_of
+from loradeploy.export.requirements import (
+    choose_changes,
+    choose_embeddings,
+    choose_experts,
+    needs_of,
+)
 from loradeploy.export.write import Content, with_labels
 from loradeploy.printable import logger_of
 
@@ -124,7 +130,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         )
     )
     if source.graph is not None:
-        modules = {*findings.linears, *find_parts(base.graph)}
+        modules = {*findings.linears, *find_parts(base.graph), *find_experts(base.graph)}
         rules = partial(renamings, base.submodels, base.base_prefix)
         adapters = {n: named_as(a, modules, rules) for n, a in options.adapters.items()}
         options = dataclasses.replace(options, adapters=adapters)
@@ -250,6 +256,7 @@ def _with_side_inputs(
     parts = find_parts(base.graph)
     graph = base.graph.graph
     embeddings = choose_embeddings(graph, parts, needs)
+    experts = choose_experts(find_experts(base.graph), needs)
     changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
     if not targets and not heads:
         raise ExportError(
@@ -259,9 +266,16 @@ def _with_side_inputs(
     # A bias of zeros leaves no trace in a graph.
     known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
     biased = [head.module for head in heads if f"{head.module}.bias" in known]
-    logger.info("giving %d layers side inputs", len(targets) + len(heads) + len(embeddings))
+    layers = len(targets) + len(heads) + len(embeddings) + len(experts)
+    logger.info("giving %d layers side inputs", layers)
     added = inject_side_inputs(
-        base.graph, targets, heads, biased=biased, embeddings=embeddings, changes=changes
+        base.graph,
+        targets,
+        heads,
+        biased=biased,
+        embeddings=embeddings,
+        experts=experts,
+        changes=changes,
     )
     manifest = dataclasses.replace(
         _manifest(base, "side-inputs"),
@@ -335,7 +349,7 @@ def _merged(
 ) -> Manifest:
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
-    layers: dict[str, Linear | Part] = {**find_parts(base.graph), **findings.linears}
+    layers = {*find_parts(base.graph), *findings.linears, *find_experts(base.graph)}
     adapter = without_idle(adapter, layers)
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}

@@ -148,6 +148,7 @@ def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
 
 def _beside(model: AdaptableBase, adapter: Adapter, task: str) -> AdaptableBase:
     """What of `model` can be given beside it, as side inputs of its graph, once that is traced."""
+    # Experts that the graph does not have as products of all of them are refused once it is traced.
     no_convolution = Layer("conv2d", (), 0, refusal=lambda rank, whole: _NO_CONVOLUTION)
     replaceable = {
         f"{module}.{part}"

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Rows
-from loradeploy.adapter.delta import as_matrix, matrices
+from loradeploy.adapter.delta import as_matrix, expert_updates, matrices
 from loradeploy.adapter.dora import output_scale
 from loradeploy.adapter.fit import AdaptableBase, check_fit
 from loradeploy.adapter.fit import Layer as Described
 from loradeploy.adapter.settle import same_values
 from loradeploy.bundle.manifest import MergeError
 from loradeploy.errors import AdapterMismatchError, ExportError
-from loradeploy.export.graph.edit import constant_of, remove_unused
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    remove_unused,
+    set_constant,
+)
+from loradeploy.export.match.experts import Experts, find_experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import check_operators
 from loradeploy.export.match.parameters import Layers, cast
@@ -80,12 +87,16 @@ def merge_adapter(
         ExportError: a weight is quantized, or the result does not fit into the graph's dtype.
     """
     layers = Layers(model.graph, linears, find_parts(model))
-    base = adaptable(layers, adapter, name=name, digest=digest)
+    experts = find_experts(model)
+    base = adaptable(layers, adapter, experts, name=name, digest=digest)
     _check(layers, adapter, base, requantize=requantize)
     _overwrite(layers, adapter)
     untied, tally = [], Tally()
     for module in adapter.modules:
         pair, s = adapter.factors[module], adapter.scaling(module)
+        if pair.kind == "experts":
+            _merge_experts(model.graph, experts[module], pair, s, tally, rounding)
+            continue
         layer = _layer(layers, module, pair)
         assert layer is not None
         if isinstance(layer, Linear) and layer.quantized:
@@ -149,6 +160,29 @@ def _merged(
         matrix = matrix[slice(*layer.slice)]
     _update(matrix, pair, s)
     return before.T if transposed else as_matrix(before, pair), W, transposed
+
+
+def _merge_experts(
+    graph: ir.Graph,
+    experts: Experts,
+    pair: Factors,
+    s: float,
+    tally: Tally,
+    rounding: Mapping[str, Round],
+) -> None:
+    """W ← W + s · B A of each expert."""
+    stored = constant_of(experts.weight)
+    before = stored.astype(np.float32)
+    after = before + expert_updates(pair, s)
+    values = cast(after, stored.dtype, experts.parameter)
+    if len(experts.weight.uses()) > 1:  # equal experts of two layers are one constant
+        name = free_name(graph, f"{experts.parameter}.merged")
+        experts.node.replace_input_with(1, add_constant(graph, name, values))
+    else:
+        set_constant(experts.weight, values)
+    matrix = (-1, pair.A.shape[1])
+    old, new = (each.swapaxes(1, 2).reshape(matrix) for each in (before, after))
+    tally.add(old, new, rounding.get("experts", lambda W: W.astype(stored.dtype)))
 
 
 def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
@@ -220,7 +254,12 @@ def _check(layers: Layers, adapter: Adapter, base: AdaptableBase, *, requantize:
 
 
 def adaptable(
-    layers: Layers, adapter: Adapter, *, name: str, digest: str | None = None
+    layers: Layers,
+    adapter: Adapter,
+    experts: Mapping[str, Experts] = MappingProxyType({}),
+    *,
+    name: str,
+    digest: str | None = None,
 ) -> AdaptableBase:
     """The layers of a graph, and the parameters of it that `adapter` changes, for the check of fit.
 
@@ -235,6 +274,9 @@ def adaptable(
         for module, layer in found.items()
         if (described := _described(layer)) is not None
     }
+    for parameter, each in experts.items():
+        count, into, out = each.shape
+        described[parameter] = Described("experts", (into,), out, experts=count)
     return AdaptableBase(
         name, described, parameters=shapes, weights=shapes, refused=problems, digest=digest
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING, TOKENS
+from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING, EXPERTS, TOKENS
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
 from loradeploy.errors import ExportError
 from loradeploy.export.match.biases import has_unclear_bias
+from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import adds_unclear
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 class Needs:
     """Modules by what they need. `everywhere`: kinds that every layer is to have.
 
-    `tokens`: the embeddings and heads that take trained rows, as factors.
+    `tokens`: the embeddings and heads that take trained rows, as factors. `experts`: parameters.
     """
 
     scaled: frozenset[str]
     shifted: frozenset[str]
     embeddings: frozenset[str]
     tokens: frozenset[str]
+    experts: frozenset[str]
     everywhere: frozenset[str]
 
     @property
@@ -60,7 +62,8 @@ def needs_of(
 
     `embeddings_of`: the embeddings of the graph. `own_weights`: as in the manifest.
     """
-    scaled, shifted, embeddings, tokens, saved = set(), set(), set(), set(), set()
+    scaled, shifted, embeddings, tokens, experts = set(), set(), set(), set(), set()
+    saved: set[str] = set()
     users = sharing(own_weights)
     if TOKENS in asked:
         inputs = [name for name in users if name.removesuffix(".weight") in embeddings_of]
@@ -73,13 +76,16 @@ def needs_of(
                 scaled.add(module)
             if pair.kind == "embedding":
                 embeddings.add(module)
+            if pair.kind == "experts":
+                experts.add(module)
         shifted |= {name.removesuffix(".bias") for name in adapter.saved if name.endswith(".bias")}
     if before is not None:
         scaled |= {output.module for output in before.changed if output.scale is not None}
         shifted |= {output.module for output in before.changed if output.offset is not None}
         embeddings |= {t.module for t in before.targets if t.kind == "embedding"}
         tokens |= {t.module for t in before.targets if f"{t.module}.weight" in users} - saved
-    return Needs(*map(frozenset, (scaled, shifted, embeddings, tokens, asked)))
+        experts |= {t.module for t in before.targets if t.kind == "experts"}
+    return Needs(*map(frozenset, (scaled, shifted, embeddings, tokens, experts, asked)))
 
 
 def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
@@ -93,6 +99,12 @@ def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) 
             or (EMBEDDING in needs.everywhere and has_token_rows(graph, part))
         )
     ]
+
+
+def choose_experts(found: Mapping[str, Experts], needs: Needs) -> list[Experts]:
+    """The parameters of experts that take factors."""
+    every = EXPERTS in needs.everywhere
+    return [each for name, each in found.items() if every or name in needs.experts]
 
 
 def choose_changes(

@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from loradeploy.adapter.fit import AdaptableBase, Layer
+from loradeploy.lora.experts import expert_parameters
 from loradeploy.lora.layers import LowRankLayer, kind_of
 
 
@@ -18,6 +19,7 @@ def adaptable(model: nn.Module) -> AdaptableBase:
         for name, module in model.named_modules()
         if (kind := kind_of(module)) is not None
     }
+    layers |= {name: found.layer() for name, found in expert_parameters(model).items()}
     users: dict[int, list[str]] = {}
     weights = {
         f"{name}.weight": id(module.weight)

@@ -19,6 +19,7 @@ from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
+from loradeploy.lora.experts import expert_parameters, update_experts
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of
 from loradeploy.lora.parameters import Overwritten, Swap, overwrite, saved_names, swap_in
@@ -35,7 +36,8 @@ class Injection:
 
     `layers`: the LoRA layers by target module. `saved`: the current fully trained parameters
     (modules_to_save, biases), by the base's names; `swaps`: the original ones. `overwritten`:
-    parameters of the base that were overwritten by `carried` and `rows` of the adapter.
+    parameters of the base that were overwritten by `carried` and `rows` of the adapter, and those
+    of experts, to which the updates of `experts` were added.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Injection:
     overwritten: tuple[Overwritten, ...] = ()
     carried: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
+    experts: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, without duplicates."""
@@ -70,7 +73,10 @@ class Injection:
         changed = any(layer.taken_A is not None for layer in self.layers.values())
         return Adapter(
             config=doubled(self.config) if changed else self.config,
-            factors={module: _factors(layer) for module, layer in self.layers.items()},
+            factors={
+                **{module: _factors(layer) for module, layer in self.layers.items()},
+                **self.experts,
+            },
             saved={name: _array(parameter) for name, parameter in self.saved.items()},
             base_digest=base_digest,
             labels=labels,
@@ -147,18 +153,23 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     """
     _check_free(model)
     modules = dict(model.named_modules())
-    adapter = without_idle(named_as_in(model, adapter), modules)
+    adapter = without_idle(named_as_in(model, adapter), {*modules, *expert_parameters(model)})
     check_fit(adapter, adaptable(model))
-    overwritten = overwrite(model, adapter)
+    overwritten = (*update_experts(model, adapter), *overwrite(model, adapter))
+    experts = {name: pair for name, pair in adapter.factors.items() if pair.kind == "experts"}
     injection = _install(
         model,
         adapter.config,
-        {name: modules[name] for name in adapter.modules},
+        {name: modules[name] for name in adapter.modules if name not in experts},
         sorted(adapter.saved),
     )
     copy_into(injection, adapter)
     return dataclasses.replace(
-        injection, overwritten=overwritten, carried=adapter.carried, rows=adapter.rows
+        injection,
+        overwritten=overwritten,
+        carried=adapter.carried,
+        rows=adapter.rows,
+        experts=experts,
     )
 
 

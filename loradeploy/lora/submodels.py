@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loradeploy.adapter import Adapter
 from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import Renaming, Submodel, renamings
+from loradeploy.lora.experts import expert_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,4 +34,5 @@ def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
     def rules() -> tuple[Renaming, ...]:
         return renamings(submodels(model), getattr(model, "base_model_prefix", ""))
 
-    return named_as(adapter, {name for name, _ in model.named_modules()}, rules)
+    modules = {name for name, _ in model.named_modules()}
+    return named_as(adapter, modules.union(expert_parameters(model)), rules)

@@ -48,6 +48,10 @@ def initial_adapter(
                 bool(heads) and adapter.labels is not None and adapter.labels != labels,
                 f"its labels are {_named(adapter.labels)}, those of the data {_named(labels)}",
             ),
+            (
+                any(pair.kind == "experts" for pair in adapter.factors.values()),
+                "it has factors of experts (target_parameters), which cannot be trained here",
+            ),
             (bool(lacking), f"it has no {listed_names(lacking)}"),
         )
         if differs

@@ -9,6 +9,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.experts import with_targets
 from loradeploy.adapter.fit import refuse
 from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
@@ -89,6 +90,8 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
     for target in manifest.targets:
         if (target.lora_A in arrays) != (target.lora_B in arrays):
             problems.append(f"{target.module} has one factor without the other")
+        elif (_rank(target, arrays) or 0) % target.experts:
+            problems.append(f"{target.module} has a rank that {target.experts} experts cannot have")
     problems += [
         f"{saved.parameter} is missing, which the base lacks too"
         for saved in manifest.saved
@@ -133,7 +136,10 @@ def adapter_from_side_inputs(
         if target.lora_A in arrays:
             A, B = (arrays[name][0].T for name in (target.lora_A, target.lora_B))
             factors[target.module] = Factors(
-                np.ascontiguousarray(A), np.ascontiguousarray(B), kind=target.kind
+                np.ascontiguousarray(A),
+                np.ascontiguousarray(B),
+                kind=target.kind,
+                experts=target.experts,
             )
     factors, biases = changes_undone(arrays, factors, manifest, base)
     saved = {}
@@ -147,7 +153,6 @@ def adapter_from_side_inputs(
     blank = AdapterConfig(
         r=1,
         lora_alpha=1,
-        target_modules=tuple(sorted(factors)),
         modules_to_save=modules_to_save,
         bias="all" if biases else "none",
         use_dora=any(pair.magnitude is not None for pair in factors.values()),
@@ -155,6 +160,7 @@ def adapter_from_side_inputs(
         task_type=PEFT_TASKS.get(manifest.task),
     )
     ranks = {module: pair.rank for module, pair in factors.items()}
+    blank = with_targets(blank, factors)
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     problem = UNDECLARED if brings_head(arrays, manifest) else None

@@ -20,10 +20,12 @@ from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, Saved
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, remove_unused, replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
+from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import input_of, output_of
 from loradeploy.export.passes.embeddings import add_embedding_factors
+from loradeploy.export.passes.experts import add_expert_factors
 from loradeploy.export.passes.fuse import (
     Fused,
     came_fused,
@@ -67,9 +69,10 @@ def inject_side_inputs(
     *,
     biased: Iterable[str] = (),
     embeddings: Sequence[Part] = (),
+    experts: Sequence[Experts] = (),
     changes: Sequence[Change] = (),
 ) -> SideInputs:
-    """Give `targets` and `embeddings` low-rank side inputs, and make `heads` side inputs.
+    """Give `targets`, `embeddings` and `experts` low-rank side inputs; `heads` become side inputs.
 
     `biased` names heads with a bias in the checkpoint that the graph lacks because it is zero.
     The outputs of `changes` take scales and offsets besides.
@@ -94,6 +97,7 @@ def inject_side_inputs(
         _add_factors(surgery, product)
     lora = [member.target() for product in products for member in product.members]
     lora += [add_embedding_factors(surgery, part) for part in embeddings]
+    lora += [add_expert_factors(surgery, each) for each in experts]
     remove_unused(model.graph)
     return SideInputs(
         targets=tuple(lora),

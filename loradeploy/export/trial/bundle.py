@@ -287,7 +287,12 @@ class Trial:
         """Random side inputs of every kind, one slot; empty of a merged graph."""
         made: dict[str, NDArray[Any]] = {}
         for target in self.manifest.targets:
-            factors = made_factors(target.in_features, target.out_features, scale=_UPDATE_SCALE)
+            factors = made_factors(
+                target.in_features,
+                target.out_features,
+                scale=_UPDATE_SCALE,
+                experts=target.experts,
+            )
             made[target.lora_A], made[target.lora_B] = (values[np.newaxis] for values in factors)
         random = np.random.default_rng(0)
         for saved in self.manifest.saved:

@@ -140,12 +140,16 @@ def _made(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32
 
 
 def made_factors(
-    into: int, out: int, *, scale: float
+    into: int, out: int, *, scale: float, experts: int = 1
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Random A [in, rank] and B [rank, out]; of x of size 1 the update is of size `scale`."""
+    """Random A [in, rank] and B [rank, out]; of x of size 1 the update is of size `scale`.
+
+    The rank is that of all `experts`.
+    """
+    rank = _RANK * experts
     random = np.random.default_rng([into, out])
-    A = random.standard_normal((into, _RANK)) / np.sqrt(into)
-    B = random.standard_normal((_RANK, out)) * (scale / np.sqrt(_RANK))
+    A = random.standard_normal((into, rank)) / np.sqrt(into)
+    B = random.standard_normal((rank, out)) * (scale / np.sqrt(_RANK))
     return A.astype(np.float32), B.astype(np.float32)
 
 

@@ -62,8 +62,9 @@ def probe(
     arrays: dict[str, NDArray[np.floating[Any]]] = {}
     for target in manifest.targets:
         width = 1 if target.kind == "embedding" else target.in_features
-        A = random.standard_normal((1, target.in_features, _RANK)) / np.sqrt(width)
-        B = random.standard_normal((1, _RANK, target.out_features)) * _SIZE
+        rank = _RANK * target.experts
+        A = random.standard_normal((1, target.in_features, rank)) / np.sqrt(width)
+        B = random.standard_normal((1, rank, target.out_features)) * _SIZE
         arrays[target.lora_A], arrays[target.lora_B] = A.astype(dtype), B.astype(dtype)
     for name, values in defaults.items():
         noise = random.standard_normal(values.shape) * (_SIZE + 0.1 * np.std(values))

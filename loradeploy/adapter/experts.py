@@ -1,0 +1,126 @@
+"""Factors of the experts of a mixture: PEFT's `target_parameters`.
+
+PEFT wraps the module that owns the parameters, once for each, the first registered innermost:
+
+    M.lora_A.weight              [experts · rank, in]   of the last parameter: expert, then rank
+    M.lora_B.weight              [out, rank · experts]                         rank, then expert
+    M.base_layer.lora_A.weight   …                      of the one before it
+
+    W[e] ← W[e] + s · B_e A_e        with s = α / rank, as of a linear layer
+
+The keys do not have the parameter's name, which follows from the order in transformers' modules.
+Here the factors are by parameter, `M.gate_up_proj`, and A has the order of B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Factors
+from loradeploy.adapter.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TARGETS: Final = "target_parameters"
+# In the order of registration in transformers' modules of experts.
+_ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
+_WRAPPER: Final = ".base_layer"
+
+
+def target_parameters(config: AdapterConfig) -> tuple[str, ...]:
+    """`target_parameters` of the config: parameters, or endings of their names."""
+    listed = config.extra.get(TARGETS)
+    return tuple(listed) if isinstance(listed, list | tuple) else ()
+
+
+def is_targeted(parameter: str, config: AdapterConfig) -> bool:
+    """Whether `target_parameters` names `parameter`, by PEFT's rule."""
+    names = target_parameters(config)
+    return any(parameter == name or parameter.endswith(f".{name}") for name in names)
+
+
+def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str, str] | str:
+    """The parameter that each of `modules`, with factors in a file, stands for; or the problem.
+
+    Modules that `target_parameters` does not concern are left out.
+    """
+    depths: dict[str, set[int]] = {}
+    for module in modules:
+        name = module.replace(_WRAPPER, "")
+        depths.setdefault(name, set()).add(module.count(_WRAPPER))
+    found: dict[str, str] = {}
+    for module, there in depths.items():
+        owned = {
+            name.rpartition(".")[2]
+            for name in target_parameters(config)
+            if (owner := name.rpartition(".")[0]) == module or module.endswith(f".{owner}")
+        }
+        if not owned:
+            continue
+        if len(owned) > 1 and not owned.issubset(_ORDER):
+            return (
+                f"{module} has factors of {', '.join(sorted(owned))}, whose order is not known:"
+                " merge it with PEFT and export the merged model"
+            )
+        if there != set(range(len(owned))):
+            return (
+                f"{module} has factors of {len(there)} parameters, target_parameters {len(owned)}"
+            )
+        ordered = sorted(owned, key=lambda n: _ORDER.index(n) if n in _ORDER else 0, reverse=True)
+        for depth, name in enumerate(ordered):
+            found[module + depth * _WRAPPER] = f"{module}.{name}"
+    return found
+
+
+def expert_factors(A: NDArray[Any], B: NDArray[Any], rank: int) -> Factors | str:
+    """The factors of PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % rank:
+        return f"has factors {list(A.shape)} and {list(B.shape)} of experts, of rank {rank}"
+    experts = A.shape[0] // rank
+    if experts == 1:
+        return (
+            "is no parameter of several experts (a router?), and is refused as a target parameter:"
+            " merge it with PEFT and export the merged model"
+        )
+    return Factors(A=_reordered(A, experts), B=B, kind="experts", experts=experts)
+
+
+def peft_tensors(factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:
+    """PEFT's tensors, by key, of those of `factors` that are of experts."""
+    tensors = {}
+    modules: dict[str, list[str]] = {}
+    for parameter, pair in factors.items():
+        if pair.kind == "experts":
+            modules.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    for module, parameters in modules.items():
+        names = [name.rpartition(".")[2] for name in parameters]
+        ordered = sorted(names, key=lambda n: _ORDER.index(n) if n in _ORDER else 0, reverse=True)
+        for depth, name in enumerate(ordered):
+            pair, place = factors[f"{module}.{name}"], module + depth * _WRAPPER
+            tensors[f"{place}.lora_A.weight"] = _reordered(pair.A, pair.rank)
+            tensors[f"{place}.lora_B.weight"] = pair.B
+    return tensors
+
+
+def with_targets(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterConfig:
+    """`config` with exactly the modules of `factors` as targets, by their full names."""
+    experts = sorted(name for name, pair in factors.items() if pair.kind == "experts")
+    extra = {name: value for name, value in config.extra.items() if name != TARGETS}
+    return dataclasses.replace(
+        config,
+        target_modules=tuple(sorted(factors.keys() - set(experts))),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        extra={**extra, TARGETS: experts} if experts else extra,
+    )
+
+
+def _reordered(A: NDArray[Any], outer: int) -> NDArray[Any]:
+    """[outer · inner, in] → [inner · outer, in]."""
+    return np.ascontiguousarray(A.reshape(outer, -1, A.shape[1]).swapaxes(0, 1).reshape(A.shape))
