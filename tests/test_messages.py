@@ -164,7 +164,7 @@ def test_spoilt_tensors_are_told_by_the_first(
         {"lora_alpha": "1" * 5000},
         {"task_type": MODULES},
         {"use_qalora": MODULES},
-        {"target_parameters": MODULES},
+        {"target_parameters": [*MODULES, 1]},
         {"layer_replication": [[0, 1]] * COUNT},
         {"a_field_of_tomorrow": MODULES},
     ],

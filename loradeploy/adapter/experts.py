@@ -38,10 +38,15 @@ def target_parameters(config: AdapterConfig) -> tuple[str, ...]:
     return tuple(listed) if isinstance(listed, list | tuple) else ()
 
 
-def is_targeted(parameter: str, config: AdapterConfig) -> bool:
-    """Whether `target_parameters` names `parameter`, by PEFT's rule."""
-    names = target_parameters(config)
-    return any(parameter == name or parameter.endswith(f".{name}") for name in names)
+def targeted(parameters: Iterable[str], config: AdapterConfig) -> list[str]:
+    """Those of `parameters` that `target_parameters` names, in full or by the ending."""
+    names = frozenset(target_parameters(config))
+    return [parameter for parameter in parameters if not names.isdisjoint(_endings(parameter))]
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str, str] | str:
@@ -53,13 +58,13 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
     for module in modules:
         name = module.replace(_WRAPPER, "")
         depths.setdefault(name, set()).add(module.count(_WRAPPER))
+    owners: dict[str, set[str]] = {}
+    for name in target_parameters(config):
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, set()).add(own)
     found: dict[str, str] = {}
-    for module, there in depths.items():
-        owned = {
-            name.rpartition(".")[2]
-            for name in target_parameters(config)
-            if (owner := name.rpartition(".")[0]) == module or module.endswith(f".{owner}")
-        }
+    for module, there in depths.items() if owners else ():
+        owned = set().union(*(owners.get(end, ()) for end in _endings(module)))
         if not owned:
             continue
         if len(owned) > 1 and not owned.issubset(_ORDER):

@@ -15,7 +15,7 @@ from typing import Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
 from loradeploy.adapter.digest import short
-from loradeploy.adapter.experts import is_targeted
+from loradeploy.adapter.experts import targeted as targeted_parameters
 from loradeploy.adapter.settle import same_values
 from loradeploy.adapter.targets import is_saved, match_targets
 from loradeploy.errors import AdapterMismatchError, listed, shortened
@@ -345,13 +345,10 @@ def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
     """Messages for modules that the config targets and that have no tensors in the adapter."""
     modules = [name for name, layer in base.layers.items() if layer.kind != "experts"]
     targeted = match_targets(modules, adapter.config, linear_names=tuple(adapter.factors))
-    targeted += [
-        name
-        for name, layer in base.layers.items()
-        if layer.kind == "experts" and is_targeted(name, adapter.config)
-    ]
+    experts = [name for name, layer in base.layers.items() if layer.kind == "experts"]
+    wanting = [*targeted, *targeted_parameters(experts, adapter.config)]
     return [
-        *(f"{m} is targeted and has no tensors" for m in targeted if m not in adapter.factors),
+        *(f"{m} is targeted and has no tensors" for m in wanting if m not in adapter.factors),
         *(
             f"{name} is in modules_to_save and has no tensors"
             for name in sorted(base.parameters)

@@ -1,4 +1,4 @@
-"""Experts of a mixture in PyTorch: parameters of three dimensions, and their low-rank updates.
+"""Experts of a mixture in PyTorch: parameters of three dimensions, and the sizes of their factors.
 
 As in PEFT 0.21 a parameter is [experts, out, in], or [experts, in, out] where its module has
 `is_transposed`.
@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from loradeploy.adapter import Adapter
-from loradeploy.adapter.delta import expert_updates
 from loradeploy.adapter.fit import Layer
-from loradeploy.lora.parameters import Overwritten
 
 _DIMENSIONS = 3
 
@@ -48,21 +44,3 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             yield name, module, own, parameter
-
-
-@torch.no_grad()
-def update_experts(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
-    """W ← W + s · B A for the experts that `adapter` has factors of; returns what undoes it.
-
-    The adapter must fit.
-    """
-    parameters = expert_parameters(model)
-    done = []
-    for name, pair in adapter.factors.items():
-        if pair.kind == "experts":
-            found = parameters[name]
-            W = found.parameter
-            done.append(Overwritten(W, W.detach().clone()))
-            update = torch.tensor(expert_updates(pair, adapter.scaling(name)))
-            W.add_((update if found.transposed else update.mT).to(W))
-    return tuple(reversed(done))

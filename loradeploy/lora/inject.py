@@ -19,10 +19,17 @@ from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
-from loradeploy.lora.experts import expert_parameters, update_experts
+from loradeploy.lora.experts import expert_parameters
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of
-from loradeploy.lora.parameters import Overwritten, Swap, overwrite, saved_names, swap_in
+from loradeploy.lora.parameters import (
+    Overwritten,
+    Swap,
+    overwrite,
+    saved_names,
+    swap_in,
+    update_experts,
+)
 from loradeploy.lora.standard import doubled
 from loradeploy.lora.submodels import named_as_in
 from loradeploy.lora.targets import linear_modules

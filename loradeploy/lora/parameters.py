@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Rows
+from loradeploy.adapter.delta import expert_updates
 from loradeploy.adapter.settle import same_values
 from loradeploy.adapter.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
+from loradeploy.lora.experts import expert_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,24 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
                 )
             done.append(Overwritten(parameter, parameter.detach().clone()))
             _put(parameter, values)
+    return tuple(reversed(done))
+
+
+@torch.no_grad()
+def update_experts(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
+    """W ← W + s · B A for the experts that `adapter` has factors of; returns what undoes it.
+
+    The adapter must fit.
+    """
+    parameters = expert_parameters(model)
+    done = []
+    for name, pair in adapter.factors.items():
+        if pair.kind == "experts":
+            found = parameters[name]
+            W = found.parameter
+            done.append(Overwritten(W, W.detach().clone()))
+            update = torch.tensor(expert_updates(pair, adapter.scaling(name)))
+            W.add_((update if found.transposed else update.mT).to(W))
     return tuple(reversed(done))
 
 

@@ -329,6 +329,18 @@ def test_an_adapter_of_the_bundle_keeps_its_labels_beside_one_of_equal_numbers(
     assert list(own.scores) == list(LABELS[:4])
 
 
+def test_labels_of_a_bundles_adapter_that_were_edited_are_refused(
+    typed_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(typed_bundle, tmp_path / "bundle")
+    place = tmp_path / "bundle/adapters/several"
+    digest = load_adapter(place).digest
+    labeled(place, place, labels=tuple("abcd"))
+    assert load_adapter(place).digest == digest, "names of labels are not in the digest"
+    with pytest.raises(BundleError, match=r"other labels \(a, b, c and 1 more\) than"):
+        AdapterSession(tmp_path / "bundle").load("several")
+
+
 def test_labels_that_changed_on_disk_are_refused_and_not_mixed(
     tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
 ) -> None:

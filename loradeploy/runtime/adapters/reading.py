@@ -76,6 +76,12 @@ class AdapterReader:
                 f"{source} is not the adapter that came with the bundle, its digest has changed:"
                 " export again, or load it by its path under another name"
             )
+        if entry.labels is not None and head.labels != entry.labels:
+            raise BundleError(
+                f"{source} has other labels ({listed_names(head.labels or (), 3)}) than the adapter"
+                " that came with the bundle: export again, or load it by its path under another"
+                " name"
+            )
         return arrays, digest, dataclasses.replace(head, problem_type=entry.problem_type)
 
     def _read(self, source: Path) -> Read:

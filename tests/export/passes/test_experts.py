@@ -1,0 +1,251 @@
+"""LoRA on the experts of a mixture (PEFT's `target_parameters`), on every path, against PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+import loradeploy as ld
+from loradeploy.adapter import load_adapter, save_adapter
+from loradeploy.errors import AdapterError, AdapterMismatchError
+from tests.cli.calling import call
+from tests.conftest import once
+from tests.export.reference import onnx_output, token_feeds
+from tests.export.reference import session as ort
+from tests.export.trace.test_architectures import make_model
+from tests.tolerances import tolerance
+
+IDS: Final = np.array([[5, 17, 3, 101, 5, 44, 60]])
+_SMALL: Final = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 112,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_FEW: Final = {"num_experts_per_tok": 2}
+MIXTURES: Final = {
+    "MixtralConfig": {**_SMALL, **_FEW, "num_local_experts": 4},
+    "Qwen2MoeConfig": {
+        **_SMALL,
+        **_FEW,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "OlmoeConfig": {**_SMALL, **_FEW, "num_experts": 4},
+    # Its parameters are [experts, in, out], with biases.
+    "GptOssConfig": {**_SMALL, **_FEW, "num_local_experts": 4, "head_dim": 8},
+}
+BOTH: Final = ["experts.gate_up_proj", "experts.down_proj"]
+ADAPTERS: Final[dict[str, dict[str, Any]]] = {
+    "both": {"r": 3, "target_modules": ["q_proj"], "target_parameters": BOTH},
+    "down": {"r": 2, "target_modules": [], "target_parameters": BOTH[1:], "lora_alpha": 5},
+    "patterns": {
+        "target_modules": [],
+        "target_parameters": BOTH,
+        "rank_pattern": {"gate_up_proj": 5},
+        "alpha_pattern": {"down_proj": 3},
+        "use_rslora": True,
+    },
+}
+
+Logits = NDArray[np.float32]
+
+
+def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    made = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    made.save_pretrained(place)
+
+
+def _logits(model: Path, adapter: Path | None) -> Logits:
+    """PEFT's logits."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(model).eval()
+    if adapter is not None:
+        made = peft.PeftModel.from_pretrained(made, adapter).eval()
+    with torch.no_grad():
+        found: Logits = made(torch.tensor(IDS)).logits.numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def mixture(shared: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        place = shared / f"mixture-{name}"
+        return once(place, lambda partial: make_model(partial, "causal-lm", name, MIXTURES[name]))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def given(shared: Path) -> Callable[[Path, str], Path]:
+    """A function (model, which adapter) → PEFT directory."""
+
+    def make(model: Path, which: str) -> Path:
+        place = shared / "experts" / f"{model.name}-{which}"
+        return once(place, lambda partial: _made(model, partial, ADAPTERS[which]))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bundle(mixture: Callable[[str], Path], shared: Path) -> Path:
+    """A Mixtral for adapters of experts that come later."""
+    model = mixture("MixtralConfig")
+    place = shared / "bundle-mixture"
+    return once(place, lambda p: ld.export(model, p, side_inputs=["experts"]))
+
+
+def _mixed(directory: Path, adapters: dict[str, Path]) -> dict[str | None, Logits]:
+    """The logits of a batch with a row for the base and for each adapter."""
+    session = ld.AdapterSession(directory)
+    for name, place in adapters.items():
+        session.load(name, place)
+    rows = [None, *adapters]
+    batch = np.repeat(IDS, len(rows), axis=0)
+    found = session.run(["logits"], token_feeds(ort(directory), batch), rows)[0]
+    return dict(zip(rows, found[:, np.newaxis], strict=True))
+
+
+def test_each_row_of_a_batch_has_its_own_experts(
+    bundle: Path, mixture: Callable[[str], Path], given: Callable[[Path, str], Path]
+) -> None:
+    model = mixture("MixtralConfig")
+    adapters = {which: given(model, which) for which in ADAPTERS}
+    found = _mixed(bundle, adapters)
+    for name, logits in found.items():
+        expected = _logits(model, adapters.get(name or ""))
+        assert np.abs(logits - expected).max() <= tolerance("torch-onnx-tiny"), name
+        assert name is None or np.abs(logits - found[None]).max() > 0.1, "it does nothing"
+
+
+@pytest.mark.breadth(2)
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "MixtralConfig"])
+def test_every_mixture_computes_what_peft_computes(
+    name: str,
+    mixture: Callable[[str], Path],
+    given: Callable[[Path, str], Path],
+    tmp_path: Path,
+) -> None:
+    model = mixture(name)
+    adapter = given(model, "both")
+    expected, base = _logits(model, adapter), _logits(model, None)
+    ld.export(model, tmp_path / "side", adapters={"a": adapter})
+    found = _mixed(tmp_path / "side", {"a": adapter})
+    assert np.abs(found["a"] - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(found[None] - base).max() <= tolerance("torch-onnx-tiny")
+    ld.export(tmp_path / "side", tmp_path / "merged", adapters={"a": adapter}, merge=True)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(expected - base).max() > 0.1, "it does nothing"
+
+
+def test_merged_into_a_bundle_and_in_onnx_runtimes_format_it_is_pefts(
+    bundle: Path,
+    mixture: Callable[[str], Path],
+    given: Callable[[Path, str], Path],
+    tmp_path: Path,
+) -> None:
+    model = mixture("MixtralConfig")
+    adapter = given(model, "patterns")
+    expected = _logits(model, adapter)
+    ld.export(bundle, tmp_path / "merged", adapters={"a": adapter}, merge=True)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
+    native, back = tmp_path / "a.onnx_adapter", tmp_path / "back"
+    call("convert", adapter, "--bundle", bundle, "--output", native)
+    call("convert", native, "--bundle", bundle, "--output", back)
+    assert np.abs(_logits(model, back) - expected).max() <= tolerance("torch-onnx-tiny")
+    facts = json.loads(call("inspect", adapter, "--json"))
+    assert facts["layers"] == ["experts"]
+    assert "experts" in json.loads(call("inspect", bundle, "--json"))["side_inputs"]
+
+
+def test_parity_proves_a_bundle_with_experts(
+    bundle: Path, mixture: Callable[[str], Path], given: Callable[[Path, str], Path]
+) -> None:
+    model = mixture("MixtralConfig")
+    report = ld.parity(
+        bundle,
+        model=model,
+        adapters={"a": given(model, "both")},
+        tokens=3,
+        backends=["onnx-side-inputs", "onnx-merged"],
+        certificate=False,
+    )
+    assert report.passed, report.failures
+    assert report.adapters[0].effect > 0.1, "the adapter did nothing"
+
+
+def test_it_is_read_combined_and_written_as_peft_does(
+    mixture: Callable[[str], Path], given: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    model = mixture("MixtralConfig")
+    first, second = given(model, "both"), given(model, "patterns")
+    save_adapter(load_adapter(first), tmp_path / "again")
+    assert np.array_equal(_logits(model, tmp_path / "again"), _logits(model, first))
+    # Half of an adapter and half of itself are the adapter; of two, the order does not matter.
+    save_adapter(ld.combine({second: 1.0}), tmp_path / "one")
+    one = _logits(model, tmp_path / "one") - _logits(model, second)
+    assert np.abs(one).max() <= tolerance("torch-onnx-tiny")
+    both = ld.combine({first: 0.5, second: 0.5}, method="cat")
+    parameter = "model.layers.0.mlp.experts.down_proj"
+    assert both.factors[parameter].rank == 3 + 8
+    with pytest.raises(AdapterError, match=r"experts, whose rank cannot be reduced"):
+        ld.reduce_rank(both, 2)
+
+
+def test_what_is_no_expert_of_the_base_is_refused_by_name(
+    bundle: Path,
+    mixture: Callable[[str], Path],
+    given: Callable[[Path, str], Path],
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    model = mixture("MixtralConfig")
+    adapter = given(model, "both")
+    dense = ld.AdapterSession(tiny_llama_bundle)
+    with pytest.raises(AdapterMismatchError, match=r"experts.* without side inputs"):
+        dense.load("a", adapter)
+    _made(model, tmp_path / "router", {"target_modules": [], "target_parameters": ["gate.weight"]})
+    with pytest.raises(AdapterError, match=r"mlp\.gate\.weight .*router.* merge it with PEFT"):
+        load_adapter(tmp_path / "router")
+    # Factors of other sizes, and of only one of two parameters.
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = (adapter / "adapter_config.json").read_text()
+    for name, kept, problem in (
+        ("half", lambda key: "base_layer" not in key, "factors of 1 parameters"),
+        ("other", lambda key: "lora_B" not in key or "experts" not in key, "no lora_B"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(config)
+        left = {key: values for key, values in tensors.items() if kept(key)}
+        save_file(left, tmp_path / name / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=problem):
+            load_adapter(tmp_path / name)
