@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.embedding import TextEmbedder
     from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+    from loradeploy.runtime.tasks.images import ImageClassifier
     from loradeploy.runtime.tasks.pairs import RankedDocument, TextPairScorer
     from loradeploy.runtime.tasks.speech import Segment, SpeechRecognizer, Transcript
     from loradeploy.runtime.tasks.streaming import TextPiece
@@ -101,6 +102,7 @@ __all__ = [
     "GenerationEvent",
     "GenerationOptions",
     "GraphForm",
+    "ImageClassifier",
     "Limit",
     "LoraDeployError",
     "Manifest",
@@ -171,6 +173,7 @@ _LAZY = {
     "TextClassifier": "loradeploy.runtime.tasks.classification",
     "TextEmbedder": "loradeploy.runtime.tasks.embedding",
     "TextGenerator": "loradeploy.runtime.tasks.generation",
+    "ImageClassifier": "loradeploy.runtime.tasks.images",
     "RankedDocument": "loradeploy.runtime.tasks.pairs",
     "TextPairScorer": "loradeploy.runtime.tasks.pairs",
     "Segment": "loradeploy.runtime.tasks.speech",

@@ -34,6 +34,7 @@ PUBLIC = [
     "GenerationEvent",
     "GenerationOptions",
     "GraphForm",
+    "ImageClassifier",
     "Limit",
     "LoraDeployError",
     "Manifest",

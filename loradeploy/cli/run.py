@@ -16,6 +16,7 @@ from loradeploy.adapter.heads import REGRESSION
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
@@ -145,12 +146,12 @@ def command(
     """Print what BUNDLE makes of PROMPT, or of each line of a file.
 
     Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
-    entities of token classifiers; a vector from embedding models; the transcript of a WAV file,
-    whose path PROMPT is then, from speech recognizers. Of a file each result is one line, in which
-    a line break is written \\n; --json has the texts as they are, those of decoders with their
-    tokens and why they ended. Lines of a file may each name their own adapter and settings: they
-    share batches. On a terminal, characters of a text that would act on it are escaped; a pipe gets
-    them.
+    entities of token classifiers; a vector from embedding models; the transcript of a WAV file from
+    speech recognizers, and the labels of an image, PROMPT being the path. Of a file each result is
+    one line, in which a line break is written \\n; --json has the texts as they are, those of
+    decoders with their tokens and why they ended. Lines of a file may each name their own adapter
+    and settings: they share batches. On a terminal, characters of a text that would act on it are
+    escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt
@@ -287,7 +288,23 @@ def _embed(
         printer.result(json.dumps(vector), {"text": text, "embedding": vector, "adapter": adapter})
 
 
+def _classify_images(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[AdapterSpec | None],
+    batch_size: int,
+    printer: Printer,
+) -> None:
+    from loradeploy.runtime.tasks.images import ImageClassifier
+
+    results = ImageClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
+    for prompt, result in zip(prompts, results, strict=True):
+        values = {"image": prompt, **asdict(result), "labels": list(result.labels)}
+        printer.result(_answer(result), values)
+
+
 _TASKS: Final[Mapping[str, Callable[..., None]]] = {
+    IMAGE_CLASSIFICATION: _classify_images,
     CAUSAL_LM: generate,
     SEQ2SEQ_LM: generate,
     SEQUENCE_CLASSIFICATION: _classify,

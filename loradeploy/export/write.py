@@ -72,6 +72,8 @@ _COPIED: Final = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 # Smaller constants stay in the graph's own file, where tools show them.
 _EXTERNAL_BYTES: Final = 1024

@@ -40,7 +40,7 @@ THRESHOLD: Final = 0.5
 
 @dataclass(frozen=True)
 class Classification:
-    """What a classifier makes of a text.
+    """What a classifier makes of a text or of an image.
 
     `label`: the likeliest label, and `score` its probability. Of a regression the name of the
     output with the largest number, and that number.
@@ -117,7 +117,7 @@ class TextClassifier:
                 least = THRESHOLD if threshold is None else threshold
                 own, labels = named_outputs(values, head)
                 check_answer(own, one)
-                results.append(_classification(own, labels, head, one.adapter, least))
+                results.append(classified(own, labels, head, one.adapter, least))
         if threshold is not None and MULTI_LABEL not in problems:
             raise UsageError(
                 f"`threshold` is for {MULTI_LABEL}, and these are {', '.join(sorted(problems))}"
@@ -193,13 +193,14 @@ SCORES: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
 }
 
 
-def _classification(
+def classified(
     logits: NDArray[Any],
     labels: Sequence[str],
     head: Head,
     adapter: AdapterSpec | None,
-    threshold: float,
+    threshold: float = THRESHOLD,
 ) -> Classification:
+    """What the `logits` [labels] of one input are, by the head's problem type."""
     problem = str(head.problem_type)
     scores = SCORES[problem](logits)
     best = int(scores.argmax())

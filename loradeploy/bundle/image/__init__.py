@@ -1,0 +1,1 @@
+"""Images as a model takes them."""

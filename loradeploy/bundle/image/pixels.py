@@ -1,0 +1,209 @@
+"""An image as the pixel values of a model, by preprocessor_config.json, in numpy and Pillow.
+
+As transformers' Pillow processors of ViT, DeiT, CLIP and SigLIP do it: RGB, resized, cropped at the
+center, scaled, normalized. Settings of processors that do more are refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    UsageError,
+    first_line,
+    shown,
+)
+from loradeploy.files import check_file, read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    # A file, an image of Pillow, or uint8 [height, width, 3].
+    GivenImage = str | os.PathLike[str] | Image | NDArray[np.uint8]
+
+PREPROCESSOR_NAME: Final = "preprocessor_config.json"
+PROCESSOR_NAME: Final = "processor_config.json"  # of several processors
+_NESTED: Final = "image_processor"
+_DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+_SCALE: Final = 1 / 255
+_FILTERS: Final = range(6)  # Pillow's numbers of resampling filters
+_LARGEST: Final = 4096  # pixels of a side
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How an image becomes pixel values.
+
+    `size`: (height, width) that it is resized to; one number for the shortest edge; None: it is not
+    resized. `resample`: Pillow's number of the filter. `crop`: (height, width) of the center, None
+    for all. `scale`: what values from 0 to 255 are multiplied by. `mean`, `std`: of each channel.
+    """
+
+    size: tuple[int, int] | int | None
+    resample: int = 2
+    crop: tuple[int, int] | None = None
+    scale: float = _SCALE
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def values(self, given: GivenImage, where: str = "the image") -> NDArray[np.float32]:
+        """float32 [3, height, width] of an image.
+
+        Raises:
+            UsageError: it is no image of three channels of 8 bits.
+            DataError: the file cannot be read as an image, or it is smaller than the crop.
+            MissingDependencyError: Pillow is not installed.
+        """
+        image = _resized(_opened(given, where), self.size, self.resample)
+        pixels = np.asarray(image)  # uint8 [height, width, 3]
+        if self.crop is not None:
+            pixels = _cropped(pixels, self.crop, where)
+        scaled = (pixels.astype(np.float64) * self.scale).astype(np.float32)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+
+
+def pixel_settings(directory: Path) -> PixelSettings | None:
+    """The settings in a checkpoint's or a bundle's directory; None where it has none.
+
+    Raises:
+        BundleError: a value is missing or out of its range, or the processor does more.
+    """
+    file = directory / PREPROCESSOR_NAME
+    values: Any = read_json(file, error=BundleError) if file.is_file() else None
+    if values is None and (directory / PROCESSOR_NAME).is_file():
+        file = directory / PROCESSOR_NAME
+        values = read_json(file, error=BundleError).get(_NESTED)
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise BundleError(f"{file}: {_NESTED} is no object")
+    return _settings(values, file)
+
+
+def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
+    more = [key for key in values if key.startswith("do_") and values[key] and key not in _DONE]
+    more += [key for key in ("crop_pct", "size_divisor") if values.get(key) is not None]
+    if more:
+        raise BundleError(f"{file}: {more[0]} is {shown(values[more[0]])}, which is not supported")
+    for key in _DONE:
+        if values.get(key) not in (None, True, False):
+            raise BundleError(f"{file}: {key} is {shown(values[key])}, true or false is needed")
+    crops = values.get("do_center_crop")
+    if crops is None and values.get("crop_size") is not None:
+        raise BundleError(f"{file} has a crop_size, and no do_center_crop: set it to true or false")
+    size: tuple[int, int] | int | None = None
+    if values.get("do_resize", True) is not False:
+        size = _size(values.get("size"), file, crops=bool(crops))
+    resample = values.get("resample")
+    if size is not None and (type(resample) is not int or resample not in _FILTERS):
+        raise BundleError(f"{file}: resample is {shown(resample)}, a number from 0 to 5 is needed")
+    crop = None
+    if crops:
+        found = values.get("crop_size")
+        crop = (found, found) if type(found) is int else _height_width(found)
+        if crop is None or not all(_is_side(side) for side in crop):
+            raise BundleError(f"{file}: crop_size is {shown(found)}: give height and width")
+    scale = 1.0
+    if values.get("do_rescale", True) is not False:
+        scale = _number(values.get("rescale_factor", _SCALE), "rescale_factor", file)
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if values.get("do_normalize", True) is not False:
+        mean = _channels(values.get("image_mean"), "image_mean", file)
+        std = _channels(values.get("image_std"), "image_std", file)
+        if not all(std):
+            raise BundleError(f"{file}: image_std is {shown(std)}, which nothing is divided by")
+    return PixelSettings(size, resample if type(resample) is int else 2, crop, scale, mean, std)
+
+
+def _size(given: Any, file: Path, *, crops: bool) -> tuple[int, int] | int:
+    found: tuple[Any, Any] | int | None = _height_width(given)
+    if type(given) is int and not crops:
+        found = (given, given)
+    if isinstance(given, Mapping) and set(given) == {"shortest_edge"}:
+        found = given["shortest_edge"]
+    sides = found if isinstance(found, tuple) else (found,)
+    if not all(_is_side(side) for side in sides):
+        raise BundleError(
+            f"{file}: size is {shown(given)}: give height and width, or shortest_edge, from 1 to"
+            f" {_LARGEST}"
+        )
+    assert found is not None
+    return found
+
+
+def _height_width(given: Any) -> tuple[Any, Any] | None:
+    if isinstance(given, Mapping) and set(given) == {"height", "width"}:
+        return given["height"], given["width"]
+    return None
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _LARGEST
+
+
+def _number(value: Any, name: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise BundleError(f"{file}: {name} is {shown(value)}, a number is needed")
+    return float(value)
+
+
+def _channels(value: Any, name: str, file: Path) -> tuple[float, float, float]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise BundleError(f"{file}: {name} is {shown(value)}, three numbers are needed")
+    red, green, blue = (_number(one, name, file) for one in value)
+    return red, green, blue
+
+
+def _opened(given: GivenImage, where: str) -> Image:
+    """The image as RGB, upright as its file says."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise MissingDependencyError("images are read by Pillow: pip install pillow") from None
+    if isinstance(given, str | os.PathLike):
+        file = Path(given)
+        check_file(file, error=DataError)
+        try:
+            with Image.open(file) as opened:
+                upright = ImageOps.exif_transpose(opened)
+                return upright.convert("RGB")
+        except Exception as problem:  # Pillow's readers raise whatever they find
+            raise DataError(f"{file} cannot be read as an image: {first_line(problem)}") from None
+    if isinstance(given, Image.Image):
+        return given.convert("RGB")
+    if not isinstance(given, np.ndarray):
+        raise UsageError(f"{where} is {shown(given)}: give a path, an image of Pillow, or an array")
+    if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or not given.size:
+        raise UsageError(
+            f"{where} is an array {given.dtype} {list(given.shape)}: give uint8 [height, width, 3]"
+        )
+    return Image.fromarray(given)
+
+
+def _resized(image: Image, size: tuple[int, int] | int | None, resample: int) -> Image:
+    if size is None:
+        return image
+    if isinstance(size, int):
+        width, height = image.size
+        longest = int(size * max(width, height) / min(width, height))
+        size = (size, longest) if height <= width else (longest, size)
+    return image.resize((size[1], size[0]), resample=resample)
+
+
+def _cropped(pixels: Any, crop: tuple[int, int], where: str) -> Any:
+    height, width = pixels.shape[:2]
+    if height < crop[0] or width < crop[1]:
+        raise DataError(f"{where} is {height} x {width} pixels, smaller than the crop {list(crop)}")
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    return pixels[top : top + crop[0], left : left + crop[1]]

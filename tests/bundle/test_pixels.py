@@ -1,0 +1,109 @@
+"""Images become pixel values as transformers' processors make them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loradeploy.bundle.image.pixels import pixel_settings
+from loradeploy.errors import BundleError, DataError, UsageError
+
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTImageProcessorPil", {"size": {"height": 20, "width": 24}}),
+    "clip": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 20}, "crop_size": 16}),
+    "siglip": ("SiglipImageProcessorPil", {"size": {"height": 20, "width": 20}}),
+    "deit": (
+        "DeiTImageProcessorPil",
+        {"size": {"height": 24, "width": 24}, "crop_size": {"height": 20, "width": 20}},
+    ),
+    "unchanged": ("ViTImageProcessorPil", {"do_resize": False, "do_normalize": False}),
+    "unscaled": ("ViTImageProcessorPil", {"do_rescale": False, "size": {"height": 8, "width": 8}}),
+}
+NOISE = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+
+
+def settings_file(place: Path, **values: Any) -> Path:
+    usual = {"size": {"height": 8, "width": 8}, "resample": 2}
+    normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    file = place / "preprocessor_config.json"
+    file.write_text(json.dumps({**usual, **normal, **values}))
+    return place
+
+
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixel_values_are_those_of_transformers(name: str, tall: bool, tmp_path: Path) -> None:
+    import transformers
+
+    kind, values = PROCESSORS[name]
+    processor = getattr(transformers, kind)(**values)
+    processor.save_pretrained(tmp_path)
+    image = Image.fromarray(NOISE.transpose(1, 0, 2) if tall else NOISE)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    settings = pixel_settings(tmp_path)
+    assert settings is not None
+    found = settings.values(image)
+    assert found.shape == expected.shape and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
+    settings = pixel_settings(settings_file(tmp_path))
+    assert settings is not None and pixel_settings(tmp_path / "none") is None
+    file = tmp_path / "image.png"
+    Image.fromarray(NOISE).save(file)
+    expected = settings.values(NOISE)
+    assert (settings.values(file) == expected).all()
+    assert (settings.values(Image.fromarray(NOISE)) == expected).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    Image.fromarray(np.rot90(NOISE)).save(file, exif=turned)
+    assert (settings.values(file) == expected).all(), "an image is read as it was held"
+    gray = Image.fromarray(NOISE[:, :, 0])
+    assert (settings.values(gray) == settings.values(NOISE[:, :, :1].repeat(3, 2))).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_pad": True}, "do_pad is True, which is not supported"),
+        ({"crop_pct": 0.9}, "crop_pct is 0.9, which is not supported"),
+        ({"do_resize": "yes"}, "do_resize is 'yes', true or false is needed"),
+        ({"crop_size": 4}, "has a crop_size, and no do_center_crop"),
+        ({"size": 8, "do_center_crop": True, "crop_size": 4}, "size is 8: give height and width"),
+        ({"size": {"longest_edge": 8}}, "size is .*: give height and width, or shortest_edge"),
+        ({"size": {"shortest_edge": 0}}, "size is .*: give height and width, or shortest_edge"),
+        ({"resample": None}, "resample is None, a number from 0 to 5"),
+        ({"do_center_crop": True}, "crop_size is None: give height and width"),
+        ({"image_mean": [0.5]}, "image_mean is .*, three numbers are needed"),
+        ({"image_std": [1, 0, 1]}, "image_std is .*, which nothing is divided by"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', a number is needed"),
+    ],
+)
+def test_settings_that_are_not_computed_are_refused_by_name(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        pixel_settings(settings_file(tmp_path, **values))
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    crop = {"do_resize": False, "do_center_crop": True, "crop_size": 64}
+    settings = pixel_settings(settings_file(tmp_path, **crop))
+    assert settings is not None
+    (tmp_path / "text.png").write_text("no image")
+    for given, message in (
+        (tmp_path / "text.png", "text.png cannot be read as an image: cannot identify"),
+        (tmp_path / "missing.png", "missing.png"),
+        (NOISE, r"image 1 is 37 x 53 pixels, smaller than the crop \[64, 64\]"),
+    ):
+        with pytest.raises(DataError, match=message):
+            settings.values(given, "image 1")
+    for wrong in (NOISE.astype(np.float32), NOISE[0], 7):
+        with pytest.raises(UsageError, match="image 1 is "):
+            settings.values(wrong, "image 1")  # type: ignore[arg-type]
