@@ -2,11 +2,13 @@
 
     python -m tools.gpu_check [--output build/gpu] [--form cuda]…
     python -m tools.gpu_check --stubs      # without a GPU: everything but numbers and times
+    python -m tools.gpu_check --scale tiny --model DIRECTORY      # the way alone, in seconds
 
 Writes gpu.json with the placement of every form's nodes, and the figures of the CPU and the CUDA
-provider side by side. Exits with 1 where CUDA does not run a graph, where nodes are on the CPU that
-should not be, or where parity does not hold. With --stubs the CUDA provider opens on libraries that
-compute nothing (tools.cuda_placement): parity and times of CUDA are written and mean nothing.
+provider side by side, on CUDA with its runs captured too. Exits with 1 where CUDA does not run or
+capture a graph, where nodes are on the CPU that should not be, or where parity does not hold. With
+--stubs the CUDA provider opens on libraries that compute nothing (tools.cuda_placement): parity and
+times of CUDA are written and mean nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +39,38 @@ from tools.news_tasks import stories, write_tasks
 from tools.real_models import bbc_news, smollm2
 
 TASKS: Final = ("headline", "topic")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done: stories that are trained on, and words of each; steps of training; new
+    tokens; rounds of timing, of these batches, after so many tokens; prompts and tokens of parity,
+    None for those that it has itself.
+    """
+
+    stories: int = 800
+    words: int = 60
+    steps: int = 40
+    new_tokens: int = 32
+    rounds: int = 15
+    batches: tuple[int, ...] = (1, 8, 64)
+    length: int = 128
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCALES: Final = {
+    "full": Scale(),
+    "tiny": Scale(
+        stories=8,
+        words=6,
+        steps=1,
+        new_tokens=4,
+        rounds=1,
+        batches=(1, 2),
+        length=16,
+        parity={"prompts": ["The capital of"], "tokens": 2, "backends": ["onnx-side-inputs"]},
+    ),
+}
 CUDA: Final = BY_NAME["cuda"].full
 # What each form is exported with. The first of a precision is traced, int4 is made of fp32.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -55,9 +90,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--model", type=Path, help="a decoder's directory [default: SmolLM2-135M]")
     parser.add_argument("--form", action="append", choices=FORMS, help="[default: all]")
-    parser.add_argument("--steps", type=int, default=40, help="of training")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing")
-    parser.add_argument("--batch", type=int, action="append", help="[default: 1, 8 and 64]")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="how much is done")
     parser.add_argument("--stubs", action="store_true", help="without a GPU: numbers apart")
     arguments = parser.parse_args()
     if arguments.stubs and not _on_stubs():
@@ -66,9 +99,7 @@ def main() -> None:
         arguments.model or smollm2(),
         arguments.output,
         forms=arguments.form or list(FORMS),
-        steps=arguments.steps,
-        rounds=arguments.rounds,
-        batches=arguments.batch or [1, 8, 64],
+        scale=SCALES[arguments.scale],
         device=not arguments.stubs,
     )
     verdict = "passed" if report["passed"] else "FAILED"
@@ -87,17 +118,19 @@ def check(
     output: Path,
     *,
     forms: Sequence[str],
-    steps: int,
-    rounds: int,
-    batches: Sequence[int],
+    scale: Scale,
     device: bool,
 ) -> dict[str, Any]:
     """The report, which is written to gpu.json too; `device`: a GPU is there, and no stubs."""
-    told = stories(bbc_news())
-    data = write_tasks(told[2:802], output)
+    told = [
+        replace(story, text=" ".join(story.text.split()[: scale.words]))
+        for story in stories(bbc_news())[: scale.stories + 2]
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    data = write_tasks(told[2:], output)
     adapters = {task: output / "adapters" / task for task in TASKS}
     training = {
-        task: ld.train(model, data[task], adapters[task], max_steps=steps) for task in TASKS
+        task: ld.train(model, data[task], adapters[task], max_steps=scale.steps) for task in TASKS
     }
     prompts = [story.prompt for story in told[:2] for _ in range(3)]
     report: dict[str, Any] = {
@@ -118,11 +151,16 @@ def check(
         found["placement"] = placement.to_json()
         failures += [f"{form}: {why}" for why in misplaced(placement)]
         for name, provider in PROVIDERS.items():
-            found[name] = measured(bundle, provider, model, prompts, rounds, batches)
+            found[name] = measured(bundle, provider, model, prompts, scale)
             if name == "cpu" or device:
                 failures += [f"{form} on {name}: {why}" for why in wrong(found[name])]
             elif "error" in found[name]:
                 failures.append(f"{form} on {name}: {found[name]['error']}")
+        found["cuda_captured"] = captured(bundle, prompts, scale)
+        failures += [
+            f"{form} captured: {why}"
+            for why in wrong_captured(found["cuda_captured"], found["cuda"], device)
+        ]
         report["forms"][form] = found
     report |= {"failures": failures, "passed": not failures}
     write_json(output / "gpu.json", json_values(report))
@@ -151,42 +189,75 @@ def measured(
     provider: Provider,
     model: Path,
     prompts: Sequence[str],
-    rounds: int,
-    batches: Sequence[int],
+    scale: Scale,
 ) -> dict[str, Any]:
     """Texts, times and parity on one provider; the error in words where it does not start."""
     fast = provider if isinstance(provider, str) else provider[0]
     try:
         session = ld.AdapterSession(bundle, [fast])
-        begin = time.perf_counter()
-        rows = [None, *TASKS] * (len(prompts) // 3)
-        answers = ld.TextGenerator(session).generate(prompts, rows, max_new_tokens=32)
-        generated = time.perf_counter() - begin
         return {
             "running": session.providers,
-            "texts": [answer.text for answer in answers],
-            "generate_s": generated,
-            "decode_and_swap": {
-                f"batch {batch}": time_bundle(session, batch=batch, rounds=rounds)
-                for batch in batches
-            },
+            "options": session.provider.options,
+            **generated(session, prompts, scale),
+            "decode_and_swap": decoded(session, scale),
             "prefill_ms": {
-                f"batch {batch}": prefill(session, batch, rounds) for batch in batches[:2]
+                f"batch {batch}": prefill(session, batch, scale) for batch in scale.batches[:2]
             },
             "parity": ld.parity(
-                bundle, model=model, providers=[provider], certificate=False
+                bundle, model=model, providers=[provider], certificate=False, **scale.parity
             ).to_json(),
         }
     except LoraDeployError as problem:
         return {"error": str(problem)}
 
 
-def prefill(session: ld.AdapterSession, batch: int, rounds: int, *, tokens: int = 128) -> Any:
+def captured(bundle: Path, prompts: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Texts and times on CUDA with the runs captured; texts where the cache stays in place."""
+    try:
+        session = ld.AdapterSession(bundle, [CUDA], capture_graphs=True)
+        found = generated(session, prompts, scale) if session.manifest.cache_in_place else {}
+        return {**found, "decode_and_swap": decoded(session, scale), "graphs": session.captured}
+    except LoraDeployError as problem:
+        return {"error": str(problem)}
+
+
+def wrong_captured(found: Mapping[str, Any], usual: Mapping[str, Any], device: bool) -> list[str]:
+    """What is wrong with runs that were captured: on a `device`, other texts than the `usual`."""
+    if "error" in found:
+        return [str(found["error"])]
+    failures = [] if found["graphs"] else ["no run was captured"]
+    if device and found.get("texts", usual.get("texts")) != usual.get("texts"):
+        failures.append("other texts than without")
+    return failures
+
+
+def generated(session: ld.AdapterSession, prompts: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Texts of the base and of each adapter, in one batch, and the seconds that they took."""
+    rows = [None, *TASKS] * (len(prompts) // 3)
+    begin = time.perf_counter()
+    answers = ld.TextGenerator(session).generate(prompts, rows, max_new_tokens=scale.new_tokens)
+    return {
+        "texts": [answer.text for answer in answers],
+        "generate_s": time.perf_counter() - begin,
+    }
+
+
+def decoded(session: ld.AdapterSession, scale: Scale) -> dict[str, Any]:
+    """Times of one more token: the base, each adapter, a swap at each call, a mixed batch."""
+    return {
+        f"batch {batch}": time_bundle(
+            session, batch=batch, length=scale.length, rounds=scale.rounds
+        )
+        for batch in scale.batches
+    }
+
+
+def prefill(session: ld.AdapterSession, batch: int, scale: Scale) -> dict[str, float]:
     """Median milliseconds of a prompt, of the base and of each adapter, taking turns."""
-    call = forward(session, batch, past=0, new=tokens)
+    call = forward(session, batch, past=0, new=scale.length)
     sides = {name or "base": partial(call, name) for name in (None, *session.adapters)}
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for turn in range(scale.rounds + 1):
         for name, run in sides.items():
             begin = time.perf_counter()
             run()
