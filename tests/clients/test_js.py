@@ -17,7 +17,9 @@ from loradeploy.errors import AdapterError
 from loradeploy.export.api import export
 from loradeploy.runtime.reading.wire import node_names
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.tokens import TokenClassifier
 from tests.clients.conftest import FORMS, Required
 from tests.conftest import ROOT, MakeAdapter
 from tests.runtime.feeds import feeds
@@ -385,6 +387,157 @@ def test_node_classifies_each_text_by_its_adapter(
     assert np.abs(theirs[0] - theirs[2]).max() > 100 * tolerance("rows")
 
 
+def test_node_blends_adapters_as_python_does(
+    node: Node, required: Required, tiny_llama: Path, make_adapter: MakeAdapter
+) -> None:
+    other = make_adapter(tiny_llama, r=2, seed=6, scale=0.3, target_modules=["q_proj"])
+    rows: list[Any] = [{"all": 0.75, "again": -0.5}, None, {"all": 2}, "all", {"all": 1}]
+    options = {"prompts": [TOKENS] * len(rows), "adapters": rows, "maxNewTokens": COUNT}
+    wrong: dict[str, Any] = {
+        'the weight of "all" is 1e+39': {"all": 1e39},
+        "names no adapter": {},
+        'no adapter is loaded as "none"': {"all": 1, "none": 1},
+        "all and few read or write texts differently": {"all": 1, "few": 1},
+        "give a name": ["all"],
+    }
+    calls = [["generate", {"prompt": TOKENS, "adapter": spec}] for spec in wrong.values()]
+    for form in ("slots", "rows", "fp16"):
+        bundle = required(form)
+        job = {"bundle": bundle, "add": {"again": other}, "calls": [["generate", options], *calls]}
+        (result,) = node([job])
+        told = result["value"]["answers"]
+        session = AdapterSession(bundle)
+        session.load("again", other)
+        ours = TextGenerator(session).generate(
+            [TOKENS] * len(rows), adapters=rows, max_new_tokens=COUNT
+        )
+        found = [answer["tokenIds"] for answer in told[0]["value"]]
+        assert found == [list(answer.token_ids) for answer in ours], form
+        assert found[3] == found[4]  # a blend of one adapter with weight 1 is that adapter
+        assert len({tuple(ids) for ids in found}) == 4
+        assert told[0]["value"][0]["adapter"] == rows[0]
+        for message, call in zip(wrong, told[1:], strict=True):
+            assert message in call["message"], call
+
+
+def test_node_embeds_each_text_by_its_adapter(
+    node: Node, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapters = {
+        name: make_adapter(tiny_bert, task="feature-extraction", seed=seed, scale=0.3, r=seed)
+        for name, seed in (("one", 2), ("two", 3))
+    }
+    bundle, weighted = tmp_path / "bundle", tmp_path / "weighted"
+    export(tiny_bert, bundle, task="feature-extraction", adapters=adapters, required_inputs=True)
+    with_sentence_files(tiny_bert, tmp_path / "model")
+    export(tmp_path / "model", weighted, task="feature-extraction", required_inputs=True)
+    texts = ["Shares rose", "The striker scored twice in the last minute", "A", "word " * 200]
+    names: list[Any] = ["one", None, {"one": 0.5, "two": 0.5}, "two"]
+    jobs = [
+        {"bundle": bundle, "calls": [["embed", {"texts": texts, "adapters": names}]]},
+        {
+            "bundle": weighted,
+            "add": {"one": adapters["one"]},
+            "calls": [
+                ["embed", {"texts": texts, "adapter": "one"}],
+                ["embed", {"texts": texts, "adapter": "one", "promptName": "query"}],
+                ["embed", {"text": "A", "promptName": "none"}],
+            ],
+        },
+    ]
+    first, second = (result["value"]["answers"] for result in node(jobs))
+    session = AdapterSession(weighted)
+    session.load("one", adapters["one"])
+    expected = [
+        TextEmbedder(AdapterSession(bundle))(texts, names),
+        TextEmbedder(session)(texts, "one"),
+        TextEmbedder(session)(texts, "one", prompt_name="query"),
+    ]
+    theirs = [[row["embedding"] for row in call["value"]] for call in (*first, *second[:2])]
+    for found, own in zip(theirs, expected, strict=True):
+        assert np.abs(np.array(found) - own).max() < tolerance("rows")
+    base = TextEmbedder(AdapterSession(bundle))(texts)
+    changed = np.abs(expected[0] - base).max(axis=1)
+    assert changed[[0, 2, 3]].min() > 100 * tolerance("rows") and changed[1] < tolerance("rows")
+    assert np.abs(expected[1] - expected[2]).max() > 100 * tolerance("rows")
+    assert "no prompt is called" in second[2]["message"]
+
+
+def with_sentence_files(model: Path, place: Path) -> None:
+    """A copy of the model that pools in two ways, and has prompts that are not pooled."""
+    shutil.copytree(model, place)
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (path, kind) in enumerate(kinds)
+    ]
+    pooling = {"pooling_mode": ["weightedmean", "max", "cls"], "include_prompt": False}
+    (place / "1_Pooling").mkdir()
+    for name, values in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", pooling),
+        ("sentence_bert_config.json", {"max_seq_length": 24, "do_lower_case": False}),
+        ("config_sentence_transformers.json", {"prompts": {"query": "Search:"}}),
+    ):
+        (place / name).write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_node_classifies_tokens_by_each_adapters_labels(
+    node: Node, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapters = {
+        name: make_adapter(
+            tiny_bert,
+            task="token-classification",
+            seed=seed,
+            scale=0.3,
+            num_labels=3,
+            target_modules=["query", "value"],
+            modules_to_save=["classifier"],
+        )
+        for name, seed in (("one", 5), ("two", 6))
+    }
+    named = tmp_path / "named"
+    shutil.copytree(adapters["one"], named)
+    labels = {"id2label": {"0": "O", "1": "B-City", "2": "I-City"}}
+    (named / "config.json").write_text(json.dumps(labels), encoding="utf-8")
+    bundle = tmp_path / "bundle"
+    export(
+        tiny_bert,
+        bundle,
+        task="token-classification",
+        adapters={"one": named, "two": adapters["two"]},
+        required_inputs=True,
+    )
+    texts = ["Shares rose in London", "A", "The striker scored twice"]
+    names = ["one", "two", "added"]
+    job = {
+        "bundle": bundle,
+        "add": {"added": adapters["one"]},
+        "calls": [["classifyTokens", {"texts": texts, "adapters": names}]],
+    }
+    ((call,),) = [result["value"]["answers"] for result in node([job])]
+    assert "value" in call, call
+    session = AdapterSession(bundle)
+    tokenizer = session.texts.base.tokenizer
+    for row, (text, name) in enumerate(zip(texts, ("one", "two", "one"), strict=True)):
+        found = call["value"][row]
+        ids = np.array([tokenizer.encode(text)])
+        (logits,) = session.run(["logits"], feeds(session.manifest, ids), adapters=name)
+        own = [n for n, token in enumerate(ids[0]) if not tokenizer.is_special(int(token))]
+        assert [token["id"] for token in found["tokens"]] == ids[0][own].tolist()
+        theirs = np.array([token["logits"] for token in found["tokens"]])
+        assert np.abs(theirs - logits[0][own]).max() < tolerance("rows")
+    first, _, added = call["value"]
+    assert first["labels"] == ["O", "B-City", "I-City"] and added["labels"] is None
+    (expected,) = TokenClassifier(session)(texts[0], "one", aggregation="none")
+    labeled = [t for t in first["tokens"] if t["label"] != "O"]
+    assert [t["label"] for t in labeled] == [entity.label for entity in expected.entities]
+    assert [t["token"] for t in labeled] == [entity.word for entity in expected.entities]
+    assert np.allclose([t["score"] for t in labeled], [e.score for e in expected.entities])
+    assert labeled and added["tokens"][0]["label"] is None
+
+
 NAMES = """
 import { readFileSync } from "node:fs";
 const { nodeNames } = await import(process.argv[1]);
@@ -425,7 +578,10 @@ const many: Answer[] = await model.generate({ prompts, adapters: ["x", null, nul
 // @ts-expect-error no such option
 await model.generate({ prompt: "a", max_new_tokens: 3 });
 const logits: Float32Array = (await model.classify({ text: "a" })).logits;
-export { one, many, logits, AdapterError };
+const { embedding } = await model.embed({ text: "a", adapter: { x: 0.5, y: 1 } });
+const vector: Float32Array = embedding;
+const label: string | null = (await model.classifyTokens({ texts: ["a"] }))[0].tokens[0].label;
+export { one, many, logits, vector, label, AdapterError };
 """
 
 

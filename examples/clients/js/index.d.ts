@@ -20,8 +20,11 @@ export interface Message {
 /** A text, a conversation for the chat template, or token ids. */
 export type Prompt = string | Message[] | number[];
 
-/** The name of an adapter; null is the base model. */
-export type AdapterName = string | null;
+/**
+ * The name of an adapter, or a blend of several, { name: weight }: the sum of their updates, each times its
+ * weight. null is the base model.
+ */
+export type AdapterSpec = string | { [name: string]: number } | null;
 
 export interface GenerateSettings {
   /** 32 by default; a text ends earlier at the model's last position. */
@@ -48,14 +51,48 @@ export interface Answer {
   tokenIds: number[];
   /** "stop" where a token ended the text, "length" at `maxNewTokens` or the model's last position. */
   finishReason: "stop" | "length";
-  adapter: AdapterName;
+  adapter: AdapterSpec;
   promptTokens: number;
 }
 
 export interface Classification {
   /** Of each label. */
   logits: Float32Array;
-  adapter: AdapterName;
+  adapter: AdapterSpec;
+}
+
+export interface Token {
+  id: number;
+  /** As the vocabulary has it. */
+  token: string;
+  /** Of each label. */
+  logits: Float32Array;
+  /** The likeliest label; null where nothing names the outputs. */
+  label: string | null;
+  /** Its probability. */
+  score: number;
+}
+
+export interface TokenClassification {
+  /** The tokens of the text, without special ones. */
+  tokens: Token[];
+  /**
+   * The names of the outputs, in their order: those of the adapter, where it came with the bundle and brings a
+   * head, else the base's. null of an adapter with a head that was added.
+   */
+  labels: string[] | null;
+  adapter: AdapterSpec;
+}
+
+export interface Embedding {
+  embedding: Float32Array;
+  adapter: AdapterSpec;
+}
+
+interface TextsSettings {
+  texts: string[];
+  adapters?: AdapterSpec[];
+  adapter?: AdapterSpec;
 }
 
 /** A bundle that is open. */
@@ -76,14 +113,26 @@ export interface Model {
   removeAdapter(name: string): void;
 
   /** Continue a prompt, or several in one batch, each with its own adapter. */
-  generate(options: GenerateSettings & { prompt: Prompt; adapter?: AdapterName }): Promise<Answer>;
+  generate(options: GenerateSettings & { prompt: Prompt; adapter?: AdapterSpec }): Promise<Answer>;
   generate(
-    options: GenerateSettings & { prompts: Prompt[]; adapters?: AdapterName[]; adapter?: AdapterName },
+    options: GenerateSettings & { prompts: Prompt[]; adapters?: AdapterSpec[]; adapter?: AdapterSpec },
   ): Promise<Answer[]>;
 
   /** The logits of a text, or of several in one batch, by a sequence classifier. */
-  classify(options: { text: string; adapter?: AdapterName }): Promise<Classification>;
-  classify(options: { texts: string[]; adapters?: AdapterName[]; adapter?: AdapterName }): Promise<Classification[]>;
+  classify(options: { text: string; adapter?: AdapterSpec }): Promise<Classification>;
+  classify(options: { texts: string[]; adapters?: AdapterSpec[]; adapter?: AdapterSpec }): Promise<Classification[]>;
+
+  /** What each token of a text is, or of several in one batch, by a token classifier. */
+  classifyTokens(options: { text: string; adapter?: AdapterSpec }): Promise<TokenClassification>;
+  classifyTokens(options: TextsSettings): Promise<TokenClassification[]>;
+
+  /**
+   * The vector of a text, or of several in one batch: pooled as modules.json beside the base has it, else the
+   * mean of its tokens' states, of length 1. Longer texts than the model takes are cut at their end.
+   * `promptName`: the prompt that is put before each text.
+   */
+  embed(options: { text: string; adapter?: AdapterSpec; promptName?: string }): Promise<Embedding>;
+  embed(options: TextsSettings & { promptName?: string }): Promise<Embedding[]>;
 
   /** Free the memory of the model. */
   release(): Promise<void>;

@@ -1,35 +1,45 @@
-// Logits of a sequence classifier, each text with its own adapter.
-import { int64, padded, together } from "./batch.js";
-import { BundleError, UsageError } from "./errors.js";
-import { floats } from "./floats.js";
-
-const FED = ["input_ids", "attention_mask", "token_type_ids"];
+// Classifiers of texts and of their tokens, each text with its own adapter.
+import { encodeRows } from "./encode.js";
+import { UsageError } from "./errors.js";
 
 /** Throw where the graph of `manifest` is no classifier of texts. */
-export function checkClassifier(manifest) {
-  if (manifest.task !== "sequence-classification") throw new UsageError(`this bundle is for ${manifest.task}: it is no classifier of texts`);
-  const other = manifest.inputs.find(({ name }) => !FED.includes(name));
-  if (other) throw new BundleError(`the graph takes ${other.name}, which this client does not make: use Python`);
+export function checkClassifier({ task }) {
+  if (task !== "sequence-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of texts`);
+}
+
+/** Throw where the graph of `manifest` is no classifier of tokens. */
+export function checkTokenClassifier({ task }) {
+  if (task !== "token-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of tokens`);
 }
 
 /** The logits, a Float32Array for each of `rows`, which are as `generate` takes them. */
 export async function classify(graph, manifest, rows, stackOf) {
-  const found = Array(rows.length);
-  for (const numbers of together(rows.map(({ prompt }) => prompt), manifest.padding)) {
-    const batch = numbers.map((number) => rows[number]);
-    const { ids, mask } = padded(batch.map(({ prompt }) => prompt), batch[0].texts.padId, manifest.padding);
-    const made = {
-      input_ids: () => int64(ids),
-      attention_mask: () => int64(mask),
-      token_type_ids: () => int64(ids.map((row) => row.map(() => 0))),
-    };
-    const feeds = { ...stackOf(batch) };
-    for (const { name } of manifest.inputs) feeds[name] = made[name]();
-    const { logits } = await graph.run(feeds, ["logits"]);
-    const labels = logits.dims[1];
-    numbers.forEach((number, index) => {
-      found[number] = floats(logits.data.slice(index * labels, (index + 1) * labels));
+  return (await encodeRows(graph, manifest, rows, stackOf, "logits")).map(({ data }) => data);
+}
+
+/**
+ * For each of `rows` its tokens, special ones left out: { id, token, logits, label, score }.
+ *
+ * A row has `parts`, as wordsOf gives them, and `labels`: the names of the outputs, or null where nothing
+ * declares them.
+ */
+export async function classifyTokens(graph, manifest, rows, stackOf) {
+  const found = await encodeRows(graph, manifest, rows, stackOf, "logits");
+  return rows.map(({ parts, labels }, number) => {
+    const { data, width } = found[number];
+    return parts.own.map((id, index) => {
+      const place = (parts.before.length + index) * width;
+      // An adapter may have fewer labels than the graph has outputs.
+      const logits = data.slice(place, place + Math.min(width, labels?.length ?? width));
+      const { best, score } = likeliest(logits);
+      return { id, token: parts.words[index], logits, label: labels?.[best] ?? null, score };
     });
-  }
-  return found;
+  });
+}
+
+/** The number of the largest of `logits`, and its probability. */
+function likeliest(logits) {
+  const best = logits.indexOf(Math.max(...logits));
+  const sum = logits.reduce((total, logit) => total + Math.exp(logit - logits[best]), 0);
+  return { best, score: 1 / sum };
 }

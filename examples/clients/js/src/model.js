@@ -1,7 +1,10 @@
 // A bundle that is open: its graph, its texts, and its adapters by name.
 import { directoryOf, readAdapter, readOwnAdapter } from "./adapter.js";
 import { openGraph } from "./backend.js";
-import { checkClassifier, classify } from "./classify.js";
+import { blend, membersOf } from "./blend.js";
+import { checkClassifier, checkTokenClassifier, classify, classifyTokens } from "./classify.js";
+import { checkEmbedder, embed, promptOf, readRecipe } from "./embed.js";
+import { checkEncoder } from "./encode.js";
 import { AdapterError, UsageError, checkOptions } from "./errors.js";
 import { checkDecoder, generate } from "./generate.js";
 import { readSampling } from "./logits.js";
@@ -9,6 +12,7 @@ import { presentOf, readManifest } from "./manifest.js";
 import { IN_NODE, openSource } from "./source.js";
 import { readBase, stack } from "./stack.js";
 import { checkSameTexts, readOwnTexts, readTexts } from "./texts.js";
+import { idsOf, wordsOf } from "./words.js";
 
 /** Open the bundle at `place`: a directory in Node, a URL anywhere. See index.d.ts. */
 export async function load(place, options = {}) {
@@ -17,10 +21,11 @@ export async function load(place, options = {}) {
   const manifest = await readManifest(source);
   const texts = await readTexts(source, manifest);
   const base = await readBase(source, manifest);
+  const recipe = manifest.task === "feature-extraction" ? await readRecipe(source) : null;
   const backend = options.backend ?? (IN_NODE ? "node" : "wasm");
   const presents = manifest.past.map(({ name }) => presentOf(name));
   const graph = await openGraph(source, manifest, backend, presents);
-  return new Model(source, manifest, texts, base, graph, backend);
+  return new Model(source, manifest, texts, base, recipe, graph, backend);
 }
 
 class Model {
@@ -28,14 +33,16 @@ class Model {
   #manifest;
   #texts;
   #base;
+  #recipe;
   #graph;
   #adapters = new Map(); // name → a promise of { sideInputs, texts }
 
-  constructor(source, manifest, texts, base, graph, backend) {
+  constructor(source, manifest, texts, base, recipe, graph, backend) {
     this.#source = source;
     this.#manifest = manifest;
     this.#texts = texts;
     this.#base = base;
+    this.#recipe = recipe;
     this.#graph = graph;
     this.backend = backend;
     this.task = manifest.task;
@@ -55,7 +62,10 @@ class Model {
     if (this.#adapters.has(name)) throw new UsageError(`there is an adapter ${JSON.stringify(name)} already: remove it first`);
     const sideInputs = await readAdapter(place, this.#manifest);
     const directory = directoryOf(place);
-    if (directory !== null) await checkSameTexts(directory, this.#texts);
+    if (directory !== null) {
+      await checkSameTexts(directory, this.#texts);
+      await this.#checkSameRecipe(openSource(directory), "", name);
+    }
     this.#adapters.set(name, Promise.resolve({ sideInputs, texts: this.#texts }));
   }
 
@@ -87,9 +97,39 @@ class Model {
   async classify(options) {
     checkOptions("classify", options, ["text", "texts", "adapter", "adapters"]);
     checkClassifier(this.#manifest);
+    checkEncoder(this.#manifest);
     const rows = await this.#rows("text", options, (text, texts) => encode(text, texts, false));
     const logits = await classify(this.#graph, this.#manifest, rows, this.#stack);
     const answers = rows.map((row, number) => ({ logits: logits[number], adapter: row.name }));
+    return "text" in options ? answers[0] : answers;
+  }
+
+  async classifyTokens(options) {
+    checkOptions("classifyTokens", options, ["text", "texts", "adapter", "adapters"]);
+    checkTokenClassifier(this.#manifest);
+    checkEncoder(this.#manifest);
+    const rows = await this.#rows("text", options, (text, texts) => idsOf(wordsOf(texts, string(text))));
+    const given = "text" in options ? [options.text] : options.texts;
+    rows.forEach((row, number) => Object.assign(row, { parts: wordsOf(row.texts, given[number]), labels: this.#labels(row) }));
+    const tokens = await classifyTokens(this.#graph, this.#manifest, rows, this.#stack);
+    const answers = rows.map((row, number) => ({ tokens: tokens[number], labels: row.labels, adapter: row.name }));
+    return "text" in options ? answers[0] : answers;
+  }
+
+  async embed(options) {
+    checkOptions("embed", options, ["text", "texts", "adapter", "adapters", "promptName"]);
+    checkEmbedder(this.#manifest);
+    checkEncoder(this.#manifest);
+    const recipe = this.#recipe;
+    const prompt = promptOf(recipe, options.promptName);
+    const cut = (text, texts) => wordsOf(texts, text, Math.min(recipe.maxLength, texts.maxLength));
+    const rows = await this.#rows("text", options, (text, texts) => idsOf(cut(prompt + string(text), texts)));
+    for (const row of rows) {
+      const { before, own } = prompt && !recipe.includePrompt ? cut(prompt, row.texts) : { before: [], own: [] };
+      row.skipped = own.length && before.length + own.length;
+    }
+    const vectors = await embed(this.#graph, this.#manifest, rows, this.#stack, recipe);
+    const answers = rows.map((row, number) => ({ embedding: vectors[number], adapter: row.name }));
     return "text" in options ? answers[0] : answers;
   }
 
@@ -111,8 +151,9 @@ class Model {
       throw new UsageError(`${names.length} adapters for ${given.length} ${many}: give one for each, null for the base`);
     }
     const rows = [];
+    const blends = new Map(); // rows of one blend share it
     for (const [number, name] of names.entries()) {
-      const { sideInputs, texts } = await this.#adapter(name);
+      const { sideInputs, texts } = await this.#named(name, blends);
       const prompt = encoded(given[number], texts);
       const what = `${one} ${number + 1}`;
       if (!prompt.length) throw new UsageError(`${what} is empty`);
@@ -124,6 +165,37 @@ class Model {
       rows.push({ prompt, texts, adapter: sideInputs, name });
     }
     return rows;
+  }
+
+  /** As `#adapter`, of what a row names: an adapter, several with their weights, or null for the base. */
+  async #named(spec, blends) {
+    if (spec === null || spec === undefined || typeof spec === "string") return this.#adapter(spec);
+    const members = membersOf(spec);
+    const found = await Promise.all(members.map(([name]) => this.#adapter(name)));
+    if (members.length === 1 && members[0][1] === 1) return found[0];
+    if (found.some(({ texts }) => texts !== found[0].texts)) {
+      const names = members.map(([name]) => name).join(" and ");
+      throw new UsageError(`${names} read or write texts differently: a blend of them has no chat template, tokenizer or settings`);
+    }
+    const key = JSON.stringify(members);
+    if (!blends.has(key)) blends.set(key, blend(found.map(({ sideInputs }, index) => [sideInputs, members[index][1]]), this.#manifest));
+    return { sideInputs: blends.get(key), texts: found[0].texts };
+  }
+
+  /** The names of the outputs for a row, or null where its adapter has a head that nothing describes. */
+  #labels({ name, adapter }) {
+    const head = adapter !== null && this.#manifest.saved.some(({ input }) => adapter.has(input));
+    if (!head) return this.#texts.labels;
+    const entry = this.#manifest.adapters[name];
+    return entry ? (entry.labels ?? this.#texts.labels) : null;
+  }
+
+  /** Refuse an adapter in `folder` of `source` whose texts become vectors in another way than the base's. */
+  async #checkSameRecipe(source, folder, name) {
+    const own = this.#recipe === null ? null : await readRecipe(source, folder, true);
+    if (own !== null && JSON.stringify(own) !== JSON.stringify(this.#recipe)) {
+      throw new AdapterError(`the adapter ${JSON.stringify(name)} makes vectors in another way than the base (modules.json): use Python`);
+    }
   }
 
   /** The side inputs and the texts of an adapter by name, or of the base for null. */
@@ -142,6 +214,8 @@ class Model {
   async #readOwn(name) {
     const sideInputs = await readOwnAdapter(this.#source, name, this.#manifest);
     const texts = await readOwnTexts(this.#source, name, this.#manifest, this.#texts);
+    const folder = this.#manifest.adapters[name]?.path;
+    if (folder) await this.#checkSameRecipe(this.#source, `${folder}/`, name);
     return { sideInputs, texts };
   }
 
@@ -149,6 +223,11 @@ class Model {
     const known = this.adapters.map((one) => JSON.stringify(one)).join(", ") || "none";
     return new AdapterError(`no adapter is loaded as ${JSON.stringify(name)}; there are: ${known}`);
   }
+}
+
+function string(text) {
+  if (typeof text !== "string") throw new UsageError("a text is no string");
+  return text;
 }
 
 function encode(prompt, texts, chat) {

@@ -22,7 +22,8 @@ const WORDS = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_pro
  * How the texts of one adapter, or of the base, are read and written.
  *
  * `ends`: a Set of the tokens that end a text. `settings`: how logits are changed before a token is
- * chosen. `padId` fills rows up. `maxLength`: how many tokens the model takes, or Infinity.
+ * chosen. `padId` fills rows up. `maxLength`: how many tokens the model takes, or
+ * Infinity. `labels`: the names of a classifier's outputs, or null.
  */
 class Texts {
   constructor(parts) {
@@ -33,6 +34,12 @@ class Texts {
   encode(text, special = true) {
     if (!text.isWellFormed()) throw new UsageError("a text holds half a surrogate pair, which is no character");
     return this.tokenizer.encode(text, { add_special_tokens: special }).ids;
+  }
+
+  /** The tokens of a text without special ones around them: { ids, tokens } as the vocabulary has them. */
+  encodeWords(text) {
+    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+    return { ids, tokens };
   }
 
   /** The tokens of a conversation, up to where the assistant is to speak. */
@@ -88,6 +95,7 @@ export async function readTexts(source, manifest) {
     vocabulary,
     padId: pads.find((id) => id < vocabulary),
     maxLength: longest(config, tokenizerConfig),
+    labels: manifest.merged_adapter?.labels ?? labelsOf(config),
     settings: readSettings(generation, source.where("generation_config.json")),
   });
 }
@@ -168,6 +176,12 @@ function ownTemplate({ chat_template: template = null }) {
 
 function ids(value) {
   return [value ?? []].flat().filter((id) => Number.isSafeInteger(id) && id >= 0);
+}
+
+/** The names of a classifier's outputs in config.json, or null. */
+function labelsOf({ id2label }) {
+  if (!id2label || typeof id2label !== "object") return null;
+  return Object.keys(id2label).sort((one, other) => one - other).map((key) => String(id2label[key]));
 }
 
 function longest(config, tokenizerConfig) {
