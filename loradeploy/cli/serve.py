@@ -102,6 +102,13 @@ def _limits(command: _Command) -> _Command:
     help="Serve only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
 )
 @click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Compute with this many threads [default: the processors that the container allows; with"
+    " --ray 1, for each replica].",
+)
+@click.option(
     "--ray",
     "on_ray",
     is_flag=True,
@@ -130,6 +137,7 @@ def command(
     api_keys: str | None,
     provider: str,
     require_certificate: bool,
+    threads: int | None,
     on_ray: bool,
     replicas: str | None,
     demo: bool,
@@ -168,6 +176,7 @@ def command(
         provider=provider,
         require_certificate=require_certificate,
         host=host,
+        threads=threads,
     )
 
     def ready(url: str, loaded: Mapping[str, str | None] | None) -> None:
@@ -204,6 +213,6 @@ def _serve_on_ray(
     except ImportError as problem:
         raise UsageError(f"--ray: pip install 'loradeploy[ray]' ({problem})") from None
     with progress("loradeploy.serve"):
-        url = run(spec, Scale.of(replicas), port)
+        url = run(spec, Scale.of(replicas, float(spec.threads or 1)), port)
         ready(url, None)
         wait_for_signal()

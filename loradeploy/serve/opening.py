@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import onnxruntime
+
 from loradeploy.errors import UsageError
+from loradeploy.runtime.devices.cgroups import cores
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.roots import AdapterRoot, DirectoryRoot, StoreRoot
@@ -24,7 +28,8 @@ class ServiceSpec:
     `adapters`: directories of adapters by name, beside those of the bundle. `adapter_root`: a
     directory or URL, `adapter_cache` where what is fetched from a URL is kept. `adapter_memory`:
     bytes of adapters in memory, None for all. `api_keys`: a file of them. `host`: the address that
-    the service is reached by.
+    the service is reached by. `threads`: that compute a run; None for as many as the container
+    allows, where it allows fewer processors than there are, else for onnxruntime's default.
 
     Raises:
         UsageError: fields that do not go together.
@@ -41,8 +46,11 @@ class ServiceSpec:
     provider: str = "CPUExecutionProvider"
     require_certificate: bool = False
     host: str = "127.0.0.1"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"`threads` is {self.threads}: give 1 or more")
         if self.updates and self.adapter_root is None:
             raise UsageError(
                 "`allow_adapter_updates`: give `adapter_root`, where adapters are found"
@@ -80,6 +88,7 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
     session = AdapterSession(
         spec.bundle,
         [spec.provider],
+        session_options=_session_options(spec.threads),
         host_budget=spec.adapter_memory,
         require_certificate=spec.require_certificate,
     )
@@ -88,3 +97,15 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
     return Service(
         session, limits=spec.limits, keys=keys, root=root, updates=spec.updates, host=spec.host
     )
+
+
+def _session_options(threads: int | None) -> onnxruntime.SessionOptions | None:
+    """Options for so many threads; None where onnxruntime may choose."""
+    if threads is None:
+        allowed = cores(Path("/"))  # which onnxruntime does not know of
+        if allowed is None or allowed >= (os.cpu_count() or 1):
+            return None
+        threads = max(1, int(allowed))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return options

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -65,8 +66,8 @@ class Scale:
             raise UsageError(f"`replicas` is {self.least}-{self.most}: give 1 or more, as 2 or 1-4")
 
     @classmethod
-    def of(cls, text: str) -> Scale:
-        """The numbers in "N" or "LEAST-MOST".
+    def of(cls, text: str, cpus: float = 1.0) -> Scale:
+        """The numbers in "N" or "LEAST-MOST", with `cpus` processors each.
 
         Raises:
             UsageError: they are none.
@@ -74,7 +75,7 @@ class Scale:
         least, _, most = text.partition("-")
         if not (least.isdecimal() and (most or least).isdecimal()):
             raise UsageError(f"`replicas` is {text!a}: give 1 or more, as 2 or 1-4")
-        return cls(int(least), int(most or least))
+        return cls(int(least), int(most or least), cpus)
 
 
 class Replica:
@@ -272,7 +273,8 @@ def application(spec: ServiceSpec, scale: Scale) -> Any:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=limits.drain_timeout,
     )
-    return router.bind(replicas.bind(spec), spec)
+    threads = spec.threads or math.ceil(scale.cpus)  # replicas share the processors of a node
+    return router.bind(replicas.bind(replace(spec, threads=threads)), spec)
 
 
 def replicas_of(spec: ServiceSpec, scale: Scale) -> dict[str, Any]:

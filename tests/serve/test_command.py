@@ -46,6 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found["root"] = getattr(root, "path", getattr(root, "url", None))
         found["cache"] = getattr(root, "_cache", None), getattr(root, "_max_bytes", None)
         found["updates"] = service.updates
+        found["threads"] = service.session._session.get_session_options().intra_op_num_threads
         found["keys"] = service.keys and service.keys.check(f"Bearer {KEY}").name
         found["adapters"] = sorted(service.session.adapters)
         found["budget"] = service.session._bank._host_budget
@@ -79,6 +80,7 @@ FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
     (["--adapter-root", "{root}", "--allow-adapter-updates"], lambda s: s["updates"], True),
     (["--adapter-memory", "3"], lambda s: s["budget"], 3 << 20),
     (["--api-keys", "{keys}"], lambda s: s["keys"], "me"),
+    (["--threads", "3"], lambda s: s["threads"], 3),
     (["--max-rows", "3"], lambda s: s["rows"], 3),
     (["--max-waiting", "3"], lambda s: s["limits"]["max_waiting"], 3),
     (["--max-tokens", "3"], lambda s: s["limits"]["max_tokens"], 3),
@@ -94,7 +96,11 @@ FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
 
 
 def test_every_flag_changes_what_is_served(
-    seen: Seen, tiny_llama_bundle: Path, root: Path, tmp_path: Path
+    seen: Seen,
+    tiny_llama_bundle: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"keys": [{"name": "me", "key": KEY}]}))
@@ -108,6 +114,9 @@ def test_every_flag_changes_what_is_served(
         if "--allow" not in flags[-1]:
             assert repr(seen) != repr({**plain, "address": seen["address"]}) or flags[0] == "--host"
     assert plain["address"][0] == "127.0.0.1"
+    monkeypatch.setattr("loradeploy.serve.opening.cores", lambda root: 1.5)  # of a container
+    call(*line)
+    assert seen["threads"] == 1
 
 
 def test_the_demo_opens_its_page(
@@ -134,6 +143,7 @@ def test_the_demo_opens_its_page(
         (["{bundle}", "--adapter-root", "zzz://x"], "no URL that fsspec opens"),
         (["{bundle}", "--adapter-root", "zip://x::memory://y"], "not a chain of them"),
         (["{bundle}", "--adapter-cache", "x"], "give --adapter-root the URL"),
+        (["{bundle}", "--threads", "0"], "--threads is 0"),
         (["{bundle}", "--replicas", "2"], "--replicas: give --ray"),
         (["{bundle}", "--api-keys", "nothing.json"], "nothing.json"),
         (["{bundle}", "--max-tokens", "0"], "--max-tokens is 0"),
@@ -168,18 +178,18 @@ def test_replicas_are_run_by_ray(
     asked: list[Any] = []
 
     class OnRay:
-        Scale = type("Scale", (), {"of": staticmethod(lambda text: text)})
+        Scale = type("Scale", (), {"of": staticmethod(lambda text, cpus: (text, cpus))})
         wait_for_signal = staticmethod(lambda: asked.append("waited"))
 
         @staticmethod
-        def run(spec: Any, replicas: str, port: int) -> str:
+        def run(spec: Any, replicas: tuple[str, float], port: int) -> str:
             asked.extend([spec.bundle, spec.limits.max_rows, replicas, port])
             return "http://127.0.0.1:9"
 
     monkeypatch.setitem(sys.modules, "loradeploy.serve.replicas", OnRay)
-    line = ["serve", "some", "--ray", "--port", "9", "--max-rows", "3", *flags]
+    line = ["serve", "some", "--ray", "--port", "9", "--max-rows", "3", "--threads", "2", *flags]
     call(*line)
-    assert asked == ["some", 3, scale, 9, "waited"]
+    assert asked == ["some", 3, (scale, 2.0), 9, "waited"]
     monkeypatch.setitem(sys.modules, "loradeploy.serve.replicas", None)
     capsys.readouterr()
     with pytest.raises(UsageError, match="pip install 'loradeploy"):
