@@ -19,6 +19,7 @@ from tests.cli.calling import call
 from tests.train.conftest import WORDS, write_lessons, write_lines
 from tests.train.test_seq2seq import translations
 from tests.train.test_tasks import multi_label, pairs, regression, sentences, tagged
+from tests.vit import color_folders, make_vit
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"max_steps": 40, "batch_size": 8, "rank": 4, "learning_rate": 2e-2, "max_length": 64}
@@ -54,6 +55,9 @@ ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
         "scored": (scored, {"task": "feature-extraction", "embedding_loss": "cosine"}),
     },
     "seq2seq-lm": {"words": (translations, {"task": "seq2seq-lm"})},
+    "image-classification": {
+        "colors": (color_folders, {"task": "image-classification", "learning_rate": 2e-3}),
+    },
     "token-classification": {"tags": (tagged, {"task": "token-classification"})},
 }
 
@@ -63,6 +67,7 @@ def seen(task: str, values: dict[str, Any]) -> Any:
     keys = {
         "sequence-classification": "scores",
         "token-classification": "entities",
+        "image-classification": "scores",
         "feature-extraction": "embedding",
         "causal-lm": "token_ids",
         "seq2seq-lm": "token_ids",
@@ -76,6 +81,9 @@ def test_a_task_goes_from_training_to_proof(
     task: str, tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
     model = {"causal-lm": tiny_llama, "seq2seq-lm": tiny_t5}.get(task, tiny_bert)
+    sees = task == "image-classification"
+    if sees:
+        model = make_vit(tmp_path / "model")
     data, adapters = {}, {}
     for name, (make, settings) in ROWS[task].items():
         data[name] = make(tmp_path / f"{name}.jsonl")
@@ -86,6 +94,8 @@ def test_a_task_goes_from_training_to_proof(
     assert manifest.task == task
 
     text = f"{sentences('business')[1]} {sentences('sports')[2]}"
+    if sees:
+        text = str(data["colors"] / "red" / "0.png")
     lines = [{"text": text, "adapter": name} for name in (*adapters, None)]
     if task in ("causal-lm", "seq2seq-lm"):
         lines = [{"prompt": line["text"], "adapter": line["adapter"]} for line in lines]
@@ -97,7 +107,9 @@ def test_a_task_goes_from_training_to_proof(
 
     scored = {} if task not in EVALUATED_TASKS else {"evaluate": data, "examples": 24}
     phases = ["padded batch"]
-    few = {"prompts": [text, "Hi"], "certificate": False, **scored}
+    few: dict[str, Any] = {"certificate": False, **scored}
+    if not sees:  # images are drawn from a seed
+        few["prompts"] = [text, "Hi"]
     report = ld.parity(bundle, model=model, controls=True, phases=phases, **few)
     assert report.passed, report.failures
     assert report.controls and all(control.caught for control in report.controls)
@@ -117,12 +129,12 @@ def test_a_task_goes_from_training_to_proof(
 
     name = next(iter(adapters))
     ld.export(bundle, tmp_path / "merged", adapters={name: adapters[name]}, merge=True)
-    given = {"model": model, "adapters": {name: adapters[name]}, **few}
+    once: dict[str, Any] = {"model": model, "adapters": {name: adapters[name]}, **few}
     if task in EVALUATED_TASKS:
-        given["evaluate"] = data[name]
-    assert ld.parity(tmp_path / "merged", **given).passed
+        once["evaluate"] = data[name]
+    assert ld.parity(tmp_path / "merged", **once).passed
     (alone,) = [call("run", tmp_path / "merged", text, "--json")]
-    if task == "sequence-classification":
+    if task in ("sequence-classification", "image-classification"):
         assert json.loads(alone)["label"] == answers[0]["label"]
 
 

@@ -95,6 +95,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "logits",
             None,
             CLASSIFIER_HEADS,
+            trained=True,
             runner="ImageClassifier",
         ),
         Task(

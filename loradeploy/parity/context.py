@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.digest import base_digest, file_digest, short
+from loradeploy.adapter.heads import label_parameters
 from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.fit import fit_to, fitted
-from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
@@ -145,7 +146,7 @@ def find_adapters(
     def under_test(
         name: str, path: Path, adapter: Adapter, native: Path | None
     ) -> AdapterUnderTest:
-        wide = with_all_labels(adapter, manifest.saved_shapes())
+        wide = with_all_labels(adapter, _head_shapes(adapter, manifest))
         return AdapterUnderTest(name, path, wide, adapter.digest, native, wide is not adapter)
 
     found: dict[str, AdapterUnderTest] = {}
@@ -182,6 +183,14 @@ def find_adapters(
             except AdapterMismatchError as problem:
                 raise AdapterMismatchError(f"{tested.name}: {problem}") from None
     return tuple(found.values())
+
+
+def _head_shapes(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the weights by label that the bundle's graph has; a merged one has its own head."""
+    outputs = output_count(manifest, {})
+    if manifest.mode != "merged" or not outputs:
+        return manifest.saved_shapes()
+    return {name: (outputs, *adapter.saved[name].shape[1:]) for name in label_parameters(adapter)}
 
 
 def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:

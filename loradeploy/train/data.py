@@ -22,7 +22,7 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from loradeploy.adapter.heads import placeholders
 from loradeploy.errors import DataError, listed_names
@@ -32,6 +32,15 @@ from loradeploy.train.sources import Row, Source, is_dataset, rows
 # The keys that tell the form of a line: a line has exactly one of them.
 _FORMS: Final = ("messages", "completion", "text")
 _LABELS_BETWEEN: Final = "|"  # where several labels stand in one field of a CSV file
+
+
+class Labeled(Protocol):
+    """An example with labels."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Their names."""
+
 
 _Example = TypeVar("_Example")
 _Labeled = TypeVar("_Labeled", "LabeledText", "MultiLabelText", "MeasuredText")
@@ -243,7 +252,7 @@ def read_spoken_texts(source: Source) -> list[SpokenText]:
 
 
 def label_names(
-    examples: Sequence[LabeledText | MultiLabelText | TaggedWords],
+    examples: Sequence[Labeled],
 ) -> tuple[str, ...]:
     """The labels in the order of a classifier's outputs: by number where all are, else by name."""
     names = {name for example in examples for name in example.labels}
@@ -330,10 +339,16 @@ def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) 
 
 
 def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
+    label = label_of(where, line)
+    return LabeledText(where, text_of(where, line, "text"), label, _pair(where, line))
+
+
+def label_of(where: str, line: dict[str, Any]) -> str:
+    """The one label of a row; DataError where it has none, or several."""
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise _contradicts(where, label, "single-label", "a name or a whole number")
-    return LabeledText(where, text_of(where, line, "text"), str(label), _pair(where, line))
+    return str(label)
 
 
 def _pair(where: str, line: dict[str, Any]) -> str | None:

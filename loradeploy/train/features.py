@@ -157,7 +157,7 @@ def word_features(
         raise DataError("the model's tokenizer does not specify which token is of which word")
     features, truncated = [], 0
     for example in examples:
-        numbers = [_number(example.where, tag, labels) for tag in example.tags]
+        numbers = [label_number(example.where, tag, labels) for tag in example.tags]
         encoded = tokenizer(" ".join(example.words), return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         truncated += len(ids) > max_length
@@ -201,12 +201,13 @@ def _target(
             )
         return list(example.values)
     if isinstance(example, LabeledText):
-        return _number(example.where, example.label, labels)
-    held = {_number(example.where, name, labels) for name in example.labels}
+        return label_number(example.where, example.label, labels)
+    held = {label_number(example.where, name, labels) for name in example.labels}
     return [float(number in held) for number in range(len(labels))]
 
 
-def _number(where: str, label: str, labels: Sequence[str]) -> int:
+def label_number(where: str, label: str, labels: Sequence[str]) -> int:
+    """The number of a label among those trained on; DataError where it is none of them."""
     if label not in labels:
         raise DataError(
             f"{where}: the label {shown(label)} is none of those trained on: {listed_names(labels)}"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.peft import own_files
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, IMAGE_CLASSIFICATION
 from loradeploy.bundle.text.sentence_files import MODULES_NAME
 from loradeploy.errors import (
     LoraDeployError,
@@ -90,7 +90,8 @@ def run(
     if main:
         warn_of_unused_files(checkpoint_directory, "training starts from the base only")
     with quiet(), _explained():
-        opened = open_checkpoint(checkpoint_directory)
+        texts = config.task != IMAGE_CLASSIFICATION
+        opened = open_checkpoint(checkpoint_directory, texts=texts)
         begun = Path(config.init_adapter) if config.init_adapter else None
         task = task_of(config, checkpoint_directory, begun)
         config = opened.within(config)

@@ -27,26 +27,31 @@ from loradeploy.train.config import TrainConfig
 from loradeploy.train.features import Encoded
 from loradeploy.train.tasks import Task
 
+_NO_TOKENS: Final = 1_000_000  # no limit on those of an image
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, before its weights are read."""
+    """A base model on disk, before its weights are read. `tokenizer`: None of a model of images."""
 
     directory: Path
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def pad_id(self) -> int:
-        """The padding token."""
+        """The padding token; 0 where there are no tokens."""
+        if self.tokenizer is None:
+            return 0
         return pad_token(self.config, self.tokenizer)
 
     @property
     def max_length(self) -> int:
         """The maximum number of tokens that the model and its tokenizer support."""
+        if self.tokenizer is None:
+            return _NO_TOKENS
         positions = context_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
         return longest if positions is None else min(longest, positions)
@@ -78,8 +83,8 @@ class Base:
     heads: tuple[str, ...]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """The config and tokenizer of the Hugging Face model directory `directory`.
+def open_checkpoint(directory: Path, *, texts: bool = True) -> Checkpoint:
+    """The config and, for `texts`, the tokenizer of the Hugging Face model directory `directory`.
 
     Raises:
         ModelError: one of them cannot be read.
@@ -92,6 +97,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise ModelError(
             f"{directory}: config.json cannot be used: {first_line(problem)}"
         ) from None
+    if not texts:
+        return Checkpoint(directory, config, None)
     try:
         tokenizer = from_pretrained(AutoTokenizer, directory)
     except ModelError:
@@ -144,12 +151,14 @@ def load_base(
             f"{checkpoint.directory} has no weights for {listed_names(absent, none='the encoder')}:"
             f" it is no {task.name} model"
         )
-    if model.get_input_embeddings().num_embeddings < len(checkpoint.tokenizer):
-        raise ModelError(
-            f"{checkpoint.directory}: the tokenizer has {len(checkpoint.tokenizer)} tokens, the"
-            f" model {model.get_input_embeddings().num_embeddings}: they are not of one model"
-        )
-    model.config.pad_token_id = checkpoint.pad_id
+    if checkpoint.tokenizer is not None:
+        words, rows = len(checkpoint.tokenizer), model.get_input_embeddings().num_embeddings
+        if rows < words:
+            raise ModelError(
+                f"{checkpoint.directory}: the tokenizer has {words} tokens, the model {rows}: they"
+                " are not of one model"
+            )
+        model.config.pad_token_id = checkpoint.pad_id
     for name in heads:
         _widen(model.get_submodule(name))
     return Base(model, heads)

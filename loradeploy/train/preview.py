@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.tasks import SEQ2SEQ_LM
+from loradeploy.adapter.tasks import IMAGE_CLASSIFICATION, SEQ2SEQ_LM
 from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.quiet import quiet
@@ -64,7 +64,8 @@ def preview(
         ModelError, DataError, UsageError: as `train`.
     """
     with quiet():
-        opened = open_checkpoint(find_checkpoint(model, quantized=[BITSANDBYTES]))
+        directory = find_checkpoint(model, quantized=[BITSANDBYTES])
+        opened = open_checkpoint(directory, texts=config.task != IMAGE_CLASSIFICATION)
         begun = Path(config.init_adapter) if config.init_adapter else None
         task = task_of(config, opened.directory, begun)
         config = opened.within(config)

@@ -14,6 +14,7 @@ from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TRAI
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASK_TABLE,
@@ -32,6 +33,7 @@ from loradeploy.train.features import (
     text_features,
     word_features,
 )
+from loradeploy.train.images import Seeing, image_loss, read_labeled_images
 from loradeploy.train.losses import (
     LossFunction,
     causal_lm_loss,
@@ -167,9 +169,24 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
         )
     if config.task == SEQUENCE_CLASSIFICATION:
         return _PROBLEMS[TRAINED_PROBLEMS[config.problem_type]]
+    if config.task == IMAGE_CLASSIFICATION:
+        return _image_classifier(base)
     if config.task == FEATURE_EXTRACTION:
         return _embedder(config.embedding_loss, vectors_of(config, base, adapter))
     return _TASKS[config.task]
+
+
+def _image_classifier(base: Path | None) -> Task:
+    """Of images as the model in `base` takes them; raises ModelError where that is not known."""
+    seeing = Seeing.of(base or Path())
+    return Task(
+        name=IMAGE_CLASSIFICATION,
+        read=read_labeled_images,
+        encode=seeing.encode,
+        loss=image_loss,
+        collate=seeing.collator,
+        labels=data.label_names,
+    )
 
 
 def _embedder(loss: str, vectors: Vectors) -> Task:

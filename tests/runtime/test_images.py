@@ -12,51 +12,40 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError, DataError, ModelError, UsageError
 from tests.cli.calling import call
 from tests.tolerances import tolerance
+from tests.vit import COLORS, LABELS, color_folders, make_vit
 
-LABELS = ["cat", "dog", "bird"]
+# "second" is trained on two colors; "first" has the labels of its base.
+LABELS_OF = {"first": LABELS, "second": sorted(COLORS)}
 IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n in range(3)]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT with its processor, two adapters by PEFT, and the bundle of them."""
+    """A tiny ViT with its processor, an adapter by PEFT and one trained here, and their bundle."""
     import peft
     import torch
     import transformers
 
     place = tmp_path_factory.mktemp("images")
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=16,
-        patch_size=4,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: n for n, label in enumerate(LABELS)},
-    )
-    config.initializer_range = 0.15
-    torch.manual_seed(0)
+    model = make_vit(place / "model")
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])
     auto = transformers.AutoModelForImageClassification
-    auto.from_config(config).save_pretrained(place / "model")
-    processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
-    processor.save_pretrained(place / "model")
-    for seed, name in enumerate(("first", "second")):
-        settings = peft.LoraConfig(
-            r=2 + seed, target_modules="all-linear", modules_to_save=["classifier"]
-        )
-        model = peft.get_peft_model(auto.from_pretrained(place / "model"), settings)
-        generator = torch.Generator().manual_seed(seed)
-        for key, values in model.named_parameters():
-            if values.requires_grad:
-                size = 0.1 if "lora_" in key else 0.3
-                values.data = torch.randn(values.shape, generator=generator) * size
-        model.save_pretrained(place / name)
-    adapters = {name: place / name for name in ("first", "second")}
-    ld.export(place / "model", place / "bundle", adapters=adapters)
+    adapted = peft.get_peft_model(auto.from_pretrained(model), settings)
+    generator = torch.Generator().manual_seed(0)
+    for key, values in adapted.named_parameters():
+        if values.requires_grad:
+            size = 0.1 if "lora_" in key else 0.3
+            values.data = torch.randn(values.shape, generator=generator) * size
+    adapted.save_pretrained(place / "first")
+    colors = color_folders(place / "colors")
+    task = {"task": "image-classification", "learning_rate": 2e-2, "max_steps": 20, "rank": 4}
+    trained = ld.train(model, colors, place / "second", config=task)
+    assert trained.accuracy_after == 1 and trained.loss_after < 0.5 * trained.loss_before
+    adapters = {name: place / name for name in LABELS_OF}
+    ld.export(model, place / "bundle", adapters=adapters)
     return place
 
 
@@ -66,7 +55,10 @@ def expected(place: Path, adapter: str | None, image: Any) -> Any:
     import torch
     import transformers
 
-    model = transformers.AutoModelForImageClassification.from_pretrained(place / "model")
+    labels = LABELS_OF.get(str(adapter), LABELS)
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        place / "model", num_labels=len(labels), ignore_mismatched_sizes=True
+    )
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, place / adapter)
     processor = transformers.ViTImageProcessorPil.from_pretrained(place / "model")
@@ -79,19 +71,52 @@ def test_each_image_is_classified_with_its_own_adapter(place: Path) -> None:
     classify = ld.ImageClassifier(ld.AdapterSession(place / "bundle"))
     names = ["first", None, "second"]
     results = classify(IMAGES, names)
-    seen = []
     for image, name, result in zip(IMAGES, names, results, strict=True):
         right = expected(place, name, image)
-        seen.append(right)
-        found = np.array([result.scores[label] for label in LABELS])
+        labels = LABELS_OF.get(str(name), LABELS)
+        assert list(result.scores) == labels
+        found = np.array(list(result.scores.values()))
         np.testing.assert_allclose(found, right, rtol=0, atol=tolerance("torch-onnx-tiny"))
-        assert (result.label, result.adapter) == (LABELS[int(right.argmax())], name)
+        assert (result.label, result.adapter) == (labels[int(right.argmax())], name)
         assert result.labels == (result.label,)
-    alone = classify(IMAGES[0], "second")[0].scores
-    assert abs(alone["cat"] - results[0].scores["cat"]) > 0.01, "the adapter changed nothing"
+    base = classify(IMAGES[0])[0].scores
+    assert abs(base["cat"] - results[0].scores["cat"]) > 0.01, "the adapter changed nothing"
     apart = classify(IMAGES, names, batch_size=1)
     for one, other in zip(apart, results, strict=True):
         assert one.label == other.label
+
+
+def test_what_was_trained_is_recognized(place: Path) -> None:
+    classify = ld.ImageClassifier(ld.AdapterSession(place / "bundle"))
+    files = [place / "colors" / color / "0.png" for color in COLORS]
+    assert [found.label for found in classify(files, "second")] == list(COLORS)
+
+
+def test_data_that_is_not_of_images_is_named(place: Path, tmp_path: Path) -> None:
+    task = {"task": "image-classification", "max_steps": 1}
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    data = tmp_path / "data.jsonl"
+    for source, row, message in (
+        (
+            data,
+            {"image": "text.png", "label": "a"},
+            "line 1: .*text.png cannot be read",
+        ),
+        (data, {"image": "none.png", "label": "a"}, "line 1: .*none.png"),
+        (data, {"label": "a"}, "line 1: image is None, a text is needed"),
+        (data, {"image": "text.png"}, "line 1: label is None, a name or a whole number is needed"),
+        (tmp_path, {}, "holds no folder of images"),
+    ):
+        data.write_text("\n".join(json.dumps({**row, **more}) for more in ({}, {"label": "b"})))
+        if "label" not in row:
+            data.write_text(json.dumps(row))
+        with pytest.raises(DataError, match=message):
+            ld.train(place / "model", source, tmp_path / "adapter", config=task)
+    bare = shutil.copytree(place / "model", tmp_path / "model")
+    (bare / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="has no preprocessor_config.json"):
+        ld.train(bare, place / "colors", tmp_path / "adapter", config=task)
 
 
 def test_the_command_labels_images_by_their_paths(place: Path, tmp_path: Path) -> None:
