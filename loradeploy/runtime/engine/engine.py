@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -27,26 +27,24 @@ from loradeploy.errors import (
     EngineClosedError,
     EngineFullError,
     UsageError,
-    shown,
 )
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
 from loradeploy.runtime.decoding.calls import Call, Prompt
 from loradeploy.runtime.decoding.reading import PromptReader
+from loradeploy.runtime.engine.endings import abandon, end_unread, ended_by_defect, guarded
 from loradeploy.runtime.engine.queue import FairQueue
 from loradeploy.runtime.engine.running import Running, prepare
-from loradeploy.runtime.engine.statistics import EngineStatistics, Moment, Observer
+from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
 from loradeploy.runtime.engine.submission import (
-    GenerationEvent,
     Submission,
-    Usage,
     deadline_of,
     too_late,
 )
 from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+from loradeploy.runtime.tasks.generation import TextGenerator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,7 +115,7 @@ class Engine:
             self.session,
             self.tokenizer.pad_id,
             self._statistics,
-            _guarded(observer),
+            guarded(observer),
             slots=max_rows,
             chunk=prefill_chunk,
             budget=cache_budget,
@@ -146,7 +144,7 @@ class Engine:
         """Begin to work; what was submitted before waits until then."""
         with self._changed:
             if self._broken is not None:
-                raise self._ended_by_defect()
+                raise ended_by_defect(self._broken)
             if self._closed:
                 raise EngineClosedError("this engine is closed: make another one")
             if not self._threads:
@@ -268,16 +266,9 @@ class Engine:
     def _check_open(self) -> None:
         """Raise EngineClosedError where no more requests are taken. `_changed` is held."""
         if self._broken is not None:
-            raise self._ended_by_defect()
+            raise ended_by_defect(self._broken)
         if self._draining:
             raise EngineClosedError("the engine takes no more requests: it is closed, or drains")
-
-    def _ended_by_defect(self) -> EngineClosedError:
-        problem = self._broken
-        return EngineClosedError(
-            f"the engine was ended by a defect ({type(problem).__name__}: {shown(str(problem))}):"
-            " make another one, and see the log"
-        )
 
     def _full(self) -> EngineFullError:
         waiting = self._max_waiting
@@ -303,13 +294,7 @@ class Engine:
 
     def _end_unread(self, submission: Submission) -> None:
         """The end of a request that was cancelled before its prompt was read."""
-        choices = submission.call.options[0].n
-        for choice in range(choices):
-            nothing = Generation("", (), "cancelled", submission.adapter, 0, choice=choice)
-            last = choice == choices - 1
-            submission.put(
-                GenerationEvent(choice, "", generation=nothing, usage=Usage(0, 0) if last else None)
-            )
+        choices = end_unread(submission)
         with self._changed:
             self._statistics.finished["cancelled"] += choices
             self._changed.notify_all()
@@ -339,16 +324,7 @@ class Engine:
             self._changed.notify_all()
         for submission in waiting:
             self._fail(submission, problem)
-        self._abandon(ready, problem)
-
-    def _abandon(self, rest: Iterable[Running], problem: BaseException) -> None:
-        """Fail requests whose adapters are in use, after a defect."""
-        for one in rest:
-            try:
-                one.close()
-            except BaseException:  # the others are to end too
-                logger.exception("a request's adapter stays in use")
-            self._fail(one.submission, problem)
+        abandon(ready, problem, self._fail)
 
     # -- the thread that reads adapters and prompts --------------------------------------------
 
@@ -410,7 +386,7 @@ class Engine:
                 self._ready.append(running)
             self._changed.notify_all()
         if running is not None and broken is not None:
-            self._abandon([running], broken)
+            abandon([running], broken, self._fail)
 
     # -- the thread that runs the graph --------------------------------------------------------
 
@@ -424,7 +400,7 @@ class Engine:
                 rest, self._running = list(self._running.values()), {}
                 broken = self._broken
             if broken is not None:
-                self._abandon(rest, broken)
+                abandon(rest, broken, self._fail)
             self._worker.close()
 
     def _rounds(self) -> None:
@@ -475,16 +451,3 @@ class Engine:
                 self._pace = each if not self._pace else 0.8 * self._pace + 0.2 * each
             self._last_end = now
             self._changed.notify_all()
-
-
-def _guarded(observer: Observer | None) -> Observer:
-    """`observer`, whose errors are logged and hurt no request."""
-
-    def observe(moment: Moment, seconds: float, submission: Submission | None) -> None:
-        try:
-            if observer is not None:
-                observer(moment, seconds, submission)
-        except BaseException:
-            logger.exception("the observer of an engine fails at %s", moment)
-
-    return observe
