@@ -121,8 +121,18 @@ def test_a_task_goes_from_training_to_proof(
                 kind = TRAINED_PROBLEMS[settings.get("problem_type", "single-label")]
             if task == "feature-extraction":
                 kind = "similarity" if "embedding_loss" in settings else "retrieval"
+            if task == "seq2seq-lm":
+                kind = "translation"
             assert {metric for own, metric in figures if own == name} == set(MEASURED[kind])
-    for metric in ("accuracy", "micro_f1", "macro_f1", "entity_f1", "pearson", "recall_at_10"):
+    for metric in (
+        "accuracy",
+        "micro_f1",
+        "macro_f1",
+        "entity_f1",
+        "pearson",
+        "recall_at_10",
+        "chrf",
+    ):
         for (_, found), score in figures.items():
             least = 0.5 if task == "feature-extraction" else 0.7
             assert found != metric or score.value > least, f"{metric} of what was learnt"

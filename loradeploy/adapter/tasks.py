@@ -106,6 +106,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             (LM_HEAD,),
             trained=True,
             runner="TextGenerator",
+            evaluated=True,
         ),
         Task(
             QUESTION_ANSWERING,

@@ -111,8 +111,9 @@ def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: 
     assert "parity passed" in output
     said = answers(output)
     assert said["clinic"] == "a middle tone" != said["base"]
-    rates = dict(re.findall(r"^word error rate of (?:the )?(\w+): (\S+)$", output, re.MULTILINE))
-    assert float(rates["clinic"]) == 0.0 < float(rates["base"])
+    assert "wer of clinic: 0.00, PyTorch 0.00\n" in output
+    base = re.search(r"^wer of base: (\S+), PyTorch (\S+)$", output, re.MULTILINE)
+    assert base is not None and float(base[1]) == float(base[2]) > 0.5
 
 
 # A query's own document has its words in it.

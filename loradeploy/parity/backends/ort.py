@@ -46,7 +46,7 @@ class OnnxModel:
 
     `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
     graph's present outputs are the next past, as they come. `types`: the token types of pairs of
-    texts, by their tokens.
+    texts, by their tokens. `session`: what the graph is open in, where it holds one adapter.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class OnnxModel:
         cache: Callable[[int], DecoderCache] | None = None,
         *,
         types: Types | None = None,
+        session: AdapterSession | None = None,
     ) -> None:
+        self.session = session
         self._types = types
         self._manifest = manifest
         self._run = run
@@ -155,7 +157,14 @@ def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
     _load(session, context.adapters)
     for name in (None, *(tested.name for tested in context.adapters)):
         run = partial(_all_rows, session, name)
-        yield name, OnnxModel(context.manifest, run, session.empty_cache, types=context.cases.types)
+        made = OnnxModel(
+            context.manifest,
+            run,
+            session.empty_cache,
+            types=context.cases.types,
+            session=session,
+        )
+        yield name, made
 
 
 def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
@@ -250,7 +259,13 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
             run = partial(_all_rows, session, None)
             yield (
                 tested.name,
-                OnnxModel(session.manifest, run, session.empty_cache, types=context.cases.types),
+                OnnxModel(
+                    session.manifest,
+                    run,
+                    session.empty_cache,
+                    types=context.cases.types,
+                    session=session,
+                ),
             )
             del session
 

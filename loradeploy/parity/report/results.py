@@ -193,7 +193,7 @@ class Counterexample:
 
 
 # The task metrics of which less is better.
-LOWER_IS_BETTER: Final = ("perplexity", "rmse")
+LOWER_IS_BETTER: Final = ("perplexity", "rmse", "wer")
 
 
 @dataclass(frozen=True)

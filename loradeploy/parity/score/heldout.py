@@ -28,6 +28,7 @@ from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     EVALUATED_TASKS,
     FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
 from loradeploy.bundle.labels import output_count
@@ -46,6 +47,7 @@ from loradeploy.parity.inputs.row_feeds import types_of
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.measures import MEASURED
+from loradeploy.parity.score.written import Written, written
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -78,7 +80,7 @@ class HeldOut:
 
     `kind`: of `measures.MEASURED`. `source`: where the data is from, `available` how many there
     are, `taken` how many of them were drawn. `labels`: the names of the outputs. `embedded`: of an
-    embedder, whose `examples` are texts.
+    embedder, whose `examples` are texts. `written`: of an encoder-decoder, which has no others.
     """
 
     kind: str
@@ -88,6 +90,7 @@ class HeldOut:
     taken: int
     labels: tuple[str, ...] = ()
     embedded: Embedded | None = None
+    written: Written | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -148,6 +151,16 @@ def read_held_out(
             task = _embedder(data, base, None if name is None else places[name])
             drawn, available = _draw(task, data, examples, seed)
             found[name] = _embedded(name, drawn, task, checkpoint, os.fspath(data), available)
+            continue
+        if manifest.task == SEQ2SEQ_LM:
+            config = checkpoint.within(TrainConfig(task=SEQ2SEQ_LM))
+            task = task_of(config, checkpoint.directory)
+            drawn, available = _draw(task, data, examples, seed)
+            features = checkpoint.encode(task, drawn, (), config.max_length).features
+            texts = written(drawn, features, heard=task.hears)
+            found[name] = HeldOut(
+                texts.kind, (), os.fspath(data), available, len(drawn), written=texts
+            )
             continue
         settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
         setting = settings.get(kinds[name], TrainConfig.problem_type)

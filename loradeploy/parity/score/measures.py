@@ -23,6 +23,7 @@ from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
@@ -84,6 +85,12 @@ def mean_of(column: int) -> Callable[[Counts], float]:
     return lambda counts: float(counts[:, column].mean())
 
 
+def error_rate(counts: Counts) -> float:
+    """The errors by the words of [examples, 2]."""
+    errors, words = counts.sum(axis=0)
+    return float(errors / words)
+
+
 MEASURES: Final[Mapping[str, Measure]] = {
     measure.name: measure
     for measure in (
@@ -98,11 +105,16 @@ MEASURES: Final[Mapping[str, Measure]] = {
         Measure("mrr", "accuracy", mean_of(0)),
         Measure("recall_at_1", "accuracy", mean_of(1)),
         Measure("recall_at_10", "accuracy", mean_of(2)),
+        Measure("chrf", "accuracy", mean_of(0)),
+        Measure("wer", "perplexity", error_rate),
     )
 }
 # What an embedder is measured as, by its data.
 RETRIEVAL: Final = "retrieval"
 SIMILARITY: Final = "similarity"
+# What an encoder-decoder is measured as, by its source.
+TRANSLATION: Final = "translation"
+TRANSCRIPTION: Final = "transcription"
 _RECALLS: Final = (1, 10)
 
 # By kind of task: the problem type of a sequence classifier, what an embedder is measured as, else
@@ -115,11 +127,14 @@ MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
     TOKEN_CLASSIFICATION: ("entity_f1",),
     RETRIEVAL: ("mrr", "recall_at_1", "recall_at_10"),
     SIMILARITY: ("pearson", "spearman"),
+    TRANSLATION: ("chrf",),
+    TRANSCRIPTION: ("wer",),
 }
 # The kinds of the tasks that have several.
 KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     SEQUENCE_CLASSIFICATION: (SINGLE_LABEL, MULTI_LABEL, REGRESSION),
     FEATURE_EXTRACTION: (RETRIEVAL, SIMILARITY),
+    SEQ2SEQ_LM: (TRANSLATION, TRANSCRIPTION),
 }
 
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from loradeploy.parity.score.measures import (
     number_pairs,
     resampled_interval,
 )
+from loradeploy.parity.score.written import of_session, of_torch
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
+    from loradeploy.parity.backends.ort import OnnxModel
     from loradeploy.parity.context import CheckContext
     from loradeploy.parity.score.heldout import Example, HeldOut
 
@@ -125,6 +127,10 @@ def score_reference(
     found: dict[str | None, Answers] = {}
     for name, data in held_out.items():
         with adapted(model, None if name is None else adapters[name]):
+            if data.written is not None:
+                texts = of_torch(model, data.written, context.bundle)
+                found[name] = _of_counts(data.written.counts(texts))
+                continue
             found[name] = answers(
                 TorchModel(model, context.manifest, context.cases.types), data, name, context
             )
@@ -162,6 +168,10 @@ def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -
 
 def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
     """What `model` makes of the examples, batch by batch, the longest first."""
+    if data.written is not None:
+        session = cast("OnnxModel", model).session
+        assert session is not None
+        return _of_counts(data.written.counts(of_session(session, data.written, adapter)))
     manifest, cases = context.manifest, context.cases
     causal = manifest.task == CAUSAL_LM
     examples = data.examples
@@ -195,9 +205,14 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
     if data.embedded is not None:
         compared = data.embedded.compared
         found = compared.counts(np.stack([vectors[index] for index in range(len(examples))]))
-        return Answers(np.zeros(len(compared)), np.ones(len(compared), np.int64), found)
+        return _of_counts(found)
     every = np.stack([tallies[index] for index in range(len(examples))]) if tallies else None
     return Answers(sums, counts, every)
+
+
+def _of_counts(counts: NDArray[np.float64]) -> Answers:
+    """Answers that are counted alone, [examples, …]."""
+    return Answers(np.zeros(len(counts)), np.ones(len(counts), np.int64), counts)
 
 
 def _of_entities(

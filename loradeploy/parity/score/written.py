@@ -1,0 +1,153 @@
+"""Held-out data of an encoder-decoder: sources, and how near what is generated is to the targets.
+
+Both sides generate greedily. Texts of texts are scored by chrF (sacrebleu), the mean over examples,
+and transcripts by the word error rate (jiwer), the errors of all by the words of all targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.audio.features import feature_settings
+from loradeploy.bundle.audio.wav import read_wav
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import MissingDependencyError, UsageError
+from loradeploy.parity.score.measures import TRANSCRIPTION, TRANSLATION
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.runtime.session import AdapterSession
+    from loradeploy.train.data import SpokenText, Translation
+
+# The libraries of the metrics.
+_LIBRARIES: Final = {TRANSLATION: "sacrebleu", TRANSCRIPTION: "jiwer"}
+# How much longer than the longest target a text may become, in tokens.
+_ROOM: Final = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is read and what should be written: as many `targets` as `examples`.
+
+    `most`: how many tokens a text may have.
+    """
+
+    kind: str
+    examples: tuple[Translation | SpokenText, ...]
+    most: int
+
+    @property
+    def targets(self) -> list[str]:
+        """What should be written."""
+        return [example.target for example in self.examples]
+
+    def counts(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """How `texts` are counted: [examples, 1], the chrF, or [examples, 2], errors and words."""
+        library: Any = import_module(_LIBRARIES[self.kind])
+        pairs = zip(texts, self.targets, strict=True)
+        if self.kind == TRANSLATION:
+            chrf = library.metrics.CHRF()
+            scores = [chrf.sentence_score(text, [target]).score / 100 for text, target in pairs]
+            return np.array(scores, np.float64)[:, np.newaxis]
+        rows = []
+        for text, target in pairs:
+            found = library.process_words(target, text)
+            errors = found.substitutions + found.deletions + found.insertions
+            rows.append((errors, found.hits + found.substitutions + found.deletions))
+        return np.array(rows, np.float64)
+
+
+def written(
+    drawn: Sequence[Translation | SpokenText], features: Sequence[dict[str, Any]], *, heard: bool
+) -> Written:
+    """The examples that were drawn; `features`: their tokens.
+
+    Raises:
+        MissingDependencyError: the library of the metric is not installed.
+    """
+    kind = TRANSCRIPTION if heard else TRANSLATION
+    try:
+        import_module(_LIBRARIES[kind])
+    except ImportError:
+        raise MissingDependencyError(
+            f"{kind}s are scored by {_LIBRARIES[kind]}, which is not installed: pip install"
+            f" {_LIBRARIES[kind]}"
+        ) from None
+    most = _ROOM + max(len(feature["labels"]) for feature in features)
+    return Written(kind, tuple(drawn), most)
+
+
+def of_session(session: AdapterSession, data: Written, adapter: str | None) -> list[str]:
+    """What a bundle writes with an adapter."""
+    from loradeploy.runtime.tasks.generation import TextGenerator
+    from loradeploy.runtime.tasks.speech import SpeechRecognizer
+
+    examples: Any = data.examples
+    if session.manifest.mode == "merged":
+        adapter = None
+    if data.kind == TRANSLATION:
+        sources = [example.source for example in examples]
+        made = TextGenerator(session).generate(
+            sources, adapter, max_new_tokens=data.most, batch_size=8
+        )
+        return [one.text for one in made]
+    recognizer = SpeechRecognizer(session)
+    texts: list[str] = []
+    for example in examples:
+        (heard,) = recognizer.transcribe(
+            example.audio,
+            adapter,
+            language=example.language,
+            task=example.task,
+            max_new_tokens=_within(data.most, session.path),
+        )
+        texts.append(heard.text)
+    return texts
+
+
+def of_torch(model: Any, data: Written, bundle: Path) -> list[str]:
+    """What transformers writes with the PyTorch model, whose adapter is in it."""
+    import torch
+
+    tokenizer = Tokenizer(bundle)
+    settings = {"max_new_tokens": data.most, "do_sample": False, "num_beams": 1}
+    examples: Any = data.examples
+    texts = []
+    with torch.inference_mode():
+        for example in examples:
+            if data.kind == TRANSLATION:
+                ids = torch.tensor([tokenizer.encode(example.source)])
+                mask = torch.ones_like(ids)
+                found = model.generate(input_ids=ids, attention_mask=mask, **settings)
+                texts.append(tokenizer.decode(found[0].tolist()))
+                continue
+            features = feature_settings(bundle)
+            if features is None:
+                raise UsageError(f"{bundle} does not say how sound becomes features")
+            sound = features.of(read_wav(example.audio, features.rate).samples)
+            given = {"language": example.language, "task": example.task}
+            found = model.generate(
+                input_features=torch.from_numpy(sound)[None],
+                **{name: value for name, value in given.items() if value is not None},
+                **{**settings, "max_new_tokens": _within(data.most, bundle)},
+            )
+            speech = tokenizer.settings.speech
+            first = None if speech is None else speech.no_timestamps
+            heard = [t for t in found[0].tolist() if first is None or t <= first]
+            texts.append(tokenizer.decode(heard))
+    return texts
+
+
+def _within(most: int, bundle: Path) -> int:
+    """`most` tokens, or as many as a transcript has positions for behind its first ones."""
+    from loradeploy.bundle.model_config import model_config
+
+    positions = model_config(bundle).get("max_target_positions")
+    return min(most, positions - _ROOM) if isinstance(positions, int) else most
