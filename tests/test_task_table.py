@@ -54,7 +54,12 @@ ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
         "pairs": (pairs, {"task": "feature-extraction"}),
         "scored": (scored, {"task": "feature-extraction", "embedding_loss": "cosine"}),
     },
-    "seq2seq-lm": {"words": (translations, {"task": "seq2seq-lm"})},
+    "seq2seq-lm": {
+        "words": (
+            translations,
+            {"task": "seq2seq-lm", "max_steps": 120, "learning_rate": 1e-2},
+        )
+    },
     "image-classification": {
         "colors": (color_folders, {"task": "image-classification", "learning_rate": 2e-3}),
     },
