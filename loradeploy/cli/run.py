@@ -174,7 +174,9 @@ def command(
     run, kind = _runner(session)
     if run is not _classify and any(isinstance(prompt, tuple) for prompt in prompts):
         raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {kind}")
-    if run is not transcribe and any(request.audio for request in requests):
+    if run is transcribe:
+        prompts = [request.audio or request.prompt for request in requests]
+    elif any(request.audio and not request.prompt for request in requests):
         raise UsageError(f"audio: for speech recognizers alone, {bundle} is for {kind}")
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
 
 # The first of these that an object has is the prompt.
-_FIELDS: Final = ("prompt", "messages", "text", "audio")
+_FIELDS: Final = ("prompt", "messages", "text")
 # What an object may set of its own generation; a function is nothing that JSON has.
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
@@ -35,13 +35,13 @@ class InputPrompt:
 
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
     those of its generation that it has itself, by the names of `GenerationOptions`, and `seed`.
-    `audio`: whether it is called the path of a sound.
+    `audio`: the path of a sound, which a speech recognizer takes in place of the prompt.
     """
 
     prompt: str | tuple[str, str] | list[Any]
     adapter: AdapterSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    audio: bool = False
+    audio: str | None = None
 
 
 def read_requests(
@@ -96,7 +96,10 @@ def request_of(
     Raises:
         DataError: it has no prompt, or something of another type.
     """
+    audio = values.get("audio")
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
+    if isinstance(audio, str) and audio and name is None:
+        name, values = "prompt", {**values, "prompt": ""}
     kind = list if name == "messages" else str
     if name is None or not isinstance(values[name], kind):
         raise DataError(
@@ -106,7 +109,8 @@ def request_of(
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
     if (pair := values.get("text_pair")) is None:
-        return InputPrompt(values[name], named, _settings(values), name == "audio")
+        heard = audio if isinstance(audio, str) and audio else None
+        return InputPrompt(values[name], named, _settings(values), heard)
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
     return InputPrompt((values[name], pair), named, _settings(values))

@@ -193,7 +193,11 @@ def test_the_command_prints_transcripts(
     assert printed.splitlines()[0] == (
         f"[{first.start:.2f} - {first.end:.2f}] {first.text.strip()}"
     )
-    lines = [json.dumps({"audio": f"{n}.wav", "adapter": row}) for n, row in enumerate(ROWS)]
+    # A text beside a sound, such as the right one, is not read.
+    lines = [
+        json.dumps({"audio": f"{n}.wav", "text": "Good morning", "adapter": row})
+        for n, row in enumerate(ROWS)
+    ]
     (tmp_path / "sounds.jsonl").write_text("\n".join(lines) + "\n")
     answers = call("run", bundle, "--input", tmp_path / "sounds.jsonl", *flags, "--json")
     for line, answer in zip(answers.splitlines(), expected, strict=True):
