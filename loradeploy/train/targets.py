@@ -33,7 +33,9 @@ def translation_features(
 ) -> Encoded:
     """Token ids of each source (`input_ids`) and target (`labels`), at most `max_length` each.
 
-    Both have the special tokens that the tokenizer puts around sources and targets.
+    Both have the special tokens that the tokenizer puts around sources and targets. A target ends
+    with the end of a text (mBART's with the language behind it), which is added where the tokenizer
+    does not: the model must learn to stop.
 
     Raises:
         DataError: a source or a target without a single token.
@@ -51,7 +53,10 @@ def translation_features(
     ):
         if not source or not target:
             raise DataError(f"{example.where}: a text has no tokens")
-        features.append({"input_ids": list(source), "labels": list(target)})
+        labels = list(target)
+        if tokenizer.eos_token_id not in (None, *labels[-2:]):
+            labels = [*labels[: max_length - 1], tokenizer.eos_token_id]
+        features.append({"input_ids": list(source), "labels": labels})
     return Encoded(features, len(truncated))
 
 
