@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from loradeploy.adapter.fit import Layer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _DIMENSIONS = 3
 

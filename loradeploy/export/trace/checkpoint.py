@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
 
+# Architectures by model type, and why torch.export or torch.onnx (2.13) refuses them.
+UNTRACEABLE: Final = {
+    "llama4_text": "its rotary embedding computes with complex numbers, which torch.onnx does not"
+    " translate",
+    "xglm": "it extends its table of positions by the length of the text, which a trace cannot"
+    " follow",
+}
+
+
 def load_model(
     directory: Path,
     task: str,
@@ -58,6 +67,7 @@ def load_model(
     try:
         with quiet():
             config = from_pretrained(transformers.AutoConfig, directory, **changes)
+            _check_traceable(config.get_text_config().model_type, directory)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
             if task == SEQUENCE_CLASSIFICATION:
                 text = config.get_text_config()
@@ -80,6 +90,15 @@ def load_model(
         raise ModelError(_unloadable(directory, task, problem)) from None
     model = loaded.model.eval()
     return model, _zero_head(model, set(loaded.lacking), directory, task, brought)
+
+
+def _check_traceable(model_type: str, directory: Path) -> None:
+    """Raise ModelError for an architecture that is known not to be traced, before it is loaded."""
+    if (reason := UNTRACEABLE.get(model_type)) is not None:
+        raise ModelError(
+            f"{directory} ({model_type}) cannot be exported from a checkpoint: {reason}: merge its"
+            " adapters with PEFT, and run it in PyTorch"
+        )
 
 
 def _unloadable(directory: Path, task: str, problem: Exception) -> str:

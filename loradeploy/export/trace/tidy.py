@@ -17,6 +17,7 @@ from loradeploy.bundle.names import (
     past_name,
 )
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
+from loradeploy.export.trace.bfloat import compute_bfloat16_in_float32
 from loradeploy.export.trace.rotary import fuse_rotary
 from loradeploy.export.trace.sizes import fold_sizes
 
@@ -41,6 +42,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     the module paths is dropped: stack traces hold the paths of the machine that exported.
     """
     _optimize(model)
+    compute_bfloat16_in_float32(model.graph)
     _drop_metadata(model, prefix)
     name_dimensions(model)
     fold_sizes(model.graph)

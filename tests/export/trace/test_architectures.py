@@ -13,6 +13,7 @@ import pytest
 from loradeploy.adapter import load_adapter
 from loradeploy.adapter.tasks import TASK_TABLE
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import ModelError
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
@@ -76,6 +77,17 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "causal-lm",
         "BloomConfig",
         {"hidden_size": 32, "n_layer": 2, "n_head": 4, **_TOKENS},
+    ),
+    "falcon: biased by distance, in bfloat16": (
+        "causal-lm",
+        "FalconConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "alibi": True,
+            **_TOKENS,
+        },
     ),
     "mixtral: a mixture of experts": (
         "causal-lm",
@@ -246,3 +258,20 @@ def test_every_path_is_the_pytorch_model(
     )
     real = mask.astype(bool) if padded.ndim == 3 else slice(None)
     assert difference(padded[real], expected[real]) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("config_class", "reason"),
+    [("XGLMConfig", "positions by the length"), ("Llama4TextConfig", "complex numbers")],
+)
+def test_what_no_exporter_traces_is_refused_before_its_weights_are_read(
+    config_class: str, reason: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    config = getattr(transformers, config_class)()
+    config.architectures = [config_class.removesuffix("Config") + "ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelError, match=f"cannot be exported from a checkpoint: .*{reason}"):
+        export(tmp_path, tmp_path / "bundle", task="causal-lm")
