@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TARGETS: Final = "target_parameters"
 # In the order of registration in transformers' modules of experts.
 _ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
+# The ending of the modules in transformers that own parameters of experts.
+_MODULE: Final = ".experts"
 _WRAPPER: Final = ".base_layer"
 
 
@@ -65,6 +67,10 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
     found: dict[str, str] = {}
     for module, there in depths.items() if owners else ():
         owned = set().union(*(owners.get(end, ()) for end in _endings(module)))
+        if module.endswith(
+            _MODULE
+        ):  # the parameter alone, as PEFT converts linear layers of experts
+            owned |= owners.get("", set())
         if not owned:
             continue
         if len(owned) > 1 and not owned.issubset(_ORDER):

@@ -67,4 +67,7 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
         "%d modules are skipped because their factors are zero (first: %s)", len(idle), idle[0]
     )
     factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
-    return dataclasses.replace(adapter, factors=factors)
+    config, excluded = adapter.config, adapter.config.exclude_modules
+    if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
+        config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *idle))
+    return dataclasses.replace(adapter, factors=factors, config=config)

@@ -88,6 +88,11 @@ def choose_task(
         return meant
     if own is not None:
         return own
+    if sees(config):
+        raise UsageError(
+            f"{_architecture(config)} is a model of images and text: `task={CAUSAL_LM!r}` exports"
+            " its decoder, which reads text alone"
+        )
     raise UsageError(
         f"the task is not known from the architecture {shown(_architecture(config))} in"
         f" config.json: give {_advised(None)}"
@@ -124,8 +129,19 @@ def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Ad
     return own in CLASSIFICATIONS or all(_BARE.match(m) for a in adapters for m in a.factors)
 
 
+def sees(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of images and text: a vision tower in front of a decoder."""
+    vision = isinstance(config.get("vision_config"), Mapping)
+    return vision and _architecture(config).endswith("ForConditionalGeneration")
+
+
 def auto_class(task: str, config: Mapping[str, Any]) -> str:
-    """transformers' auto class; one for speech differs from that for text."""
+    """transformers' auto class; those for speech, and for images with text, are others.
+
+    Of a model of images and text the decoder is exported, which reads text.
+    """
+    if task == CAUSAL_LM and sees(config):
+        return "AutoModelForImageTextToText"
     if task == SEQ2SEQ_LM and config.get("model_type") in _SPEECH:
         return "AutoModelForSpeechSeq2Seq"
     return TASK_TABLE[task].auto_class

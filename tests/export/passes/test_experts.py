@@ -53,6 +53,8 @@ BOTH: Final = ["experts.gate_up_proj", "experts.down_proj"]
 ADAPTERS: Final[dict[str, dict[str, Any]]] = {
     "both": {"r": 3, "target_modules": ["q_proj"], "target_parameters": BOTH},
     "down": {"r": 2, "target_modules": [], "target_parameters": BOTH[1:], "lora_alpha": 5},
+    # Separate linear layers in transformers 4, which PEFT converts.
+    "older": {"r": 2, "target_modules": ["w1", "w2", "w3"]},
     "patterns": {
         "target_modules": [],
         "target_parameters": BOTH,
