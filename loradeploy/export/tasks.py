@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Encoder-decoders by name that hear, and endings of theirs that are no language models.
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
+_TWO_TOWERS: Final = ("align", "altclip", "blip", "chinese_clip", "clip", "siglip", "siglip2")
 _HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
 # A module of a model without a head, whose layers lie at its top.
@@ -62,6 +63,7 @@ def choose_task(
                 f" {SEQ2SEQ_LM} alone"
             )
         return SEQ2SEQ_LM
+    _check_texts(config, asked)
     if asked is not None:
         return check_task(asked)
     own = own_task(config)
@@ -97,6 +99,22 @@ def choose_task(
         f"the task is not known from the architecture {shown(_architecture(config))} in"
         f" config.json: give {_advised(None)}"
     )
+
+
+def _check_texts(config: Mapping[str, Any], asked: str | None) -> None:
+    """Raise ExportError where vectors would be of images, or of a model with two towers."""
+    if FEATURE_EXTRACTION not in (asked, own_task(config) if asked is None else None):
+        return
+    if str(config.get("model_type")) in _TWO_TOWERS:
+        raise ExportError(
+            f"{_architecture(config)} has a tower for texts and one for images: such models are not"
+            " supported as embedders"
+        )
+    if "vocab_size" not in config and "image_size" in config and "text_config" not in config:
+        raise ExportError(
+            f"{_architecture(config)} gives vectors of images, which is not supported: of models of"
+            f" images only {IMAGE_CLASSIFICATION} is"
+        )
 
 
 def _advised(task: str | None) -> str:

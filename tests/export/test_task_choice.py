@@ -128,3 +128,29 @@ def test_an_error_that_says_nothing_is_told_with_where_it_was_raised(
     said = f"BertModel cannot be traced .*{kind}.* in refuses_the_model of .*: give an ONNX file"
     with pytest.raises(ExportError, match=said):
         trace(model, "feature-extraction")
+
+
+@pytest.mark.parametrize("asked", [None, "feature-extraction"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "clip", "architectures": ["CLIPModel"]},
+            "CLIPModel has a tower for texts and one for images",
+        ),
+        (
+            {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 16},
+            "ViTModel gives vectors of images, which is not supported",
+        ),
+    ],
+)
+def test_vectors_of_images_are_refused_by_name(
+    config: dict[str, Any], message: str, asked: str | None
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        choose_task(config, asked)
+
+
+def test_a_model_of_images_is_exported_as_a_classifier() -> None:
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16}
+    assert choose_task(config, None) == "image-classification"
