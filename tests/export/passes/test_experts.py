@@ -45,6 +45,13 @@ MIXTURES: Final = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 24,
     },
+    "Qwen3MoeConfig": {
+        **_SMALL,
+        **_FEW,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+    },
     "OlmoeConfig": {**_SMALL, **_FEW, "num_experts": 4},
     # Its parameters are [experts, in, out], with biases.
     "GptOssConfig": {**_SMALL, **_FEW, "num_local_experts": 4, "head_dim": 8},
