@@ -18,6 +18,7 @@ from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ADAPTER_MODE,
     CERTIFICATE_NAME,
+    KEPT,
     LAYOUTS,
     LEFT,
     LOGITS_TO_KEEP,
@@ -221,7 +222,7 @@ class Manifest:
         """The inputs with a default that no adapter has a part in."""
         if not self.logits_to_keep:
             return ()
-        return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", "kept")),)
+        return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", KEPT)),)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""

@@ -19,6 +19,7 @@ ADAPTER_MODE: Final = (
 LOGITS_TO_KEEP: Final = (
     "logits_to_keep"  # int64 [batch, kept] or [1, kept]: positions that get logits; [1, 0] is all
 )
+KEPT: Final = "kept"  # the dimension of logits that it chooses
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import INPUT_IDS, LOGITS_TO_KEEP
+from loradeploy.bundle.names import INPUT_IDS, KEPT, LOGITS_TO_KEEP
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, add_constant, remove_unused
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-_KEPT: Final = step_name(LOGITS_TO_KEEP, "kept")
-# The dimension of the logits that it chooses.
-_DIMENSION: Final = "kept"
+_NODE: Final = step_name(LOGITS_TO_KEEP, "kept")
 # A listed position moves the slice's beginning so far; no product of it overflows an int64.
 _BEHIND_ALL: Final = 1 << 40
 # The opset from which on Shape gives a part of a shape.
@@ -66,9 +64,7 @@ def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     logits = next(value for value in graph.outputs if value.name == name)
     assert before is not None
     uses = [(node, index) for node, index in hidden.uses() if _leads_to(node, logits)]
-    kept = add_constant(
-        graph, LOGITS_TO_KEEP, np.zeros((1, 0), np.int64), shape=["rows", _DIMENSION]
-    )
+    kept = add_constant(graph, LOGITS_TO_KEEP, np.zeros((1, 0), np.int64), shape=["rows", KEPT])
     graph.inputs.append(kept)
 
     def constant(name: str, number: int) -> ir.Value:
@@ -109,7 +105,7 @@ def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     """
     import onnx_ir as ir
 
-    node = next((node for node in graph if node.name == _KEPT), None)
+    node = next((node for node in graph if node.name == _NODE), None)
     chosen = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
     hidden = None if chosen is None else chosen.inputs[0]
     if node is None or hidden is None or LOGITS_TO_KEEP not in graph.initializers:
@@ -209,4 +205,4 @@ def _ids(graph: ir.Graph) -> ir.Value | None:
 def _with_dimension(shape: ir.Shape | None) -> ir.Shape | None:
     import onnx_ir as ir
 
-    return None if shape is None else ir.Shape([shape[0], _DIMENSION, *list(shape)[2:]])
+    return None if shape is None else ir.Shape([shape[0], KEPT, *list(shape)[2:]])

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.manifest import Manifest, TensorSpec
-from loradeploy.bundle.names import PAST, PRESENT
+from loradeploy.bundle.names import INPUT_IDS, KEPT, PAST, PRESENT
 from loradeploy.errors import UsageError, listed, listed_names
 from loradeploy.parity.backends.ort import OnnxModel
 from loradeploy.parity.backends.table import Backend
@@ -199,9 +199,10 @@ def _run(
 
 
 def _sizes(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[int | str, int]:
-    """What the symbols of the bundle's shapes stand for in `feeds`."""
+    """What the symbols of the bundle's shapes stand for in `feeds`, which get all their logits."""
     fed = [(spec, feeds[spec.name]) for spec in inputs if spec.name in feeds]
-    return {
+    every: dict[int | str, int] = {KEPT: feeds[INPUT_IDS].shape[1]} if INPUT_IDS in feeds else {}
+    return every | {
         symbol: size
         for spec, values in fed
         for symbol, size in zip(spec.shape, values.shape, strict=True)
