@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
+from starlette.requests import Request
+from starlette.testclient import TestClient
 
 from loradeploy.errors import UsageError
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.serve.opening import ServiceSpec
-from loradeploy.serve.replicas import REPLICA_HEADER, Scale, model_of, replicas_of, run
+from loradeploy.serve.problems import RequestError
+from loradeploy.serve.replicas import REPLICA_HEADER, Router, Scale, model_of, replicas_of, run
 from loradeploy.serve.settings import ServeLimits
 
 PROMPT = "Shares rose"
@@ -124,7 +128,7 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Text
 
                 threads.append(threading.Thread(target=ask))
                 threads[-1].start()
-            time.sleep(0.3)
+            time.sleep(0.05)
             kill(replica)
             events += [line for line in lines if line]
         for thread in threads:
@@ -135,12 +139,12 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Text
         text = "".join(value["choices"][0]["text"] for value in values[:-1])
         assert expected["sport"][1].startswith(text)
         assert len(text) < len(expected["sport"][1])
-        for answer in whole.values():  # another replica gave it
+        for answer in whole.values():  # another replica gave it, unless it was very fast
             assert answer.status_code == 200
             assert answer.json()["choices"][0]["text"] == expected["sport"][1]
-            assert answer.headers[REPLICA_HEADER] != replica
         again = http.post("/v1/completions", json=body("sport"))
         assert again.json()["choices"][0]["text"] == expected["sport"][0]
+        assert again.headers[REPLICA_HEADER] != replica
 
 
 def kill(replica: str) -> None:
@@ -148,6 +152,62 @@ def kill(replica: str) -> None:
     actors = ray.util.list_named_actors(all_namespaces=True)
     (found,) = [actor for actor in actors if replica in actor["name"]]
     ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+
+
+class Dying:
+    """Replicas of which some die: before they answer, or in the middle of it."""
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self._answers = iter(answers)
+        self.asked: list[str] = []
+        self.answer = self
+
+    def options(self, *, stream: bool, multiplexed_model_id: str) -> Dying:
+        self.asked.append(multiplexed_model_id)
+        return self
+
+    async def remote(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Any]:
+        for part in next(self._answers):
+            if part is DEATH:
+                raise RayError("the actor died")
+            yield part
+
+
+DEATH = object()
+JSON: Any = (200, [(b"content-type", b"application/json")])
+EVENTS: Any = (200, [(b"content-type", b"text/event-stream")])
+LOST = "replica_failed"
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "text", "asked"),
+    [
+        ([[DEATH], [JSON, b"{}"]], 200, "{}", 2),  # another one answers
+        ([[DEATH]] * 3, 503, LOST, 3),
+        ([[EVENTS, b"data: 1\n\n", DEATH], []], 200, LOST, 1),  # what has begun is not begun again
+        ([[EVENTS, b"data: [DONE]\n\n"]], 200, "data: [DONE]\n\n", 1),
+        ([[JSON, b"half", DEATH], []], None, "", 1),  # the connection breaks
+    ],
+)
+def test_a_request_is_given_to_another_replica_until_its_answer_has_begun(
+    answers: list[Any], status: int | None, text: str, asked: int
+) -> None:
+    replicas = Dying(*answers)
+    router = Router(replicas, ServiceSpec("some/bundle"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (await router(Request(scope, receive)))(scope, receive, send)
+
+    client = TestClient(app)
+    if status is None:
+        with pytest.raises(RequestError):
+            client.post("/v1/completions", json=body("sport"))
+    else:
+        answer = client.post("/v1/completions", json=body("sport"))
+        assert answer.status_code == status
+        assert text in answer.text
+        assert ("[DONE]" in answer.text) == ("[DONE]" in text)
+    assert replicas.asked == ["sport"] * asked
 
 
 def test_ray_scales_replicas_by_the_rows_that_they_have() -> None:
