@@ -29,9 +29,10 @@ def wav(
     channels: int = 1,
     rate: int = RATE,
     extensible: bool = False,
+    frame: int | None = None,
 ) -> Path:
-    """Write a WAV file of these bytes; `code`: 1 is PCM, 3 floats."""
-    size = bits // 8 * channels
+    """Write a WAV file of these bytes; `code`: 1 is PCM, 3 floats. `frame`: nBlockAlign."""
+    size = bits // 8 * channels if frame is None else frame
     form = struct.pack(
         "<HHIIHH", 0xFFFE if extensible else code, channels, rate, rate * size, size, bits
     )

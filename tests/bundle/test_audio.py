@@ -95,6 +95,21 @@ def test_the_standard_librarys_files_and_other_chunks_are_read(tmp_path: Path) -
     assert len(read_wav(tmp_path / "b.wav", RATE).samples) == 100
 
 
+def test_reading_a_file_takes_little_more_than_its_samples(tmp_path: Path) -> None:
+    import tracemalloc
+
+    count = 1 << 21
+    file = wav(tmp_path / "a.wav", bytes(count), bits=8)
+    tracemalloc.start()
+    try:
+        samples = read_wav(file, RATE).samples
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert samples.shape == (count,) and (samples == -1).all()
+    assert most < 1.5 * samples.nbytes
+
+
 BAD = {
     "a text": (lambda d: b"Hello, this is a text file.\n" * 9, "no WAV file: convert it"),
     "an MP3 file": (lambda d: b"ID3\x04" + bytes(99), "is MP3, no WAV file"),
@@ -109,6 +124,18 @@ BAD = {
     "a part of a sample": (lambda d: wav(d, bytes(63)), "no whole number of samples"),
     "an early end": (lambda d: wav(d, bytes(640)).read_bytes()[:-9], "640 bytes of samples are"),
     "no data": (lambda d: wav(d, bytes(64)).read_bytes()[:36], "its data chunk is missing"),
+    "24 bits in 4 bytes": (
+        lambda d: wav(d, bytes(64), bits=24, frame=4),
+        "4 bytes for a sample of 1 channels of 24 bits .nBlockAlign., expected 3",
+    ),
+    "floats of 16 bits' scale": (
+        lambda d: wav(d, np.array([0, 16384], "<f4").tobytes(), code=3, bits=32),
+        "as large as 16384, expected floats from -1 to 1: divide",
+    ),
+    "too large for float32": (
+        lambda d: wav(d, np.array([0, 1e40], "<f8").tobytes(), code=3, bits=64),
+        "not finite",
+    ),
     "NaN": (
         lambda d: wav(d, np.array([0, np.nan], "<f4").tobytes(), code=3, bits=32),
         "not finite",
@@ -133,6 +160,9 @@ def test_a_file_that_is_missing_or_too_large_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_wav(tmp_path / "none.wav", RATE)
+    monkeypatch.setattr("loradeploy.bundle.audio.wav.MAX_WAV_SAMPLES", 319)
+    with pytest.raises(DataError, match="320 samples, 319 are the most"):
+        read_wav(wav(tmp_path / "a.wav", bytes(640)), RATE)
     monkeypatch.setattr("loradeploy.bundle.audio.wav.MAX_WAV_BYTES", 100)
     with pytest.raises(DataError, match="100"):
         read_wav(wav(tmp_path / "a.wav", bytes(640)), RATE)
@@ -145,6 +175,8 @@ def test_a_file_that_is_missing_or_too_large_is_refused(
         (np.zeros((2, 9)), r"\[2, 9\]: give the samples of one channel"),
         (np.zeros(9, np.int16), "int16"),
         (np.array([0.1, np.inf]), "not finite"),
+        (np.array([0.1, 1e40]), "not finite"),
+        (np.array([0.1, -16384], np.float32), "as large as 16384.*divide those of 16 bits by"),
     ],
 )
 def test_samples_that_are_none_are_refused(samples: Any, message: str) -> None:

@@ -107,3 +107,34 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     for wrong in (NOISE.astype(np.float32), NOISE[0], 7):
         with pytest.raises(UsageError, match="image 1 is "):
             settings.values(wrong, "image 1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "message"),
+    [
+        (NOISE[:, :, 0].astype(np.uint16) * 257, "I;16", r"asarray\(image\) >> 8"),
+        (NOISE[:, :, 0].astype(np.int32) * 65537, "I", "scale its values to 0 to 255"),
+        ((NOISE[:, :, 0] / 255).astype(np.float32), "F", "scale its values to 0 to 255"),
+    ],
+)
+def test_values_that_do_not_fit_in_8_bits_are_refused_with_a_conversion(
+    values: Any, mode: str, message: str, tmp_path: Path
+) -> None:
+    settings = pixel_settings(settings_file(tmp_path))
+    assert settings is not None
+    image, file = Image.fromarray(values), tmp_path / "image.tiff"
+    assert image.mode == mode
+    image.save(file)
+    with pytest.raises(DataError, match=f"image.tiff has the mode {mode}, .*{message}"):
+        settings.values(file)
+    with pytest.raises(UsageError, match=f"image 1 has the mode {mode}, .*{message}"):
+        settings.values(image, "image 1")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_images_of_other_modes_of_8_bits_are_read(mode: str, tmp_path: Path) -> None:
+    settings = pixel_settings(settings_file(tmp_path))
+    assert settings is not None
+    image = Image.fromarray(NOISE).convert(mode)
+    expected = settings.values(np.asarray(image.convert("RGB")))
+    assert (settings.values(image) == expected).all()

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import numpy as np
 
 from loradeploy.errors import DataError, shown
-from loradeploy.files import read_bytes
+from loradeploy.files import open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# 4.6 hours of 16 kHz in 16 bits.
 MAX_WAV_BYTES: Final = 512 << 20
+# Of each channel: 4.6 hours of 16 kHz.
+MAX_WAV_SAMPLES: Final = 256 << 20
+# Floats are from -1 to 1; a loud mix goes a little beyond. More are integers' values as floats.
+_LARGEST: Final = 8.0
+_FRAMES_AT_ONCE: Final = 1 << 16
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _NAMES: Final = {6: "A-law", 7: "mu-law", 17: "IMA ADPCM", 80: "MPEG", 85: "MP3"}
 _MOST_CHANNELS: Final = 64
+_LONGEST_FORMAT: Final = 40  # bytes, of WAVE_FORMAT_EXTENSIBLE
 # What other files begin with, by what they are called.
 _OTHERS: Final = {
     b"fLaC": "FLAC",
@@ -49,9 +55,12 @@ class Sound:
 
 @dataclass(frozen=True)
 class _Format:
+    """`frame`: the bytes of one sample of every channel."""
+
     code: int
     channels: int
     rate: int
+    frame: int
     bits: int
 
 
@@ -60,94 +69,127 @@ def read_wav(path: str | os.PathLike[str], rate: int) -> Sound:
 
     Raises:
         DataError: no such file, no WAV file, one of another rate, encoding or of no samples, one
-            that ends early, or one of samples that are not finite.
+            that ends early, one of samples that are not finite or are not from -1 to 1, or one that
+            is too long.
     """
-    file = Path(path)
-    content = read_bytes(file, error=DataError, limit=MAX_WAV_BYTES)
-    form, data = _chunks(file, content, rate)
-    if form.rate != rate:
-        raise DataError(
-            f"{file} has {form.rate} samples a second, the model takes {rate}:"
-            f" {_CONVERT.format(rate=rate)}"
-        )
-    samples = _decoded(file, form, data, rate)
-    if not len(samples):
-        raise DataError(f"{file} has no samples")
-    if not np.isfinite(samples).all():
-        raise DataError(f"{file} has samples that are not finite (NaN or infinite)")
-    mixed = samples.mean(axis=1) if form.channels > 1 else samples[:, 0]
-    return Sound(mixed.astype(np.float32), form.rate)
+    path = Path(path)
+    with open_file(path, error=DataError, limit=MAX_WAV_BYTES) as file:
+        try:
+            form, size = _header(path, file, rate)
+            _check_format(path, form, rate)
+            samples = _samples(path, file, form, size)
+        except OSError as problem:
+            raise DataError(f"{path} cannot be read: {problem.strerror}") from None
+    _check_values(samples, str(path))
+    return Sound(samples, rate)
 
 
-def _chunks(file: Path, content: bytes, rate: int) -> tuple[_Format, memoryview]:
-    """What the file says of its samples, and their bytes."""
-    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        known = next((name for start, name in _OTHERS.items() if content.startswith(start)), None)
+def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
+    """What the file says of its samples, and how many bytes they are, which are next in it."""
+    start = file.read(12)
+    if start[:4] != b"RIFF" or start[8:12] != b"WAVE":
+        known = next((name for begin, name in _OTHERS.items() if start.startswith(begin)), None)
         what = f"{known}, " if known else ""
-        raise DataError(f"{file} is {what}no WAV file: {_CONVERT.format(rate=rate)}")
-    form, at, view = None, 12, memoryview(content)
-    while at + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, at)
-        body = view[at + 8 : at + 8 + size]
+        raise DataError(f"{path} is {what}no WAV file: {_CONVERT.format(rate=rate)}")
+    form, at, end = None, 12, os.fstat(file.fileno()).st_size
+    while at + 8 <= end:
+        file.seek(at)
+        if len(head := file.read(8)) < 8:  # the file became shorter
+            break
+        name, size = struct.unpack("<4sI", head)
         if name == b"fmt ":
-            form = _format(file, body)
+            form = _format(path, file.read(min(size, _LONGEST_FORMAT)))
         elif name == b"data":
             if form is None:
                 break
-            if len(body) < size:
+            if (there := end - at - 8) < size:
                 raise DataError(
-                    f"{file} ends early: {size:,} bytes of samples are announced, {len(body):,} are"
+                    f"{path} ends early: {size:,} bytes of samples are announced, {there:,} are"
                     " there"
                 )
-            return form, body
+            return form, size
         at += 8 + size + size % 2
     raise DataError(
-        f"{file} is a broken WAV file: its {'data' if form else 'fmt'} chunk is missing"
+        f"{path} is a broken WAV file: its {'data' if form else 'fmt'} chunk is missing"
     )
 
 
-def _format(file: Path, body: memoryview) -> _Format:
+def _format(path: Path, body: bytes) -> _Format:
     if len(body) < 16:
-        raise DataError(f"{file} is a broken WAV file: its fmt chunk has {len(body)} bytes")
-    code, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", body)
+        raise DataError(f"{path} is a broken WAV file: its fmt chunk has {len(body)} bytes")
+    code, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", body)
     if code == _EXTENSIBLE and len(body) >= 26:
         (code,) = struct.unpack_from("<H", body, 24)
     if not 1 <= channels <= _MOST_CHANNELS:
-        raise DataError(f"{file} has {channels} channels: give 1 to {_MOST_CHANNELS}")
-    return _Format(code, channels, rate, bits)
+        raise DataError(f"{path} has {channels} channels: give 1 to {_MOST_CHANNELS}")
+    return _Format(code, channels, rate, frame, bits)
 
 
-def _decoded(file: Path, form: _Format, data: memoryview, rate: int) -> NDArray[np.float64]:
-    """The samples [samples, channels] from -1 to 1."""
-    known = {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32), (_FLOAT, 64)}
-    if (form.code, form.bits) not in known:
+def _check_format(path: Path, form: _Format, rate: int) -> None:
+    convert = _CONVERT.format(rate=rate)
+    if form.rate != rate:
+        raise DataError(
+            f"{path} has {form.rate} samples a second, the model takes {rate}: {convert}"
+        )
+    if (form.code, form.bits) not in _DECODERS:
         name = {_PCM: "PCM", _FLOAT: "floats"}.get(form.code, _NAMES.get(form.code))
         raise DataError(
-            f"{file} holds {name or f'the encoding {form.code}'} of {form.bits} bits, expected PCM"
-            f" of 8, 16, 24 or 32 bits or floats: {_CONVERT.format(rate=rate)}"
+            f"{path} holds {name or f'the encoding {form.code}'} of {form.bits} bits, expected PCM"
+            f" of 8, 16, 24 or 32 bits or floats: {convert}"
         )
-    size = form.bits // 8 * form.channels
-    if len(data) % size:
-        raise DataError(f"{file}: {len(data):,} bytes are no whole number of samples of {size}")
-    if form.code == _FLOAT:
-        values = np.frombuffer(data, f"<f{form.bits // 8}").astype(np.float64)
-    elif form.bits == 8:  # alone without a sign
-        values = (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
-    elif form.bits == 24:
-        triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        padded = np.zeros((len(triples), 4), np.uint8)
-        padded[:, 1:] = triples
-        values = padded.reshape(-1).view("<i4").astype(np.float64) / 2**31
-    else:
-        values = np.frombuffer(data, f"<i{form.bits // 8}") / 2.0 ** (form.bits - 1)
-    return values.reshape(-1, form.channels)
+    expected = form.channels * form.bits // 8
+    if form.frame != expected:
+        raise DataError(
+            f"{path} stores {form.frame} bytes for a sample of {form.channels} channels of"
+            f" {form.bits} bits (nBlockAlign), expected {expected}: {convert}"
+        )
+
+
+def _samples(path: Path, file: BinaryIO, form: _Format, size: int) -> NDArray[np.float32]:
+    """The samples, channels averaged, of the next `size` bytes."""
+    if size % form.frame:
+        raise DataError(f"{path}: {size:,} bytes are no whole number of samples of {form.frame}")
+    count = size // form.frame
+    if count > MAX_WAV_SAMPLES:
+        raise DataError(
+            f"{path} has {count:,} samples, {MAX_WAV_SAMPLES:,} are the most: cut it into parts"
+        )
+    samples = np.empty(count, np.float32)
+    decode = _DECODERS[form.code, form.bits]
+    for start in range(0, count, _FRAMES_AT_ONCE):
+        some = samples[start : start + _FRAMES_AT_ONCE]
+        data = file.read(len(some) * form.frame)
+        if len(data) < len(some) * form.frame:
+            raise DataError(f"{path} became shorter while it was read")
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            some[:] = decode(data).reshape(-1, form.channels).mean(axis=1)
+    return samples
+
+
+def _of_triples(data: bytes) -> NDArray[np.float64]:
+    triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
+    padded = np.zeros((len(triples), 4), np.uint8)
+    padded[:, 1:] = triples
+    return padded.reshape(-1).view("<i4").astype(np.float64) / 2**31
+
+
+# From bytes to float64, by the encoding and its bits.
+_DECODERS: Final[Mapping[tuple[int, int], Callable[[bytes], NDArray[np.float64]]]] = {
+    # Alone without a sign.
+    (_PCM, 8): lambda data: (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128,
+    (_PCM, 16): lambda data: np.frombuffer(data, "<i2") / 2.0**15,
+    (_PCM, 24): _of_triples,
+    (_PCM, 32): lambda data: np.frombuffer(data, "<i4") / 2.0**31,
+    (_FLOAT, 32): lambda data: np.frombuffer(data, "<f4").astype(np.float64),
+    (_FLOAT, 64): lambda data: np.frombuffer(data, "<f8").astype(np.float64),
+}
 
 
 def checked_samples(samples: object, what: str) -> NDArray[np.float32]:
     """Samples that were given as an array, as float32 [samples].
 
     Raises:
-        DataError: they are no floats, of several channels, none, or not finite.
+        DataError: they are no floats, of several channels, none, not finite, or not from -1 to 1.
     """
     values = np.asarray(samples)
     if values.dtype.kind != "f" or values.ndim != 1:
@@ -155,8 +197,21 @@ def checked_samples(samples: object, what: str) -> NDArray[np.float32]:
             f"{what} is {shown(values.dtype.name)} {list(values.shape)}: give the samples of one"
             " channel as floats from -1 to 1, or a WAV file"
         )
-    if not len(values):
+    with np.errstate(over="ignore"):  # what is infinite is refused
+        narrow = values.astype(np.float32)
+    _check_values(narrow, what)
+    return narrow
+
+
+def _check_values(samples: NDArray[np.float32], what: str) -> None:
+    if not len(samples):
         raise DataError(f"{what} has no samples")
-    if not np.isfinite(values).all():
+    # Of the extremes alone, without a copy of all: NaN is both.
+    largest = max(abs(float(samples.min())), abs(float(samples.max())))
+    if not np.isfinite(largest):
         raise DataError(f"{what} has samples that are not finite (NaN or infinite)")
-    return values.astype(np.float32)
+    if largest > _LARGEST:
+        raise DataError(
+            f"{what} has samples as large as {largest:g}, expected floats from -1 to 1: divide"
+            " those of 16 bits by 32768"
+        )

@@ -17,6 +17,7 @@ import numpy as np
 from loradeploy.errors import (
     BundleError,
     DataError,
+    LoraDeployError,
     MissingDependencyError,
     UsageError,
     first_line,
@@ -38,6 +39,14 @@ _DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do
 _SCALE: Final = 1 / 255
 _FILTERS: Final = range(6)  # Pillow's numbers of resampling filters
 _LARGEST: Final = 4096  # pixels of a side
+# Pillow's modes of 8 bits a channel or less. It clips others, as I;16, at 255 in `convert("RGB")`.
+_MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+# How values of other modes become 8 bits.
+_TO_BYTES: Final = dict.fromkeys(
+    ("I;16", "I;16L", "I;16B", "I;16N"),
+    "convert it, such as with Image.fromarray((numpy.asarray(image) >> 8).astype('uint8'))",
+)
+_SCALED: Final = "scale its values to 0 to 255 and store them as uint8"
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,9 @@ class PixelSettings:
         """float32 [3, height, width] of an image.
 
         Raises:
-            UsageError: it is no image of three channels of 8 bits.
-            DataError: the file cannot be read as an image, or it is smaller than the crop.
+            UsageError: it is no image of 8 bits a channel.
+            DataError: the file cannot be read as an image of 8 bits a channel, or it is smaller
+                than the crop.
             MissingDependencyError: Pillow is not installed.
         """
         image = _resized(_opened(given, where), self.size, self.resample)
@@ -177,10 +187,13 @@ def _opened(given: GivenImage, where: str) -> Image:
         try:
             with Image.open(file) as opened:
                 upright = ImageOps.exif_transpose(opened)
-                return upright.convert("RGB")
+                upright.load()
         except Exception as problem:  # Pillow's readers raise whatever they find
             raise DataError(f"{file} cannot be read as an image: {first_line(problem)}") from None
+        _check_mode(upright, str(file), DataError)
+        return upright.convert("RGB")
     if isinstance(given, Image.Image):
+        _check_mode(given, where, UsageError)
         return given.convert("RGB")
     if not isinstance(given, np.ndarray):
         raise UsageError(f"{where} is {shown(given)}: give a path, an image of Pillow, or an array")
@@ -189,6 +202,16 @@ def _opened(given: GivenImage, where: str) -> Image:
             f"{where} is an array {given.dtype} {list(given.shape)}: give uint8 [height, width, 3]"
         )
     return Image.fromarray(given)
+
+
+def _check_mode(image: Image, where: str, error: type[LoraDeployError]) -> None:
+    """Raise `error` where the values of the image's mode do not fit in 8 bits."""
+    if image.mode in _MODES:
+        return
+    raise error(
+        f"{where} has the mode {image.mode}, expected one of {', '.join(_MODES)}:"
+        f" {_TO_BYTES.get(image.mode, _SCALED)}"
+    )
 
 
 def _resized(image: Image, size: tuple[int, int] | int | None, resample: int) -> Image:
