@@ -106,10 +106,12 @@ Ort::Value stacked(const std::string& name, const std::vector<Arrays>& rows) {
 }
 
 // The side inputs of a batch in which row i has its own. `adapter_ids` tells each row's slot,
-// `adapter_mode` takes the branch with adapters; a bundle has them or not.
+// `adapter_mode` takes the branch with adapters; a bundle has them or not. `logits_to_keep` keeps its
+// default: every position gets logits.
 Feeds mixed(const Ort::Session& session, const std::vector<Arrays>& rows) {
   Feeds feeds;
   for (const std::string& name : session.GetOverridableInitializerNames()) {
+    if (name == "logits_to_keep") continue;
     if (name == "adapter_mode") {
       feeds.give(name, tensor<int64_t>({1}, {1}));
     } else if (name == "adapter_ids") {

@@ -67,12 +67,14 @@ static class Program
     }
 
     // The side inputs of a batch in which row i has its own. `adapter_ids` tells each row's slot,
-    // `adapter_mode` takes the branch with adapters; a bundle has them or not.
+    // `adapter_mode` takes the branch with adapters; a bundle has them or not. `logits_to_keep` keeps
+    // its default: every position gets logits.
     static Dictionary<string, OrtValue> Mixed(InferenceSession session, Dictionary<string, Array>[] rows)
     {
         var feeds = new Dictionary<string, OrtValue>();
         foreach (string name in session.OverridableInitializerMetadata.Keys)
         {
+            if (name == "logits_to_keep") continue;
             if (name == "adapter_mode")
                 feeds[name] = Int64(new long[] { 1 }, 1);
             else if (name == "adapter_ids")
