@@ -24,6 +24,7 @@ from loradeploy.errors import (
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.fetched import TransientError
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
 from loradeploy.serve.roots import ENTRY_NAME, MOST_FILES, AdapterRoot, Found
@@ -150,7 +151,7 @@ class Catalog:
         # Under a name of its own a key would use whatever there is.
         if not (key.may_use(entry) and key.may_use(name)):
             raise missing
-        if await asyncio.to_thread(self._find, entry) is None:
+        if await asyncio.to_thread(self._find, entry, fresh=True) is None:
             raise missing
         async with self._lock(name):
             if name in self._loaded and not replace:
@@ -194,7 +195,7 @@ class Catalog:
         )
 
     def _knows(self, name: str) -> bool:
-        known = name in self._bundled or name in self._loaded or name in self._entries
+        known = name in self.session.adapters or name in self._entries
         return known and name not in self._unloaded
 
     # -- the adapter root ----------------------------------------------------------------------
@@ -210,7 +211,7 @@ class Catalog:
             return False
         entry = self._entries.get(name, name)
         found = await asyncio.to_thread(self._find, entry)
-        if found is None and name not in self._loaded:
+        if found is None and name not in self.session.adapters:
             return False
         if found is not None and await self._is_loaded(name, found):
             return True
@@ -229,18 +230,18 @@ class Catalog:
                 return False
             found = await asyncio.to_thread(self._find, entry)
             if found is None:
-                if name in self._loaded:
-                    await self._forget(name)
+                await self._forget(name)
                 return False
             if await self._is_loaded(name, found):
                 return True
             files, known = self._failed.get(name, (None, None))
             if known is not None and found == files:
                 raise known
+            self._loaded.pop(name, None)  # until these files are read, it is of no known ones
             begin = time.perf_counter()
             problem: LoraDeployError | None = None
             try:
-                await asyncio.to_thread(self._read, name, found)
+                await self._read_to_the_end(name, found)
             except LoraDeployError as error:
                 problem = error
             if found != await asyncio.to_thread(self._find, entry, fresh=True):
@@ -277,6 +278,15 @@ class Catalog:
         assert self.root is not None
         return found == self._loaded.get(name) and await asyncio.to_thread(self.root.has, found)
 
+    async def _read_to_the_end(self, name: str, found: Found) -> None:
+        """As `_read`, to its end even if the request is cancelled: nobody else reads meanwhile."""
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read, name, found))
+        try:
+            await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await asyncio.wait([reading])
+            raise
+
     def _read(self, name: str, found: Found) -> None:
         assert self.root is not None
         if found.size > self._max_bytes or found.files > MOST_FILES:
@@ -284,7 +294,8 @@ class Catalog:
                 f"{found.entry} has {found.size:,} bytes in {found.files} files; the service"
                 f" takes {self._max_bytes:,} in {MOST_FILES} (`max_adapter_bytes`)"
             )
-        digest = self.session.load(name, self.root.local(found), replace=True)
+        with self.root.local(found) as place:
+            digest = self.session.load(name, place, replace=True)
         if _DIGEST.fullmatch(found.entry) and digest != f"sha256:{found.entry}":
             self.session.unload(name)
             raise AdapterError(
@@ -304,7 +315,7 @@ class Catalog:
 
 def _lasting(problem: BaseException) -> bool:
     """Whether the same files fail again: they are refused, and not for an error of the system."""
-    if not isinstance(problem, AdapterError):
+    if not isinstance(problem, AdapterError) or isinstance(problem, TransientError):
         return False
     cause: BaseException | None = problem
     while cause is not None:

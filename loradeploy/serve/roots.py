@@ -6,21 +6,22 @@ An entry is a PEFT directory, or a NAME.onnx_adapter file. Clients give names of
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import AdapterError, LoraDeployError, UsageError, first_line
 from loradeploy.printable import logger_of
+from loradeploy.serve.fetched import FetchedAdapters, TransientError
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _MOST_DEPTH: Final = 3
 _REFRESH: Final = 5.0
 _MOST_KNOWN: Final = 4096
 _CHUNK: Final = 1 << 20
+# Name and password in a URL.
+_USER: Final = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class AdapterRoot(Protocol):
     """Where the service finds adapters by name."""
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """The entry as it is now, None if there is none. `fresh`: whatever was known before.
+        """The entry as it is now, None if there is none. `fresh`: nothing known before is used.
 
         Raises:
             AdapterError: the root cannot be asked.
         """
 
-    def local(self, found: Found) -> Path:
-        """Where its files are on this machine: they stay there while the session may read them.
+    def local(self, found: Found) -> AbstractContextManager[Path]:
+        """Where its files are on this machine: they stay there while the context is open.
 
         Raises:
             AdapterError: they cannot be fetched, or are not those that were found.
@@ -119,12 +122,13 @@ class DirectoryRoot:
                 return place
         return None
 
-    def local(self, found: Found) -> Path:
+    @contextmanager
+    def local(self, found: Found) -> Iterator[Path]:
         """See `AdapterRoot`."""
         place = self._place(found.entry)
         if place is None:
             raise AdapterError(f"{self.path / found.entry} is not there any more")
-        return place
+        yield place
 
     def has(self, found: Found) -> bool:
         """See `AdapterRoot`."""
@@ -160,7 +164,7 @@ class StoreRoot:
     """
 
     def __init__(self, url: str, *, cache: Path | None, max_bytes: int) -> None:
-        self.url = url
+        self.url = without_user(url)
         self._store, self._path = _opened(url)
         self._max_bytes = max_bytes
         self._temporary = None
@@ -169,13 +173,16 @@ class StoreRoot:
             cache = Path(self._temporary.name)
         else:
             cache.mkdir(parents=True, exist_ok=True)
-        self._cache = cache
+        self._fetched = FetchedAdapters(cache, max_bytes)
         self._lock = threading.Lock()
         # By entry: when it was asked for, and what was found.
         self._known: OrderedDict[str, tuple[float, Found | None]] = OrderedDict()
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """See `AdapterRoot`; the store is asked again after some seconds."""
+        """See `AdapterRoot`; the store is asked again after some seconds, or if `fresh`.
+
+        If the store cannot be asked then, what was known before is returned, unless `fresh`.
+        """
         now = time.monotonic()
         with self._lock:
             known = self._known.get(entry)
@@ -184,9 +191,9 @@ class StoreRoot:
         try:
             found = self._asked(entry)
         except Exception as problem:
-            if known is None or known[1] is None:
+            if fresh or known is None or known[1] is None:
                 raise self._failed(f"the entry {entry}", problem) from None
-            logger.warning("%s cannot be asked: %s", self.url, first_line(problem))
+            logger.warning("%s", self._failed(f"the entry {entry}", problem))
             found = known[1]  # as it was, for the adapter may be loaded
         with self._lock:
             self._known[entry] = now, found
@@ -196,18 +203,24 @@ class StoreRoot:
         return found
 
     def _asked(self, entry: str) -> Found | None:
+        _, files = self._listing(entry)
+        return self._found(entry, files) if files else None
+
+    def _found(self, entry: str, files: Mapping[str, Mapping[str, Any]]) -> Found:
+        known = tuple(
+            (inner, int(info["size"] or 0), _version(info)) for inner, info in files.items()
+        )
+        state = hashlib.sha256(repr((self.url, entry, known)).encode()).hexdigest()
+        return Found(entry, state, sum(size for _, size, _ in known), len(known))
+
+    def _listing(self, entry: str) -> tuple[str, dict[str, Mapping[str, Any]]]:
+        """The name of the entry's folder or file, and its files as they are now."""
         self._store.invalidate_cache()
         for name in (entry, f"{entry}{NATIVE_SUFFIX}"):
             files = self._files(name)
             if files:
                 break
-        else:
-            return None
-        known = tuple(
-            (name, int(info["size"] or 0), _version(info)) for name, info in files.items()
-        )
-        state = hashlib.sha256(repr((self.url, entry, known)).encode()).hexdigest()
-        return Found(entry, state, sum(size for _, size, _ in known), len(known))
+        return name, files
 
     def _files(self, name: str) -> dict[str, Mapping[str, Any]]:
         """The files of an entry by their path below it; of a native adapter by its own name."""
@@ -218,57 +231,55 @@ class StoreRoot:
             return {}
         files = {}
         for path, info in sorted(found.items()):
-            inner = str(path).rstrip("/")[len(place) :].lstrip("/")
+            whole = str(path).rstrip("/")
+            if whole != place and not whole.startswith(f"{place}/"):
+                continue  # of another entry, whose name begins so too
+            inner = whole[len(place) :].lstrip("/")
             if not inner and not name.endswith(NATIVE_SUFFIX):
                 return {}  # a file where a folder is expected
             if info.get("type") == "file":
                 files[inner or name] = info
         return files
 
-    def local(self, found: Found) -> Path:
+    @contextmanager
+    def local(self, found: Found) -> Iterator[Path]:
         """See `AdapterRoot`; fetched unless it is in the cache."""
-        place = self._cache / str(found.state)
-        if not place.is_dir():
-            self._fetch(found, place)
-        _use(place)
-        native = place / f"{found.entry}{NATIVE_SUFFIX}"
-        return native if native.is_file() else place
-
-    def _fetch(self, found: Found, place: Path) -> None:
         if found.size > self._max_bytes:
             raise AdapterError(
                 f"{found.entry} has {found.size:,} bytes, the cache of adapters takes"
                 f" {self._max_bytes:,} (`max_cache_bytes`)"
             )
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self._cache))
+        fetch = partial(self._fetch, found)
+        with self._fetched.reading(str(found.state), found.size, fetch) as place:
+            native = place / f"{found.entry}{NATIVE_SUFFIX}"
+            yield native if native.is_file() else place
+
+    def _fetch(self, found: Found, directory: Path) -> None:
+        """Write the files that were found, and no others."""
+        changed = TransientError(f"{found.entry} has changed while it was fetched: try again")
         try:
-            for name in (found.entry, f"{found.entry}{NATIVE_SUFFIX}"):
-                for inner, info in self._files(name).items():
-                    parts = inner.split("/")
-                    if len(parts) > _MOST_DEPTH or not all(map(ENTRY_NAME.fullmatch, parts)):
-                        raise AdapterError(f"{found.entry}: the file {inner!a} has no usual name")
-                    source = f"{self._path}/{name}"
-                    source = source if inner == name else f"{source}/{inner}"
-                    target = partial.joinpath(*parts)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self._copy(source, target, int(info["size"] or 0))
-                if any(partial.iterdir()):
-                    break
-            self._make_room(found.size)
-            try:
-                partial.rename(place)
-            except OSError:
-                if not place.is_dir():  # another process was faster
-                    raise
+            name, files = self._listing(found.entry)
+            if self._found(found.entry, files) != found:
+                raise changed
+            for inner, info in files.items():
+                parts = inner.split("/")
+                if len(parts) > _MOST_DEPTH or not all(map(ENTRY_NAME.fullmatch, parts)):
+                    raise AdapterError(f"{found.entry}: the file {inner!a} has no usual name")
+                source = f"{self._path}/{name}"
+                source = source if inner == name else f"{source}/{inner}"
+                target = directory.joinpath(*parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not self._copy(source, target, int(info["size"] or 0)):
+                    raise changed
+            if self._asked(found.entry) != found:
+                raise changed
         except LoraDeployError:
             raise
         except Exception as problem:
             raise self._failed(f"the entry {found.entry}", problem) from problem
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
-    def _copy(self, source: str, target: Path, size: int) -> None:
-        """Fetch a file of `size` bytes, and no more of it."""
+    def _copy(self, source: str, target: Path, size: int) -> bool:
+        """Fetch a file, and no more than `size` bytes of it; whether it has so many."""
         count = 0
         with self._store.open(source, "rb") as given, target.open("wb") as taken:
             while part := given.read(_CHUNK):
@@ -276,28 +287,11 @@ class StoreRoot:
                 if count > size:
                     break
                 taken.write(part)
-        if count != size:
-            raise AdapterError(f"{source} has another size than it had: try again")
-
-    def _make_room(self, size: int) -> None:
-        """Remove what was used the longest ago, until there is room for `size` bytes."""
-        with self._lock:
-            entries = [one for one in self._cache.iterdir() if not one.name.startswith(".")]
-            sizes = {one: _size_of(one) for one in entries}
-            for old in sorted(entries, key=lambda one: one.stat().st_mtime_ns):
-                if sum(sizes.values()) + size <= self._max_bytes:
-                    return
-                shutil.rmtree(old, ignore_errors=True)
-                del sizes[old]
+        return count == size
 
     def has(self, found: Found) -> bool:
         """See `AdapterRoot`."""
-        place = self._cache / str(found.state)
-        try:
-            _use(place)
-        except OSError:
-            return False
-        return True
+        return self._fetched.has(str(found.state))
 
     def listed(self) -> list[str]:
         """See `AdapterRoot`."""
@@ -321,43 +315,44 @@ class StoreRoot:
 
     def without_paths(self, message: str) -> str:
         """See `AdapterRoot`."""
-        return message.replace(f"{self._cache}/", "").replace(f"{self.url}: ", "")
+        return message.replace(f"{self._fetched.directory}/", "").replace(f"{self.url}: ", "")
 
     def close(self) -> None:
         """See `AdapterRoot`."""
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _failed(self, what: str, problem: Exception) -> AdapterError:
-        return AdapterError(f"{self.url}: {what} cannot be read: {first_line(problem)}")
+    def _failed(self, what: str, problem: Exception) -> TransientError:
+        reason = without_user(first_line(problem))
+        return TransientError(f"{self.url}: {what} cannot be read: {reason}")
+
+
+def without_user(text: str) -> str:
+    """A URL, or a text that quotes one, without name and password: as it may be printed."""
+    return _USER.sub("", text)
 
 
 def _opened(url: str) -> tuple[AbstractFileSystem, str]:
+    shown = without_user(url)
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise UsageError(f"{url}: pip install 'loradeploy[store]' for adapters elsewhere") from None
+        raise UsageError(
+            f"{shown}: pip install 'loradeploy[store]' for adapters elsewhere"
+        ) from None
     if "::" in url:
-        raise UsageError(f"{url}: give `adapter_root` one URL, not a chain of them")
+        raise UsageError(f"{shown}: give `adapter_root` one URL, not a chain of them")
     try:
         store, path = url_to_fs(url)
     except ImportError as problem:
-        raise UsageError(f"{url}: {first_line(problem)}") from None
+        raise UsageError(f"{shown}: {without_user(first_line(problem))}") from None
     except ValueError as problem:
-        raise UsageError(f"{url} is no URL that fsspec opens: {first_line(problem)}") from None
+        raise UsageError(
+            f"{shown} is no URL that fsspec opens: {without_user(first_line(problem))}"
+        ) from None
     return store, str(path).rstrip("/")
 
 
 def _version(info: Mapping[str, Any]) -> str:
     """What tells one version of an object from another, of what a store says of it."""
     return repr(sorted((key, str(value)) for key, value in info.items() if key != "name"))
-
-
-def _use(place: Path) -> None:
-    """Note that an entry of the cache is used now, more finely than the system's clock of files."""
-    now = time.time_ns()
-    os.utime(place, ns=(now, now))
-
-
-def _size_of(place: Path) -> int:
-    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())

@@ -122,6 +122,35 @@ def test_config_and_weights_are_of_one_version(
         assert text(running, "headline") == whole
 
 
+def test_a_version_that_comes_back_is_read_again(
+    tiny_llama_bundle: Path,
+    serve_adapters: dict[str, Path],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A first version, one that goes while it is read, one that is refused, and the first again."""
+    first, kept = root / "headline", root.parent / "kept"
+    with serving(tiny_llama_bundle, root=root) as running:
+        expected = text(running, "headline")
+        session = running.service.session
+        load, refused = session.load, iter([True])
+
+        def replaced_by_a_cut_one(*given: Any, **options: Any) -> str:
+            digest = load(*given, **options)
+            if next(refused, False):
+                (first / "adapter_model.safetensors").write_bytes(b"")
+            return digest
+
+        monkeypatch.setattr(session, "load", replaced_by_a_cut_one)
+        first.rename(kept)
+        put(serve_adapters["sport"], first)
+        with pytest.raises(openai.InternalServerError):
+            text(running, "headline")
+        shutil.rmtree(first)
+        kept.rename(first)
+        assert text(running, "headline") == expected
+
+
 def test_an_adapter_that_went_from_memory_is_read_again(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import openai
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.errors import AdapterError
+from loradeploy.errors import AdapterError, UsageError
 from loradeploy.serve import roots
+from loradeploy.serve.fetched import FetchedAdapters, TransientError
 from loradeploy.serve.roots import StoreRoot
 from tests.serve.conftest import serving
 from tests.serve.test_adapters import figure, names, text
@@ -61,7 +63,7 @@ def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
     shutil.copytree(serve_adapters["headline"], tmp_path / "files" / "news")
     shutil.copytree(serve_adapters["sport"], tmp_path / "files" / "other")
     files = StoreRoot(f"file://{tmp_path}/files", cache=None, max_bytes=1 << 30)
-    temporary = files._cache
+    temporary = files._fetched.directory
     with serving(tiny_llama_bundle, root=files) as running:
         expected = {name: text(running, name) for name in ("news", "other")}
         assert names(running) == {"news", "other"}
@@ -116,14 +118,17 @@ def test_the_cache_has_a_size(
     small = store_root(tmp_path, max(sizes.values()) + min(sizes.values()))
     for name in ("headline", "topic", "headline", "sport"):
         found = _found(small, name)
-        place = small.local(found)
-        assert (place / "adapter_config.json").is_file()
+        with small.local(found) as place:
+            assert (place / "adapter_config.json").is_file()
         kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
         assert kept <= small._max_bytes
     assert small.has(_found(small, "sport"))
     assert not small.has(_found(small, "topic"))  # it was not used for the longest
-    with pytest.raises(AdapterError, match="`max_cache_bytes`"):
-        store_root(tmp_path / "other", 10).local(found)
+    with (
+        pytest.raises(AdapterError, match="`max_cache_bytes`"),
+        store_root(tmp_path / "other", 10).local(found),
+    ):
+        pass
 
 
 def test_a_store_that_cannot_be_asked_leaves_what_is_loaded(
@@ -155,8 +160,11 @@ def test_files_with_odd_names_are_not_fetched(
     put(store, serve_adapters["headline"], "news")
     store.pipe(f"/bucket/adapters/news/{name}", b"{}")
     root = store_root(tmp_path / "cache")
-    with pytest.raises(AdapterError, match="has no usual name"):
-        root.local(_found(root, "news"))
+    with (
+        pytest.raises(AdapterError, match="has no usual name"),
+        root.local(_found(root, "news")),
+    ):
+        pass
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -169,6 +177,151 @@ def test_a_store_is_not_asked_for_every_request(
     put(store, serve_adapters["sport"], "news")
     assert root.find("news") == first
     assert root.find("news", fresh=True) != first
+
+
+def write(store: Any, version: bytes, name: str = "news") -> None:
+    """Write two files of the same sizes in each version."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        store.pipe(f"/bucket/adapters/{name}/{file}", version)
+
+
+def test_a_load_sees_what_was_put_there_just_now(
+    tiny_llama_bundle: Path, serve_adapters: dict[str, Path], store: Any, tmp_path: Path
+) -> None:
+    put(store, serve_adapters["headline"], "news")
+    with serving(tiny_llama_bundle, root=store_root(tmp_path), updates=True) as running:
+        http = running.http()
+
+        def load(name: str) -> int:
+            body = {"lora_name": name, "load_inplace": True}
+            return http.post("/v1/load_lora_adapter", json=body).status_code
+
+        assert (load("news"), load("later")) == (200, 404)
+        first = text(running, "news")
+        for name in ("news", "later"):
+            put(store, serve_adapters["sport"], name)
+            assert load(name) == 200
+        assert text(running, "news") == text(running, "later") != first
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_what_changes_while_it_is_fetched_is_not_kept(
+    store: Any, tmp_path: Path, moment: str
+) -> None:
+    """`moment`: of the new version, seen from the first file that is fetched."""
+    write(store, b"v1")
+    root = store_root(tmp_path)
+    first = _found(root, "news")
+    copy, changes = root._copy, iter([True])
+
+    def changing(*given: Any) -> bool:
+        change = next(changes, False)
+        if change and moment == "between":
+            copied = copy(*given)
+            write(store, b"v2")
+            return copied
+        copied = copy(*given)
+        if moment == "after" and str(given[0]).endswith("adapter_model.safetensors"):
+            write(store, b"v2")
+        return copied
+
+    root._copy = changing  # type: ignore[method-assign]
+    if moment == "before":
+        write(store, b"v2")
+    with pytest.raises(TransientError, match="try again"), root.local(first):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert not root.has(first)
+    root._copy = copy  # type: ignore[method-assign]
+    again = root.find("news", fresh=True)
+    assert again is not None
+    assert again != first
+    with root.local(again) as place:
+        assert {file.read_bytes() for file in place.iterdir()} == {b"v2"}
+
+
+def test_what_was_known_is_no_answer_to_a_fresh_question(store: Any, tmp_path: Path) -> None:
+    write(store, b"v1")
+    root = store_root(tmp_path)
+    known = _found(root, "news")
+
+    def unreachable(*given: Any, **options: Any) -> Any:
+        raise OSError("no route to the bucket")
+
+    root._store = type("Down", (), {"invalidate_cache": unreachable, "find": unreachable})()
+    with pytest.raises(TransientError, match="no route"):
+        root.find("news", fresh=True)
+    assert root.find("news") == known
+
+
+def test_an_entry_has_no_files_of_one_whose_name_begins_so(store: Any, tmp_path: Path) -> None:
+    write(store, b"v1", "a")
+    write(store, b"v2", "ab")
+    root = store_root(tmp_path)
+    listed = root._store.find
+
+    def by_prefix(place: str, **options: Any) -> Any:
+        """As stores list that know prefixes of names alone."""
+        names = listed("/bucket/adapters", **options)
+        return {name: info for name, info in names.items() if name.startswith(place)}
+
+    class ByPrefix:
+        invalidate_cache = staticmethod(root._store.invalidate_cache)
+        find = staticmethod(by_prefix)
+        open = staticmethod(root._store.open)
+
+    root._store = ByPrefix()  # type: ignore[assignment]
+    found = _found(root, "a")
+    assert found.files == 2
+    with root.local(found) as place:
+        assert {file.read_bytes() for file in place.rglob("*") if file.is_file()} == {b"v1"}
+
+
+def test_a_password_in_the_url_is_not_printed(tmp_path: Path) -> None:
+    secret = "://name:pass@word@"
+    root = StoreRoot(f"memory{secret}host/adapters", cache=tmp_path, max_bytes=1)
+    assert root.url == "memory://host/adapters"
+    failed = root._failed("it", OSError(f"no answer from ftp{secret}host/adapters/a"))
+    assert str(failed) == (
+        "memory://host/adapters: it cannot be read: no answer from ftp://host/adapters/a"
+    )
+    with pytest.raises(UsageError) as refused:
+        StoreRoot(f"nothing{secret}host/adapters", cache=tmp_path, max_bytes=1)
+    assert "pass" not in str(refused.value)
+
+
+def fill(size: int) -> Callable[[Path], None]:
+    def write_file(place: Path) -> None:
+        (place / "file").write_bytes(b"x" * size)
+
+    return write_file
+
+
+def test_what_is_read_stays_and_what_others_left_goes(tmp_path: Path) -> None:
+    abandoned, growing = tmp_path / ".partial-old", tmp_path / ".partial-new"
+    for partial in (abandoned, growing):
+        partial.mkdir()
+        fill(10)(partial)
+    for place in (abandoned, abandoned / "file", growing):
+        os.utime(place, (0, 0))
+    fetched = FetchedAdapters(tmp_path, 100)
+    assert growing.exists()  # it was written to just now
+    assert not abandoned.exists()
+    with fetched.reading("a", 50, fill(50)) as place:
+        with fetched.reading("b", 40, fill(40)):
+            pass
+        with fetched.reading("c", 40, fill(40)):  # in place of b
+            assert not fetched.has("b")
+            with (
+                pytest.raises(TransientError, match="being read"),
+                fetched.reading("d", 20, fill(20)),
+            ):
+                pass
+        assert (place / "file").stat().st_size == 50
+    with fetched.reading("d", 60, fill(60)):
+        assert not fetched.has("a")
+    sizes = [file.stat().st_size for file in tmp_path.rglob("file")]
+    assert sum(sizes) <= 100, "others' bytes count too"
 
 
 def _found(root: StoreRoot, name: str) -> roots.Found:
