@@ -13,7 +13,8 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BudgetError, BundleError, UsageError
+from loradeploy.runtime.decoding.memory import row_bytes
 from loradeploy.runtime.engine.engine import Engine
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once
@@ -274,3 +275,48 @@ def test_what_cannot_be_is_refused_in_a_line(
     (broken / "encoder.onnx").unlink()
     with pytest.raises(BundleError, match=r"holds no encoder.onnx"):
         ld.AdapterSession(broken)
+
+
+def test_parity_scores_an_adapter_by_the_settings_beside_it(
+    bundle: Path, tiny_t5: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    import transformers
+
+    from loradeploy.adapter import load_adapter
+    from loradeploy.lora.inject import adapted
+    from loradeploy.parity.score.measures import TRANSLATION
+    from loradeploy.parity.score.written import Written, of_session, of_torch
+    from loradeploy.train.data import Translation
+
+    data = Written(TRANSLATION, tuple(Translation("", text, text) for text in TEXTS), 8)
+    session = ld.AdapterSession(bundle)
+    usual = of_session(session, data, "first")
+    own = shutil.copytree(adapters["first"], tmp_path / "own")
+    settings = json.loads((tiny_t5 / "generation_config.json").read_text())
+    frequent = sorted(
+        {token for text in usual for token in session.texts.base.tokenizer.encode(text)}
+    )
+    settings |= {"suppress_tokens": frequent, "decoder_start_token_id": 9}
+    (own / "generation_config.json").write_text(json.dumps(settings))
+    session.load("own", own)
+    found = of_session(session, data, "own")
+    assert found != usual, "the settings change the texts"
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
+    with adapted(model, load_adapter(own)):
+        assert of_torch(model, data, bundle, own) == found
+        assert of_torch(model, data, bundle, adapters["first"]) == usual
+
+
+def test_a_budget_counts_the_keys_and_values_of_sources(bundle: Path) -> None:
+    session = ld.AdapterSession(bundle)
+    cross = [spec for spec in session.manifest.inputs if ".encoder." in spec.name]
+    each = sum(4 * int(spec.shape[1]) * int(spec.shape[3]) for spec in cross)
+    tokens = list(range(3, 43))
+    assert cross and session.limits.vocabulary
+    # 2 new tokens behind 40, as of a decoder, and the logits of the rows.
+    grows = 3 * 42 * row_bytes(session.manifest) + 3 * 42 * session.limits.vocabulary * 4
+    settings = {"max_new_tokens": 2, "num_beams": 3}
+    enough = ld.TextGenerator(session, cache_budget=grows + 3 * 40 * each)
+    assert enough.generate([tokens], **settings)
+    with pytest.raises(BudgetError, match="MiB of cache"):
+        ld.TextGenerator(session, cache_budget=3 * 40 * each).generate([tokens], **settings)

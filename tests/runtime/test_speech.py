@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,35 @@ def test_the_command_prints_transcripts(
         tmp_path / "0.wav", task="translate", language="de", max_new_tokens=8
     )[0]
     assert translated.strip() == heard.text.strip()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"no_timestamps_token_id": 9999},
+            "no_timestamps_token_id is 9999, the vocabulary ends at",
+        ),
+        ({"lang_to_id": {"<|en|>": 9999}}, "lang_to_id '<|en|>' is 9999"),
+        ({"task_to_id": {"translate": 9999}}, "task_to_id 'translate' is 9999"),
+        ({"forced_decoder_ids": [[1, 9999]]}, "a token that a text begins with is 9999"),
+    ],
+)
+def test_tokens_that_the_vocabulary_lacks_are_refused_by_name(
+    values: dict[str, Any],
+    message: str,
+    recognizer: ld.SpeechRecognizer,
+    adapters: dict[str, Path],
+    tiny_whisper: Path,
+    tmp_path: Path,
+) -> None:
+    own = shutil.copytree(adapters["first"], tmp_path / "own")
+    settings = json.loads((tiny_whisper / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(settings | values))
+    recognizer.session.load("own", own)
+    with pytest.raises(BundleError, match=f"sound 1: generation_config.json: {re.escape(message)}"):
+        recognizer.transcribe(SOUNDS[0], "own", timestamps=True)
+    recognizer.session.unload("own")
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

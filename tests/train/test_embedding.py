@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 from loradeploy.adapter import load_adapter
-from loradeploy.bundle.text.sentence import read_recipe
+from loradeploy.bundle.text.sentence import read_recipe, write_default
 from loradeploy.errors import BundleError, DataError, UsageError
+from loradeploy.files import write_json
 from loradeploy.lora.inject import adapted
 from loradeploy.train.api import train
 from loradeploy.train.config import CHOICES, TrainConfig
 from loradeploy.train.embedding.losses import LOSSES
+from loradeploy.train.embedding.vectors import vectors_of
 from loradeploy.train.sources import Source
 from loradeploy.train.tasks import task_of
 from tests.bundle.test_sentence import write
@@ -233,6 +235,25 @@ def test_prompts_that_were_given_are_written_beside_the_adapter(
     again = train(base, data, tmp_path / "again", config=config, **options)
     own_recipe = read_recipe(again.adapter)
     assert own_recipe is not None and own_recipe.same(recipe)
+
+
+@pytest.mark.parametrize("loss", ["cosent", "cosine"])
+def test_pairs_with_scores_have_the_prompts_that_the_adapter_was_trained_with(
+    loss: str, tmp_path: Path
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for directory in (base, adapter):
+        directory.mkdir()
+        write_default(directory)
+    prompts = {"query": "base: ", "document": "base: "}
+    write_json(base / "config_sentence_transformers.json", {"prompts": prompts})
+    given = {"query_prompt": "Q: ", "document_prompt": "none"}
+    config = TrainConfig(task="feature-extraction", embedding_loss=loss, **given)
+    trained = vectors_of(config, base)
+    trained.write(adapter)
+    later = TrainConfig(task="feature-extraction", embedding_loss=loss)
+    assert vectors_of(later, base, adapter).prompts == trained.prompts == ("Q: ", "")
+    assert vectors_of(later, base).prompts == ("", ""), "neither text is the query"
 
 
 @pytest.mark.parametrize(

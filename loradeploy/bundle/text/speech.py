@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +32,26 @@ class SpeechSettings:
     no_timestamps: int | None = None
     max_initial_timestamp: int | None = None
     max_length: int | None = None
+
+
+def check_speech_tokens(
+    settings: SpeechSettings, begins: Iterable[int | None], vocabulary: int | None, where: str
+) -> None:
+    """Raise BundleError where a token is not of the vocabulary; `where` names the files.
+
+    `begins`: the tokens that a text begins with. `vocabulary`: its size, None where unknown.
+    """
+    named: list[tuple[str, int | None]] = [
+        ("no_timestamps_token_id", settings.no_timestamps),
+        *((f"lang_to_id {shown(name)}", token) for name, token in settings.languages.items()),
+        *((f"task_to_id {shown(name)}", token) for name, token in settings.tasks.items()),
+        *(("a token that a text begins with", token) for token in begins),
+    ]
+    for name, token in named:
+        if vocabulary is not None and token is not None and token >= vocabulary:
+            raise BundleError(
+                f"{where}: {name} is {token}, the vocabulary ends at {vocabulary - 1}"
+            )
 
 
 def read_speech(values: Mapping[str, Any], where: str) -> SpeechSettings | None:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.parity.backends.ort import OnnxModel
-    from loradeploy.parity.context import CheckContext
+    from loradeploy.parity.context import AdapterUnderTest, CheckContext
     from loradeploy.parity.score.heldout import Example, HeldOut
 
 # The paths that hold one adapter for all rows, each another graph.
@@ -123,12 +123,15 @@ def score_reference(
     from loradeploy.lora.inject import adapted
     from loradeploy.parity.reference.pytorch import TorchModel
 
-    adapters = {tested.name: tested.adapter for tested in context.adapters}
+    tested: dict[str | None, AdapterUnderTest] = {one.name: one for one in context.adapters}
     found: dict[str | None, Answers] = {}
     for name, data in held_out.items():
-        with adapted(model, None if name is None else adapters[name]):
+        own = tested.get(name)
+        with adapted(model, None if own is None else own.adapter):
             if data.written is not None:
-                texts = of_torch(model, data.written, context.bundle)
+                # A merged bundle has the texts' files of its adapter.
+                beside = None if own is None or context.merged else own.path
+                texts = of_torch(model, data.written, context.bundle, beside)
                 found[name] = _of_counts(data.written.counts(texts))
                 continue
             found[name] = answers(

@@ -6,6 +6,7 @@ and transcripts by the word error rate (jiwer), the errors of all by the words o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +17,9 @@ import numpy as np
 
 from loradeploy.bundle.audio.features import feature_settings
 from loradeploy.bundle.audio.wav import read_wav
+from loradeploy.bundle.text.beside import describes_texts, text_directory
 from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.parity.score.measures import TRANSCRIPTION, TRANSLATION
 
@@ -112,21 +115,36 @@ def of_session(session: AdapterSession, data: Written, adapter: str | None) -> l
     return texts
 
 
-def of_torch(model: Any, data: Written, bundle: Path) -> list[str]:
-    """What transformers writes with the PyTorch model, whose adapter is in it."""
-    import torch
+def of_torch(model: Any, data: Written, bundle: Path, adapter: Path | None = None) -> list[str]:
+    """What transformers writes with the PyTorch model, whose adapter is in it.
 
-    tokenizer = Tokenizer(bundle)
-    settings = {"max_new_tokens": data.most, "do_sample": False, "num_beams": 1}
+    The tokenizer and the generation_config.json are those beside `adapter`, else the bundle's, as a
+    session has them.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    tokenizer, generation = Tokenizer(bundle), bundle
+    if adapter is not None and describes_texts(beside := text_directory(adapter)):
+        tokenizer = Tokenizer(beside, tokenizer)
+        generation = beside if (beside / GENERATION_NAME).is_file() else bundle
+    heard = data.kind == TRANSCRIPTION
+    settings = copy.deepcopy(model.generation_config)
+    if (generation / GENERATION_NAME).is_file():
+        settings = GenerationConfig.from_pretrained(generation)
+    most = _within(data.most, bundle) if heard else data.most
+    settings.update(max_new_tokens=most, do_sample=False, num_beams=1)
     examples: Any = data.examples
     texts = []
     with torch.inference_mode():
         for example in examples:
-            if data.kind == TRANSLATION:
+            if not heard:
                 ids = torch.tensor([tokenizer.encode(example.source)])
                 mask = torch.ones_like(ids)
-                found = model.generate(input_ids=ids, attention_mask=mask, **settings)
-                texts.append(tokenizer.decode(found[0].tolist()))
+                found = model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=settings
+                )
+                texts.append(tokenizer.decode(found[0].tolist()[1:]))  # behind the start
                 continue
             features = feature_settings(bundle)
             if features is None:
@@ -135,13 +153,13 @@ def of_torch(model: Any, data: Written, bundle: Path) -> list[str]:
             given = {"language": example.language, "task": example.task}
             found = model.generate(
                 input_features=torch.from_numpy(sound)[None],
+                generation_config=settings,
                 **{name: value for name, value in given.items() if value is not None},
-                **{**settings, "max_new_tokens": _within(data.most, bundle)},
             )
             speech = tokenizer.settings.speech
             first = None if speech is None else speech.no_timestamps
-            heard = [t for t in found[0].tolist() if first is None or t <= first]
-            texts.append(tokenizer.decode(heard))
+            spoken = [t for t in found[0].tolist() if first is None or t <= first]
+            texts.append(tokenizer.decode(spoken))
     return texts
 
 

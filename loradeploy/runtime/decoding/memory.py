@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from loradeploy.bundle.names import is_cross
 from loradeploy.errors import BudgetError
 from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.devices.cgroups import free_memory
@@ -30,8 +31,8 @@ def check_memory(
     """Raise BudgetError where a batch takes more than `limit` bytes.
 
     None is what the machine has available, where it says so (Linux, on the CPU).
-    `prompts`, `sequences`, `new`: of each prompt, its tokens, its texts or beams, and the most
-    tokens that each of these gets.
+    `prompts`, `sequences`, `new`: of each prompt or source, its tokens, its texts or beams, and the
+    most tokens that each of these gets.
     """
     available = memory_for_rows(session, limit)
     if available is None:
@@ -45,6 +46,7 @@ def check_memory(
     if manifest.logits_to_keep and max(new):
         read = max(len(prompts), rows)  # of the last tokens alone
     logits = read * (vocabulary or 0) * 4
+    cache += rows * _source_bytes(manifest, max(prompts))
     if cache + logits > available:
         whose = "`cache_budget` is" if limit is not None else "the machine has"
         raise BudgetError(
@@ -88,6 +90,20 @@ def _position_bytes(manifest: Manifest) -> list[int]:
         int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
         for spec in cache_inputs(manifest)
     ]
+
+
+def _source_bytes(manifest: Manifest, tokens: int) -> int:
+    """The bytes of an encoder-decoder's keys and values of one row's source.
+
+    `tokens`: of the source, where the encoder takes any number of them.
+    """
+    found = 0
+    for spec in manifest.inputs:
+        if is_cross(spec.name):
+            _, heads, length, size = spec.shape
+            positions = length if isinstance(length, int) else tokens
+            found += int(heads) * positions * int(size) * np.dtype(spec.dtype).itemsize
+    return found
 
 
 def available_memory(root: Path | None = None) -> int | None:

@@ -16,8 +16,9 @@ import numpy as np
 from loradeploy.bundle.audio.features import FeatureSettings
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, INPUT_FEATURES
-from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens
+from loradeploy.bundle.text.speech import SpeechSettings, check_speech_tokens, forced_tokens
 from loradeploy.bundle.text.speech_prompt import SpeechPrompt
+from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -141,7 +142,7 @@ class Windows:
         """The sounds of a batch, each once all of them have been heard to their end.
 
         Raises:
-            UsageError, BudgetError, RunError: as `SpeechRecognizer.transcribe`.
+            UsageError, BundleError, BudgetError, RunError: as `SpeechRecognizer.transcribe`.
         """
         heard = [self._begun(sound) for sound in batch]
         while going := [row for row, one in enumerate(heard) if one.going]:
@@ -164,8 +165,12 @@ class Windows:
         if not forced:
             path = self.graph.session.path
             forced = forced_tokens(model_config(path), str(path / CONFIG_NAME))
+        (start,) = self.target.begin(own, sound.what)
+        vocabulary = self.graph.session.limits.vocabulary
+        where = f"{sound.what}: {GENERATION_NAME}"
+        check_speech_tokens(speech, (start, *forced), vocabulary, where)
         prompt = SpeechPrompt.of(
-            self.target.begin(own, sound.what)[0],
+            start,
             speech,
             forced,
             language=self.languages[sound.number],

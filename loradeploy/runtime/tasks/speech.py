@@ -123,6 +123,7 @@ class SpeechRecognizer:
             DataError: a file that is missing, no WAV file, of another rate or encoding; samples
                 that are none, not finite, or of more than 4 hours.
             UnknownAdapterError: an adapter that was never loaded.
+            BundleError: a generation_config.json names tokens that are not of the vocabulary.
             BudgetError: a batch that takes more memory than there is.
             RunError: the graph gave logits that are not finite.
         """

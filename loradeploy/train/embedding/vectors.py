@@ -81,7 +81,7 @@ def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = No
     """What is trained on the model in `base`: what is saved beside `adapter`, else beside the base.
 
     Where neither has a modules.json it is the mean of the tokens' states. The prompts are those
-    that are given, else those that are saved.
+    that are given, else those that are saved: of pairs with scores, those beside the adapter alone.
 
     Raises:
         BundleError: a file is broken, or a module is of a kind that is not computed.
@@ -93,10 +93,11 @@ def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = No
         if read is not None:
             recipe, source, own = read, found, directory is adapter
             break
-    scored = config.embedding_loss in SCORED_LOSSES  # where neither text is the query
+    # In scored pairs neither text is the query, unless the adapter was trained with prompts.
+    named = config.embedding_loss not in SCORED_LOSSES or own
     prompts = (
-        _prompt(recipe, config.query_prompt, () if scored else _QUERY),
-        _prompt(recipe, config.document_prompt, () if scored else _DOCUMENT),
+        _prompt(recipe, config.query_prompt, _QUERY if named else ()),
+        _prompt(recipe, config.document_prompt, _DOCUMENT if named else ()),
     )
     given = bool(config.query_prompt or config.document_prompt)
     return Vectors(recipe, source, prompts, own or given, given)
