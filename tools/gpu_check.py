@@ -78,8 +78,9 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "fp32": {"target": "cuda", "precision": "fp32"},
     "int4": {"target": "cuda", "precision": "int4"},
 }
-# Nodes that may be on the CPU: GroupQueryAttention takes the number of positions from there.
-ALLOWED: Final = {"Squeeze": 1, "Cast": 1}
+# Nodes that may be on the CPU: GroupQueryAttention takes the number of positions from there, and
+# `logits_to_keep` is read by sizes.
+ALLOWED: Final = {"Squeeze": 1, "Cast": 1, "Concat": 1, "Mul": 1}
 # Parity compares float32: TF32 rounds its factors to 10 bits.
 EXACT: Final = {"use_tf32": "0"}
 PROVIDERS: Final[Mapping[str, Provider]] = {"cpu": CPU, "cuda": (CUDA, EXACT)}

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,8 @@ TOTAL: Final = {"Squeeze": 1, "Cast": 1}
 # In fp32 its kernel is missing, and what stands beside it goes to the CPU with it.
 FP32_GQA: Final = {GQA: 2, **TOTAL}
 FP32_GQA_ROWS: Final = {**FP32_GQA, "MatMul": 4}
+# Sizes that `logits_to_keep` is read by, where it is an input; in each branch.
+KEPT: Final = {"model.onnx": {"Concat": 1, "Mul": 1}, "required.onnx": {"Concat": 1}}
 NOTHING: Final[Mapping[str, int]] = {}
 STEP: Final = {"batch": 1, "sequence": 1, "past": 127}
 CONTROL_FLOW: Final = "control flow"
@@ -129,7 +132,10 @@ def test_only_what_the_table_allows_is_on_the_cpu(
     expected = ["model.onnx"] if options.get("merge") else ["model.onnx", "required.onnx"]
     assert [found.graph for found in placed[form]] == expected
     for found in placed[form]:
-        assert dict(found.on_cpu) == dict(allowed), found.graph
+        sizes = Counter(allowed)
+        for _ in range(2 if options.get("branches", form == "int4 branches") else 1):
+            sizes += Counter({} if "fixed" in options else KEPT[found.graph])
+        assert found.on_cpu == sizes, found.graph
         assert found.counts["CUDAExecutionProvider"] > 50
         if refusal is None:
             assert found.refusal is None and found.copies == 0
@@ -185,7 +191,8 @@ def test_a_rotation_is_one_node_in_every_precision(
     for found in placed[form]:
         operators = [op for op, _ in found.nodes["CUDAExecutionProvider"]]
         assert operators.count("RotaryEmbedding") == 4  # of queries and keys, in two layers
-        assert not {"Slice", "Neg"} & set(operators)
+        assert "Neg" not in operators
+        assert operators.count("Slice") <= 1  # of the kept logits
 
 
 def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
@@ -203,7 +210,7 @@ def test_the_check_on_a_gpu_machine_fails_where_nodes_leave_the_device(
     on_cpu = misplaced(placed["fp32 gqa"][0])
     assert on_cpu[0] == "2 com.microsoft:GroupQueryAttention on the CPU"
     assert on_cpu[-1].startswith("no CUDA graph: ")
-    assert len(misplaced(placed["fp16 branches"][0])) == 1  # the nodes are there, no CUDA graph
+    assert misplaced(placed["fp16 branches"][0])[-1].startswith("no CUDA graph: ")
     for form in ("fp16 gqa rows", "fp32 rows", "int4 rows"):  # what --target cuda chooses
         assert misplaced(placed[form][0]) == []
 

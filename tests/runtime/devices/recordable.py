@@ -21,7 +21,7 @@ POSITIONS: Final = 24
 
 
 def make_recordable(bundle: Path, place: Path) -> Path:
-    """The bundle, of rows and GroupQueryAttention, in the directory `place`."""
+    """The bundle, of rows, GroupQueryAttention and all logits, in the directory `place`."""
     import onnx
     from onnx import helper, numpy_helper
 
