@@ -52,8 +52,8 @@ def main() -> None:
 
     recognizer = ld.SpeechRecognizer(ld.AdapterSession(bundle))
     sounds = [arguments.audio] * 2
-    for heard in recognizer.transcribe(sounds, [None, "clinic"], language=arguments.language):
-        print(f"{heard.adapter or 'base'}: {heard.text.strip()}")
+    for transcript in recognizer.transcribe(sounds, [None, "clinic"], language=arguments.language):
+        print(f"{transcript.adapter or 'base'}: {transcript.text.strip()}")
 
 
 if __name__ == "__main__":

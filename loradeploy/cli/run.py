@@ -21,9 +21,9 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
+from loradeploy.cli.audio import transcribe
 from loradeploy.cli.console import provider_option, say_text
 from loradeploy.cli.generating import generate, generation_flags, given_settings
-from loradeploy.cli.hearing import transcribe
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -317,7 +317,7 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
 
 def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     """What runs a bundle, and what it is for."""
-    from loradeploy.runtime.tasks.speech import hears
+    from loradeploy.runtime.tasks.speech import takes_audio
 
     task = session.manifest.task
     if task not in _TASKS:
@@ -325,7 +325,7 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
             f"{session.path} is a {task} bundle, which this command cannot run: use"
             " AdapterSession.run"
         )
-    return (transcribe, f"{task} of speech") if hears(session) else (_TASKS[task], task)
+    return (transcribe, f"{task} of speech") if takes_audio(session) else (_TASKS[task], task)
 
 
 def _texts(prompts: Sequence[Any]) -> list[Any]:

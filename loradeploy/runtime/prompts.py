@@ -109,8 +109,8 @@ def request_of(
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
     if (pair := values.get("text_pair")) is None:
-        heard = audio if isinstance(audio, str) and audio else None
-        return InputPrompt(values[name], named, _settings(values), heard)
+        sound = audio if isinstance(audio, str) and audio else None
+        return InputPrompt(values[name], named, _settings(values), sound)
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
     return InputPrompt((values[name], pair), named, _settings(values))

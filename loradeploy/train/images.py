@@ -75,13 +75,13 @@ def _class_folders(path: Path) -> Iterator[Row]:
 
 
 @dataclass(frozen=True)
-class Seeing:
+class ImageSettings:
     """How a checkpoint's model gets its images."""
 
     settings: PixelSettings
 
     @classmethod
-    def of(cls, directory: Path) -> Seeing:
+    def of(cls, directory: Path) -> ImageSettings:
         """That of the model in `directory`.
 
         Raises:

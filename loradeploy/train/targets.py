@@ -72,8 +72,8 @@ class TargetCollator:
 
 
 @dataclass(frozen=True)
-class Hearing:
-    """How a checkpoint's model hears: its features, and what its transcripts begin with.
+class AudioSettings:
+    """How a checkpoint's model takes sound: its features, and what its transcripts begin with.
 
     `start`: the first token, which is no label. `positions`: how many its decoder has.
     """
@@ -85,7 +85,7 @@ class Hearing:
     positions: int
 
     @classmethod
-    def of(cls, directory: Path) -> Hearing:
+    def of(cls, directory: Path) -> AudioSettings:
         """That of the model in `directory`.
 
         Raises:
@@ -147,7 +147,7 @@ class Hearing:
             seconds = len(self._samples(example)) / self.features.rate
             if seconds > self.features.chunk:
                 raise DataError(
-                    f"{example.where}: {example.audio} lasts {seconds:.1f} s, the model hears"
+                    f"{example.where}: {example.audio} lasts {seconds:.1f} s, the model takes"
                     f" {self.features.chunk} s at once: cut it into parts with a text each"
                 )
             features.append(
@@ -211,6 +211,6 @@ def _labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     return torch.tensor(padded(rows, IGNORED, max(map(len, rows))))
 
 
-def hears(directory: Path) -> bool:
+def takes_audio(directory: Path) -> bool:
     """Whether the model in `directory` takes features of sound."""
     return "num_mel_bins" in model_config(directory, error=ModelError)

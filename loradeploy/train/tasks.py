@@ -33,7 +33,7 @@ from loradeploy.train.features import (
     text_features,
     word_features,
 )
-from loradeploy.train.images import Seeing, image_loss, read_labeled_images
+from loradeploy.train.images import ImageSettings, image_loss, read_labeled_images
 from loradeploy.train.losses import (
     LossFunction,
     causal_lm_loss,
@@ -43,7 +43,12 @@ from loradeploy.train.losses import (
     seq2seq_loss,
 )
 from loradeploy.train.sources import Source
-from loradeploy.train.targets import Hearing, TargetCollator, hears, translation_features
+from loradeploy.train.targets import (
+    AudioSettings,
+    TargetCollator,
+    takes_audio,
+    translation_features,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +66,7 @@ class Task:
     `labels`: the names of the head's outputs, from the examples; None where there is no head. Of a
     regression of one number it gives none.
     `judged`: whether a share of answers comes out right, which is the accuracy.
-    `problem_type`: of a sequence classifier, as in `adapter.heads`. `hears`: whether the source is
+    `problem_type`: of a sequence classifier, as in `adapter.heads`. `audio`: whether the source is
     sound. `vectors`: of an embedder.
     """
 
@@ -73,18 +78,18 @@ class Task:
     labels: Callable[[Sequence[Any]], tuple[str, ...]] | None = None
     judged: bool = True
     problem_type: str | None = None
-    hears: bool = False
+    audio: bool = False
     vectors: Vectors | None = None
 
     @property
     def auto_class(self) -> str:
         """transformers' class that loads the base."""
-        return _SPEECH_CLASS if self.hears else TASK_TABLE[self.name].auto_class
+        return _SPEECH_CLASS if self.audio else TASK_TABLE[self.name].auto_class
 
     @property
     def peft(self) -> str | None:
         """PEFT's name of the task; its class for encoder-decoders feeds tokens, no sound."""
-        return None if self.hears else TASK_TABLE[self.name].peft
+        return None if self.audio else TASK_TABLE[self.name].peft
 
 
 def _without_labels(
@@ -155,17 +160,17 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
     specifies. An encoder-decoder's row is as the model in `base` takes it.
 
     Raises:
-        ModelError: a model of speech whose files do not say how it hears.
+        ModelError: a model of speech whose files do not say how sound becomes features.
         BundleError: that cannot be read, or is not computed.
     """
-    if config.task == SEQ2SEQ_LM and base is not None and hears(base):
-        hearing = Hearing.of(base)
+    if config.task == SEQ2SEQ_LM and base is not None and takes_audio(base):
+        audio = AudioSettings.of(base)
         return replace(
             _TASKS[SEQ2SEQ_LM],
             read=data.read_spoken_texts,
-            encode=_without_labels(hearing.encode),
-            collate=hearing.collator,
-            hears=True,
+            encode=_without_labels(audio.encode),
+            collate=audio.collator,
+            audio=True,
         )
     if config.task == SEQUENCE_CLASSIFICATION:
         return _PROBLEMS[TRAINED_PROBLEMS[config.problem_type]]
@@ -178,13 +183,13 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
 
 def _image_classifier(base: Path | None) -> Task:
     """Of images as the model in `base` takes them; raises ModelError where that is not known."""
-    seeing = Seeing.of(base or Path())
+    images = ImageSettings.of(base or Path())
     return Task(
         name=IMAGE_CLASSIFICATION,
         read=read_labeled_images,
-        encode=seeing.encode,
+        encode=images.encode,
         loss=image_loss,
-        collate=seeing.collator,
+        collate=images.collator,
         labels=data.label_names,
     )
 

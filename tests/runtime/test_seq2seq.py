@@ -284,11 +284,11 @@ def test_parity_scores_an_adapter_by_the_settings_beside_it(
 
     from loradeploy.adapter import load_adapter
     from loradeploy.lora.inject import adapted
+    from loradeploy.parity.score.generated import GeneratedTexts, of_session, of_torch
     from loradeploy.parity.score.measures import TRANSLATION
-    from loradeploy.parity.score.written import Written, of_session, of_torch
     from loradeploy.train.data import Translation
 
-    data = Written(TRANSLATION, tuple(Translation("", text, text) for text in TEXTS), 8)
+    data = GeneratedTexts(TRANSLATION, tuple(Translation("", text, text) for text in TEXTS), 8)
     session = ld.AdapterSession(bundle)
     usual = of_session(session, data, "first")
     own = shutil.copytree(adapters["first"], tmp_path / "own")

@@ -1,4 +1,4 @@
-"""Whisper: what transformers and PEFT hear in the same sounds, each with its own adapter."""
+"""Whisper: the transcripts of transformers and PEFT, each with its own adapter."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def asked(settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_each_row_hears_what_transformers_does_with_its_adapter(
+def test_each_row_transcribes_as_transformers_does_with_its_adapter(
     settings: dict[str, Any], recognizer: ld.SpeechRecognizer, reference: Reference
 ) -> None:
     settings = {"max_new_tokens": 10, **settings}
@@ -177,9 +177,9 @@ def test_sampling_is_repeatable_and_a_language_may_be_each_sounds_own(
         )
 
     assert sampled(3) == sampled(3) != sampled(4)
-    heard = [answer.language for answer in sampled(3)]
+    languages = [answer.language for answer in sampled(3)]
     (found,) = recognizer.transcribe(SOUNDS[1], max_new_tokens=8)
-    assert heard == ["de", found.language, "en"]
+    assert languages == ["de", found.language, "en"]
 
 
 def test_the_command_prints_transcripts(
@@ -207,10 +207,10 @@ def test_the_command_prints_transcripts(
         assert [part["start"] for part in values["segments"]] == [s.start for s in answer.segments]
     flags = ("--task", "translate", "--language", "de", "--max-new-tokens", "8")
     translated = call("run", bundle, tmp_path / "0.wav", *flags)
-    heard = recognizer.transcribe(
+    transcript = recognizer.transcribe(
         tmp_path / "0.wav", task="translate", language="de", max_new_tokens=8
     )[0]
-    assert translated.strip() == heard.text.strip()
+    assert translated.strip() == transcript.text.strip()
 
 
 @pytest.mark.parametrize(

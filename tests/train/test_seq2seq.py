@@ -122,7 +122,7 @@ BAD = {
         "line 1: .*b.wav does not exist",
     ),
     "another rate": (bad_rate, "8000 samples a second, the model takes 16000"),
-    "too long": (too_long, "lasts 1.2 s, the model hears 1 s at once: cut it"),
+    "too long": (too_long, "lasts 1.2 s, the model takes 1 s at once: cut it"),
     "a language": (
         lambda file: spoken(file, language="Klingon"),
         "'Klingon' is none of the model's",

@@ -49,7 +49,7 @@ class FeatureSettings:
     """How sound becomes features.
 
     `mels`: the bands. `rate`: samples a second. `hop`: samples from one frame to the next. `chunk`:
-    the seconds that a model hears at once. `window`: the samples of a frame. `padding`: what fills
+    the seconds that a model takes at once. `window`: the samples of a frame. `padding`: what fills
     a chunk up.
     """
 

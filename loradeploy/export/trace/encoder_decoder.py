@@ -39,8 +39,8 @@ _PARTS: Final = ("key", "value")
 
 def sources_of(model: Any) -> list[str]:
     """The inputs of the encoder."""
-    heard = INPUT_FEATURES in inspect.signature(model.forward).parameters
-    return [INPUT_FEATURES] if heard else [INPUT_IDS, ATTENTION_MASK]
+    of_sound = INPUT_FEATURES in inspect.signature(model.forward).parameters
+    return [INPUT_FEATURES] if of_sound else [INPUT_IDS, ATTENTION_MASK]
 
 
 def plain_inputs(model: Any) -> list[str]:
@@ -137,7 +137,7 @@ def example(
     sources = Dim("source_batch")  # the halves share no size
     dtype = next(model.parameters()).dtype
     caches = _caches(model, source_sizes)
-    heard = source_sizes is not None
+    of_sound = source_sizes is not None
     source = Dim.AUTO
     ids = torch.ones((_BATCH, _SOURCE), dtype=torch.int64)
     plain: dict[str, tuple[torch.Tensor, dict[int, Any]]] = {
@@ -156,9 +156,9 @@ def example(
     for own, crossed in caches:
         for parts, length, dims in (
             (own, _PAST, {0: batch, 2: past}),
-            (crossed, crossed[0].shape[2] if heard else _CROSS, {0: batch, 2: cross}),
+            (crossed, crossed[0].shape[2] if of_sound else _CROSS, {0: batch, 2: cross}),
         ):
-            if heard and parts is crossed:
+            if of_sound and parts is crossed:
                 dims = {0: batch}
             cached.append(
                 tuple(

@@ -228,8 +228,8 @@ def _example(
     import torch
 
     if kind.name == SEQ2SEQ_LM:
-        heard = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
-        arguments, dynamic, names = encoder_decoder.example(model, heard)
+        fixed = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
+        arguments, dynamic, names = encoder_decoder.example(model, fixed)
         given = encoder_decoder.output_names(encoder_decoder.layers_of(names))
         return arguments, dynamic, names, given
     caches = _caches(model) if kind.cached else ()

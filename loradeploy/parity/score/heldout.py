@@ -46,8 +46,8 @@ from loradeploy.errors import (
 from loradeploy.parity.inputs.row_feeds import types_of
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
+from loradeploy.parity.score.generated import GeneratedTexts, generated_texts
 from loradeploy.parity.score.measures import MEASURED
-from loradeploy.parity.score.written import Written, written
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -80,7 +80,7 @@ class HeldOut:
 
     `kind`: of `measures.MEASURED`. `source`: where the data is from, `available` how many there
     are, `taken` how many of them were drawn. `labels`: the names of the outputs. `embedded`: of an
-    embedder, whose `examples` are texts. `written`: of an encoder-decoder, which has no others.
+    embedder, whose `examples` are texts. `generated`: of an encoder-decoder, which has no others.
     """
 
     kind: str
@@ -90,7 +90,7 @@ class HeldOut:
     taken: int
     labels: tuple[str, ...] = ()
     embedded: Embedded | None = None
-    written: Written | None = None
+    generated: GeneratedTexts | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -157,9 +157,9 @@ def read_held_out(
             task = task_of(config, checkpoint.directory)
             drawn, available = _draw(task, data, examples, seed)
             features = checkpoint.encode(task, drawn, (), config.max_length).features
-            texts = written(drawn, features, heard=task.hears)
+            texts = generated_texts(drawn, features, audio=task.audio)
             found[name] = HeldOut(
-                texts.kind, (), os.fspath(data), available, len(drawn), written=texts
+                texts.kind, (), os.fspath(data), available, len(drawn), generated=texts
             )
             continue
         settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}

@@ -33,6 +33,7 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.names import ONNX_MERGED, ONNX_SIDE_INPUTS
 from loradeploy.parity.phases import Model, batch_size
 from loradeploy.parity.report.results import Score
+from loradeploy.parity.score.generated import of_session, of_torch
 from loradeploy.parity.score.intervals import mean_interval, proportions_interval
 from loradeploy.parity.score.measures import (
     MEASURES,
@@ -41,7 +42,6 @@ from loradeploy.parity.score.measures import (
     number_pairs,
     resampled_interval,
 )
-from loradeploy.parity.score.written import of_session, of_torch
 from loradeploy.runtime.tokenizer import pad as pad_rows
 
 if TYPE_CHECKING:
@@ -128,11 +128,11 @@ def score_reference(
     for name, data in held_out.items():
         own = tested.get(name)
         with adapted(model, None if own is None else own.adapter):
-            if data.written is not None:
+            if data.generated is not None:
                 # A merged bundle has the texts' files of its adapter.
                 beside = None if own is None or context.merged else own.path
-                texts = of_torch(model, data.written, context.bundle, beside)
-                found[name] = _of_counts(data.written.counts(texts))
+                texts = of_torch(model, data.generated, context.bundle, beside)
+                found[name] = _of_counts(data.generated.counts(texts))
                 continue
             found[name] = answers(
                 TorchModel(model, context.manifest, context.cases.types), data, name, context
@@ -171,10 +171,10 @@ def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -
 
 def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
     """What `model` makes of the examples, batch by batch, the longest first."""
-    if data.written is not None:
+    if data.generated is not None:
         session = cast("OnnxModel", model).session
         assert session is not None
-        return _of_counts(data.written.counts(of_session(session, data.written, adapter)))
+        return _of_counts(data.generated.counts(of_session(session, data.generated, adapter)))
     manifest, cases = context.manifest, context.cases
     causal = manifest.task == CAUSAL_LM
     examples = data.examples

@@ -1,4 +1,4 @@
-"""Sounds heard window by window: the features of each, and the text that continues it.
+"""Sounds transcribed window by window: the features of each, and the text that continues it.
 
 A window has as many frames as the encoder takes. The next one begins where the last whole segment
 ends (see `timestamps.parts_of`), until the sound is at its end. Sounds of a batch that go on are
@@ -58,8 +58,8 @@ class ReadSound:
 
 
 @dataclass(eq=False)
-class Heard:
-    """A sound while it is heard. `seek`: the frame at which the next window begins.
+class SpeechProgress:
+    """A sound while it is transcribed. `seek`: the frame at which the next window begins.
 
     `segments`: their begins and ends in seconds, and their tokens.
     """
@@ -125,7 +125,7 @@ class _HeldRows:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """How the sounds of a call are heard. `given`: whether `options` name the most new tokens."""
+    """How a call is transcribed. `given`: whether `options` name the most new tokens."""
 
     graph: DecoderGraph
     features: FeatureSettings
@@ -138,18 +138,20 @@ class Windows:
     timestamps: bool | None
     seed: int
 
-    def hear(self, batch: Sequence[ReadSound], held: HeldAdapters) -> Iterator[Heard]:
-        """The sounds of a batch, each once all of them have been heard to their end.
+    def transcribe(
+        self, batch: Sequence[ReadSound], held: HeldAdapters
+    ) -> Iterator[SpeechProgress]:
+        """The sounds of a batch, each once all of them are at their end.
 
         Raises:
             UsageError, BundleError, BudgetError, RunError: as `SpeechRecognizer.transcribe`.
         """
-        heard = [self._begun(sound) for sound in batch]
-        while going := [row for row, one in enumerate(heard) if one.going]:
-            self._step(heard, going, held)
-        yield from heard
+        batch_progress = [self._begun(sound) for sound in batch]
+        while going := [row for row, one in enumerate(batch_progress) if one.going]:
+            self._step(batch_progress, going, held)
+        yield from batch_progress
 
-    def _begun(self, sound: ReadSound) -> Heard:
+    def _begun(self, sound: ReadSound) -> SpeechProgress:
         features = self.features.of(sound.samples)
         long = features.shape[1] > self.features.chunk_frames
         own = sound.side.settings
@@ -178,45 +180,52 @@ class Windows:
             timestamps=timestamps or long,
             what=sound.what,
         )
-        return Heard(sound, prompt, features)
+        return SpeechProgress(sound, prompt, features)
 
-    def _step(self, heard: Sequence[Heard], rows: Sequence[int], held: HeldAdapters) -> None:
-        """Hear the next window of the sounds `rows`."""
-        windows = np.stack([self._window(heard[row]) for row in rows])
+    def _step(
+        self, batch_progress: Sequence[SpeechProgress], rows: Sequence[int], held: HeldAdapters
+    ) -> None:
+        """Transcribe the next window of the sounds `rows`."""
+        windows = np.stack([self._window(batch_progress[row]) for row in rows])
         adapters = _HeldRows(held, rows)
         source = EncodedSource.of_feeds(self.graph.session, adapters, {INPUT_FEATURES: windows}, {})
-        if any(heard[row].prompt.needs_language and heard[row].found is None for row in rows):
-            self._find_languages([heard[row] for row in rows], adapters, source)
-        lengths = {row: len(heard[row].tokens) for row in rows}
+        if any(
+            batch_progress[row].prompt.needs_language and batch_progress[row].found is None
+            for row in rows
+        ):
+            self._find_languages([batch_progress[row] for row in rows], adapters, source)
+        lengths = {row: len(batch_progress[row].tokens) for row in rows}
         for length in sorted(set(lengths.values())):
             alike = [at for at, row in enumerate(rows) if lengths[row] == length]
             part = EncodedSource(source.inputs)
             if len(alike) < len(rows):
                 part.take_rows(alike)
             some = [rows[at] for at in alike]
-            self._decode([heard[row] for row in some], _HeldRows(held, some), part)
+            self._decode([batch_progress[row] for row in some], _HeldRows(held, some), part)
 
-    def _window(self, one: Heard) -> NDArray[np.float32]:
+    def _window(self, one: SpeechProgress) -> NDArray[np.float32]:
         size = self.features.chunk_frames
         own = one.features[:, one.seek : one.seek + size]
         return np.pad(own, ((0, 0), (0, size - own.shape[1])))
 
     def _find_languages(
-        self, heard: Sequence[Heard], adapters: _HeldRows, source: EncodedSource
+        self, batch_progress: Sequence[SpeechProgress], adapters: _HeldRows, source: EncodedSource
     ) -> None:
         """The likeliest language of each sound that has none, by its first window."""
-        ids = np.array([[one.prompt.start] for one in heard], np.int64)
+        ids = np.array([[one.prompt.start] for one in batch_progress], np.int64)
         rows = CachedRows(self.graph, len(ids), 1, source)
         logits = rows.read(adapters, ids, np.ones_like(ids), np.full(len(ids), -1))
-        for one, values in zip(heard, logits, strict=True):
+        for one, values in zip(batch_progress, logits, strict=True):
             if one.prompt.needs_language and one.found is None:
                 check_logits(values, one.sound.what)
                 tokens = sorted(one.prompt.settings.languages.values())
                 one.found = tokens[int(values[tokens].argmax())]
 
-    def _decode(self, heard: Sequence[Heard], adapters: _HeldRows, source: EncodedSource) -> None:
+    def _decode(
+        self, batch_progress: Sequence[SpeechProgress], adapters: _HeldRows, source: EncodedSource
+    ) -> None:
         """The text of a window of each sound, whose prompts are of one length."""
-        sequences = [self._sequences(one) for one in heard]
+        sequences = [self._sequences(one) for one in batch_progress]
         check_memory(
             self.graph.session,
             self.budget,
@@ -226,10 +235,10 @@ class Windows:
         )
         for _ in DecodingBatch.of(self.graph, adapters, sequences, source).steps():
             pass
-        for one, own in zip(heard, sequences, strict=True):
+        for one, own in zip(batch_progress, sequences, strict=True):
             self._keep(one, own.result(0).ids)
 
-    def _sequences(self, one: Heard) -> Samples | BeamSearch:
+    def _sequences(self, one: SpeechProgress) -> Samples | BeamSearch:
         prompt, side, own = one.tokens, one.sound.side, one.prompt.settings
         seed = self.seed
         if one.windows:  # another window has random numbers of its own
@@ -253,14 +262,14 @@ class Windows:
         most = [size for size in (own.max_length, None if room is None else room - first) if size]
         return min(most, default=self.options.max_new_tokens)
 
-    def _keep(self, one: Heard, ids: tuple[int, ...]) -> None:
+    def _keep(self, one: SpeechProgress, ids: tuple[int, ...]) -> None:
         """Have the segments of a window's text, and go on behind them."""
         frames = min(self.features.chunk_frames, one.features.shape[1] - one.seek)
         parts, behind = parts_of(ids, one.first, frames // _STRIDE)
         begin, step = self._seconds(one.seek), self._seconds(_STRIDE)
         one.segments += [(begin + p.start * step, begin + p.end * step, p.ids) for p in parts]
         one.windows += 1
-        # A text whose last pair is of 0 seconds would be heard again without end.
+        # A text whose last pair is of 0 seconds would be transcribed again without end.
         one.seek += frames if not behind else behind * _STRIDE
 
     def _seconds(self, frames: int) -> float:

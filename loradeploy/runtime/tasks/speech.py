@@ -21,7 +21,7 @@ from loradeploy.runtime.decoding.options import GenerationOptions
 from loradeploy.runtime.decoding.source import Target
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.speech.windows import Heard, ReadSound, Windows
+from loradeploy.runtime.speech.windows import ReadSound, SpeechProgress, Windows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was heard in one sound.
+    """The text of one sound.
 
     Args:
         text: without timestamps.
@@ -112,8 +112,9 @@ class SpeechRecognizer:
         names one. `task`: "transcribe", or "translate" into English. `timestamps`: whether segments
         with times are given; the text may be another one then.
 
-        A sound that is longer than the model's 30 s is heard window by window, as transformers
-        does it: always with timestamps, each window from where the last segment before it ends.
+        A sound that is longer than the model's 30 s is transcribed window by window, as
+        transformers does it: always with timestamps, each window from where the last segment before
+        it ends.
         `options`: fields of `GenerationOptions` but `n`, `stop` and `logprobs`; `max_new_tokens` is
         of a window, by default as many as the model has positions for.
 
@@ -159,8 +160,8 @@ class SpeechRecognizer:
                 lambda batch: [sound.adapter for sound in batch],
                 lambda batch: [[read(sound.number) for sound in batch]],
             ):
-                for heard in windows.hear(batch, held):
-                    results[heard.sound.number] = self._transcript(heard)
+                for progress in windows.transcribe(batch, held):
+                    results[progress.sound.number] = self._transcript(progress)
         return [results[number] for number in range(len(sounds))]
 
     def _read(self, number: int, sound: Audio, adapter: AdapterSpec | None) -> ReadSound:
@@ -178,24 +179,24 @@ class SpeechRecognizer:
         side = self.session.texts.of(adapter)
         return ReadSound(number, samples, adapter, side, counts, what)
 
-    def _transcript(self, heard: Heard) -> Transcript:
-        decode = heard.sound.side.tokenizer.decode
+    def _transcript(self, progress: SpeechProgress) -> Transcript:
+        decode = progress.sound.side.tokenizer.decode
         segments = tuple(
-            Segment(round(start, 6), round(end, 6), decode(heard.text_of(ids)), ids)
-            for start, end, ids in heard.segments
+            Segment(round(start, 6), round(end, 6), decode(progress.text_of(ids)), ids)
+            for start, end, ids in progress.segments
         )
-        ids = tuple(token for _, _, part in heard.segments for token in part)
+        ids = tuple(token for _, _, part in progress.segments for token in part)
         return Transcript(
-            text=decode(heard.text_of(ids)),
+            text=decode(progress.text_of(ids)),
             token_ids=ids,
-            segments=segments if heard.timestamps else (),
-            language=heard.language,
-            adapter=heard.sound.adapter,
-            seconds=len(heard.sound.samples) / self.features.rate,
+            segments=segments if progress.timestamps else (),
+            language=progress.language,
+            adapter=progress.sound.adapter,
+            seconds=len(progress.sound.samples) / self.features.rate,
         )
 
 
-def hears(session: AdapterSession) -> bool:
+def takes_audio(session: AdapterSession) -> bool:
     """Whether a session's bundle is for a SpeechRecognizer."""
     encoder = session.manifest.encoder
     return encoder is not None and INPUT_FEATURES in encoder.inputs
@@ -208,7 +209,7 @@ def _features_of(session: AdapterSession) -> FeatureSettings:
         raise UsageError(f"{session.path} is a {manifest.task} bundle: it takes no sound")
     if manifest.encoder is None:
         raise UsageError(f"{session.path} has no cache: export it again to transcribe with it")
-    if not hears(session):
+    if not takes_audio(session):
         raise UsageError(
             f"{session.path} takes {manifest.encoder.inputs[0]}, no sound: use TextGenerator"
         )

@@ -36,7 +36,7 @@ _ROOM: Final = 8
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedTexts:
     """What is read and what should be written: as many `targets` as `examples`.
 
     `most`: how many tokens a text may have.
@@ -67,15 +67,15 @@ class Written:
         return np.array(rows, np.float64)
 
 
-def written(
-    drawn: Sequence[Translation | SpokenText], features: Sequence[dict[str, Any]], *, heard: bool
-) -> Written:
+def generated_texts(
+    drawn: Sequence[Translation | SpokenText], features: Sequence[dict[str, Any]], *, audio: bool
+) -> GeneratedTexts:
     """The examples that were drawn; `features`: their tokens.
 
     Raises:
         MissingDependencyError: the library of the metric is not installed.
     """
-    kind = TRANSCRIPTION if heard else TRANSLATION
+    kind = TRANSCRIPTION if audio else TRANSLATION
     try:
         import_module(_LIBRARIES[kind])
     except ImportError:
@@ -84,10 +84,10 @@ def written(
             f" {_LIBRARIES[kind]}"
         ) from None
     most = _ROOM + max(len(feature["labels"]) for feature in features)
-    return Written(kind, tuple(drawn), most)
+    return GeneratedTexts(kind, tuple(drawn), most)
 
 
-def of_session(session: AdapterSession, data: Written, adapter: str | None) -> list[str]:
+def of_session(session: AdapterSession, data: GeneratedTexts, adapter: str | None) -> list[str]:
     """What a bundle writes with an adapter."""
     from loradeploy.runtime.tasks.generation import TextGenerator
     from loradeploy.runtime.tasks.speech import SpeechRecognizer
@@ -104,18 +104,20 @@ def of_session(session: AdapterSession, data: Written, adapter: str | None) -> l
     recognizer = SpeechRecognizer(session)
     texts: list[str] = []
     for example in examples:
-        (heard,) = recognizer.transcribe(
+        (transcript,) = recognizer.transcribe(
             example.audio,
             adapter,
             language=example.language,
             task=example.task,
             max_new_tokens=_within(data.most, session.path),
         )
-        texts.append(heard.text)
+        texts.append(transcript.text)
     return texts
 
 
-def of_torch(model: Any, data: Written, bundle: Path, adapter: Path | None = None) -> list[str]:
+def of_torch(
+    model: Any, data: GeneratedTexts, bundle: Path, adapter: Path | None = None
+) -> list[str]:
     """What transformers writes with the PyTorch model, whose adapter is in it.
 
     The tokenizer and the generation_config.json are those beside `adapter`, else the bundle's, as a
@@ -128,17 +130,17 @@ def of_torch(model: Any, data: Written, bundle: Path, adapter: Path | None = Non
     if adapter is not None and describes_texts(beside := text_directory(adapter)):
         tokenizer = Tokenizer(beside, tokenizer)
         generation = beside if (beside / GENERATION_NAME).is_file() else bundle
-    heard = data.kind == TRANSCRIPTION
+    audio = data.kind == TRANSCRIPTION
     settings = copy.deepcopy(model.generation_config)
     if (generation / GENERATION_NAME).is_file():
         settings = GenerationConfig.from_pretrained(generation)
-    most = _within(data.most, bundle) if heard else data.most
+    most = _within(data.most, bundle) if audio else data.most
     settings.update(max_new_tokens=most, do_sample=False, num_beams=1)
     examples: Any = data.examples
     texts = []
     with torch.inference_mode():
         for example in examples:
-            if not heard:
+            if not audio:
                 ids = torch.tensor([tokenizer.encode(example.source)])
                 mask = torch.ones_like(ids)
                 found = model.generate(
