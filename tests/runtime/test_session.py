@@ -358,7 +358,7 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ),
         (
             lambda m: m["outputs"][0].update(shape=["batch", "sequence", 7]),
-            r"output logits is tensor\(float\) \[batch, sequence, 512\]",
+            r"output logits is tensor\(float\) \[batch, kept, 512\]",
         ),
         (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "no side input elsewhere"),
         (
