@@ -213,6 +213,11 @@ def _has_shared_scale(graph: Path) -> bool:
 
 def _write_side_inputs(bundle: Path, place: Path, manifest: Manifest) -> None:
     """What clients send for the base and each adapter; factors of rank 0 as zeros of rank 1."""
+    if "base" in manifest.adapters:
+        raise UsageError(
+            "an adapter is named base, as the side inputs of the base model are in a Triton"
+            " repository: export it with another name"
+        )
     files = {"base": bundle / BASE_INPUTS_NAME} | {
         name: bundle / ADAPTERS_DIRECTORY / f"{name}.safetensors" for name in manifest.adapters
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,13 @@ def test_forms_that_triton_would_answer_wrongly_are_refused(
     assert list(tmp_path.iterdir()) == []  # before anything is written
     with pytest.raises(UsageError, match="give `required_inputs`"):
         write_repository(tiny_bert_bundle, tmp_path, read_manifest(tiny_bert_bundle))
+
+
+def test_an_adapter_may_not_take_the_name_of_the_base(repository: Path, tmp_path: Path) -> None:
+    bundle = next(one.parent for one in repository.parent.glob("bundles*/*/required.onnx"))
+    manifest = dataclasses.replace(read_manifest(bundle), adapters={"base": {}})
+    with pytest.raises(UsageError, match="an adapter is named base"):
+        write_repository(bundle, tmp_path / "models", manifest)
 
 
 def test_a_scale_for_all_rows_is_never_batched(repository: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.capture import replays
+from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.devices import table
 from tests.runtime.feeds import feeds, random_ids
 from tests.runtime.steps import logits_of_steps
@@ -329,3 +330,13 @@ def test_a_provider_that_records_nothing_is_refused(
     message = "CPUExecutionProvider captures no runs here: give one of cuda, webgpu"
     with pytest.raises(ld.UsageError, match=message):
         captures(tiny_llama_bundle)
+
+
+def test_buffers_come_back_while_others_are_borrowed() -> None:
+    """The garbage collector runs wherever memory is taken, on a thread that may have the lock."""
+    pool = CachePool(None)
+    borrowed = pool.borrow(1, 256)
+    value = borrowed.put("a", np.ones(1, np.float32), ("cpu", 0))
+    with pool._lock:
+        del borrowed
+    assert pool.borrow(1, 256).put("a", np.zeros(1, np.float32), ("cpu", 0)) is value

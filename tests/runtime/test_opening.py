@@ -68,11 +68,11 @@ def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times
     right = opening.open_graph
     done: list[int] = []
 
-    def open_graph(*arguments: Any) -> Any:
+    def open_graph(*arguments: Any, **options: Any) -> Any:
         if len(done) < times:
             done.append(1)
             act()
-        return right(*arguments)
+        return right(*arguments, **options)
 
     monkeypatch.setattr(opening, "open_graph", open_graph)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
@@ -22,6 +23,8 @@ class CachePool:
     def __init__(self, most: int | None) -> None:
         self._most = most
         self._free: dict[_Size, list[dict[str, onnxruntime.OrtValue]]] = {}
+        # What came back: the garbage collector may give back in the midst of `borrow`.
+        self._returned: deque[tuple[_Size, dict[str, onnxruntime.OrtValue]]] = deque()
         self._lock = threading.Lock()
 
     def room(self, needed: int, wanted: int) -> int:
@@ -37,13 +40,15 @@ class CachePool:
     def borrow(self, rows: int, positions: int) -> BorrowedBuffers:
         """Buffers of this size; of a size that none is free of, new ones."""
         with self._lock:
+            while self._returned:
+                size, values = self._returned.popleft()
+                self._free.setdefault(size, []).append(values)
             free = self._free.get((rows, positions))
             return BorrowedBuffers(self, (rows, positions), free.pop() if free else {})
 
     def give_back(self, size: _Size, values: dict[str, onnxruntime.OrtValue]) -> None:
-        """Let buffers serve another cache."""
-        with self._lock:
-            self._free.setdefault(size, []).append(values)
+        """Let buffers serve another cache. Takes no lock."""
+        self._returned.append((size, values))
 
 
 class BorrowedBuffers:

@@ -186,8 +186,9 @@ class Worker:
             fits = (len(group) + 1) * size <= most and not any(
                 self._alike(one, other) for other in group
             )
-            # Rows that end at different positions cannot begin at different ones.
-            if not group or (fits and (self._graph.left or not (one.blocks or group[0].blocks))):
+            # Behind cached tokens a row's padding would lie between its tokens, where a sliding
+            # window counts it; and rows that end at different positions begin at one.
+            if not group or (fits and not (one.blocks or group[0].blocks)):
                 group.append(one)
         return group
 

@@ -117,17 +117,16 @@ def test_they_join_rows_that_go_on_a_chunk_at_a_time(session: AdapterSession) ->
     assert found == alone(session, SHORT, ["large", *ADAPTERS[1:]])
 
 
-def test_what_they_begin_with_is_read_once_and_the_rest_of_all_together(
+def test_what_they_begin_with_is_read_once_and_each_rest_by_itself(
     session: AdapterSession,
 ) -> None:
+    """Together, their padding would lie behind what they begin with, where a window counts it."""
     prompts = [[*SYSTEM, *own] for own in SHORT]
     made = Reading(session)
     found = made.finish(made.ask(prompts, ["small"] * len(prompts)))
     assert found == alone(session, prompts, ["small"] * len(prompts))
     assert made.engine.stats().cached_tokens == BLOCK * (len(prompts) - 1)
-    # Slots that hold something already are read one by one.
-    in_slots = session.manifest.cache_in_place
-    assert made.prefills == (len(prompts) if in_slots else 2)
+    assert made.prefills == len(prompts)
 
 
 def test_short_prompts_take_turns_with_the_chunks_of_a_long_one(session: AdapterSession) -> None:
