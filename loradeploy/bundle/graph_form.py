@@ -171,7 +171,7 @@ FORM_OPTIONS: Final = (
         "--logits-to-keep/--no-logits-to-keep",
         "Give a decoder the optional input logits_to_keep, the positions that get logits: a prefill"
         " computes one row of the vocabulary, not one for each token.",
-        "on for decoders, where the graph can have it",
+        "on for decoders with side inputs, where the graph can have it",
         inherited=False,
         excludes={"fixed": "with fixed sizes the logits are of all positions"},
     ),

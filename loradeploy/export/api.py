@@ -75,7 +75,8 @@ def export(
             is written in place; batches are then padded on the right. "standard", the default, is
             ONNX's Attention. A graph with GroupQueryAttention cannot be turned back.
         logits_to_keep: give a decoder the optional input `logits_to_keep` [rows, kept], the
-            positions that get logits. The default is on, where the graph can have it.
+            positions that get logits. The default is on where side inputs are, and the graph can
+            have it.
         target: "cpu", "cuda", "webgpu", "openvino" or "web": what the bundle is for. Options that
             are not given become what runs on its device (docs/bundles.md has the table); one that
             is given and does not run there is refused.

@@ -389,7 +389,8 @@ def _keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifes
     asked, graph = options.logits_to_keep, base.graph.graph
     if asked is None:
         wanted = default_of("logits_to_keep", base.precision, options.target)
-        if base.task != CAUSAL_LM or options.fixed or not wanted:
+        # A merged graph has no inputs but the model's own, unless it is asked for.
+        if base.task != CAUSAL_LM or options.fixed or not wanted or options.merge:
             return manifest
         if (problem := logits_to_keep_problem(graph, manifest)) is not None:
             logger.info("the logits are of all positions: %s", problem)

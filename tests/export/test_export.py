@@ -175,7 +175,7 @@ def test_names_and_dimensions_are_those_of_the_ecosystem(tiny_llama_bundle: Path
     assert shapes["attention_mask"] == ("batch", "total")
     assert shapes["past_key_values.0.key"] == ("batch", 2, "past", 16)
     assert shapes["present.1.value"] == ("batch", 2, "total", 16)
-    assert shapes["logits"] == ("batch", "sequence", 512)
+    assert shapes["logits"] == ("batch", "kept", 512)  # all positions, unless some are chosen
 
 
 def test_every_linear_but_the_output_head_is_a_target(tiny_llama_bundle: Path) -> None:
