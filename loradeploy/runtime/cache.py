@@ -106,7 +106,6 @@ class DecoderCache:
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Make the batch of these of its rows, in their order; one may come several times."""
-        self._batch = len(rows)
         self._allocate(self._positions, rows)
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
@@ -117,11 +116,13 @@ class DecoderCache:
         room = used + _ROOM if self._in_place else used
         if self._pool is not None:
             room = self._pool.room(used, room)
-        put = self._placing(len(values[0]), room)
+        put, borrowed = self._placing(len(values[0]), room)
+        inputs = {}
         for spec, own in zip(self._specs, values, strict=True):
             whole = np.zeros((*own.shape[:2], room, own.shape[3]), spec.dtype)
             whole[:, :, :used] = own
-            self.inputs[spec.name] = put(spec.name, whole)
+            inputs[spec.name] = put(spec.name, whole)
+        self.inputs, self._borrowed = inputs, borrowed
         self._batch, self._positions, self._used = len(values[0]), room, used
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
@@ -138,16 +139,15 @@ class DecoderCache:
 
         `width`: so many positions of the own rows are taken over. `joining`: each a row of `other`
         with those of its positions that count. `left`: whether a row's tokens are its last
-        positions, with padding on the left, or its first.
+        positions, with padding on the left, or its first. A failure leaves the cache as it was.
         """
         most = max([width, *(len(positions) for _, positions in joining)])
         room = max(most, self._positions) if self._in_place else most
         count = len(rows) + len(joining)
         if self._pool is not None:
             room = self._pool.room(most, room)
-        # The buffers of before are read until all of the new ones are written.
-        before = self._borrowed
-        put = self._placing(count, room)
+        put, borrowed = self._placing(count, room)
+        inputs = {}
         for spec in self._specs:
             _, heads, _, size = spec.shape
             values = np.zeros((count, int(heads), room, int(size)), spec.dtype)
@@ -163,33 +163,43 @@ class DecoderCache:
             for at, (row, positions) in enumerate(joining, start=len(rows)):
                 begin = most - len(positions) if left else 0
                 values[at, :, begin : begin + len(positions)] = new[row][:, span_of(positions)]
-            self.inputs[spec.name] = put(spec.name, values)
-        del before
+            inputs[spec.name] = put(spec.name, values)
+        self.inputs, self._borrowed = inputs, borrowed
         self._batch, self._positions, self._used = count, room, most
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
     def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
-        """Buffers of `positions` that hold what was there, of all rows or of `rows`."""
-        # Each old buffer goes once its new one is there, and not before: what a run gives of it in
-        # `inputs` does not keep its memory.
-        old, self.buffers = dict(self.buffers), {}
-        before = self._borrowed
-        put = self._placing(self._batch, positions)
+        """Buffers of `positions` that hold what was there, of all rows or of `rows`.
+
+        A failure leaves the cache as it was. Buffers in place that are of no pool move tensor by
+        tensor, to save memory: there a failure leaves it without some of its inputs, so that no
+        run takes it.
+        """
+        batch = self._batch if rows is None else len(rows)
+        moves = self._in_place and self._pool is None
+        # What a run gives of a buffer in `inputs` does not keep its memory: the buffer does.
+        old = dict(self.buffers)
+        if moves:
+            self.buffers = {}
+        put, borrowed = self._placing(batch, positions)
+        inputs = {}
         for spec in self._specs:
             _, heads, _, size = spec.shape
             if rows is not None and not self._in_place:
                 values = self.inputs[spec.name].numpy()[list(rows)]
             else:
-                values = np.zeros((self._batch, int(heads), positions, int(size)), spec.dtype)
+                values = np.zeros((batch, int(heads), positions, int(size)), spec.dtype)
                 used = min(self._used, self._positions)
                 if used:
                     taken = slice(None) if rows is None else list(rows)
                     values[:, :, :used] = self.inputs[spec.name].numpy()[taken, :, :used]
-            self.inputs[spec.name] = put(spec.name, values)
-            old.pop(present_of(spec.name), None)
-        del before
-        self._positions = positions
+            inputs[spec.name] = put(spec.name, values)
+            if moves:
+                self.inputs.pop(spec.name, None)
+                old.pop(present_of(spec.name), None)
+        self.inputs, self._borrowed = inputs, borrowed
+        self._batch, self._positions = batch, positions
 
     @property
     def length(self) -> int | None:
@@ -198,12 +208,16 @@ class DecoderCache:
 
     def _placing(
         self, rows: int, positions: int
-    ) -> Callable[[str, NDArray[Any]], onnxruntime.OrtValue]:
-        """What makes values of this size of arrays, by an input's name."""
+    ) -> tuple[Callable[[str, NDArray[Any]], onnxruntime.OrtValue], BorrowedBuffers | None]:
+        """What makes values of this size of arrays, by an input's name, and where it puts them.
+
+        The buffers of before are read until all of these are written.
+        """
         if self._pool is None or not positions:
-            return lambda _, array: onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
-        self._borrowed = borrowed = self._pool.borrow(rows, positions)
-        return lambda name, array: borrowed.put(name, array, self._device)
+            make = onnxruntime.OrtValue.ortvalue_from_numpy
+            return lambda _, array: make(array, *self._device), None
+        borrowed = self._pool.borrow(rows, positions)
+        return lambda name, array: borrowed.put(name, array, self._device), borrowed
 
 
 def span_of(positions: NDArray[np.intp]) -> NDArray[np.intp] | slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError
 from loradeploy.runtime.cache import DecoderCache
+from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.decoding.memory import row_bytes
 from tests.bundle.test_manifest import a_manifest
 
@@ -103,6 +105,53 @@ def test_a_buffer_of_a_cache_in_place_is_free_once_its_new_one_is_there() -> Non
         cache.make_room(1000)
         cache.take_rows([0, 0])
     assert alive == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["grows", "in place", "pooled"])
+@pytest.mark.parametrize("change", ["join", "take_rows", "make_room", "fill"])
+def test_a_change_that_fails_midway_leaves_no_cache_of_mixed_tensors(
+    kind: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled(batch: int, value: float) -> DecoderCache:
+        inputs = tuple(TensorSpec(name, "float32", ("batch", 2, "past", 4)) for name in PAST)
+        manifest = a_manifest(inputs=inputs, cache_in_place=kind != "grows")
+        cache = DecoderCache(manifest, ("cpu", 0), batch=batch, pool=pool)
+        cache.fill([np.full((batch, 2, 6, 4), value, np.float32)] * 2)
+        return cache
+
+    pool = CachePool(None) if kind == "pooled" else None
+    cache, other = filled(3, 1), filled(1, 2)
+    changes: dict[str, Callable[[], None]] = {
+        "join": lambda: cache.join([0, 2], 6, other, [(0, np.arange(6))], kind == "grows"),
+        "take_rows": lambda: cache.take_rows([2, 0]),
+        "make_room": lambda: cache.make_room(1000),
+        "fill": lambda: cache.fill([np.full((2, 2, 5, 4), 3, np.float32)] * 2),
+    }
+    before, held, buffers = addresses(cache), dict(cache.inputs), dict(cache.buffers)
+    make = onnxruntime.OrtValue.ortvalue_from_numpy
+    calls: list[Any] = []
+
+    def out_of_memory(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return make(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", out_of_memory)
+        if kind == "grows" and change == "make_room":
+            cache.make_room(1000)  # allocates nothing
+        else:
+            with pytest.raises(MemoryError):
+                changes[change]()
+    if kind == "in place" and change in ("take_rows", "make_room"):
+        assert tuple(cache.inputs) == PAST[1:]  # which no run takes
+        return
+    assert addresses(cache) == before and cache.inputs == held and cache.buffers == buffers
+    assert all((value.numpy()[:, :, :6] == 1).all() for value in cache.inputs.values())
+    cache.join([0, 2], 6, other, [(0, np.arange(6))], kind == "grows")
+    for value in cache.inputs.values():
+        assert [set(row[:, :6].ravel()) for row in value.numpy()] == [{1}, {1}, {2}]
 
 
 @pytest.mark.parametrize(

@@ -222,12 +222,12 @@ class Worker:
         if group[0].read < len(group[0].request.ids):
             return
         entrants = []
-        for row, one in enumerate(group):
-            self._keep(one, reading, row)
-            one.reading = None
-            self._take_part(one)
-            entrants.append(Entrant(one.number, one.request.sequences, row))
         try:
+            for row, one in enumerate(group):
+                self._keep(one, reading, row)
+                one.reading = None
+                self._take_part(one)
+                entrants.append(Entrant(one.number, one.request.sequences, row))
             failures = self._batch.join(reading, entrants, logits)
         finally:
             reading.close()
