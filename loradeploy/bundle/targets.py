@@ -65,6 +65,10 @@ class LoraTarget:
         """The names of both side inputs."""
         return self.lora_A, self.lora_B
 
+    def rank_from(self, least: int) -> int:
+        """The least rank of the side inputs, from `least` on: the same for each of the experts."""
+        return -(-least // self.experts) * self.experts
+
 
 @dataclass(frozen=True)
 class SavedTarget:

@@ -31,7 +31,7 @@ from loradeploy.bundle.names import (
     ROWS,
 )
 from loradeploy.errors import BundleError, ExportError, UsageError
-from loradeploy.export.passes.required import BASE_INPUTS_NAME, of_rank_one
+from loradeploy.export.passes.required import BASE_INPUTS_NAME, of_least_rank
 from loradeploy.files import atomic_directory
 
 CONFIG_NAME: Final = "config.pbtxt"
@@ -223,5 +223,4 @@ def _write_side_inputs(bundle: Path, place: Path, manifest: Manifest) -> None:
     }
     for name, file in files.items():
         arrays, _ = read_arrays(file, error=BundleError)
-        whole = {key: of_rank_one(values) for key, values in arrays.items()}
-        write_arrays(place / f"{name}.safetensors", whole, {})
+        write_arrays(place / f"{name}.safetensors", of_least_rank(arrays, manifest), {})

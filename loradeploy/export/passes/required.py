@@ -52,15 +52,21 @@ def write_required(
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
     if zeros_have_rank_one(manifest.target):
-        base = {name: of_rank_one(values) for name, values in base.items()}
+        base = of_least_rank(base, manifest)
     write_arrays(directory / BASE_INPUTS_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})
 
 
-def of_rank_one(values: NDArray[Any]) -> NDArray[Any]:
-    """Factors of rank 0 as zeros of rank 1, whose product is the same zeros."""
-    if values.size:
-        return values
-    return np.zeros([max(size, 1) for size in values.shape], values.dtype)
+def of_least_rank(
+    arrays: Mapping[str, NDArray[Any]], manifest: Manifest
+) -> dict[str, NDArray[Any]]:
+    """Factors of rank 0 as zeros of the least rank (of experts one each): the same product."""
+    ranks = {name: t.rank_from(1) for t in manifest.targets for name in t.factors}
+    return {
+        name: values
+        if values.size
+        else np.zeros([size or ranks.get(name, 1) for size in values.shape], values.dtype)
+        for name, values in arrays.items()
+    }

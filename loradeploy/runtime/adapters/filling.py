@@ -30,11 +30,16 @@ class Filler:
         self.dtype = np.dtype(manifest.factor_dtype)
 
     def ranks(self, residents: Sequence[Resident], least: int) -> dict[str, int]:
-        """The largest rank of each target, by its first factor; `least` where none has factors."""
+        """The largest rank of each target, by its first factor; `least` where none has factors.
+
+        Of a mixture's experts it is rounded up to what they can have.
+        """
         return {
-            target.lora_A: max(
-                (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
-                default=least,
+            target.lora_A: target.rank_from(
+                max(
+                    (r.host[target.lora_A].shape[2] for r in residents if target.lora_A in r.host),
+                    default=least,
+                )
             )
             for target in self._targets
         }

@@ -18,6 +18,7 @@ import onnxruntime
 
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
+from loradeploy.bundle.manifest import RANK
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident
 
@@ -206,14 +207,16 @@ class Stacks:
 
 
 def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bindable:
-    """Every side input of the graph as the base has it, the factors zeros of rank 1.
+    """Every side input of the graph as the base has it, the factors zeros of the least rank.
 
     `defaults`: as of `Stacks`.
     """
     changes = change_inputs(manifest)
+    ranks = {name: t.rank_from(1) for t in manifest.targets for name in t.factors}
     values = {}
     for spec in manifest.side_inputs():
-        shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+        sizes = {RANK: ranks.get(spec.name, 1)}
+        shape = tuple(size if isinstance(size, int) else sizes.get(size, 1) for size in spec.shape)
         _, neutral = changes.get(spec.name, (0, 0.0))
         numbers = defaults.get(spec.name, np.full(shape, neutral, spec.dtype))
         # What chooses slots and branches is read on the host.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors.numpy import load_file, save_file
 import loradeploy as ld
 from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
+from loradeploy.export.passes.required import of_least_rank
+from loradeploy.runtime.adapters.filling import Filler
+from loradeploy.runtime.adapters.stacks import neutral
 from tests.cli.calling import call
 from tests.conftest import once
 from tests.export.reference import onnx_output, token_feeds
@@ -194,6 +198,29 @@ def test_merged_into_a_bundle_and_in_onnx_runtimes_format_it_is_pefts(
     facts = json.loads(call("inspect", adapter, "--json"))
     assert facts["layers"] == ["experts"]
     assert "experts" in json.loads(call("inspect", bundle, "--json"))["side_inputs"]
+
+
+def test_every_rank_of_the_side_inputs_is_one_of_all_experts(bundle: Path) -> None:
+    manifest = ld.AdapterSession(bundle).manifest
+    six = dataclasses.replace(
+        manifest,
+        targets=tuple(
+            dataclasses.replace(t, experts=6) if t.kind == "experts" else t
+            for t in manifest.targets
+        ),
+    )
+    ranks = Filler(six, {}).ranks((), 8)
+    neutral_values = neutral(six, {}, ("cpu", 0)).values
+    zeros = {n: np.zeros((1, 3, 0)) for t in six.targets for n in t.factors if n.endswith("_A")}
+    least = of_least_rank(zeros, six)
+    for target in six.targets:
+        experts = target.kind == "experts"
+        assert ranks[target.lora_A] == (12 if experts else 8)
+        assert neutral_values[target.lora_A].shape()[2] == (6 if experts else 1)
+        assert neutral_values[target.lora_B].shape()[1] == (6 if experts else 1)
+        assert least[target.lora_A].shape == (1, 3, 6 if experts else 1)
+    assert any(target.kind == "experts" for target in six.targets)
+    assert {t.rank_from(0) for t in six.targets} == {0}
 
 
 def test_parity_proves_a_bundle_with_experts(
