@@ -1,4 +1,4 @@
-"""ONNX Runtime's names of the dtypes of tensors, as numpy calls them."""
+"""The names of tensors' dtypes in ONNX Runtime and in protocols of servers, by numpy's."""
 
 from __future__ import annotations
 
@@ -12,4 +12,15 @@ NUMPY_NAMES: Final[Mapping[str, str]] = {
     **{f"tensor({name})": name for name in ("float16", "bfloat16", "bool")},
     **{f"tensor({name})": name for name in ("int64", "int32", "int16", "int8")},
     **{f"tensor({name})": name for name in ("uint64", "uint32", "uint16", "uint8")},
+}
+# numpy's names, as the Open Inference Protocol calls them; Triton's have TYPE_ before them.
+PROTOCOL_NAMES: Final[Mapping[str, str]] = {
+    "bool": "BOOL",
+    **{
+        f"{kind}{bits}": f"{kind}{bits}".upper()
+        for kind in ("uint", "int")
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"float{bits}": f"FP{bits}" for bits in (16, 32, 64)},
+    "bfloat16": "BF16",
 }

@@ -34,6 +34,9 @@ BFLOAT16: Final = "bf16"  # how weights are stored; they compute in fp32
 # The bits of weights that are packed after surgery or merge.
 PACKED_BITS: Final[Mapping[str, int]] = MappingProxyType({"int8": 8, "int4": 4})
 PRECISIONS: Final = (DEFAULT_PRECISION, "fp16", BFLOAT16, *PACKED_BITS)
+# How the names of operators begin that have one scale for all rows of a batch: a row's numbers
+# depend on the others.
+SHARED_SCALE: Final = "DynamicQuantize"
 STANDARD, GQA = ATTENTIONS = ("standard", "gqa")
 LORA, DORA, BIAS, EMBEDDING, TOKENS, EXPERTS = (
     *("lora", "dora", "bias", "embedding", "tokens", "experts"),

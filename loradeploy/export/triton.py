@@ -21,7 +21,8 @@ from typing import Any, Final
 
 from loradeploy.adapter.tasks import SEQ2SEQ_LM
 from loradeploy.adapter.tensors import read_arrays, write_arrays
-from loradeploy.bundle.graph_form import GQA
+from loradeploy.bundle.dtypes import PROTOCOL_NAMES
+from loradeploy.bundle.graph_form import GQA, SHARED_SCALE
 from loradeploy.bundle.manifest import ADAPTERS, Manifest, TensorSpec
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -41,17 +42,7 @@ MAX_BATCH: Final = 8
 _VERSION: Final = "1"
 _MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Triton's names of numpy's dtypes.
-DATA_TYPES: Final = {
-    "bool": "TYPE_BOOL",
-    **{f"int{bits}": f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
-    "float16": "TYPE_FP16",
-    "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64",
-    "bfloat16": "TYPE_BF16",
-}
-# Operators with one scale for all rows of a batch.
-_SHARED_SCALE: Final = "DynamicQuantize"
+DATA_TYPES: Final = {dtype: f"TYPE_{name}" for dtype, name in PROTOCOL_NAMES.items()}
 _NO_DEFAULTS: Final = (
     "Triton feeds no inputs that have defaults, and every adapter would answer as the base: give"
     " `required_inputs` or `merge` with `triton`"
@@ -203,7 +194,7 @@ def _has_shared_scale(graph: Path) -> bool:
     waiting = [model.graph, *model.functions]
     while waiting:
         for node in waiting.pop().node:
-            if node.op_type.startswith(_SHARED_SCALE):
+            if node.op_type.startswith(SHARED_SCALE):
                 return True
             for attribute in node.attribute:
                 waiting += [attribute.g] if attribute.HasField("g") else []

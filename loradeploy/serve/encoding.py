@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
+from loradeploy.bundle.graph_form import SHARED_SCALE
 from loradeploy.errors import DeadlineError, EngineClosedError, EngineFullError, UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters
@@ -26,8 +27,6 @@ from loradeploy.snapshot import ATTEMPTS
 _Row = TypeVar("_Row")
 _Prepared = TypeVar("_Prepared")
 _Result = TypeVar("_Result")
-# Operators with one scale for all rows: a row's numbers depend on the others in its run.
-_SHARED_SCALE: Final = "DynamicQuantize"
 
 
 @dataclass(frozen=True)
@@ -295,4 +294,4 @@ def rows_are_independent(session: AdapterSession) -> bool:
     where onnxruntime does not tell what is in the graph.
     """
     operators = {name for counts in session.placement.values() for name in counts}
-    return bool(operators) and not any(name.startswith(_SHARED_SCALE) for name in operators)
+    return bool(operators) and not any(name.startswith(SHARED_SCALE) for name in operators)

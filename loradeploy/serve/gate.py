@@ -21,7 +21,7 @@ _BODY_TIMEOUT: Final = 30.0
 # What metrics count where the client did not wait for the answer, which is no failure.
 _GONE: Final = 499
 # What those ask who watch the service, and have no key.
-_OPEN_PATHS: Final = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 # How long the JSON of a body is, in the Open Inference Protocol, where bytes of tensors follow it.
 _JSON_LENGTH: Final = b"inference-header-content-length"
 # A page of another site may not use the service, nor show this page inside its own.
@@ -89,7 +89,7 @@ class Gate:
             RequestError: nobody's who may ask, or one too many.
         """
         service = self._service
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS:
             return ANYONE
         headers = dict(scope["headers"])
         if service.keys is None:
@@ -126,28 +126,41 @@ class Gate:
             RequestError: it is too long, or takes too long.
         """
         most = self._service.limits.max_request_bytes
-        too_long = RequestError(413, f"the request has more than {most:,} bytes")
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared[:20]) > most:
-            raise too_long
+            raise _too_long(most)
 
-        async def read() -> bytes:
-            body = bytearray()
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    break
-                body += message.get("body", b"")
-                if len(body) > most:
-                    raise too_long
-                more = message.get("more_body", False)
-            return bytes(body)
+        return await body_of(receive, most) or b""  # a client that went gets no answer
 
-        try:
-            return await asyncio.wait_for(read(), _BODY_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise RequestError(408, "the request's body took too long to arrive") from None
+
+async def body_of(receive: Receive, most: int) -> bytes | None:
+    """The whole body of a request; None if the client went before its end.
+
+    Raises:
+        RequestError: it has more than `most` bytes, or takes too long to arrive.
+    """
+
+    async def read() -> bytes | None:
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise _too_long(most)
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), _BODY_TIMEOUT)
+    except asyncio.TimeoutError:
+        raise RequestError(408, "the request's body took too long to arrive") from None
+
+
+def _too_long(most: int) -> RequestError:
+    return RequestError(413, f"the request has more than {most:,} bytes")
 
 
 def _behind(body: bytes, receive: Receive) -> Receive:

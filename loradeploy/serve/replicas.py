@@ -23,13 +23,14 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
 from loradeploy.errors import UsageError, first_line
 from loradeploy.printable import logger_of
 from loradeploy.serve.app import create_app
+from loradeploy.serve.gate import OPEN_PATHS, body_of
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.opening import ServiceSpec, open_service
 from loradeploy.serve.problems import RequestError
@@ -46,7 +47,6 @@ _MOST_MODELS: Final = 256
 _CUDA: Final = "CUDAExecutionProvider"
 # Status and headers of an answer, or a part of its body.
 _Part = tuple[int, list[tuple[bytes, bytes]]] | bytes
-_OPEN_PATHS: Final = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")
 
 
 @dataclass(frozen=True)
@@ -179,18 +179,18 @@ class Router:
         except RequestError as problem:
             body = problem.body_at(request.url.path)
             return JSONResponse(body, problem.status, headers=problem.headers)
-        except ClientDisconnect:
-            return Response(status_code=499)
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
-        if self._keys is not None and path not in _OPEN_PATHS:
+        if self._keys is not None and path not in OPEN_PATHS:
             key = self._keys.check(request.headers.get("authorization"))
             if request.method == "POST":
                 self._keys.count(key)
         if path == "/metrics":
             raise RequestError(404, "each replica has figures of its own: see those of Ray Serve")
-        body = await self._body(request)
+        body = await body_of(request.receive, self._limits.max_request_bytes)
+        if body is None:
+            return Response(status_code=499)
         scope = {
             "method": request.method,
             "path": request.scope["path"],
@@ -216,16 +216,6 @@ class Router:
             events = found.get("content-type", "").startswith("text/event-stream")
             return StreamingResponse(_rest(parts, events=events), status, found)
         raise AssertionError("unreachable")
-
-    async def _body(self, request: Request) -> bytes:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self._limits.max_request_bytes:
-                raise RequestError(
-                    413, f"the request has more than {self._limits.max_request_bytes:,} bytes"
-                )
-        return bytes(body)
 
 
 async def _rest(parts: Any, *, events: bool) -> AsyncIterator[bytes]:

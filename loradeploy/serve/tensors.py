@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.dtypes import PROTOCOL_NAMES
 from loradeploy.errors import shown
 from loradeploy.serve.problems import RequestError, refused
 from loradeploy.serve.schemas.inference import InferRequest, InputTensor
@@ -19,15 +20,11 @@ if TYPE_CHECKING:
 
 # How long the JSON is where bytes follow it.
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
-# The protocol's names of numpy's dtypes.
+# The names of the dtypes that tensors may have here.
 DATATYPES: Final[Mapping[str, str]] = {
-    "bool": "BOOL",
-    **{
-        f"{kind}{bits}": f"{kind}{bits}".upper()
-        for kind in ("uint", "int")
-        for bits in (8, 16, 32, 64)
-    },
-    **{f"float{bits}": f"FP{bits}" for bits in (16, 32, 64)},
+    dtype: datatype
+    for dtype, datatype in PROTOCOL_NAMES.items()
+    if dtype != "bfloat16"  # numpy has no such dtype
 }
 _DTYPES: Final = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 # Bytes of the tensors of one answer, and of a number in JSON.
@@ -82,10 +79,15 @@ def _of_json(tensor: InputTensor, where: str) -> NDArray[Any]:
     kinds: tuple[type, ...] = {"b": (bool,), "f": (int, float)}.get(dtype.kind, (int,))
     if not all(type(value) in kinds for value in flat):
         raise refused(f"{where}.data", f"there is a value that is no {tensor.datatype}")
+    too_large = refused(f"{where}.data", f"a number does not fit into {tensor.datatype}")
+    if dtype.kind in "iu":  # some versions of numpy wrap them
+        ends = np.iinfo(dtype)
+        if not ends.min <= min(flat) <= max(flat) <= ends.max:
+            raise too_large
     try:
         array = np.array(flat, dtype)
-    except OverflowError:
-        raise refused(f"{where}.data", f"a number does not fit into {tensor.datatype}") from None
+    except OverflowError:  # of a float
+        raise too_large from None
     return array.reshape(tensor.shape)
 
 

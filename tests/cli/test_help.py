@@ -124,7 +124,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "serve": (
         (AdapterSession, ServeLimits, Service),
         {"port", "adapters", "adapter_root", "allow_adapter_updates", "adapter_memory"}
-        | {"api_keys", "provider", "demo"},
+        | {"adapter_cache", "api_keys", "provider", "demo", "threads", "on_ray", "replicas"},
     ),
     "convert": ((convert,), set()),
     "inspect": ((inspect_path,), set()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -153,6 +154,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (with_first(data=[True] * 8), "a value that is no INT64"),
     (with_first(data=["1"] * 8), "a value that is no INT64"),
     (with_first(data=[2**63] * 8), "does not fit into INT64"),
+    (with_first(datatype="INT32", data=[2**31] * 8), "does not fit into INT32"),
+    (with_first(datatype="INT8", data=[-129] * 8), "does not fit into INT8"),
+    (with_first(datatype="UINT8", data=[-1] * 8), "does not fit into UINT8"),
     (with_first(data=[999_999] * 8), "the vocabulary ends at"),
     (with_first(data=None), "there is none"),
     (with_first(shape=[0, 4], data=[]), "sizes of 1 or more"),
@@ -180,6 +184,30 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(
     answer = http.post("/v2/models/small/infer", json=content)
     assert answer.status_code == 400
     assert message in answer.json()["error"]  # as the protocol has it
+
+
+def test_a_mask_does_not_hide_tokens_beyond_the_positions(
+    running: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = running.service.session
+    positions = session.limits.positions
+    assert positions is not None
+
+    def answer(length: int) -> tuple[int, str]:
+        ids = np.full((1, length), 2)
+        mask = np.int64(np.arange(length) < 3)[None]
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
+        inputs = [tensor(name, array) for name, array in feeds.items()]
+        found = http.post("/v2/models/small/infer", json={"inputs": inputs})
+        return found.status_code, found.text
+
+    assert answer(positions)[0] == 200
+    status, message = answer(positions + 1)
+    assert (status, f"the most are {positions}" in message) == (400, True)
+    endless = dataclasses.replace(session.limits, positions=None)
+    monkeypatch.setattr(session, "limits", endless)
+    monkeypatch.setattr("loradeploy.serve.routes.inference._MOST_TOKENS", 16)
+    assert [answer(length)[0] for length in (16, 17)] == [200, 400]
 
 
 def test_models_that_are_not_there_or_not_for_a_key(running: Running, http: httpx.Client) -> None:

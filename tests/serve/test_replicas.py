@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -21,10 +22,12 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 from starlette.requests import Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from loradeploy.errors import UsageError
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.serve import gate
 from loradeploy.serve.opening import ServiceSpec
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.replicas import REPLICA_HEADER, Router, Scale, model_of, replicas_of, run
@@ -226,6 +229,23 @@ def test_what_replicas_would_not_share_is_refused(tmp_path: Path) -> None:
     spec = ServiceSpec("bundle", adapter_root=str(tmp_path), updates=True)
     with pytest.raises(UsageError, match="of one replica alone"):
         run(spec, Scale(2, 2), 8000)
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_BODY_TIMEOUT", 0.05)
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Message:
+        part = next(parts, None)
+        if part is None:
+            await asyncio.sleep(60)
+            raise AssertionError("it still waits")
+        return part
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    router = Router(None, ServiceSpec("bundle"))
+    answer = asyncio.run(asyncio.wait_for(router(Request(scope, receive)), 30))
+    assert (answer.status_code, b"took too long" in bytes(answer.body)) == (408, True)
 
 
 @pytest.mark.parametrize(

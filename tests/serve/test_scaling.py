@@ -59,6 +59,14 @@ def test_a_step_is_interpolated(rows: int, adapters: int, seconds: float) -> Non
     assert FIGURES.step_time(rows, adapters) == pytest.approx(seconds)
 
 
+def test_a_request_waits_for_an_adapter_that_is_being_read() -> None:
+    slow = dataclasses.replace(FIGURES, load=(2.0, 0.0), request=0.0)
+    load = Load(adapters=1, rate=100, requests=20, prompt=1, output=2, spread=False)
+    found = simulate(load, Cluster(nodes=1), slow)
+    assert (found.loads, found.hits) == (1, 19)
+    assert min(found.first) > 1.5, "all of them came within a fraction of a second"
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_request_is_answered_and_more_nodes_wait_less(routing: str) -> None:
     few = simulate(BUSY, Cluster(nodes=1, routing=routing), FIGURES)

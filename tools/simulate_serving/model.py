@@ -115,6 +115,7 @@ class _Node:
     waiting: deque[_Request] = field(default_factory=deque)
     running: list[_Request] = field(default_factory=list)
     resident: OrderedDict[int, float] = field(default_factory=OrderedDict)  # bytes by adapter
+    ready: dict[int, float] = field(default_factory=dict)  # when those were read
     held: float = 0.0  # bytes of those
     busy: float = 0.0
 
@@ -256,10 +257,11 @@ def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
         size = load.rank(one.adapter) * figures.rank_bytes
         if one.adapter in node.resident:
             found.hits += 1
-            one.ready = one.arrived
+            one.ready = max(one.arrived, node.ready[one.adapter])  # it may be on its way
         else:
             found.loads += 1
             one.ready = one.arrived + figures.load[0] + figures.load[1] * size
+            node.ready[one.adapter] = one.ready
             node.resident[one.adapter] = size
             node.held += size
         node.resident.move_to_end(one.adapter)

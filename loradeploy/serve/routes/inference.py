@@ -15,6 +15,7 @@ from fastapi.responses import Response
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS
 from loradeploy.bundle.manifest import TensorSpec
+from loradeploy.bundle.names import DECODER_INPUT_IDS, INPUT_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import RunError, shown
 from loradeploy.runtime.arguments import Adapters
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 _VERSION: Final = "1"
+# Tokens of a row, for models that do not tell how many positions they have.
+_MOST_TOKENS: Final = 8192
 # As Triton calls it.
 _PLATFORM: Final = "onnxruntime_onnx"
 _MODEL: Final = "/models/{model}"
@@ -116,6 +119,7 @@ async def infer(
     _check_version(version)
     feeds = await asyncio.to_thread(arrays_of, body, request.state.tail)
     rows = _rows(service, feeds)
+    _check_lengths(service, feeds)
     names = _outputs(service, body)
     _check_size(service, body, feeds, names)
     adapter = await service.catalog.resolve(model, None, key)
@@ -179,6 +183,16 @@ def _rows(service: Service, feeds: Mapping[str, NDArray[Any]]) -> list[_Row]:
     if count > most:
         raise refused("inputs", f"{count} rows; this service takes {most}")
     return [{name: array[row] for name, array in feeds.items()} for row in range(count)]
+
+
+def _check_lengths(service: Service, feeds: Mapping[str, NDArray[Any]]) -> None:
+    """Raise RequestError, 400, where rows have more tokens than positions, masked ones included."""
+    positions = service.session.limits.positions
+    most = _MOST_TOKENS if positions is None else positions
+    for name in (INPUT_IDS, DECODER_INPUT_IDS):
+        shape = feeds[name].shape if name in feeds else ()
+        if len(shape) > 1 and shape[1] > most:
+            raise refused("inputs", f"{name} has {shape[1]} tokens in a row, the most are {most}")
 
 
 def _outputs(service: Service, body: InferRequest) -> tuple[str, ...]:
