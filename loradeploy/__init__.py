@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
+    AdapterStoreError,
     BudgetError,
     BundleError,
     DataError,
@@ -83,6 +84,7 @@ __all__ = [
     "AdapterError",
     "AdapterMismatchError",
     "AdapterSession",
+    "AdapterStoreError",
     "BudgetError",
     "BundleError",
     "CertificateMinimum",

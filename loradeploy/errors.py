@@ -5,7 +5,8 @@
     ├── DataError               training or evaluation data that cannot be used
     ├── ModelError              a base model that is missing or cannot be used
     ├── AdapterError            an adapter that cannot be read or is refused
-    │   └── AdapterMismatchError    an adapter that does not fit this base model or bundle
+    │   ├── AdapterMismatchError    an adapter that does not fit this base model or bundle
+    │   └── AdapterStoreError       a store that cannot give an adapter now: try again
     ├── UnknownAdapterError     a name that was never loaded (also a KeyError)
     ├── BudgetError             an adapter or a batch that exceeds a memory budget
     ├── TrainingError           a training run that cannot continue
@@ -74,6 +75,10 @@ class AdapterError(LoraDeployError):
 
 class AdapterMismatchError(AdapterError):
     """An adapter that does not fit this base model or bundle."""
+
+
+class AdapterStoreError(AdapterError):
+    """A store that cannot give an adapter now; the same files may be read another time."""
 
 
 class UnknownAdapterError(LoraDeployError, KeyError):

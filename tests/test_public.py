@@ -15,6 +15,7 @@ PUBLIC = [
     "AdapterError",
     "AdapterMismatchError",
     "AdapterSession",
+    "AdapterStoreError",
     "BudgetError",
     "BundleError",
     "CertificateMinimum",

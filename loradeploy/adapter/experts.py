@@ -15,6 +15,7 @@ Here the factors are by parameter, `M.gate_up_proj`, and A has the order of B.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TARGETS: Final = "target_parameters"
+_VERSION: Final = "peft_version"
+_ORIENTED: Final = (0, 19)
 # In the order of registration in transformers' modules of experts.
 _ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
 # The ending of the modules in transformers that own parameters of experts.
@@ -88,8 +91,14 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
     return found
 
 
-def expert_factors(A: NDArray[Any], B: NDArray[Any], rank: int) -> Factors | str:
-    """The factors of PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem."""
+def expert_factors(
+    A: NDArray[Any], B: NDArray[Any], rank: int, config: AdapterConfig
+) -> Factors | str:
+    """The factors of PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem.
+
+    Before 0.19 PEFT took the in and out of most parameters for each other. Where the two differ
+    such factors do not fit; where they are equal nothing but the version tells.
+    """
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % rank:
         return f"has factors {list(A.shape)} and {list(B.shape)} of experts, of rank {rank}"
     experts = A.shape[0] // rank
@@ -98,7 +107,19 @@ def expert_factors(A: NDArray[Any], B: NDArray[Any], rank: int) -> Factors | str
             "is no parameter of several experts (a router?), and is refused as a target parameter:"
             " merge it with PEFT and export the merged model"
         )
+    if A.shape[1] == B.shape[0] and _version(config) < _ORIENTED:
+        return (
+            f"has factors of experts of {A.shape[1]} inputs and as many outputs, saved by PEFT"
+            f" {config.extra.get(_VERSION) or 'of an unknown version'}: before 0.19 it took one for"
+            " the other. Merge it with that PEFT and export the merged model"
+        )
     return Factors(A=_reordered(A, experts), B=B, kind="experts", experts=experts)
+
+
+def _version(config: AdapterConfig) -> tuple[int, ...]:
+    """PEFT's version that saved an adapter, (0,) where unknown."""
+    found = re.match(r"(\d+)\.(\d+)", str(config.extra.get(_VERSION) or ""))
+    return (0,) if found is None else tuple(map(int, found.groups()))
 
 
 def peft_tensors(factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:

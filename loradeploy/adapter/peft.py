@@ -257,7 +257,7 @@ def _sort(
         found = _factors(tensors_of_module)
         if module in below and isinstance(found, Factors):
             module = below[module]
-            found = expert_factors(found.A, found.B, config.rank_of(module))
+            found = expert_factors(found.A, found.B, config.rank_of(module), config)
         if isinstance(found, str):
             problems.append(f"{module} {found}")
         else:

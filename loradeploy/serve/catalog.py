@@ -16,6 +16,7 @@ from typing import Final
 
 from loradeploy.errors import (
     AdapterError,
+    AdapterStoreError,
     LoraDeployError,
     UnknownAdapterError,
     UsageError,
@@ -24,7 +25,6 @@ from loradeploy.errors import (
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.serve.fetched import TransientError
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
 from loradeploy.serve.roots import ENTRY_NAME, MOST_FILES, AdapterRoot, Found
@@ -315,7 +315,7 @@ class Catalog:
 
 def _lasting(problem: BaseException) -> bool:
     """Whether the same files fail again: they are refused, and not for an error of the system."""
-    if not isinstance(problem, AdapterError) or isinstance(problem, TransientError):
+    if not isinstance(problem, AdapterError) or isinstance(problem, AdapterStoreError):
         return False
     cause: BaseException | None = problem
     while cause is not None:

@@ -18,15 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from loradeploy.errors import AdapterError
+from loradeploy.errors import AdapterStoreError
 
 _PARTIAL: Final = ".partial-"
 # Seconds after which what is fetched, and did not grow, is of a process that has ended.
 _ABANDONED: Final = 3600.0
-
-
-class TransientError(AdapterError):
-    """An adapter that cannot be read now; the same files may be read another time."""
 
 
 class FetchedAdapters:
@@ -56,7 +52,7 @@ class FetchedAdapters:
 
         Raises:
             AdapterError: what `fetch` raises.
-            TransientError: there is no room beside what is read and fetched now.
+            AdapterStoreError: there is no room beside what is read and fetched now.
         """
         with self._lock:
             self._readers[name] += 1
@@ -111,7 +107,7 @@ class FetchedAdapters:
             ]
             excess = sum(sizes.values()) + size - self._max_bytes
             if excess > sum(sizes[one] for one in idle):
-                raise TransientError(
+                raise AdapterStoreError(
                     f"the cache of adapters takes {self._max_bytes:,} bytes (`max_cache_bytes`): no"
                     f" room for {size:,} beside adapters that are being read, try again"
                 )

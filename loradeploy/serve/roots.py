@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
-from loradeploy.errors import AdapterError, LoraDeployError, UsageError, first_line
+from loradeploy.errors import (
+    AdapterError,
+    AdapterStoreError,
+    LoraDeployError,
+    UsageError,
+    first_line,
+)
 from loradeploy.printable import logger_of
-from loradeploy.serve.fetched import FetchedAdapters, TransientError
+from loradeploy.serve.fetched import FetchedAdapters
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -256,7 +262,7 @@ class StoreRoot:
 
     def _fetch(self, found: Found, directory: Path) -> None:
         """Write the files that were found, and no others."""
-        changed = TransientError(f"{found.entry} has changed while it was fetched: try again")
+        changed = AdapterStoreError(f"{found.entry} has changed while it was fetched: try again")
         try:
             name, files = self._listing(found.entry)
             if self._found(found.entry, files) != found:
@@ -322,9 +328,9 @@ class StoreRoot:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _failed(self, what: str, problem: Exception) -> TransientError:
+    def _failed(self, what: str, problem: Exception) -> AdapterStoreError:
         reason = without_user(first_line(problem))
-        return TransientError(f"{self.url}: {what} cannot be read: {reason}")
+        return AdapterStoreError(f"{self.url}: {what} cannot be read: {reason}")
 
 
 def without_user(text: str) -> str:

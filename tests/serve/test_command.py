@@ -44,7 +44,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found["limits"] = vars(service.limits)
         root = service.catalog.root
         found["root"] = getattr(root, "path", getattr(root, "url", None))
-        found["cache"] = getattr(root, "_cache", None), getattr(root, "_max_bytes", None)
+        cache = getattr(root, "_fetched", None)
+        found["cache"] = getattr(cache, "directory", None), getattr(cache, "_max_bytes", None)
         found["updates"] = service.updates
         found["threads"] = service.session._session.get_session_options().intra_op_num_threads
         found["keys"] = service.keys and service.keys.check(f"Bearer {KEY}").name

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import AdapterError, AdapterStoreError, UsageError
 from loradeploy.serve import roots
-from loradeploy.serve.fetched import FetchedAdapters, TransientError
+from loradeploy.serve.fetched import FetchedAdapters
 from loradeploy.serve.roots import StoreRoot
 from tests.serve.conftest import serving
 from tests.serve.test_adapters import figure, names, text
@@ -228,7 +228,7 @@ def test_what_changes_while_it_is_fetched_is_not_kept(
     root._copy = changing  # type: ignore[method-assign]
     if moment == "before":
         write(store, b"v2")
-    with pytest.raises(TransientError, match="try again"), root.local(first):
+    with pytest.raises(AdapterStoreError, match="try again"), root.local(first):
         pass
     assert list(tmp_path.iterdir()) == []
     assert not root.has(first)
@@ -249,7 +249,7 @@ def test_what_was_known_is_no_answer_to_a_fresh_question(store: Any, tmp_path: P
         raise OSError("no route to the bucket")
 
     root._store = type("Down", (), {"invalidate_cache": unreachable, "find": unreachable})()
-    with pytest.raises(TransientError, match="no route"):
+    with pytest.raises(AdapterStoreError, match="no route"):
         root.find("news", fresh=True)
     assert root.find("news") == known
 
@@ -313,7 +313,7 @@ def test_what_is_read_stays_and_what_others_left_goes(tmp_path: Path) -> None:
         with fetched.reading("c", 40, fill(40)):  # in place of b
             assert not fetched.has("b")
             with (
-                pytest.raises(TransientError, match="being read"),
+                pytest.raises(AdapterStoreError, match="being read"),
                 fetched.reading("d", 20, fill(20)),
             ):
                 pass

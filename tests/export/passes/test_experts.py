@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import loradeploy as ld
-from loradeploy.adapter import load_adapter, save_adapter
+from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
+from loradeploy.adapter.experts import expert_factors
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from loradeploy.export.passes.required import of_least_rank
 from loradeploy.runtime.adapters.filling import Filler
@@ -156,6 +157,19 @@ def test_each_row_of_a_batch_has_its_own_experts(
         expected = _logits(model, adapters.get(name or ""))
         assert np.abs(logits - expected).max() <= tolerance("torch-onnx-tiny"), name
         assert name is None or np.abs(logits - found[None]).max() > 0.1, "it does nothing"
+
+
+@pytest.mark.parametrize(
+    ("version", "outputs", "refused"),
+    [("0.18.1", 6, True), (None, 6, True), ("0.19.0", 6, False), ("0.18.1", 8, False)],
+)
+def test_factors_that_peft_may_have_the_other_way_round_are_refused(
+    version: str | None, outputs: int, refused: bool
+) -> None:
+    config = AdapterConfig(r=2, extra={"peft_version": version})
+    found = expert_factors(np.ones((6, 6)), np.ones((outputs, 6)), 2, config)
+    assert isinstance(found, str) == refused
+    assert not refused or "before 0.19 it took one for the other" in str(found)
 
 
 @pytest.mark.breadth(2)
