@@ -134,7 +134,7 @@ def test_only_what_the_table_allows_is_on_the_cpu(
     for found in placed[form]:
         sizes = Counter(allowed)
         for _ in range(2 if options.get("branches", form == "int4 branches") else 1):
-            sizes += Counter({} if "fixed" in options else KEPT[found.graph])
+            sizes += Counter({} if {"fixed", "merge"} & options.keys() else KEPT[found.graph])
         assert found.on_cpu == sizes, found.graph
         assert found.counts["CUDAExecutionProvider"] > 50
         if refusal is None:
