@@ -12,8 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loradeploy.bundle.text.sentence import default_recipe, read_recipe, recipe_directory
-from loradeploy.errors import BundleError
+from loradeploy.bundle.text.sentence import (
+    SentenceRecipe,
+    default_recipe,
+    read_recipe,
+    recipe_directory,
+)
+from loradeploy.errors import BundleError, UsageError
 from tests.tolerances import tolerance
 
 HIDDEN = 6
@@ -42,7 +47,8 @@ def write(place: Path, *modules: tuple[str, str, dict[str, Any] | None], **files
 def vectors(place: Path, skipped: int = 0) -> Any:
     recipe = read_recipe(place)
     assert recipe is not None
-    return recipe.vectors(STATES.numpy(), MASK.numpy(), skipped)
+    rows = slice(1) if skipped else slice(None)  # the others are not longer than what is skipped
+    return recipe.vectors(STATES[rows].numpy(), MASK[rows].numpy(), skipped)
 
 
 def _rows(pool: Callable[[Any], Any]) -> Any:
@@ -280,3 +286,12 @@ def test_the_recipe_is_found_from_the_folder_of_the_encoder(folder: str, tmp_pat
     (place / "other").mkdir()
     assert recipe_directory(place / folder) == place
     assert recipe_directory(place / "other") is None
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_a_text_of_which_nothing_is_pooled_has_no_vector(mode: str) -> None:
+    recipe = SentenceRecipe((mode,), (), include_prompt=False)
+    states, mask = np.ones((2, 3, 4), np.float32), np.array([[1, 1, 1], [1, 1, 0]])
+    assert np.array_equal(recipe.vectors(states, mask, 1), np.ones((2, 4)))
+    with pytest.raises(UsageError, match="a text has no tokens after its prompt"):
+        recipe.vectors(states, mask, 2)

@@ -28,7 +28,7 @@ from loradeploy.bundle.text.sentence_files import (
     module_of,
 )
 from loradeploy.bundle.text.sentence_steps import STEPS, Dense, LayerNorm, normalize
-from loradeploy.errors import BundleError, shortened
+from loradeploy.errors import BundleError, UsageError, shortened
 from loradeploy.files import write_json
 
 if TYPE_CHECKING:
@@ -71,11 +71,19 @@ class SentenceRecipe:
 
         `mask`: int64 [batch, sequence]. `prompt_tokens`: how many tokens at the beginning are a
         prompt's.
+
+        Raises:
+            UsageError: nothing of a text would be pooled.
         """
         pooled_over = mask
         if prompt_tokens and not self.include_prompt:
             pooled_over = mask.copy()
             pooled_over[:, :prompt_tokens] = 0
+            if not pooled_over.any(axis=1).all():
+                raise UsageError(
+                    "a text has no tokens after its prompt, whose own are not pooled: it has no"
+                    " vector. Leave out empty texts, and prompts longer than the longest text"
+                )
         values = states.astype(np.float32)
         vectors = np.concatenate([POOLS[m](values, pooled_over) for m in self.pooling], axis=1)
         return self.scaled(vectors)
