@@ -92,8 +92,9 @@ def test_no_pickle_is_read_and_no_code_of_a_model_is_run_unasked() -> None:
                 assert "allow_pickle" not in options or says(options, "allow_pickle", False), where
             at_hand = name == "from_config" and "tools" in file.relative_to(ROOT).parts
             if owner and name in ("from_pretrained", "from_config", "load_dataset") and not at_hand:
-                # PEFT runs no code of a model's own, and has no such argument.
-                assert owner.endswith("PeftModel") or "trust_remote_code" in options, where
+                # These run no code of a model's own, and have no such argument.
+                data = owner.endswith(("PeftModel", "GenerationConfig"))
+                assert data or "trust_remote_code" in options, where
             assert owner or name not in ("pipeline", "eval", "exec"), where
 
 
