@@ -143,10 +143,11 @@ class AdapterSession:
         feeds_all = any(known(name).feeds_all for name in started) or lacks_defaults(
             self.manifest, self._session
         )
+        defaults = self._reader.defaults()
         new_bank = partial(
             AdapterBank,
             self.manifest,
-            self._reader.defaults(),
+            defaults,
             device=self._device[0],
             device_id=self._device[1],
             feeds_all=feeds_all,
@@ -166,7 +167,7 @@ class AdapterSession:
             self._replays = Replays(
                 self._session,
                 self.manifest,
-                self._reader.defaults(),
+                defaults,
                 self._device,
                 feeds_all=feeds_all,
                 budget=device_budget,
