@@ -130,7 +130,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         )
     )
     if source.graph is not None:
-        modules = {*findings.linears, *find_parts(base.graph), *find_experts(base.graph)}
+        modules = _modules(base.graph, findings)
         rules = partial(renamings, base.submodels, base.base_prefix)
         adapters = {n: named_as(a, modules, rules) for n, a in options.adapters.items()}
         options = dataclasses.replace(options, adapters=adapters)
@@ -220,6 +220,11 @@ def _attention_of_target(base: Base, target: str | None) -> str | None:
         return None
     chosen: str | None = choice_of(target, "attention", base.precision)
     return chosen
+
+
+def _modules(model: ir.Model, findings: Findings) -> set[str]:
+    """The names of all that an adapter may have factors for."""
+    return {*findings.linears, *find_parts(model), *find_experts(model)}
 
 
 def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
@@ -349,8 +354,7 @@ def _merged(
 ) -> Manifest:
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
-    layers = {*find_parts(base.graph), *findings.linears, *find_experts(base.graph)}
-    adapter = without_idle(adapter, layers)
+    adapter = without_idle(adapter, _modules(base.graph, findings))
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}
     check_known(base.graph, whole)

@@ -10,17 +10,12 @@ entries of all experts, rank first, then expert: so zeros behind them are a high
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.passes.surgery import Surgery
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_expert_factors(surgery: Surgery, experts: Experts) -> LoraTarget:

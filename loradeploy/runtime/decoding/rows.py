@@ -43,8 +43,8 @@ class RowAdapters(Protocol):
         """As `AdapterSession.run_with_ort_values`."""
 
 
-class Rows(Protocol):
-    """Rows of a batch, each with what it has read. `count`: how many a run reads."""
+class Readers(Protocol):
+    """Rows, each with what it has read."""
 
     @property
     def count(self) -> int:
@@ -59,6 +59,10 @@ class Rows(Protocol):
     ) -> NDArray[Any]:
         """Read `ids`: each row's logits at its last token, [rows, vocabulary]."""
 
+
+class Rows(Readers, Protocol):
+    """Rows of a batch."""
+
     def move(self, parents: Sequence[int]) -> list[int]:
         """Go on with rows that follow the rows `parents`; where each of them is now.
 
@@ -66,27 +70,11 @@ class Rows(Protocol):
         """
 
 
-class Reading(Protocol):
-    """Prompts that are read beside a batch, a row each, until they `join` it.
+class Reading(Readers, Protocol):
+    """Prompts that are read beside a batch, a row each, until they `join` it."""
 
-    `count`: how many.
-    """
-
-    @property
-    def count(self) -> int:
-        """How many prompts there are rows for."""
-
-    def load(self, pasts: Sequence[Past | None], /) -> None:
-        """Have the rows hold these before they read anything."""
-
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
-        """As `Rows.read`."""
+    def load(self, past: Past, /) -> None:
+        """Have the one row hold this before it reads anything."""
 
     def past(self, row: int, /) -> Past:
         """What a row has read."""
@@ -211,23 +199,10 @@ class CachedRows:
         """As `RowsBeside.begin`."""
         return CachedReading(self, CachedRows(self._graph, count))
 
-    def load(self, pasts: Sequence[Past | None]) -> None:
-        """Have the rows hold these, as if they had read the tokens."""
-        lengths = np.array([0 if past is None else past[0].shape[1] for past in pasts])
-        if not lengths.any():
-            return
-        width, left = int(lengths.max()), self._graph.left
-        some = next(past for past in pasts if past is not None)
-        whole = []
-        for at, part in enumerate(some):
-            values = np.zeros((len(pasts), part.shape[0], width, part.shape[2]), part.dtype)
-            for row, past in enumerate(pasts):
-                if past is not None:
-                    begin = width - lengths[row] if left else 0
-                    values[row, :, begin : begin + lengths[row]] = past[at]
-            whole.append(values)
-        self._cache.fill(whole)
-        self._mask = self._padded(lengths, width)
+    def load(self, past: Past) -> None:
+        """Have the one row hold this, as if it had read the tokens."""
+        self._cache.fill([part[np.newaxis] for part in past])
+        self._mask = np.ones((1, past[0].shape[1]), np.int64)
 
     def past(self, row: int) -> Past:
         """What a row holds."""
@@ -245,15 +220,11 @@ class CachedRows:
         taken = list(zip(joining, theirs, strict=True))
         self._cache.join(rows, width, other._cache, taken, self._graph.left)
         lengths = np.concatenate([mine, np.array([len(one) for one in theirs], np.int64)])
-        self._mask = self._padded(lengths, int(lengths.max()))
-        return list(range(self.count))
-
-    def _padded(self, lengths: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-        """The mask [rows, width] of rows that have so many tokens."""
-        columns = np.arange(width)
+        columns = np.arange(int(lengths.max()))
         if self._graph.left:
             columns = columns[::-1]
-        return (columns < lengths[:, np.newaxis]).astype(np.int64)
+        self._mask = (columns < lengths[:, np.newaxis]).astype(np.int64)
+        return list(range(self.count))
 
 
 class CachedReading:
@@ -267,9 +238,9 @@ class CachedReading:
         """As `Reading.count`."""
         return self._own.count
 
-    def load(self, pasts: Sequence[Past | None]) -> None:
+    def load(self, past: Past) -> None:
         """As `Reading.load`."""
-        self._own.load(pasts)
+        self._own.load(past)
 
     def past(self, row: int) -> Past:
         """As `Reading.past`."""

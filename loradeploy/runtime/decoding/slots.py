@@ -195,15 +195,12 @@ class SlotReading:
         """As `Reading.count`."""
         return len(self._slots)
 
-    def load(self, pasts: Sequence[Past | None]) -> None:
+    def load(self, past: Past) -> None:
         """As `Reading.load`."""
-        for slot, past in zip(self._slots, pasts, strict=True):
-            if past is None:
-                continue
-            length = past[0].shape[1]
-            for array, part in zip(self._rows._arrays.values(), past, strict=True):
-                array[slot, :, :length] = part
-            self._rows._lengths[slot] = length
+        slot, length = self._slots[0], past[0].shape[1]
+        for array, part in zip(self._rows._arrays.values(), past, strict=True):
+            array[slot, :, :length] = part
+        self._rows._lengths[slot] = length
 
     def read(
         self,

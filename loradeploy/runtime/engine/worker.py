@@ -21,7 +21,7 @@ from loradeploy.runtime.engine.submission import too_late
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.rows import Past, Reading, RowAdapters, Rows, RowsBeside
+    from loradeploy.runtime.decoding.rows import Reading, RowAdapters, Rows, RowsBeside
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession
@@ -238,18 +238,17 @@ class Worker:
                 self._tell(one)
 
     def _begin(self, reading: Reading, group: Sequence[Running]) -> None:
-        """Begin behind what the prefix cache has of each prompt."""
-        pasts: list[Past | None] = []
+        """Begin behind what the prefix cache has of a prompt, which is then read by itself."""
         for row, one in enumerate(group):
             # What reads several prompts reads them whole, and is closed with that.
             one.reading = reading if row == 0 else None
             one.read = len(one.blocks) * BLOCK
-            parts = zip(*one.blocks, strict=True)
-            pasts.append([np.concatenate(part, axis=1) for part in parts] if one.blocks else None)
+            if one.blocks:
+                parts = zip(*one.blocks, strict=True)
+                reading.load([np.concatenate(part, axis=1) for part in parts])
             self._statistics.cached_tokens += one.read
             one.submission.start(len(one.request.ids), one.read)
             one.blocks = []
-        reading.load(pasts)
 
     @contextmanager
     def _adapters_of(self, group: Sequence[Running]) -> Iterator[RowAdapters]:

@@ -22,7 +22,7 @@ from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.adapters.stacks import neutral
 from tests.cli.calling import call
 from tests.conftest import once
-from tests.export.reference import onnx_output, token_feeds
+from tests.export.reference import onnx_output, token_feeds, torch_output
 from tests.export.reference import session as ort
 from tests.export.trace.test_architectures import make_model
 from tests.tolerances import tolerance
@@ -96,16 +96,7 @@ def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
 
 def _logits(model: Path, adapter: Path | None) -> Logits:
     """PEFT's logits."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    made = AutoModelForCausalLM.from_pretrained(model).eval()
-    if adapter is not None:
-        made = peft.PeftModel.from_pretrained(made, adapter).eval()
-    with torch.no_grad():
-        found: Logits = made(torch.tensor(IDS)).logits.numpy()
-    return found
+    return torch_output(model, IDS, adapter=adapter)
 
 
 @pytest.fixture(scope="module")

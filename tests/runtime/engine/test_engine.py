@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,19 +26,6 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 
 LONG = list(range(20, 20 + 3 * BLOCK + 2))
-
-
-@pytest.fixture(scope="module", params=["grows", "in place"])
-def session(
-    request: pytest.FixtureRequest,
-    tiny_llama_bundle: Path,
-    in_place: Path,
-    llama_adapters: dict[str, Path],
-) -> Iterator[AdapterSession]:
-    with AdapterSession(tiny_llama_bundle if request.param == "grows" else in_place) as session:
-        for name, path in llama_adapters.items():
-            session.load(name, path)
-        yield session
 
 
 def test_events_are_the_text_and_the_tokens_of_the_result(session: AdapterSession) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-import pytest
 
 from loradeploy.runtime.decoding.reading import PromptReader
 from loradeploy.runtime.engine.engine import Engine
@@ -20,19 +17,6 @@ ADAPTERS = ["small", None, "large", "partial", "small"]
 SHORT = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [20]]
 SYSTEM = list(range(30, 30 + BLOCK))
 LONG = list(range(60, 60 + 2 * BLOCK))
-
-
-@pytest.fixture(scope="module", params=["grows", "in place"])
-def session(
-    request: pytest.FixtureRequest,
-    tiny_llama_bundle: Path,
-    in_place: Path,
-    llama_adapters: dict[str, Path],
-) -> Iterator[AdapterSession]:
-    with AdapterSession(tiny_llama_bundle if request.param == "grows" else in_place) as session:
-        for name, path in llama_adapters.items():
-            session.load(name, path)
-        yield session
 
 
 class Reading:
