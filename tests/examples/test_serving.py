@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from loradeploy.serve.gate import _OPEN_PATHS
+from loradeploy.serve.gate import OPEN_PATHS
 from tests.cli.calling import command
 from tests.conftest import ROOT
 
@@ -105,7 +105,7 @@ def test_a_probe_needs_no_key(probe: str, path: str) -> None:
     (port,) = CONTAINER["ports"]
     assert asked == {"path": path, "port": port["name"]}
     assert port["containerPort"] == 8000
-    assert path in _OPEN_PATHS
+    assert path in OPEN_PATHS
 
 
 def test_what_stops_it_waits_for_its_last_answers() -> None:

@@ -63,7 +63,7 @@ def classifier(
 def test_the_client_gets_the_librarys_vectors(embedder: Running) -> None:
     client, library = embedder.client(), TextEmbedder(embedder.service.session)
     base = embedder.service.catalog.base
-    texts = ["an", "A b"]  # the adapter `other` has a prompt of its own: "Find: "
+    texts = ["The bank", "A b"]  # the adapter `other` has a prompt of its own: "Find: "
     effect = []
     for model, adapter, prompt in (
         (base, None, ""),
