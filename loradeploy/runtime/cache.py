@@ -216,8 +216,15 @@ class DecoderCache:
         if self._pool is None or not positions:
             make = onnxruntime.OrtValue.ortvalue_from_numpy
             return lambda _, array: make(array, *self._device), None
-        borrowed = self._pool.borrow(rows, positions)
+        borrowed = self._pool.borrow(rows, positions, self._nbytes(rows, positions))
         return lambda name, array: borrowed.put(name, array, self._device), borrowed
+
+    def _nbytes(self, rows: int, positions: int) -> int:
+        return sum(
+            rows * int(heads) * positions * int(size) * np.dtype(spec.dtype).itemsize
+            for spec in self._specs
+            for _, heads, _, size in [spec.shape]
+        )
 
 
 def span_of(positions: NDArray[np.intp]) -> NDArray[np.intp] | slice:

@@ -81,10 +81,11 @@ class AdapterSession:
     `check_device`: on a provider other than the CPU's and CUDA's, first compare a random adapter's
     effect with the CPU's, which takes a second session on the CPU for as long as it lasts.
 
-    `capture_graphs`: let the device record runs and replay them (CUDA graphs): a run whose shapes
-    come a second time is captured, in buffers that keep their addresses, the adapters copied into
-    fixed slots. Runs of several threads take turns then. On CUDA and WebGPU, where every node is on
-    the device (docs/devices.md).
+    `capture_graphs`: let the device record runs and replay them (CUDA graphs): a decoder's runs of
+    one new token, and all runs of graphs without a cache, are captured when their shapes come a
+    second time, in buffers that keep their addresses, the adapters copied into fixed slots. Runs of
+    several threads take turns then. On CUDA and WebGPU, where every node is on the device
+    (docs/devices.md).
 
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
@@ -163,7 +164,6 @@ class AdapterSession:
         self._replays: Replays | None = None
         self._caches: CachePool | None = None
         if capture_graphs:
-            self._caches = CachePool(context_length(config))
             self._replays = Replays(
                 self._session,
                 self.manifest,
@@ -172,6 +172,7 @@ class AdapterSession:
                 feeds_all=feeds_all,
                 budget=device_budget,
             )
+            self._caches = CachePool(context_length(config), self._replays.forget)
         self._graphs = open_graphs(
             self.path,
             self.manifest,

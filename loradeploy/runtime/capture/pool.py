@@ -1,9 +1,16 @@
-"""Buffers of decoders' caches that keep their addresses from one generation to the next."""
+"""Buffers of decoders' caches that keep their addresses from one generation to the next.
+
+All buffers together, in use or not, take at most twice what was ever in use at one time. Beyond
+that those go which were unused the longest, and with them the recorded runs that read them.
+"""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
@@ -13,19 +20,43 @@ if TYPE_CHECKING:
 
 # Positions of the smallest buffers; larger ones have twice as many as those before.
 _LEAST: Final = 256
+# All buffers, in parts of what was in use at one time.
+_KEPT: Final = 2
 
-_Size = tuple[int, int]  # rows and positions
+
+@dataclass(eq=False)
+class _Buffers:
+    """The buffers of one cache, by name; `nbytes` of all together."""
+
+    rows: int
+    positions: int
+    nbytes: int
+    values: dict[str, onnxruntime.OrtValue] = field(default_factory=dict)
 
 
 class CachePool:
-    """The buffers of one session; `most`: positions of the model, None where unknown."""
+    """The buffers of one session.
 
-    def __init__(self, most: int | None) -> None:
+    `most`: positions of the model, None where unknown. `forget`: a method that is given the
+    addresses of buffers which go; its object is not kept alive.
+    """
+
+    def __init__(
+        self, most: int | None, forget: Callable[[Collection[int]], None] | None = None
+    ) -> None:
         self._most = most
-        self._free: dict[_Size, list[dict[str, onnxruntime.OrtValue]]] = {}
+        self._forget = None if forget is None else weakref.WeakMethod(forget)
+        self._free: list[_Buffers] = []  # the one that came back last is the last
         # What came back: the garbage collector may give back in the midst of `borrow`.
-        self._returned: deque[tuple[_Size, dict[str, onnxruntime.OrtValue]]] = deque()
+        self._returned: deque[_Buffers] = deque()
+        self._used = self._most_used = 0  # bytes
         self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers, in use or not."""
+        with self._lock:
+            return self._used + sum(own.nbytes for own in self._free)
 
     def room(self, needed: int, wanted: int) -> int:
         """The positions of a buffer, of few sizes, so that they come again.
@@ -37,35 +68,54 @@ class CachePool:
             room *= 2
         return room if self._most is None else max(needed, min(room, self._most))
 
-    def borrow(self, rows: int, positions: int) -> BorrowedBuffers:
-        """Buffers of this size; of a size that none is free of, new ones."""
+    def borrow(self, rows: int, positions: int, nbytes: int) -> BorrowedBuffers:
+        """Buffers of this size, `nbytes` together; of a size that none is free of, new ones."""
         with self._lock:
             while self._returned:
-                size, values = self._returned.popleft()
-                self._free.setdefault(size, []).append(values)
-            free = self._free.get((rows, positions))
-            return BorrowedBuffers(self, (rows, positions), free.pop() if free else {})
+                back = self._returned.popleft()
+                self._used -= back.nbytes
+                self._free.append(back)
+            fitting = [own for own in self._free if (own.rows, own.positions) == (rows, positions)]
+            own = fitting[-1] if fitting else _Buffers(rows, positions, nbytes)
+            if fitting:
+                self._free.remove(own)
+            self._used += own.nbytes
+            self._most_used = max(self._most_used, self._used)
+            gone = self._evicted()
+        forget = None if self._forget is None else self._forget()
+        if gone and forget is not None:
+            forget({value.data_ptr() for one in gone for value in one.values.values()})
+        return BorrowedBuffers(self, own)
 
-    def give_back(self, size: _Size, values: dict[str, onnxruntime.OrtValue]) -> None:
+    def _evicted(self) -> list[_Buffers]:
+        """What is not kept: those that were unused the longest."""
+        kept = sum(own.nbytes for own in self._free)
+        count = 0
+        while self._used + kept > _KEPT * self._most_used:
+            kept -= self._free[count].nbytes
+            count += 1
+        gone, self._free = self._free[:count], self._free[count:]
+        return gone
+
+    def give_back(self, buffers: _Buffers) -> None:
         """Let buffers serve another cache. Takes no lock."""
-        self._returned.append((size, values))
+        self._returned.append(buffers)
 
 
 class BorrowedBuffers:
     """Buffers that go back once nobody has them any more. What they hold at first is of others."""
 
-    def __init__(
-        self, pool: CachePool, size: _Size, values: dict[str, onnxruntime.OrtValue]
-    ) -> None:
-        self._pool, self._size, self._values = pool, size, values
+    def __init__(self, pool: CachePool, own: _Buffers) -> None:
+        self._pool, self._own = pool, own
 
     def put(self, name: str, array: NDArray[Any], device: tuple[str, int]) -> onnxruntime.OrtValue:
         """The buffer `name`, which holds `array` from now on."""
-        if name in self._values:
-            self._values[name].update_inplace(array)
+        values = self._own.values
+        if name in values:
+            values[name].update_inplace(array)
         else:
-            self._values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
-        return self._values[name]
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
+        return values[name]
 
     def __del__(self) -> None:
-        self._pool.give_back(self._size, self._values)
+        self._pool.give_back(self._own)

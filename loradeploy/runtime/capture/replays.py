@@ -1,4 +1,4 @@
-"""Runs of shapes that come again: recorded by the device the second time, replayed from then on.
+"""Runs whose shapes come again: recorded by the device the second time, replayed from then on.
 
 ONNX Runtime records a run (a CUDA graph) under the number in its option `gpu_graph_id`, and replays
 it on the addresses that were bound then. So what such a run reads and writes is in buffers that
@@ -6,12 +6,14 @@ stay where they are: feeds and outputs in some of its own, adapters in fixed slo
 cache where the caller has it, whose address is part of what a recording is found by. The base is
 recorded by itself, without side inputs.
 
-Whatever else runs, such as a prompt of a length of its own, has the number −1: nothing is recorded.
+Of a decoder the runs of one new token are recorded: those are many and short, so that launching
+their kernels takes a large part of the time. Prompts, of any length and few of each, would use up
+the recordings. Graphs without a cache have no other runs than whole inputs: those are recorded.
+Whatever else runs has the number −1: nothing is recorded.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.names import ADAPTER_IDS
+from loradeploy.bundle.names import ADAPTER_IDS, INPUT_IDS, PAST
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.resident import Arrays
@@ -48,9 +50,13 @@ _Shaped = tuple[tuple[int, ...], int]  # a shape, and ONNX's number of a dtype
 
 @dataclass(eq=False)
 class _Recording:
-    """A run that was recorded as `number`, and the buffers of its own."""
+    """A run that was recorded as `number`, and the buffers of its own.
+
+    `addresses`: of the buffers that are not its own.
+    """
 
     number: int
+    addresses: frozenset[int]
     binding: onnxruntime.IOBinding
     feeds: dict[str, onnxruntime.OrtValue]
     ids: onnxruntime.OrtValue | None
@@ -81,14 +87,22 @@ class Replays:
             self._base[ADAPTER_IDS] = self._placed(np.zeros(1, np.int64))
         self._recordings: dict[_Key, _Recording] = {}
         self._seen: OrderedDict[_Key, dict[str, _Shaped]] = OrderedDict()
-        self._numbers = itertools.count(1)
+        self._numbered = 0  # recordings that were ever made
         self._full = False
+        self._steps_alone = any(spec.name.startswith(PAST) for spec in manifest.inputs)
         self._turn = threading.Lock()
 
     @property
     def count(self) -> int:
         """How many runs are recorded."""
         return len(self._recordings)
+
+    def forget(self, addresses: Collection[int]) -> None:
+        """Drop the recordings that read or write at these, whose buffers they keep alive."""
+        with self._turn:
+            for key, own in list(self._recordings.items()):
+                if not own.addresses.isdisjoint(addresses):
+                    del self._recordings[key]
 
     @property
     def nbytes(self) -> int:
@@ -127,11 +141,13 @@ class Replays:
             )
             sides = {**self._base, **({} if slotted is None else slotted.values)}
             recording = self._recordings.get(key)
-            if recording is None and (outputs := self._seen.get(key)) is not None:
+            comes_again = not self._steps_alone or _is_step(feeds)
+            if recording is None and comes_again and (outputs := self._seen.get(key)) is not None:
                 recording = self._begin(key, sides, feeds, there, ids, outputs, buffers)
             if recording is None:
                 found = self._unrecorded(sides, feeds, ids, requested, buffers)
-                self._remember(key, requested, found, buffers)
+                if comes_again:
+                    self._remember(key, requested, found, buffers)
             else:
                 found = self._recorded(key, recording, feeds, ids)
             # What a recording writes next is not what the caller has; and ONNX Runtime may have
@@ -170,7 +186,7 @@ class Replays:
         buffers: Values,
     ) -> _Recording | None:
         """Buffers for a run that comes again, bound; None where there are too many of these."""
-        if len(self._recordings) >= MOST_RECORDINGS:
+        if self._numbered >= MOST_RECORDINGS:
             if not self._full:
                 self._full = True
                 logger.warning(
@@ -191,7 +207,9 @@ class Replays:
         for name, value in {**buffers, **made}.items():
             binding.bind_ortvalue_output(name, value)
         del self._seen[key]
-        recording = _Recording(next(self._numbers), binding, own, own_ids, made)
+        self._numbered += 1
+        addresses = frozenset(value.data_ptr() for value in (*there.values(), *buffers.values()))
+        recording = _Recording(self._numbered, addresses, binding, own, own_ids, made)
         self._recordings[key] = recording
         return recording
 
@@ -236,6 +254,11 @@ class Replays:
         copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(*_shaped(value), *place)
         copy.update_inplace(value.numpy() if place[0] == HOST else value)
         return copy
+
+
+def _is_step(feeds: Values) -> bool:
+    """Whether the feeds of a decoder are of one new token a row."""
+    return INPUT_IDS in feeds and feeds[INPUT_IDS].shape()[1:] == [1]
 
 
 def _shaped(value: onnxruntime.OrtValue) -> _Shaped:
