@@ -354,7 +354,8 @@ def test_buffers_come_back_while_others_are_borrowed() -> None:
 
 def test_unused_buffers_are_kept_up_to_what_was_in_use_at_one_time() -> None:
     class Runs:
-        gone: list[int] = []
+        def __init__(self) -> None:
+            self.gone: list[int] = []
 
         def forget(self, addresses: Collection[int]) -> None:
             self.gone += addresses
