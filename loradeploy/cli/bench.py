@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loradeploy.cli.console import (
+    capture_option,
     json_option,
     print_json,
     print_rows,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     "--rounds", type=int, default=15, show_default=True, help="Time each side this many times."
 )
 @provider_option
+@capture_option
 @json_option
 def command(
     bundle: str,
@@ -56,6 +58,7 @@ def command(
     length: int,
     rounds: int,
     provider: str,
+    capture_graphs: bool,
     as_json: bool,
 ) -> None:
     """Time one forward pass of BUNDLE, the sides taking turns in random order.
@@ -67,7 +70,7 @@ def command(
     from loradeploy.runtime.timing import time_bundle
 
     begin = time.perf_counter()
-    session = AdapterSession(bundle, [provider])
+    session = AdapterSession(bundle, [provider], capture_graphs=capture_graphs)
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:
@@ -87,6 +90,7 @@ def command(
                 "length": length,
                 "rounds": rounds,
                 "providers": session.providers,
+                "captured": session.captured,
                 "open_s": opened,
                 "load_ms": loads,
                 "device": asdict(session.provider),
@@ -108,6 +112,8 @@ def command(
     total = sum(sum(counts.values()) for counts in session.placement.values())
     off = sum(sum(counts.values()) for counts in off_device.values())
     say(f"ran on {session.provider}; {off} of {total} nodes run on other providers than {own}")
+    if session.captured is not None:
+        say(f"{session.captured} runs were captured")
     say(f"opened in {opened:.2f} s")
 
 

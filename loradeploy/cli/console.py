@@ -37,6 +37,12 @@ provider_option = click.option(
     f" {', '.join(row.name for row in KNOWN)}, or one by ONNX Runtime's own name. cuda:1 is the"
     " second device.",
 )
+capture_option = click.option(
+    "--capture-graphs",
+    is_flag=True,
+    help="Let the device record runs and replay them (CUDA graphs). On cuda and webgpu, where every"
+    " node is on the device.",
+)
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,

@@ -146,6 +146,12 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     f" {', '.join(LEVELS)}. Repeat to run at each. [default: all]",
 )
 @click.option(
+    "--capture-graphs",
+    is_flag=True,
+    help="Run the graphs once more with their runs captured (CUDA graphs), on the providers that"
+    " can: the certificate covers sessions with and without.",
+)
+@click.option(
     "--genai-python",
     metavar="FILE",
     help="Check onnxruntime-genai too, with this Python interpreter, which has it installed.",
@@ -205,6 +211,7 @@ def command(
     fuzz: int,
     providers: tuple[str, ...],
     optimization: tuple[str, ...],
+    capture_graphs: bool,
     genai_python: str | None,
     controls: bool,
     shrink: bool,
@@ -254,6 +261,7 @@ def command(
             fuzz=fuzz,
             providers=providers or None,
             optimization=optimization or None,
+            capture_graphs=capture_graphs,
             genai_python=genai_python,
             controls=controls,
             others=others,

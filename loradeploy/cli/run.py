@@ -22,7 +22,7 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
 )
 from loradeploy.cli.audio import transcribe
-from loradeploy.cli.console import provider_option, say_text
+from loradeploy.cli.console import capture_option, provider_option, say_text
 from loradeploy.cli.generating import generate, generation_flags, given_settings
 from loradeploy.errors import (
     DataError,
@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     "--batch-size", type=int, default=8, show_default=True, help="Run this many prompts at a time."
 )
 @provider_option
+@capture_option
 @click.option(
     "--require-certificate",
     is_flag=True,
@@ -130,6 +131,7 @@ def command(
     adapter: str | None,
     batch_size: int,
     provider: str,
+    capture_graphs: bool,
     require_certificate: bool,
     certificate_minimum: str | None,
     certificate_key: str | None,
@@ -167,7 +169,9 @@ def command(
     if certificate_minimum is not None or certificate_key is not None:
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
         required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
-    session = AdapterSession(bundle, [provider], require_certificate=required)
+    session = AdapterSession(
+        bundle, [provider], require_certificate=required, capture_graphs=capture_graphs
+    )
     options = given_settings(generation)
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])

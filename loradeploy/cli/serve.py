@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, progress, provider_option, say
+from loradeploy.cli.console import (
+    capture_option,
+    json_option,
+    print_json,
+    progress,
+    provider_option,
+    say,
+)
 from loradeploy.errors import UsageError
 from loradeploy.serve.settings import ServeLimits
 
@@ -96,6 +103,7 @@ def _limits(command: _Command) -> _Command:
 )
 @_limits
 @provider_option
+@capture_option
 @click.option(
     "--require-certificate",
     is_flag=True,
@@ -136,6 +144,7 @@ def command(
     adapter_memory: int | None,
     api_keys: str | None,
     provider: str,
+    capture_graphs: bool,
     require_certificate: bool,
     threads: int | None,
     on_ray: bool,
@@ -174,6 +183,7 @@ def command(
         api_keys=api_keys,
         updates=allow_adapter_updates,
         provider=provider,
+        capture_graphs=capture_graphs,
         require_certificate=require_certificate,
         host=host,
         threads=threads,

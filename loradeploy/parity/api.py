@@ -31,6 +31,7 @@ def parity(
     fuzz: int = 0,
     providers: Sequence[Provider] | None = None,
     optimization: Sequence[str] | None = None,
+    capture_graphs: bool = False,
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
     shrink: bool = True,
@@ -68,6 +69,8 @@ def parity(
             behind it; scores are taken, and `others` are run, on the first. The CPU by default.
         optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
             at: "disable", "basic", "extended" or "all"; "all" by default.
+        capture_graphs: run the graphs once more on the providers that capture runs (CUDA graphs,
+            `AdapterSession(…, capture_graphs=True)`), each run until the device has replayed it.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             does.
         controls: make mistakes on purpose as well, and fail unless each is caught.
@@ -143,7 +146,7 @@ def parity(
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
     shown = choose_phases(manifest.task, phases)
-    variants = choose_variants(providers, optimization)
+    variants = choose_variants(providers, optimization, capture_graphs=capture_graphs)
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
     tested = find_adapters(path, manifest, adapters)

@@ -82,14 +82,21 @@ def run_backends(
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        varied = [context.at(variant) for variant in context.variants.each]
-        for at in varied if backend.on_onnxruntime else [context]:
+        for at in _varied(backend, context):
             crash = context.crashed.get(at.variant.provider) if backend.on_onnxruntime else None
             if crash is not None:
                 results.append(_broken(backend, at, crash))
                 continue
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
+
+
+def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
+    """The context of every variant that the backend runs in."""
+    if not backend.on_onnxruntime:
+        return [context]
+    every = [context.at(variant) for variant in context.variants.each]
+    return [at for at in every if backend.captured or not at.captured]
 
 
 class Progress:
@@ -113,7 +120,7 @@ def _run_count(backend: Backend, context: CheckContext) -> int:
         return 0
     base = not backend.needs_adapter and not context.merged
     adapters = 1 if backend.mixed else len(context.adapters) + base
-    return adapters * (len(context.variants.each) if backend.on_onnxruntime else 1)
+    return adapters * len(_varied(backend, context))
 
 
 def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:

@@ -81,6 +81,11 @@ class CheckContext:
         )
 
     @property
+    def captured(self) -> bool:
+        """Whether the variant's runs are captured."""
+        return self.variant.provider in self.variants.captured
+
+    @property
     def merged(self) -> bool:
         """Whether the bundle's graph claims to hold its one adapter itself."""
         return self.manifest.mode == "merged"

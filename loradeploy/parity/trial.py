@@ -5,7 +5,8 @@ reports nothing. So a provider that is not known to be right first opens the bun
 where a session runs the base and a random adapter on it (`runtime.devices.effect`). A child that
 a signal ended, or that does not come to its end, is a failure with a name.
 
-    python -m loradeploy.parity.trial    reads {"bundle": PLACE, "providers": [[NAME, {…}], …]}
+    python -m loradeploy.parity.trial    reads {"bundle": PLACE, "providers": [[NAME, {…}], …],
+                                              "captured": false}
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ LONGEST: Final = 1800
 _EXCEPTIONS: Final = 0xC0000000
 
 
-def crash_of(bundle: Path, providers: Sequence[Resolved]) -> str | None:
+def crash_of(bundle: Path, providers: Sequence[Resolved], *, captured: bool = False) -> str | None:
     """How a process ended that ran `bundle` on `providers`; None where it came to its end.
+
+    `captured`: whether its runs were to be captured.
 
     One that hangs is ended.
 
     Whether the numbers are right is not asked here: that is what the check measures.
     """
-    request = {"bundle": os.fspath(bundle), "providers": providers}
+    request = {"bundle": os.fspath(bundle), "providers": providers, "captured": captured}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "loradeploy.parity.trial"],
@@ -67,7 +70,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     providers = [(name, options) for name, options in request["providers"]]
     try:
-        AdapterSession(request["bundle"], providers).close()
+        AdapterSession(request["bundle"], providers, capture_graphs=request["captured"]).close()
     except LoraDeployError:
         sys.exit(1)  # the check itself meets it again, and reports it
 

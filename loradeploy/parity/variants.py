@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.bundle.proof.provider import CAPTURED
 from loradeploy.errors import UsageError
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.report.results import Variant
@@ -29,44 +30,60 @@ _LISTED: Final = 4
 class Variants:
     """The ways in which onnxruntime runs the graphs.
 
-    `chains`: by a variant's `provider`, what sessions are opened with.
+    `chains`: by a variant's `provider`, what sessions are opened with. `captured`: those of them
+    whose runs are captured.
     """
 
     each: tuple[Variant, ...] = (DEFAULT,)
     chains: Mapping[str, list[Resolved]] = field(default_factory=lambda: {"cpu": ON_CPU})
+    captured: frozenset[str] = frozenset()
 
 
 DEFAULTS: Final = Variants()
 
 
 def choose_variants(
-    providers: Sequence[Provider] | None, optimization: Sequence[str] | None
+    providers: Sequence[Provider] | None,
+    optimization: Sequence[str] | None,
+    *,
+    capture_graphs: bool = False,
 ) -> Variants:
     """Every provider at every level; on the CPU and at "all" where none is given.
+
+    `capture_graphs`: those that capture runs once more, with their runs captured.
 
     A provider is resolved as a session resolves it, so that the same providers stand behind it.
 
     Raises:
-        UsageError: a provider that this onnxruntime does not have, or an unknown level.
+        UsageError: a provider that this onnxruntime does not have, an unknown level, or no provider
+            that captures runs where they are to be captured.
     """
     from loradeploy.runtime.devices.facts import label_of
-    from loradeploy.runtime.devices.providers import resolve
+    from loradeploy.runtime.devices.providers import recording, resolve
+    from loradeploy.runtime.devices.table import known
 
     given: Sequence[Provider] = ["cpu"] if providers is None else providers
     levels = [DEFAULT.optimization] if optimization is None else list(optimization)
     if not given or not levels:
         raise UsageError("no provider or no level of optimization is given: nothing would be run")
-    chains = {}
+    chains: dict[str, list[Resolved]] = {}
+    captured = {}
     for provider in given:
         chain = resolve([provider])
         options = "" if isinstance(provider, str) else _shown(provider[1])
-        chains[label_of([name for name, _ in chain], chain[0][1]) + options] = chain
+        label = label_of([name for name, _ in chain], chain[0][1]) + options
+        chains[label] = chain
+        if capture_graphs and known(chain[0][0]).recording:
+            captured[label + CAPTURED] = chain
+    if capture_graphs and not captured:
+        recording(next(iter(chains.values())))  # which refuses it by name
+    chains |= captured
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
             f"{unknown[0]!r} is no level of optimization: there are {', '.join(LEVELS)}"
         )
     each = dict.fromkeys(Variant(name, level) for name in chains for level in levels)
-    return Variants(tuple(each), chains)
+    return Variants(tuple(each), chains, frozenset(captured))
 
 
 def _shown(options: Mapping[str, object]) -> str:
@@ -117,19 +134,26 @@ def start(bundle: Path, variants: Variants) -> Started:
     notes = []
     crashed: dict[str, str] = {}
     for provider, chain in variants.chains.items():
-        named = dataclasses.replace(facts_of_chain(chain), provider=provider)
+        captured = provider in variants.captured
+        named = dataclasses.replace(facts_of_chain(chain), provider=provider, captured=captured)
         facts[provider] = named
         if not all(known(name).like_cpu for name, _ in chain):
-            crash = crash_of(bundle, chain)
+            crash = crash_of(bundle, chain, captured=captured)
             if crash is not None:
                 crashed[provider] = f"{provider}: {crash} when it ran the bundle ({named})"
     for variant in variants.each:
         chain = variants.chains[variant.provider]
-        if variant.provider in crashed or [name for name, _ in chain] == [CPU]:
+        captured = variant.provider in variants.captured
+        on_cpu_alone = [name for name, _ in chain] == [CPU] and not captured
+        if variant.provider in crashed or on_cpu_alone:
             continue
         # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
         session = AdapterSession(
-            bundle, chain, session_options=session_options(variant), check_device=False
+            bundle,
+            chain,
+            session_options=session_options(variant),
+            check_device=False,
+            capture_graphs=captured,
         )
         facts[variant.provider] = dataclasses.replace(session.provider, provider=variant.provider)
         placement = session.placement

@@ -206,6 +206,15 @@ class DecoderCache:
         """The positions of buffers that keep their addresses, which a mask has too; else None."""
         return None if self._pool is None else self._positions
 
+    def step_mask(self, mask: NDArray[Any], new: int) -> NDArray[Any]:
+        """The mask [rows, tokens] that a run of `new` tokens is fed.
+
+        A step on buffers that keep their addresses has one length, as a device has recorded it.
+        """
+        if self.length is None or new != 1:
+            return mask
+        return np.pad(mask, ((0, 0), (0, self.length - mask.shape[1])))
+
     def _placing(
         self, rows: int, positions: int
     ) -> tuple[Callable[[str, NDArray[Any]], onnxruntime.OrtValue], BorrowedBuffers | None]:

@@ -127,7 +127,7 @@ class AdapterSession:
 
         encoders: list[onnxruntime.InferenceSession] = []
 
-        self._opened = open_bundle(self.path, opened, require_certificate)
+        self._opened = open_bundle(self.path, opened, require_certificate, captured=capture_graphs)
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
         self._session = self._opened.graph

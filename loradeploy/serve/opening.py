@@ -44,6 +44,7 @@ class ServiceSpec:
     api_keys: str | None = None
     updates: bool = False
     provider: str = "CPUExecutionProvider"
+    capture_graphs: bool = False
     require_certificate: bool = False
     host: str = "127.0.0.1"
     threads: int | None = None
@@ -91,6 +92,7 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
         session_options=_session_options(spec.threads),
         host_budget=spec.adapter_memory,
         require_certificate=spec.require_certificate,
+        capture_graphs=spec.capture_graphs,
     )
     for name, path in spec.adapters.items():
         session.load(name, path)

@@ -24,7 +24,7 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.proof.provider import ProviderFacts
+from loradeploy.bundle.proof.provider import CAPTURED, ProviderFacts
 from loradeploy.bundle.proof.record import Certificate, certificate_of
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.bundle.text.beside import TEXT_NAMES
@@ -105,8 +105,9 @@ def check_provider(
             least = dataclasses.replace(minimum, providers=())
             why = least.lacking(part.coverage, part.precision)
         if why is not None:
-            others = [p.provider for p in checked if p.provider != running.provider]
-            command = parity_command(bundle, providers=(*others, running.provider))
+            named = dict.fromkeys(p.provider.removesuffix(CAPTURED) for p in (*checked, running))
+            captured = any(p.captured for p in (*checked, running))
+            command = parity_command(bundle, providers=named, captured=captured)
             raise BundleError(
                 f"{bundle} is not certified for {running.provider} ({running}): {why}; run"
                 f" {command}"
@@ -194,9 +195,16 @@ def digests(bundle: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     return {name: file_digest(bundle / name) for name in names if (bundle / name).is_file()}
 
 
-def parity_command(bundle: Path, *, adapter: bool = False, providers: Iterable[str] = ()) -> str:
+def parity_command(
+    bundle: Path,
+    *,
+    adapter: bool = False,
+    providers: Iterable[str] = (),
+    captured: bool = False,
+) -> str:
     """The command that writes a certificate, for an adapter that is not in the bundle as well."""
     on = "".join(f" --provider {name}" for name in providers)
+    on += " --capture-graphs" if captured else ""
     return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}{on}`"
 
 

@@ -3,7 +3,10 @@
 Numbers depend on more than the graph. Each provider has its own kernels: products of int8 and int4
 weights round activations in one and not in the other, and what a provider has no kernel for runs on
 the next in the chain. So a verdict names the provider, the kind of device, and the options that
-change numbers, and it covers a session that agrees in these. The device's number and model are
+change numbers, and it covers a session that agrees in these. Runs that are captured and replayed
+have the same kernels, and read buffers and sizes of the run that was recorded: where one of these
+is another one's, numbers are wrong that were right without. So a verdict is about the one or the
+other. The device's number and model are
 facts about one machine; they are recorded and not compared.
 """
 
@@ -17,6 +20,8 @@ from loradeploy.errors import listed_names
 
 _SUFFIX: Final = "ExecutionProvider"
 _CPU: Final = f"CPU{_SUFFIX}"
+# Behind the provider's name where a check captured its runs.
+CAPTURED: Final = " captured"
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class ProviderFacts:
     """An execution provider as it runs a graph.
 
     `provider`: its name on the command line, with the device's number: "cuda:1"; of a check that
-    was given options, these too. `chain`: ONNX Runtime's names of the providers that nodes are
-    assigned to, in order. `version`: ONNX
-    Runtime's, or of the plugin that the provider is in. `device`: None where ONNX Runtime reports
-    none. `options`: those of its options that change numbers.
+    was given options, these too, and `CAPTURED` where it captured runs. `chain`: ONNX Runtime's
+    names of the providers that nodes are assigned to, in order. `version`: ONNX Runtime's, or of
+    the plugin that the provider is in. `device`: None where ONNX Runtime reports
+    none. `options`: those of its options that change numbers. `captured`: whether it records runs
+    and replays them (`capture_graphs`).
     """
 
     provider: str
@@ -53,6 +59,7 @@ class ProviderFacts:
     version: str = ""
     device: Device | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    captured: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +86,8 @@ class ProviderFacts:
             mine, its = self.options.get(name), other.options.get(name)
             if mine != its:
                 return f"its option {name} is {its or 'not set'}, not {mine or 'not set'}"
+        if other.captured != self.captured:
+            return "its runs are captured" if other.captured else "its runs are not captured"
         return None
 
     def __str__(self) -> str:
@@ -86,6 +95,7 @@ class ProviderFacts:
         parts += [self.version] if self.version else []
         parts += [str(self.device)] if self.device is not None else []
         parts += [f"{name}={value}" for name, value in sorted(self.options.items())]
+        parts += ["captured runs"] if self.captured else []
         return ", ".join(parts)
 
 

@@ -155,6 +155,7 @@ def _provider(values: Mapping[str, Any]) -> ProviderFacts:
             name=_text(device, "name") or None,
         ),
         options=_texts(values, "options"),
+        captured=values.get("captured") is True,
     )
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ENCODER_NAME, NATIVE_SUFFIX, PAST, present_of
+from loradeploy.bundle.names import ATTENTION_MASK, ENCODER_NAME, NATIVE_SUFFIX, PAST, present_of
 from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.adapter_inputs.base import BaseValues
+    from loradeploy.runtime.arguments import Adapters
     from loradeploy.runtime.cache import DecoderCache
     from loradeploy.runtime.session import AdapterSession
 
@@ -35,6 +36,8 @@ Feeds = Mapping[str, Any]
 # Runs a graph: output names, feeds, and each row's adapter → values in the order of the names; for
 # a model with a `cache`, and buffers of outputs by the keyword `buffers`.
 Run = Callable[..., Sequence[Any]]
+# A run is made once by itself, recorded the second time, and replayed from then on.
+_BEFORE_A_REPLAY: Final = 2
 
 
 class NotRunError(Exception):
@@ -88,6 +91,8 @@ class OnnxModel:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
             feeds = {**self._plain(ids, mask), **cache.inputs}
+            if ATTENTION_MASK in feeds:
+                feeds[ATTENTION_MASK] = cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
             given = self._run(names, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
         return joined([_array(value) for value in given[:count]]), cache
@@ -175,7 +180,7 @@ def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
         None,
         OnnxModel(
             context.manifest,
-            session.run_with_ort_values,
+            partial(_each_row, session),
             session.empty_cache,
             types=context.cases.types,
         ),
@@ -279,7 +284,20 @@ def _all_rows(
     buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
     """Run an AdapterSession with one adapter for all rows."""
-    return session.run_with_ort_values(outputs, feeds, adapter, buffers=buffers)
+    return _each_row(session, outputs, feeds, adapter, buffers)
+
+
+def _each_row(
+    session: AdapterSession,
+    outputs: Sequence[str],
+    feeds: Feeds,
+    adapters: Adapters,
+    buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
+) -> Sequence[Any]:
+    """Run an AdapterSession; where it captures runs, until the device has replayed this one."""
+    for _ in range(0 if session.captured is None else _BEFORE_A_REPLAY):
+        session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
+    return session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
 
 
 def _activated(
@@ -324,7 +342,11 @@ def _open(context: CheckContext, bundle: Path) -> AdapterSession:
     from loradeploy.runtime.session import AdapterSession
 
     return AdapterSession(
-        bundle, context.providers, session_options=_options(context), check_device=False
+        bundle,
+        context.providers,
+        session_options=_options(context),
+        check_device=False,
+        capture_graphs=context.captured,
     )
 
 

@@ -50,6 +50,7 @@ class Backend:
     `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
     `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
+    `captured`: it runs in an `AdapterSession`, which captures runs where a variant says so.
     `batched`: it takes more than one row. `lacks`: why it cannot be run otherwise. `unasked`:
     whether it is run where nobody asks for it by name; where it is not, it is not mentioned.
     """
@@ -64,6 +65,7 @@ class Backend:
     mixed: bool = False
     needs: str | None = None
     on_onnxruntime: bool = False
+    captured: bool = False
     batched: bool = True
     lacks: Callable[[CheckContext], str | None] | None = None
     unasked: Callable[[CheckContext], bool] | None = None
@@ -114,6 +116,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         _ALL,
         ort.merged_graph,
         on_onnxruntime=True,
+        captured=True,
     ),
     Backend(
         ONNX_SIDE_INPUTS,
@@ -123,6 +126,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ort.side_inputs,
         needs_adapter=False,
         on_onnxruntime=True,
+        captured=True,
     ),
     Backend(
         ONNX_NATIVE,
@@ -140,6 +144,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ort.mixed_batch,
         mixed=True,
         on_onnxruntime=True,
+        captured=True,
     ),
     Backend(
         ONNX_GENAI,

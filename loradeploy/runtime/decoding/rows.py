@@ -173,11 +173,8 @@ class CachedRows:
 
     def _fed(self, ids: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
         feeds = self._graph.feeds(ids, self._mask, ends)
-        length = self._cache.length
-        if length is not None and ids.shape[1] == 1 and ATTENTION_MASK in feeds:
-            # A step of one length is one that a device has recorded.
-            mask = feeds[ATTENTION_MASK]
-            feeds[ATTENTION_MASK] = np.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+        if ATTENTION_MASK in feeds:
+            feeds[ATTENTION_MASK] = self._cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
         return feeds
 
     def move(self, parents: Sequence[int]) -> list[int]:

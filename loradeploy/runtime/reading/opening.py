@@ -7,6 +7,7 @@ that is a link is followed once. What a session reads later is compared with tha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,12 @@ def open_bundle(
     bundle: Path,
     open_graph: Callable[[Path, Manifest], onnxruntime.InferenceSession],
     required: bool | CertificateMinimum,
+    *,
+    captured: bool = False,
 ) -> OpenedBundle:
     """Open the bundle at `bundle` as one, its graph by `open_graph`.
+
+    `captured`: whether runs of the graph are captured.
 
     Raises:
         BundleError: as `read_manifest`, `check_certificate` and `open_graph`; or it was written to
@@ -104,7 +109,7 @@ def open_bundle(
             if required:
                 certificate = check_certificate(place, manifest, minimum)
             graph = open_graph(place, manifest)
-            running = facts_of(graph)
+            running = dataclasses.replace(facts_of(graph), captured=captured)
             if certificate is not None:
                 certified = check_provider(bundle, manifest, certificate, running, minimum)
         except LoraDeployError:

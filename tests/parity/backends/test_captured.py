@@ -1,0 +1,131 @@
+"""A check through captured runs: what it covers, and that it sees a replay that is wrong.
+
+The CPU's provider records nothing. With its row of the table changed, its runs go the whole way of
+captured ones (tests/runtime/test_capture.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.bundle.proof.provider import ProviderFacts
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.parity.report.results import ParityReport
+from loradeploy.parity.variants import choose_variants
+from loradeploy.runtime.capture import replays
+from loradeploy.runtime.devices import table
+from loradeploy.runtime.session import AdapterSession
+from tests.conftest import once
+from tests.parity.conftest import Check
+
+CAPTURED = "cpu captured"
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's provider counts as one that records runs."""
+    row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
+    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
+
+
+@pytest.fixture
+def bundle(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Path:
+    """A decoder whose cache stays in place, with an adapter, to be certified."""
+    made = once(
+        shared / "bundle-llama-one-in-place",
+        lambda place: ld.export(
+            llama_with_adapter,
+            place,
+            adapters={"one": llama_with_adapter / "adapters" / "one"},
+            attention="gqa",
+            layout="rows",
+        ),
+    )
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def quick(check: Check) -> Check:
+    def run(bundle: Path, **options: Any) -> ParityReport:
+        few = {"backends": ["onnx-side-inputs", "onnx-mixed"], "phases": ["prefill", "decode"]}
+        return check(bundle, prompts=["The news", "Hi"], capture_graphs=True, **few, **options)
+
+    return run
+
+
+def test_both_ways_to_run_are_compared_and_certified(
+    bundle: Path, quick: Check, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    made = replays._options
+    monkeypatch.setattr(replays, "_options", lambda n: numbers.append(n) or made(n))
+    report = quick(bundle, certificate=True)
+    assert report.passed, report.failures
+    assert {r.variant.provider for r in report.results if r.variant} == {"cpu", CAPTURED}
+    decoded = [r for r in report.results if r.variant and r.variant.provider == CAPTURED]
+    assert {(r.backend, r.phase) for r in decoded} >= {("onnx-side-inputs", "decode")}
+    # The base and the adapter were recorded, and replayed.
+    assert set(numbers) == {-1, 1, 2} and min(numbers.count(1), numbers.count(2)) > 2
+    facts = {own.provider: own for own in report.environment.providers}
+    assert facts[CAPTURED].captured and not facts["cpu"].captured
+    for capture in (False, True):
+        session = AdapterSession(bundle, ["cpu"], capture_graphs=capture, require_certificate=True)
+        assert session.provider.captured is capture
+    # Of one that only captured ones were checked for, as of one that only others were.
+    written = bundle / "parity.json"
+    values = json.loads(written.read_text(encoding="utf-8"))
+    values["results"] = [r for r in values["results"] if r["variant"]["provider"] == CAPTURED]
+    written.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(BundleError, match="not certified for cpu .* its runs are not captured"):
+        AdapterSession(bundle, ["cpu"], require_certificate=True)
+
+
+def test_a_certificate_of_other_runs_does_not_cover_captured_ones(
+    certified_bundle: Path, recording: None
+) -> None:
+    message = (
+        "not certified for cpu .*captured runs.*: it was checked on cpu .*, and its runs are"
+        " captured; run `loradeploy parity .* --provider cpu --capture-graphs`"
+    )
+    with pytest.raises(BundleError, match=message):
+        AdapterSession(certified_bundle, ["cpu"], capture_graphs=True, require_certificate=True)
+
+
+def test_a_replay_of_what_was_fed_before_fails_the_check(
+    bundle: Path, quick: Check, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = replays.Replays._recorded
+    first: dict[Any, Any] = {}
+
+    def stale(self: Any, key: Any, recording: Any, feeds: Any, ids: Any) -> Any:
+        kept = first.setdefault(key, {n: feeds[n] for n in recording.feeds})
+        return recorded(self, key, recording, {**feeds, **kept}, ids)
+
+    monkeypatch.setattr(replays.Replays, "_recorded", stale)
+    report = quick(bundle, localize=False)
+    failed = {
+        (r.variant.provider, r.phase) for r in report.results if r.variant and r.outcome == "failed"
+    }
+    assert failed == {(CAPTURED, "decode")}
+
+
+def test_providers_that_capture_nothing_are_refused_unless_another_does() -> None:
+    message = "CPUExecutionProvider captures no runs here: give one of cuda, webgpu"
+    with pytest.raises(UsageError, match=message):
+        choose_variants(["cpu"], None, capture_graphs=True)
+
+
+def test_captured_runs_of_one_provider_are_another_way_to_run_it() -> None:
+    usual = ProviderFacts("cpu", (table.CPU,))
+    captured = dataclasses.replace(usual, provider=CAPTURED, captured=True)
+    assert usual.difference(captured) == "its runs are captured"
+    assert captured.difference(usual) == "its runs are not captured"
+    assert captured.name == "cpu" and captured.is_named("cpu")
+    assert "captured runs" in str(captured)
