@@ -294,7 +294,7 @@ def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str 
             return (
                 f"{list(rows.values.shape)} of tokens up to {max(rows.indices, default=0)}, and"
                 f" {module} has {vocabulary} tokens of {size} values: it was trained on another"
-                " base, or on one with a larger vocabulary"
+                " base, or with a larger vocabulary, which is merged (`merge=True`)"
             )
     return None
 

@@ -18,6 +18,7 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
+from loradeploy.adapter.vocabulary import refuse_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.manifest import (
@@ -35,6 +36,7 @@ from loradeploy.export.given_adapters import (
     check_adapters,
     check_brought,
     label_count,
+    named,
 )
 from loradeploy.export.graph.file import graph_digest, load_graph, outputs, required_inputs
 from loradeploy.export.graph.halves import load_bundle_graph
@@ -124,6 +126,7 @@ class Base:
     `source`: what the bundle is to be compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     `called`: what a message about an adapter that does not fit calls it.
+    `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
     """
 
     graph: ir.Model
@@ -143,6 +146,7 @@ class Base:
     submodels: tuple[Submodel, ...] = ()
     base_prefix: str = ""
     called: str = "this base model"
+    vocabulary: int | None = None
 
 
 def from_checkpoint(source: Source, options: Options) -> Base:
@@ -154,10 +158,11 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     from loradeploy.export.trace import answers, load_model, trace
     from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
+    from loradeploy.lora.vocabulary import resize_for, vocabulary_of
 
     adapters = options.adapters
-    named = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
-    check_unquantized(source.directory, names=[source.name, *named])
+    trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
+    check_unquantized(source.directory, names=[source.name, *trained_on])
     task = choose_task(read_config(source.directory), options.task, adapters.values())
     declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
     if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
@@ -172,12 +177,20 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     if adapters:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
         adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
+        for name, adapter in adapters.items():
+            with named(name):
+                if options.merge:
+                    resize_for(skeleton, adapter)
+                elif (tokens := vocabulary_of(skeleton)) is not None:
+                    refuse_resized(adapter, tokens)
         check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
+    vocabulary = None
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
+        vocabulary = resize_for(model, adapter) if options.merge else None
     if zeroed:
         # Of a base alone nobody else will tell.
         level = logging.INFO if adapters else logging.WARNING
@@ -217,6 +230,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         own_weights=own_weights,
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
+        vocabulary=vocabulary,
     )
 
 

@@ -14,6 +14,7 @@ from loradeploy.adapter.names import named_as
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.vocabulary import refuse_resized, resized_vocabulary
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.graph_form import (
@@ -89,6 +90,7 @@ from loradeploy.export.passes.side_inputs import (
 )
 from loradeploy.export.passes.static_shapes import use_static_shapes
 from loradeploy.export.passes.surgery import rows_problem
+from loradeploy.export.passes.vocabulary import resize_vocabulary, vocabulary_in
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.third_party import (
     assets_of,
@@ -102,7 +104,7 @@ from loradeploy.export.requirements import (
     choose_experts,
     needs_of,
 )
-from loradeploy.export.write import Content, with_labels
+from loradeploy.export.write import Content, with_labels, with_vocabulary
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -139,6 +141,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     added: SideInputs | None = None
     fitted: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}
+    if source.graph is not None:
+        base, findings = _with_vocabulary(base, findings, options)
     if options.merge:
         manifest = _merged(base, findings, options, digests)
     else:
@@ -169,6 +173,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         manifest, config = _with_problem(manifest, config, options.adapters)
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
+    if base.vocabulary is not None:
+        config = with_vocabulary(config, base.vocabulary)
     return manifest, Content(
         graph=base.graph,
         assets=assets_of(source.assets, options.evidence.checkpoint),
@@ -347,6 +353,28 @@ def _layout(base: Base, target: str | None) -> str:
     """Rows where they are the default, and the graph can have them."""
     layout: str = default_of("layout", base.precision, target)
     return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
+
+
+def _with_vocabulary(base: Base, findings: Findings, options: Options) -> tuple[Base, Findings]:
+    """The base and its findings with the vocabulary of the adapter that is to be merged.
+
+    Raises:
+        AdapterMismatchError: it is another one than the base's, and the adapter not to be merged.
+    """
+    before = vocabulary_in(base.graph, findings) if options.adapters else None
+    if before is None:
+        return base, findings
+    size = None
+    for name, adapter in options.adapters.items():
+        with named(name):
+            if options.merge:
+                size = resized_vocabulary(adapter, before)
+            else:
+                refuse_resized(adapter, before)
+    if size is None:
+        return base, findings
+    findings = resize_vocabulary(base.graph, findings, size)
+    return dataclasses.replace(base, vocabulary=size), findings
 
 
 def _merged(

@@ -134,8 +134,10 @@ def bring_text(
 
 def replace_texts(
     name: str, directory: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
-) -> None:
+) -> dict[str, Any]:
     """Let what the merged adapter in `directory` brings for texts take the place of the base's.
+
+    Returns what config.json has otherwise: the tokens that end a text and that fill rows up.
 
     Raises:
         AdapterMismatchError: its tokenizer has words that the graph has no row for.
@@ -146,7 +148,7 @@ def replace_texts(
         base = base_tokenizer(bundle)
         own = _own_tokenizer(source, base, manifest, config)
         if own is None or not (changes := _differences(own, base)):
-            return
+            return {}
         if (source / TOKENIZER_NAME).is_file():
             for older in (*OLDER_TOKENIZERS, "merges.txt", ADDED_NAME):
                 (bundle / older).unlink(missing_ok=True)
@@ -154,6 +156,21 @@ def replace_texts(
         _copy_text(source, bundle)
         _settle(bundle, own, before)
     _say(name, changes)
+    return _special_ids(own, manifest, vocabulary)
+
+
+def _special_ids(own: Tokenizer, manifest: Manifest, vocabulary: int) -> dict[str, Any]:
+    """The ids of config.json that are those of a decoder's own tokens."""
+    if manifest.task != CAUSAL_LM:
+        return {}  # a classifier finds the end of a text by the base's padding
+    ends = sorted(own.eos_ids)
+    found: dict[str, Any] = (
+        {} if not ends else {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    )
+    pad = own.vocabulary.get(own.special_tokens.get("pad_token", ""))
+    if pad is not None and pad < vocabulary:
+        found["pad_token_id"] = pad
+    return found
 
 
 def _declared(settings: GenerationSettings) -> dict[str, Any]:

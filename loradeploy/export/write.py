@@ -143,6 +143,16 @@ def with_labels(
     }
 
 
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """`config` with a vocabulary of `size` tokens, wherever it has one."""
+    found = dict(config)
+    if "vocab_size" in config:
+        found["vocab_size"] = size
+    if isinstance(config.get("text_config"), Mapping):
+        found["text_config"] = {**config["text_config"], "vocab_size": size}
+    return found
+
+
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError where a bundle is in the way and may not be replaced."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -247,8 +257,9 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         make_tokenizer(content.assets, directory)
     elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is correct
         correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
+    config = dict(content.config)
     for name, source in content.merged.items():
-        replace_texts(name, source, directory, manifest, content.config)
+        config |= replace_texts(name, source, directory, manifest, content.config)
     typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
     if typed and manifest.task == SEQUENCE_CLASSIFICATION:
         declare_token_types(content.assets, directory)
@@ -258,7 +269,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     )
     if not content.config:
         return manifest
-    write_json(directory / _CONFIG_NAME, content.config)
+    write_json(directory / _CONFIG_NAME, config)
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
         _write_feature_settings(directory, content)
     if manifest.task in (CAUSAL_LM, SEQ2SEQ_LM):
@@ -267,7 +278,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         if not content.merged:
             say_ignored(manifest.base.name, read_settings(generation, _GENERATION_NAME))
     if manifest.task == CAUSAL_LM:
-        genai = genai_config(manifest, content.config, generation)
+        genai = genai_config(manifest, config, generation)
         if genai is not None:
             # onnxruntime-genai's parser takes plain ASCII for certain.
             (directory / GENAI_CONFIG_NAME).write_text(

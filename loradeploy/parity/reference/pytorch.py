@@ -149,7 +149,8 @@ def load_model(context: CheckContext) -> torch.nn.Module:
             " pip install 'loradeploy[export]'"
         ) from None
     from loradeploy.export import trace
-    from loradeploy.export.given_adapters import check_brought
+    from loradeploy.export.given_adapters import check_brought, named
+    from loradeploy.lora.vocabulary import resize_for
 
     manifest = context.manifest
     labels = None
@@ -161,6 +162,9 @@ def load_model(context: CheckContext) -> torch.nn.Module:
     model, lacking = trace.load_model(context.model, manifest.task, labels=labels, brought=brought)
     for tested in context.adapters:
         check_brought(tested.name, tested.adapter, lacking)
+        if context.merged:
+            with named(tested.name):
+                resize_for(model, tested.adapter)
     return model
 
 

@@ -1,0 +1,68 @@
+"""The vocabulary of a PyTorch model, and the model with another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.vocabulary import Vocabulary, resized_vocabulary
+from loradeploy.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from loradeploy.adapter.adapter import Adapter
+
+
+def vocabulary_of(model: Any) -> Vocabulary | None:
+    """Where `model` has a row per token; None where it has no embedding of tokens."""
+    found = [
+        getattr(model, getter, lambda: None)()
+        for getter in ("get_input_embeddings", "get_output_embeddings")
+    ]
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = found
+    weight = getattr(embedding, "weight", None)
+    if embedding not in names or weight is None or weight.ndim != 2:
+        return None
+    if head is None or head not in names or getattr(head, "weight", None) is None:
+        return Vocabulary(len(weight), names[embedding])
+    return Vocabulary(
+        len(weight),
+        names[embedding],
+        names[head],
+        tied=head.weight is weight or bool(model.config.get_text_config().tie_word_embeddings),
+        biased=getattr(head, "bias", None) is not None,
+    )
+
+
+def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
+    """Give `model` the vocabulary that `adapter` was trained with; its size, None where unchanged.
+
+    As transformers' `resize_token_embeddings`, with added rows of zeros: the adapter has them.
+
+    Raises:
+        AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
+        ModelError: transformers cannot resize the model.
+    """
+    import torch
+
+    before = vocabulary_of(model)
+    size = None if before is None else resized_vocabulary(adapter, before)
+    if before is None or size is None:
+        return None
+    resized: Any = model
+    try:
+        resized.resize_token_embeddings(size, mean_resizing=False)
+    except Exception as problem:  # whatever a model's own code raises
+        raise ModelError(
+            f"{type(model).__name__} cannot have the {size} tokens of the adapter's vocabulary:"
+            f" {first_line(problem)}"
+        ) from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for module in before.modules:
+            for part in ("weight", "bias"):
+                if (values := parameters.get(f"{module}.{part}")) is not None:
+                    values[before.size :] = 0
+    model.eval()
+    return size

@@ -1,0 +1,251 @@
+"""Adapters whose vocabulary is another than the base's, merged as PEFT merges them.
+
+The right answer is PEFT's: `resize_token_embeddings`, the adapter loaded, `merge_and_unload`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import loradeploy as ld
+from loradeploy.errors import AdapterError, LoraDeployError
+from tests.conftest import once
+from tests.export.reference import difference, onnx_output
+from tests.tolerances import tolerance
+
+BASE: Final = 512  # tokens of the tiny models
+WORDS: Final = ("<|tool|>", "<|end_of_turn|>")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`size`: tokens of the adapter's vocabulary. `options`: PEFT's. `saved`: embeddings too."""
+
+    size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    saved: bool = True
+    model: str = "llama"
+
+
+_TABLES: Final = ["embed_tokens", "lm_head"]
+CASES: Final = {
+    "embeddings saved": Case(BASE + 2),
+    "a multiple of 64": Case(BASE + 64),
+    "fewer tokens": Case(BASE - 9),
+    "trained in full": Case(BASE + 2, {"modules_to_save": _TABLES}, saved=False),
+    "LoRA on both": Case(BASE + 2, {"target_modules": ["q_proj", *_TABLES]}),
+    "trained rows": Case(
+        BASE + 2,
+        {"trainable_token_indices": {name: [7, BASE, BASE + 1] for name in _TABLES}},
+        saved=False,
+    ),
+    "tied": Case(BASE + 2, model="gpt2"),
+    "tied, trained rows": Case(
+        BASE + 2, {"trainable_token_indices": [BASE, BASE + 1]}, saved=False, model="gpt2"
+    ),
+}
+_TARGETS: Final = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
+
+
+def _resized(base: Path, size: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(size)
+    return model
+
+
+def _make(case: Case, base: Path, place: Path) -> None:
+    """An adapter as users train it, the tokenizer beside it, and PEFT's merged logits."""
+    import peft
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if case.size > BASE:
+        tokenizer.add_special_tokens({"additional_special_tokens": [WORDS[0]]})
+        tokenizer.add_special_tokens({"eos_token": WORDS[1]})
+        tokenizer.save_pretrained(place)
+    config = {"target_modules": _TARGETS[case.model], **case.options}
+    options = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config)
+    made = peft.get_peft_model(_resized(base, case.size), options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * (0.1 if "lora" in name else 0.3))
+    made.save_pretrained(place, save_embedding_layers=case.saved)
+    fresh = peft.PeftModel.from_pretrained(_resized(base, case.size), place)
+    ids = torch.from_numpy(_ids(case))
+    with torch.no_grad():
+        logits = fresh.merge_and_unload().eval()(ids, attention_mask=torch.ones_like(ids)).logits
+    np.save(place / "expected.npy", logits.numpy())
+
+
+def _ids(case: Case) -> NDArray[np.int64]:
+    added = [BASE, BASE + 1] if case.size > BASE else [case.size - 1]
+    return np.array([[5, 7, *added, 44, 60]])
+
+
+@pytest.fixture(scope="session")
+def bases(
+    tiny_llama: Path, tiny_gpt2: Path, tiny_llama_bundle: Path, tiny_gpt2_bundle: Path
+) -> dict[str, tuple[Path, Path]]:
+    return {"llama": (tiny_llama, tiny_llama_bundle), "gpt2": (tiny_gpt2, tiny_gpt2_bundle)}
+
+
+@pytest.fixture(scope="session")
+def adapter_of(shared: Path, bases: dict[str, tuple[Path, Path]]) -> Callable[[str], Path]:
+    def of(name: str) -> Path:
+        case = CASES[name]
+        place = shared / "vocabularies" / name.replace(" ", "-").replace(",", "")
+        return once(place, lambda partial: _make(case, bases[case.model][0], partial))
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_merged_bundle_has_the_adapters_vocabulary(
+    name: str,
+    bases: dict[str, tuple[Path, Path]],
+    adapter_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    case, adapter = CASES[name], adapter_of(name)
+    bundle = bases[case.model][1]
+    manifest = ld.export(bundle, tmp_path / "m", adapters={"a": adapter}, merge=True)
+    expected = np.load(adapter / "expected.npy")
+    found = onnx_output(tmp_path / "m", _ids(case))
+    assert found.shape == expected.shape == (1, _ids(case).size, case.size)
+    assert difference(found, expected) <= tolerance("torch-onnx-tiny")
+    known = np.where(_ids(case) < BASE, _ids(case), 0)
+    shared = min(BASE, case.size)
+    base = onnx_output(bundle, known)[..., :shared]
+    merged = onnx_output(tmp_path / "m", known)[..., :shared]
+    assert difference(base, merged) > 0.1, "the adapter does nothing"
+    assert manifest.outputs[0].shape[-1] == case.size
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == case.size
+
+
+def test_the_bundle_has_the_adapters_words_and_ends(
+    bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = adapter_of("a multiple of 64")
+    ld.export(bases["llama"][1], tmp_path / "m", adapters={"a": adapter}, merge=True)
+    generator = ld.TextGenerator(ld.AdapterSession(tmp_path / "m"))
+    ids = generator.tokenizer.encode(f"a{WORDS[0]}{WORDS[1]}", special_tokens=False)
+    assert list(ids)[-2:] == [BASE, BASE + 1]
+    settings = [
+        json.loads((tmp_path / "m" / name).read_text())
+        for name in ("generation_config.json", "config.json")
+    ]
+    assert all(BASE + 1 in np.atleast_1d(each["eos_token_id"]) for each in settings)
+    genai = json.loads((tmp_path / "m" / "genai_config.json").read_text())["model"]
+    assert BASE + 1 in np.atleast_1d(genai["eos_token_id"])
+    assert genai["vocab_size"] == BASE + 64
+
+
+def test_the_checkpoint_is_merged_likewise(
+    bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case, adapter = CASES["tied"], adapter_of("tied")
+    checkpoint = bases["gpt2"][0]
+    ld.export(checkpoint, tmp_path / "m", adapters={"a": adapter}, merge=True)
+    found = onnx_output(tmp_path / "m", _ids(case))
+    assert difference(found, np.load(adapter / "expected.npy")) <= tolerance("torch-onnx-tiny")
+    report = ld.parity(
+        tmp_path / "m", model=checkpoint, adapters={"a": adapter}, tokens=3, certificate=False
+    )
+    assert report.passed, report.failures
+    doubled = _doubled(adapter, tmp_path / "doubled")
+    wrong = ld.parity(
+        tmp_path / "m", model=checkpoint, adapters={"a": doubled}, tokens=3, certificate=False
+    )
+    assert not wrong.passed
+
+
+def _doubled(adapter: Path, place: Path) -> Path:
+    """The adapter with twice the alpha."""
+    shutil.copytree(adapter, place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
+    return place
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def _without(part: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change
+
+
+def _shorter_head(tensors: dict[str, Any]) -> None:
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without("lm_head"), r"514 tokens, the base has 512, and the rows 512 to 513 of lm_head"),
+        (_without("embed_tokens"), r"rows 512 to 513 of model.embed_tokens.weight are in neither"),
+        (_shorter_head, r"lm_head.weight is \[513, 64\], the base has \[514, 64\]"),
+    ],
+)
+def test_rows_that_nobody_has_are_refused(
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+    bases: dict[str, tuple[Path, Path]],
+    adapter_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    adapter = shutil.copytree(adapter_of("embeddings saved"), tmp_path / "a")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    for model in bases["llama"]:
+        with pytest.raises(AdapterError, match=message):
+            ld.export(model, tmp_path / "m", adapters={"a": adapter}, merge=True)
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
+    bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(adapter_of("fewer tokens"), tmp_path / "a")
+    for file in adapter_of("embeddings saved").glob("tokenizer*"):
+        shutil.copy(file, adapter)
+    with pytest.raises(LoraDeployError, match=r"'<\|tool\|>' as token 512.*vocabulary ends at 502"):
+        ld.export(bases["llama"][1], tmp_path / "m", adapters={"a": adapter}, merge=True)
+
+
+@pytest.mark.parametrize("name", ["embeddings saved", "trained in full", "trained rows"])
+def test_as_side_inputs_they_are_refused_with_the_merge(
+    name: str,
+    bases: dict[str, tuple[Path, Path]],
+    adapter_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint, bundle = bases["llama"]
+    for model in (checkpoint, bundle):
+        with pytest.raises(
+            AdapterError, match=r"a: .*of 514 tokens, the base has 512.*`merge=True`"
+        ):
+            ld.export(model, tmp_path / "b", adapters={"a": adapter_of(name)})
+    with pytest.raises(AdapterError, match="merge"):
+        ld.AdapterSession(bundle).load("a", adapter_of(name))
