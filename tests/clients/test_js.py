@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter.tensors import read_arrays, write_arrays
-from loradeploy.errors import AdapterError
+from loradeploy.bundle.text.sentence_files import RecipeReader
+from loradeploy.errors import AdapterError, BundleError
 from loradeploy.export.api import export
 from loradeploy.runtime.reading.wire import node_names
 from loradeploy.runtime.session import AdapterSession
@@ -227,6 +229,11 @@ def module_missing(arrays: dict[str, Any]) -> None:
         del arrays[name]
 
 
+def with_trained_tokens(arrays: dict[str, Any]) -> None:
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    arrays[name] = np.ones((1, 64), np.float32)
+
+
 def not_finite(arrays: dict[str, Any]) -> None:
     next(iter(arrays.values()))[0, 0] = np.nan
 
@@ -245,6 +252,19 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "another rank": ({"r": 8}, "rank and base take [8,64]"),
     "DoRA": ({"use_dora": True}, "use_dora=true"),
     "an unknown field": ({"new_method": {"on": True}}, "new_method"),
+    "adapted parameters": (
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        "target_parameters",
+    ),
+    "trained tokens": ({"trainable_token_indices": [3, 5]}, "trainable_token_indices=[3,5]"),
+    "trained tokens of several embeddings": (
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        'trainable_token_indices={"embed_tokens":[3]}',
+    ),
+    "tokens that no field names": (
+        {"change": with_trained_tokens},
+        "trainable_tokens_delta is neither a factor nor a side input",
+    ),
     "an expression": ({"alpha_pattern": {"(a+)+$": 2}}, "alpha_pattern has the expression"),
     "trained biases": ({"bias": "all"}, 'bias="all"'),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
@@ -445,7 +465,15 @@ def test_node_embeds_each_text_by_its_adapter(
             ],
         },
     ]
-    first, second = (result["value"]["answers"] for result in node(jobs))
+    jobs += [{"bundle": pooled_otherwise(weighted, tmp_path / str(n), own)} for n, own in OTHERWISE]
+    results = node(jobs)
+    for (number, own), told in zip(OTHERWISE, results[2:], strict=True):
+        place = tmp_path / str(number)
+        with pytest.raises(BundleError) as refused:
+            RecipeReader(place).pooling("1_Pooling")
+        for message in (str(refused.value), told["message"]):
+            assert f"{place}" in message and "pooling_mode is" in message, own
+    first, second = (result["value"]["answers"] for result in results[:2])
     session = AdapterSession(weighted)
     session.load("one", adapters["one"])
     expected = [
@@ -461,6 +489,27 @@ def test_node_embeds_each_text_by_its_adapter(
     assert changed[[0, 2, 3]].min() > 100 * tolerance("rows") and changed[1] < tolerance("rows")
     assert np.abs(expected[1] - expected[2]).max() > 100 * tolerance("rows")
     assert "no prompt is called" in second[2]["message"]
+
+
+# Fields of a pooling that contradict each other, or name none.
+OTHERWISE: list[tuple[int, dict[str, Any]]] = list(
+    enumerate(
+        [
+            {"pooling_mode": "cls", "pooling_mode_mean_tokens": True},
+            {"pooling_mode": ["cls", "max"], "pooling_mode_cls_token": True},
+            {"pooling_mode": []},
+        ]
+    )
+)
+
+
+def pooled_otherwise(bundle: Path, place: Path, values: dict[str, Any]) -> Path:
+    """A copy of the bundle, its graph a link, with another 1_Pooling/config.json."""
+    shutil.copytree(bundle, place, copy_function=os.link)
+    file = place / "1_Pooling" / "config.json"
+    file.unlink()
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return place
 
 
 def with_sentence_files(model: Path, place: Path) -> None:
@@ -514,10 +563,21 @@ def test_node_classifies_tokens_by_each_adapters_labels(
     job = {
         "bundle": bundle,
         "add": {"added": adapters["one"]},
-        "calls": [["classifyTokens", {"texts": texts, "adapters": names}]],
+        "calls": [
+            ["classifyTokens", {"texts": texts, "adapters": names}],
+            ["removeAdapter", ["one"]],
+            ["addAdapter", ["one", adapters["two"]]],
+            ["classifyTokens", {"text": texts[0], "adapter": "one"}],
+            ["classifyTokens", {"text": texts[0], "adapter": "two"}],
+        ],
     }
-    ((call,),) = [result["value"]["answers"] for result in node([job])]
+    ((call, *_, other, two),) = [result["value"]["answers"] for result in node([job])]
     assert "value" in call, call
+    # Another adapter of the name has not the labels of the one that came with the bundle.
+    assert other["value"]["labels"] is None and two["value"]["labels"] is not None
+    assert [t["logits"] for t in other["value"]["tokens"]] == [
+        t["logits"] for t in two["value"]["tokens"]
+    ]
     session = AdapterSession(bundle)
     tokenizer = session.texts.base.tokenizer
     for row, (text, name) in enumerate(zip(texts, ("one", "two", "one"), strict=True)):

@@ -1,6 +1,7 @@
 // What a test asks of the client, and what came of it, as JSON; the same in Node and in a browser.
 //
-// A job: { bundle, backend, add: { name: place }, calls: [[method, options], …] }. Its result: for
+// A job: { bundle, backend, add: { name: place }, calls: [[method, options], …] }, where addAdapter and
+// removeAdapter are given a list. Its result: for
 // each call { value } or { error, message }, with the pieces that were streamed; `load` and `add`
 // that fail are told in place of it.
 
@@ -20,7 +21,8 @@ async function runJob(load, { bundle, backend, add = {}, calls = [] }) {
     const pieces = {};
     const onToken = (text, row) => (pieces[row] = (pieces[row] ?? "") + text);
     const given = method === "generate" ? { ...options, onToken } : options;
-    answers.push({ ...(await told(() => model[method](given))), pieces });
+    const values = Array.isArray(options) ? options : [given];
+    answers.push({ ...(await told(() => model[method](...values))), pieces });
   }
   await model.release();
   return { adapters: model.adapters, added, answers, files: [...files] };

@@ -57,6 +57,12 @@ export async function readRecipe(source, folder = "", ofAdapter = false) {
   const flags = Object.keys(values).filter((key) => key.startsWith("pooling_mode_") && values[key]);
   const given = values.pooling_mode ?? (flags.length ? Object.keys(FLAGS).filter((key) => flags.includes(key)).map((key) => FLAGS[key]) : "mean");
   const modes = [given].flat();
+  const flagged = new Set(flags.map((flag) => FLAGS[flag] ?? flag));
+  const contradicted = flagged.size > 0 && (flagged.size !== new Set(modes).size || modes.some((mode) => !flagged.has(mode)));
+  if (!modes.length || contradicted) {
+    const other = contradicted ? `, and ${flags.join(" and ")} say otherwise: keep one of them` : ": use Python";
+    throw new BundleError(`${source.where(pooling.path)}: pooling_mode is ${JSON.stringify(given)}${other}`);
+  }
   const unknown = modes.find((mode) => !Object.hasOwn(POOLS, mode)) ?? flags.find((flag) => !Object.hasOwn(FLAGS, flag));
   if (unknown !== undefined) throw new BundleError(`${source.where(pooling.path)}: the pooling ${JSON.stringify(unknown)} is not supported: use Python`);
   const limits = (await Promise.all(ENCODERS.map(read))).find((own) => Object.keys(own).length) ?? {};

@@ -35,7 +35,7 @@ class Model {
   #base;
   #recipe;
   #graph;
-  #adapters = new Map(); // name → a promise of { sideInputs, texts }
+  #adapters = new Map(); // name → a promise of { sideInputs, texts, labels }
 
   constructor(source, manifest, texts, base, recipe, graph, backend) {
     this.#source = source;
@@ -66,7 +66,7 @@ class Model {
       await checkSameTexts(directory, this.#texts);
       await this.#checkSameRecipe(openSource(directory), "", name);
     }
-    this.#adapters.set(name, Promise.resolve({ sideInputs, texts: this.#texts }));
+    this.#adapters.set(name, Promise.resolve({ sideInputs, texts: this.#texts, labels: this.#labelsOf(sideInputs, null) }));
   }
 
   removeAdapter(name) {
@@ -110,7 +110,7 @@ class Model {
     checkEncoder(this.#manifest);
     const rows = await this.#rows("text", options, (text, texts) => idsOf(wordsOf(texts, string(text))));
     const given = "text" in options ? [options.text] : options.texts;
-    rows.forEach((row, number) => Object.assign(row, { parts: wordsOf(row.texts, given[number]), labels: this.#labels(row) }));
+    rows.forEach((row, number) => Object.assign(row, { parts: wordsOf(row.texts, given[number]) }));
     const tokens = await classifyTokens(this.#graph, this.#manifest, rows, this.#stack);
     const answers = rows.map((row, number) => ({ tokens: tokens[number], labels: row.labels, adapter: row.name }));
     return "text" in options ? answers[0] : answers;
@@ -139,7 +139,7 @@ class Model {
 
   #stack = (rows) => stack(rows.map(({ adapter }) => adapter), this.#base, this.#manifest, this.#graph.leastRank);
 
-  /** What is given as `one` or as a list, each with its adapter: { prompt, texts, adapter, name }. */
+  /** What is given as `one` or as a list, each with its adapter: { prompt, texts, adapter, labels, name }. */
   async #rows(one, options, encoded) {
     const many = `${one}s`;
     if (one in options === many in options) throw new UsageError(`give either ${one} or ${many}`);
@@ -153,7 +153,7 @@ class Model {
     const rows = [];
     const blends = new Map(); // rows of one blend share it
     for (const [number, name] of names.entries()) {
-      const { sideInputs, texts } = await this.#named(name, blends);
+      const { sideInputs, texts, labels } = await this.#named(name, blends);
       const prompt = encoded(given[number], texts);
       const what = `${one} ${number + 1}`;
       if (!prompt.length) throw new UsageError(`${what} is empty`);
@@ -162,7 +162,7 @@ class Model {
       if (prompt.length > room) throw new UsageError(`${what} has ${prompt.length} tokens, the model takes ${room}: shorten it`);
       const outside = prompt.find((token) => !(Number.isSafeInteger(token) && token >= 0 && token < texts.vocabulary));
       if (outside !== undefined) throw new UsageError(`${what} has the token ${outside}, the vocabulary ends at ${texts.vocabulary - 1}`);
-      rows.push({ prompt, texts, adapter: sideInputs, name });
+      rows.push({ prompt, texts, adapter: sideInputs, labels, name });
     }
     return rows;
   }
@@ -179,15 +179,16 @@ class Model {
     }
     const key = JSON.stringify(members);
     if (!blends.has(key)) blends.set(key, blend(found.map(({ sideInputs }, index) => [sideInputs, members[index][1]]), this.#manifest));
-    return { sideInputs: blends.get(key), texts: found[0].texts };
+    return { sideInputs: blends.get(key), texts: found[0].texts, labels: this.#labelsOf(blends.get(key), null) };
   }
 
-  /** The names of the outputs for a row, or null where its adapter has a head that nothing describes. */
-  #labels({ name, adapter }) {
-    const head = adapter !== null && this.#manifest.saved.some(({ input }) => adapter.has(input));
-    if (!head) return this.#texts.labels;
-    const entry = this.#manifest.adapters[name];
-    return entry ? (entry.labels ?? this.#texts.labels) : null;
+  /**
+   * The names of the outputs with an adapter: the base's, or where it has a head those of its `entry` in the
+   * manifest; null of a head that has none, as nothing describes it.
+   */
+  #labelsOf(sideInputs, entry) {
+    const head = this.#manifest.saved.some(({ input }) => sideInputs.has(input));
+    return head ? (entry && (entry.labels ?? this.#texts.labels)) : this.#texts.labels;
   }
 
   /** Refuse an adapter in `folder` of `source` whose texts become vectors in another way than the base's. */
@@ -198,9 +199,9 @@ class Model {
     }
   }
 
-  /** The side inputs and the texts of an adapter by name, or of the base for null. */
+  /** The side inputs, the texts and the labels of an adapter by name, or of the base for null. */
   async #adapter(name) {
-    if (name === null || name === undefined) return { sideInputs: null, texts: this.#texts };
+    if (name === null || name === undefined) return { sideInputs: null, texts: this.#texts, labels: this.#texts.labels };
     if (!this.#adapters.has(name)) throw this.#unknown(name);
     if (this.#adapters.get(name) === null) {
       const reading = this.#readOwn(name);
@@ -216,7 +217,7 @@ class Model {
     const texts = await readOwnTexts(this.#source, name, this.#manifest, this.#texts);
     const folder = this.#manifest.adapters[name]?.path;
     if (folder) await this.#checkSameRecipe(this.#source, `${folder}/`, name);
-    return { sideInputs, texts };
+    return { sideInputs, texts, labels: this.#labelsOf(sideInputs, this.#manifest.adapters[name] ?? null) };
   }
 
   #unknown(name) {
