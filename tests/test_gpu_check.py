@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+import loradeploy as ld
+from loradeploy.runtime.capture.slots import FixedSlots
+from loradeploy.runtime.devices import table
+from tests.conftest import ROOT, MakeAdapter
+from tools import gpu_check
 from tools.cuda_placement import StubsUnavailableError, stubs
-from tools.gpu_check import ALLOWED, EXACT, TASKS, wrong, wrong_captured
+from tools.gpu_check import ALLOWED, EXACT, SCALES, TASKS, wrong, wrong_captured
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,85 @@ def test_parity_on_cuda_computes_float32(report: dict[str, Any]) -> None:
 def test_captured_runs_that_say_something_else_fail_on_a_device(report: dict[str, Any]) -> None:
     found = report["forms"]["cuda"]
     usual, captured = found["cuda"], found["cuda_captured"]
-    assert wrong_captured({**captured, "texts": usual["texts"]}, usual, True) == []
-    other = {**captured, "texts": ["other"] * len(usual["texts"])}
-    assert wrong_captured(other, usual, True) == ["other texts than without"]
+    # On stubs nothing was computed: what a device would have found stands in its place.
+    assert captured["replays"].keys() == {"base", *TASKS, "mixed"}
+    right = {
+        name: {"error": 1e-5, "effect": 0.0 if name == "base" else 4.0}
+        for name in captured["replays"]
+    }
+    good = {**captured, "replays": right, "texts": usual["texts"]}
+    assert wrong_captured(good, usual, True) == []
+    assert wrong_captured({**good, "texts": ["other"]}, usual, True) == ["other texts than without"]
     assert wrong_captured({**captured, "graphs": 0}, usual, False) == ["no run was captured"]
+    # Where the cache is not in place there are no texts, and the logits have to show it.
+    alone = {name: value for name, value in good.items() if name != "texts"}
+    assert wrong_captured(alone, usual, True) == []
+    stale = {**alone, "replays": {**right, "headline": {"error": 3.9, "effect": 4.0}}}
+    assert wrong_captured(stale, usual, True) == [
+        "headline: the logits of replayed runs are off by 3.9, the adapters change 4"
+    ]
+    nan = {**alone, "replays": {**right, "mixed": {"error": float("nan"), "effect": 4.0}}}
+    assert len(wrong_captured(nan, usual, True)) == 1
+    still = {name: {"error": 0.0, "effect": 0.0} for name in right}
+    found_still = wrong_captured({**alone, "replays": still}, usual, True)
+    assert found_still == ["the adapters change nothing"]
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's provider stands for CUDA's, and counts as one that records runs."""
+    row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
+    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
+    monkeypatch.setattr(gpu_check, "CUDA", table.CPU)
+    monkeypatch.setattr(gpu_check, "TASKS", ("one", "two"))
+
+
+@pytest.fixture(params=["grows", "in place"])
+def bundle(request: pytest.FixtureRequest, llama_with_two: Path, tmp_path: Path) -> Path:
+    if request.param == "grows":
+        return llama_with_two
+    adapters = {name: llama_with_two / "adapters" / name for name in ("one", "two")}
+    ld.export(
+        llama_with_two, tmp_path / "in-place", adapters=adapters, attention="gqa", layout="rows"
+    )
+    return tmp_path / "in-place"
+
+
+@pytest.fixture(scope="module")
+def llama_with_two(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    adapters = {"one": make_adapter(tiny_llama), "two": make_adapter(tiny_llama, r=8, seed=2)}
+    place = tmp_path_factory.mktemp("two") / "bundle"
+    ld.export(tiny_llama_bundle, place, adapters=adapters)
+    return place
+
+
+def test_replays_are_compared_with_the_same_runs_by_themselves(
+    bundle: Path, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = SCALES["tiny"]
+    with ld.AdapterSession(bundle) as usual:
+        with ld.AdapterSession(bundle, ["cpu"], capture_graphs=True) as session:
+            right = gpu_check.replayed(session, usual, scale)
+            assert session.captured == 3  # the base, one adapter of rank 8 at most, a mixed batch
+        assert wrong_captured({"graphs": 3, "replays": right}, {}, True) == []
+        assert right["one"]["effect"] > 0.1 and right["base"]["effect"] == 0
+
+        # Slots that are written once, and never again.
+        fill = FixedSlots._fill
+        written: set[int] = set()
+
+        def once(self: Any, own: Any, wanted: Any) -> None:
+            if id(own) not in written:
+                written.add(id(own))
+                fill(self, own, wanted)
+
+        monkeypatch.setattr(FixedSlots, "_fill", once)
+        with ld.AdapterSession(bundle, ["cpu"], capture_graphs=True) as session:
+            stale = gpu_check.replayed(session, usual, scale)
+    failures = wrong_captured({"graphs": 3, "replays": stale}, {}, True)
+    assert [line.partition(":")[0] for line in failures] == ["two"]

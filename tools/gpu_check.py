@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 import loradeploy as ld
 from loradeploy.errors import LoraDeployError
 from loradeploy.files import json_values, write_json
@@ -81,6 +83,11 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
 # Nodes that may be on the CPU: GroupQueryAttention takes the number of positions from there, and
 # `logits_to_keep` is read by sizes.
 ALLOWED: Final = {"Squeeze": 1, "Cast": 1, "Concat": 1, "Mul": 1}
+# A run by itself, one that is recorded, replays.
+TURNS: Final = 4
+# The largest error of a replay, in parts of what the adapters change: the kernels are the same, and
+# a captured run may be given another algorithm of a product, which rounds in another order.
+REPLAYED: Final = 0.01
 # Parity compares float32: TF32 rounds its factors to 10 bits.
 EXACT: Final = {"use_tf32": "0"}
 PROVIDERS: Final[Mapping[str, Provider]] = {"cpu": CPU, "cuda": (CUDA, EXACT)}
@@ -213,21 +220,74 @@ def measured(
 
 
 def captured(bundle: Path, prompts: Sequence[str], scale: Scale) -> dict[str, Any]:
-    """Texts and times on CUDA with the runs captured; texts where the cache stays in place."""
+    """What captured runs compute on CUDA, beside the same session without, and their times.
+
+    `replays`: by side, how far the logits of replayed runs are from those without; texts where the
+    cache stays in place.
+    """
     try:
-        session = ld.AdapterSession(bundle, [CUDA], capture_graphs=True)
-        found = generated(session, prompts, scale) if session.manifest.cache_in_place else {}
-        return {**found, "decode_and_swap": decoded(session, scale), "graphs": session.captured}
+        with (
+            ld.AdapterSession(bundle, [CUDA]) as usual,
+            ld.AdapterSession(bundle, [CUDA], capture_graphs=True) as session,
+        ):
+            found = {"replays": replayed(session, usual, scale), "graphs": session.captured}
+            if session.manifest.cache_in_place:
+                found |= generated(session, prompts, scale)
+            return {**found, "decode_and_swap": decoded(session, scale)}
     except LoraDeployError as problem:
         return {"error": str(problem)}
 
 
+def replayed(
+    session: ld.AdapterSession, usual: ld.AdapterSession, scale: Scale
+) -> dict[str, dict[str, float]]:
+    """The logits of one more token, replayed: the base, each adapter and a mixed batch.
+
+    `error`: the largest difference from the `usual` session's, `effect`: what the adapters of the
+    side change there. The sides take turns, so that a replay which reads what another side has left
+    is seen.
+    """
+    rows = 1 + len(TASKS)
+    sides: dict[str, Any] = {
+        "base": None,
+        **{task: task for task in TASKS},
+        "mixed": [None, *TASKS],
+    }
+    calls = [forward(own, rows, past=scale.length, new=1) for own in (session, usual)]
+    found: dict[str, dict[str, float]] = {name: {} for name in sides}
+    for _ in range(TURNS):
+        there: dict[str, Any] = {}
+        for name, adapters in sides.items():
+            here, there[name] = (_logits(call(adapters)) for call in calls)
+            errors = float(np.abs(here - there[name]).max())
+            found[name]["error"] = max(errors, found[name].get("error", 0.0))
+        for name in sides:
+            found[name]["effect"] = float(np.abs(there[name] - there["base"]).max())
+    return found
+
+
+def _logits(outputs: Any) -> np.ndarray[Any, Any]:
+    values: np.ndarray[Any, Any] = outputs[0].numpy()
+    return values.astype(np.float64)
+
+
 def wrong_captured(found: Mapping[str, Any], usual: Mapping[str, Any], device: bool) -> list[str]:
-    """What is wrong with runs that were captured: on a `device`, other texts than the `usual`."""
+    """What is wrong with runs that were captured: on a `device`, other numbers than without."""
     if "error" in found:
         return [str(found["error"])]
     failures = [] if found["graphs"] else ["no run was captured"]
-    if device and found.get("texts", usual.get("texts")) != usual.get("texts"):
+    if not device:
+        return failures
+    effect = max(own["effect"] for own in found["replays"].values())
+    if not effect:
+        failures.append("the adapters change nothing")
+    for name, own in found["replays"].items():
+        if not own["error"] <= REPLAYED * effect:
+            failures.append(
+                f"{name}: the logits of replayed runs are off by {own['error']:.2g}, the adapters"
+                f" change {effect:.2g}"
+            )
+    if "texts" in found and found["texts"] != usual.get("texts"):
         failures.append("other texts than without")
     return failures
 
