@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import LoraDeployError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
-from loradeploy.parity.context import CheckContext
+from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.names import REPEAT
 from loradeploy.parity.phases import (
@@ -21,6 +21,7 @@ from loradeploy.parity.phases import (
     phases_of,
     rows_of,
     run_phases,
+    spread,
 )
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.verdict import judge
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Reference
 
 logger = logger_of(__name__)
+
+# Rows of all lengths that a backend is shown in PyTorch, of an adapter that is the same everywhere.
+_ROWS_IN_TORCH: Final = 8
+# From so many seconds on, a duration is given in minutes.
+_MINUTES: Final = 100
 
 
 @dataclass
@@ -100,19 +106,31 @@ def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
 
 
 class Progress:
-    """Logs which run of how many begins; a run is one backend with one adapter."""
+    """Logs which run of how many begins, and how long those left take at the pace so far.
+
+    A run is one backend with one adapter.
+    """
 
     def __init__(self, backends: Sequence[Backend], context: CheckContext) -> None:
         self._total = sum(_run_count(backend, context) for backend in backends)
         self._begun = 0
+        self._start = time.monotonic()
 
     def begin(self, backend: Backend, adapter: str | None, context: CheckContext) -> None:
         """Log the run that begins."""
-        self._begun += 1
+        done, self._begun = self._begun, self._begun + 1
         named = [backend.title, "mixed" if backend.mixed else adapter or BASE_LABEL]
         if len(context.variants.each) > 1 and backend.on_onnxruntime:
             named.append(str(context.variant))
-        logger.info("[%d/%d] %s", self._begun, self._total, ", ".join(named))
+        left = ""
+        if done:
+            pace = (time.monotonic() - self._start) / done
+            left = f" (about {_duration(pace * (self._total - done))} left)"
+        logger.info("[%d/%d] %s%s", self._begun, self._total, ", ".join(named), left)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < _MINUTES else f"{seconds / 60:.0f} min"
 
 
 def _run_count(backend: Backend, context: CheckContext) -> int:
@@ -178,7 +196,23 @@ def _run_backend(
         name, opened_model = entry
         progress.begin(backend, name, context)
         rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[name]
+        if backend.on_torch and same_everywhere(context.adapters, name):
+            rows = tuple(spread(rows, _ROWS_IN_TORCH))
         yield from _run_rows(backend, opened_model, rows, phases, context, reference)
+
+
+def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> bool:
+    """Whether the adapter changes every position in the same way, whatever token is there.
+
+    In PyTorch both sides share the base, and its phases: what such an adapter does wrong shows on
+    any row. A trained row of a vocabulary does where its token is, an expert where it is chosen.
+    """
+    named = [tested.adapter for tested in adapters if tested.name == name]
+    return all(
+        all(pair.kind == "linear" for pair in adapter.factors.values())
+        and not (adapter.saved or adapter.carried or adapter.rows)
+        for adapter in named
+    )
 
 
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
@@ -241,6 +275,7 @@ def _record(tally: _Tally, seen: Observation) -> None:
         case=row.case,
         first=seen.first,
         first_step=row.first_step,
+        about=seen.about,
     )
     tally.due -= len(seen.values)
 

@@ -148,7 +148,9 @@ def _judge(
         count = len(right.prompt) if right.forced else len(right.expected)
         width = min(right.expected.shape[-1], wrong.expected.shape[-1])  # heads may differ
         expected, found = right.expected[:count, :width], wrong.expected[:count, :width]
-        comparison.add(expected, found, case=right.case)
+        whole = width == right.expected.shape[-1]
+        about = right.about[:count] if whole and right.about is not None else None
+        comparison.add(expected, found, case=right.case, about=about)
     verdict = judge(comparison.figures(), reference.limits[name], effect=effect)
     error = verdict.figures.max_abs
     return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)

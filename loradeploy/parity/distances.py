@@ -14,33 +14,70 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.floating[Any]]
 
-# Choices are compared by the largest value, and by the five largest.
-_TOP: Final = 5
 # Below this, exp(x) − 1 − x is taken from its series.
 _SMALL: Final = 0.05
-_STRIPES: Final = 64
+# How much more a bound is than what it was computed as in float32.
+_ROUNDED: Final = 1e-4
+# An actual vector that is so much shorter than the expected one cancels in ⟨e, d⟩.
+_SHORT: Final = 0.01
 
 
-def cosine_distances(expected: Values, actual: Values, difference: Values) -> Values:
+def cosine_distances(
+    expected: Values, actual: Values, difference: Values, length: Values
+) -> Values:
     """1 − cosine of each position's vectors e and a; two zero vectors are one direction.
 
     1 − cos = (‖d‖² − (‖a‖ − ‖e‖)²) / 2 ‖a‖ ‖e‖ with d = a − e,
-    and ‖a‖ − ‖e‖ = ⟨d, a + e⟩ / (‖a‖ + ‖e‖).
+    and ‖a‖ − ‖e‖ = (2 ⟨e, d⟩ + ‖d‖²) / (‖a‖ + ‖e‖). `length` is ‖e‖.
     """
-    first, second = _length(expected), _length(actual)
-    longer = np.einsum("ij,ij->i", difference, expected + actual) / np.where(
-        first + second > 0, first + second, 1
-    )
-    apart = np.maximum(_length(difference) ** 2 - longer**2, 0)
-    zero = (first == 0) | (second == 0)
-    distance = apart / np.where(zero, 1, 2 * first * second)
-    far: Values = np.where(zero, (first != second).astype(distance.dtype), np.minimum(distance, 2))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _cosine_distances(expected, actual, difference, length)
+
+
+def _cosine_distances(
+    expected: Values, actual: Values, difference: Values, length: Values
+) -> Values:
+    squared = np.einsum("ij,ij->i", difference, difference)
+    longer = 2 * np.einsum("ij,ij->i", expected, difference) + squared  # ‖a‖² − ‖e‖²
+    other = np.sqrt(np.maximum(length * length + longer, 0))
+    for row in np.flatnonzero(other <= _SHORT * length):
+        other[row] = lengths(actual[row : row + 1])[0]
+        longer[row] = np.einsum("j,j", difference[row], expected[row] + actual[row])
+    both = length + other
+    apart = np.maximum(squared - (longer / np.where(both > 0, both, 1)) ** 2, 0)
+    zero = (length == 0) | (other == 0)
+    distance = apart / np.where(zero, 1, 2 * length * other)
+    far: Values = np.where(zero, (length != other).astype(distance.dtype), np.minimum(distance, 2))
+    if expected.dtype != np.float64 and not np.isfinite(far).all():  # squares overflow
+        exact = [np.asarray(part, np.float64) for part in (expected, actual, difference)]
+        return cosine_distances(exact[0], exact[1], exact[2], lengths(exact[0]))
     return far
 
 
-def _length(vectors: Values) -> Values:
+def lengths(vectors: Values) -> Values:
+    """‖v‖ of each position."""
     length: Values = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     return length
+
+
+def divergence_bounds(
+    expected: Values, difference: Values, furthest: Values, log_sum: Values
+) -> Values:
+    """What `divergences` is at most, for a fraction of its work.
+
+    exp(x) − 1 − x ≤ x²/2 exp(|x|), so KL ≤ Var_p(d)/2 exp(2 max|d|). `furthest` is max|d| of each
+    position, `log_sum` the logarithm of Σ exp(e).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        p = expected - log_sum[:, np.newaxis]
+        np.exp(p, out=p)
+        p *= difference
+        mean = p.sum(axis=1)
+        square = np.einsum("ij,ij->i", p, difference)
+        variance = square * (1 + _ROUNDED) - mean * mean * (1 - _ROUNDED)
+        bounds: Values = variance / 2 * np.exp(2 * furthest) * (1 + _ROUNDED)
+    # What float32 cannot bound is computed.
+    return np.where(np.isfinite(bounds), bounds, np.inf)
 
 
 def _probabilities(logits: Values) -> Values:
@@ -96,25 +133,3 @@ def symmetric_divergence(expected: Values, difference: Values) -> float:
     terms = np.where(np.abs(v) < 1e-4, v * v / 4 * (1 - v / 2), exact)
     lost = q[p == 0].sum() * np.log(2)  # what p has not at all
     return float(0.5 * ((p * terms).sum() + lost))
-
-
-def shared_largest(expected: Values, actual: Values) -> float:
-    """The share of the largest values' indices that two positions have in common."""
-    count = min(_TOP, len(expected))
-    return len(set(_largest(expected, count)) & set(_largest(actual, count))) / count
-
-
-def _largest(values: Values, count: int) -> list[int]:
-    """The indices of the `count` largest values, the first indices of equal ones.
-
-    The largest of each of many parts give a bound, which leaves few candidates of a vocabulary.
-    """
-    columns = len(values) // _STRIPES
-    if columns > count:
-        tops = values[: columns * _STRIPES].reshape(_STRIPES, columns).max(axis=0)
-        candidates = np.flatnonzero(values >= np.partition(tops, -count)[-count])
-    else:
-        candidates = np.arange(len(values))
-    order = np.argsort(-values[candidates], kind="stable")[:count]
-    indices: list[int] = candidates[order].tolist()
-    return indices

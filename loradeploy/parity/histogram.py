@@ -19,6 +19,7 @@ _BINS: Final = 1 << (31 - _DROPPED_BITS)
 _LARGEST: Final = 0x7F7FFFFF  # float32's largest number, above which bins have no edge
 # Half decades of a distribution: all errors below 1e-12 count as that.
 _SMALLEST_HALF: Final = -24
+_ZERO: Final = _SMALLEST_HALF - 1  # stands for no error at all
 
 
 class Histogram:
@@ -29,12 +30,17 @@ class Histogram:
         self._count = 0
         self._histogram = np.zeros(_BINS, np.int64)
 
-    def add(self, values: Values) -> None:
-        self.largest = max(self.largest, float(values.max()))
-        self._sum += float(values.sum(dtype=np.float64))
-        self._count += values.size
+    def add(self, values: Values, largest: float) -> None:
+        """Take in `values` [positions, width]; `largest` is the largest of them."""
+        self.largest = max(self.largest, largest)
         with np.errstate(over="ignore"):
+            # Pairwise in the values' own dtype within a position, in float64 across positions.
+            total = float(values.sum(axis=-1).sum(dtype=np.float64))
+            if not math.isfinite(total):
+                total = float(values.sum(dtype=np.float64))
+            self._sum += total
             bits = values.astype(np.float32, copy=False).view(np.uint32) >> _DROPPED_BITS
+        self._count += values.size
         counts = np.bincount(bits.ravel())
         self._histogram[: len(counts)] += counts
 
@@ -54,12 +60,15 @@ class Histogram:
     def distribution(self) -> tuple[tuple[float, int], ...]:
         """Upper edges and counts, in half decades (`Figures`)."""
         bins = np.flatnonzero(self._histogram)
-        counts: dict[float, int] = {}
-        for index, edge in zip(bins, _upper_edges(bins), strict=True):
-            half = max(_SMALLEST_HALF, math.ceil(2 * math.log10(edge)))
-            upper = 0.0 if index == 0 else float(f"{10 ** (half / 2):.3g}")
-            counts[upper] = counts.get(upper, 0) + int(self._histogram[index])
-        return tuple(sorted(counts.items()))
+        halves = np.ceil(2 * np.log10(_upper_edges(bins))).astype(int)
+        halves = np.where(bins == 0, _ZERO, np.maximum(halves, _SMALLEST_HALF))
+        found, part = np.unique(halves, return_inverse=True)
+        counts = np.zeros(len(found), np.int64)
+        np.add.at(counts, part, self._histogram[bins])
+        return tuple(
+            (0.0 if half == _ZERO else float(f"{10 ** (half / 2):.3g}"), int(count))
+            for half, count in zip(found.tolist(), counts, strict=True)
+        )
 
 
 def _upper_edges(bins: NDArray[np.int64]) -> NDArray[np.float64]:

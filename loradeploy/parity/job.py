@@ -8,6 +8,7 @@ import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from loradeploy.adapter.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
@@ -22,6 +23,7 @@ from loradeploy.parity.reference.pytorch import (
     load_base,
     load_model,
     make_reference,
+    size_of,
     take_weights,
 )
 from loradeploy.parity.reference.quantized import QUANTIZED
@@ -41,6 +43,9 @@ from loradeploy.parity.variants import start
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
+
+# Bytes of a model that onnxruntime's sessions should not find beside them.
+_LARGE: Final = 1 << 26
 
 
 def run(
@@ -91,8 +96,10 @@ def run(
         progress = Progress(backends, context)
         in_torch = [backend for backend in backends if backend.on_torch]
         results += run_backends(in_torch, context, reference, base.model, progress)
+        large = size_of(model) > _LARGE
         del base, model
-        gc.collect()
+        if large:  # it goes through all objects of the process, and waits for the next turn else
+            gc.collect()
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, context, reference, None, progress)
         if running:

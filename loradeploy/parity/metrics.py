@@ -13,10 +13,11 @@ import numpy as np
 
 from loradeploy.parity.distances import (
     cosine_distances,
+    divergence_bounds,
     divergences,
-    shared_largest,
     symmetric_divergence,
 )
+from loradeploy.parity.expected import Expected, largest_of, leaders
 from loradeploy.parity.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -124,11 +125,13 @@ class Comparison:
         case: int = 0,
         first: int = 0,
         first_step: int | None = None,
+        about: Expected | None = None,
     ) -> None:
         """Take in consecutive positions of a case, both arrays [positions, width].
 
         `first` is the number of the first of these positions in the case, `first_step` the number
-        of the position whose values choose the first generated token.
+        of the position whose values choose the first generated token. `about`: what is known of
+        the expected positions, where they are compared more than once.
 
         Raises:
             ValueError: the shapes differ.
@@ -139,9 +142,11 @@ class Comparison:
         rows = max(1, _BLOCK // max(1, expected.shape[1]))
         for start in range(0, len(expected), rows):
             block = slice(start, start + rows)
+            values = np.asarray(expected[block], kind)
             self._add(
-                np.asarray(expected[block], kind),
+                values,
                 np.asarray(actual[block], kind),
+                Expected.of(values, logits=self._logits) if about is None else about[block],
                 case,
                 first + start,
                 first_step,
@@ -174,36 +179,51 @@ class Comparison:
         )
 
     def _add(
-        self, expected: Values, actual: Values, case: int, first: int, first_step: int | None
+        self,
+        expected: Values,
+        actual: Values,
+        about: Expected,
+        case: int,
+        first: int,
+        first_step: int | None,
     ) -> None:
         numbers = np.arange(first, first + len(expected))
-        finite = np.isfinite(expected).all(axis=1) & np.isfinite(actual).all(axis=1)
         self._positions += len(expected)
-        if not finite.all():
-            self._not_finite += int((~finite).sum())
-            expected, actual, numbers = expected[finite], actual[finite], numbers[finite]
         if not expected.size:
             return
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = actual - expected
+        error = np.abs(difference)
+        furthest = error.max(axis=1)  # [positions]
+        if not np.isfinite(furthest).all():
+            both = np.isfinite(expected) & np.isfinite(actual)
+            finite: NDArray[np.bool_] = np.asarray(both.all(axis=1), bool)
+            self._not_finite += int((~finite).sum())
+            if not finite.any():
+                return
+            expected, actual, about = expected[finite], actual[finite], about[finite]
+            numbers, difference = numbers[finite], difference[finite]
+            error, furthest = error[finite], furthest[finite]
         self._compared += len(expected)
-        difference = actual - expected
-        self._add_errors(expected, actual, np.abs(difference), case, numbers)
-        distance = cosine_distances(expected, actual, difference)
+        self._add_errors(expected, actual, error, furthest, case, numbers)
+        distance = cosine_distances(expected, actual, difference, about.length)
         self._max_distance = max(self._max_distance, float(distance.max()))
         if self._logits:
-            self._add_divergence(expected, difference)
-            self._add_choices(expected, actual, case, numbers, first_step)
+            self._add_divergence(expected, difference, furthest, about)
+            self._add_choices(expected, actual, furthest, about, case, numbers, first_step)
 
     def _add_errors(
         self,
         expected: Values,
         actual: Values,
         error: Values,
+        furthest: Values,
         case: int,
         numbers: NDArray[np.int64],
     ) -> None:
-        worst = int(error.argmax())
-        if self._worst is None or float(error.flat[worst]) > self._absolute.largest:
-            row, index = divmod(worst, error.shape[1])
+        row = int(furthest.argmax())
+        if self._worst is None or float(furthest[row]) > self._absolute.largest:
+            index = int(error[row].argmax())
             self._worst = Place(
                 case,
                 int(numbers[row]),
@@ -211,35 +231,51 @@ class Comparison:
                 float(expected[row, index]),
                 float(actual[row, index]),
             )
-        self._absolute.add(error)
+        self._absolute.add(error, float(furthest[row]))
         base = np.abs(expected)
         np.maximum(base, self._guard, out=base)
         relative = error / base
-        largest = int(relative.argmax())
-        if float(relative.flat[largest]) > self._relative.largest:
-            unit = float(np.spacing(np.float32(base.flat[largest])))
-            self._max_ulp = max(self._max_ulp, float(error.flat[largest]) / unit)
-        self._relative.add(relative)
+        worst = int(relative.argmax())
+        largest = float(relative.flat[worst])
+        if largest > self._relative.largest:
+            unit = float(np.spacing(np.float32(base.flat[worst])))
+            self._max_ulp = max(self._max_ulp, float(error.flat[worst]) / unit)
+        self._relative.add(relative, largest)
 
-    def _add_divergence(self, expected: Values, difference: Values) -> None:
-        kl = divergences(expected, difference)
-        worst = int(kl.argmax())
-        if float(kl[worst]) > self._max_kl:
-            self._max_kl = float(kl[worst])
-            self._max_js = symmetric_divergence(expected[worst], difference[worst])
+    def _add_divergence(
+        self, expected: Values, difference: Values, furthest: Values, about: Expected
+    ) -> None:
+        bounds = divergence_bounds(expected, difference, furthest, about.log_sum)
+        # Bounds of rounding are within a few parts of the divergence itself: the largest one's
+        # leaves nearly no other to be computed.
+        for rows in (np.argmax(bounds, keepdims=True), slice(None)):
+            rows = np.arange(len(bounds))[rows]
+            rows = rows[bounds[rows] > self._max_kl]
+            if len(rows):
+                kl = divergences(expected[rows], difference[rows])
+                worst = int(kl.argmax())
+                if float(kl[worst]) > self._max_kl:
+                    self._max_kl = float(kl[worst])
+                    row = rows[worst]
+                    self._max_js = symmetric_divergence(expected[row], difference[row])
 
     def _add_choices(
         self,
         expected: Values,
         actual: Values,
+        furthest: Values,
+        about: Expected,
         case: int,
         numbers: NDArray[np.int64],
         first_step: int | None,
     ) -> None:
-        expected_top, actual_top = expected.argmax(axis=1), actual.argmax(axis=1)
+        wanted = largest_of(expected, about.leaders)  # [positions, up to 5]
+        found = leaders(expected, actual, furthest, about)
+        expected_top, actual_top = wanted[:, 0], found[:, 0]
         agree = expected_top == actual_top
         self._agree += int(agree.sum())
-        self._shared += sum(map(shared_largest, expected, actual))
+        both = (wanted[:, :, np.newaxis] == found[:, np.newaxis, :]).sum()
+        self._shared += int(both) / wanted.shape[1]
         if first_step is not None:
             generated = numbers >= first_step
             self._steps += int(generated.sum())

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
+    from loradeploy.parity.expected import Expected
 
     Ids = NDArray[np.int64]
 
@@ -115,6 +116,7 @@ class Row:
     `outputs`: how many of the graph's outputs are its adapter's, the first ones; None of all. The
     others are constants so large that they would hide what the adapter does.
     `target`: how many tokens of an encoder-decoder's target are decoded one by one on its cache.
+    `about`: what is known of `expected`, which every backend is compared with.
     """
 
     case: int
@@ -125,6 +127,7 @@ class Row:
     edge: bool = False
     outputs: int | None = None
     target: int = 0
+    about: Expected | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -166,6 +169,12 @@ class Observation:
         if self.before is not None:
             return self.before
         return self.row.expected[self.first : self.first + len(self.values)]
+
+    @property
+    def about(self) -> Expected | None:
+        """What is known of the expected values."""
+        known = None if self.before is not None else self.row.about
+        return None if known is None else known[self.first : self.first + len(self.values)]
 
 
 def run_phases(
@@ -268,6 +277,13 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
         few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
     few = few[: _FEW[phase]]
     return () if phase == PERMUTED and len(few) < 2 else few
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` of `rows`, of all lengths: the longest, whose errors add up the most, among them."""
+    ordered = sorted(rows, key=lambda row: len(row.tokens))
+    picks = np.unique(np.linspace(0, len(ordered) - 1, count).astype(int))
+    return [ordered[pick] for pick in picks]
 
 
 def _of_one_length(rows: Sequence[Row]) -> list[list[Row]]:

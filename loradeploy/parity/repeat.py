@@ -34,7 +34,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
     with as_reference(context, base, None) as model:
         backend = TorchModel(model, context.manifest, context.cases.types)
         for seen in run_phases(backend, rows, task=task, pad=context.cases.pad, phases=(alone,)):
-            comparison.add(seen.expected, seen.values, case=seen.row.case)
+            comparison.add(seen.expected, seen.values, case=seen.row.case, about=seen.about)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)
     if verdict.figures.not_finite or verdict.passed:
         return None  # values that are no numbers are every backend's failure, and said there

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from loradeploy.parity.distances import divergence_bounds, divergences
+from loradeploy.parity.expected import Expected
 from loradeploy.parity.metrics import Comparison, Figures
 
 
@@ -200,3 +202,48 @@ def test_an_error_beyond_float32_has_a_place_in_the_distribution() -> None:
     (small, one), (large, other) = comparison.figures().distribution
     assert (small, one, other) == (1.0, 1, 1)
     assert 1e38 < large < math.inf
+
+
+# -- what is known of the expected side --------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [2, 33, 512, 5000])
+@pytest.mark.parametrize("size", [0.0, 1e-6, 0.3, 30.0])
+def test_what_is_known_beforehand_changes_no_figure(width: int, size: float) -> None:
+    random = np.random.default_rng(width)
+    expected = (5 * random.standard_normal((20, width))).astype(np.float32)
+    expected[3] = expected[4] = 0.0  # all of them equal: the first is chosen
+    actual = (expected + size * random.standard_normal(expected.shape)).astype(np.float32)
+    known = Expected.of(expected, logits=True)
+    found = []
+    for about in (None, known):
+        comparison = Comparison(scale=20.0, logits=True)
+        comparison.add(expected, actual, about=about)
+        found.append(comparison.figures())
+    assert found[0] == found[1]
+    first = np.argsort(-expected, axis=1, kind="stable")[:, :5]
+    others = np.argsort(-actual, axis=1, kind="stable")[:, :5]
+    agree = [len(set(a) & set(b)) / len(a) for a, b in zip(first, others, strict=True)]
+    assert found[0].top5 == pytest.approx(np.mean(agree))
+    assert found[0].top1 == pytest.approx(np.mean(first[:, 0] == others[:, 0]))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 0.5, 20.0])
+def test_no_divergence_is_beyond_its_bound_and_the_largest_is_the_figure(size: float) -> None:
+    random = np.random.default_rng(1)
+    expected = (4 * random.standard_normal((60, 300))).astype(np.float32)
+    actual = expected + size * random.standard_normal(expected.shape).astype(np.float32)
+    difference = actual - expected
+    exact = divergences(expected, difference)
+    known = Expected.of(expected, logits=True)
+    furthest = np.abs(difference).max(axis=1)
+    bounds = divergence_bounds(expected, difference, furthest, known.log_sum)
+    assert (exact <= bounds).all()
+    if size <= 1e-2:  # rounding: so close that few are computed
+        assert np.median(bounds / exact) < 1.1
+    assert compare(expected, actual).kl == exact.max()
+
+
+def test_vectors_whose_squares_overflow_are_as_far_apart_as_they_are() -> None:
+    assert compare([[3e37, 1e37]], [[-3e37, -1e37]]).cosine_distance == pytest.approx(2.0)
+    assert compare([[3e30, 0.0]], [[0.0, 3e30]]).cosine_distance == pytest.approx(1.0)

@@ -19,7 +19,7 @@ from loradeploy.parity.names import (
     PREFILL,
     REPEAT,
 )
-from loradeploy.parity.phases import Row, generate, phases_of, rows_of, run_phases
+from loradeploy.parity.phases import Row, generate, phases_of, rows_of, run_phases, spread
 from loradeploy.runtime.tokenizer import positions_of
 
 WIDTH = 5
@@ -171,3 +171,10 @@ def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:
 def test_padding_on_the_left_takes_no_positions() -> None:
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     assert positions_of(mask, 2).tolist() == [[0, 1], [2, 3]]
+
+
+def test_rows_of_all_lengths_are_chosen_the_longest_among_them() -> None:
+    rows = [row((1,) * length, (2,)) for length in (3, 9, 1, 30, 5, 7, 2)]
+    assert [len(one.prompt) for one in spread(rows, 3)] == [1, 5, 30]
+    assert [len(one.prompt) for one in spread(rows, 2)] == [1, 30]
+    assert sorted(map(id, spread(rows, 20))) == sorted(map(id, rows))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
+from loradeploy.parity.expected import Expected
 from loradeploy.parity.inputs.row_feeds import TARGET, Types, plain_feeds
-from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import (
     WHOLE_ROW,
     Row,
@@ -53,14 +53,24 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
+# transformers' name for how many positions of logits are computed.
+_KEEP: Final = "logits_to_keep"
+
+
 class TorchModel:
     """A PyTorch model as a backend; the adapter is what is in it at the time.
 
-    `types`: the token types of pairs of texts, by their tokens.
+    `types`: the token types of pairs of texts, by their tokens. `last`: of a decoder only the last
+    position is asked for, where the model can leave the others out.
     """
 
     def __init__(
-        self, model: torch.nn.Module, manifest: Manifest, types: Types | None = None
+        self,
+        model: torch.nn.Module,
+        manifest: Manifest,
+        types: Types | None = None,
+        *,
+        last: bool = False,
     ) -> None:
         self._types = types
         self._model = model
@@ -69,6 +79,7 @@ class TorchModel:
         # The first is the task's own, which a graph may call something else than PyTorch does.
         self._outputs = (TASK_TABLE[manifest.task].output, *output_names(manifest)[1:])
         self._taken = inspect.signature(model.forward).parameters
+        self._last = last and _KEEP in self._taken
 
     def forward(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, adapters: object
@@ -82,6 +93,8 @@ class TorchModel:
         else:
             feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
             feeds |= {"past_key_values": cache, "use_cache": True}
+            if self._last:
+                feeds[_KEEP] = 1
             if POSITION_IDS in self._taken:
                 feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
         with torch.inference_mode():
@@ -168,6 +181,11 @@ def load_model(context: CheckContext) -> torch.nn.Module:
     return model
 
 
+def size_of(model: torch.nn.Module) -> int:
+    """The bytes of the model's parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def take_weights(context: CheckContext, model: torch.nn.Module) -> Base:
     """`model` as the base, with the graph's own weights where those are quantized.
 
@@ -217,11 +235,13 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
     """
     notes = list(base.notes)
     rows: dict[str | None, tuple[Row, ...]] = {}
+    scale: dict[str | None, float] = {}
     limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
         rows[name] = reference_rows(context, base.model, name, generated)
-        limits[name] = _limits(context, base, rows[name], notes)
+        scale[name] = _scale(rows[name])
+        limits[name] = _limits(context, base, rows[name], scale[name], notes)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
     with as_reference(context, base, None):
@@ -231,7 +251,7 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
             run(tested.name, context.cases.generated)
     return Reference(
         rows=rows,
-        scale={name: _scale(its) for name, its in rows.items()},
+        scale=scale,
         effect={s.name: effect(rows[None], rows[s.name]) for s in context.adapters},
         limits=limits,
         notes=tuple(dict.fromkeys(notes)),
@@ -263,10 +283,10 @@ def as_reference_with(
 
 
 def _limits(
-    context: CheckContext, base: Base, rows: Sequence[Row], notes: list[str]
+    context: CheckContext, base: Base, rows: Sequence[Row], scale: float, notes: list[str]
 ) -> Mapping[str, Limit]:
     """How far a deployment of what is in the model may be from `rows`."""
-    manifest, scale = context.manifest, _scale(rows)
+    manifest = context.manifest
     try:
         gap = measure_gap(
             base.model,
@@ -288,15 +308,22 @@ def _limits(
 
 def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
     """How far `adapted` is from `base` over the prompts."""
-    comparison = Comparison(scale=1.0, logits=False)
+    largest, total, values = 0.0, 0.0, 0
     for one, other in zip(base, adapted, strict=True):
         count = min(len(one.expected), len(other.expected))
         if one.forced or other.forced:
             count = len(one.prompt)
         width = min(one.expected.shape[-1], other.expected.shape[-1])
-        comparison.add(one.expected[:count, :width], other.expected[:count, :width])
-    figures = comparison.figures()
-    return Effect(figures.max_abs, figures.mean_abs)
+        sides = (rows.expected[:count, :width] for rows in (one, other))
+        for before, after in zip(*sides, strict=True):
+            with np.errstate(invalid="ignore", over="ignore"):
+                changed = np.abs(after - before)
+            if not np.isfinite(before).all() or not np.isfinite(after).all():
+                continue  # such positions fail by themselves
+            largest = max(largest, float(changed.max()))
+            total += float(changed.sum())
+            values += changed.size
+    return Effect(largest, total / max(1, values))
 
 
 @contextmanager
@@ -318,6 +345,7 @@ def reference_rows(
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
     cases = context.cases
     backend = TorchModel(model, context.manifest, context.cases.types)
+    chooser = TorchModel(model, context.manifest, last=True)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
     for prompts, after in cases.groups:
@@ -325,7 +353,7 @@ def reference_rows(
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             steps = min(count, after)
-            forced += generate(backend, batch, count=steps, pad=cases.pad, adapter=adapter)
+            forced += generate(chooser, batch, count=steps, pad=cases.pad, adapter=adapter)
     rows = []
     target = TARGET if context.manifest.encoder is not None else 0
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
@@ -336,7 +364,8 @@ def reference_rows(
         own = context.outputs_of(adapter)
         kept = _keep(context.scratch, values[..., :own])
         edge = number >= len(cases.prompts) - cases.edges
-        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target))
+        about = Expected.of(kept, logits=has_logits(context.manifest.task))
+        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target, about))
     return tuple(rows)
 
 
@@ -357,4 +386,12 @@ def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _scale(rows: Sequence[Row]) -> float:
-    return max(float(np.nan_to_num(np.abs(row.expected), posinf=0.0).max()) for row in rows)
+    """The largest absolute value; values that are no numbers are left out."""
+    return max(_largest(row.expected) for row in rows)
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    largest = max(float(values.max()), -float(values.min()))
+    if np.isfinite(largest):
+        return largest
+    return float(np.nan_to_num(np.abs(values), posinf=0.0).max())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter.adapter import Adapter, Factors, Rows
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import UsageError
 from loradeploy.parity import job
+from loradeploy.parity.check import same_everywhere
+from loradeploy.parity.context import AdapterUnderTest
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.phases import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
@@ -163,7 +169,10 @@ def test_progress_counts_every_run(
         llama_with_adapter, backends=backends, phases=["padded-batch", "prefill"],
         optimization=["basic", "all"],
     )  # fmt: skip
-    assert [record.message for record in caplog.records if "[" in record.message] == [
+    begun = [record.message for record in caplog.records if "[" in record.message]
+    left = re.compile(r" \(about \d+ (s|min) left\)$")
+    assert [bool(left.search(line)) for line in begun] == [False] + [True] * 6, begun
+    assert [left.sub("", line) for line in begun] == [
         "[1/7] PyTorch merged, one",
         "[2/7] ONNX side inputs, base, cpu, basic",
         "[3/7] ONNX side inputs, one, cpu, basic",
@@ -172,6 +181,25 @@ def test_progress_counts_every_run(
         "[6/7] ONNX mixed batch, mixed, cpu, basic",
         "[7/7] ONNX mixed batch, mixed, cpu, all",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({}, True),
+        ({"rows": {"embed_tokens.weight": Rows((3,), np.ones((1, 4)))}}, False),
+        ({"saved": {"lm_head.weight": np.ones((4, 4))}}, False),
+        ({"factors": {"e": Factors(np.ones((2, 9)), np.ones((4, 2)), kind="embedding")}}, False),
+    ],
+    ids=["linear layers", "a trained token", "a head", "an embedding"],
+)
+def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
+    changed: dict[str, Any], same: bool
+) -> None:
+    factors = {"q": Factors(np.ones((2, 4)), np.ones((4, 2)))}
+    adapter = Adapter(AdapterConfig(r=2, lora_alpha=2), **{"factors": factors, **changed})
+    under_test = AdapterUnderTest("a", Path(), adapter, adapter.digest)
+    assert same_everywhere([under_test], "a") is same
 
 
 # -- phases ------------------------------------------------------------------------------------
