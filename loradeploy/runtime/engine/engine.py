@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Requests whose adapters are read while they wait for rows.
+# Requests whose adapters are read while they wait for rows: for half of the rows, or these.
 _AHEAD: Final = 4
 # Characters of a text for a token, to weigh requests by before they are read.
 _CHARACTERS: Final = 4
@@ -110,6 +110,7 @@ class Engine:
         self.tokenizer = generator.tokenizer
         self._reader = PromptReader(self.session)
         self._max_waiting = max_waiting
+        self._ahead = max(_AHEAD, max_rows // 2)
         self._statistics = EngineStatistics(slots=max_rows)
         self._worker = Worker(
             self.session,
@@ -340,7 +341,7 @@ class Engine:
             taken = None
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or (self._queue and len(self._ready) < _AHEAD),
+                    lambda: self._closed or (self._queue and len(self._ready) < self._ahead),
                     self._patience(),
                 )
                 if self._closed and not self._queue:
@@ -350,7 +351,7 @@ class Engine:
                     if submission.late(now):
                         self._queue.remove(submission)
                         late.append(submission)
-                if self._queue and len(self._ready) < _AHEAD:
+                if self._queue and len(self._ready) < self._ahead:
                     taken = self._preparing = self._queue.pop()
             for submission in late:
                 self._fail(submission, too_late())
@@ -414,6 +415,7 @@ class Engine:
                     one = self._ready.popleft()
                     self._running[one.number] = one
                     self._worker.admit(one)
+                    self._changed.notify_all()  # the loader has room for another one
                 if not self._running:  # what is ready is being read, or nothing goes on
                     self._changed.wait(0.05)
                     continue
@@ -427,6 +429,8 @@ class Engine:
             idle = [one for one in self._ready if one.submission.cancelled and one not in late]
             for one in (*late, *idle):
                 self._ready.remove(one)
+            if late or idle:
+                self._changed.notify_all()
         for one in (*late, *idle):
             one.close()
         for one in late:

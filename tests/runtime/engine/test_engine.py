@@ -122,6 +122,17 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(session: AdapterSessi
         assert len(going.result(60).generations[0].token_ids) == 60
 
 
+def test_rows_that_are_free_are_taken_before_a_request_ends(session: AdapterSession) -> None:
+    engine = Engine(session, max_rows=24)
+    all_of_them = [engine.submit([5 + number], "small", max_new_tokens=80) for number in range(24)]
+    with engine:
+        for one in all_of_them:
+            one.result(60)
+        sizes = engine.stats().batch_sizes
+    assert max(sizes) == 24
+    assert sizes[24] > sum(count for size, count in sizes.items() if size < 12)
+
+
 def test_as_many_wait_as_may_and_a_scope_with_few_goes_before_one_with_many(
     session: AdapterSession,
 ) -> None:
