@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         ],
         list[onnxruntime.OrtValue],
     ]
+    # Of rows of leases, and of the lease that is parted with for it.
+    Join = Callable[[Sequence[tuple[Lease, int]], Lease | None], Lease]
 
 HOST: Final = ("cpu", 0)
 
@@ -43,11 +45,13 @@ class HeldAdapters:
         run: Run,
         lease: Lease,
         device: tuple[str, int],
-        of_rows: Callable[[Lease, Sequence[int]], Lease],
+        join: Join,
+        part: Callable[[Lease], None],
     ) -> None:
         self._run = run
         self._all = self._lease = lease
-        self._of_rows = of_rows
+        self._join, self._part = join, part
+        self._past: list[Lease] = []  # of rows that were taken, which runs may be reading
         self._device = device
         self._running = 0
         self._ended = False
@@ -90,8 +94,15 @@ class HeldAdapters:
 
         `rows` counts the rows that were asked for, whatever was taken of them before.
         """
+        if not self._all.per_row:
+            return
         with self._while_held():
-            self._lease = self._of_rows(self._all, rows)
+            lease = self._join([(self._all, row) for row in rows], None)
+            with self._changed:
+                old, self._lease = self._lease, lease
+                if old is not self._all:
+                    self._past.append(old)
+                self._part_with_past(but=1)  # this call itself
 
     @contextmanager
     def _while_held(self) -> Iterator[None]:
@@ -113,6 +124,15 @@ class HeldAdapters:
         with self._changed:
             self._ended = True
             self._changed.wait_for(lambda: not self._running)
+            if self._lease is not self._all:
+                self._past.append(self._lease)
+            self._part_with_past()
+
+    def _part_with_past(self, but: int = 0) -> None:
+        """Let go of rows that no run reads, as there are but so many. `_changed` is held."""
+        if self._running <= but:
+            while self._past:
+                self._part(self._past.pop())
 
 
 class JoinedAdapters:
@@ -125,7 +145,7 @@ class JoinedAdapters:
         self,
         run: Run,
         device: tuple[str, int],
-        join: Callable[[Sequence[Lease]], Lease],
+        join: Join,
         part: Callable[[Lease], None],
     ) -> None:
         self._run, self._device = run, device
@@ -165,7 +185,7 @@ class JoinedAdapters:
         )
         if self._lease is None or not same:
             try:
-                lease = self._join(chosen)
+                lease = self._join([(lease, 0) for lease in chosen], self._lease)
             except BaseException:
                 self.close()  # the rows of before are not those of the batch
                 raise

@@ -403,7 +403,7 @@ class AdapterSession:
                 f"{self.path} is merged and takes no adapters: export the base without `merge`"
             )
         with self._lifetime.use(), self._bank.lease(adapters) as lease:
-            held = HeldAdapters(self._run, lease, self._device, self._bank.of_rows)
+            held = HeldAdapters(self._run, lease, self._device, self._bank.join, self._bank.part)
             try:
                 yield held
             finally:

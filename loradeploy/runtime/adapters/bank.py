@@ -279,17 +279,15 @@ class AdapterBank:
             if lease is not None:
                 self._leases.end(lease)
 
-    def of_rows(self, lease: Lease, rows: Sequence[int]) -> Lease:
-        """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
-        return self._leases.of_rows(lease, rows)
+    def join(self, rows: Sequence[tuple[Lease, int]], instead: Lease | None) -> Lease:
+        """A lease of these rows of others, as the rows of one batch, until `part`.
 
-    def join(self, rows: Sequence[Lease]) -> Lease:
-        """A lease of the first row of each of `rows`, as the rows of one batch, until `part`.
-
-        Those last longer than it does.
+        Those last longer than it does. `instead`: a lease of the caller's that no run reads, and
+        none will: what it reads may be changed for this one.
         """
-        residents = tuple(lease.rows[0] for lease in rows)
-        return self._leases.make(residents, tuple(lease.heads[0] for lease in rows), per_row=True)
+        residents = tuple(lease.rows[row] for lease, row in rows)
+        heads = tuple(lease.heads[row] for lease, row in rows)
+        return self._leases.make(residents, heads, per_row=True, instead=instead)
 
     def part(self, lease: Lease) -> None:
         """Let go of a lease that `join` made."""

@@ -55,9 +55,13 @@ class Filler:
             shapes[saved.input] = (slots, *saved.slot_shape)
         return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
 
+    def unfilled(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """The side inputs [slots, …], of which each slot has to be written before it is read."""
+        return empty_block(self.shapes(slots, ranks), self.dtype)
+
     def empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The side inputs [slots, …] with the base in every slot."""
-        arrays = empty_block(self.shapes(slots, ranks), self.dtype)
+        arrays = self.unfilled(slots, ranks)
         for name, values in arrays.items():
             _, neutral = self._changes.get(name, (0, 0))
             values[...] = self._defaults.get(name, neutral)

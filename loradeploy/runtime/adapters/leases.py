@@ -16,8 +16,10 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import ROWS
-from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident
-from loradeploy.runtime.adapters.stacks import HOST, Stacks, bindable, neutral, used
+from loradeploy.runtime.adapters.filling import Filler
+from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident, used
+from loradeploy.runtime.adapters.row_stacks import RowStack, RowStacks
+from loradeploy.runtime.adapters.stacks import HOST, Stacks, bindable, neutral
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
@@ -32,7 +34,7 @@ class Lease:
     `heads`: what the answers of each of `rows` are, None for the base.
     `per_row`: whether `rows` has an entry for each row.
     `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
-    `stacked`: whether it reads a stack of several adapters.
+    `stacked`: whether it reads a stack of several adapters; `stack`: that one, where it is of rows.
     """
 
     rows: tuple[Resident | None, ...]
@@ -41,6 +43,7 @@ class Lease:
     device: Bindable
     adapter_ids: onnxruntime.OrtValue | None = None
     stacked: bool = False
+    stack: RowStack | None = None
 
 
 class Leases:
@@ -69,6 +72,13 @@ class Leases:
         self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
         self._stacks = Stacks(manifest, defaults, device, budget, self._base)
+        self._rows = RowStacks(
+            Filler(manifest, defaults),
+            lambda arrays: bindable(arrays, manifest, device, self._base),
+            on_host=device[0] == HOST,
+            least_rank=1 if self._base.values else 0,
+            budget=budget,
+        )
         self._stacked = 0  # leases that read a stack
         self._users, self._changed = users, changed
         self._stacking = threading.Lock()  # taken before _changed, never within
@@ -86,12 +96,20 @@ class Leases:
         On the host the copies are views.
         """
         copies = () if self._device[0] == HOST else self._bound
-        return sum(resident.nbytes for resident in copies) + self._stacks.nbytes
+        stacks = self._stacks.nbytes + self._rows.nbytes
+        return sum(resident.nbytes for resident in copies) + stacks
 
     def make(
-        self, rows: tuple[Resident | None, ...], heads: tuple[Head | None, ...], per_row: bool
+        self,
+        rows: tuple[Resident | None, ...],
+        heads: tuple[Head | None, ...],
+        per_row: bool,
+        instead: Lease | None = None,
     ) -> Lease:
-        """What a run reads, of adapters that are in use until the lease ends (`end`)."""
+        """What a run reads, of adapters that are in use until the lease ends (`end`).
+
+        `instead`: as of `AdapterBank.join`.
+        """
         members = used(rows)
         if not members:
             return Lease(rows, heads, per_row, self._base)
@@ -104,9 +122,9 @@ class Leases:
             return Lease(rows, heads, per_row, self._bind(members[0]))
         with self._stacking:
             if self._manifest.layout == ROWS:
-                device = self._stacks.in_rows(rows)
+                stack, device = self._rows.take(rows, None if instead is None else instead.stack)
                 self._stacked += 1
-                return Lease(rows, heads, per_row, device, stacked=True)
+                return Lease(rows, heads, per_row, device, stacked=True, stack=stack)
             with self._changed:
                 busy = frozenset(self._users)
             device, slots_of = self._stacks.of(members, busy)
@@ -120,19 +138,9 @@ class Leases:
         if lease.stacked:
             with self.locked():
                 self._stacked -= 1
+                if lease.stack is not None:
+                    self._rows.leave(lease.stack)
                 self._trim()
-
-    def of_rows(self, lease: Lease, rows: Sequence[int]) -> Lease:
-        """A lease of these rows of `lease`, in their order, for as long as that one lasts."""
-        if not lease.per_row:
-            return lease
-        residents = tuple(lease.rows[row] for row in rows)
-        heads = tuple(lease.heads[row] for row in rows)
-        taken = self.make(residents, heads, per_row=True)
-        if taken.stacked:  # as `lease` is, by which it is counted
-            with self._stacking:
-                self._stacked -= 1
-        return taken
 
     def drop(self, resident: Resident) -> None:
         """Let go of the copy of an adapter that nobody uses. `changed` is held."""

@@ -86,6 +86,11 @@ class Resident:
         )
 
 
+def used(rows: Sequence[Resident | None]) -> list[Resident]:
+    """The adapters in `rows`, each once."""
+    return [resident for resident in dict.fromkeys(rows) if resident is not None]
+
+
 def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
     """The adapters that `spec` names, with their weights.
 

@@ -3,7 +3,7 @@
 Where the graph has `adapter_ids`, a stack has a slot for the base and one for each adapter, and
 serves every batch of them. It grows by doubling up to what it may take, and then the slot that was
 unused the longest changes hands. On the host that writes one adapter's factors; a device's copy is
-made anew. Where the graph takes a slot for each row, the slots are the rows.
+made anew. Where the graph takes a slot for each row, the slots are the rows (row_stacks.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # Slots of a stack that has no budget. More than a batch has rows only saves writing them anew.
 _SLOTS: Final = 64
 HOST: Final = "cpu"  # onnxruntime's word for the host's memory
-# Batches whose factors are kept in the order of their rows.
-_KEPT_ROWS: Final = 2
 
 
 @dataclass(eq=False)
@@ -78,35 +76,15 @@ class Stacks:
         self._targets = manifest.targets
         self._fill = Filler(manifest, defaults)
         self._stack: Stack | None = None
-        self._rows: dict[tuple[str | None, ...], tuple[Bindable, int]] = {}
 
     @property
     def nbytes(self) -> int:
         """The bytes of all that is kept."""
-        stacked = 0 if self._stack is None else self._stack.nbytes
-        return stacked + sum(nbytes for _, nbytes in self._rows.values())
+        return 0 if self._stack is None else self._stack.nbytes
 
     def clear(self) -> None:
         """Let go of all that is kept. Nobody may be reading it."""
         self._stack = None
-        self._rows.clear()
-
-    def in_rows(self, rows: tuple[Resident | None, ...]) -> Bindable:
-        """The side inputs in the order of `rows`; the last few batches' are kept."""
-        key = tuple(None if resident is None else resident.digest for resident in rows)
-        if (present := self._rows.pop(key, None)) is None:
-            arrays = self._fill.empty(len(rows), self._fill.ranks(used(rows), self._least_rank))
-            for slot, resident in enumerate(rows):
-                if resident is not None:
-                    self._fill.write(arrays, slot, resident)
-            present = self._bindable(arrays), sum(v.nbytes for v in arrays.values())
-            while self._rows and (
-                len(self._rows) >= _KEPT_ROWS
-                or (self._budget is not None and self.nbytes + present[1] > self._budget)
-            ):
-                del self._rows[next(iter(self._rows))]
-        self._rows[key] = present  # the last one that was used
-        return present[0]
 
     def of(
         self, members: Sequence[Resident], busy: Collection[str]
@@ -242,7 +220,3 @@ def bindable(
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(number)
     return Bindable(values)
 
-
-def used(rows: Sequence[Resident | None]) -> list[Resident]:
-    """The adapters in `rows`, each once."""
-    return [resident for resident in dict.fromkeys(rows) if resident is not None]

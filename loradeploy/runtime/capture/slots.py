@@ -18,8 +18,8 @@ from loradeploy.bundle.names import ROWS
 from loradeploy.errors import BudgetError
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.adapters.leases import Lease
-from loradeploy.runtime.adapters.resident import Arrays, Resident
-from loradeploy.runtime.adapters.stacks import HOST, used
+from loradeploy.runtime.adapters.resident import Arrays, Resident, used
+from loradeploy.runtime.adapters.stacks import HOST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,6 +16,7 @@ import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
 from loradeploy.runtime.cache import cache_inputs
+from loradeploy.runtime.decoding.sparse import zeros_by_page
 from loradeploy.runtime.decoding.memory import on_host
 from loradeploy.runtime.decoding.rows import Past, RowAdapters, logits_at
 
@@ -44,8 +45,8 @@ class SlotRows:
     def __init__(self, graph: DecoderGraph, slots: int, positions: int) -> None:
         self._graph = graph
         self._arrays: dict[str, NDArray[Any]] = {
-            spec.name: np.zeros(
-                (slots, int(spec.shape[1]), positions, int(spec.shape[3])), spec.dtype
+            spec.name: zeros_by_page(
+                (slots, int(spec.shape[1]), positions, int(spec.shape[3])), np.dtype(spec.dtype)
             )
             for spec in cache_inputs(graph.session.manifest)
         }

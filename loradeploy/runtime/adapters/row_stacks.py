@@ -1,0 +1,158 @@
+"""Side inputs in the order of a batch's rows, for a graph that takes a slot for each row.
+
+A batch whose rows come and go reads a stack again once its last lease has ended, and what has
+changed since is written into it: of a row that joins, its own factors. As long as a lease lasts its
+stack stays as it is, and another lease of the same rows reads it too. What lies on another device
+than the host is made anew for each order of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.runtime.adapters.resident import Bindable, Resident, used
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.runtime.adapters.filling import Filler
+
+# Stacks that no lease reads: those of the last batch, and of the prompts read beside it.
+_IDLE: Final = 2
+# A stack of this many times the memory that its rows need is left for a smaller one.
+_LARGER: Final = 2
+
+
+@dataclass(eq=False)
+class RowStack:
+    """`rows`: the digest of what each slot holds. `readers`: how many leases read it."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    ranks: Mapping[str, int]
+    rows: list[str | None]
+    readers: int = 0
+    views: dict[int, Bindable] = field(default_factory=dict)  # by the number of rows
+
+    @property
+    def capacity(self) -> int:
+        """The rows that fit in."""
+        return len(next(iter(self.arrays.values())))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(values.nbytes for values in self.arrays.values())
+
+
+class RowStacks:
+    """Makes, keeps and changes them. Its user calls it from one thread at a time.
+
+    `bind`: makes arrays something that runs can bind. `on_host`: that this takes them as they are,
+    so that they may be written to later. `least_rank`, `budget`: as of `Stacks`.
+    """
+
+    def __init__(
+        self,
+        fill: Filler,
+        bind: Callable[[Mapping[str, NDArray[Any]]], Bindable],
+        *,
+        on_host: bool,
+        least_rank: int,
+        budget: int | None,
+    ) -> None:
+        self._fill, self._bind = fill, bind
+        self._on_host, self._least_rank, self._budget = on_host, least_rank, budget
+        self._stacks: list[RowStack] = []  # in the order of their last use
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all stacks."""
+        return sum(stack.nbytes for stack in self._stacks)
+
+    def take(
+        self, rows: Sequence[Resident | None], instead: RowStack | None = None
+    ) -> tuple[RowStack, Bindable]:
+        """A stack whose first slots are `rows`, and what to bind of it; until `leave`.
+
+        `instead`: one that its lease reads no more, though it has not ended.
+        """
+        key = [None if resident is None else resident.digest for resident in rows]
+        stack = next((own for own in self._stacks if own.rows[: len(key)] == key), None)
+        if stack is None:
+            stack = self._changed(rows, key, instead) or self._new(rows, key)
+        else:
+            self._stacks.remove(stack)
+        self._stacks.append(stack)
+        stack.readers += 1
+        if len(rows) not in stack.views:
+            views = {name: values[: len(rows)] for name, values in stack.arrays.items()}
+            stack.views[len(rows)] = self._bind(views)
+        return stack, stack.views[len(rows)]
+
+    def leave(self, stack: RowStack) -> None:
+        """A lease that reads `stack` has ended."""
+        stack.readers -= 1
+        self._trim(0)
+
+    def _changed(
+        self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None
+    ) -> RowStack | None:
+        """The stack that nobody reads with the least to write for `rows`, which are written."""
+        if not self._on_host:
+            return None
+        ranks = self._fill.ranks(used(rows), self._least_rank)
+        needed = self._bytes_of_row(ranks)
+        fitting = [
+            stack
+            for stack in self._stacks
+            if stack.readers == (stack is instead)
+            and stack.capacity >= len(rows)
+            and all(rank <= stack.ranks[name] for name, rank in ranks.items())
+            and stack.nbytes <= _LARGER * needed * stack.capacity
+        ]
+        if not fitting:
+            return None
+
+        def others(stack: RowStack) -> int:
+            return sum(there != own for there, own in zip(stack.rows, key, strict=False))
+
+        stack = min(fitting, key=lambda own: others(own) + max(0, len(key) - len(own.rows)))
+        self._stacks.remove(stack)  # unless all of it is written
+        for slot, (resident, digest) in enumerate(zip(rows, key, strict=True)):
+            if slot >= len(stack.rows):
+                self._fill.write(stack.arrays, slot, resident)
+                stack.rows.append(digest)
+            elif stack.rows[slot] != digest:
+                self._fill.write(stack.arrays, slot, resident)
+                stack.rows[slot] = digest
+        return stack
+
+    def _new(self, rows: Sequence[Resident | None], key: list[str | None]) -> RowStack:
+        ranks = self._fill.ranks(used(rows), self._least_rank)
+        each = self._bytes_of_row(ranks)
+        capacity = len(rows)
+        if self._on_host:  # room for rows to come, whose memory is taken when they are written
+            capacity = 1 << (len(rows) - 1).bit_length()
+            if self._budget is not None and capacity * each > self._budget:
+                capacity = len(rows)
+        self._trim(capacity * each)
+        arrays = self._fill.unfilled(capacity, ranks)
+        for slot, resident in enumerate(rows):
+            self._fill.write(arrays, slot, resident)
+        return RowStack(arrays, ranks, key)
+
+    def _bytes_of_row(self, ranks: Mapping[str, int]) -> int:
+        numbers = sum(math.prod(shape) for shape in self._fill.shapes(1, ranks).values())
+        return numbers * self._fill.dtype.itemsize
+
+    def _trim(self, more: int) -> None:
+        """Let go of stacks that nobody reads, where there are many, or `more` bytes too few."""
+        idle = [stack for stack in self._stacks if not stack.readers]
+        kept = _IDLE - (more > 0)
+        while idle and (
+            len(idle) > kept or (self._budget is not None and self.nbytes + more > self._budget)
+        ):
+            self._stacks.remove(idle.pop(0))

@@ -1,0 +1,30 @@
+"""Arrays of zeros whose memory is taken page by page, when it is first written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_SMALL_PAGES: Final = getattr(mmap, "MADV_NOHUGEPAGE", None)  # Linux alone
+
+
+def zeros_by_page(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros of `shape`, in pages of the system's least size.
+
+    numpy asks for huge pages, and with these a row that has one position takes the memory of
+    thousands: a page of 2 MiB for each head, layer and row.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if _SMALL_PAGES is None or not size:
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel that has no huge pages
+        memory.madvise(_SMALL_PAGES)
+    return np.ndarray(shape, dtype, memory)
