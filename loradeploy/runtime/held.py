@@ -160,7 +160,7 @@ class JoinedAdapters:
 
     def leave(self, number: int) -> None:
         """Let go of a hold; rows that have its number from now on are of no account."""
-        del self._holds[number]
+        self._holds.pop(number, None)
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Run from now on with the holds of these numbers, in their order.

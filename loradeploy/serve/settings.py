@@ -9,6 +9,8 @@ from loradeploy.errors import UsageError, shown
 
 # Seconds, about three years; what waits takes no number without end.
 _LONGEST: Final = 100_000_000
+# Tokens of a row, for models that do not tell how many positions they have.
+MOST_TOKENS: Final = 8192
 
 
 @dataclass(frozen=True)

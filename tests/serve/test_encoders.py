@@ -125,6 +125,23 @@ def test_a_long_text_is_cut_where_that_is_asked_for(embedder: Running) -> None:
     assert np.array_equal(np.float32(answer["data"][0]["embedding"]), library([text], "plain")[0])
 
 
+def test_texts_of_a_model_that_names_no_length_have_a_most(
+    embedder: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = embedder.service.session.texts.of(None).tokenizer
+    monkeypatch.setattr(tokenizer, "positions", None)
+    monkeypatch.setattr(tokenizer, "max_length", None)
+    http, body = embedder.http(), {"model": embedder.service.catalog.base}
+    for truncate in (False, True):  # there is no length to cut it to
+        given = {**body, "input": ["x", "word " * 8200], "truncate": truncate}
+        answer = http.post("/v1/embeddings", json=given)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "input"
+        assert "text 2 has " in answer.json()["error"]["message"]
+        assert "the service takes 8192" in answer.json()["error"]["message"]
+    assert http.post("/v1/embeddings", json={**body, "input": "x"}).status_code == 200
+
+
 def test_texts_are_classified_as_by_the_library(classifier: Running) -> None:
     library = TextClassifier(classifier.service.session)
     http = classifier.http()

@@ -219,4 +219,3 @@ def bindable(
     for name, number in branch_choice(manifest).items():
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(number)
     return Bindable(values)
-

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.errors import RunError
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.rows import CachedRows, Reading, RowAdapters, Rows, UncachedRows
 from loradeploy.runtime.decoding.sequences import Row, Sequences
@@ -60,6 +62,7 @@ class DecodingBatch:
         self._rows = rows
         self._members: dict[int, _Member] = {}
         self._owners: list[int] = []  # of each row, the number of its prompt
+        self._whole = True  # no change of the rows was broken off
 
     @classmethod
     def of(
@@ -107,7 +110,12 @@ class DecodingBatch:
             yield
 
     def step(self) -> None:
-        """One run of the graph, after which every prompt's sequences go on."""
+        """One run of the graph, after which every prompt's sequences go on.
+
+        Raises:
+            RunError: a change of the rows failed, and nobody knows whose they are: `clear` them.
+        """
+        self._check_whole()
         logits = self._rows.read(self._adapters, *self._feeds())
         going: dict[int, list[Row]] = {}
         for number, member in list(self._members.items()):
@@ -127,6 +135,7 @@ class DecodingBatch:
 
     def enter(self, number: int, sequences: Sequences) -> None:
         """Have a prompt, which nothing was read of, take part in steps: without a cache alone."""
+        self._check_whole()
         self._members[number] = _Member(sequences, [], [])
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
@@ -140,6 +149,7 @@ class DecodingBatch:
         `logits`: of the rows of `reading` [rows, vocabulary]. What came of those that do not, by
         their numbers.
         """
+        self._check_whole()
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
         joining: list[int] = []
@@ -158,18 +168,39 @@ class DecodingBatch:
                     entrant.sequences, [], [each.token for each in going]
                 )
         if joining:
-            self._assign(counts, reading.join(rows, joining))
+            with self._changing():
+                self._assign(counts, reading.join(rows, joining))
         return failures
 
     def leave(self, number: int) -> None:
         """Let a prompt's rows go before they have ended."""
-        if self._members.pop(number, None) is not None:
+        if self._members.pop(number, None) is not None and self._whole:
             counts = {known: len(member.rows) for known, member in self._members.items()}
             self._settle(counts, [row for member in self._members.values() for row in member.rows])
 
     def _settle(self, counts: dict[int, int], parents: list[int]) -> None:
         """Go on with rows that follow `parents`, so many of each prompt."""
-        self._assign(counts, self._rows.move(parents))
+        with self._changing():
+            self._assign(counts, self._rows.move(parents))
+
+    def clear(self) -> None:
+        """Let all prompts' rows go, whatever became of them."""
+        self._members, self._owners = {}, []
+        self._rows.move([])
+        self._whole = True
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A change of the rows: where it fails no step is made any more."""
+        self._whole = False
+        yield
+        self._whole = True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise RunError(
+                "the rows of a batch could not be moved when one of them ended: nothing is run"
+            )
 
     def _assign(self, counts: dict[int, int], rows: list[int]) -> None:
         owners = [*self._owners, *[_NOBODY] * self._rows.count][: self._rows.count]

@@ -27,4 +27,5 @@ def zeros_by_page(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     memory = mmap.mmap(-1, size)
     with contextlib.suppress(OSError):  # a kernel that has no huge pages
         memory.madvise(_SMALL_PAGES)
-    return np.ndarray(shape, dtype, memory)
+    zeros: NDArray[Any] = np.ndarray(shape, dtype, memory)
+    return zeros

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.bundle.names import NO_PADDING
+from loradeploy.printable import logger_of
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch, Entrant
 from loradeploy.runtime.decoding.memory import memory_for_rows, position_bytes
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession
+
+logger = logger_of(__name__)
 
 _POSITIONS: Final = 4096  # of a row, where the model has no end
 Ended = tuple["Running", "BaseException | None"]
@@ -72,6 +75,7 @@ class Worker:
         self._reading: list[Running] = []  # in the order in which they came
         self._long = False  # the last run read a chunk of a long prompt
         self._ended: list[Ended] = []
+        self._broken: BaseException | None = None  # what hindered rows from being moved
 
     def _make_rows(self) -> tuple[Rows, RowsBeside | None, int | None]:
         """The rows as the graph's cache wants them, and the positions of one where it is fixed.
@@ -111,11 +115,10 @@ class Worker:
 
     def advance(self) -> Sequence[Ended]:
         """A chunk of prompts and a step of all others; the requests that have ended with it."""
-        self._heed()
-        if self._reading:
-            self._read()
-        if self._going:
-            self._step()
+        for act in (self._heed, self._read, self._step):
+            act()
+            if self._broken is not None:  # what the rows are is not known
+                self._fail_all(self._broken)
         self._statistics.rows = self._batch.rows
         ended, self._ended = self._ended, []
         return ended
@@ -137,6 +140,8 @@ class Worker:
 
     def _read(self) -> None:
         """Read a chunk of a prompt, or several prompts; behind its last token one takes part."""
+        if not self._reading:
+            return
         beside = self._beside
         if beside is None:
             for one in list(self._reading):
@@ -282,13 +287,14 @@ class Worker:
         self._statistics.prefix_evictions = self._prefixes.evictions
 
     def _step(self) -> None:
+        if not self._going:
+            return
         began = time.monotonic()
         rows = self._batch.rows
         try:
             self._batch.step()
-        except BaseException as problem:  # the run itself
-            for one in list(self._going.values()):
-                self._end(one, problem)
+        except BaseException as problem:  # the run itself, or rows that could not be moved
+            self._fail_all(problem)
             return
         statistics = self._statistics
         statistics.steps += 1
@@ -316,8 +322,24 @@ class Worker:
         self._ended.append((one, problem))
         if one in self._reading:
             self._reading.remove(one)
-        if self._going.pop(one.number, None) is not None:
+        if self._going.pop(one.number, None) is None:
+            return
+        try:
             if not left:
                 self._batch.leave(one.number)
             self._adapters.leave(one.number)
             self._adapters.take_rows(self._batch.owners)
+        except BaseException as fault:
+            logger.exception("the rows of a batch could not be moved")
+            self._broken = fault
+
+    def _fail_all(self, problem: BaseException) -> None:
+        """End whatever takes part in steps, and begin with no rows."""
+        ended = list(self._going.values())
+        self._going.clear()
+        self._broken = None
+        self._batch.clear()
+        for one in ended:
+            self._ended.append((one, problem))
+            self._adapters.leave(one.number)
+        self._adapters.close()

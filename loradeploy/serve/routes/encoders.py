@@ -36,6 +36,7 @@ from loradeploy.serve.schemas.encoders import (
     TextUsage,
 )
 from loradeploy.serve.service import Service
+from loradeploy.serve.settings import MOST_TOKENS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,7 +177,8 @@ def _usage(
     """The tokens of texts or pairs, as the adapter reads them.
 
     Raises:
-        RequestError: 400, one is longer than the model takes, unless it may be truncated.
+        RequestError: 400, one is longer than the model takes, unless it may be truncated, or than
+            the service takes where the model names no length to cut it to.
     """
     side = service.session.texts.of(adapter)
     tokenizer = side.tokenizer
@@ -189,6 +191,10 @@ def _usage(
             tokens = len(tokenizer.encode(text))
         else:
             tokens = len(pair_tokens(tokenizer, *text, max_length=None, typed=False).ids)
+        if longest is None and tokens > MOST_TOKENS:
+            raise refused(
+                "input", f"text {number} has {tokens} tokens, the service takes {MOST_TOKENS}"
+            )
         if longest is not None and tokens > longest:
             if not truncate:
                 message = f"text {number} has {tokens} tokens, the model takes {longest}: give"

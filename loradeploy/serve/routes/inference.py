@@ -35,6 +35,7 @@ from loradeploy.serve.schemas.inference import (
     TensorMetadata,
 )
 from loradeploy.serve.service import Service
+from loradeploy.serve.settings import MOST_TOKENS
 from loradeploy.serve.tensors import DATATYPES, answer_body, arrays_of, check_room
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 _VERSION: Final = "1"
-# Tokens of a row, for models that do not tell how many positions they have.
-_MOST_TOKENS: Final = 8192
 # As Triton calls it.
 _PLATFORM: Final = "onnxruntime_onnx"
 _MODEL: Final = "/models/{model}"
@@ -188,7 +187,7 @@ def _rows(service: Service, feeds: Mapping[str, NDArray[Any]]) -> list[_Row]:
 def _check_lengths(service: Service, feeds: Mapping[str, NDArray[Any]]) -> None:
     """Raise RequestError, 400, where rows have more tokens than positions, masked ones included."""
     positions = service.session.limits.positions
-    most = _MOST_TOKENS if positions is None else positions
+    most = MOST_TOKENS if positions is None else positions
     for name in (INPUT_IDS, DECODER_INPUT_IDS):
         shape = feeds[name].shape if name in feeds else ()
         if len(shape) > 1 and shape[1] > most:

@@ -5,63 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loradeploy.runtime.decoding.reading import PromptReader
-from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.prefix import BLOCK
-from loradeploy.runtime.engine.running import prepare
-from loradeploy.runtime.engine.submission import Submission
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
+from tests.runtime.engine.rounds import Rounds
 
 ADAPTERS = ["small", None, "large", "partial", "small"]
 SHORT = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [20]]
 SYSTEM = list(range(30, 30 + BLOCK))
 LONG = list(range(60, 60 + 2 * BLOCK))
-
-
-class Reading:
-    """An engine whose rounds are made by hand, with requests that are ready."""
-
-    def __init__(self, session: AdapterSession, **options: Any) -> None:
-        self.engine = Engine(session, **options)
-        self._session, self._reader = session, PromptReader(session)
-
-    def ask(self, prompts: Sequence[list[int]], adapters: Sequence[Any]) -> list[Submission]:
-        """Have requests take part, all at once."""
-        worker = self.engine._worker
-        submissions = []
-        for prompt, adapter in zip(prompts, adapters, strict=True):
-            submission = self.engine.submit(prompt, adapter, max_new_tokens=6)
-            self.engine._queue.remove(submission)
-            worker.admit(
-                prepare(
-                    self._session,
-                    self._reader,
-                    submission,
-                    worker.slots,
-                    worker.budget,
-                    worker.positions,
-                )
-            )
-            submissions.append(submission)
-        return submissions
-
-    def round(self) -> None:
-        for one, problem in self.engine._worker.advance():
-            one.close()
-            assert problem is None
-
-    def finish(self, submissions: Sequence[Submission]) -> list[tuple[int, ...]]:
-        """The tokens of each request."""
-        for _ in range(100):
-            if all(one.done for one in submissions):
-                break
-            self.round()
-        return [one.result(0).generations[0].token_ids for one in submissions]
-
-    @property
-    def prefills(self) -> int:
-        return self.engine.stats().prefills
 
 
 def alone(
@@ -77,7 +29,7 @@ def alone(
 def test_prompts_of_different_lengths_and_adapters_are_read_in_one_run(
     session: AdapterSession,
 ) -> None:
-    made = Reading(session)
+    made = Rounds(session)
     submissions = made.ask(SHORT, ADAPTERS)
     made.round()
     assert made.prefills == 1
@@ -88,7 +40,7 @@ def test_prompts_of_different_lengths_and_adapters_are_read_in_one_run(
 
 
 def test_they_join_rows_that_go_on_a_chunk_at_a_time(session: AdapterSession) -> None:
-    made = Reading(session, prefill_chunk=12)
+    made = Rounds(session, prefill_chunk=12)
     first = made.ask(SHORT[:1], ["large"])
     made.round()
     rest = made.ask(SHORT[1:], ADAPTERS[1:])
@@ -106,7 +58,7 @@ def test_what_they_begin_with_is_read_once_and_each_rest_by_itself(
 ) -> None:
     """Together, their padding would lie behind what they begin with, where a window counts it."""
     prompts = [[*SYSTEM, *own] for own in SHORT]
-    made = Reading(session)
+    made = Rounds(session)
     found = made.finish(made.ask(prompts, ["small"] * len(prompts)))
     assert found == alone(session, prompts, ["small"] * len(prompts))
     assert made.engine.stats().cached_tokens == BLOCK * (len(prompts) - 1)
@@ -114,7 +66,7 @@ def test_what_they_begin_with_is_read_once_and_each_rest_by_itself(
 
 
 def test_short_prompts_take_turns_with_the_chunks_of_a_long_one(session: AdapterSession) -> None:
-    made = Reading(session, prefill_chunk=8)
+    made = Rounds(session, prefill_chunk=8)
     prompts = [LONG, *SHORT]
     submissions = made.ask(prompts, ["large", *ADAPTERS])
     made.round()

@@ -1,0 +1,95 @@
+"""The factors of a batch's rows, for a graph that takes a slot for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.runtime.adapters.filling import Filler
+from loradeploy.runtime.session import AdapterSession
+from tests.runtime.feeds import feeds, logits, random_ids
+from tests.tolerances import tolerance
+
+NAMES = ("small", "large", "partial")
+IDS = random_ids(4, 6)
+
+
+@pytest.fixture(scope="module")
+def session(in_place: Path, llama_adapters: dict[str, Path]) -> Iterator[AdapterSession]:
+    with AdapterSession(in_place) as session:
+        for name in NAMES:
+            session.load(name, llama_adapters[name])
+        yield session
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slots that factors are written into, from now on."""
+    slots: list[int] = []
+    write = Filler.write
+
+    def noted(self: Filler, arrays: Any, slot: int, resident: Any) -> None:
+        slots.append(slot)
+        write(self, arrays, slot, resident)
+
+    monkeypatch.setattr(Filler, "write", noted)
+    return slots
+
+
+def alone(session: AdapterSession, rows: list[str | None]) -> list[Any]:
+    return [logits(session, IDS[row : row + 1], name)[0] for row, name in enumerate(rows)]
+
+
+def worst(found: Any, expected: list[Any]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_batch_that_changes_by_a_row_has_one_row_written(
+    session: AdapterSession, written: list[int]
+) -> None:
+    rows: list[str | None] = ["large", "small", None]
+    logits(session, IDS[:3], rows)
+    for change, slots in (
+        (["large", "partial", None], [1]),
+        (["large", "partial", None, "small"], None),  # a larger stack, once
+        (["large", "partial", "large", "small"], [2]),
+        (["large", "partial"], []),
+        ([None, "partial", "large", "small"], [0]),
+        ([None, "partial", "large", "small"], []),
+    ):
+        written.clear()
+        found = logits(session, IDS[: len(change)], change)
+        assert worst(found, alone(session, change)) <= tolerance("rows"), change
+        assert slots is None or written == slots, change
+
+
+def test_rows_in_use_stay_as_they_are_while_others_are_run(session: AdapterSession) -> None:
+    rows: list[str | None] = ["large", "small", None, "partial"]
+    other: list[str | None] = ["small", "large", "large", None]
+    batch = feeds(session.manifest, IDS)
+    assert worst(alone(session, other), alone(session, rows)) > 0.05
+    with session.hold(rows) as held:
+        before = held.run(["logits"], batch)[0]
+        for mix in (other, rows[::-1], other[:3], ["partial", *rows[:3]]):
+            found = logits(session, IDS[: len(mix)], mix)
+            assert worst(found, alone(session, mix)) <= tolerance("rows")
+            np.testing.assert_array_equal(held.run(["logits"], batch)[0], before)
+        held.take_rows([3, 1])
+        assert worst(logits(session, IDS, other), alone(session, other)) <= tolerance("rows")
+        part = held.run(["logits"], feeds(session.manifest, IDS[:2]))[0]
+        assert worst(part, alone(session, ["partial", "small"])) <= tolerance("rows")
+    assert all(not stack.readers for stack in session._bank._leases._rows._stacks)
+
+
+def test_a_stack_of_large_ranks_is_left_when_they_have_gone(session: AdapterSession) -> None:
+    logits(session, IDS, ["large", "small", "large", None])
+    large = session.statistics.device_bytes
+    for _ in range(3):
+        found = logits(session, IDS, ["small", None, "small", None])
+    assert worst(found, alone(session, ["small", None, "small", None])) <= tolerance("rows")
+    smallest = min(stack.nbytes for stack in session._bank._leases._rows._stacks)
+    assert smallest < large / 4
