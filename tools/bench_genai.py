@@ -63,7 +63,7 @@ def genai_requests(
         between: list[float] = []
         texts: list[str] = []
         run = next(runs)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         for own, names in zip(prompts, asked, strict=True):
             for prompt, name in zip(own, names, strict=True):
                 last = time.perf_counter()
@@ -80,8 +80,14 @@ def genai_requests(
                     (between if number else first).append(now - last)
                     last = now
                 texts.append(tokenizer.decode(generator.get_sequence(0)[len(prompt) :]))
-        speed = tokens * len(texts) / (time.perf_counter() - began)
-        return {"speed": speed, "first": first, "between": between, "texts": texts}
+        made = tokens * len(texts)
+        return {
+            "speed": made / (time.perf_counter() - began),
+            "economy": made / (time.process_time() - used),
+            "first": first,
+            "between": between,
+            "texts": texts,
+        }
 
     return call
 

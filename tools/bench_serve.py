@@ -234,13 +234,15 @@ def summary(
 ) -> dict[str, Any]:
     """Figures of all sides, ratios of tokens/s, and what keeps them from meaning anything."""
     speeds = {side: [run.speed for run in own] for side, own in runs.items()}
+    economies = {side: [run.economy or 0.0 for run in own] for side, own in runs.items()}
     problems = []
     if busiest is None or busiest > _BUSY:
         shown = "unknown" if busiest is None else f"{busiest:.0%} of the processors"
         problems.append(f"the machine has other work ({shown})")
-    control = None
+    control = control_by_processor = None
     if {"engine", "control"} <= speeds.keys():
         control = ratio(speeds["control"], speeds["engine"])
+        control_by_processor = ratio(economies["control"], economies["engine"])
         if max(abs(control.low - 1), abs(control.high - 1)) > _NOISE:
             problems.append(f"the control is {control}")
     else:
@@ -257,10 +259,19 @@ def summary(
         if {goal.side, goal.over} <= speeds.keys():
             found = ratio(speeds[goal.side], speeds[goal.over])
             met = None if problems else found.median >= goal.least
-            ratios.append({**asdict(goal), "ratio": asdict(found), "met": met})
+            by_processor = ratio(economies[goal.side], economies[goal.over])
+            ratios.append(
+                {
+                    **asdict(goal),
+                    "ratio": asdict(found),
+                    "of_processor_time": asdict(by_processor),
+                    "met": met,
+                }
+            )
     sides = {
         side: {
             "tokens_per_second": statistics.median(speeds[side]),
+            "tokens_per_processor_second": statistics.median(economies[side]),
             "first_token_ms": percentiles([s for run in own for s in run.first]),
             "inter_token_ms": percentiles([s for run in own for s in run.between]),
             "outside_of_the_graph": statistics.median(known) if known else None,
@@ -272,6 +283,9 @@ def summary(
         "bundle": name,
         "sides": sides,
         "control": None if control is None else asdict(control),
+        "control_of_processor_time": (
+            None if control_by_processor is None else asdict(control_by_processor)
+        ),
         "same_texts": same,
         "ratios": ratios,
         "busiest": busiest,
@@ -281,27 +295,34 @@ def summary(
 
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     """The tables."""
-    head = "| bundle | side | tokens/s | first token p50 / p99, ms | between tokens p50 / p99, ms |"
-    lines = [f"{head} outside of the graph |", "|---|---|---|---|---|---|"]
+    head = "| bundle | side | tokens/s | tokens/processor s | first token p50 / p99, ms |"
+    lines = [
+        f"{head} between tokens p50 / p99, ms | outside of the graph |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for report in reports:
         for side, own in report["sides"].items():
             first, between = own["first_token_ms"], own["inter_token_ms"]
             outside = own["outside_of_the_graph"]
             lines.append(
                 f"| {report['bundle']} | {side} | {own['tokens_per_second']:.1f} |"
+                f" {own['tokens_per_processor_second']:.1f} |"
                 f" {first[0]:.0f} / {first[1]:.0f} | {between[0]:.0f} / {between[1]:.0f} |"
                 f" {'–' if outside is None else f'{outside:.0%}'} |"
             )
-    lines += ["", "| bundle | ratio of tokens/s | median (quartiles) | goal | met |"]
-    lines.append("|---|---|---|---|---|")
+    lines += ["", "| bundle | ratio | of tokens/s | of tokens/processor s | goal | met |"]
+    lines.append("|---|---|---|---|---|---|")
     for report in reports:
         if report["control"] is not None:
-            lines.append(f"| {report['bundle']} | control | {Ratio(**report['control'])} | 1 | |")
+            lines.append(
+                f"| {report['bundle']} | control | {Ratio(**report['control'])} |"
+                f" {Ratio(**report['control_of_processor_time'])} | 1 | |"
+            )
         for row in report["ratios"]:
             met = {None: "not concluded", True: "yes", False: "no"}[row["met"]]
             lines.append(
                 f"| {report['bundle']} | {row['side']} / {row['over']} | {Ratio(**row['ratio'])} |"
-                f" ≥ {row['least']} | {met} |"
+                f" {Ratio(**row['of_processor_time'])} | ≥ {row['least']} | {met} |"
             )
         same = ", ".join(f"{side} {part:.0%}" for side, part in report["same_texts"].items())
         lines += ["", f"{report['bundle']}: texts equal to the engine's: {same}."]

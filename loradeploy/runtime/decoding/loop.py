@@ -169,7 +169,8 @@ class DecodingBatch:
                 )
         if joining:
             with self._changing():
-                self._assign(counts, reading.join(rows, joining))
+                owners = self._placed(counts, reading.join(rows, joining))
+            self._own(owners)
         return failures
 
     def leave(self, number: int) -> None:
@@ -181,7 +182,8 @@ class DecodingBatch:
     def _settle(self, counts: dict[int, int], parents: list[int]) -> None:
         """Go on with rows that follow `parents`, so many of each prompt."""
         with self._changing():
-            self._assign(counts, self._rows.move(parents))
+            owners = self._placed(counts, self._rows.move(parents))
+        self._own(owners)
 
     def clear(self) -> None:
         """Let all prompts' rows go, whatever became of them."""
@@ -202,7 +204,8 @@ class DecodingBatch:
                 "the rows of a batch could not be moved when one of them ended: nothing is run"
             )
 
-    def _assign(self, counts: dict[int, int], rows: list[int]) -> None:
+    def _placed(self, counts: dict[int, int], rows: list[int]) -> list[int]:
+        """Note where the rows of each prompt are; whose each row is."""
         owners = [*self._owners, *[_NOBODY] * self._rows.count][: self._rows.count]
         waiting = iter(rows)
         for number, count in counts.items():
@@ -211,9 +214,14 @@ class DecodingBatch:
                 owners[row] = number
             if not count:
                 del self._members[number]
+        return owners
+
+    def _own(self, owners: list[int]) -> None:
+        """Have the rows run with the adapters of `owners`."""
         if not self._members:
             self._owners = []
         elif owners != self._owners:
+            self._owners = []  # of no row, where this fails
             self._adapters.take_rows(owners)
             self._owners = owners
 

@@ -27,7 +27,7 @@ class Rounds:
         submissions = []
         for prompt, adapter in zip(prompts, adapters, strict=True):
             submission = self.engine.submit(prompt, adapter, max_new_tokens=tokens)
-            self.engine._queue.remove(submission)
+            self.engine._requests.queue.remove(submission)
             worker.admit(
                 prepare(
                     self._session,

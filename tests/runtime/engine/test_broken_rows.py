@@ -54,14 +54,18 @@ def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
     failed: dict[int, BaseException] = {}
     for _ in range(4):
         failed |= made.round()
-    # A step that cannot be made is one of all that take part in it.
-    whole = when == "one joins" or (when, failing) == ("a request ends", "rows")
-    expected = [*others, *(leaves if whole else ()), *late]
-    assert failed.keys() == {one.number for one in expected}
+    if (when, failing) == ("one joins", "adapters"):  # the others can be run without it
+        assert failed.keys() == {one.number for one in late}
+        assert made.finish([*leaves, *others]) == lone
+    else:
+        # A step that cannot be made is one of all that take part in it.
+        whole = when == "one joins" or (when, failing) == ("a request ends", "rows")
+        expected = [*others, *(leaves if whole else ()), *late]
+        assert failed.keys() == {one.number for one in expected}
+        if not whole:
+            (text,) = leaves[0].result(0).generations
+            assert text.token_ids == lone[0][: len(text.token_ids)]
     assert all(isinstance(problem, MemoryError | RunError) for problem in failed.values())
-    if not whole:
-        (text,) = leaves[0].result(0).generations
-        assert text.token_ids == lone[0][: len(text.token_ids)]
     assert worker._batch.rows == 0
     again = made.finish(made.ask(prompts, names, TOKENS))
     assert again == lone

@@ -306,14 +306,14 @@ def test_a_panic_of_a_tokenizer_fails_its_own_request_alone(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(session) as engine:
-        read = engine._reader.read
+        read = engine._loader._reader.read
 
         def panics(number: int, prompt: Any, *rest: Any) -> Any:
             if prompt == "panics":
                 raise Panic("of a tokenizer")
             return read(number, prompt, *rest)
 
-        monkeypatch.setattr(engine._reader, "read", panics)
+        monkeypatch.setattr(engine._loader._reader, "read", panics)
         with pytest.raises(RunError, match="of a tokenizer"):
             engine.submit("panics").result(60)
         assert engine.submit("The bank", max_new_tokens=2).result(60)
@@ -326,7 +326,7 @@ def test_a_defect_of_a_thread_fails_every_request(
     """One runs, one is being read, and one waits."""
     reading, go_on = threading.Event(), threading.Event()
     with Engine(session) as engine:
-        read, advance = engine._reader.read, engine._worker.advance
+        read, advance = engine._loader._reader.read, engine._worker.advance
 
         def slow(number: int, prompt: Any, *rest: Any) -> Any:
             if prompt == "slow":
@@ -339,7 +339,7 @@ def test_a_defect_of_a_thread_fails_every_request(
                 raise Panic("a defect")
             return advance()
 
-        monkeypatch.setattr(engine._reader, "read", slow)
+        monkeypatch.setattr(engine._loader._reader, "read", slow)
         if thread == "engine":
             monkeypatch.setattr(engine._worker, "advance", defect)
         going = engine.submit("The bank", "large", max_new_tokens=100)
@@ -373,11 +373,11 @@ def test_no_row_runs_with_another_adapter_after_a_join_that_failed(
         joined.take_rows([0, 1, 2])
         join, asked = joined._join, [0]
 
-        def fails_once(leases: Any) -> Any:
+        def fails_once(*given: Any) -> Any:
             asked[0] += 1
             if asked[0] == 1:
                 raise MemoryError("a join")
-            return join(leases)
+            return join(*given)
 
         monkeypatch.setattr(joined, "_join", fails_once)
         joined.enter(3, held[2])
@@ -402,11 +402,11 @@ def test_others_get_their_text_where_the_adapters_of_a_request_cannot_be_joined(
         adapters = engine._worker._adapters
         join, failed = adapters._join, []
 
-        def fails_once(leases: Any) -> Any:
-            if len({id(lease.rows[0]) for lease in leases}) > 1 and not failed:
+        def fails_once(*given: Any) -> Any:
+            if len({id(lease.rows[0]) for lease, _ in given[0]}) > 1 and not failed:
                 failed.append(True)
                 raise MemoryError("a join")
-            return join(leases)
+            return join(*given)
 
         monkeypatch.setattr(adapters, "_join", fails_once)
         going = engine.submit("The bank", "large", max_new_tokens=40)

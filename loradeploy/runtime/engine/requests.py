@@ -1,0 +1,167 @@
+"""Where the requests of an engine are, and what ends them outside of a step.
+
+A request is in one of these states; `changed` guards all of them.
+
+    State      Where             Goes on to
+    waits      `queue`           prepared, by the loader; shed, late or cancelled: ended
+    prepared   `preparing`       ready, with its adapter in use; refused or cancelled: ended
+    ready      `ready`           runs, where there are rows; late or cancelled: ended
+    runs       `running`         ended: with its last text, failed, late or cancelled
+    ended      nowhere           its adapter is no longer in use
+
+A defect of one of the engine's threads ends it (`defect`): what waits, is prepared or ready ends
+with its error at once, what runs when the thread that runs it has seen it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loradeploy.errors import EngineClosedError, EngineFullError
+from loradeploy.printable import logger_of
+from loradeploy.runtime.engine.endings import abandon, end_unread, ended_by_defect
+from loradeploy.runtime.engine.queue import FairQueue
+from loradeploy.runtime.engine.submission import Submission, too_late
+
+if TYPE_CHECKING:
+    from loradeploy.runtime.engine.running import Running
+    from loradeploy.runtime.engine.statistics import EngineStatistics
+
+logger = logger_of(__name__)
+
+
+class EngineRequests:
+    """The requests of one engine. `most`: how many may wait.
+
+    `draining`: no more are taken. `closed`: nothing is done but to end those that there are.
+    `broken`: the defect that ended the engine.
+    """
+
+    def __init__(self, statistics: EngineStatistics, most: int) -> None:
+        self.statistics, self.most = statistics, most
+        self.changed = threading.Condition()
+        self.queue: FairQueue[Submission] = FairQueue()
+        self.preparing: Submission | None = None
+        self.ready: deque[Running] = deque()
+        self.running: dict[int, Running] = {}
+        self.draining = self.closed = False
+        self.broken: BaseException | None = None
+        self._pace = 0.0  # seconds from one request's end to the next one's, of late
+        self._last_end: float | None = None
+
+    def check_open(self) -> None:
+        """Raise EngineClosedError where no more requests are taken. `changed` is held."""
+        if self.broken is not None:
+            raise ended_by_defect(self.broken)
+        if self.draining:
+            raise EngineClosedError("the engine takes no more requests: it is closed, or drains")
+
+    def full(self) -> EngineFullError:
+        """The error of a request that there is no room for."""
+        waiting = self.most
+        after = min(max(self._pace * (waiting + 1) / 2, 0.1), 60.0)
+        return EngineFullError(
+            f"{waiting} requests wait, as many as may: try again in {after:.1f} seconds",
+            retry_after=after,
+        )
+
+    def unfinished(self) -> list[Submission]:
+        """All requests that have not ended. `changed` is held."""
+        preparing = [] if self.preparing is None else [self.preparing]
+        prepared = [one.submission for one in (*self.ready, *self.running.values())]
+        return [*self.queue, *preparing, *prepared]
+
+    def stats(self) -> EngineStatistics:
+        """What it did and has at hand, a copy."""
+        with self.changed:
+            return replace(
+                self.statistics,
+                waiting=len(self.queue) + len(self.ready) + (self.preparing is not None),
+                running=len(self.running),
+                finished=Counter(self.statistics.finished),
+                failed=Counter(self.statistics.failed),
+                batch_sizes=Counter(self.statistics.batch_sizes),
+            )
+
+    def cancel(self, submission: Submission) -> None:
+        """End a request that waits; the threads see to those that they have."""
+        with self.changed:
+            waited = self.queue.remove(submission)
+            self.changed.notify_all()
+        if waited:
+            self.end_unread(submission)
+
+    def end_unread(self, submission: Submission) -> None:
+        """The end of a request that was cancelled before its prompt was read."""
+        choices = end_unread(submission)
+        with self.changed:
+            self.statistics.finished["cancelled"] += choices
+            self.changed.notify_all()
+
+    def fail(self, submission: Submission, problem: BaseException) -> None:
+        """End a request with an error."""
+        name = type(submission.fail(problem)).__name__
+        with self.changed:
+            self.statistics.failed[name] += 1
+            self.changed.notify_all()
+
+    def defect(self, problem: BaseException) -> None:
+        """The end by a defect in one of the threads: nobody may wait for ever.
+
+        What runs is let go of by the thread that runs it.
+        """
+        logger.error("a defect ends the engine", exc_info=problem)
+        with self.changed:
+            self.draining = self.closed = True
+            self.broken = self.broken or problem
+            waiting = list(self.queue)
+            for submission in waiting:
+                self.queue.remove(submission)
+            if self.preparing is not None:
+                waiting.append(self.preparing)
+                self.preparing = None
+            ready, self.ready = self.ready, deque()
+            self.changed.notify_all()
+        for submission in waiting:
+            self.fail(submission, problem)
+        abandon(ready, problem, self.fail)
+
+    def drop_ready(self) -> None:
+        """Let go of requests that were cancelled, or are late, before there were rows for them."""
+        now = time.monotonic()
+        with self.changed:
+            late = [one for one in self.ready if one.submission.late(now)]
+            idle = [one for one in self.ready if one.submission.cancelled and one not in late]
+            for one in (*late, *idle):
+                self.ready.remove(one)
+            if late or idle:
+                self.changed.notify_all()
+        for one in (*late, *idle):
+            one.close()
+        for one in late:
+            self.fail(one.submission, too_late())
+        for one in idle:
+            self.end_unread(one.submission)
+
+    def let_go(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
+        """Let go of what has ended in a round of the worker."""
+        for one, problem in ended:
+            one.close()
+            if problem is not None:
+                self.fail(one.submission, problem)
+        if not ended:
+            return
+        now = time.monotonic()
+        with self.changed:
+            for one, _ in ended:
+                del self.running[one.number]
+            if self._last_end is not None:
+                each = (now - self._last_end) / len(ended)
+                self._pace = each if not self._pace else 0.8 * self._pace + 0.2 * each
+            self._last_end = now
+            self.changed.notify_all()
