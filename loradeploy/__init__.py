@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from loradeploy.parity.compare.api import compare
     from loradeploy.parity.report.results import ParityReport
     from loradeploy.parity.tolerances import Limit
-    from loradeploy.runtime.decoding.logprobs import TokenLogprob
-    from loradeploy.runtime.decoding.options import GenerationOptions
+    from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
+    from loradeploy.runtime.decoding.choosing.options import GenerationOptions
     from loradeploy.runtime.decoding.scoring import TextScore
     from loradeploy.runtime.engine.engine import Engine
     from loradeploy.runtime.engine.statistics import EngineStatistics
@@ -152,10 +152,10 @@ _LAZY = {
     "Limit": "loradeploy.parity.tolerances",
     "ParityReport": "loradeploy.parity.report.results",
     "Generation": "loradeploy.runtime.tasks.generation",
-    "GenerationOptions": "loradeploy.runtime.decoding.options",
+    "GenerationOptions": "loradeploy.runtime.decoding.choosing.options",
     "TextPiece": "loradeploy.runtime.tasks.streaming",
     "TextScore": "loradeploy.runtime.decoding.scoring",
-    "TokenLogprob": "loradeploy.runtime.decoding.logprobs",
+    "TokenLogprob": "loradeploy.runtime.decoding.choosing.logprobs",
     "TrainConfig": "loradeploy.train.config",
     "TrainResult": "loradeploy.train.result",
     "Adapter": "loradeploy.adapter",

@@ -32,7 +32,7 @@ OWN_READERS = {
     "loradeploy/files.py",
     "loradeploy/parity/backends/genai.py",
     "loradeploy/parity/report/html.py",
-    "loradeploy/runtime/decoding/memory.py",
+    "loradeploy/runtime/decoding/caches/memory.py",
     "loradeploy/runtime/devices/cgroups.py",
     "loradeploy/runtime/devices/facts.py",
     "loradeploy/runtime/environment.py",

@@ -151,7 +151,7 @@ def _over_http(
     """Requests to a server in a thread of this process."""
     import httpx
 
-    from loradeploy.serve.server import Server, listen, url_of
+    from loradeploy.serve.http.server import Server, listen, url_of
     from loradeploy.serve.service import Service
     from loradeploy.serve.settings import ServeLimits
 

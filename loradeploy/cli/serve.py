@@ -159,9 +159,9 @@ def command(
     /v1/chat/completions and /v1/completions, encoders /v1/embeddings, or /v1/classify and
     /v1/rerank, and tensors of the Open Inference Protocol at /v2. There is a page to try it at /.
     """
+    from loradeploy.serve.http.server import Server, listen, url_of
     from loradeploy.serve.keys import KeyRing
     from loradeploy.serve.opening import ServiceSpec, open_service
-    from loradeploy.serve.server import Server, listen, url_of
 
     if bundle is None:
         if not demo:

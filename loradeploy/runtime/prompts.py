@@ -15,7 +15,7 @@ from loradeploy.files import (
     numbered_lines,
     read_text,
 )
-from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.text.tokenizer import Tokenizer
     from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.decoding.options import AllowedTokens
+    from loradeploy.runtime.decoding.choosing.options import AllowedTokens
 
 
 class Grammars:

@@ -13,8 +13,8 @@ import onnxruntime
 from loradeploy.errors import UsageError
 from loradeploy.runtime.devices.cgroups import cores
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.adapters.roots import AdapterRoot, DirectoryRoot, StoreRoot
 from loradeploy.serve.keys import KeyRing
-from loradeploy.serve.roots import AdapterRoot, DirectoryRoot, StoreRoot
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
 

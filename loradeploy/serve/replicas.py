@@ -29,8 +29,8 @@ from starlette.types import Message
 
 from loradeploy.errors import UsageError, first_line
 from loradeploy.printable import logger_of
-from loradeploy.serve.app import create_app
-from loradeploy.serve.gate import OPEN_PATHS, body_of
+from loradeploy.serve.http.app import create_app
+from loradeploy.serve.http.gate import OPEN_PATHS, body_of
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.opening import ServiceSpec, open_service
 from loradeploy.serve.problems import RequestError

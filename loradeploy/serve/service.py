@@ -9,13 +9,13 @@ from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACT
 from loradeploy.errors import UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.serve.catalog import Catalog
+from loradeploy.serve.adapters.catalog import Catalog
+from loradeploy.serve.adapters.roots import AdapterRoot
 from loradeploy.serve.encoding import EncoderQueue
 from loradeploy.serve.grammar import Grammars
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
-from loradeploy.serve.roots import AdapterRoot
 from loradeploy.serve.settings import ServeLimits
 
 # The tasks that a route answers.

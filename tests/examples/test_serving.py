@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from loradeploy.serve.gate import OPEN_PATHS
+from loradeploy.serve.http.gate import OPEN_PATHS
 from tests.cli.calling import command
 from tests.conftest import ROOT
 

@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 
 from loradeploy.errors import BudgetError, RunError, UsageError
-from loradeploy.runtime.decoding.calls import Call
-from loradeploy.runtime.decoding.requests import read_request
+from loradeploy.runtime.decoding.asking.calls import Call
+from loradeploy.runtime.decoding.asking.requests import read_request
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator

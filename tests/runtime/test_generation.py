@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
-from loradeploy.runtime.decoding.sampling import Sampling
+from loradeploy.runtime.decoding.choosing.sampling import Sampling
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 

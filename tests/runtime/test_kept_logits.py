@@ -14,7 +14,7 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, LOGITS_TO_KEEP, REQUIRED_NAME
 from loradeploy.errors import BudgetError, BundleError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.decoding.memory import row_bytes
+from loradeploy.runtime.decoding.caches.memory import row_bytes
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter

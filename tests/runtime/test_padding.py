@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BudgetError, UsageError
 from loradeploy.export.api import export
-from loradeploy.runtime.decoding.memory import position_bytes
+from loradeploy.runtime.decoding.caches.memory import position_bytes
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier

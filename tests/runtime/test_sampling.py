@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.errors import BundleError
-from loradeploy.runtime.decoding.processors import Processors
+from loradeploy.runtime.decoding.choosing.processors import Processors
 
 VOCABULARY, ENDS = 24, (2,)
 PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]

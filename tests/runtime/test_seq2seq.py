@@ -14,7 +14,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BudgetError, BundleError, UsageError
-from loradeploy.runtime.decoding.memory import row_bytes
+from loradeploy.runtime.decoding.caches.memory import row_bytes
 from loradeploy.runtime.engine.engine import Engine
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once

@@ -17,9 +17,9 @@ import pytest
 pytest.importorskip("fastapi")
 
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.adapters.roots import DirectoryRoot
+from loradeploy.serve.http.server import Server, listen, url_of
 from loradeploy.serve.keys import KeyRing
-from loradeploy.serve.roots import DirectoryRoot
-from loradeploy.serve.server import Server, listen, url_of
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
 from tests.conftest import MakeAdapter

@@ -16,8 +16,8 @@ import pytest
 
 from loradeploy.adapter import peft
 from loradeploy.errors import AdapterError, BudgetError, UsageError
-from loradeploy.serve.catalog import Catalog
-from loradeploy.serve.roots import DirectoryRoot
+from loradeploy.serve.adapters.catalog import Catalog
+from loradeploy.serve.adapters.roots import DirectoryRoot
 from tests.conftest import MakeAdapter
 from tests.serve.conftest import LARGE, Running, serving
 

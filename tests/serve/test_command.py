@@ -22,8 +22,8 @@ from loradeploy.cli.main import main
 from loradeploy.errors import LoraDeployError, UsageError
 from loradeploy.runtime.engine.statistics import EngineStatistics
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.serve.app import create_app
-from loradeploy.serve.server import Server
+from loradeploy.serve.http.app import create_app
+from loradeploy.serve.http.server import Server
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
 from tests.cli.calling import call

@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from loradeploy.cli.main import VERBS
+from loradeploy.serve.http.server import Server
 from loradeploy.serve.keys import KeyRing
-from loradeploy.serve.server import Server
 from loradeploy.serve.settings import ServeLimits
 from tests.cli.calling import call, command
 from tests.conftest import ROOT

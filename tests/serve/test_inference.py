@@ -240,7 +240,7 @@ def test_a_browsers_page_cannot_ask_without_being_asked(http: httpx.Client) -> N
 def test_outputs_larger_than_an_answer_are_refused(
     running: Running, monkeypatch: pytest.MonkeyPatch, http: httpx.Client
 ) -> None:
-    monkeypatch.setattr("loradeploy.serve.tensors._MOST", 20)
+    monkeypatch.setattr("loradeploy.serve.answering.tensors._MOST", 20)
     answer = http.post("/v2/models/small/infer", json=body())  # 4 numbers
     assert (answer.status_code, "ask for fewer rows" in answer.text) == (400, True)
     raw = body(parameters={"binary_data_output": True})

@@ -27,7 +27,7 @@ from starlette.types import Message
 from loradeploy.errors import UsageError
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
-from loradeploy.serve import gate
+from loradeploy.serve.http import gate
 from loradeploy.serve.opening import ServiceSpec
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.replicas import REPLICA_HEADER, Router, Scale, model_of, replicas_of, run

@@ -21,9 +21,9 @@ from loradeploy.errors import (
     LoraDeployError,
     UsageError,
 )
+from loradeploy.serve.adapters.roots import DirectoryRoot
 from loradeploy.serve.keys import ApiKey, KeyRing
 from loradeploy.serve.problems import RequestError, problem_of
-from loradeploy.serve.roots import DirectoryRoot
 from loradeploy.serve.settings import ServeLimits
 from tests.serve.conftest import Running, serving
 

@@ -14,9 +14,9 @@ import pytest
 
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import AdapterError, AdapterStoreError, UsageError
-from loradeploy.serve import roots
-from loradeploy.serve.fetched import FetchedAdapters
-from loradeploy.serve.roots import StoreRoot
+from loradeploy.serve.adapters import roots
+from loradeploy.serve.adapters.fetched import FetchedAdapters
+from loradeploy.serve.adapters.roots import StoreRoot
 from tests.serve.conftest import serving
 from tests.serve.test_adapters import figure, names, text
 

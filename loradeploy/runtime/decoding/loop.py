@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.errors import RunError
+from loradeploy.runtime.decoding.caches.rows import (
+    CachedRows,
+    Reading,
+    RowAdapters,
+    Rows,
+    UncachedRows,
+)
+from loradeploy.runtime.decoding.choosing.sequences import Row, Sequences
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.rows import CachedRows, Reading, RowAdapters, Rows, UncachedRows
-from loradeploy.runtime.decoding.sequences import Row, Sequences
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.source import EncodedSource
+    from loradeploy.runtime.decoding.caches.source import EncodedSource
 
 _NOBODY: Final = -1  # owns a row that no prompt had yet
 

@@ -12,13 +12,13 @@ import numpy as np
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.logprobs import (
+from loradeploy.runtime.decoding.choosing.logprobs import (
     TokenLogprob,
     check_logits,
     log_softmax,
     token_logprob,
 )
+from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.held import HeldAdapters
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.errors import EngineClosedError, UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
-from loradeploy.runtime.decoding.calls import Call, Prompt
+from loradeploy.runtime.decoding.asking.calls import Call, Prompt
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
 from loradeploy.runtime.engine.loader import Loader
 from loradeploy.runtime.engine.requests import EngineRequests
@@ -22,7 +22,7 @@ from loradeploy.runtime.tasks.generation import TextGenerator
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from loradeploy.runtime.decoding.options import GenerationFlags
+    from loradeploy.runtime.decoding.choosing.options import GenerationFlags
 
 # Characters of a text for a token, to weigh requests by before they are read.
 _CHARACTERS: Final = 4

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import BudgetError, UsageError
-from loradeploy.runtime.decoding.memory import position_bytes
-from loradeploy.runtime.decoding.requests import Request, read_request
+from loradeploy.runtime.decoding.asking.requests import Request, read_request
+from loradeploy.runtime.decoding.caches.memory import position_bytes
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage
 from loradeploy.runtime.tasks.generation import generation_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.reading import PromptReader
-    from loradeploy.runtime.decoding.rows import Reading
+    from loradeploy.runtime.decoding.asking.reading import PromptReader
+    from loradeploy.runtime.decoding.caches.rows import Reading
     from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters

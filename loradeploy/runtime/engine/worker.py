@@ -11,18 +11,18 @@ import numpy as np
 
 from loradeploy.bundle.names import NO_PADDING
 from loradeploy.printable import logger_of
+from loradeploy.runtime.decoding.caches.memory import memory_for_rows, position_bytes
+from loradeploy.runtime.decoding.caches.rows import CachedRows, UncachedRows
+from loradeploy.runtime.decoding.caches.slots import SlotRows, keeps_slots
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch, Entrant
-from loradeploy.runtime.decoding.memory import memory_for_rows, position_bytes
-from loradeploy.runtime.decoding.rows import CachedRows, UncachedRows
-from loradeploy.runtime.decoding.slots import SlotRows, keeps_slots
 from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
 from loradeploy.runtime.engine.submission import too_late
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.rows import Reading, RowAdapters, Rows, RowsBeside
+    from loradeploy.runtime.decoding.caches.rows import Reading, RowAdapters, Rows, RowsBeside
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.runtime.decoding.logprobs import log_softmax
+from loradeploy.runtime.decoding.choosing.logprobs import log_softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

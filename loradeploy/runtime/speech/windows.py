@@ -21,14 +21,14 @@ from loradeploy.bundle.text.speech_prompt import SpeechPrompt
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.decoding.asking.requests import sequences_of
+from loradeploy.runtime.decoding.caches.memory import check_memory
+from loradeploy.runtime.decoding.caches.rows import CachedRows
+from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
+from loradeploy.runtime.decoding.choosing.logprobs import check_logits
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.logprobs import check_logits
 from loradeploy.runtime.decoding.loop import DecodingBatch
-from loradeploy.runtime.decoding.memory import check_memory
-from loradeploy.runtime.decoding.options import GenerationOptions
-from loradeploy.runtime.decoding.requests import sequences_of
-from loradeploy.runtime.decoding.rows import CachedRows
-from loradeploy.runtime.decoding.source import EncodedSource, Target
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.speech.timestamps import TimestampRules, parts_of, text_tokens
 from loradeploy.runtime.texts import TextSide
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.beams import BeamSearch
-    from loradeploy.runtime.decoding.samples import Samples
+    from loradeploy.runtime.decoding.choosing.beams import BeamSearch
+    from loradeploy.runtime.decoding.choosing.samples import Samples
     from loradeploy.runtime.feeds import Feeds
 
 # Frames for one timestamp: the encoder halves them into its positions.

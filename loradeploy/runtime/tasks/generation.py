@@ -11,25 +11,25 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.decoding.batches import batches
-from loradeploy.runtime.decoding.calls import Call, Prompt, listed
+from loradeploy.runtime.decoding.asking.batches import batches
+from loradeploy.runtime.decoding.asking.calls import Call, Prompt, listed
+from loradeploy.runtime.decoding.asking.reading import PromptReader, ReadText
+from loradeploy.runtime.decoding.asking.requests import Request, read_request
+from loradeploy.runtime.decoding.caches.memory import check_memory
+from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
+from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
+from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.logprobs import TokenLogprob
 from loradeploy.runtime.decoding.loop import DecodingBatch
-from loradeploy.runtime.decoding.memory import check_memory
-from loradeploy.runtime.decoding.options import GenerationOptions
-from loradeploy.runtime.decoding.reading import PromptReader, ReadText
-from loradeploy.runtime.decoding.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
-from loradeploy.runtime.decoding.sequences import Finished, FinishReason
-from loradeploy.runtime.decoding.source import EncodedSource, Target
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.streaming import AsyncTextStream, TextPiece, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from loradeploy.runtime.decoding.options import GenerationFlags
+    from loradeploy.runtime.decoding.choosing.options import GenerationFlags
 
 OnText = Callable[[int, str], None]
 OnResult = Callable[[int, "Generation"], None]

@@ -16,9 +16,9 @@ from loradeploy.bundle.names import INPUT_FEATURES
 from loradeploy.errors import BundleError, DataError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.decoding.caches.source import Target
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from loradeploy.runtime.decoding.options import GenerationOptions
-from loradeploy.runtime.decoding.source import Target
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.speech.windows import ReadSound, SpeechProgress, Windows
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from loradeploy.runtime.decoding.options import GenerationFlags
+    from loradeploy.runtime.decoding.choosing.options import GenerationFlags
 
     Audio = str | os.PathLike[str] | NDArray[np.floating]
 

@@ -17,7 +17,7 @@ from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.tasks.classification import Classification, TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
-from loradeploy.serve.answers import new_id
+from loradeploy.serve.answering.answers import new_id
 from loradeploy.serve.encoding import RowWork
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import refused

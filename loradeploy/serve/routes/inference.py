@@ -20,6 +20,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import RunError, shown
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.answering.tensors import DATATYPES, answer_body, arrays_of, check_room
 from loradeploy.serve.encoding import RowWork
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
@@ -36,7 +37,6 @@ from loradeploy.serve.schemas.inference import (
 )
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import MOST_TOKENS
-from loradeploy.serve.tensors import DATATYPES, answer_body, arrays_of, check_room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from loradeploy.serve.catalog import Model
+from loradeploy.serve.adapters.catalog import Model
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.common import ModelCard, ModelList

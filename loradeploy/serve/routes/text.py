@@ -7,8 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from loradeploy.serve.answers import ChatPieces, CompletionPieces, chat_completion, completion
-from loradeploy.serve.generating import ask, chat_prompt, completion_prompts, watched
+from loradeploy.serve.answering.answers import (
+    ChatPieces,
+    CompletionPieces,
+    chat_completion,
+    completion,
+)
+from loradeploy.serve.answering.generating import ask, chat_prompt, completion_prompts, watched
+from loradeploy.serve.answering.streaming import EventStream
 from loradeploy.serve.problems import refused
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.text import (
@@ -18,7 +24,6 @@ from loradeploy.serve.schemas.text import (
     CompletionRequest,
     TextRequest,
 )
-from loradeploy.serve.streaming import EventStream
 
 router = APIRouter(tags=["text generation"])
 _STREAMED: dict[int | str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loradeploy.runtime.decoding.memory import available_memory
+from loradeploy.runtime.decoding.caches.memory import available_memory
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit

@@ -18,7 +18,7 @@ from loradeploy.errors import (
     RunError,
     UsageError,
 )
-from loradeploy.runtime.decoding.memory import position_bytes
+from loradeploy.runtime.decoding.caches.memory import position_bytes
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.prefix import BLOCK
 from loradeploy.runtime.engine.submission import GenerationEvent

@@ -10,10 +10,10 @@ import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError
-from loradeploy.runtime.decoding.logprobs import TokenLogprob, check_logits, log_softmax
-from loradeploy.runtime.decoding.processors import Processors
-from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
-from loradeploy.runtime.decoding.stopping import first_stop
+from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob, check_logits, log_softmax
+from loradeploy.runtime.decoding.choosing.processors import Processors
+from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason, Row
+from loradeploy.runtime.decoding.choosing.stopping import first_stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -25,9 +25,9 @@ from loradeploy.errors import (
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.serve.adapters.roots import ENTRY_NAME, MOST_FILES, AdapterRoot, Found
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
-from loradeploy.serve.roots import ENTRY_NAME, MOST_FILES, AdapterRoot, Found
 from loradeploy.snapshot import ATTEMPTS
 
 logger = logger_of(__name__)

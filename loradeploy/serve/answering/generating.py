@@ -12,7 +12,7 @@ from typing import Any, cast
 from fastapi import Request
 
 from loradeploy.errors import EngineClosedError
-from loradeploy.runtime.decoding.calls import Prompt
+from loradeploy.runtime.decoding.asking.calls import Prompt
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission
 from loradeploy.runtime.tasks.generation import Generation
 from loradeploy.serve.keys import ApiKey

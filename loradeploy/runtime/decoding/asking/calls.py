@@ -13,7 +13,7 @@ from loradeploy.bundle.text.chat import Message
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.decoding.options import GenerationOptions
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 
 # A text, a conversation, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]

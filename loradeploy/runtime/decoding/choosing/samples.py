@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.runtime.decoding.logprobs import TokenLogprob, check_logits, token_logprob
-from loradeploy.runtime.decoding.processors import Processors
-from loradeploy.runtime.decoding.sampling import Sampling
-from loradeploy.runtime.decoding.sequences import Finished, FinishReason, Row
-from loradeploy.runtime.decoding.stopping import Transcript
+from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob, check_logits, token_logprob
+from loradeploy.runtime.decoding.choosing.processors import Processors
+from loradeploy.runtime.decoding.choosing.sampling import Sampling
+from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason, Row
+from loradeploy.runtime.decoding.choosing.stopping import Transcript
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.logprobs import TokenLogprob
+    from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -28,7 +28,7 @@ import numpy as np
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError, shown
-from loradeploy.runtime.decoding.options import AllowedTokens, GenerationOptions
+from loradeploy.runtime.decoding.choosing.options import AllowedTokens, GenerationOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

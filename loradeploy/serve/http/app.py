@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from loradeploy.errors import LoraDeployError
-from loradeploy.serve.gate import Gate
+from loradeploy.serve.http.gate import Gate
 from loradeploy.serve.problems import RequestError, problem_of
 from loradeploy.serve.routes import adapters, encoders, inference, models, operations, page, text
 from loradeploy.serve.schemas.common import ErrorAnswer

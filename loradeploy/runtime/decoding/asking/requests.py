@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
-from loradeploy.runtime.decoding.beams import BeamSearch
-from loradeploy.runtime.decoding.calls import Call
-from loradeploy.runtime.decoding.options import GenerationOptions
-from loradeploy.runtime.decoding.processors import Processors
-from loradeploy.runtime.decoding.reading import PromptReader, ReadText
-from loradeploy.runtime.decoding.samples import Samples
-from loradeploy.runtime.decoding.sampling import Sampling
-from loradeploy.runtime.decoding.source import Target
+from loradeploy.runtime.decoding.asking.calls import Call
+from loradeploy.runtime.decoding.asking.reading import PromptReader, ReadText
+from loradeploy.runtime.decoding.caches.source import Target
+from loradeploy.runtime.decoding.choosing.beams import BeamSearch
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
+from loradeploy.runtime.decoding.choosing.processors import Processors
+from loradeploy.runtime.decoding.choosing.samples import Samples
+from loradeploy.runtime.decoding.choosing.sampling import Sampling
 from loradeploy.runtime.texts import TextSide
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.decoding.processors import LogitsRule
+    from loradeploy.runtime.decoding.choosing.processors import LogitsRule
 
 
 @dataclass(frozen=True, eq=False)

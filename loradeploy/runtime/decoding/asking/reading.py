@@ -10,7 +10,7 @@ import numpy as np
 
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.decoding.calls import LISTS, Prompt
+from loradeploy.runtime.decoding.asking.calls import LISTS, Prompt
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.texts import TextSide
 

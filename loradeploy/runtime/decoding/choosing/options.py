@@ -10,7 +10,7 @@ import numpy as np
 
 from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.runtime.arguments import check_count
-from loradeploy.runtime.decoding.sampling import Sampling
+from loradeploy.runtime.decoding.choosing.sampling import Sampling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from loradeploy.serve.answers import ChatPieces, CompletionPieces
-from loradeploy.serve.generating import Asked
+from loradeploy.serve.answering.answers import ChatPieces, CompletionPieces
+from loradeploy.serve.answering.generating import Asked
 from loradeploy.serve.problems import problem_of
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
+    from loradeploy.runtime.decoding.caches.source import EncodedSource
     from loradeploy.runtime.decoding.graph import DecoderGraph
-    from loradeploy.runtime.decoding.source import EncodedSource
     from loradeploy.runtime.feeds import Feeds
 
 

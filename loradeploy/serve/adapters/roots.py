@@ -27,7 +27,7 @@ from loradeploy.errors import (
     first_line,
 )
 from loradeploy.printable import logger_of
-from loradeploy.serve.fetched import FetchedAdapters
+from loradeploy.serve.adapters.fetched import FetchedAdapters
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import uvicorn
 
 from loradeploy.errors import UsageError
 from loradeploy.printable import logger_of
-from loradeploy.serve.app import create_app
-from loradeploy.serve.gate import is_loopback
+from loradeploy.serve.http.app import create_app
+from loradeploy.serve.http.gate import is_loopback
 from loradeploy.serve.service import Service
 
 logger = logger_of(__name__)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Literal
 
-from loradeploy.runtime.decoding.logprobs import TokenLogprob
+from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
 from loradeploy.runtime.engine.submission import GenerationEvent
 from loradeploy.runtime.tasks.generation import Generation
 from loradeploy.serve.schemas.text import (

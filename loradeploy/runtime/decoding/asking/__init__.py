@@ -1,0 +1,1 @@
+"""What a call asks for: prompts and their adapters, read and put into batches."""

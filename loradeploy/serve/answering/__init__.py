@@ -1,0 +1,1 @@
+"""Answers: texts as they are generated, streams of them, and tensors."""

@@ -1,0 +1,1 @@
+"""The application, what lets requests through to it, and the server that runs it."""
