@@ -12,6 +12,7 @@ FEATURE_EXTRACTION: Final = "feature-extraction"
 TOKEN_CLASSIFICATION: Final = "token-classification"
 IMAGE_CLASSIFICATION: Final = "image-classification"
 SEQ2SEQ_LM: Final = "seq2seq-lm"
+VISION_TOWER: Final = "vision-tower"
 QUESTION_ANSWERING: Final = "question-answering"
 
 CLASSIFIER_HEADS: Final = ("classifier", "score")
@@ -108,6 +109,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             runner="TextGenerator",
             evaluated=True,
         ),
+        Task(VISION_TOWER, "AutoModelForImageTextToText", "image_features", None),
         Task(
             QUESTION_ANSWERING,
             "AutoModelForQuestionAnswering",

@@ -10,6 +10,7 @@ from loradeploy.adapter import fit
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fit import AdaptableBase, Layer
 from loradeploy.adapter.names import named_as
+from loradeploy.adapter.parts import own_part
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import values_digest, without_copies, without_idle
 from loradeploy.bundle.labels import with_all_labels
@@ -54,7 +55,9 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     if manifest.mode == "merged":
         return adapter
     adapter = named_as(
-        adapter, _modules(manifest), lambda: renamings(manifest.submodels, manifest.base_prefix)
+        own_part(adapter, manifest.other_part),
+        _modules(manifest),
+        lambda: renamings(manifest.submodels, manifest.base_prefix),
     )
     known = manifest.own_weights
     adapter = without_copies(

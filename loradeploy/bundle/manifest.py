@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.renamings import Submodel
@@ -38,6 +40,9 @@ from loradeploy.bundle.targets import TensorSpec as TensorSpec
 from loradeploy.bundle.targets import check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import json_values, read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FORMAT: Final = "loradeploy-bundle"
 FORMAT_VERSION: Final = 2
@@ -152,6 +157,10 @@ class Manifest:
     one piece.
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
     that get logits (export/passes/kept_logits.py); without a feed all do.
+    `embeds`: the optional inputs with which a decoder of images and text takes embeddings in the
+    places of tokens (export/passes/embeds.py).
+    `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
+    for them belong.
     """
 
     task: str
@@ -185,6 +194,8 @@ class Manifest:
     target: str | None = None
     encoder: EncoderGraph | None = None
     logits_to_keep: bool = False
+    embeds: tuple[TensorSpec, ...] = ()
+    other_part: tuple[str, ...] = ()
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -221,8 +232,8 @@ class Manifest:
     def optional_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs with a default that no adapter has a part in."""
         if not self.logits_to_keep:
-            return ()
-        return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", KEPT)),)
+            return self.embeds
+        return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", KEPT)), *self.embeds)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
@@ -249,6 +260,7 @@ class Manifest:
             "base": lambda value: noun(BaseIdentity, value, "base"),
             "inputs": lambda value: nouns(TensorSpec, value, "inputs"),
             "outputs": lambda value: nouns(TensorSpec, value, "outputs"),
+            "embeds": lambda value: nouns(TensorSpec, value, "embeds"),
             "targets": lambda value: _lora_targets(value),
             "changed": lambda value: nouns(OutputTarget, value, "changed"),
             "saved": lambda value: nouns(SavedTarget, value, "saved"),
@@ -277,6 +289,12 @@ class Manifest:
         manifest = noun(cls, rest, "")
         _check(manifest)
         return manifest
+
+
+def default_of(spec: TensorSpec) -> NDArray[Any]:
+    """What an optional input has where it is not fed: zeros, of one position or of none."""
+    sizes = [s if isinstance(s, int) else int(s != KEPT) for s in spec.shape]
+    return np.zeros(sizes, spec.dtype)
 
 
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:

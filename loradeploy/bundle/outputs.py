@@ -9,8 +9,9 @@ from loradeploy.adapter.tasks import (
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
     SEQUENCE_CLASSIFICATION,
+    VISION_TOWER,
 )
-from loradeploy.bundle.names import LAST_HIDDEN_STATE, LOGITS, PRESENT
+from loradeploy.bundle.names import IMAGE_FEATURES, LAST_HIDDEN_STATE, LOGITS, PRESENT
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -21,6 +22,7 @@ HIDDEN_NAMES: Final = (
     *("token_embeddings", "hidden_states", "encoder_last_hidden_state"),
 )
 LOGITS_NAMES: Final = (LOGITS, "lm_logits", "prediction_logits")
+_NAMES: Final = {FEATURE_EXTRACTION: HIDDEN_NAMES, VISION_TOWER: (IMAGE_FEATURES,)}
 _ONE_PER_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 
@@ -31,7 +33,7 @@ def main_output(task: str, ranks: Mapping[str, int | None]) -> str | None:
     [batch, labels], and 3 for one per position. An encoder may have only an output for sentences,
     [batch, hidden].
     """
-    names = HIDDEN_NAMES if task == FEATURE_EXTRACTION else LOGITS_NAMES
+    names = _NAMES.get(task, LOGITS_NAMES)
     for name in names:
         if name in ranks:
             return name

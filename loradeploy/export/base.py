@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.digest import base_digest
 from loradeploy.adapter.heads import LABELED, label_parameters
+from loradeploy.adapter.parts import own_part
 from loradeploy.adapter.renamings import Submodel, known
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
@@ -17,6 +18,7 @@ from loradeploy.adapter.tasks import (
     FEATURE_EXTRACTION,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
+    VISION_TOWER,
 )
 from loradeploy.adapter.vocabulary import refuse_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
@@ -24,6 +26,7 @@ from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.bundle.manifest import (
     BaseIdentity,
     Manifest,
+    TensorSpec,
 )
 from loradeploy.bundle.outputs import main_output
 from loradeploy.bundle.sample import Sample
@@ -50,6 +53,7 @@ from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import model_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
+from loradeploy.export.passes.embeds import add_inputs_embeds
 from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
@@ -126,6 +130,7 @@ class Base:
     `source`: what the bundle is to be compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     `called`: what a message about an adapter that does not fit calls it.
+    `embeds`, `other_part`: as in the manifest.
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
     """
 
@@ -147,6 +152,8 @@ class Base:
     base_prefix: str = ""
     called: str = "this base model"
     vocabulary: int | None = None
+    embeds: tuple[TensorSpec, ...] = ()
+    other_part: tuple[str, ...] = ()
 
 
 def from_checkpoint(source: Source, options: Options) -> Base:
@@ -156,6 +163,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import answers, load_model, trace
+    from loradeploy.export.trace.image_text import other_part, vision_part
     from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
     from loradeploy.lora.vocabulary import resize_for, vocabulary_of
@@ -174,9 +182,15 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if labels is not None and not options.merge:
         labels = _with_own_head(labels, source, adapters)
+    others = other_part(read_config(source.directory), task)
     if adapters:
         skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
         adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
+        for name, adapter in adapters.items():
+            with named(name):
+                adapters[name] = own_part(adapter, others)
+        if task == VISION_TOWER:
+            skeleton = vision_part(skeleton)
         for name, adapter in adapters.items():
             with named(name):
                 if options.merge:
@@ -205,6 +219,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         model = model.half()
     config: Any = model.config
     graph = trace(model, task)
+    embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(
         graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
@@ -231,6 +246,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
         vocabulary=vocabulary,
+        embeds=embeds,
+        other_part=others,
     )
 
 
@@ -345,6 +362,8 @@ def from_graph(source: Source, options: Options) -> Base:
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
         called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
+        embeds=() if source.manifest is None else source.manifest.embeds,
+        other_part=() if source.manifest is None else source.manifest.other_part,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.names import named_as
+from loradeploy.adapter.parts import own_part
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import without_idle
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
@@ -134,7 +135,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if source.graph is not None:
         modules = _modules(base.graph, findings)
         rules = partial(renamings, base.submodels, base.base_prefix)
-        adapters = {n: named_as(a, modules, rules) for n, a in options.adapters.items()}
+        adapters = {}
+        for name, adapter in options.adapters.items():
+            with named(name):
+                adapters[name] = named_as(own_part(adapter, base.other_part), modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
@@ -502,6 +506,8 @@ def _manifest(base: Base, mode: Any) -> Manifest:
         outputs=outputs(base.graph),
         padding=padding_of(base.graph),
         cache_in_place=keeps_cache(base.graph),
+        embeds=base.embeds,
+        other_part=base.other_part,
         encoder=_encoder(base),
     )
 

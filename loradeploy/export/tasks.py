@@ -17,6 +17,7 @@ from loradeploy.adapter.tasks import (
     TASK_TABLE,
     TASKS,
     TOKEN_CLASSIFICATION,
+    VISION_TOWER,
 )
 from loradeploy.bundle.names import DECODER_INPUT_IDS, PAST, PIXEL_VALUES
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
@@ -64,6 +65,11 @@ def choose_task(
             )
         return SEQ2SEQ_LM
     _check_texts(config, asked)
+    if asked == VISION_TOWER and not sees(config):
+        raise UsageError(
+            f"{_architecture(config)} is no model of images and text, of which alone a"
+            f" {VISION_TOWER} is exported"
+        )
     if asked is not None:
         return check_task(asked)
     own = own_task(config)
@@ -93,7 +99,7 @@ def choose_task(
     if sees(config):
         raise UsageError(
             f"{_architecture(config)} is a model of images and text: `task={CAUSAL_LM!r}` exports"
-            " its decoder, which reads text alone"
+            f" its decoder, `task={VISION_TOWER!r}` its vision tower with the projector"
         )
     raise UsageError(
         f"the task is not known from the architecture {shown(_architecture(config))} in"

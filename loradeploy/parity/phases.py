@@ -42,6 +42,7 @@ from loradeploy.adapter.tasks import (
     IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
+    VISION_TOWER,
 )
 from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
@@ -381,7 +382,7 @@ def generate(
 
 def has_logits(task: str) -> bool:
     """Whether a position of the first output is a distribution over tokens or labels."""
-    return task != FEATURE_EXTRACTION
+    return task not in (FEATURE_EXTRACTION, VISION_TOWER)
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
@@ -422,8 +423,8 @@ def _positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDAr
     """One row's values without the padding's, [positions, width]; a classifier has one position."""
     if task in WHOLE_ROW:
         return values[np.newaxis]
-    if task == SEQ2SEQ_LM:
-        return values  # the target's
+    if task in (SEQ2SEQ_LM, VISION_TOWER):
+        return values  # the target's, the image's
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
     kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
     return kept

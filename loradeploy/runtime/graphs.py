@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from loradeploy.bundle.manifest import Manifest, TensorSpec
+from loradeploy.bundle.manifest import Manifest, TensorSpec, default_of
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ATTENTION_MASK,
@@ -61,8 +61,10 @@ class Graph:
 
         They are bound at every run, as a binding keeps what it had.
         """
-        none = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 0), np.int64))
-        return dict.fromkeys(self.optional, none)
+        return {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(default_of(spec))
+            for name, spec in self.optional.items()
+        }
 
     @cached_property
     def _first(self) -> str:

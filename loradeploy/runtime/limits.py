@@ -23,6 +23,8 @@ from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
     INPUT_IDS,
+    INPUTS_EMBEDS,
+    INPUTS_EMBEDS_MASK,
     LOGITS_TO_KEEP,
     PAST,
     POSITION_IDS,
@@ -103,6 +105,9 @@ class Limits:
             if name == LOGITS_TO_KEEP:
                 _check_kept(shape, shapes, numbers.get(name))
                 continue
+            if name in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK):
+                _check_embeds(name, shapes)
+                continue
             if 0 in shape:
                 _check_empty(name, shape)
             for axis, symbol in self.symbols[name]:
@@ -168,6 +173,22 @@ def _check_empty(name: str, shape: tuple[int, ...]) -> None:
     if "past" in name and empty == [len(shape) - 2] and empty != [0]:
         return
     raise UsageError(f"the feed {name} is {list(shape)}: there must be rows, and tokens in them")
+
+
+def _check_embeds(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UsageError unless there are embeddings for all tokens, and where they are read."""
+    places = shapes[INPUT_IDS]
+    for other in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK):
+        if other not in shapes:
+            raise UsageError(
+                f"the feed {name} is given without {other}: embeddings [batch, sequence, hidden]"
+                " are read where the mask [batch, sequence] is true"
+            )
+        if shapes[other][:2] != places:
+            raise UsageError(
+                f"the feed {other} is {list(shapes[other])} for {INPUT_IDS} {list(places)}: give an"
+                " entry for each token"
+            )
 
 
 def _check_kept(

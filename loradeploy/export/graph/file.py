@@ -61,12 +61,12 @@ def graph_digest(model: ir.Model) -> str:
 
 def required_inputs(model: ir.Model) -> tuple[TensorSpec, ...]:
     """The inputs without a default, as in the manifest."""
-    return tuple(_spec(v) for v in model.graph.inputs if not v.is_initializer())
+    return tuple(spec_of(v) for v in model.graph.inputs if not v.is_initializer())
 
 
 def outputs(model: ir.Model) -> tuple[TensorSpec, ...]:
     """The outputs, as in the manifest."""
-    return tuple(_spec(value) for value in model.graph.outputs)
+    return tuple(spec_of(value) for value in model.graph.outputs)
 
 
 def opset_of(model: ir.Model) -> int:
@@ -74,7 +74,8 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def spec_of(value: ir.Value) -> TensorSpec:
+    """An input or output, as in the manifest."""
     shape = value.shape if value.shape is not None else ()
     return TensorSpec(
         name=str(value.name),

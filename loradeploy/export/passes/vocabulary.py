@@ -29,7 +29,7 @@ _WEIGHT_CARRIERS: Final = ("Cast", "Identity", "Transpose")
 
 def vocabulary_in(model: ir.Model, findings: Findings) -> Vocabulary | None:
     """Where the graph has a row per token; None where its embedding of tokens is not known."""
-    embedding, head = _embedding(model), _head(model, findings)
+    embedding, head = embedding_of(model), _head(model, findings)
     if embedding is None or any(v.name == DECODER_INPUT_IDS for v in model.graph.inputs):
         return None  # an encoder-decoder has tables of its own for each half
     size, name = embedding.shape[0], embedding.module
@@ -48,7 +48,7 @@ def resize_vocabulary(model: ir.Model, findings: Findings, size: int) -> Finding
     Raises:
         ExportError: the head is quantized, or fused with other modules.
     """
-    embedding, head = _embedding(model), _head(model, findings)
+    embedding, head = embedding_of(model), _head(model, findings)
     assert embedding is not None
     before = embedding.shape[0]
     if head is not None and (head.quantized or head.slice is not None):
@@ -72,7 +72,8 @@ def resize_vocabulary(model: ir.Model, findings: Findings, size: int) -> Finding
     return dataclasses.replace(findings, linears=linears)
 
 
-def _embedding(model: ir.Model) -> Part | None:
+def embedding_of(model: ir.Model) -> Part | None:
+    """The embedding of `input_ids`, if it is known."""
     for part in find_parts(model).values():
         ids = source_of(part.nodes[0].inputs[1], _ID_CARRIERS) if part.kind == "embedding" else None
         if ids is not None and ids.name == INPUT_IDS:

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION, VISION_TOWER
 from loradeploy.errors import (
+    ExportError,
     MissingDependencyError,
     ModelError,
     kind_and_line,
@@ -18,6 +19,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.read.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
+from loradeploy.export.trace.image_text import family_of, vision_part
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.loading import from_config, from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
@@ -68,6 +70,7 @@ def load_model(
         with quiet():
             config = from_pretrained(transformers.AutoConfig, directory, **changes)
             _check_traceable(config.get_text_config().model_type, directory)
+            family_of(config.to_dict(), task)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
             if task == SEQUENCE_CLASSIFICATION:
                 text = config.get_text_config()
@@ -84,12 +87,13 @@ def load_model(
                 # A head with another number of labels than the checkpoint's is a head of its own.
                 ignore_mismatched_sizes=labels is not None,
             )
-    except (MemoryError, ModelError):
+    except (MemoryError, ModelError, ExportError):
         raise
     except Exception as problem:  # transformers raises nearly everything
         raise ModelError(_unloadable(directory, task, problem)) from None
     model = loaded.model.eval()
-    return model, _zero_head(model, set(loaded.lacking), directory, task, brought)
+    lacking = _zero_head(model, set(loaded.lacking), directory, task, brought)
+    return (vision_part(model) if task == VISION_TOWER else model), lacking
 
 
 def _check_traceable(model_type: str, directory: Path) -> None:

@@ -12,6 +12,7 @@ from loradeploy.adapter.tasks import (
     IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     TASK_TABLE,
+    VISION_TOWER,
     Task,
 )
 from loradeploy.bundle.names import (
@@ -70,7 +71,8 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
     or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
     is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
-    `pixel_values` → `logits`. Encoder-decoders: see `trace/encoder_decoder.py`.
+    `pixel_values` → `logits`. Vision towers: `pixel_values` → `image_features` [images, tokens,
+    hidden]. Encoder-decoders: see `trace/encoder_decoder.py`.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -210,7 +212,7 @@ def _outputs(model: Any, kind: Task) -> list[str]:
 def _plain_inputs(model: Any, kind: Task) -> list[str]:
     """The inputs of `model`, the cache apart."""
     taken = _parameters(model)
-    if kind.name == IMAGE_CLASSIFICATION:
+    if kind.name in (IMAGE_CLASSIFICATION, VISION_TOWER):
         return [PIXEL_VALUES]
     names = [INPUT_IDS, ATTENTION_MASK]
     if kind.cached and POSITION_IDS in taken:
@@ -278,6 +280,7 @@ def _example(
 def _fixed_sizes(config: Any, name: str) -> tuple[int, ...] | None:
     """The sizes of an image or of sound, the batch apart; None for another input."""
     if name == PIXEL_VALUES:
+        config = getattr(config, "vision_config", config)
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return config.num_channels, height, width

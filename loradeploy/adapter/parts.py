@@ -1,0 +1,69 @@
+"""An adapter of a model that is exported in parts: each bundle takes the factors of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.errors import AdapterMismatchError, listed_names
+from loradeploy.printable import logger_of
+
+logger = logger_of(__name__)
+
+
+def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
+    """`adapter` without the tensors of the modules `others`, which are in another bundle.
+
+    What is left out is said, unless it is zero.
+
+    Raises:
+        AdapterMismatchError: nothing is left.
+    """
+    groups: dict[str, Mapping[str, Any]] = {
+        "factors": adapter.factors,
+        "saved": adapter.saved,
+        "carried": adapter.carried,
+        "rows": adapter.rows,
+    }
+    kept = {
+        group: {name: value for name, value in values.items() if not _is_below(name, others)}
+        for group, values in groups.items()
+    }
+    left_out = [n for group, values in groups.items() for n in values if n not in kept[group]]
+    if not left_out:
+        return adapter
+    if not any(kept.values()):
+        raise AdapterMismatchError(
+            f"all of its tensors are of {listed_names(_tops(left_out, others))}, in another bundle"
+            " of this model: give it there, and no adapter here"
+        )
+    active = [name for name in left_out if _is_active(name, adapter)]
+    if active:
+        logger.warning(
+            "%d tensors of the adapter are of %s, which is in another bundle of this model: load"
+            " the adapter there too",
+            *(len(active), listed_names(_tops(active, others))),
+        )
+    config, excluded = adapter.config, adapter.config.exclude_modules
+    if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
+        modules = [name for name in left_out if name in adapter.factors]
+        config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *modules))
+    changed: dict[str, Any] = {**kept, "config": config}
+    return dataclasses.replace(adapter, **changed)
+
+
+def _is_active(name: str, adapter: Adapter) -> bool:
+    pair = adapter.factors.get(name)
+    return pair is None or bool(np.any(pair.A) and np.any(pair.B)) or pair.magnitude is not None
+
+
+def _is_below(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _tops(names: Collection[str], modules: Collection[str]) -> list[str]:
+    return [module for module in modules if any(_is_below(name, [module]) for name in names)]

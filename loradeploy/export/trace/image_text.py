@@ -1,0 +1,107 @@
+"""Models of images and text in two parts: the decoder, and the vision tower with the projector.
+
+    pixel_values → vision tower → projector → image_features        task vision-tower
+    input_ids, and image_features in the image tokens' places → decoder → logits     task causal-lm
+
+The decoder's bundle takes the features as `inputs_embeds` (export/passes/embeds.py). Each part is
+exported from the whole checkpoint with its modules' own names, so that an adapter for the whole
+model has factors for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
+from loradeploy.errors import ExportError, shortened
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of models has its parts, as paths in the model with the output head.
+
+    `sees`: the vision tower and the projector. `reads`: the decoder. `head`: the output head.
+    `features`: of the model without its head and pixel values [images, channels, height, width],
+    what the image tokens are [images, tokens, hidden].
+    """
+
+    sees: tuple[str, ...]
+    reads: str
+    features: Callable[[Any, torch.Tensor], torch.Tensor]
+    head: str = "lm_head"
+
+
+def _connected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = inner.vision_model(pixel_values=pixels).last_hidden_state
+    return inner.connector(states)  # type: ignore[no-any-return]
+
+
+def _projected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    chosen = inner.config.vision_feature_layer
+    states = inner.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
+    first = 1 if inner.config.vision_feature_select_strategy == "default" else 0  # the class token
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    joined = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+    return inner.multi_modal_projector(joined)  # type: ignore[no-any-return]
+
+
+_SMOLVLM: Final = Family(("model.vision_model", "model.connector"), "model.text_model", _connected)
+# By model type. Others need more than embeddings in the tokens' places: Gemma 3 and PaliGemma let
+# the tokens of an image attend to each other, Qwen-VL counts positions in three dimensions.
+FAMILIES: Final[Mapping[str, Family]] = {
+    "smolvlm": _SMOLVLM,
+    "idefics3": _SMOLVLM,
+    "llava": Family(
+        ("model.vision_tower", "model.multi_modal_projector"), "model.language_model", _projected
+    ),
+}
+
+
+def family_of(config: Mapping[str, Any], task: str) -> Family | None:
+    """The family of a checkpoint by its config.json; None where it is no model of images and text.
+
+    Raises:
+        ExportError: the vision tower is asked for, and is not exported of this model.
+    """
+    name = str(config.get("model_type"))
+    family = FAMILIES.get(name)
+    if family is None and task == VISION_TOWER:
+        raise ExportError(
+            f"the vision tower of {shortened(name, 40)} cannot be exported: only those of"
+            f" {', '.join(FAMILIES)} can"
+        )
+    return family
+
+
+def other_part(config: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    """The modules of a checkpoint that are exported for another task than `task`."""
+    if task not in (CAUSAL_LM, VISION_TOWER) or (family := family_of(config, task)) is None:
+        return ()
+    return family.sees if task == CAUSAL_LM else (family.reads, family.head)
+
+
+def vision_part(model: Any) -> Any:
+    """`model` without its decoder: `forward` takes pixel values and gives `image_features`."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    family = FAMILIES[model.config.model_type]
+
+    def forward(pixel_values: torch.Tensor) -> Any:
+        features = family.features(model.model, pixel_values)
+        result = BaseModelOutput()
+        result["image_features"] = features
+        return result
+
+    for path in (family.reads, family.head):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, None)
+    model.forward = forward
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    return model

@@ -1,0 +1,48 @@
+"""An adapter of a model that is exported in parts."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.parts import own_part
+from loradeploy.errors import AdapterMismatchError
+
+TOWER = ("model.vision_tower", "model.projector")
+
+
+def _adapter(*modules: str, value: float = 1.0) -> Adapter:
+    config = AdapterConfig.from_peft({"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"]})
+    pair = Factors(np.ones((2, 4), np.float32), np.full((4, 2), value, np.float32))
+    return Adapter(config, dict.fromkeys(modules, pair))
+
+
+def test_each_part_keeps_its_own_and_names_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    given = _adapter("model.text.q", "model.vision_tower.q", "model.projector.v")
+    with caplog.at_level(logging.WARNING, "loradeploy"):
+        kept = own_part(given, TOWER)
+    assert kept.modules == ("model.text.q",)
+    assert "2 tensors of the adapter are of model.vision_tower, model.projector" in caplog.text
+    assert set(kept.config.exclude_modules or ()) == {"model.vision_tower.q", "model.projector.v"}
+
+
+def test_a_name_that_only_begins_alike_is_kept() -> None:
+    assert own_part(_adapter("model.vision_tower_2.q"), TOWER).modules
+
+
+def test_zero_factors_of_the_other_part_are_not_worth_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pairs = {**_adapter("model.text.q").factors, **_adapter("model.projector.q", value=0).factors}
+    given = Adapter(_adapter("model.text.q").config, pairs)
+    assert own_part(given, TOWER).modules == ("model.text.q",)
+    assert not caplog.records
+
+
+def test_an_adapter_of_the_other_part_alone_is_refused() -> None:
+    with pytest.raises(AdapterMismatchError, match=r"all of its tensors are of model\.projector"):
+        own_part(_adapter("model.projector.q"), TOWER)

@@ -1,0 +1,202 @@
+"""Models of images and text in two bundles: the decoder and the vision tower with the projector.
+
+The right answer is transformers' with PEFT, for images and text together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import loradeploy as ld
+from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
+from tests.conftest import once
+from tests.export.reference import difference
+from tests.runtime.feeds import feeds
+from tests.tolerances import tolerance
+
+IMAGE: Final = 110  # the token
+_TEXT: Final = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 120,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+_VISION: Final = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+    "initializer_range": 0.3,
+}
+CONFIGS: Final[Mapping[str, dict[str, Any]]] = {
+    "SmolVLM": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
+    "Llava": {"image_token_index": IMAGE, "image_seq_length": 16},
+    "Idefics3": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
+}
+TOWERS: Final = {"Llava": {"model_type": "clip_vision_model", "projection_dim": 32}}
+UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # behind the features: never trained
+
+
+def _part_of(name: str) -> str:
+    if "connector" in name or "projector" in name:
+        return "projector"
+    return "vision" if "vision" in name else "text"
+
+
+def _make(family: str, place: Path) -> None:
+    """The checkpoint, an adapter for each part, and one of all three."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        text_config=_TEXT, vision_config={**_VISION, **TOWERS.get(family, {})}, **CONFIGS[family]
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():  # a fresh projector says little
+        for name, parameter in model.named_parameters():
+            if "connector" in name or "projector" in name:
+                parameter.mul_(3)
+    model.save_pretrained(place / "model")
+    targets = r".*(q_proj|down_proj|fc1|modality_projection\.proj|projector\.linear_\d)"
+    options = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, options)
+    for part in ("text", "vision", "projector", "all"):
+        torch.manual_seed(len(part))
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.requires_grad:
+                    used = part in ("all", _part_of(name)) and UNUSED.get(family, " ") not in name
+                    size = 0.3 if used or "lora_A" in name else 0.0
+                    parameter.copy_(torch.randn_like(parameter) * size)
+        made.save_pretrained(place / part)
+
+
+@pytest.fixture(scope="session")
+def models(shared: Path) -> Any:
+    return lambda family: once(shared / f"images-{family}", lambda place: _make(family, place))
+
+
+def _images(seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((2, 3, 28, 28)).astype(np.float32)
+
+
+def _ids(tokens: int) -> NDArray[np.int64]:
+    image = [IMAGE] * tokens
+    return np.array([[5, 17, *image, 3, 44], [9, *image, 60, 61, 62]])
+
+
+def _expected(family: str, model: Path, adapter: Path | None, images: Any, ids: Any) -> Any:
+    import peft
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    made = AutoModelForImageTextToText.from_pretrained(model).eval()
+    if adapter is not None:
+        made = peft.PeftModel.from_pretrained(made, adapter).eval()
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        return made(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.ones(ids.shape, dtype=torch.int64),
+            pixel_values=pixels if family == "Llava" else pixels[:, None],
+        ).logits.numpy()
+
+
+def _found(
+    tower: ld.AdapterSession,
+    decoder: ld.AdapterSession,
+    images: NDArray[np.float32],
+    sees: Any = None,
+    reads: Any = None,
+) -> NDArray[Any]:
+    """Logits of two texts with an image each, by both bundles."""
+    (features,) = tower.run(["image_features"], {"pixel_values": images}, sees)
+    ids = _ids(features.shape[1])
+    mask = ids == IMAGE
+    embeds = np.zeros((*ids.shape, features.shape[2]), np.float32)
+    embeds[mask] = features.reshape(-1, features.shape[2])
+    given = {**feeds(decoder.manifest, ids), "inputs_embeds": embeds, "inputs_embeds_mask": mask}
+    return decoder.run(["logits"], given, reads)[0]
+
+
+@pytest.mark.breadth(3)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_path: Path) -> None:
+    made = models(family)
+    model, images = made / "model", _images()
+    given = {"adapters": {name: made / name for name in ("all", "vision", "projector")}}
+    with pytest.raises(UsageError, match=r"`task='vision-tower'` its vision tower"):
+        ld.export(model, tmp_path / "t")
+    manifest = ld.export(model, tmp_path / "t", task="vision-tower", **given)
+    assert [spec.name for spec in manifest.inputs] == ["pixel_values"]
+    text = {"adapters": {name: made / name for name in ("all", "text")}}
+    ld.export(model, tmp_path / "d", task="causal-lm", **text)
+    tower, decoder = ld.AdapterSession(tmp_path / "t"), ld.AdapterSession(tmp_path / "d")
+
+    ids = _ids(tower.run(None, {"pixel_values": images})[0].shape[1])
+    names = (None, "all", "text", "vision", "projector")
+    expected = {
+        name: _expected(family, model, None if name is None else made / name, images, ids)
+        for name in names
+    }
+    allowed = tolerance("torch-onnx-tiny")
+    for name in names:
+        sees = name if name in tower.adapters else None
+        reads = name if name in decoder.adapters else None
+        found = _found(tower, decoder, images, sees, reads)
+        assert difference(found, expected[name]) <= allowed, name
+        others = [expected[other] for other in names if other != name]
+        assert min(difference(found, other) for other in others) > 100 * allowed, name
+    # Each row of a batch has its own.
+    found = _found(tower, decoder, images, ["vision", "all"], [None, "all"])
+    assert difference(found[0], expected["vision"][0]) <= allowed
+    assert difference(found[1], expected["all"][1]) <= allowed
+    assert difference(_found(tower, decoder, _images(1)), expected[None]) > 0.1, "the image counts"
+
+    for bundle, generated in (("t", None), ("d", 3)):
+        few: dict[str, Any] = {"tokens": generated, "certificate": False}
+        report = ld.parity(tmp_path / bundle, model=model, phases=["padded batch"], **few)
+        assert report.passed, report.failures
+        ld.export(tmp_path / bundle, tmp_path / f"m{bundle}", adapters=[made / "all"], merge=True)
+    merged = [ld.AdapterSession(tmp_path / name) for name in ("mt", "md")]
+    assert difference(_found(*merged, images), expected["all"]) <= allowed
+    both = feeds(decoder.manifest, ids)
+    embeds = np.zeros((*ids.shape, _TEXT["hidden_size"]), np.float32)
+    with pytest.raises(UsageError, match="inputs_embeds is given without inputs_embeds_mask"):
+        decoder.run(None, {**both, "inputs_embeds": embeds})
+    one = {"inputs_embeds": embeds[:, :1], "inputs_embeds_mask": ids == IMAGE}
+    with pytest.raises(UsageError, match="give an entry for each token"):
+        decoder.run(None, {**both, **one})
+    with pytest.raises(AdapterMismatchError, match=r"all of its tensors are of .*, in another"):
+        tower.load("words", made / "text")
+
+
+def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models("SmolVLM") / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="vision tower of gemma3 cannot be exported: only those"):
+        ld.export(model, tmp_path / "t", task="vision-tower")
+    with pytest.raises(UsageError, match="LlamaForCausalLM is no model of images and text"):
+        ld.export(tiny_llama, tmp_path / "t", task="vision-tower")
