@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.embedding import TextEmbedder
     from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+    from loradeploy.runtime.tasks.image_text import ImageTextGenerator
     from loradeploy.runtime.tasks.images import ImageClassifier
     from loradeploy.runtime.tasks.pairs import RankedDocument, TextPairScorer
     from loradeploy.runtime.tasks.speech import Segment, SpeechRecognizer, Transcript
@@ -105,6 +106,7 @@ __all__ = [
     "GenerationOptions",
     "GraphForm",
     "ImageClassifier",
+    "ImageTextGenerator",
     "Limit",
     "LoraDeployError",
     "Manifest",
@@ -176,6 +178,7 @@ _LAZY = {
     "TextEmbedder": "loradeploy.runtime.tasks.embedding",
     "TextGenerator": "loradeploy.runtime.tasks.generation",
     "ImageClassifier": "loradeploy.runtime.tasks.images",
+    "ImageTextGenerator": "loradeploy.runtime.tasks.image_text",
     "RankedDocument": "loradeploy.runtime.tasks.pairs",
     "TextPairScorer": "loradeploy.runtime.tasks.pairs",
     "Segment": "loradeploy.runtime.tasks.speech",

@@ -36,6 +36,7 @@ PUBLIC = [
     "GenerationOptions",
     "GraphForm",
     "ImageClassifier",
+    "ImageTextGenerator",
     "Limit",
     "LoraDeployError",
     "Manifest",

@@ -56,6 +56,17 @@ def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
     return dataclasses.replace(adapter, **changed)
 
 
+def has_part(adapter: Adapter, others: Collection[str]) -> bool:
+    """Whether `adapter` has tensors besides those of the modules `others`."""
+    groups: list[Mapping[str, Any]] = [
+        adapter.factors,
+        adapter.saved,
+        adapter.carried,
+        adapter.rows,
+    ]
+    return any(not _is_below(name, others) for group in groups for name in group)
+
+
 def _is_active(name: str, adapter: Adapter) -> bool:
     pair = adapter.factors.get(name)
     return pair is None or bool(np.any(pair.A) and np.any(pair.B)) or pair.magnitude is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,8 @@ from loradeploy.bundle.names import (
     DECODER_INPUT_IDS,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
+    INPUTS_EMBEDS,
+    INPUTS_EMBEDS_MASK,
     LEFT,
     LOGITS_TO_KEEP,
     PAST,
@@ -27,9 +30,22 @@ from loradeploy.runtime.tokenizer import pad, positions_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loradeploy.bundle.manifest import Manifest
+
 FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 # Of an encoder-decoder's decoder, whose rows are of one length and have no mask.
 FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenEmbeds:
+    """Embeddings that are read in the places of a token: what a prompt has of its images.
+
+    `values` [places, hidden]: one for each `token` of the prompt, in their order.
+    """
+
+    token: int
+    values: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class DecoderGraph:
 
     `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
     on which side shorter prompts are padded, with `pad_id`. `keeps`: whether it can give the
-    logits of some positions alone.
+    logits of some positions alone. `embeds`: of each row that is read first, the embeddings that
+    are read in the places of tokens; None where there are none.
 
     Raises:
         UsageError: the graph takes something besides tokens and a cache.
@@ -51,6 +68,7 @@ class DecoderGraph:
     left: bool
     pad_id: int
     keeps: bool = False
+    embeds: tuple[TokenEmbeds | None, ...] | None = None
 
     @classmethod
     def of(cls, session: AdapterSession, pad_id: int, *, source: bool = False) -> DecoderGraph:
@@ -109,7 +127,24 @@ class DecoderGraph:
         values = {name: make() for name, make in made.items() if name in self.inputs}
         if ends is not None and self.keeps and ids.shape[1] > 1:
             values[LOGITS_TO_KEEP] = ends.astype(np.int64)[:, np.newaxis]
+        if self.embeds is not None and ids.shape == mask.shape:  # nothing was read before
+            values |= self._embedded(ids, mask)
         return values
+
+    def with_embeds(self, embeds: Sequence[TokenEmbeds | None]) -> DecoderGraph:
+        """The graph for prompts, in their order, with embeddings in the places of tokens."""
+        return dataclasses.replace(self, embeds=tuple(embeds)) if any(embeds) else self
+
+    def _embedded(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        assert self.embeds is not None
+        (spec,) = (s for s in self.session.manifest.embeds if s.name == INPUTS_EMBEDS)
+        places = np.zeros(ids.shape, np.bool_)
+        values = np.zeros((*ids.shape, int(spec.shape[-1])), spec.dtype)
+        for row, own in enumerate(self.embeds):
+            if own is not None:
+                places[row] = (ids[row] == own.token) & (mask[row] == 1)
+                values[row, places[row]] = own.values
+        return {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
 
     def padded(
         self, tokens: Sequence[Sequence[int]]
@@ -118,3 +153,20 @@ class DecoderGraph:
         ids, mask = pad(tokens, self.pad_id, left=self.left)
         ends = np.full(len(tokens), -1) if self.left else mask.sum(axis=1) - 1
         return ids, mask, ends
+
+
+def check_embeds(
+    manifest: Manifest, ids: Sequence[int], embeds: TokenEmbeds | None, number: int
+) -> None:
+    """Raise UsageError unless a prompt has as many places as there are embeddings for them."""
+    if embeds is None:
+        return
+    sizes = [spec.shape[-1] for spec in manifest.embeds if spec.name == INPUTS_EMBEDS]
+    if not sizes:
+        raise UsageError("this bundle takes no embeddings in the places of tokens")
+    shape, places = embeds.values.shape, sum(token == embeds.token for token in ids)
+    if shape != (places, sizes[0]):
+        raise UsageError(
+            f"prompt {number + 1} has the token {embeds.token} {places} times, and embeddings"
+            f" {list(shape)}, expected [{places}, {sizes[0]}]"
+        )

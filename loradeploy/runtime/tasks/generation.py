@@ -20,7 +20,7 @@ from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason
-from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds, check_embeds
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.session import AdapterSession
@@ -107,6 +107,7 @@ class TextGenerator:
         per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
         on_text: OnText | None = None,
         on_result: OnResult | None = None,
+        embeds: Sequence[TokenEmbeds | None] | None = None,
         **options: Unpack[GenerationFlags],
     ) -> list[Generation]:
         """Continue each prompt until a token or a text that ends it, or for `max_new_tokens`.
@@ -128,7 +129,8 @@ class TextGenerator:
         on the batch: a single `seed` is every prompt's. `batch_size` prompts are generated
         together, by default all. `on_text(row, piece)` is called as text appears, with beam search
         once it has ended; `on_result(row, result)` in the order of the rows, when a batch has
-        ended.
+        ended. `embeds` has for each prompt the embeddings that are read in the places of a token,
+        or None; `ImageTextGenerator` makes them of images.
 
         Raises:
             UsageError: no prompts, an empty one, one that fills the model's positions, a value out
@@ -138,7 +140,7 @@ class TextGenerator:
             UnknownAdapterError: an adapter that was never loaded.
             BudgetError: a batch that takes more memory than there is.
         """
-        call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
+        call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options, embeds)
         results: dict[int, Generation] = {}
         reported = 0
         for piece in self._decode(call, set()):
@@ -262,7 +264,9 @@ class TextGenerator:
         """
 
         def read(number: int) -> Request:
-            return read_request(self._reader, call, number, self._target)
+            request = read_request(self._reader, call, number, self._target)
+            check_embeds(self.session.manifest, request.ids, call.embeds[number], number)
+            return request
 
         requests = [read(number) for number in range(len(call.prompts))]
         for together, held in batches(self.session, requests, call.batch_size, read):
@@ -279,7 +283,8 @@ class TextGenerator:
             if self._target is not None:
                 texts = [one.ids for one in together]
                 source = EncodedSource.of_tokens(self.session, held, texts, self.tokenizer.pad_id)
-            batch = DecodingBatch.of(self._graph, held, [one.sequences for one in together], source)
+            graph = self._graph.with_embeds([call.embeds[one.number] for one in together])
+            batch = DecodingBatch.of(graph, held, [one.sequences for one in together], source)
             for _ in batch.steps():
                 for one in together:
                     yield from _news(one, ended)

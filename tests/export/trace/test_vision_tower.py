@@ -19,10 +19,12 @@ import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
 from tests.conftest import once
 from tests.export.reference import difference
+from tests.export.test_texts import _tokenizer as write_tokenizer
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
 IMAGE: Final = 110  # the token
+NEW: Final = 6  # tokens that are generated
 _TEXT: Final = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -77,6 +79,7 @@ def _make(family: str, place: Path) -> None:
             if "connector" in name or "projector" in name:
                 parameter.mul_(3)
     model.save_pretrained(place / "model")
+    write_tokenizer(place / "model", words=_TEXT["vocab_size"])
     targets = r".*(q_proj|down_proj|fc1|modality_projection\.proj|projector\.linear_\d)"
     options = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     made = peft.get_peft_model(model, options)
@@ -187,8 +190,76 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
     one = {"inputs_embeds": embeds[:, :1], "inputs_embeds_mask": ids == IMAGE}
     with pytest.raises(UsageError, match="give an entry for each token"):
         decoder.run(None, {**both, **one})
+    words = _words_alone(made / "text", tmp_path / "words")
     with pytest.raises(AdapterMismatchError, match=r"all of its tensors are of .*, in another"):
-        tower.load("words", made / "text")
+        tower.load("words", words)
+    _check_generation(family, made, tower, decoder, words)
+
+
+def _words_alone(adapter: Path, place: Path) -> Path:
+    """The adapter without a tensor of another part than the text's."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(adapter, place)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: values for name, values in tensors.items() if _part_of(name) == "text"}
+    save_file(kept, place / "adapter_model.safetensors")
+    return place
+
+
+def _generated(family: str, model: Path, adapter: Path | None, image: Any, ids: list[int]) -> Any:
+    """What transformers adds to a prompt with an image."""
+    import peft
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    made = AutoModelForImageTextToText.from_pretrained(model).eval()
+    if adapter is not None:
+        made = peft.PeftModel.from_pretrained(made, adapter).eval()
+    given, pixels = torch.tensor([ids]), torch.from_numpy(image)[None]
+    out = made.generate(
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
+        pixel_values=pixels if family == "Llava" else pixels[:, None],
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    return [token for token in out[0, len(ids) :].tolist() if token != _TEXT["eos_token_id"]]
+
+
+def _check_generation(
+    family: str, made: Path, tower: ld.AdapterSession, decoder: ld.AdapterSession, words: Path
+) -> None:
+    """Greedy texts of rows with their own images and adapters are those of transformers."""
+    generator = ld.ImageTextGenerator(decoder, tower)
+    tokens = tower.run(None, {"pixel_values": _images()[:1]})[0].shape[1]
+    names = [None, "all", "text", "vision", "projector"]
+    for name in names[1:]:
+        generator.load(name, made / name, replace=True)
+    generator.load("words", words)
+    images = [*_images(), *_images(1), _images(2)[0]]
+    prompts = ["w1 w13 w106 w9", *["w5 w106 w56 w57"] * 4]  # w106 is the token of an image
+    results = generator.generate(
+        prompts, [[image] for image in images], names, max_new_tokens=NEW, batch_size=5
+    )
+    for result, image, name, prompt in zip(results, images, names, prompts, strict=True):
+        words = [4 + int(word[1:]) for word in prompt.split()]
+        ids = [own for word in words for own in [word] * (tokens if word == IMAGE else 1)]
+        assert result.prompt_tokens == len(ids)
+        expected = _generated(family, made / "model", name and made / name, image, ids)
+        assert list(result.token_ids) == expected, name
+        base = _generated(family, made / "model", None, image, ids)
+        assert name is None or base != expected, f"{name} does nothing"
+    (alone,) = generator.generate([prompts[2]], [[images[2]]], "words", max_new_tokens=NEW)
+    assert alone.token_ids == results[2].token_ids, "it is the adapter of the text"
+    (other,) = generator.generate(prompts[:1], [[-images[0]]], max_new_tokens=NEW)
+    assert other.token_ids != results[0].token_ids, "the image counts"
+    with pytest.raises(UsageError, match="prompt 1 has 2 image tokens, and 1 images of together"):
+        generator.generate(["w106 w1 w106"], [[images[0]]])
+    with pytest.raises(UsageError, match=r"prompt 1 is float32 \[3, 14, 28\], expected"):
+        generator.generate(["w106"], [[images[0][:, :14]]])
+    with pytest.raises(UsageError, match="the adapter 'none' is not in"):
+        generator.generate(["w106"], [[images[0]]], "none")
 
 
 def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_path: Path) -> None:

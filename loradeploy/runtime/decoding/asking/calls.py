@@ -14,6 +14,7 @@ from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
+from loradeploy.runtime.decoding.graph import TokenEmbeds
 
 # A text, a conversation, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -24,7 +25,8 @@ LISTS: Final = (list, tuple, np.ndarray)
 class Call:
     """What a call asks for, checked but for what needs its adapters.
 
-    `firsts`: of each prompt, the number of its first text among the results.
+    `firsts`: of each prompt, the number of its first text among the results. `embeds`: of each
+    prompt, what is read in the places of tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -34,6 +36,7 @@ class Call:
     firsts: list[int]
     chat: bool
     batch_size: int
+    embeds: Sequence[TokenEmbeds | None]
 
     @classmethod
     def of(
@@ -45,6 +48,7 @@ class Call:
         batch_size: int | None,
         per_prompt: Sequence[Mapping[str, Any] | None] | None,
         options: Mapping[str, Any],
+        embeds: Sequence[TokenEmbeds | None] | None = None,
     ) -> Call:
         """A call of `TextGenerator.generate` with these arguments.
 
@@ -81,6 +85,8 @@ class Call:
         for own in seeds:
             if not isinstance(own, int | np.integer) or isinstance(own, bool) or own < 0:
                 raise UsageError(f"a seed is {shown(own)}: give a whole number of 0 or more")
+        if embeds is not None and len(embeds) != len(given):
+            raise UsageError(f"{len(embeds)} embeds for {len(given)} prompts: give one for each")
         counts = [one.n for one in each]
         return cls(
             prompts=given,
@@ -90,6 +96,7 @@ class Call:
             firsts=[0, *accumulate(counts)][:-1],
             chat=chat,
             batch_size=batch_size or len(given),
+            embeds=[None] * len(given) if embeds is None else embeds,
         )
 
 

@@ -1,0 +1,188 @@
+"""Text about images: a decoder's bundle and the vision tower's of the same model, with adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.parts import has_part
+from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
+from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
+from loradeploy.errors import BundleError, UsageError, shown
+from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.decoding.asking.calls import Prompt, listed
+from loradeploy.runtime.decoding.graph import TokenEmbeds
+from loradeploy.runtime.decoding.asking.reading import PromptReader
+from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from loradeploy.runtime.decoding.choosing.options import GenerationFlags
+    from loradeploy.runtime.session import AdapterSession
+
+_TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
+
+
+class ImageTextGenerator:
+    """Generates text about images with the two bundles of one model (docs/images.md).
+
+    `decoder`: a session on its causal-lm bundle; `tower`: on its vision-tower bundle.
+    `cache_budget`: as in `TextGenerator`.
+
+    Raises:
+        UsageError: the bundles are for other tasks, or of two models.
+        BundleError: the decoder's bundle does not know the token of an image.
+    """
+
+    def __init__(
+        self,
+        decoder: AdapterSession,
+        tower: AdapterSession,
+        *,
+        cache_budget: int | None = None,
+    ) -> None:
+        for session, task in ((decoder, CAUSAL_LM), (tower, VISION_TOWER)):
+            if session.manifest.task != task:
+                raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no {task}")
+        if not decoder.manifest.embeds:
+            raise UsageError(f"{decoder.path} reads text alone, and takes no images")
+        if decoder.manifest.base.digest != tower.manifest.base.digest:
+            raise UsageError(
+                f"{decoder.path} and {tower.path} are of two models: export both of one checkpoint"
+            )
+        config = model_config(decoder.path)
+        token = next((config[name] for name in _TOKENS if name in config), None)
+        if not isinstance(token, int):
+            raise BundleError(f"{decoder.path / CONFIG_NAME} has no {_TOKENS[0]}")
+        self.decoder, self.tower = decoder, tower
+        self.image_token = token
+        self._text = TextGenerator(decoder, cache_budget=cache_budget)
+        self._reader = PromptReader(decoder)
+        self._without: dict[str, AdapterSession] = {}  # the part that an adapter has nothing for
+
+    def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
+
+        A part that the adapter has nothing for answers as the base.
+
+        Raises:
+            AdapterError: it cannot be read, or does not fit.
+        """
+        adapter = load_adapter(path)
+        self._without.pop(name, None)
+        for session in (self.decoder, self.tower):
+            if has_part(adapter, session.manifest.other_part):
+                session.load(name, path, replace=replace)
+            else:
+                self._without[name] = session
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        images: Sequence[Sequence[NDArray[np.floating[Any]]]],
+        adapters: Adapters = None,
+        *,
+        chat: bool = False,
+        batch_size: int = 8,
+        **options: Unpack[GenerationFlags],
+    ) -> list[Generation]:
+        """Continue each prompt, which has its `images`: of each prompt a list of pixel values.
+
+        Pixel values are float [channels, height, width], as the model's processor makes them, an
+        image or a tile of one each. A prompt has as many image tokens as its images have features,
+        as processors write it, or one for each image, in whose place all of that image are read.
+        Adapters, by name or None, and options are as in `TextGenerator.generate`.
+
+        Raises:
+            UsageError: not a list of images for each prompt, image tokens that do not fit the
+                images, an adapter that one of the two parts lacks, and as `TextGenerator.generate`.
+        """
+        check_count("batch_size", batch_size)
+        given = listed(prompts, "prompts")
+        if len(images) != len(given):
+            raise UsageError(
+                f"there are lists of images for {len(images)} of {len(given)} prompts: give one"
+                " for each, empty where it has none"
+            )
+        names = each_row(adapters, len(given))
+        features = self._features(images, names, batch_size)
+        ids, embeds = [], []
+        for number, prompt in enumerate(given):
+            what = f"prompt {number + 1}"
+            adapter = self._name(self.decoder, names[number])
+            read = self._reader.read(number, prompt, adapter, chat, what)
+            ids.append(self._expanded(read.ids, features[number], what))
+            own = features[number]
+            embeds.append(TokenEmbeds(self.image_token, np.concatenate(own)) if own else None)
+        return self._text.generate(
+            ids,
+            [self._name(self.decoder, name) for name in names],
+            batch_size=batch_size,
+            embeds=embeds,
+            **options,
+        )
+
+    def _features(
+        self, images: Sequence[Sequence[Any]], names: Sequence[Any], batch_size: int
+    ) -> list[list[NDArray[Any]]]:
+        """Of each prompt's images what the decoder reads of them, [tokens, hidden] each."""
+        (spec,) = (s for s in self.tower.manifest.inputs if s.name == PIXEL_VALUES)
+        pixels, rows = [], []
+        for number, own in enumerate(images):
+            for image in own:
+                values = np.asarray(image)
+                if values.shape != spec.shape[1:] or values.dtype.kind != "f":
+                    raise UsageError(
+                        f"an image of prompt {number + 1} is {values.dtype} {list(values.shape)},"
+                        f" expected pixel values of floats {list(spec.shape[1:])}"
+                    )
+                pixels.append(values.astype(spec.dtype))
+                rows.append(number)
+        found: list[list[NDArray[Any]]] = [[] for _ in images]
+        for start in range(0, len(pixels), batch_size):
+            some = rows[start : start + batch_size]
+            (values,) = self.tower.run(
+                [IMAGE_FEATURES],
+                {PIXEL_VALUES: np.stack(pixels[start : start + batch_size])},
+                [self._name(self.tower, names[row]) for row in some],
+            )
+            for row, own in zip(some, values, strict=True):
+                found[row].append(own)
+        return found
+
+    def _name(self, session: AdapterSession, name: Any) -> str | None:
+        """The adapter `name` of one of the parts; None where it has nothing for that."""
+        if isinstance(name, Mapping):
+            raise UsageError("blends of adapters are not supported with images: give a name")
+        if name is None or self._without.get(name) is session:
+            return None
+        if name not in session.adapters:
+            raise UsageError(
+                f"the adapter {shown(name)} is not in {session.path}: `load` it with this class,"
+                " which gives each part its own"
+            )
+        return str(name)
+
+    def _expanded(self, ids: list[int], features: Sequence[NDArray[Any]], what: str) -> list[int]:
+        """The tokens of a prompt, with as many image tokens as its images have features."""
+        count, needed = ids.count(self.image_token), sum(map(len, features))
+        if count == needed:
+            return ids
+        if count != len(features):
+            raise UsageError(
+                f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
+                " features: give one token for each image, or one for each feature"
+            )
+        lengths = iter(map(len, features))
+        return [
+            token
+            for each in ids
+            for token in ([each] * next(lengths) if each == self.image_token else [each])
+        ]
