@@ -16,8 +16,8 @@ from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.calls import Prompt, listed
-from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.decoding.asking.reading import PromptReader
+from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
 if TYPE_CHECKING:
