@@ -111,7 +111,13 @@ def parity(
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import choose_backends, default_backends
-    from loradeploy.parity.context import CheckContext, find_adapters, find_model, graph_digests
+    from loradeploy.parity.context import (
+        CheckContext,
+        find_adapters,
+        find_model,
+        graph_digests,
+        trained_tokens,
+    )
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.job import run
@@ -164,7 +170,15 @@ def parity(
             mode=manifest.mode,
             precision=manifest.precision,
         )
-    cases = make_cases(path, manifest, prompts=prompts, generated=tokens, seed=seed, fuzz=fuzz)
+    cases = make_cases(
+        path,
+        manifest,
+        prompts=prompts,
+        generated=tokens,
+        seed=seed,
+        fuzz=fuzz,
+        trained=trained_tokens(tested),
+    )
     with custom_code(trust_remote_code):
         held_out = read_held_out(
             path, manifest, directory, tested, evaluate, examples=examples, seed=seed

@@ -216,11 +216,19 @@ def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> b
 
 
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
-    """A batch in which neighbors have different adapters, the base among them."""
+    """A batch in which neighbors have different adapters, the base among them.
+
+    Each adapter has a usual row and one of an extreme length.
+    """
     adapters = list(rows)
     usual = [number for number, row in enumerate(rows[None]) if not row.edge]
     edges = [number for number, row in enumerate(rows[None]) if row.edge]
-    cases = [usual[i % len(usual)] for i in range(max(len(usual), len(adapters)))] + edges
+    cases = [
+        some[i % len(some)]
+        for some in (usual, edges)
+        if some
+        for i in range(max(len(some), len(adapters)))
+    ]
     return tuple(rows[adapters[i % len(adapters)]][case] for i, case in enumerate(cases))
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Base, Reference
 
 _WRONG_ADAPTER_SEED: Final = 1
+_TOKENS: Final = "trainable_token_indices"  # PEFT's field, which names the rows
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,24 @@ class Mistake:
 
 def wrong_adapter(adapter: Adapter) -> Adapter | None:
     """Another adapter of the same shapes: each factor's own values, in another order."""
+    if not adapter.factors and not adapter.rows:
+        return None
     random = np.random.default_rng(_WRONG_ADAPTER_SEED)
-    return _with_factors(
-        adapter,
-        {
-            module: dataclasses.replace(pair, A=random.permuted(pair.A), B=random.permuted(pair.B))
-            for module, pair in adapter.factors.items()
-        },
-    )
+    factors = {
+        module: dataclasses.replace(pair, A=random.permuted(pair.A), B=random.permuted(pair.B))
+        for module, pair in adapter.factors.items()
+    }
+    rows = {
+        parameter: dataclasses.replace(its, values=random.permuted(its.values))
+        for parameter, its in adapter.rows.items()
+    }
+    return dataclasses.replace(adapter, factors=factors, rows=rows)
 
 
 def doubled_alpha(adapter: Adapter) -> Adapter | None:
     """s twice as large, which is B twice as large."""
+    if not adapter.factors:
+        return None
     return _with_factors(
         adapter,
         {m: dataclasses.replace(pair, B=pair.B * 2) for m, pair in adapter.factors.items()},
@@ -105,6 +112,26 @@ def ignored_bias(adapter: Adapter) -> Adapter | None:
     return dataclasses.replace(adapter, config=config, saved=kept)
 
 
+def ignored_tokens(adapter: Adapter) -> Adapter | None:
+    """The base's own rows of a vocabulary in place of the trained ones."""
+    if not adapter.rows or not (adapter.factors or adapter.saved or adapter.carried):
+        return None
+    extra = {n: value for n, value in adapter.config.extra.items() if n != _TOKENS}
+    config = dataclasses.replace(adapter.config, extra=extra)
+    return dataclasses.replace(adapter, config=config, rows={})
+
+
+def swapped_tokens(adapter: Adapter) -> Adapter | None:
+    """Each trained token has the row of the next."""
+    if all(len(rows.indices) < 2 for rows in adapter.rows.values()):
+        return None
+    rows = {
+        parameter: dataclasses.replace(its, values=np.roll(its.values, 1, axis=0))
+        for parameter, its in adapter.rows.items()
+    }
+    return dataclasses.replace(adapter, rows=rows)
+
+
 MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
     Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
@@ -112,6 +139,8 @@ MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("missing target", "one module has no update", missing_target),
     Mistake("ignored magnitude", "DoRA's outputs are not scaled", ignored_magnitude),
     Mistake("ignored bias", "the trained biases are left out", ignored_bias),
+    Mistake("ignored tokens", "trained rows of tokens are left out", ignored_tokens),
+    Mistake("swapped tokens", "trained tokens have each other's rows", swapped_tokens),
 )
 OFF_BY_ONE: Final = Mistake(
     "off-by-one row", "each row of a mixed batch has its neighbor's adapter", lambda _: None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import DataError, LoraDeployError, UsageError
+from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.parity.inputs.tokens import Cases, make_cases
+from loradeploy.parity.phases import Row
 
 DECODER = Manifest(
     task="causal-lm",
@@ -163,3 +167,22 @@ def test_fuzz_is_random_tokens_of_varied_lengths_by_the_seed(tiny_llama: Path) -
     assert len(set(map(len, first))) > 5
     assert all(0 <= token < 512 for row in first for token in row)
     assert len({token for row in first for token in row}) > 200
+
+
+def test_trained_tokens_are_fed_though_no_prompt_has_them(tiny_llama: Path) -> None:
+    found = cases(tiny_llama, prompts=["The capital of France is"], trained=[301, 17])
+    assert not {301, 17} & set(found.prompts[0])
+    short, long = found.prompts[-found.edges :]
+    assert (short, long[0], long[1:3]) == ((301,), found.prompts[0][0], (301, 17))
+
+
+def test_a_mixed_batch_has_an_extreme_row_of_each_adapter() -> None:
+    def rows(adapter: str | None) -> tuple[Row, ...]:
+        values = np.zeros((1, 2), np.float32)
+        return tuple(Row(i, adapter, (i,), (), values, edge=i > 2) for i in range(5))
+
+    adapters = (None, "a", "b", "c")
+    mixed = mixed_rows({name: rows(name) for name in adapters})
+    assert {row.adapter for row in mixed if row.edge} == set(adapters)
+    assert {row.adapter for row in mixed if not row.edge} == set(adapters)
+    assert all(one.adapter != other.adapter for one, other in pairwise(mixed))

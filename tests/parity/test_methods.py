@@ -15,7 +15,12 @@ from loradeploy.parity.controls import MISTAKES, Mistake
 from tests.conftest import MakeAdapter, once
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
-IGNORED = [mistake for mistake in MISTAKES if mistake.name.startswith("ignored")]
+# What may be left out, and the adapter that has it.
+IGNORED = [
+    (mistake, "tokens" if mistake.name == "ignored tokens" else "whole")
+    for mistake in MISTAKES
+    if mistake.name.startswith("ignored")
+]
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +41,15 @@ def plain(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_bundle(tiny_gpt2: Path, adapter: Path, plain: Path, shared: Path) -> Path:
-    given = {"whole": adapter, "plain": plain}
+def tokens(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
+    """Two tokens that are in no prompt, trained individually, and a projection."""
+    indices = {"target_modules": ["c_attn"], "trainable_token_indices": [301, 17]}
+    return make_adapter(tiny_gpt2, seed=5, **indices)
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tiny_gpt2: Path, adapter: Path, plain: Path, tokens: Path, shared: Path) -> Path:
+    given = {"whole": adapter, "plain": plain, "tokens": tokens}
     return once(
         shared / "bundle-gpt2-methods", lambda place: ld.export(tiny_gpt2, place, adapters=given)
     )
@@ -76,22 +88,24 @@ def test_every_path_agrees_and_every_mistake_is_caught(
     }
     assert all(facts.effect > 0.1 for facts in report.adapters)
     caught = {(control.name, control.adapter) for control in report.controls if control.caught}
-    assert {(mistake.name, "whole") for mistake in IGNORED} <= caught
+    assert {(mistake.name, of) for mistake, of in IGNORED} <= caught
+    assert ("swapped tokens", "tokens") in caught
     assert all(control.caught for control in report.controls)
 
 
-@pytest.mark.parametrize("mistake", IGNORED, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
 def test_a_merge_that_leaves_something_out_fails(
-    mistake: Mistake, tiny_gpt2: Path, bundle: Path, adapter: Path, tmp_path: Path
+    mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    wrong = mistake.make(load_adapter(adapter))
+    right = bundle / "adapters" / of
+    wrong = mistake.make(load_adapter(right))
     assert wrong is not None
     save_adapter(wrong, tmp_path / "wrong")
     ld.export(bundle, tmp_path / "merged", adapters={"it": tmp_path / "wrong"}, merge=True)
     report = ld.parity(
         tmp_path / "merged",
         model=tiny_gpt2,
-        adapters={"it": adapter},
+        adapters={"it": right},
         prompts=PROMPTS,
         tokens=2,
         certificate=False,
@@ -102,14 +116,14 @@ def test_a_merge_that_leaves_something_out_fails(
     assert outcomes == {"failed"}
 
 
-@pytest.mark.parametrize("mistake", IGNORED, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
 def test_side_inputs_that_leave_something_out_fail(
-    mistake: Mistake, tiny_gpt2: Path, bundle: Path, adapter: Path
+    mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path
 ) -> None:
-    wrong = mistake.make(load_adapter(adapter))
+    wrong = mistake.make(load_adapter(bundle / "adapters" / of))
     assert wrong is not None
     manifest = read_manifest(bundle)
-    native = bundle / "adapters" / "whole.onnx_adapter"
+    native = bundle / "adapters" / f"{of}.onnx_adapter"
     write_onnx_adapter(wrong, manifest, native, BundleBase(bundle, manifest))
     report = ld.parity(
         bundle,
@@ -122,4 +136,5 @@ def test_side_inputs_that_leave_something_out_fail(
     )
     held = [result for result in report.results if result.phase != "repeat"]
     outcomes = {(result.adapter, result.outcome) for result in held}
-    assert outcomes == {("whole", "failed"), ("plain", "passed")}
+    right = {"whole", "plain", "tokens"} - {of}
+    assert outcomes == {(of, "failed"), *((name, "passed") for name in right)}

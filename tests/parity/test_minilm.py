@@ -9,6 +9,7 @@ import pytest
 
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
+from loradeploy.parity.inputs.prompts import PROMPTS
 from tests.conftest import MakeAdapter
 
 CLASSIFIER = {
@@ -33,7 +34,8 @@ def test_minilm_computes_what_it_computes_in_pytorch(
         for name, rank in (("small", 4), ("large", 16))
     }
     export(minilm, tmp_path / "bundle", adapters=adapters, task=options["task"])
-    report = parity(tmp_path / "bundle", model=minilm)
+    prompts = [*sorted(PROMPTS, key=len)[::4], PROMPTS[12]]  # of all lengths, of two scripts
+    report = parity(tmp_path / "bundle", model=minilm, prompts=prompts)
     assert report.passed, report.failures
     assert {facts.name for facts in report.adapters} == set(adapters)
     assert all(facts.effect > 0.1 for facts in report.adapters), "an adapter did nothing"

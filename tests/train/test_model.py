@@ -103,6 +103,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=(ids != 0).long()).logits
 
 
+@pytest.mark.breadth(2)
 def test_a_classifier_of_any_kind_is_read_by_peft(
     base: tuple[Path, set[str]], topics: Path, tmp_path: Path, quick: Quick
 ) -> None:

@@ -285,6 +285,7 @@ def test_one_class_is_enough_to_evaluate_on_and_not_to_train_on(
 # -- methods ------------------------------------------------------------------------------------
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(
     "settings",
     [

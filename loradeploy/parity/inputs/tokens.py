@@ -38,6 +38,8 @@ _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 _FUZZ_LENGTH: Final = 48
 # The longest row that is always fed; a prompt may be twice as long.
 _LONGEST_EDGE: Final = 128
+# So many tokens that adapters trained are fed at most.
+_TRAINED: Final = 48
 # Tokens that follow a row of an extreme length: one step past its cache is enough.
 _AFTER_EDGES: Final = 2
 
@@ -81,13 +83,14 @@ def make_cases(
     generated: int | None,
     seed: int,
     fuzz: int = 0,
+    trained: Sequence[int] = (),
 ) -> Cases:
     """The cases for a bundle.
 
     `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
     or `messages`), a list of texts, pairs and such objects, or None for the built-in ones. A bundle
     without a tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row
-    each of the least and of the largest length.
+    each of the least and of the largest length, with the tokens that are `trained` in them.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
@@ -118,7 +121,7 @@ def make_cases(
     else:
         raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
     random = _fuzz_rows(vocabulary, longest, seed, fuzz)
-    edges = _edge_rows(rows, longest)
+    edges = _edge_rows(rows, longest, trained)
     every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
     return Cases(every, follow, pad, source, left, len(random), len(edges), alike, types)
 
@@ -222,16 +225,19 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
     raise UsageError(f"{bundle} has neither a tokenizer nor the size of the vocabulary")
 
 
-def _edge_rows(rows: Rows, longest: int) -> Rows:
+def _edge_rows(rows: Rows, longest: int, trained: Sequence[int]) -> Rows:
     """A row of one token, and a long one, as long as the model takes up to a bound; beside it the
     first is nearly all padding.
 
-    Their tokens are the prompts', one prompt after the other and round again.
+    Their tokens are the prompts', one prompt after the other and round again. Tokens whose rows of
+    a vocabulary an adapter trained may be in no prompt: they follow the long row's first token, and
+    one of them is the short row.
     """
-    tokens = [token for row in rows for token in row]
+    first, *others = [token for row in rows for token in row]
+    tokens = [first, *trained[:_TRAINED], *others]
     length = min(longest, _LONGEST_EDGE)
     again = -(-length // len(tokens))
-    return (rows[0][-1:], tuple((tokens * again)[:length]))
+    return (tuple(trained[:1]) or rows[0][-1:], tuple((tokens * again)[:length]))
 
 
 def _fuzz_rows(vocabulary: int, longest: int, seed: int, count: int) -> Rows:

@@ -207,6 +207,7 @@ def test_an_error_at_one_position_shows_there(
     assert max(row[:6]) < 1e-5 < 1e-3 < min(row[6:])
 
 
+@pytest.mark.breadth(4)  # each model and each form in one of them
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize(
     "options", [{}, {"layout": "rows"}, {"branches": True}], ids=["slots", "rows", "branches"]
