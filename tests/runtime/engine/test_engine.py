@@ -347,7 +347,7 @@ def test_a_defect_of_a_thread_fails_every_request(
         slow_one, waits = engine.submit("slow", "small"), engine.submit("The bank")
         assert reading.wait(60)
         if thread == "loader":
-            monkeypatch.setattr(engine, "_prepare", defect)
+            monkeypatch.setattr(engine._loader, "_prepare", defect)
             monkeypatch.setattr(engine, "_patience", defect)
             go_on.set()
         for one in (waits, slow_one, going):

@@ -136,9 +136,9 @@ class SlotRows:
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
         """Go on with `rows`, and with the slots `joining`, where prompts were read."""
         found = list(rows)
+        self._reading -= set(joining)  # whatever becomes of them, they are the batch's
         for slot in joining:
-            found.append(slot if slot in self._reading else self._copy(slot, self._take()))
-            self._reading.discard(slot)
+            found.append(slot if slot not in found else self._copy(slot, self._take()))
         return found
 
     def _beside(self, count: int) -> list[int]:
