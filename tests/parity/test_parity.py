@@ -28,7 +28,7 @@ from tests.conftest import MakeAdapter, following
 # Few enough to be quick, of different lengths so that a batch is padded.
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 # The mistakes that can be made with an adapter of plain factors.
-OF_ANY = [mistake for mistake in MISTAKES if not mistake.name.startswith("ignored")]
+OF_ANY = [m for m in MISTAKES if not m.name.startswith("ignored") and m.name != "swapped tokens"]
 Parity = Callable[..., ParityReport]
 
 
