@@ -224,8 +224,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     annotate_forms(
         graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
     )
-    experts = {n: p for n, p in model.named_parameters() if n in expert_parameters(model)}
-    annotate_experts(graph, {name: p.detach().numpy() for name, p in experts.items()})
+    of_experts = expert_parameters(model)
+    experts = {n: p.detach().numpy() for n, p in model.named_parameters() if n in of_experts}
+    annotate_experts(graph, experts)
     specs = static_specs(required_inputs(graph), options.fixed)
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()

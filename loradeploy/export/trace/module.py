@@ -29,9 +29,11 @@ from loradeploy.errors import (
     ExportError,
 )
 from loradeploy.export.trace import encoder_decoder
+from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.lowering import lowered
 from loradeploy.export.trace.patches import traceable
+from loradeploy.export.trace.repeat import NotAlikeError, extend
 from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
 from loradeploy.lora.quiet import quiet
@@ -40,6 +42,7 @@ from loradeploy.printable import logger_of
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+    from torch.export import ExportedProgram
 
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.sample import Feeds
@@ -82,11 +85,9 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     kind = TASK_TABLE[task]
     _check_positions(model)
     with quiet(), traceable(), torch.no_grad():
-        wrapper = _wrapper(model, kind)
-        arguments, dynamic, names, outputs = _example(model, kind)
         try:
             logger.info("tracing %s with torch.export", type(model).__name__)
-            program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
+            program, names, outputs = _program(model, kind)
             logger.info("translating the trace to ONNX")
             with lowered(program):
                 onnx_program = torch.onnx.export(
@@ -108,6 +109,38 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
     logger.info("optimizing the graph")
     return tidy(onnx_program.model, prefix=WRAPPED)
+
+
+def _program(model: Any, kind: Task) -> tuple[ExportedProgram, list[str], list[str]]:
+    """The exported program of `model`, and the names of its inputs and outputs."""
+    layers = None if kind.name == SEQ2SEQ_LM else alike_layers(model)
+    if layers is not None:
+        with shortened(model, layers):
+            program, names, outputs = _exported(model, kind)
+        try:
+            extend(program, _wrapper(model, kind), f"{WRAPPED}.{layers.path}", layers.count)
+        except (NotAlikeError, LookupError) as problem:
+            logger.debug("traced whole: %s", problem)
+        else:
+            if kind.cached:
+                names = [*_plain_inputs(model, kind), *_each(past_name, layers.count)]
+                outputs = [*_outputs(model, kind), *_each(present_name, layers.count)]
+            return program, names, outputs
+    return _exported(model, kind)
+
+
+def _exported(model: Any, kind: Task) -> tuple[ExportedProgram, list[str], list[str]]:
+    import torch
+
+    wrapper = _wrapper(model, kind)
+    arguments, dynamic, names, outputs = _example(model, kind)
+    program = torch.export.export(wrapper, arguments, dynamic_shapes=dynamic, strict=False)
+    return program, names, outputs
+
+
+def _each(name: Callable[[int, str], str], layers: int) -> list[str]:
+    """The names of the cache's tensors, layer by layer."""
+    return [name(i, part) for i in range(layers) for part in ("key", "value")]
 
 
 def _check_positions(model: torch.nn.Module) -> None:
@@ -236,7 +269,7 @@ def _example(
         return arguments, dynamic, names, given
     caches = _caches(model) if kind.cached else ()
     outputs = _outputs(model, kind)
-    outputs += [present_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+    outputs += _each(present_name, len(caches))
     batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
     # Free to find its limit: encoders' positions end at the length of their embedding table.
     total = torch.export.Dim.AUTO
@@ -273,7 +306,7 @@ def _example(
         for layer in caches
     ]
     cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
-    names += [past_name(i, part) for i in range(len(caches)) for part in ("key", "value")]
+    names += _each(past_name, len(caches))
     return (plain, cached), (plain_dims, cached_dims), names, outputs
 
 

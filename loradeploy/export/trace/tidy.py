@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _KEPT: Final = ("Gemm", "MatMul")
+_NUMBER: Final = re.compile(r"(_\d+)+$")
 
 # Shape constants are joined, so that what they feed can be; weights never are: an adapter merged
 # into one of two equal weights must not change the other.
@@ -48,6 +49,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     fold_sizes(model.graph)
     _rename_symbols(model.graph, {_SOURCES: "batch"})
     _name_initializers(model, prefix)
+    _number_names(model.graph)
     return model
 
 
@@ -125,9 +127,9 @@ def _drop_metadata(model: ir.Model, prefix: str) -> None:
         node.metadata_props.clear()
         node.doc_string = None
         if scopes:
-            node.metadata_props[NAME_SCOPES] = str(
-                [_without(prefix, scope) for scope in ast.literal_eval(scopes) if scope != prefix]
-            )
+            paths = [_without(prefix, s) for s in ast.literal_eval(scopes) if s != prefix]
+            # The last one is the operator's, numbered as torch traced it: see `_number_names`.
+            node.metadata_props[NAME_SCOPES] = str([*paths[:-1], _NUMBER.sub("", paths[-1])])
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -195,6 +197,34 @@ def _name_initializers(model: ir.Model, prefix: str) -> None:
             if module is not None and takes_weight and value.shape and len(value.shape) == 2:
                 name = f"{module}.weight"
         _rename(graph, value, name)
+
+
+def _number_names(graph: ir.Graph) -> None:
+    """Number nodes, and values that they give, by operator in the order of the graph.
+
+    torch numbers what it traces and drops too, unevenly from layer to layer. A trace of all layers
+    and one of the first layers (repeat.py) give the same names so.
+    """
+    kept = {str(value.name) for value in (*graph.inputs, *graph.outputs)}
+    kept |= {str(name) for name in graph.initializers}
+    counts: dict[str, int] = {}
+
+    def numbered(name: str, taken: set[str]) -> str:
+        base = _NUMBER.sub("", name)
+        while True:
+            number = counts[base] = counts.get(base, -1) + 1
+            new = f"{base}_{number}" if number else base
+            if new not in taken:
+                return new
+
+    for node in graph:
+        for value in node.outputs:
+            if value.name and value.name not in kept:
+                value.name = numbered(value.name, kept)
+    counts.clear()
+    for node in graph:
+        if node.name:
+            node.name = numbered(node.name, set())
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -1,0 +1,139 @@
+"""Deep models are traced by their first layers, and the graph is that of a whole trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, TASK_TABLE
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+from loradeploy.export.trace import module, repeat
+from loradeploy.export.trace.alike import LAYERS, Layers, alike_layers, shortened
+from loradeploy.export.trace.patches import traceable
+
+DEPTH = 6
+ENCODERS = ("bert", "roberta")
+
+
+def model_of(kind: str, **settings: Any) -> Any:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "vocab_size": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    if kind not in (*ENCODERS, "gpt2"):
+        sizes["num_key_value_heads"] = 2
+    config = transformers.AutoConfig.for_model(kind, **sizes, **settings)
+    torch.manual_seed(0)
+    auto = transformers.AutoModel if kind in ENCODERS else transformers.AutoModelForCausalLM
+    return auto.from_config(config).eval()
+
+
+def task_of(kind: str) -> str:
+    return FEATURE_EXTRACTION if kind in ENCODERS else CAUSAL_LM
+
+
+def written(graph: ir.Model) -> bytes:
+    return ir.to_proto(graph).SerializeToString(deterministic=True)
+
+
+@pytest.mark.breadth
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2", "qwen3", "roberta", "bert"])
+def test_the_graph_has_the_bytes_of_a_whole_trace(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(kind)
+    layers = alike_layers(model)
+    assert layers is not None
+    assert layers.count == DEPTH
+    extended = []
+    every = module.extend
+    monkeypatch.setattr(module, "extend", lambda *a: (every(*a), extended.append(a))[0])
+    repeated = written(module.trace(model, task_of(kind)))
+    assert extended, "it was traced whole"
+    assert alike_layers(model) == layers, "the model is as it was"
+    monkeypatch.setattr(module, "alike_layers", lambda _: None)
+    assert repeated == written(module.trace(model, task_of(kind)))
+
+
+def test_every_architecture_of_the_table_is_compared() -> None:
+    (mark,) = [
+        m
+        for m in test_the_graph_has_the_bytes_of_a_whole_trace.pytestmark  # type: ignore[attr-defined]
+        if m.name == "parametrize"
+    ]
+    assert set(mark.args[1]) == set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda layers: setattr(layers[5].input_layernorm, "variance_epsilon", 1e-3), "a setting"),
+        (lambda layers: setattr(layers[4].self_attn, "scaling", 0.3), "a scale"),
+        (lambda layers: setattr(layers[5], "mlp", layers[4].mlp), "shared weights"),
+        (lambda layers: layers[5].mlp.up_proj.register_forward_hook(lambda *_: None), "a hook"),
+        (lambda layers: layers[4].register_buffer("more", torch.ones(1)), "a buffer"),
+        (lambda layers: setattr(layers[4].mlp, "act_fn", torch.nn.ReLU()), "an activation"),
+        (lambda layers: layers[4].mlp.down_proj.train(), "training"),
+    ],
+)
+def test_layers_that_differ_are_traced_whole(change: Any, why: str) -> None:
+    model = model_of("llama")
+    assert alike_layers(model) is not None
+    change(model.model.layers)
+    assert alike_layers(model) is None, why
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 4}),
+        ("llama", {"num_hidden_layers": 5}),
+        ("phi", {}),
+    ],
+)
+def test_other_models_are_traced_whole(kind: str, settings: dict[str, Any]) -> None:
+    config = {"num_hidden_layers": DEPTH, "hidden_size": 32, "vocab_size": 64, **settings}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
+    made = transformers.AutoConfig.for_model(kind, **config, **heads)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    assert alike_layers(model) is None
+
+
+def test_numbers_that_change_from_layer_to_layer_are_seen_in_the_program() -> None:
+    model = model_of("gpt2", scale_attn_by_inverse_layer_idx=True)
+    assert alike_layers(model) is None
+    layers = Layers("transformer.h", DEPTH)  # as if its settings did not show it
+    kind = TASK_TABLE[CAUSAL_LM]
+    with traceable(), torch.no_grad(), shortened(model, layers):
+        program, *_ = module._exported(model, kind)
+    path = f"{module.WRAPPED}.{layers.path}"
+    with pytest.raises(repeat.NotAlikeError, match="different inputs"):
+        repeat.extend(program, module._wrapper(model, kind), path, layers.count)
+
+
+def test_a_layer_with_the_weights_of_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_of("llama").save_pretrained(tmp_path / "model")
+    moved = repeat._Repeated._in
+
+    def wrong(self: Any, path: str, layer: int) -> str:
+        return moved(self, path, 4 if layer == 5 else layer)
+
+    monkeypatch.setattr(repeat._Repeated, "_in", wrong)
+    monkeypatch.setattr("loradeploy.export.trace.trace", module.trace)
+    with pytest.raises(ExportError, match="away from the source's"):
+        export(tmp_path / "model", tmp_path / "bundle", task=CAUSAL_LM)
+    assert not (tmp_path / "bundle").exists()
