@@ -12,6 +12,7 @@ import transformers
 
 from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, TASK_TABLE
 from loradeploy.errors import ExportError
+from loradeploy.export import trace
 from loradeploy.export.api import export
 from loradeploy.export.trace import module, repeat
 from loradeploy.export.trace.alike import LAYERS, Layers, alike_layers, shortened
@@ -123,17 +124,17 @@ def test_numbers_that_change_from_layer_to_layer_are_seen_in_the_program() -> No
         repeat.extend(program, module._wrapper(model, kind), path, layers.count)
 
 
-def test_a_layer_with_the_weights_of_another_is_refused(
+def test_layers_with_the_weights_of_each_other_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_of("llama").save_pretrained(tmp_path / "model")
     moved = repeat._Repeated._in
 
     def wrong(self: Any, path: str, layer: int) -> str:
-        return moved(self, path, 4 if layer == 5 else layer)
+        return moved(self, path, {4: 5, 5: 4}.get(layer, layer))
 
     monkeypatch.setattr(repeat._Repeated, "_in", wrong)
-    monkeypatch.setattr("loradeploy.export.trace.trace", module.trace)
+    monkeypatch.setattr(trace, "trace", module.trace)  # of this run: none is remembered
     with pytest.raises(ExportError, match="away from the source's"):
         export(tmp_path / "model", tmp_path / "bundle", task=CAUSAL_LM)
     assert not (tmp_path / "bundle").exists()
