@@ -535,6 +535,14 @@ def export_and_check(
 
 
 @pytest.fixture(scope="session")
+def tiny_llama_fp16_bundle(tiny_llama: Path, shared: Path) -> Path:
+    """The tiny Llama in fp16."""
+    import loradeploy as ld
+
+    return once(shared / "bundle-llama-fp16", lambda p: ld.export(tiny_llama, p, precision="fp16"))
+
+
+@pytest.fixture(scope="session")
 def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) -> Path:
     """The tiny Llama with an adapter `one` in it, and its certificate."""
     adapters = {"one": make_adapter(tiny_llama)}

@@ -36,7 +36,8 @@ from loradeploy.runtime.devices.table import BY_NAME, CPU, known
 from tools.cuda_placement import place, stubs
 from tools.made_adapters import make_adapters
 
-# What a form is exported with; those in fp16 from the checkpoint, all others from fp32 slots.
+# What a form is exported with; those in fp16 from the checkpoint, `half` from fp16 slots, all
+# others from fp32 slots.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "fp32 slots": {},
     "fp32 rows": {"layout": "rows"},
@@ -51,7 +52,15 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "int4 slots": {"precision": "int4", "layout": "slots", "branches": False},
     "int4 rows": {"precision": "int4", "branches": False},
     "int4 branches": {"precision": "int4"},
+    "int4 fp16 gqa rows": {
+        "half": True,
+        "precision": "int4",
+        "layout": "rows",
+        "branches": False,
+        "attention": "gqa",
+    },
 }
+HALF: Final = "fp16 slots"
 REFERENCE: Final = "fp32 slots"
 DEFAULTS: Final = ("cpu", "webgpu", "cuda")
 _PROMPT, _STEPS = 12, 6
@@ -114,13 +123,16 @@ def made(model: Path, output: Path, forms: Sequence[str]) -> tuple[dict[str, Pat
         bundles[REFERENCE], output / "small", 1, rank=4, modules=("q_proj", "down_proj")
     )
     adapters = {"large": large["large0"], "small": small["small0"]}
-    for form in forms:
+    needed = [HALF] if any(FORMS[form].get("half") for form in forms) else []
+    for form in dict.fromkeys([*needed, *forms]):
         if form == REFERENCE:
             continue
         options = dict(FORMS[form])
+        half = options.pop("half", False)
         if options.get("merge"):
             options["adapters"] = {"large": adapters["large"]}
         source = model if options.get("precision") == "fp16" else bundles[REFERENCE]
+        source = bundles[HALF] if half else source
         bundles[form] = output / form.replace(" ", "-")
         ld.export(source, bundles[form], **options)
     return bundles, adapters
@@ -266,7 +278,7 @@ def captures(bundle: str, provider: str) -> bool:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The rows as a table in Markdown; errors are below it."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
-    errors = []
+    errors: dict[str, list[str]] = {}
     for row in rows:
         off = sum(sum(ops.values()) for ops in row.get("off_device", {}).values())
         total = sum(row.get("nodes", {}).values())
@@ -278,8 +290,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
         if "error" in row:
-            errors.append(f"{row['provider']}, {row['form']}: {row['error']}")
-    return [*lines, "", *errors]
+            errors.setdefault(row["error"], []).append(f"{row['provider']} {row['form']}")
+    return [*lines, "", *(f"{', '.join(where)}: {error}" for error, where in errors.items())]
 
 
 def _yes(value: bool | None, *, none: str = "no") -> str:
@@ -287,7 +299,7 @@ def _yes(value: bool | None, *, none: str = "no") -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}" if value < 0.1 else f"{value:.2g}"
+    return "" if value is None else f"{value:.1e}" if 0 < value < 0.1 else f"{value:.2g}"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,14 @@ from loradeploy.errors import UsageError
 
 @dataclass(frozen=True)
 class Refusal:
-    """A form that falls off the target's device: values of options, together, and why."""
+    """A form that falls off the target's device: values of options, together, and why.
+
+    `cache`: the dtype of the cache, and of what attention computes, with which it does; None: any.
+    """
 
     form: Mapping[str, tuple[Any, ...]]
     why: str
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ RUN_TARGETS: Final = (
             Refusal(
                 {"attention": ("gqa",), "precision": _NOT_FP16},
                 "CUDA computes GroupQueryAttention in fp16 alone, and would copy every layer's"
-                " cache to the CPU and back at each step",
+                " cache to the CPU and back at each step (int8 and int4 made of an fp16 bundle"
+                " compute it in fp16)",
+                cache="float32",
             ),
         ),
     ),
@@ -125,13 +131,15 @@ def zeros_have_rank_one(target: str | None) -> bool:
 def check_runs(target: str | None, form: Mapping[str, Any]) -> None:
     """Refuse a form of which part would not run on the target's device.
 
-    `form`: values by the names of the form's options; one that is not known yet is left out.
+    `form`: values by the names of the form's options, and `cache`, the dtype of the cache; one that
+    is not known yet is left out.
 
     Raises:
         UsageError: the target does not run it.
     """
     for refusal in () if target is None else BY_TARGET[target].refuses:
-        if all(form.get(name) in values for name, values in refusal.form.items()):
+        applies = refusal.cache in (None, form.get("cache"))
+        if applies and all(form.get(name) in values for name, values in refusal.form.items()):
             named = [f"`{name}={form[name]!r}`" for name in refusal.form if name != "merge"]
             raise UsageError(
                 f"{' with '.join(named)} falls off the device of `target={target!r}`: {refusal.why}"

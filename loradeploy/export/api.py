@@ -99,7 +99,7 @@ def export(
     from loradeploy.bundle.graph_form import DEFAULT_PRECISION, check_form, inherit
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import MANIFEST_NAME
-    from loradeploy.bundle.run_target import choice_of
+    from loradeploy.bundle.run_target import check_runs, choice_of
     from loradeploy.export.base import Options
     from loradeploy.export.build import build
     from loradeploy.export.given_adapters import adapter_directories, read_adapters
@@ -158,6 +158,9 @@ def export(
         asked = inherit(asked, source.manifest)
     elif source.graph is None and precision is None:
         asked["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
+    if source.graph is None:  # before it is traced
+        floats = "float16" if asked["precision"] == "fp16" else "float32"
+        check_runs(target, {**asked, "cache": floats})
     if asked["required_inputs"] is None and not merge:
         asked["required_inputs"] = choice_of(asked["target"], "required_inputs", DEFAULT_PRECISION)
     if triton is not None:

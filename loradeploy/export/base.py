@@ -22,7 +22,7 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.adapter.vocabulary import refuse_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
-from loradeploy.bundle.graph_form import DEFAULT_PRECISION
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import (
     BaseIdentity,
     Manifest,
@@ -342,7 +342,8 @@ def from_graph(source: Source, options: Options) -> Base:
     if options.task is not None and options.task != task:
         raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
     precision = options.precision or current
-    if precision != current and (current != "fp32" or precision == "fp16"):
+    packs = is_packed(precision) and current in ("fp32", "fp16")
+    if precision != current and not packs and (current, precision) != ("fp32", "bf16"):
         raise ExportError(
             f"{source.name} is an ONNX graph in {current} and cannot be made {precision}: export"
             " the checkpoint instead"

@@ -165,7 +165,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     manifest = dataclasses.replace(manifest, target=options.target)
     check_runs(
         options.target,
-        {**dataclasses.asdict(form_of(manifest)), "required_inputs": bool(options.required_inputs)},
+        {
+            **dataclasses.asdict(form_of(manifest)),
+            "required_inputs": bool(options.required_inputs),
+            "cache": next((s.dtype for s in manifest.inputs if s.name.startswith(PAST)), None),
+        },
     )
     settings = settings_beside(source.directory, options.evidence.checkpoint)
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None

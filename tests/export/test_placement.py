@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 import loradeploy as ld
-from tests.conftest import ROOT, MakeAdapter, once
+from tests.conftest import ROOT, MakeAdapter
 from tools.cuda_placement import Placement, StubsUnavailableError, place, placements, stubs
 from tools.cuda_placement.__main__ import described
 from tools.gpu_check import misplaced
@@ -60,6 +60,7 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | No
         None,
     ),
     "bf16 gqa": ("fp32", {"precision": "bf16", "attention": "gqa"}, FP32_GQA, ON_CPU),
+    "bf16 rows": ("fp32", {"precision": "bf16", "layout": "rows"}, NOTHING, None),
     "int8 slots": ("fp32", {"precision": "int8", "layout": "slots", "branches": False}, {}, None),
     "int8 rows": ("fp32", {"precision": "int8", "branches": False}, NOTHING, None),
     "int4 slots": ("fp32", {"precision": "int4", "layout": "slots", "branches": False}, {}, None),
@@ -77,13 +78,21 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | No
         FP32_GQA_ROWS,
         ON_CPU,
     ),
+    # Made of an fp16 bundle it computes in fp16, and all of it is on the device.
+    "int4 fp16 gqa rows": (
+        "fp16",
+        {"precision": "int4", "attention": "gqa", "target": "cuda"},
+        TOTAL,
+        None,
+    ),
 }
 
 
 # Those that sessions capture: enough of the table to have every layout and precision.
 CAPTURED: Final = (
     *("fp32 slots", "fp32 rows", "fp16 slots", "fp16 rows", "fp16 gqa", "fp16 gqa rows"),
-    *("bf16 slots", "int8 rows", "int4 slots", "int4 rows", "fp32 step"),
+    *("bf16 slots", "bf16 rows", "int8 rows", "int4 slots", "int4 rows", "int4 fp16 gqa rows"),
+    "fp32 step",
 )
 REFUSED: Final = {"fp32 branches": "has branches", "fp32 gqa rows": "leaves nodes of"}
 
@@ -92,8 +101,8 @@ REFUSED: Final = {"fp32 branches": "has branches", "fp32 gqa rows": "leaves node
 def forms(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
+    tiny_llama_fp16_bundle: Path,
     make_adapter: Any,
-    shared: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Path]:
     """A bundle of every form, by its name."""
@@ -101,8 +110,7 @@ def forms(
         stubs()
     except StubsUnavailableError as problem:
         pytest.skip(str(problem))
-    half = once(shared / "bundle-llama-fp16", lambda p: ld.export(tiny_llama, p, precision="fp16"))
-    sources = {"fp32": tiny_llama_bundle, "fp16": half}
+    sources = {"fp32": tiny_llama_bundle, "fp16": tiny_llama_fp16_bundle}
     bundles: dict[str, Path] = {}
     for name, (source, form, *_) in FORMS.items():
         bundle = tmp_path_factory.mktemp("placed") / name.replace(" ", "-")

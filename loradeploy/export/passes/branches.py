@@ -28,15 +28,26 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ADAPTED: Final = "adapted"
+_SCALES: Final = 2  # of a MatMulNBits
 
 
 def branches_problem(graph: ir.Graph) -> str | None:
-    """Why ONNX Runtime would not open the graph with branches; None where it does.
+    """Why ONNX Runtime would not run the graph with branches; None where it does.
 
+    Packed weights that two branches share are wrong on the CPU where the rest is in fp16 (1.31).
     Of a DequantizeLinear and the product behind it it makes a MatMulNBits, and in a branch (1.31)
     it does not find the weights that all branches share. Where the other factor is dequantized too
     it makes something else, which works.
     """
+    import onnx_ir as ir
+
+    for node in graph:
+        scales = node.inputs[_SCALES] if node.op_type == "MatMulNBits" else None
+        if scales is not None and scales.dtype == ir.DataType.FLOAT16:
+            return (
+                f"onnxruntime computes packed weights in fp16 ({node.name}) wrong in branches:"
+                " export with `branches=False`"
+            )
     for product in products(graph):
         x = product.node.inputs[0]
         before = None if x is None else x.producer()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import onnxruntime
 
 from loradeploy.bundle.dtypes import NUMPY_NAMES
+from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
@@ -259,11 +260,16 @@ def check_graph(
     *,
     encoder: bool = False,
 ) -> None:
-    """Raise BundleError unless the graph takes and gives what the manifest says.
+    """Raise BundleError unless the graph takes and gives what the manifest says, and runs right.
 
     It may have been opened without the defaults of its side inputs. `encoder`: whether it is that
     of encoder.onnx. Then each of the two has its part of inputs and outputs, and all side inputs.
     """
+    if manifest.branches and is_packed(manifest.precision) and manifest.factor_dtype == "float16":
+        raise BundleError(
+            f"{bundle} has {manifest.precision} weights in branches and computes in fp16, which"
+            " onnxruntime (1.31) does wrong: export it again with --no-branches"
+        )
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}
     if lacks_defaults(manifest, session):

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import ExportError
+from loradeploy.errors import BundleError, ExportError
+from loradeploy.export import build
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
+from loradeploy.export.passes import branches
+from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
@@ -41,6 +44,45 @@ def test_coarser_precisions_stay_near_the_adapted_model(
     assert manifest.precision == precision
     if not merge:
         assert manifest.factor_dtype == ("float16" if precision == "fp16" else "float32")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_fp16_graph_is_packed_and_computes_in_fp16(
+    merge: bool,
+    tiny_llama: Path,
+    tiny_llama_fp16_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    adapter = make_adapter(tiny_llama, scale=0.1)
+    place = tmp_path / "b"
+    manifest = export(
+        tiny_llama_fp16_bundle, place, adapters={"a": adapter}, precision="int4", merge=merge
+    )
+    assert manifest.precision == "int4" and not manifest.branches
+    assert {s.dtype for s in manifest.inputs if s.name.startswith("past")} == {"float16"}
+    side = {} if merge else factors(place, adapter)
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    assert apart(onnx_output(place, IDS, side=side), expected) <= tolerance("export-int4")
+    assert merge or manifest.factor_dtype == "float16"
+    with pytest.raises(ExportError, match="in fp16 and cannot be made bf16"):
+        export(tiny_llama_fp16_bundle, tmp_path / "no", precision="bf16")
+
+
+def test_packed_weights_in_fp16_have_no_branches(
+    tiny_llama_fp16_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "b"
+    with pytest.raises(ExportError, match="packed weights in fp16 .* wrong in branches"):
+        export(tiny_llama_fp16_bundle, place, precision="int4", branches=True)
+    # One that was made all the same opens nowhere, and can be made anew.
+    for module in (branches, build):
+        monkeypatch.setattr(module, "branches_problem", lambda _: None)
+    assert export(tiny_llama_fp16_bundle, place, precision="int4", branches=True).branches
+    with pytest.raises(BundleError, match="int4 weights in branches .* --no-branches"):
+        AdapterSession(place)
+    export(place, tmp_path / "again", branches=False)
+    assert not AdapterSession(tmp_path / "again").manifest.branches
 
 
 def test_packed_weights_are_named_in_the_manifest(tiny_llama_bundle: Path, tmp_path: Path) -> None:
