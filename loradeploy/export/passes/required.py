@@ -17,7 +17,14 @@ import numpy as np
 
 from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
-from loradeploy.bundle.names import ADAPTERS_DIRECTORY, GRAPH_NAME, LOGITS_TO_KEEP, REQUIRED_NAME
+from loradeploy.bundle.names import (
+    ADAPTERS_DIRECTORY,
+    GRAPH_NAME,
+    INPUTS_EMBEDS,
+    INPUTS_EMBEDS_MASK,
+    LOGITS_TO_KEEP,
+    REQUIRED_NAME,
+)
 from loradeploy.bundle.run_target import zeros_have_rank_one
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
+# No client has to know of these: all positions, as always, of text alone.
+_LEFT_OUT: Final = (LOGITS_TO_KEEP, INPUTS_EMBEDS, INPUTS_EMBEDS_MASK)
 BASE_INPUTS_NAME: Final = "required.safetensors"
 
 
@@ -42,7 +51,7 @@ def write_required(
     model = ir.load(directory / GRAPH_NAME)
     base: dict[str, NDArray[Any]] = {}
     for value in list(model.graph.inputs):
-        if value.name == LOGITS_TO_KEEP:  # no client has to know of it: all positions, as always
+        if value.name in _LEFT_OUT:
             model.graph.inputs.remove(value)
         elif value.is_initializer():
             name = str(value.name)
