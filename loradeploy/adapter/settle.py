@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logger_of(__name__)
+
+TOKENS: Final = "trainable_token_indices"  # of PEFT's config
 
 
 def values_digest(values: NDArray[Any]) -> str:
@@ -32,6 +34,34 @@ def without_copies(adapter: Adapter, is_own: Callable[[str, NDArray[Any]], bool]
     if len(carried) == len(adapter.carried):
         return adapter
     return dataclasses.replace(adapter, carried=carried)
+
+
+def with_rows(
+    adapter: Adapter, values_of: Callable[[str], NDArray[Any] | None], most: int
+) -> Adapter:
+    """`adapter` with the carried weights of few other rows than the base's as trained rows.
+
+    `values_of`: the base's values of a parameter, None where they are not known. `most`: so many
+    rows of a weight may differ. PEFT saves the whole embedding where words were added in its spare
+    rows.
+    """
+    known = adapter.config.extra.get(TOKENS)
+    indices = dict(known) if isinstance(known, Mapping) else {}
+    rows, carried = dict(adapter.rows), dict(adapter.carried)
+    for name, values in adapter.carried.items() if known is None or indices else ():
+        own = values_of(name)
+        if own is None or own.shape != values.shape or values.ndim != 2 or name in rows:
+            continue
+        apart = np.flatnonzero((own.astype(np.float32) != values.astype(np.float32)).any(axis=1))
+        if 0 < len(apart) <= most:
+            rows[name] = Rows(tuple(apart.tolist()), values[apart])
+            indices[name.removesuffix(".weight")] = apart.tolist()
+            del carried[name]
+    if len(rows) == len(adapter.rows):
+        return adapter
+    config = adapter.config
+    config = dataclasses.replace(config, extra={**config.extra, TOKENS: indices})
+    return dataclasses.replace(adapter, rows=rows, carried=carried, config=config)
 
 
 def same_numbers(one: NDArray[Any], other: NDArray[Any]) -> bool:

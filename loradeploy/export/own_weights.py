@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.settle import same_numbers, values_digest, without_copies
+from loradeploy.adapter.fit import MOST_ROWS
+from loradeploy.adapter.settle import same_numbers, values_digest, with_rows, without_copies
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
 
@@ -23,6 +24,8 @@ def settled(
 ) -> dict[str, Adapter]:
     """The adapters without copies of weights of `model`, the base in float32.
 
+    As side inputs, weights that differ from the model's in few rows are these rows.
+
     For a merge, the base weights and rows in the adapter overwrite those of `model` before it is
     traced, for all modules that share them.
 
@@ -38,7 +41,10 @@ def settled(
 
     found = {name: without_copies(adapter, is_own) for name, adapter in adapters.items()}
     if not merge:
-        return found
+        return {
+            name: with_rows(each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS)
+            for name, each in found.items()
+        }
     for name, adapter in found.items():
         overwrite(model, adapter)
         if adapter.factors or adapter.saved:

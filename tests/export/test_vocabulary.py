@@ -17,9 +17,11 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
+from loradeploy.adapter.fit import MOST_ROWS
 from loradeploy.errors import AdapterError, LoraDeployError
 from tests.conftest import once
 from tests.export.reference import difference, onnx_output
+from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
 BASE: Final = 512  # tokens of the tiny models
@@ -181,6 +183,39 @@ def _doubled(adapter: Path, place: Path) -> Path:
     config = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
     return place
+
+
+@pytest.mark.parametrize("changed", [3, 65])
+def test_words_in_spare_rows_are_side_inputs_where_they_are_few(
+    changed: int, bases: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    import peft
+    import torch
+
+    checkpoint, base = bases["llama"]
+    model = _resized(checkpoint, BASE)
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, options).eval()
+    ids = np.array([[5, BASE - 1, BASE - 2, BASE - 3, 44]])
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[-changed:] += torch.randn_like(table.weight[-changed:])
+        expected = made(torch.from_numpy(ids)).logits.numpy()
+    made.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    if changed > MOST_ROWS:
+        with pytest.raises(AdapterError, match=r"differs from the base's: merge it instead"):
+            ld.export(checkpoint, tmp_path / "b", adapters={"a": tmp_path / "a"})
+        return
+    ld.export(checkpoint, tmp_path / "b", adapters={"a": tmp_path / "a"})
+    session = ld.AdapterSession(tmp_path / "b")
+    given = feeds(session.manifest, np.repeat(ids, 2, axis=0))
+    first, other = session.run(["logits"], given, ["a", None])[0]
+    assert difference(first, expected[0]) <= tolerance("torch-onnx-tiny")
+    assert difference(other, onnx_output(base, ids)[0]) <= tolerance("torch-onnx-tiny")
+    assert difference(first, other) > 0.1
 
 
 # -- refusals --------------------------------------------------------------------------------------
