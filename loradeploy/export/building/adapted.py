@@ -1,0 +1,192 @@
+"""A base graph that is given side inputs, and the adapters that come with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
+from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
+from loradeploy.bundle.fit import fit_to
+from loradeploy.bundle.graph_form import (
+    default_of,
+)
+from loradeploy.bundle.manifest import (
+    Manifest,
+)
+from loradeploy.bundle.names import ROWS, SLOTS
+from loradeploy.errors import (
+    ExportError,
+    UsageError,
+    listed,
+    listed_names,
+)
+from loradeploy.export.base import Base, Options
+from loradeploy.export.building.steps import (
+    checked,
+    described,
+    encoder_part,
+    keeping_logits,
+    with_quantized_weights,
+    with_separate_biases,
+)
+from loradeploy.export.match.experts import find_experts
+from loradeploy.export.match.linears import (
+    Findings,
+    Linear,
+    is_head,
+    output_head,
+)
+from loradeploy.export.match.parts import find_parts
+from loradeploy.export.own_weights import graph_digests
+from loradeploy.export.passes.base_weights import GraphWeights
+from loradeploy.export.passes.branches import add_branches, branches_problem
+from loradeploy.export.passes.layout import has_rows, use_row_layout
+from loradeploy.export.passes.side_inputs import (
+    Arrays,
+    SideInputs,
+    inject_side_inputs,
+)
+from loradeploy.export.passes.surgery import rows_problem
+from loradeploy.export.requirements import (
+    choose_changes,
+    choose_embeddings,
+    choose_experts,
+    needs_of,
+)
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logger_of(__name__)
+
+
+def with_side_inputs(
+    base: Base, findings: Findings, options: Options
+) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
+    parts = find_parts(base.graph)
+    own_weights = base.own_weights
+    if not own_weights and base.before is None:
+        own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
+    needs = needs_of(
+        options.adapters.values(),
+        options.side_inputs,
+        base.before,
+        embeddings_of=[module for module, part in parts.items() if part.kind == "embedding"],
+        own_weights=own_weights,
+    )
+    _check_form_of_halves(base, options)
+    findings = with_separate_biases(base, findings, options, needs.changed)
+    targets, heads = _split(base, findings, options.adapters.values(), needs.tokens)
+    parts = find_parts(base.graph)
+    graph = base.graph.graph
+    embeddings = choose_embeddings(graph, parts, needs)
+    experts = choose_experts(find_experts(base.graph), needs)
+    changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
+    if not targets and not heads:
+        raise ExportError(
+            "no linear layer of the graph was identified as a module of the checkpoint"
+            + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
+        )
+    # A bias of zeros leaves no trace in a graph.
+    known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
+    biased = [head.module for head in heads if f"{head.module}.bias" in known]
+    layers = len(targets) + len(heads) + len(embeddings) + len(experts)
+    logger.info("giving %d layers side inputs", layers)
+    added = inject_side_inputs(
+        base.graph,
+        targets,
+        heads,
+        biased=biased,
+        embeddings=embeddings,
+        experts=experts,
+        changes=changes,
+    )
+    manifest = dataclasses.replace(
+        described(base, "side-inputs"),
+        targets=added.targets,
+        saved=tuple(
+            dataclasses.replace(saved, lacking=saved.parameter in base.lacking)
+            for saved in added.saved
+        ),
+        changed=added.changed,
+        factor_dtype=added.dtype,
+        own_weights=own_weights,
+        submodels=base.submodels,
+        base_prefix=base.base_prefix if base.submodels else "",
+    )
+    adapters = {}
+    for name, adapter in options.adapters.items():
+        with checked(name, graph):
+            adapters[name] = fit_to(adapter, manifest, base.called)
+    # Before the weights are quantized: DoRA's scales are computed from them.
+    weights = GraphWeights(graph, added.biases)
+    arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
+    manifest = with_quantized_weights(base, manifest)
+    if (layout := options.layout or _layout(base, options.target)) == ROWS:
+        use_row_layout(graph)
+    # Branches cost no memory where weights are quantized: those are shared between them.
+    shared = default_of("branches", base.precision, options.target)
+    manifest = keeping_logits(base, manifest, options)
+    if branches := (
+        shared and branches_problem(graph) is None and not encoder_part(base)
+        if options.branches is None
+        else options.branches
+    ):
+        add_branches(graph)
+    manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
+    return manifest, added, adapters, arrays
+
+
+def _check_form_of_halves(base: Base, options: Options) -> None:
+    """Refuse the forms that a graph in two halves does not have."""
+    for name, asked in (
+        ("branches", options.branches),
+        ("required_inputs", options.required_inputs),
+    ):
+        if asked and encoder_part(base):
+            raise UsageError(
+                f"`{name}` is not for encoder-decoders, which are two graphs: leave it out"
+            )
+
+
+def _layout(base: Base, target: str | None) -> str:
+    """Rows where they are the default, and the graph can have them."""
+    layout: str = default_of("layout", base.precision, target)
+    return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
+
+
+def _split(
+    base: Base, findings: Findings, adapters: Iterable[Adapter], tokens: Collection[str]
+) -> tuple[list[Linear], list[Linear]]:
+    """The linears that take factors, and those that are replaced whole.
+
+    `tokens`: those that take factors for trained rows.
+    """
+    targeted = {*tokens, *(module for adapter in adapters for module in adapter.factors)}
+    saved = base.replaced | {
+        name.removesuffix(".weight") for adapter in adapters for name in adapter.saved
+    }
+    head = output_head(base.graph, findings)
+    targets, heads, left = [], [], []
+    for module, linear in findings.linears.items():
+        classifies = base.task in CLASSIFICATIONS and is_head(module)
+        if module not in targeted and (classifies or module in saved):
+            heads.append(linear)
+            continue
+        # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
+        if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in targeted:
+            continue
+        # Rows that are not the batch's take no factors: left alone, unless one wants them.
+        problem = rows_problem(base.graph.graph, linear.nodes, linear.module)
+        if problem is None:
+            targets.append(linear)
+        elif module in targeted:
+            raise problem
+        else:
+            left.append(str(problem))
+    if left:
+        logger.warning("left as it is: %s", listed(left))
+    return targets, heads

@@ -1,0 +1,208 @@
+"""A bundle's content, from each kind of source: found, checked, then operated on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
+from loradeploy.adapter.names import named_as
+from loradeploy.adapter.parts import own_part
+from loradeploy.adapter.renamings import renamings
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.graph_form import (
+    BFLOAT16,
+    GQA,
+    STANDARD,
+    form_of,
+)
+from loradeploy.bundle.labels import output_count
+from loradeploy.bundle.manifest import (
+    Manifest,
+)
+from loradeploy.bundle.names import CONFIG_NAME, PAST
+from loradeploy.bundle.run_target import check_runs, choice_of
+from loradeploy.errors import (
+    ExportError,
+    ModelError,
+    UsageError,
+    listed_names,
+)
+from loradeploy.export.base import Base, Options, from_checkpoint, from_graph
+from loradeploy.export.building.adapted import with_side_inputs
+from loradeploy.export.building.merged import merged, with_resized_vocabulary
+from loradeploy.export.building.steps import modules_of
+from loradeploy.export.given_adapters import (
+    label_count,
+    label_names,
+    named,
+)
+from loradeploy.export.graph.file import (
+    outputs,
+    required_inputs,
+)
+from loradeploy.export.match.linears import (
+    Findings,
+    find_linears,
+)
+from loradeploy.export.match.observe import observe
+from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
+from loradeploy.export.passes.bf16 import store_as_bfloat16
+from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
+from loradeploy.export.passes.side_inputs import (
+    Arrays,
+    SideInputs,
+)
+from loradeploy.export.passes.static_shapes import use_static_shapes
+from loradeploy.export.read.source import Source
+from loradeploy.export.read.third_party import (
+    assets_of,
+    find_modules,
+    settings_beside,
+)
+from loradeploy.export.write import Content, with_labels, with_vocabulary
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logger_of(__name__)
+
+
+def build(source: Source, options: Options) -> tuple[Manifest, Content]:
+    """The manifest and content of the bundle for `source`.
+
+    Cheap checks come first: an adapter that does not fit is refused before anything is traced.
+    """
+    digests = {name: adapter.digest for name, adapter in options.adapters.items()}
+    base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
+    options = dataclasses.replace(options, adapters=base.adapters)
+    _choose_attention(base, options.attention or _attention_of_target(base, options.target))
+    findings = (
+        find_linears(base.graph)
+        if source.graph is None
+        else find_modules(
+            base.graph, source.graph.parent, options.evidence, options.adapters.values()
+        )
+    )
+    if source.graph is not None:
+        modules = modules_of(base.graph, findings)
+        rules = partial(renamings, base.submodels, base.base_prefix)
+        adapters = {}
+        for name, adapter in options.adapters.items():
+            with named(name):
+                adapters[name] = named_as(own_part(adapter, base.other_part), modules, rules)
+        options = dataclasses.replace(options, adapters=adapters)
+    if unknown := findings.unidentified:
+        logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
+    added: SideInputs | None = None
+    fitted: Mapping[str, Adapter] = {}
+    arrays: Mapping[str, Arrays] = {}
+    if source.graph is not None:
+        base, findings = with_resized_vocabulary(base, findings, options)
+    if options.merge:
+        manifest = merged(base, findings, options, digests)
+    else:
+        if source.graph is not None:
+            settings = settings_beside(source.directory, options.evidence.checkpoint)
+            observe(
+                base.graph, _observed_values(base.graph, findings), source.graph.parent, settings
+            )
+        manifest, added, fitted, arrays = with_side_inputs(base, findings, options)
+    if base.precision == BFLOAT16:
+        store_as_bfloat16(base.graph.graph)
+    if options.fixed:
+        use_static_shapes(base.graph.graph, options.fixed)
+        inputs, given = required_inputs(base.graph), outputs(base.graph)
+        manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
+    manifest = dataclasses.replace(manifest, target=options.target)
+    check_runs(
+        options.target,
+        {
+            **dataclasses.asdict(form_of(manifest)),
+            "required_inputs": bool(options.required_inputs),
+            "cache": next((s.dtype for s in manifest.inputs if s.name.startswith(PAST)), None),
+        },
+    )
+    settings = settings_beside(source.directory, options.evidence.checkpoint)
+    count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
+    if count is not None:
+        count = output_count(manifest, settings) or count
+    headless = options.merge or any(LABELED.fullmatch(name) for name in base.lacking)
+    config = with_labels(settings, count, label_names(options.adapters) if headless else None)
+    if base.task == SEQUENCE_CLASSIFICATION:
+        manifest, config = _with_problem(manifest, config, options.adapters)
+    if config and base.pad is not None:
+        config["pad_token_id"] = base.pad
+    if base.vocabulary is not None:
+        config = with_vocabulary(config, base.vocabulary)
+    return manifest, Content(
+        graph=base.graph,
+        assets=assets_of(source.assets, options.evidence.checkpoint),
+        config=config,
+        adapters=fitted,
+        side_inputs=arrays,
+        defaults={} if added is None else added.defaults,
+        biases={} if added is None else added.biases,
+        required=bool(options.required_inputs),
+        source=base.source,
+        directories={} if options.merge else options.directories,
+        merged=options.directories if options.merge else {},
+        recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
+    )
+
+
+def _with_problem(
+    manifest: Manifest, config: dict[str, Any], adapters: Mapping[str, Adapter]
+) -> tuple[Manifest, dict[str, Any]]:
+    """What the outputs of a classifier's own head are, or of the merged adapter's."""
+    stated = stated_problem(config, CONFIG_NAME, error=ModelError)
+    count = output_count(manifest, config)
+    if manifest.merged_adapter is None:
+        return dataclasses.replace(manifest, problem_type=stated or usual_problem(count)), config
+    (adapter,) = adapters.values()
+    problem = problem_of(adapter, stated, count)
+    entry = dataclasses.replace(manifest.merged_adapter, problem_type=problem)
+    manifest = dataclasses.replace(manifest, problem_type=problem, merged_adapter=entry)
+    return manifest, {**config, "problem_type": problem} if config else config
+
+
+def _choose_attention(base: Base, attention: str | None) -> None:
+    """Give the graph the attention that is asked for, where it has another."""
+    if attention == STANDARD and has_grouped_attention(base.graph):
+        raise ExportError(
+            '`attention="standard"`: the graph has GroupQueryAttention, which cannot be made'
+            " ONNX's Attention again: export the checkpoint"
+        )
+    if attention == GQA and not keeps_cache(base.graph):
+        if base.task != CAUSAL_LM:
+            raise UsageError(f'`attention="gqa"` is for decoders with a cache, not for {base.task}')
+        group_queries(base.graph)
+
+
+def _attention_of_target(base: Base, target: str | None) -> str | None:
+    """The attention that the target chooses for a decoder with a cache."""
+    cached = any(str(value.name).startswith(PAST) for value in base.graph.graph.inputs)
+    if base.task != CAUSAL_LM or not cached:
+        return None
+    chosen: str | None = choice_of(target, "attention", base.precision)
+    return chosen
+
+
+def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
+    """The values whose rows tell whether side inputs can have rows of their own."""
+    for linear in findings.linears.values():
+        for node in linear.nodes:
+            yield output_of(node)
+            if (repeated := repeated_for_rows(output_of(node))) is not None:
+                yield repeated
+            if (x := input_of(node)) is not None:
+                yield x
+    for part in find_parts(model).values():
+        for node in part.nodes:
+            yield from (value for value in (*node.inputs[:2], node.outputs[0]) if value is not None)

@@ -1,0 +1,118 @@
+"""A base graph with an adapter merged into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, get_args
+
+from loradeploy.adapter.adapter import Kind
+from loradeploy.adapter.settle import without_idle
+from loradeploy.adapter.vocabulary import refuse_resized, resized_vocabulary
+from loradeploy.bundle.graph_form import (
+    BFLOAT16,
+    PACKED_BITS,
+)
+from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.manifest import (
+    AdapterEntry,
+    Manifest,
+)
+from loradeploy.export.base import Base, Options
+from loradeploy.export.building.steps import (
+    checked,
+    described,
+    keeping_logits,
+    modules_of,
+    with_quantized_weights,
+    with_separate_biases,
+)
+from loradeploy.export.given_adapters import (
+    check_brought,
+    named,
+)
+from loradeploy.export.match.linears import (
+    Findings,
+    find_linears,
+)
+from loradeploy.export.match.norm_forms import check_known
+from loradeploy.export.match.weights import to_bfloat16
+from loradeploy.export.merge import merge_adapter
+from loradeploy.export.merge_error import Round, warn_of
+from loradeploy.export.passes.fuse import fuse_products
+from loradeploy.export.passes.quantize import rounded
+from loradeploy.export.passes.vocabulary import resize_vocabulary, vocabulary_in
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    pass
+
+logger = logger_of(__name__)
+
+
+def merged(
+    base: Base, findings: Findings, options: Options, digests: Mapping[str, str]
+) -> Manifest:
+    ((name, given),) = options.adapters.items()
+    adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
+    adapter = without_idle(adapter, modules_of(base.graph, findings))
+    check_brought(name, adapter, base.lacking)
+    whole = {**adapter.carried, **adapter.saved}
+    check_known(base.graph, whole)
+    findings = with_separate_biases(base, findings, options, ())
+    logger.info("merging %s", name)
+    with checked(name, base.graph.graph):
+        report = merge_adapter(
+            base.graph,
+            findings.linears,
+            adapter,
+            weights=base.weights,
+            rounding=_rounding(base),
+            requantize=options.requantize,
+            name=base.called,
+            digest=base.identity.digest if base.identity.kind == "checkpoint" else None,
+        )
+    warn_of(report.error, base.precision)
+    for module in report.untied:
+        logger.info("%s shares its weight and got a copy of its own", module)
+    fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
+    manifest = dataclasses.replace(
+        described(base, "merged"),
+        merged_adapter=AdapterEntry(digests[name], labels=adapter.labels),
+        merge_error=report.error,
+        requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
+    )
+    return keeping_logits(base, with_quantized_weights(base, manifest), options)
+
+
+def with_resized_vocabulary(
+    base: Base, findings: Findings, options: Options
+) -> tuple[Base, Findings]:
+    """The base and its findings with the vocabulary of the adapter that is to be merged.
+
+    Raises:
+        AdapterMismatchError: it is another one than the base's, and the adapter not to be merged.
+    """
+    before = vocabulary_in(base.graph, findings) if options.adapters else None
+    if before is None:
+        return base, findings
+    size = None
+    for name, adapter in options.adapters.items():
+        with named(name):
+            if options.merge:
+                size = resized_vocabulary(adapter, before)
+            else:
+                refuse_resized(adapter, before)
+    if size is None:
+        return base, findings
+    findings = resize_vocabulary(base.graph, findings, size)
+    return dataclasses.replace(base, vocabulary=size), findings
+
+
+def _rounding(base: Base) -> dict[str, Round]:
+    """What becomes of merged weights once they are stored, by kind of layer."""
+    if base.precision == BFLOAT16:
+        return dict.fromkeys(get_args(Kind), to_bfloat16)
+    bits = PACKED_BITS.get(base.precision)
+    return {} if bits is None or base.quantized else {"linear": partial(rounded, bits=bits)}

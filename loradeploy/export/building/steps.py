@@ -1,0 +1,144 @@
+"""What is done to a base graph whether an adapter is merged into it or given as side inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.bundle.graph_form import (
+    BIAS,
+    DORA,
+    PACKED_BITS,
+    default_of,
+)
+from loradeploy.bundle.manifest import (
+    EncoderGraph,
+    Manifest,
+)
+from loradeploy.errors import (
+    AdapterMismatchError,
+    listed_names,
+    shortened,
+)
+from loradeploy.export.base import Base, Options
+from loradeploy.export.given_adapters import (
+    named,
+)
+from loradeploy.export.graph.file import (
+    opset_of,
+    outputs,
+    required_inputs,
+)
+from loradeploy.export.graph.halves import encoder_of
+from loradeploy.export.match.biases import separate_biases
+from loradeploy.export.match.experts import find_experts
+from loradeploy.export.match.linears import (
+    Findings,
+    is_head,
+)
+from loradeploy.export.match.operators import unreached
+from loradeploy.export.match.parts import find_parts
+from loradeploy.export.passes.gqa import keeps_cache
+from loradeploy.export.passes.kept_logits import add_logits_to_keep, logits_to_keep_problem
+from loradeploy.export.passes.quantize import quantize
+from loradeploy.export.read.third_party import (
+    padding_of,
+)
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+logger = logger_of(__name__)
+
+
+def modules_of(model: ir.Model, findings: Findings) -> set[str]:
+    """The names of all that an adapter may have factors for."""
+    return {*findings.linears, *find_parts(model), *find_experts(model)}
+
+
+def with_separate_biases(
+    base: Base, findings: Findings, options: Options, changed: Iterable[str]
+) -> Findings:
+    """The findings once the biases that adapters change are additions of their own."""
+    modules = {*changed, *(m for m in findings.linears if is_head(m))}
+    for adapter in options.adapters.values():
+        modules |= {name.rpartition(".")[0] for name in adapter.saved}
+    if BIAS in options.side_inputs or DORA in options.side_inputs:
+        modules |= findings.linears.keys()
+    linears = separate_biases(base.graph.graph, findings.linears, modules)
+    return dataclasses.replace(findings, linears=linears)
+
+
+def keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest:
+    """The manifest of the graph once the positions that get logits can be chosen.
+
+    Raises:
+        ExportError: that is asked for, and the graph cannot have it.
+    """
+    asked, graph = options.logits_to_keep, base.graph.graph
+    if asked is None:
+        wanted = default_of("logits_to_keep", base.precision, options.target)
+        # A merged graph has no inputs but the model's own, unless it is asked for.
+        if base.task != CAUSAL_LM or options.fixed or not wanted or options.merge:
+            return manifest
+        if (problem := logits_to_keep_problem(graph, manifest)) is not None:
+            logger.info("the logits are of all positions: %s", problem)
+            return manifest
+    elif not asked:
+        return manifest
+    add_logits_to_keep(graph, manifest)
+    return dataclasses.replace(manifest, logits_to_keep=True, outputs=outputs(base.graph))
+
+
+@contextmanager
+def checked(name: str, graph: ir.Graph) -> Iterator[None]:
+    """`named`, with the operators of the graph that take no adapters, where one does not fit."""
+    try:
+        with named(name):
+            yield
+    except AdapterMismatchError as problem:
+        others = [f"{op} ({count})" for op, count in unreached(graph).items()]
+        if not others:
+            raise
+        raise AdapterMismatchError(
+            f"{shortened(str(problem), 180)}; layers in {listed_names(others, 2)} take no adapters:"
+            " give the graph as it was before its operators were fused or quantized"
+        ) from None
+
+
+def described(base: Base, mode: Any) -> Manifest:
+    return Manifest(
+        task=base.task,
+        mode=mode,
+        base=base.identity,
+        precision=base.precision,
+        opset=opset_of(base.graph),
+        inputs=required_inputs(base.graph),
+        outputs=outputs(base.graph),
+        padding=padding_of(base.graph),
+        cache_in_place=keeps_cache(base.graph),
+        embeds=base.embeds,
+        other_part=base.other_part,
+        encoder=encoder_part(base),
+    )
+
+
+def encoder_part(base: Base) -> EncoderGraph | None:
+    """The encoder's part of an encoder-decoder's graph, where it is a part of its own."""
+    if base.task != SEQ2SEQ_LM:
+        return None
+    return encoder_of(required_inputs(base.graph), outputs(base.graph))
+
+
+def with_quantized_weights(base: Base, manifest: Manifest) -> Manifest:
+    """The manifest with quantized weights, where they are to be and are not yet."""
+    bits = PACKED_BITS.get(base.precision)
+    if bits is None or base.quantized:
+        return manifest
+    logger.info("quantizing the weights to %s", base.precision)
+    return quantize(base.graph, manifest, bits)
