@@ -66,6 +66,11 @@ logger = logger_of(__name__)
 def with_side_inputs(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
+    """Give the base side inputs: its manifest, what was added, the adapters and their arrays.
+
+    Raises:
+        AdapterError: an adapter does not fit. ExportError: nothing in the graph takes factors.
+    """
     parts = find_parts(base.graph)
     own_weights = base.own_weights
     if not own_weights and base.before is None:

@@ -54,6 +54,11 @@ logger = logger_of(__name__)
 def merged(
     base: Base, findings: Findings, options: Options, digests: Mapping[str, str]
 ) -> Manifest:
+    """Merge the one adapter of the options into the base; the manifest of the merged graph.
+
+    Raises:
+        AdapterError: it does not fit.
+    """
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
     adapter = without_idle(adapter, modules_of(base.graph, findings))

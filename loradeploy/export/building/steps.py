@@ -112,6 +112,7 @@ def checked(name: str, graph: ir.Graph) -> Iterator[None]:
 
 
 def described(base: Base, mode: Any) -> Manifest:
+    """The manifest of the base as it is, for a bundle of this mode."""
     return Manifest(
         task=base.task,
         mode=mode,
