@@ -6,7 +6,7 @@ parity   a bundle against PyTorch, and the verdict             (needs both)
 compare  any two models against each other
 AdapterSession, TextGenerator, Engine, TextClassifier,         the runtime; numpy and
 TextPairScorer, TokenClassifier, TextEmbedder,                 onnxruntime are all it needs
-SpeechRecognizer
+SpeechRecognizer, ImageClassifier, ImageEmbedder
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.entities import Entity
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
     from loradeploy.runtime.tasks.image_text import ImageTextGenerator
-    from loradeploy.runtime.tasks.images import ImageClassifier
+    from loradeploy.runtime.tasks.images import ImageClassifier, ImageEmbedder
     from loradeploy.runtime.tasks.pairs import RankedDocument, TextPairScorer
     from loradeploy.runtime.tasks.speech import Segment, SpeechRecognizer, Transcript
     from loradeploy.runtime.tasks.streaming import TextPiece
@@ -106,6 +106,7 @@ __all__ = [
     "GenerationOptions",
     "GraphForm",
     "ImageClassifier",
+    "ImageEmbedder",
     "ImageTextGenerator",
     "Limit",
     "LoraDeployError",
@@ -179,6 +180,7 @@ _LAZY = {
     "TextGenerator": "loradeploy.runtime.tasks.generation",
     "ImageClassifier": "loradeploy.runtime.tasks.images",
     "ImageTextGenerator": "loradeploy.runtime.tasks.image_text",
+    "ImageEmbedder": "loradeploy.runtime.tasks.images",
     "RankedDocument": "loradeploy.runtime.tasks.pairs",
     "TextPairScorer": "loradeploy.runtime.tasks.pairs",
     "Segment": "loradeploy.runtime.tasks.speech",

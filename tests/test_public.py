@@ -36,6 +36,7 @@ PUBLIC = [
     "GenerationOptions",
     "GraphForm",
     "ImageClassifier",
+    "ImageEmbedder",
     "ImageTextGenerator",
     "Limit",
     "LoraDeployError",

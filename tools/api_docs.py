@@ -25,7 +25,7 @@ ROOMS: Final = {
         "TokenLogprob", "TextScore", "TextClassifier", "Classification",
         "TextPairScorer", "RankedDocument", "TokenClassifier", "TokenClassification", "Entity",
         "SpeechRecognizer", "Transcript", "Segment",
-        "TextEmbedder", "ImageClassifier", "ImageTextGenerator",
+        "TextEmbedder", "ImageClassifier", "ImageEmbedder", "ImageTextGenerator",
     ),
     "Serve": (
         "Engine", "Submission", "GenerationEvent", "Completion", "Usage", "EngineStatistics",

@@ -90,6 +90,7 @@ class Adapter:
     `labels`: label names of a classifier in the order of its outputs, if known.
     `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known;
     of any classifier `heads.UNDECLARED`, if its head is one whose answers nothing declares.
+    `base_class`: the class of the model that PEFT wrapped, if its config names it.
 
     Raises:
         AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.
@@ -103,6 +104,7 @@ class Adapter:
     carried: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
     problem_type: str | None = None
+    base_class: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.factors or self.saved or self.carried or self.rows):

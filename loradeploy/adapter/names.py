@@ -92,7 +92,7 @@ def named_as(
     logger.info(
         "modules of the adapter are renamed for this base: %s is %s, and so on", first, final[first]
     )
-    return _with_names(adapter, final)
+    return with_names(adapter, final)
 
 
 def _renamed(name: str, rules: Sequence[Renaming]) -> str:
@@ -151,7 +151,9 @@ def _spelled(name: str, prefixes: Prefixes) -> str:
     return after + name.removeprefix(before)
 
 
-def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+def with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """`adapter` with its modules and parameters renamed; `names` has all of them."""
+
     def renamed(values: Mapping[str, _Value]) -> dict[str, _Value]:
         return {names[name]: value for name, value in values.items()}
 

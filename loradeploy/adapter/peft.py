@@ -98,7 +98,12 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             label_count(adapter),
             sequences=task is None or task.name == SEQUENCE_CLASSIFICATION,
         )
-        return dataclasses.replace(adapter, labels=head.labels, problem_type=head.problem_type)
+        return dataclasses.replace(
+            adapter,
+            labels=head.labels,
+            problem_type=head.problem_type,
+            base_class=_base_class(values),
+        )
     except AdapterError as problem:
         raise AdapterError(f"{weights}: {problem}") from None
 
@@ -118,6 +123,13 @@ def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
         return values, AdapterConfig.from_peft(values)
     except AdapterError as problem:
         raise AdapterError(f"{weights.parent}: {problem}") from None
+
+
+def _base_class(config: Mapping[str, Any]) -> str | None:
+    """The class of the model that was wrapped, which PEFT writes where no task_type says it."""
+    mapping = config.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:

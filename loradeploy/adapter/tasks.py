@@ -11,6 +11,7 @@ SEQUENCE_CLASSIFICATION: Final = "sequence-classification"
 FEATURE_EXTRACTION: Final = "feature-extraction"
 TOKEN_CLASSIFICATION: Final = "token-classification"
 IMAGE_CLASSIFICATION: Final = "image-classification"
+IMAGE_FEATURE_EXTRACTION: Final = "image-feature-extraction"
 SEQ2SEQ_LM: Final = "seq2seq-lm"
 VISION_TOWER: Final = "vision-tower"
 QUESTION_ANSWERING: Final = "question-answering"
@@ -100,6 +101,13 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             runner="ImageClassifier",
         ),
         Task(
+            IMAGE_FEATURE_EXTRACTION,
+            "AutoModel",
+            "last_hidden_state",
+            None,
+            runner="ImageEmbedder",
+        ),
+        Task(
             SEQ2SEQ_LM,
             "AutoModelForSeq2SeqLM",
             "logits",
@@ -130,6 +138,10 @@ TRAINED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.t
 EVALUATED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.evaluated)
 # Their models end in a classifier head, which adapters replace.
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
+# Their rows are images.
+IMAGES: Final = (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, VISION_TOWER)
+# Their models end in vectors.
+FEATURES: Final = (FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION)
 # PEFT's task_type in an adapter's config, by which PEFT selects the class that wraps a model.
 PEFT_TASKS: Final = {n: peft for n in TASKS if (peft := TASK_TABLE[n].peft) is not None}
 

@@ -13,6 +13,7 @@ from loradeploy.adapter.names import named_as
 from loradeploy.adapter.parts import own_part
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.settle import values_digest, without_copies, without_idle
+from loradeploy.adapter.towers import tower_part
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
@@ -47,11 +48,13 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     Modules are renamed to those of the graph. Copies of the base's weights, and zero factors of
     modules that the graph lacks, are removed. A base weight in the adapter's file that is a side
     input here becomes a fully trained parameter, unless another module may share the weight, which
-    would not get the side input. For a merged bundle the adapter is returned unchanged.
+    would not get the side input. Of an adapter of two towers the bundle's is taken. For a merged
+    bundle the adapter is returned otherwise unchanged.
 
     Raises:
         AdapterMismatchError: the modules of the adapter match those of the graph in several ways.
     """
+    adapter = tower_part(adapter, manifest.tower)
     if manifest.mode == "merged":
         return adapter
     adapter = named_as(

@@ -15,6 +15,7 @@ import numpy as np
 from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.renamings import Submodel
 from loradeploy.adapter.tasks import TASKS
+from loradeploy.adapter.towers import TOWERS
 from loradeploy.bundle.fields import LARGEST, BaseKind, Mode, digests, json_object, noun, nouns
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
@@ -155,6 +156,8 @@ class Manifest:
     merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
     `encoder`: of an encoder-decoder with a cache, what of it is in encoder.onnx; None of a graph in
     one piece.
+    `tower`: of a model with a tower for texts and one for images, which the graph is: "text" or
+    "image"; None of other models (`adapter.towers`).
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
     that get logits (export/passes/kept_logits.py); without a feed all do.
     `embeds`: the optional inputs with which a decoder of images and text takes embeddings in the
@@ -196,6 +199,7 @@ class Manifest:
     logits_to_keep: bool = False
     embeds: tuple[TensorSpec, ...] = ()
     other_part: tuple[str, ...] = ()
+    tower: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -386,6 +390,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: padding is {shown(manifest.padding)}, not left, right or none"
         )
+    if manifest.tower not in (None, *TOWERS):
+        raise BundleError(f"{MANIFEST_NAME}: tower is {shown(manifest.tower)}, not text or image")
     entries = [*manifest.adapters.values(), *filter(None, [manifest.merged_adapter])]
     for problem_type in (manifest.problem_type, *(entry.problem_type for entry in entries)):
         if problem_type not in (None, *PROBLEM_TYPES):

@@ -28,6 +28,9 @@ LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
+POOLER_OUTPUT: Final = "pooler_output"  # float [batch, size]
+TEXT_EMBEDS: Final = "text_embeds"  # float [batch, size]
+IMAGE_EMBEDS: Final = "image_embeds"  # float [batch, size]
 PAST: Final = "past_key_values."  # {i}.key and {i}.value: float [batch, heads, past, size]
 PRESENT: Final = "present."
 # Of an encoder-decoder's layer, the parts of its two caches: {i}.decoder.key, {i}.encoder.key, …

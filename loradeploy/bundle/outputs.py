@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import (
-    FEATURE_EXTRACTION,
+    FEATURES,
     IMAGE_CLASSIFICATION,
     SEQUENCE_CLASSIFICATION,
     VISION_TOWER,
 )
-from loradeploy.bundle.names import IMAGE_FEATURES, LAST_HIDDEN_STATE, LOGITS, PRESENT
+from loradeploy.bundle.names import (
+    IMAGE_EMBEDS,
+    IMAGE_FEATURES,
+    LAST_HIDDEN_STATE,
+    LOGITS,
+    PRESENT,
+    TEXT_EMBEDS,
+)
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -22,7 +29,10 @@ HIDDEN_NAMES: Final = (
     *("token_embeddings", "hidden_states", "encoder_last_hidden_state"),
 )
 LOGITS_NAMES: Final = (LOGITS, "lm_logits", "prediction_logits")
-_NAMES: Final = {FEATURE_EXTRACTION: HIDDEN_NAMES, VISION_TOWER: (IMAGE_FEATURES,)}
+_NAMES: Final = {
+    **dict.fromkeys(FEATURES, (TEXT_EMBEDS, IMAGE_EMBEDS, *HIDDEN_NAMES)),
+    VISION_TOWER: (IMAGE_FEATURES,),
+}
 _ONE_PER_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 
@@ -42,7 +52,7 @@ def main_output(task: str, ranks: Mapping[str, int | None]) -> str | None:
     fitting = [name for name, rank in others.items() if rank == expected_rank]
     if len(fitting) == 1:
         return fitting[0]
-    if task == FEATURE_EXTRACTION and len(others) == 1 and not fitting:
+    if task in FEATURES and len(others) == 1 and not fitting:
         return next(iter(others))
     return None
 

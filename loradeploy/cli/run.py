@@ -17,6 +17,7 @@ from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
+    IMAGE_FEATURE_EXTRACTION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
@@ -149,11 +150,11 @@ def command(
 
     Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
     entities of token classifiers; a vector from embedding models; the transcript of a WAV file from
-    speech recognizers, and the labels of an image, PROMPT being the path. Of a file each result is
-    one line, in which a line break is written \\n; --json has the texts as they are, those of
-    decoders with their tokens and why they ended. Lines of a file may each name their own adapter
-    and settings: they share batches. On a terminal, characters of a text that would act on it are
-    escaped; a pipe gets them.
+    speech recognizers, and the labels or the vector of an image, PROMPT being the path. Of a file
+    each result is one line, in which a line break is written \\n; --json has the texts as they are,
+    those of decoders with their tokens and why they ended. Lines of a file may each name their own
+    adapter and settings: they share batches. On a terminal, characters of a text that would act on
+    it are escaped; a pipe gets them.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt
@@ -290,8 +291,14 @@ def _embed(
         _texts(prompts), adapters, prompt_name=prompt_name, batch_size=batch_size
     )
     for text, adapter, row in zip(prompts, adapters, vectors, strict=True):
-        vector = [float(f"{value:.7g}") for value in row]
-        printer.result(json.dumps(vector), {"text": text, "embedding": vector, "adapter": adapter})
+        _print_vector(printer, row, {"text": text}, adapter)
+
+
+def _print_vector(
+    printer: Printer, row: Any, given: Mapping[str, Any], adapter: AdapterSpec | None
+) -> None:
+    vector = [float(f"{value:.7g}") for value in row]
+    printer.result(json.dumps(vector), {**given, "embedding": vector, "adapter": adapter})
 
 
 def _classify_images(
@@ -309,8 +316,23 @@ def _classify_images(
         printer.result(_answer(result), values)
 
 
+def _embed_images(
+    session: AdapterSession,
+    prompts: Sequence[Any],
+    adapters: Sequence[AdapterSpec | None],
+    batch_size: int,
+    printer: Printer,
+) -> None:
+    from loradeploy.runtime.tasks.images import ImageEmbedder
+
+    vectors = ImageEmbedder(session)(_texts(prompts), adapters, batch_size=batch_size)
+    for image, adapter, row in zip(prompts, adapters, vectors, strict=True):
+        _print_vector(printer, row, {"image": image}, adapter)
+
+
 _TASKS: Final[Mapping[str, Callable[..., None]]] = {
     IMAGE_CLASSIFICATION: _classify_images,
+    IMAGE_FEATURE_EXTRACTION: _embed_images,
     CAUSAL_LM: generate,
     SEQ2SEQ_LM: generate,
     SEQUENCE_CLASSIFICATION: _classify,

@@ -52,8 +52,8 @@ def export(
             fp32), int8 or int4. An ONNX file keeps its own.
         task: one of `loradeploy.adapter.tasks` (causal-lm, sequence-classification,
             token-classification, feature-extraction, seq2seq-lm, image-classification,
-            vision-tower). It is needed where neither the adapters nor the model's architecture
-            declare it.
+            vision-tower, image-feature-extraction). It is needed where neither the adapters nor the
+            model's architecture declare it, and chooses the tower of CLIP and SigLIP.
         side_inputs: kinds of side inputs that every layer gets in addition to those that the given
             adapters need, for adapters that come later: dora, bias, embedding, tokens,
             experts (lora is always there).

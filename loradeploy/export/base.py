@@ -16,10 +16,12 @@ from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
+    IMAGE_FEATURE_EXTRACTION,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
     VISION_TOWER,
 )
+from loradeploy.adapter.towers import tower_part
 from loradeploy.adapter.vocabulary import refuse_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import DEFAULT_PRECISION, is_packed
@@ -76,6 +78,7 @@ from loradeploy.export.read.third_party import (
 )
 from loradeploy.export.tasks import choose_task, task_of_graph
 from loradeploy.export.texts import check_recipe, makes_vectors
+from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.lora.base_formats import check_unquantized
@@ -129,6 +132,7 @@ class Base:
     `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
     `source`: what the bundle is to be compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
+    `tower`: of a two-tower model, which; `config`: the tower's own configuration.
     `called`: what a message about an adapter that does not fit calls it.
     `embeds`, `other_part`: as in the manifest.
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
@@ -150,6 +154,8 @@ class Base:
     own_weights: Mapping[str, str] = field(default_factory=dict)
     submodels: tuple[Submodel, ...] = ()
     base_prefix: str = ""
+    tower: str | None = None
+    config: Mapping[str, Any] | None = None
     called: str = "this base model"
     vocabulary: int | None = None
     embeds: tuple[TensorSpec, ...] = ()
@@ -164,6 +170,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     """
     from loradeploy.export.trace import answers, load_model, trace
     from loradeploy.export.trace.image_text import other_part, vision_part
+    from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
     from loradeploy.lora.vocabulary import resize_for, vocabulary_of
@@ -171,11 +178,17 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     adapters = options.adapters
     trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_unquantized(source.directory, names=[source.name, *trained_on])
-    task = choose_task(read_config(source.directory), options.task, adapters.values())
+    given = read_config(source.directory)
+    task = choose_task(given, options.task, adapters.values())
     declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
     if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
         task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
-    check_recipe([source.directory, *options.directories.values()], task)
+    kind = tower_kind(given, task)
+    if kind is None:  # a tower's own vector is a text's
+        check_recipe([source.directory, *options.directories.values()], task)
+    for name, adapter in adapters.items():
+        with named(name):
+            adapters = {**adapters, name: tower_part(adapter, None if kind is None else kind.tower)}
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
     identity = BaseIdentity(source.name, digest, "checkpoint")
@@ -220,6 +233,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     config: Any = model.config
     graph = trace(model, task)
     embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
+    _check_rank(outputs(graph), task, type(model).__name__)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(
         graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
@@ -249,7 +263,19 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         vocabulary=vocabulary,
         embeds=embeds,
         other_part=others,
+        tower=None if kind is None else kind.tower,
+        config=None if kind is None else tower_config(model),
     )
+
+
+def _check_rank(given: Iterable[TensorSpec], task: str, model: str) -> None:
+    """Raise ExportError where the states of an image are maps, not one state a position."""
+    for spec in given:
+        if task == IMAGE_FEATURE_EXTRACTION and len(spec.shape) > 3:
+            raise ExportError(
+                f"{model} gives {spec.name} of {len(spec.shape)} dimensions for an image, which is"
+                f" not supported: {task} is for transformers with a state for each patch"
+            )
 
 
 def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter]) -> int:
@@ -363,6 +389,7 @@ def from_graph(source: Source, options: Options) -> Base:
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
+        tower=None if source.manifest is None else source.manifest.tower,
         called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
         other_part=() if source.manifest is None else source.manifest.other_part,

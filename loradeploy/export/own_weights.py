@@ -59,8 +59,7 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
     equal ones for one weight.
     """
     embeddings = {
-        getattr(model, getter, lambda: None)()
-        for getter in ("get_input_embeddings", "get_output_embeddings")
+        _module(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")
     } - {None}
     found: dict[str, str] = {}
     owners: dict[str, torch.Tensor] = {}
@@ -71,6 +70,14 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
             digest = values_digest(values.detach().numpy())
             if part != "weight" or owners.setdefault(digest, values) is values:
                 found[f"{name}.{part}"] = digest
+    return found
+
+
+def _module(model: torch.nn.Module, getter: str) -> torch.nn.Module | None:
+    try:
+        found: torch.nn.Module | None = getattr(model, getter, lambda: None)()
+    except NotImplementedError:  # of a model of images
+        return None
     return found
 
 

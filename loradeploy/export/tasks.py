@@ -11,6 +11,7 @@ from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
+    IMAGE_FEATURE_EXTRACTION,
     PEFT_TASKS,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
@@ -19,9 +20,17 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
     VISION_TOWER,
 )
-from loradeploy.bundle.names import DECODER_INPUT_IDS, PAST, PIXEL_VALUES
+from loradeploy.adapter.towers import TOWER_TASKS
+from loradeploy.bundle.names import (
+    DECODER_INPUT_IDS,
+    IMAGE_EMBEDS,
+    PAST,
+    PIXEL_VALUES,
+    TEXT_EMBEDS,
+)
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
 from loradeploy.errors import ExportError, UsageError, listed_names, shortened, shown
+from loradeploy.export.towers import KINDS
 
 if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
@@ -29,7 +38,8 @@ if TYPE_CHECKING:
 
 # Encoder-decoders by name that hear, and endings of theirs that are no language models.
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
-_TWO_TOWERS: Final = ("align", "altclip", "blip", "chinese_clip", "clip", "siglip", "siglip2")
+_TWO_TOWERS: Final = ("align", "altclip", "blip", "chinese_clip")
+_ALONE: Final = re.compile(r"(\w+?)_(text|vision)_model")
 _HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
 # A module of a model without a head, whose layers lie at its top.
@@ -64,15 +74,19 @@ def choose_task(
                 f" {SEQ2SEQ_LM} alone"
             )
         return SEQ2SEQ_LM
-    _check_texts(config, asked)
+    if (tower := _tower_task(config, asked)) is not None:
+        return tower
     if asked == VISION_TOWER and not sees(config):
         raise UsageError(
             f"{_architecture(config)} is no model of images and text, of which alone a"
             f" {VISION_TOWER} is exported"
         )
     if asked is not None:
-        return check_task(asked)
+        _check_vectors(config, check_task(asked))
+        return asked
     own = own_task(config)
+    if own == IMAGE_FEATURE_EXTRACTION:
+        return own
     given = list(adapters)
     declared = {adapter.config.task_type for adapter in given} - {None}
     if len(declared) > 1:
@@ -107,20 +121,62 @@ def choose_task(
     )
 
 
-def _check_texts(config: Mapping[str, Any], asked: str | None) -> None:
-    """Raise ExportError where vectors would be of images, or of a model with two towers."""
-    if FEATURE_EXTRACTION not in (asked, own_task(config) if asked is None else None):
-        return
-    if str(config.get("model_type")) in _TWO_TOWERS:
+def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
+    """The task that was asked for of a model with two towers; None of other models.
+
+    Raises:
+        ExportError: a model of two towers that is not supported, or its image tower is not.
+        UsageError: no tower is asked for.
+    """
+    model_type, architecture = str(config.get("model_type")), _architecture(config)
+    alone = _ALONE.fullmatch(model_type)
+    if (
+        alone
+        and alone[1] in KINDS
+        and (architecture.endswith("WithProjection") or alone[1] != "clip")
+    ):
         raise ExportError(
-            f"{_architecture(config)} has a tower for texts and one for images: such models are not"
-            " supported as embedders"
+            f"{architecture} is one tower of a model, which is exported from the directory of the"
+            " whole model"
         )
-    if "vocab_size" not in config and "image_size" in config and "text_config" not in config:
+    if model_type not in (*KINDS, *_TWO_TOWERS) or asked == IMAGE_CLASSIFICATION:
+        return None
+    if model_type not in KINDS:
         raise ExportError(
-            f"{_architecture(config)} gives vectors of images, which is not supported: of models of"
-            f" images only {IMAGE_CLASSIFICATION} is"
+            f"{_architecture(config)} has a tower for texts and one for images, which is not"
+            f" supported; of such models {', '.join(KINDS)} are"
         )
+    towers = {TOWER_TASKS[kind.tower]: kind.tower for kind in KINDS[model_type]}
+    if asked in towers:
+        return asked
+    if asked == IMAGE_FEATURE_EXTRACTION:
+        raise ExportError(
+            f"the image tower of {_architecture(config)} takes patches of images of any size,"
+            " which is not supported: its text tower is"
+            f' (`task="{FEATURE_EXTRACTION}"`)'
+        )
+    advice = " or ".join(f'`task="{task}"` for its {tower} tower' for task, tower in towers.items())
+    raise UsageError(
+        f"{_architecture(config)} has a tower for texts and one for images, each a bundle of its"
+        f" own: give {advice}"
+    )
+
+
+def _check_vectors(config: Mapping[str, Any], task: str) -> None:
+    """Raise UsageError where vectors of texts are asked of a model of images, or the reverse."""
+    if task == FEATURE_EXTRACTION and _of_images(config):
+        raise UsageError(
+            f"{_architecture(config)} gives vectors of images: give"
+            f" {_advised(IMAGE_FEATURE_EXTRACTION)}"
+        )
+    if task == IMAGE_FEATURE_EXTRACTION and not _of_images(config):
+        raise UsageError(
+            f"{_architecture(config)} is no model of images: give {_advised(own_task(config))}"
+        )
+
+
+def _of_images(config: Mapping[str, Any]) -> bool:
+    return "vocab_size" not in config and "image_size" in config and "text_config" not in config
 
 
 def _advised(task: str | None) -> str:
@@ -134,7 +190,8 @@ def own_task(config: Mapping[str, Any]) -> str | None:
         return SEQ2SEQ_LM
     for ending, task_name in _ENDINGS.items():
         if _architecture(config).endswith(ending):
-            return task_name
+            images = task_name == FEATURE_EXTRACTION and _of_images(config)
+            return IMAGE_FEATURE_EXTRACTION if images else task_name
     return None
 
 
@@ -197,7 +254,9 @@ def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) ->
         if cached or rank == 3:
             return CAUSAL_LM
         return SEQUENCE_CLASSIFICATION if rank == 2 else None
-    return FEATURE_EXTRACTION if any(name in outputs for name in HIDDEN_NAMES) else None
+    if not any(name in outputs for name in (*HIDDEN_NAMES, TEXT_EMBEDS, IMAGE_EMBEDS)):
+        return None
+    return IMAGE_FEATURE_EXTRACTION if PIXEL_VALUES in inputs else FEATURE_EXTRACTION
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -264,9 +264,9 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     if typed and manifest.task == SEQUENCE_CLASSIFICATION:
         declare_token_types(content.assets, directory)
     recipes = (*content.merged.values(), *content.recipes)
-    manifest = dataclasses.replace(
-        manifest, sentence=bring_recipe(recipes, directory, manifest.task)
-    )
+    if manifest.tower is None:  # which gives vectors of texts itself
+        sentence = bring_recipe(recipes, directory, manifest.task)
+        manifest = dataclasses.replace(manifest, sentence=sentence)
     if not content.config:
         return manifest
     write_json(directory / _CONFIG_NAME, config)

@@ -19,7 +19,6 @@ from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fit import check_fit
 from loradeploy.adapter.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
-from loradeploy.lora.experts import expert_parameters
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of
 from loradeploy.lora.parameters import (
@@ -160,8 +159,9 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     """
     _check_free(model)
     modules = dict(model.named_modules())
-    adapter = without_idle(named_as_in(model, adapter), {*modules, *expert_parameters(model)})
-    check_fit(adapter, adaptable(model))
+    base = adaptable(model)
+    adapter = without_idle(named_as_in(model, adapter), base.layers)
+    check_fit(adapter, base)
     overwritten = (*update_experts(model, adapter), *overwrite(model, adapter))
     experts = {name: pair for name, pair in adapter.factors.items() if pair.kind == "experts"}
     injection = _install(

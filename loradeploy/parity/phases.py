@@ -38,10 +38,9 @@ import numpy as np
 
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
-    FEATURE_EXTRACTION,
-    IMAGE_CLASSIFICATION,
+    FEATURES,
+    IMAGES,
     SEQ2SEQ_LM,
-    SEQUENCE_CLASSIFICATION,
     VISION_TOWER,
 )
 from loradeploy.bundle.names import PRESENT
@@ -75,9 +74,6 @@ _FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
 _DECODED_ALONE: Final = 4
 # With fewer tokens no chunk after the first has two, and a mask that is wrong there shows nothing.
 _TO_CHUNK: Final = 4
-
-# What gives one answer for a row, rather than one for each position.
-WHOLE_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 _PHASES: Final = {CAUSAL_LM: DECODER_PHASES, SEQ2SEQ_LM: SEQ2SEQ_PHASES}
 
@@ -382,7 +378,7 @@ def generate(
 
 def has_logits(task: str) -> bool:
     """Whether a position of the first output is a distribution over tokens or labels."""
-    return task not in (FEATURE_EXTRACTION, VISION_TOWER)
+    return task not in (*FEATURES, VISION_TOWER)
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
@@ -420,11 +416,14 @@ def _batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
 
 
 def _positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:
-    """One row's values without the padding's, [positions, width]; a classifier has one position."""
-    if task in WHOLE_ROW:
+    """One row's values without the padding's, [positions, width].
+
+    One answer for the whole row, as a classifier's, is one position.
+    """
+    if values.ndim == 1:
         return values[np.newaxis]
-    if task in (SEQ2SEQ_LM, VISION_TOWER):
-        return values  # the target's, the image's
+    if task == SEQ2SEQ_LM or task in IMAGES:
+        return values  # the target's, or an image's
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
     kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
     return kept

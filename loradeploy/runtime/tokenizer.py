@@ -17,10 +17,13 @@ __all__ = ["PieceDecoder", "Tokenizer", "pad", "positions_of"]
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool
+    sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool, length: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids and attention mask, both int64 [batch, longest], padded on one side."""
-    longest = max(len(sequence) for sequence in sequences)
+    """Token ids and attention mask, both int64 [batch, longest], padded on one side.
+
+    With `length`, no row may be longer, and all are padded to it.
+    """
+    longest = max(len(sequence) for sequence in sequences) if length is None else length
     ids = np.full((len(sequences), longest), pad_id, np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):

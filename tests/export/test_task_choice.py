@@ -130,24 +130,39 @@ def test_an_error_that_says_nothing_is_told_with_where_it_was_raised(
         trace(model, "feature-extraction")
 
 
-@pytest.mark.parametrize("asked", [None, "feature-extraction"])
+VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 16}
+CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}}
+BERT = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 9}
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "asked", "task"),
     [
-        (
-            {"model_type": "clip", "architectures": ["CLIPModel"]},
-            "CLIPModel has a tower for texts and one for images",
-        ),
-        (
-            {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 16},
-            "ViTModel gives vectors of images, which is not supported",
-        ),
+        (VIT, None, "image-feature-extraction"),
+        (VIT, "image-feature-extraction", "image-feature-extraction"),
+        (CLIP, "feature-extraction", "feature-extraction"),
+        (CLIP, "image-feature-extraction", "image-feature-extraction"),
     ],
 )
-def test_vectors_of_images_are_refused_by_name(
-    config: dict[str, Any], message: str, asked: str | None
+def test_vectors_are_of_images_or_of_texts(
+    config: dict[str, Any], asked: str | None, task: str
 ) -> None:
-    with pytest.raises(ExportError, match=message):
+    assert choose_task(config, asked) == task
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "message"),
+    [
+        (CLIP, None, "CLIPModel has a tower for texts and one for images, .*: give `task="),
+        (CLIP, "causal-lm", "each a bundle of its own"),
+        (VIT, "feature-extraction", 'ViTModel gives vectors of images: give `task="image-'),
+        (BERT, "image-feature-extraction", 'BertModel is no model of images: give `task="feat'),
+    ],
+)
+def test_vectors_of_what_a_model_does_not_read_are_refused(
+    config: dict[str, Any], asked: str | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         choose_task(config, asked)
 
 

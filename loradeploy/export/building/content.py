@@ -129,7 +129,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             "cache": next((s.dtype for s in manifest.inputs if s.name.startswith(PAST)), None),
         },
     )
-    settings = settings_beside(source.directory, options.evidence.checkpoint)
+    settings = dict(base.config or settings_beside(source.directory, options.evidence.checkpoint))
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None:
         count = output_count(manifest, settings) or count

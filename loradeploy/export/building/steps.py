@@ -126,6 +126,7 @@ def described(base: Base, mode: Any) -> Manifest:
         embeds=base.embeds,
         other_part=base.other_part,
         encoder=encoder_part(base),
+        tower=base.tower,
     )
 
 

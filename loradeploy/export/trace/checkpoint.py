@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION, VISION_TOWER
+from loradeploy.bundle.text.tokenizer_files import SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.errors import (
     ExportError,
     MissingDependencyError,
@@ -19,7 +20,10 @@ from loradeploy.errors import (
 )
 from loradeploy.export.read.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
+from loradeploy.export.tokenizers import OLDER_TOKENIZERS
+from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.image_text import family_of, vision_part
+from loradeploy.export.trace.towers import make_tower, text_form
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.loading import from_config, from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
@@ -53,6 +57,7 @@ def load_model(
     the same; its parameters are named in the second value. An encoder that lacks its pooler has
     none, unless that is part of a classifier's head or its parameters are `brought` by adapters.
     With `meta` nothing is read but the config: the modules have shapes and no values.
+    Of a two-tower model it is the tower for the task (`towers.make_tower`).
 
     Raises:
         ModelError: transformers cannot load it, or it lacks more than a head.
@@ -72,13 +77,15 @@ def load_model(
             _check_traceable(config.get_text_config().model_type, directory)
             family_of(config.to_dict(), task)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
+            kind = tower_kind(config.to_dict(), task)
             if task == SEQUENCE_CLASSIFICATION:
                 text = config.get_text_config()
                 known = text.pad_token_id is not None
                 config.pad_token_id = pad_token(text, None if known else _tokenizer(directory))
             if meta:
                 with torch.device("meta"):
-                    return from_config(auto, config, directory), ()
+                    skeleton = from_config(auto, config, directory)
+                return skeleton if kind is None else make_tower(skeleton, kind), ()
             loaded = load_pretrained(
                 auto,
                 directory,
@@ -92,8 +99,12 @@ def load_model(
     except Exception as problem:  # transformers raises nearly everything
         raise ModelError(_unloadable(directory, task, problem)) from None
     model = loaded.model.eval()
-    lacking = _zero_head(model, set(loaded.lacking), directory, task, brought)
-    return (vision_part(model) if task == VISION_TOWER else model), lacking
+    zeroed = _zero_head(model, set(loaded.lacking), directory, task, brought)
+    if kind is None:
+        return (vision_part(model) if task == VISION_TOWER else model), zeroed
+    padded = kind.padded
+    form = text_form(config.text_config, _tokenizer(directory), directory) if padded else None
+    return make_tower(model, kind, form).eval(), zeroed
 
 
 def _check_traceable(model_type: str, directory: Path) -> None:
@@ -120,6 +131,9 @@ def _tokenizer(directory: Path) -> Any:
     """The checkpoint's tokenizer; None where it has none, or none that transformers can read."""
     from transformers import AutoTokenizer
 
+    names = (TOKENIZER_NAME, SETTINGS_NAME, *OLDER_TOKENIZERS)
+    if not any((directory / name).is_file() for name in names):
+        return None  # transformers makes an empty one
     try:
         return from_pretrained(AutoTokenizer, directory)
     except ModelError:

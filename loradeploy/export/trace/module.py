@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import (
-    FEATURE_EXTRACTION,
-    IMAGE_CLASSIFICATION,
+    FEATURES,
+    IMAGES,
     SEQ2SEQ_LM,
     TASK_TABLE,
-    VISION_TOWER,
     Task,
 )
 from loradeploy.bundle.names import (
@@ -20,6 +19,7 @@ from loradeploy.bundle.names import (
     INPUT_FEATURES,
     INPUT_IDS,
     PIXEL_VALUES,
+    POOLER_OUTPUT,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
     past_name,
@@ -52,7 +52,8 @@ logger = logger_of(__name__)
 OPSET: Final = 23
 # Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
-POOLER_OUTPUT: Final = "pooler_output"
+# Their vector of an image is no module's output.
+_POOLS: Final = ("dinov2", "dinov2_with_registers")
 WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
 
 
@@ -74,8 +75,10 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
     or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
     is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
-    `pixel_values` → `logits`. Vision towers: `pixel_values` → `image_features` [images, tokens,
-    hidden]. Encoder-decoders: see `trace/encoder_decoder.py`.
+    `pixel_values` → `logits`. Encoders of images: `pixel_values` → `last_hidden_state` and
+    `pooler_output`. A tower: its vector alone (see `trace/towers.py`). Vision towers:
+    `pixel_values` → `image_features` [images, tokens, hidden]. Encoder-decoders: see
+    `trace/encoder_decoder.py`.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -238,15 +241,20 @@ def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
 
 def _outputs(model: Any, kind: Task) -> list[str]:
     """What the model gives, the cache apart; an encoder with a pooler gives its output too."""
-    pooled = kind.name == FEATURE_EXTRACTION and getattr(model, "pooler", None) is not None
+    if (tower := getattr(model, "tower_kind", None)) is not None:
+        return [tower.output]
+    pools = getattr(model, "pooler", None) is not None or model.config.model_type in _POOLS
+    pooled = kind.name in FEATURES and pools
     return [kind.output, POOLER_OUTPUT] if pooled else [kind.output]
 
 
 def _plain_inputs(model: Any, kind: Task) -> list[str]:
     """The inputs of `model`, the cache apart."""
     taken = _parameters(model)
-    if kind.name in (IMAGE_CLASSIFICATION, VISION_TOWER):
+    if kind.name in IMAGES:
         return [PIXEL_VALUES]
+    if (form := getattr(model, "text_form", None)) is not None:
+        return list(form.inputs)
     names = [INPUT_IDS, ATTENTION_MASK]
     if kind.cached and POSITION_IDS in taken:
         names.append(POSITION_IDS)
@@ -290,6 +298,9 @@ def _example(
         TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
     }
     names = _plain_inputs(model, kind)
+    if (form := getattr(model, "text_form", None)) is not None:
+        full = torch.ones((_BATCH, form.length), dtype=torch.int64)
+        examples = dict.fromkeys(form.inputs, (full, {0: batch}))
     sizes = _fixed_sizes(model.config, names[0])
     if sizes is not None:
         examples = {**examples, names[0]: (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})}

@@ -22,7 +22,7 @@ from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.names import DECODE, PADDED_BATCH, PERMUTED, REPEAT
-from loradeploy.parity.phases import WHOLE_ROW, Model, Row, has_logits, phases_of, run_phases
+from loradeploy.parity.phases import Model, Row, has_logits, phases_of, run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import judge
@@ -269,7 +269,7 @@ class _Trial:
         ids = np.array([tokens], np.int64)
         reference = TorchModel(self.torch_model, manifest, self.context.cases.types)
         values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
-        if manifest.task not in WHOLE_ROW:
+        if values.ndim == 3:
             values = values[0]  # [positions, width]
         own = self.context.outputs_of(adapter)
         if not steps:

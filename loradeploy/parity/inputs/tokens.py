@@ -107,7 +107,7 @@ def make_cases(
     follow = generated if manifest.task == CAUSAL_LM else 0
     left = manifest.padding == LEFT
     config = model_config(bundle)
-    longest = _longest(config, follow)
+    longest = min(_longest(config, follow), fixed_length(manifest) or MAX_PROMPT_TOKENS * 2)
     has_tokenizer = (bundle / "tokenizer.json").is_file()
     vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
     types: Types = {}
@@ -123,7 +123,22 @@ def make_cases(
     random = _fuzz_rows(vocabulary, longest, seed, fuzz)
     edges = _edge_rows(rows, longest, trained)
     every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
+    if (full := fixed_length(manifest)) is not None:
+        every = tuple(filled(row, full, pad) for row in every)
     return Cases(every, follow, pad, source, left, len(random), len(edges), alike, types)
+
+
+def fixed_length(manifest: Manifest) -> int | None:
+    """The length that every text has in the graph of a tower, None where it is free."""
+    if manifest.tower is None:
+        return None
+    sizes = [spec.shape[1] for spec in manifest.inputs if spec.name == INPUT_IDS]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def filled(row: tuple[int, ...], length: int, pad: int) -> tuple[int, ...]:
+    """`row` with padding behind it, as a graph of a fixed length sees it."""
+    return row + (pad,) * (length - len(row))
 
 
 def _tokenized(

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files
+from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files, load_adapter
 from loradeploy.adapter.tensors import read_arrays, read_tensors, write_arrays
+from loradeploy.adapter.towers import TOWERS, is_body
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError, shortened
 from loradeploy.files import copy_file
@@ -37,6 +38,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
     with quiet():  # it imports bitsandbytes, which has remarks
         import peft
 
+    root = _wrapped(model, tested)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, torch.Tensor] = {}
@@ -44,10 +46,12 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
     try:
         with quiet(), _directory_for_peft(tested) as path:
             own = _may_be_written(path / WEIGHTS_NAME, parameters)
-            peft.PeftModel.from_pretrained(model, os.fspath(path), torch_device="cpu").eval()
+            peft.PeftModel.from_pretrained(root, os.fspath(path), torch_device="cpu").eval()
         yield
     finally:
         _restore(model, modules, parameters)
+        for trace in ("peft_config", "_hf_peft_config_loaded"):
+            vars(root).pop(trace, None)
         for name, values in own.items():
             parameters[name].data.copy_(values)
             versions[name] = parameters[name]._version
@@ -57,6 +61,14 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
             f"the adapter {tested.name!r}: PEFT writes over the base's {shortened(changed[0])},"
             " so that what is compared next would be another base: give `backends` without peft"
         )
+
+
+def _wrapped(model: torch.nn.Module, tested: AdapterUnderTest) -> Any:
+    """What PEFT wrapped as the adapter was trained: of a tower it may be the body alone."""
+    kind = getattr(model, "tower_kind", None)
+    if kind is None or not is_body(load_adapter(tested.path)):
+        return model
+    return model.get_submodule(TOWERS[kind.tower][0])
 
 
 @contextmanager
@@ -108,11 +120,11 @@ def _may_be_written(
 
 
 def _restore(
-    model: Any,
+    model: torch.nn.Module,
     modules: Mapping[str, torch.nn.Module],
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
-    """Put every module and parameter back where it was, and forget that PEFT was there."""
+    """Put every module and parameter back where it was."""
     for name, module in modules.items():
         if name and model.get_submodule(name) is not module:
             parent, _, child = name.rpartition(".")
@@ -121,7 +133,5 @@ def _restore(
         parent, _, child = name.rpartition(".")
         if getattr(modules[parent], child) is not parameter:
             setattr(modules[parent], child, parameter)
-    for trace in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(trace, None)
     for parameter in parameters.values():
         parameter.requires_grad_(False)

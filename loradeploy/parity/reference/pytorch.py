@@ -23,7 +23,6 @@ from loradeploy.parity.context import CheckContext
 from loradeploy.parity.expected import Expected
 from loradeploy.parity.inputs.row_feeds import TARGET, Types, plain_feeds
 from loradeploy.parity.phases import (
-    WHOLE_ROW,
     Row,
     batch_size,
     generate,
@@ -77,7 +76,8 @@ class TorchModel:
         self._manifest = manifest
         self._task = manifest.task
         # The first is the task's own, which a graph may call something else than PyTorch does.
-        self._outputs = (TASK_TABLE[manifest.task].output, *output_names(manifest)[1:])
+        first, *rest = output_names(manifest)
+        self._outputs = (first if manifest.tower else TASK_TABLE[manifest.task].output, *rest)
         self._taken = inspect.signature(model.forward).parameters
         self._last = last and _KEEP in self._taken
 
@@ -359,7 +359,7 @@ def reference_rows(
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
-        if context.manifest.task not in WHOLE_ROW:
+        if values.ndim == 3:
             values = values[0]  # [positions, width]
         own = context.outputs_of(adapter)
         kept = _keep(context.scratch, values[..., :own])

@@ -44,10 +44,12 @@ from loradeploy.errors import (
     shown,
 )
 from loradeploy.parity.inputs.row_feeds import types_of
+from loradeploy.parity.inputs.tokens import filled, fixed_length
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.generated import GeneratedTexts, generated_texts
 from loradeploy.parity.score.measures import MEASURED
+from loradeploy.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
@@ -150,7 +152,16 @@ def read_held_out(
             base = model if recipe_directory(bundle) is None else bundle
             task = _embedder(data, base, None if name is None else places[name])
             drawn, available = _draw(task, data, examples, seed)
-            found[name] = _embedded(name, drawn, task, checkpoint, os.fspath(data), available)
+            own = _embedded(name, drawn, task, checkpoint, os.fspath(data), available)
+            if (full := fixed_length(manifest)) is not None:
+                pad = Tokenizer(bundle).pad_id
+                own = replace(
+                    own,
+                    examples=tuple(
+                        replace(e, tokens=filled(e.tokens, full, pad)) for e in own.examples
+                    ),
+                )
+            found[name] = own
             continue
         if manifest.task == SEQ2SEQ_LM:
             config = checkpoint.within(TrainConfig(task=SEQ2SEQ_LM))

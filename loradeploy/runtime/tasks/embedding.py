@@ -16,6 +16,7 @@ from loradeploy.runtime.tasks.encoder import (
     PlainTokens,
     check_answer,
     encoded_batches,
+    fixed_length,
     given_texts,
 )
 from loradeploy.runtime.texts import TextSide
@@ -30,7 +31,8 @@ class TextEmbedder:
     How a text becomes a vector is what sentence-transformers saved beside the base, or beside the
     text's adapter: prompt, longest text, pooling, layers, normalization. Where nothing was saved it
     is the mean of its tokens' last hidden states, scaled to length 1. What the graph gives for a
-    text as a whole is not pooled again.
+    text as a whole is not pooled again: the vector of a text tower (CLIP, SigLIP) is scaled to
+    length 1.
 
     Raises:
         UsageError: the bundle is for another task.
@@ -66,9 +68,12 @@ class TextEmbedder:
             RunError: the graph gave states that are not finite numbers.
         """
 
+        full = fixed_length(self.session)
+
         def encode(text: str, side: TextSide) -> list[PlainTokens]:
             prompt = _prompt(side, prompt_name)
-            return [PlainTokens(side.tokenizer.encode(prompt + text, max_length=_longest(side)))]
+            longest = _longest(side, full)
+            return [PlainTokens(side.tokenizer.encode(prompt + text, max_length=longest))]
 
         vectors: list[NDArray[np.float32]] = []
         output = output_of(self.session.manifest)
@@ -116,10 +121,13 @@ def _prompt(side: TextSide, name: str | None) -> str:
     return prompts[name]
 
 
-def _longest(side: TextSide) -> int | None:
-    """The longest text in tokens: what was saved for it, but never more than the positions."""
+def _longest(side: TextSide, full: int | None = None) -> int | None:
+    """The longest text in tokens: what was saved for it, but never more than the positions.
+
+    `full`: the length of the graph's rows, where it is fixed.
+    """
     own = side.recipe.max_length
-    limits = [side.tokenizer.max_length if own is None else own, side.tokenizer.positions]
+    limits = [side.tokenizer.max_length if own is None else own, side.tokenizer.positions, full]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -88,7 +88,8 @@ def encoded_batches(
 
     `encode` makes tokens of a text as its adapter wants it: one row of a batch, or several of a
     text that is cut into parts, which share a batch, or none. Rows are padded on the right. Where
-    padding would change the answer (`padding` in the manifest), a batch is of one length.
+    padding would change the answer (`padding` in the manifest), a batch is of one length. Where
+    the graph's length is fixed, all rows have it.
 
     Raises:
         UsageError: not one adapter for each text, a batch size below 1, or a text without tokens.
@@ -96,6 +97,7 @@ def encoded_batches(
     check_count("batch_size", batch_size)
     names = each_row(adapters, len(texts))
     inputs = {spec.name for spec in session.manifest.inputs}
+    full = fixed_length(session)
     encoded = [
         _encoded(session, number, text, name, encode)
         for number, (text, name) in enumerate(zip(texts, names, strict=True))
@@ -114,15 +116,21 @@ def encoded_batches(
         again,
     ):
         rows = [row for text in part for row in text.rows]
-        ids, mask = pad([row.tokens.ids for row in rows], pad_id, left=False)
+        ids, mask = pad([row.tokens.ids for row in rows], pad_id, left=False, length=full)
         types = [row.tokens.types or [0] * len(row.tokens.ids) for row in rows]
         made: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids,
             ATTENTION_MASK: mask,
-            TOKEN_TYPE_IDS: pad(types, 0, left=False)[0],
+            TOKEN_TYPE_IDS: pad(types, 0, left=False, length=full)[0],
         }
         feeds = {name: values for name, values in made.items() if name in inputs}
         yield Batch(held, rows, feeds, mask)
+
+
+def fixed_length(session: AdapterSession) -> int | None:
+    """The tokens that every row of the graph has; None where their number is free."""
+    sizes = [spec.shape[1] for spec in session.manifest.inputs if spec.name == INPUT_IDS]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 Pair = tuple[str, str]

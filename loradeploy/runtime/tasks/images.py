@@ -1,20 +1,21 @@
-"""Labels of images from a bundle, each image with its own adapter."""
+"""Labels and vectors of images from a bundle, each image with its own adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loradeploy.adapter.heads import SINGLE_LABEL, Head, stated_problem
-from loradeploy.adapter.tasks import IMAGE_CLASSIFICATION
-from loradeploy.bundle.image.pixels import PREPROCESSOR_NAME, pixel_settings
+from loradeploy.adapter.tasks import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES
+from loradeploy.bundle.names import CONFIG_NAME, IMAGE_EMBEDS, POOLER_OUTPUT
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, RunError, UsageError
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.bundle.text.sentence_steps import normalize
+from loradeploy.errors import BundleError, UsageError, shown
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.images import ImageReader, check_finite
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
     Classification,
@@ -25,7 +26,12 @@ from loradeploy.runtime.tasks.classification import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loradeploy.bundle.image.pixels import GivenImage
+
+# Models whose first token stands for the image where they have no pooler.
+_FIRST_TOKEN: Final = ("vit", "deit")
 
 
 class ImageClassifier:
@@ -44,19 +50,11 @@ class ImageClassifier:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle, no classifier of images"
             )
-        settings = pixel_settings(session.path)
-        if settings is None:
-            raise BundleError(
-                f"{session.path} has no {PREPROCESSOR_NAME}, which says how an image becomes pixel"
-                " values: put the one of the base there, or use AdapterSession.run"
-            )
         self.session = session
-        self._settings = settings
+        self._reader = ImageReader(session)
         self._head = base_head(session)
         stated = stated_problem(model_config(session.path), CONFIG_NAME, error=BundleError)
         self._problem = stated or SINGLE_LABEL
-        (spec,) = (spec for spec in session.manifest.inputs if spec.name == PIXEL_VALUES)
-        self._sizes, self._dtype = spec.shape[1:], spec.dtype
 
     def __call__(
         self,
@@ -76,38 +74,81 @@ class ImageClassifier:
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
-        check_count("batch_size", batch_size)
-        given = list(images) if isinstance(images, list | tuple) else [images]
-        if not given:
-            raise UsageError("there are no images")
-        names = each_row(adapters, len(given))
         output, found = output_of(self.session.manifest), []
-        for start in range(0, len(given), batch_size):
-            rows = range(start, min(start + batch_size, len(given)))
-            pixels = np.stack(list(self._pixels(given, rows)))  # [batch, 3, height, width]
-            with self.session.hold([names[row] for row in rows]) as held:
-                feeds = {PIXEL_VALUES: pixels.astype(self._dtype)}
-                (logits,) = held.run([output], feeds)  # [batch, labels]
-                heads = [held.head(row) for row in range(len(rows))]
-            for row, values, own in zip(rows, logits, heads, strict=True):
-                head = head_of_row(own, self._head, names[row])
+        for batch in self._reader.batches(images, adapters, batch_size):
+            (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
+            for index, (row, values) in enumerate(zip(batch.rows, logits, strict=True)):
+                name = batch.adapters[index]
+                head = head_of_row(batch.held.head(index), self._head, name)
                 head = Head(head.labels, head.problem_type or self._problem, head.outputs)
                 values, labels = named_outputs(values, head)
-                if not np.isfinite(values).all():
-                    raise RunError(
-                        f"image {row + 1}: the graph gave numbers that are not finite: run"
-                        " `loradeploy parity` on the bundle and the adapter"
-                    )
-                found.append(classified(values, labels, head, names[row]))
+                check_finite(values, row)
+                found.append(classified(values, labels, head, name))
         return found
 
-    def _pixels(self, images: Sequence[Any], rows: Sequence[int]) -> Iterator[Any]:
-        for row in rows:
-            values = self._settings.values(images[row], f"image {row + 1}")
-            sizes = zip(values.shape, self._sizes, strict=True)
-            if any(isinstance(size, int) and size != own for own, size in sizes):
-                raise BundleError(
-                    f"{self.session.path / PREPROCESSOR_NAME} makes pixel values"
-                    f" {list(values.shape)}, the graph takes {list(self._sizes)}"
-                )
-            yield values
+
+class ImageEmbedder:
+    """Embeds images with a session on an image feature extraction bundle.
+
+    An image's vector is what the model gives for the image as a whole: the projection of the image
+    tower of CLIP, the pooled output of SigLIP, of DINOv2 and of ViT with a pooler. Of ViT and DeiT
+    without a pooler it is the last hidden state of the first token. It is scaled to length 1.
+    Images become pixel values as in `ImageClassifier`.
+
+    Raises:
+        UsageError: the bundle is for another task, or its graph gives no vector for an image.
+        BundleError: it has no preprocessor_config.json, or one that does not fit its graph.
+    """
+
+    def __init__(self, session: AdapterSession) -> None:
+        if session.manifest.task != IMAGE_FEATURE_EXTRACTION:
+            raise UsageError(
+                f"{session.path} is a {session.manifest.task} bundle: it gives no vectors of images"
+            )
+        self.session = session
+        self._output = _vector_output(session)
+        self._reader = ImageReader(session)
+
+    def __call__(
+        self,
+        images: GivenImage | Sequence[GivenImage],
+        adapters: Adapters = None,
+        *,
+        batch_size: int = 32,
+    ) -> NDArray[np.float32]:
+        """The vector of each image, float32 [images, size]. `adapters` as in `AdapterSession.run`.
+
+        An image is a path, an image of Pillow, or an array uint8 [height, width, 3].
+
+        Raises:
+            UsageError: no images, one is none, or not one adapter for each.
+            DataError: a file cannot be read as an image.
+            MissingDependencyError: Pillow is not installed.
+            UnknownAdapterError: an adapter that was never loaded.
+            RunError: the graph gave numbers that are not finite.
+        """
+        found = []
+        for batch in self._reader.batches(images, adapters, batch_size):
+            (values,) = batch.held.run([self._output], batch.feeds)
+            vectors = values[:, 0] if values.ndim == 3 else values  # [batch, size]
+            for row, vector in zip(batch.rows, vectors, strict=True):
+                check_finite(vector, row)
+            found.append(normalize(vectors.astype(np.float32)))
+        return np.concatenate(found)
+
+
+def _vector_output(session: AdapterSession) -> str:
+    """The output with the vector of an image [batch, size], or with that of its first token."""
+    ranks = {spec.name: len(spec.shape) for spec in session.manifest.outputs}
+    for name in (IMAGE_EMBEDS, POOLER_OUTPUT):
+        if ranks.get(name) == 2:
+            return name
+    output = output_of(session.manifest)
+    model_type = model_config(session.path).get("model_type")
+    if ranks.get(output) == 3 and model_type in _FIRST_TOKEN:
+        return output
+    raise UsageError(
+        f"{session.path} gives {', '.join(ranks)}, and no {IMAGE_EMBEDS} or {POOLER_OUTPUT}"
+        f" [batch, size]: the vector of an image of {shown(model_type)} is not known, use"
+        " AdapterSession.run"
+    )

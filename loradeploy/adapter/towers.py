@@ -1,0 +1,123 @@
+"""The part of an adapter for one tower of a two-tower model (CLIP, SigLIP).
+
+A bundle is of one tower; PEFT may have trained both at once, or one as a model of its own. Modules
+are named as in the whole model: `text_model.encoder.layers.0.…`, `vision_model.encoder.layers.0.…`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final, TypeVar
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Rows
+from loradeploy.adapter.names import with_names
+from loradeploy.adapter.tasks import FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION
+from loradeploy.errors import AdapterMismatchError
+from loradeploy.printable import logger_of
+
+logger = logger_of(__name__)
+
+TEXT: Final = "text"
+IMAGE: Final = "image"
+# The modules of the whole model that are a tower: its body, and its projection where it has one.
+TOWERS: Final[Mapping[str, tuple[str, ...]]] = {
+    TEXT: ("text_model", "text_projection"),
+    IMAGE: ("vision_model", "visual_projection"),
+}
+TOWER_TASKS: Final[Mapping[str, str]] = {TEXT: FEATURE_EXTRACTION, IMAGE: IMAGE_FEATURE_EXTRACTION}
+# The endings of the classes of transformers that are the body alone.
+_BODIES: Final = {"TextModel": TEXT, "VisionModel": IMAGE}
+
+_Value = TypeVar("_Value")
+
+
+def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
+    """`adapter` without what it has for the other tower than `tower`; None is no such model.
+
+    What was trained of the other tower is named in a warning. An adapter of a tower's body alone
+    has its modules named as in the whole model.
+
+    Raises:
+        AdapterMismatchError: nothing in it is for the tower, or nothing shows its tower.
+    """
+    if tower is None:
+        return adapter
+    adapter = _in_the_whole(adapter, tower)
+    other = IMAGE if tower == TEXT else TEXT
+    names = _names(adapter)
+    left = {name for name in names if _is_of(name, other)}
+    if not left:
+        return adapter
+    if left == names:
+        raise AdapterMismatchError(
+            f"all of the adapter is for the {other} tower ({min(names)}, …), and this is the"
+            f' {tower} tower: export the other one, `task="{TOWER_TASKS[other]}"`'
+        )
+    if trained := sorted(name for name in left if _is_trained(adapter, name)):
+        more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        logger.warning(
+            "only the adapter's part for the %s tower is used: %s%s are for the %s tower, which"
+            " is exported as a bundle of its own (task %s)",
+            *(tower, trained[0], more, other, TOWER_TASKS[other]),
+        )
+
+    def own(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        return {name: value for name, value in values.items() if name not in left}
+
+    config = dataclasses.replace(
+        adapter.config,
+        modules_to_save=tuple(
+            module
+            for module in adapter.config.modules_to_save
+            if not any(_is_of(name, other) and module in name.split(".") for name in left)
+            or any(module in name.split(".") for name in names - left)
+        ),
+    )
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        factors=own(adapter.factors),
+        saved=own(adapter.saved),
+        carried=own(adapter.carried),
+        rows=own(adapter.rows),
+    )
+
+
+def is_body(adapter: Adapter) -> bool:
+    """Whether an adapter's modules are named as in a tower's body, not as in the whole model."""
+    return not any(_is_of(name, tower) for name in _names(adapter) for tower in TOWERS)
+
+
+def _in_the_whole(adapter: Adapter, tower: str) -> Adapter:
+    if not is_body(adapter):
+        return adapter
+    known = adapter.base_class or ""
+    own = next((part for ending, part in _BODIES.items() if known.endswith(ending)), None)
+    names = _names(adapter)
+    if own is None:
+        text, image = (f"'{TOWERS[part][0]}.'" for part in (TEXT, IMAGE))
+        raise AdapterMismatchError(
+            f"{min(names)} does not show the tower that it is of, and this is the {tower} tower of"
+            f" a model with two: put {text} or {image} before the names of the adapter's tensors"
+        )
+    return with_names(adapter, {name: f"{TOWERS[own][0]}.{name}" for name in names})
+
+
+def _names(adapter: Adapter) -> set[str]:
+    return {*adapter.factors, *adapter.saved, *adapter.carried, *adapter.rows}
+
+
+def _is_of(name: str, tower: str) -> bool:
+    return name.partition(".")[0] in TOWERS[tower]
+
+
+def _is_trained(adapter: Adapter, name: str) -> bool:
+    """Whether what is called `name` changes the base; copies of its weights do not."""
+    pair = adapter.factors.get(name)
+    if pair is not None:
+        return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
+    saved = adapter.saved.get(name, adapter.rows.get(name))
+    return isinstance(saved, Rows) or saved is not None

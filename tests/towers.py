@@ -1,0 +1,93 @@
+"""Tiny two-tower models (CLIP, SigLIP) with their processors, and adapters by PEFT for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+WORDS = ["a", "photo", "of", "red", "blue", "cat", "dog", "the", "sky", "sea"]
+TEXTS = ["a photo of a red cat", "the blue sea", "dog"]
+_BODY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+POSITIONS = 12
+
+
+def _tokenizer(place: Path, *, siglip: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
+    model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>" if siglip else "<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=POSITIONS,
+        padding_side="right",
+        **({"model_input_names": ["input_ids"]} if siglip else {}),
+    ).save_pretrained(place)
+
+
+def make_clip(place: Path) -> Path:
+    """A CLIP model with random weights, its tokenizer and its processor of images."""
+    import torch
+    import transformers
+
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    text = {**_BODY, **ids, "vocab_size": 14, "max_position_embeddings": POSITIONS}
+    vision = {**_BODY, "image_size": 16, "patch_size": 4}
+    sizes = {"projection_dim": 24, "initializer_factor": 3.0}
+    config = transformers.CLIPConfig(
+        text_config={**text, **sizes}, vision_config={**vision, **sizes}, **sizes
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(place)
+    _tokenizer(place, siglip=False)
+    transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(place)
+    return place
+
+
+def make_siglip(place: Path) -> Path:
+    """The same of SigLIP, whose texts are padded to the full length."""
+    import torch
+    import transformers
+
+    text = {**_BODY, "vocab_size": 14, "max_position_embeddings": POSITIONS, "projection_size": 32}
+    config = transformers.SiglipConfig(
+        text_config={**text, "eos_token_id": 3, "bos_token_id": 2},
+        vision_config={**_BODY, "image_size": 16, "patch_size": 4},
+    )
+    torch.manual_seed(0)
+    transformers.SiglipModel(config).save_pretrained(place)
+    _tokenizer(place, siglip=True)
+    size = {"height": 16, "width": 16}
+    transformers.SiglipImageProcessorPil(size=size).save_pretrained(place)
+    return place
+
+
+def make_adapter(model: Any, place: Path, seed: int, **settings: Any) -> Path:
+    """An adapter of random factors on `model`, by PEFT."""
+    import peft
+    import torch
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    for key, values in adapted.named_parameters():
+        if values.requires_grad:
+            unused = "head.attention" in key  # which reads the weight itself, without the factors
+            size = 0.0 if unused else 0.1
+            values.data = torch.randn(values.shape, generator=generator) * size
+    adapted.save_pretrained(place)
+    return place
