@@ -198,7 +198,7 @@ def measured(
         with ld.AdapterSession(compares_with) as host, ld.AdapterSession(reference) as plain:
             found |= compared(device, host, plain, adapters)
         if not computes:
-            found = {name: found[name] for name in ("opens", "runs", "nodes", "off_device")}
+            found = {name: found[name] for name in ("opens", "nodes", "off_device")}
         elif known(full_name(provider).partition(":")[0]).recording:
             found["captured"] = captures(bundle, provider)
     except LoraDeployError as problem:
@@ -283,7 +283,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         off = sum(sum(ops.values()) for ops in row.get("off_device", {}).values())
         total = sum(row.get("nodes", {}).values())
         cells = [
-            *(row["provider"], row["form"], _yes(row.get("opens")), _yes(row.get("runs"))),
+            *(row["provider"], row["form"], _yes(row.get("opens")), _yes(row.get("runs"), none="")),
             *(_figure(row.get(name)) for name in ("base", "adapter", "mixed", "effect")),
             f"{off} of {total}" if total else "",
             *(_yes(row.get("captured"), none=""), f"{row['cpu_s']:.0f}"),
