@@ -126,20 +126,20 @@ def test_a_long_text_is_cut_where_that_is_asked_for(embedder: Running) -> None:
 
 
 def test_texts_of_a_model_that_names_no_length_have_a_most(
-    embedder: Running, monkeypatch: pytest.MonkeyPatch
+    classifier: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = embedder.service.session.texts.of(None).tokenizer
+    tokenizer = classifier.service.session.texts.of("small").tokenizer
     monkeypatch.setattr(tokenizer, "positions", None)
     monkeypatch.setattr(tokenizer, "max_length", None)
-    http, body = embedder.http(), {"model": embedder.service.catalog.base}
+    http = classifier.http()
     for truncate in (False, True):  # there is no length to cut it to
-        given = {**body, "input": ["x", "word " * 8200], "truncate": truncate}
-        answer = http.post("/v1/embeddings", json=given)
+        body = {"model": "small", "input": ["x", "word " * 8200], "truncate": truncate}
+        answer = http.post("/v1/classify", json=body)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "input"
         assert "text 2 has " in answer.json()["error"]["message"]
         assert "the service takes 8192" in answer.json()["error"]["message"]
-    assert http.post("/v1/embeddings", json={**body, "input": "x"}).status_code == 200
+    assert http.post("/v1/classify", json={"model": "small", "input": "x"}).status_code == 200
 
 
 def test_texts_are_classified_as_by_the_library(classifier: Running) -> None:

@@ -206,7 +206,7 @@ def test_a_mask_does_not_hide_tokens_beyond_the_positions(
     assert (status, f"the most are {positions}" in message) == (400, True)
     endless = dataclasses.replace(session.limits, positions=None)
     monkeypatch.setattr(session, "limits", endless)
-    monkeypatch.setattr("loradeploy.serve.routes.inference._MOST_TOKENS", 16)
+    monkeypatch.setattr("loradeploy.serve.routes.inference.MOST_TOKENS", 16)
     assert [answer(length)[0] for length in (16, 17)] == [200, 400]
 
 
