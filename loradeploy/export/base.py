@@ -30,6 +30,7 @@ from loradeploy.bundle.manifest import (
     Manifest,
     TensorSpec,
 )
+from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.bundle.outputs import main_output
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import (
@@ -55,7 +56,7 @@ from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import model_digests, settled
 from loradeploy.export.passes.bf16 import compute_as_float32
-from loradeploy.export.passes.embeds import add_inputs_embeds
+from loradeploy.export.passes.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.side_inputs import (
     remove_side_inputs,
 )
@@ -244,7 +245,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     specs = static_specs(required_inputs(graph), options.fixed)
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
-    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters)
+    fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
+    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed)
     return Base(
         graph,
         task,

@@ -7,7 +7,8 @@
     inputs_embeds_mask  [1, 1] False            the default: every token is embedded
                         [batch, sequence]       True where `inputs_embeds` is read instead
 
-The image tokens may be beyond the vocabulary of some models: their ids are fed as 0 there.
+What the embedding's module computes behind its table, such as Gemma's scale, is a part of it:
+`inputs_embeds` are read as PyTorch's are, behind all that.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, add_constant, constant_of, replace_uses
 from loradeploy.export.graph.file import spec_of
 from loradeploy.export.graph.names import step_name
+from loradeploy.export.graph.scopes import module_path
 from loradeploy.export.passes.vocabulary import embedding_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import TensorSpec
 
@@ -33,7 +38,8 @@ def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
     """Give the graph of a decoder the optional inputs `inputs_embeds` and `inputs_embeds_mask`.
 
     Raises:
-        ExportError: its embedding of tokens is not found, or is called several times.
+        ExportError: its embedding of tokens is not found, is called several times, or has several
+            outputs.
     """
     import onnx_ir as ir
 
@@ -41,13 +47,16 @@ def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
     if embedding is None or len(embedding.nodes) != 1:
         raise ExportError("the graph has no single embedding of tokens that images could replace")
     (node,) = embedding.nodes
-    embedded = node.outputs[0]
-    table = constant_of(embedding.weight)
+    embedded = _end_of(embedding.module, node.outputs[0])
+    assert embedded.dtype is not None
+    last = embedded.producer()
+    assert last is not None
+    width, dtype = constant_of(embedding.weight).shape[1], embedded.dtype.numpy()
     given = add_constant(
         graph,
         INPUTS_EMBEDS,
-        np.zeros((1, 1, table.shape[1]), table.dtype),
-        shape=["embeds_rows", "embeds", int(table.shape[1])],
+        np.zeros((1, 1, width), dtype),
+        shape=["embeds_rows", "embeds", int(width)],
     )
     mask = add_constant(
         graph,
@@ -57,10 +66,31 @@ def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
     )
     graph.inputs.extend([given, mask])
     axis = add_constant(graph, step_name(INPUTS_EMBEDS, "axis"), np.array([2], np.int64))
-    chain = Chain(graph, node, INPUTS_EMBEDS, ir.DataType.BOOL)
+    chain = Chain(graph, last, INPUTS_EMBEDS, ir.DataType.BOOL)
     chosen = chain.add("Unsqueeze", "chosen", [mask, axis])  # [batch, sequence, 1]
-    assert embedded.dtype is not None
     values = Chain(graph, chain.last, INPUTS_EMBEDS, embedded.dtype)
     result = values.add("Where", "read", [chosen, given, embedded])
     replace_uses(embedded, result, keep=[values.last])
     return tuple(map(spec_of, (given, mask)))
+
+
+def sample_embeds(
+    specs: Sequence[TensorSpec], ids: NDArray[np.int64]
+) -> dict[str, NDArray[np.generic]]:
+    """Embeddings in the places of every other token of `ids` [batch, sequence], for a trial.
+
+    `specs`: those of `add_inputs_embeds`.
+    """
+    given, _ = specs
+    values = np.random.default_rng(0).standard_normal((*ids.shape, int(given.shape[-1])))
+    places = np.indices(ids.shape).sum(axis=0) % 2 == 1
+    return {INPUTS_EMBEDS: values.astype(given.dtype), INPUTS_EMBEDS_MASK: places}
+
+
+def _end_of(module: str, value: ir.Value) -> ir.Value:
+    """What `module` gives, which computes `value` on the way: the last of its nodes' outputs."""
+    while own := [node for node, _ in value.uses() if module_path(node) == module]:
+        if len(own) > 1 or len(own[0].outputs) > 1:
+            raise ExportError(f"{module} has no single output that images could replace")
+        value = own[0].outputs[0]
+    return value

@@ -18,6 +18,7 @@ from loradeploy.bundle.names import (
     ATTENTION_MASK,
     INPUT_FEATURES,
     INPUT_IDS,
+    INPUTS_EMBEDS,
     PIXEL_VALUES,
     POOLER_OUTPUT,
     POSITION_IDS,
@@ -167,10 +168,35 @@ def answers(
     names: Sequence[str],
     feeds: Feeds,
     adapters: Mapping[str, Adapter],
+    embeds: Feeds | None = None,
 ) -> Original | None:
-    """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`."""
+    """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`.
+
+    `embeds`: `inputs_embeds` and `inputs_embeds_mask` of a decoder, with which it is run too.
+    """
+    kind = TASK_TABLE[task]
+    fed = None if embeds is None else (_embedded(model, kind), {**feeds, **embeds})
     with quiet():
-        return of_module(model, _wrapper(model, TASK_TABLE[task]), names, feeds, adapters)
+        return of_module(model, _wrapper(model, kind), names, feeds, adapters, fed)
+
+
+def _embedded(model: Any, kind: Task) -> torch.nn.Module:
+    """The decoder `model` with embeddings in the places of tokens, as it takes them itself.
+
+    The last two plain inputs are `inputs_embeds` and `inputs_embeds_mask`.
+    """
+    import torch
+
+    wrapper = _wrapper(model, kind, first=INPUTS_EMBEDS)
+
+    class Embedded(torch.nn.Module):
+        def forward(self, plain: Sequence[torch.Tensor], past: Any) -> Any:
+            ids, *others, given, places = plain
+            own = model.get_input_embeddings()(ids)
+            embeds = torch.where(places[..., None], given, own)
+            return wrapper([embeds, *others], past)
+
+    return Embedded()
 
 
 def _caches(model: Any) -> tuple[Cache, ...]:
@@ -196,14 +222,19 @@ def _caches(model: Any) -> tuple[Cache, ...]:
     )
 
 
-def _wrapper(model: Any, kind: Task) -> torch.nn.Module:
-    """`model` as a module of positional tensors, in the order of `_example`."""
+def _wrapper(model: Any, kind: Task, first: str | None = None) -> torch.nn.Module:
+    """`model` as a module of positional tensors, in the order of `_example`.
+
+    `first`: what the first of them is, where it is another.
+    """
     import torch
     from transformers.cache_utils import DynamicCache
 
     if kind.name == SEQ2SEQ_LM:
         return encoder_decoder.wrapper(model)
     names, taken, outputs = _plain_inputs(model, kind), _parameters(model), _outputs(model, kind)
+    if first is not None:
+        names[0] = first
     # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
     rotates = POSITION_IDS in taken and bool(getattr(model.config, "rope_parameters", None))
 

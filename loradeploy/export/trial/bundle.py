@@ -6,6 +6,7 @@
     a merged graph              gives something else than its source; of a checkpoint, PyTorch's
     required.onnx               gives the same as model.onnx
     logits_to_keep              gives what all positions give there
+    inputs_embeds               give what PyTorch gives, which takes them in its own way
 
 The limits catch what is wrong, not what is coarse: how close a bundle comes is parity's to tell.
 """
@@ -28,6 +29,7 @@ from loradeploy.bundle.names import (
     ENCODER_NAME,
     GRAPH_NAME,
     INPUT_IDS,
+    INPUTS_EMBEDS,
     LOGITS_TO_KEEP,
     REQUIRED_NAME,
     SLOTS,
@@ -179,6 +181,8 @@ class Trial:
                     )
             self._check_side_inputs(original.feeds, base)
             self._check_required(original.feeds, base)
+            if original.embedded is not None:
+                self._check_embedded(original.embedded, base, limit)
         elif self.manifest.precision == "fp32" and _same(base, original.outputs):
             changed = original.update is None or not _same(
                 original.update.outputs, original.outputs
@@ -261,6 +265,18 @@ class Trial:
             if (error := _error(values, base[name])) > _LIMITS[self.manifest.precision]:
                 raise _refused(
                     f"{REQUIRED_NAME}'s {name} is {error:.2g} of its size away from {GRAPH_NAME}'s"
+                )
+
+    def _check_embedded(self, original: Original, base: Outputs, limit: float) -> None:
+        """Embeddings in the places of tokens are read as PyTorch reads them."""
+        given = self.run(original.feeds, None)
+        if _same(given, base):
+            raise _refused(f"its {INPUTS_EMBEDS} change nothing")
+        for name, expected in original.outputs.items():
+            if (error := _error(given[name], expected)) > limit:
+                raise _refused(
+                    f"with {INPUTS_EMBEDS} its output {name} is {error:.2g} of its size away from"
+                    " PyTorch's"
                 )
 
     def _check_kept(self, feeds: Feeds) -> None:

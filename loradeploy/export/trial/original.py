@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import PAST
 from loradeploy.bundle.sample import Sample
-from loradeploy.errors import first_line
+from loradeploy.errors import ExportError, first_line
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
 from loradeploy.printable import logger_of
 
@@ -50,11 +50,15 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """What the source gives: `outputs` by name for `feeds`, and with an `update` where known."""
+    """What the source gives: `outputs` by name for `feeds`, and with an `update` where known.
+
+    `embedded`: the same where embeddings are read in the places of some tokens.
+    """
 
     feeds: Feeds
     outputs: Outputs
     update: Update | None = None
+    embedded: Original | None = None
 
 
 # -- a checkpoint ----------------------------------------------------------------------------------
@@ -66,8 +70,14 @@ def of_module(
     names: Sequence[str],
     feeds: Feeds,
     adapters: Mapping[str, Adapter],
+    embedded: tuple[torch.nn.Module, Feeds] | None = None,
 ) -> Original | None:
     """What PyTorch gives; None where it does not take the sample.
+
+    `embedded`: a wrapper that takes embeddings too, and its sample.
+
+    Raises:
+        ExportError: the model does not take embeddings, which a bundle is to take.
 
     `wrapper` takes the inputs as they were traced and gives the outputs `names`. The update is that
     of the first of `adapters` that has factors of linear layers alone, else a made one.
@@ -77,6 +87,16 @@ def of_module(
     except Exception as problem:  # whatever a model's own code raises at rows of a few tokens
         logger.warning("not compared with PyTorch, it fails on a sample: %s", first_line(problem))
         return None
+    original = Original(feeds, outputs)
+    if embedded is not None:
+        fed, its = embedded
+        try:
+            original = replace(original, embedded=Original(its, _run(fed, names, its)))
+        except Exception as problem:  # a model that needs its tokens too
+            raise ExportError(
+                f"{type(model).__name__} does not take embeddings in place of tokens:"
+                f" {first_line(problem)}"
+            ) from None
     try:
         given = _given(adapters)
         of, factors = given if given is not None else (None, _made(model))
@@ -84,8 +104,8 @@ def of_module(
             updated = _run(wrapper, names, feeds)
     except Exception as problem:  # a layer that is called in a way of its own
         logger.warning("an update was not compared with PyTorch: %s", first_line(problem))
-        return Original(feeds, outputs)
-    return Original(feeds, outputs, Update(of, factors, updated) if all_found else None)
+        return original
+    return replace(original, update=Update(of, factors, updated)) if all_found else original
 
 
 def _run(wrapper: torch.nn.Module, names: Sequence[str], feeds: Feeds) -> Outputs:

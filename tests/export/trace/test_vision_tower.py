@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
+from loradeploy.export.passes import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.export.test_texts import _tokenizer as write_tokenizer
@@ -260,6 +261,48 @@ def _check_generation(
         generator.generate(["w106"], [[images[0][:, :14]]])
     with pytest.raises(UsageError, match="the adapter 'none' is not in"):
         generator.generate(["w106"], [[images[0]]], "none")
+
+
+def _scaled(place: Path) -> Any:
+    """LLaVA around a Gemma, whose embedding of tokens is scaled."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    text = {**_TEXT, "model_type": "gemma3_text", "head_dim": 8}
+    vision = {**_VISION, **TOWERS["Llava"]}
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=16
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(place)
+    return model
+
+
+@pytest.mark.parametrize("read", ["behind the scale", "before the scale"])
+def test_embeddings_are_read_behind_the_scale_of_the_tokens(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    model = _scaled(tmp_path / "model")
+    if read == "before the scale":
+        monkeypatch.setattr(passes, "_end_of", lambda module, value: value)
+        with pytest.raises(ExportError, match=r"with inputs_embeds its output logits is .* away"):
+            ld.export(tmp_path / "model", tmp_path / "d", task="causal-lm")
+        return
+    ld.export(tmp_path / "model", tmp_path / "d", task="causal-lm")
+    decoder, ids = ld.AdapterSession(tmp_path / "d"), _ids(3)
+    given = np.random.default_rng(0).standard_normal((*ids.shape, 32)).astype(np.float32)
+    own = {"inputs_embeds": given, "inputs_embeds_mask": ids == IMAGE}
+    (found,) = decoder.run(["logits"], {**feeds(decoder.manifest, ids), **own})
+    with torch.no_grad():
+        tokens = model.get_input_embeddings()(torch.from_numpy(ids))
+        places = torch.from_numpy(ids == IMAGE)[..., None]
+        embeds = torch.where(places, torch.from_numpy(given), tokens)
+        mask = torch.ones(ids.shape, dtype=torch.int64)
+        expected = model(inputs_embeds=embeds, attention_mask=mask).logits.numpy()
+    assert difference(found, expected) <= tolerance("torch-onnx-tiny")
 
 
 def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_path: Path) -> None:
