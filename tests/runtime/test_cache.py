@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -169,3 +172,27 @@ def test_a_cache_that_cannot_be_allocated_is_refused_wherever_its_shape_is_read(
     manifest = a_manifest(inputs=(TensorSpec(PAST[0], dtype, shape),))
     with pytest.raises(UsageError, match=reason):
         reader(manifest)
+
+
+FORKED = """
+import os
+import numpy as np
+from loradeploy.runtime.decoding.caches.sparse import zeros_by_page
+
+zeros = zeros_by_page((4, 1 << 20), np.dtype("float32"))
+zeros[1] = 1
+child = os.fork()
+if child == 0:
+    zeros[2] = 7
+    os._exit(0 if zeros[1].all() and zeros[2].all() else 3)
+assert os.waitpid(child, 0)[1] == 0
+print(zeros.sum(axis=1).tolist())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_child_does_not_write_into_the_cache_of_its_parent() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == f"[0.0, {float(1 << 20)}, 0.0, 0.0]", run.stderr
