@@ -189,9 +189,25 @@ def test_progress_counts_every_run(
         ({}, True),
         ({"rows": {"embed_tokens.weight": Rows((3,), np.ones((1, 4)))}}, False),
         ({"saved": {"lm_head.weight": np.ones((4, 4))}}, False),
+        ({"carried": {"embed_tokens.weight": np.ones((9, 4))}}, False),
         ({"factors": {"e": Factors(np.ones((2, 9)), np.ones((4, 2)), kind="embedding")}}, False),
+        (
+            {
+                "factors": {
+                    "e": Factors(np.ones((4, 4)), np.ones((4, 4)), kind="experts", experts=2)
+                }
+            },
+            False,
+        ),
     ],
-    ids=["linear layers", "a trained token", "a head", "an embedding"],
+    ids=[
+        "linear layers",
+        "a trained token",
+        "a head",
+        "carried weights",
+        "an embedding",
+        "experts",
+    ],
 )
 def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
     changed: dict[str, Any], same: bool
@@ -199,7 +215,11 @@ def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
     factors = {"q": Factors(np.ones((2, 4)), np.ones((4, 2)))}
     adapter = Adapter(AdapterConfig(r=2, lora_alpha=2), **{"factors": factors, **changed})
     under_test = AdapterUnderTest("a", Path(), adapter, adapter.digest)
-    assert same_everywhere([under_test], "a") is same
+    other = Adapter(AdapterConfig(r=2, lora_alpha=2), factors=factors)
+    both = [AdapterUnderTest("b", Path(), other, other.digest), under_test]
+    assert same_everywhere(both, "a") is same
+    assert same_everywhere(both, "b")
+    assert same_everywhere(both, None), "the base is the reference's own"
 
 
 # -- phases ------------------------------------------------------------------------------------
