@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from loradeploy.runtime.adapters.filling import Filler
+from loradeploy.runtime.adapters.resident import Bindable
+from loradeploy.runtime.adapters.row_stacks import RowStack, RowStacks
 from loradeploy.runtime.session import AdapterSession
 from tests.runtime.feeds import feeds, logits, random_ids
 from tests.tolerances import tolerance
@@ -93,3 +96,56 @@ def test_a_stack_of_large_ranks_is_left_when_they_have_gone(session: AdapterSess
     assert worst(found, alone(session, ["small", None, "small", None])) <= tolerance("rows")
     smallest = min(stack.nbytes for stack in session._bank._leases._rows._stacks)
     assert smallest < large / 4
+
+
+class Device:
+    """A device's memory: copies, which are there as long as what binds them."""
+
+    def __init__(self) -> None:
+        self.copies: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.taken: list[weakref.ref[Any]] = []
+        self.count = 0
+
+    def bind(self, arrays: Mapping[str, Any]) -> Bindable:
+        copies = {name: values.copy() for name, values in arrays.items()}
+        self.taken += map(weakref.ref, arrays.values())
+        for values in copies.values():
+            self.copies[self.count] = values
+            self.count += 1
+        return Bindable(copies)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.copies.values())
+
+
+def test_on_a_device_every_copy_is_counted_and_none_stays_on_the_host(
+    session: AdapterSession,
+) -> None:
+    logits(session, IDS[:3], ["small", "large", "partial"])  # which brings them into memory
+    residents = list(session._bank._residents.values())
+    device, filler = Device(), Filler(session.manifest, {})
+    rows = [residents[i % len(residents)] for i in range(16)]
+    whole = 16 * sum(
+        np.prod(shape) * filler.dtype.itemsize
+        for shape in filler.shapes(1, filler.ranks(residents, 1)).values()
+    )
+    budget = int(1.5 * whole)
+    stacks = RowStacks(filler, device.bind, on_host=False, least_rank=1, budget=budget)
+    last: RowStack | None = None
+    for count in range(16, 2, -1):  # texts of a batch end one after the other
+        stack, bound = stacks.take(rows[:count], last)
+        assert {len(values) for values in bound.values.values()} == {count}  # type: ignore[arg-type]
+        if last is not None:
+            stacks.leave(last)
+        last = stack
+        del stack, bound
+        assert device.nbytes == stacks.nbytes <= budget, count
+        assert not any(array() is not None for array in device.taken)
+    assert last is not None
+    again, _ = stacks.take(rows[:3])
+    assert again is last, "the same rows are bound once"
+    for name, values in last.views[3].values.items():
+        single = {name: np.empty_like(values[:1]) for name, values in last.views[3].values.items()}
+        filler.write(single, 0, rows[0])
+        np.testing.assert_array_equal(values[:1], single[name])

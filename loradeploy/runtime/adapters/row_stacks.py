@@ -3,7 +3,7 @@
 A batch whose rows come and go reads a stack again once its last lease has ended, and what has
 changed since is written into it: of a row that joins, its own factors. As long as a lease lasts its
 stack stays as it is, and another lease of the same rows reads it too. What lies on another device
-than the host is made anew for each order of rows.
+than the host is made anew for other rows, fewer ones too.
 """
 
 from __future__ import annotations
@@ -28,23 +28,19 @@ _LARGER: Final = 2
 
 @dataclass(eq=False)
 class RowStack:
-    """`rows`: the digest of what each slot holds. `readers`: how many leases read it."""
+    """`rows`: the digest of what each slot holds. `readers`: how many leases read it.
+
+    `capacity`: the rows that fit in. `nbytes`: of the tensors that are bound. `arrays`: those
+    tensors on the host; none where what is bound is a copy on the device.
+    """
 
     arrays: Mapping[str, NDArray[Any]]
     ranks: Mapping[str, int]
     rows: list[str | None]
+    capacity: int
+    nbytes: int
     readers: int = 0
     views: dict[int, Bindable] = field(default_factory=dict)  # by the number of rows
-
-    @property
-    def capacity(self) -> int:
-        """The rows that fit in."""
-        return len(next(iter(self.arrays.values())))
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its tensors."""
-        return sum(values.nbytes for values in self.arrays.values())
 
 
 class RowStacks:
@@ -80,22 +76,31 @@ class RowStacks:
         `instead`: one that its lease reads no more, though it has not ended.
         """
         key = [None if resident is None else resident.digest for resident in rows]
-        stack = next((own for own in self._stacks if own.rows[: len(key)] == key), None)
+        stack = next((own for own in self._stacks if self._holds(own, key)), None)
         if stack is None:
             stack = self._changed(rows, key, instead) or self._new(rows, key)
-        else:
-            self._stacks.remove(stack)
-        self._stacks.append(stack)
-        stack.readers += 1
         if len(rows) not in stack.views:
             views = {name: values[: len(rows)] for name, values in stack.arrays.items()}
             stack.views[len(rows)] = self._bind(views)
+            if not self._on_host:  # what is bound is a copy
+                stack.arrays = {}
+        if stack in self._stacks:
+            self._stacks.remove(stack)
+        self._stacks.append(stack)
+        stack.readers += 1
         return stack, stack.views[len(rows)]
 
     def leave(self, stack: RowStack) -> None:
         """A lease that reads `stack` has ended."""
         stack.readers -= 1
         self._trim(0)
+
+    def _holds(self, stack: RowStack, key: list[str | None]) -> bool:
+        """Whether `key` can be read of `stack` as it is.
+
+        On the host its first rows are a view. On a device they would be one more copy.
+        """
+        return (stack.rows[: len(key)] if self._on_host else stack.rows) == key
 
     def _changed(
         self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None
@@ -142,7 +147,7 @@ class RowStacks:
         arrays = self._fill.unfilled(capacity, ranks)
         for slot, resident in enumerate(rows):
             self._fill.write(arrays, slot, resident)
-        return RowStack(arrays, ranks, key)
+        return RowStack(arrays, ranks, key, capacity, capacity * each)
 
     def _bytes_of_row(self, ranks: Mapping[str, int]) -> int:
         numbers = sum(math.prod(shape) for shape in self._fill.shapes(1, ranks).values())
