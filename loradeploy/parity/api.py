@@ -116,10 +116,10 @@ def parity(
         find_adapters,
         find_model,
         graph_digests,
-        trained_tokens,
     )
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
+    from loradeploy.parity.inputs.trained import trained_tokens
     from loradeploy.parity.job import run
     from loradeploy.parity.names import ONNX_GENAI
     from loradeploy.parity.phases import choose_phases
@@ -177,7 +177,7 @@ def parity(
         generated=tokens,
         seed=seed,
         fuzz=fuzz,
-        trained=trained_tokens(tested),
+        trained=trained_tokens([each.adapter for each in tested], directory),
     )
     with custom_code(trust_remote_code):
         held_out = read_held_out(

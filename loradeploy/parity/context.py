@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,16 +188,6 @@ def find_adapters(
             except AdapterMismatchError as problem:
                 raise AdapterMismatchError(f"{tested.name}: {problem}") from None
     return tuple(found.values())
-
-
-def trained_tokens(adapters: Sequence[AdapterUnderTest]) -> tuple[int, ...]:
-    """The tokens whose rows of a vocabulary the adapters trained, one of each adapter in turn."""
-    each = [
-        [token for rows in tested.adapter.rows.values() for token in rows.indices]
-        for tested in adapters
-    ]
-    turns = (token for turn in zip_longest(*each) for token in turn if token is not None)
-    return tuple(dict.fromkeys(turns))
 
 
 def _head_shapes(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[int, ...]]:

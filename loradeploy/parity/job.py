@@ -18,6 +18,7 @@ from loradeploy.parity.controls import run_controls
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
+from loradeploy.parity.inputs.tokens import MOST_TRAINED
 from loradeploy.parity.reference.pytorch import (
     Reference,
     load_base,
@@ -174,6 +175,11 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
         notes.append(
             f"{manifest.precision} kept {error.kept:.1%} of the merged update, with rounding noise"
             f" of {error.noise:.2g} times its size"
+        )
+    if context.cases.unfed:
+        notes.append(
+            f"{context.cases.unfed} tokens whose rows of the vocabulary an adapter changed were not"
+            f" fed: {MOST_TRAINED} are at most"
         )
     claimed = manifest.merged_adapter
     for tested in context.adapters if claimed is not None else ():

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.adapter.fit import MOST_ROWS
 from loradeploy.errors import AdapterError, LoraDeployError
+from loradeploy.export.graph.edit import constant_of, set_constant
+from loradeploy.parity.report.results import ParityReport
 from tests.conftest import once
 from tests.export.reference import difference, onnx_output
+from tests.parity.spoil import spoiled
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
@@ -175,6 +179,54 @@ def test_the_checkpoint_is_merged_likewise(
         tmp_path / "m", model=checkpoint, adapters={"a": doubled}, tokens=3, certificate=False
     )
     assert not wrong.passed
+    broken = spoiled(tmp_path / "m", tmp_path / "broken", _zero_the_added_rows(BASE + 2))
+    assert not _prefill_parity(broken, checkpoint, adapter).passed
+
+
+def _prefill_parity(bundle: Path, checkpoint: Path, adapter: Path) -> ParityReport:
+    return ld.parity(
+        bundle,
+        model=checkpoint,
+        adapters={"a": adapter},
+        tokens=1,
+        backends=["onnx-merged"],
+        phases=["prefill"],
+        shrink=False,
+        localize=False,
+        certificate=False,
+    )
+
+
+def _zero_the_added_rows(size: int) -> Callable[[ir.Graph], None]:
+    """Zeros for the added tokens in the embedding of a graph with `size` tokens."""
+
+    def change(graph: ir.Graph) -> None:
+        tables = {
+            node.inputs[0]
+            for node in graph
+            if node.op_type == "Gather" and node.inputs[0] is not None
+        }
+        (table,) = (each for each in tables if each.shape is not None and each.shape[0] == size)
+        values = constant_of(table).copy()
+        values[BASE:] = 0
+        set_constant(table, values)
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["embeddings saved", "trained in full"])
+def test_parity_sees_rows_that_a_merge_lost_though_no_prompt_has_their_tokens(
+    name: str,
+    bases: dict[str, tuple[Path, Path]],
+    adapter_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint, bundle = bases["llama"]
+    ld.export(bundle, tmp_path / "m", adapters={"a": adapter_of(name)}, merge=True)
+    broken = spoiled(tmp_path / "m", tmp_path / "broken", _zero_the_added_rows(BASE + 2))
+    whole = _prefill_parity(tmp_path / "m", checkpoint, adapter_of(name))
+    assert whole.passed, whole.failures
+    assert not _prefill_parity(broken, checkpoint, adapter_of(name)).passed
 
 
 def _doubled(adapter: Path, place: Path) -> Path:

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import DataError, LoraDeployError, UsageError
 from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
-from loradeploy.parity.inputs.tokens import Cases, make_cases
+from loradeploy.parity.inputs.tokens import MOST_TRAINED, Cases, make_cases
+from loradeploy.parity.inputs.trained import trained_tokens
 from loradeploy.parity.phases import Row
 
 DECODER = Manifest(
@@ -174,6 +178,44 @@ def test_trained_tokens_are_fed_though_no_prompt_has_them(tiny_llama: Path) -> N
     assert not {301, 17} & set(found.prompts[0])
     short, long = found.prompts[-found.edges :]
     assert (short, long[0], long[1:3]) == ((301,), found.prompts[0][0], (301, 17))
+    assert found.unfed == 0
+
+
+@pytest.mark.parametrize("longest", [127, 9])
+def test_all_trained_tokens_are_fed_up_to_a_bound_in_rows_of_their_own(
+    longest: int, tiny_llama: Path
+) -> None:
+    def fed(trained: range) -> Cases:
+        return cases(tiny_llama, prompts=["a"], generated=128 - longest, trained=trained)
+
+    for count in (0, 1, 48, 49, 64, MOST_TRAINED):
+        found = fed(range(1000, 1000 + count))
+        assert {token for row in found.prompts for token in row if token >= 1000} == set(
+            range(1000, 1000 + count)
+        )
+        assert all(1 <= len(row) <= longest for row in found.prompts)
+        assert (found.edges, found.unfed) == (len(found.prompts) - 1, 0)
+    assert fed(range(MOST_TRAINED + 3)).unfed == 3
+
+
+def test_rows_of_a_whole_table_that_differ_from_the_models_are_trained_ones(
+    tiny_llama: Path, tiny_gpt2: Path
+) -> None:
+    def trained(table: str, model: Path, *, saved: bool = False) -> tuple[int, ...]:
+        own = next(t.array() for n, t in base_tensors(model).items() if n.endswith(embed[model]))
+        values = np.concatenate([own, np.ones_like(own[:2])])
+        values[[40, 301]] += np.array([[0.5], [1.0]], np.float32)
+        whole = {table: values, "dense.weight": own[:4]}
+        adapter = Adapter(config, {}, saved=whole if saved else {}, carried={} if saved else whole)
+        return trained_tokens([adapter], model)
+
+    config = AdapterConfig(r=1, lora_alpha=1, target_modules=("q_proj",))
+    embed = {tiny_llama: "embed_tokens.weight", tiny_gpt2: "wte.weight"}
+    expected = (512, 513, 301, 40)  # the added ones, then the furthest ones
+    assert trained("model.embed_tokens.weight", tiny_llama) == expected
+    assert trained("model.embed_tokens.weight", tiny_llama, saved=True) == expected
+    assert trained("transformer.wte.weight", tiny_gpt2) == expected
+    assert trained("lm_head.weight", tiny_gpt2) == expected, "tied, so not stored"
 
 
 def test_a_mixed_batch_has_an_extreme_row_of_each_adapter() -> None:

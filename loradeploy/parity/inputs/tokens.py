@@ -38,8 +38,9 @@ _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 _FUZZ_LENGTH: Final = 48
 # The longest row that is always fed; a prompt may be twice as long.
 _LONGEST_EDGE: Final = 128
-# So many tokens that adapters trained are fed at most.
-_TRAINED: Final = 48
+# So many tokens whose rows of a vocabulary adapters changed are fed at most, and in one row.
+MOST_TRAINED: Final = 512
+_TRAINED_IN_ROW: Final = 48
 # Tokens that follow a row of an extreme length: one step past its cache is enough.
 _AFTER_EDGES: Final = 2
 
@@ -54,7 +55,7 @@ class Cases:
     extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
     `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
     rows are filled up on the left. `types`: the token types of pairs. `alike`: whether
-    rows of one length alone share a batch.
+    rows of one length alone share a batch. `unfed`: how many tokens were trained and are in no row.
     """
 
     prompts: Rows
@@ -66,6 +67,7 @@ class Cases:
     edges: int = 0
     alike: bool = False
     types: Types = field(default_factory=dict)
+    unfed: int = 0
 
     @property
     def groups(self) -> tuple[tuple[Rows, int], ...]:
@@ -90,7 +92,8 @@ def make_cases(
     `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
     or `messages`), a list of texts, pairs and such objects, or None for the built-in ones. A bundle
     without a tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row
-    each of the least and of the largest length, with the tokens that are `trained` in them.
+    each of the least and of the largest length, with the tokens that are `trained` in them, up to
+    `MOST_TRAINED`, and as many rows more as these take.
 
     Raises:
         DataError: the file is missing, empty, or has a broken line.
@@ -125,7 +128,8 @@ def make_cases(
     every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
     if (full := fixed_length(manifest)) is not None:
         every = tuple(filled(row, full, pad) for row in every)
-    return Cases(every, follow, pad, source, left, len(random), len(edges), alike, types)
+    counts, unfed = (len(random), len(edges)), max(0, len(trained) - MOST_TRAINED)
+    return Cases(every, follow, pad, source, left, *counts, alike, types, unfed)
 
 
 def fixed_length(manifest: Manifest) -> int | None:
@@ -245,14 +249,17 @@ def _edge_rows(rows: Rows, longest: int, trained: Sequence[int]) -> Rows:
     first is nearly all padding.
 
     Their tokens are the prompts', one prompt after the other and round again. Tokens whose rows of
-    a vocabulary an adapter trained may be in no prompt: they follow the long row's first token, and
-    one of them is the short row.
+    a vocabulary an adapter trained may be in no prompt: they follow the long row's first token, one
+    of them is the short row, and rows of their own have those that the long one has no room for.
     """
     first, *others = [token for row in rows for token in row]
-    tokens = [first, *trained[:_TRAINED], *others]
     length = min(longest, _LONGEST_EDGE)
+    room = max(0, min(length - 1, _TRAINED_IN_ROW))
+    fed = tuple(trained[:MOST_TRAINED])
+    tokens = [first, *fed[:room], *others]
     again = -(-length // len(tokens))
-    return (tuple(trained[:1]) or rows[0][-1:], tuple((tokens * again)[:length]))
+    more = (fed[at : at + length] for at in range(room, len(fed), length))
+    return (fed[:1] or rows[0][-1:], tuple((tokens * again)[:length]), *more)
 
 
 def _fuzz_rows(vocabulary: int, longest: int, seed: int, count: int) -> Rows:

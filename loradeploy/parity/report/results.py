@@ -244,7 +244,8 @@ class Environment:
 class Inputs:
     """What was fed: enough to feed the same again.
 
-    `fuzz`: rows of random tokens, `edges`: rows of extreme lengths, both besides the `prompts`.
+    `fuzz`: rows of random tokens, `edges`: rows of extreme lengths and of tokens that adapters
+    trained, both besides the `prompts`.
     `prompt_tokens`: of all rows together.
     """
 
