@@ -105,6 +105,11 @@ class DecodingBatch:
         return sum(len(member.rows) for member in self._members.values())
 
     @property
+    def whole(self) -> bool:
+        """Whether no change of the rows was broken off; else `clear` them."""
+        return self._whole
+
+    @property
     def owners(self) -> Sequence[int]:
         """Of each row that a run reads, the number of its prompt, or of one that has left."""
         return self._owners

@@ -287,7 +287,8 @@ class Worker:
         self._statistics.prefix_evictions = self._prefixes.evictions
 
     def _step(self) -> None:
-        if not self._going:
+        # A prompt that could not join may have broken the rows, though nobody else is in them.
+        if not self._going and self._batch.whole:
             return
         began = time.monotonic()
         rows = self._batch.rows

@@ -69,3 +69,29 @@ def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
     assert worker._batch.rows == 0
     again = made.finish(made.ask(prompts, names, TOKENS))
     assert again == lone
+
+
+def test_a_request_that_cannot_join_alone_leaves_the_engine_whole(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = TextGenerator(session)
+    prompts = [PROMPTS["small"], PROMPTS["large"]]
+    expected = [
+        generator.generate([prompt], adapter, max_new_tokens=TOKENS)[0].token_ids
+        for prompt, adapter in zip(prompts, ["small", "large"], strict=True)
+    ]
+    made = Rounds(session)
+    rows: Any = made.engine._worker._batch._rows
+
+    def fails(*_: Any) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room for the rows")
+
+    monkeypatch.setattr(rows, "take" if hasattr(rows, "take") else "join", fails)
+    (alone,) = made.ask(prompts[:1], ["small"], TOKENS)
+    failed = made.round()
+    assert {number: type(problem) for number, problem in failed.items()} == {
+        alone.number: MemoryError
+    }
+    for prompt, adapter, tokens in zip(prompts, ["small", "large"], expected, strict=True):
+        assert made.finish(made.ask([prompt], [adapter], TOKENS)) == [tokens]
