@@ -44,13 +44,13 @@ def abandon(
 
 
 def end_unread(submission: Submission) -> int:
-    """End a request, cancelled before its prompt was read; how many texts that are."""
-    choices = submission.call.options[0].n
+    """End a request, cancelled before its prompt was read; how many texts that ends."""
+    choices, ended = submission.call.options[0].n, 0
     for choice in range(choices):
         nothing = Generation("", (), "cancelled", submission.adapter, 0, choice=choice)
         usage = Usage(0, 0) if choice == choices - 1 else None
-        submission.put(GenerationEvent(choice, "", generation=nothing, usage=usage))
-    return choices
+        ended += submission.put(GenerationEvent(choice, "", generation=nothing, usage=usage))
+    return ended
 
 
 def guarded(observer: Observer | None) -> Observer:

@@ -100,14 +100,16 @@ class EngineRequests:
         """The end of a request that was cancelled before its prompt was read."""
         choices = end_unread(submission)
         with self.changed:
-            self.statistics.finished["cancelled"] += choices
+            if choices:
+                self.statistics.finished["cancelled"] += choices
             self.changed.notify_all()
 
     def fail(self, submission: Submission, problem: BaseException) -> None:
-        """End a request with an error."""
-        name = type(submission.fail(problem)).__name__
+        """End a request with an error, unless it has ended: a defect may have been before."""
+        error = submission.fail(problem)
         with self.changed:
-            self.statistics.failed[name] += 1
+            if error is not None:
+                self.statistics.failed[type(error).__name__] += 1
             self.changed.notify_all()
 
     def defect(self, problem: BaseException) -> None:

@@ -228,21 +228,26 @@ class Submission:
             self._started = True
             self._wake()
 
-    def put(self, event: GenerationEvent) -> None:
-        """Hand out an event; the engine calls it. One with a usage is the last."""
+    def put(self, event: GenerationEvent) -> bool:
+        """Hand out an event; the engine calls it. One with a usage is the last.
+
+        False where it had ended before.
+        """
         with self._changed:
             if self.done:
-                return
+                return False
             self._events.append(event)
             if event.generation is not None:
                 self._generations[event.choice] = event.generation
             self._usage = event.usage
             self._wake()
+        return True
 
-    def fail(self, problem: BaseException) -> Exception:
+    def fail(self, problem: BaseException) -> Exception | None:
         """Say that it failed, with the error that its reader gets; the engine calls it.
 
-        What is no Exception, such as a panic of a library in Rust, is the cause of a RunError.
+        None where it had ended before. What is no Exception, such as a panic of a library in Rust,
+        is the cause of a RunError.
         """
         if isinstance(problem, Exception):
             error = problem
@@ -250,10 +255,11 @@ class Submission:
             error = RunError(f"{type(problem).__name__}: {shown(str(problem), 200)}")
             error.__cause__ = problem
         with self._changed:
-            if not self.done:
+            first = not self.done
+            if first:
                 self._error = error
                 self._wake()
-        return error
+        return error if first else None
 
     def _wake(self) -> None:
         """Wake who waits. `_changed` is held."""

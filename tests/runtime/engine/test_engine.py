@@ -359,6 +359,36 @@ def test_a_defect_of_a_thread_fails_every_request(
     assert not session._bank._users  # no adapter stays in use
 
 
+@pytest.mark.parametrize("then", ["is read", "is refused", "is cancelled"])
+def test_a_request_that_is_read_while_a_defect_comes_ends_once(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    engine = Engine(session)
+    requests, loader = engine._requests, engine._loader
+    one = engine.submit("The bank", "small", max_new_tokens=2, n=2, temperature=1.0)
+    with requests.changed:
+        requests.preparing = requests.queue.pop()
+    read = loader._reader.read
+
+    def reads(*given: Any) -> Any:
+        requests.defect(RuntimeError("a defect"))
+        if then == "is refused":
+            raise UsageError("of its prompt")
+        return read(*given)
+
+    monkeypatch.setattr(loader._reader, "read", reads)
+    if then == "is cancelled":
+        one.cancel()
+        requests.defect(RuntimeError("a defect"))
+    loader._prepare(one)
+    with pytest.raises(RuntimeError, match="a defect"):
+        one.result(0)
+    stats = engine.stats()
+    assert (stats.failed, stats.finished) == ({"RuntimeError": 1}, {})
+    assert not requests.unfinished()
+    assert not session._bank._users  # its adapter is not in use
+
+
 def test_no_row_runs_with_another_adapter_after_a_join_that_failed(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
