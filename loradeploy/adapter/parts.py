@@ -44,8 +44,7 @@ def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
     active = [name for name in left_out if _is_active(name, adapter)]
     if active:
         logger.warning(
-            "%d tensors of the adapter are of %s, which is in another bundle of this model: load"
-            " the adapter there too",
+            "%d tensors of the adapter are of %s, which is in another bundle of this model",
             *(len(active), listed_names(_tops(active, others))),
         )
     config, excluded = adapter.config, adapter.config.exclude_modules

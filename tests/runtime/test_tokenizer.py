@@ -101,6 +101,28 @@ def test_templates_see_what_transformers_shows_them(tiny_llama: Path, template: 
     assert ChatTemplate(template, ours.special_tokens).render(messages) == expected
 
 
+@pytest.mark.parametrize("messages", [CHATS[0], [{"role": "user", "content": "What is it?"}]])
+def test_a_template_of_parts_is_given_parts(
+    tiny_llama: Path, messages: list[dict[str, Any]]
+) -> None:
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    expected = _reference(tiny_llama).apply_chat_template(
+        parts, chat_template=DEFAULT_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    ours = ChatTemplate(DEFAULT_CHAT_TEMPLATE, {})
+    assert ours.render(messages) == ours.render(parts) == expected
+    assert all(message["content"] in expected for message in messages)
+
+
+def test_a_template_that_shows_no_text_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{% for m in messages %}w1{% endfor %}")
+    with pytest.raises(UsageError, match="shows nothing of a user's text"):
+        Tokenizer(tmp_path / "m").encode_chat([{"role": "user", "content": "w5"}])
+
+
 def test_the_time_can_be_asked_for() -> None:
     from datetime import datetime
 

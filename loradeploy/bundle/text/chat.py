@@ -21,6 +21,12 @@ from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
 # Real templates have some kilobytes, the longest some tens.
 MAX_TEMPLATE_BYTES: Final = 128 << 10
 
+# What shows whether a template reads a message's text, and in which form.
+_PROBE: Final = "probe"
+
+TEXT: Final = "text"
+PARTS: Final = "parts"
+
 # {"role": "user", "content": "…"}, and whatever else the template reads.
 Message = Mapping[str, Any]
 
@@ -88,6 +94,34 @@ class ChatTemplate:
                 )
         template = self._template
         given = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        if self.reads == PARTS:
+            given = _in_parts(given)
+        return self._rendered(template, given, add_generation_prompt)
+
+    @cached_property
+    def reads(self) -> str | None:
+        """What the template takes a message's content for: a text, or a list of its parts.
+
+        Those of models of images go through parts, and show nothing of a text. None where it shows
+        the text in neither form.
+        """
+        for form, content in ((TEXT, _PROBE), (PARTS, [{"type": "text", "text": _PROBE}])):
+            try:
+                shown = self._rendered(self._template, [{"role": "user", "content": content}], True)
+            except UsageError:  # it wants more of a chat than this
+                if form == TEXT:
+                    return TEXT
+                continue
+            if _PROBE in shown.lower():
+                return form
+        return None
+
+    def _rendered(
+        self,
+        template: jinja2.Template,
+        given: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
         try:
             with limited(given) as most:
                 pieces = template.generate(
@@ -110,6 +144,16 @@ class ChatTemplate:
             raise UsageError(
                 f"the chat template fails on the messages: {kind_and_line(problem)}"
             ) from None
+
+
+def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with each text as a list of one part."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]
 
 
 @cache

@@ -190,8 +190,18 @@ class Tokenizer:
             yield self._tokenizer
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation, up to where the assistant is to speak."""
-        return self.encode(self.render_chat(messages), special_tokens=False)
+        """The tokens of a conversation, up to where the assistant is to speak.
+
+        Raises:
+            UsageError: as `render_chat`, or the template shows nothing of what messages say.
+        """
+        rendered = self.render_chat(messages)
+        if self._chat is not None and self._chat.reads is None:
+            raise UsageError(
+                f"the chat template of {self._directory} shows nothing of a user's text: give"
+                " prompts without a chat"
+            )
+        return self.encode(rendered, special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The chat template on `messages`, up to where the assistant is to speak.

@@ -27,12 +27,14 @@ class Family:
 
     `sees`: the vision tower and the projector. `reads`: the decoder. `head`: the output head.
     `features`: of the model without its head and pixel values [images, channels, height, width],
-    what the image tokens are [images, tokens, hidden].
+    what the image tokens are [images, tokens, hidden]. `towers`: the model types of vision towers
+    that `features` is right for.
     """
 
     sees: tuple[str, ...]
     reads: str
     features: Callable[[Any, torch.Tensor], torch.Tensor]
+    towers: tuple[str, ...]
     head: str = "lm_head"
 
 
@@ -52,14 +54,22 @@ def _projected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
     return inner.multi_modal_projector(joined)  # type: ignore[no-any-return]
 
 
-_SMOLVLM: Final = Family(("model.vision_model", "model.connector"), "model.text_model", _connected)
+_SMOLVLM: Final = Family(
+    ("model.vision_model", "model.connector"),
+    "model.text_model",
+    _connected,
+    ("smolvlm_vision", "idefics3_vision"),
+)
 # By model type. Others need more than embeddings in the tokens' places: Gemma 3 and PaliGemma let
 # the tokens of an image attend to each other, Qwen-VL counts positions in three dimensions.
 FAMILIES: Final[Mapping[str, Family]] = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
     "llava": Family(
-        ("model.vision_tower", "model.multi_modal_projector"), "model.language_model", _projected
+        ("model.vision_tower", "model.multi_modal_projector"),
+        "model.language_model",
+        _projected,
+        ("clip_vision_model", "siglip_vision_model"),
     ),
 }
 
@@ -76,6 +86,12 @@ def family_of(config: Mapping[str, Any], task: str) -> Family | None:
         raise ExportError(
             f"the vision tower of {shortened(name, 40)} cannot be exported: only those of"
             f" {', '.join(FAMILIES)} can"
+        )
+    tower = config.get("vision_config", {}).get("model_type")
+    if family is not None and task == VISION_TOWER and tower not in (None, *family.towers):
+        raise ExportError(
+            f"the vision tower of {shortened(name, 40)} cannot be exported where it is"
+            f" {shortened(str(tower), 40)}: only {', '.join(family.towers)} can"
         )
     return family
 

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 _TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
+_AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
+# What processors write before and after the tokens of an image that is not split, by model type.
+SURROUNDS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "llava": ((), ()),
+    "smolvlm": _AROUND,
+    "idefics3": _AROUND,
+}
 
 
 class ImageTextGenerator:
@@ -38,7 +45,8 @@ class ImageTextGenerator:
 
     Raises:
         UsageError: the bundles are for other tasks, or of two models.
-        BundleError: the decoder's bundle does not know the token of an image.
+        BundleError: the decoder's bundle does not know the token of an image, or the tower's not
+            how many an image has.
     """
 
     def __init__(
@@ -63,6 +71,11 @@ class ImageTextGenerator:
             raise BundleError(f"{decoder.path / CONFIG_NAME} has no {_TOKENS[0]}")
         self.decoder, self.tower = decoder, tower
         self.image_token = token
+        (features,) = (s for s in tower.manifest.outputs if s.name == IMAGE_FEATURES)
+        if not isinstance(features.shape[1], int):
+            raise BundleError(f"{tower.path} does not say how many features an image has")
+        self._per_image = features.shape[1]
+        self._surround = SURROUNDS.get(str(config.get("model_type")))
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
         self._reader = PromptReader(decoder)
         self._without: dict[str, AdapterSession] = {}  # the part that an adapter has nothing for
@@ -97,7 +110,8 @@ class ImageTextGenerator:
 
         Pixel values are float [channels, height, width], as the model's processor makes them, an
         image or a tile of one each. A prompt has as many image tokens as its images have features,
-        as processors write it, or one for each image, in whose place all of that image are read.
+        as processors write it, or one for each image, in whose place all of that image are read,
+        with the tokens around them that the model's processor writes.
         Adapters, by name or None, and options are as in `TextGenerator.generate`.
 
         Raises:
@@ -111,16 +125,23 @@ class ImageTextGenerator:
                 f"there are lists of images for {len(images)} of {len(given)} prompts: give one"
                 " for each, empty where it has none"
             )
+        for number, own in enumerate(images):
+            if not isinstance(own, list | tuple | np.ndarray):
+                raise UsageError(
+                    f"the images of prompt {number + 1} are {shown(own)}: give a list, empty where"
+                    " it has none"
+                )
         names = each_row(adapters, len(given))
-        features = self._features(images, names, batch_size)
-        ids, embeds = [], []
+        ids = []
         for number, prompt in enumerate(given):
             what = f"prompt {number + 1}"
             adapter = self._name(self.decoder, names[number])
             read = self._reader.read(number, prompt, adapter, chat, what)
-            ids.append(self._expanded(read.ids, features[number], what))
-            own = features[number]
-            embeds.append(TokenEmbeds(self.image_token, np.concatenate(own)) if own else None)
+            ids.append(self._expanded(read.ids, len(images[number]), what))
+        embeds = [
+            TokenEmbeds(self.image_token, np.concatenate(own)) if own else None
+            for own in self._features(images, names, batch_size)
+        ]
         return self._text.generate(
             ids,
             [self._name(self.decoder, name) for name in names],
@@ -170,19 +191,32 @@ class ImageTextGenerator:
             )
         return str(name)
 
-    def _expanded(self, ids: list[int], features: Sequence[NDArray[Any]], what: str) -> list[int]:
+    def _expanded(self, ids: list[int], images: int, what: str) -> list[int]:
         """The tokens of a prompt, with as many image tokens as its images have features."""
-        count, needed = ids.count(self.image_token), sum(map(len, features))
+        count, needed = ids.count(self.image_token), images * self._per_image
         if count == needed:
             return ids
-        if count != len(features):
+        if count != images:
             raise UsageError(
-                f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
+                f"{what} has {count} image tokens, and {images} images of together {needed}"
                 " features: give one token for each image, or one for each feature"
             )
-        lengths = iter(map(len, features))
-        return [
-            token
-            for each in ids
-            for token in ([each] * next(lengths) if each == self.image_token else [each])
-        ]
+        before, after = self._around()
+        own = [*before, *[self.image_token] * self._per_image, *after]
+        return [new for each in ids for new in (own if each == self.image_token else [each])]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after those of an image."""
+        known = self.decoder.texts.base.tokenizer.vocabulary
+        if self._surround is None:
+            raise UsageError(
+                f"what a processor writes around an image of {self.decoder.path} is not known: give"
+                " one image token for each feature"
+            )
+        if lacking := [word for words in self._surround for word in words if word not in known]:
+            raise UsageError(
+                f"the tokenizer of {self.decoder.path} has no {lacking[0]}, which stands around an"
+                " image: give one image token for each feature, and those around them"
+            )
+        before, after = ([known[word] for word in words] for words in self._surround)
+        return before, after

@@ -6,6 +6,7 @@ The right answer is transformers' with PEFT, for images and text together.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,8 @@ CONFIGS: Final[Mapping[str, dict[str, Any]]] = {
     "Idefics3": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
 }
 TOWERS: Final = {"Llava": {"model_type": "clip_vision_model", "projection_dim": 32}}
+# Words of the vocabulary that are tokens around an image, and of an image, in its place.
+AROUND: Final = {"w90": "<fake_token_around_image>", "w91": "<global-img>", "w106": "<image>"}
 UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # behind the features: never trained
 
 
@@ -81,6 +84,12 @@ def _make(family: str, place: Path) -> None:
                 parameter.mul_(3)
     model.save_pretrained(place / "model")
     write_tokenizer(place / "model", words=_TEXT["vocab_size"])
+    file = place / "model" / "tokenizer.json"
+    written = file.read_text()
+    for word, token in AROUND.items():
+        assert f'"{word}"' in written
+        written = written.replace(f'"{word}"', f'"{token}"')
+    file.write_text(written)
     targets = r".*(q_proj|down_proj|fc1|modality_projection\.proj|projector\.linear_\d)"
     options = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     made = peft.get_peft_model(model, options)
@@ -239,13 +248,12 @@ def _check_generation(
         generator.load(name, made / name, replace=True)
     generator.load("words", words)
     images = [*_images(), *_images(1), _images(2)[0]]
-    prompts = ["w1 w13 w106 w9", *["w5 w106 w56 w57"] * 4]  # w106 is the token of an image
+    prompts = ["w1 w13 <image> w9", *["w5 <image> w56 w57"] * 4]
     results = generator.generate(
         prompts, [[image] for image in images], names, max_new_tokens=NEW, batch_size=5
     )
     for result, image, name, prompt in zip(results, images, names, prompts, strict=True):
-        words = [4 + int(word[1:]) for word in prompt.split()]
-        ids = [own for word in words for own in [word] * (tokens if word == IMAGE else 1)]
+        ids = _processed(family, prompt, tokens)
         assert result.prompt_tokens == len(ids)
         expected = _generated(family, made / "model", name and made / name, image, ids)
         assert list(result.token_ids) == expected, name
@@ -256,11 +264,46 @@ def _check_generation(
     (other,) = generator.generate(prompts[:1], [[-images[0]]], max_new_tokens=NEW)
     assert other.token_ids != results[0].token_ids, "the image counts"
     with pytest.raises(UsageError, match="prompt 1 has 2 image tokens, and 1 images of together"):
-        generator.generate(["w106 w1 w106"], [[images[0]]])
+        generator.generate(["<image> w1 <image>"], [[images[0]]])
     with pytest.raises(UsageError, match=r"prompt 1 is float32 \[3, 14, 28\], expected"):
-        generator.generate(["w106"], [[images[0][:, :14]]])
+        generator.generate(["<image>"], [[images[0][:, :14]]])
     with pytest.raises(UsageError, match="the adapter 'none' is not in"):
-        generator.generate(["w106"], [[images[0]]], "none")
+        generator.generate(["<image>"], [[images[0]]], "none")
+    with pytest.raises(UsageError, match="the images of prompt 1 are None: give a list"):
+        generator.generate(["<image>"], [None])
+    _check_batches(family, made, generator, tokens)
+
+
+def _processed(family: str, prompt: str, tokens: int) -> list[int]:
+    """The tokens of a prompt with an image, as the family's processor of transformers writes it."""
+    from transformers.models.idefics3 import processing_idefics3
+    from transformers.models.smolvlm import processing_smolvlm
+
+    module = {"SmolVLM": processing_smolvlm, "Idefics3": processing_idefics3}.get(family)
+    image = "<image>" * tokens  # LLaVA's
+    if module is not None:
+        around = [AROUND["w90"], "<image>", AROUND["w91"]]
+        image = module.get_image_prompt_string(0, 0, tokens, *around)
+    words = re.findall(r"<[^>]+>|w\d+", prompt.replace("<image>", image))
+    known = {token: word for word, token in AROUND.items()}
+    return [4 + int(known.get(word, word)[1:]) for word in words]
+
+
+def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, tokens: int) -> None:
+    """Prompts of other lengths with two images, one and none in one batch, several texts each."""
+    first, second = _images(3)
+    prompts = ["w1 <image> w2 w3 <image> w4", "w5 w6 <image>", "w7 w8 w9"]
+    images = [[first, second], [-first], []]
+    few: Any = {"max_new_tokens": NEW, "num_beams": 2, "n": 2}
+    together = generator.generate(prompts, images, **few)
+    assert len(together) == 6
+    alone = [generator.generate([p], [i], **few) for p, i in zip(prompts, images, strict=True)]
+    assert [t.token_ids for t in together] == [t.token_ids for texts in alone for t in texts]
+    ids = _processed(family, prompts[1], tokens)
+    (found,) = generator.generate(prompts[1:2], images[1:2], max_new_tokens=NEW)
+    assert list(found.token_ids) == _generated(family, made / "model", None, -first, ids)
+    swapped = generator.generate(prompts[:1], [[second, first]], max_new_tokens=NEW, num_beams=2)
+    assert swapped[0].token_ids != together[0].token_ids, "the order of the images counts"
 
 
 def _scaled(place: Path) -> Any:
@@ -311,6 +354,10 @@ def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_p
     config |= {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="vision tower of gemma3 cannot be exported: only those"):
+        ld.export(model, tmp_path / "t", task="vision-tower")
+    config |= {"model_type": "llava", "vision_config": {"model_type": "pixtral"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="vision tower of llava cannot be exported where it is p"):
         ld.export(model, tmp_path / "t", task="vision-tower")
     with pytest.raises(UsageError, match="LlamaForCausalLM is no model of images and text"):
         ld.export(tiny_llama, tmp_path / "t", task="vision-tower")
