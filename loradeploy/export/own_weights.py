@@ -58,9 +58,9 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
     Of weights that are equal and not tied only the first is there: who reads the manifest takes
     equal ones for one weight.
     """
-    embeddings = {
-        _module(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")
-    } - {None}
+    from loradeploy.lora.vocabulary import TABLES, table_of
+
+    embeddings = {table_of(model, getter) for getter in TABLES} - {None}
     found: dict[str, str] = {}
     owners: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -70,14 +70,6 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
             digest = values_digest(values.detach().numpy())
             if part != "weight" or owners.setdefault(digest, values) is values:
                 found[f"{name}.{part}"] = digest
-    return found
-
-
-def _module(model: torch.nn.Module, getter: str) -> torch.nn.Module | None:
-    try:
-        found: torch.nn.Module | None = getattr(model, getter, lambda: None)()
-    except NotImplementedError:  # of a model of images
-        return None
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.vocabulary import Vocabulary, resized_vocabulary
 from loradeploy.errors import ModelError, first_line
@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
+# transformers' names for how a model gives its embedding of tokens, and its output head.
+TABLES: Final = ("get_input_embeddings", "get_output_embeddings")
+
+
+def table_of(model: Any, getter: str) -> Any:
+    """What one of `TABLES` gives; None where the model has no such module."""
+    try:
+        return getattr(model, getter, lambda: None)()
+    except NotImplementedError:  # of a model of images
+        return None
+
+
 def vocabulary_of(model: Any) -> Vocabulary | None:
     """Where `model` has a row per token; None where it has no embedding of tokens."""
-    found = [
-        getattr(model, getter, lambda: None)()
-        for getter in ("get_input_embeddings", "get_output_embeddings")
-    ]
+    embedding, head = (table_of(model, getter) for getter in TABLES)
     names = {module: name for name, module in model.named_modules()}
-    embedding, head = found
     weight = getattr(embedding, "weight", None)
-    if embedding not in names or weight is None or weight.ndim != 2:
+    if embedding is None or embedding not in names or weight is None or weight.ndim != 2:
         return None
     if head is None or head not in names or getattr(head, "weight", None) is None:
         return Vocabulary(len(weight), names[embedding])
@@ -30,7 +38,8 @@ def vocabulary_of(model: Any) -> Vocabulary | None:
         len(weight),
         names[embedding],
         names[head],
-        tied=head.weight is weight or bool(model.config.get_text_config().tie_word_embeddings),
+        tied=head.weight is weight
+        or bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
         biased=getattr(head, "bias", None) is not None,
     )
 

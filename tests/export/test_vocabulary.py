@@ -24,6 +24,7 @@ from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import once
 from tests.export.reference import difference, onnx_output
+from tests.lora import tiny
 from tests.parity.spoil import spoiled
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
@@ -336,3 +337,29 @@ def test_as_side_inputs_they_are_refused_with_the_merge(
             ld.export(model, tmp_path / "b", adapters={"a": adapter_of(name)})
     with pytest.raises(AdapterError, match="merge"):
         ld.AdapterSession(bundle).load("a", adapter_of(name))
+
+
+def test_a_model_of_images_without_tokens_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
+    import peft
+    import torch
+
+    model: Any = tiny.model("convnext")
+    model.config.image_size = 16
+    model.save_pretrained(tmp_path / "base")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["pwconv1", "pwconv2"]))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = made.eval()(pixel_values=pixels).logits.numpy()
+        with made.disable_adapter():
+            base = made(pixel_values=pixels).logits.numpy()
+    made.save_pretrained(tmp_path / "a")
+    adapters = {"a": tmp_path / "a"}
+    task = "image-classification"
+    ld.export(tmp_path / "base", tmp_path / "m", adapters=adapters, merge=True, task=task)
+    session = ld.AdapterSession(tmp_path / "m")
+    (found,) = session.run(["logits"], {"pixel_values": pixels.numpy()})
+    assert difference(found, expected) <= tolerance("torch-onnx-tiny")
+    assert difference(base, expected) > 0.1
