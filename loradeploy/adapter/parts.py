@@ -23,12 +23,7 @@ def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
     Raises:
         AdapterMismatchError: nothing is left.
     """
-    groups: dict[str, Mapping[str, Any]] = {
-        "factors": adapter.factors,
-        "saved": adapter.saved,
-        "carried": adapter.carried,
-        "rows": adapter.rows,
-    }
+    groups = _groups(adapter)
     kept = {
         group: {name: value for name, value in values.items() if not _is_below(name, others)}
         for group, values in groups.items()
@@ -57,13 +52,17 @@ def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
 
 def has_part(adapter: Adapter, others: Collection[str]) -> bool:
     """Whether `adapter` has tensors besides those of the modules `others`."""
-    groups: list[Mapping[str, Any]] = [
-        adapter.factors,
-        adapter.saved,
-        adapter.carried,
-        adapter.rows,
-    ]
-    return any(not _is_below(name, others) for group in groups for name in group)
+    return any(not _is_below(name, others) for group in _groups(adapter).values() for name in group)
+
+
+def _groups(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
+    """All of the adapter's tensors, by the field that has them."""
+    return {
+        "factors": adapter.factors,
+        "saved": adapter.saved,
+        "carried": adapter.carried,
+        "rows": adapter.rows,
+    }
 
 
 def _is_active(name: str, adapter: Adapter) -> bool:

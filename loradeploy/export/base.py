@@ -215,10 +215,12 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
-    vocabulary = None
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
-        vocabulary = resize_for(model, adapter) if options.merge else None
+    vocabulary = None
+    if options.merge:
+        (adapter,) = adapters.values()
+        vocabulary = resize_for(model, adapter)
     if zeroed:
         # Of a base alone nobody else will tell.
         level = logging.INFO if adapters else logging.WARNING

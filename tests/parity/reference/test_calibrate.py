@@ -11,6 +11,8 @@ import torch
 import loradeploy as ld
 from loradeploy.errors import BundleError
 from loradeploy.parity import controls
+from loradeploy.parity.metrics import Comparison, Figures
+from loradeploy.parity.reference.calibrate import evened
 from loradeploy.parity.reference.rounding import (
     Activations,
     in_dtype,
@@ -73,6 +75,26 @@ def test_rounded_activations_change_the_products_named_alone(model: torch.nn.Mod
         rounded = logits(model)
     assert 0 < float((rounded - before).abs().max()) < float(before.abs().max())
     assert torch.equal(logits(model), before)
+
+
+def test_a_long_row_that_is_off_the_most_does_not_weigh_more_in_a_mean() -> None:
+    def figures(*rows: tuple[int, float]) -> Figures:
+        found = Comparison(scale=1.0, logits=False)
+        for positions, error in rows:
+            expected = np.ones((positions, 4), np.float32)
+            found.add(expected, expected + np.float32(error))
+        return found.figures()
+
+    short, long = (1, 0.25), (99, 0.5)
+    found = evened(figures(short, long), [figures(short), figures(long)])
+    assert found.max_abs == 0.5
+    assert found.mean_abs == pytest.approx(0.375)
+    assert found.mean_abs < 0.49 < figures(short, long).mean_abs
+    assert found.p99_abs == pytest.approx(0.375, rel=0.01)
+    swapped = ((99, 0.25), (1, 0.5))
+    pooled = figures(*swapped)
+    kept = evened(pooled, [figures(row) for row in swapped])
+    assert (kept.mean_abs, kept.p99_abs) == (pooled.mean_abs, pooled.p99_abs), "it loosens nothing"
 
 
 @pytest.fixture(scope="module")
