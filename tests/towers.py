@@ -1,4 +1,4 @@
-"""Tiny two-tower models (CLIP, SigLIP) with their processors, and adapters by PEFT for them."""
+"""Tiny models of texts and images (CLIP, SigLIP, …), their processors, and adapters by PEFT."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ def _tokenizer(place: Path, *, siglip: bool) -> None:
     ).save_pretrained(place)
 
 
-def make_clip(place: Path) -> Path:
-    """A CLIP model with random weights, its tokenizer and its processor of images."""
+def make_clip(place: Path, kind: str = "CLIP") -> Path:
+    """A CLIP model with random weights, its tokenizer and its processor of images.
+
+    `kind`: how the names of transformers' classes begin, of a model that is built alike.
+    """
     import torch
     import transformers
 
@@ -47,11 +50,11 @@ def make_clip(place: Path) -> Path:
     text = {**_BODY, **ids, "vocab_size": 14, "max_position_embeddings": POSITIONS}
     vision = {**_BODY, "image_size": 16, "patch_size": 4}
     sizes = {"projection_dim": 24, "initializer_factor": 3.0}
-    config = transformers.CLIPConfig(
+    config = getattr(transformers, f"{kind}Config")(
         text_config={**text, **sizes}, vision_config={**vision, **sizes}, **sizes
     )
     torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(place)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(place)
     _tokenizer(place, siglip=False)
     transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}
@@ -59,21 +62,35 @@ def make_clip(place: Path) -> Path:
     return place
 
 
-def make_siglip(place: Path) -> Path:
+def make_siglip(place: Path, kind: str = "Siglip") -> Path:
     """The same of SigLIP, whose texts are padded to the full length."""
     import torch
     import transformers
 
     text = {**_BODY, "vocab_size": 14, "max_position_embeddings": POSITIONS, "projection_size": 32}
-    config = transformers.SiglipConfig(
+    sizes = {"num_patches": 16} if kind == "Siglip2" else {"image_size": 16}
+    config = getattr(transformers, f"{kind}Config")(
         text_config={**text, "eos_token_id": 3, "bos_token_id": 2},
-        vision_config={**_BODY, "image_size": 16, "patch_size": 4},
+        vision_config={**_BODY, **sizes, "patch_size": 4},
     )
     torch.manual_seed(0)
-    transformers.SiglipModel(config).save_pretrained(place)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(place)
     _tokenizer(place, siglip=True)
     size = {"height": 16, "width": 16}
     transformers.SiglipImageProcessorPil(size=size).save_pretrained(place)
+    return place
+
+
+def make_deit(place: Path) -> Path:
+    """A DeiT model, which has one tower, with random weights and its processor of images."""
+    import torch
+    import transformers
+
+    config = transformers.DeiTConfig(**_BODY, image_size=16, patch_size=4, initializer_range=0.15)
+    torch.manual_seed(0)
+    transformers.DeiTModel(config).save_pretrained(place)
+    size = {"height": 16, "width": 16}
+    transformers.DeiTImageProcessorPil(size=size, do_center_crop=False).save_pretrained(place)
     return place
 
 

@@ -18,6 +18,7 @@ from loradeploy.bundle.names import (
     INPUT_IDS,
     LAYOUTS,
     PAST,
+    PIXEL_VALUES,
     REQUIRED_NAME,
     ROWS,
     SLOTS,
@@ -58,6 +59,7 @@ _DIMENSIONS: Final[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
         INPUT_IDS: ("batch", "sequence"),
         ATTENTION_MASK: ("batch", "total"),
         PAST: ("batch", None, "past"),
+        PIXEL_VALUES: ("batch",),
     }
 )
 

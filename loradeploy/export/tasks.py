@@ -139,21 +139,24 @@ def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
             f"{architecture} is one tower of a model, which is exported from the directory of the"
             " whole model"
         )
-    if model_type not in (*KINDS, *_TWO_TOWERS) or asked == IMAGE_CLASSIFICATION:
+    if model_type not in (*KINDS, *_TWO_TOWERS):
+        return None
+    towers = {TOWER_TASKS[kind.tower]: kind.tower for kind in KINDS.get(model_type, ())}
+    classifies = (asked or own_task(config)) == IMAGE_CLASSIFICATION
+    if classifies and (not towers or IMAGE_FEATURE_EXTRACTION in towers):
         return None
     if model_type not in KINDS:
         raise ExportError(
             f"{_architecture(config)} has a tower for texts and one for images, which is not"
             f" supported; of such models {', '.join(KINDS)} are"
         )
-    towers = {TOWER_TASKS[kind.tower]: kind.tower for kind in KINDS[model_type]}
     if asked in towers:
         return asked
-    if asked == IMAGE_FEATURE_EXTRACTION:
+    if classifies or asked == IMAGE_FEATURE_EXTRACTION:
+        its = "" if classifies else f': its text tower is (`task="{FEATURE_EXTRACTION}"`)'
         raise ExportError(
-            f"the image tower of {_architecture(config)} takes patches of images of any size,"
-            " which is not supported: its text tower is"
-            f' (`task="{FEATURE_EXTRACTION}"`)'
+            f"the image tower of {architecture} takes patches of images of any size, which is not"
+            f" supported{its}"
         )
     advice = " or ".join(f'`task="{task}"` for its {tower} tower' for task, tower in towers.items())
     raise UsageError(

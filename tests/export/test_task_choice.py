@@ -166,6 +166,21 @@ def test_vectors_of_what_a_model_does_not_read_are_refused(
         choose_task(config, asked)
 
 
-def test_a_model_of_images_is_exported_as_a_classifier() -> None:
-    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16}
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16},
+        {"model_type": "clip", "architectures": ["CLIPForImageClassification"], "text_config": {}},
+        {"model_type": "siglip", "architectures": ["SiglipForImageClassification"]},
+    ],
+)
+def test_a_model_of_images_is_exported_as_a_classifier(config: dict[str, Any]) -> None:
     assert choose_task(config, None) == "image-classification"
+    assert choose_task(config, "image-classification") == "image-classification"
+
+
+@pytest.mark.parametrize("asked", [None, "image-classification"])
+def test_a_classifier_of_images_of_any_size_is_refused(asked: str | None) -> None:
+    config = {"model_type": "siglip2", "architectures": ["Siglip2ForImageClassification"]}
+    with pytest.raises(ExportError, match="Siglip2ForImageClassification takes patches of images"):
+        choose_task(config, asked)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
+from loradeploy.bundle.graph_form import form_of
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import (
     AdapterMismatchError,
@@ -24,7 +25,7 @@ from loradeploy.errors import (
 )
 from tests.cli.calling import call
 from tests.tolerances import tolerance
-from tests.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_siglip
+from tests.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
 
 TEXT_TASK, IMAGE_TASK = "feature-extraction", "image-feature-extraction"
 IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n in range(3)]
@@ -33,24 +34,39 @@ LONG = " ".join(["a photo of the sea"] * 9)
 ADAPTERS = {
     "clip": {"both": "CLIPModel", "one": "CLIPTextModelWithProjection"},
     "siglip": {"both": "SiglipModel", "one": "SiglipVisionModel"},
+    "metaclip_2": {"both": "MetaClip2Model"},
+    "siglip2": {"both": "Siglip2Model"},
+    "deit": {"both": "DeiTModel"},
 }
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "clip": make_clip,
+    "siglip": make_siglip,
+    "metaclip_2": lambda place: make_clip(place, "MetaClip2"),
+    "siglip2": lambda place: make_siglip(place, "Siglip2"),
+    "deit": make_deit,
+}
+PROCESSORS = {"siglip": "SiglipImageProcessorPil", "deit": "DeiTImageProcessorPil"}
 OF_ONE = {"clip": TEXT_TASK, "siglip": IMAGE_TASK}
-THIN = pytest.mark.breadth(2)
+THIN, RARE = pytest.mark.breadth(2), pytest.mark.breadth(4)
 BUNDLES = [
     ("clip", TEXT_TASK),
     ("siglip", TEXT_TASK),
     pytest.param("clip", IMAGE_TASK, marks=THIN),
     pytest.param("siglip", IMAGE_TASK, marks=THIN),
+    pytest.param("metaclip_2", TEXT_TASK, marks=RARE),
+    pytest.param("metaclip_2", IMAGE_TASK, marks=RARE),
+    pytest.param("siglip2", TEXT_TASK, marks=RARE),
+    pytest.param("deit", IMAGE_TASK, marks=RARE),
 ]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny CLIP and SigLIP models, adapters by PEFT for both towers and for one."""
+    """Tiny models, adapters by PEFT for both towers and, of CLIP and SigLIP, for one."""
     import transformers
 
     place = tmp_path_factory.mktemp("towers")
-    for name, make in (("clip", make_clip), ("siglip", make_siglip)):
+    for name, make in MAKERS.items():
         make(place / name)
         for seed, (adapter, kind) in enumerate(ADAPTERS[name].items()):
             model = getattr(transformers, kind).from_pretrained(place / name)
@@ -64,7 +80,7 @@ def bundle(place: Path, name: str, task: str) -> Path:
     output = place / f"{name}.{task}"
     if not output.exists():
         adapters = {"both": place / f"{name}-both"}
-        if OF_ONE[name] == task:
+        if OF_ONE.get(name) == task:
             adapters["one"] = place / f"{name}-one"
         ld.export(place / name, output, adapters=adapters, task=task)
     return output
@@ -82,12 +98,12 @@ def expected(place: Path, name: str, task: str, adapter: str | None, rows: Seque
         model = peft.PeftModel.from_pretrained(model, place / f"{name}-{adapter}").get_base_model()
     if task == TEXT_TASK:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place / name)
-        padding = "max_length" if name == "siglip" else True
+        padding = "max_length" if name.startswith("siglip") else True
         feeds = tokenizer(list(rows), return_tensors="pt", truncation=True, padding=padding)
         features = "get_text_features"
     else:
-        processors = {"clip": "CLIPImageProcessorPil", "siglip": "SiglipImageProcessorPil"}
-        processor = getattr(transformers, processors[name]).from_pretrained(place / name)
+        kind = PROCESSORS.get(name, "CLIPImageProcessorPil")
+        processor = getattr(transformers, kind).from_pretrained(place / name)
         feeds = processor(list(rows), return_tensors="pt")
         features = "get_image_features"
     with torch.no_grad():
@@ -166,6 +182,19 @@ def test_texts_of_siglip_have_the_full_length_and_clip_pools_at_the_end_of_the_t
     assert (manifest.tower, manifest.padding) == ("text", "right")
     config = json.loads((bundle(place, "clip", TEXT_TASK) / "config.json").read_text())
     assert config["architectures"] == ["CLIPTextModelWithProjection"]
+
+
+def test_the_number_of_images_is_called_batch_and_can_be_fixed(place: Path, tmp_path: Path) -> None:
+    images = bundle(place, "clip", IMAGE_TASK)
+    manifest = read_manifest(images)
+    assert [spec.shape for spec in manifest.inputs] == [("batch", 3, 16, 16)]
+    assert [spec.shape for spec in manifest.outputs] == [("batch", 24)]
+    fixed = ld.export(images, tmp_path / "fixed", fixed={"batch": len(IMAGES)})
+    assert [spec.shape for spec in fixed.outputs] == [(len(IMAGES), 24)]
+    assert form_of(fixed).static_shapes == {"batch": len(IMAGES)}
+    found = ld.ImageEmbedder(ld.AdapterSession(tmp_path / "fixed"))(IMAGES, "both")
+    right = embedder(place, "clip", IMAGE_TASK)(IMAGES, "both")
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-6)
 
 
 def test_labels_without_training_are_those_of_the_whole_model(place: Path) -> None:
@@ -264,6 +293,55 @@ def test_a_model_that_cannot_be_a_tower_is_refused(place: Path, tmp_path: Path) 
         (other / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ExportError, match=message):
             ld.export(other, tmp_path / "b", task=IMAGE_TASK)
+
+
+def test_maps_in_place_of_states_are_refused_by_name(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "image_size": 32}
+    transformers.ConvNextModel(transformers.ConvNextConfig(**sizes)).save_pretrained(tmp_path / "m")
+    with pytest.raises(ExportError, match="ConvNextModel gives last_hidden_state of 4 dimensions"):
+        ld.export(tmp_path / "m", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.breadth(3)
+@pytest.mark.parametrize("kind", ["Siglip", "CLIP"])
+def test_a_classifier_on_an_image_tower_gives_the_labels_of_peft(kind: str, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    make = {"Siglip": make_siglip, "CLIP": make_clip}[kind]
+    make(tmp_path / "towers")
+    auto = transformers.AutoModelForImageClassification
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "towers", num_labels=3)
+    getattr(transformers, f"{kind}ForImageClassification")(config).save_pretrained(tmp_path / "m")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "towers", backend="pil")
+    processor.save_pretrained(tmp_path / "m")
+    make_adapter(
+        auto.from_pretrained(tmp_path / "m"),
+        tmp_path / "it",
+        1,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["classifier"],
+    )
+    manifest = ld.export(tmp_path / "m", tmp_path / "b", adapters={"it": tmp_path / "it"})
+    assert manifest.task == "image-classification"
+    classify = ld.ImageClassifier(ld.AdapterSession(tmp_path / "b"))
+    feeds = processor(IMAGES, return_tensors="pt")
+    for name in (None, "it"):
+        model = auto.from_pretrained(tmp_path / "m")
+        if name is not None:
+            model = peft.PeftModel.from_pretrained(model, tmp_path / name)
+        with torch.no_grad():
+            right = model.eval()(**feeds).logits.softmax(-1).numpy()
+        found = np.array([list(row.scores.values()) for row in classify(IMAGES, name)])
+        np.testing.assert_allclose(found, right, rtol=0, atol=tolerance("torch-onnx-tiny"))
+        if name is None:
+            base = found
+    assert np.abs(found - base).max() > 0.02, "the adapter changed nothing"
 
 
 def test_the_command_prints_the_vector_of_an_image(place: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from loradeploy.adapter.names import named_as
 from loradeploy.adapter.parts import own_part
 from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.towers import tower_part
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     GQA,
@@ -96,7 +97,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         adapters = {}
         for name, adapter in options.adapters.items():
             with named(name):
-                adapters[name] = named_as(own_part(adapter, base.other_part), modules, rules)
+                own = own_part(tower_part(adapter, base.tower), base.other_part)
+                adapters[name] = named_as(own, modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))

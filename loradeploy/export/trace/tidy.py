@@ -13,6 +13,7 @@ from loradeploy.bundle.names import (
     DECODER_INPUT_IDS,
     INPUT_FEATURES,
     INPUT_IDS,
+    PIXEL_VALUES,
     SELF,
     past_name,
 )
@@ -169,6 +170,7 @@ def _symbols(graph: ir.Graph) -> Mapping[str, str]:
         DECODER_INPUT_IDS: ("batch", "target"),
         past_name(0, f"{SELF}key"): ("batch", None, "past"),
         past_name(0, f"{CROSS}key"): ("batch", None, "source"),
+        PIXEL_VALUES: ("batch",),
     }
     # An encoder-decoder's mask is of its source, which has as many tokens. The rows of its halves
     # are counted apart while sizes are folded, so that neither reads the other's inputs.
