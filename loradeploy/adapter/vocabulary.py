@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import AdapterMismatchError, listed_names
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,18 @@ def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
     """The size of the adapter's vocabulary; None where it is that of the base.
 
     Raises:
-        AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
+        AdapterMismatchError: rows of added tokens are in neither the base nor the adapter, or the
+            adapter is for fewer tokens and does not have them whole.
     """
     size = _size(adapter, base)
     if size is None or size == base.size:
         return None
+    if size < base.size and not all(_has(name, adapter, base) for name in _weights(base)):
+        raise AdapterMismatchError(
+            f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, and it"
+            f" does not have {listed_names(_weights(base))} whole: it was trained on another base,"
+            " or rows were cut, then save it with save_embedding_layers=True"
+        )
     if lacking := [name for name in _tables(base) if not _brought(name, adapter, base, size)]:
         added = range(base.size, size)
         raise AdapterMismatchError(
@@ -83,10 +93,25 @@ def _size(adapter: Adapter, base: Vocabulary) -> int | None:
     return max((end for end in ends if end > base.size), default=None)
 
 
+def say_resized(name: str, before: int, size: int) -> None:
+    """Say that the vocabulary of the merged bundle is that of the adapter `name`."""
+    logger.warning("%s: the vocabulary has %d tokens in place of the base's %d", name, size, before)
+
+
+def _weights(base: Vocabulary) -> list[str]:
+    return [f"{module}.weight" for module in base.modules]
+
+
 def _tables(base: Vocabulary) -> list[str]:
     """The parameters that have a row per token."""
-    found = [f"{module}.weight" for module in base.modules]
+    found = _weights(base)
     return [*found, f"{base.head}.bias"] if base.biased else found
+
+
+def _has(weight: str, adapter: Adapter, base: Vocabulary) -> bool:
+    """Whether the adapter has the whole weight, or the one that it is tied to."""
+    shared = _weights(base) if base.tied else [weight]
+    return weight in adapter.saved or any(name in adapter.carried for name in shared)
 
 
 def _brought(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> bool:
@@ -95,8 +120,8 @@ def _brought(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> b
         return True
     if parameter.endswith(".bias"):
         return False
-    shared = [f"{module}.weight" for module in base.modules] if base.tied else [parameter]
-    if any(name in adapter.carried for name in shared):
+    if _has(parameter, adapter, base):
         return True
+    shared = _weights(base) if base.tied else [parameter]
     added = set(range(base.size, size))
     return any(added <= set(adapter.rows[name].indices) for name in shared if name in adapter.rows)

@@ -22,7 +22,7 @@ from loradeploy.adapter.tasks import (
     VISION_TOWER,
 )
 from loradeploy.adapter.towers import tower_part
-from loradeploy.adapter.vocabulary import refuse_resized
+from loradeploy.adapter.vocabulary import refuse_resized, say_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import (
@@ -219,8 +219,11 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         check_brought(name, adapter, zeroed)
     vocabulary = None
     if options.merge:
-        (adapter,) = adapters.values()
+        ((name, adapter),) = adapters.items()
+        before = vocabulary_of(model)
         vocabulary = resize_for(model, adapter)
+        if before is not None and vocabulary is not None:
+            say_resized(name, before.size, vocabulary)
     if zeroed:
         # Of a base alone nobody else will tell.
         level = logging.INFO if adapters else logging.WARNING

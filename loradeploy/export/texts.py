@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.manifest import AdapterText, Manifest
 from loradeploy.bundle.text.beside import (
     copy_recipe,
@@ -33,7 +33,7 @@ from loradeploy.bundle.text.tokenizer_files import (
     TOKENIZER_NAME,
 )
 from loradeploy.disk import scratch_directory
-from loradeploy.errors import BundleError, LoraDeployError, listed_names
+from loradeploy.errors import AdapterMismatchError, BundleError, LoraDeployError, listed_names
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS, corrected_tokenizer, make_tokenizer
 from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.printable import logger_of
@@ -42,6 +42,7 @@ logger = logger_of(__name__)
 
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _LISTED: Final = 6
+_SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def makes_vectors(directory: Path) -> bool:
@@ -170,6 +171,49 @@ def _special_ids(own: Tokenizer, manifest: Manifest, vocabulary: int) -> dict[st
     pad = own.vocabulary.get(own.special_tokens.get("pad_token", ""))
     if pad is not None and pad < vocabulary:
         found["pad_token_id"] = pad
+    return found
+
+
+def without_lost_ids(
+    bundle: Path, config: Mapping[str, Any], vocabulary: int, task: str
+) -> dict[str, Any]:
+    """`config` without ids of special tokens that a vocabulary of so many tokens has no more.
+
+    They are removed from generation_config.json too, and said.
+
+    Raises:
+        AdapterMismatchError: no token is left that ends a text, or a classifier's padding is none.
+    """
+    generation = _object(bundle / GENERATION_NAME)
+    inner = config.get("text_config")
+    found = {**config, **({} if not isinstance(inner, Mapping) else {"text_config": {**inner}})}
+    objects = [found, generation, *([found["text_config"]] if "text_config" in found else [])]
+    lost: dict[str, list[int]] = {}
+    for role in _SPECIAL:
+        left = 0
+        for each in objects:
+            ids = each.get(role)
+            known = ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
+            kept = [token for token in known if token < vocabulary]
+            left += len(kept)
+            if len(kept) < len(known):
+                lost.setdefault(role, []).extend(t for t in known if t >= vocabulary)
+                each[role] = kept if isinstance(ids, list) and kept else None
+        ends = role == "eos_token_id" and task == CAUSAL_LM and not left
+        if role in lost and (ends or (role == "pad_token_id" and task == SEQUENCE_CLASSIFICATION)):
+            raise AdapterMismatchError(
+                f"{role} of the base is {lost[role][0]}, and the adapter's vocabulary ends at"
+                f" {vocabulary - 1}: give it in the adapter's tokenizer and generation_config.json"
+            )
+    if not lost:
+        return found
+    if generation:
+        write_json(bundle / GENERATION_NAME, generation)
+    listed = (f"{role} {', '.join(map(str, sorted(set(ids))))}" for role, ids in lost.items())
+    logger.warning(
+        "left out, the vocabulary of the merged bundle ends at %d: %s",
+        *(vocabulary - 1, "; ".join(listed)),
+    )
     return found
 
 

@@ -44,6 +44,7 @@ from loradeploy.export.texts import (
     bring_text,
     replace_texts,
     say_ignored,
+    without_lost_ids,
 )
 from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
 from loradeploy.export.trial.bundle import Source, try_bundle
@@ -90,6 +91,7 @@ class Content:
     `config`: the object for config.json, empty where the base has none.
     `source`: what the bundle is compared with before it takes its place.
     `directories`: where the adapters are from, by name; `merged`: where the one merged in is from.
+    `vocabulary`: how many tokens there are, where the one merged in changed that.
     `recipes`: where what makes vectors of an encoder's states may be, the first that has it.
     """
 
@@ -104,6 +106,7 @@ class Content:
     source: Source = dataclasses.field(default_factory=Source)
     directories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    vocabulary: int | None = None
     recipes: tuple[Path, ...] = ()
 
 
@@ -260,6 +263,8 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     config = dict(content.config)
     for name, source in content.merged.items():
         config |= replace_texts(name, source, directory, manifest, content.config)
+    if content.vocabulary is not None:
+        config = without_lost_ids(directory, config, content.vocabulary, manifest.task)
     typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
     if typed and manifest.task == SEQUENCE_CLASSIFICATION:
         declare_token_types(content.assets, directory)

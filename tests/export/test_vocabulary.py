@@ -21,6 +21,7 @@ import loradeploy as ld
 from loradeploy.adapter.fit import MOST_ROWS
 from loradeploy.errors import AdapterError, LoraDeployError
 from loradeploy.export.graph.edit import constant_of, set_constant
+from loradeploy.export.texts import without_lost_ids
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import once
 from tests.export.reference import difference, onnx_output
@@ -161,6 +162,50 @@ def test_the_bundle_has_the_adapters_words_and_ends(
     genai = json.loads((tmp_path / "m" / "genai_config.json").read_text())["model"]
     assert BASE + 1 in np.atleast_1d(genai["eos_token_id"])
     assert genai["vocab_size"] == BASE + 64
+
+
+def test_special_tokens_that_were_cut_are_left_out_and_named(
+    bases: dict[str, tuple[Path, Path]],
+    adapter_of: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bundle = shutil.copytree(bases["llama"][1], tmp_path / "b")
+    _set_ids(bundle / "generation_config.json", eos_token_id=[2, BASE - 1])
+    _set_ids(bundle / "config.json", pad_token_id=BASE - 2)
+    adapters = {"a": adapter_of("fewer tokens")}
+    ld.export(bundle, tmp_path / "m", adapters=adapters, merge=True)
+    assert "a: the vocabulary has 503 tokens in place of the base's 512" in caplog.text
+    assert "ends at 502: eos_token_id 511; pad_token_id 510" in caplog.text
+    generation, config, genai = (
+        json.loads((tmp_path / "m" / name).read_text())
+        for name in ("generation_config.json", "config.json", "genai_config.json")
+    )
+    assert (generation["eos_token_id"], config["pad_token_id"]) == ([2], None)
+    assert np.atleast_1d(genai["model"]["eos_token_id"]).tolist() == [2]
+    assert genai["model"]["pad_token_id"] < 503
+    assert ld.TextGenerator(ld.AdapterSession(tmp_path / "m")).tokenizer.eos_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("ids", "task", "message"),
+    [
+        ({"eos_token_id": 510}, "causal-lm", "eos_token_id of the base is 510, .* ends at 502"),
+        ({"eos_token_id": [510, 511]}, "causal-lm", "eos_token_id of the base is 510"),
+        ({"pad_token_id": 503}, "sequence-classification", "pad_token_id of the base is 503"),
+    ],
+)
+def test_special_tokens_that_were_cut_are_refused_where_there_are_no_others(
+    ids: dict[str, Any], task: str, message: str, tmp_path: Path
+) -> None:
+    for config in (ids, {"text_config": ids}):
+        with pytest.raises(AdapterError, match=message):
+            without_lost_ids(tmp_path, config, 503, task)
+    assert without_lost_ids(tmp_path, ids, 512, task) == ids
+
+
+def _set_ids(file: Path, **ids: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ids}))
 
 
 def test_the_checkpoint_is_merged_likewise(

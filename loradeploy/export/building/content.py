@@ -155,6 +155,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         source=base.source,
         directories={} if options.merge else options.directories,
         merged=options.directories if options.merge else {},
+        vocabulary=base.vocabulary,
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
     )
 

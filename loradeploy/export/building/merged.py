@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.settle import without_idle
-from loradeploy.adapter.vocabulary import refuse_resized, resized_vocabulary
+from loradeploy.adapter.vocabulary import refuse_resized, resized_vocabulary, say_resized
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     PACKED_BITS,
@@ -102,15 +102,17 @@ def with_resized_vocabulary(
     before = vocabulary_in(base.graph, findings) if options.adapters else None
     if before is None:
         return base, findings
-    size = None
-    for name, adapter in options.adapters.items():
+    for name, adapter in options.adapters.items() if not options.merge else ():
         with named(name):
-            if options.merge:
-                size = resized_vocabulary(adapter, before)
-            else:
-                refuse_resized(adapter, before)
+            refuse_resized(adapter, before)
+    if not options.merge:
+        return base, findings
+    ((name, adapter),) = options.adapters.items()
+    with named(name):
+        size = resized_vocabulary(adapter, before)
     if size is None:
         return base, findings
+    say_resized(name, before.size, size)
     findings = resize_vocabulary(base.graph, findings, size)
     return dataclasses.replace(base, vocabulary=size), findings
 
