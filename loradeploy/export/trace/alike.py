@@ -66,17 +66,16 @@ def shortened(model: torch.nn.Module, layers: Layers) -> Iterator[None]:
     parent_path, _, own = layers.path.rpartition(".")
     parent = model.get_submodule(parent_path)
     every, kinds = getattr(parent, own), getattr(config, "layer_types", None)
-    setattr(parent, own, torch.nn.ModuleList(list(every)[:TRACED]))
-    config.num_hidden_layers = TRACED
-    if kinds is not None:
-        config.layer_types = kinds[:TRACED]
-    try:
-        yield
-    finally:
-        setattr(parent, own, every)
+    with contextlib.ExitStack() as restored:
+        restored.callback(setattr, config, "num_hidden_layers", layers.count)
         if kinds is not None:
-            config.layer_types = kinds
-        config.num_hidden_layers = layers.count
+            restored.callback(setattr, config, "layer_types", kinds)
+        restored.callback(setattr, parent, own, every)
+        setattr(parent, own, torch.nn.ModuleList(list(every)[:TRACED]))
+        config.num_hidden_layers = TRACED
+        if kinds is not None:
+            config.layer_types = kinds[:TRACED]
+        yield
 
 
 def _alike(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -122,6 +121,10 @@ def equal(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, bool | int | float | str | tuple | list | dict | set | torch.dtype):
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, bool | int | float | str | set | torch.dtype):
         return bool(one == other)
     return False

@@ -34,7 +34,7 @@ from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.lowering import lowered
 from loradeploy.export.trace.patches import traceable
-from loradeploy.export.trace.repeat import NotAlikeError, extend
+from loradeploy.export.trace.repeat import extend
 from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
 from loradeploy.lora.quiet import quiet
@@ -56,6 +56,7 @@ _BATCH, _SEQUENCE, _PAST = 2, 3, 4
 # Their vector of an image is no module's output.
 _POOLS: Final = ("dinov2", "dinov2_with_registers")
 WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
+_Program = tuple["ExportedProgram", list[str], list[str]]  # with the names of inputs and outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,25 +116,34 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     return tidy(onnx_program.model, prefix=WRAPPED)
 
 
-def _program(model: Any, kind: Task) -> tuple[ExportedProgram, list[str], list[str]]:
+def _program(model: Any, kind: Task) -> _Program:
     """The exported program of `model`, and the names of its inputs and outputs."""
-    layers = None if kind.name == SEQ2SEQ_LM else alike_layers(model)
-    if layers is not None:
+    repeated = None if kind.name == SEQ2SEQ_LM else _repeated(model, kind)
+    return _exported(model, kind) if repeated is None else repeated
+
+
+def _repeated(model: Any, kind: Task) -> _Program | None:
+    """As `_program`, of a trace of the first layers; None where `model` is to be traced whole."""
+    layers = None
+    try:
+        layers = alike_layers(model)
+        if layers is None:
+            return None
         with shortened(model, layers):
             program, names, outputs = _exported(model, kind)
-        try:
-            extend(program, _wrapper(model, kind), f"{WRAPPED}.{layers.path}", layers.count)
-        except (NotAlikeError, LookupError) as problem:
-            logger.debug("traced whole: %s", problem)
-        else:
-            if kind.cached:
-                names = [*_plain_inputs(model, kind), *_each(past_name, layers.count)]
-                outputs = [*_outputs(model, kind), *_each(present_name, layers.count)]
-            return program, names, outputs
-    return _exported(model, kind)
+        extend(program, _wrapper(model, kind), f"{WRAPPED}.{layers.path}", layers.count)
+    except Exception as problem:  # of insides of torch, too, which another version may change
+        logger.debug("traced whole: %s: %s", type(problem).__name__, problem)
+        if layers is not None and alike_layers(model) != layers:
+            raise  # it could not be made as it was
+        return None
+    if kind.cached:
+        names = [*_plain_inputs(model, kind), *_each(past_name, layers.count)]
+        outputs = [*_outputs(model, kind), *_each(present_name, layers.count)]
+    return program, names, outputs
 
 
-def _exported(model: Any, kind: Task) -> tuple[ExportedProgram, list[str], list[str]]:
+def _exported(model: Any, kind: Task) -> _Program:
     import torch
 
     wrapper = _wrapper(model, kind)

@@ -41,7 +41,8 @@ def extend(program: ExportedProgram, wrapper: torch.nn.Module, path: str, count:
     `path`: that of the layers in `wrapper`.
 
     Raises:
-        NotAlikeError: its layers do not correspond; nothing is changed.
+        NotAlikeError: its layers do not correspond, or it cannot be changed. Any error of torch:
+            what it has inside is not what it was. `program` is of no use then.
     """
     from torch.fx import GraphModule
 
@@ -53,6 +54,11 @@ def extend(program: ExportedProgram, wrapper: torch.nn.Module, path: str, count:
     program._graph_signature = repeated.signature
     program._constants = repeated.constants
     program._state_dict = every
+    expected = (module, repeated.signature, repeated.constants, every)
+    given = (program.graph_module, program.graph_signature, program.constants, program.state_dict)
+    if any(a is not b for a, b in zip(given, expected, strict=True)):
+        raise NotAlikeError("the parts of a program are not where they were in torch")
+    program.validate()
 
 
 class _Repeated:
@@ -72,8 +78,9 @@ class _Repeated:
         self._partners: dict[Node, Node] = {}
         for *_, second, third, fourth in self._blocks:
             self._partners.update(zip(third, fourth, strict=True))
-            if len(second) == len(third):
-                self._partners.update(zip(second, third, strict=True))
+            pairs = list(zip(second, third, strict=False))
+            if len(second) == len(third) and all(self._alike(a, b, _THIRD) for a, b in pairs):
+                self._partners.update(pairs)
         for *_, third, fourth in self._blocks:
             for a, b in zip(third, fourth, strict=True):
                 self._check(a, b)
@@ -160,9 +167,7 @@ class _Repeated:
 
     def _check(self, a: Node, b: Node) -> None:
         """Raise NotAlikeError unless `b` is in the fourth layer what `a` is in the third."""
-        if a.op != b.op or (a.op != "placeholder" and a.target != b.target):
-            raise NotAlikeError(f"{a.name} and {b.name} are of different kinds")
-        if _value(a) != _value(b) or self._stack(a, _THIRD) != self._stack(b, _FOURTH):
+        if not self._alike(a, b, _FOURTH):
             raise NotAlikeError(f"{a.name} and {b.name} have different values or modules")
         if not self._same(a.args, b.args) or not self._same(a.kwargs, b.kwargs):
             raise NotAlikeError(f"{a.name} and {b.name} have different inputs")
@@ -177,6 +182,12 @@ class _Repeated:
             ):
                 raise NotAlikeError(f"{a.name} and {b.name} are different constants")
 
+    def _alike(self, a: Node, b: Node, layer: int) -> bool:
+        """Whether `b` in `layer` is of the kind that `a` is in the layer before, inputs apart."""
+        if a.op != b.op or (a.op != "placeholder" and a.target != b.target):
+            return False
+        return _value(a) == _value(b) and self._stack(a, layer - 1) == self._stack(b, layer)
+
     def _stack(self, node: Node, layer: int) -> list[tuple[str, str]]:
         stack = node.meta.get("nn_module_stack") or {}
         return [(_moved(str(p), self._path, layer, 0), str(kind)) for p, kind in stack.values()]
@@ -190,7 +201,7 @@ class _Repeated:
                 return a is b
             if self._owners.get(a) != owner - 1:
                 return False
-            return self._partners.get(a, b if owner == _THIRD else None) is b
+            return self._partners.get(a) is b
         if isinstance(a, tuple | list) and isinstance(b, tuple | list):
             return len(a) == len(b) and all(map(self._same, a, b))
         if isinstance(a, dict) and isinstance(b, dict):

@@ -15,7 +15,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export import trace
 from loradeploy.export.api import export
 from loradeploy.export.trace import module, repeat
-from loradeploy.export.trace.alike import LAYERS, Layers, alike_layers, shortened
+from loradeploy.export.trace.alike import LAYERS, Layers, alike_layers, equal, shortened
 from loradeploy.export.trace.patches import traceable
 
 DEPTH = 6
@@ -122,6 +122,147 @@ def test_numbers_that_change_from_layer_to_layer_are_seen_in_the_program() -> No
     path = f"{module.WRAPPED}.{layers.path}"
     with pytest.raises(repeat.NotAlikeError, match="different inputs"):
         repeat.extend(program, module._wrapper(model, kind), path, layers.count)
+
+
+class Layer(torch.nn.Module):
+    """Of two tensors of one shape, two others."""
+
+    def __init__(self, swaps: bool, longer: bool) -> None:
+        super().__init__()
+        self.up, self.gate = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.swaps, self.longer = swaps, longer
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.swaps:
+            one, other = other, one
+        if self.longer:
+            one = one * 1
+        return self.up(one), self.gate(other).tanh()
+
+
+class Layered(torch.nn.Module):
+    def __init__(self, count: int, swaps: int = -1, longer: int = -1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Layer(i == swaps, i == longer) for i in range(count))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        one, other = x, x + 1
+        for layer in self.layers:
+            one, other = layer(one, other)
+        return (one - other,)
+
+
+def test_a_program_with_more_layers_computes_them() -> None:
+    short, whole = Layered(repeat.TRACED), Layered(DEPTH)
+    x = torch.randn(2, 4)
+    program = torch.export.export(short, (x,))
+    repeat.extend(program, whole, "layers", DEPTH)
+    (got,), (expected,), (fewer,) = program.module()(x), whole(x), short(x)
+    assert torch.equal(got, expected)
+    assert not torch.allclose(fewer, expected)
+
+
+@pytest.mark.parametrize("swaps", [1, 2, 3])
+def test_a_layer_that_reads_another_output_of_the_one_before_is_seen(swaps: int) -> None:
+    x, whole = torch.randn(2, 4), Layered(DEPTH, swaps)
+    program = torch.export.export(Layered(repeat.TRACED, swaps), (x,))
+    if swaps == 1:  # the layers that are compared are behind it
+        repeat.extend(program, whole, "layers", DEPTH)
+        assert torch.equal(program.module()(x)[0], whole(x)[0])
+    else:
+        with pytest.raises(repeat.NotAlikeError, match="different inputs"):
+            repeat.extend(program, whole, "layers", DEPTH)
+
+
+@pytest.mark.parametrize("swaps", [-1, 2, 3])
+def test_outputs_of_a_layer_that_cannot_be_paired_are_not_taken_for_the_same(swaps: int) -> None:
+    """Layer 1 has a node more: which of its outputs layer 2 reads says nothing of layer 3."""
+    model = Layered(repeat.TRACED, swaps, longer=1)
+    program = torch.export.export(model, (torch.randn(2, 4),))
+    with pytest.raises(repeat.NotAlikeError, match="different inputs"):
+        repeat.extend(program, Layered(DEPTH, swaps, longer=1), "layers", DEPTH)
+
+
+def test_where_a_program_cannot_be_changed_the_model_is_traced_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, kind = model_of("bert"), TASK_TABLE[FEATURE_EXTRACTION]
+    made: dict[int, Any] = {}
+    exported = module._exported
+
+    def once(model: Any, kind: Any) -> Any:
+        depth = len(model.encoder.layer)
+        if depth not in made:
+            with traceable(), torch.no_grad():
+                made[depth] = exported(model, kind)
+        return made[depth]
+
+    def raises(problem: Exception) -> Any:
+        def fails(*_: Any) -> None:
+            raise problem
+
+        return fails
+
+    before = alike_layers(model)
+    monkeypatch.setattr(module, "_exported", once)
+    kept = torch.export.ExportedProgram
+    copied = property(lambda program: dict(program._state_dict))
+    breakages: list[tuple[Any, str, Any, str]] = [
+        (repeat, "_value", raises(TypeError("of torch")), "TypeError: of torch"),
+        (repeat, "_Repeated", raises(AttributeError("_moved")), "AttributeError: _moved"),
+        (module, "alike_layers", raises(RuntimeError("ambiguous")), "RuntimeError: ambiguous"),
+        (kept, "state_dict", copied, "not where they were"),
+    ]
+    caplog.set_level("DEBUG", logger="loradeploy")
+    for where, name, broken, why in breakages:
+        caplog.clear()
+        with monkeypatch.context() as one:
+            one.setattr(where, name, broken)
+            program, _, _ = module._program(model, kind)
+        assert program is made[DEPTH][0], why
+        (said,) = [text for text in caplog.messages if text.startswith("traced whole: ")]
+        assert why in said
+        assert alike_layers(model) == before, "the model is as it was"
+    assert set(made) == {repeat.TRACED, DEPTH}
+
+
+def test_a_model_that_cannot_be_made_whole_again_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The config is left with the depth of the trace: a whole trace would be one of 4 layers."""
+    model = model_of("llama")
+
+    def exported(model: Any, _: Any) -> Any:
+        kind = type(model.config)
+        every = kind.__setattr__
+
+        def fixed(self: Any, name: str, value: Any) -> None:
+            if name == "num_hidden_layers":
+                raise AttributeError("a setting that cannot be changed")
+            every(self, name, value)
+
+        monkeypatch.setattr(kind, "__setattr__", fixed)
+
+    monkeypatch.setattr(module, "_exported", exported)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        module._program(model, TASK_TABLE[CAUSAL_LM])
+    assert len(model.model.layers) == DEPTH
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ((torch.ones(2), 1), (torch.ones(2), 1), True),
+        ((torch.ones(2), 1), (torch.zeros(2), 1), False),
+        ([{"a": torch.ones(2)}], [{"a": torch.ones(3)}], False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, False),
+        ((1,), (True,), False),
+        ((1, 2), (1,), False),
+    ],
+)
+def test_settings_with_tensors_are_compared(one: Any, other: Any, same: bool) -> None:
+    assert equal(one, other) is same
 
 
 def test_layers_with_the_weights_of_each_other_are_refused(
