@@ -58,7 +58,7 @@ def extend(program: ExportedProgram, wrapper: torch.nn.Module, path: str, count:
     given = (program.graph_module, program.graph_signature, program.constants, program.state_dict)
     if any(a is not b for a, b in zip(given, expected, strict=True)):
         raise NotAlikeError("the parts of a program are not where they were in torch")
-    program.validate()
+    program.validate()  # type: ignore[no-untyped-call]
 
 
 class _Repeated:
