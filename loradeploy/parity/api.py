@@ -70,7 +70,8 @@ def parity(
         optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
             at: "disable", "basic", "extended" or "all"; "all" by default.
         capture_graphs: run the graphs once more on the providers that capture runs (CUDA graphs,
-            `AdapterSession(…, capture_graphs=True)`), each run until the device has replayed it.
+            `AdapterSession(…, capture_graphs=True)`). An adapter of which no run was a replay
+            is not certified for captured runs.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             does.
         controls: make mistakes on purpose as well, and fail unless each is caught.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import LoraDeployError, kind_and_line
-from loradeploy.parity.backends.ort import NotRunError
+from loradeploy.parity.backends.ort import NotRunError, OnnxModel, Replayed
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.metrics import Comparison
@@ -201,7 +202,42 @@ def _run_backend(
         rows = mixed_rows(reference.rows) if backend.mixed else reference.rows[name]
         if backend.on_torch and same_everywhere(context.adapters, name):
             rows = tuple(spread(rows, _ROWS_IN_TORCH))
-        yield from _run_rows(backend, opened_model, rows, phases, context, reference)
+        counts: dict[str, Replayed] = {}
+        results = _run_rows(backend, opened_model, rows, phases, context, reference, counts)
+        if context.captured:
+            results = _as_captured(backend, name, results, counts, context)
+        yield from results
+
+
+def _as_captured(
+    backend: Backend,
+    adapter: str | None,
+    results: Iterable[Result],
+    counts: Mapping[str, Replayed],
+    context: CheckContext,
+) -> Iterator[Result]:
+    """`results` of runs that were to be captured; what passed proves nothing of it if none was.
+
+    `counts`: how many were replays, by phase, which is said beside what passed.
+    """
+    found = list(results)
+    if not any(count.replays for count in counts.values()):
+        others = [result for result in found if result.outcome != "passed"]
+        yield from others
+        if len(others) < len(found):
+            runs = sum(count.runs for count in counts.values())
+            who = "the mixed batch" if backend.mixed else adapter or BASE_LABEL
+            why = f"none of the {runs} runs of {who} on {context.variant} was captured"
+            yield dataclasses.replace(_not_run(backend, why), variant=context.variant)
+        return
+    for result in found:
+        count = counts.get(result.phase or "")
+        if result.outcome != "passed" or count is None:
+            yield result
+            continue
+        said = f"{count.replays} of {count.runs} runs were replays"
+        message = said if result.message is None else f"{result.message}; {said}"
+        yield dataclasses.replace(result, message=message)
 
 
 def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> bool:
@@ -245,7 +281,9 @@ def _run_rows(
     phases: Sequence[str],
     context: CheckContext,
     reference: Reference,
+    counts: dict[str, Replayed],
 ) -> Iterator[Result]:
+    """Each adapter in each phase; `counts` is filled with what became of the runs, by phase."""
     task = context.manifest.task
     tallies = _Tallies(reference, logits=has_logits(task))
     for phase in phases:
@@ -269,6 +307,8 @@ def _run_rows(
             seen = next(observations, None)
             if seen is None:
                 break
+            if isinstance(model, OnnxModel):
+                counts.setdefault(seen.phase, Replayed()).take(model.replayed)
             tally = tallies.of(seen.row.adapter, seen.phase)
             _record(tally, seen)
         except Exception as raised:  # whatever a backend raises is its failure

@@ -36,7 +36,7 @@ from loradeploy.runtime.arguments import (
 )
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.capture.pool import CachePool
-from loradeploy.runtime.capture.replays import Replays
+from loradeploy.runtime.capture.replays import CaptureStatistics, Replays
 from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
@@ -238,9 +238,21 @@ class AdapterSession:
         """How many runs the device has recorded; None where it records none (`capture_graphs`).
 
         It grows to one for each set of shapes, buffers and sizes of adapters: a number that grows
-        at each run says that these do not come again.
+        at each run says that these do not come again. After 64, those that were dropped among them,
+        nothing more is recorded (`capture_statistics`).
         """
-        return None if self._replays is None else self._replays.count
+        return None if self._replays is None else self._replays.statistics.recorded
+
+    @property
+    @while_open
+    def capture_statistics(self) -> CaptureStatistics | None:
+        """What was recorded and replayed so far; None without `capture_graphs`.
+
+        `recorded`: recordings that there are. `made`: those that there ever were, 64 at most.
+        `replayed`: runs that the device replayed. `refused`: runs whose shapes came again, and that
+        were run as ever, as no further recording could be made.
+        """
+        return None if self._replays is None else self._replays.statistics
 
     @while_open
     def load(

@@ -16,6 +16,7 @@ from prometheus_client.exposition import generate_latest
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.bank import BankStatistics
+    from loradeploy.runtime.capture.replays import CaptureStatistics
     from loradeploy.runtime.engine.statistics import EngineStatistics, Moment
     from loradeploy.runtime.engine.submission import Submission
 
@@ -100,6 +101,10 @@ class Metrics:
     def watch_adapters(self, statistics: Callable[[], BankStatistics]) -> None:
         """Show the adapter bank's figures, as they are when they are asked for."""
         self._registry.register(_Collector(lambda: _of_bank(statistics())))
+
+    def watch_captures(self, statistics: Callable[[], CaptureStatistics | None]) -> None:
+        """Show what was captured, as it is when it is asked for; zeros where nothing is."""
+        self._registry.register(_Collector(lambda: _of_captures(statistics())))
 
     def text(self) -> bytes:
         """All figures in the text format."""
@@ -186,3 +191,13 @@ def _of_bank(now: BankStatistics) -> Iterator[Metric]:
         ("adapter_cache_evictions", "Adapters that left memory.", now.evictions),
     )
     yield from _families(gauges, counters)
+
+
+def _of_captures(now: CaptureStatistics | None) -> Iterator[Metric]:
+    made, replayed, refused = (0, 0, 0) if now is None else (now.made, now.replayed, now.refused)
+    counters = (
+        ("graph_captures", "Runs that the device recorded, of 64 at most.", made),
+        ("graph_replays", "Runs that it replayed.", replayed),
+        ("graph_captures_refused", "Runs that came again with no recording left.", refused),
+    )
+    yield from _families((), counters)

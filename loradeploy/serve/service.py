@@ -55,6 +55,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.metrics.watch_adapters(lambda: session.statistics)
+        self.metrics.watch_captures(lambda: session.capture_statistics)
         self.catalog = Catalog(
             session,
             root=root,

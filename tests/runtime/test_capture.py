@@ -22,6 +22,7 @@ from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.capture import replays
 from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.devices import table
+from loradeploy.serve.metrics import Metrics
 from tests.runtime.feeds import feeds, random_ids
 from tests.runtime.steps import logits_of_steps
 from tests.tolerances import tolerance
@@ -265,6 +266,20 @@ def test_there_is_an_end_to_what_is_recorded(
     expected, found = (logits_of_steps(own, TOKENS, runs) for own in pair)
     assert np.abs(found - expected).max() <= tolerance("rows")
     assert session.captured == 1
+    assert session.capture_statistics is not None
+    seen = dataclasses.asdict(session.capture_statistics)
+    # The base's second run was recorded; of the adapter's runs the last two came again.
+    assert seen == {"recorded": 1, "made": 1, "replayed": 0, "refused": 2}
+    assert pair[0].capture_statistics is None
+    figures = Metrics()
+    figures.watch_captures(lambda: session.capture_statistics)
+    shown = figures.text().decode()
+    for name, key in (
+        ("captures", "made"),
+        ("replays", "replayed"),
+        ("captures_refused", "refused"),
+    ):
+        assert f"loradeploy:graph_{name}_total {float(seen[key])}\n" in shown
     assert [record.message for record in caplog.records] == [
         "1 runs of different shapes or buffers are captured: further ones are not"
     ]
@@ -282,6 +297,9 @@ def test_an_engine_serves_from_recorded_runs(pair: Pair) -> None:
             answers.append([one.result().generations[0].text for one in waiting])
     assert answers[0] == answers[1]
     assert len(set(answers[0])) == len(PROMPTS)
+    assert captured.capture_statistics is not None
+    seen = captured.capture_statistics
+    assert seen.replayed > 0 and seen.made >= seen.recorded > 0 and seen.refused == 0
 
 
 def test_heads_of_classifiers_lie_in_slots_too(

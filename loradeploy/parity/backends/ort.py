@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -44,12 +45,26 @@ class NotRunError(Exception):
     """A backend that cannot be run here, and why."""
 
 
+@dataclass
+class Replayed:
+    """Of the runs of a session that captures them: how many were made, and were replays."""
+
+    runs: int = 0
+    replays: int = 0
+
+    def take(self, other: Replayed) -> None:
+        """Count what `other` counted, which begins anew."""
+        self.runs, self.replays = self.runs + other.runs, self.replays + other.replays
+        other.runs = other.replays = 0
+
+
 class OnnxModel:
     """A graph as a backend; `run` may give arrays or OrtValues.
 
     `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
     graph's present outputs are the next past, as they come. `types`: the token types of pairs of
     texts, by their tokens. `session`: what the graph is open in, where it holds one adapter.
+    `replayed`: what became of the runs, where they are captured.
     """
 
     def __init__(
@@ -60,8 +75,10 @@ class OnnxModel:
         *,
         types: Types | None = None,
         session: AdapterSession | None = None,
+        replayed: Replayed | None = None,
     ) -> None:
         self.session = session
+        self.replayed = Replayed() if replayed is None else replayed
         self._types = types
         self._manifest = manifest
         self._run = run
@@ -161,13 +178,15 @@ def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
     session = _open(context, context.bundle)
     _load(session, context.adapters)
     for name in (None, *(tested.name for tested in context.adapters)):
-        run = partial(_all_rows, session, name)
+        replayed = Replayed()
+        run = partial(_all_rows, session, replayed, name)
         made = OnnxModel(
             context.manifest,
             run,
             session.empty_cache,
             types=context.cases.types,
             session=session,
+            replayed=replayed,
         )
         yield name, made
 
@@ -176,13 +195,15 @@ def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
     """All adapters and the base at once, through `AdapterSession`: each row has its own."""
     session = _open(context, context.bundle)
     _load(session, context.adapters)
+    replayed = Replayed()
     yield (
         None,
         OnnxModel(
             context.manifest,
-            partial(_each_row, session),
+            partial(_each_row, session, replayed),
             session.empty_cache,
             types=context.cases.types,
+            replayed=replayed,
         ),
     )
 
@@ -261,7 +282,8 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
     for tested in context.adapters:
         with merged_bundle(context, tested) as bundle:
             session = _open(context, bundle)
-            run = partial(_all_rows, session, None)
+            replayed = Replayed()
+            run = partial(_all_rows, session, replayed, None)
             yield (
                 tested.name,
                 OnnxModel(
@@ -270,6 +292,7 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
                     session.empty_cache,
                     types=context.cases.types,
                     session=session,
+                    replayed=replayed,
                 ),
             )
             del session
@@ -277,6 +300,7 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
 
 def _all_rows(
     session: AdapterSession,
+    replayed: Replayed,
     adapter: str | None,
     outputs: Sequence[str],
     feeds: Feeds,
@@ -284,20 +308,30 @@ def _all_rows(
     buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
     """Run an AdapterSession with one adapter for all rows."""
-    return _each_row(session, outputs, feeds, adapter, buffers)
+    return _each_row(session, replayed, outputs, feeds, adapter, buffers)
 
 
 def _each_row(
     session: AdapterSession,
+    replayed: Replayed,
     outputs: Sequence[str],
     feeds: Feeds,
     adapters: Adapters,
     buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
-    """Run an AdapterSession; where it captures runs, until the device has replayed this one."""
-    for _ in range(0 if session.captured is None else _BEFORE_A_REPLAY):
+    """Run an AdapterSession; where it captures runs, so often that the device replays this one.
+
+    Whether it did is noted: prompts of a decoder are not captured, nor what comes after the last
+    recording that there can be.
+    """
+    for _ in range(0 if session.capture_statistics is None else _BEFORE_A_REPLAY):
         session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
-    return session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
+    before = session.capture_statistics
+    found = session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
+    if before is not None and (after := session.capture_statistics) is not None:
+        replayed.runs += 1
+        replayed.replays += after.replayed - before.replayed
+    return found
 
 
 def _activated(

@@ -48,6 +48,21 @@ _Key = tuple[object, ...]
 _Shaped = tuple[tuple[int, ...], int]  # a shape, and ONNX's number of a dtype
 
 
+@dataclass(frozen=True)
+class CaptureStatistics:
+    """What a session that captures runs did.
+
+    `recorded`: the recordings that there are. `made`: those that there ever were, 64 at most.
+    `replayed`: runs that the device replayed. `refused`: runs whose shapes came again, and that
+    were run as ever, as no further recording could be made.
+    """
+
+    recorded: int
+    made: int
+    replayed: int
+    refused: int
+
+
 @dataclass(eq=False)
 class _Recording:
     """A run that was recorded as `number`, and the buffers of its own.
@@ -88,14 +103,17 @@ class Replays:
         self._recordings: dict[_Key, _Recording] = {}
         self._seen: OrderedDict[_Key, dict[str, _Shaped]] = OrderedDict()
         self._numbered = 0  # recordings that were ever made
-        self._full = False
+        self._replayed = self._refused = 0
         self._steps_alone = any(spec.name.startswith(PAST) for spec in manifest.inputs)
         self._turn = threading.Lock()
 
     @property
-    def count(self) -> int:
-        """How many runs are recorded."""
-        return len(self._recordings)
+    def statistics(self) -> CaptureStatistics:
+        """What was recorded and replayed so far."""
+        with self._turn:
+            return CaptureStatistics(
+                len(self._recordings), self._numbered, self._replayed, self._refused
+            )
 
     def forget(self, addresses: Collection[int]) -> None:
         """Drop the recordings that read or write at these, whose buffers they keep alive."""
@@ -140,7 +158,7 @@ class Replays:
                 tuple((name, _address(buffers, name)) for name in requested),
             )
             sides = {**self._base, **({} if slotted is None else slotted.values)}
-            recording = self._recordings.get(key)
+            recording = known = self._recordings.get(key)
             comes_again = not self._steps_alone or _is_step(feeds)
             if recording is None and comes_again and (outputs := self._seen.get(key)) is not None:
                 recording = self._begin(key, sides, feeds, there, ids, outputs, buffers)
@@ -150,6 +168,7 @@ class Replays:
                     self._remember(key, requested, found, buffers)
             else:
                 found = self._recorded(key, recording, feeds, ids)
+                self._replayed += known is not None
             # What a recording writes next is not what the caller has; and ONNX Runtime may have
             # lent memory that a recording uses to what a run made by itself.
             return [
@@ -187,8 +206,8 @@ class Replays:
     ) -> _Recording | None:
         """Buffers for a run that comes again, bound; None where there are too many of these."""
         if self._numbered >= MOST_RECORDINGS:
-            if not self._full:
-                self._full = True
+            self._refused += 1
+            if self._refused == 1:
                 logger.warning(
                     "%d runs of different shapes or buffers are captured: further ones are not",
                     MOST_RECORDINGS,

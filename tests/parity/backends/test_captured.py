@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def test_both_ways_to_run_are_compared_and_certified(
     assert {(r.backend, r.phase) for r in decoded} >= {("onnx-side-inputs", "decode")}
     # The base and the adapter were recorded, and replayed.
     assert set(numbers) == {-1, 1, 2} and min(numbers.count(1), numbers.count(2)) > 2
+    said = {r.phase: r.message for r in decoded if r.adapter == "one"}
+    # Decoding begins with the prompts, which are not recorded.
+    assert re.fullmatch(r"[1-9]\d* of [1-9]\d* runs were replays", said["decode"] or ""), said
+    assert re.fullmatch(r"0 of [1-9]\d* runs were replays", said["prefill"] or ""), said
     facts = {own.provider: own for own in report.environment.providers}
     assert facts[CAPTURED].captured and not facts["cpu"].captured
     for capture in (False, True):
@@ -85,6 +90,34 @@ def test_both_ways_to_run_are_compared_and_certified(
     written.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(BundleError, match="not certified for cpu .* its runs are not captured"):
         AdapterSession(bundle, ["cpu"], require_certificate=True)
+
+
+@pytest.mark.parametrize("limit", ["prompts alone", "no recording left"])
+def test_runs_of_which_none_was_replayed_certify_no_captured_ones(
+    bundle: Path, check: Check, recording: None, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    phases = ["prefill"] if limit == "prompts alone" else ["prefill", "decode"]
+    if limit == "no recording left":  # but for the base's
+        monkeypatch.setattr(replays, "MOST_RECORDINGS", 1)
+    report = check(
+        bundle,
+        prompts=["The news"],
+        capture_graphs=True,
+        backends=["onnx-side-inputs"],
+        phases=phases,
+        certificate=True,
+    )
+    assert report.passed, report.failures
+    found = [r for r in report.results if r.variant and r.variant.provider == CAPTURED]
+    not_run = [r.message or "" for r in found if r.outcome == "not run"]
+    assert re.fullmatch(
+        r"none of the \d+ runs of one on cpu captured, all was captured", not_run[-1]
+    )
+    assert len(not_run) == (2 if limit == "prompts alone" else 1)
+    assert not any(r.adapter == "one" for r in found)
+    AdapterSession(bundle, ["cpu"], require_certificate=True)
+    with pytest.raises(BundleError, match="not certified for cpu .*captured runs"):
+        AdapterSession(bundle, ["cpu"], capture_graphs=True, require_certificate=True)
 
 
 def test_a_certificate_of_other_runs_does_not_cover_captured_ones(
