@@ -202,8 +202,7 @@ def command(
         _serve_on_ray(spec, replicas or "1", port, ready)
         return
     keys = None if api_keys is None else KeyRing.read(api_keys)
-    listening = listen(host, port)
-    with progress("loradeploy.serve"):
+    with listen(host, port) as listening, progress("loradeploy.serve"):
         service = open_service(spec, keys)
         url = url_of(listening)
         Server(service).serve_on(listening, lambda: ready(url, service.session.adapters))

@@ -297,9 +297,6 @@ def test_an_engine_serves_from_recorded_runs(pair: Pair) -> None:
             answers.append([one.result().generations[0].text for one in waiting])
     assert answers[0] == answers[1]
     assert len(set(answers[0])) == len(PROMPTS)
-    assert captured.capture_statistics is not None
-    seen = captured.capture_statistics
-    assert seen.replayed > 0 and seen.made >= seen.recorded > 0 and seen.refused == 0
 
 
 def test_heads_of_classifiers_lie_in_slots_too(

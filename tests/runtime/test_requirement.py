@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any
 
 import pytest
 
+import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.proof.certificate import check_provider, read_certificate
 from loradeploy.bundle.proof.provider import Device, ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum, Coverage
 from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.session import AdapterSession
+from tests.cli.calling import command as cli_command
 from tests.signing import key_pair
 
 pytest.importorskip("cryptography")
@@ -150,6 +156,65 @@ def test_a_session_on_a_provider_that_was_not_checked_is_refused_by_name(
     with pytest.raises(BundleError, match=message):
         AdapterSession(bundle, require_certificate=True)
     AdapterSession(bundle)
+
+
+TF32: dict[str, str] = {"use_tf32": "1"}
+FP32: dict[str, str] = {"use_tf32": "0"}
+
+
+@pytest.mark.parametrize(
+    ("checked", "running", "providers"),
+    [
+        (ON_GPU, ON_CPU, ["webgpu", "cpu"]),
+        (ProviderFacts("cuda", (CUDA,), options=FP32), ON_CPU, ["cuda", "cpu"]),
+        (
+            ProviderFacts("cuda use_tf32=1", (CUDA,), options=TF32),
+            ON_CPU,
+            [("cuda", TF32), "cpu"],
+        ),
+        (
+            ProviderFacts("cuda", (CUDA,), options=FP32),
+            ProviderFacts("cuda", (CUDA,), options=TF32),
+            ["cuda", ("cuda", TF32)],
+        ),
+        (
+            ProviderFacts("cuda use_tf32=1", (CUDA,), options=TF32),
+            ProviderFacts("cuda", (CUDA,), options=FP32),
+            [("cuda", TF32), ("cuda", FP32)],
+        ),
+        # Options that change no numbers.
+        (ProviderFacts("webgpu:1 a=b c", (WEBGPU,)), ON_CPU, ["webgpu:1", "cpu"]),
+    ],
+    ids=["names", "defaults", "checked", "running", "both", "others"],
+)
+@pytest.mark.parametrize("captured", [False, True], ids=["", "captured"])
+def test_the_command_that_a_refusal_names_can_be_run(
+    checked: ProviderFacts,
+    running: ProviderFacts,
+    providers: list[Any],
+    captured: bool,
+    bundle: Path,
+) -> None:
+    recorded = dataclasses.replace(checked, provider=f"{checked.provider} captured", captured=True)
+    facts = (checked, recorded) if captured else (checked,)
+    whole = read_certificate(bundle)
+    coverage = dataclasses.replace(whole.coverage, providers=facts)
+    certificate = dataclasses.replace(whole, coverage=coverage)
+    with pytest.raises(BundleError) as refused:
+        check_provider(bundle, read_manifest(bundle), certificate, running)
+    command = str(refused.value).rpartition("; run `")[2].rstrip("`")
+    if all(isinstance(one, str) for one in providers):
+        _, verb, *line = shlex.split(command)
+        parsed = cli_command(verb).make_context(verb, line).params
+        assert list(parsed["providers"]) == providers
+        assert parsed["capture_graphs"] is captured
+    else:
+        function = ast.parse(command, mode="eval").body
+        assert isinstance(function, ast.Call) and ast.unparse(function.func) == "loradeploy.parity"
+        given = {own.arg: ast.literal_eval(own.value) for own in function.keywords}
+        assert given["providers"] == providers
+        assert given.get("capture_graphs", False) is captured
+        inspect.signature(ld.parity).bind(str(bundle), **given)
 
 
 def test_a_minimum_that_names_providers_takes_the_place_of_the_sessions(bundle: Path) -> None:

@@ -120,6 +120,27 @@ def test_every_flag_changes_what_is_served(
     assert seen["threads"] == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "option", "value"),
+    [
+        ([], "capture_graphs", False),
+        (["--capture-graphs"], "capture_graphs", True),
+        (["--require-certificate"], "require_certificate", True),
+    ],
+    ids=["none", "capture", "certificate"],
+)
+def test_a_flag_reaches_the_session(
+    flags: list[str], option: str, value: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*given: Any, **options: Any) -> AdapterSession:
+        assert options[option] is value
+        raise LoraDeployError("enough was seen")
+
+    monkeypatch.setattr("loradeploy.serve.opening.AdapterSession", opened)
+    with pytest.raises(LoraDeployError, match="enough was seen"):
+        call("serve", "bundle", "--port", "0", *flags)
+
+
 def test_the_demo_opens_its_page(
     seen: Seen, tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,8 @@ _READ: Final = (
     *("config.json", "modules.json", "preprocessor_config.json"),
     *TEXT_NAMES,
 )
+# A provider's name, or that and its options.
+_Provider = str | tuple[str, dict[str, str]]
 
 
 def read_certificate(bundle: Path) -> Certificate:
@@ -105,15 +107,33 @@ def check_provider(
             least = dataclasses.replace(minimum, providers=())
             why = least.lacking(part.coverage, part.precision)
         if why is not None:
-            named = dict.fromkeys(p.provider.removesuffix(CAPTURED) for p in (*checked, running))
             captured = any(p.captured for p in (*checked, running))
-            command = parity_command(bundle, providers=named, captured=captured)
+            command = parity_command(
+                bundle, providers=_to_check(checked, running), captured=captured
+            )
             raise BundleError(
                 f"{bundle} is not certified for {running.provider} ({running}): {why}; run"
                 f" {command}"
             )
         certified.append(part.certified)
     return frozenset.intersection(*certified)
+
+
+def _to_check(checked: Collection[ProviderFacts], running: ProviderFacts) -> list[_Provider]:
+    """What to check on: all that was checked, and `running`. Options where they were given."""
+    found: list[_Provider] = []
+    for one in (*checked, running):
+        name, _, given = one.provider.removesuffix(CAPTURED).partition(" ")
+        others = (p.options for p in checked if " " not in p.provider.removesuffix(CAPTURED))
+        # A session's own provider has no options in its name: they are what differs.
+        known = one.chain[:1] in {p.chain[:1] for p in checked}
+        differs = one is running and known and one.options not in others
+        provider: _Provider = (
+            (name, dict(one.options)) if one.options and (given or differs) else name
+        )
+        if provider not in found:
+            found.append(provider)
+    return found
 
 
 def _not_on(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
@@ -199,10 +219,18 @@ def parity_command(
     bundle: Path,
     *,
     adapter: bool = False,
-    providers: Iterable[str] = (),
+    providers: Iterable[_Provider] = (),
     captured: bool = False,
 ) -> str:
-    """The command that writes a certificate, for an adapter that is not in the bundle as well."""
+    """The command that writes a certificate, for an adapter that is not in the bundle as well.
+
+    In Python where `providers` have options, which the command line does not take.
+    """
+    providers = list(providers)
+    if not all(isinstance(provider, str) for provider in providers):
+        more = ", capture_graphs=True" if captured else ""
+        given = f'"{bundle}", model="MODEL", providers={providers!r}{more}'
+        return f"`loradeploy.parity({given})`"
     on = "".join(f" --provider {name}" for name in providers)
     on += " --capture-graphs" if captured else ""
     return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}{on}`"
