@@ -152,7 +152,7 @@ def parity(
     check_inputs(manifest)
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
-    shown = choose_phases(manifest.task, phases)
+    shown = choose_phases(manifest.task, phases, embeds=bool(manifest.embeds))
     variants = choose_variants(providers, optimization, capture_graphs=capture_graphs)
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}

@@ -146,7 +146,7 @@ def _run_count(backend: Backend, context: CheckContext) -> int:
 
 
 def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:
-    asked = context.phases or phases_of(context.manifest.task)
+    asked = context.phases or phases_of(context.manifest.task, embeds=bool(context.manifest.embeds))
     return tuple(phase for phase in asked if phase in backend.phases)
 
 

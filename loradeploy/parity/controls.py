@@ -8,7 +8,7 @@ have noticed it in a deployment either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,10 +16,11 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.targets import is_saved
-from loradeploy.parity.context import CheckContext
+from loradeploy.parity.context import AdapterUnderTest, CheckContext
+from loradeploy.parity.fed import Fed
 from loradeploy.parity.metrics import Comparison
 from loradeploy.parity.phases import has_logits
-from loradeploy.parity.reference.pytorch import as_reference_with, reference_rows
+from loradeploy.parity.reference.pytorch import TorchModel, as_reference_with, reference_rows
 from loradeploy.parity.report.results import Control
 from loradeploy.parity.verdict import judge
 
@@ -147,6 +148,18 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
+EMBEDS_MISTAKES: Final = (
+    (
+        Mistake("shifted places", "embeddings are read one token too late", lambda _: None),
+        Fed.shifted,
+    ),
+    (
+        Mistake("exchanged embeddings", "images have each other's places", lambda _: None),
+        Fed.exchanged,
+    ),
+)
+
+
 def run_controls(context: CheckContext, reference: Reference, base: Base) -> tuple[Control, ...]:
     """Make every mistake with every adapter that has an effect, and judge it."""
     found = []
@@ -165,21 +178,50 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> tup
             neighbor = reference.rows[before]
             found.append(_judge(OFF_BY_ONE, tested.name, neighbor, context, reference))
             before = tested.name
+        found += _embeds_controls(context, reference, base, tested)
     return tuple(found)
 
 
+def _embeds_controls(
+    context: CheckContext, reference: Reference, base: Base, tested: AdapterUnderTest
+) -> Iterator[Control]:
+    """Mistakes with the embeddings that are read in the places of tokens."""
+    right = [row for row in reference.rows[tested.name] if row.fed is not None]
+    if not right:
+        return
+    for mistake, make in EMBEDS_MISTAKES:
+        with as_reference_with(context, base, tested.adapter) as model:
+            backend = TorchModel(model, context.manifest)
+            wrong = [backend.with_embeds(row.prompt, make(row.fed)) for row in right if row.fed]
+        rows = [
+            [_as_row(r, f) for r, f in zip(right, fed, strict=True) if f]
+            for fed in ([row.fed for row in right], wrong)
+        ]
+        yield _judge(mistake, tested.name, rows[1], context, reference, right=rows[0])
+
+
+def _as_row(row: Row, fed: Fed) -> Row:
+    """`row` with what is given for its embeddings."""
+    return dataclasses.replace(row, forced=(), expected=fed.expected, about=None)
+
+
 def _judge(
-    mistake: Mistake, name: str, rows: Sequence[Row], context: CheckContext, reference: Reference
+    mistake: Mistake,
+    name: str,
+    rows: Sequence[Row],
+    context: CheckContext,
+    reference: Reference,
+    right: Sequence[Row] | None = None,
 ) -> Control:
     scale, effect = reference.scale[name], reference.effect[name].largest
     comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
-    for right, wrong in zip(reference.rows[name], rows, strict=True):
-        count = len(right.prompt) if right.forced else len(right.expected)
-        width = min(right.expected.shape[-1], wrong.expected.shape[-1])  # heads may differ
-        expected, found = right.expected[:count, :width], wrong.expected[:count, :width]
-        whole = width == right.expected.shape[-1]
-        about = right.about[:count] if whole and right.about is not None else None
-        comparison.add(expected, found, case=right.case, about=about)
+    for own, wrong in zip(right or reference.rows[name], rows, strict=True):
+        count = len(own.prompt) if own.forced else len(own.expected)
+        width = min(own.expected.shape[-1], wrong.expected.shape[-1])  # heads may differ
+        expected, found = own.expected[:count, :width], wrong.expected[:count, :width]
+        whole = width == own.expected.shape[-1]
+        about = own.about[:count] if whole and own.about is not None else None
+        comparison.add(expected, found, case=own.case, about=about)
     verdict = judge(comparison.figures(), reference.limits[name], effect=effect)
     error = verdict.figures.max_abs
     return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)

@@ -36,12 +36,13 @@ PADDED_BATCH: Final = "padded batch"
 PERMUTED: Final = "permuted batch"
 DECODE: Final = "decode"
 REPEAT: Final = "repeat"
+EMBEDDED: Final = "embeddings"  # of decoders of images and text
 
 DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
 # Of encoder-decoders, whose rows are targets.
 SEQ2SEQ_PHASES: Final = (PREFILL, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
-ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, *ENCODER_PHASES)))
+ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, EMBEDDED, *ENCODER_PHASES)))
 
 # Levels of graph optimization, and of their members in onnxruntime's GraphOptimizationLevel.
 LEVELS: Final = {

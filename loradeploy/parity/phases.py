@@ -6,6 +6,7 @@ Decoders:  prefill           each prompt by itself, followed by the tokens that 
            permuted batch    one batch with its rows in another order
            decode            from the batch's cache on, the reference's tokens one a step
            repeat            a prompt a second time, compared with the first
+           embeddings        of images and text: batches with embeddings in some tokens' places
 Encoder-decoders:
            prefill           each source by itself, with a whole target
            padded batch      the sources in batches, padded on the right
@@ -29,7 +30,7 @@ What an encoder gives for a text as a whole (`pooler_output`) counts as one more
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -46,10 +47,12 @@ from loradeploy.adapter.tasks import (
 from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
+from loradeploy.parity.fed import FED_ROWS, Fed, embeds_feeds
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     DECODER_PHASES,
+    EMBEDDED,
     ENCODER_PHASES,
     ONE_ROW,
     PADDED_BATCH,
@@ -96,6 +99,21 @@ class Model(Protocol):
         """
 
 
+class EmbedsModel(Protocol):
+    """A backend of a decoder that takes embeddings."""
+
+    def forward(
+        self,
+        ids: Ids,
+        mask: Ids,
+        cache: Any,
+        adapters: Sequence[str | None],
+        *,
+        embeds: Mapping[str, NDArray[Any]] | None = None,
+    ) -> tuple[NDArray[Any], Any]:
+        """See `Model.forward`; `embeds`: `inputs_embeds` and `inputs_embeds_mask`."""
+
+
 class SourceModel(Model, Protocol):
     """A backend of an encoder-decoder with a cache."""
 
@@ -114,6 +132,7 @@ class Row:
     others are constants so large that they would hide what the adapter does.
     `target`: how many tokens of an encoder-decoder's target are decoded one by one on its cache.
     `about`: what is known of `expected`, which every backend is compared with.
+    `fed`: embeddings in the places of some tokens of the prompt, of a decoder that takes them.
     """
 
     case: int
@@ -125,6 +144,7 @@ class Row:
     outputs: int | None = None
     target: int = 0
     about: Expected | None = None
+    fed: Fed | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -138,6 +158,8 @@ class Row:
 
     def due(self, phase: str) -> int:
         """How many positions the phase shows of this row."""
+        if phase == EMBEDDED:
+            return 0 if self.fed is None else len(self.prompt)
         if phase == DECODE and self.target:
             return self.target
         if phase == DECODE:
@@ -235,23 +257,30 @@ def _observations(
     if DECODE in phases and (decoded := [row for row in rows if row.target]):
         for some in _batches(decoded, most=_MAX_ROWS if batched else 1):
             yield from _run_target(cast("SourceModel", model), some, pad=pad)
+    if EMBEDDED in phases and (fed := rows_of(EMBEDDED, rows)):
+        for some in _batches(fed, most=_MAX_ROWS if batched else 1):
+            for batch in _of_one_length(some) if alike else [some]:
+                yield from _run_embedded(cast("EmbedsModel", model), batch, pad=pad, left=side)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
         for batch in _of_one_length(permuted) if alike else [permuted]:
             yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
 
 
-def phases_of(task: str) -> tuple[str, ...]:
-    """The phases that a task has."""
-    return _PHASES.get(task, ENCODER_PHASES)
+def phases_of(task: str, *, embeds: bool = False) -> tuple[str, ...]:
+    """The phases that a task has; `embeds`: of a decoder that takes embeddings."""
+    known = _PHASES.get(task, ENCODER_PHASES)
+    return (*known, EMBEDDED) if embeds else known
 
 
-def choose_phases(task: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+def choose_phases(
+    task: str, asked: Sequence[str] | None, *, embeds: bool = False
+) -> tuple[str, ...]:
     """The phases of a task, or those asked for; their words may be joined by dashes.
 
     Raises:
         UsageError: a name that is no phase, or none of this task.
     """
-    known = phases_of(task)
+    known = phases_of(task, embeds=embeds)
     if asked is None:
         return known
     named = [name.replace("-", " ") for name in asked]
@@ -267,6 +296,8 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
     """Those of `rows` that a phase is shown of; see `run_phases`."""
     if phase == DECODE and not batched:
         return rows[:_DECODED_ALONE]
+    if phase == EMBEDDED:
+        return [row for row in rows if row.fed is not None][:FED_ROWS]
     if phase not in _FEW:
         return rows
     few = [row for row in rows if not row.edge]
@@ -331,6 +362,17 @@ def _run_batch(
         values, cache = model.forward(ids, mask, cache, adapters)
         for row, its in zip(batch, values, strict=True):
             yield Observation(DECODE, row, len(row.prompt) + step, its)
+
+
+def _run_embedded(
+    model: EmbedsModel, batch: Sequence[Row], *, pad: int, left: bool
+) -> Iterator[Observation]:
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    fed = [row.fed for row in batch if row.fed is not None]
+    adapters = [row.adapter for row in batch]
+    values, _ = model.forward(ids, mask, None, adapters, embeds=embeds_feeds(fed, mask))
+    for row, own, real, its in zip(batch, fed, mask.astype(bool), values, strict=True):
+        yield Observation(EMBEDDED, row, 0, its[real], own.expected)
 
 
 def _run_target(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:

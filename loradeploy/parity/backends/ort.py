@@ -93,8 +93,12 @@ class OnnxModel:
         mask: NDArray[np.int64],
         cache: Any,
         adapters: Sequence[str | None],
+        *,
+        embeds: Feeds | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.Model`."""
+        """See `phases.Model` and `phases.EmbedsModel`."""
+        dtypes = {spec.name: spec.dtype for spec in self._manifest.embeds}
+        besides = {n: values.astype(dtypes[n]) for n, values in (embeds or {}).items()}
         if self._manifest.encoder is not None:
             given = self._halves().whole(self._plain(ids, mask), adapters)
             return joined([_array(value) for value in given]), None
@@ -102,12 +106,12 @@ class OnnxModel:
         if not self._past and self._manifest.task == CAUSAL_LM:
             return self._without_cache(ids, mask, cache, adapters)
         if self._cache is None:
-            given = self._run(names, self.feeds(ids, mask, cache), adapters)
+            given = self._run(names, {**self.feeds(ids, mask, cache), **besides}, adapters)
             cache = list(given[count:])
         else:
             cache = self._cache(len(ids)) if cache is None else cache
             cache.make_room(mask.shape[1])
-            feeds = {**self._plain(ids, mask), **cache.inputs}
+            feeds = {**self._plain(ids, mask), **cache.inputs, **besides}
             if ATTENTION_MASK in feeds:
                 feeds[ATTENTION_MASK] = cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
             given = self._run(names, feeds, adapters, buffers=cache.buffers)

@@ -13,6 +13,7 @@ from loradeploy.parity.context import CheckContext
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
+    EMBEDDED,
     ONE_ROW,
     ONNX_GENAI,
     ONNX_MERGED,
@@ -96,7 +97,8 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
 _SIDE, _MERGED = "side-inputs", "merged"
 _ALONE: Final = (PREFILL, ONE_ROW)
 _ALL: Final = (PREFILL, ONE_ROW, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
-_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE)
+_WITH_EMBEDS: Final = (*_ALL, EMBEDDED)
+_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE, EMBEDDED)
 _ROW_BY_ROW: Final = (PREFILL, CHUNKED, DECODE)
 
 BACKENDS: Final[tuple[Backend, ...]] = (
@@ -113,7 +115,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_MERGED,
         "ONNX merged",
         (_SIDE, _MERGED),
-        _ALL,
+        _WITH_EMBEDS,
         ort.merged_graph,
         on_onnxruntime=True,
         captured=True,
@@ -122,7 +124,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_SIDE_INPUTS,
         "ONNX side inputs",
         (_SIDE,),
-        _ALL,
+        _WITH_EMBEDS,
         ort.side_inputs,
         needs_adapter=False,
         on_onnxruntime=True,
@@ -132,7 +134,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_NATIVE,
         "ONNX Runtime adapter",
         (_SIDE,),
-        _ALL,
+        _WITH_EMBEDS,
         ort.native_adapter,
         on_onnxruntime=True,
     ),

@@ -21,7 +21,7 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.check import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.names import DECODE, PADDED_BATCH, PERMUTED, REPEAT
+from loradeploy.parity.names import DECODE, EMBEDDED, PADDED_BATCH, PERMUTED, REPEAT
 from loradeploy.parity.phases import Model, Row, has_logits, phases_of, run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
@@ -143,8 +143,8 @@ def _failures(
     order = {phase: number for number, phase in enumerate(phases_of(task))}
     plainest: dict[tuple[str, str | None], Result] = {}
     for result in results:
-        # A second run that differs does so on whatever is fed.
-        if result.outcome != "failed" or result.phase in (None, REPEAT):
+        # A second run that differs does so on whatever is fed; embeddings are no tokens.
+        if result.outcome != "failed" or result.phase in (None, REPEAT, EMBEDDED):
             continue
         if result.backend not in known:
             continue

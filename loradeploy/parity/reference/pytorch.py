@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,11 +16,18 @@ import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, TASK_TABLE
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from loradeploy.bundle.names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    INPUTS_EMBEDS,
+    INPUTS_EMBEDS_MASK,
+    POSITION_IDS,
+)
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.expected import Expected
+from loradeploy.parity.fed import FED_ROWS, Fed, drawn, embeds_feeds
 from loradeploy.parity.inputs.row_feeds import TARGET, Types, plain_feeds
 from loradeploy.parity.phases import (
     Row,
@@ -82,9 +89,15 @@ class TorchModel:
         self._last = last and _KEEP in self._taken
 
     def forward(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any, adapters: object
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        cache: Any,
+        adapters: object,
+        *,
+        embeds: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.Model`; the cache is transformers' own."""
+        """See `phases.Model` and `phases.EmbedsModel`; the cache is transformers' own."""
         import torch
 
         if self._task != CAUSAL_LM:
@@ -98,6 +111,11 @@ class TorchModel:
             if POSITION_IDS in self._taken:
                 feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
         with torch.inference_mode():
+            if embeds is not None:
+                own = self.embedding(feeds.pop(INPUT_IDS))
+                places = torch.from_numpy(embeds[INPUTS_EMBEDS_MASK])[..., None]
+                given = torch.from_numpy(embeds[INPUTS_EMBEDS]).to(own.dtype)
+                feeds[INPUTS_EMBEDS] = torch.where(places, given, own)
             result = self._model(**feeds)
         values = []
         for name in self._outputs:
@@ -108,6 +126,25 @@ class TorchModel:
                 value = value.float()
             values.append(value.numpy())
         return joined(values), getattr(result, "past_key_values", None)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the model reads of tokens: [rows, tokens, hidden]."""
+        find: Any = self._model.get_input_embeddings
+        result: torch.Tensor = find()(ids)
+        return result
+
+    def with_embeds(self, prompt: Sequence[int], fed: Fed | None = None) -> Fed:
+        """What the model gives for a prompt with embeddings, `fed` or drawn ones."""
+        import torch
+
+        ids = np.array([prompt], np.int64)
+        if fed is None:
+            with torch.inference_mode():
+                own = self.embedding(torch.from_numpy(ids)).double()
+            fed = drawn(prompt, own.shape[-1], float(own.square().mean().sqrt()))
+        mask = np.ones_like(ids)
+        values, _ = self.forward(ids, mask, None, [None], embeds=embeds_feeds([fed], mask))
+        return replace(fed, expected=values[0].astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,7 +402,10 @@ def reference_rows(
         kept = _keep(context.scratch, values[..., :own])
         edge = number >= len(cases.prompts) - cases.edges
         about = Expected.of(kept, logits=has_logits(context.manifest.task))
-        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target, about))
+        fed = None
+        if context.manifest.embeds and number < FED_ROWS and not edge:
+            fed = backend.with_embeds(prompt)
+        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target, about, fed))
     return tuple(rows)
 
 

@@ -1,0 +1,64 @@
+"""Rows in which a decoder of images and text reads embeddings in the places of some tokens.
+
+Which places, and what is read there, is drawn from a row's tokens, as large as the model's own
+embeddings. What the reference gives for it is computed by PyTorch's own `inputs_embeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import INPUTS_EMBEDS, INPUTS_EMBEDS_MASK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+# How many rows are shown with embeddings.
+FED_ROWS: Final = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What a row reads: `values` [tokens, hidden] where `places` [tokens] is true.
+
+    `expected`: what the reference gives then, [tokens, width].
+    """
+
+    values: Floats
+    places: NDArray[np.bool_]
+    expected: Floats
+
+    def shifted(self) -> Fed:
+        """The same with each place one token further."""
+        return replace(self, values=np.roll(self.values, 1, 0), places=np.roll(self.places, 1))
+
+    def exchanged(self) -> Fed:
+        """The same places with each other's embeddings."""
+        values = self.values.copy()
+        values[self.places] = np.roll(values[self.places], 1, 0)
+        return replace(self, values=values)
+
+
+def drawn(tokens: Sequence[int], hidden: int, size: float) -> Fed:
+    """Places and embeddings of `size` for a row of `tokens`, of numbers that float16 holds too."""
+    random = np.random.default_rng(list(tokens))
+    places = random.random(len(tokens)) < 0.5
+    places[len(tokens) // 2] = True
+    values = random.standard_normal((len(tokens), hidden)) * size * places[:, np.newaxis]
+    return Fed(values.astype(np.float16).astype(np.float32), places, np.zeros((0, 0), np.float32))
+
+
+def embeds_feeds(fed: Sequence[Fed], mask: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
+    """The feeds of a batch; `mask` [rows, tokens] has as many tokens of each row as it is fed."""
+    places = np.zeros(mask.shape, np.bool_)
+    values = np.zeros((*mask.shape, fed[0].values.shape[-1]), np.float32)
+    for row, own in enumerate(fed):
+        real = mask[row] == 1
+        places[row, real], values[row, real] = own.places, own.values
+    return {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
