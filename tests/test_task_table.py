@@ -124,6 +124,8 @@ def test_a_task_goes_from_training_to_proof(
             kind = task
             if task == "sequence-classification":
                 kind = TRAINED_PROBLEMS[settings.get("problem_type", "single-label")]
+            if task == "image-classification":
+                kind = "single_label_classification"
             if task == "feature-extraction":
                 kind = "similarity" if "embedding_loss" in settings else "retrieval"
             if task == "seq2seq-lm":

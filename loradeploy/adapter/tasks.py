@@ -99,6 +99,7 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             CLASSIFIER_HEADS,
             trained=True,
             runner="ImageClassifier",
+            evaluated=True,
         ),
         Task(
             IMAGE_FEATURE_EXTRACTION,

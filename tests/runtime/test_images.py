@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.errors import BundleError, DataError, ModelError, UsageError
 from tests.cli.calling import call
 from tests.tolerances import tolerance
@@ -90,6 +91,63 @@ def test_what_was_trained_is_recognized(place: Path) -> None:
     classify = ld.ImageClassifier(ld.AdapterSession(place / "bundle"))
     files = [place / "colors" / color / "0.png" for color in COLORS]
     assert [found.label for found in classify(files, "second")] == list(COLORS)
+
+
+def test_parity_scores_a_classifier_on_images_that_it_has_not_seen(
+    place: Path, tmp_path: Path
+) -> None:
+    colors = color_folders(tmp_path / "held-out", count=10)
+    how: dict[str, Any] = {
+        "model": place / "model",
+        "phases": ["padded batch"],
+        "certificate": False,
+        "examples": 16,
+    }
+    report = ld.parity(place / "bundle", evaluate={"second": colors}, **how)
+    assert report.passed, report.failures
+    assert f"scores: 16 of 20 examples in {colors}" in report.notes
+    scores = {score.backend: score for score in report.scores}
+    assert scores.keys() == {"onnx-side-inputs", "onnx-merged"}
+    for score in scores.values():
+        assert (score.adapter, score.metric, score.examples) == ("second", "accuracy", 16)
+        assert score.value == score.reference == 1.0
+    # The labels decide: with every third one wrong, fewer answers are right.
+    rows = [
+        {"image": str(file), "label": sorted(COLORS)[(file.parent.name == "red") ^ (n % 3 == 0)]}
+        for n, file in enumerate(sorted(colors.glob("*/*.png")))
+    ]
+    (tmp_path / "wrong.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few: dict[str, Any] = {**how, "examples": 20, "backends": ["onnx-side-inputs"]}
+    (score,) = ld.parity(
+        place / "bundle", evaluate={"second": tmp_path / "wrong.jsonl"}, **few
+    ).scores
+    assert score.value == score.reference == 13 / 20
+    with pytest.raises(DataError, match="first: .*the label 'blue' is none of those trained on"):
+        ld.parity(place / "bundle", evaluate={"first": colors}, **few)
+
+
+def test_a_graph_with_another_adapter_loses_its_accuracy_on_images(
+    place: Path, tmp_path: Path
+) -> None:
+    right = load_adapter(place / "second")
+    reversed_head = {name: -np.asarray(values) for name, values in right.saved.items()}
+    save_adapter(dataclasses.replace(right, saved=reversed_head), tmp_path / "second")
+    adapters = {"second": tmp_path / "second"}
+    ld.export(place / "bundle", tmp_path / "merged", adapters=adapters, merge=True)
+    report = ld.parity(
+        tmp_path / "merged",
+        model=place / "model",
+        adapters={"second": place / "second"},
+        evaluate=place / "colors",
+        backends=["onnx-merged"],
+        phases=["padded batch"],
+        certificate=False,
+        shrink=False,
+        localize=False,
+    )
+    (score,) = report.scores
+    assert score.reference == 1.0 and score.value == 0.0 and not score.passed
+    assert "for certain worse" in str(score.message)
 
 
 def test_data_that_is_not_of_images_is_named(place: Path, tmp_path: Path) -> None:

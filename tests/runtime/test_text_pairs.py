@@ -238,7 +238,7 @@ def test_parity_feeds_pairs_their_token_types(bundle: Path, tmp_path: Path) -> N
     types = pair_tokens(tokenizer, *PAIRS[1], max_length=None).types
     assert types is not None
     ids, mask = pad([text, tokens], cases.pad, left=False)
-    fed = plain_feeds(manifest, ids, mask, cases.types)["token_type_ids"]
+    fed = plain_feeds(manifest, ids, mask, cases.known)["token_type_ids"]
     assert fed.tolist() == [[0] * ids.shape[1], list(types)]
     with pytest.raises(DataError, match="a text and a pair of texts are the same tokens"):
         types_of([(tokens, types), (tokens, None)])

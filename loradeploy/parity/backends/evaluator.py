@@ -53,16 +53,16 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
         made = ReferenceEvaluator(os.fspath(graph), new_ops=[_gather_elements()])
     except Exception as problem:  # of several kinds, all for want of an operator
         raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
-    manifest, types = context.manifest, context.cases.types
+    manifest, known = context.manifest, context.cases.known
     if context.merged:
         for tested in context.adapters:
-            yield tested.name, OnnxModel(manifest, partial(_evaluate, made, {}), types=types)
+            yield tested.name, OnnxModel(manifest, partial(_evaluate, made, {}), known=known)
         return
-    yield None, OnnxModel(manifest, partial(_evaluate, made, {}), types=types)
+    yield None, OnnxModel(manifest, partial(_evaluate, made, {}), known=known)
     base = BundleBase(context.bundle, manifest)
     for tested in context.adapters:
         side = side_inputs(tested.adapter, manifest, base) | branch_choice(manifest)
-        yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side), types=types)
+        yield tested.name, OnnxModel(manifest, partial(_evaluate, made, side), known=known)
 
 
 def _gather_elements() -> type:

@@ -19,7 +19,7 @@ from loradeploy.bundle.names import ATTENTION_MASK, ENCODER_NAME, NATIVE_SUFFIX,
 from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.inputs.row_feeds import Types, plain_feeds
+from loradeploy.parity.inputs.row_feeds import Known, plain_feeds
 from loradeploy.parity.phases import joined, output_names
 from loradeploy.parity.variants import session_options
 from loradeploy.runtime.tokenizer import pad
@@ -62,8 +62,8 @@ class OnnxModel:
     """A graph as a backend; `run` may give arrays or OrtValues.
 
     `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
-    graph's present outputs are the next past, as they come. `types`: the token types of pairs of
-    texts, by their tokens. `session`: what the graph is open in, where it holds one adapter.
+    graph's present outputs are the next past, as they come. `known`: as `plain_feeds`. `session`:
+    what the graph is open in, where it holds one adapter.
     `replayed`: what became of the runs, where they are captured.
     """
 
@@ -73,13 +73,13 @@ class OnnxModel:
         run: Run,
         cache: Callable[[int], DecoderCache] | None = None,
         *,
-        types: Types | None = None,
+        known: Known | None = None,
         session: AdapterSession | None = None,
         replayed: Replayed | None = None,
     ) -> None:
         self.session = session
         self.replayed = Replayed() if replayed is None else replayed
-        self._types = types
+        self._known = known
         self._manifest = manifest
         self._run = run
         self._cache = cache
@@ -129,7 +129,7 @@ class OnnxModel:
         return Halves(self._manifest, self._run, self._outputs)
 
     def _plain(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        return plain_feeds(self._manifest, ids, mask, self._types)
+        return plain_feeds(self._manifest, ids, mask, self._known)
 
     def _without_cache(
         self,
@@ -188,7 +188,7 @@ def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
             context.manifest,
             run,
             session.empty_cache,
-            types=context.cases.types,
+            known=context.cases.known,
             session=session,
             replayed=replayed,
         )
@@ -206,7 +206,7 @@ def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
             context.manifest,
             partial(_each_row, session, replayed),
             session.empty_cache,
-            types=context.cases.types,
+            known=context.cases.known,
             replayed=replayed,
         ),
     )
@@ -250,7 +250,7 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
         yield (
             tested.name,
             OnnxModel(
-                context.manifest, partial(_activated, sessions, active), types=context.cases.types
+                context.manifest, partial(_activated, sessions, active), known=context.cases.known
             ),
         )
     if left_out:
@@ -294,7 +294,7 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
                     session.manifest,
                     run,
                     session.empty_cache,
-                    types=context.cases.types,
+                    known=context.cases.known,
                     session=session,
                     replayed=replayed,
                 ),

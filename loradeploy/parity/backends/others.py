@@ -30,7 +30,7 @@ from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.compare.opening import open_side, short_title
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.inputs.row_feeds import FED, Types
+from loradeploy.parity.inputs.row_feeds import FED, Known
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
@@ -108,14 +108,14 @@ def _open(
     model: Comparable, claim: str | None, inputs: tuple[TensorSpec, ...], context: CheckContext
 ) -> Iterator[tuple[str | None, OnnxModel]]:
     side = open_side(model, context.providers)
-    yield claim, _model(side, inputs, context.manifest, context.cases.types)
+    yield claim, _model(side, inputs, context.manifest, context.cases.known)
 
 
 def _model(
-    side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest, types: Types | None = None
+    side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest, known: Known | None = None
 ) -> OnnxModel:
     own = dataclasses.replace(manifest, inputs=inputs)
-    return OnnxModel(own, partial(_run, side, manifest), types=types)
+    return OnnxModel(own, partial(_run, side, manifest), known=known)
 
 
 def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:

@@ -85,13 +85,13 @@ class Backend:
 def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
         with merged(model, tested.adapter):
-            yield tested.name, TorchModel(model, context.manifest, context.cases.types)
+            yield tested.name, TorchModel(model, context.manifest, context.cases.known)
 
 
 def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
         with with_peft(model, tested):
-            yield tested.name, TorchModel(model, context.manifest, context.cases.types)
+            yield tested.name, TorchModel(model, context.manifest, context.cases.known)
 
 
 _SIDE, _MERGED = "side-inputs", "merged"

@@ -66,7 +66,7 @@ class TorchRow:
         self.tested = next((s for s in context.adapters if s.name == adapter), None)
         self.ids = np.array([tokens], np.int64)
         self.modules = Modules.of(base.model)
-        self._forward = TorchModel(base.model, context.manifest, context.cases.types)
+        self._forward = TorchModel(base.model, context.manifest, context.cases.known)
 
     @property
     def name(self) -> str | None:

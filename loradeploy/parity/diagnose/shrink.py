@@ -267,7 +267,7 @@ class _Trial:
         """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
         manifest = self.context.manifest
         ids = np.array([tokens], np.int64)
-        reference = TorchModel(self.torch_model, manifest, self.context.cases.types)
+        reference = TorchModel(self.torch_model, manifest, self.context.cases.known)
         values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
         if values.ndim == 3:
             values = values[0]  # [positions, width]

@@ -7,10 +7,13 @@ target is they themselves, so that a row of tokens stands for all that is fed in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.image.pixels import PixelSettings
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
@@ -36,27 +39,44 @@ Tokens = tuple[int, ...]
 # Token types of pairs of texts, by the row's tokens.
 Types = Mapping[Tokens, Tokens]
 
+
+@dataclass(frozen=True)
+class Picture:
+    """The file of an image that a row of tokens stands for, and how it becomes pixel values."""
+
+    file: Path
+    settings: PixelSettings
+
+    def values(self) -> NDArray[np.float32]:
+        """[3, height, width]; raises DataError where the file cannot be read."""
+        return self.settings.values(self.file)
+
+
+# What rows of these tokens are fed besides: the types of a pair, or an image.
+Known = Mapping[Tokens, Tokens | Picture]
+
 # Tokens of an encoder-decoder's target, for a source of any length.
 TARGET: Final = 8
 
 
 def plain_feeds(
-    manifest: Manifest, ids: Ids, mask: Ids, types: Types | None = None
+    manifest: Manifest, ids: Ids, mask: Ids, known: Known | None = None
 ) -> dict[str, NDArray[Any]]:
     """The graph's inputs but for the cache, of `ids` [rows, new tokens], `mask` [rows, tokens].
 
-    `types`: the token types of rows, by their tokens; those of other rows are 0.
+    `known`: of rows, by their tokens; other rows have the types 0, and noise for an image.
     """
     feeds = {
         spec.name: _MAKERS[spec.name](ids, mask, spec).astype(spec.dtype, copy=False)
         for spec in manifest.inputs
         if spec.name in _MAKERS
     }
-    if types and TOKEN_TYPE_IDS in feeds:
-        for row, real in enumerate(mask.astype(bool)):
-            own = types.get(tuple(ids[row, real].tolist()))
-            if own is not None:
-                feeds[TOKEN_TYPE_IDS][row, real] = own
+    for row, real in enumerate(mask.astype(bool) if known else ()):
+        own = known.get(tuple(ids[row, real].tolist())) if known else None
+        if isinstance(own, Picture):
+            feeds[PIXEL_VALUES][row] = own.values()
+        elif own is not None and TOKEN_TYPE_IDS in feeds:
+            feeds[TOKEN_TYPE_IDS][row, real] = own
     return feeds
 
 

@@ -19,7 +19,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import DataError, UsageError, shown
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
-from loradeploy.parity.inputs.row_feeds import Types, types_of
+from loradeploy.parity.inputs.row_feeds import Known, Types, types_of
 from loradeploy.runtime.prompts import InputPrompt, read_requests, request_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Cases:
     `prompts`: token ids, one row a case: the prompts, then `fuzz` random rows, then `edges` of
     extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
     `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
-    rows are filled up on the left. `types`: the token types of pairs. `alike`: whether
+    rows are filled up on the left. `known`: as `plain_feeds`. `alike`: whether
     rows of one length alone share a batch. `unfed`: how many tokens were trained and are in no row.
     """
 
@@ -66,7 +66,7 @@ class Cases:
     fuzz: int = 0
     edges: int = 0
     alike: bool = False
-    types: Types = field(default_factory=dict)
+    known: Known = field(default_factory=dict)
     unfed: int = 0
 
     @property

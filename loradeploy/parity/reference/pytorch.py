@@ -28,7 +28,7 @@ from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.expected import Expected
 from loradeploy.parity.fed import FED_ROWS, Fed, drawn, embeds_feeds
-from loradeploy.parity.inputs.row_feeds import TARGET, Types, plain_feeds
+from loradeploy.parity.inputs.row_feeds import TARGET, Known, plain_feeds
 from loradeploy.parity.phases import (
     Row,
     batch_size,
@@ -66,7 +66,7 @@ _KEEP: Final = "logits_to_keep"
 class TorchModel:
     """A PyTorch model as a backend; the adapter is what is in it at the time.
 
-    `types`: the token types of pairs of texts, by their tokens. `last`: of a decoder only the last
+    `known`: as `plain_feeds`. `last`: of a decoder only the last
     position is asked for, where the model can leave the others out.
     """
 
@@ -74,11 +74,11 @@ class TorchModel:
         self,
         model: torch.nn.Module,
         manifest: Manifest,
-        types: Types | None = None,
+        known: Known | None = None,
         *,
         last: bool = False,
     ) -> None:
-        self._types = types
+        self._known = known
         self._model = model
         self._manifest = manifest
         self._task = manifest.task
@@ -101,7 +101,7 @@ class TorchModel:
         import torch
 
         if self._task != CAUSAL_LM:
-            made = plain_feeds(self._manifest, ids, mask, self._types)
+            made = plain_feeds(self._manifest, ids, mask, self._known)
             feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
         else:
             feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
@@ -327,7 +327,7 @@ def _limits(
     try:
         gap = measure_gap(
             base.model,
-            TorchModel(base.model, manifest, context.cases.types),
+            TorchModel(base.model, manifest, context.cases.known),
             rows,
             manifest.precision,
             activations_of(base.quantized),
@@ -381,7 +381,7 @@ def reference_rows(
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
     cases = context.cases
-    backend = TorchModel(model, context.manifest, context.cases.types)
+    backend = TorchModel(model, context.manifest, context.cases.known)
     chooser = TorchModel(model, context.manifest, last=True)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))

@@ -28,12 +28,14 @@ from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     EVALUATED_TASKS,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
+from loradeploy.bundle.image.pixels import pixel_settings
 from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME, TOKEN_TYPE_IDS
+from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.sentence import recipe_directory
 from loradeploy.errors import (
     BundleError,
@@ -43,7 +45,7 @@ from loradeploy.errors import (
     listed_names,
     shown,
 )
-from loradeploy.parity.inputs.row_feeds import types_of
+from loradeploy.parity.inputs.row_feeds import Picture, types_of
 from loradeploy.parity.inputs.tokens import filled, fixed_length
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
@@ -62,18 +64,20 @@ Data = str | os.PathLike[str]
 DataByAdapter = Data | Mapping[str, Data] | Iterable[Data]
 
 _SPLIT: Final = "test"  # of a dataset that has splits
+_DIGITS: Final = 15  # of a digest in hexadecimal, which 63 bits hold
 
 
 @dataclass(frozen=True)
 class Example:
     """An example of `tokens`; `labels` are as many, or the one class of a text, or its numbers.
 
-    `types`: the token types of a pair of texts.
+    `types`: the token types of a pair of texts. `picture`: an image, which the tokens stand for.
     """
 
     tokens: tuple[int, ...]
     labels: tuple[float, ...]
     types: tuple[int, ...] | None = None
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def read_held_out(
             f"held-out data is read as training data is, and {problem.name} is not installed:"
             " pip install 'loradeploy[train]'"
         ) from None
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, texts=manifest.task != IMAGE_CLASSIFICATION)
     labels = _label_names(bundle, manifest, adapters)
     kinds = _kinds(bundle, manifest, adapters)
     found = {}
@@ -179,7 +183,11 @@ def read_held_out(
         task = task_of(config, checkpoint.directory)
         drawn, available = _draw(task, data, examples, seed)
         try:
-            coded = _coded(drawn, labels[name], task, checkpoint, config.max_length)
+            names_of_labels = _numbered(drawn, labels[name], kinds[name])
+            if manifest.task == IMAGE_CLASSIFICATION:
+                coded = _pictures(drawn, names_of_labels, task, checkpoint, manifest)
+            else:
+                coded = _coded(drawn, names_of_labels, task, checkpoint, config.max_length)
         except DataError as problem:
             raise DataError(f"{name or BASE_LABEL}: {problem}") from None
         found[name] = HeldOut(
@@ -189,15 +197,18 @@ def read_held_out(
 
 
 def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:
-    """`cases` that know the token types of the held-out pairs of texts too.
+    """`cases` that know the token types of the held-out pairs of texts too, and the images.
 
     Raises:
         DataError: a text has the tokens of a pair.
     """
     prompts = cases.prompts[: len(cases.prompts) - cases.fuzz - cases.edges]
-    rows = [(tokens, cases.types.get(tokens)) for tokens in prompts]
-    rows += [(e.tokens, e.types) for data in held_out.values() for e in data.examples]
-    return replace(cases, types=types_of(rows))
+    examples = [example for data in held_out.values() for example in data.examples]
+    pictures = {e.tokens: e.picture for e in examples if e.picture is not None}
+    known = {tokens: cases.known.get(tokens) for tokens in prompts}
+    rows = [(tokens, None if isinstance(t, Picture) else t) for tokens, t in known.items()]
+    rows += [(e.tokens, e.types) for e in examples if e.picture is None]
+    return replace(cases, known={**types_of(rows), **pictures})
 
 
 def _data_by_adapter(
@@ -254,11 +265,7 @@ def _coded(
     checkpoint: Checkpoint,
     longest: int,
 ) -> tuple[Example, ...]:
-    """The examples as tokens; labels that are all numbers are those of the outputs."""
-    if task.problem_type == SINGLE_LABEL:
-        given = {example.label for example in drawn}
-        if not given <= set(names) and all(label.isdecimal() for label in given):
-            names = tuple(map(str, range(len(names))))
+    """The examples as tokens."""
     features = checkpoint.encode(task, drawn, names, longest).features
     return tuple(
         Example(
@@ -270,6 +277,38 @@ def _coded(
         )
         for feature in features
     )
+
+
+def _numbered(drawn: Sequence[Any], names: Sequence[str], kind: str) -> Sequence[str]:
+    """The `names` of the outputs; their numbers where the labels of `drawn` are all numbers."""
+    if kind != SINGLE_LABEL:
+        return names
+    given = {example.label for example in drawn}
+    numbers = not given <= set(names) and all(label.isdecimal() for label in given)
+    return tuple(map(str, range(len(names)))) if numbers else names
+
+
+def _pictures(
+    drawn: Sequence[Any],
+    names: Sequence[str],
+    task: Task,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+) -> tuple[Example, ...]:
+    """The examples of images; each one's token is of the digest of its file."""
+    settings = pixel_settings(checkpoint.directory)
+    assert settings is not None  # or the task would not have been made
+    (taken,) = (spec.shape[1:] for spec in manifest.inputs if spec.name == PIXEL_VALUES)
+    found = []
+    for feature in checkpoint.encode(task, drawn, names, checkpoint.max_length).features:
+        picture = Picture(Path(feature["image"]), settings)
+        if (made := picture.values().shape) != taken:
+            raise DataError(
+                f"{picture.file} becomes pixel values {list(made)}, the graph takes {list(taken)}"
+            )
+        token = int(feature["digest"].rpartition(":")[2][:_DIGITS], 16)
+        found.append(Example((token,), (feature["labels"],), picture=picture))
+    return tuple(found)
 
 
 def _embedder(data: Data, base: Path, adapter: Path | None) -> Task:
@@ -322,6 +361,8 @@ def _kinds(
     bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, str]:
     """What each adapter's answers, and the base's, are measured as."""
+    if manifest.task == IMAGE_CLASSIFICATION:
+        return _kinds_of_images(bundle, manifest, adapters)
     if manifest.task != SEQUENCE_CLASSIFICATION:
         return dict.fromkeys([None, *(tested.name for tested in adapters)], manifest.task)
     config = model_config(bundle)
@@ -330,4 +371,20 @@ def _kinds(
     found: dict[str | None, str] = {None: manifest.problem_type or stated or usual_problem(outputs)}
     for tested in adapters:
         found[tested.name] = problem_of(tested.adapter, stated, outputs)
+    return found
+
+
+def _kinds_of_images(
+    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
+) -> dict[str | None, str]:
+    """The same of images, which are trained and scored by one label each."""
+    stated = stated_problem(model_config(bundle), CONFIG_NAME, error=BundleError) or SINGLE_LABEL
+    found: dict[str | None, str] = {None: manifest.problem_type or stated}
+    found |= {tested.name: tested.adapter.problem_type or stated for tested in adapters}
+    for name, problem in found.items():
+        if problem != SINGLE_LABEL:
+            raise UsageError(
+                f"{name or BASE_LABEL} is a classifier of images of problem_type {problem}, and"
+                f" data of images has one label each: only {SINGLE_LABEL} is scored"
+            )
     return found

@@ -23,6 +23,7 @@ from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
@@ -132,6 +133,7 @@ MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
 }
 # The kinds of the tasks that have several.
 KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    IMAGE_CLASSIFICATION: (SINGLE_LABEL,),
     SEQUENCE_CLASSIFICATION: (SINGLE_LABEL, MULTI_LABEL, REGRESSION),
     FEATURE_EXTRACTION: (RETRIEVAL, SIMILARITY),
     SEQ2SEQ_LM: (TRANSLATION, TRANSCRIPTION),
