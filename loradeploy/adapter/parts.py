@@ -3,56 +3,88 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
 
-def own_part(adapter: Adapter, others: Collection[str]) -> Adapter:
+def own_part(
+    adapter: Adapter, others: Collection[str], rules: Callable[[], Sequence[Renaming]] = tuple
+) -> Adapter:
     """`adapter` without the tensors of the modules `others`, which are in another bundle.
 
-    What is left out is said, unless it is zero.
+    What is left out is said, unless it is zero. Older names count as what `rules` make of them.
 
     Raises:
         AdapterMismatchError: nothing is left.
     """
-    groups = _groups(adapter)
+    groups, of_others = _groups(adapter), _of_others(others, rules)
     kept = {
-        group: {name: value for name, value in values.items() if not _is_below(name, others)}
+        group: {name: value for name, value in values.items() if not of_others(name)}
         for group, values in groups.items()
     }
     left_out = [n for group, values in groups.items() for n in values if n not in kept[group]]
     if not left_out:
         return adapter
     if not any(kept.values()):
+        tops = listed_names(_tops(left_out, others, rules))
         raise AdapterMismatchError(
-            f"all of its tensors are of {listed_names(_tops(left_out, others))}, in another bundle"
+            f"all of its tensors are of {tops}, in another bundle"
             " of this model: give it there, and no adapter here"
         )
     active = [name for name in left_out if _is_active(name, adapter)]
     if active:
         logger.warning(
             "%d tensors of the adapter are of %s, which is in another bundle of this model",
-            *(len(active), listed_names(_tops(active, others))),
+            *(len(active), listed_names(_tops(active, others, rules))),
         )
     config, excluded = adapter.config, adapter.config.exclude_modules
     if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
         modules = [name for name in left_out if name in adapter.factors]
         config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *modules))
+    names = [name for values in kept.values() for name in values]
+    saved = [
+        m for m in config.modules_to_save if _names_any(m, names) or not _names_any(m, left_out)
+    ]
+    config = dataclasses.replace(config, modules_to_save=tuple(saved))
     changed: dict[str, Any] = {**kept, "config": config}
     return dataclasses.replace(adapter, **changed)
 
 
-def has_part(adapter: Adapter, others: Collection[str]) -> bool:
-    """Whether `adapter` has tensors besides those of the modules `others`."""
-    return any(not _is_below(name, others) for group in _groups(adapter).values() for name in group)
+def has_part(
+    adapter: Adapter, others: Collection[str], rules: Callable[[], Sequence[Renaming]] = tuple
+) -> bool:
+    """Whether `adapter` has tensors besides those of the modules `others`; see `own_part`."""
+    of_others = _of_others(others, rules)
+    return any(not of_others(name) for group in _groups(adapter).values() for name in group)
+
+
+def _of_others(
+    others: Collection[str], rules: Callable[[], Sequence[Renaming]]
+) -> Callable[[str], bool]:
+    """Whether a name, or what `rules` make of it, is of the modules `others`."""
+    known = rules() if others else ()
+
+    def is_of(name: str) -> bool:
+        renamed = name
+        for rule in known:
+            renamed = rule(renamed)
+        return _is_below(name, others) or _is_below(renamed, others)
+
+    return is_of
+
+
+def _names_any(module: str, names: Collection[str]) -> bool:
+    """Whether `module` of PEFT's `modules_to_save` is a part of one of `names`."""
+    return any(f".{module}." in f".{name}." for name in names)
 
 
 def _groups(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
@@ -74,5 +106,7 @@ def _is_below(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _tops(names: Collection[str], modules: Collection[str]) -> list[str]:
-    return [module for module in modules if any(_is_below(name, [module]) for name in names)]
+def _tops(
+    names: Collection[str], modules: Collection[str], rules: Callable[[], Sequence[Renaming]]
+) -> list[str]:
+    return [module for module in modules if any(map(_of_others([module], rules), names))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from typing import Final
 
 from loradeploy.adapter import fit
@@ -57,11 +58,9 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     adapter = tower_part(adapter, manifest.tower)
     if manifest.mode == "merged":
         return adapter
-    adapter = named_as(
-        own_part(adapter, manifest.other_part),
-        _modules(manifest),
-        lambda: renamings(manifest.submodels, manifest.base_prefix),
-    )
+    rules = partial(renamings, manifest.submodels, manifest.base_prefix)
+    adapter = own_part(adapter, manifest.other_part, rules)
+    adapter = named_as(adapter, _modules(manifest), rules)
     known = manifest.own_weights
     adapter = without_copies(
         adapter, lambda name, values: name in known and known[name] == values_digest(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.parts import own_part
+from loradeploy.adapter.parts import has_part, own_part
+from loradeploy.adapter.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError
 
 TOWER = ("model.vision_tower", "model.projector")
@@ -32,6 +34,26 @@ def test_each_part_keeps_its_own_and_names_the_others(caplog: pytest.LogCaptureF
 
 def test_a_name_that_only_begins_alike_is_kept() -> None:
     assert own_part(_adapter("model.vision_tower_2.q"), TOWER).modules
+
+
+def test_older_names_of_the_other_part_are_its_own() -> None:
+    rules = (Renaming(("vision_tower",), ("model.vision_tower",)),)
+    given = _adapter("model.text.q", "vision_tower.q")
+    assert own_part(given, TOWER, lambda: rules).modules == ("model.text.q",)
+    assert own_part(given, TOWER).modules == ("model.text.q", "vision_tower.q")
+    assert not has_part(_adapter("vision_tower.q"), TOWER, lambda: rules)
+
+
+def test_a_trained_projector_is_the_other_part() -> None:
+    given = _adapter("model.text.q")
+    config = dataclasses.replace(given.config, modules_to_save=("projector", "head"))
+    saved = {
+        f"{name}.weight": np.ones((4, 4), np.float32) for name in ("model.projector.up", "head")
+    }
+    given = dataclasses.replace(given, config=config, saved=saved)
+    kept = own_part(given, TOWER)
+    assert kept.config.modules_to_save == ("head",)
+    assert set(kept.saved) == {"head.weight"}
 
 
 def test_zero_factors_of_the_other_part_are_not_worth_a_word(

@@ -97,7 +97,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         adapters = {}
         for name, adapter in options.adapters.items():
             with named(name):
-                own = own_part(tower_part(adapter, base.tower), base.other_part)
+                own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
                 adapters[name] = named_as(own, modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
