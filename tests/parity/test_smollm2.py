@@ -17,7 +17,7 @@ ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}
 @pytest.fixture(scope="module")
 def width(request: pytest.FixtureRequest) -> tuple[int, int]:
     """Prompts and generated tokens: more with --all."""
-    return (len(PROMPTS), 32) if request.config.getoption("--all") else (3, 4)
+    return (len(PROMPTS), 32) if request.config.getoption("--all") else (4, 4)
 
 
 @pytest.fixture(scope="module")
