@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.parts import has_part
 from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
+from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
 from loradeploy.errors import BundleError, UsageError, shown
+from loradeploy.printable import logger_of
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.calls import Prompt, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader
@@ -24,10 +28,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.manifest import Manifest
     from loradeploy.runtime.decoding.choosing.options import GenerationFlags
     from loradeploy.runtime.session import AdapterSession
 
 _TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
+logger = logger_of(__name__)
+
 _AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
 # What processors write before and after the tokens of an image that is not split, by model type.
 SURROUNDS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -37,6 +45,11 @@ SURROUNDS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 }
 
 
+def _has_part(adapter: Adapter, manifest: Manifest) -> bool:
+    rules = partial(renamings, manifest.submodels, manifest.base_prefix)
+    return has_part(adapter, manifest.other_part, rules)
+
+
 class ImageTextGenerator:
     """Generates text about images with the two bundles of one model (docs/images.md).
 
@@ -44,7 +57,7 @@ class ImageTextGenerator:
     `cache_budget`: as in `TextGenerator`.
 
     Raises:
-        UsageError: the bundles are for other tasks, or of two models.
+        UsageError: the bundles are for other tasks, of two models, or have two adapters merged.
         BundleError: the decoder's bundle does not know the token of an image, or the tower's not
             how many an image has.
     """
@@ -65,6 +78,18 @@ class ImageTextGenerator:
             raise UsageError(
                 f"{decoder.path} and {tower.path} are of two models: export both of one checkpoint"
             )
+        merged = [session.manifest.merged_adapter for session in (decoder, tower)]
+        digests = {entry.digest for entry in merged if entry is not None}
+        if len(digests) > 1:
+            raise UsageError(
+                f"{decoder.path} and {tower.path} have two adapters merged: merge one into both"
+            )
+        if digests and None in merged:
+            logger.warning(
+                "%s has an adapter merged and %s has none: right only if the adapter has nothing"
+                " for that part",
+                *((decoder.path, tower.path) if merged[0] else (tower.path, decoder.path)),
+            )
         config = model_config(decoder.path)
         token = next((config[name] for name in _TOKENS if name in config), None)
         if not isinstance(token, int):
@@ -83,17 +108,31 @@ class ImageTextGenerator:
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
 
-        A part that the adapter has nothing for answers as the base.
+        A part that the adapter has nothing for answers as the base. It is checked against both
+        parts before either has it; where loading fails all the same, neither has the new one.
 
         Raises:
             AdapterError: it cannot be read, or does not fit.
         """
         adapter = load_adapter(path)
-        self._without.pop(name, None)
-        for session in (self.decoder, self.tower):
-            if has_part(adapter, session.manifest.other_part):
+        both = (self.decoder, self.tower)
+        parts = [session for session in both if _has_part(adapter, session.manifest)]
+        for session in parts:
+            fit_to(adapter, session.manifest)
+        new: list[AdapterSession] = []
+        try:
+            for session in parts:
+                known = name in session.adapters
                 session.load(name, path, replace=replace)
-            else:
+                if replace or not known:
+                    new.append(session)
+        except BaseException:
+            for session in new:
+                session.unload(name)
+            raise
+        self._without.pop(name, None)
+        for session in both:
+            if session not in parts:
                 self._without[name] = session
 
     def generate(

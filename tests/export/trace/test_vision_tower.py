@@ -196,6 +196,12 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
         ld.export(tmp_path / bundle, tmp_path / f"m{bundle}", adapters=[made / "all"], merge=True)
     merged = [ld.AdapterSession(tmp_path / name) for name in ("mt", "md")]
     assert difference(_found(*merged, images), expected["all"]) <= allowed
+    file = shutil.copytree(tmp_path / "md", tmp_path / "other") / "loradeploy.json"
+    changed = json.loads(file.read_text())
+    changed["merged_adapter"]["digest"] = "0" * 64
+    file.write_text(json.dumps(changed))
+    with pytest.raises(UsageError, match="have two adapters merged"):
+        ld.ImageTextGenerator(ld.AdapterSession(tmp_path / "other"), merged[0])
     both = feeds(decoder.manifest, ids)
     embeds = np.zeros((*ids.shape, _TEXT["hidden_size"]), np.float32)
     with pytest.raises(UsageError, match="inputs_embeds is given without inputs_embeds_mask"):
@@ -249,6 +255,7 @@ def _check_generation(
     names = [None, "all", "text", "vision", "projector"]
     for name in names[1:]:
         generator.load(name, made / name, replace=True)
+    words_alone = words
     generator.load("words", words)
     images = [*_images(), *_images(1), _images(2)[0]]
     prompts = ["w1 w13 <image> w9", *["w5 <image> w56 w57"] * 4]
@@ -275,6 +282,7 @@ def _check_generation(
     with pytest.raises(UsageError, match="the images of prompt 1 are None: give a list"):
         generator.generate(["<image>"], [None])
     _check_batches(family, made, generator, tokens)
+    _check_loading(made, generator, images[0], words_alone)
 
 
 def _processed(family: str, prompt: str, tokens: int) -> list[int]:
@@ -290,6 +298,21 @@ def _processed(family: str, prompt: str, tokens: int) -> list[int]:
     words = re.findall(r"<[^>]+>|w\d+", prompt.replace("<image>", image))
     known = {token: word for word, token in AROUND.items()}
     return [4 + int(known.get(word, word)[1:]) for word in words]
+
+
+def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad: Path) -> None:
+    """An adapter that does not fit one part leaves both as they were."""
+    from safetensors.numpy import load_file, save_file
+
+    loaded = (generator.decoder.adapters, generator.tower.adapters)
+    tensors = load_file(made / "all" / "adapter_model.safetensors")
+    for name, values in tensors.items():  # the text's are others, the vision's of another size
+        cut = _part_of(name) == "vision" and "lora_A" in name
+        tensors[name] = (values[:, :-1] if cut else -values).copy()
+    save_file(tensors, bad / "adapter_model.safetensors")
+    with pytest.raises(AdapterMismatchError):
+        generator.load("all", bad, replace=True)
+    assert (generator.decoder.adapters, generator.tower.adapters) == loaded
 
 
 def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, tokens: int) -> None:
