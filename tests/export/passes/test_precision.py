@@ -7,8 +7,8 @@ import pytest
 
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError, ExportError
-from loradeploy.export import build
 from loradeploy.export.api import export
+from loradeploy.export.building import adapted
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.passes import branches
@@ -76,7 +76,7 @@ def test_packed_weights_in_fp16_have_no_branches(
     with pytest.raises(ExportError, match="packed weights in fp16 .* wrong in branches"):
         export(tiny_llama_fp16_bundle, place, precision="int4", branches=True)
     # One that was made all the same opens nowhere, and can be made anew.
-    for module in (branches, build):
+    for module in (branches, adapted):
         monkeypatch.setattr(module, "branches_problem", lambda _: None)
     assert export(tiny_llama_fp16_bundle, place, precision="int4", branches=True).branches
     with pytest.raises(BundleError, match="int4 weights in branches .* --no-branches"):

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.errors import ExportError
-from loradeploy.export import build
 from loradeploy.export.api import export
+from loradeploy.export.building import adapted, merged
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.passes import side_inputs
@@ -41,7 +41,7 @@ def _another_weight(patch: pytest.MonkeyPatch) -> None:
         set_constant(graph.initializers[name], -constant_of(graph.initializers[name]))
         return added
 
-    patch.setattr(build, "inject_side_inputs", spoiled)
+    patch.setattr(adapted, "inject_side_inputs", spoiled)
 
 
 def _no_update(patch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def _no_such_input(patch: pytest.MonkeyPatch) -> None:
         node.replace_input_with(1, None)
         return added
 
-    patch.setattr(build, "inject_side_inputs", spoiled)
+    patch.setattr(adapted, "inject_side_inputs", spoiled)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_a_merge_that_is_off_is_refused(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, scale=0.3)
-    merge = build.merge_adapter
+    merge = merged.merge_adapter
 
     def doubled(model: Any, linears: Any, adapter: Any, **options: Any) -> Any:
         return merge(model, linears, _doubled(adapter), **options)
 
-    monkeypatch.setattr(build, "merge_adapter", doubled)
+    monkeypatch.setattr(merged, "merge_adapter", doubled)
     with pytest.raises(ExportError, match="away from PyTorch's"):
         export(tiny_llama, tmp_path / "m", adapters={"own": adapter}, merge=True)
 
