@@ -49,8 +49,8 @@ vars(parity)["assert_parity"] = assert_parity
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
-    from loradeploy.adapter.combine import combine
-    from loradeploy.adapter.reduce import reduce_rank
+    from loradeploy.adapter.algebra.combine import combine
+    from loradeploy.adapter.algebra.reduce import reduce_rank
     from loradeploy.bundle.graph_form import GraphForm
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.bundle.proof.requirement import CertificateMinimum
@@ -163,10 +163,10 @@ _LAZY = {
     "TrainResult": "loradeploy.train.result",
     "Adapter": "loradeploy.adapter",
     "AdapterConfig": "loradeploy.adapter",
-    "combine": "loradeploy.adapter.combine",
+    "combine": "loradeploy.adapter.algebra.combine",
     "compare": "loradeploy.parity.compare.api",
     "load_adapter": "loradeploy.adapter",
-    "reduce_rank": "loradeploy.adapter.reduce",
+    "reduce_rank": "loradeploy.adapter.algebra.reduce",
     "save_adapter": "loradeploy.adapter",
     "AdapterSession": "loradeploy.runtime.session",
     "Completion": "loradeploy.runtime.engine.submission",

@@ -13,7 +13,7 @@ from loradeploy.files import check_keeps_inputs
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
-    from loradeploy.adapter.reduce import RankReport
+    from loradeploy.adapter.algebra.reduce import RankReport
 
 StrPath = str | os.PathLike[str]
 
@@ -121,7 +121,7 @@ def _of_another_library(
 
 def _of_lower_rank(adapter: StrPath, rank: int, output: Path) -> Conversion:
     from loradeploy.adapter import load_adapter
-    from loradeploy.adapter.reduce import reduce_rank
+    from loradeploy.adapter.algebra.reduce import reduce_rank
 
     before = load_adapter(adapter)
     highest = max((pair.rank for pair in before.factors.values()), default=0)
@@ -153,7 +153,7 @@ def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool
 def _save(adapter: Adapter, output: Path) -> None:
     from loradeploy.adapter import save_adapter
     from loradeploy.adapter.config import CONFIG_NAME
-    from loradeploy.adapter.peft import own_files
+    from loradeploy.adapter.files.peft import own_files
     from loradeploy.files import atomic_directory
 
     if output.suffix == NATIVE_SUFFIX:

@@ -18,8 +18,8 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, load_adapter
-from loradeploy.adapter.peft import WEIGHTS_NAME
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.peft import WEIGHTS_NAME
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest
 from loradeploy.errors import LoraDeployError, first_line, listed, listed_names, shortened

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.manifest import read_manifest
 
 _SCALE = 0.05  # of B: large enough for texts to differ

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-import loradeploy.adapter.renamings
+import loradeploy.adapter.modules.renamings
 
-FILE: Final = Path(loradeploy.adapter.renamings.__file__).with_suffix(".json")
+FILE: Final = Path(loradeploy.adapter.modules.renamings.__file__).with_suffix(".json")
 
 # Renamings that depend on other keys or on numbers, and concern no layer that takes LoRA.
 LEFT_OUT: Final = ("GroupWeightRename", "Inkling2IndexOffsetWeightRename")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.digest import base_digest
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.digest import base_digest
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
+from loradeploy.adapter.modules.targets import match_targets
 from loradeploy.adapter.scaling import scaling
-from loradeploy.adapter.targets import match_targets
 
 __all__ = [
     "Adapter",

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.digest import tensors_digest
+from loradeploy.adapter.files.digest import tensors_digest
 from loradeploy.adapter.scaling import scaling
 from loradeploy.errors import AdapterError, listed
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
 
-from loradeploy.adapter.formats import other_peft_type
-from loradeploy.adapter.patterns import Ends, Matcher, check_patterns, is_name
+from loradeploy.adapter.files.formats import other_peft_type
+from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, is_name
 from loradeploy.errors import AdapterError, shown
 
 CONFIG_NAME: Final = "adapter_config.json"

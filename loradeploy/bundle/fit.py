@@ -7,14 +7,14 @@ from collections import Counter
 from functools import partial
 from typing import Final
 
-from loradeploy.adapter import fit
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.fit import AdaptableBase, Layer
-from loradeploy.adapter.names import named_as
-from loradeploy.adapter.parts import own_part
-from loradeploy.adapter.renamings import renamings
-from loradeploy.adapter.settle import values_digest, without_copies, without_idle
-from loradeploy.adapter.towers import tower_part
+from loradeploy.adapter.fitting import fit
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
+from loradeploy.adapter.fitting.parts import own_part
+from loradeploy.adapter.fitting.settle import values_digest, without_copies, without_idle
+from loradeploy.adapter.fitting.towers import tower_part
+from loradeploy.adapter.modules.names import named_as
+from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
@@ -44,7 +44,7 @@ def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Ada
 
 
 def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
-    """`adapter` in the form of the bundle, before the check of `adapter.fit`.
+    """`adapter` in the form of the bundle, before the check of `adapter.fitting.fit`.
 
     Modules are renamed to those of the graph. Copies of the base's weights, and zero factors of
     modules that the graph lacks, are removed. A base weight in the adapter's file that is a side

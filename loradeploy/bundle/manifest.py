@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.adapter.fitting.towers import TOWERS
 from loradeploy.adapter.heads import PROBLEM_TYPES
-from loradeploy.adapter.renamings import Submodel
+from loradeploy.adapter.modules.renamings import Submodel
 from loradeploy.adapter.tasks import TASKS
-from loradeploy.adapter.towers import TOWERS
 from loradeploy.bundle.fields import LARGEST, BaseKind, Mode, digests, json_object, noun, nouns
 from loradeploy.bundle.names import (
     ADAPTER_IDS,

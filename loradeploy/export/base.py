@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
-from loradeploy.adapter.digest import base_digest
+from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
+from loradeploy.adapter.files.digest import base_digest
+from loradeploy.adapter.fitting.parts import own_part
+from loradeploy.adapter.fitting.towers import tower_part
+from loradeploy.adapter.fitting.vocabulary import refuse_resized, say_resized
 from loradeploy.adapter.heads import LABELED, label_parameters
-from loradeploy.adapter.parts import own_part
-from loradeploy.adapter.renamings import Submodel, known
+from loradeploy.adapter.modules.renamings import Submodel, known
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
@@ -21,8 +23,6 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
     VISION_TOWER,
 )
-from loradeploy.adapter.towers import tower_part
-from loradeploy.adapter.vocabulary import refuse_resized, say_resized
 from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import (

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit, not_brought
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, not_brought
+from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.heads import check_declared, label_parameters
-from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.settle import without_idle
-from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Rows
-from loradeploy.adapter.delta import as_matrix, expert_updates, matrices
-from loradeploy.adapter.dora import output_scale
-from loradeploy.adapter.fit import AdaptableBase, check_fit
-from loradeploy.adapter.fit import Layer as Described
-from loradeploy.adapter.settle import same_values
+from loradeploy.adapter.algebra.delta import as_matrix, expert_updates, matrices
+from loradeploy.adapter.algebra.dora import output_scale
+from loradeploy.adapter.fitting.fit import AdaptableBase, check_fit
+from loradeploy.adapter.fitting.fit import Layer as Described
+from loradeploy.adapter.fitting.settle import same_values
 from loradeploy.bundle.manifest import MergeError
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.graph.edit import (

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.fit import MOST_ROWS
-from loradeploy.adapter.settle import same_numbers, values_digest, with_rows, without_copies
+from loradeploy.adapter.fitting.fit import MOST_ROWS
+from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_rows, without_copies
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
 

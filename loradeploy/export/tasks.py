@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.fitting.towers import TOWER_TASKS
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
@@ -20,7 +21,6 @@ from loradeploy.adapter.tasks import (
     TOKEN_CLASSIFICATION,
     VISION_TOWER,
 )
-from loradeploy.adapter.towers import TOWER_TASKS
 from loradeploy.bundle.names import (
     DECODER_INPUT_IDS,
     IMAGE_EMBEDS,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loradeploy.adapter.towers import IMAGE, TEXT, TOWER_TASKS
+from loradeploy.adapter.fitting.towers import IMAGE, TEXT, TOWER_TASKS
 from loradeploy.bundle.names import IMAGE_EMBEDS, POOLER_OUTPUT, TEXT_EMBEDS
 
 

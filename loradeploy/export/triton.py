@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.tasks import SEQ2SEQ_LM
-from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.bundle.dtypes import PROTOCOL_NAMES
 from loradeploy.bundle.graph_form import GQA, SHARED_SCALE
 from loradeploy.bundle.manifest import ADAPTERS, Manifest, TensorSpec

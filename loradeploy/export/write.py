@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.digest import file_digest
-from loradeploy.adapter.peft import copy_adapter, load_adapter, save_adapter
+from loradeploy.adapter.files.digest import file_digest
+from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapter
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
-from loradeploy.adapter.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint

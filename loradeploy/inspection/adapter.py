@@ -85,7 +85,7 @@ def inspect_adapter(path: Path) -> AdapterFacts:
         AdapterError: it is not an adapter, or is refused.
     """
     from loradeploy.adapter import load_adapter
-    from loradeploy.adapter.peft import WEIGHTS_NAME
+    from loradeploy.adapter.files.peft import WEIGHTS_NAME
 
     adapter = load_adapter(path)
     config = adapter.config
@@ -134,7 +134,7 @@ def _method(adapter: Adapter) -> str:
 
 
 def _base_in_same_directory(path: Path) -> str | None:
-    from loradeploy.adapter.base_files import weight_files
+    from loradeploy.adapter.files.base_files import weight_files
 
     try:
         files = weight_files(path)
@@ -167,8 +167,8 @@ def inspect_tensors(path: Path) -> AdapterFacts | TensorFileFacts:
         UsageError: it is not a safetensors file. AdapterError: the adapter is refused.
     """
     from loradeploy.adapter.config import CONFIG_NAME
-    from loradeploy.adapter.formats import other_file
-    from loradeploy.adapter.tensors import map_tensors
+    from loradeploy.adapter.files.formats import other_file
+    from loradeploy.adapter.files.tensors import map_tensors
 
     if (path.parent / CONFIG_NAME).is_file():
         return inspect_adapter(path)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
 from loradeploy.files import open_file, read_json
 

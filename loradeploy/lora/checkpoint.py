@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.base_files import (
+from loradeploy.adapter.files.base_files import (
     adapter_beside,
     graphs_in,
     has_weights,

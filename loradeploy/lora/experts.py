@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loradeploy.adapter.fit import Layer
+from loradeploy.adapter.fitting.fit import Layer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from loradeploy.adapter.fit import AdaptableBase, Layer
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
 from loradeploy.lora.experts import expert_parameters
 from loradeploy.lora.layers import LowRankLayer, kind_of
 

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, match_targets, scaling
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.fit import check_fit
-from loradeploy.adapter.settle import without_idle
+from loradeploy.adapter.fitting.fit import check_fit
+from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.base_files import base_tensors, check_no_peft_layers
+from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
 from loradeploy.errors import ModelError, listed
 from loradeploy.printable import logger_of
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.delta import expert_updates
-from loradeploy.adapter.settle import same_values
-from loradeploy.adapter.targets import is_saved, is_trained_bias
+from loradeploy.adapter.algebra.delta import expert_updates
+from loradeploy.adapter.fitting.settle import same_values
+from loradeploy.adapter.modules.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
 from loradeploy.lora.experts import expert_parameters
 

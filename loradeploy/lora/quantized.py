@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loradeploy.adapter import AdapterConfig
-from loradeploy.adapter.targets import is_saved
+from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.targets import linear_modules

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loradeploy.adapter import Adapter
-from loradeploy.adapter.names import named_as
-from loradeploy.adapter.renamings import Renaming, Submodel, renamings
+from loradeploy.adapter.modules.names import named_as
+from loradeploy.adapter.modules.renamings import Renaming, Submodel, renamings
 from loradeploy.lora.experts import expert_parameters
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
     """`adapter` with its modules named as in `model`.
 
     Raises:
-        AdapterMismatchError: as `adapter.names.named_as`.
+        AdapterMismatchError: as `adapter.modules.names.named_as`.
     """
 
     def rules() -> tuple[Renaming, ...]:

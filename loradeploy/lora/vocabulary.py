@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.vocabulary import Vocabulary, resized_vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary, resized_vocabulary
 from loradeploy.errors import ModelError, first_line
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.digest import base_digest, file_digest, short
+from loradeploy.adapter.files.digest import base_digest, file_digest, short
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.heads import label_parameters
-from loradeploy.adapter.peft import load_adapter
 from loradeploy.bundle.fit import fit_to, fitted
 from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from loradeploy.adapter.digest import short
+from loradeploy.adapter.files.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.context import CheckContext

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.digest import bytes_digest, file_digest
-from loradeploy.adapter.peft import WEIGHTS_NAME
+from loradeploy.adapter.files.digest import bytes_digest, file_digest
+from loradeploy.adapter.files.peft import WEIGHTS_NAME
 from loradeploy.errors import UsageError, listed
 from loradeploy.files import read_json, write_json
 from loradeploy.printable import logger_of

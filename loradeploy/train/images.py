@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.image.pixels import PREPROCESSOR_NAME, PixelSettings, pixel_settings
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import PIXEL_VALUES

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, FeatureSettings, feature_settings
 from loradeploy.bundle.audio.wav import read_wav
 from loradeploy.bundle.model_config import model_config

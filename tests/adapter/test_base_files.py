@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import base_digest
-from loradeploy.adapter.base_files import (
+from loradeploy.adapter.files.base_files import (
     check_no_peft_layers,
     refuse_adapter,
     stray_weights,
     weight_files,
 )
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import ModelError
 
 INDEX = "model.safetensors.index.json"

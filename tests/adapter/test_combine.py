@@ -13,8 +13,8 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, save_adapter
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.delta import as_matrix, update
-from loradeploy.adapter.dora import output_scale
+from loradeploy.adapter.algebra.delta import as_matrix, update
+from loradeploy.adapter.algebra.dora import output_scale
 from loradeploy.errors import AdapterError, UsageError
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
@@ -258,7 +258,7 @@ def test_doras_scale_is_magnitude_over_norm(module: str, monkeypatch: pytest.Mon
     W = rng.normal(size=update(pair, 1.0).shape).astype(np.float32)
     merged = as_matrix(W + update(pair, 0.5), pair)
     expected = pair.magnitude / np.linalg.norm(merged, axis=1)
-    monkeypatch.setattr("loradeploy.adapter.dora._BLOCK", 40)  # several blocks of rows
+    monkeypatch.setattr("loradeploy.adapter.algebra.dora._BLOCK", 40)  # several blocks of rows
     np.testing.assert_allclose(output_scale(as_matrix(W, pair), pair, 0.5), expected, rtol=1e-5)
     with pytest.raises(AdapterError, match="no magnitude"):
         output_scale(as_matrix(W, pair), an_adapter().factors[module], 0.5)

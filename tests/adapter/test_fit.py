@@ -9,7 +9,7 @@ import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.fit import AdaptableBase, Layer, check_fit
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit
 from loradeploy.errors import AdapterMismatchError
 
 BASE = AdaptableBase(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import AdapterConfig, load_adapter
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import AdapterError
 from tests.adapter.test_peft import PREFIX, write
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
-from loradeploy.adapter.keys import read_keys
-from loradeploy.adapter.names import named_as
-from loradeploy.adapter.settle import without_idle
+from loradeploy.adapter.files.keys import read_keys
+from loradeploy.adapter.fitting.settle import without_idle
+from loradeploy.adapter.modules.names import named_as
 from loradeploy.errors import AdapterError, AdapterMismatchError
 
 P = "base_model.model."

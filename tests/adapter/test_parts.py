@@ -10,8 +10,8 @@ import pytest
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.parts import has_part, own_part
-from loradeploy.adapter.renamings import Renaming
+from loradeploy.adapter.fitting.parts import has_part, own_part
+from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError
 
 TOWER = ("model.vision_tower", "model.projector")

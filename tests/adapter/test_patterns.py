@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, load_adapter, save_adapter
-from loradeploy.adapter.patterns import Ends, Matcher
-from loradeploy.adapter.targets import is_saved, match_targets
+from loradeploy.adapter.modules.patterns import Ends, Matcher
+from loradeploy.adapter.modules.targets import is_saved, match_targets
 from loradeploy.errors import AdapterError
 
 NAMES = [

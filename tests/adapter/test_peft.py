@@ -22,8 +22,8 @@ from loradeploy.adapter import (
     load_adapter,
     save_adapter,
 )
-from loradeploy.adapter.peft import WEIGHTS_NAME
-from loradeploy.adapter.tensors import read_arrays, write_arrays
+from loradeploy.adapter.files.peft import WEIGHTS_NAME
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, ModelError
 
 PREFIX = "base_model.model."

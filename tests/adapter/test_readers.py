@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import LoraDeployError
 from tests.cli.calling import call
 from tests.tolerances import tolerance

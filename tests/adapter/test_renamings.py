@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from loradeploy.adapter.renamings import renamings
+from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.lora.submodels import submodels
 from tools import renamings as written
 

@@ -9,7 +9,7 @@ import pytest
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.vocabulary import Vocabulary, resized_vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary, resized_vocabulary
 from loradeploy.errors import AdapterMismatchError
 
 UNTIED = Vocabulary(32, "embed", "head")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loradeploy.adapter.tensors import read_arrays, write_arrays
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError
 from tests.cli.calling import Run, one_line
 from tests.conftest import MakeAdapter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from loradeploy.adapter import base_digest, load_adapter
-from loradeploy.adapter.reduce import reduce_rank
+from loradeploy.adapter.algebra.reduce import reduce_rank
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import LoraDeployError
 from tests.cli.calling import call

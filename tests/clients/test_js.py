@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loradeploy.adapter.tensors import read_arrays, write_arrays
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.bundle.text.sentence_files import RecipeReader
 from loradeploy.errors import AdapterError, BundleError
 from loradeploy.export.api import export

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.names import LOGITS_TO_KEEP
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.export.api import export

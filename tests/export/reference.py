@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.tasks import CLASSIFICATIONS, TASK_TABLE
-from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError

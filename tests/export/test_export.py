@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.adapter.digest import base_digest
-from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.files.digest import base_digest
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
 from tests.conftest import ROOT, MakeAdapter
@@ -319,7 +319,7 @@ def test_labels_of_the_adapters_are_in_the_config(
 ) -> None:
     import dataclasses
 
-    from loradeploy.adapter.peft import save_adapter
+    from loradeploy.adapter.files.peft import save_adapter
 
     named = dataclasses.replace(
         load_adapter(classifier_adapters["one"]), labels=("tech", "sport", "politics")

@@ -307,7 +307,7 @@ def test_an_adapter_of_another_base_is_refused_before_tracing(
 ) -> None:
     import dataclasses
 
-    from loradeploy.adapter.peft import load_adapter, save_adapter
+    from loradeploy.adapter.files.peft import load_adapter, save_adapter
 
     adapter = load_adapter(make_adapter(tiny_llama))
     save_adapter(dataclasses.replace(adapter, base_digest="sha256:" + "0" * 64), tmp_path / "a")
@@ -320,7 +320,7 @@ def test_merging_an_adapter_of_another_base_into_a_bundle_is_refused(
 ) -> None:
     import dataclasses
 
-    from loradeploy.adapter.peft import load_adapter, save_adapter
+    from loradeploy.adapter.files.peft import load_adapter, save_adapter
 
     adapter = load_adapter(make_adapter(tiny_llama))
     save_adapter(dataclasses.replace(adapter, base_digest="sha256:" + "0" * 64), tmp_path / "a")

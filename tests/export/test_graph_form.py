@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.graph_form import BY_NAME, FORM_OPTIONS, GraphForm, form_of
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.run_target import RUN_TARGETS

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph

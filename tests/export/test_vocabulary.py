@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
-from loradeploy.adapter.fit import MOST_ROWS
+from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.errors import AdapterError, LoraDeployError
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.texts import without_lost_ids

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import LoraDeployError, ModelError
 from loradeploy.export.read.source import resolve
 from loradeploy.lora.base_formats import BITSANDBYTES, check_unquantized, original_name

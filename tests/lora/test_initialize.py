@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
-from loradeploy.adapter.delta import update
+from loradeploy.adapter.algebra.delta import update
 from loradeploy.errors import UsageError
 from loradeploy.lora.initialize import initialization
 from loradeploy.lora.inject import copy_into, inject

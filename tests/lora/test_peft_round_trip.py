@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
-from loradeploy.adapter.peft import _PARTS
-from loradeploy.adapter.reduce import reduce_rank
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.algebra.reduce import reduce_rank
+from loradeploy.adapter.files.peft import _PARTS
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
 from loradeploy.lora.standard import to_standard_lora

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from loradeploy.adapter.vocabulary import Vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary
 from loradeploy.lora.vocabulary import vocabulary_of
 from tests.lora import tiny
 

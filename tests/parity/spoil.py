@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.export.graph.edit import constant_of, set_constant

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.fingerprint import file_fingerprint
 
 GRAPH = "model.onnx"

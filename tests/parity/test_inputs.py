@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.base_files import base_tensors
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import DataError, LoraDeployError, UsageError
 from loradeploy.parity.check import mixed_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest

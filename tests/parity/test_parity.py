@@ -15,7 +15,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main

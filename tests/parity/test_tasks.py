@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import UsageError
 from loradeploy.parity.controls import wrong_adapter

@@ -19,7 +19,7 @@ import pytest
 from onnxruntime import GraphOptimizationLevel, SessionOptions
 
 import loradeploy as ld
-from loradeploy.adapter.digest import base_digest, file_digest
+from loradeploy.adapter.files.digest import base_digest, file_digest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import add_constant, constant_of, set_constant

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.conversion import convert
 from loradeploy.errors import (

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, LOGITS_TO_KEEP, REQUIRED_NAME
 from loradeploy.errors import BudgetError, BundleError, UsageError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.conversion import convert
 from loradeploy.errors import RunError, UsageError

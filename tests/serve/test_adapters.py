@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from loradeploy.adapter import peft
+from loradeploy.adapter.files import peft
 from loradeploy.errors import AdapterError, BudgetError, UsageError
 from loradeploy.serve.adapters.catalog import Catalog
 from loradeploy.serve.adapters.roots import DirectoryRoot

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import BundleError, LoraDeployError
 from loradeploy.files import read_json, write_json
 from tools.fuzzing import mutate

@@ -23,7 +23,7 @@ def make_seeds(place: Path) -> Seeds:
 
 def make_adapter(place: Path) -> Path:
     """An adapter of rank 2 for the tiny Llama of two layers, hidden size 32."""
-    from loradeploy.adapter.tensors import write_arrays
+    from loradeploy.adapter.files.tensors import write_arrays
 
     place.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)

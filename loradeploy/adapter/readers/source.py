@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.base_files import base_tensors
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.base_files import base_tensors
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.adapter.tensors import read_arrays
 from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names
 from loradeploy.files import read_json
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.formats import (
+from loradeploy.adapter.files.formats import (
     ADAPTER_HUB,
     DIFFUSERS,
     JINA,
@@ -20,7 +20,8 @@ from loradeploy.adapter.formats import (
     Form,
     form_of,
 )
-from loradeploy.adapter.peft import WEIGHTS_NAME, refuse_pickles
+from loradeploy.adapter.files.peft import WEIGHTS_NAME, refuse_pickles
+from loradeploy.adapter.files.tensors import map_tensors
 from loradeploy.adapter.readers import (
     adapterhub,
     diffusion,
@@ -31,7 +32,6 @@ from loradeploy.adapter.readers import (
 )
 from loradeploy.adapter.readers.header import check_header
 from loradeploy.adapter.readers.source import Base, Source
-from loradeploy.adapter.tensors import map_tensors
 from loradeploy.errors import AdapterError, LoraDeployError, UsageError, listed_names
 from loradeploy.files import read_json
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.names import BASE_NAME, GRAPH_DATA_NAME
 from loradeploy.errors import BundleError
 from loradeploy.files import check_file, inside

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.dora import output_scale
+from loradeploy.adapter.algebra.dora import output_scale
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.errors import AdapterMismatchError
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.experts import with_targets
-from loradeploy.adapter.fit import refuse
+from loradeploy.adapter.fitting.fit import refuse
 from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from loradeploy.adapter.digest import file_digest, short
+from loradeploy.adapter.files.digest import file_digest, short
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.bundle.outputs import LOGITS_NAMES

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.text.pooling import POOLS
 from loradeploy.bundle.text.sentence_files import (
     MODULES_NAME,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from loradeploy.adapter.fitting.parts import own_part
+from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
-from loradeploy.adapter.names import named_as
-from loradeploy.adapter.parts import own_part
-from loradeploy.adapter.renamings import renamings
+from loradeploy.adapter.modules.names import named_as
+from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
-from loradeploy.adapter.towers import tower_part
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     GQA,

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.adapter.settle import without_idle
-from loradeploy.adapter.vocabulary import refuse_resized, resized_vocabulary, say_resized
+from loradeploy.adapter.fitting.settle import without_idle
+from loradeploy.adapter.fitting.vocabulary import refuse_resized, resized_vocabulary, say_resized
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     PACKED_BITS,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.base_files import weight_files
+from loradeploy.adapter.files.base_files import weight_files
+from loradeploy.adapter.files.tensors import StoredTensor, map_tensors
 from loradeploy.adapter.tasks import LM_HEAD
-from loradeploy.adapter.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ExportError, ModelError, listed_names
 from loradeploy.export.match.biases import bias_numbers
 from loradeploy.export.match.mapping import FOUND_BY as GIVEN

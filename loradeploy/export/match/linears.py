@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.base_files import peft_parts
+from loradeploy.adapter.files.base_files import peft_parts
 from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name

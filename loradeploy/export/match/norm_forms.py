@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.parts import Part, find_parts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import StoredTensor
+from loradeploy.adapter.files.tensors import StoredTensor
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.products import Product, output_of
 from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS

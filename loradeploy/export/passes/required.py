@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import write_arrays
+from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,

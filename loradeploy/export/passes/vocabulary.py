@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.adapter.vocabulary import Vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary
 from loradeploy.bundle.names import DECODER_INPUT_IDS, INPUT_IDS
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import constant_of, set_constant, source_of

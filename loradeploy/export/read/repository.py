@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from loradeploy.adapter.base_files import GRAPHS_FOLDER, graphs_in
+from loradeploy.adapter.files.base_files import GRAPHS_FOLDER, graphs_in
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import ModelError, UsageError, listed_names
 from loradeploy.printable import logger_of

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from loradeploy.adapter.base_files import (
+from loradeploy.adapter.files.base_files import (
     graphs_in,
     has_weights,
     is_loadable,
     refuse_adapter,
     weight_files,
 )
-from loradeploy.adapter.formats import newest_checkpoint
+from loradeploy.adapter.files.formats import newest_checkpoint
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError

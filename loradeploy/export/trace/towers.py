@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.towers import TEXT, TOWERS
+from loradeploy.adapter.fitting.towers import TEXT, TOWERS
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PIXEL_VALUES
 from loradeploy.errors import ModelError
 from loradeploy.export.towers import TowerKind

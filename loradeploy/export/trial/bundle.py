@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tensors import read_arrays
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import (

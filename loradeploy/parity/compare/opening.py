@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.digest import file_digest
+from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.model_config import model_config

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.bundle.model_config import model_config
 from loradeploy.errors import ModelError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
-    from loradeploy.adapter.tensors import StoredTensor
+    from loradeploy.adapter.files.tensors import StoredTensor
 
 _COMPARED: Final = 4096  # rows of two tables at a time
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.peft import WEIGHTS_NAME, adapter_files, load_adapter
-from loradeploy.adapter.tensors import read_arrays, read_tensors, write_arrays
-from loradeploy.adapter.towers import TOWERS, is_body
+from loradeploy.adapter.files.peft import WEIGHTS_NAME, adapter_files, load_adapter
+from loradeploy.adapter.files.tensors import read_arrays, read_tensors, write_arrays
+from loradeploy.adapter.fitting.towers import TOWERS, is_body
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError, shortened
 from loradeploy.files import copy_file

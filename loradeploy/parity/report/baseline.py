@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.digest import short
+from loradeploy.adapter.files.digest import short
 from loradeploy.errors import UsageError
 from loradeploy.files import read_json
 from loradeploy.parity.report.results import (

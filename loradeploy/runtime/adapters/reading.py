@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.digest import file_digest, short, tensors_digest
+from loradeploy.adapter.files.digest import file_digest, short, tensors_digest
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.heads import UNDECLARED, Head
-from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter

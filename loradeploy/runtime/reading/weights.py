@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 import onnxruntime
 
-from loradeploy.adapter.digest import bytes_digest
+from loradeploy.adapter.files.digest import bytes_digest
 from loradeploy.bundle.fingerprint import file_fingerprint, fingerprint
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory

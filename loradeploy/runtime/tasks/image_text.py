@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.parts import has_part
-from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.renamings import renamings
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.fitting.parts import has_part
+from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
 from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.model_config import model_config

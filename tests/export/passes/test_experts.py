@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import loradeploy as ld
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
-from loradeploy.adapter.experts import expert_factors
+from loradeploy.adapter.algebra.experts import expert_factors
 from loradeploy.errors import AdapterError, AdapterMismatchError
 from loradeploy.export.passes.required import of_least_rank
 from loradeploy.runtime.adapters.filling import Filler

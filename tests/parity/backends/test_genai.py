@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.parity.backends import genai

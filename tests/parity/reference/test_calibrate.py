@@ -172,7 +172,7 @@ def test_packed_weights_of_another_model_are_refused(
     import onnx
     from onnx import numpy_helper
 
-    from loradeploy.adapter.digest import file_digest
+    from loradeploy.adapter.files.digest import file_digest
 
     shutil.copytree(packed, tmp_path / "b")
     graph = onnx.load(tmp_path / "b/model.onnx")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import loradeploy as ld
 from loradeploy.adapter import load_adapter, save_adapter
-from loradeploy.adapter import peft as reader
+from loradeploy.adapter.files import peft as reader
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterError
 from loradeploy.parity.context import AdapterUnderTest, find_adapters

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter.peft import load_adapter, save_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main
 from loradeploy.errors import DataError, UsageError

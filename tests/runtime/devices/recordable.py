@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.digest import bytes_digest
+from loradeploy.adapter.files.digest import bytes_digest
 from loradeploy.bundle.names import MANIFEST_NAME
 
 POSITIONS: Final = 24

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
-from loradeploy.adapter.digest import tensors_digest
+from loradeploy.adapter.files.digest import tensors_digest
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:

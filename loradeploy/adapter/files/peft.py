@@ -33,20 +33,20 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
+from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, peft_tensors
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
-from loradeploy.adapter.experts import expert_factors, parameters_below, peft_tensors
-from loradeploy.adapter.formats import (
+from loradeploy.adapter.files.formats import (
     misordered_export,
     other_config,
     other_directory,
     other_file,
     other_tensors,
 )
+from loradeploy.adapter.files.keys import PREFIX, Key, read_keys
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
-from loradeploy.adapter.keys import PREFIX, Key, read_keys
-from loradeploy.adapter.targets import is_saved, is_trained_bias, saved_by, untargeted
+from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
-from loradeploy.adapter.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, listed, listed_names
 from loradeploy.files import copy_file, read_json, write_json
 

@@ -15,10 +15,10 @@ from typing import Final, TypeVar
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.experts import with_targets
-from loradeploy.adapter.renamings import Renaming
+from loradeploy.adapter.algebra.experts import with_targets
+from loradeploy.adapter.modules.renamings import Renaming
+from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.adapter.targets import is_saved
 from loradeploy.errors import AdapterMismatchError
 from loradeploy.printable import logger_of
 

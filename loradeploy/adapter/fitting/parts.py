@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.renamings import Renaming
+from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
 

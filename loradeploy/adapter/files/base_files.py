@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.tensors import StoredTensor, map_tensors
+from loradeploy.adapter.files.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ModelError
 from loradeploy.files import read_json
 

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
-from loradeploy.adapter.names import with_names
+from loradeploy.adapter.modules.names import with_names
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION
 from loradeploy.errors import AdapterMismatchError
 from loradeploy.printable import logger_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.base_files import base_tensors
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import BundleError
 from loradeploy.files import open_file
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind
-from loradeploy.adapter.digest import short
-from loradeploy.adapter.experts import targeted as targeted_parameters
-from loradeploy.adapter.settle import same_values
-from loradeploy.adapter.targets import is_saved, match_targets
+from loradeploy.adapter.algebra.experts import targeted as targeted_parameters
+from loradeploy.adapter.files.digest import short
+from loradeploy.adapter.fitting.settle import same_values
+from loradeploy.adapter.modules.targets import is_saved, match_targets
 from loradeploy.errors import AdapterMismatchError, listed, shortened
 from loradeploy.printable import logger_of
 

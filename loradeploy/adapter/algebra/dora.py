@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.adapter.delta import matrices
+from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.errors import AdapterError
 
 if TYPE_CHECKING:

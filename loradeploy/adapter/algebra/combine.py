@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Rows
+from loradeploy.adapter.algebra.delta import matrices
+from loradeploy.adapter.algebra.experts import with_targets
+from loradeploy.adapter.algebra.reduce import reduce_rank
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.delta import matrices
-from loradeploy.adapter.digest import short
-from loradeploy.adapter.experts import with_targets
-from loradeploy.adapter.peft import load_adapter
-from loradeploy.adapter.reduce import reduce_rank
+from loradeploy.adapter.files.digest import short
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.fitting.settle import same_numbers, same_values
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.adapter.settle import same_numbers, same_values
 from loradeploy.errors import AdapterError, UsageError, listed_names
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.delta import matrices
+from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.errors import AdapterError, UsageError
 

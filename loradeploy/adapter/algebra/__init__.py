@@ -1,0 +1,1 @@
+"""Computing with adapters as data: updates, combinations, lower ranks, experts."""

@@ -1,0 +1,1 @@
+"""Adapter and base model files: found, recognized, read and written."""
