@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import INPUT_NAMES, SETTINGS_NAME, TOKENIZER_NAME
-from loradeploy.errors import BundleError, ModelError, first_line, shown
+from loradeploy.errors import BundleError, ExportError, ModelError, first_line, shown
 from loradeploy.files import read_json, write_json
 from loradeploy.printable import logger_of
 
@@ -65,10 +65,14 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
 
     None too where transformers is missing or cannot read it: tokenizer.json is all there is then.
     `vocabulary`: the model's; words beyond it cannot be fed and are no difference.
+
+    Raises:
+        ExportError: transformers' tokenizer follows rules of its own in Python, by which it makes
+            other tokens of a text (SigLIP's removes case and punctuation).
     """
     try:
         with Tokenizer(source).library() as own:
-            made = _of_transformers(source).backend_tokenizer
+            found = _of_transformers(source)
     except ModelError:
         logger.warning(
             "%s has a tokenizer with its own Python code, which is not run: the tokens are those"
@@ -77,6 +81,10 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
         )
         return None
     except Exception:  # transformers missing, or whatever its readers raise
+        return None
+    made = getattr(found, "backend_tokenizer", None)
+    if made is None:
+        _check_same_tokens(source, own, found)
         return None
     made.no_truncation()
     made.no_padding()
@@ -121,6 +129,17 @@ def _of_transformers(source: Path) -> Any:
     from loradeploy.lora.loading import from_pretrained
 
     return from_pretrained(AutoTokenizer, source)
+
+
+def _check_same_tokens(source: Path, own: FastTokenizer, found: Any) -> None:
+    """Refuse tokenizer.json where `found`, in Python, makes other tokens than `own`, it."""
+    for text in _PROBES:
+        if own.encode(text).ids != list(found(text)["input_ids"]):
+            raise ExportError(
+                f"{source / TOKENIZER_NAME} makes other tokens of {shown(text)} than transformers'"
+                f" {type(found).__name__}, whose rules are in Python and cannot be written into it:"
+                f" export a copy without {TOKENIZER_NAME}, and give the bundle token ids"
+            )
 
 
 def _first_difference(own: FastTokenizer, made: FastTokenizer, vocabulary: int) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any, Final
 import pytest
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.export.tokenizers import correct_tokenizer
+from loradeploy.errors import ExportError
+from loradeploy.export.tokenizers import correct_tokenizer, corrected_tokenizer
 
 _TEXTS: Final = ("Hello World", "hello <|end|> world", "Été 中文", " world", "x")
 _ROLES: Final = ("pad", "unk", "cls", "sep", "mask")
@@ -125,3 +126,36 @@ def test_a_tokenizer_that_transformers_cannot_read_stays(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text("[]")
     correct_tokenizer(tmp_path, tmp_path, vocabulary=300)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_rules_in_python_agree_with_tokenizer_json_or_it_is_refused(
+    lowercase: bool, tmp_path: Path
+) -> None:
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    # ByT5's class in Python: a token for each byte, and an end.
+    letters = bytes_to_unicode().items()
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {letter: 3 + byte for byte, letter in letters}
+    made = Library(models.WordLevel(words, unk_token="<unk>"))
+    if lowercase:
+        made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split(Regex("."), "isolated"),
+        ]
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "ByT5Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if lowercase:
+        with pytest.raises(ExportError, match=r"other tokens of .*Hello World.* ByT5Tokenizer"):
+            corrected_tokenizer(tmp_path, 400)
+    else:
+        assert corrected_tokenizer(tmp_path, 400) is None
