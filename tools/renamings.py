@@ -1,4 +1,4 @@
-"""Write `loradeploy/adapter/renamings.json` from the installed transformers.
+"""Write `loradeploy/adapter/modules/renamings.json` from the installed transformers.
 
     python -m tools.renamings
 
