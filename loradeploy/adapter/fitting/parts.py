@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
@@ -26,15 +26,11 @@ def own_part(
     Raises:
         AdapterMismatchError: nothing is left.
     """
-    groups, of_others = _groups(adapter), _of_others(others, rules)
-    kept = {
-        group: {name: value for name, value in values.items() if not of_others(name)}
-        for group, values in groups.items()
-    }
-    left_out = [n for group, values in groups.items() for n in values if n not in kept[group]]
+    names, of_others = tensor_names(adapter), _of_others(others, rules)
+    left_out = list(filter(of_others, names))
     if not left_out:
         return adapter
-    if not any(kept.values()):
+    if len(left_out) == len(names):
         tops = listed_names(_tops(left_out, others, rules))
         raise AdapterMismatchError(
             f"all of its tensors are of {tops}, in another bundle"
@@ -46,17 +42,39 @@ def own_part(
             "%d tensors of the adapter are of %s, which is in another bundle of this model",
             *(len(active), listed_names(_tops(active, others, rules))),
         )
-    config, excluded = adapter.config, adapter.config.exclude_modules
+    excluded = adapter.config.exclude_modules
     if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
         modules = [name for name in left_out if name in adapter.factors]
-        config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *modules))
+        config = dataclasses.replace(adapter.config, exclude_modules=(*(excluded or ()), *modules))
+        adapter = dataclasses.replace(adapter, config=config)
+    return without(adapter, set(left_out))
+
+
+def without(adapter: Adapter, left_out: Collection[str]) -> Adapter:
+    """`adapter` without the tensors of these names, and without what its config saves of them."""
+    kept = {
+        group: {name: value for name, value in values.items() if name not in left_out}
+        for group, values in _groups(adapter).items()
+    }
     names = [name for values in kept.values() for name in values]
-    saved = [
-        m for m in config.modules_to_save if _names_any(m, names) or not _names_any(m, left_out)
-    ]
-    config = dataclasses.replace(config, modules_to_save=tuple(saved))
+    saved = tuple(
+        module
+        for module in adapter.config.modules_to_save
+        if _names_any(module, names) or not _names_any(module, left_out)
+    )
+    config = dataclasses.replace(adapter.config, modules_to_save=saved)
     changed: dict[str, Any] = {**kept, "config": config}
     return dataclasses.replace(adapter, **changed)
+
+
+def tensor_names(adapter: Adapter) -> list[str]:
+    """What all of the adapter's tensors are of, each group's by itself."""
+    return [name for group in _groups(adapter).values() for name in group]
+
+
+def changes(pair: Factors) -> bool:
+    """Whether factors change the base's outputs: neither is zero, or DoRA has a magnitude."""
+    return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
 
 
 def has_part(
@@ -64,7 +82,7 @@ def has_part(
 ) -> bool:
     """Whether `adapter` has tensors besides those of the modules `others`; see `own_part`."""
     of_others = _of_others(others, rules)
-    return any(not of_others(name) for group in _groups(adapter).values() for name in group)
+    return not all(map(of_others, tensor_names(adapter)))
 
 
 def _of_others(
@@ -99,7 +117,7 @@ def _groups(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
 
 def _is_active(name: str, adapter: Adapter) -> bool:
     pair = adapter.factors.get(name)
-    return pair is None or bool(np.any(pair.A) and np.any(pair.B)) or pair.magnitude is not None
+    return pair is None or changes(pair)
 
 
 def _is_below(name: str, modules: Collection[str]) -> bool:

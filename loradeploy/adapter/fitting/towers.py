@@ -6,13 +6,11 @@ are named as in the whole model: `text_model.encoder.layers.0.…`, `vision_mode
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Final, TypeVar
+from typing import Final
 
-import numpy as np
-
-from loradeploy.adapter.adapter import Adapter, Rows
+from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.fitting.parts import changes, tensor_names, without
 from loradeploy.adapter.modules.names import with_names
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION
 from loradeploy.errors import AdapterMismatchError
@@ -31,8 +29,6 @@ TOWER_TASKS: Final[Mapping[str, str]] = {TEXT: FEATURE_EXTRACTION, IMAGE: IMAGE_
 # The endings of the classes of transformers that are the body alone.
 _BODIES: Final = {"TextModel": TEXT, "VisionModel": IMAGE}
 
-_Value = TypeVar("_Value")
-
 
 def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
     """`adapter` without what it has for the other tower than `tower`; None is no such model.
@@ -47,7 +43,7 @@ def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
         return adapter
     adapter = _in_the_whole(adapter, tower)
     other = IMAGE if tower == TEXT else TEXT
-    names = _names(adapter)
+    names = set(tensor_names(adapter))
     left = {name for name in names if _is_of(name, other)}
     if not left:
         return adapter
@@ -63,32 +59,12 @@ def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
             " is exported as a bundle of its own (task %s)",
             *(tower, trained[0], more, other, TOWER_TASKS[other]),
         )
-
-    def own(values: Mapping[str, _Value]) -> dict[str, _Value]:
-        return {name: value for name, value in values.items() if name not in left}
-
-    config = dataclasses.replace(
-        adapter.config,
-        modules_to_save=tuple(
-            module
-            for module in adapter.config.modules_to_save
-            if not any(_is_of(name, other) and module in name.split(".") for name in left)
-            or any(module in name.split(".") for name in names - left)
-        ),
-    )
-    return dataclasses.replace(
-        adapter,
-        config=config,
-        factors=own(adapter.factors),
-        saved=own(adapter.saved),
-        carried=own(adapter.carried),
-        rows=own(adapter.rows),
-    )
+    return without(adapter, left)
 
 
 def is_body(adapter: Adapter) -> bool:
     """Whether an adapter's modules are named as in a tower's body, not as in the whole model."""
-    return not any(_is_of(name, tower) for name in _names(adapter) for tower in TOWERS)
+    return not any(_is_of(name, tower) for name in tensor_names(adapter) for tower in TOWERS)
 
 
 def _in_the_whole(adapter: Adapter, tower: str) -> Adapter:
@@ -96,7 +72,7 @@ def _in_the_whole(adapter: Adapter, tower: str) -> Adapter:
         return adapter
     known = adapter.base_class or ""
     own = next((part for ending, part in _BODIES.items() if known.endswith(ending)), None)
-    names = _names(adapter)
+    names = set(tensor_names(adapter))
     if own is None:
         text, image = (f"'{TOWERS[part][0]}.'" for part in (TEXT, IMAGE))
         raise AdapterMismatchError(
@@ -106,10 +82,6 @@ def _in_the_whole(adapter: Adapter, tower: str) -> Adapter:
     return with_names(adapter, {name: f"{TOWERS[own][0]}.{name}" for name in names})
 
 
-def _names(adapter: Adapter) -> set[str]:
-    return {*adapter.factors, *adapter.saved, *adapter.carried, *adapter.rows}
-
-
 def _is_of(name: str, tower: str) -> bool:
     return name.partition(".")[0] in TOWERS[tower]
 
@@ -117,7 +89,4 @@ def _is_of(name: str, tower: str) -> bool:
 def _is_trained(adapter: Adapter, name: str) -> bool:
     """Whether what is called `name` changes the base; copies of its weights do not."""
     pair = adapter.factors.get(name)
-    if pair is not None:
-        return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
-    saved = adapter.saved.get(name, adapter.rows.get(name))
-    return isinstance(saved, Rows) or saved is not None
+    return changes(pair) if pair is not None else name in adapter.saved or name in adapter.rows
