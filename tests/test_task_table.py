@@ -17,8 +17,8 @@ from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
 from tests.train.conftest import WORDS, write_lessons, write_lines
-from tests.train.test_seq2seq import translations
-from tests.train.test_tasks import multi_label, pairs, regression, sentences, tagged
+from tests.train.tasks.test_seq2seq import translations
+from tests.train.tasks.test_table import multi_label, pairs, regression, sentences, tagged
 from tests.vit import color_folders, make_vit
 
 ROOT = Path(__file__).parent.parent

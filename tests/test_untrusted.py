@@ -231,7 +231,7 @@ def test_weights_and_data_are_not_waited_for(
     from loradeploy.parity.compare.feeds import read_feeds
     from loradeploy.runtime.prompts import read_requests
     from loradeploy.train.config import read_yaml
-    from loradeploy.train.sources import Source, rows
+    from loradeploy.train.data.sources import Source, rows
 
     readers: dict[str, Callable[[Path], object]] = {
         "a.onnx_adapter": read_onnx_adapter,

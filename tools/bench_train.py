@@ -32,7 +32,7 @@ from tools.real_models import bbc_news, smollm2
 
 if TYPE_CHECKING:
     from loradeploy.lora.inject import Injection
-    from loradeploy.train.trainer import AdapterTrainer
+    from loradeploy.train.loop.trainer import AdapterTrainer
 
 RANK = 16
 LEARNING_RATE = 5e-4
@@ -101,9 +101,9 @@ def _ours(
 
     from loradeploy.adapter import load_adapter
     from loradeploy.lora.inject import load
-    from loradeploy.train.losses import causal_lm_loss
-    from loradeploy.train.packing import PackingCollator, enable_packing
-    from loradeploy.train.trainer import AdapterTrainer
+    from loradeploy.train.data.packing import PackingCollator, enable_packing
+    from loradeploy.train.loop.trainer import AdapterTrainer
+    from loradeploy.train.tasks.losses import causal_lm_loss
 
     model = AutoModelForCausalLM.from_pretrained(
         smollm2(), trust_remote_code=False, dtype=_dtype(width)

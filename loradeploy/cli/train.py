@@ -118,7 +118,7 @@ def command(
         trust_remote_code=trust_remote_code,
         **given,
     )
-    from loradeploy.train.processes import is_main_process
+    from loradeploy.train.loop.processes import is_main_process
 
     if not is_main_process():
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loradeploy.adapter import Adapter, load_adapter
 from loradeploy.errors import UsageError, listed, listed_names
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.tasks import Task
+from loradeploy.train.tasks.table import Task
 
 
 def initial_adapter(

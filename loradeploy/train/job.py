@@ -42,26 +42,26 @@ from loradeploy.lora.inject import copy_into, inject, load
 from loradeploy.lora.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
-from loradeploy.train.checkpoints import Checkpoints
 from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
-from loradeploy.train.embedding.vectors import Vectors
+from loradeploy.train.data.packing import PackingCollator, enable_packing
 from loradeploy.train.initial import initial_adapter
-from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
-from loradeploy.train.packing import PackingCollator, enable_packing
-from loradeploy.train.prepared import Prepared, prepare
-from loradeploy.train.processes import (
+from loradeploy.train.loop.checkpoints import Checkpoints
+from loradeploy.train.loop.processes import (
     Stop,
     StopAfterStep,
     is_main_process,
     process_count,
     stoppable,
 )
+from loradeploy.train.loop.trainer import AdapterTrainer, arguments
+from loradeploy.train.model import Checkpoint, load_base, open_checkpoint
+from loradeploy.train.prepared import Prepared, prepare
 from loradeploy.train.reporting.callbacks import Progress, TensorBoard
 from loradeploy.train.reporting.card import CARD_NAME, card
 from loradeploy.train.reporting.curve import write_curve
 from loradeploy.train.result import TrainResult
-from loradeploy.train.tasks import Collate, Task, task_of
-from loradeploy.train.trainer import AdapterTrainer, arguments
+from loradeploy.train.tasks.embedding.vectors import Vectors
+from loradeploy.train.tasks.table import Collate, Task, task_of
 
 logger = logger_of(__name__)
 

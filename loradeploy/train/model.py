@@ -24,8 +24,8 @@ from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.checkpoint import pad_token
 from loradeploy.lora.loading import from_pretrained, load_pretrained
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.features import Encoded
-from loradeploy.train.tasks import Task
+from loradeploy.train.data.features import Encoded
+from loradeploy.train.tasks.table import Task
 
 _NO_TOKENS: Final = 1_000_000  # no limit on those of an image
 # int8 and int4 bases are loaded in float32, and quantized afterwards.

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, UsageError
-from loradeploy.train.sources import Source, is_dataset
-from loradeploy.train.tasks import Task
+from loradeploy.train.data.sources import Source, is_dataset
+from loradeploy.train.tasks.table import Task
 
 if TYPE_CHECKING:
     from loradeploy.train.config import TrainConfig

@@ -13,12 +13,12 @@ from loradeploy.lora.base_formats import BITSANDBYTES
 from loradeploy.lora.checkpoint import find_checkpoint
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.features import IGNORED
+from loradeploy.train.data.features import IGNORED
+from loradeploy.train.loop.trainer import steps_of
 from loradeploy.train.model import open_checkpoint
 from loradeploy.train.prepared import prepare
-from loradeploy.train.targets import AUDIO
-from loradeploy.train.tasks import task_of
-from loradeploy.train.trainer import steps_of
+from loradeploy.train.tasks.table import task_of
+from loradeploy.train.tasks.targets import AUDIO
 
 _SHOWN: Final = 3
 

@@ -102,7 +102,7 @@ def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -
 
 
 def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: Path) -> None:
-    from tests.train.test_seq2seq import spoken
+    from tests.train.tasks.test_seq2seq import spoken
 
     data = spoken(tmp_path / "sounds.jsonl")
     new = save(tmp_path / "new.wav", tone(900, 0.6, noise=0.05, seed=7))

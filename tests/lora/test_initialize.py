@@ -15,7 +15,7 @@ from loradeploy.adapter.algebra.delta import update
 from loradeploy.errors import UsageError
 from loradeploy.lora.initialize import initialization
 from loradeploy.lora.inject import copy_into, inject
-from loradeploy.train.trainer import parameter_groups
+from loradeploy.train.loop.trainer import parameter_groups
 from tests.lora import tiny
 from tests.tolerances import tolerance
 

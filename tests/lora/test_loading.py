@@ -23,7 +23,7 @@ from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
 from loradeploy.lora.standard import to_standard_lora_from_checkpoint
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.model import load_base, open_checkpoint
-from loradeploy.train.tasks import task_of
+from loradeploy.train.tasks.table import task_of
 from tests.conftest import MakeAdapter
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

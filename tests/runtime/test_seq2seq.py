@@ -286,7 +286,7 @@ def test_parity_scores_an_adapter_by_the_settings_beside_it(
     from loradeploy.lora.inject import adapted
     from loradeploy.parity.score.generated import GeneratedTexts, of_session, of_torch
     from loradeploy.parity.score.measures import TRANSLATION
-    from loradeploy.train.data import Translation
+    from loradeploy.train.data.examples import Translation
 
     data = GeneratedTexts(TRANSLATION, tuple(Translation("", text, text) for text in TEXTS), 8)
     session = ld.AdapterSession(bundle)

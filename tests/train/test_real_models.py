@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from loradeploy.train.data import read_conversations
-from loradeploy.train.features import IGNORED, conversation_features
-from loradeploy.train.sources import Source
+from loradeploy.train.data.examples import read_conversations
+from loradeploy.train.data.features import IGNORED, conversation_features
+from loradeploy.train.data.sources import Source
 from tests.conftest import Topics
 from tests.train.conftest import write_lines
 

@@ -16,10 +16,10 @@ from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
 from loradeploy.lora.inject import load
 from loradeploy.train import job
 from loradeploy.train.config import read_config
-from loradeploy.train.data import read_conversations
-from loradeploy.train.features import Collator, conversation_features
-from loradeploy.train.sources import Source
-from loradeploy.train.trainer import AdapterTrainer
+from loradeploy.train.data.examples import read_conversations
+from loradeploy.train.data.features import Collator, conversation_features
+from loradeploy.train.data.sources import Source
+from loradeploy.train.loop.trainer import AdapterTrainer
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.train.data import SpokenText, Translation
+    from loradeploy.train.data.examples import SpokenText, Translation
 
 # The libraries of the metrics.
 _LIBRARIES: Final = {TRANSLATION: "sacrebleu", TRANSCRIPTION: "jiwer"}

@@ -1,7 +1,7 @@
 """Held-out data as a model reads it: token ids, and labels where answers are scored.
 
-It is read, rendered and labeled as data to train on is (see `loradeploy.train.data`): the score of
-an adapter is of the very task that it was trained for.
+It is read, rendered and labeled as data to train on is (see `loradeploy.train.data.examples`): the
+score of an adapter is of the very task that it was trained for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.context import AdapterUnderTest
     from loradeploy.parity.inputs.tokens import Cases
     from loradeploy.train.model import Checkpoint
-    from loradeploy.train.tasks import Task
+    from loradeploy.train.tasks.table import Task
 
 Data = str | os.PathLike[str]
 DataByAdapter = Data | Mapping[str, Data] | Iterable[Data]
@@ -140,7 +140,7 @@ def read_held_out(
     try:
         from loradeploy.train.config import TrainConfig
         from loradeploy.train.model import open_checkpoint
-        from loradeploy.train.tasks import task_of
+        from loradeploy.train.tasks.table import task_of
     except ImportError as problem:
         raise MissingDependencyError(
             f"held-out data is read as training data is, and {problem.name} is not installed:"
@@ -241,7 +241,7 @@ def _data_by_adapter(
 
 def _draw(task: Task, data: Data, count: int, seed: int) -> tuple[list[Any], int]:
     """`count` examples of the data in `data`, and how many there are."""
-    from loradeploy.train.sources import Source, rows
+    from loradeploy.train.data.sources import Source, rows
 
     source = Source(data, _SPLIT)
     if task.name == CAUSAL_LM:
@@ -314,9 +314,9 @@ def _pictures(
 def _embedder(data: Data, base: Path, adapter: Path | None) -> Task:
     """How texts of `data` are trained with what is saved beside `adapter`, else in `base`."""
     from loradeploy.train.config import RANKING_LOSSES, SCORED_LOSSES, TrainConfig
-    from loradeploy.train.embedding.data import is_scored
-    from loradeploy.train.sources import Source, rows
-    from loradeploy.train.tasks import task_of
+    from loradeploy.train.data.sources import Source, rows
+    from loradeploy.train.tasks.embedding.data import is_scored
+    from loradeploy.train.tasks.table import task_of
 
     scored = is_scored(next(rows(Source(data, _SPLIT)), ("", {})))
     loss = (SCORED_LOSSES if scored else RANKING_LOSSES)[0]

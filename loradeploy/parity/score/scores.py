@@ -221,7 +221,7 @@ def _of_counts(counts: NDArray[np.float64]) -> Answers:
 def _of_entities(
     values: NDArray[Any], example: Example, labels: Sequence[str]
 ) -> NDArray[np.float64]:
-    from loradeploy.train.features import IGNORED
+    from loradeploy.train.data.features import IGNORED
 
     own = values[: len(example.tokens), : len(labels)]
     return entity_counts(own, [int(label) for label in example.labels], labels, IGNORED)
@@ -349,7 +349,7 @@ def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
 
     `logits` [tokens, vocabulary]; those at a position are for the token behind it.
     """
-    from loradeploy.train.features import IGNORED
+    from loradeploy.train.data.features import IGNORED
 
     labels = np.array(example.labels)
     at = np.flatnonzero(labels != IGNORED)

@@ -173,9 +173,9 @@ def test_the_perplexity_is_that_of_the_models_own_loss(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loradeploy.train.data import read_conversations
-    from loradeploy.train.features import Collator, conversation_features
-    from loradeploy.train.sources import Source
+    from loradeploy.train.data.examples import read_conversations
+    from loradeploy.train.data.features import Collator, conversation_features
+    from loradeploy.train.data.sources import Source
 
     report = parity(bundles["perplexity"], model=tiny_llama, evaluate=lessons)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

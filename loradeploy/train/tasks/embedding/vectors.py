@@ -26,7 +26,7 @@ from loradeploy.bundle.text.sentence_steps import normalize as normalize_step
 from loradeploy.errors import BundleError
 from loradeploy.files import read_json, write_json
 from loradeploy.train.config import NO_PROMPT, SCORED_LOSSES, TrainConfig
-from loradeploy.train.embedding.pooling import pooled
+from loradeploy.train.tasks.embedding.pooling import pooled
 
 # Names of the prompts of queries and of documents, the first that there is, as
 # sentence-transformers' encode_query and encode_document look for them.

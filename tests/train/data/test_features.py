@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from loradeploy.errors import DataError
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.data import LabeledText, read_conversations
-from loradeploy.train.features import IGNORED, Collator, conversation_features, text_features
+from loradeploy.train.data.examples import LabeledText, read_conversations
+from loradeploy.train.data.features import IGNORED, Collator, conversation_features, text_features
+from loradeploy.train.data.sources import Source
 from loradeploy.train.model import open_checkpoint
-from loradeploy.train.sources import Source
-from loradeploy.train.tasks import task_of
+from loradeploy.train.tasks.table import task_of
 from tests.pairs import give_rules
 from tests.train.conftest import write_lines
 

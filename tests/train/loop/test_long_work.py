@@ -22,8 +22,8 @@ from loradeploy.errors import (
     TrainingInterruptedError,
     UsageError,
 )
+from loradeploy.train.loop.trainer import AdapterTrainer
 from loradeploy.train.reporting.callbacks import TensorBoard
-from loradeploy.train.trainer import AdapterTrainer
 from tests.conftest import ROOT
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick

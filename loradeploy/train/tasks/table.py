@@ -20,21 +20,22 @@ from loradeploy.adapter.tasks import (
     TASK_TABLE,
     TOKEN_CLASSIFICATION,
 )
-from loradeploy.train import data
 from loradeploy.train.config import SCORED_LOSSES, TrainConfig
-from loradeploy.train.embedding.data import read_scored_pairs, read_text_pairs
-from loradeploy.train.embedding.features import RowsCollator, embedder_features
-from loradeploy.train.embedding.losses import embedding_loss
-from loradeploy.train.embedding.vectors import Vectors, vectors_of
-from loradeploy.train.features import (
+from loradeploy.train.data import examples
+from loradeploy.train.data.features import (
     Collator,
     Encoded,
     conversation_features,
     text_features,
     word_features,
 )
-from loradeploy.train.images import ImageSettings, image_loss, read_labeled_images
-from loradeploy.train.losses import (
+from loradeploy.train.data.sources import Source
+from loradeploy.train.tasks.embedding.data import read_scored_pairs, read_text_pairs
+from loradeploy.train.tasks.embedding.features import RowsCollator, embedder_features
+from loradeploy.train.tasks.embedding.losses import embedding_loss
+from loradeploy.train.tasks.embedding.vectors import Vectors, vectors_of
+from loradeploy.train.tasks.images import ImageSettings, image_loss, read_labeled_images
+from loradeploy.train.tasks.losses import (
     LossFunction,
     causal_lm_loss,
     classification_loss,
@@ -42,8 +43,7 @@ from loradeploy.train.losses import (
     regression_loss,
     seq2seq_loss,
 )
-from loradeploy.train.sources import Source
-from loradeploy.train.targets import (
+from loradeploy.train.tasks.targets import (
     AudioSettings,
     TargetCollator,
     takes_audio,
@@ -107,7 +107,7 @@ def _classifier(
         read=read,
         encode=text_features,
         loss=loss,
-        labels=data.value_names if measured else data.label_names,
+        labels=examples.value_names if measured else examples.label_names,
         judged=not measured,
         problem_type=problem_type,
     )
@@ -118,9 +118,9 @@ _SPEECH_CLASS: Final = "AutoModelForSpeechSeq2Seq"
 _PROBLEMS: Final[Mapping[str, Task]] = {
     task.problem_type: task
     for task in (
-        _classifier(SINGLE_LABEL, data.read_labeled_texts, classification_loss),
-        _classifier(MULTI_LABEL, data.read_multi_label_texts, multi_label_loss),
-        _classifier(REGRESSION, data.read_measured_texts, regression_loss),
+        _classifier(SINGLE_LABEL, examples.read_labeled_texts, classification_loss),
+        _classifier(MULTI_LABEL, examples.read_multi_label_texts, multi_label_loss),
+        _classifier(REGRESSION, examples.read_measured_texts, regression_loss),
     )
     if task.problem_type is not None
 }
@@ -130,21 +130,21 @@ _TASKS: Final[Mapping[str, Task]] = {
     for task in (
         Task(
             name=CAUSAL_LM,
-            read=data.read_conversations,
+            read=examples.read_conversations,
             encode=_without_labels(conversation_features),
             loss=causal_lm_loss,
             judged=False,
         ),
         Task(
             name=TOKEN_CLASSIFICATION,
-            read=data.read_tagged_words,
+            read=examples.read_tagged_words,
             encode=word_features,
             loss=classification_loss,
-            labels=data.label_names,
+            labels=examples.label_names,
         ),
         Task(
             name=SEQ2SEQ_LM,
-            read=data.read_translations,
+            read=examples.read_translations,
             encode=_without_labels(translation_features),
             loss=seq2seq_loss,
             collate=TargetCollator,
@@ -167,7 +167,7 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
         audio = AudioSettings.of(base)
         return replace(
             _TASKS[SEQ2SEQ_LM],
-            read=data.read_spoken_texts,
+            read=examples.read_spoken_texts,
             encode=_without_labels(audio.encode),
             collate=audio.collator,
             audio=True,
@@ -190,7 +190,7 @@ def _image_classifier(base: Path | None) -> Task:
         encode=images.encode,
         loss=image_loss,
         collate=images.collator,
-        labels=data.label_names,
+        labels=examples.label_names,
     )
 
 

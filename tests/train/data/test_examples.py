@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import (
+from loradeploy.train.data.examples import (
     label_names,
     read_conversations,
     read_labeled_texts,
@@ -18,9 +18,9 @@ from loradeploy.train.data import (
     read_multi_label_texts,
     value_names,
 )
-from loradeploy.train.sources import Source
+from loradeploy.train.data.sources import Source
 from tests.train.conftest import write_lines
-from tests.train.test_tasks import as_form
+from tests.train.tasks.test_table import as_form
 
 
 @pytest.mark.parametrize(

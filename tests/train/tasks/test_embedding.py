@@ -20,14 +20,14 @@ from loradeploy.files import write_json
 from loradeploy.lora.inject import adapted
 from loradeploy.train.api import train
 from loradeploy.train.config import CHOICES, TrainConfig
-from loradeploy.train.embedding.losses import LOSSES
-from loradeploy.train.embedding.vectors import vectors_of
-from loradeploy.train.sources import Source
-from loradeploy.train.tasks import task_of
+from loradeploy.train.data.sources import Source
+from loradeploy.train.tasks.embedding.losses import LOSSES
+from loradeploy.train.tasks.embedding.vectors import vectors_of
+from loradeploy.train.tasks.table import task_of
 from tests.bundle.test_sentence import write
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick, write_lines
-from tests.train.test_tasks import pairs
+from tests.train.tasks.test_table import pairs
 
 RANKED: list[dict[str, Any]] = [
     {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loradeploy.errors import DataError
-from loradeploy.train.data import some, text_of
-from loradeploy.train.sources import Row, Source, rows
+from loradeploy.train.data.examples import some, text_of
+from loradeploy.train.data.sources import Row, Source, rows
 
 RANKED: Final = ("anchor", "positive")
 SCORED: Final = ("text", "text_pair", "score")

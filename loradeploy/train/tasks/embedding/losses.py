@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, relu
 
-from loradeploy.train.embedding.features import POOLING_MASK
-from loradeploy.train.embedding.vectors import Vectors
-from loradeploy.train.losses import BatchLoss, cross_entropy_sum, feeds_of
+from loradeploy.train.tasks.embedding.features import POOLING_MASK
+from loradeploy.train.tasks.embedding.vectors import Vectors
+from loradeploy.train.tasks.losses import BatchLoss, cross_entropy_sum, feeds_of
 
 # What cosines are multiplied by (MultipleNegativesRankingLoss, CoSENTLoss).
 _SIMILARITY_SCALE: Final = 20.0

@@ -20,7 +20,7 @@ from torch.nn.functional import (
 )
 
 from loradeploy.bundle.names import INPUT_FEATURES
-from loradeploy.train.features import IGNORED
+from loradeploy.train.data.features import IGNORED
 
 # Number of logits in a chunk: 64 MiB of float32.
 _CHUNK: Final = 1 << 24

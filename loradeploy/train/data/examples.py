@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol, TypeVar
 from loradeploy.adapter.heads import placeholders
 from loradeploy.errors import DataError, listed_names
 from loradeploy.files import MAX_TEXT_BYTES, read_text
-from loradeploy.train.sources import Row, Source, is_dataset, rows
+from loradeploy.train.data.sources import Row, Source, is_dataset, rows
 
 # The keys that tell the form of a line: a line has exactly one of them.
 _FORMS: Final = ("messages", "completion", "text")

@@ -15,11 +15,11 @@ from transformers import (
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.lora.inject import inject
-from loradeploy.train import losses
-from loradeploy.train.data import read_conversations
-from loradeploy.train.features import Collator, conversation_features
-from loradeploy.train.losses import causal_lm_loss, classification_loss
-from loradeploy.train.sources import Source
+from loradeploy.train.data.examples import read_conversations
+from loradeploy.train.data.features import Collator, conversation_features
+from loradeploy.train.data.sources import Source
+from loradeploy.train.tasks import losses
+from loradeploy.train.tasks.losses import causal_lm_loss, classification_loss
 from tests.tolerances import tolerance
 
 

@@ -19,8 +19,8 @@ from loradeploy.bundle.text.speech_prompt import SpeechPrompt
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import BundleError, DataError, ModelError, UsageError
 from loradeploy.files import read_json
-from loradeploy.train.data import SpokenText, Translation
-from loradeploy.train.features import IGNORED, Encoded, padded, padded_inputs
+from loradeploy.train.data.examples import SpokenText, Translation
+from loradeploy.train.data.features import IGNORED, Encoded, padded, padded_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

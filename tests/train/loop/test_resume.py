@@ -19,9 +19,9 @@ import torch
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import OutputError, TrainingError, UsageError
 from loradeploy.train import job
-from loradeploy.train.checkpoints import Checkpoints
+from loradeploy.train.loop.checkpoints import Checkpoints
+from loradeploy.train.loop.trainer import AdapterTrainer
 from loradeploy.train.result import TrainResult
-from loradeploy.train.trainer import AdapterTrainer
 from tests.train.conftest import Quick, train_quickly, write_lessons, write_lines
 
 SETTINGS = {"max_steps": 8, "save_steps": 2, "dropout": 0.1, "warmup_steps": 2}

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from loradeploy.errors import DataError
-from loradeploy.train.embedding.data import ScoredPair, TextPair
-from loradeploy.train.features import Encoded, padded_inputs, truncated_ids
+from loradeploy.train.data.features import Encoded, padded_inputs, truncated_ids
+from loradeploy.train.tasks.embedding.data import ScoredPair, TextPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from loradeploy.train.embedding.vectors import Vectors
+    from loradeploy.train.tasks.embedding.vectors import Vectors
 
 # The texts of an example: the first, what is compared with it, and what does not belong to it.
 _PARTS: Final = ("input_ids", "positive", "negative")

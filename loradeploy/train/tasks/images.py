@@ -16,10 +16,10 @@ from loradeploy.bundle.image.pixels import PREPROCESSOR_NAME, PixelSettings, pix
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import PIXEL_VALUES
 from loradeploy.errors import BundleError, DataError, ModelError
-from loradeploy.train.data import label_of, some, text_of
-from loradeploy.train.features import Encoded, label_number
-from loradeploy.train.losses import BatchLoss, classification_loss
-from loradeploy.train.sources import Row, Source, is_dataset, rows
+from loradeploy.train.data.examples import label_of, some, text_of
+from loradeploy.train.data.features import Encoded, label_number
+from loradeploy.train.data.sources import Row, Source, is_dataset, rows
+from loradeploy.train.tasks.losses import BatchLoss, classification_loss
 
 _ENDINGS: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _IMAGE: Final = "image"

@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import DataError
-from loradeploy.train.data import read_conversations, read_labeled_texts, read_tagged_words
-from loradeploy.train.losses import multi_label_loss, regression_loss
-from loradeploy.train.sources import Source
+from loradeploy.train.data.examples import read_conversations, read_labeled_texts, read_tagged_words
+from loradeploy.train.data.sources import Source
+from loradeploy.train.tasks.losses import multi_label_loss, regression_loss
 from tests.tolerances import tolerance
 from tests.train.conftest import WORDS, Quick, write_lines
 
@@ -130,8 +130,8 @@ def test_the_loss_of_a_classifier_is_transformers_own(problem: str, tiny_bert: P
 
 def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:
 
-    from loradeploy.train.data import TaggedWords
-    from loradeploy.train.features import word_features
+    from loradeploy.train.data.examples import TaggedWords
+    from loradeploy.train.data.features import word_features
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     example = TaggedWords("here", ("a", "unbelievablylong", "b"), ("X", "Y", "X"))

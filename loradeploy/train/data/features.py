@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.errors import BundleError, DataError, UsageError, listed_names, shown
-from loradeploy.train.data import (
+from loradeploy.train.data.examples import (
     Conversation,
     LabeledText,
     MeasuredText,

@@ -26,10 +26,10 @@ from transformers import (
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.lora.inject import Injection, inject
-from loradeploy.train import packing
-from loradeploy.train.features import Collator
-from loradeploy.train.losses import causal_lm_loss
-from loradeploy.train.packing import PackingCollator, enable_packing
+from loradeploy.train.data import packing
+from loradeploy.train.data.features import Collator
+from loradeploy.train.data.packing import PackingCollator, enable_packing
+from loradeploy.train.tasks.losses import causal_lm_loss
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 

@@ -19,12 +19,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
 from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_and_line
 from loradeploy.lora.inject import Injection, copy_into
-from loradeploy.train.checkpoints import BEST
 from loradeploy.train.config import TrainConfig
-from loradeploy.train.features import IGNORED
-from loradeploy.train.losses import BatchLoss, LossFunction
-from loradeploy.train.processes import process_count
+from loradeploy.train.data.features import IGNORED
+from loradeploy.train.loop.checkpoints import BEST
+from loradeploy.train.loop.processes import process_count
 from loradeploy.train.reporting.curve import COLUMNS
+from loradeploy.train.tasks.losses import BatchLoss, LossFunction
 
 _ADVICE = "lower `learning_rate`, or check the data"
 

@@ -1,0 +1,1 @@
+"""Read training data, and turn it into what a batch is made of."""
