@@ -111,7 +111,7 @@ def _of_another_library(
 ) -> Adapter:
     from loradeploy.adapter.readers.source import Base
     from loradeploy.adapter.readers.table import read_other
-    from loradeploy.lora.checkpoint import find_checkpoint
+    from loradeploy.lora.base.checkpoint import find_checkpoint
 
     base = None if model is None else Base(find_checkpoint(model))
     converted = read_other(adapter, name=name, base=base)
@@ -136,7 +136,7 @@ def _of_lower_rank(adapter: StrPath, rank: int, output: Path) -> Conversion:
 
 def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool) -> Adapter:
     from loradeploy.adapter import load_adapter
-    from loradeploy.lora.loading import custom_code
+    from loradeploy.lora.base.loading import custom_code
 
     before = load_adapter(adapter)
     if not before.changes_base:

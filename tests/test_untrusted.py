@@ -216,7 +216,7 @@ def test_a_bundle_is_not_waited_for(
 def test_a_model_is_not_waited_for(
     name: str, special: Callable[[Path], str], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    from loradeploy.lora.checkpoint import find_checkpoint
+    from loradeploy.lora.base.checkpoint import find_checkpoint
 
     place = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     said = special(place / name)

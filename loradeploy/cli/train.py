@@ -91,7 +91,7 @@ def command(
     loss curve (loss.csv, loss.png), all settings (train.yaml) and a model card (README.md).
     --model, --data and --output may be given in the YAML file instead.
     """
-    from loradeploy.lora.loading import custom_code
+    from loradeploy.lora.base.loading import custom_code
     from loradeploy.train.api import train
     from loradeploy.train.config import read_config, read_paths, read_yaml, to_yaml
 

@@ -109,8 +109,8 @@ def export(
     from loradeploy.export.triton import check_asked, write_repository
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
-    from loradeploy.lora.checkpoint import warn_of_unused_files
-    from loradeploy.lora.loading import custom_code
+    from loradeploy.lora.base.checkpoint import warn_of_unused_files
+    from loradeploy.lora.base.loading import custom_code
 
     place = Path(output)
     check_output(place, overwrite=overwrite)

@@ -82,7 +82,7 @@ from loradeploy.export.texts import check_recipe, makes_vectors
 from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
-from loradeploy.lora.base_formats import check_unquantized
+from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -172,9 +172,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     from loradeploy.export.trace import answers, load_model, trace
     from loradeploy.export.trace.image_text import other_part, vision_part
     from loradeploy.export.trace.towers import tower_config
+    from loradeploy.lora.base.vocabulary import resize_for, vocabulary_of
     from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
-    from loradeploy.lora.vocabulary import resize_for, vocabulary_of
 
     adapters = options.adapters
     trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]

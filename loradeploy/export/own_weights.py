@@ -58,7 +58,7 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
     Of weights that are equal and not tied only the first is there: who reads the manifest takes
     equal ones for one weight.
     """
-    from loradeploy.lora.vocabulary import TABLES, table_of
+    from loradeploy.lora.base.vocabulary import TABLES, table_of
 
     embeddings = {table_of(model, getter) for getter in TABLES} - {None}
     found: dict[str, str] = {}

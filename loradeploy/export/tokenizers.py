@@ -126,7 +126,7 @@ def declare_token_types(source: Path, bundle: Path) -> None:
 def _of_transformers(source: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from loradeploy.lora.loading import from_pretrained
+    from loradeploy.lora.base.loading import from_pretrained
 
     return from_pretrained(AutoTokenizer, source)
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
 from loradeploy.lora.experts import expert_parameters
-from loradeploy.lora.layers import LowRankLayer, kind_of
+from loradeploy.lora.layers.kinds import kind_of
+from loradeploy.lora.layers.low_rank import LowRankLayer
 
 
 def adaptable(model: nn.Module) -> AdaptableBase:

@@ -20,7 +20,9 @@ from loradeploy.adapter.fitting.fit import check_fit
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
 from loradeploy.lora.fit import adaptable
-from loradeploy.lora.layers import SUPPORTED, LowRankLayer, kind_of
+from loradeploy.lora.layers.kinds import SUPPORTED, kind_of
+from loradeploy.lora.layers.low_rank import LowRankLayer
+from loradeploy.lora.layers.targets import linear_modules
 from loradeploy.lora.parameters import (
     Overwritten,
     Swap,
@@ -31,7 +33,6 @@ from loradeploy.lora.parameters import (
 )
 from loradeploy.lora.standard import doubled
 from loradeploy.lora.submodels import named_as_in
-from loradeploy.lora.targets import linear_modules
 
 _LISTED = 8
 

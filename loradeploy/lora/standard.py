@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from loradeploy.adapter import Adapter, AdapterConfig, Factors, base_digest
 from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.errors import AdapterError, AdapterMismatchError, ModelError, first_line
-from loradeploy.lora.checkpoint import find_checkpoint
-from loradeploy.lora.initialize import initialization
-from loradeploy.lora.layers import LoraLinear, kind_of
-from loradeploy.lora.loading import from_pretrained, load_pretrained
+from loradeploy.lora.base.checkpoint import find_checkpoint
+from loradeploy.lora.base.loading import from_pretrained, load_pretrained
+from loradeploy.lora.layers.initialize import initialization
+from loradeploy.lora.layers.kinds import kind_of
+from loradeploy.lora.layers.linear import LoraLinear
 from loradeploy.lora.quiet import quiet
 from loradeploy.lora.submodels import named_as_in
 

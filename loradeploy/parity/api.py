@@ -108,7 +108,7 @@ def parity(
     from loradeploy.bundle.proof.signature import private_key
     from loradeploy.bundle.proof.signature import sign as sign_certificate
     from loradeploy.disk import scratch_directory
-    from loradeploy.lora.loading import custom_code
+    from loradeploy.lora.base.loading import custom_code
     from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import choose_backends, default_backends

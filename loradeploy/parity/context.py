@@ -21,8 +21,8 @@ from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, Usa
 from loradeploy.export.given_adapters import adapter_directories
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
-from loradeploy.lora.base_formats import check_unquantized
-from loradeploy.lora.checkpoint import warn_of_unused_files
+from loradeploy.lora.base.checkpoint import warn_of_unused_files
+from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.parity.report.results import Variant
 from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
 

@@ -48,7 +48,7 @@ def train(
         TrainingInterruptedError: a signal stopped it, after a step and with a checkpoint of it.
         MissingDependencyError: the extra `train` is not installed.
     """
-    from loradeploy.lora.loading import custom_code
+    from loradeploy.lora.base.loading import custom_code
     from loradeploy.train.config import read_config
 
     settings = read_config(config, flags)

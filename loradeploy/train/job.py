@@ -36,10 +36,10 @@ from loradeploy.errors import (
     kind_and_line,
 )
 from loradeploy.files import atomic_directory, check_replaceable, read_json
-from loradeploy.lora.base_formats import BITSANDBYTES
-from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
+from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_files
+from loradeploy.lora.base.formats import BITSANDBYTES
 from loradeploy.lora.inject import copy_into, inject, load
-from loradeploy.lora.quantized import quantize
+from loradeploy.lora.layers.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml

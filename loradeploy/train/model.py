@@ -21,8 +21,8 @@ from transformers import (
 from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
-from loradeploy.lora.checkpoint import pad_token
-from loradeploy.lora.loading import from_pretrained, load_pretrained
+from loradeploy.lora.base.checkpoint import pad_token
+from loradeploy.lora.base.loading import from_pretrained, load_pretrained
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import Encoded
 from loradeploy.train.tasks.table import Task

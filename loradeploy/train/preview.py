@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.tasks import IMAGE_CLASSIFICATION, SEQ2SEQ_LM
-from loradeploy.lora.base_formats import BITSANDBYTES
-from loradeploy.lora.checkpoint import find_checkpoint
+from loradeploy.lora.base.checkpoint import find_checkpoint
+from loradeploy.lora.base.formats import BITSANDBYTES
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import IGNORED

@@ -70,7 +70,7 @@ def test_code_of_a_models_own_is_refused_by_every_verb(
 def test_code_of_a_models_own_is_run_where_it_is_trusted(with_code: Path, tmp_path: Path) -> None:
     import transformers
 
-    from loradeploy.lora.loading import custom_code, from_pretrained, load_pretrained
+    from loradeploy.lora.base.loading import custom_code, from_pretrained, load_pretrained
 
     with custom_code(True):
         loaded = load_pretrained(transformers.AutoModelForCausalLM, with_code)

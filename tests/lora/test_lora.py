@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import AdapterMismatchError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
-from loradeploy.lora.layers import LoraLinear
+from loradeploy.lora.layers.linear import LoraLinear
 from tests.conftest import MakeAdapter
 from tests.tolerances import tolerance
 

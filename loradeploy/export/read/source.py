@@ -25,8 +25,8 @@ from loradeploy.export.read.repository import (
     tokenizer_directory,
 )
 from loradeploy.files import read_json
-from loradeploy.lora.base_formats import gguf_advice
-from loradeploy.lora.checkpoint import checkpoint_directory, fetch, is_hub_id
+from loradeploy.lora.base.checkpoint import checkpoint_directory, fetch, is_hub_id
+from loradeploy.lora.base.formats import gguf_advice
 
 _CONFIG_NAME: Final = "config.json"
 

@@ -22,7 +22,7 @@ from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
 from loradeploy.files import read_json
-from loradeploy.lora.base_formats import check_unquantized
+from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:

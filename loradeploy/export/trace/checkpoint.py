@@ -24,8 +24,8 @@ from loradeploy.export.tokenizers import OLDER_TOKENIZERS
 from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.image_text import family_of, vision_part
 from loradeploy.export.trace.towers import make_tower, text_form
-from loradeploy.lora.checkpoint import pad_token
-from loradeploy.lora.loading import from_config, from_pretrained, load_pretrained
+from loradeploy.lora.base.checkpoint import pad_token
+from loradeploy.lora.base.loading import from_config, from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
 
 if TYPE_CHECKING:

@@ -200,7 +200,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
         ) from None
     from loradeploy.export import trace
     from loradeploy.export.given_adapters import check_brought, named
-    from loradeploy.lora.vocabulary import resize_for
+    from loradeploy.lora.base.vocabulary import resize_for
 
     manifest = context.manifest
     labels = None

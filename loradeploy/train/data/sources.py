@@ -27,7 +27,7 @@ from loradeploy.files import (
     numbered_lines,
     read_text,
 )
-from loradeploy.lora.checkpoint import is_hub_id
+from loradeploy.lora.base.checkpoint import is_hub_id
 
 # The location of a row, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]

@@ -13,7 +13,7 @@ from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.read.repository import find_graph
 from loradeploy.export.read.source import resolve
-from loradeploy.lora.checkpoint import find_checkpoint
+from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from tests.conftest import MakeAdapter, once

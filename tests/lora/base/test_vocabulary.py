@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from loradeploy.adapter.fitting.vocabulary import Vocabulary
-from loradeploy.lora.vocabulary import vocabulary_of
+from loradeploy.lora.base.vocabulary import vocabulary_of
 from tests.lora import tiny
 
 

@@ -13,8 +13,8 @@ import torch
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.adapter.algebra.delta import update
 from loradeploy.errors import UsageError
-from loradeploy.lora.initialize import initialization
 from loradeploy.lora.inject import copy_into, inject
+from loradeploy.lora.layers.initialize import initialization
 from loradeploy.train.loop.trainer import parameter_groups
 from tests.lora import tiny
 from tests.tolerances import tolerance

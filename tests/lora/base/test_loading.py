@@ -19,7 +19,7 @@ from loradeploy.errors import AdapterMismatchError, ModelError
 from loradeploy.export.given_adapters import check_brought
 from loradeploy.export.read.source import resolve
 from loradeploy.export.trace import load_model
-from loradeploy.lora.checkpoint import find_checkpoint, warn_of_unused_files
+from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_files
 from loradeploy.lora.standard import to_standard_lora_from_checkpoint
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.model import load_base, open_checkpoint

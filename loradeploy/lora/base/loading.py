@@ -113,7 +113,7 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
 
 def _check_unexpected(model: Any, directory: Path, names: Iterable[str]) -> None:
     """Refuse tensors that belong to layers of the model; log others, such as other heads."""
-    from loradeploy.lora.layers import kind_of
+    from loradeploy.lora.layers.kinds import kind_of
 
     modules = dict(model.named_modules())
     body = model.base_model_prefix

@@ -12,7 +12,7 @@ import torch
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import MissingDependencyError, UsageError
 from loradeploy.lora.inject import adapted, inject
-from loradeploy.lora.quantized import dequantized_weight, is_quantized, quantize
+from loradeploy.lora.layers.quantized import dequantized_weight, is_quantized, quantize
 from tests.lora import tiny
 
 # Bytes a weight, and the relative error that normally distributed weights have in these widths.

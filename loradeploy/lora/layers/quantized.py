@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from loradeploy.adapter import AdapterConfig
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.errors import MissingDependencyError, UsageError
+from loradeploy.lora.layers.targets import linear_modules
 from loradeploy.lora.quiet import quiet
-from loradeploy.lora.targets import linear_modules
 
 _BLOCK: Final = 64  # number of weights that share a 4-bit scale
 

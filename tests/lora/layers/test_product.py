@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from loradeploy.lora.layers import LoraLinear, LowRankLayer
-from loradeploy.lora.product import low_rank_linear
+from loradeploy.lora.layers.linear import LoraLinear
+from loradeploy.lora.layers.low_rank import LowRankLayer
+from loradeploy.lora.layers.product import low_rank_linear
 from tests.tolerances import tolerance
 
 

@@ -18,8 +18,8 @@ from loradeploy.adapter.files.base_files import (
 )
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.files import check_directory, read_bytes
-from loradeploy.lora.base_formats import check_unquantized, gguf_advice
-from loradeploy.lora.loading import is_trusted
+from loradeploy.lora.base.formats import check_unquantized, gguf_advice
+from loradeploy.lora.base.loading import is_trusted
 from loradeploy.parsing import parse_json
 from loradeploy.printable import logger_of
 
