@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.parity.compare.api import compare
+    from loradeploy.parity.figures.tolerances import Limit
     from loradeploy.parity.report.results import ParityReport
-    from loradeploy.parity.tolerances import Limit
     from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
     from loradeploy.runtime.decoding.choosing.options import GenerationOptions
     from loradeploy.runtime.decoding.scoring import TextScore
@@ -152,7 +152,7 @@ _LAZY = {
     "CertificateMinimum": "loradeploy.bundle.proof.requirement",
     "GraphForm": "loradeploy.bundle.graph_form",
     "Manifest": "loradeploy.bundle.manifest",
-    "Limit": "loradeploy.parity.tolerances",
+    "Limit": "loradeploy.parity.figures.tolerances",
     "ParityReport": "loradeploy.parity.report.results",
     "Generation": "loradeploy.runtime.tasks.generation",
     "GenerationOptions": "loradeploy.runtime.decoding.choosing.options",

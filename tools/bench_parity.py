@@ -25,11 +25,12 @@ import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import choose_backends, open_backend
-from loradeploy.parity.check import Progress, run_backends
+from loradeploy.parity.checks.check import Progress, run_backends
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.inputs.tokens import make_cases
-from loradeploy.parity.phases import phases_of, run_phases
+from loradeploy.parity.phases.choice import phases_of
+from loradeploy.parity.phases.run import run_phases
 from loradeploy.parity.reference.pytorch import (
     as_reference,
     load_base,

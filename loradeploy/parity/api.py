@@ -123,7 +123,7 @@ def parity(
     from loradeploy.parity.inputs.trained import trained_tokens
     from loradeploy.parity.job import run
     from loradeploy.parity.names import ONNX_GENAI
-    from loradeploy.parity.phases import choose_phases
+    from loradeploy.parity.phases.choice import choose_phases
     from loradeploy.parity.report.baseline import check_comparable, read_baseline
     from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.writers import check_reports

@@ -12,9 +12,10 @@ from typing import Final
 
 from loradeploy.adapter.files.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
-from loradeploy.parity.check import Progress, adapter_facts, run_backends
+from loradeploy.parity.checks.check import Progress, adapter_facts, run_backends
+from loradeploy.parity.checks.controls import run_controls
+from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.controls import run_controls
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
@@ -28,7 +29,6 @@ from loradeploy.parity.reference.pytorch import (
     take_weights,
 )
 from loradeploy.parity.reference.quantized import QUANTIZED
-from loradeploy.parity.repeat import second_run
 from loradeploy.parity.report.results import (
     Control,
     Counterexample,

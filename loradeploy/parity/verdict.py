@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loradeploy.parity.figures.tolerances import METRICS, Limit
 from loradeploy.parity.report.results import Check, Result, Variant, outcome_of
-from loradeploy.parity.tolerances import METRICS, Limit
 
 if TYPE_CHECKING:
-    from loradeploy.parity.metrics import Figures
+    from loradeploy.parity.figures.metrics import Figures
 
 _LISTED = 3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from loradeploy.bundle.proof.provider import Device, ProviderFacts
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.figures.tolerances import assumed
 from loradeploy.parity.report.results import (
     AdapterFacts,
     Control,
@@ -21,7 +22,6 @@ from loradeploy.parity.report.results import (
     Step,
     Variant,
 )
-from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import judge
 
 ALL = Variant("cpu", "all")

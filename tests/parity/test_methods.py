@@ -11,7 +11,7 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.parity.controls import MISTAKES, Mistake
+from loradeploy.parity.checks.controls import MISTAKES, Mistake
 from tests.conftest import MakeAdapter, once
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]

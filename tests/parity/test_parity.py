@@ -20,7 +20,7 @@ from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
-from loradeploy.parity.controls import MISTAKES, Mistake
+from loradeploy.parity.checks.controls import MISTAKES, Mistake
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, following

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UsageError
-from loradeploy.parity.metrics import Comparison, Figures
-from loradeploy.parity.tolerances import (
+from loradeploy.parity.figures.metrics import Comparison, Figures
+from loradeploy.parity.figures.tolerances import (
     ASSUMED,
     EFFECT_SHARE,
     LEAST,

@@ -20,7 +20,7 @@ from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import Known, plain_feeds
-from loradeploy.parity.phases import joined, output_names
+from loradeploy.parity.phases.outputs import joined, output_names
 from loradeploy.parity.variants import session_options
 from loradeploy.runtime.tokenizer import pad
 

@@ -28,7 +28,7 @@ from loradeploy.parity.names import (
     REPEAT,
     TORCH_MERGED,
 )
-from loradeploy.parity.phases import Model
+from loradeploy.parity.phases.models import Model
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import TorchModel, merged
 from loradeploy.parity.reference.quantized import QUANTIZED

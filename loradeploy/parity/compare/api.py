@@ -21,6 +21,7 @@ from loradeploy.parity.compare.outputs import LimitsOf, Outputs
 from loradeploy.parity.compare.runs import Runs, kept_in
 from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.environment import environment
+from loradeploy.parity.figures.tolerances import ASSUMED, METRICS, Limit, assumed
 from loradeploy.parity.inputs.prompts import CASES
 from loradeploy.parity.report.baseline import read_baseline
 from loradeploy.parity.report.finish import finish
@@ -34,7 +35,6 @@ from loradeploy.parity.report.results import (
     outcome_of,
 )
 from loradeploy.parity.report.writers import check_reports
-from loradeploy.parity.tolerances import ASSUMED, METRICS, Limit, assumed
 
 if TYPE_CHECKING:
     from loradeploy.parity.compare.feeds import Feed

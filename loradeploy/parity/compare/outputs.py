@@ -11,9 +11,9 @@ import numpy as np
 from loradeploy.bundle.names import LOGITS, PRESENT
 from loradeploy.errors import listed
 from loradeploy.parity.compare.feeds import Fed, shapes
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.figures.tolerances import Limit
 from loradeploy.parity.report.results import CANDIDATE, COMPARED, REFERENCE, Result
-from loradeploy.parity.tolerances import Limit
 from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from loradeploy.parity.compare.outputs import (
     scale_of,
 )
 from loradeploy.parity.compare.sides import Side
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.report.results import Result, outcome_of
 from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of

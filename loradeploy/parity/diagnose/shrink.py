@@ -18,11 +18,15 @@ import numpy as np
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends.table import Backend, open_backend
-from loradeploy.parity.check import mixed_rows
+from loradeploy.parity.checks.check import mixed_rows
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import DECODE, EMBEDDED, PADDED_BATCH, PERMUTED, REPEAT
-from loradeploy.parity.phases import Model, Row, has_logits, phases_of, run_phases
+from loradeploy.parity.phases.choice import phases_of
+from loradeploy.parity.phases.models import Model
+from loradeploy.parity.phases.outputs import has_logits
+from loradeploy.parity.phases.rows import Row
+from loradeploy.parity.phases.run import run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import judge

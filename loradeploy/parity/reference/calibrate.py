@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.parity.metrics import Comparison, Figures
-from loradeploy.parity.phases import spread
+from loradeploy.parity.figures.metrics import Comparison, Figures
+from loradeploy.parity.phases.choice import spread
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.rounding import DTYPES, Activations, in_dtype, rounded_activations
 
 if TYPE_CHECKING:
     import torch
 
-    from loradeploy.parity.phases import Model, Row
+    from loradeploy.parity.phases.models import Model
+    from loradeploy.parity.phases.rows import Row
 
 # Prompts, of all lengths, that are computed once more: of float64, which takes twice as long and
 # has each weight cast, so many that the longest and the shortest are among them. What is not

@@ -26,17 +26,14 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.expected import Expected
-from loradeploy.parity.fed import FED_ROWS, Fed, drawn, embeds_feeds
+from loradeploy.parity.figures.expected import Expected
+from loradeploy.parity.figures.tolerances import Limit, assumed, calibrated
 from loradeploy.parity.inputs.row_feeds import TARGET, Known, plain_feeds
-from loradeploy.parity.phases import (
-    Row,
-    batch_size,
-    generate,
-    has_logits,
-    joined,
-    output_names,
-)
+from loradeploy.parity.phases.batches import batch_size
+from loradeploy.parity.phases.fed import FED_ROWS, Fed, drawn, embeds_feeds
+from loradeploy.parity.phases.outputs import has_logits, joined, output_names
+from loradeploy.parity.phases.rows import Row
+from loradeploy.parity.phases.run import generate
 from loradeploy.parity.reference.calibrate import measure_gap
 from loradeploy.parity.reference.quantized import (
     QUANTIZED,
@@ -49,7 +46,6 @@ from loradeploy.parity.reference.quantized import (
     weight_of,
 )
 from loradeploy.parity.reference.requantized import with_roundings
-from loradeploy.parity.tolerances import Limit, assumed, calibrated
 from loradeploy.runtime.tokenizer import positions_of
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.parity.figures.tolerances import METRICS
 from loradeploy.parity.report.results import BASE_LABEL
-from loradeploy.parity.tolerances import METRICS
 from loradeploy.printable import printable
 
 if TYPE_CHECKING:
-    from loradeploy.parity.metrics import Figures
+    from loradeploy.parity.figures.metrics import Figures
     from loradeploy.parity.report.results import Check, ParityReport, Result
 
 TEMPLATE: Final = Path(__file__).with_name("report.html.jinja")

@@ -10,7 +10,7 @@ from loradeploy.bundle.proof.certificate import FORMAT as FORMAT
 from loradeploy.bundle.proof.certificate import SCHEMA_VERSION as SCHEMA_VERSION
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.files import json_values
-from loradeploy.parity.metrics import Figures
+from loradeploy.parity.figures.metrics import Figures
 from loradeploy.parity.names import REPEAT
 
 BASE_LABEL: Final = "base"

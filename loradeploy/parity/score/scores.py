@@ -31,7 +31,8 @@ from loradeploy.errors import UsageError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.names import ONNX_MERGED, ONNX_SIDE_INPUTS
-from loradeploy.parity.phases import Model, batch_size
+from loradeploy.parity.phases.batches import batch_size
+from loradeploy.parity.phases.models import Model
 from loradeploy.parity.report.results import Score
 from loradeploy.parity.score.generated import of_session, of_torch
 from loradeploy.parity.score.intervals import mean_interval, proportions_interval

@@ -15,10 +15,10 @@ from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import UsageError
 from loradeploy.parity import job
-from loradeploy.parity.check import same_everywhere
+from loradeploy.parity.checks.check import same_everywhere
 from loradeploy.parity.context import AdapterUnderTest
 from loradeploy.parity.names import LEVELS
-from loradeploy.parity.phases import phases_of
+from loradeploy.parity.phases.choice import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
 from loradeploy.parity.variants import choose_variants, session_options, start
 from loradeploy.runtime.devices.providers import resolve

@@ -10,8 +10,8 @@ import torch
 
 import loradeploy as ld
 from loradeploy.errors import BundleError
-from loradeploy.parity import controls
-from loradeploy.parity.metrics import Comparison, Figures
+from loradeploy.parity.checks import controls
+from loradeploy.parity.figures.metrics import Comparison, Figures
 from loradeploy.parity.reference.calibrate import evened
 from loradeploy.parity.reference.rounding import (
     Activations,

@@ -15,7 +15,8 @@ import loradeploy as ld
 from loradeploy.cli.main import main
 from loradeploy.errors import UsageError
 from loradeploy.files import write_json
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.figures.tolerances import METRICS, Limit
 from loradeploy.parity.report.baseline import (
     FACTOR,
     check_comparable,
@@ -33,7 +34,6 @@ from loradeploy.parity.report.results import (
     Score,
     Variant,
 )
-from loradeploy.parity.tolerances import METRICS, Limit
 from loradeploy.parity.verdict import judge
 from tests.parity.graphs import in_numpy, token_model
 from tests.parity.reports import ON_CPU

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from loradeploy.errors import UsageError
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.figures.tolerances import assumed
 from loradeploy.parity.report.results import (
     SCHEMA_VERSION,
     AdapterFacts,
@@ -26,7 +27,6 @@ from loradeploy.parity.report.results import (
 )
 from loradeploy.parity.report.table import print_report
 from loradeploy.parity.report.writers import WRITERS, check_reports, junit, markdown, write_report
-from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import judge
 from tests.parity.reports import FULL, ON_CPU, PASSED
 

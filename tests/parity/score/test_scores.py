@@ -18,11 +18,11 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.cli.main import main
 from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.backends.table import BACKENDS
-from loradeploy.parity.controls import wrong_adapter
+from loradeploy.parity.checks.controls import wrong_adapter
+from loradeploy.parity.figures.tolerances import UNIT
 from loradeploy.parity.report.results import ParityReport, Score, Variant
 from loradeploy.parity.score.heldout import Example, read_held_out
 from loradeploy.parity.score.scores import SCORE_LIMITS, Answers, _loss, judge_score
-from loradeploy.parity.tolerances import UNIT
 from tests.conftest import MakeAdapter, Topics, following, once
 from tests.train.conftest import WORDS, write_lines
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.parity.distances import lengths
+from loradeploy.parity.figures.distances import lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

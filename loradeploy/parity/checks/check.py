@@ -13,18 +13,13 @@ from loradeploy.errors import LoraDeployError, kind_and_line
 from loradeploy.parity.backends.ort import NotRunError, OnnxModel, Replayed
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import REPEAT
-from loradeploy.parity.phases import (
-    Model,
-    Observation,
-    Row,
-    has_logits,
-    phases_of,
-    rows_of,
-    run_phases,
-    spread,
-)
+from loradeploy.parity.phases.choice import phases_of, rows_of, spread
+from loradeploy.parity.phases.models import Model
+from loradeploy.parity.phases.outputs import has_logits
+from loradeploy.parity.phases.rows import Observation, Row
+from loradeploy.parity.phases.run import run_phases
 from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
 from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
@@ -32,7 +27,7 @@ from loradeploy.printable import logger_of
 if TYPE_CHECKING:
     import torch
 
-    from loradeploy.parity.metrics import Figures
+    from loradeploy.parity.figures.metrics import Figures
     from loradeploy.parity.reference.pytorch import Reference
 
 logger = logger_of(__name__)

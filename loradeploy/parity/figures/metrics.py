@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.parity.distances import (
+from loradeploy.parity.figures.distances import (
     cosine_distances,
     divergence_bounds,
     divergences,
     symmetric_divergence,
 )
-from loradeploy.parity.expected import Expected, largest_of, leaders
-from loradeploy.parity.histogram import Histogram
+from loradeploy.parity.figures.expected import Expected, largest_of, leaders
+from loradeploy.parity.figures.histogram import Histogram
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,7 +19,9 @@ from loradeploy.parity.names import (
     PREFILL,
     REPEAT,
 )
-from loradeploy.parity.phases import Row, generate, phases_of, rows_of, run_phases, spread
+from loradeploy.parity.phases.choice import phases_of, rows_of, spread
+from loradeploy.parity.phases.rows import Row
+from loradeploy.parity.phases.run import generate, run_phases
 from loradeploy.runtime.tokenizer import positions_of
 
 WIDTH = 5

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from loradeploy.parity.distances import divergence_bounds, divergences
-from loradeploy.parity.expected import Expected
-from loradeploy.parity.metrics import Comparison, Figures
+from loradeploy.parity.figures.distances import divergence_bounds, divergences
+from loradeploy.parity.figures.expected import Expected
+from loradeploy.parity.figures.metrics import Comparison, Figures
 
 
 def compare(expected: object, actual: object, *, scale: float = 1.0, **place: int) -> Figures:

@@ -17,15 +17,15 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.fed import Fed
-from loradeploy.parity.metrics import Comparison
-from loradeploy.parity.phases import has_logits
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.phases.fed import Fed
+from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference_with, reference_rows
 from loradeploy.parity.report.results import Control
 from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:
-    from loradeploy.parity.phases import Row
+    from loradeploy.parity.phases.rows import Row
     from loradeploy.parity.reference.pytorch import Base, Reference
 
 _WRONG_ADAPTER_SEED: Final = 1

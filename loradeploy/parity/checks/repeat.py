@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.parity.backends.table import REFERENCE_TITLE
 from loradeploy.parity.context import CheckContext
-from loradeploy.parity.metrics import Comparison
+from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.figures.tolerances import assumed
 from loradeploy.parity.names import ONE_ROW, PREFILL, REPEAT
-from loradeploy.parity.phases import has_logits, rows_of, run_phases
+from loradeploy.parity.phases.choice import rows_of
+from loradeploy.parity.phases.outputs import has_logits
+from loradeploy.parity.phases.run import run_phases
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference
 from loradeploy.parity.report.results import Result
-from loradeploy.parity.tolerances import assumed
 from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:

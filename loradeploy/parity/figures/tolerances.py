@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import UsageError
-from loradeploy.parity.metrics import RELATIVE_GUARD
+from loradeploy.parity.figures.metrics import RELATIVE_GUARD
 
 if TYPE_CHECKING:
-    from loradeploy.parity.metrics import Figures
+    from loradeploy.parity.figures.metrics import Figures
 
 # What a linear figure may be of the gap's; a quadratic one (cosine, KL) of its square.
 ROOM: Final = 4.0

@@ -1,0 +1,1 @@
+"""What every backend is led through: rows in phases, and what it shows of them."""

@@ -1,0 +1,82 @@
+"""The phases that a task has, and the rows that each is shown of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.errors import UsageError
+from loradeploy.parity.names import (
+    CHUNKED,
+    DECODE,
+    DECODER_PHASES,
+    EMBEDDED,
+    ENCODER_PHASES,
+    PERMUTED,
+    REPEAT,
+    SEQ2SEQ_PHASES,
+)
+from loradeploy.parity.phases.fed import FED_ROWS
+
+if TYPE_CHECKING:
+    from loradeploy.parity.phases.rows import Row
+
+# How many rows a phase is shown of, where it is not all.
+_FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
+# The same for decoding row by row, which takes long.
+_DECODED_ALONE: Final = 4
+# With fewer tokens no chunk after the first has two, and a mask that is wrong there shows nothing.
+_TO_CHUNK: Final = 4
+
+_PHASES: Final = {CAUSAL_LM: DECODER_PHASES, SEQ2SEQ_LM: SEQ2SEQ_PHASES}
+
+
+def phases_of(task: str, *, embeds: bool = False) -> tuple[str, ...]:
+    """The phases that a task has; `embeds`: of a decoder that takes embeddings."""
+    known = _PHASES.get(task, ENCODER_PHASES)
+    return (*known, EMBEDDED) if embeds else known
+
+
+def choose_phases(
+    task: str, asked: Sequence[str] | None, *, embeds: bool = False
+) -> tuple[str, ...]:
+    """The phases of a task, or those asked for; their words may be joined by dashes.
+
+    Raises:
+        UsageError: a name that is no phase, or none of this task.
+    """
+    known = phases_of(task, embeds=embeds)
+    if asked is None:
+        return known
+    named = [name.replace("-", " ") for name in asked]
+    for name in named:
+        if name not in known:
+            raise UsageError(f"{task} has no phase {name!r}: there are {', '.join(known)}")
+    if not named:
+        raise UsageError("no phases are given: nothing would be compared")
+    return tuple(phase for phase in known if phase in named)
+
+
+def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequence[Row]:
+    """Those of `rows` that a phase is shown of; see `run_phases`."""
+    if phase == DECODE and not batched:
+        return rows[:_DECODED_ALONE]
+    if phase == EMBEDDED:
+        return [row for row in rows if row.fed is not None][:FED_ROWS]
+    if phase not in _FEW:
+        return rows
+    few = [row for row in rows if not row.edge]
+    if phase == CHUNKED:
+        few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
+    few = few[: _FEW[phase]]
+    return () if phase == PERMUTED and len(few) < 2 else few
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` of `rows`, of all lengths: the longest, whose errors add up the most, among them."""
+    ordered = sorted(rows, key=lambda row: len(row.tokens))
+    picks = np.unique(np.linspace(0, len(ordered) - 1, count).astype(int))
+    return [ordered[pick] for pick in picks]

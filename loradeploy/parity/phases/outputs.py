@@ -1,0 +1,51 @@
+"""The outputs of a graph that are compared, and which positions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loradeploy.adapter.tasks import FEATURES, IMAGES, SEQ2SEQ_LM, VISION_TOWER
+from loradeploy.bundle.names import PRESENT
+from loradeploy.bundle.outputs import output_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+
+
+def has_logits(task: str) -> bool:
+    """Whether a position of the first output is a distribution over tokens or labels."""
+    return task not in (*FEATURES, VISION_TOWER)
+
+
+def output_names(manifest: Manifest) -> tuple[str, ...]:
+    """The outputs that are compared: the task's own, then what else there is but the cache."""
+    first = output_of(manifest)
+    named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
+    return (first, *(name for name in named if name != first))
+
+
+def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The outputs as one array: what is given for a row as a whole becomes its last positions."""
+    first, *rest = values
+    if not rest:
+        return first
+    return np.concatenate([first, *(value[:, np.newaxis] for value in rest)], axis=1)
+
+
+def real_positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:
+    """One row's values without the padding's, [positions, width].
+
+    One answer for the whole row, as a classifier's, is one position.
+    """
+    if values.ndim == 1:
+        return values[np.newaxis]
+    if task == SEQ2SEQ_LM or task in IMAGES:
+        return values  # the target's, or an image's
+    whole_row = np.ones(max(0, len(values) - len(real)), bool)
+    kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
+    return kept

@@ -1,0 +1,229 @@
+"""The way every backend takes through the inputs, and what it shows on it.
+
+Decoders:  prefill           each prompt by itself, followed by the tokens that the reference chose
+           chunked prefill   the same in two or three pieces, each on the cache of those before
+           padded batch      the prompts in batches, padded on the side that the graph wants
+           permuted batch    one batch with its rows in another order
+           decode            from the batch's cache on, the reference's tokens one a step
+           repeat            a prompt a second time, compared with the first
+           embeddings        of images and text: batches with embeddings in some tokens' places
+Encoder-decoders:
+           prefill           each source by itself, with a whole target
+           padded batch      the sources in batches, padded on the right
+           permuted batch    one batch with its rows in another order
+           decode            the target one token a step, on the caches
+           repeat
+Encoders:  one row           each text by itself
+           padded batch      the texts in batches, padded on the right
+           permuted batch, repeat
+
+Some phases are shown of the first few rows alone (`rows_of`): their defects show on any row.
+
+Since every backend is fed the tokens that the reference chose, its own greedy choice can be held
+against the reference's at every step; up to the first difference it is what it would generate.
+
+Of an image, a sound and an encoder-decoder's target, which the tokens of a row stand for (see
+`feeds`), nothing is padded: a batch of them is just a batch.
+
+What an encoder gives for a text as a whole (`pooler_output`) counts as one more position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.parity.names import (
+    CHUNKED,
+    DECODE,
+    EMBEDDED,
+    ONE_ROW,
+    PADDED_BATCH,
+    PERMUTED,
+    PREFILL,
+    REPEAT,
+)
+from loradeploy.parity.phases.batches import MAX_ROWS, batches, of_one_length
+from loradeploy.parity.phases.choice import rows_of
+from loradeploy.parity.phases.fed import embeds_feeds
+from loradeploy.parity.phases.outputs import real_positions
+from loradeploy.parity.phases.rows import Observation
+from loradeploy.runtime.tokenizer import pad as pad_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.parity.phases.models import EmbedsModel, Model, SourceModel
+    from loradeploy.parity.phases.rows import Row
+
+    Ids = NDArray[np.int64]
+
+
+def run_phases(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool = True,
+    alike: bool = False,
+    batched: bool = True,
+) -> Iterator[Observation]:
+    """Take `model` through `rows`; phases that the task does not have are left out.
+
+    `left`: whether a decoder's batches are padded there. `alike`: whether rows of one length alone
+    share a batch, because the graph takes no padding. `batched`: whether the model takes more
+    than one row; one that does not decodes row by row.
+    """
+    for seen in _observations(
+        model, rows, task=task, pad=pad, phases=phases, left=left, alike=alike, batched=batched
+    ):
+        own = seen.row.outputs
+        if own is None:
+            yield seen
+            continue
+        before = None if seen.before is None else seen.before[..., :own]
+        yield replace(seen, values=seen.values[..., :own], before=before)
+
+
+def _observations(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool,
+    alike: bool,
+    batched: bool,
+) -> Iterator[Observation]:
+    """What `run_phases` gives, with all outputs of the graph."""
+    alone = PREFILL if task in (CAUSAL_LM, SEQ2SEQ_LM) else ONE_ROW
+    again = rows_of(REPEAT, rows) if REPEAT in phases else ()
+    for row in rows if alone in phases else again:
+        values = _forward_alone(model, row, task)
+        if alone in phases:
+            yield Observation(alone, row, 0, values)
+        if row in again:
+            before = np.array(values)  # a copy: a backend may give its own buffer each time
+            yield Observation(REPEAT, row, 0, _forward_alone(model, row, task), before)
+    if CHUNKED in phases and task == CAUSAL_LM:
+        for row in rows_of(CHUNKED, rows):
+            yield from _run_chunks(model, row)
+    side = left and task == CAUSAL_LM
+    if PADDED_BATCH in phases or DECODE in phases:
+        shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
+        for some in batches(shown, most=MAX_ROWS if batched else 1):
+            for batch in of_one_length(some) if alike else [some]:
+                yield from _run_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+    if DECODE in phases and (decoded := [row for row in rows if row.target]):
+        for some in batches(decoded, most=MAX_ROWS if batched else 1):
+            yield from _run_target(cast("SourceModel", model), some, pad=pad)
+    if EMBEDDED in phases and (fed := rows_of(EMBEDDED, rows)):
+        for some in batches(fed, most=MAX_ROWS if batched else 1):
+            for batch in of_one_length(some) if alike else [some]:
+                yield from _run_embedded(cast("EmbedsModel", model), batch, pad=pad, left=side)
+    if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
+        for batch in of_one_length(permuted) if alike else [permuted]:
+            yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
+
+
+def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:
+    ids = np.array([row.tokens], np.int64)
+    mask = np.ones_like(ids)
+    values, _ = model.forward(ids, mask, None, [row.adapter])
+    return real_positions(values[0], mask[0].astype(bool), task)
+
+
+def _run_chunks(model: Model, row: Row) -> Iterator[Observation]:
+    tokens = np.array([row.tokens], np.int64)
+    chunks = 3 if len(row.tokens) >= 3 * 2 else 2
+    cache, seen = None, 0
+    for ids in np.array_split(tokens, chunks, axis=1):
+        first, seen = seen, seen + ids.shape[1]
+        mask = np.ones((1, seen), np.int64)
+        values, cache = model.forward(ids, mask, cache, [row.adapter])
+        yield Observation(CHUNKED, row, first, values[0])
+
+
+def _run_batch(
+    model: Model,
+    batch: Sequence[Row],
+    *,
+    task: str,
+    pad: int,
+    phases: Sequence[str],
+    left: bool,
+) -> Iterator[Observation]:
+    adapters = [row.adapter for row in batch]
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    values, cache = model.forward(ids, mask, None, adapters)
+    if PADDED_BATCH in phases:
+        yield from _observe_batch(PADDED_BATCH, batch, mask, values, task)
+    if DECODE not in phases:
+        return
+    for step in range(len(batch[0].forced) - 1):
+        ids = np.array([[row.forced[step]] for row in batch], np.int64)
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        values, cache = model.forward(ids, mask, cache, adapters)
+        for row, its in zip(batch, values, strict=True):
+            yield Observation(DECODE, row, len(row.prompt) + step, its)
+
+
+def _run_embedded(
+    model: EmbedsModel, batch: Sequence[Row], *, pad: int, left: bool
+) -> Iterator[Observation]:
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    fed = [row.fed for row in batch if row.fed is not None]
+    adapters = [row.adapter for row in batch]
+    values, _ = model.forward(ids, mask, None, adapters, embeds=embeds_feeds(fed, mask))
+    for row, own, real, its in zip(batch, fed, mask.astype(bool), values, strict=True):
+        yield Observation(EMBEDDED, row, 0, its[real], own.expected)
+
+
+def _run_target(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=False)
+    values = model.decode(ids, mask, [row.adapter for row in batch])
+    for row, its in zip(batch, values, strict=True):
+        yield Observation(DECODE, row, 0, its)
+
+
+def _run_permuted(
+    model: Model, batch: Sequence[Row], *, task: str, pad: int, left: bool
+) -> Iterator[Observation]:
+    batch = [*batch[1:], batch[0]]  # no row stays in its place
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    values, _ = model.forward(ids, mask, None, [row.adapter for row in batch])
+    yield from _observe_batch(PERMUTED, batch, mask, values, task)
+
+
+def _observe_batch(
+    phase: str, batch: Sequence[Row], mask: Ids, values: NDArray[Any], task: str
+) -> Iterator[Observation]:
+    for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
+        yield Observation(phase, row, 0, real_positions(its, real, task))
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], *, count: int, pad: int, adapter: str | None
+) -> list[tuple[int, ...]]:
+    """The `count` tokens that `model` finds the likeliest one after the other, for each prompt.
+
+    The prompts are one batch.
+    """
+    ids, mask = pad_rows(prompts, pad, left=True)
+    adapters = [adapter] * len(prompts)
+    if not count:
+        return [()] * len(prompts)
+    chosen, cache = [], None
+    for _ in range(count):
+        values, cache = model.forward(ids, mask, cache, adapters)
+        ids = values[:, -1].argmax(axis=-1)[:, None].astype(np.int64)
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        chosen.append(ids[:, 0])
+    return [tuple(row) for row in np.stack(chosen, axis=1).tolist()]
