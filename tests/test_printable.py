@@ -107,7 +107,7 @@ def test_lines_of_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
 ALLOWED = {
     "printable.py": {"getLogger"},
     "lora/quiet.py": {"getLogger"},  # levels of other libraries' loggers
-    "export/passes/quantize.py": {"getLogger"},
+    "export/passes/precision/quantize.py": {"getLogger"},
     "cli/main.py": {"getLogger", "echo"},
     "cli/console.py": {"getLogger", "echo"},
     "cli/run.py": {"echo"},  # JSON by the rule

@@ -159,9 +159,9 @@ class Manifest:
     `tower`: of a model with a tower for texts and one for images, which the graph is: "text" or
     "image"; None of other models (`adapter.towers`).
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
-    that get logits (export/passes/kept_logits.py); without a feed all do.
+    that get logits (export/passes/tokens/kept_logits.py); without a feed all do.
     `embeds`: the optional inputs with which a decoder of images and text takes embeddings in the
-    places of tokens (export/passes/embeds.py).
+    places of tokens (export/passes/tokens/embeds.py).
     `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
     for them belong.
     """

@@ -55,12 +55,12 @@ from loradeploy.export.match.linears import (
 from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.own_weights import model_digests, settled
-from loradeploy.export.passes.bf16 import compute_as_float32
-from loradeploy.export.passes.embeds import add_inputs_embeds, sample_embeds
-from loradeploy.export.passes.side_inputs import (
+from loradeploy.export.passes.forms.static_shapes import static_specs
+from loradeploy.export.passes.precision.bf16 import compute_as_float32
+from loradeploy.export.passes.side_inputs.inject import (
     remove_side_inputs,
 )
-from loradeploy.export.passes.static_shapes import static_specs
+from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset

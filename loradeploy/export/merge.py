@@ -33,7 +33,7 @@ from loradeploy.export.match.parts import Part, find_parts
 from loradeploy.export.match.products import products
 from loradeploy.export.match.quantized import MATMUL_NBITS
 from loradeploy.export.merge_error import Round, Tally
-from loradeploy.export.passes.quantize import requantize_product
+from loradeploy.export.passes.precision.quantize import requantize_product
 
 if TYPE_CHECKING:
     import onnx_ir as ir

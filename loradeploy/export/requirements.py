@@ -20,9 +20,9 @@ from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import adds_unclear
-from loradeploy.export.passes.embeddings import has_token_rows
-from loradeploy.export.passes.output_scale import Change
-from loradeploy.export.passes.surgery import rows_problem
+from loradeploy.export.passes.side_inputs.embeddings import has_token_rows
+from loradeploy.export.passes.side_inputs.output_scale import Change
+from loradeploy.export.passes.side_inputs.rows import rows_problem
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -32,7 +32,7 @@ from loradeploy.bundle.names import (
     ROWS,
 )
 from loradeploy.errors import BundleError, ExportError, UsageError
-from loradeploy.export.passes.required import BASE_INPUTS_NAME, of_least_rank
+from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, of_least_rank
 from loradeploy.files import atomic_directory
 
 CONFIG_NAME: Final = "config.pbtxt"

@@ -36,8 +36,8 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import genai_config
 from loradeploy.export.graph.halves import with_digests, write_halves
-from loradeploy.export.passes.base_weights import store_weights
-from loradeploy.export.passes.required import write_required
+from loradeploy.export.passes.forms.required import write_required
+from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.texts import (
     base_tokenizer,
     bring_recipe,

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import BaseIdentity, Manifest
-from loradeploy.export.passes.side_inputs import SideInputs
+from loradeploy.export.passes.side_inputs.inject import SideInputs
 
 Arrays = dict[str, NDArray[Any]]
 SCOPES = "pkg.torch.onnx.name_scopes"

@@ -436,7 +436,7 @@ def test_an_onnx_file_of_the_base_gets_side_inputs(
 ) -> None:
     import onnx_ir as ir
 
-    from loradeploy.export.passes.side_inputs import remove_side_inputs
+    from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 
     graph = ir.load(tiny_llama_bundle / "model.onnx")
     remove_side_inputs(graph, read_manifest(tiny_llama_bundle))

@@ -14,7 +14,7 @@ from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
 from tests.export.reference import difference, factors, onnx_output, stacked, torch_output
 from tests.tolerances import tolerance
 

@@ -135,7 +135,7 @@ FIELDS: Final[Mapping[str, Tried | Neutral | Refused]] = {
     "layer_replication": Refused([[0, 2], [0, 2]]),
     "runtime_config": Neutral({"ephemeral_gpu_offload": True}),
     "lora_bias": Refused(True),
-    # No model here has experts: tests/export/passes/test_experts.py.
+    # No model here has experts: tests/export/passes/side_inputs/test_experts.py.
     "target_parameters": Neutral(["experts.gate_up_proj"]),
     "use_bdlora": Refused({"nblocks": 2}),
     "arrow_config": Refused({"top_k": 2}),

@@ -40,15 +40,15 @@ from loradeploy.export.match.linears import (
 )
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.own_weights import graph_digests
-from loradeploy.export.passes.base_weights import GraphWeights
-from loradeploy.export.passes.branches import add_branches, branches_problem
-from loradeploy.export.passes.layout import has_rows, use_row_layout
-from loradeploy.export.passes.side_inputs import (
+from loradeploy.export.passes.forms.branches import add_branches, branches_problem
+from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
+from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
+from loradeploy.export.passes.side_inputs.inject import (
     Arrays,
     SideInputs,
     inject_side_inputs,
 )
-from loradeploy.export.passes.surgery import rows_problem
+from loradeploy.export.passes.side_inputs.rows import rows_problem
 from loradeploy.export.requirements import (
     choose_changes,
     choose_embeddings,

@@ -51,13 +51,13 @@ from loradeploy.export.match.linears import (
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
-from loradeploy.export.passes.bf16 import store_as_bfloat16
+from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
-from loradeploy.export.passes.side_inputs import (
+from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
+from loradeploy.export.passes.side_inputs.inject import (
     Arrays,
     SideInputs,
 )
-from loradeploy.export.passes.static_shapes import use_static_shapes
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.third_party import (
     assets_of,

@@ -41,8 +41,8 @@ from loradeploy.export.match.weights import to_bfloat16
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.merge_error import Round, warn_of
 from loradeploy.export.passes.fuse import fuse_products
-from loradeploy.export.passes.quantize import rounded
-from loradeploy.export.passes.vocabulary import resize_vocabulary, vocabulary_in
+from loradeploy.export.passes.precision.quantize import rounded
+from loradeploy.export.passes.tokens.vocabulary import resize_vocabulary, vocabulary_in
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:

@@ -42,8 +42,8 @@ from loradeploy.export.match.linears import (
 from loradeploy.export.match.operators import unreached
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.passes.gqa import keeps_cache
-from loradeploy.export.passes.kept_logits import add_logits_to_keep, logits_to_keep_problem
-from loradeploy.export.passes.quantize import quantize
+from loradeploy.export.passes.precision.quantize import quantize
+from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.read.third_party import (
     padding_of,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loradeploy.export.passes.branches import remove_branches
-from loradeploy.export.passes.kept_logits import remove_logits_to_keep
+from loradeploy.export.passes.forms.branches import remove_branches
+from loradeploy.export.passes.tokens.kept_logits import remove_logits_to_keep
 
 if TYPE_CHECKING:
     import onnx_ir as ir

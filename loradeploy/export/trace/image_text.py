@@ -3,9 +3,9 @@
     pixel_values → vision tower → projector → image_features        task vision-tower
     input_ids, and image_features in the image tokens' places → decoder → logits     task causal-lm
 
-The decoder's bundle takes the features as `inputs_embeds` (export/passes/embeds.py). Each part is
-exported from the whole checkpoint with its modules' own names, so that an adapter for the whole
-model has factors for both.
+The decoder's bundle takes the features as `inputs_embeds` (export/passes/tokens/embeds.py). Each
+part is exported from the whole checkpoint with its modules' own names, so that an adapter for the
+whole model has factors for both.
 """
 
 from __future__ import annotations

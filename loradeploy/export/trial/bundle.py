@@ -38,7 +38,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph, run_graphs
-from loradeploy.export.passes.required import BASE_INPUTS_NAME
+from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME
 from loradeploy.export.trial.original import Original, made_factors, of_graph
 from loradeploy.export.trial.padding import padding_by_trial
 from loradeploy.printable import logger_of

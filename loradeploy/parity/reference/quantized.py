@@ -72,7 +72,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import products
     from loradeploy.export.match.quantized import INTEGER
-    from loradeploy.export.passes.side_inputs import remove_side_inputs
+    from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
     from loradeploy.export.passes.undo import remove_choices
 
     graph = load_bundle_graph(bundle, manifest)
@@ -123,7 +123,7 @@ def dequantize_into(
 @contextmanager
 def rounded_as(model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
     """`model` with its weights as they are, merged or not, rounded as `weights` are."""
-    from loradeploy.export.passes.quantize import rounded
+    from loradeploy.export.passes.precision.quantize import rounded
 
     kept = []
     try:

@@ -16,8 +16,8 @@ from loradeploy.errors import ExportError
 from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.naming import by_graph
-from loradeploy.export.passes.quantize import quantize
-from loradeploy.export.passes.side_inputs import SideInputs
+from loradeploy.export.passes.precision.quantize import quantize
+from loradeploy.export.passes.side_inputs.inject import SideInputs
 from tests.export.graphs import Builder, manifest_of, numbers
 
 IN, OUT, HEADS = 24, 16, 2

@@ -15,8 +15,8 @@ from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of
-from loradeploy.export.passes.output_scale import Change
-from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.output_scale import Change
 from loradeploy.export.read.regular import drop_identities
 from tests.export.graphs import IN, OUT, Builder, manifest_of, numbers, run
 from tests.tolerances import tolerance

@@ -17,10 +17,10 @@ from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import Linear, find_linears
-from loradeploy.export.passes.branches import add_branches, remove_branches
+from loradeploy.export.passes.forms.branches import add_branches, remove_branches
+from loradeploy.export.passes.forms.layout import use_row_layout
 from loradeploy.export.passes.fuse import fuse_products
-from loradeploy.export.passes.layout import use_row_layout
-from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
 from tests.conftest import MakeAdapter
 from tests.export.graphs import IN, Builder, manifest_of, numbers, ops, run
 from tests.export.reference import difference, onnx_output

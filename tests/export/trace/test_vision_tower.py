@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
-from loradeploy.export.passes import embeds as passes
+from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.export.test_texts import _tokenizer as write_tokenizer

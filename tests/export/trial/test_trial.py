@@ -16,7 +16,7 @@ from loradeploy.export.api import export
 from loradeploy.export.building import adapted, merged
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.passes import side_inputs
+from loradeploy.export.passes.side_inputs import inject
 from loradeploy.export.read.opsets import LEAST_OPSET, convert_opset
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
@@ -35,7 +35,7 @@ def _another_weight(patch: pytest.MonkeyPatch) -> None:
     """A weight of the base is not what it was."""
 
     def spoiled(*given: Any, **options: Any) -> Any:
-        added = side_inputs.inject_side_inputs(*given, **options)
+        added = inject.inject_side_inputs(*given, **options)
         graph = given[0].graph
         name = next(n for n in graph.initializers if "down_proj" in n and "lora" not in n)
         set_constant(graph.initializers[name], -constant_of(graph.initializers[name]))
@@ -46,25 +46,25 @@ def _another_weight(patch: pytest.MonkeyPatch) -> None:
 
 def _no_update(patch: pytest.MonkeyPatch) -> None:
     """The factors are inputs that lead nowhere."""
-    patch.setattr(side_inputs, "_add", lambda *given: None)
-    patch.setattr(side_inputs, "remove_unused", lambda *given, **options: None)
+    patch.setattr(inject, "_add", lambda *given: None)
+    patch.setattr(inject, "remove_unused", lambda *given, **options: None)
 
 
 def _twice(patch: pytest.MonkeyPatch) -> None:
     """The update is added twice."""
-    add = side_inputs._add
+    add = inject._add
 
     def doubled(surgery: Any, chain: Any, rows: Any, y: ir.Value, update: ir.Value, n: int) -> None:
         add(surgery, chain, rows, y, chain.add("Add", "lora_twice", [update, update]), n)
 
-    patch.setattr(side_inputs, "_add", doubled)
+    patch.setattr(inject, "_add", doubled)
 
 
 def _no_such_input(patch: pytest.MonkeyPatch) -> None:
     """A node lacks an input that it needs."""
 
     def spoiled(*given: Any, **options: Any) -> Any:
-        added = side_inputs.inject_side_inputs(*given, **options)
+        added = inject.inject_side_inputs(*given, **options)
         node = next(node for node in given[0].graph if node.op_type == "Gather")
         node.replace_input_with(1, None)
         return added

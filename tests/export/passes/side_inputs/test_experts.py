@@ -17,7 +17,7 @@ import loradeploy as ld
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.adapter.algebra.experts import expert_factors
 from loradeploy.errors import AdapterError, AdapterMismatchError
-from loradeploy.export.passes.required import of_least_rank
+from loradeploy.export.passes.forms.required import of_least_rank
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.adapters.stacks import neutral
 from tests.cli.calling import call

@@ -9,8 +9,12 @@ import pytest
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.parts import find_parts
-from loradeploy.export.passes.layout import has_rows, use_row_layout
-from loradeploy.export.passes.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
+from loradeploy.export.passes.side_inputs.inject import (
+    SideInputs,
+    inject_side_inputs,
+    remove_side_inputs,
+)
 from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 FACTORS = {

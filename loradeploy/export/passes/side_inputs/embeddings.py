@@ -14,7 +14,7 @@ from loradeploy.export.graph.edit import replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label
 from loradeploy.export.match.observe import FRONT, seen_at
 from loradeploy.export.match.parts import Part
-from loradeploy.export.passes.surgery import Surgery, first_input
+from loradeploy.export.passes.side_inputs.surgery import Surgery, first_input
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,8 +11,12 @@ import pytest
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.match.parts import find_parts
-from loradeploy.export.passes.output_scale import Change
-from loradeploy.export.passes.side_inputs import SideInputs, inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.inject import (
+    SideInputs,
+    inject_side_inputs,
+    remove_side_inputs,
+)
+from loradeploy.export.passes.side_inputs.output_scale import Change
 from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 VOCABULARY = 9

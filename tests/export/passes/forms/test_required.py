@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.passes.required import write_required
-from loradeploy.export.passes.side_inputs import inject_side_inputs
+from loradeploy.export.passes.forms.required import write_required
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from tests.export.graphs import IN, OUT, linear, manifest_of, numbers, run
 
 FACTORS = {

@@ -22,7 +22,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import add_constant, remove_all
 from loradeploy.export.graph.names import BRANCHES, LORA_ADD, is_step
 from loradeploy.export.match.products import products
-from loradeploy.export.passes.layout import gathered_slots
+from loradeploy.export.passes.forms.layout import gathered_slots
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,7 +15,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label
 from loradeploy.export.match.experts import Experts
-from loradeploy.export.passes.surgery import Surgery
+from loradeploy.export.passes.side_inputs.surgery import Surgery
 
 
 def add_expert_factors(surgery: Surgery, experts: Experts) -> LoraTarget:

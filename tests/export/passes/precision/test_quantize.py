@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.passes.quantize import quantize, requantize_product, rounded
-from loradeploy.export.passes.side_inputs import SideInputs, inject_side_inputs
+from loradeploy.export.passes.precision.quantize import quantize, requantize_product, rounded
+from loradeploy.export.passes.side_inputs.inject import SideInputs, inject_side_inputs
 from tests.export.graphs import Builder, manifest_of, numbers, ops, run
 
 IN, OUT = 64, 32

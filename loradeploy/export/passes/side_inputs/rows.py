@@ -1,24 +1,22 @@
-"""What side inputs of every kind share: the graph under the knife, and the rows of its inputs."""
+"""Where a product has the rows of a batch, each of which can have an adapter of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant
 from loradeploy.export.match.observe import FLATTENED, FRONT, SECOND, Seen, not_run, seen_at
 from loradeploy.export.match.products import OPERATORS as PRODUCTS
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
+from loradeploy.export.passes.side_inputs.surgery import first_input
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
+    from loradeploy.export.graph.edit import Chain
+    from loradeploy.export.passes.side_inputs.surgery import Surgery
 
 # What gives each row of its result from the same row of its (first) input.
 _ROW_BY_ROW: Final = (
@@ -28,80 +26,8 @@ _ROW_BY_ROW: Final = (
     *PRODUCTS,
 )
 
-
 # Of what onnxruntime says about a graph that it does not run.
 _SHOWN: Final = 120
-
-
-class Surgery:
-    """The graph under the knife, its `adapter_ids`, and the defaults of what was replaced."""
-
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
-        self.graph = graph
-        self.dtype = dtype
-        self.defaults: dict[str, NDArray[Any]] = {}
-        self.ids = self.side_input(ADAPTER_IDS, ["rows"], np.zeros(1, np.int64))
-        self._constants: dict[str, ir.Value] = {}
-        self._unflattened: dict[int, ir.Value] = {}
-        self._sizes: Chain | None = None
-
-    @property
-    def sequence_axis(self) -> ir.Value:
-        """The constant [1]: where a sequence axis is put in and taken out."""
-        return self.integers("sequence_axis", [1])
-
-    def integers(self, name: str, numbers: list[int]) -> ir.Value:
-        """A constant of the surgery's own, made once."""
-        if name not in self._constants:
-            self._constants[name] = add_constant(
-                self.graph, f"side_inputs.{name}", np.array(numbers, np.int64)
-            )
-        return self._constants[name]
-
-    def unflattened(self, features: int) -> ir.Value:
-        """The shape [batch, -1, features], the batch read off the graph's first input."""
-        import onnx_ir as ir
-
-        if self._sizes is None:
-            source = first_input(self.graph)
-            shape = ir.node("Shape", [source], name="side_inputs/shape")
-            shape.outputs[0].name = shape.name
-            self.graph.insert_before(self.graph[0], shape)
-            self._sizes = Chain(self.graph, shape, "side_inputs", ir.DataType.INT64)
-            first = self.integers("first", [0])
-            self._sizes.add("Gather", "batch", [shape.outputs[0], first], axis=0)
-            self._batch = self._sizes.last.outputs[0]
-        if features not in self._unflattened:
-            rest = self.integers(f"rest_{features}", [-1, features])
-            self._unflattened[features] = self._sizes.add(
-                "Concat", f"unflattened_{features}", [self._batch, rest], axis=0
-            )
-        return self._unflattened[features]
-
-    def side_input(self, name: str, shape: list[int | str], default: NDArray[Any]) -> ir.Value:
-        """A graph input of `shape` that is `default` where nothing is fed."""
-        if name in self.graph.initializers or any(v.name == name for v in self.graph.inputs):
-            raise ExportError(f"the graph already has a value named {name}")
-        value = add_constant(self.graph, name, default, shape=shape)
-        self.graph.inputs.append(value)
-        return value
-
-    def factors(self, module: str, into: int, out: int) -> tuple[ir.Value, ir.Value]:
-        """`M.lora_A` [adapters, in, rank] and `M.lora_B` [adapters, rank, out], of rank 0."""
-        dtype = self.dtype.numpy()
-        # A symbol of its own: ONNX Runtime takes equal ones for equal sizes, and adapters differ.
-        rank = f"{module}.rank"
-        A = self.side_input(
-            lora_a_name(module), ["adapters", into, rank], np.zeros((1, into, 0), dtype)
-        )
-        B = self.side_input(
-            lora_b_name(module), ["adapters", rank, out], np.zeros((1, 0, out), dtype)
-        )
-        return A, B
-
-    def chain(self, node: ir.Node, label: str, dtype: ir.DataType | None = None) -> Chain:
-        """New nodes behind `node`, of the side inputs' type where no other is given."""
-        return Chain(self.graph, node, label, self.dtype if dtype is None else dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,8 +195,3 @@ def _mixes_rows(node: ir.Node) -> bool:
         )
     axis = node.attributes.get("axis")
     return axis is not None and axis.as_int() == 0
-
-
-def first_input(graph: ir.Graph) -> ir.Value | None:
-    """The first input that has no default: its first dimension is the batch."""
-    return next((value for value in graph.inputs if not value.is_initializer()), None)

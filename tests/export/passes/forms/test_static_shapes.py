@@ -15,7 +15,7 @@ from loradeploy.cli.export import parse_sizes
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.passes.static_shapes import use_static_shapes
+from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter

@@ -27,7 +27,8 @@ from loradeploy.export.graph.names import (
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import bias_use
-from loradeploy.export.passes.surgery import Rows, Surgery, rows_of, rows_of_output
+from loradeploy.export.passes.side_inputs.rows import Rows, rows_of, rows_of_output
+from loradeploy.export.passes.side_inputs.surgery import Surgery
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,7 +11,7 @@ from loradeploy.export.api import export
 from loradeploy.export.building import adapted
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.passes import branches
+from loradeploy.export.passes.forms import branches
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output

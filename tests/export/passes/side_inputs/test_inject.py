@@ -6,7 +6,7 @@ import pytest
 
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import Linear, find_linears
-from loradeploy.export.passes.side_inputs import inject_side_inputs, remove_side_inputs
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
 from tests.export.graphs import IN, OUT, Builder, linear, manifest_of, numbers, ops, run
 
 

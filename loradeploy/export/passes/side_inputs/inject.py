@@ -24,8 +24,6 @@ from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import input_of, output_of
-from loradeploy.export.passes.embeddings import add_embedding_factors
-from loradeploy.export.passes.experts import add_expert_factors
 from loradeploy.export.passes.fuse import (
     Fused,
     came_fused,
@@ -33,9 +31,16 @@ from loradeploy.export.passes.fuse import (
     products_of,
     separate_products,
 )
-from loradeploy.export.passes.heads import replace_head, restore_head
-from loradeploy.export.passes.output_scale import Change, change_output, undo_output_scale
-from loradeploy.export.passes.surgery import Rows, Surgery, rows_of
+from loradeploy.export.passes.side_inputs.embeddings import add_embedding_factors
+from loradeploy.export.passes.side_inputs.experts import add_expert_factors
+from loradeploy.export.passes.side_inputs.heads import replace_head, restore_head
+from loradeploy.export.passes.side_inputs.output_scale import (
+    Change,
+    change_output,
+    undo_output_scale,
+)
+from loradeploy.export.passes.side_inputs.rows import Rows, rows_of
+from loradeploy.export.passes.side_inputs.surgery import Surgery
 
 if TYPE_CHECKING:
     import numpy as np

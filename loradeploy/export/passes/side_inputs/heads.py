@@ -23,7 +23,8 @@ from loradeploy.export.graph.names import (
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.passes.surgery import Surgery, rows_of
+from loradeploy.export.passes.side_inputs.rows import rows_of
+from loradeploy.export.passes.side_inputs.surgery import Surgery
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -1,0 +1,1 @@
+"""Weights in the precision that a bundle stores them in."""
