@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loradeploy.adapter.heads import REGRESSION
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -22,9 +20,16 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
-from loradeploy.cli.audio import transcribe
+from loradeploy.cli.answers.audio import transcribe
+from loradeploy.cli.answers.encoders import (
+    classify,
+    classify_images,
+    embed,
+    embed_images,
+    tag,
+)
+from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
 from loradeploy.cli.console import capture_option, provider_option, say_text
-from loradeploy.cli.generating import generate, generation_flags, given_settings
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -32,13 +37,12 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.files import MAX_TEXT_BYTES
-from loradeploy.printable import as_json, one_line, printable
+from loradeploy.printable import as_json, one_line
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.runtime.tasks.classification import Classification
 
 
 @click.command(
@@ -177,7 +181,7 @@ def command(
     prompts = [request.prompt for request in requests]
     adapters = _load(session, [request.adapter for request in requests])
     run, kind = _runner(session)
-    if run is not _classify and any(isinstance(prompt, tuple) for prompt in prompts):
+    if run is not classify and any(isinstance(prompt, tuple) for prompt in prompts):
         raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {kind}")
     if run is transcribe:
         prompts = [request.audio or request.prompt for request in requests]
@@ -187,10 +191,10 @@ def command(
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(f"{flags}: for text generation alone, {bundle} is a {kind} bundle")
     own: dict[str, tuple[Any, Any, str]] = {
-        "prompt_name": (prompt_name, _embed, "embedding models"),
-        "threshold": (threshold, _classify, "classifiers"),
-        "aggregation": (aggregation, _tag, "token classifiers"),
-        "stride": (stride, _tag, "token classifiers"),
+        "prompt_name": (prompt_name, embed, "embedding models"),
+        "threshold": (threshold, classify, "classifiers"),
+        "aggregation": (aggregation, tag, "token classifiers"),
+        "stride": (stride, tag, "token classifiers"),
         "language": (language, transcribe, "speech recognizers"),
         "task": (task, transcribe, "speech recognizers"),
         "timestamps": (timestamps, transcribe, "speech recognizers"),
@@ -228,116 +232,14 @@ class Printer:
             say_text(plain if self.one else one_line(plain))
 
 
-def _classify(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    **options: Any,
-) -> None:
-    from loradeploy.runtime.tasks.classification import TextClassifier
-
-    results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
-    for prompt, result in zip(prompts, results, strict=True):
-        given = prompt if isinstance(prompt, tuple) else (prompt,)
-        texts = dict(zip(("text", "text_pair"), given, strict=False))
-        values = {**texts, **asdict(result), "labels": list(result.labels)}
-        printer.result(_answer(result), values)
-
-
-def _answer(result: Classification) -> str:
-    """A text's labels with their scores, or its numbers, between tabs."""
-    if result.problem_type == REGRESSION:
-        return "\t".join(f"{value:.6g}" for value in result.scores.values())
-    scored = (f"{printable(name)}\t{result.scores[name]:.4f}" for name in result.labels)
-    return "\t".join(scored) or "(no label)"
-
-
-def _tag(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    **options: Any,
-) -> None:
-    from loradeploy.runtime.tasks.tokens import TokenClassifier
-
-    results = TokenClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
-    for text, result in zip(prompts, results, strict=True):
-        found = [
-            f"{printable(text[entity.start : entity.end].strip())} ({printable(entity.label)},"
-            f" {entity.score:.4f})"
-            for entity in result.entities
-        ]
-        entities = [asdict(entity) for entity in result.entities]
-        values = {"text": text, "entities": entities, "adapter": result.adapter}
-        printer.result("; ".join(found) or "(no entity)", values)
-
-
-def _embed(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    *,
-    prompt_name: str | None = None,
-) -> None:
-    from loradeploy.runtime.tasks.embedding import TextEmbedder
-
-    vectors = TextEmbedder(session)(
-        _texts(prompts), adapters, prompt_name=prompt_name, batch_size=batch_size
-    )
-    for text, adapter, row in zip(prompts, adapters, vectors, strict=True):
-        _print_vector(printer, row, {"text": text}, adapter)
-
-
-def _print_vector(
-    printer: Printer, row: Any, given: Mapping[str, Any], adapter: AdapterSpec | None
-) -> None:
-    vector = [float(f"{value:.7g}") for value in row]
-    printer.result(json.dumps(vector), {**given, "embedding": vector, "adapter": adapter})
-
-
-def _classify_images(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-) -> None:
-    from loradeploy.runtime.tasks.images import ImageClassifier
-
-    results = ImageClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
-    for prompt, result in zip(prompts, results, strict=True):
-        values = {"image": prompt, **asdict(result), "labels": list(result.labels)}
-        printer.result(_answer(result), values)
-
-
-def _embed_images(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-) -> None:
-    from loradeploy.runtime.tasks.images import ImageEmbedder
-
-    vectors = ImageEmbedder(session)(_texts(prompts), adapters, batch_size=batch_size)
-    for image, adapter, row in zip(prompts, adapters, vectors, strict=True):
-        _print_vector(printer, row, {"image": image}, adapter)
-
-
 _TASKS: Final[Mapping[str, Callable[..., None]]] = {
-    IMAGE_CLASSIFICATION: _classify_images,
-    IMAGE_FEATURE_EXTRACTION: _embed_images,
+    IMAGE_CLASSIFICATION: classify_images,
+    IMAGE_FEATURE_EXTRACTION: embed_images,
     CAUSAL_LM: generate,
     SEQ2SEQ_LM: generate,
-    SEQUENCE_CLASSIFICATION: _classify,
-    TOKEN_CLASSIFICATION: _tag,
-    FEATURE_EXTRACTION: _embed,
+    SEQUENCE_CLASSIFICATION: classify,
+    TOKEN_CLASSIFICATION: tag,
+    FEATURE_EXTRACTION: embed,
 }
 
 
@@ -352,13 +254,6 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
             " AdapterSession.run"
         )
     return (transcribe, f"{task} of speech") if takes_audio(session) else (_TASKS[task], task)
-
-
-def _texts(prompts: Sequence[Any]) -> list[Any]:
-    for number, prompt in enumerate(prompts, start=1):
-        if isinstance(prompt, list):
-            raise UsageError(f"prompt {number} is a conversation: this bundle takes texts")
-    return list(prompts)
 
 
 def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:

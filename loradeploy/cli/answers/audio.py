@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.cli.generating import Results
+from loradeploy.cli.answers.generating import Results
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:

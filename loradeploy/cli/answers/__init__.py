@@ -1,0 +1,1 @@
+"""What `loradeploy run` prints of each task."""
