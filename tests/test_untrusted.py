@@ -230,7 +230,7 @@ def test_weights_and_data_are_not_waited_for(
     from loradeploy.export.graph.file import load_graph
     from loradeploy.parity.compare.feeds import read_feeds
     from loradeploy.runtime.prompts import read_requests
-    from loradeploy.train.config import read_yaml
+    from loradeploy.train.config_file import read_yaml
     from loradeploy.train.data.sources import Source, rows
 
     readers: dict[str, Callable[[Path], object]] = {

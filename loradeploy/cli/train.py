@@ -13,7 +13,8 @@ import click
 from loradeploy.cli.console import json_option, print_json, print_pairs, say, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.printable import readable
-from loradeploy.train.config import CHOICES, PATHS, TrainConfig
+from loradeploy.train.config import CHOICES, TrainConfig
+from loradeploy.train.config_file import PATHS
 
 _TYPES: Final = {"int": int, "float": float}  # others are strings, which TrainConfig parses
 _PRINTED: Final = {"learnt": "tokens in the loss"}  # where --json has another name
@@ -93,7 +94,7 @@ def command(
     """
     from loradeploy.lora.base.loading import custom_code
     from loradeploy.train.api import train
-    from loradeploy.train.config import read_config, read_paths, read_yaml, to_yaml
+    from loradeploy.train.config_file import read_config, read_paths, read_yaml, to_yaml
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = read_yaml(config)

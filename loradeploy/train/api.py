@@ -49,7 +49,7 @@ def train(
         MissingDependencyError: the extra `train` is not installed.
     """
     from loradeploy.lora.base.loading import custom_code
-    from loradeploy.train.config import read_config
+    from loradeploy.train.config_file import read_config
 
     settings = read_config(config, flags)
     try:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.config import BIASES
@@ -20,11 +17,7 @@ from loradeploy.adapter.tasks import (
     TRAINED_TASKS,
 )
 from loradeploy.errors import UsageError
-from loradeploy.files import read_text
-from loradeploy.printable import printable
 
-# Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
-PATHS: Final = ("model", "data", "output")
 TASKS: Final = TRAINED_TASKS
 PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
 # Of embedders: on pairs and triplets of texts, and on pairs of texts with a score.
@@ -217,10 +210,13 @@ class TrainConfig:
             )
         if not re.fullmatch("|".join((*INITS, r"pissa_niter_[1-9]\d*")), self.init):
             raise UsageError(f"`init` is {self.init!r}: give {', '.join(INITS)} or pissa_niter_N")
-        self._check_initial(
-            field.name
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+        check_initial(
+            self,
+            (
+                field.name
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default
+            ),
         )
         # Values that cannot be parsed are refused here, not when they are used.
         for name in ("rank_pattern", "alpha_pattern"):
@@ -228,14 +224,6 @@ class TrainConfig:
         _ = self.column_names, self.layers
         if not self.targets:
             raise UsageError("`target_modules` is empty: give all-linear, names, or re:PATTERN")
-
-    def _check_initial(self, given: Iterable[str]) -> None:
-        """Raise UsageError if settings that an adapter has itself are `given` beside it."""
-        both = [f"`{name}`" for name in given if name in OF_ADAPTER]
-        if self.init_adapter and both:
-            raise UsageError(
-                f"{', '.join(both)} cannot be set with `init_adapter`: the adapter states them"
-            )
 
     @property
     def targets(self) -> str | tuple[str, ...]:
@@ -278,6 +266,15 @@ class TrainConfig:
             return {module.strip(): float(number) for module, _, number in parts}
         except ValueError:
             raise UsageError(f"`{name}` is {text!r}: give NAME=8,NAME=4") from None
+
+
+def check_initial(config: TrainConfig, given: Iterable[str]) -> None:
+    """Raise UsageError if settings that an adapter has itself are `given` beside it."""
+    both = [f"`{name}`" for name in given if name in OF_ADAPTER]
+    if config.init_adapter and both:
+        raise UsageError(
+            f"{', '.join(both)} cannot be set with `init_adapter`: the adapter states them"
+        )
 
 
 def _names(text: str) -> str | tuple[str, ...]:
@@ -326,114 +323,3 @@ CHOICES: Final = {
     "precision": PRECISIONS,
     "autocast": AUTOCAST,
 }
-
-
-def read_config(
-    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None,
-    flags: Mapping[str, Any] | None = None,
-) -> TrainConfig:
-    """The settings in `config`, a YAML file or its contents. `flags` take precedence.
-
-    Raises:
-        UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type, or
-            values that TrainConfig refuses.
-    """
-    known = dataclasses.asdict(config) if isinstance(config, TrainConfig) else read_yaml(config)
-    values = {**known, **(flags or {})}
-    values = {name: value for name, value in values.items() if name not in PATHS}
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for name, value in values.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = (
-                f": did you mean {near[0]}?" if near else f": the settings are {', '.join(fields)}"
-            )
-            raise UsageError(f"unknown setting {name!r}{hint}")
-        values[name] = _typed(name, value, str(fields[name].type))
-    made = TrainConfig(**values)
-    # What is given is refused even where it has the default, which a TrainConfig cannot tell.
-    made._check_initial((flags or {}) if isinstance(config, TrainConfig) else values)
-    return made
-
-
-def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """The paths or hub ids of model, data and output: as `given`, else from `config`.
-
-    Raises:
-        UsageError: one of them is not a string.
-    """
-    paths = {name: given.get(name) or config.get(name) for name in PATHS}
-    for name, path in paths.items():
-        if path is not None and not isinstance(path, str):
-            raise UsageError(f"`{name}` is {path!r}: give a path")
-    return {name: path for name, path in paths.items() if path is not None}
-
-
-def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
-    """`config` as YAML that `read_config` reads, with a comment at each key if `explained`.
-
-    Without the settings that the adapter of `init_adapter` states.
-    """
-    import yaml
-
-    lines = []
-    for field in dataclasses.fields(config):
-        if config.init_adapter and field.name in OF_ADAPTER:
-            continue
-        value = getattr(config, field.name)
-        if explained:
-            lines.append(f"# {field.metadata['help']}\n")
-        # Characters that would act on a terminal are written as YAML escapes.
-        harmless = printable(str(value)) == str(value)
-        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=harmless, width=1000))
-    return "".join(lines)
-
-
-def _typed(name: str, value: Any, kind: str) -> Any:
-    if name in _PATTERNS and isinstance(value, Mapping):
-        value = ",".join(f"{key}={number}" for key, number in value.items())
-    if name == "layers_to_transform" and isinstance(value, int):
-        value = str(value)
-    if name in _LISTS and isinstance(value, list | tuple):
-        value = ",".join(map(str, value))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            number = False
-    valid = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": number and float(value).is_integer() if number else False,
-        "float": number,
-    }[kind]
-    if not valid:
-        raise UsageError(f"`{name}` is {value!r}: give a value of type {kind}")
-    return {"int": int, "float": float}.get(kind, lambda v: v)(value)
-
-
-_MAX_YAML_BYTES: Final = 1 << 20
-_LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
-_PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
-
-
-def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The contents of the YAML file `config`; a mapping is returned unchanged.
-
-    Raises:
-        UsageError: the file is unreadable, or is not a mapping.
-    """
-    import yaml
-
-    if config is None or isinstance(config, Mapping):
-        return config or {}
-    file = Path(config)
-    try:
-        values = yaml.safe_load(read_text(file, error=UsageError, limit=_MAX_YAML_BYTES))
-    except (yaml.YAMLError, RecursionError) as problem:
-        text = " ".join(str(problem).split())
-        raise UsageError(f"{file} is not valid YAML: {text}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{file} has no settings: write lines such as `rank: 16`")
-    return values

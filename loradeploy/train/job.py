@@ -42,7 +42,8 @@ from loradeploy.lora.inject import copy_into, inject, load
 from loradeploy.lora.layers.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
-from loradeploy.train.config import QUANTIZED, TrainConfig, to_yaml
+from loradeploy.train.config import QUANTIZED, TrainConfig
+from loradeploy.train.config_file import to_yaml
 from loradeploy.train.data.packing import PackingCollator, enable_packing
 from loradeploy.train.initial import initial_adapter
 from loradeploy.train.loop.checkpoints import Checkpoints

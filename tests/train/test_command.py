@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loradeploy.adapter import load_adapter
-from loradeploy.train.config import read_config
+from loradeploy.train.config_file import read_config
 from tests.train.conftest import run
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--max-length", 64)

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from loradeploy.errors import UsageError
-from loradeploy.train.config import TrainConfig, read_config
+from loradeploy.train.config import TrainConfig
+from loradeploy.train.config_file import read_config
 from loradeploy.train.flags import TrainFlags
 
 

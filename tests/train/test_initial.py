@@ -14,7 +14,8 @@ import yaml
 from loradeploy.adapter import Adapter, load_adapter, save_adapter
 from loradeploy.errors import LoraDeployError, UsageError
 from loradeploy.train.api import train
-from loradeploy.train.config import TrainConfig, read_config, to_yaml
+from loradeploy.train.config import TrainConfig
+from loradeploy.train.config_file import read_config, to_yaml
 from loradeploy.train.result import TrainResult
 from tests.conftest import MakeAdapter
 

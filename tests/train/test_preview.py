@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loradeploy.train.config import TrainConfig, read_config
+from loradeploy.train.config import TrainConfig
+from loradeploy.train.config_file import read_config
 from tests.train.conftest import Quick, run
 
 
@@ -97,7 +98,7 @@ def test_a_setting_that_cannot_be_is_named(settings: str, message: str, tmp_path
 
 
 def test_every_setting_survives_the_way_through_the_file(tmp_path: Path) -> None:
-    from loradeploy.train.config import to_yaml
+    from loradeploy.train.config_file import to_yaml
 
     file = tmp_path / "train.yaml"
     config = TrainConfig(rank=3, rank_pattern="a=4", target_modules="re:.*q_proj", use_dora=True)

@@ -15,7 +15,7 @@ from loradeploy.adapter import base_digest, load_adapter
 from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
 from loradeploy.lora.inject import load
 from loradeploy.train import job
-from loradeploy.train.config import read_config
+from loradeploy.train.config_file import read_config
 from loradeploy.train.data.examples import read_conversations
 from loradeploy.train.data.features import Collator, conversation_features
 from loradeploy.train.data.sources import Source

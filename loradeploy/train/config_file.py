@@ -1,0 +1,127 @@
+"""The settings of a training run as YAML, and from flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from loradeploy.errors import UsageError
+from loradeploy.files import read_text
+from loradeploy.printable import printable
+from loradeploy.train.config import OF_ADAPTER, TrainConfig, check_initial
+
+# Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
+PATHS: Final = ("model", "data", "output")
+_MAX_YAML_BYTES: Final = 1 << 20
+_LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+_PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
+
+
+def read_config(
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None,
+    flags: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """The settings in `config`, a YAML file or its contents. `flags` take precedence.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key (the nearest is suggested), a wrong type, or
+            values that TrainConfig refuses.
+    """
+    known = dataclasses.asdict(config) if isinstance(config, TrainConfig) else read_yaml(config)
+    values = {**known, **(flags or {})}
+    values = {name: value for name, value in values.items() if name not in PATHS}
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = (
+                f": did you mean {near[0]}?" if near else f": the settings are {', '.join(fields)}"
+            )
+            raise UsageError(f"unknown setting {name!r}{hint}")
+        values[name] = _typed(name, value, str(fields[name].type))
+    made = TrainConfig(**values)
+    # What is given is refused even where it has the default, which a TrainConfig cannot tell.
+    check_initial(made, (flags or {}) if isinstance(config, TrainConfig) else values)
+    return made
+
+
+def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
+    """The paths or hub ids of model, data and output: as `given`, else from `config`.
+
+    Raises:
+        UsageError: one of them is not a string.
+    """
+    paths = {name: given.get(name) or config.get(name) for name in PATHS}
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str):
+            raise UsageError(f"`{name}` is {path!r}: give a path")
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
+    """`config` as YAML that `read_config` reads, with a comment at each key if `explained`.
+
+    Without the settings that the adapter of `init_adapter` states.
+    """
+    import yaml
+
+    lines = []
+    for field in dataclasses.fields(config):
+        if config.init_adapter and field.name in OF_ADAPTER:
+            continue
+        value = getattr(config, field.name)
+        if explained:
+            lines.append(f"# {field.metadata['help']}\n")
+        # Characters that would act on a terminal are written as YAML escapes.
+        harmless = printable(str(value)) == str(value)
+        lines.append(yaml.safe_dump({field.name: value}, allow_unicode=harmless, width=1000))
+    return "".join(lines)
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    if name in _PATTERNS and isinstance(value, Mapping):
+        value = ",".join(f"{key}={number}" for key, number in value.items())
+    if name == "layers_to_transform" and isinstance(value, int):
+        value = str(value)
+    if name in _LISTS and isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            number = False
+    valid = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": number and float(value).is_integer() if number else False,
+        "float": number,
+    }[kind]
+    if not valid:
+        raise UsageError(f"`{name}` is {value!r}: give a value of type {kind}")
+    return {"int": int, "float": float}.get(kind, lambda v: v)(value)
+
+
+def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The contents of the YAML file `config`; a mapping is returned unchanged.
+
+    Raises:
+        UsageError: the file is unreadable, or is not a mapping.
+    """
+    import yaml
+
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    file = Path(config)
+    try:
+        values = yaml.safe_load(read_text(file, error=UsageError, limit=_MAX_YAML_BYTES))
+    except (yaml.YAMLError, RecursionError) as problem:
+        text = " ".join(str(problem).split())
+        raise UsageError(f"{file} is not valid YAML: {text}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} has no settings: write lines such as `rank: 16`")
+    return values
