@@ -29,6 +29,7 @@ from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import forward
 from tools import genai_builder
 from tools.alternate import Ratio, Side, Worker, in_processes, ratio, serve_worker
+from tools.charts import bars, svg_axes
 from tools.real_models import cache, smollm2
 
 RANK = 16
@@ -357,34 +358,21 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     """The milliseconds of every side as bars, one picture for each plan."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams.update({"svg.hashsalt": "runtime", "font.size": 9})
-    from matplotlib import pyplot as plt
-
     heights = [len(result["milliseconds"]) for result in results]
-    figure, axes = plt.subplots(
-        len(results),
-        1,
-        figsize=(7, 0.28 * sum(heights) + 0.7 * len(results)),
-        gridspec_kw={"height_ratios": heights},
-        squeeze=False,
-    )
-    for axis, result in zip(axes[:, 0], results, strict=True):
-        names = list(result["milliseconds"])
-        values = [result["milliseconds"][name] for name in names]
-        colors = ["#c44e52" if name in SIDES or "genai" in name else "#4c72b0" for name in names]
-        bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
-        axis.invert_yaxis()
-        axis.set_title(f"{result['plan']}, batch {result['batch']}: ms", loc="left", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.1)
-    figure.tight_layout()
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    size = (7, 0.28 * sum(heights) + 0.7 * len(results))
+    grid = svg_axes(file, len(results), name="runtime", font_size=9, figsize=size, heights=heights)
+    with grid as axes:
+        for axis, result in zip(axes[:, 0], results, strict=True):
+            sides = result["milliseconds"]
+            bars(
+                axis,
+                f"{result['plan']}, batch {result['batch']}",
+                sides,
+                others={name for name in sides if name in SIDES or "genai" in name},
+                digits=1,
+                padding=3,
+                margin=0.1,
+            )
 
 
 if __name__ == "__main__" and not serve_worker(SIDES):

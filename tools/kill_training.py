@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tools.tiny_llama import tiny_llama
+
 # What is different for each of them: how a step is made, and when a run ends.
 SETTINGS: Final[tuple[tuple[str, ...], ...]] = (
     ("--dropout", "0.1"),
@@ -84,7 +86,7 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
-        model = given.model or tiny_model(here / "model")
+        model = given.model or tiny_llama(here / "model")
         data = given.data or examples(here / "data.jsonl")
         figures = kill_runs(model, data, here, given.runs, given.seed)
     print(
@@ -253,42 +255,6 @@ def _is_below(place: Path, arguments: tuple[Any, ...]) -> bool:
         name = os.fsdecode(name)
     # What a directory's handle stands before is a name alone; it is one that rmtree empties.
     return isinstance(name, str) and (name.startswith(str(place)) or "/" not in name)
-
-
-def tiny_model(place: Path) -> Path:
-    """A random Llama of two layers that reads bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        vocab_size=300,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(place)
-    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=128,
-    ).save_pretrained(place)
-    return place
 
 
 def examples(file: Path) -> Path:

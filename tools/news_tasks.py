@@ -33,10 +33,10 @@ def stories(news: Path, *, seed: int = 0) -> list[Story]:
     return found
 
 
-def full_stories(news: Path, *, seed: int = 0) -> list[Story]:
+def full_stories(news: Path) -> list[Story]:
     """The stories with all of their words, which differ much in number."""
     found = list(_read(news, words=None))
-    random.Random(seed).shuffle(found)
+    random.Random(0).shuffle(found)
     return found
 
 

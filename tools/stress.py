@@ -60,14 +60,14 @@ class Counts:
     raised: list[str] = field(default_factory=list)
 
 
-def write_adapters(bundle: Path, place: Path, count: int = ADAPTERS) -> dict[str, Path]:
-    """`count` random adapters of ranks 1 to 8 that fit `bundle`, as PEFT directories."""
+def write_adapters(bundle: Path, place: Path) -> dict[str, Path]:
+    """Random adapters of ranks 1 to 8 that fit `bundle`, as PEFT directories."""
     from safetensors.numpy import save_file
 
     targets = read_manifest(bundle).targets
     kinds = sorted({target.module.rpartition(".")[2] for target in targets})
     made = {}
-    for number in range(count):
+    for number in range(ADAPTERS):
         values = np.random.default_rng(number)
         rank = 1 + number % 8
         tensors: dict[str, NDArray[np.float32]] = {}

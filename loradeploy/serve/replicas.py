@@ -15,7 +15,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -301,9 +301,10 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
     return f"http://{spec.host}:{port}"
 
 
-def wait_for_signal(signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
-    """Return at a signal, once the application has ended the requests that it had."""
+def wait_for_signal() -> None:
+    """Return at SIGINT or SIGTERM, once the application has ended the requests that it had."""
     ended = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in signals}
     try:
         ended.wait()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import loradeploy as ld
@@ -18,10 +16,9 @@ class Ours:
     def __init__(self, bundle: str) -> None:
         self._session = ld.AdapterSession(bundle)
         self._generator = ld.TextGenerator(self._session)
-        config = json.loads(Path(bundle, "genai_config.json").read_text(encoding="utf-8"))
-        end = config["model"]["eos_token_id"]
         # No end before the last token: every engine generates as many.
-        self._barred = dict.fromkeys(end if isinstance(end, list) else [end], -100.0)
+        ends = self._session.texts.base.tokenizer.eos_ids
+        self._barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
 
     def load(self, name: str, directory: str, scaling: float) -> None:
         """Load a PEFT directory, whose config says the scaling."""

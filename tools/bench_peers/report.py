@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loradeploy.files import atomic_file
 from tools.alternate import Ratio
+from tools.charts import bars, svg_axes
 
 _SHOWN = ("first 512 base", "first 512 one", "step 128 base", "step 128 one", "eight")
 
@@ -55,28 +55,20 @@ def _row(title: str, values: Sequence[float]) -> str:
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Bars of every side: a column for each precision, a row for each of the main figures."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams.update({"svg.hashsalt": "peers", "font.size": 8})
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(_SHOWN), len(results), figsize=(3.4 * len(results), 1.5 * len(_SHOWN)), squeeze=False
-    )
-    for column, result in zip(axes.T, results, strict=True):
-        for axis, what in zip(column, _SHOWN, strict=True):
-            sides = {side: own[what] for side, own in result["milliseconds"].items()}
-            del sides["control"]
-            ours = [side in {row["ours"] for row in result["ratios"]} for side in sides]
-            colors = ["#4c72b0" if own else "#c44e52" for own in ours]
-            bars = axis.barh(list(sides), list(sides.values()), color=colors)
-            axis.bar_label(bars, [f"{value:.0f}" for value in sides.values()], padding=2)
-            axis.invert_yaxis()
-            axis.set_title(f"{result['precision']}, {what}: ms", loc="left", fontsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.margins(x=0.15)
-    figure.tight_layout()
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    size = (3.4 * len(results), 1.5 * len(_SHOWN))
+    grid = svg_axes(file, len(_SHOWN), len(results), name="peers", font_size=8, figsize=size)
+    with grid as axes:
+        for column, result in zip(axes.T, results, strict=True):
+            ours = {row["ours"] for row in result["ratios"]}
+            for axis, what in zip(column, _SHOWN, strict=True):
+                sides = {side: own[what] for side, own in result["milliseconds"].items()}
+                del sides["control"]
+                bars(
+                    axis,
+                    f"{result['precision']}, {what}",
+                    sides,
+                    others=set(sides) - ours,
+                    digits=0,
+                    padding=2,
+                    margin=0.15,
+                )

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from tools.fuzzing.readers import Seeds
+from tools.tiny_llama import tiny_llama
 
 
 def make_seeds(place: Path) -> Seeds:
     """Seeds in the directory `place`; takes some ten seconds, most of them PyTorch's."""
     from loradeploy.export.api import export
 
-    model = _model(place / "model")
+    model = tiny_llama(place / "model")
     adapter = make_adapter(place / "adapter")
     bundle = place / "bundle"
     export(model, bundle, adapters={"own": adapter})
@@ -85,44 +86,3 @@ def make_graph(place: Path) -> Path:
     file = place / "model.onnx"
     file.write_bytes(model.SerializeToString())
     return file
-
-
-def _model(place: Path) -> Path:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    names = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ]
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        vocab_size=300,
-    )
-    AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
-    tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template="{{ messages[0]['content'] }}",
-        model_max_length=128,
-    ).save_pretrained(place)
-    return place

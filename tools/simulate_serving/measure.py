@@ -150,20 +150,18 @@ def _adapter_figures(bundle: str, adapters: dict[str, str]) -> tuple[tuple[float
     return (0.0, per_byte), median(size / rank for size, rank in zip(sizes, ranks, strict=True))
 
 
-def two_replicas(
-    bundle: str, adapters: dict[str, str], rows: int, load: Load, nodes: int = 2
-) -> Outcome:
-    """What `nodes` servers do with the clients of `load`, each adapter at one of them."""
+def two_replicas(bundle: str, adapters: dict[str, str], rows: int, load: Load) -> Outcome:
+    """What two servers do with the clients of `load`, each adapter at one of them."""
     names = list(adapters)
     with ExitStack() as stack:
-        urls = [stack.enter_context(server(bundle, adapters, rows))[0] for _ in range(nodes)]
+        urls = [stack.enter_context(server(bundle, adapters, rows))[0] for _ in range(2)]
         https = [stack.enter_context(httpx.Client(base_url=url, timeout=600)) for url in urls]
         order = iter(_order(load))
         whole: list[float] = []
 
         def client(number: int) -> None:
             for place, adapter in order:
-                http = https[hashed(adapter, nodes)]
+                http = https[hashed(adapter, len(https))]
                 prompt = _prompt(place, load.prompt)
                 whole.append(ask(http, names[adapter], prompt, load.output))
 

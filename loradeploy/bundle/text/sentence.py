@@ -89,12 +89,6 @@ class SentenceRecipe:
         return self.scaled(vectors)
 
     @property
-    def is_usual(self) -> bool:
-        """Whether texts become the vectors of `default_recipe`, up to their length."""
-        plain = self.pooling == ("mean",) and self.only_scales
-        return plain and not self.lowercase and self.default_prompt is None
-
-    @property
     def only_scales(self) -> bool:
         """Whether nothing but normalization is done to what is pooled."""
         return self.include_prompt and all(step is normalize for step in self.steps)

@@ -37,9 +37,7 @@ def proportions_interval(
     return _edge(found, -1.0, rejected), _edge(found, 1.0, rejected)
 
 
-def mean_interval(
-    differences: NDArray[np.float64], counts: NDArray[Any], *, level: float = LEVEL
-) -> tuple[float, float]:
+def mean_interval(differences: NDArray[np.float64], counts: NDArray[Any]) -> tuple[float, float]:
     """The interval of Σ differences / Σ counts: t's, with the variance of a ratio.
 
     Of each example `differences` [examples] is a sum over `counts` [examples] tokens. The tokens of
@@ -55,7 +53,7 @@ def mean_interval(
     mean = float(differences.sum() / counts.sum())
     residuals = differences - mean * counts
     variance = examples / (examples - 1) * float((residuals**2).sum()) / float(counts.sum()) ** 2
-    half = t_quantile(0.5 + level / 2, examples - 1) * math.sqrt(variance)
+    half = t_quantile(0.5 + LEVEL / 2, examples - 1) * math.sqrt(variance)
     return mean - half, mean + half
 
 

@@ -126,10 +126,10 @@ def _name(kind: str, vendor: int, metadata: Mapping[str, str]) -> str | None:
     return _nvidia_name(metadata.get("pci_bus_id")) if vendor == _NVIDIA_ID else None
 
 
-def _nvidia_name(bus: str | None, cards: Path = _NVIDIA) -> str | None:
+def _nvidia_name(bus: str | None) -> str | None:
     """The name of the card at the PCI address `bus`; without an address, if all have one name."""
     names = {}
-    for file in cards.glob("*/information"):
+    for file in _NVIDIA.glob("*/information"):
         for line in _lines(file):
             if line.startswith("Model:"):
                 names[file.parent.name.lower()] = line.partition(":")[2].strip()

@@ -1,0 +1,62 @@
+"""Bars of milliseconds, as SVG files that are the same for the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loradeploy.files import atomic_file
+
+
+@contextmanager
+def svg_axes(
+    file: Path,
+    rows: int,
+    columns: int = 1,
+    *,
+    name: str,
+    font_size: int,
+    figsize: tuple[float, float],
+    heights: list[int] | None = None,
+) -> Iterator[Any]:
+    """The axes [rows, columns] of a figure that is written to `file` when it is drawn.
+
+    `name` makes the ids in it. `heights`: of the rows, in proportion.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": name, "font.size": font_size})
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        rows, columns, figsize=figsize, height_ratios=heights, squeeze=False
+    )
+    yield axes
+    figure.tight_layout()
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def bars(
+    axis: Any,
+    title: str,
+    milliseconds: Mapping[str, float],
+    *,
+    others: Container[str],
+    digits: int,
+    padding: float,
+    margin: float,
+) -> None:
+    """A bar for each side; those of `others`, which are not ours, in another color."""
+    colors = ["#c44e52" if side in others else "#4c72b0" for side in milliseconds]
+    drawn = axis.barh(list(milliseconds), list(milliseconds.values()), color=colors)
+    labels = [f"{value:.{digits}f}" for value in milliseconds.values()]
+    axis.bar_label(drawn, labels, padding=padding)
+    axis.invert_yaxis()
+    axis.set_title(f"{title}: ms", loc="left", fontsize="medium")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=margin)
