@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -547,3 +547,12 @@ def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) 
     """The tiny Llama with an adapter `one` in it, and its certificate."""
     adapters = {"one": make_adapter(tiny_llama)}
     return export_and_check(tiny_llama, shared / "bundle-certified", adapters=adapters)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's provider counts as one that records runs."""
+    from loradeploy.runtime.devices import table
+
+    row = replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
+    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loradeploy.cli.main import main
+from tests.cli.calling import exit_status
 from tests.conftest import ROOT, MakeAdapter
 from tests.tolerances import tolerance
 
@@ -73,9 +73,7 @@ def write_lines(file: Path, lines: list[dict[str, str]]) -> None:
 
 def run(command: list[str]) -> None:
     """A `loradeploy` command in this process: imports and traces of the tests are there already."""
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 0, command
+    assert exit_status(*command) == 0, command
 
 
 def printed_by(program: str, directory: Path) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 LABELS = ["cat", "dog", "bird"]
 COLORS = {"red": (220, 30, 40), "blue": (30, 40, 220)}
+IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n in range(3)]
 
 
 def make_vit(place: Path) -> Path:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 
 import click
+import pytest
 from click.testing import CliRunner
 
-from loradeploy.cli.main import commands
+from loradeploy.cli.main import commands, main
 
 # (*arguments) → exit status, stdout, stderr
 Run = Callable[..., tuple[int, str, str]]
@@ -46,6 +47,15 @@ def call(*arguments: object) -> str:
     if done.exception is not None:
         raise done.exception
     return done.stdout
+
+
+def exit_status(*arguments: object) -> int:
+    """What the command line ends with, errors printed as it does."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    status = ended.value.code
+    assert isinstance(status, int)
+    return status
 
 
 def command(verb: str) -> click.Command:

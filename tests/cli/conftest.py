@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loradeploy.cli import main as cli
-from tests.cli.calling import Run
+from tests.cli.calling import Run, exit_status
 
 
 @pytest.fixture
@@ -14,11 +13,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()  # what making the fixtures had to say
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
+        status = exit_status(*arguments)
         out, err = capsys.readouterr()
-        status = ended.value.code
-        assert isinstance(status, int)
         return status, out, err
 
     return run

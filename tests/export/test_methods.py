@@ -20,7 +20,7 @@ from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import apart, difference
-from tests.runtime.feeds import feeds
+from tests.runtime.feeds import logits
 from tests.tolerances import tolerance
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
@@ -158,10 +158,6 @@ def _expected(name: str, model: Path, adapter: Path | None, ids: Any) -> NDArray
     return result
 
 
-def _logits(session: AdapterSession, ids: Any, adapters: Any = None) -> NDArray[Any]:
-    return session.run(["logits"], feeds(session.manifest, ids), adapters)[0]
-
-
 @pytest.mark.breadth(5)
 @pytest.mark.parametrize(("name", "method"), CASES, ids=lambda part: part)
 def test_a_method_computes_what_peft_computes_in_every_mode(
@@ -176,7 +172,7 @@ def test_a_method_computes_what_peft_computes_in_every_mode(
     assert difference(base, adapted) > 0.05, "the adapter changes nothing"
 
     export(model, tmp_path / "merged", adapters={"a": adapter}, merge=True, task=task)
-    merged = _logits(AdapterSession(tmp_path / "merged"), ids)
+    merged = logits(AdapterSession(tmp_path / "merged"), ids)
     assert difference(merged, adapted) <= allowed
     if not row.side_inputs:
         with pytest.raises(AdapterMismatchError, match=r"modules_to_save.* merge it instead"):
@@ -187,17 +183,17 @@ def test_a_method_computes_what_peft_computes_in_every_mode(
     other = _expected(name, model, plain, ids)
     export(model, tmp_path / "side", adapters={"a": adapter, "plain": plain}, task=task)
     session = AdapterSession(tmp_path / "side")
-    assert difference(_logits(session, ids), base) <= allowed
-    assert difference(_logits(session, ids, "a"), adapted) <= allowed
-    mixed = _logits(session, ids, ["a", "plain", None])
+    assert difference(logits(session, ids), base) <= allowed
+    assert difference(logits(session, ids, "a"), adapted) <= allowed
+    mixed = logits(session, ids, ["a", "plain", None])
     for place, wanted in enumerate((adapted, other, base)):
         assert difference(mixed[place], wanted[place]) <= allowed, f"row {place}"
     session.load("native", tmp_path / "side" / "adapters" / "a.onnx_adapter")
-    assert difference(_logits(session, ids, "native"), adapted) <= allowed
+    assert difference(logits(session, ids, "native"), adapted) <= allowed
     # A bundle is a base like any other: its side inputs go, and come back as a merge.
     export(tmp_path / "side", tmp_path / "again", adapters={"a": adapter}, merge=True)
     again = AdapterSession(tmp_path / "again")
-    assert difference(_logits(again, ids), adapted) <= allowed
+    assert difference(logits(again, ids), adapted) <= allowed
 
 
 def test_side_inputs_that_nobody_asked_for_are_not_there(
@@ -223,7 +219,7 @@ def test_adapters_that_come_later_need_the_kinds_that_the_export_was_told(
         export(tmp_path / "b", tmp_path / "again")
     session = AdapterSession(tmp_path / ("again" if source == "bundle" else "b"))
     session.load("late", adapter)
-    mixed = _logits(session, ids, ["late", None, "late"])
+    mixed = logits(session, ids, ["late", None, "late"])
     adapted, base = (_expected("gpt2", model, a, ids) for a in (adapter, None))
     for row, wanted in enumerate((adapted, base, adapted)):
         assert difference(mixed[row], wanted[row]) <= tolerance("torch-onnx-tiny")
@@ -261,11 +257,11 @@ def test_a_packed_bundle_has_the_scales_of_the_adapters_that_it_came_with(
     packed = read_onnx_adapter(tmp_path / "b" / "adapters" / "a.onnx_adapter")
     for name, values in full.items():
         np.testing.assert_array_equal(packed[name], values)
-    own = _logits(session, ids, "a")
+    own = logits(session, ids, "a")
     session.load("native", tmp_path / "b" / "adapters" / "a.onnx_adapter")
-    np.testing.assert_array_equal(own, _logits(session, ids, "native"))
+    np.testing.assert_array_equal(own, logits(session, ids, "native"))
     assert apart(own, _expected("gpt2", model, adapter, ids)) <= tolerance(f"export-{precision}")
-    assert difference(own, _logits(session, ids)) > 0.05
+    assert difference(own, logits(session, ids)) > 0.05
     with pytest.raises(AdapterMismatchError, match="is quantized here and cannot be read"):
         session.load("late", _adapter(make_adapter, "gpt2", model, dora, seed=8))
 
@@ -296,9 +292,9 @@ def test_half_precision_holds_every_method(
     adapted, base = (_expected("gpt2", model, a, ids) for a in (adapter, None))
     side = AdapterSession(tmp_path / "side")
     allowed = tolerance("export-fp16")
-    assert apart(_logits(side, ids, "a"), adapted) <= allowed
-    assert apart(_logits(side, ids), base) <= allowed
-    assert apart(_logits(AdapterSession(tmp_path / "merged"), ids), adapted) <= allowed
+    assert apart(logits(side, ids, "a"), adapted) <= allowed
+    assert apart(logits(side, ids), base) <= allowed
+    assert apart(logits(AdapterSession(tmp_path / "merged"), ids), adapted) <= allowed
     assert apart(adapted, base) > 10 * allowed
 
 

@@ -16,6 +16,7 @@ from loradeploy.errors import AdapterMismatchError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
 from loradeploy.lora.layers.linear import LoraLinear
 from tests.conftest import MakeAdapter
+from tests.lora.tiny import difference
 from tests.tolerances import tolerance
 
 TOKENS = torch.arange(3, 27).reshape(2, 12)
@@ -59,10 +60,6 @@ def base_of(directory: Path, options: dict[str, Any]) -> nn.Module:
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).abs().max())
 
 
 @pytest.fixture(params=CASES, ids=list(CASES))

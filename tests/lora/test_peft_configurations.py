@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +22,9 @@ from loradeploy.errors import AdapterError
 from loradeploy.lora.inject import adapted
 from tests.lora import tiny
 from tests.tolerances import tolerance
+
+# PEFT's remarks on tied embeddings.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,14 +177,6 @@ CASES: Final = [
     for model in MODELS
     for number, values in enumerate(configurations(model))
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """PEFT's remarks on tied embeddings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def trained(model: str, values: Mapping[str, Any], place: Path) -> None:

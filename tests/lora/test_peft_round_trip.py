@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +20,8 @@ from tests.lora import tiny
 from tests.tolerances import tolerance
 
 peft = pytest.importorskip("peft")
+# PEFT's remarks on tied embeddings and on grouped convolutions.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Layers by kind: the model, what is targeted, what is trained whole, and a pattern.
 KINDS: Final[dict[str, tuple[str, Any, str, str]]] = {
@@ -93,14 +93,6 @@ def fields(kind: str, method: str) -> dict[str, Any]:
         else:
             values[name] = value
     return values
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """PEFT's remarks on tied embeddings and on grouped convolutions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def trained_by_peft(kind: str, method: str, place: Path) -> torch.Tensor:

@@ -18,15 +18,14 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.cli.main import main
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
 from loradeploy.parity.checks.controls import MISTAKES, Mistake
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
+from tests.cli.calling import exit_status
 from tests.conftest import MakeAdapter, following
+from tests.parity.conftest import PROMPTS
 
-# Few enough to be quick, of different lengths so that a batch is padded.
-PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 # The mistakes that can be made with an adapter of plain factors.
 OF_ANY = [m for m in MISTAKES if not m.name.startswith("ignored") and m.name != "swapped tokens"]
 Parity = Callable[..., ParityReport]
@@ -407,12 +406,6 @@ def test_weights_that_changed_since_the_export_are_refused(
 # -- the command -------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as ended:
-        main(["parity", *map(str, arguments)])
-    return ended.value.code
-
-
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.txt"
@@ -425,7 +418,9 @@ def test_the_command_exits_with_0_where_all_agree(
 ) -> None:
     reports = [bundle.parent / f"out/r{ending}" for ending in (".json", ".xml", ".md")]
     options = [option for report in reports for option in ("--report", report)]
-    code = command(bundle, "--model", tiny_llama, "--prompts", prompts, "--tokens", 3, *options)
+    code = exit_status(
+        "parity", bundle, "--model", tiny_llama, "--prompts", prompts, "--tokens", 3, *options
+    )
     out = capsys.readouterr().out
     assert code == 0, out
     assert out.splitlines()[-1].startswith("parity passed")
@@ -438,7 +433,7 @@ def test_the_command_prints_json(
     tiny_llama: Path, bundle: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = ("--backends", "onnx-native,onnx-mixed", "--prompts", prompts, "--json")
-    assert command(bundle, "--model", tiny_llama, *only) == 0
+    assert exit_status("parity", bundle, "--model", tiny_llama, *only) == 0
     told = json.loads(capsys.readouterr().out)
     assert {result["backend"] for result in told["results"]} == {"onnx-native", "onnx-mixed"}
 
@@ -456,7 +451,7 @@ def test_the_command_exits_with_1_where_the_graph_holds_something_else(
     wrong = change(adapter, tmp_path / "wrong", mistake.make)
     ld.export(bundle, tmp_path / "merged", adapters=[wrong], merge=True)
     given = ("--model", tiny_llama, "--adapter", adapter, "--prompts", prompts)
-    assert command(tmp_path / "merged", *given) == 1
+    assert exit_status("parity", tmp_path / "merged", *given) == 1
     assert "parity FAILED" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged/parity.json").read_text())["passed"] is False
 
@@ -464,7 +459,7 @@ def test_the_command_exits_with_1_where_the_graph_holds_something_else(
 def test_the_command_exits_with_2_and_one_line_on_bad_input(
     tiny_llama: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(bundle, "--model", tiny_llama, "--report", "r.pdf") == 2
+    assert exit_status("parity", bundle, "--model", tiny_llama, "--report", "r.pdf") == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("Error: r.pdf")

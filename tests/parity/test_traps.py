@@ -26,10 +26,10 @@ from loradeploy.export.graph.edit import add_constant, constant_of, set_constant
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import difference
+from tests.parity.conftest import PROMPTS
 from tests.runtime.feeds import logits, random_ids
 from tests.tolerances import tolerance
 
-PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 BATCHED = {"padded batch", "permuted batch"}
 CACHED = {"chunked prefill", "decode"}
 ALL = {"prefill", *BATCHED, *CACHED}

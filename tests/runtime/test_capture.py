@@ -22,12 +22,12 @@ from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.capture import replays
 from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.decoding.caches import slots
-from loradeploy.runtime.devices import table
 from loradeploy.serve.metrics import Metrics
 from tests.runtime.feeds import feeds, random_ids
 from tests.runtime.steps import logits_of_steps
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.usefixtures("recording")
 PROMPTS = ["The news", "Shares fell today again", "x"]
 ROWS, STEPS = 2, 5
 TOKENS = random_ids(ROWS, STEPS)
@@ -41,13 +41,6 @@ BATCHES: tuple[Any, ...] = (
     ["partial", "small", "large"],
     {"small": 0.5, "partial": 0.7},
 )
-
-
-@pytest.fixture(autouse=True)
-def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's provider counts as one that records runs."""
-    row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
-    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
 
 
 @pytest.fixture(scope="module")

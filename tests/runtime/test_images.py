@@ -16,11 +16,10 @@ from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.errors import BundleError, DataError, ModelError, UsageError
 from tests.cli.calling import call
 from tests.tolerances import tolerance
-from tests.vit import COLORS, LABELS, color_folders, make_vit
+from tests.vit import COLORS, IMAGES, LABELS, color_folders, make_vit
 
 # "second" is trained on two colors; "first" has the labels of its base.
 LABELS_OF = {"first": LABELS, "second": sorted(COLORS)}
-IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n in range(3)]
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from loradeploy.errors import (
 from tests.cli.calling import call
 from tests.tolerances import tolerance
 from tests.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
+from tests.vit import IMAGES
 
 TEXT_TASK, IMAGE_TASK = "feature-extraction", "image-feature-extraction"
-IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n in range(3)]
 LONG = " ".join(["a photo of the sea"] * 9)
 # Adapters by model: of both towers, and of one that was wrapped as a model of its own.
 ADAPTERS = {

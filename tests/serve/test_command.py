@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 
-from loradeploy.cli.main import main
 from loradeploy.errors import LoraDeployError, UsageError
 from loradeploy.runtime.engine.statistics import EngineStatistics
 from loradeploy.runtime.session import AdapterSession
@@ -26,7 +25,7 @@ from loradeploy.serve.http.app import create_app
 from loradeploy.serve.http.server import Server
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
-from tests.cli.calling import call
+from tests.cli.calling import call, exit_status
 
 KEY = "a-key-0123456789abcdef"
 
@@ -182,10 +181,9 @@ def test_a_mistake_is_one_line(
         given = {"bundle": tiny_llama_bundle, "taken": taken.getsockname()[1]}
         # Where nothing is wrong, a port that cannot be listened on ends it.
         line = ["serve", *(flag.format(**given) for flag in flags)]
-        with pytest.raises(SystemExit) as ended:
-            main(line if "--port" in line else [*line, "--port", "0"])
+        status = exit_status(*(line if "--port" in line else [*line, "--port", "0"]))
     (text,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
+    assert status == 2
     assert text.startswith("Error: ")
     assert message in text
 

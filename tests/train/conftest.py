@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from loradeploy.cli.main import main
 from loradeploy.train.api import train
 from loradeploy.train.result import TrainResult
 
@@ -30,13 +29,6 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads if "slow" in request.keywords else 1)
     yield
     torch.set_num_threads(threads)
-
-
-def run(*arguments: object) -> int:
-    """The exit status of the command line."""
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
 
 
 def write_lines(file: Path, lines: list[Any]) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from loradeploy.adapter import load_adapter
 from loradeploy.train.config_file import read_config
-from tests.train.conftest import run
+from tests.cli.calling import exit_status
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--max-length", 64)
 
@@ -21,7 +21,7 @@ def test_flags_and_file_reach_the_adapter_and_the_result_is_json(
     settings.write_text("rank: 2\nalpha: 6\nuse_rslora: true\ntarget_modules: [q_proj]\n")
     place = tmp_path / "adapter"
     model = ("--model", tiny_llama, "--data", lessons, "--output", place)
-    status = run(
+    status = exit_status(
         "train", *model, *SHORT, "--config", settings, "--rank", 3, "--no-use-rslora", "--json"
     )
     out, err = capfd.readouterr()
@@ -41,7 +41,7 @@ def test_a_classifier_is_trained_from_class_folders(
 ) -> None:
     place = tmp_path / "adapter"
     model = ("--model", tiny_bert, "--data", topics, "--output", place)
-    assert run("train", *model, *SHORT, "--task", "sequence-classification") == 0
+    assert exit_status("train", *model, *SHORT, "--task", "sequence-classification") == 0
     out, err = capfd.readouterr()
     assert "accuracy after" in out
     assert err == ""
@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 ) -> None:
     before = sorted(tmp_path.iterdir())
     model = ("--model", tiny_llama, "--data", lessons, "--output", tmp_path / "adapter")
-    assert run("train", *model, *SHORT, *changed) == 2
+    assert exit_status("train", *model, *SHORT, *changed) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("Error: ")

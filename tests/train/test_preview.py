@@ -10,14 +10,15 @@ import yaml
 
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.config_file import read_config
-from tests.train.conftest import Quick, run
+from tests.cli.calling import exit_status
+from tests.train.conftest import Quick
 
 
 def test_a_dry_run_shows_three_examples_with_the_tokens_of_the_loss_marked(
     tiny_llama: Path, lessons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = ("train", "--model", tiny_llama, "--data", lessons, "--dry-run", "--epochs", 2)
-    assert run(*given) == 0
+    assert exit_status(*given) == 0
     out, err = capfd.readouterr()
     assert err == ""
     examples = out.split("\n\n")[1:]
@@ -25,7 +26,7 @@ def test_a_dry_run_shows_three_examples_with_the_tokens_of_the_loss_marked(
     for example in examples:
         assert "Question" in example.partition("⟦")[0], "the loss leaves the prompt out"
         assert " answer" in example.partition("⟦")[2].partition("⟧")[0]
-    assert run(*given, "--json") == 0
+    assert exit_status(*given, "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["examples"], found["steps"], found["truncated"]) == (12, 4, 0)
     assert 0 < found["learnt"] < found["tokens"]
@@ -37,7 +38,7 @@ def test_a_classifiers_examples_are_shown_with_their_labels(
     tiny_bert: Path, topics: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = ("--model", tiny_bert, "--data", topics, "--task", "sequence-classification")
-    assert run("train", *given, "--dry-run", "--json") == 0
+    assert exit_status("train", *given, "--dry-run", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["labels"] == ["business", "sports", "tech"]
     assert {example["label"] for example in found["shown"]} <= set(found["labels"])
@@ -47,7 +48,7 @@ def test_the_printed_settings_are_a_file_that_gives_them_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--rank", 16, "--rank-pattern", "q_proj=4,up_proj=8", "--columns", "prompt=question")
-    assert run("train", "--model", "base", *flags, "--print-config") == 0
+    assert exit_status("train", "--model", "base", *flags, "--print-config") == 0
     text = capfd.readouterr().out
     assert text.startswith('model: "base"\n')
     assert "# Rank r of the factors A and B.\nrank: 16\n" in text
@@ -56,7 +57,7 @@ def test_the_printed_settings_are_a_file_that_gives_them_again(
     config = read_config(file)
     assert config.pattern("rank_pattern") == {"q_proj": 4, "up_proj": 8}
     assert config.column_names == {"prompt": "question"}
-    assert run("train", "--config", file, "--print-config") == 0
+    assert exit_status("train", "--config", file, "--print-config") == 0
     assert capfd.readouterr().out == text
 
 
@@ -66,10 +67,10 @@ def test_model_data_and_output_may_stand_in_the_file(
     file = tmp_path / "train.yaml"
     paths = {"model": str(tiny_llama), "data": str(lessons), "output": str(tmp_path / "adapter")}
     file.write_text(yaml.safe_dump({**paths, "max_steps": 1, "max_length": 64, "batch_size": 4}))
-    assert run("train", "--config", file, "--json") == 0
+    assert exit_status("train", "--config", file, "--json") == 0
     assert json.loads(capfd.readouterr().out)["adapter"] == paths["output"]
     file.write_text(yaml.safe_dump({"model": str(tiny_llama)}))
-    assert run("train", "--config", file) == 2
+    assert exit_status("train", "--config", file) == 2
     assert "give --data, or data in the file of --config" in capfd.readouterr().err
 
 

@@ -13,21 +13,11 @@ from loradeploy.adapter import load_adapter
 from loradeploy.errors import UsageError
 from tests.export.reference import onnx_output, token_feeds
 from tests.export.reference import session as ort
+from tests.export.small import SMALL
 from tests.tolerances import tolerance
 
 IDS: Final = np.array([[5, 17, 3, 101, 5, 44, 60]])
-_TEXT: Final = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": 120,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_TEXT: Final = {**SMALL, "vocab_size": 120}
 _VISION: Final = {
     "hidden_size": 32,
     "intermediate_size": 48,

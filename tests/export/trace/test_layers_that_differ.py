@@ -18,20 +18,14 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.export.trace import module
 from loradeploy.export.trace.alike import LAYERS, alike_layers
 from tests.export.reference import difference, token_feeds
+from tests.export.small import SMALL
 from tests.tolerances import tolerance
 
 DEPTH: Final = 7
 _SIZES: Final = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    **SMALL,
     "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
     "vocab_size": 120,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _EXPERTS: Final = {

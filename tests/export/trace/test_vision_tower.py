@@ -21,6 +21,7 @@ from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
 from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
+from tests.export.small import SMALL
 from tests.export.test_texts import _tokenizer as write_tokenizer
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
@@ -29,16 +30,8 @@ IMAGE: Final = 110  # the token
 NEW: Final = 6  # tokens that are generated
 _TEXT: Final = {
     "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    **SMALL,
     "vocab_size": 120,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
     "initializer_range": 0.3,
 }
 _VISION: Final = {

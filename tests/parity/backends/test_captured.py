@@ -30,13 +30,6 @@ CAPTURED = "cpu captured"
 
 
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's provider counts as one that records runs."""
-    row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
-    monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
-
-
-@pytest.fixture
 def bundle(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Path:
     """A decoder whose cache stays in place, with an adapter, to be certified."""
     made = once(

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.cli.main import main
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.parity.backends.others import other_backends
 from loradeploy.parity.report.results import ParityReport, Result
+from tests.cli.calling import exit_status
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import CPU, CUDA, without_cuda
 from tests.parity.graphs import token_model
@@ -265,9 +265,8 @@ def test_the_command_takes_others(
     given = ["--model", tiny_llama, "--prompts", tmp_path / "prompts.txt", "--tokens", 2]
     given += ["--backends", "onnx-side-inputs"]
     given += ["--other", f"fused={merged}/model.onnx@one", "--other", f"{merged}/model.onnx"]
-    with pytest.raises(SystemExit) as ended:
-        main(["parity", *map(str, (bundle, *given, "--json"))])
-    assert ended.value.code == 1, "the second claims to be the base"
+    status = exit_status("parity", bundle, *given, "--json")
+    assert status == 1, "the second claims to be the base"
     results = json.loads(capsys.readouterr().out)["results"]
     outcomes = {(r["title"], r["adapter"], r["outcome"]) for r in results}
     assert {("fused", "one", "passed"), ("model.onnx", None, "failed")} < outcomes

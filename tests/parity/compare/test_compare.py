@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 import loradeploy as ld
-from loradeploy.cli.main import main
 from loradeploy.errors import DataError, LoraDeployError, ModelError, UsageError
 from loradeploy.parity.report.results import ParityReport, Result
+from tests.cli.calling import exit_status
 from tests.parity.graphs import HIDDEN, LABELS, in_numpy, token_model, weights
 
 Feeds = dict[str, NDArray[Any]]
@@ -402,18 +402,12 @@ def test_options_that_cannot_work_are_refused(
 # -- the command -------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as ended:
-        main(["parity", *map(str, arguments)])
-    return ended.value.code
-
-
 @pytest.mark.parametrize("error", [0.0, 0.1])
 def test_the_command_exits_with_0_or_1(
     error: float, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     candidate = token_model(tmp_path / "new.onnx", error=error)
-    code = command(candidate, "--against", reference, "--report", tmp_path / "r.json")
+    code = exit_status("parity", candidate, "--against", reference, "--report", tmp_path / "r.json")
     out = capsys.readouterr().out
     assert code == (1 if error else 0), out
     assert out.splitlines()[-1].startswith(f"parity {'FAILED' if error else 'passed'}: {candidate}")
@@ -422,10 +416,10 @@ def test_the_command_exits_with_0_or_1(
 
 def test_the_command_takes_tolerances(reference: Path, tmp_path: Path) -> None:
     off = token_model(tmp_path / "off.onnx", error=1e-3)
-    assert command(off, "--against", reference, "--tolerances", "fp16") == 0
+    assert exit_status("parity", off, "--against", reference, "--tolerances", "fp16") == 0
     wide = "max_abs=1,p99_abs=1,mean_abs=1,max_rel=1,cosine_distance=1,kl=1,margin=1"
-    assert command(off, "--against", reference, "--tolerances", wide) == 0
-    assert command(off, "--against", reference, "--tolerances", "max_abs=1") == 1
+    assert exit_status("parity", off, "--against", reference, "--tolerances", wide) == 0
+    assert exit_status("parity", off, "--against", reference, "--tolerances", "max_abs=1") == 1
 
 
 def test_the_command_imports_a_function_of_the_working_directory(
@@ -436,8 +430,8 @@ def test_the_command_imports_a_function_of_the_working_directory(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    assert command("mine_of_here:in_numpy", "--against", reference) == 0
-    assert command("mine_of_here:leave", "--against", reference) == 1
+    assert exit_status("parity", "mine_of_here:in_numpy", "--against", reference) == 0
+    assert exit_status("parity", "mine_of_here:leave", "--against", reference) == 1
 
 
 @pytest.mark.parametrize(
@@ -467,7 +461,7 @@ def test_the_command_exits_with_2_and_one_line_on_wrong_usage(
     arguments: list[str], said: str, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(reference=reference) for argument in arguments]
-    assert command(reference, *given) == 2
+    assert exit_status("parity", reference, *given) == 2
     told = capsys.readouterr()
     assert told.out == ""
     (line,) = told.err.splitlines()

@@ -17,7 +17,6 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.cli.main import main
 from loradeploy.export.trace import load_model
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.diagnose.localize import localize
@@ -27,6 +26,7 @@ from loradeploy.parity.reference.pytorch import load_base
 from loradeploy.parity.report.results import Localization, ParityReport
 from loradeploy.parity.report.table import diagnosis_lines
 from loradeploy.parity.report.writers import markdown
+from tests.cli.calling import exit_status
 from tests.conftest import MakeAdapter, following
 from tests.parity.spoil import Change, attribute, operator, reads, spoiled, weight
 
@@ -465,9 +465,7 @@ def test_the_command_prints_where(
 ) -> None:
     wrong = weight("model.layers.0.mlp.gate_proj+up_proj.weight", columns=slice(96, 192))
     spoiled(bundle, tmp_path / "wrong", wrong)
-    given = [str(tmp_path / "wrong"), "--model", str(tiny_llama), "--tokens", "2"]
-    with pytest.raises(SystemExit) as ended:
-        main(["parity", *given, "--backends", "onnx-native"])
-    assert ended.value.code == 1
+    given = [tmp_path / "wrong", "--model", tiny_llama, "--tokens", 2]
+    assert exit_status("parity", *given, "--backends", "onnx-native") == 1
     named = "model.layers.0.mlp.up_proj (MatMul) is the first to diverge"
     assert named in capsys.readouterr().out

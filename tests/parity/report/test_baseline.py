@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.cli.main import main
 from loradeploy.errors import UsageError
 from loradeploy.files import write_json
 from loradeploy.parity.figures.metrics import Comparison
@@ -35,6 +34,7 @@ from loradeploy.parity.report.results import (
     Variant,
 )
 from loradeploy.parity.verdict import judge
+from tests.cli.calling import exit_status
 from tests.parity.graphs import in_numpy, token_model
 from tests.parity.reports import ON_CPU
 
@@ -291,10 +291,7 @@ def test_the_command_exits_with_1_on_a_regression_and_2_on_another_bundle(
     baseline = tmp_path / "old.json"
     ld.compare(reference, in_numpy, report=baseline)
     worse = token_model(tmp_path / "worse.onnx", error=1.5e-5)
-    places = [str(worse), "--against", str(reference), "--baseline", str(baseline)]
-    with pytest.raises(SystemExit) as ended:
-        main(["parity", *places])
-    assert ended.value.code == 1
+    assert exit_status("parity", worse, "--against", reference, "--baseline", baseline) == 1
     assert "max_abs was" in capsys.readouterr().out
 
 

@@ -15,7 +15,6 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.cli.main import main
 from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.backends.table import BACKENDS
 from loradeploy.parity.checks.controls import wrong_adapter
@@ -23,6 +22,7 @@ from loradeploy.parity.figures.tolerances import UNIT
 from loradeploy.parity.report.results import ParityReport, Score, Variant
 from loradeploy.parity.score.heldout import Example, read_held_out
 from loradeploy.parity.score.scores import SCORE_LIMITS, Answers, _loss, judge_score
+from tests.cli.calling import exit_status
 from tests.conftest import MakeAdapter, Topics, following, once
 from tests.train.conftest import WORDS, write_lines
 
@@ -417,11 +417,9 @@ def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def command(*options: object) -> int | str | None:
-        words = ["parity", bundles["accuracy"], "--model", tiny_bert, *options]
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in [*words, "--backends", "onnx-merged"]])
-        return ended.value.code
+    def command(*options: object) -> int:
+        given = [bundles["accuracy"], "--model", tiny_bert, *options]
+        return exit_status("parity", *given, "--backends", "onnx-merged")
 
     assert command("--evaluate", topics, "--examples", 30) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("accuracy of")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,9 @@ from tests.conftest import MakeAdapter, once
 from tests.export.reference import apart, onnx_output, token_feeds
 from tests.export.reference import session as ort
 from tests.tolerances import tolerance
+
+# PEFT's remarks on tied embeddings.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = np.array([[5, 17, 3, 101, 5, 44, 260]])
 BROUGHT: dict[str, dict[str, Any]] = {
@@ -80,13 +82,6 @@ def _logits(model: Path, adapter: Path | None) -> NDArray[np.float32]:
     with torch.no_grad():
         found: NDArray[np.float32] = made(torch.tensor(IDS)).logits.numpy()
     return found
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,22 +24,12 @@ from tests.cli.calling import call
 from tests.conftest import once
 from tests.export.reference import onnx_output, token_feeds, torch_output
 from tests.export.reference import session as ort
+from tests.export.small import SMALL
 from tests.export.trace.test_architectures import make_model
 from tests.tolerances import tolerance
 
 IDS: Final = np.array([[5, 17, 3, 101, 5, 44, 60]])
-_SMALL: Final = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": 112,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_SMALL: Final = {**SMALL, "vocab_size": 112}
 _FEW: Final = {"num_experts_per_tok": 2}
 MIXTURES: Final = {
     "MixtralConfig": {**_SMALL, **_FEW, "num_local_experts": 4},
