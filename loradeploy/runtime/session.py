@@ -54,7 +54,7 @@ from loradeploy.runtime.reading.graph import (
     placement_of,
 )
 from loradeploy.runtime.reading.opening import open_bundle
-from loradeploy.runtime.texts import TextSides, files_for_texts
+from loradeploy.runtime.text.sides import TextSides, files_for_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ from loradeploy.errors import BundleError
 from loradeploy.runtime import session as opening
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
-from loradeploy.runtime.texts import TextSides
+from loradeploy.runtime.text.sides import TextSides
 from tests.runtime.feeds import logits, random_ids
 
 IDS = random_ids(2, 6)

@@ -18,7 +18,7 @@ from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from tests.conftest import MakeAdapter
 from tests.pairs import give_rules
-from tests.runtime.test_embedding import (  # noqa: F401 - the bundle and what it is made of
+from tests.runtime.tasks.test_embedding import (  # noqa: F401 - the bundle and what it is made of
     sentence_adapters,
     sentence_base,
     sentence_bundle,

@@ -22,7 +22,7 @@ from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import Known, plain_feeds
 from loradeploy.parity.phases.outputs import joined, output_names
 from loradeploy.parity.variants import session_options
-from loradeploy.runtime.tokenizer import pad
+from loradeploy.runtime.text.padding import pad
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -26,7 +26,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.errors import DataError, UsageError, shown
-from loradeploy.runtime.tokenizer import positions_of
+from loradeploy.runtime.text.padding import positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

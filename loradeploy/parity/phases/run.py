@@ -52,7 +52,7 @@ from loradeploy.parity.phases.choice import rows_of
 from loradeploy.parity.phases.fed import embeds_feeds
 from loradeploy.parity.phases.outputs import real_positions
 from loradeploy.parity.phases.rows import Observation
-from loradeploy.runtime.tokenizer import pad as pad_rows
+from loradeploy.runtime.text.padding import pad as pad_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -46,7 +46,7 @@ from loradeploy.parity.reference.quantized import (
     weight_of,
 )
 from loradeploy.parity.reference.requantized import with_roundings
-from loradeploy.runtime.tokenizer import positions_of
+from loradeploy.runtime.text.padding import positions_of
 
 if TYPE_CHECKING:
     import torch

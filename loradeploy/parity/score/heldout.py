@@ -51,7 +51,7 @@ from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.generated import GeneratedTexts, generated_texts
 from loradeploy.parity.score.measures import MEASURED
-from loradeploy.runtime.tokenizer import Tokenizer
+from loradeploy.runtime.text.padding import Tokenizer
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

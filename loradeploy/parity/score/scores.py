@@ -43,7 +43,7 @@ from loradeploy.parity.score.measures import (
     number_pairs,
     resampled_interval,
 )
-from loradeploy.runtime.tokenizer import pad as pad_rows
+from loradeploy.runtime.text.padding import pad as pad_rows
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tokenizer import pad, positions_of
+from loradeploy.runtime.text.padding import pad, positions_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -31,7 +31,7 @@ from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.speech.timestamps import TimestampRules, parts_of, text_tokens
-from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -19,7 +19,7 @@ from loradeploy.runtime.tasks.encoder import (
     fixed_length,
     given_texts,
 )
-from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,8 @@ from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.texts import TextSide
-from loradeploy.runtime.tokenizer import pad
+from loradeploy.runtime.text.padding import pad
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

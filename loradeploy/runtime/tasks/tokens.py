@@ -31,7 +31,7 @@ from loradeploy.runtime.tasks.entities import (
     entities_of,
     without_overlaps,
 )
-from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from loradeploy.parity.diagnose.shrink import MOST, TRIES, Fault, shrink
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.parity.report.results import Counterexample
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tokenizer import Tokenizer
+from loradeploy.runtime.text.padding import Tokenizer
 from tests.parity.conftest import PROMPTS, Check
 from tests.parity.tampering import change_embedding, change_graph, see_the_future_in_chunks
 

@@ -22,7 +22,7 @@ from loradeploy.parity.names import (
 from loradeploy.parity.phases.choice import phases_of, rows_of, spread
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.phases.run import generate, run_phases
-from loradeploy.runtime.tokenizer import positions_of
+from loradeploy.runtime.text.padding import positions_of
 
 WIDTH = 5
 PAD = 9

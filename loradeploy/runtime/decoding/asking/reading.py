@@ -12,7 +12,7 @@ from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.decoding.asking.calls import LISTS, Prompt
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from loradeploy.bundle.text.chat import Message

@@ -14,7 +14,7 @@ from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.choosing.processors import Processors
 from loradeploy.runtime.decoding.choosing.samples import Samples
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
-from loradeploy.runtime.texts import TextSide
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from loradeploy.runtime.decoding.choosing.processors import LogitsRule

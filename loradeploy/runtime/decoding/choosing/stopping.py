@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.runtime.pieces import PieceDecoder
+from loradeploy.runtime.text.pieces import PieceDecoder
 
 
 class Transcript:

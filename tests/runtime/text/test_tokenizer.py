@@ -12,7 +12,7 @@ import pytest
 
 from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.runtime.tokenizer import PieceDecoder, Tokenizer, pad
+from loradeploy.runtime.text.padding import PieceDecoder, Tokenizer, pad
 
 TEXTS = [
     "The capital of France is",

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
 from loradeploy.errors import BundleError
-from loradeploy.runtime import pieces as module
-from loradeploy.runtime.pieces import PieceDecoder
-from loradeploy.runtime.tokenizer import Tokenizer
+from loradeploy.runtime.text import pieces as module
+from loradeploy.runtime.text.padding import Tokenizer
+from loradeploy.runtime.text.pieces import PieceDecoder
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["▁", "▁▁", "▁a", "a", "▁b▁", "k", "é", "東", "\ufffd", "\ufffdx", " ", "."]

@@ -20,7 +20,7 @@ from loradeploy.parity.inputs.row_feeds import plain_feeds, types_of
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.runtime.prompts import read_requests
 from loradeploy.runtime.tasks.encoder import given_texts
-from loradeploy.runtime.tokenizer import Tokenizer, pad
+from loradeploy.runtime.text.padding import Tokenizer, pad
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 from tests.pairs import give_rules

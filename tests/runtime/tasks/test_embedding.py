@@ -21,7 +21,7 @@ from loradeploy.export.api import export
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
-from loradeploy.runtime.texts import TextSides
+from loradeploy.runtime.text.sides import TextSides
 from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter, once
 from tests.runtime.test_run_command import run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.runtime.pieces import PieceDecoder
+from loradeploy.runtime.text.pieces import PieceDecoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,0 +1,1 @@
+"""Texts and their tokens: settings of each adapter, padding, pieces of a stream."""
