@@ -300,6 +300,6 @@ def _shortened(row: Row, steps: int) -> Row:
 def _text(context: CheckContext, tokens: Tokens) -> str | None:
     if not (context.bundle / "tokenizer.json").is_file():
         return None
-    from loradeploy.runtime.text.padding import Tokenizer
+    from loradeploy.bundle.text.tokenizer import Tokenizer
 
     return Tokenizer(context.bundle).decode(tokens)

@@ -23,7 +23,7 @@ from loradeploy.parity.inputs.row_feeds import Known, Types, types_of
 from loradeploy.runtime.prompts import InputPrompt, read_requests, request_of
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.text.padding import Tokenizer
+    from loradeploy.bundle.text.tokenizer import Tokenizer
 
 # What a prompt is cut to, so that a text file of long articles does not make a check of hours.
 MAX_PROMPT_TOKENS: Final = 256
@@ -152,7 +152,7 @@ def _tokenized(
     longest: int,
 ) -> tuple[Rows, Types, int, str]:
     """The prompts as tokens, their types, the id that fills rows up, and where they are from."""
-    from loradeploy.runtime.text.padding import Tokenizer
+    from loradeploy.bundle.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
     texts, source = _texts(prompts)

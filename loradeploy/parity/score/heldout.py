@@ -37,6 +37,7 @@ from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.sentence import recipe_directory
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -51,7 +52,6 @@ from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.generated import GeneratedTexts, generated_texts
 from loradeploy.parity.score.measures import MEASURED
-from loradeploy.runtime.text.padding import Tokenizer
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.runtime.text.pieces import PieceDecoder
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-__all__ = ["PieceDecoder", "Tokenizer", "pad", "positions_of"]
 
 
 def pad(

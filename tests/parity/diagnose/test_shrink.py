@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.parity import job
 from loradeploy.parity.diagnose.shrink import MOST, TRIES, Fault, shrink
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.parity.report.results import Counterexample
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.text.padding import Tokenizer
 from tests.parity.conftest import PROMPTS, Check
 from tests.parity.tampering import change_embedding, change_graph, see_the_future_in_chunks
 

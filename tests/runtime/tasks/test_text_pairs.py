@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.text.pairs import pair_tokens
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError, DataError, UsageError
 from loradeploy.parity.inputs.row_feeds import plain_feeds, types_of
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.runtime.prompts import read_requests
 from loradeploy.runtime.tasks.encoder import given_texts
-from loradeploy.runtime.text.padding import Tokenizer, pad
+from loradeploy.runtime.text.padding import pad
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 from tests.pairs import give_rules

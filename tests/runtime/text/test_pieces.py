@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError
 from loradeploy.runtime.text import pieces as module
-from loradeploy.runtime.text.padding import Tokenizer
 from loradeploy.runtime.text.pieces import PieceDecoder
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

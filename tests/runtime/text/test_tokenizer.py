@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from loradeploy.bundle.text.chat import ChatTemplate
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.runtime.text.padding import PieceDecoder, Tokenizer, pad
+from loradeploy.runtime.text.padding import pad
+from loradeploy.runtime.text.pieces import PieceDecoder
 
 TEXTS = [
     "The capital of France is",
