@@ -100,9 +100,9 @@ def export(
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import MANIFEST_NAME
     from loradeploy.bundle.run_target import check_runs, choice_of
+    from loradeploy.export.adapters.given import adapter_directories, read_adapters
     from loradeploy.export.base import Options
     from loradeploy.export.building.content import build
-    from loradeploy.export.given_adapters import adapter_directories, read_adapters
     from loradeploy.export.read.source import resolve
     from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task

@@ -18,7 +18,7 @@ from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
-from loradeploy.export.given_adapters import adapter_directories
+from loradeploy.export.adapters.given import adapter_directories
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files

@@ -22,6 +22,13 @@ from loradeploy.errors import (
     listed,
     listed_names,
 )
+from loradeploy.export.adapters.own_weights import graph_digests
+from loradeploy.export.adapters.requirements import (
+    choose_changes,
+    choose_embeddings,
+    choose_experts,
+    needs_of,
+)
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
     checked,
@@ -39,7 +46,6 @@ from loradeploy.export.match.linears import (
     output_head,
 )
 from loradeploy.export.match.parts import find_parts
-from loradeploy.export.own_weights import graph_digests
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
@@ -49,12 +55,6 @@ from loradeploy.export.passes.side_inputs.inject import (
     inject_side_inputs,
 )
 from loradeploy.export.passes.side_inputs.rows import rows_problem
-from loradeploy.export.requirements import (
-    choose_changes,
-    choose_embeddings,
-    choose_experts,
-    needs_of,
-)
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:

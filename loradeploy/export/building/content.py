@@ -31,19 +31,20 @@ from loradeploy.errors import (
     UsageError,
     listed_names,
 )
-from loradeploy.export.base import Base, Options, from_checkpoint, from_graph
-from loradeploy.export.building.adapted import with_side_inputs
-from loradeploy.export.building.merged import merged, with_resized_vocabulary
-from loradeploy.export.building.steps import modules_of
-from loradeploy.export.given_adapters import (
+from loradeploy.export.adapters.given import (
     label_count,
     label_names,
     named,
 )
+from loradeploy.export.base import Base, Options, from_checkpoint
+from loradeploy.export.building.adapted import with_side_inputs
+from loradeploy.export.building.merged import merged, with_resized_vocabulary
+from loradeploy.export.building.steps import modules_of
 from loradeploy.export.graph.file import (
     outputs,
     required_inputs,
 )
+from loradeploy.export.graph_base import from_graph
 from loradeploy.export.match.linears import (
     Findings,
     find_linears,

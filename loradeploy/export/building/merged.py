@@ -19,6 +19,10 @@ from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,
 )
+from loradeploy.export.adapters.given import (
+    check_brought,
+    named,
+)
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
     checked,
@@ -27,10 +31,6 @@ from loradeploy.export.building.steps import (
     modules_of,
     with_quantized_weights,
     with_separate_biases,
-)
-from loradeploy.export.given_adapters import (
-    check_brought,
-    named,
 )
 from loradeploy.export.match.linears import (
     Findings,

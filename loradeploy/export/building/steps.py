@@ -23,10 +23,10 @@ from loradeploy.errors import (
     listed_names,
     shortened,
 )
-from loradeploy.export.base import Base, Options
-from loradeploy.export.given_adapters import (
+from loradeploy.export.adapters.given import (
     named,
 )
+from loradeploy.export.base import Base, Options
 from loradeploy.export.graph.file import (
     opset_of,
     outputs,

@@ -195,7 +195,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
             " pip install 'loradeploy[export]'"
         ) from None
     from loradeploy.export import trace
-    from loradeploy.export.given_adapters import check_brought, named
+    from loradeploy.export.adapters.given import check_brought, named
     from loradeploy.lora.base.vocabulary import resize_for
 
     manifest = context.manifest

@@ -11,7 +11,7 @@ from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Factors
 from loradeploy.bundle.manifest import BaseIdentity
 from loradeploy.errors import AdapterMismatchError
-from loradeploy.export.given_adapters import check_adapters
+from loradeploy.export.adapters.given import check_adapters
 
 
 class TextModel(nn.Module):

@@ -1,0 +1,165 @@
+"""The base that a bundle is made from, where it is an ONNX graph: a file's, or a bundle's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
+from loradeploy.adapter.files.digest import base_digest
+from loradeploy.adapter.modules.renamings import Submodel, known
+from loradeploy.adapter.tasks import CAUSAL_LM, TOKEN_CLASSIFICATION
+from loradeploy.bundle.fit import THIS_BUNDLE
+from loradeploy.bundle.graph_form import is_packed
+from loradeploy.bundle.manifest import BaseIdentity
+from loradeploy.bundle.outputs import main_output
+from loradeploy.errors import ExportError, UsageError
+from loradeploy.export.base import Base, Options, modules_of
+from loradeploy.export.graph.file import graph_digest, load_graph
+from loradeploy.export.graph.halves import load_bundle_graph
+from loradeploy.export.graph.sound import check_opens
+from loradeploy.export.match.linears import refuse_adapter_layers, refuse_side_inputs
+from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
+from loradeploy.export.match.products import precision_of
+from loradeploy.export.passes.precision.bf16 import compute_as_float32
+from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
+from loradeploy.export.passes.undo import remove_choices
+from loradeploy.export.read.normalize import normalize_products
+from loradeploy.export.read.opsets import convert_opset
+from loradeploy.export.read.regular import (
+    close_inputs,
+    complete_shapes,
+    drop_identities,
+    lift_constants,
+)
+from loradeploy.export.read.source import Source
+from loradeploy.export.read.subgraphs import inline_functions, take_branches
+from loradeploy.export.read.third_party import complete_cache, settings_beside
+from loradeploy.export.tasks import task_of_graph
+from loradeploy.export.trace.tidy import name_dimensions
+from loradeploy.export.trial.bundle import Source as TrialSource
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+logger = logger_of(__name__)
+
+_LISTED: Final = 4  # of a graph's outputs, in a message
+
+
+def from_graph(source: Source, options: Options) -> Base:
+    """The base of an ONNX file, or of a bundle without its side inputs.
+
+    Raises:
+        ExportError: the graph has side inputs of unknown origin, or cannot be what is asked for.
+        UsageError: it is merged, or its task is not known.
+    """
+    assert source.graph is not None
+    if source.manifest is not None and source.manifest.mode == "merged":
+        raise UsageError(
+            f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
+        )
+    logger.info("reading %s", source.graph)
+    graph = (
+        load_graph(source.graph)
+        if source.manifest is None
+        else load_bundle_graph(source.graph.parent, source.manifest)
+    )
+    if source.manifest is None:
+        check_opens(source.graph)
+        refuse_side_inputs(graph)  # while they are inputs
+        inline_functions(graph)
+        refuse_adapter_layers(graph)
+        graph = convert_opset(graph)
+        lift_constants(graph)
+        close_inputs(graph)
+        drop_identities(graph)
+        own = settings_beside(source.directory, options.evidence.checkpoint)
+        take_branches(graph, source.graph.parent, own)
+    current = precision_of(graph) if source.manifest is None else source.manifest.precision
+    compute_as_float32(graph.graph)
+    complete_shapes(graph)
+    if source.manifest is not None:
+        remove_choices(graph.graph, source.manifest)
+        remove_side_inputs(graph, source.manifest)
+        identity, task = source.manifest.base, source.manifest.task
+        parameters = frozenset(saved.parameter for saved in source.manifest.saved)
+        lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
+        replaced = modules_of(parameters)
+    else:
+        name_dimensions(graph)
+        complete_cache(graph, source.directory, options.evidence.checkpoint)
+        identity = _identity(source, graph, options.evidence.checkpoint)
+        normalize_products(graph.graph)
+        complete_shapes(graph)  # those behind what inference did not know before
+        task = _task_of(source, graph, options.task)
+        parameters = replaced = lacking = frozenset()
+    if options.evidence.checkpoint is not None:
+        annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
+    if options.task is not None and options.task != task:
+        raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
+    precision = options.precision or current
+    packs = is_packed(precision) and current in ("fp32", "fp16")
+    if precision != current and not packs and (current, precision) != ("fp32", "bf16"):
+        raise ExportError(
+            f"{source.name} is an ONNX graph in {current} and cannot be made {precision}: export"
+            " the checkpoint instead"
+        )
+    return Base(
+        graph,
+        task,
+        identity,
+        precision,
+        options.adapters,
+        quantized=precision == current,
+        parameters=parameters,
+        replaced=replaced,
+        lacking=lacking,
+        before=source.manifest,
+        source=TrialSource(graph=source.graph, quantized_here=precision != current),
+        own_weights={} if source.manifest is None else source.manifest.own_weights,
+        submodels=_submodels(source, options.evidence.checkpoint),
+        base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
+        tower=None if source.manifest is None else source.manifest.tower,
+        called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
+        embeds=() if source.manifest is None else source.manifest.embeds,
+        other_part=() if source.manifest is None else source.manifest.other_part,
+    )
+
+
+def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
+    """What the bundle, or the configuration of a graph, tells of the models in it."""
+    if source.manifest is not None:
+        return source.manifest.submodels
+    config = settings_beside(source.directory, checkpoint)
+    names = config.get("architectures") or [""]
+    return known([Submodel("", str(names[0]), str(config.get("model_type") or ""))])
+
+
+def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
+    if checkpoint is None:
+        return BaseIdentity(source.name, graph_digest(graph), "onnx")
+    check_no_peft_layers(checkpoint, base_tensors(checkpoint))
+    return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
+
+
+def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
+    ranks = {
+        str(value.name): None if value.shape is None else len(value.shape)
+        for value in graph.graph.outputs
+    }
+    task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
+    if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
+        task = asked  # the outputs have the ranks of a language model's
+    if task is not None and main_output(task, ranks) is None:
+        raise UsageError(
+            f"none of the outputs of {source.name} is known to be what {task} gives:"
+            f" {', '.join(list(ranks)[:_LISTED])}"
+        )
+    if task is None:
+        raise UsageError(
+            f"the inputs and outputs of {source.name} do not show its task: give `task`"
+        )
+    return task
