@@ -1,13 +1,27 @@
-"""The model configuration in a bundle."""
+"""The configuration of a model: that in a bundle, and the context length that one states."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import BundleError, LoraDeployError
 from loradeploy.files import read_json
+
+# Names of the field in different architectures, in order of precedence.
+_NAMES: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+)
+# Models whose positions start after the id of the padding token, so that the first ones are unused.
+FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+_PADDING: Final = 1  # the id of their padding token if the configuration has none
 
 
 def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError) -> dict[str, Any]:
@@ -18,3 +32,24 @@ def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError)
     """
     file = directory / CONFIG_NAME
     return read_json(file, error=error) if file.is_file() else {}
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The maximum number of tokens, prompt and generated, of the model of `config`.
+
+    `config`: the contents of config.json; its text_config has precedence. None if it does not
+    specify a length. With a value below 1 the model has no position for a token.
+    """
+    text = config.get("text_config")
+    found = _named(text) if isinstance(text, Mapping) else None
+    settings: Mapping[str, Any] = config if found is None or text is None else text
+    positions = _named(config) if found is None else found
+    if positions is None or settings.get("model_type") not in FROM_PADDING_ON:
+        return positions
+    padding = settings.get("pad_token_id")
+    return positions - 1 - (padding if type(padding) is int else _PADDING)
+
+
+def _named(config: Mapping[str, Any]) -> int | None:
+    values = (config.get(name) for name in _NAMES)
+    return next((value for value in values if type(value) is int), None)

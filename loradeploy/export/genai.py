@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM
-from loradeploy.bundle.context_length import context_length
+from loradeploy.bundle.model_config import context_length
 from loradeploy.bundle.names import ATTENTION_MASK, GRAPH_NAME, INPUT_IDS, LOGITS, POSITION_IDS
 from loradeploy.bundle.outputs import main_output
 

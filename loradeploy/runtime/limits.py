@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import SEQ2SEQ_LM
-from loradeploy.bundle.context_length import FROM_PADDING_ON
+from loradeploy.bundle.model_config import FROM_PADDING_ON
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,

@@ -15,9 +15,8 @@ import onnxruntime
 
 from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
-from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum

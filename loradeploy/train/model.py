@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loradeploy.bundle.context_length import context_length
+from loradeploy.bundle.model_config import context_length
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.base.checkpoint import pad_token

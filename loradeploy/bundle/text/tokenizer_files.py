@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.bundle.context_length import context_length
+from loradeploy.bundle.model_config import context_length
 from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, template_source
 from loradeploy.errors import BundleError, shown
 from loradeploy.files import read_json, read_text

@@ -56,7 +56,7 @@ class GenaiModel:
         cache: Any,
         adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.Model`; the cache is the worker's own, of the sequence last begun."""
+        """See `phases.models.Model`; the cache is the worker's own, of the sequence last begun."""
         values = self._worker.ask(
             tokens=ids[0].tolist(), first=cache is None, adapter=self._adapter, room=self._room
         )

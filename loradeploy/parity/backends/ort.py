@@ -96,7 +96,7 @@ class OnnxModel:
         *,
         embeds: Feeds | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.Model` and `phases.EmbedsModel`."""
+        """See `phases.models.Model` and `phases.models.EmbedsModel`."""
         dtypes = {spec.name: spec.dtype for spec in self._manifest.embeds}
         besides = {n: values.astype(dtypes[n]) for n, values in (embeds or {}).items()}
         if self._manifest.encoder is not None:
@@ -121,7 +121,7 @@ class OnnxModel:
     def decode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
     ) -> NDArray[Any]:
-        """See `phases.SourceModel`."""
+        """See `phases.models.SourceModel`."""
         steps = self._halves().one_by_one(self._plain(ids, mask), adapters)
         return np.concatenate([joined([_array(v) for v in step]) for step in steps], axis=1)
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING, TOKEN_TYPE_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens

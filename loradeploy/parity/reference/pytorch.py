@@ -93,7 +93,7 @@ class TorchModel:
         *,
         embeds: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.Model` and `phases.EmbedsModel`; the cache is transformers' own."""
+        """See `phases.models`, `Model` and `EmbedsModel`; the cache is transformers' own."""
         import torch
 
         if self._task != CAUSAL_LM:

@@ -87,7 +87,7 @@ class Embedded:
 def embedded(
     features: Sequence[dict[str, Any]], recipe: SentenceRecipe, *, scored: bool
 ) -> Embedded:
-    """The tokenized examples of `train.embedding.features`.
+    """The tokenized examples of `train.tasks.embedding.features`.
 
     Raises:
         DataError: there is one document alone, or one score.

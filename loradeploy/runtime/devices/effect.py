@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
-from loradeploy.bundle.context_length import context_length
 from loradeploy.bundle.graph_form import PACKED_BITS
+from loradeploy.bundle.model_config import context_length
 from loradeploy.bundle.names import INPUT_IDS, PAST, PRESENT
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import DeviceError, LoraDeployError
