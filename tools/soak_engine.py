@@ -10,6 +10,7 @@ alone. Exits with 1 where one differs or is missing, or where memory grows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -20,8 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import EngineFullError
+from loradeploy.errors import EngineClosedError, EngineFullError
 from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.engine.submission import Submission
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 
@@ -33,6 +35,7 @@ SETTINGS: Final[tuple[dict[str, Any], ...]] = (
     {"repetition_penalty": 1.2},
 )
 _KINDS: Final = 40  # different requests
+_LEAST: Final = 3 * _KINDS  # requests, however slow the machine is
 _GROWTH: Final = 0.1  # of the memory after a quarter of the time, that is no growth
 
 
@@ -40,8 +43,8 @@ _GROWTH: Final = 0.1  # of the memory after a quarter of the time, that is no gr
 class SoakReport:
     """What became of all requests.
 
-    `wrong`: answers that differ from the lone one. `lost`: requests that never ended. `rss`: MiB,
-    once a second or rarer.
+    `wrong`: answers that differ from the lone one. `lost`: requests that have not ended when the
+    engine, which takes no more of them, has nothing left to do. `rss`: MiB, once a second or rarer.
     """
 
     asked: int = 0
@@ -69,7 +72,7 @@ class SoakReport:
 def soak(
     bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int = 8
 ) -> SoakReport:
-    """Ask an engine on `bundle` for so many seconds."""
+    """Ask an engine on `bundle` for so many seconds, and more where it had few requests in them."""
     report, lock = SoakReport(), threading.Lock()
     size = sum(path.stat().st_size for path in bundle.rglob("*.onnx*"))
     with AdapterSession(bundle, host_budget=max(size // 2, 1 << 20)) as session:
@@ -91,43 +94,59 @@ def soak(
         ]
         end = time.monotonic() + seconds
 
+        def over() -> bool:
+            return time.monotonic() >= end and report.asked >= _LEAST
+
+        idle = threading.Event()  # the engine has nothing left to do
+        left: list[tuple[int, Submission]] = []  # requests that had not ended by then
+
         def ask(engine: Engine, seed: int) -> None:
             own = random.Random(seed)
-            while time.monotonic() < end:
+            while not over():
                 number = own.randrange(_KINDS)
                 prompt, adapter, options = kinds[number]
-                with lock:
-                    report.asked += 1
                 try:
                     submission = engine.submit(prompt, adapter, scope=str(seed % 3), **options)
                 except EngineFullError as problem:
                     with lock:
+                        report.asked += 1
                         report.refused += 1
                     time.sleep(min(problem.retry_after, 0.2))
                     continue
+                except EngineClosedError:
+                    if not engine.alive:  # a defect ended it
+                        raise
+                    return
+                with lock:
+                    report.asked += 1
                 if own.random() < 0.1:
                     time.sleep(own.random() * 0.02)
                     submission.cancel()
-                try:
-                    done = submission.result(120)
-                except TimeoutError:
-                    with lock:
-                        report.lost += 1
-                    continue
-                except EngineFullError:  # it had to give way to a scope with fewer
-                    with lock:
-                        report.refused += 1
-                    continue
-                ids = [one.token_ids for one in done.generations]
-                ended = [one.finish_reason != "cancelled" for one in done.generations]
+                while not (submission.done or idle.is_set()):
+                    with contextlib.suppress(Exception):  # `account` gets its error
+                        submission.result(0.1)
+                if submission.done:
+                    account(number, submission)
+                else:
+                    left.append((number, submission))
+
+        def account(number: int, submission: Submission) -> None:
+            try:
+                done = submission.result()
+            except EngineFullError:  # it had to give way to a scope with fewer
                 with lock:
-                    report.tokens += done.usage.completion_tokens
-                    report.answered += all(ended)
-                    report.cancelled += not all(ended)
-                    report.wrong += any(
-                        a != b if whole else a != b[: len(a)]
-                        for a, b, whole in zip(ids, lone[number], ended, strict=True)
-                    )
+                    report.refused += 1
+                return
+            ids = [one.token_ids for one in done.generations]
+            ended = [one.finish_reason != "cancelled" for one in done.generations]
+            with lock:
+                report.tokens += done.usage.completion_tokens
+                report.answered += all(ended)
+                report.cancelled += not all(ended)
+                report.wrong += any(
+                    a != b if whole else a != b[: len(a)]
+                    for a, b, whole in zip(ids, lone[number], ended, strict=True)
+                )
 
         with Engine(
             session, max_rows=max_rows, max_waiting=2 * max_rows, prefill_chunk=8
@@ -139,15 +158,22 @@ def soak(
                 asker.start()
             began = time.monotonic()
             names = sorted(adapters)
-            while time.monotonic() < end:
+            while not over():
                 report.rss.append(_rss())
                 if names:  # the same adapter again, read anew: what runs is not disturbed
                     name = chance.choice(names)
                     session.load(name, adapters[name], replace=True)
                 time.sleep(max(0.1, min(1.0, seconds / 100)))
-            for asker in askers:
-                asker.join()
+            engine.drain()
             report.seconds = time.monotonic() - began
+        idle.set()  # its threads have ended
+        for asker in askers:
+            asker.join()
+        for number, submission in left:
+            if submission.done:  # meanwhile, by the thread of another asker
+                account(number, submission)
+            else:
+                report.lost += 1
     return report
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, UnknownAdapterError
 from loradeploy.runtime.engine.engine import Engine
-from loradeploy.runtime.engine.submission import Completion
+from loradeploy.runtime.engine.submission import Completion, GenerationEvent, Submission
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from tests.conftest import MakeAdapter
@@ -226,3 +226,19 @@ def test_requests_of_many_threads_are_all_accounted_for(
     assert report.answered > 0
     assert report.cancelled > 0
     assert report.answered + report.cancelled + report.refused == report.asked
+
+
+def test_a_request_that_never_ends_is_lost_once_the_engine_has_nothing_left_to_do(
+    in_place: Path, mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.soak_engine import soak
+
+    put = Submission.put
+
+    def but_one(self: Submission, event: GenerationEvent) -> bool:
+        return False if self.number == 7 else put(self, event)
+
+    monkeypatch.setattr(Submission, "put", but_one)
+    report = soak(in_place, mixed, seconds=0.1, max_rows=4)
+    assert (report.lost, report.wrong) == (1, 0)
+    assert report.answered + report.cancelled + report.refused + report.lost == report.asked
