@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,30 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from loradeploy.errors import UsageError
+from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.serve import replicas
 from loradeploy.serve.http import gate
 from loradeploy.serve.opening import ServiceSpec
 from loradeploy.serve.problems import RequestError
-from loradeploy.serve.replicas import REPLICA_HEADER, Router, Scale, model_of, replicas_of, run
+from loradeploy.serve.replicas import (
+    REPLICA_HEADER,
+    Replica,
+    Router,
+    Scale,
+    model_of,
+    replicas_of,
+    run,
+)
 from loradeploy.serve.settings import ServeLimits
 
 PROMPT = "Shares rose"
 KEYS = {"keys": [{"name": "me", "key": "a-key-0123456789abcdef", "requests_per_minute": 1000}]}
 SIGNED = {"Authorization": "Bearer a-key-0123456789abcdef"}
 LONG = {"max_tokens": 110, "logit_bias": {"2": -1000}}
-
+IN_A_ROW = 8  # answers of one replica, of two, by which an adapter is known to be with it
+PATIENCE = 300  # seconds, for what comes sooner or later on any machine
 
 Texts = dict[str, tuple[str, str]]  # the short and the long one by adapter
 
@@ -46,8 +58,38 @@ def body(model: str, **changes: Any) -> dict[str, Any]:
     return {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, **changes}
 
 
+def held_by(stop: Path) -> type[Replica]:
+    """Replicas, of which the first to go on with a text while `stop` is there takes it, and stands.
+
+    A class in a function, so that Ray sends all of it to processes that know nothing of the tests.
+    """
+
+    class Held(Replica):
+        def __init__(self, spec: ServiceSpec) -> None:
+            step = Worker._step
+
+            def held(worker: Worker) -> None:
+                with contextlib.suppress(FileNotFoundError):
+                    if worker._going:
+                        stop.unlink()
+                        threading.Event().wait()
+                step(worker)
+
+            Worker._step = held  # type: ignore[method-assign]
+            super().__init__(spec)
+
+    return Held
+
+
+@pytest.fixture(scope="module")
+def stop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a file makes a replica stand in the middle of a text."""
+    return tmp_path_factory.mktemp("stop") / "stop"
+
+
 @pytest.fixture(scope="module")
 def url(
+    stop: Path,
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -66,7 +108,10 @@ def url(
             adapters={name: str(path) for name, path in serve_adapters.items()},
             api_keys=str(keys),
         )
-        yield run(spec, Scale(2, 2, cpus=0.5), port)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(replicas, "Replica", held_by(stop))
+            url = run(spec, Scale(2, 2, cpus=0.5), port)
+        yield url
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -90,16 +135,34 @@ def expected(tiny_llama_bundle: Path, serve_adapters: dict[str, Path]) -> Texts:
         }
 
 
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def home_of(http: httpx.Client, name: str, text: str) -> str:
+    """The replica that an adapter stays with, once the router has heard of it."""
+    answered: list[str] = []
+
+    def stays() -> bool:
+        answer = http.post("/v1/completions", json=body(name))
+        assert answer.json()["choices"][0]["text"] == text
+        answered.append(answer.headers[REPLICA_HEADER])
+        return len(answered) >= IN_A_ROW and len(set(answered[-IN_A_ROW:])) == 1
+
+    until(stays)
+    return answered[-1]
+
+
 def test_an_adapter_stays_with_its_replica(url: str, expected: Texts) -> None:
-    with httpx.Client(base_url=url, headers=SIGNED, timeout=60) as http:
-        replicas: dict[str, set[str]] = {}
-        for _ in range(3):
-            for name in expected:
-                answer = http.post("/v1/completions", json=body(name))
-                assert answer.json()["choices"][0]["text"] == expected[name][0]
-                replicas.setdefault(name, set()).add(answer.headers[REPLICA_HEADER])
-        base, *adapters = replicas
-        assert all(len(replicas[name]) == 1 for name in adapters), replicas
+    with httpx.Client(base_url=url, headers=SIGNED, timeout=PATIENCE) as http:
+        base, *adapters = expected
+        for name in adapters:
+            home_of(http, name, expected[name][0])
+        answer = http.post("/v1/completions", json=body(base))
+        assert answer.json()["choices"][0]["text"] == expected[base][0]
         assert len({text for text, _ in expected.values()}) == len(expected)
         assert http.get("/ready", headers={"Authorization": ""}).status_code == 200
         for path, headers, status in (
@@ -114,15 +177,21 @@ def test_an_adapter_stays_with_its_replica(url: str, expected: Texts) -> None:
         assert large.status_code == 413
 
 
-def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Texts) -> None:
+def test_a_replica_that_is_killed_gives_no_wrong_answer(
+    url: str, expected: Texts, stop: Path
+) -> None:
     whole: dict[int, httpx.Response] = {}
-    with httpx.Client(base_url=url, headers=SIGNED, timeout=120) as http:
+    short, long = expected["sport"]
+    with httpx.Client(base_url=url, headers=SIGNED, timeout=PATIENCE) as http:
+        replica = home_of(http, "sport", short)
+        stop.touch()
         with http.stream(
             "POST", "/v1/completions", json=body("sport", stream=True, **LONG)
         ) as stream:
+            assert stream.headers[REPLICA_HEADER] == replica
             lines = stream.iter_lines()
             events = [next(lines)]
-            replica = stream.headers[REPLICA_HEADER]
+            until(lambda: not stop.exists())  # it stands in the middle of this text
             threads = []
             for number in range(2):  # of the same replica, of which nothing was sent yet
 
@@ -131,8 +200,9 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Text
 
                 threads.append(threading.Thread(target=ask))
                 threads[-1].start()
-            time.sleep(0.05)
-            kill(replica)
+            actor = actor_of(replica)
+            until(lambda: ray.get(actor.get_num_ongoing_requests.remote()) == 3)
+            ray.kill(actor, no_restart=True)
             events += [line for line in lines if line]
         for thread in threads:
             thread.join()
@@ -140,21 +210,23 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(url: str, expected: Text
         values = [json.loads(event.removeprefix("data: ")) for event in events if event]
         assert values[-1]["error"]["code"] == "replica_failed"
         text = "".join(value["choices"][0]["text"] for value in values[:-1])
-        assert expected["sport"][1].startswith(text)
-        assert len(text) < len(expected["sport"][1])
-        for answer in whole.values():  # another replica gave it, unless it was very fast
+        assert long.startswith(text)
+        assert len(text) < len(long)
+        for answer in whole.values():  # another replica gave it
             assert answer.status_code == 200
-            assert answer.json()["choices"][0]["text"] == expected["sport"][1]
+            assert answer.json()["choices"][0]["text"] == long
+            assert answer.headers[REPLICA_HEADER] != replica
+        assert len(whole) == 2
         again = http.post("/v1/completions", json=body("sport"))
-        assert again.json()["choices"][0]["text"] == expected["sport"][0]
+        assert again.json()["choices"][0]["text"] == short
         assert again.headers[REPLICA_HEADER] != replica
 
 
-def kill(replica: str) -> None:
-    """End a replica's process at once."""
+def actor_of(replica: str) -> Any:
+    """Ray's handle of a replica."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     (found,) = [actor for actor in actors if replica in actor["name"]]
-    ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+    return ray.get_actor(found["name"], namespace=found["namespace"])
 
 
 class Dying:
