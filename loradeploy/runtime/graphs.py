@@ -32,6 +32,7 @@ from loradeploy.errors import LoraDeployError, RunError, UsageError, first_line
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.stacks import HOST
 from loradeploy.runtime.arguments import check_rows, requested_outputs
+from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.capture.replays import Replays
 from loradeploy.runtime.feeds import Feeds, feed_values
 from loradeploy.runtime.limits import Limits
@@ -84,6 +85,9 @@ class Graph:
         Raises:
             UsageError: feeds that do not fit. RunError: onnxruntime cannot run it.
         """
+        fixed = buffers if isinstance(buffers, FixedBuffers) and self.replays is None else None
+        if fixed is not None and fixed.are_in(feeds):
+            return self._run_fixed(lease, requested, feeds, device, fixed)
         fed = feed_values(feeds, self.inputs, self.limits, self.optional)
         values = {**self._defaults, **fed}
         if lease.per_row:
@@ -117,6 +121,44 @@ class Graph:
         for name in fed:
             binding.bind_ortvalue_input(name, self.nothing)
         lease.device.put_back(binding, self.session)
+        return outputs
+
+    def _run_fixed(
+        self,
+        lease: Lease,
+        requested: Sequence[str],
+        feeds: Feeds,
+        device: tuple[str, int],
+        fixed: FixedBuffers,
+    ) -> list[onnxruntime.OrtValue]:
+        """As `run`, of values of which most are bound already.
+
+        Of those, one that tells how many rows there are is checked with the other feeds.
+        """
+        bound = fixed.inputs.keys() - {self.limits.first_past}
+        fed = feed_values(
+            {name: feed for name, feed in feeds.items() if name not in bound},
+            {name: spec for name, spec in self.inputs.items() if name not in bound},
+            self.limits,
+            self.optional,
+        )
+        values = {**self._defaults, **fed}
+        if lease.per_row:
+            check_rows(len(lease.rows), values[self._first].shape()[0])
+        binding = fixed.take(lease.device, self.session, requested, self.nothing)
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        if lease.adapter_ids is not None:
+            binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
+        for name in requested:
+            if name not in fixed:  # another value than the last run's, which its caller has
+                binding.bind_output(name, *device)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
+            raise self._failed(problem) from None
+        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        fixed.put_back(binding, lease.device, self.session, requested)
         return outputs
 
     def _failed(self, problem: Exception) -> RunError:

@@ -131,7 +131,7 @@ class DecodingBatch:
         going: dict[int, list[Row]] = {}
         for number, member in list(self._members.items()):
             try:
-                going[number] = member.sequences.advance(logits[member.rows])
+                going[number] = member.sequences.advance(_of_rows(logits, member.rows))
             except BaseException as problem:  # a panic of a mask's library is no Exception
                 if self._on_failure is None:
                     raise
@@ -252,3 +252,9 @@ class DecodingBatch:
         for member in members:
             ids[member.rows, 0], going[member.rows, 0] = member.tokens, 1
         return ids, going, np.full(len(ids), -1)
+
+
+def _of_rows(logits: NDArray[Any], rows: list[int]) -> NDArray[Any]:
+    """Those of some rows; of one row a view, as a vocabulary is large."""
+    own: NDArray[Any] = logits[rows[0] : rows[0] + 1] if len(rows) == 1 else logits[rows]
+    return own

@@ -266,7 +266,8 @@ def logits_at(logits: onnxruntime.OrtValue, ends: NDArray[np.int64]) -> NDArray[
     scores = logits.numpy()
     if scores.ndim == 2:
         scores = scores[:, np.newaxis]
-    # A graph may give the last position alone.
-    ends = np.zeros_like(ends) if scores.shape[1] == 1 else ends
+    if scores.shape[1] == 1:  # of a step, or of a graph that gives the last position alone
+        only: NDArray[Any] = scores[:, 0]
+        return only
     last: NDArray[Any] = scores[np.arange(len(scores)), ends]
     return last

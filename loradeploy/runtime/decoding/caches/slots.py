@@ -8,13 +8,14 @@ holds, which nobody reads after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
+from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.caches.memory import on_host
 from loradeploy.runtime.decoding.caches.rows import Past, RowAdapters, logits_at
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.decoding.graph import DecoderGraph
-
-_Values = Mapping[str, onnxruntime.OrtValue]
 
 
 def keeps_slots(graph: DecoderGraph) -> bool:
@@ -51,7 +50,7 @@ class SlotRows:
             for spec in cache_inputs(graph.session.manifest)
         }
         self._outputs = tuple(present_of(name) for name in self._arrays)
-        self._views: dict[tuple[int, int], tuple[_Values, _Values]] = {}
+        self._views: dict[tuple[int, int], FixedBuffers] = {}
         self.positions = positions
         self._lengths = np.zeros(slots, np.int64)
         self._used: set[int] = set()
@@ -93,22 +92,23 @@ class SlotRows:
             mask = np.zeros((count, int(lengths.max()) + new), np.int64)
             mask[:, -new:] = 1
             mask[np.arange(mask.shape[1]) < lengths[:, np.newaxis]] = 1
-        inputs, buffers = self._view(first, count)
+        fixed = self._view(first, count)
         logits, *_ = adapters.run_with_ort_values(
             (self._graph.output, *self._outputs),
-            {**self._graph.feeds(ids, mask, ends), **inputs},
-            buffers=buffers,
+            {**self._graph.feeds(ids, mask, ends), **fixed.inputs},
+            # A prompt is read in one run, or few: what is bound for it is not kept.
+            buffers=fixed if new == 1 else dict(fixed),
         )
         return logits_at(logits, ends)
 
-    def _view(self, first: int, count: int) -> tuple[_Values, _Values]:
-        """The slots as a run reads them, and as it writes them."""
+    def _view(self, first: int, count: int) -> FixedBuffers:
+        """The slots as a run reads and writes them."""
         if (first, count) not in self._views:
             values = [
                 onnxruntime.OrtValue.ortvalue_from_numpy(array[first : first + count])
                 for array in self._arrays.values()
             ]
-            self._views[first, count] = (
+            self._views[first, count] = FixedBuffers(
                 dict(zip(self._arrays, values, strict=True)),
                 dict(zip(self._outputs, values, strict=True)),
             )
