@@ -62,7 +62,6 @@ _BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
 
 BIASES: Final = ("none", "all", "lora_only")
 
-_MAX_PATTERN_LENGTH: Final = 4096
 # No rank is as large. Numbers must fit float32, in which factors are scaled.
 _MAX_RANK: Final = 2**31 - 1
 _MAX_NUMBER: Final = 3.4e38

@@ -47,6 +47,10 @@ CERTIFICATE_NAME: Final = "parity.json"
 REQUIRED_NAME: Final = "required.onnx"
 SIGNATURE_NAME: Final = "parity.json.sig"
 CONFIG_NAME: Final = "config.json"
+# How sound and images become what a model takes. Newer releases of transformers write it into the
+# second, among what else a processor has.
+PREPROCESSOR_NAME: Final = "preprocessor_config.json"
+PROCESSOR_NAME: Final = "processor_config.json"
 GENAI_CONFIG_NAME: Final = "genai_config.json"
 ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"

@@ -13,13 +13,14 @@ from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapt
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
-from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, feature_values
+from loradeploy.bundle.audio.features import feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.labels import head_of
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
+    CONFIG_NAME,
     DEFAULTS_NAME,
     ENCODER_NAME,
     GENAI_CONFIG_NAME,
@@ -28,11 +29,13 @@ from loradeploy.bundle.names import (
     INPUT_FEATURES,
     MANIFEST_NAME,
     NATIVE_SUFFIX,
+    PREPROCESSOR_NAME,
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import genai_config
 from loradeploy.export.graph.halves import with_digests, write_halves
@@ -59,12 +62,9 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_CONFIG_NAME: Final = "config.json"
-_GENERATION_NAME: Final = "generation_config.json"
-_TOKENIZER_NAME: Final = "tokenizer.json"
 _COPIED: Final = (
     "tokenizer*",
-    _GENERATION_NAME,
+    GENERATION_NAME,
     "chat_template*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -253,10 +253,10 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
             if file.is_file():
                 copy_file(file, directory / file.name, error=ModelError)
     for recipe in content.recipes[:1]:  # the config's directory, where it is not the tokenizer's
-        file = recipe / _GENERATION_NAME
-        if file.is_file() and not (directory / _GENERATION_NAME).exists():
-            copy_file(file, directory / _GENERATION_NAME, error=ModelError)
-    if not (directory / _TOKENIZER_NAME).exists():
+        file = recipe / GENERATION_NAME
+        if file.is_file() and not (directory / GENERATION_NAME).exists():
+            copy_file(file, directory / GENERATION_NAME, error=ModelError)
+    if not (directory / TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
     elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is correct
         correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
@@ -274,14 +274,14 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         manifest = dataclasses.replace(manifest, sentence=sentence)
     if not content.config:
         return manifest
-    write_json(directory / _CONFIG_NAME, config)
+    write_json(directory / CONFIG_NAME, config)
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
         _write_feature_settings(directory, content)
     if manifest.task in (CAUSAL_LM, SEQ2SEQ_LM):
-        file = directory / _GENERATION_NAME
+        file = directory / GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:
-            say_ignored(manifest.base.name, read_settings(generation, _GENERATION_NAME))
+            say_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
     if manifest.task == CAUSAL_LM:
         genai = genai_config(manifest, config, generation)
         if genai is not None:
@@ -307,12 +307,12 @@ def _write_feature_settings(directory: Path, content: Content) -> None:
 
 def padding_token(directory: Path) -> int:
     """The id that the runtime fills rows up with, by the files of a bundle: see its tokenizer."""
-    settings = _settings(directory, _CONFIG_NAME)
+    settings = _settings(directory, CONFIG_NAME)
     tokens = _settings(directory, "tokenizer_config.json")
-    ends = _settings(directory, _GENERATION_NAME)
+    ends = _settings(directory, GENERATION_NAME)
     pad = tokens.get("pad_token")
     text = pad.get("content") if isinstance(pad, Mapping) else pad
-    added = _settings(directory, _TOKENIZER_NAME).get("added_tokens")
+    added = _settings(directory, TOKENIZER_NAME).get("added_tokens")
     ids = [
         token.get("id")
         for token in (added if isinstance(added, list) else ())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.image.pixels import PREPROCESSOR_NAME, pixel_settings
-from loradeploy.bundle.names import PIXEL_VALUES
+from loradeploy.bundle.image.pixels import pixel_settings
+from loradeploy.bundle.names import PIXEL_VALUES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, RunError, UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row

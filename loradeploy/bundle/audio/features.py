@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.names import PREPROCESSOR_NAME, PROCESSOR_NAME
 from loradeploy.errors import BundleError, LoraDeployError, shown
 from loradeploy.files import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PREPROCESSOR_NAME: Final = "preprocessor_config.json"
-# Where newer releases of transformers write it, among what else a processor has.
-PROCESSOR_NAME: Final = "processor_config.json"
 _NESTED: Final = "feature_extractor"
 _EXTRACTOR: Final = "WhisperFeatureExtractor"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.names import PREPROCESSOR_NAME, PROCESSOR_NAME
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     # A file, an image of Pillow, or uint8 [height, width, 3].
     GivenImage = str | os.PathLike[str] | Image | NDArray[np.uint8]
 
-PREPROCESSOR_NAME: Final = "preprocessor_config.json"
-PROCESSOR_NAME: Final = "processor_config.json"  # of several processors
 _NESTED: Final = "image_processor"
 _DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 _SCALE: Final = 1 / 255

@@ -29,12 +29,11 @@ from loradeploy.export.graph.edit import (
     replace_uses,
     shared_constant,
 )
-from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, problem_of
+from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, MICROSOFT, problem_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_DOMAIN: Final = "com.microsoft"
 # The operator's inputs of past keys and values, and its outputs of the present ones.
 _PRESENT_OF: Final = {3: 1, 4: 2}
 _HEADS_FIRST: Final = (
@@ -77,7 +76,7 @@ def group_queries(model: ir.Model) -> None:
     lengths = _lengths(graph)
     for node in attentions:
         _replace(graph, node, *lengths)
-    model.opset_imports.setdefault(_DOMAIN, 1)
+    model.opset_imports.setdefault(MICROSOFT, 1)
     remove_unused(graph)
     for value in pasts:
         if any(node.op_type != GROUP_QUERY_ATTENTION for node, _ in value.uses()):
@@ -139,7 +138,7 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
         GROUP_QUERY_ATTENTION,
         [*flat, keys.past, values.past, last, total],
         attributes=numbers,
-        domain=_DOMAIN,
+        domain=MICROSOFT,
         num_outputs=3,
         name=f"{node.name}/grouped",
     )

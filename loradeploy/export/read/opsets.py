@@ -26,7 +26,6 @@ LEAST_OPSET: Final = 13
 _LEAST_IR: Final = 7
 # The converter may read a small constant (an axis, a size); it never looks at a weight.
 _LARGE_BYTES: Final = 4096
-_DEFAULT_DOMAINS: Final = ("", "ai.onnx")
 
 
 def convert_opset(model: ir.Model) -> ir.Model:

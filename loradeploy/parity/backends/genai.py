@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.bundle.names import GENAI_CONFIG_NAME
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends.ort import native_file
 from loradeploy.parity.context import CheckContext
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PACKAGE: Final = "onnxruntime_genai"
-_CONFIG: Final = "genai_config.json"
 _WORKER: Final = Path(__file__).with_name("genai_worker.py")
 # Seconds until an answer must be there: to open a bundle of gigabytes, to run a prompt.
 _OPEN_TIMEOUT: Final = 300.0
@@ -84,8 +84,8 @@ def lacks(context: CheckContext) -> str | None:
     """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
     if context.manifest.task != CAUSAL_LM:
         return "it runs decoders alone"
-    if not (context.bundle / _CONFIG).is_file():
-        return f"the bundle holds no {_CONFIG}"
+    if not (context.bundle / GENAI_CONFIG_NAME).is_file():
+        return f"the bundle holds no {GENAI_CONFIG_NAME}"
     if context.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
         return "onnxruntime-genai is not installed: give the Python that has it"
     return None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.fitting.settle import TOKENS
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from loradeploy.parity.reference.pytorch import Base, Reference
 
 _WRONG_ADAPTER_SEED: Final = 1
-_TOKENS: Final = "trainable_token_indices"  # PEFT's field, which names the rows
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def ignored_tokens(adapter: Adapter) -> Adapter | None:
     """The base's own rows of a vocabulary in place of the trained ones."""
     if not adapter.rows or not (adapter.factors or adapter.saved or adapter.carried):
         return None
-    extra = {n: value for n, value in adapter.config.extra.items() if n != _TOKENS}
+    extra = {n: value for n, value in adapter.config.extra.items() if n != TOKENS}
     config = dataclasses.replace(adapter.config, extra=extra)
     return dataclasses.replace(adapter, config=config, rows={})
 

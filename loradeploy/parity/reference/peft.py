@@ -10,11 +10,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.files.keys import PREFIX
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, adapter_files, load_adapter
 from loradeploy.adapter.files.tensors import read_arrays, read_tensors, write_arrays
 from loradeploy.adapter.fitting.towers import TOWERS, is_body
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from loradeploy.parity.context import AdapterUnderTest
-
-_PREFIX: Final = "base_model.model."
 
 
 @contextmanager
@@ -96,7 +95,7 @@ def _directory_for_peft(tested: AdapterUnderTest) -> Iterator[Path]:
 def _write_widened(tested: AdapterUnderTest, weights: Path, output: Path) -> None:
     arrays, metadata = read_arrays(weights, error=AdapterError)
     for name, values in tested.adapter.saved.items():
-        key = f"{_PREFIX}{name}"
+        key = f"{PREFIX}{name}"
         if key in arrays and arrays[key].shape != values.shape:
             arrays[key] = np.asarray(values)
     write_arrays(output, arrays, metadata)

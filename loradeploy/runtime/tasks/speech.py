@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import SEQ2SEQ_LM
-from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, FeatureSettings, feature_settings
+from loradeploy.bundle.audio.features import FeatureSettings, feature_settings
 from loradeploy.bundle.audio.wav import checked_samples, read_wav
-from loradeploy.bundle.names import INPUT_FEATURES
+from loradeploy.bundle.names import INPUT_FEATURES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row

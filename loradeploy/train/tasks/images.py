@@ -12,9 +12,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from loradeploy.adapter.files.digest import file_digest
-from loradeploy.bundle.image.pixels import PREPROCESSOR_NAME, PixelSettings, pixel_settings
+from loradeploy.bundle.image.pixels import PixelSettings, pixel_settings
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import PIXEL_VALUES
+from loradeploy.bundle.names import PIXEL_VALUES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, ModelError
 from loradeploy.train.data.examples import label_of, some, text_of
 from loradeploy.train.data.features import Encoded, label_number

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from loradeploy.adapter.files.digest import file_digest
-from loradeploy.bundle.audio.features import PREPROCESSOR_NAME, FeatureSettings, feature_settings
+from loradeploy.bundle.audio.features import FeatureSettings, feature_settings
 from loradeploy.bundle.audio.wav import read_wav
 from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import PREPROCESSOR_NAME
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
 from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens
 from loradeploy.bundle.text.speech_prompt import SpeechPrompt

@@ -17,7 +17,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError, MissingDependencyError
 from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
 from loradeploy.export.match.linears import Linear, find_linears, output_head
-from loradeploy.export.match.operators import check_operators
+from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import unpack, unpacked
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_DOMAIN: Final = "com.microsoft"
 _BLOCK: Final = 32
 _HEAD_BITS: Final = 8
 # Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
@@ -56,7 +55,7 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
             renamed[name] = _quantize_linear(model.graph, linear, own)
     if not renamed:
         raise ExportError(f"the graph has no product that could be quantized to int{bits}")
-    model.opset_imports.setdefault(_DOMAIN, 1)
+    model.opset_imports.setdefault(MICROSOFT, 1)
     remove_unused(model.graph)
     return dataclasses.replace(
         manifest,
@@ -129,7 +128,7 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, bits: int) -> str:
             node.op_type,
             [product.inputs[0], *inputs],
             attributes=attributes,
-            domain=_DOMAIN,
+            domain=MICROSOFT,
             name=product.name,
             metadata_props=dict(product.metadata_props),
         )
