@@ -30,6 +30,9 @@ _BUILDER: Final = (
     (re.compile(r"(.*)\.layers\.\d+\.final_norm_layernorm"), r"\1.norm"),
 )
 _FUSED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
+# What onnxruntime's optimizer makes of a node's name: "fused /fc1/Gemm",
+# "/fc1/MatMul/MatMulAddFusion_quant".
+_OPTIMIZED: Final = re.compile(r"(?:fused )*(.*?)(?:/[A-Za-z]+Fusion[^/]*/?)*")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
     path = module_path(node)
     if path is not None:
         return path, f"metadata {NAME_SCOPES}"
-    name = node.name or ""
+    optimized = _OPTIMIZED.fullmatch(node.name or "")
+    name = "" if optimized is None else optimized[1]
     if not name.startswith("/") or name.count("/") < 2:
         return None
     module = name.strip("/").rsplit("/", 1)[0].replace("/", ".")

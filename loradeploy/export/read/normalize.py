@@ -2,16 +2,20 @@
 
     Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
     FusedGemm    act(α x W + β C)   →   the same, and act behind it
-    FusedMatMul  α x W              →   MatMul x (α W)
+    FusedMatMul  α x W              →   MatMul x W, and Mul by α behind it
     either, of xᵀ                   →   Transpose, and the same of x
+    Einsum       bsi,io->bso        →   MatMul x W; of bsi,oi->bso with Wᵀ as a constant
 
 The rest of the export supports only y = x W + b, without factors of the product or the bias. The
-results of the graph stay the same, up to the rounding of α W.
+results of the graph stay the same, up to the rounding of α W. onnxruntime's optimizer makes a
+FusedMatMul of a layer and a Mul or Div before or behind it (MatMulScaleFusion): its α scales what
+an adapter adds too.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 _CARRIERS: Final = ("Cast", "Identity", "Transpose")
 # Activations of FusedGemm without parameters.
 _ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
+# Each of x's last axis with one of a matrix: axes of x in front, in, the matrix's, out.
+_LINEAR: Final = re.compile(r"(\.\.\.|[A-Za-z]+)([A-Za-z]),([A-Za-z])([A-Za-z])->\1([A-Za-z])")
 # Floats of fewer bytes are rounded when they are scaled, except by a power of two.
 _EXACT_BITS: Final = 4
 
@@ -54,6 +60,24 @@ def normalize_products(graph: ir.Graph) -> None:
             _to_standard_gemm(graph, node)
         elif node.op_type == "FusedMatMul" and node.domain == MICROSOFT:
             _to_standard_matmul(graph, node)
+        elif node.op_type == "Einsum" and node.domain == "":
+            _einsum_to_matmul(graph, node)
+
+
+def _einsum_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace an Einsum that is x W of a constant matrix."""
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    found = _LINEAR.fullmatch(equation)
+    weight = _weight(node.inputs[1]) if found is not None and len(node.inputs) == 2 else None
+    if found is None or weight is None or len(weight.shape) != 2:
+        return
+    front, into, rows, columns, out = found.groups()
+    if into == out or into in front or out in front or {rows, columns} != {into, out}:
+        return
+    if rows == out:
+        node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
+    node.attributes.clear()
+    node.op_type = "MatMul"
 
 
 def _separate_activation(graph: ir.Graph, node: ir.Node) -> None:
@@ -104,7 +128,7 @@ def _to_standard_gemm(graph: ir.Graph, node: ir.Node) -> None:
 def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
     alpha, weight = number_of(node, "alpha"), _weight(node.inputs[1])
     x = node.inputs[0]
-    if weight is None or len(weight.shape) != 2 or not _scales(weight, alpha):
+    if weight is None or len(weight.shape) != 2:
         return
     transposed = integer_of(node, "transA")
     if transposed and (x is None or x.shape is None or len(x.shape) < 2):
@@ -112,10 +136,8 @@ def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
     check_operators(_name(node), [node])
     if integer_of(node, "transB"):
         node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
-        weight = _weight(node.inputs[1])
-        assert weight is not None
     if alpha != 1:
-        _scale_weight(graph, node, weight, alpha)
+        _scale_output(graph, node, alpha, weight.dtype)
     if transposed:
         _transpose_input(graph, node)
     node.attributes.clear()
@@ -125,6 +147,19 @@ def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
 def _scale_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[Any], alpha: float) -> None:
     scaled = weight.astype(np.float32) * np.float32(alpha)
     node.replace_input_with(1, _separate_weight(graph, node, scaled.astype(weight.dtype)))
+
+
+def _scale_output(graph: ir.Graph, node: ir.Node, factor: float, kind: np.dtype[Any]) -> None:
+    """Let the users of the node's output have it `factor` times, computed in `kind`."""
+    import onnx_ir as ir
+
+    y = node.outputs[0]
+    constant = free_name(graph, f"{_name(node)}.alpha")
+    scale = add_constant(graph, constant, np.array(factor, kind))
+    mul = ir.node("Mul", [y, scale], name=f"{_name(node)}/scaled")
+    mul.outputs[0].name = mul.name
+    graph.insert_after(node, mul)
+    replace_uses(y, mul.outputs[0], keep=[mul])
 
 
 def _separate_weight(graph: ir.Graph, node: ir.Node, numbers: NDArray[Any]) -> ir.Value:

@@ -24,6 +24,23 @@ def test_a_product_is_found_by_a_node_name_that_spells_a_path() -> None:
     assert found.found_by == "node name"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused /encoder/layer.0/dense/Gemm",
+        "/encoder/layer.0/dense/MatMul/MatMulAddFusion",
+        "/encoder/layer.0/dense/MatMul/MatMulScaleFusion/",
+        "/encoder/layer.0/dense/MatMul/MatMulAddFusion_quant",
+        "fused /encoder/layer.0/dense/MatMul/MatMulAddFusion/GemmTransposeFusion/",
+    ],
+)
+def test_a_name_that_onnxruntimes_optimizer_changed_spells_the_same_path(name: str) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], name=name)
+    assert list(find_linears(b.model(y)).linears) == ["encoder.layer.0.dense"]
+
+
 def test_what_looks_like_a_linear_and_has_no_module_is_listed() -> None:
     findings = find_linears(linear(module=None))
     assert findings.linears == {}

@@ -211,20 +211,49 @@ def test_a_trained_bias_is_refused_where_what_is_added_is_not_understood(addend:
 @pytest.mark.parametrize(
     "given", [{}, {"alpha": 0.3}, {"transB": 1}, {"alpha": 2.0, "transA": 1, "transB": 1}], ids=str
 )
-def test_a_fused_product_is_made_plain(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", ["merged", "side inputs"])
+def test_a_fused_product_scales_what_an_adapter_adds_too(way: str, given: dict[str, Any]) -> None:
     b, adapter = Builder(), _adapter()
     turned, turns = given.get("transA", 0), given.get("transB", 0)
     x = b.input("x", [2, IN, BATCH] if turned else [2, BATCH, IN])
     w = b.weight("w", *((OUT, IN) if turns else (IN, OUT)))
     model = _model(b, _node(b, "FusedMatMul", [x, w], [2, BATCH, OUT], **given))
-    rows = numbers(2, BATCH, IN)
-    W = w.const_value.numpy() * np.float32(given.get("alpha", 1.0))
-    W = W if turns else W.T
+    rows, alpha = numbers(2, BATCH, IN), given.get("alpha", 1.0)
+    W = w.const_value.numpy() if turns else w.const_value.numpy().T
     feeds = {"x": np.ascontiguousarray(rows.swapaxes(1, 2)) if turned else rows}
-    assert _near(run(model, feeds), rows @ W.T)
+    assert _near(run(model, feeds), alpha * rows @ W.T)
+    normalize_products(model.graph)
+    assert _near(run(model, feeds), alpha * rows @ W.T), "the base is another"
+    if way == "merged":
+        _merge(model, adapter)
+    else:
+        inject_side_inputs(model, list(find_linears(model).linears.values()))
+        pair = adapter.factors["m"]
+        feeds |= {"m.lora_A": pair.A.T[None], "m.lora_B": 2 * pair.B.T[None]}
+    assert _near(run(model, feeds), alpha * rows @ (W + _update(adapter)).T)
+
+
+@pytest.mark.parametrize("equation", ["bsi,io->bso", "bsi, oi -> bso", "...i,io->...o"])
+def test_an_einsum_of_a_matrix_takes_an_adapter(equation: str) -> None:
+    b, adapter, turned = Builder(), _adapter(), "oi" in equation
+    w = b.weight("w", *((OUT, IN) if turned else (IN, OUT)))
+    given = {"equation": equation, "module": "m"}
+    y = b.node("Einsum", [b.input("x", [2, BATCH, IN]), w], [2, BATCH, OUT], **given)
+    model, rows = b.model(y), numbers(2, BATCH, IN)
+    W = w.const_value.numpy() if turned else w.const_value.numpy().T
+    assert _near(run(model, {"x": rows}), rows @ W.T)
     normalize_products(model.graph)
     _merge(model, adapter)
-    assert _near(run(model, feeds), rows @ (W + _update(adapter)).T)
+    assert _near(run(model, {"x": rows}), rows @ (W + _update(adapter)).T)
+
+
+@pytest.mark.parametrize("equation", ["bsi,io->bos", "bsi,bo->bso"])
+def test_another_einsum_stays(equation: str) -> None:
+    b = Builder()
+    x, w = b.input("x", [IN, BATCH, IN]), b.weight("w", IN, OUT)
+    model = b.model(b.node("Einsum", [x, w], None, equation=equation))
+    normalize_products(model.graph)
+    assert [node.op_type for node in model.graph] == ["Einsum"]
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "Tanh"])
