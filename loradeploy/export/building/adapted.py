@@ -124,7 +124,7 @@ def with_side_inputs(
     )
     adapters = {}
     for name, adapter in options.adapters.items():
-        with checked(name, graph):
+        with checked(name, base, findings):
             adapters[name] = fit_to(adapter, manifest, base.called)
     # Before the weights are quantized: DoRA's scales are computed from them.
     weights = GraphWeights(graph, added.biases)

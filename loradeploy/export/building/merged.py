@@ -67,7 +67,7 @@ def merged(
     check_known(base.graph, whole)
     findings = with_separate_biases(base, findings, options, ())
     logger.info("merging %s", name)
-    with checked(name, base.graph.graph):
+    with checked(name, base, findings):
         report = merge_adapter(
             base.graph,
             findings.linears,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.graph_form import (
@@ -95,20 +95,33 @@ def keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest
     return dataclasses.replace(manifest, logits_to_keep=True, outputs=outputs(base.graph))
 
 
+# What to do where a graph's names do not tell its modules.
+_BY_NUMBERS: Final = (
+    "layers without known names are found by their numbers: give `checkpoint`, the directory of the"
+    " model that the graph was exported from"
+)
+
+
 @contextmanager
-def checked(name: str, graph: ir.Graph) -> Iterator[None]:
-    """`named`, with the operators of the graph that take no adapters, where one does not fit."""
+def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
+    """`named`, with what of the graph takes no adapters, or has no module, where one is refused."""
     try:
         with named(name):
             yield
     except AdapterMismatchError as problem:
-        others = [f"{op} ({count})" for op, count in unreached(graph).items()]
-        if not others:
+        others = [f"{op} ({count})" for op, count in unreached(base.graph.graph).items()]
+        why = []
+        if others:
+            why.append(
+                f"layers in {listed_names(others, 2)} take no adapters: give the graph as it was"
+                " before its operators were fused or quantized"
+            )
+        hidden = findings.unidentified or others
+        if hidden and base.before is None and base.identity.kind == "onnx":
+            why.append(_BY_NUMBERS)
+        if not why:
             raise
-        raise AdapterMismatchError(
-            f"{shortened(str(problem), 180)}; layers in {listed_names(others, 2)} take no adapters:"
-            " give the graph as it was before its operators were fused or quantized"
-        ) from None
+        raise AdapterMismatchError(f"{shortened(str(problem), 180)}; {'; '.join(why)}") from None
 
 
 def described(base: Base, mode: Any) -> Manifest:

@@ -38,11 +38,15 @@ _Matrices = tuple[Matrix, ...]
 
 @dataclass(frozen=True)
 class _Reason:
-    """Why a product that resembles `modules` is none of them, and what to do."""
+    """Why a product that resembles `modules` is none of them, and what to do.
+
+    `padded`: it is them, with more outputs behind.
+    """
 
     modules: tuple[str, ...]
     text: str
     remedy: str = "export the graph from the checkpoint as it is, or merge the adapter before"
+    padded: bool = False
 
 
 class CheckpointWeights:
@@ -96,6 +100,15 @@ class CheckpointWeights:
             )
             if named is not None and known:
                 chosen = [one for one in fitting if self._called(one) == named.modules]
+                padded = [
+                    reason
+                    for reason in reasons
+                    if reason.padded
+                    and tuple(map(self._name, reason.modules)) == tuple(m for m, _ in named.modules)
+                ]
+                if not chosen and padded:
+                    self._note(product, padded)
+                    return None
                 if not chosen:
                     raise self._contradiction(product, named, fitting, reasons)
                 return self._proved(product, chosen[0], named.found_by)
@@ -183,6 +196,7 @@ class CheckpointWeights:
         sample = Sample(product)
         while partial:
             first, matrices = partial.pop()
+            before = len(partial) + len(found)
             for matrix in self._by_inputs.get(product.in_features, ()):
                 if not sample.resembles(first, matrix):
                     continue
@@ -195,6 +209,11 @@ class CheckpointWeights:
                     partial.append((reached, longer))
                 else:
                     found.append(longer)
+            if len(matrices) == 1 and len(partial) + len(found) == before:
+                (matrix,) = matrices
+                more = product.out_features - first
+                text = f"it has the rows of {matrix.name} and {more} more, as a padded vocabulary"
+                reasons.append(_Reason((matrix.module,), text, padded=True))
         return self._with_biases(product, _distinct(found), reasons)
 
     def _with_biases(

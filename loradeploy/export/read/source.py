@@ -29,6 +29,8 @@ from loradeploy.lora.base.checkpoint import checkpoint_directory, fetch, is_hub_
 from loradeploy.lora.base.formats import gguf_advice
 
 _CONFIG_NAME: Final = "config.json"
+# onnxruntime's own format, which other programs cannot read.
+_RUNTIME_FORMAT: Final = ".ort"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
         if path.suffix != ".onnx":
             if advice := gguf_advice(path):
                 raise ModelError(advice)
+            if path.suffix == _RUNTIME_FORMAT:
+                raise ModelError(_of_runtime(path))
             raise ModelError(f"{path} is not a model: give a directory or an .onnx file")
         repository = above(path)
         return _of_graph(path, path.stem if repository is None else repository.name)
@@ -115,9 +119,19 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
                 f"{directory} is not a model itself but has checkpoints of a training run: give the"
                 f" newest, {directory / newest}"
             )
+        if converted := sorted(directory.glob(f"*{_RUNTIME_FORMAT}")):
+            raise ModelError(_of_runtime(converted[0]))
         weight_files(checkpoint)  # its error names what the directory has instead
         raise ModelError(f"{directory} has no model")
     return _of_graph(graph, name)
+
+
+def _of_runtime(path: Path) -> str:
+    """What to do about a graph in onnxruntime's own format."""
+    return (
+        f"{path} is in onnxruntime's own format, which cannot be changed: give the .onnx file that"
+        " it was converted from"
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

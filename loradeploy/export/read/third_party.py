@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import GENAI_CONFIG_NAME, LEFT, NO_PADDING, PAST, POSITION_IDS, RIGHT
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
+from loradeploy.export.graph.edit import integer_of
 from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
@@ -35,6 +36,16 @@ logger = logger_of(__name__)
 # Architectures whose checkpoints have a fused q, k, v weight, by onnxruntime-genai's names.
 _FUSED_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
 _LISTED: Final = 4
+# transformers' models whose heads are rotated in halves, and what their rotated projections are.
+_HALVES: Final = (
+    *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi"),
+    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+)
+_INTERLEAVED: Final = {
+    "RotaryEmbedding": "interleaved",
+    GROUP_QUERY_ATTENTION: "rotary_interleaved",
+}
+_ROTATED: Final = ("q_proj", "k_proj", "qkv_proj")
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ def find_modules(
     if mapped is not None:
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
+    if weights is None:
+        _check_order_of_rows(model, settings_beside(directory, None), adapters)
     if weights is not None:
         _compare(findings, weights)
     annotate_modules(findings.linears)
@@ -137,6 +150,28 @@ def padding_of(model: ir.Model) -> str:
     inputs = {str(value.name) for value in model.graph.inputs}
     counted_by_input = POSITION_IDS in inputs or not any(name.startswith(PAST) for name in inputs)
     return LEFT if counted_by_input else NO_PADDING
+
+
+def _check_order_of_rows(
+    model: ir.Model, config: Mapping[str, Any], adapters: Iterable[Adapter]
+) -> None:
+    """Raise ExportError where names alone identify q and k whose rows are in another order.
+
+    Meta's layout, which llama.cpp has too, interleaves the rows that transformers has in halves.
+    """
+    if config.get("model_type") not in _HALVES:
+        return
+    interleaved = any(
+        node.op_type in _INTERLEAVED and integer_of(node, _INTERLEAVED[node.op_type])
+        for node in model.graph
+    )
+    modules = sorted(m for a in adapters for m in a.factors if m.endswith(_ROTATED))
+    if interleaved and modules:
+        raise ExportError(
+            f"{modules[0]}: the graph rotates interleaved rows, where transformers'"
+            f" {config['model_type']} has halves, so that the rows of q and k are likely in another"
+            " order: give `checkpoint`, whose numbers show it"
+        )
 
 
 def _fused_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:

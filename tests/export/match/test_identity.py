@@ -203,6 +203,13 @@ def test_a_name_that_the_numbers_contradict_is_an_error(look: Look) -> None:
         look(graph(A, B, names=("b", "a")), checkpoint(a=A, b=B))
 
 
+def test_a_padded_vocabulary_is_left_out_unless_an_adapter_is_for_it(look: Look) -> None:
+    model = graph(A, np.concatenate([B, np.zeros_like(B)]), names=("a", "lm_head"))
+    assert set(look(model, checkpoint(a=A, lm_head=B), ("a",)).linears) == {"a"}
+    with pytest.raises(ExportError, match=r"the rows of lm_head.weight and 16 more, as a padded"):
+        look(model, checkpoint(a=A, lm_head=B), ("lm_head",))
+
+
 def test_a_name_that_the_checkpoint_does_not_have_gives_way_to_the_numbers(look: Look) -> None:
     found = look(graph(A, B, names=("x.one", "x.two")), checkpoint(a=A, b=B))
     assert set(found.linears) == {"a", "b"}

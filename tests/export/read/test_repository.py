@@ -92,6 +92,13 @@ def test_a_checkpoint_is_preferred_to_the_graphs_beside_it(tiny_bert: Path, tmp_
     assert resolve(_with(tmp_path / "m", WEB)).kind == "checkpoint"
 
 
+@pytest.mark.parametrize("given", ["model.ort", "."])
+def test_onnxruntimes_own_format_is_refused_by_name(given: str, tmp_path: Path) -> None:
+    (tmp_path / "model.ort").touch()
+    with pytest.raises(ModelError, match=r"own format, which cannot be changed: give the \.onnx"):
+        resolve(tmp_path / given)
+
+
 def test_training_says_that_graphs_are_no_checkpoint(tmp_path: Path) -> None:
     place = _with(tmp_path, WEB)
     (place / "config.json").write_text("{}")

@@ -10,13 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.api import export
+from loradeploy.export.read.third_party import Evidence, find_modules
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
 from tests.export import others
+from tests.export.graphs import IN, OUT, Builder
 from tests.export.others import IDS, copy_of
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
@@ -343,3 +347,21 @@ def test_a_checkpoint_that_is_none_is_refused(encoder: Graph, tmp_path: Path) ->
 def test_a_foreign_bundle_is_read_with_its_padding(built: Graph, tmp_path: Path) -> None:
     export(built("fp32"), tmp_path / "bundle")
     assert read_manifest(tmp_path / "bundle").padding == "right"
+
+
+@pytest.mark.parametrize(("model_type", "refused"), [("llama", True), ("glm", False)])
+def test_interleaved_rows_are_not_told_by_names_alone(
+    model_type: str, refused: bool, tmp_path: Path
+) -> None:
+    b, module = Builder(), "model.layers.0.self_attn.q_proj"
+    x = b.input("x", ["batch", "sequence", IN])
+    q = b.node("MatMul", [x, b.weight("w", IN, OUT)], module=module)
+    model = b.model(b.node("RotaryEmbedding", [q], interleaved=1))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
+    adapter = Adapter(AdapterConfig(r=2, lora_alpha=4, target_modules=("q_proj",)), {module: pair})
+    if not refused:
+        assert module in find_modules(model, tmp_path, Evidence(), [adapter]).linears
+        return
+    with pytest.raises(ExportError, match=r"q_proj: the graph rotates interleaved rows"):
+        find_modules(model, tmp_path, Evidence(), [adapter])
