@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.files.digest import base_digest
 from loradeploy.adapter.modules.renamings import Submodel, known
-from loradeploy.adapter.tasks import CAUSAL_LM, TOKEN_CLASSIFICATION
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.bundle.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import BaseIdentity
@@ -23,6 +24,8 @@ from loradeploy.export.match.products import precision_of
 from loradeploy.export.passes.precision.bf16 import compute_as_float32
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices
+from loradeploy.export.read.attention import separate_projections
+from loradeploy.export.read.constant_weights import compute_weights
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.regular import (
@@ -34,7 +37,8 @@ from loradeploy.export.read.regular import (
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.subgraphs import inline_functions, take_branches
 from loradeploy.export.read.third_party import complete_cache, settings_beside
-from loradeploy.export.tasks import task_of_graph
+from loradeploy.export.read.value_names import check_mask, name_values
+from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.printable import logger_of
@@ -67,6 +71,7 @@ def from_graph(source: Source, options: Options) -> Base:
         if source.manifest is None
         else load_bundle_graph(source.graph.parent, source.manifest)
     )
+    renamed: Mapping[str, str] = {}
     if source.manifest is None:
         check_opens(source.graph)
         refuse_side_inputs(graph)  # while they are inputs
@@ -76,8 +81,10 @@ def from_graph(source: Source, options: Options) -> Base:
         lift_constants(graph)
         close_inputs(graph)
         drop_identities(graph)
+        renamed = name_values(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
+        check_mask(graph, renamed, source.graph.parent, own)
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     compute_as_float32(graph.graph)
     complete_shapes(graph)
@@ -92,9 +99,12 @@ def from_graph(source: Source, options: Options) -> Base:
         name_dimensions(graph)
         complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
+        if options.evidence.checkpoint is not None or options.evidence.map is not None:
+            separate_projections(graph.graph)  # they have no names in the graph
+        compute_weights(graph.graph)
         normalize_products(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
-        task = _task_of(source, graph, options.task)
+        task = _task_of(source, graph, options.task, own)
         parameters = replaced = lacking = frozenset()
     if options.evidence.checkpoint is not None:
         annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
@@ -118,7 +128,9 @@ def from_graph(source: Source, options: Options) -> Base:
         replaced=replaced,
         lacking=lacking,
         before=source.manifest,
-        source=TrialSource(graph=source.graph, quantized_here=precision != current),
+        source=TrialSource(
+            graph=source.graph, quantized_here=precision != current, renamed=renamed
+        ),
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
@@ -145,12 +157,15 @@ def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseI
     return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
 
 
-def _task_of(source: Source, graph: ir.Model, asked: str | None) -> str:
-    ranks = {
-        str(value.name): None if value.shape is None else len(value.shape)
-        for value in graph.graph.outputs
-    }
+def _task_of(source: Source, graph: ir.Model, asked: str | None, config: Mapping[str, Any]) -> str:
+    shapes = {str(value.name): value.shape for value in graph.graph.outputs}
+    ranks = {name: None if shape is None else len(shape) for name, shape in shapes.items()}
     task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
+    if task == SEQUENCE_CLASSIFICATION and asked in (None, CAUSAL_LM):
+        logits = shapes.get(main_output(task, ranks) or "")
+        of_words = logits is not None and logits[-1] == config.get("vocab_size")
+        if of_words and own_task(config) == CAUSAL_LM:
+            task = CAUSAL_LM  # it gives the last position's alone
     if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
         task = asked  # the outputs have the ranks of a language model's
     if task is not None and main_output(task, ranks) is None:

@@ -65,13 +65,15 @@ _UPDATE_SCALE: Final = 0.05
 class Source:
     """What a bundle is held against.
 
-    `original`: what the checkpoint gives, where it was run. `graph`: the ONNX file instead.
+    `original`: what the checkpoint gives, where it was run. `graph`: the ONNX file instead, and
+    what `renamed` inputs and outputs are called there.
     `quantized_here`: whether the weights were rounded to the bundle's precision on the way.
     """
 
     original: Original | None = None
     graph: Path | None = None
     quantized_here: bool = False
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def try_bundle(
@@ -87,7 +89,7 @@ def try_bundle(
     """
     sample = Sample(manifest.inputs, config, pad=pad)
     # The source is closed again before the bundle is opened: two would take twice the memory.
-    original = source.original or _given_by(source.graph, manifest, sample)
+    original = source.original or _given_by(source, manifest, sample)
     try:
         trial = Trial(directory, manifest)
     except NotRunError as problem:
@@ -103,17 +105,18 @@ def try_bundle(
     return manifest if padding is None else dataclasses.replace(manifest, padding=padding)
 
 
-def _given_by(graph: Path | None, manifest: Manifest, sample: Sample) -> Original | None:
+def _given_by(source: Source, manifest: Manifest, sample: Sample) -> Original | None:
     """What the source's graph gives for a sample; None where it is not run."""
+    graph = source.graph
     if graph is None:
         return None
     names = [spec.name for spec in manifest.outputs]
     try:
-        given = of_graph(graph, sample.feeds(), names)
+        given = of_graph(graph, sample.feeds(), names, source.renamed)
         encoder = graph.parent / ENCODER_NAME
         if manifest.encoder is None or not encoder.is_file():
             return given
-        outputs = {**given.outputs, **of_graph(encoder, sample.feeds(), names).outputs}
+        outputs = {**given.outputs, **of_graph(encoder, sample.feeds(), names, {}).outputs}
         return dataclasses.replace(given, outputs=outputs)
     except (NotRunError, TypeError) as problem:  # a dtype that numpy does not have
         logger.warning("not compared with %s, which is not run here: %s", graph.name, problem)

@@ -200,23 +200,30 @@ def _updated(
 # -- a graph ---------------------------------------------------------------------------------------
 
 
-def of_graph(file: Path, feeds: Feeds, names: Sequence[str]) -> Original:
+def of_graph(
+    file: Path, feeds: Feeds, names: Sequence[str], renamed: Mapping[str, str]
+) -> Original:
     """What the graph in `file` gives of the outputs `names` that it has.
+
+    `renamed`: what inputs and outputs are called in the file, where they have other names.
 
     Raises:
         NotRunError: onnxruntime does not open it, or does not run it on these feeds.
     """
     session = open_graph(file)
-    taken = {node.name: node for node in session.get_inputs()}
+    new = {old: name for name, old in renamed.items()}
+    taken = {new.get(node.name, node.name): node for node in session.get_inputs()}
     besides = [node for name, node in taken.items() if name not in feeds]
     if any(NUMPY_NAMES.get(node.type) not in _DTYPES for node in besides):
         raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
     # What the bundle's graph no longer takes, such as a switch between two branches.
     specs = [TensorSpec(n.name, NUMPY_NAMES[n.type], _named(n.shape)) for n in besides]
     every = {**feeds, **Sample(specs, {}).feeds()}
-    own = [node.name for node in session.get_outputs()]
-    given = {name: every[name] for name in taken}
-    return Original(feeds, run_graph(session, given, [name for name in names if name in own]))
+    own = [new.get(node.name, node.name) for node in session.get_outputs()]
+    given = {node.name: every[name] for name, node in taken.items()}
+    asked = {renamed.get(name, name): name for name in names if name in own}
+    outputs = run_graph(session, given, list(asked))
+    return Original(feeds, {asked[name]: values for name, values in outputs.items()})
 
 
 def _named(shape: Sequence[int | str | None]) -> tuple[int | str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.names import INPUT_IDS
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, listed_names
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.batches import batches
@@ -82,7 +82,12 @@ class TextGenerator:
     def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
         manifest = session.manifest
         self._target = _target_of(session)
-        sizes = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS)
+        sizes = next((spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS), None)
+        if sizes is None:
+            names = listed_names((spec.name for spec in manifest.inputs), 4)
+            raise UsageError(
+                f"{session.path} takes {names}, not {INPUT_IDS}: run it with AdapterSession.run"
+            )
         if any(isinstance(size, int) for size in sizes):
             raise UsageError(
                 f"{session.path} was exported with `fixed` sizes: run it with AdapterSession.run,"

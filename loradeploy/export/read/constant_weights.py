@@ -1,0 +1,154 @@
+"""Compute the weights of products that a graph makes of larger constants.
+
+    W = Gather(stack, layer)                   one constant for all layers
+    W_q, W_k, W_v = Split(W, sizes)            one constant for several modules
+    W = Reshape(Transpose(W'), shape)          heads on an axis of their own
+
+An adapter's module is one matrix. So the matrix becomes a constant of its own, where all that it is
+made of is constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+_Arrays = Sequence[Any]  # of numpy; None for an input that is left out
+_PRODUCTS: Final = ("Gemm", "MatMul")
+_PLAIN: Final = ("Identity", "Transpose")  # what a product's weight may come through as it is
+_MATRIX: Final = 2
+
+
+def compute_weights(graph: ir.Graph) -> None:
+    """Give products a constant [in, out] where the graph computes theirs of constants alone."""
+    made: dict[ir.Value, ir.Value] = {}
+    for node in list(graph):
+        if node.op_type not in _PRODUCTS or node.domain != "" or len(node.inputs) < 2:
+            continue
+        value = node.inputs[1]
+        if value is None or not _is_computed(value):
+            continue
+        if value not in made:
+            numbers = _numbers(value, {})
+            if numbers is None or numbers.ndim != _MATRIX or numbers.dtype.kind != "f":
+                continue
+            made[value] = add_constant(graph, free_name(graph, f"{value.name}.computed"), numbers)
+        node.replace_input_with(1, made[value])
+    if made:
+        remove_unused(graph)
+
+
+def _is_computed(value: ir.Value) -> bool:
+    """Whether the value comes of a node that more than turns it."""
+    while (node := value.producer()) is not None:
+        if node.op_type not in _PLAIN:
+            return node.op_type in _COMPUTED and node.domain == ""
+        source = node.inputs[0]
+        if source is None:
+            return False
+        value = source
+    return False
+
+
+def _numbers(value: ir.Value, known: dict[ir.Value, NDArray[Any] | None]) -> NDArray[Any] | None:
+    """What constants alone make of the value; None where something else has a part in it."""
+    if value in known:
+        return known[value]
+    node, result = value.producer(), None
+    if node is None:
+        if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
+            result = constant_of(value)
+    elif node.op_type in _COMPUTED and node.domain == "":
+        inputs = [None if each is None else _numbers(each, known) for each in node.inputs]
+        missing = any(
+            given is not None and found is None
+            for given, found in zip(node.inputs, inputs, strict=True)
+        )
+        if not missing:
+            result = _computed(node, inputs, value.index() or 0)
+    known[value] = result
+    return result
+
+
+def _computed(node: ir.Node, inputs: _Arrays, output: int) -> NDArray[Any] | None:
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    try:
+        results = _COMPUTED[node.op_type](inputs, attributes)
+    except (ValueError, IndexError, TypeError):  # a node that onnxruntime would not run either
+        return None
+    return np.ascontiguousarray(results[output]) if output < len(results) else None
+
+
+def _integers(inputs: _Arrays, index: int) -> list[int] | None:
+    given = inputs[index] if len(inputs) > index else None
+    return None if given is None else [int(number) for number in np.ravel(given)]
+
+
+def _gather(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    return [np.take(inputs[0], inputs[1], axis=given.get("axis", 0))]
+
+
+def _split(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    sizes, axis = _integers(inputs, 1), given.get("axis", 0)
+    if sizes is None:
+        raise ValueError("in parts of one size, by the number of outputs")
+    return np.split(inputs[0], np.cumsum(sizes)[:-1], axis=axis)
+
+
+def _slice(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    data, starts, ends = inputs[0], _integers(inputs, 1), _integers(inputs, 2)
+    if starts is None or ends is None:
+        raise ValueError("without a span")
+    axes = _integers(inputs, 3) or list(range(len(starts)))
+    steps = _integers(inputs, 4) or [1] * len(starts)
+    spans = [slice(None)] * data.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step < 1:
+            raise ValueError("from behind")
+        spans[axis] = slice(start, end, step)
+    return [data[tuple(spans)]]
+
+
+def _squeeze(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    axes = _integers(inputs, 1)
+    return [np.squeeze(inputs[0], None if axes is None else tuple(axes))]
+
+
+def _unsqueeze(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    return [np.expand_dims(inputs[0], tuple(_integers(inputs, 1) or ()))]
+
+
+def _reshape(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    data, shape = inputs[0], _integers(inputs, 1)
+    if data is None or shape is None or given.get("allowzero"):
+        raise ValueError("a size of 0 that is meant")
+    return [data.reshape([data.shape[at] if n == 0 else n for at, n in enumerate(shape)])]
+
+
+def _transpose(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    return [np.transpose(inputs[0], given.get("perm"))]
+
+
+def _concat(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
+    return [np.concatenate(list(inputs), axis=given["axis"])]
+
+
+_COMPUTED: Final[Mapping[str, Callable[[_Arrays, Mapping[str, Any]], list[Any]]]] = {
+    "Concat": _concat,
+    "Gather": _gather,
+    "Identity": lambda inputs, given: [inputs[0]],
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}

@@ -1,0 +1,89 @@
+"""The projections of q, k and v come out of onnxruntime's fused attention, and take adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import save_file
+
+from loradeploy.export.match.identity import CheckpointWeights
+from loradeploy.export.match.linears import find_linears
+from loradeploy.export.match.naming import by_graph
+from loradeploy.export.match.operators import MICROSOFT
+from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
+from loradeploy.export.read.attention import separate_projections
+from tests.export.graphs import Arrays, Builder, numbers, ops, run
+from tests.tolerances import tolerance
+
+IN, HEADS, BATCH, LENGTH = 16, 2, 2, 5
+PARTS = ("query", "key", "value")
+WEIGHTS = {part: numbers(IN, IN, seed=seed) for seed, part in enumerate(PARTS)}  # [out, in]
+BIASES = {part: numbers(IN, seed=seed + 3) for seed, part in enumerate(PARTS)}
+
+
+def attention(
+    given: str = "", weights: Arrays = WEIGHTS, **attributes: Any
+) -> tuple[ir.Model, Arrays]:
+    """An Attention with a mask, a bias of the scores, or neither; and feeds for it."""
+    b = Builder()
+    x = b.input("x", [BATCH, LENGTH, IN])
+    packed = np.concatenate([weights[part].T for part in PARTS], axis=1)
+    inputs: list[Any] = [x, b.constant("w", np.ascontiguousarray(packed))]
+    inputs.append(b.constant("b", np.concatenate([BIASES[part] for part in PARTS])))
+    feeds: Arrays = {"x": numbers(BATCH, LENGTH, IN)}
+    if given == "mask":
+        inputs.append(b.input("mask", [BATCH, LENGTH], ir.DataType.INT32))
+        feeds["mask"] = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
+    elif given == "scores":
+        inputs += [None, None, b.input("bias", [BATCH, HEADS, LENGTH, LENGTH])]
+        feeds["bias"] = numbers(BATCH, HEADS, LENGTH, LENGTH, seed=9)
+    attributes = {"num_heads": HEADS, **attributes}
+    y = b.node("Attention", inputs, [BATCH, LENGTH, IN], domain=MICROSOFT, **attributes)
+    model = b.model(y)
+    model.graph.opset_imports[MICROSOFT] = 1
+    return model, feeds
+
+
+def near(one: Any, other: Any) -> bool:
+    return bool(np.abs(one - other).max() <= tolerance("torch-onnx-tiny"))
+
+
+@pytest.mark.parametrize("attributes", [{}, {"unidirectional": 1}, {"scale": 0.1}], ids=str)
+@pytest.mark.parametrize("given", ["", "mask", "scores"])
+def test_the_projections_are_a_product_of_their_own(given: str, attributes: Any) -> None:
+    model, feeds = attention(given, **attributes)
+    before = run(model, feeds)
+    separate_projections(model.graph)
+    assert ops(model) == ["MatMul", "Add", "Split", "MultiHeadAttention"]
+    assert near(run(model, feeds), before)
+
+
+def test_an_adapter_reaches_one_projection_of_them(tmp_path: Path) -> None:
+    tensors = {f"{part}.weight": WEIGHTS[part] for part in PARTS}
+    save_file(tensors | {f"{p}.bias": BIASES[p] for p in PARTS}, tmp_path / "model.safetensors")
+    model, feeds = attention("mask")
+    separate_projections(model.graph)
+    found = find_linears(model, CheckpointWeights(tmp_path, PARTS).namer(by_graph)).linears
+    assert {module: linear.slice for module, linear in found.items()} == {
+        part: (index * IN, (index + 1) * IN) for index, part in enumerate(PARTS)
+    }
+    inject_side_inputs(model, list(found.values()))
+    A, B = numbers(IN, 2, seed=11), numbers(2, IN, seed=12)
+    base, _ = attention("mask")
+    adapted, _ = attention("mask", WEIGHTS | {"value": WEIGHTS["value"] + (A @ B).T})
+    expected = run(adapted, feeds)
+    side = {"value.lora_A": A[None], "value.lora_B": B[None]}
+    assert near(run(model, feeds | side), expected)
+    assert near(run(model, feeds), run(base, feeds))
+    assert not near(expected, run(base, feeds)), "the adapter did nothing"
+
+
+@pytest.mark.parametrize("attributes", [{"do_rotary": 1}, {"qkv_hidden_sizes": [IN, IN]}], ids=str)
+def test_what_the_other_operator_cannot_say_stays(attributes: Any) -> None:
+    model, _ = attention(**attributes)
+    separate_projections(model.graph)
+    assert ops(model) == ["Attention"]

@@ -1,0 +1,94 @@
+"""A weight that the graph makes of larger constants is a constant of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from loradeploy.export.match.products import products
+from loradeploy.export.read.constant_weights import compute_weights
+from tests.export.graphs import IN, OUT, Builder, numbers, ops, run
+
+W = numbers(IN, OUT, seed=4)
+OTHER = numbers(IN, OUT, seed=5)
+
+
+def integers(b: Builder, name: str, *values: int) -> ir.Value:
+    return b.constant(name, np.array(values, np.int64))
+
+
+def _gathered(b: Builder) -> ir.Value:
+    layer = b.constant("layer", np.array(1, np.int64))
+    return b.node("Gather", [b.constant("stack", np.stack([OTHER, W])), layer], axis=0)
+
+
+def _sliced(b: Builder) -> ir.Value:
+    packed = b.constant("packed", np.concatenate([OTHER, W], axis=1))
+    spans = [integers(b, n, v) for n, v in (("from", OUT), ("to", 2 * OUT), ("axis", 1))]
+    return b.node("Slice", [packed, *spans])
+
+
+def _sliced_and_squeezed(b: Builder) -> ir.Value:
+    stack = b.constant("stack", np.stack([OTHER, W]))
+    spans = [integers(b, n, v) for n, v in (("from", -1), ("to", 2**31), ("axis", 0))]
+    return b.node("Squeeze", [b.node("Slice", [stack, *spans]), integers(b, "first", 0)])
+
+
+def _by_heads(b: Builder) -> ir.Value:
+    heads = b.constant("heads", np.ascontiguousarray(W.T).reshape(2, OUT // 2, IN))
+    flat = b.node("Reshape", [heads, integers(b, "shape", -1, IN)])
+    return b.node("Transpose", [flat], perm=[1, 0])
+
+
+def _joined(b: Builder) -> ir.Value:
+    halves = [b.constant(n, half) for n, half in zip("lr", np.split(W, 2, axis=1), strict=True)]
+    return b.node("Concat", halves, axis=1)
+
+
+@pytest.mark.parametrize("made", [_gathered, _sliced, _sliced_and_squeezed, _by_heads, _joined])
+def test_a_weight_that_is_made_of_constants_is_computed(
+    made: Callable[[Builder], ir.Value],
+) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    model = b.model(b.node("MatMul", [x, made(b)], ["batch", "sequence", OUT], module="m"))
+    feeds = {"x": numbers(2, 3, IN)}
+    before = run(model, feeds)
+    assert not list(products(model.graph))
+    compute_weights(model.graph)
+    assert ops(model) == ["MatMul"]
+    (product,) = products(model.graph)
+    assert np.array_equal(product.rows(list(range(OUT))), W.T)
+    assert np.array_equal(run(model, feeds), before)
+
+
+def test_the_parts_of_a_split_weight_are_each_their_own() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    packed = b.constant("packed", np.concatenate([OTHER, W], axis=1))
+    split = ir.node("Split", [packed, integers(b, "sizes", OUT, OUT)], {"axis": 1}, num_outputs=2)
+    for index, part in enumerate(split.outputs):
+        part.name = f"part{index}"
+    b.nodes.append(split)
+    ys = [
+        b.node(
+            "MatMul", [x, part], ["batch", "sequence", OUT], module=f"m{index}", name=f"y{index}"
+        )
+        for index, part in enumerate(split.outputs)
+    ]
+    model = b.model(*ys)
+    compute_weights(model.graph)
+    every = [product.rows(list(range(OUT))) for product in products(model.graph)]
+    assert np.array_equal(every, [OTHER.T, W.T])
+
+
+def test_a_weight_that_an_input_has_a_part_in_stays() -> None:
+    b = Builder()
+    x, layer = b.input("x", ["batch", "sequence", IN]), b.input("layer", [], ir.DataType.INT64)
+    w = b.node("Gather", [b.constant("stack", np.stack([OTHER, W])), layer], axis=0)
+    model = b.model(b.node("MatMul", [x, w], ["batch", "sequence", OUT], module="m"))
+    compute_weights(model.graph)
+    assert ops(model) == ["Gather", "MatMul"]

@@ -1,0 +1,95 @@
+"""Inputs and outputs of other exporters get the names that transformers gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from loradeploy.errors import ExportError, UsageError
+from loradeploy.export.api import export
+from loradeploy.export.read.value_names import name_values
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+from tests.conftest import once
+from tests.export import others
+from tests.export.graphs import Builder
+
+INTEGERS = ir.DataType.INT64
+
+
+def renamed(graph: Path, place: Path, names: dict[str, str], *, inverted: bool = False) -> Path:
+    """The same graph, its inputs called otherwise; `inverted`: its mask is 1 where nothing is."""
+    model = ir.load(graph)
+    for value in model.graph.inputs:
+        value.name = names.get(str(value.name), value.name)
+    if inverted:
+        mask = next(v for v in model.graph.inputs if v.name == names["attention_mask"])
+        one = ir.node("Constant", [], attributes={"value_int": 1})
+        flip = ir.node("Sub", [one.outputs[0], mask])
+        one.outputs[0].name, flip.outputs[0].name = "one", "flipped"
+        for node, index in list(mask.uses()):
+            if node is not flip:
+                node.replace_input_with(index, flip.outputs[0])
+        model.graph.insert_before(model.graph[0], [one, flip])
+    place.mkdir()
+    for file in graph.parent.iterdir():
+        if file.suffix != ".onnx":
+            (place / file.name).write_bytes(file.read_bytes())
+    ir.save(model, place / "model.onnx")
+    return place
+
+
+@pytest.fixture(scope="module")
+def decoder(shared: Path, tiny_llama: Path) -> Path:
+    place = once(
+        shared / "decoder-without-cache",
+        lambda out: others.export_decoder(tiny_llama, out, cache=False),
+    )
+    return place / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "new"),
+    [
+        ("input_ids:0", ["batch", "sequence"], INTEGERS, "input_ids"),
+        ("tokens", ["batch", "sequence"], ir.DataType.INT32, "input_ids"),
+        ("input_mask:0", ["batch", "sequence"], INTEGERS, "attention_mask"),
+        ("segment_ids", ["batch", "sequence"], INTEGERS, "token_type_ids"),
+        ("past_key_3", ["batch", 2, "past", 8], ir.DataType.FLOAT, "past_key_values.3.key"),
+        ("past_3_value", ["batch", 2, "past", 8], ir.DataType.FLOAT, "past_key_values.3.value"),
+        # what only sounds alike
+        ("input", ["batch", 3, 8, 8], ir.DataType.FLOAT, "input"),
+        ("tokens", ["batch", 8], ir.DataType.FLOAT, "tokens"),
+        ("past_3", [2, "batch", 2, "past", 8], ir.DataType.FLOAT, "past_3"),
+    ],
+)
+def test_an_input_is_called_as_transformers_calls_it(
+    name: str, shape: list[int | str], dtype: ir.DataType, new: str
+) -> None:
+    b = Builder()
+    model = b.model(b.node("Identity", [b.input(name, shape, dtype)], name="present_key_3"))
+    before = name_values(model)
+    assert model.graph.inputs[0].name == new
+    assert before == ({} if new == name else {new: name})
+
+
+def test_a_name_that_is_taken_is_not_given_twice() -> None:
+    b = Builder()
+    ids, tokens = (b.input(n, ["batch", "sequence"], INTEGERS) for n in ("input_ids", "tokens"))
+    assert name_values(b.model(b.node("Add", [ids, tokens], name="y"))) == {}
+
+
+def test_a_mask_that_is_the_other_way_round_is_refused(decoder: Path, tmp_path: Path) -> None:
+    names = {"input_ids": "tokens", "attention_mask": "mask"}
+    graph = renamed(decoder, tmp_path / "other", names, inverted=True)
+    with pytest.raises(ExportError, match="mask does not hide a token where it is 0"):
+        export(graph, tmp_path / "bundle")
+
+
+def test_tokens_of_an_unknown_name_are_not_generated_from(decoder: Path, tmp_path: Path) -> None:
+    graph = renamed(decoder, tmp_path / "other", {"input_ids": "symbols"})
+    export(graph, tmp_path / "bundle")
+    with pytest.raises(UsageError, match="takes symbols, attention_mask, not input_ids"):
+        TextGenerator(AdapterSession(tmp_path / "bundle"))
