@@ -1,16 +1,16 @@
 """Take the projections of q, k and v out of onnxruntime's fused attention.
 
     Attention(x, W, b, mask, , bias)   →   MultiHeadAttention(q, k, v, , mask, bias),
-                                           [q, k, v] = Split(x W + b)
+                                           q = x W_q + b_q, and k and v likewise
 
 onnxruntime's transformer optimizer makes one operator of three projections and what follows them.
-Adapters change the projections, so that they become a product again, with one packed weight.
+Adapters change the projections, so that they become products again, each with its own weight.
 An attention with a cache, or with attributes that MultiHeadAttention does not have, stays as it is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _X, _WEIGHT, _BIAS, _MASK, _PAST, _ATTENTION_BIAS = range(6)
 _CARRIED: Final = ("num_heads", "unidirectional", "mask_filter_value", "scale")
 _SIZES: Final = "qkv_hidden_sizes"
-_PARTS: Final = 3
+_PARTS: Final = ("query", "key", "value")
 
 
 def separate_projections(graph: ir.Graph) -> None:
@@ -53,43 +53,48 @@ def _sizes(node: ir.Node) -> list[int] | None:
         return None
     attribute = node.attributes.get(_SIZES)
     given = None if attribute is None else list(attribute.as_ints())
-    sizes = given or [shape[1] // _PARTS] * _PARTS
-    return sizes if len(sizes) == _PARTS and sum(sizes) == shape[1] else None
+    sizes = given or [shape[1] // len(_PARTS)] * len(_PARTS)
+    return sizes if len(sizes) == len(_PARTS) and sum(sizes) == shape[1] else None
 
 
 def _separate(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
-    import onnx_ir as ir
-
-    name, y = str(node.name or node.outputs[0].name), node.outputs[0]
-    x = _input(node, _X)
-    made: list[ir.Node] = []
-
-    def add(op: str, inputs: list[ir.Value | None], outputs: int = 1, **given: Any) -> ir.Node:
-        new = ir.node(op, inputs, attributes=given, num_outputs=outputs, name=f"{name}/{op}")
-        for index, value in enumerate(new.outputs):
-            value.name = new.name if outputs == 1 else f"{new.name}.{index}"
-            value.type = y.type
-        made.append(new)
-        return new
-
-    packed = add("MatMul", [x, _input(node, _WEIGHT)]).outputs[0]
-    if (bias := _input(node, _BIAS)) is not None:
-        packed = add("Add", [packed, bias]).outputs[0]
-    parts = add_constant(graph, free_name(graph, f"{name}/sizes"), np.array(sizes, np.int64))
-    q, k, v = add("Split", [packed, parts], _PARTS, axis=-1).outputs
-    rest = [None, _input(node, _MASK), _input(node, _ATTENTION_BIAS)]
-    while rest and rest[-1] is None:
-        rest.pop()
-    graph.insert_before(node, made)
-    for index, value in enumerate([q, k, v, *rest]):
-        if index >= len(node.inputs):
-            node.resize_inputs(index + 1)
+    weight, bias = _input(node, _WEIGHT), _input(node, _BIAS)
+    assert weight is not None
+    ends = np.cumsum(sizes)
+    projected: list[ir.Value | None] = []
+    for part, begin, end in zip(_PARTS, ends - sizes, ends, strict=True):
+        own = slice(int(begin), int(end))
+        y = _computed(graph, node, "MatMul", _input(node, _X), _part(graph, weight, part, own))
+        if bias is not None:
+            y = _computed(graph, node, "Add", y, _part(graph, bias, part, own))
+        projected.append(y)
+    inputs = [*projected, None, _input(node, _MASK), _input(node, _ATTENTION_BIAS)]
+    while inputs[-1] is None:
+        inputs.pop()
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
-    node.resize_inputs(_PARTS + len(rest))
-    node.attributes.pop(_SIZES, None)
-    for attribute in [name for name in node.attributes if name not in _CARRIED]:
+    for attribute in [each for each in node.attributes if each not in _CARRIED]:
         node.attributes.pop(attribute)
     node.op_type = "MultiHeadAttention"
+
+
+def _part(graph: ir.Graph, packed: ir.Value, part: str, columns: slice) -> ir.Value:
+    """Some columns of a packed constant as a constant of their own."""
+    numbers = np.ascontiguousarray(constant_of(packed)[..., columns])
+    return add_constant(graph, free_name(graph, f"{packed.name}.{part}"), numbers)
+
+
+def _computed(
+    graph: ir.Graph, node: ir.Node, op: str, x: ir.Value | None, constant: ir.Value
+) -> ir.Value:
+    """What a new node in front of the attention `node` gives, of the type that it gives."""
+    import onnx_ir as ir
+
+    new = ir.node(op, [x, constant], name=f"{node.name or node.outputs[0].name}/{constant.name}")
+    new.outputs[0].name, new.outputs[0].type = f"{new.name}/{op}", node.outputs[0].type
+    graph.insert_before(node, new)
+    return new.outputs[0]
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

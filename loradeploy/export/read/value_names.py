@@ -6,8 +6,9 @@ segment_ids, input_type_ids                    token_type_ids
 past_key_0, past_key_values_0_key              past_key_values.0.key, and present.0.key
 
 Some exporters, and TensorFlow's, have their own names, which nothing that makes text or feeds a
-trial knows. Only values of the right rank and type get another name, and a mask of a doubtful name
-only where 0 hides a token: other libraries' masks are the other way round.
+trial knows. Only values of the right rank and type get another name, those beside tokens only where
+there are tokens, and a mask of a doubtful name only where 0 hides a token: other libraries' masks
+are the other way round.
 """
 
 from __future__ import annotations
@@ -58,16 +59,17 @@ def name_values(model: ir.Model) -> dict[str, str]:
     graph = model.graph
     taken = {v.name for node in graph.all_nodes() for v in node.outputs}
     taken |= {v.name for v in (*graph.inputs, *graph.initializers.values())}
-    before: dict[str, str] = {}
+    values: dict[str, ir.Value] = {}
     for value in (*graph.inputs, *graph.outputs):
-        old = str(value.name)
         new = None if value.is_initializer() else _name_of(value)
-        if new is None or new == old or new in taken:
-            continue
-        taken.add(new)
-        value.name = new
-        before[new] = old
-        logger.info("%s of the graph is called %s in the bundle", old, new)
+        if new is not None and new not in taken:
+            values.setdefault(new, value)
+    if INPUT_IDS not in values and INPUT_IDS not in taken:
+        values = {new: value for new, value in values.items() if new not in _OTHERS}
+    before: dict[str, str] = {}
+    for new, value in values.items():
+        before[new], value.name = str(value.name), new
+        logger.info("%s of the graph is called %s in the bundle", before[new], new)
     return before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -12,9 +13,12 @@ from loradeploy.export.api import export
 from loradeploy.export.read.value_names import name_values
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
-from tests.conftest import once
+from tests.conftest import MakeAdapter, once
 from tests.export import others
 from tests.export.graphs import Builder
+from tests.export.others import IDS
+from tests.export.reference import difference, torch_output
+from tests.tolerances import tolerance
 
 INTEGERS = ir.DataType.INT64
 
@@ -69,16 +73,41 @@ def test_an_input_is_called_as_transformers_calls_it(
     name: str, shape: list[int | str], dtype: ir.DataType, new: str
 ) -> None:
     b = Builder()
-    model = b.model(b.node("Identity", [b.input(name, shape, dtype)], name="present_key_3"))
-    before = name_values(model)
-    assert model.graph.inputs[0].name == new
+    value = b.input(name, shape, dtype)
+    if new != "input_ids":
+        b.input("input_ids", ["batch", "sequence"], INTEGERS)
+    before = name_values(b.model(b.node("Identity", [value], name="y")))
+    assert value.name == new
     assert before == ({} if new == name else {new: name})
+
+
+def test_a_mask_without_tokens_keeps_its_name() -> None:
+    b = Builder()
+    mask = b.input("mask", ["batch", "patches"], ir.DataType.BOOL)
+    assert name_values(b.model(b.node("Identity", [mask], name="y"))) == {}
 
 
 def test_a_name_that_is_taken_is_not_given_twice() -> None:
     b = Builder()
     ids, tokens = (b.input(n, ["batch", "sequence"], INTEGERS) for n in ("input_ids", "tokens"))
     assert name_values(b.model(b.node("Add", [ids, tokens], name="y"))) == {}
+
+
+def test_a_graph_with_other_names_takes_adapters_and_generates(
+    decoder: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, r=4, seed=1)
+    other = renamed(decoder, tmp_path / "other", {"input_ids": "tokens", "attention_mask": "mask"})
+    export(other, tmp_path / "bundle", adapters={"mine": adapter}, checkpoint=tiny_llama)
+    session = AdapterSession(tmp_path / "bundle")
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
+    adapted = session.run(["logits"], feeds, adapters="mine")[0]
+    expected = torch_output(tiny_llama, IDS, adapter=adapter)
+    assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+    assert difference(adapted, torch_output(tiny_llama, IDS)) > 0.1, "the adapter did nothing"
+    rows = TextGenerator(session).generate([[5, 17, 42], [9, 8]], ["mine", None], max_new_tokens=6)
+    (alone,) = TextGenerator(session).generate([[9, 8]], [None], max_new_tokens=6)
+    assert rows[1].token_ids == alone.token_ids
 
 
 def test_a_mask_that_is_the_other_way_round_is_refused(decoder: Path, tmp_path: Path) -> None:
