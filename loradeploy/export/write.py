@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,6 +40,7 @@ from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NA
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import genai_config
 from loradeploy.export.graph.halves import with_digests, write_halves
+from loradeploy.export.graph.streamed import save_graph
 from loradeploy.export.passes.forms.required import write_required
 from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.texts import (
@@ -76,8 +78,6 @@ _COPIED: Final = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-# Smaller constants stay in the graph's own file, where tools show them.
-_EXTERNAL_BYTES: Final = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,15 +163,25 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manifest:
-    import onnx_ir as ir
-
-    ir.save(
-        content.graph,
-        directory / GRAPH_NAME,
-        external_data=GRAPH_DATA_NAME,
-        size_threshold_bytes=_EXTERNAL_BYTES,
-    )
+    save_graph(content.graph, directory)
     data = directory / GRAPH_DATA_NAME
+    with ThreadPoolExecutor(1) as beside:  # the weights are read once more, whatever else is done
+        digest = beside.submit(file_digest, data) if data.is_file() else None
+        manifest = _write_beside(directory, manifest, content)
+    if digest is not None:
+        fingerprint = file_fingerprint(data)
+        manifest = dataclasses.replace(
+            manifest, data_digest=digest.result(), data_fingerprint=fingerprint
+        )
+    written = (path for path in directory.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(directory).as_posix() for path in written)
+    manifest = dataclasses.replace(manifest, files=tuple(files))
+    write_json(directory / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Manifest:
+    """Write what goes beside the graph, and try the whole."""
     manifest, weights = store_weights(directory, manifest)
     if manifest.encoder is not None:
         write_halves(directory, manifest)
@@ -201,8 +211,6 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
         manifest,
         adapters=entries,
         graph_digest=file_digest(directory / GRAPH_NAME),
-        data_digest=file_digest(data) if data.is_file() else None,
-        data_fingerprint=file_fingerprint(data) if data.is_file() else None,
     )
     if numbers := {**content.biases, **weights}:
         write_arrays(directory / BASE_NAME, numbers, {})
@@ -211,12 +219,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
     if content.required:
         write_required(directory, manifest, content.side_inputs)
     pad = padding_token(directory)
-    manifest = try_bundle(directory, manifest, content.source, content.config, pad)
-    written = (path for path in directory.rglob("*") if path.is_file())
-    files = sorted(path.relative_to(directory).as_posix() for path in written)
-    manifest = dataclasses.replace(manifest, files=tuple(files))
-    write_json(directory / MANIFEST_NAME, manifest.to_json())
-    return manifest
+    return try_bundle(directory, manifest, content.source, content.config, pad)
 
 
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:

@@ -73,11 +73,19 @@ def add_constant(
     """A new initializer; `shape`: the shape of feeds for it if it is also an input."""
     import onnx_ir as ir
 
-    tensor = ir.tensor(numbers, name=name)
+    return add_tensor(graph, ir.tensor(numbers, name=name), shape=shape)
+
+
+def add_tensor(
+    graph: ir.Graph, tensor: ir.TensorProtocol, *, shape: list[int | str] | None = None
+) -> ir.Value:
+    """As `add_constant`, of a tensor that may yet have to be computed, by its name."""
+    import onnx_ir as ir
+
     value = ir.Value(
-        name=name,
+        name=tensor.name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(numbers.shape if shape is None else shape),
+        shape=ir.Shape(tensor.shape.numpy() if shape is None else shape),
         const_value=tensor,
     )
     graph.register_initializer(value)

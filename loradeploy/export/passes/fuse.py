@@ -18,7 +18,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, replace_uses
+from loradeploy.export.graph.edit import add_constant, add_tensor, constant_of, replace_uses
 from loradeploy.export.graph.names import (
     FUSED_SPLIT,
     fused_weight_name,
@@ -27,6 +27,7 @@ from loradeploy.export.graph.names import (
     step_name,
 )
 from loradeploy.export.graph.scopes import linear_scopes
+from loradeploy.export.graph.streamed import joined
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import output_of, repeated_for_rows
 
@@ -107,7 +108,7 @@ def _key(linear: Linear) -> object:
         return None
     if repeated_for_rows(node.outputs[0]) is not None:  # its update is added before it is repeated
         return None
-    return x, linear.module.rpartition(".")[0], constant_of(weight).dtype
+    return x, linear.module.rpartition(".")[0], weight.dtype
 
 
 def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
@@ -144,13 +145,14 @@ def _check_complete(label: str, members: Sequence[Linear]) -> None:
 def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     import onnx_ir as ir
 
-    weight = np.concatenate([constant_of(member.weight) for member in members], axis=1)
+    tensors = [each for member in members if (each := member.weight.const_value) is not None]
+    weight = joined(fused_weight_name(label), tensors)
     nodes = [member.nodes[0] for member in members]
     # The input is there before any of them; which comes first, only the graph tells.
     first = next(node for node in graph if node in nodes)
     x, y = first.inputs[0], first.outputs[0]
     assert x is not None
-    constant = add_constant(graph, fused_weight_name(label), weight)
+    constant = add_tensor(graph, weight)
     product = ir.node(
         "MatMul",
         [x, constant],
@@ -160,7 +162,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     out = product.outputs[0]
     out.name, out.type = product.name, y.type
     if y.shape is not None:
-        out.shape = ir.Shape([*list(y.shape)[:-1], weight.shape[1]])
+        out.shape = ir.Shape([*list(y.shape)[:-1], int(weight.shape.numpy()[1])])
     sizes = np.array([member.out_features for member in members], np.int64)
     split = ir.node(
         "Split",

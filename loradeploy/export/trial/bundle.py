@@ -174,6 +174,7 @@ class Trial:
                     f"{_overflow(self.manifest.precision)}"
                 )
         merged = self.manifest.mode == "merged"
+        adapted = None
         if not merged:
             limits = _PACKED_HERE if quantized_here else _LIMITS
             limit = limits.get(self.manifest.precision, _LIMITS["fp32"])
@@ -182,7 +183,7 @@ class Trial:
                     raise _refused(
                         f"its output {name} is {error:.2g} of its size away from the source's"
                     )
-            self._check_side_inputs(original.feeds, base)
+            adapted = self._check_side_inputs(original.feeds, base)
             self._check_required(original.feeds, base)
             if original.embedded is not None:
                 self._check_embedded(original.embedded, base, limit)
@@ -193,7 +194,7 @@ class Trial:
             if changed and any(values.any() for values in original.outputs.values()):
                 logger.warning("the merged graph answers a sample as the base does")
         self._check_update(original, base)
-        self._check_kept(original.feeds)
+        self._check_kept(original.feeds, base, adapted)
 
     def _check_update(self, original: Original, base: Outputs) -> None:
         """What an update changes, against what it changes in the source."""
@@ -227,19 +228,19 @@ class Trial:
                     f" {name} is {error:.2g} of the adapter's effect away from PyTorch's"
                 )
 
-    def _check_side_inputs(self, feeds: Feeds, base: Outputs) -> None:
-        """Made side inputs change their own row, and no other."""
+    def _check_side_inputs(self, feeds: Feeds, base: Outputs) -> Outputs | None:
+        """Made side inputs change their own row, and no other; what is given with them in all."""
         made = self.made_side_inputs()
         if not made:
-            return
+            return None
         adapted = self.run(feeds, made)
         if _same(adapted, base):
             if any(np.ptp(values) for values in base.values() if values.size):
                 raise _refused("an adapter's side inputs change nothing")
-            return
+            return adapted
         rows = {values.shape[0] for values in feeds.values() if values.ndim > 1}
         if len(rows) != 1 or (count := rows.pop()) < 2:
-            return
+            return adapted
         mixed = self.run(feeds, self._beside_base(made, count))
         limit = _LIMITS[self.manifest.precision]
         for name, values in mixed.items():
@@ -252,6 +253,7 @@ class Trial:
                         f"row {row + 1} of a batch of mixed adapters is {error:.2g} of its size"
                         f" away from what it is alone, in its output {name}"
                     )
+        return adapted
 
     def _check_required(self, feeds: Feeds, base: Outputs) -> None:
         """required.onnx with the base's side inputs gives what model.onnx gives."""
@@ -282,18 +284,20 @@ class Trial:
                     " PyTorch's"
                 )
 
-    def _check_kept(self, feeds: Feeds) -> None:
+    def _check_kept(self, feeds: Feeds, base: Outputs, adapted: Outputs | None) -> None:
         """Logits of chosen positions are those of all positions there, with an adapter or without.
 
-        Positions are each row's own.
+        Positions are each row's own. `base` and `adapted`: what is given at all of them.
         """
         if not self.manifest.logits_to_keep:
             return
         name = output_of(self.manifest)
         rows, tokens = feeds[INPUT_IDS].shape
         kept = np.stack([np.arange(rows) % tokens, np.full(rows, -1)], axis=1)  # [rows, 2]
-        for made in (None, self.made_side_inputs() or None):
-            whole = self.run(feeds, made)[name]
+        for outputs, made in ((base, None), (adapted, self.made_side_inputs())):
+            if outputs is None:
+                continue
+            whole = outputs[name]
             given = self.run({**feeds, LOGITS_TO_KEEP: kept}, made)[name]
             expected = np.take_along_axis(whole, kept[:, :, np.newaxis] % tokens, axis=1)
             if (error := _error(given, expected)) > _LIMITS[self.manifest.precision]:

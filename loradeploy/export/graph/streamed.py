@@ -1,0 +1,83 @@
+"""Weights that are put together while they are written, some rows at a time.
+
+    columns of several weights     q, k and v side by side: the product that is made one
+    a weight that is transposed    as most of a checkpoint's are; numpy writes it number by number
+
+So an export holds the source's weights and no second copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# Smaller constants stay in the graph's own file, where tools show them.
+_EXTERNAL_BYTES: Final = 1024
+_BLOCK_BYTES: Final = 1 << 23
+_BYTE: Final = 8  # bits; numbers of fewer are packed, which onnx-ir does
+
+
+def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
+    """The columns of `parts` side by side, [rows, columns]; computed anew at each use."""
+    import onnx_ir as ir
+
+    rows, dtype = int(parts[0].shape.numpy()[0]), parts[0].dtype
+    columns = sum(int(part.shape.numpy()[1]) for part in parts)
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        arrays = [part.numpy() for part in parts]
+        step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))
+        for begin in range(0, rows, step):
+            block = np.empty((min(step, rows - begin), columns), arrays[0].dtype)
+            np.concatenate([each[begin : begin + step] for each in arrays], axis=1, out=block)
+            yield block
+
+    class Joined(ir.LazyTensor):
+        def tofile(self, file: BinaryIO) -> None:
+            for block in blocks():
+                file.write(block.view(np.uint8).data)  # numpy has no buffer of bfloat16
+
+    def whole() -> ir.TensorProtocol:
+        return ir.tensor(np.concatenate(list(blocks())), dtype=dtype, name=name)
+
+    return Joined(whole, dtype, ir.Shape([rows, columns]), name=name)
+
+
+def save_graph(model: ir.Model, directory: Path) -> None:
+    """Write `model` and its weights to `directory`, and give up the weights in memory.
+
+    Of `model` only the nodes are of use afterwards.
+    """
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and _is_transposed(tensor):
+            value.const_value = joined(str(tensor.name), [tensor])
+    ir.save(
+        model,
+        directory / GRAPH_NAME,
+        external_data=GRAPH_DATA_NAME,
+        size_threshold_bytes=_EXTERNAL_BYTES,
+    )
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
+def _is_transposed(tensor: ir.TensorProtocol) -> bool:
+    """Whether its numbers are in memory, a matrix that is not in the order of its rows."""
+    import onnx_ir as ir
+
+    if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor) or len(tensor.shape) != 2:
+        return False
+    whole = tensor.dtype != ir.DataType.STRING and tensor.dtype.bitwidth >= _BYTE
+    return whole and not tensor.numpy().flags.c_contiguous
