@@ -12,8 +12,10 @@ Exit status:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -140,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Accepted before and after the command; arguments after -- are text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
+    # What is frozen is not searched for cycles while Python ends, a second after an export.
+    atexit.register(gc.freeze)
     with _terminable():
         try:
             status = _run([*options, *given[end:]], debug=len(options) < end)

@@ -33,7 +33,7 @@ from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.lowering import lowered
-from loradeploy.export.trace.patches import traceable
+from loradeploy.export.trace.patches import traceable, uncollected
 from loradeploy.export.trace.repeat import extend
 from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
@@ -69,6 +69,7 @@ class Cache:
     value_size: int
 
 
+@uncollected()
 def trace(model: torch.nn.Module, task: str) -> ir.Model:
     """The ONNX graph of `model`, tidied; batch, sequence and past are dynamic.
 

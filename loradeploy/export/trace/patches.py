@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
 
 # What transformers calls its ways to compute a mixture that can be replaced.
 _EXPERTS: Final = ("grouped_mm", "batched_mm")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector, which searches a trace's many objects for cycles again and again.
+
+    None of them holds numbers: what is not freed until the end is small.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager
