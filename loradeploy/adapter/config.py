@@ -19,12 +19,15 @@ from loradeploy.errors import AdapterError, shown
 
 CONFIG_NAME: Final = "adapter_config.json"
 
+# Modules that are tied in the base have the same factors, or the same trained weight.
+TYING: Final = "ensure_weight_tying"
+
 # Fields that cannot change the numbers of a finished adapter.
 _NEUTRAL: Final = frozenset(
     {
         "auto_mapping",
         "corda_config",
-        "ensure_weight_tying",  # the file has the shared tensor once for each tied module
+        TYING,  # the file has the shared tensors once for each tied module
         "eva_config",
         "inference_mode",
         "loftq_config",

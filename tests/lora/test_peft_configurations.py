@@ -16,8 +16,9 @@ from typing import Any, Final
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from loradeploy.adapter import AdapterConfig, load_adapter
+from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import AdapterError
 from loradeploy.lora.inject import adapted
 from tests.lora import tiny
@@ -239,3 +240,50 @@ def test_the_logits_are_pefts_or_the_adapter_is_refused(
     assert tiny.difference(ours, expected) <= tolerance("same-torch")
     assert tiny.difference(ours, before) > 0.01, "it does nothing"
     assert torch.equal(tiny.logits(base, model), before)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "embed_tokens"],
+        ["lm_head"],
+        ["embed_tokens", "lm_head"],
+        r".*(q_proj|embed_tokens)",
+    ],
+    ids=["the embedding", "the head", "both", "an expression"],
+)
+def test_factors_of_an_embedding_are_its_heads_too_where_peft_ties_them(
+    targets: list[str] | str, tmp_path: Path
+) -> None:
+    first = {name: d.on("llama")[0] for name, d in FIELDS.items() if isinstance(d, Tried)}
+    trained(
+        "llama-tied",
+        {**first, "target_modules": targets, "ensure_weight_tying": True},
+        tmp_path / "a",
+    )
+    expected = tiny.logits(
+        peft.PeftModel.from_pretrained(tiny.model("llama-tied"), tmp_path / "a"), "llama-tied"
+    )
+    adapter = load_adapter(tmp_path / "a")
+    assert {"model.embed_tokens", "lm_head"} <= adapter.factors.keys()
+    base = tiny.model("llama-tied")
+    before = tiny.logits(base, "llama-tied")
+    with adapted(base, adapter):
+        ours = tiny.logits(base, "llama-tied")
+    assert tiny.difference(ours, expected) <= tolerance("same-torch")
+    assert tiny.difference(ours, before) > 0.01, "it does nothing"
+    save_adapter(adapter, tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(tiny.model("llama-tied"), tmp_path / "b")
+    assert tiny.difference(tiny.logits(again, "llama-tied"), expected) <= tolerance("same-torch")
+
+
+def test_other_factors_of_a_head_that_is_no_target_are_refused(tmp_path: Path) -> None:
+    first = {name: d.on("llama")[0] for name, d in FIELDS.items() if isinstance(d, Tried)}
+    values = {**first, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    trained("llama-tied", values, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_B.weight"] *= 2
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="lm_head: the file has factors, and target_modules"):
+        load_adapter(tmp_path)

@@ -26,15 +26,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
-from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, peft_tensors
-from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.algebra.experts import (
+    expert_factors,
+    parameters_below,
+    peft_tensors,
+    with_targets,
+)
+from loradeploy.adapter.config import CONFIG_NAME, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import (
     misordered_export,
     other_config,
@@ -130,6 +135,33 @@ def _base_class(config: Mapping[str, Any]) -> str | None:
     mapping = config.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     return name if isinstance(name, str) else None
+
+
+def _tied(factors: Mapping[str, Factors], config: AdapterConfig) -> set[str]:
+    """The layers whose factors are those of an embedding, transposed: `ensure_weight_tying`.
+
+    PEFT takes them out of `target_modules`, and adapts them all the same.
+    """
+    if not config.extra.get(TYING):
+        return set()
+    embeddings = [pair for pair in factors.values() if pair.kind == "embedding"]
+    return {
+        module
+        for module, pair in factors.items()
+        if pair.kind == "linear"
+        and any(np.array_equal(pair.A, e.B.T) and np.array_equal(pair.B, e.A.T) for e in embeddings)
+    }
+
+
+def _untied(
+    config: AdapterConfig, factors: Mapping[str, Factors], tied: Collection[str]
+) -> AdapterConfig:
+    """`config` with the modules `tied` among its targets, each with its own factors."""
+    extra = {name: value for name, value in config.extra.items() if name != TYING}
+    targets = config.target_modules
+    if not isinstance(targets, tuple):
+        return with_targets(dataclasses.replace(config, extra=extra), factors)
+    return dataclasses.replace(config, target_modules=(*targets, *sorted(tied)), extra=extra)
 
 
 def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -280,6 +312,9 @@ def _sort(
         if pair.kind != "experts" and (pair.magnitude is not None or np.any(pair.B))
     ]
     ignored = untargeted(working, config)
+    if tied_factors := _tied(factors, config) & {*ignored}:
+        ignored = [module for module in ignored if module not in tied_factors]
+        config = _untied(config, factors, tied_factors)
     if ignored:
         problems.append(
             f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"
@@ -289,7 +324,7 @@ def _sort(
     task = task_of_peft(config.task_type)
     heads = task.heads if task is not None and task.trained_head else ()
     saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
-    tied = bool(config.extra.get("ensure_weight_tying")) and bool(config.modules_to_save)
+    tied = bool(config.extra.get(TYING)) and bool(config.modules_to_save)
     named = set()
     slots: dict[tuple[str, str], NDArray[Any]] = {}
     for key, what, values in others:
