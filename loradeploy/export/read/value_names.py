@@ -3,7 +3,8 @@
 input_ids:0, tokens, input_word_ids            input_ids
 input_mask, mask                               attention_mask
 segment_ids, input_type_ids                    token_type_ids
-past_key_0, past_key_values_0_key              past_key_values.0.key, and present.0.key
+past_key_0, past_key_values_0_key              past_key_values.0.key
+present_key_0, present_key_values.0.key        present.0.key
 
 Some exporters, and TensorFlow's, have their own names, which nothing that makes text or feeds a
 trial knows. Only values of the right rank and type get another name, those beside tokens only where
@@ -45,7 +46,7 @@ _OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _TENSORFLOW: Final = re.compile(r":\d+$")
 _CACHED: Final = re.compile(
-    r"(past|present)_(?:key_values_)?(?:(key|value)s?_(\d+)|(\d+)_(key|value)s?)"
+    r"(past|present)[._](?:key_values[._])?(?:(key|value)s?[._](\d+)|(\d+)[._](key|value)s?)"
 )
 _DOUBTFUL: Final = ("mask", "attn_mask")
 _HIDDEN: Final = 1  # the position that the doubtful mask has to hide

@@ -81,6 +81,16 @@ def test_an_input_is_called_as_transformers_calls_it(
     assert before == ({} if new == name else {new: name})
 
 
+@pytest.mark.parametrize("name", ["present_key_0", "present_key_values.0.key", "present.0.key"])
+def test_what_continues_a_cache_is_called_after_it(name: str) -> None:
+    b = Builder()
+    shape: list[int | str] = ["batch", 2, "past", 8]
+    model = b.model(b.node("Identity", [b.input("past_key_0", shape)], shape, name=name))
+    name_values(model)
+    assert model.graph.inputs[0].name == "past_key_values.0.key"
+    assert model.graph.outputs[0].name == "present.0.key"
+
+
 def test_a_mask_without_tokens_keeps_its_name() -> None:
     b = Builder()
     mask = b.input("mask", ["batch", "patches"], ir.DataType.BOOL)

@@ -1,0 +1,60 @@
+"""A decoder that gives the logits of its last position alone, as some exporters make them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from loradeploy.export.api import export
+from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
+from tests.conftest import once
+from tests.export import others
+from tests.export.reference import torch_output
+
+
+@pytest.fixture(scope="module")
+def decoder(shared: Path, tiny_llama: Path) -> Path:
+    """[batch, vocabulary] in place of [batch, sequence, vocabulary]."""
+
+    def make(out: Path) -> None:
+        others.export_decoder(tiny_llama, out, cache=False)
+        model = ir.load(out / "model.onnx")
+        (every,) = model.graph.outputs
+        assert every.shape is not None
+        index = ir.tensor(np.array(-1, np.int64), name="last")
+        last = ir.Value(name="last", type=ir.TensorType(index.dtype), const_value=index)
+        model.graph.register_initializer(last)
+        gather = ir.node("Gather", [every, last], attributes={"axis": 1}, name="take_last")
+        every.name, (only,) = "all_logits", gather.outputs
+        only.name, only.type = "logits", every.type
+        only.shape = ir.Shape(["batch", every.shape[-1]])
+        model.graph.append(gather)
+        model.graph.outputs[0] = only
+        ir.save(model, out / "model.onnx")
+
+    return once(shared / "decoder-of-last-logits", make)
+
+
+def test_it_is_no_classifier_of_as_many_labels_as_words(
+    decoder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    manifest = export(decoder, tmp_path / "bundle")
+    assert manifest.task == "causal-lm"
+    prompts = [[5, 17, 42, 99], [9, 8]]
+    rows = TextGenerator(AdapterSession(tmp_path / "bundle")).generate(prompts, max_new_tokens=1)
+    for prompt, row in zip(prompts, rows, strict=True):
+        expected = torch_output(tiny_llama, np.array([prompt]))[0, -1].argmax()
+        assert row.token_ids == (expected,)
+
+
+def test_without_the_model_s_config_it_is_what_its_shape_says(
+    decoder: Path, tmp_path: Path
+) -> None:
+    alone = Path(shutil.copytree(decoder, tmp_path / "alone"))
+    (alone / "config.json").unlink()
+    assert export(alone, tmp_path / "bundle").task == "sequence-classification"
