@@ -157,9 +157,12 @@ class Graph:
             self.session.run_with_iobinding(binding)
         except Exception as problem:  # onnxruntime's own errors; the binding is not used again
             raise self._failed(problem) from None
-        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        made = binding.get_outputs_as_ortvaluevector()
         fixed.put_back(binding, lease.device, self.session, requested)
-        return outputs
+        return [
+            fixed[name] if name in fixed else onnxruntime.OrtValue(made[place])
+            for place, name in enumerate(requested)
+        ]
 
     def _failed(self, problem: Exception) -> RunError:
         return RunError(f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}")

@@ -68,6 +68,12 @@ class Asked:
         Raises:
             LoraDeployError: one of them failed.
         """
+        if len(self.submissions) == 1:  # needs nobody to gather them
+            async for event in self.submissions[0]:
+                if event.generation is not None:
+                    _check_whole(event.generation)
+                yield event.choice, event
+            return
         queue: asyncio.Queue[tuple[int, GenerationEvent] | BaseException | None] = asyncio.Queue()
 
         async def read(number: int, submission: Submission) -> None:

@@ -155,8 +155,12 @@ def test_as_many_wait_as_may_and_a_scope_with_few_goes_before_one_with_many(
 def test_requests_end_at_their_deadline_and_when_they_are_cancelled(
     session: AdapterSession,
 ) -> None:
+    def slowly(made: tuple[int, ...]) -> None:
+        time.sleep(0.02)  # so that no machine makes all tokens before what is done to them
+
+    slow: dict[str, Any] = {"max_new_tokens": 100, "allowed_tokens": slowly}
     with Engine(session, max_rows=1) as engine:
-        going = engine.submit("The bank", max_new_tokens=100)
+        going = engine.submit("The bank", **slow)
         next(going)
         waits = engine.submit("The bank", deadline=0.001)
         with pytest.raises(DeadlineError):
@@ -171,7 +175,7 @@ def test_requests_end_at_their_deadline_and_when_they_are_cancelled(
         alone = TextGenerator(session).generate(["The bank"], max_new_tokens=100)[0].token_ids
         assert whole.token_ids == alone[: len(whole.token_ids)]
         assert 0 < len(whole.token_ids) < len(alone)
-        late = engine.submit("The bank", max_new_tokens=100, deadline=0.05, logit_bias={2: -100})
+        late = engine.submit("The bank", deadline=0.05, logit_bias={2: -100}, **slow)
         with pytest.raises(DeadlineError):
             list(late)
         assert engine.submit("The bank", max_new_tokens=2).result(60)
