@@ -81,6 +81,8 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it ended by itself, and has said why
             self._process.stdin.close()
         self._process.wait(timeout=60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -17,6 +17,10 @@ every side generates as many tokens of the same prompts:
 Each side is a process; they take turns in random order, one at a time. Ratios are taken round by
 round. Nothing is concluded where the machine has other work, the control is not near 1, or a side
 of the same requests gives other texts.
+
+    --load 0.25 0.5 …   latency against load, of `thousand` and `eight small` over HTTP instead
+    --costs 1 8 16      what steps of so many rows take of the processor, in the graph and besides
+    --draw FILE.json    the picture of what --load wrote
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ from loradeploy.files import atomic_file, write_json
 from tools import genai_builder
 from tools.alternate import BUSY, NOISE, Ratio, Worker, busy, ratio
 from tools.made_adapters import make_adapters
+from tools.serve_cost import cost_markdown, measure_costs
+from tools.serve_latency import draw, load_markdown, measure_load
 from tools.serve_load import Load
 from tools.serve_sides import LAST, RunReport, percentiles
 
@@ -95,7 +101,7 @@ def zipf(count: int, length: int, seed: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--bundle", action="append", required=True, metavar="NAME=DIR")
+    parser.add_argument("--bundle", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--sides", help="some of the sides, with commas")
     parser.add_argument("--clients", type=int, default=16)
@@ -103,7 +109,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new ones of each request")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--registered", type=int, default=REGISTERED)
+    parser.add_argument("--load", type=float, nargs="+", metavar="PART", help="of what is answered")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each rate of --load")
+    parser.add_argument("--costs", type=int, nargs="+", metavar="ROWS", help="rows of a step")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="draw what --load wrote")
     arguments = parser.parse_args()
+    if arguments.draw is not None:
+        report = json.loads(arguments.draw.read_text(encoding="utf-8"))
+        draw(report, arguments.draw.with_suffix(".svg"))
+        return
+    if not arguments.bundle:
+        parser.error("give --bundle NAME=DIR")
+    if arguments.load is not None or arguments.costs is not None:
+        _measure_apart(arguments)
+        return
     reports = []
     with tempfile.TemporaryDirectory() as scratch:
         for given in arguments.bundle:
@@ -122,6 +141,89 @@ def main() -> None:
         temporary.write_text(text, encoding="utf-8")
     print(text)
     sys.exit(any(report["not_concluded"] for report in reports))
+
+
+def _measure_apart(arguments: Any) -> None:
+    """What --load and --costs ask for, of the bundles by themselves."""
+    for given in arguments.bundle:
+        name, _, directory = given.partition("=")
+        bundle = Path(directory)
+        idle = busy()
+        with tempfile.TemporaryDirectory() as scratch:
+            if arguments.load is not None:
+                file = arguments.output / f"load-{name}.json"
+                found = load_of(bundle, arguments, Path(scratch))
+                text = load_markdown(found)
+            else:
+                file = arguments.output / f"costs-{name}.json"
+                found = costs_of(bundle, arguments, Path(scratch))
+                text = cost_markdown(found)
+        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "busy": idle}
+        write_json(file, {"machine": machine, "bundle": name, **found})
+        if arguments.load is not None:
+            draw(found, file.with_suffix(".svg"))
+        print(text)
+        if idle is None or idle > BUSY:
+            print(f"The machine has other work: nothing is concluded of {name}.")
+
+
+def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
+    """Latency against load, of small adapters that are all in memory, and of many more."""
+    tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
+    small = small_adapters(bundle, scratch, arguments.registered)
+
+    def prompt(number: int) -> list[int]:
+        ((own,),) = traffic(1, 1, arguments.tokens, tokenizer, number).prompts
+        return own
+
+    names = list(small)
+    few = {name: small[name] for name in names[:ADAPTERS]}
+    # None of a run that is overloaded is refused, so that all of them count.
+    common = {"bundle": str(bundle), "rows": arguments.clients, "waiting": 100_000}
+    eight, many = f"{ADAPTERS} adapters", f"{len(small)} adapters, room for {ROOM}"
+    found = measure_load(
+        {
+            eight: {**common, "adapters": few, "room": None},
+            many: {**common, "adapters": small, "room": ROOM},
+        },
+        prompt,
+        {
+            eight: list(few),
+            many: [names[number] for number in zipf(len(small), 100_000, 1)],
+        },
+        arguments.tokens,
+        _ends(bundle),
+        arguments.load,
+        arguments.seconds,
+    )
+    return {"rows": arguments.clients, "tokens": arguments.tokens, **found}
+
+
+def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
+    """What a step takes of the processor, of the engine and over HTTP."""
+    tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
+    load = traffic(max(arguments.costs), 1, arguments.tokens, tokenizer, 0)
+    given = {
+        "bundle": str(bundle),
+        "adapters": make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK),
+        "prompts": [own for (own,) in load.prompts],
+        "asked": [f"a{number % ADAPTERS}" for number in range(max(arguments.costs))],
+        "tokens": load.tokens,
+        "ends": _ends(bundle),
+    }
+    return {"costs": measure_costs(given, arguments.costs, arguments.rounds)}
+
+
+def small_adapters(bundle: Path, scratch: Path, count: int) -> dict[str, str]:
+    """Adapters of which there can be many."""
+    return make_adapters(bundle, scratch / "small", count, rank=4, modules=("q_proj", "v_proj"))
+
+
+def _ends(bundle: Path) -> list[int]:
+    """The tokens that end a text, which are barred: all sides generate as many."""
+    ends = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    end = ends["eos_token_id"]
+    return end if isinstance(end, list) else [end]
 
 
 def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
@@ -156,13 +258,11 @@ def _arguments(
 ) -> dict[str, dict[str, Any]]:
     """What each side's process is given."""
     adapters = make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK)
-    ends = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]
-    end = ends["eos_token_id"]
     common = {
         "bundle": str(bundle),
         "prompts": load.prompts,
         "tokens": load.tokens,
-        "ends": end if isinstance(end, list) else [end],
+        "ends": _ends(bundle),
     }
     clients = range(len(load.prompts))
     requests = range(arguments.requests)
@@ -181,9 +281,7 @@ def _arguments(
             convert(path, natives[name], bundle=bundle)
         sides["genai"] = {**own, "adapters": natives}
     if chosen is None or {"thousand", "eight small"} & set(chosen):
-        small = make_adapters(
-            bundle, scratch / "small", arguments.registered, rank=4, modules=("q_proj", "v_proj")
-        )
+        small = small_adapters(bundle, scratch, arguments.registered)
         drawn = zipf(len(small), len(clients) * len(requests), 1)
         names = list(small)
         few = {name: small[name] for name in names[:ADAPTERS]}

@@ -112,22 +112,15 @@ def served(
 ) -> Side:
     """A run of all clients. `room`: how many of the adapters memory has room for."""
     graph = GraphTime()
-    budget = None if room is None else room * _bytes_of(bundle, next(iter(adapters.values())))
+    budget = None if room is None else room * bytes_of(bundle, next(iter(adapters.values())))
     session = ld.AdapterSession(bundle, host_budget=budget)
     for name, path in adapters.items():
         session.register(name, path)
     barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
     if http:
-        ask = _over_http(session, tokens, barred, len(prompts))
+        ask = ask_url(started_server(session, len(prompts)), tokens, barred)
     else:
-        engine = ld.Engine(session, max_rows=len(prompts)).start()
-
-        async def ask(prompt: Tokens, adapter: str) -> AsyncIterator[str]:
-            submission = engine.submit(prompt, adapter, max_new_tokens=tokens, logit_bias=barred)
-            async for event in submission:
-                if event.token_ids:
-                    yield event.text
-
+        ask = ask_engine(ld.Engine(session, max_rows=len(prompts)).start(), tokens, barred)
     runs = itertools.count()
 
     def call() -> dict[str, Any]:
@@ -138,28 +131,42 @@ def served(
     return call
 
 
-def _bytes_of(bundle: str, adapter: str) -> int:
+def bytes_of(bundle: str, adapter: str) -> int:
     """What an adapter takes in memory."""
     with ld.AdapterSession(bundle) as session:
         session.load("one", adapter)
         return session.statistics.host_bytes
 
 
-def _over_http(
-    session: ld.AdapterSession, tokens: int, barred: Mapping[int | str, float], clients: int
-) -> Ask:
-    """Requests to a server in a thread of this process."""
-    import httpx
+def ask_engine(engine: ld.Engine, tokens: int, barred: Mapping[int | str, float]) -> Ask:
+    """Requests to an engine, for so many tokens and none of those `barred`."""
 
+    async def ask(prompt: Tokens, adapter: str) -> AsyncIterator[str]:
+        submission = engine.submit(prompt, adapter, max_new_tokens=tokens, logit_bias=barred)
+        async for event in submission:
+            if event.token_ids:
+                yield event.text
+
+    return ask
+
+
+def started_server(session: ld.AdapterSession, rows: int, waiting: int = 64) -> str:
+    """A server in a thread of this process; its URL."""
     from loradeploy.serve.http.server import Server, listen, url_of
     from loradeploy.serve.service import Service
     from loradeploy.serve.settings import ServeLimits
 
-    service = Service(session, limits=ServeLimits(max_rows=clients))
+    service = Service(session, limits=ServeLimits(max_rows=rows, max_waiting=waiting))
     server, listening, ready = Server(service), listen("127.0.0.1", 0), threading.Event()
-    url = url_of(listening)
     threading.Thread(target=server.serve_on, args=(listening, ready.set), daemon=True).start()
     ready.wait()
+    return url_of(listening)
+
+
+def ask_url(url: str, tokens: int, barred: Mapping[int | str, float]) -> Ask:
+    """As `ask_engine` over HTTP, in events of a stream."""
+    import httpx
+
     bias = {str(token): value for token, value in barred.items()}
 
     async def ask(prompt: Tokens, adapter: str) -> AsyncIterator[str]:
@@ -172,7 +179,8 @@ def _over_http(
             "logit_bias": bias,
         }
         async with (
-            httpx.AsyncClient(base_url=url, timeout=600) as client,
+            # Without TLS none of its files are read, which takes longer than a token.
+            httpx.AsyncClient(base_url=url, timeout=600, verify=False, trust_env=False) as client,
             client.stream("POST", "/v1/completions", json=body) as answer,
         ):
             if answer.status_code != 200:

@@ -1,0 +1,90 @@
+"""The bench of serving on a tiny model: what it counts, and the picture that it draws."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tools import bench_serve
+from tools.serve_cost import StepCost
+from tools.serve_latency import Arrival, arrivals, offer
+
+REGISTERED = 40  # more adapters than there is room for
+
+
+def test_requests_come_at_their_rate_and_wait_from_when_they_should_have_come() -> None:
+    found = arrivals([[1]] * 400, ["a"] * 400, 100.0, 0)
+    assert found[0].at == 0.0
+    assert found[-1].at == pytest.approx(4.0, rel=0.2)
+    assert {one.at for one in arrivals([[1]] * 3, ["a"] * 3, None, 0)} == {0.0}
+    sent: list[int] = []
+
+    async def ask(prompt: list[int], adapter: str) -> AsyncIterator[str]:
+        sent.append(prompt[0])
+        for piece in "abc":
+            await asyncio.sleep(0.01)
+            yield piece
+
+    late = asyncio.run(offer(ask, [Arrival(0.05, [2], "a"), Arrival(0.0, [1], "b")]))
+    assert sent == [1, 2]
+    assert len(late.first) == 2
+    assert len(late.between) == 4
+    assert min(*late.first, *late.between) >= 0.009
+    assert late.seconds >= 0.079
+
+
+def test_a_step_is_its_run_and_the_rest() -> None:
+    assert StepCost(graph=9.0, rest=1.0).share == pytest.approx(0.1)
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_serve", *map(str, flags)])
+    bench_serve.main()
+
+
+def test_latency_against_load_is_measured_and_drawn(
+    tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_tool(
+        monkeypatch,
+        *("--bundle", f"tiny={tiny_llama_bundle}", "--output", tmp_path),
+        *("--load", 0.2, 0.6, "--seconds", 1, "--clients", 4, "--tokens", 8),
+        *("--registered", REGISTERED),
+    )
+    report = json.loads((tmp_path / "load-tiny.json").read_text())
+    few, many = report["curves"].values()
+    assert [point["rate"] for point in few] == pytest.approx(
+        [0.2 * report["capacity"], 0.6 * report["capacity"]]
+    )
+    for point in (*few, *many):
+        assert 0 <= point["adapters_read"] <= point["requests"]
+        assert 0 < point["first_token_ms"][0] <= point["first_token_ms"][1]
+        assert 0 < point["inter_token_ms"][0] <= point["inter_token_ms"][1]
+    assert sum(point["adapters_read"] for point in few) == 0  # they are in memory
+    drawn = (tmp_path / "load-tiny.svg").read_bytes()
+    assert b"<svg" in drawn
+    (tmp_path / "load-tiny.svg").unlink()
+    run_tool(monkeypatch, "--draw", tmp_path / "load-tiny.json")
+    assert (tmp_path / "load-tiny.svg").read_bytes() == drawn
+
+
+def test_a_step_is_costed_by_the_engine_and_over_http(
+    tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_tool(
+        monkeypatch,
+        *("--bundle", f"tiny={tiny_llama_bundle}", "--output", tmp_path),
+        *("--costs", 1, 3, "--rounds", 2, "--tokens", 8),
+    )
+    costs = json.loads((tmp_path / "costs-tiny.json").read_text())["costs"]
+    assert [(row["rows"], row["side"]) for row in costs] == [
+        (rows, side) for rows in (1, 3) for side in ("engine", "http")
+    ]
+    for row in costs:
+        assert row["graph_ms"] > 0
+        assert 0 < row["share"]["median"] < 1
