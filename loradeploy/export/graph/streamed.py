@@ -8,6 +8,7 @@ So an export holds the source's weights and no second copy of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Smaller constants stay in the graph's own file, where tools show them.
 _EXTERNAL_BYTES: Final = 1024
 _BLOCK_BYTES: Final = 1 << 23
+_PARTS: Final = "parts"  # the key under which a tensor has what it is joined of
 _BYTE: Final = 8  # bits; numbers of fewer are packed, which onnx-ir does
 
 
@@ -30,26 +32,38 @@ def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
     """The columns of `parts` side by side, [rows, columns]; computed anew at each use."""
     import onnx_ir as ir
 
-    rows, dtype = int(parts[0].shape.numpy()[0]), parts[0].dtype
     columns = sum(int(part.shape.numpy()[1]) for part in parts)
 
-    def blocks() -> Iterator[NDArray[Any]]:
-        arrays = [part.numpy() for part in parts]
-        step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))
-        for begin in range(0, rows, step):
-            block = np.empty((min(step, rows - begin), columns), arrays[0].dtype)
-            np.concatenate([each[begin : begin + step] for each in arrays], axis=1, out=block)
-            yield block
+    def whole() -> ir.TensorProtocol:
+        return ir.tensor(np.concatenate(list(_blocks(parts))), dtype=parts[0].dtype, name=name)
+
+    shape = ir.Shape([int(parts[0].shape.numpy()[0]), columns])
+    tensor: ir.TensorProtocol = _joined_type()(whole, parts[0].dtype, shape, name=name)
+    tensor.meta[_PARTS] = parts
+    return tensor
+
+
+@functools.cache  # a class is freed by the collector alone, and what it refers to with it
+def _joined_type() -> Any:
+    import onnx_ir as ir
 
     class Joined(ir.LazyTensor):
         def tofile(self, file: BinaryIO) -> None:
-            for block in blocks():
+            for block in _blocks(self.meta[_PARTS]):
                 file.write(block.view(np.uint8).data)  # numpy has no buffer of bfloat16
 
-    def whole() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate(list(blocks())), dtype=dtype, name=name)
+    return Joined
 
-    return Joined(whole, dtype, ir.Shape([rows, columns]), name=name)
+
+def _blocks(parts: Sequence[ir.TensorProtocol]) -> Iterator[NDArray[Any]]:
+    """Some rows of all `parts` at a time."""
+    arrays = [part.numpy() for part in parts]
+    columns = sum(array.shape[1] for array in arrays)
+    step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))
+    for begin in range(0, len(arrays[0]), step):
+        rows = [array[begin : begin + step] for array in arrays]
+        block = np.empty((len(rows[0]), columns), arrays[0].dtype)
+        yield np.concatenate(rows, axis=1, out=block)
 
 
 def save_graph(model: ir.Model, directory: Path) -> None:
