@@ -83,7 +83,9 @@ def save_graph(model: ir.Model, directory: Path) -> None:
         external_data=GRAPH_DATA_NAME,
         size_threshold_bytes=_EXTERNAL_BYTES,
     )
-    for value in model.graph.initializers.values():
+    # onnx-ir 1.1 keeps what once was an input, as every weight of a trace was, and joined ones are.
+    once = getattr(model.graph.inputs, "_ref_counter", ())
+    for value in (*model.graph.initializers.values(), *once):
         value.const_value = None
 
 
