@@ -35,6 +35,8 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 _GGUF: Final = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_1"}
 _HEADS: Final = "heads=9,3"  # of SmolLM2's queries and keys
+# Its groups of 128 do not divide SmolLM2's 576 channels.
+_GROUPS: Final[Mapping[str, Sequence[str]]] = {"int4": ["--group-size", "64"]}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _convert(model: Path, place: Path, precision: str, python: str | None) -> No
     with atomic_directory(place, marker="openvino_model.xml") as temporary:
         command = [str(Path(python).parent / "optimum-cli"), "export", "openvino", "--model"]
         command += [str(model), "--task", "text-generation-with-past", "--weight-format", precision]
-        _run([*command, str(temporary)])
+        _run([*command, *_GROUPS.get(precision, ()), str(temporary)])
 
 
 def _gguf(precision: str, python: str, place: Path) -> Path:
