@@ -73,6 +73,7 @@ def sides(
     if pythons.llama is not None:
         found["llama.cpp"] = {
             "model": str(_gguf(precision, pythons.llama, place)),
+            "precision": precision,
             "adapters": {
                 name: str(_made(place / f"{name}.gguf", pythons.llama, path, _HEADS))
                 for name, path in adapters.items()

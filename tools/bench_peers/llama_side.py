@@ -20,7 +20,7 @@ _QUIET = ll.llama_log_callback(lambda *_: None)
 class Llama:
     """Its library: one adapter for all tokens of a call, set anew for each request."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, precision: str) -> None:
         ll.llama_log_set(_QUIET, ctypes.c_void_p(0))
         ll.llama_backend_init()
         self._model = ll.llama_model_load_from_file(model.encode(), ll.llama_model_default_params())
@@ -28,6 +28,8 @@ class Llama:
         settings.n_ctx = settings.n_batch = CONTEXT
         settings.n_ubatch = 512
         settings.n_threads = settings.n_threads_batch = THREADS
+        if precision == "fp32":  # a cache of fp16 otherwise, which is other work
+            settings.type_k = settings.type_v = ll.GGML_TYPE_F32
         self._context = ll.llama_init_from_model(self._model, settings)
         vocabulary = ll.llama_model_get_vocab(self._model)
         self._size = ll.llama_vocab_n_tokens(vocabulary)
@@ -76,10 +78,10 @@ class Llama:
 
 
 def llama_side(
-    model: str, adapters: Mapping[str, str], scaling: float, prompts: Any, **_: Any
+    model: str, precision: str, adapters: Mapping[str, str], scaling: float, prompts: Any
 ) -> Side:
     """All figures of llama.cpp."""
-    return measured(Llama(model), prompts, adapters, scaling)
+    return measured(Llama(model, precision), prompts, adapters, scaling)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
-from loradeploy.runtime.reading.weights import entry, graph_source
+from loradeploy.runtime.reading.weights import entry, graph_source, return_freed_memory
 from loradeploy.runtime.reading.wire import node_names
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def open_graph(
                     " docs/devices.md has the forms that fit"
                 ) from None
             raise
+    return_freed_memory()
     if capture and session.get_providers()[0] != names[0]:
         raise UsageError(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"

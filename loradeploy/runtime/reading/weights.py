@@ -14,6 +14,7 @@ files from memory. The copy has no name any more once the session is open.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import sys
@@ -98,6 +99,17 @@ def graph_source(
                 (copy / name).unlink()
                 (copy / name).write_bytes(content)
             yield Source(os.fspath(copy / name), options)
+
+
+def return_freed_memory() -> None:
+    """Return to the system what onnxruntime freed while it laid weights out for its kernels.
+
+    glibc keeps it otherwise: a fifth of the memory of a session on SmolLM2-135M in fp32.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+        if trim is not None:
+            trim(0)
 
 
 def entry(options: onnxruntime.SessionOptions, name: str) -> str:
