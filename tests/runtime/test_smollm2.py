@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,25 @@ def test_rows_of_smollm2_equal_their_solo_runs(session: AdapterSession) -> None:
         (solo,) = session.run(["logits"], rows_of(batch, row), adapter)
         worst = np.abs(mixed[row] - solo[0]).max()
         assert worst <= tolerance("torch-onnx-smollm2"), f"row {row} differs by {worst}"
+
+
+# What glibc still held of freed memory, beside what the process has, in kB.
+OPENED = """
+import ctypes, sys
+import loradeploy
+session = loradeploy.AdapterSession(sys.argv[1])
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+before = resident()
+ctypes.CDLL(None).malloc_trim(0)
+print(before, before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc has the memory of a process")
+def test_an_opened_session_holds_no_memory_that_was_freed(smollm2_bundle: Path) -> None:
+    command = [sys.executable, "-c", OPENED, str(smollm2_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    resident, freed = map(int, done.stdout.split())
+    assert freed < 0.02 * resident
