@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def torch_output(
     adapter: Path | None = None,
     labels: int = 2,
 ) -> NDArray[Any]:
-    """PyTorch's logits or last hidden state, with a PEFT adapter where given."""
+    """PyTorch's logits or last hidden state, with a PEFT adapter where given.
+
+    A padded decoder has the positions of transformers' `generate`, which are those of the graph.
+    """
     import peft
     import torch
     import transformers
@@ -114,8 +118,11 @@ def torch_output(
     held = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter).eval()
     tokens = torch.from_numpy(ids)
     attention = torch.ones_like(tokens) if mask is None else torch.from_numpy(mask)
+    feeds = {"input_ids": tokens, "attention_mask": attention}
+    if task == "causal-lm" and "position_ids" in inspect.signature(base.forward).parameters:
+        feeds["position_ids"] = (attention.cumsum(-1) - 1).clamp(0)
     with torch.no_grad():
-        result = held(input_ids=tokens, attention_mask=attention)
+        result = held(**feeds)
     output: NDArray[Any] = getattr(result, TASK_TABLE[task].output).numpy()
     return output
 

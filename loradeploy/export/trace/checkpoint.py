@@ -34,10 +34,13 @@ if TYPE_CHECKING:
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
 
+_COMPLEX: Final = (
+    "its rotary embedding computes with complex numbers, which torch.onnx does not translate"
+)
 # Architectures by model type, and why torch.export or torch.onnx (2.13) refuses them.
 UNTRACEABLE: Final = {
-    "llama4_text": "its rotary embedding computes with complex numbers, which torch.onnx does not"
-    " translate",
+    "deepseek_v2": _COMPLEX,
+    "llama4_text": _COMPLEX,
     "xglm": "it extends its table of positions by the length of the text, which a trace cannot"
     " follow",
 }

@@ -247,7 +247,10 @@ def _wrapper(model: Any, kind: Task, first: str | None = None) -> torch.nn.Modul
     if first is not None:
         names[0] = first
     # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
-    rotates = POSITION_IDS in taken and bool(getattr(model.config, "rope_parameters", None))
+    rotates = POSITION_IDS in taken and (
+        bool(getattr(model.config, "rope_parameters", None))
+        or getattr(model.config, "position_embedding_type", None) == "rotary"  # ESM
+    )
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.export.trace import deberta
+from loradeploy.export.trace import deberta, gpt_neo
 
 if TYPE_CHECKING:
     import torch
@@ -45,19 +45,23 @@ def traceable() -> Iterator[None]:
     - A mixture computes every expert for every token. To sort tokens by expert, as transformers
       does, ONNX has no operators, and gathering weights by token would copy them for each.
     - DeBERTa's positions are repeated for each row before its heads are split (deberta.py).
+    - GPT-Neo's mask is computed from positions, not cut out of a table (gpt_neo.py).
     """
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
     from transformers.pytorch_utils import Conv1D
 
     conv1d_forward = Conv1D.forward
     scores_of_positions = DisentangledSelfAttention.disentangled_attention_bias
+    attend = GPTNeoSelfAttention._attn
     grouped = os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA")
     attention = torch.nn.functional.scaled_dot_product_attention
     Conv1D.forward = _conv1d_as_matmul
     DisentangledSelfAttention.disentangled_attention_bias = deberta.scores_of_positions
+    GPTNeoSelfAttention._attn = gpt_neo.attend
     torch.nn.functional.scaled_dot_product_attention = _grouped(attention)
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_without_empty_rows
     for name in _EXPERTS:
@@ -68,6 +72,7 @@ def traceable() -> Iterator[None]:
     finally:
         Conv1D.forward = conv1d_forward
         DisentangledSelfAttention.disentangled_attention_bias = scores_of_positions
+        GPTNeoSelfAttention._attn = attend
         torch.nn.functional.scaled_dot_product_attention = attention
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         for name in _EXPERTS:

@@ -54,6 +54,19 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "GPTNeoXConfig",
         {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 64},
     ),
+    "gpt-neo: layers that see a window, by a table": (
+        "causal-lm",
+        "GPTNeoConfig",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "num_heads": 4,
+            "window_size": 4,
+            "max_position_embeddings": 64,
+            **_TOKENS,
+        },
+    ),
     "opt: positions from the mask": (
         "causal-lm",
         "OPTConfig",
@@ -162,6 +175,16 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
         "XLMRobertaConfig",
         {**_ENCODER, "type_vocab_size": 1},
     ),
+    "esm: rotation by a setting of its own, tokens scaled by how many are masked": (
+        "token-classification",
+        "EsmConfig",
+        {
+            **_ENCODER,
+            "mask_token_id": 3,
+            "position_embedding_type": "rotary",
+            "token_dropout": True,
+        },
+    ),
     # Projects its table of positions, which has no batch, by the layers that project the tokens.
     "deberta: layers for tokens and for positions": (
         "sequence-classification",
@@ -197,6 +220,7 @@ TARGETS: Final[Mapping[str, list[str]]] = {
     "Qwen3MoeForCausalLM": _ATTENTION,
     "ModernBertForTokenClassification": ["Wqkv", "Wo", "Wi", "head.dense"],
     "XLMRobertaForTokenClassification": ["query", "key", "value", "dense"],
+    "EsmForTokenClassification": ["query", "key", "value", "dense"],
     "DistilBertForSequenceClassification": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
 
@@ -262,7 +286,11 @@ def test_every_path_is_the_pytorch_model(
 
 @pytest.mark.parametrize(
     ("config_class", "reason"),
-    [("XGLMConfig", "positions by the length"), ("Llama4TextConfig", "complex numbers")],
+    [
+        ("XGLMConfig", "positions by the length"),
+        ("Llama4TextConfig", "complex numbers"),
+        ("DeepseekV2Config", "complex numbers"),
+    ],
 )
 def test_what_no_exporter_traces_is_refused_before_its_weights_are_read(
     config_class: str, reason: str, tmp_path: Path

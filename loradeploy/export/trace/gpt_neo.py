@@ -1,0 +1,38 @@
+"""GPT-Neo's attention, traced without its table of which token sees which."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def attend(
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What GPTNeoSelfAttention._attn computes, and its weights [batch, heads, queries, keys].
+
+    transformers cuts its mask out of a table [positions, positions], by which torch.export bounds
+    the sum of two lengths that are free. Here the mask is computed from the positions.
+
+    `query`: [batch, heads, queries, size]. `key`, `value`: [batch, heads, keys, size].
+    """
+    import torch
+
+    queries, keys = query.shape[-2], key.shape[-2]
+    columns = torch.arange(keys)
+    rows = (torch.arange(queries) + (keys - queries))[:, None]
+    seen = columns <= rows
+    if self.attention_type == "local":
+        seen = seen & (columns > rows - self.config.window_size)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1).to(value.dtype)
+    return weights @ value, weights
