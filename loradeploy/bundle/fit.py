@@ -15,6 +15,7 @@ from loradeploy.adapter.fitting.settle import values_digest, without_copies, wit
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
+from loradeploy.bundle.added_tokens import check_tokens, with_all_tokens, with_trained_rows
 from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
@@ -39,7 +40,9 @@ def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Ada
         )
     adapter.check_plain()
     adapter = fitted(adapter, manifest)
-    fit.check_fit(with_all_labels(adapter, manifest.saved_shapes()), adaptable(manifest, name))
+    check_tokens(adapter, manifest)
+    whole = with_all_tokens(with_all_labels(adapter, manifest.saved_shapes()), manifest)
+    fit.check_fit(whole, adaptable(manifest, name))
     return adapter
 
 
@@ -49,8 +52,9 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     Modules are renamed to those of the graph. Copies of the base's weights, and zero factors of
     modules that the graph lacks, are removed. A base weight in the adapter's file that is a side
     input here becomes a fully trained parameter, unless another module may share the weight, which
-    would not get the side input. Of an adapter of two towers the bundle's is taken. For a merged
-    bundle the adapter is returned otherwise unchanged.
+    would not get the side input. Rows behind the base's, of a table whose others are the base's,
+    become trained rows where the graph has added tokens. Of an adapter of two towers the bundle's
+    is taken. For a merged bundle the adapter is returned otherwise unchanged.
 
     Raises:
         AdapterMismatchError: the modules of the adapter match those of the graph in several ways.
@@ -61,6 +65,7 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     rules = partial(renamings, manifest.submodels, manifest.base_prefix)
     adapter = own_part(adapter, manifest.other_part, rules)
     adapter = named_as(adapter, _modules(manifest), rules)
+    adapter = with_trained_rows(adapter, manifest)
     known = manifest.own_weights
     adapter = without_copies(
         adapter, lambda name, values: name in known and known[name] == values_digest(values)

@@ -214,9 +214,14 @@ def default_of(option: str, precision: str, target: str | None) -> Any:
 def form_of(manifest: Manifest) -> GraphForm:
     """The form of the graph that a bundle's manifest describes."""
     merged = manifest.mode == "merged"
+    added = manifest.added_tokens
+    hidden = None if added is None else added.output
     kinds = {
         DORA: any(change.scale for change in manifest.changed),
-        BIAS: any(change.offset and not change.scale for change in manifest.changed),
+        BIAS: any(
+            change.offset and not change.scale and change.module != hidden
+            for change in manifest.changed
+        ),
         EMBEDDING: any(target.kind == "embedding" for target in manifest.targets),
         EXPERTS: any(target.kind == "experts" for target in manifest.targets),
         TOKENS: takes_tokens(manifest.own_weights, manifest.targets),

@@ -33,6 +33,7 @@ from loradeploy.bundle.names import (
     SLOTS,
 )
 from loradeploy.bundle.run_target import BY_TARGET
+from loradeploy.bundle.targets import AddedTokens as AddedTokens
 from loradeploy.bundle.targets import LoraTarget as LoraTarget
 from loradeploy.bundle.targets import OutputTarget as OutputTarget
 from loradeploy.bundle.targets import SavedTarget as SavedTarget
@@ -164,6 +165,8 @@ class Manifest:
     places of tokens (export/passes/tokens/embeds.py).
     `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
     for them belong.
+    `added_tokens`: the rows that the graph has for tokens that adapters add to the base's; None
+    where it has the base's vocabulary.
     """
 
     task: str
@@ -200,6 +203,7 @@ class Manifest:
     embeds: tuple[TensorSpec, ...] = ()
     other_part: tuple[str, ...] = ()
     tower: str | None = None
+    added_tokens: AddedTokens | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -283,6 +287,9 @@ class Manifest:
                 None if value is None else _adapter_entry(value, "merged_adapter")
             ),
             "sentence": lambda value: digests(value, "sentence"),
+            "added_tokens": lambda value: (
+                None if value is None else noun(AddedTokens, value, "added_tokens")
+            ),
             "encoder": lambda value: (
                 None if value is None else noun(EncoderGraph, value, "encoder")
             ),
@@ -372,6 +379,26 @@ def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
         raise BundleError(f"{MANIFEST_NAME}: an encoder-decoder has branches or a cache in place")
 
 
+def _check_added(manifest: Manifest, added: AddedTokens) -> None:
+    """Raise BundleError unless the graph takes the rows of added tokens, and hides the others."""
+    sizes = {
+        t.module: (t.in_features, t.out_features)[t.kind == "linear"] for t in manifest.targets
+    }
+    offsets = {o.module: o.size for o in manifest.changed if o.offset is not None}
+    tables = {added.embedding} if added.head is None else {added.embedding, added.head}
+    if (
+        added.base < 1
+        or added.count < 1
+        or any(sizes.get(module) != added.size for module in tables)
+        or (added.head is None) is not (added.output is None)
+        or (added.output is not None and offsets.get(added.output) != added.size)
+    ):
+        raise BundleError(
+            f"{MANIFEST_NAME}: added_tokens tells of {shown(added.count)} rows behind"
+            f" {shown(added.base)}, which the layers of the graph do not have"
+        )
+
+
 def _check(manifest: Manifest) -> None:
     """Raise BundleError if fields contradict each other."""
     if manifest.task not in TASKS:
@@ -429,6 +456,8 @@ def _check(manifest: Manifest) -> None:
                 f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
                 " not positive or too large"
             )
+    if manifest.added_tokens is not None:
+        _check_added(manifest, manifest.added_tokens)
     if len(set(side_inputs)) != len(side_inputs):
         raise BundleError(
             f"{MANIFEST_NAME}: two targets share the name of a side input: export again"

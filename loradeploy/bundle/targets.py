@@ -109,6 +109,30 @@ class OutputTarget:
     offset: str | None = None
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """Rows of a vocabulary behind the base's, for the tokens that adapters add.
+
+    `base`: how many tokens the base has. `count`: how many rows follow. They are zeros, and an
+    adapter's own tokens come in as trained rows: the tokens of an adapter are `base` and so many
+    of the following ones as it has trained rows of.
+    `embedding`, `head`: the modules with a row per token; None where the base has no output head.
+    `output`: the graph output with a logit per token, of which `changed` has the offset that hides
+    the tokens that an adapter does not have; None where there is none.
+    """
+
+    base: int
+    count: int
+    embedding: str
+    head: str | None = None
+    output: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The rows of the embedding, and of the output head, in the graph."""
+        return self.base + self.count
+
+
 def sharing(own_weights: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """The modules that share each weight of `Manifest.own_weights`, by parameter.
 

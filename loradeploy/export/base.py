@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.adapter.files.digest import base_digest
+from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.parts import own_part
 from loradeploy.adapter.fitting.towers import tower_part
-from loradeploy.adapter.fitting.vocabulary import refuse_resized, say_resized
+from loradeploy.adapter.fitting.vocabulary import (
+    added_tokens,
+    refuse_resized,
+    say_resized,
+    without_added,
+)
 from loradeploy.adapter.heads import LABELED, label_parameters
 from loradeploy.adapter.modules.renamings import Submodel, known
 from loradeploy.adapter.tasks import (
@@ -19,6 +25,7 @@ from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
     IMAGE_FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     VISION_TOWER,
 )
@@ -175,13 +182,16 @@ def from_checkpoint(source: Source, options: Options) -> Base:
                 adapters[name] = own_part(adapter, others)
         if task == VISION_TOWER:
             skeleton = vision_part(skeleton)
+        plain, tokens = dict(adapters), vocabulary_of(skeleton)
         for name, adapter in adapters.items():
             with named(name):
                 if options.merge:
                     resize_for(skeleton, adapter)
-                elif (tokens := vocabulary_of(skeleton)) is not None:
+                elif tokens is not None and (others or kind is not None or task == SEQ2SEQ_LM):
                     refuse_resized(adapter, tokens)
-        check_adapters(skeleton, adapters, task=task, base=identity, merge=options.merge)
+                elif tokens is not None and added_tokens(adapter, tokens, MOST_ROWS):
+                    plain[name] = without_added(adapter, tokens)
+        check_adapters(skeleton, plain, task=task, base=identity, merge=options.merge)
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)

@@ -92,20 +92,19 @@ def bring_text(
     output: Path,
     base: Tokenizer | None,
     manifest: Manifest,
-    config: Mapping[str, Any],
+    vocabulary: int,
 ) -> AdapterText | None:
     """Copy what the adapter in `directory` brings for its texts; None where it is the base's.
 
-    A difference is said, in one line.
+    A difference is said, in one line. `vocabulary`: how many tokens there are for the adapter.
 
     Raises:
         AdapterMismatchError: its tokenizer has words that the graph has no row for.
         BundleError: a file is broken.
     """
     differences, files = [], []
-    vocabulary = vocabulary_of(manifest, config)
     with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
-        own = _own_tokenizer(source, base, manifest, config)
+        own = _own_tokenizer(source, base, manifest, vocabulary)
         if own is not None and (changes := _differences(own, base)):
             differences += changes
             files += _copy_text(source, output)
@@ -147,7 +146,7 @@ def replace_texts(
     vocabulary = vocabulary_of(manifest, config)
     with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
         base = base_tokenizer(bundle)
-        own = _own_tokenizer(source, base, manifest, config)
+        own = _own_tokenizer(source, base, manifest, vocabulary)
         if own is None or not (changes := _differences(own, base)):
             return {}
         if (source / TOKENIZER_NAME).is_file():
@@ -263,14 +262,14 @@ def _with_tokenizer(source: Path, vocabulary: int) -> Iterator[Path]:
 
 
 def _own_tokenizer(
-    source: Path, base: Tokenizer | None, manifest: Manifest, config: Mapping[str, Any]
+    source: Path, base: Tokenizer | None, manifest: Manifest, vocabulary: int
 ) -> Tokenizer | None:
     """The adapter's tokenizer, which fits the graph; None where it brings nothing of one."""
     names = text_files(source)
     if not names or (base is None and TOKENIZER_NAME not in names):
         return None
     own = Tokenizer(source, base)
-    own.check_words(vocabulary_of(manifest, config))
+    own.check_words(vocabulary)
     if manifest.task == CAUSAL_LM and (base is None or own.settings != base.settings):
         say_ignored(source.name, own.settings)
     return own

@@ -14,6 +14,7 @@ from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapt
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
+from loradeploy.bundle.added_tokens import tokens_of
 from loradeploy.bundle.audio.features import feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.labels import head_of
@@ -243,7 +244,9 @@ def _text(
     if name not in content.directories:
         return None
     output = directory / ADAPTERS_DIRECTORY / name
-    return bring_text(name, content.directories[name], output, base, manifest, content.config)
+    own = tokens_of(content.adapters[name], manifest)
+    vocabulary = vocabulary_of(manifest, content.config) if own is None else own
+    return bring_text(name, content.directories[name], output, base, manifest, vocabulary)
 
 
 def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Manifest:

@@ -101,6 +101,7 @@ class BundleFacts:
     cache_in_place: bool
     logits_to_keep: bool
     padding: str | None
+    added_tokens: str | None = field(default=None, metadata=IF_KNOWN)
     required_inputs: bool
     static_shapes: list[str]
     target: str | None
@@ -132,7 +133,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
 
     manifest = read_manifest(path)
     form = form_of(manifest)
-    merged = manifest.merged_adapter
+    merged, added = manifest.merged_adapter, manifest.added_tokens
     files = {name: path / name for name in (GRAPH_NAME, GRAPH_DATA_NAME)}
     actual = digests(path, covered(path, manifest))
     exported = {GRAPH_NAME: manifest.graph_digest, GRAPH_DATA_NAME: manifest.data_digest}
@@ -154,6 +155,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         cache_in_place=manifest.cache_in_place,
         logits_to_keep=form.logits_to_keep,
         padding=manifest.padding,
+        added_tokens=None if added is None else f"{added.count} behind the base's {added.base}",
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
         target=form.target,

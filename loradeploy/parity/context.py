@@ -13,6 +13,7 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.files.digest import base_digest, file_digest, short
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.heads import label_parameters
+from loradeploy.bundle.added_tokens import tokens_of
 from loradeploy.bundle.fit import fit_to, fitted
 from loradeploy.bundle.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
@@ -90,8 +91,22 @@ class CheckContext:
         """Whether the bundle's graph claims to hold its one adapter itself."""
         return self.manifest.mode == "merged"
 
+    @property
+    def tokens(self) -> Mapping[str | None, int]:
+        """How many tokens the base and each adapter have, where the graph has more; else empty."""
+        added = self.manifest.added_tokens
+        if added is None:
+            return {}
+        known: dict[str | None, int] = {
+            a.name: tokens_of(a.adapter, self.manifest) or added.base for a in self.adapters
+        }
+        return {None: added.base, **known}
+
     def outputs_of(self, adapter: str | None) -> int | None:
         """How many of the graph's outputs are the adapter's own; None of all."""
+        added = self.manifest.added_tokens
+        if added is not None and added.output is not None:
+            return self.tokens[adapter]
         for tested in self.adapters:
             if tested.name == adapter and tested.widened and tested.adapter.labels:
                 return len(tested.adapter.labels)
@@ -151,8 +166,9 @@ def find_adapters(
     def under_test(
         name: str, path: Path, adapter: Adapter, native: Path | None
     ) -> AdapterUnderTest:
-        wide = with_all_labels(adapter, _head_shapes(adapter, manifest))
-        return AdapterUnderTest(name, path, wide, adapter.digest, native, wide is not adapter)
+        own = adapter if manifest.added_tokens is None else fitted(adapter, manifest)
+        wide = with_all_labels(own, _head_shapes(own, manifest))
+        return AdapterUnderTest(name, path, wide, adapter.digest, native, wide is not own)
 
     found: dict[str, AdapterUnderTest] = {}
     for name, entry in manifest.adapters.items():

@@ -31,6 +31,7 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import LoraDeployError, RunError, UsageError, first_line
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.stacks import HOST
+from loradeploy.runtime.adapters.tokens import check_tokens_of
 from loradeploy.runtime.arguments import check_rows, requested_outputs
 from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.capture.replays import Replays
@@ -48,6 +49,7 @@ class Graph:
     """
 
     path: Path
+    manifest: Manifest
     session: onnxruntime.InferenceSession
     inputs: Mapping[str, TensorSpec]
     outputs: tuple[str, ...]
@@ -92,6 +94,9 @@ class Graph:
         values = {**self._defaults, **fed}
         if lease.per_row:
             check_rows(len(lease.rows), values[self._first].shape()[0])
+        added = self.manifest.added_tokens
+        if added is not None and values[INPUT_IDS].device_name() == HOST:
+            check_tokens_of(lease, values[INPUT_IDS].numpy(), self.manifest)
         if self.replays is not None:
             given = [name for name, feed in feeds.items() if isinstance(feed, onnxruntime.OrtValue)]
             on_host = device[0] == HOST
@@ -282,6 +287,7 @@ def open_graphs(
     def graph(opened: onnxruntime.InferenceSession, *, source: bool) -> Graph:
         return Graph(
             path,
+            manifest,
             opened,
             {spec.name: spec for spec in manifest.inputs if (spec.name in taken) is source},
             tuple(spec.name for spec in manifest.outputs if (spec.name in given) is source),

@@ -222,6 +222,8 @@ def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:
 
 def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:
     """The rows of the embedding: the logits may have fewer, and what config.json says too."""
+    if manifest.added_tokens is not None:
+        return manifest.added_tokens.size
     inner = config.get("text_config")
     found = [_size(config, "vocab_size")]
     found.append(_size(inner, "vocab_size") if isinstance(inner, Mapping) else None)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
@@ -57,14 +58,21 @@ def without(adapter: Adapter, left_out: Collection[str]) -> Adapter:
         for group, values in _groups(adapter).items()
     }
     names = [name for values in kept.values() for name in values]
-    saved = tuple(
-        module
-        for module in adapter.config.modules_to_save
-        if _names_any(module, names) or not _names_any(module, left_out)
-    )
-    config = dataclasses.replace(adapter.config, modules_to_save=saved)
+    config = saving_without(adapter.config, left_out, names)
     changed: dict[str, Any] = {**kept, "config": config}
     return dataclasses.replace(adapter, **changed)
+
+
+def saving_without(
+    config: AdapterConfig, left_out: Collection[str], kept: Collection[str]
+) -> AdapterConfig:
+    """`config` without the modules_to_save of which tensors are `left_out`, and none is `kept`."""
+    saved = tuple(
+        module
+        for module in config.modules_to_save
+        if _names_any(module, kept) or not _names_any(module, left_out)
+    )
+    return dataclasses.replace(config, modules_to_save=saved)
 
 
 def tensor_names(adapter: Adapter) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
 from loradeploy.adapter.files.digest import tensors_digest
+from loradeploy.adapter.fitting.parts import saving_without
+from loradeploy.errors import AdapterMismatchError
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -37,31 +39,76 @@ def without_copies(adapter: Adapter, is_own: Callable[[str, NDArray[Any]], bool]
 
 
 def with_rows(
-    adapter: Adapter, values_of: Callable[[str], NDArray[Any] | None], most: int
+    adapter: Adapter,
+    values_of: Callable[[str], NDArray[Any] | None],
+    most: int,
+    tables: Collection[str] = (),
 ) -> Adapter:
-    """`adapter` with the carried weights of few other rows than the base's as trained rows.
+    """`adapter` with weights of few other rows than the base's as trained rows.
 
     `values_of`: the base's values of a parameter, None where they are not known. `most`: so many
-    rows of a weight may differ. PEFT saves the whole embedding where words were added in its spare
-    rows.
+    rows of a weight may differ; rows behind the base's are among them. PEFT saves the whole
+    embedding where words were added in its spare rows, or behind them. `tables`: the fully trained
+    weights that may be such rows too.
+
+    Raises:
+        AdapterMismatchError: a weight that has more rows than the base's differs in more of them.
     """
-    known = adapter.config.extra.get(TOKENS)
-    indices = dict(known) if isinstance(known, Mapping) else {}
-    rows, carried = dict(adapter.rows), dict(adapter.carried)
-    for name, values in adapter.carried.items() if known is None or indices else ():
+    found: dict[str, Sequence[int]] = {}
+    given = {**adapter.carried, **{n: v for n, v in adapter.saved.items() if n in tables}}
+    for name, values in given.items():
         own = values_of(name)
-        if own is None or own.shape != values.shape or values.ndim != 2 or name in rows:
+        if own is None or values.ndim != 2 or own.shape[1:] != values.shape[1:]:
             continue
-        apart = np.flatnonzero((own.astype(np.float32) != values.astype(np.float32)).any(axis=1))
+        if len(values) < len(own):
+            continue
+        shared = values[: len(own)].astype(np.float32)
+        changed = np.flatnonzero((own.astype(np.float32) != shared).any(axis=1))
+        apart = [*changed.tolist(), *range(len(own), len(values))]
         if 0 < len(apart) <= most:
-            rows[name] = Rows(tuple(apart.tolist()), values[apart])
-            indices[name.removesuffix(".weight")] = apart.tolist()
-            del carried[name]
-    if len(rows) == len(adapter.rows):
+            found[name] = apart
+        elif len(values) > len(own):
+            raise AdapterMismatchError(
+                f"{name} has {len(values)} rows, {len(values) - len(own)} more than the base's, and"
+                f" differs in {len(changed)} of the base's {len(own)}: side inputs have at most"
+                f" {most} rows of a weight, merge it instead, `merge=True`"
+            )
+    return rows_in_place_of(adapter, found)
+
+
+def rows_in_place_of(adapter: Adapter, indices: Mapping[str, Sequence[int]]) -> Adapter:
+    """`adapter` with rows of its weights, carried or saved ones, in place of the whole weights.
+
+    `indices`: the rows, by parameter. Where rows were trained besides, which replace those of the
+    whole weight, it goes if these are all of them, and else it stays.
+    """
+    covered = [
+        name
+        for name, own in indices.items()
+        if name in adapter.rows and {*own} <= {*adapter.rows[name].indices}
+    ]
+    named = adapter.config.extra.get(TOKENS)
+    new = {n: own for n, own in indices.items() if n not in adapter.rows}
+    if not (named is None or isinstance(named, Mapping)):
+        new = {}
+    whole = {**adapter.carried, **adapter.saved}
+    rows = {name: Rows(tuple(own), whole[name][list(own)]) for name, own in new.items()}
+    found = with_rows_for(adapter, [*covered, *new], {**adapter.rows, **rows})
+    if not new:
+        return found
+    listed = {name.removesuffix(".weight"): list(own) for name, own in new.items()}
+    extra = {**found.config.extra, TOKENS: {**(named or {}), **listed}}
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, extra=extra))
+
+
+def with_rows_for(adapter: Adapter, names: Collection[str], rows: Mapping[str, Rows]) -> Adapter:
+    """`adapter` with these `rows`, and without the weights `names`, carried or saved ones."""
+    if not names:
         return adapter
-    config = adapter.config
-    config = dataclasses.replace(config, extra={**config.extra, TOKENS: indices})
-    return dataclasses.replace(adapter, rows=rows, carried=carried, config=config)
+    saved = {n: values for n, values in adapter.saved.items() if n not in names}
+    carried = {n: values for n, values in adapter.carried.items() if n not in names}
+    config = saving_without(adapter.config, names, [*adapter.factors, *saved, *carried])
+    return dataclasses.replace(adapter, saved=saved, carried=carried, rows=rows, config=config)
 
 
 def same_numbers(one: NDArray[Any], other: NDArray[Any]) -> bool:

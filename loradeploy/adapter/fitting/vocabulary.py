@@ -2,19 +2,27 @@
 
 `resize_token_embeddings` changes the number of rows of the embedding and of the output head, and
 PEFT saves both matrices with the adapter (`save_embedding_layers`, `modules_to_save`), or trained
-rows of them (`trainable_token_indices`). Such an adapter is merged into the base of its size.
+rows of them (`trainable_token_indices`). Such an adapter is merged into the base of its size. As
+side inputs added tokens are trained rows behind the base's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from loradeploy.adapter.adapter import Rows
+from loradeploy.adapter.fitting.settle import with_rows_for
 from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
-    from loradeploy.adapter.adapter import Adapter
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter, Factors
 
 logger = logger_of(__name__)
 
@@ -38,6 +46,11 @@ class Vocabulary:
         """The embedding and the head, where there is one."""
         return (self.embedding,) if self.head is None else (self.embedding, self.head)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights of both, which are tables with a row per token."""
+        return tuple(f"{module}.weight" for module in self.modules)
+
 
 def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
     """The size of the adapter's vocabulary; None where it is that of the base.
@@ -49,10 +62,10 @@ def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
     size = _size(adapter, base)
     if size is None or size == base.size:
         return None
-    if size < base.size and not all(_has(name, adapter, base) for name in _weights(base)):
+    if size < base.size and not all(_has(name, adapter, base) for name in base.weights):
         raise AdapterMismatchError(
             f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, and it"
-            f" does not have {listed_names(_weights(base))} whole: it was trained on another base,"
+            f" does not have {listed_names(base.weights)} whole: it was trained on another base,"
             " or rows were cut, then save it with save_embedding_layers=True"
         )
     if lacking := [name for name in _tables(base) if not _brought(name, adapter, base, size)]:
@@ -68,7 +81,7 @@ def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
 def refuse_resized(adapter: Adapter, base: Vocabulary) -> None:
     """Raise AdapterMismatchError for an adapter whose vocabulary is not that of the base.
 
-    Adapters that are side inputs share the rows of the base.
+    Where added tokens are no side inputs.
     """
     size = resized_vocabulary(adapter, base)
     if size is not None:
@@ -76,6 +89,82 @@ def refuse_resized(adapter: Adapter, base: Vocabulary) -> None:
             f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, which"
             " side inputs share: merge it instead, `merge=True`"
         )
+
+
+def added_tokens(adapter: Adapter, base: Vocabulary, most: int) -> int:
+    """How many tokens `adapter` adds to the base's, as side inputs at `most`.
+
+    Raises:
+        AdapterMismatchError: as `resized_vocabulary`, or it adds more, or has fewer than the base,
+            or its output head has a bias for them.
+    """
+    size = resized_vocabulary(adapter, base)
+    if size is None:
+        return 0
+    if size < base.size or size - base.size > most:
+        counted = "fewer" if size < base.size else f"{size - base.size} more"
+        raise AdapterMismatchError(
+            f"it was trained with a vocabulary of {size} tokens, {counted} than the base's"
+            f" {base.size}, and side inputs have at most {most} more: merge it instead,"
+            " `merge=True`"
+        )
+    if base.biased:
+        raise AdapterMismatchError(
+            f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, and"
+            f" {base.head} has a bias, of which rows are no side inputs: merge it instead,"
+            " `merge=True`"
+        )
+    return size - base.size
+
+
+def token_tables(adapter: Adapter, base: Vocabulary) -> tuple[str, ...]:
+    """The fully trained tables of the adapter that trained rows can stand for.
+
+    Of tied ones PEFT trains a copy each, so that both are there or none: rows are of both.
+    """
+    saved = tuple(name for name in base.weights if name in adapter.saved)
+    return saved if len(saved) == len(base.weights) or not base.tied else ()
+
+
+def without_added(adapter: Adapter, base: Vocabulary) -> Adapter:
+    """What an adapter that adds tokens has for the base's own, without tables of all of them.
+
+    It fits where the adapter does, before the base's tables are there to be compared with.
+    """
+    if resized_vocabulary(adapter, base) is None:
+        return adapter
+    whole = {**adapter.carried, **adapter.saved}
+    tables = [name for name in base.weights if name in whole]
+    rows = {name: Rows((), whole[name][:0]) for name in tables}
+    for name, each in adapter.rows.items():
+        own = [place for place, token in enumerate(each.indices) if token < base.size]
+        rows[name] = Rows(tuple(each.indices[place] for place in own), each.values[own])
+    kept = with_rows_for(dataclasses.replace(adapter, rows=rows), tables, rows)
+    return with_factors_for(kept, base, base.size)
+
+
+def with_factors_for(adapter: Adapter, base: Vocabulary, size: int) -> Adapter:
+    """`adapter` with factors of the embedding and the head for `size` tokens: cut, or with zeros.
+
+    DoRA's stay as they are, as they scale rows of the base too.
+    """
+    factors = dict(adapter.factors)
+    for module in base.modules:
+        pair = factors.get(module)
+        if pair is not None and pair.magnitude is None:
+            factors[module] = _for_tokens(pair, size)
+    return dataclasses.replace(adapter, factors=factors)
+
+
+def _for_tokens(pair: Factors, size: int) -> Factors:
+    if pair.kind == "embedding":
+        return dataclasses.replace(pair, A=_resized(pair.A.T, size).T)
+    return dataclasses.replace(pair, B=_resized(pair.B, size))
+
+
+def _resized(table: NDArray[Any], size: int) -> NDArray[Any]:
+    kept = table[:size]
+    return np.pad(kept, ((0, size - len(kept)), (0, 0)))
 
 
 def _size(adapter: Adapter, base: Vocabulary) -> int | None:
@@ -98,19 +187,14 @@ def say_resized(name: str, before: int, size: int) -> None:
     logger.warning("%s: the vocabulary has %d tokens in place of the base's %d", name, size, before)
 
 
-def _weights(base: Vocabulary) -> list[str]:
-    return [f"{module}.weight" for module in base.modules]
-
-
 def _tables(base: Vocabulary) -> list[str]:
     """The parameters that have a row per token."""
-    found = _weights(base)
-    return [*found, f"{base.head}.bias"] if base.biased else found
+    return [*base.weights, f"{base.head}.bias"] if base.biased else [*base.weights]
 
 
 def _has(weight: str, adapter: Adapter, base: Vocabulary) -> bool:
     """Whether the adapter has the whole weight, or the one that it is tied to."""
-    shared = _weights(base) if base.tied else [weight]
+    shared = base.weights if base.tied else [weight]
     return weight in adapter.saved or any(name in adapter.carried for name in shared)
 
 
@@ -122,6 +206,6 @@ def _brought(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> b
         return False
     if _has(parameter, adapter, base):
         return True
-    shared = _weights(base) if base.tied else [parameter]
+    shared = base.weights if base.tied else [parameter]
     added = set(range(base.size, size))
     return any(added <= set(adapter.rows[name].indices) for name in shared if name in adapter.rows)

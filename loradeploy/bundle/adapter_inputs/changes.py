@@ -15,6 +15,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.dora import output_scale
+from loradeploy.bundle.added_tokens import base_offset, tokens_of, visible_logits
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.errors import AdapterMismatchError
 
@@ -24,14 +25,20 @@ if TYPE_CHECKING:
     from loradeploy.bundle.adapter_inputs.base import BaseValues
 
 
-def change_inputs(manifest: Manifest) -> dict[str, tuple[int, float]]:
-    """The side inputs that change outputs: name → size, and the value for the base."""
-    inputs: dict[str, tuple[int, float]] = {}
+def change_inputs(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    """The side inputs that change outputs: name → the values [size] for the base."""
+    added = manifest.added_tokens
+    inputs: dict[str, NDArray[np.float32]] = {}
     for output in manifest.changed:
         if output.scale is not None:
-            inputs[output.scale] = (output.size, 1.0)
+            inputs[output.scale] = np.ones(output.size, np.float32)
         if output.offset is not None:
-            inputs[output.offset] = (output.size, 0.0)
+            hides = added is not None and added.output == output.module
+            inputs[output.offset] = (
+                base_offset(added, manifest.factor_dtype)
+                if added is not None and hides
+                else np.zeros(output.size, np.float32)
+            )
     return inputs
 
 
@@ -53,8 +60,13 @@ def output_changes(
     targets = {target.module: target for target in manifest.targets}
     biases = added_biases(adapter, manifest)
     changes: dict[str, NDArray[np.float32]] = {}
+    added = manifest.added_tokens
     for output in manifest.changed:
         module = output.module
+        if added is not None and module == added.output:
+            if tokens_of(adapter, manifest) != added.base and output.offset is not None:
+                changes[output.offset] = visible_logits(adapter, manifest)
+            continue
         pair = adapter.factors.get(module)
         trained = adapter.saved[f"{module}.bias"] if f"{module}.bias" in biases else None
         scaled = pair is not None and pair.magnitude is not None
@@ -88,6 +100,8 @@ def changes_undone(
     scales: dict[str, NDArray[np.float32]] = {}
     biases: dict[str, NDArray[np.float32]] = {}
     for output in manifest.changed:
+        if manifest.added_tokens is not None and output.module == manifest.added_tokens.output:
+            continue  # it tells which tokens there are
         scale = None if output.scale is None else arrays.get(output.scale)
         offset = None if output.offset is None else arrays.get(output.offset)
         if scale is not None:

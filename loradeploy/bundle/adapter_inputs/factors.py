@@ -11,6 +11,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.fitting.fit import refuse
+from loradeploy.adapter.fitting.vocabulary import with_factors_for
 from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
@@ -19,6 +20,7 @@ from loradeploy.bundle.adapter_inputs.changes import (
     output_changes,
 )
 from loradeploy.bundle.adapter_inputs.tokens import joined, token_factors
+from loradeploy.bundle.added_tokens import tokens_in, vocabulary_of_base, with_all_tokens
 from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
 from loradeploy.bundle.labels import brings_head, with_all_labels, without_padding
 from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
@@ -54,7 +56,7 @@ def side_inputs_of_fitted(
     adapter: Adapter, manifest: Manifest, base: BaseValues | None = None
 ) -> dict[str, NDArray[Any]]:
     """`side_inputs` of an adapter that `fit_to` returned for the same manifest."""
-    adapter = with_all_labels(adapter, manifest.saved_shapes())
+    adapter = with_all_tokens(with_all_labels(adapter, manifest.saved_shapes()), manifest)
     dtype = np.dtype(manifest.factor_dtype)
     arrays: dict[str, NDArray[Any]] = {}
     tokens = token_factors(adapter, manifest, base)
@@ -128,9 +130,16 @@ def adapter_from_side_inputs(
     head of a classifier answers is not in the arrays: it is UNDECLARED.
 
     Raises:
-        AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights.
+        AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights,
+            or they add tokens.
     """
     check_side_inputs(arrays, manifest)
+    added = manifest.added_tokens
+    if added is not None and tokens_in(arrays, manifest) != added.base:
+        raise AdapterMismatchError(
+            "it adds tokens to the base's, which as factors would depend on what PEFT puts into"
+            " their rows: keep the PEFT directory that it was made from"
+        )
     factors: dict[str, Factors] = {}
     for target in manifest.targets:
         if target.lora_A in arrays:
@@ -164,7 +173,10 @@ def adapter_from_side_inputs(
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
     problem = UNDECLARED if brings_head(arrays, manifest) else None
-    return without_padding(Adapter(config, factors, saved, base_digest=known, problem_type=problem))
+    adapter = Adapter(config, factors, saved, base_digest=known, problem_type=problem)
+    if added is not None:
+        adapter = with_factors_for(adapter, vocabulary_of_base(manifest, added), added.base)
+    return without_padding(adapter)
 
 
 def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:

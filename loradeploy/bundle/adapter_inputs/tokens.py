@@ -49,7 +49,7 @@ def token_factors(adapter: Adapter, manifest: Manifest, base: BaseValues | None)
                 continue  # replaced whole, or trained itself: the values are the same
             target = targets[module]
             if own is None:
-                own = _rows(base, target, indices)
+                own = _rows(base, target, indices, manifest)
             differences = rows.values.astype(np.float32) - own  # [tokens, size]
             tokens = target.in_features if target.kind == "embedding" else target.out_features
             units = np.zeros((tokens, len(indices)), np.float32)
@@ -67,8 +67,14 @@ def joined(one: Pair | None, other: Pair | None) -> Pair | None:
     return np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]])
 
 
-def _rows(base: BaseValues | None, target: LoraTarget, indices: list[int]) -> NDArray[Any]:
-    """The base's rows [tokens, size] of the weight that `target` uses."""
+def _rows(
+    base: BaseValues | None, target: LoraTarget, indices: list[int], manifest: Manifest
+) -> NDArray[Any]:
+    """The base's rows [tokens, size] of the weight that `target` uses; of added tokens zeros."""
+    added = manifest.added_tokens
+    if added is not None and min(indices, default=0) >= added.base:
+        size = target.out_features if target.kind == "embedding" else target.in_features
+        return np.zeros((len(indices), size), np.float32)
     W = None if base is None else base.weight(target)
     if W is None:
         raise AdapterMismatchError(

@@ -87,7 +87,9 @@ def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
 
 
 def vocabulary_of(manifest: Manifest, config: Mapping[str, Any]) -> int:
-    """How many words the graph has rows for."""
+    """How many words the graph has rows for; those that adapters add are not among them."""
+    if manifest.added_tokens is not None:
+        return manifest.added_tokens.base
     for output in manifest.outputs:
         if (
             manifest.task not in CLASSIFICATIONS  # whose logits are of labels

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_rows, without_copies
+from loradeploy.adapter.fitting.vocabulary import token_tables
+from loradeploy.export.adapters.given import named
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
 
@@ -32,6 +34,7 @@ def settled(
     Raises:
         AdapterMismatchError: two weights of the adapter are tied in the model, and differ.
     """
+    from loradeploy.lora.base.vocabulary import vocabulary_of
     from loradeploy.lora.parameters import overwrite
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -41,10 +44,14 @@ def settled(
 
     found = {name: without_copies(adapter, is_own) for name, adapter in adapters.items()}
     if not merge:
-        return {
-            name: with_rows(each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS)
-            for name, each in found.items()
-        }
+        tokens = vocabulary_of(model)
+        for name, each in found.items():
+            tables = () if tokens is None else token_tables(each, tokens)
+            with named(name):
+                found[name] = with_rows(
+                    each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS, tables
+                )
+        return found
     for name, adapter in found.items():
         overwrite(model, adapter)
         if adapter.factors or adapter.saved:

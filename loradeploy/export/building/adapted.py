@@ -30,6 +30,7 @@ from loradeploy.export.adapters.requirements import (
     needs_of,
 )
 from loradeploy.export.base import Base, Options
+from loradeploy.export.building.added import with_added_tokens
 from loradeploy.export.building.steps import (
     checked,
     described,
@@ -75,6 +76,7 @@ def with_side_inputs(
     own_weights = base.own_weights
     if not own_weights and base.before is None:
         own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
+    findings, options, added_tokens = with_added_tokens(base, findings, options)
     needs = needs_of(
         options.adapters.values(),
         options.side_inputs,
@@ -108,6 +110,7 @@ def with_side_inputs(
         embeddings=embeddings,
         experts=experts,
         changes=changes,
+        added=added_tokens,
     )
     manifest = dataclasses.replace(
         described(base, "side-inputs"),
@@ -118,6 +121,7 @@ def with_side_inputs(
         ),
         changed=added.changed,
         factor_dtype=added.dtype,
+        added_tokens=added_tokens,
         own_weights=own_weights,
         submodels=base.submodels,
         base_prefix=base.base_prefix if base.submodels else "",

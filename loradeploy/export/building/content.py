@@ -38,6 +38,7 @@ from loradeploy.export.adapters.given import (
 )
 from loradeploy.export.base import Base, Options, from_checkpoint
 from loradeploy.export.building.adapted import with_side_inputs
+from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
 from loradeploy.export.building.steps import modules_of
 from loradeploy.export.graph.file import (
@@ -106,7 +107,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     added: SideInputs | None = None
     fitted: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}
-    if source.graph is not None:
+    findings = without_added_tokens(base, findings)
+    if source.graph is not None and options.merge:
         base, findings = with_resized_vocabulary(base, findings, options)
     if options.merge:
         manifest = merged(base, findings, options, digests)

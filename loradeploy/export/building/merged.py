@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.fitting.settle import without_idle
-from loradeploy.adapter.fitting.vocabulary import refuse_resized, resized_vocabulary, say_resized
+from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, say_resized
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     PACKED_BITS,
@@ -97,15 +97,10 @@ def with_resized_vocabulary(
     """The base and its findings with the vocabulary of the adapter that is to be merged.
 
     Raises:
-        AdapterMismatchError: it is another one than the base's, and the adapter not to be merged.
+        AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
     """
-    before = vocabulary_in(base.graph, findings) if options.adapters else None
+    before = vocabulary_in(base.graph, findings)
     if before is None:
-        return base, findings
-    for name, adapter in options.adapters.items() if not options.merge else ():
-        with named(name):
-            refuse_resized(adapter, before)
-    if not options.merge:
         return base, findings
     ((name, adapter),) = options.adapters.items()
     with named(name):

@@ -23,6 +23,7 @@ import numpy as np
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
+from loradeploy.bundle.added_tokens import hidden_logit
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     DEFAULTS_NAME,
@@ -148,9 +149,23 @@ class Trial:
         """
         chosen = {} if side_inputs is None else {**side_inputs, **branch_choice(self.manifest)}
         try:
-            return run_graphs(self._sessions, {**feeds, **chosen}, self.names)
+            outputs = run_graphs(self._sessions, {**feeds, **chosen}, self.names)
         except NotRunError as problem:
             raise _refused(f"onnxruntime opens it and cannot run it: {problem}") from None
+        return self._of_base(outputs)
+
+    def _of_base(self, outputs: Outputs) -> Outputs:
+        """`outputs` with the logits of the base's own tokens, as the source gives them.
+
+        Of added tokens nothing here has any: the base and made side inputs hide them all.
+        """
+        added = self.manifest.added_tokens
+        if added is None or added.output not in outputs:
+            return outputs
+        logits = outputs[added.output]
+        if (logits[..., added.base :] > hidden_logit(self.manifest.factor_dtype) / 2).any():
+            raise _refused(f"its {added.output} do not hide the tokens that the base does not have")
+        return {**outputs, added.output: logits[..., : added.base]}
 
     def try_alone(self, sample: Sample) -> None:
         """Run the bundle where there is nothing to hold it against, if a sample can be made."""
@@ -213,8 +228,10 @@ class Trial:
             dtype = self.manifest.factor_dtype
             side_inputs = {}
             for module, (A, B) in update.factors.items():
-                side_inputs[targets[module].lora_A] = A[np.newaxis].astype(dtype)
-                side_inputs[targets[module].lora_B] = B[np.newaxis].astype(dtype)
+                target = targets[module]
+                for_added = ((0, 0), (0, target.out_features - B.shape[1]))
+                side_inputs[target.lora_A] = A[np.newaxis].astype(dtype)
+                side_inputs[target.lora_B] = np.pad(B, for_added)[np.newaxis].astype(dtype)
             got = self.run(original.feeds, side_inputs)
         for name, expected in update.outputs.items():
             effect = _norm(expected - original.outputs[name])
@@ -320,8 +337,8 @@ class Trial:
         random = np.random.default_rng(0)
         for saved in self.manifest.saved:
             made[saved.input] = random.standard_normal((1, *saved.slot_shape)) * _UPDATE_SCALE
-        for name, (size, default) in change_inputs(self.manifest).items():
-            made[name] = default + random.standard_normal((1, size)) * _UPDATE_SCALE
+        for name, default in change_inputs(self.manifest).items():
+            made[name] = default + random.standard_normal((1, len(default))) * _UPDATE_SCALE
         return {name: values.astype(self.manifest.factor_dtype) for name, values in made.items()}
 
     def _beside_base(self, made: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
@@ -333,7 +350,8 @@ class Trial:
         for name, values in made.items():
             base = defaults.get(name)
             if base is None:
-                base = np.full_like(values, changes[name][1] if name in changes else 0)
+                base = np.zeros_like(values)
+                base[...] = changes.get(name, 0)
             mixed[name] = np.concatenate([values, *[base] * (1 if slots else count - 1)])
         if slots:
             mixed[ADAPTER_IDS] = np.array([0] + [1] * (count - 1), np.int64)

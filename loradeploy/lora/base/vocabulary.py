@@ -53,12 +53,24 @@ def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
         AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
         ModelError: transformers cannot resize the model.
     """
+    before = vocabulary_of(model)
+    size = None if before is None else resized_vocabulary(adapter, before)
+    if size is not None:
+        resize_to(model, size)
+    return size
+
+
+def resize_to(model: torch.nn.Module, size: int) -> None:
+    """Give `model` a vocabulary of `size` tokens, with zeros for those that it does not have.
+
+    Raises:
+        ModelError: it has no embedding of tokens, or transformers cannot resize it.
+    """
     import torch
 
     before = vocabulary_of(model)
-    size = None if before is None else resized_vocabulary(adapter, before)
-    if before is None or size is None:
-        return None
+    if before is None:
+        raise ModelError(f"{type(model).__name__} has no embedding of tokens")
     resized: Any = model
     try:
         resized.resize_token_embeddings(size, mean_resizing=False)
@@ -74,4 +86,3 @@ def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
                 if (values := parameters.get(f"{module}.{part}")) is not None:
                     values[before.size :] = 0
     model.eval()
-    return size

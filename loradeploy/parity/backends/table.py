@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.bundle.added_tokens import with_all_tokens
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
 from loradeploy.parity.context import CheckContext
@@ -84,14 +85,20 @@ class Backend:
 
 def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
-        with merged(model, tested.adapter):
-            yield tested.name, TorchModel(model, context.manifest, context.cases.known)
+        with merged(model, with_all_tokens(tested.adapter, context.manifest)):
+            yield (
+                tested.name,
+                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
+            )
 
 
 def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
         with with_peft(model, tested):
-            yield tested.name, TorchModel(model, context.manifest, context.cases.known)
+            yield (
+                tested.name,
+                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
+            )
 
 
 _SIDE, _MERGED = "side-inputs", "merged"

@@ -66,7 +66,9 @@ class TorchRow:
         self.tested = next((s for s in context.adapters if s.name == adapter), None)
         self.ids = np.array([tokens], np.int64)
         self.modules = Modules.of(base.model)
-        self._forward = TorchModel(base.model, context.manifest, context.cases.known)
+        self._forward = TorchModel(
+            base.model, context.manifest, context.cases.known, tokens=context.tokens
+        )
 
     @property
     def name(self) -> str | None:

@@ -271,15 +271,18 @@ class _Trial:
         """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
         manifest = self.context.manifest
         ids = np.array([tokens], np.int64)
-        reference = TorchModel(self.torch_model, manifest, self.context.cases.known)
+        reference = TorchModel(
+            self.torch_model, manifest, self.context.cases.known, tokens=self.context.tokens
+        )
         values, _ = reference.forward(ids, np.ones_like(ids), None, [adapter])
         if values.ndim == 3:
             values = values[0]  # [positions, width]
         own = self.context.outputs_of(adapter)
+        values = values[..., :own]
         if not steps:
-            return Row(0, adapter, tokens, (), values[..., :own], outputs=own)
+            return Row(0, adapter, tokens, (), values, outputs=own)
         # The last of the forced tokens is one that nobody is fed.
-        return Row(0, adapter, tokens[:-steps], (*tokens[-steps:], 0), values)
+        return Row(0, adapter, tokens[:-steps], (*tokens[-steps:], 0), values, outputs=own)
 
     def _other(self, row: Row) -> Row | None:
         """A row to share the batch with, of another adapter where each row has its own."""

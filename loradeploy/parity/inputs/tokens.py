@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,14 @@ class Cases:
     alike: bool = False
     known: Known = field(default_factory=dict)
     unfed: int = 0
+
+    def of(self, tokens: int | None) -> Cases:
+        """The cases of an adapter that has so many tokens, None all: others are the first one's."""
+        if tokens is None or all(token < tokens for row in self.prompts for token in row):
+            return self
+        first = self.prompts[0][0]
+        prompts = (tuple(t if t < tokens else first for t in row) for row in self.prompts)
+        return dataclasses.replace(self, prompts=tuple(prompts))
 
     @property
     def groups(self) -> tuple[tuple[Rows, int], ...]:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -62,6 +62,9 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
+# Outputs that are not an adapter's are smaller, so that their probability is 0.
+_HIDDEN: Final = -1e3
+
 
 def run_phases(
     model: Model,
@@ -88,7 +91,10 @@ def run_phases(
             yield seen
             continue
         before = None if seen.before is None else seen.before[..., :own]
-        yield replace(seen, values=seen.values[..., :own], before=before)
+        values = seen.values[..., :own]
+        if (seen.values[..., own:] > _HIDDEN).any():  # what is not the adapter's could be chosen
+            values = np.full_like(values, np.nan)
+        yield replace(seen, values=values, before=before)
 
 
 def _observations(

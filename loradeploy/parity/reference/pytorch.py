@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, TASK_TABLE
+from loradeploy.bundle.added_tokens import hidden_logit, with_all_tokens
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
@@ -63,7 +64,8 @@ class TorchModel:
     """A PyTorch model as a backend; the adapter is what is in it at the time.
 
     `known`: as `plain_feeds`. `last`: of a decoder only the last
-    position is asked for, where the model can leave the others out.
+    position is asked for, where the model can leave the others out. `tokens`: how many tokens the
+    base and each adapter have, where the model has rows for more; the logits of others are hidden.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class TorchModel:
         manifest: Manifest,
         known: Known | None = None,
         *,
+        tokens: Mapping[str | None, int] | None = None,
         last: bool = False,
     ) -> None:
         self._known = known
+        self._tokens = tokens or {}
         self._model = model
         self._manifest = manifest
         self._task = manifest.task
@@ -89,7 +93,7 @@ class TorchModel:
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         cache: Any,
-        adapters: object,
+        adapters: Sequence[str | None],
         *,
         embeds: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], Any]:
@@ -121,6 +125,9 @@ class TorchModel:
             if value.dtype != torch.float64:  # calibration runs in that, too
                 value = value.float()
             values.append(value.numpy())
+        hidden = hidden_logit(np.float32)
+        for row, adapter in enumerate(adapters if self._tokens else ()):
+            values[0][row, ..., self._tokens[adapter] :] = hidden
         return joined(values), getattr(result, "past_key_values", None)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
@@ -196,7 +203,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
         ) from None
     from loradeploy.export import trace
     from loradeploy.export.adapters.given import check_brought, named
-    from loradeploy.lora.base.vocabulary import resize_for
+    from loradeploy.lora.base.vocabulary import resize_for, resize_to
 
     manifest = context.manifest
     labels = None
@@ -211,6 +218,8 @@ def load_model(context: CheckContext) -> torch.nn.Module:
         if context.merged:
             with named(tested.name):
                 resize_for(model, tested.adapter)
+    if manifest.added_tokens is not None:
+        resize_to(model, manifest.added_tokens.size)
     return model
 
 
@@ -308,6 +317,7 @@ def as_reference_with(
 
     with ExitStack() as stack:
         if adapter is not None:
+            adapter = with_all_tokens(adapter, context.manifest)
             holding = merged if context.merged and base.quantized else adapted
             stack.enter_context(holding(base.model, adapter))
         if context.merged:
@@ -323,7 +333,7 @@ def _limits(
     try:
         gap = measure_gap(
             base.model,
-            TorchModel(base.model, manifest, context.cases.known),
+            TorchModel(base.model, manifest, context.cases.known, tokens=context.tokens),
             rows,
             manifest.precision,
             activations_of(base.quantized),
@@ -343,6 +353,8 @@ def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
     """How far `adapted` is from `base` over the prompts."""
     largest, total, values = 0.0, 0.0, 0
     for one, other in zip(base, adapted, strict=True):
+        if one.prompt != other.prompt:
+            continue  # it has tokens that the base does not have
         count = min(len(one.expected), len(other.expected))
         if one.forced or other.forced:
             count = len(one.prompt)
@@ -376,9 +388,9 @@ def reference_rows(
     context: CheckContext, model: torch.nn.Module, adapter: str | None, count: int
 ) -> tuple[Row, ...]:
     """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
-    cases = context.cases
-    backend = TorchModel(model, context.manifest, context.cases.known)
-    chooser = TorchModel(model, context.manifest, last=True)
+    cases = context.cases.of(context.tokens.get(adapter))
+    backend = TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens)
+    chooser = TorchModel(model, context.manifest, tokens=context.tokens, last=True)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))
     for prompts, after in cases.groups:

@@ -136,7 +136,10 @@ def score_reference(
                 found[name] = _of_counts(data.generated.counts(texts))
                 continue
             found[name] = answers(
-                TorchModel(model, context.manifest, context.cases.known), data, name, context
+                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
+                data,
+                name,
+                context,
             )
     return found
 

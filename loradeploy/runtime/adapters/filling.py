@@ -53,7 +53,7 @@ class Filler:
             shapes[target.lora_B] = (slots, rank, target.out_features)
         for saved in self._saved:
             shapes[saved.input] = (slots, *saved.slot_shape)
-        return shapes | {name: (slots, size) for name, (size, _) in self._changes.items()}
+        return shapes | {n: (slots, len(own)) for n, own in self._changes.items()}
 
     def unfilled(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The side inputs [slots, …], of which each slot has to be written before it is read."""
@@ -63,8 +63,7 @@ class Filler:
         """The side inputs [slots, …] with the base in every slot."""
         arrays = self.unfilled(slots, ranks)
         for name, values in arrays.items():
-            _, neutral = self._changes.get(name, (0, 0))
-            values[...] = self._defaults.get(name, neutral)
+            values[...] = self._defaults.get(name, self._changes.get(name, 0))
         return arrays
 
     def write(
@@ -81,5 +80,5 @@ class Filler:
             A[:, rank:], B[rank:] = 0, 0
         for saved in self._saved:
             arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]
-        for name, (_, neutral) in self._changes.items():
+        for name, neutral in self._changes.items():
             arrays[name][slot] = host[name][0] if name in host else neutral

@@ -13,6 +13,7 @@ import onnxruntime
 
 from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.factors import computable
+from loradeploy.bundle.added_tokens import tokens_in
 from loradeploy.errors import UsageError, shortened, shown
 from loradeploy.runtime.adapters.block import in_one_block
 
@@ -127,6 +128,10 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
                 f"an adapter that brings {more[0]} has no scale and cannot be blended: its low-rank"
                 " factors alone would add up"
             )
+        if manifest.added_tokens is not None and (
+            tokens_in(resident.host, manifest) != manifest.added_tokens.base
+        ):
+            raise UsageError("an adapter that adds tokens cannot be blended: use it alone")
     host = {}
     for target in manifest.targets:
         A, B = target.lora_A, target.lora_B

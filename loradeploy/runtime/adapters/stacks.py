@@ -195,8 +195,10 @@ def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bi
     for spec in manifest.side_inputs():
         sizes = {RANK: ranks.get(spec.name, 1)}
         shape = tuple(size if isinstance(size, int) else sizes.get(size, 1) for size in spec.shape)
-        _, neutral = changes.get(spec.name, (0, 0.0))
-        numbers = defaults.get(spec.name, np.full(shape, neutral, spec.dtype))
+        numbers = defaults.get(spec.name)
+        if numbers is None:
+            numbers = np.zeros(shape, spec.dtype)
+            numbers[...] = changes.get(spec.name, 0)
         # What chooses slots and branches is read on the host.
         where = (HOST, 0) if spec.dtype == "int64" else device
         values[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(numbers, *where)

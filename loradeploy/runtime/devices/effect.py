@@ -69,8 +69,8 @@ def probe(
     for name, values in defaults.items():
         noise = random.standard_normal(values.shape) * (_SIZE + 0.1 * np.std(values))
         arrays[name] = (values + noise).astype(dtype)
-    for name, (size, neutral) in change_inputs(manifest).items():
-        noise = random.standard_normal((1, size)) * _SIZE
+    for name, neutral in change_inputs(manifest).items():
+        noise = random.standard_normal((1, len(neutral))) * _SIZE
         arrays[name] = (neutral + noise).astype(dtype)
     return arrays
 

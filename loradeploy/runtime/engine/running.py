@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import BudgetError, UsageError
+from loradeploy.runtime.adapters.tokens import check_tokens_of
 from loradeploy.runtime.decoding.asking.requests import Request, read_request
 from loradeploy.runtime.decoding.caches.memory import position_bytes
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage
@@ -171,6 +172,7 @@ def prepare(
             held = stack.enter_context(session.hold(request.adapter))
             if session.texts.have_moved(request.adapter, request.counts):
                 continue
+            check_tokens_of(held.lease, [request.ids], session.manifest)
             running = Running(submission, request, held, rows, stack.pop_all())
             break
     if positions is not None and running.most > positions:

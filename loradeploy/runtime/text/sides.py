@@ -279,7 +279,8 @@ class TextSides:
             recipe = None if found is None else read_recipe(found)
         recipe = recipe or base.recipe
         tokenizer = Tokenizer(directory, base.tokenizer, lowercase=recipe.lowercase)
-        tokenizer.check_words(self._vocabulary())
+        added = self._manifest.added_tokens
+        tokenizer.check_words(self._vocabulary() if added is None else added.size)
         if (
             source is not _FROM_BUNDLE and tokenizer.settings.ignored
         ):  # those in the bundle were reported by the export

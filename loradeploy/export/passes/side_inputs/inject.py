@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.bundle.manifest import LoraTarget, Manifest, OutputTarget, SavedTarget
+from loradeploy.bundle.manifest import AddedTokens, LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, remove_unused, replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
@@ -34,6 +34,7 @@ from loradeploy.export.passes.fuse import (
 from loradeploy.export.passes.side_inputs.embeddings import add_embedding_factors
 from loradeploy.export.passes.side_inputs.experts import add_expert_factors
 from loradeploy.export.passes.side_inputs.heads import replace_head, restore_head
+from loradeploy.export.passes.side_inputs.hidden_tokens import hide_tokens
 from loradeploy.export.passes.side_inputs.output_scale import (
     Change,
     change_output,
@@ -76,11 +77,13 @@ def inject_side_inputs(
     embeddings: Sequence[Part] = (),
     experts: Sequence[Experts] = (),
     changes: Sequence[Change] = (),
+    added: AddedTokens | None = None,
 ) -> SideInputs:
     """Give `targets`, `embeddings` and `experts` low-rank side inputs; `heads` become side inputs.
 
     `biased` names heads with a bias in the checkpoint that the graph lacks because it is zero.
-    The outputs of `changes` take scales and offsets besides.
+    The outputs of `changes` take scales and offsets besides, and the logits one that hides the
+    `added` tokens that an adapter does not have.
 
     Raises:
         ExportError: a name is taken, or the rows of an input cannot be told from the graph.
@@ -103,6 +106,8 @@ def inject_side_inputs(
     lora = [member.target() for product in products for member in product.members]
     lora += [add_embedding_factors(surgery, part) for part in embeddings]
     lora += [add_expert_factors(surgery, each) for each in experts]
+    if added is not None and added.output is not None:
+        changed = (*changed, hide_tokens(surgery, added))
     remove_unused(model.graph)
     return SideInputs(
         targets=tuple(lora),

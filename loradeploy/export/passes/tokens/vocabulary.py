@@ -42,6 +42,17 @@ def vocabulary_in(model: ir.Model, findings: Findings) -> Vocabulary | None:
     return Vocabulary(size, name, head.module, tied=tied, biased=head.bias is not None)
 
 
+def tables_in(model: ir.Model, findings: Findings) -> dict[str, NDArray[np.generic]]:
+    """The weights with a row per token [tokens, size], by parameter, but quantized ones."""
+    embedding, head = embedding_of(model), _head(model, findings)
+    found = {}
+    if embedding is not None:
+        found[f"{embedding.module}.weight"] = constant_of(embedding.weight)
+    if head is not None and not head.quantized and head.slice is None:
+        found[f"{head.module}.weight"] = _by_token(head)
+    return found
+
+
 def resize_vocabulary(model: ir.Model, findings: Findings, size: int) -> Findings:
     """Change the graph's vocabulary to `size` tokens; the findings with the resized output head.
 

@@ -1,0 +1,129 @@
+"""Tokens that adapters add to the base's vocabulary, as side inputs.
+
+The graph has rows of zeros behind the base's. An adapter's own come in as trained rows
+(adapter_inputs/tokens.py), and a row of a batch sees the logits of its adapter's tokens alone: an
+offset of the logits makes the probability of all other added tokens zero. So several adapters may
+give the same ids to different tokens.
+
+    tokens       0 … base-1    base … base+k-1      base+k … base+count-1
+    adapter      the base's    its k trained rows   hidden
+    the base     its own       hidden               hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.fitting.settle import rows_in_place_of, values_digest
+from loradeploy.adapter.fitting.vocabulary import (
+    Vocabulary,
+    resized_vocabulary,
+    token_tables,
+    with_factors_for,
+)
+from loradeploy.bundle.targets import sharing
+from loradeploy.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+    from loradeploy.bundle.manifest import AddedTokens, Manifest
+
+# e^x is 0 in every float, whatever the temperature; finite, as not every device keeps infinities.
+_HIDDEN: Final = -1e18
+
+
+def hidden_logit(dtype: Any) -> float:
+    """What the logit of a hidden token is, in a float type: far below all others, and finite."""
+    return max(_HIDDEN, float(np.finfo(dtype).min))
+
+
+def vocabulary_of_base(manifest: Manifest, added: AddedTokens) -> Vocabulary:
+    """Where the base has a row per token, without those for added tokens."""
+    shared = sharing(manifest.own_weights).get(f"{added.embedding}.weight", ())
+    return Vocabulary(added.base, added.embedding, added.head, tied=added.head in shared)
+
+
+def tokens_of(adapter: Adapter, manifest: Manifest) -> int | None:
+    """How many tokens an adapter that fits has; None where the graph has no added ones."""
+    added = manifest.added_tokens
+    if added is None:
+        return None
+    rows = adapter.rows.get(f"{added.embedding}.weight")
+    ends = [] if rows is None else [token + 1 for token in rows.indices]
+    return max([added.base, *ends])
+
+
+def check_tokens(adapter: Adapter, manifest: Manifest) -> None:
+    """Raise AdapterMismatchError unless the graph has rows for all tokens that `adapter` adds."""
+    added = manifest.added_tokens
+    if added is None:
+        return
+    size = resized_vocabulary(adapter, vocabulary_of_base(manifest, added))
+    if size is not None and not added.base < size <= added.size:
+        raise AdapterMismatchError(
+            f"it was trained with a vocabulary of {size} tokens, the base has {added.base} and this"
+            f" bundle rows for {added.count} more: export the base with this adapter too, or merge"
+            " it instead, `merge=True`"
+        )
+
+
+def with_trained_rows(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """`adapter` with tables of which the first rows are the base's as trained rows: the others."""
+    added = manifest.added_tokens
+    if added is None:
+        return adapter
+    known, base = manifest.own_weights, vocabulary_of_base(manifest, added)
+    whole = token_tables(adapter, base)
+    found = {}
+    for name in base.weights:
+        values = (adapter.saved if name in whole else adapter.carried).get(name)
+        if values is None or values.ndim != 2 or len(values) <= added.base:
+            continue
+        if known.get(name) == values_digest(values[: added.base]):
+            found[name] = range(added.base, len(values))
+    return rows_in_place_of(adapter, found)
+
+
+def with_all_tokens(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """`adapter` with factors of the embedding and the output head for all rows of the graph."""
+    added = manifest.added_tokens
+    if added is None:
+        return adapter
+    return with_factors_for(adapter, vocabulary_of_base(manifest, added), added.size)
+
+
+def visible_logits(adapter: Adapter, manifest: Manifest) -> NDArray[np.float32]:
+    """The offset of the logits of an adapter that fits: zeros for its tokens, [size]."""
+    size, added = tokens_of(adapter, manifest), manifest.added_tokens
+    assert size is not None and added is not None
+    offset = base_offset(added, manifest.factor_dtype)
+    offset[:size] = 0
+    return offset
+
+
+def base_offset(added: AddedTokens, dtype: Any) -> NDArray[np.float32]:
+    """The offset of the logits for the base, which has none of the added tokens: [size]."""
+    offset = np.zeros(added.size, np.float32)
+    offset[added.base :] = hidden_logit(dtype)
+    return offset
+
+
+def tokens_in(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> int | None:
+    """As `tokens_of`, of an adapter's side inputs [1, …].
+
+    A token is the adapter's where its row of the embedding's first factor is not zero: that has
+    the unit vectors of trained rows.
+    """
+    added = manifest.added_tokens
+    if added is None:
+        return None
+    (name,) = (t.lora_A for t in manifest.targets if t.module == added.embedding)
+    if name not in arrays:
+        return added.base
+    own = arrays[name][0, added.base :].any(axis=1).nonzero()[0]
+    return added.base + int(own.max(initial=-1)) + 1

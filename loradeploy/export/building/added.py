@@ -1,0 +1,96 @@
+"""A base graph with rows for the tokens that adapters add, and without them again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loradeploy.adapter.fitting.fit import MOST_ROWS
+from loradeploy.adapter.fitting.settle import with_rows
+from loradeploy.adapter.fitting.vocabulary import added_tokens, refuse_resized, token_tables
+from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.bundle.manifest import AddedTokens
+from loradeploy.bundle.outputs import main_output
+from loradeploy.errors import AdapterMismatchError, ExportError
+from loradeploy.export.adapters.given import named
+from loradeploy.export.base import Base, Options
+from loradeploy.export.graph.file import outputs
+from loradeploy.export.match.linears import Findings
+from loradeploy.export.passes.tokens.vocabulary import resize_vocabulary, tables_in, vocabulary_in
+from loradeploy.printable import logger_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loradeploy.adapter.adapter import Adapter
+
+logger = logger_of(__name__)
+
+
+def with_added_tokens(
+    base: Base, findings: Findings, options: Options
+) -> tuple[Findings, Options, AddedTokens | None]:
+    """Give the graph rows for the tokens that the adapters of the options add.
+
+    There are as many as the adapter has that adds the most, or as the bundle had before. Tables of
+    the adapters become trained rows.
+
+    Raises:
+        AdapterMismatchError: they are too many, or differ from the base's in too many rows.
+        ExportError: the graph's output head is quantized, or fused with other modules.
+    """
+    vocabulary = vocabulary_in(base.graph, findings)
+    if vocabulary is None:
+        return findings, options, None
+    if base.other_part or base.tower is not None:  # their halves would have other tokens
+        for name, adapter in options.adapters.items():
+            with named(name):
+                refuse_resized(adapter, vocabulary)
+        return findings, options, None
+    counts: dict[str, int] = {}
+    adapters: dict[str, Adapter] = {}
+    tables: Mapping[str, NDArray[Any]] = {}
+    for name, adapter in options.adapters.items():
+        with named(name):
+            counts[name] = added_tokens(adapter, vocabulary, MOST_ROWS)
+            if counts[name] and not tables:
+                tables = tables_in(base.graph, findings)
+            adapters[name] = (
+                with_rows(adapter, tables.get, MOST_ROWS, token_tables(adapter, vocabulary))
+                if counts[name]
+                else adapter
+            )
+            added_tokens(adapters[name], vocabulary, MOST_ROWS)  # both tables have the same ones
+    before = None if base.before is None else base.before.added_tokens
+    count = max([*counts.values(), 0 if before is None else before.count])
+    if not count:
+        return findings, options, None
+    output = None
+    if vocabulary.head is not None or base.task == CAUSAL_LM:
+        ranks = {spec.name: len(spec.shape) for spec in outputs(base.graph)}
+        output = main_output(base.task, ranks)
+    if vocabulary.head is None and output is not None:
+        name = max(counts, key=lambda name: counts[name])
+        raise AdapterMismatchError(
+            f"{name}: it adds tokens, and the graph's output head is not known as one with a row"
+            " for each token: merge it instead, `merge=True`"
+        )
+    logger.info("rows for %d tokens that adapters add to the base's %d", count, vocabulary.size)
+    findings = resize_vocabulary(base.graph, findings, vocabulary.size + count)
+    added = AddedTokens(vocabulary.size, count, vocabulary.embedding, vocabulary.head, output)
+    return findings, dataclasses.replace(options, adapters=adapters), added
+
+
+def without_added_tokens(base: Base, findings: Findings) -> Findings:
+    """Take the rows of added tokens that a bundle's graph has out again.
+
+    Raises:
+        ExportError: the graph's output head is quantized.
+    """
+    added = None if base.before is None else base.before.added_tokens
+    if added is None:
+        return findings
+    if vocabulary_in(base.graph, findings) is None:
+        raise ExportError(f"the graph has no embedding of {added.size} tokens: it was changed")
+    return resize_vocabulary(base.graph, findings, added.base)

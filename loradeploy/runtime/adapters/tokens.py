@@ -1,0 +1,38 @@
+"""Which tokens the rows of a run may hold: their adapters' own, where adapters add some."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loradeploy.bundle.added_tokens import tokens_in
+from loradeploy.bundle.names import INPUT_IDS
+from loradeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
+    from loradeploy.runtime.adapters.leases import Lease
+
+
+def check_tokens_of(
+    lease: Lease, ids: NDArray[np.int64] | Sequence[Sequence[int]], manifest: Manifest
+) -> None:
+    """Raise UsageError for a token of `ids` [rows, tokens] that its row's adapter does not have."""
+    added = manifest.added_tokens
+    if added is None:
+        return
+    largest = np.asarray(ids).max(axis=1, initial=0)
+    for row in (largest >= added.base).nonzero()[0]:
+        own = lease.rows[row if lease.per_row else 0]
+        known = added.base if own is None else tokens_in(own.host, manifest)
+        if known is not None and largest[row] >= known:
+            raise UsageError(
+                f"row {row} of {INPUT_IDS} holds the token {largest[row]}, and"
+                f" {'the base' if own is None else 'its adapter'} has tokens up to {known - 1}:"
+                " give those of its own tokenizer"
+            )

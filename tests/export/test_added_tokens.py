@@ -1,0 +1,309 @@
+"""Adapters that add tokens to the base's, as side inputs: each row of a batch has its adapter's.
+
+The right answer is PEFT's: `resize_token_embeddings`, the adapter loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import loradeploy as ld
+from loradeploy.conversion import convert
+from loradeploy.errors import AdapterError, UsageError
+from loradeploy.export.graph.edit import constant_of, set_constant
+from tests.export.reference import difference, onnx_output
+from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, ids_of, make, resized
+from tests.parity.spoil import spoiled
+from tests.runtime.feeds import feeds
+from tests.tolerances import tolerance
+
+Bases = dict[str, tuple[Path, Path]]
+AdapterOf = Callable[[str], Path]
+
+ADDED = [
+    name for name, case in CASES.items() if case.size == BASE + 2 and name != "trained in full"
+]
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "bundle"])
+@pytest.mark.parametrize("name", ADDED)
+def test_rows_of_a_batch_have_their_adapters_tokens(
+    name: str, source: str, bases: Bases, adapter_of: AdapterOf, tmp_path: Path
+) -> None:
+    case, adapter = CASES[name], adapter_of(name)
+    checkpoint, plain = bases[case.model]
+    model = checkpoint if source == "checkpoint" else plain
+    manifest = ld.export(model, tmp_path / "b", adapters={"a": adapter})
+    assert manifest.added_tokens is not None
+    assert (manifest.added_tokens.base, manifest.added_tokens.count) == (BASE, 2)
+    session = ld.AdapterSession(tmp_path / "b")
+    ids = ids_of(case)
+    known = np.where(ids < BASE, ids, 9)
+    given = feeds(session.manifest, np.concatenate([ids, known, known]))
+    first, other, adapted = session.run(["logits"], given, ["a", None, "a"])[0]
+    expected = np.load(adapter / "expected.npy")[0]
+    assert difference(first, expected) <= tolerance("torch-onnx-tiny")
+    base = onnx_output(plain, known)[0]
+    assert difference(other[:, :BASE], base) <= tolerance("torch-onnx-tiny")
+    assert (other[:, BASE:] < -1e17).all()
+    assert difference(adapted[:, :BASE], base) > 0.1, "the adapter does nothing"
+    (alone,) = session.run(["logits"], feeds(session.manifest, ids), "a")
+    assert difference(alone[0], expected) <= tolerance("torch-onnx-tiny")
+    (idle,) = session.run(["logits"], feeds(session.manifest, known))
+    assert difference(idle[0][:, :BASE], base) <= tolerance("torch-onnx-tiny")
+    assert (idle[0][:, BASE:] < -1e17).all()
+    with pytest.raises(UsageError, match=r"row 1 .* token 51[23], and the base has .* up to 511"):
+        session.run(["logits"], feeds(session.manifest, np.repeat(ids, 2, axis=0)), ["a", None])
+
+
+def test_tables_that_were_trained_in_full_are_refused_with_figures(
+    bases: Bases, adapter_of: AdapterOf, tmp_path: Path
+) -> None:
+    for model in bases["llama"]:
+        with pytest.raises(
+            AdapterError,
+            match=r"a: (lm_head|.*embed_tokens).weight has 514 rows, 2 more than the base's, and"
+            r" differs in 512 of the base's 512: .* at most 64 .*`merge=True`",
+        ):
+            ld.export(model, tmp_path / "b", adapters={"a": adapter_of("trained in full")})
+
+
+@pytest.fixture(scope="module")
+def adapters(bases: Bases, adapter_of: AdapterOf, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two adapters with other tokens under the same ids, one with one token, one with none."""
+    checkpoint = bases["llama"][0]
+    place = tmp_path_factory.mktemp("adapters")
+    one = Case(
+        BASE + 1, {"trainable_token_indices": {name: [BASE] for name in TABLES}}, saved=False
+    )
+    make(one, checkpoint, place / "one", seed=2, words=("<|other|>",))
+    make(Case(BASE, {"target_modules": ["q_proj", *TABLES]}), checkpoint, place / "none", seed=3)
+    return {
+        "saved": adapter_of("embeddings saved"),
+        "rows": adapter_of("trained rows"),
+        "one": place / "one",
+        "none": place / "none",
+    }
+
+
+SIZES = {"saved": BASE + 2, "rows": BASE + 2, "one": BASE + 1, "none": BASE, None: BASE}
+
+
+@pytest.fixture(scope="module")
+def bundle(bases: Bases, adapters: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bundles") / "b"
+    ld.export(bases["llama"][0], place, adapters=adapters)
+    return place
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "slots": {"layout": "slots", "required_inputs": True},
+    "rows": {"layout": "rows"},
+    "branches": {"branches": True},
+    "fp16": {"precision": "fp16"},
+    "int8": {"precision": "int8"},
+    "one position": {"logits_to_keep": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_with_other_tokens_under_one_id_share_a_batch(
+    form: str, bases: Bases, adapters: Any, tmp_path: Path
+) -> None:
+    ld.export(bases["llama"][0], tmp_path / "b", adapters=adapters, **FORMS[form])
+    session = ld.AdapterSession(tmp_path / "b")
+    names = ["saved", None, "rows", "one", "none"]
+    rows = [_ids(SIZES[name]) for name in names]
+    (mixed,) = session.run(["logits"], feeds(session.manifest, np.stack(rows)), names)
+    coarse = {"fp16": 0.05, "int8": 0.5}.get(form, tolerance("torch-onnx-tiny"))
+    for name, ids, found in zip(names, rows, mixed, strict=True):
+        expected = _peft(bases["llama"][0], name and adapters[name], SIZES[name], ids)
+        assert difference(found[:, : SIZES[name]], expected) <= coarse, name
+        assert (found[:, SIZES[name] :] < -6e4).all(), name
+
+
+def _ids(size: int) -> Any:
+    return np.array([5, 7, *(min(size - 1, BASE + place) for place in (0, 1)), 44, 60])
+
+
+def _peft(base: Path, adapter: Path | None, size: int, ids: Any) -> Any:
+    """PEFT's logits [tokens, size]."""
+    import torch
+
+    with torch.no_grad():
+        return _model(base, adapter, size)(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def _model(base: Path, adapter: Path | None, size: int) -> Any:
+    import peft
+
+    model = resized(base, size)
+    return (model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)).eval()
+
+
+def test_texts_are_those_of_peft_with_each_adapters_own_tokenizer(
+    bases: Bases, adapters: Any, bundle: Path
+) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    names = ["rows", None, "one", "saved"]
+    prompts = {"rows": WORDS, "one": ("<|other|>",), "saved": WORDS, None: ("end",)}
+    texts = [f"The match {' '.join(prompts[name])} was" for name in names]
+    session = ld.AdapterSession(bundle)
+    found = ld.TextGenerator(session).generate(texts, names, max_new_tokens=6)
+    with ld.Engine(session) as engine:
+        waiting = [
+            engine.submit(text, name, max_new_tokens=6)
+            for text, name in zip(texts, names, strict=True)
+        ]
+        served = [one.result(60).generations[0] for one in waiting]
+    for name, text, own, other in zip(names, texts, found, served, strict=True):
+        place = bases["llama"][0] if name is None else adapters[name]
+        ids = AutoTokenizer.from_pretrained(place)(text, return_tensors="pt").input_ids
+        assert (ids >= BASE).sum() == (0 if name is None else len(prompts[name]))
+        model = _model(bases["llama"][0], name and adapters[name], SIZES[name])
+        with torch.no_grad():
+            made = model.generate(
+                input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None
+            )
+        expected = made[0, ids.shape[1] :].tolist()[: len(own.token_ids)]
+        assert expected and list(own.token_ids) == expected, name
+        assert own.token_ids == other.token_ids
+    with pytest.raises(UsageError, match=r"row 0 .* token 512, and the base has tokens up to 511"):
+        ld.TextGenerator(session).generate([[5, BASE]], [None], max_new_tokens=2)
+    with ld.Engine(session) as engine, pytest.raises(UsageError, match="has tokens up to 512"):
+        engine.submit([5, BASE + 1], "one", max_new_tokens=2).result(60)
+    scores = ld.TextGenerator(session).score([[5, 7, BASE]], ["one"])
+    assert np.isfinite(scores[0].logprob)
+
+
+def test_hidden_tokens_are_sampled_at_no_temperature(bundle: Path) -> None:
+    generator = ld.TextGenerator(ld.AdapterSession(bundle))
+    made = generator.generate(
+        ["The"] * 4, ["one", None, "none", "rows"], max_new_tokens=40, temperature=1e9, seed=1
+    )
+    for name, one in zip(["one", None, "none", "rows"], made, strict=True):
+        assert max(one.token_ids, default=0) < SIZES[name]
+    beams = generator.generate(["The"], [None], max_new_tokens=5, num_beams=3)
+    assert max(beams[0].token_ids, default=0) < BASE
+
+
+def test_every_path_agrees_and_every_mistake_is_caught(bases: Bases, bundle: Path) -> None:
+    report = ld.parity(
+        bundle, model=bases["llama"][0], prompts=["The match"], tokens=3, controls=True
+    )
+    assert report.passed, report.failures
+    passed = {result.backend for result in report.results if result.outcome == "passed"}
+    assert {"torch-merged", "peft", "onnx-merged", "onnx-native", "onnx-mixed"} <= passed
+    caught = {(control.name, control.adapter) for control in report.controls if control.caught}
+    assert {("swapped tokens", "rows"), ("ignored tokens", "one")} <= caught
+    assert all(control.caught for control in report.controls), report.controls
+
+
+def _without_the_offset(graph: ir.Graph) -> None:
+    value = graph.initializers["logits.offset"]
+    set_constant(value, np.zeros_like(constant_of(value)))
+
+
+def test_parity_sees_a_base_whose_added_tokens_are_not_hidden(
+    bases: Bases, bundle: Path, tmp_path: Path
+) -> None:
+    broken = spoiled(bundle, tmp_path / "broken", _without_the_offset)
+    report = ld.parity(
+        broken,
+        model=bases["llama"][0],
+        prompts=["The match"],
+        tokens=1,
+        backends=["onnx-side-inputs"],
+        phases=["prefill"],
+        shrink=False,
+        localize=False,
+        certificate=False,
+    )
+    assert not report.passed
+
+
+def test_an_adapter_that_comes_later_may_add_as_many(
+    bases: Bases, adapters: Any, bundle: Path, tmp_path: Path
+) -> None:
+    ld.export(bases["llama"][0], tmp_path / "b", adapters={"one": adapters["one"]})
+    session = ld.AdapterSession(tmp_path / "b")
+    with pytest.raises(
+        AdapterError, match=r"514 tokens, the base has 512 and this bundle .* 1 more"
+    ):
+        session.load("rows", adapters["rows"])
+    wide = ld.AdapterSession(bundle)
+    for name in ("saved", "one", "none"):
+        wide.load(f"{name} again", adapters[name])
+        ids = _ids(SIZES[name])[None]
+        given = feeds(wide.manifest, ids)
+        (first,), (again,) = (wide.run(["logits"], given, each) for each in (name, f"{name} again"))
+        np.testing.assert_array_equal(first, again)
+    wide.load("native", bundle / "adapters" / "rows.onnx_adapter")
+    given = feeds(wide.manifest, _ids(BASE + 2)[None])
+    (first,), (again,) = (wide.run(["logits"], given, each) for each in ("rows", "native"))
+    np.testing.assert_array_equal(first, again)
+    with pytest.raises(UsageError, match="cannot be blended"):
+        wide.run(["logits"], given, {"rows": 0.5, "none": 0.5})
+    with pytest.raises(AdapterError, match="keep the PEFT directory"):
+        convert(bundle / "adapters" / "rows.onnx_adapter", tmp_path / "back", bundle=bundle)
+
+
+def test_a_bundle_with_added_tokens_is_exported_and_merged_again(
+    bases: Bases, adapters: Any, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = ld.export(bundle, tmp_path / "b", adapters={"one": adapters["one"]})
+    assert manifest.added_tokens is not None and manifest.added_tokens.count == 2
+    ld.export(bundle, tmp_path / "m", adapters={"one": adapters["one"]}, merge=True)
+    ids = _ids(BASE + 1)
+    expected = _peft(bases["llama"][0], adapters["one"], BASE + 1, ids)
+    session = ld.AdapterSession(tmp_path / "b")
+    (found,) = session.run(["logits"], feeds(session.manifest, ids[None]), "one")
+    assert difference(found[0][:, : BASE + 1], expected) <= tolerance("torch-onnx-tiny")
+    merged = onnx_output(tmp_path / "m", ids[None])
+    assert merged.shape[-1] == BASE + 1
+    assert difference(merged[0], expected) <= tolerance("torch-onnx-tiny")
+
+
+def test_an_encoder_takes_added_tokens_without_logits_of_them(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    import peft
+    import torch
+    from transformers import AutoModel
+
+    def base() -> Any:
+        model = AutoModel.from_pretrained(tiny_bert)
+        model.resize_token_embeddings(BASE + 1, mean_resizing=False)
+        return model
+
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["query"],
+        trainable_token_indices={"word_embeddings": [BASE]},
+        task_type="FEATURE_EXTRACTION",
+    )
+    made = peft.get_peft_model(base(), config).eval()
+    ids = np.array([[5, BASE, 44]])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        expected = made(torch.from_numpy(ids)).last_hidden_state[0].numpy()
+    made.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    manifest = ld.export(
+        tiny_bert, tmp_path / "b", adapters={"a": tmp_path / "a"}, task="feature-extraction"
+    )
+    assert manifest.added_tokens is not None and manifest.added_tokens.output is None
+    session = ld.AdapterSession(tmp_path / "b")
+    (found,) = session.run(None, feeds(session.manifest, ids), "a")[:1]
+    assert difference(found[0], expected) <= tolerance("torch-onnx-tiny")
+    with pytest.raises(UsageError, match="and the base has tokens up to 511"):
+        session.run(None, feeds(session.manifest, ids))
