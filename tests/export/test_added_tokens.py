@@ -104,8 +104,7 @@ def bundle(bases: Bases, adapters: Any, tmp_path_factory: pytest.TempPathFactory
 
 FORMS: dict[str, dict[str, Any]] = {
     "slots": {"layout": "slots", "required_inputs": True},
-    "rows": {"layout": "rows"},
-    "branches": {"branches": True},
+    "branches": {"branches": True, "required_inputs": True},
     "fp16": {"precision": "fp16"},
     "int8": {"precision": "int8"},
     "one position": {"logits_to_keep": False},
