@@ -194,9 +194,13 @@ def test_hidden_tokens_are_sampled_at_no_temperature(bundle: Path) -> None:
     assert max(beams[0].token_ids, default=0) < BASE
 
 
-def test_every_path_agrees_and_every_mistake_is_caught(bases: Bases, bundle: Path) -> None:
+def test_every_path_agrees_and_every_mistake_is_caught(
+    bases: Bases, adapters: Any, tmp_path: Path
+) -> None:
+    given = {name: adapters[name] for name in ("saved", "rows", "one")}
+    ld.export(bases["llama"][0], tmp_path / "b", adapters=given)
     report = ld.parity(
-        bundle, model=bases["llama"][0], prompts=["The match"], tokens=3, controls=True
+        tmp_path / "b", model=bases["llama"][0], prompts=["The match"], tokens=3, controls=True
     )
     assert report.passed, report.failures
     passed = {result.backend for result in report.results if result.outcome == "passed"}

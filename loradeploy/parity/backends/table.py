@@ -101,6 +101,19 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
             )
 
 
+def _peft_lacks(context: CheckContext) -> str | None:
+    """Why PEFT cannot load the adapters into a model with rows for added tokens."""
+    for tested in context.adapters:
+        own = tested.adapter.factors
+        whole = with_all_tokens(tested.adapter, context.manifest).factors
+        if any(
+            (own[module].A.shape, own[module].B.shape) != (pair.A.shape, pair.B.shape)
+            for module, pair in whole.items()
+        ):
+            return f"{tested.name} has factors for fewer tokens than the bundle has rows"
+    return None
+
+
 _SIDE, _MERGED = "side-inputs", "merged"
 _ALONE: Final = (PREFILL, ONE_ROW)
 _ALL: Final = (PREFILL, ONE_ROW, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
@@ -117,7 +130,16 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         _torch_merged,
         on_torch=True,
     ),
-    Backend(PEFT, "PEFT", (_SIDE, _MERGED), _ALONE, _peft, on_torch=True, needs="peft"),
+    Backend(
+        PEFT,
+        "PEFT",
+        (_SIDE, _MERGED),
+        _ALONE,
+        _peft,
+        on_torch=True,
+        needs="peft",
+        lacks=_peft_lacks,
+    ),
     Backend(
         ONNX_MERGED,
         "ONNX merged",
