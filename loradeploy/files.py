@@ -222,7 +222,7 @@ def _refuse(
 
 
 def inside(root: str | os.PathLike[str], relative: str) -> Path:
-    """The path of `relative` below `root`.
+    """The path of `relative` below `root`; in a snapshot of the Hugging Face cache, of its content.
 
     Raises:
         BundleError: `relative` is absolute, leads outside `root` by `..` or a link, or is not a
@@ -234,9 +234,24 @@ def inside(root: str | os.PathLike[str], relative: str) -> Path:
         path.is_file()  # raises if a name is too long
     except (OSError, RuntimeError, ValueError):  # a null byte, links in a circle
         raise BundleError(f"{shown(relative)} is not a file path in {root}") from None
-    if os.path.isabs(relative) or not path.is_relative_to(top):
+    below = path.is_relative_to(top)
+    if not below and (contents := _cached_contents(top)) is not None:
+        lexical = Path(os.path.normpath(top / relative))
+        below = lexical.is_relative_to(top) and path.is_relative_to(contents)
+    if os.path.isabs(relative) or not below:
         raise BundleError(f"{shown(relative)} is outside {root}: only files inside it are read")
     return path
+
+
+def _cached_contents(top: Path) -> Path | None:
+    """Where the links of a snapshot in the Hugging Face cache lead; None if `top` is in none.
+
+    The cache has models--OWNER--NAME/snapshots/REVISION/FILE, links to ../../blobs/DIGEST.
+    """
+    for folder in (top, *top.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.parent.parent / "blobs"
+    return None
 
 
 def read_json(

@@ -25,7 +25,7 @@ _DIGITS: Final = 18  # always fit in 64 bits
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """The value in the JSON `text`; bytes are UTF-8.
+    """The value in the JSON `text`; bytes are UTF-8, with or without a byte order mark.
 
     `finite`: whether to refuse Infinity and NaN, which Python writes although they are not JSON.
 
@@ -33,7 +33,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         ValueError: invalid JSON; the message is one line.
     """
     try:
-        source = text if isinstance(text, str) else text.decode("utf-8")
+        source = text if isinstance(text, str) else text.decode("utf-8-sig")
         value = json.loads(
             source,
             parse_int=_integer,

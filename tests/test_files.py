@@ -22,6 +22,27 @@ def test_a_path_that_leads_out_is_refused(escape: str, tmp_path: Path) -> None:
     assert inside(tmp_path / "root", "a/b").is_relative_to(tmp_path)
 
 
+def test_a_snapshot_of_the_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    model = tmp_path / "models--owner--name"
+    snapshot = model / "snapshots" / "0123abc"
+    for folder in (snapshot / "1_Pooling", model / "blobs"):
+        folder.mkdir(parents=True)
+    (model / "blobs" / "d1").write_text("content")
+    (tmp_path / "secret").write_text("x")
+    (snapshot / "1_Pooling" / "config.json").symlink_to("../../../blobs/d1")
+    (snapshot / "stolen.json").symlink_to(tmp_path / "secret")
+    assert inside(snapshot, "1_Pooling/config.json").read_text() == "content"
+    assert inside(snapshot / "1_Pooling", "config.json").read_text() == "content"
+    for escape in ("stolen.json", "../../blobs/d1", str(model / "blobs" / "d1")):
+        with pytest.raises(BundleError, match="is outside"):
+            inside(snapshot, escape)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text('{"r": 8}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "file.json", error=BundleError) == {"r": 8}
+
+
 def test_json_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "large.json").write_text(" " * 2000 + "{}")
