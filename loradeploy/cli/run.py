@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -258,11 +258,13 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
 
 def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:
     """What is asked for in names of the session: paths are loaded, in blends too."""
-    names: dict[str, str] = {}
-    for spec in asked:
-        for adapter in () if spec is None else (spec,) if isinstance(spec, str) else spec:
-            if adapter not in names:
-                names[adapter] = _name(session, adapter)
+    given = dict.fromkeys(
+        adapter
+        for spec in asked
+        if spec is not None
+        for adapter in ((spec,) if isinstance(spec, str) else spec)
+    )
+    names = {adapter: _name(session, adapter, given) for adapter in given}
     return [
         None
         if spec is None
@@ -273,19 +275,23 @@ def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[
     ]
 
 
-def _name(session: AdapterSession, adapter: str) -> str:
-    """The session's name for a name or a path."""
+def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
+    """The session's name for a name or a path: the directory's, unless it may mean another.
+
+    `given`: all names and paths that are asked for. One of them is a directory's last part where
+    another directory has that name.
+    """
     if adapter in session.adapters:
         return adapter
     place = Path(adapter)
-    if not place.exists():
+    if not adapter or not place.exists():
         known = listed_names(session.adapters)
         raise UnknownAdapterError(
             f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
             " nor a directory"
         )
     name = place.resolve().stem if place.is_file() else place.resolve().name
-    name = adapter if name in session.adapters else name
+    name = adapter if name in session.adapters or name in given else name
     session.load(name, place)
     return name
 
@@ -306,4 +312,4 @@ def _standard_input() -> str:
         raise DataError(f"standard input cannot be read as UTF-8 text: {problem}") from None
     if len(content) > MAX_TEXT_BYTES:
         raise DataError(f"standard input has more than the {MAX_TEXT_BYTES:,} characters of a run")
-    return content
+    return content.removeprefix("\ufeff")  # a byte order mark

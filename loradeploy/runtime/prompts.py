@@ -52,7 +52,8 @@ def read_requests(
     Raises:
         DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
     """
-    content = read_text(file, error=DataError, limit=MAX_TEXT_BYTES)
+    # Programs of Windows begin a file with a byte order mark, which is no part of its first line.
+    content = read_text(file, error=DataError, limit=MAX_TEXT_BYTES, encoding="utf-8-sig")
     as_json = is_json_lines(file)
     return parse_requests(content, os.fspath(file), adapter, as_json=as_json)
 
@@ -108,6 +109,8 @@ def request_of(
     named = values.get("adapter", adapter)
     if not (named is None or isinstance(named, str | dict)):
         raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
+    if named == "":
+        raise DataError(f"{where}: adapter is an empty text: give a name, or null for the base")
     if (pair := values.get("text_pair")) is None:
         sound = audio if isinstance(audio, str) and audio else None
         return InputPrompt(values[name], named, _settings(values), sound)

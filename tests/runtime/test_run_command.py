@@ -236,6 +236,37 @@ def test_two_adapters_of_one_name_are_kept_apart(
     assert second["adapter"] == str(tmp_path / "d" / "same")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_relative_path_and_another_one_that_ends_like_it_are_kept_apart(
+    tiny_llama_bundle: Path,
+    llama_adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
+) -> None:
+    for parent, name in (("c", "small"), ("d", "large")):
+        shutil.copytree(llama_adapters[name], tmp_path / parent / "same")
+    monkeypatch.chdir(tmp_path / "d")
+    paths = ["same", "../c/same"]
+    rows = [{"prompt": "One", "adapter": path} for path in (paths[first], paths[1 - first])]
+    result = run(tiny_llama_bundle, "--input", lines(tmp_path, *rows), "--json")
+    answers = {a["adapter"]: a["text"] for a in map(json.loads, result.stdout.splitlines())}
+    assert answers.keys() == set(paths)
+    assert len(set(answers.values())) == 2
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "-"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    tiny_llama_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    content = "\ufeff" + ('{"prompt": "The bank"}\n' if name.endswith("l") else "The bank\n")
+    file = "-" if name == "-" else tmp_path / name
+    if isinstance(file, Path):
+        file.write_text(content, encoding="utf-8")
+    result = run(tiny_llama_bundle, "--input", file, "--json", stdin=content)
+    assert json.loads(result.stdout)["prompt"] == "The bank"
+
+
 Arguments = Callable[[Path, Path], list[object]]
 
 
@@ -248,6 +279,7 @@ Arguments = Callable[[Path, Path], list[object]]
         (lambda b, t: [b, "x", "--input="], UsageError, "either a PROMPT"),
         (lambda b, t: [t / "none", "x"], LoraDeployError, "none does not exist"),
         (lambda b, t: [b, "x", "--adapter", "ghost"], UnknownAdapterError, "'ghost' is neither"),
+        (lambda b, t: [b, "x", "--adapter", ""], UnknownAdapterError, "'' is neither"),
         (lambda b, t: [b, "x", "--adapter", t], LoraDeployError, "is not an adapter"),
         (lambda b, t: [b, "--input", t / "none.txt"], DataError, "none.txt does not exist"),
         (lambda b, t: [b, "--input", t], DataError, "is a directory: only regular files are read"),
@@ -283,6 +315,7 @@ def test_a_mistake_is_one_line(
         ('{"prompt": 5}\n', "line 1: give a text"),
         ('{"messages": "a"}\n', "line 1: give a text"),
         ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is no name"),
+        ('{"prompt": "a", "adapter": ""}\n', "line 1: adapter is an empty text"),
     ],
 )
 def test_a_broken_line_is_named(
