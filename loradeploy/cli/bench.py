@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,6 +65,7 @@ def command(
     A ratio is to the base in the same round, with its quartiles; the control is the base once more:
     what lies within the control's quartiles is noise.
     """
+    from loradeploy.adapter.files.named import named_directory
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.timing import time_bundle
 
@@ -74,8 +74,7 @@ def command(
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:
-        name, _, path = text.rpartition("=")
-        name = name or Path(path).resolve().name
+        name, path = named_directory(text)
         begin = time.perf_counter()
         session.load(name, path)
         loads[name] = (time.perf_counter() - begin) * 1e3

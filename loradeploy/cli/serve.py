@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from loradeploy.adapter.files.named import named_directory
 from loradeploy.cli.console import (
     capture_option,
     json_option,
@@ -210,8 +211,8 @@ def command(
 
 def _named(given: str) -> tuple[str, str]:
     """The name and the path of an adapter."""
-    name, _, path = given.rpartition("=")
-    return name or Path(path).resolve().name, path
+    name, path = named_directory(given)
+    return name, str(path)
 
 
 def _serve_on_ray(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.files.named import named_directory
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.fitting.settle import without_idle
@@ -182,13 +183,4 @@ def _named(
         return [(name, Path(directory)) for name, directory in adapters.items()]
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
-    named = []
-    for entry in adapters:
-        text = os.fspath(entry)
-        name, equals, rest = text.partition("=")
-        # A directory may hold '=' in its name; one that exists is taken as it is.
-        if equals and not Path(text).exists():
-            named.append((name, Path(rest)))
-        else:
-            named.append((Path(text).resolve().name, Path(text)))
-    return named
+    return [named_directory(os.fspath(entry)) for entry in adapters]
