@@ -91,6 +91,8 @@ class Adapter:
     `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known;
     of any classifier `heads.UNDECLARED`, if its head is one whose answers nothing declares.
     `base_class`: the class of the model that PEFT wrapped, if its config names it.
+    `part_of`: digest of the whole adapter, if this is its part for one bundle of a model that is
+    exported in parts, and what was left out changes another one (`fitting.parts`).
 
     Raises:
         AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.
@@ -105,6 +107,7 @@ class Adapter:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     problem_type: str | None = None
     base_class: str | None = None
+    part_of: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.factors or self.saved or self.carried or self.rows):
@@ -150,6 +153,11 @@ class Adapter:
     def scaling(self, module: str) -> float:
         """s for `module`, as in `loradeploy.adapter.scaling`."""
         return scaling(self.config, module)
+
+    @property
+    def whole_digest(self) -> str:
+        """The digest of the whole adapter: of the one that this is a part of, or its own."""
+        return self.part_of or self.digest
 
     @cached_property
     def digest(self) -> str:

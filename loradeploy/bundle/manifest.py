@@ -90,6 +90,9 @@ class AdapterEntry:
     `text`: its text settings; None if they are the base's.
     `labels`: the names of its head's outputs, in their order, where it brings a head and names.
     `problem_type`: of a sequence classifier, what its outputs are (`adapter.heads`).
+    `whole_digest`: of a model that is exported in parts, the digest of the whole adapter, before
+    its part for this bundle was taken; None of others, and in bundles of earlier versions.
+    `split`: whether the whole adapter changes what is in another bundle, too.
     """
 
     digest: str
@@ -98,6 +101,8 @@ class AdapterEntry:
     text: AdapterText | None = None
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
+    whole_digest: str | None = None
+    split: bool = False
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Content:
     `directories`: where the adapters are from, by name; `merged`: where the one merged in is from.
     `vocabulary`: how many tokens there are, where the one merged in changed that.
     `recipes`: where what makes vectors of an encoder's states may be, the first that has it.
+    `wholes`: of a model in parts, the digests of the whole adapters, by name.
     """
 
     graph: ir.Model
@@ -109,6 +110,7 @@ class Content:
     merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     vocabulary: int | None = None
     recipes: tuple[Path, ...] = ()
+    wholes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -207,6 +209,8 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
             _text(name, directory, manifest, content, base),
             head.labels,
             head.problem_type,
+            whole_digest=content.wholes.get(name),
+            split=name in content.wholes and adapter.part_of is not None,
         )
     manifest = dataclasses.replace(
         manifest,

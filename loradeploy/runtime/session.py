@@ -28,6 +28,7 @@ from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
 from loradeploy.runtime.adapters.resident import Once
+from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.runtime.arguments import (
     Adapters,
     check_adapters,
@@ -88,6 +89,7 @@ class AdapterSession:
 
     `limits`: what the graph takes, such as the size of its vocabulary.
     `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
+    `wholes`: the adapters that those for one part of a model are parts of (docs/images.md).
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
     unloading and running are safe from several threads. A session is for the process that opened
@@ -130,12 +132,14 @@ class AdapterSession:
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
         self._session = self._opened.graph
+        self.wholes = Wholes(self.manifest)
         self._reader = AdapterReader(
             self.path,
             self._place,
             self.manifest,
             BundleBase(self._place, self.manifest, self._opened.check_data),
             self._opened.certified,
+            self.wholes,
         )
         self._device = device_of(self._session)
         started = self._session.get_providers()
@@ -273,7 +277,9 @@ class AdapterSession:
         check_name(name)
         given = None if path is None else Path(path)
         read = (
-            partial(self._reader.own, name) if given is None else partial(self._reader.given, given)
+            partial(self._reader.own, name)
+            if given is None
+            else partial(self._reader.given, name, given)
         )
         files = None if given is None else files_for_texts(given)
         once = Once(read)  # before others are kept waiting
@@ -310,7 +316,7 @@ class AdapterSession:
                 f"{place} does not exist: give a PEFT directory or an adapter's file"
             )
         with self.texts.writing(name), self.texts.changing(name):
-            self._bank.register(name, partial(self._reader.given, place), replace=replace)
+            self._bank.register(name, partial(self._reader.given, name, place), replace=replace)
             self.texts.put(name, place)
 
     @while_open

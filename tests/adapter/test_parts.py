@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.algebra.combine import combine
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.adapter.fitting.parts import has_part, own_part
 from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError
@@ -30,6 +33,19 @@ def test_each_part_keeps_its_own_and_names_the_others(caplog: pytest.LogCaptureF
     assert kept.modules == ("model.text.q",)
     assert "2 tensors of the adapter are of model.vision_tower, model.projector" in caplog.text
     assert set(kept.config.exclude_modules or ()) == {"model.vision_tower.q", "model.projector.v"}
+    assert (given.part_of, kept.part_of) == (None, given.digest)
+    assert own_part(kept, TOWER).part_of == given.digest, "a part stays one of the same whole"
+
+
+def test_a_part_is_known_as_one_in_its_files_and_in_what_is_made_of_it(tmp_path: Path) -> None:
+    given = _adapter("model.text.q", "model.projector.v")
+    kept = own_part(given, TOWER)
+    save_adapter(kept, tmp_path)
+    assert load_adapter(tmp_path).part_of == load_adapter(tmp_path).whole_digest == given.digest
+    other = own_part(given, ("model.text",))
+    halves = [combine({part: 0.5}).part_of for part in (kept, other)]
+    assert halves[0] == halves[1] not in (None, given.digest)
+    assert combine({given: 0.5}).part_of is None
 
 
 def test_a_name_that_only_begins_alike_is_kept() -> None:
@@ -61,7 +77,8 @@ def test_zero_factors_of_the_other_part_are_not_worth_a_word(
 ) -> None:
     pairs = {**_adapter("model.text.q").factors, **_adapter("model.projector.q", value=0).factors}
     given = Adapter(_adapter("model.text.q").config, pairs)
-    assert own_part(given, TOWER).modules == ("model.text.q",)
+    kept = own_part(given, TOWER)
+    assert (kept.modules, kept.part_of) == (("model.text.q",), None)
     assert not caplog.records
 
 

@@ -70,6 +70,8 @@ def test_a_manifest_survives_the_round_trip() -> None:
         (["targets", 1, "slice"], [4, 7], "the slice of l.k has another size than the module"),
         (["targets", 2, "slice"], [2, 4], "the slice of l.v has another .* or overlaps another"),
         (["adapters", "sport"], "here", "adapters.sport is not an object"),
+        (["adapters", "sport", "whole_digest"], 7, "adapters.sport.whole_digest is 7"),
+        (["adapters", "sport", "split"], "yes", "adapters.sport.split is 'yes'"),
         (["mode"], "merged", "a merged graph has no side inputs"),
         (["factor_dtype"], "int8", "factor_dtype"),
     ],
@@ -104,13 +106,19 @@ def test_a_place_without_a_bundle_says_so(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_what_adapters_are_parts_of_survives_the_round_trip() -> None:
+    part = AdapterEntry("sha256:01", "adapters/sport", whole_digest="sha256:02", split=True)
+    manifest = a_manifest(adapters={"sport": part})
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
 def test_a_manifest_from_before_scales_and_offsets_reads() -> None:
     older = a_manifest().to_json()
     del older["changed"]
     for target in older["targets"]:
         del target["kind"], target["stored"]
     for entry in older["adapters"].values():
-        del entry["native_digest"]
+        del entry["native_digest"], entry["whole_digest"], entry["split"]
     assert Manifest.from_json(json.loads(json.dumps(older))) == a_manifest()
 
 

@@ -15,7 +15,7 @@ from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.algebra.reduce import reduce_rank
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.files.digest import short
+from loradeploy.adapter.files.digest import short, tensors_digest
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.settle import same_numbers, same_values
 from loradeploy.adapter.scaling import with_ranks
@@ -93,11 +93,20 @@ def combine(
         carried=_carried(adapters),
         rows=rows,
         problem_type=_one("problem types of their own", [a.problem_type for a in found], str),
+        part_of=_whole(adapters, method),
     )
     if method != "svd":
         return combined
     highest = max((p.rank for a in found for p in a.factors.values()), default=1)
     return reduce_rank(combined, rank or highest)[0]
+
+
+def _whole(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str | None:
+    """What parts of adapters make a part of: the same in each bundle, where it is made alike."""
+    if all(adapter.part_of is None for _, adapter, _ in adapters):
+        return None
+    terms = {f"{place}:{a.whole_digest}": w for place, (_, a, w) in enumerate(adapters)}
+    return tensors_digest({}, {**terms, f"method={method}": 1.0})
 
 
 def _cat(module: str, terms: Sequence[Term]) -> Factors:

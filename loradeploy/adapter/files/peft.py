@@ -17,8 +17,8 @@
     <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
 `adapter.keys` parses other forms of keys. Data without a field in PEFT (the digest of the base
-model, the labels and the problem type of a classifier) is in the metadata of the safetensors file,
-which PEFT ignores.
+model, that of the adapter of which this is a part, the labels and the problem type of a classifier)
+is in the metadata of the safetensors file, which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ OWN_FILES: Final = frozenset(
     | {"modules.json", "1_Pooling/config.json"}  # of an embedder
 )
 _BASE_DIGEST: Final = "loradeploy.base_digest"
+_PART_OF: Final = "loradeploy.part_of"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
@@ -108,6 +109,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             labels=head.labels,
             problem_type=head.problem_type,
             base_class=_base_class(values),
+            part_of=metadata.get(_PART_OF),
         )
     except AdapterError as problem:
         raise AdapterError(f"{weights}: {problem}") from None
@@ -191,6 +193,8 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     metadata = {"format": "pt"}
     if adapter.base_digest is not None:
         metadata[_BASE_DIGEST] = adapter.base_digest
+    if adapter.part_of is not None:
+        metadata[_PART_OF] = adapter.part_of
     if adapter.labels is not None:
         metadata[LABELS_KEY] = json.dumps(adapter.labels, ensure_ascii=False)
     if adapter.problem_type is not None:

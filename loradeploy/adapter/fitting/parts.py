@@ -22,7 +22,8 @@ def own_part(
 ) -> Adapter:
     """`adapter` without the tensors of the modules `others`, which are in another bundle.
 
-    What is left out is said, unless it is zero. Older names count as what `rules` make of them.
+    What is left out is said, unless it is zero, and what is kept is `part_of` the whole then. Older
+    names count as what `rules` make of them.
 
     Raises:
         AdapterMismatchError: nothing is left.
@@ -43,6 +44,7 @@ def own_part(
             "%d tensors of the adapter are of %s, which is in another bundle of this model",
             *(len(active), listed_names(_tops(active, others, rules))),
         )
+        adapter = dataclasses.replace(adapter, part_of=adapter.whole_digest)
     excluded = adapter.config.exclude_modules
     if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
         modules = [name for name in left_out if name in adapter.factors]

@@ -83,6 +83,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     Cheap checks come first: an adapter that does not fit is refused before anything is traced.
     """
     digests = {name: adapter.digest for name, adapter in options.adapters.items()}
+    wholes = {name: adapter.whole_digest for name, adapter in options.adapters.items()}
     base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
     options = dataclasses.replace(options, adapters=base.adapters)
     _choose_attention(base, options.attention or _attention_of_target(base, options.target))
@@ -102,6 +103,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
                 own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
                 adapters[name] = named_as(own, modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
+    options = dataclasses.replace(options, adapters=_with_wholes(options.adapters, wholes))
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     added: SideInputs | None = None
@@ -160,7 +162,16 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         merged=options.directories if options.merge else {},
         vocabulary=base.vocabulary,
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
+        wholes=wholes if base.other_part else {},
     )
+
+
+def _with_wholes(adapters: Mapping[str, Adapter], wholes: Mapping[str, str]) -> dict[str, Adapter]:
+    """The parts of adapters with the digests that the whole had before it was renamed."""
+    return {
+        name: each if each.part_of is None else dataclasses.replace(each, part_of=wholes[name])
+        for name, each in adapters.items()
+    }
 
 
 def _with_problem(

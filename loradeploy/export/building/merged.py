@@ -84,7 +84,12 @@ def merged(
     fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
     manifest = dataclasses.replace(
         described(base, "merged"),
-        merged_adapter=AdapterEntry(digests[name], labels=adapter.labels),
+        merged_adapter=AdapterEntry(
+            digests[name],
+            labels=adapter.labels,
+            whole_digest=(given.part_of or digests[name]) if base.other_part else None,
+            split=bool(base.other_part) and given.part_of is not None,
+        ),
         merge_error=report.error,
         requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )

@@ -32,6 +32,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.runtime.adapters.resident import Arrays
+from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.snapshot import ATTEMPTS, Snapshot
 
 # The side inputs, the digest and the head of an adapter that fits the graph.
@@ -45,6 +46,7 @@ class AdapterReader:
     """Reads adapters for the bundle in `directory`, which the user calls `path`.
 
     `certified`: the digests of the adapters that a session may run; None where it may run any.
+    `wholes`: where it is noted what the adapters that are given are parts of.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class AdapterReader:
     manifest: Manifest
     base: BundleBase
     certified: frozenset[str] | None
+    wholes: Wholes
 
     def own(self, name: str) -> Read:
         """The adapter `name` of the bundle.
@@ -84,8 +87,11 @@ class AdapterReader:
             )
         return arrays, digest, dataclasses.replace(head, problem_type=entry.problem_type)
 
-    def _read(self, source: Path) -> Read:
-        """The side inputs, the digest and the head of an adapter that fits the graph."""
+    def _read(self, source: Path, given_as: str | None = None) -> Read:
+        """The side inputs, the digest and the head of an adapter that fits the graph.
+
+        What is given, as a name, is whole or says what it is a part of; an earlier bundle's is not.
+        """
         try:
             if source.suffix == NATIVE_SUFFIX:
                 arrays = read_onnx_adapter(source)
@@ -94,20 +100,23 @@ class AdapterReader:
                 undeclared = brings_head(arrays, self.manifest)
                 problem = UNDECLARED if undeclared else self.manifest.problem_type
                 return arrays, tensors_digest(arrays, {}), Head(None, problem)
-            adapter = fit_to(load_adapter(source), self.manifest)
+            whole = load_adapter(source)
+            adapter = fit_to(whole, self.manifest)
+            if given_as is not None:
+                self.wholes.add(given_as, whole, adapter)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
             return arrays, adapter.digest, self._head(adapter)
         except AdapterMismatchError as problem:
             raise AdapterMismatchError(f"{source}: {problem}") from None
 
-    def given(self, source: Path) -> Read:
-        """The adapter at `source`, which the bundle came without.
+    def given(self, name: str, source: Path) -> Read:
+        """The adapter at `source`, which the bundle came without, for `name` to stand for.
 
         Raises:
             AdapterError: it is refused, does not fit (AdapterMismatchError), is not certified, or
                 its files changed during each of several attempts.
         """
-        arrays, digest, head = _of_one_version(source, lambda: self._read(source))
+        arrays, digest, head = _of_one_version(source, lambda: self._read(source, name))
         if self.certified is not None and digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:

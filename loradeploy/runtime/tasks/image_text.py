@@ -17,12 +17,12 @@ from loradeploy.bundle.fit import fit_to
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
 from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.printable import logger_of
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.calls import Prompt, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+from loradeploy.runtime.tasks.image_parts import ImageParts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 _TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
-logger = logger_of(__name__)
 
 _AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
 # What processors write before and after the tokens of an image that is not split, by model type.
@@ -57,7 +56,9 @@ class ImageTextGenerator:
     `cache_budget`: as in `TextGenerator`.
 
     Raises:
-        UsageError: the bundles are for other tasks, of two models, or have two adapters merged.
+        UsageError: the bundles are for other tasks, of two models, or have the parts of two
+            adapters merged or under one name, or one has an adapter merged of which the other lacks
+            its part.
         BundleError: the decoder's bundle does not know the token of an image, or the tower's not
             how many an image has.
     """
@@ -78,18 +79,7 @@ class ImageTextGenerator:
             raise UsageError(
                 f"{decoder.path} and {tower.path} are of two models: export both of one checkpoint"
             )
-        merged = [session.manifest.merged_adapter for session in (decoder, tower)]
-        digests = {entry.digest for entry in merged if entry is not None}
-        if len(digests) > 1:
-            raise UsageError(
-                f"{decoder.path} and {tower.path} have two adapters merged: merge one into both"
-            )
-        if digests and None in merged:
-            logger.warning(
-                "%s has an adapter merged and %s has none: right only if the adapter has nothing"
-                " for that part",
-                *((decoder.path, tower.path) if merged[0] else (tower.path, decoder.path)),
-            )
+        self._parts = ImageParts(decoder, tower)
         config = model_config(decoder.path)
         token = next((config[name] for name in _TOKENS if name in config), None)
         if not isinstance(token, int):
@@ -103,7 +93,6 @@ class ImageTextGenerator:
         self._surround = SURROUNDS.get(str(config.get("model_type")))
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
         self._reader = PromptReader(decoder)
-        self._without: dict[str, AdapterSession] = {}  # the part that an adapter has nothing for
 
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
@@ -130,10 +119,8 @@ class ImageTextGenerator:
             for session in new:
                 session.unload(name)
             raise
-        self._without.pop(name, None)
-        for session in both:
-            if session not in parts:
-                self._without[name] = session
+        without = next((session for session in both if session not in parts), None)
+        self._parts.loaded(name, without)
 
     def generate(
         self,
@@ -155,7 +142,8 @@ class ImageTextGenerator:
 
         Raises:
             UsageError: not a list of images for each prompt, image tokens that do not fit the
-                images, an adapter that one of the two parts lacks, and as `TextGenerator.generate`.
+                images, an adapter that one of the two parts lacks though it has something for it,
+                a name for two adapters, and as `TextGenerator.generate`.
         """
         check_count("batch_size", batch_size)
         given = listed(prompts, "prompts")
@@ -170,27 +158,28 @@ class ImageTextGenerator:
                     f"the images of prompt {number + 1} are {shown(own)}: give a list, empty where"
                     " it has none"
                 )
-        names = each_row(adapters, len(given))
+        seeing = [len(own) > 0 for own in images]
+        names = self._parts.names(each_row(adapters, len(given)), seeing)
+        reads, sees = [of_decoder for of_decoder, _ in names], [of_tower for _, of_tower in names]
         ids = []
         for number, prompt in enumerate(given):
             what = f"prompt {number + 1}"
-            adapter = self._name(self.decoder, names[number])
-            read = self._reader.read(number, prompt, adapter, chat, what)
+            read = self._reader.read(number, prompt, reads[number], chat, what)
             ids.append(self._expanded(read.ids, len(images[number]), what))
         embeds = [
             TokenEmbeds(self.image_token, np.concatenate(own)) if own else None
-            for own in self._features(images, names, batch_size)
+            for own in self._features(images, sees, batch_size)
         ]
         return self._text.generate(
             ids,
-            [self._name(self.decoder, name) for name in names],
+            reads,
             batch_size=batch_size,
             embeds=embeds,
             **options,
         )
 
     def _features(
-        self, images: Sequence[Sequence[Any]], names: Sequence[Any], batch_size: int
+        self, images: Sequence[Sequence[Any]], names: Sequence[str | None], batch_size: int
     ) -> list[list[NDArray[Any]]]:
         """Of each prompt's images what the decoder reads of them, [tokens, hidden] each."""
         (spec,) = (s for s in self.tower.manifest.inputs if s.name == PIXEL_VALUES)
@@ -211,24 +200,11 @@ class ImageTextGenerator:
             (values,) = self.tower.run(
                 [IMAGE_FEATURES],
                 {PIXEL_VALUES: np.stack(pixels[start : start + batch_size])},
-                [self._name(self.tower, names[row]) for row in some],
+                [names[row] for row in some],
             )
             for row, own in zip(some, values, strict=True):
                 found[row].append(own)
         return found
-
-    def _name(self, session: AdapterSession, name: Any) -> str | None:
-        """The adapter `name` of one of the parts; None where it has nothing for that."""
-        if isinstance(name, Mapping):
-            raise UsageError("blends of adapters are not supported with images: give a name")
-        if name is None or self._without.get(name) is session:
-            return None
-        if name not in session.adapters:
-            raise UsageError(
-                f"the adapter {shown(name)} is not in {session.path}: `load` it with this class,"
-                " which gives each part its own"
-            )
-        return str(name)
 
     def _expanded(self, ids: list[int], images: int, what: str) -> list[int]:
         """The tokens of a prompt, with as many image tokens as its images have features."""

@@ -191,7 +191,7 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
     assert difference(_found(*merged, images), expected["all"]) <= allowed
     file = shutil.copytree(tmp_path / "md", tmp_path / "other") / "loradeploy.json"
     changed = json.loads(file.read_text())
-    changed["merged_adapter"]["digest"] = "0" * 64
+    changed["merged_adapter"]["whole_digest"] = "0" * 64
     file.write_text(json.dumps(changed))
     with pytest.raises(UsageError, match="have two adapters merged"):
         ld.ImageTextGenerator(ld.AdapterSession(tmp_path / "other"), merged[0])

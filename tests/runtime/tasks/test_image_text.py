@@ -1,0 +1,242 @@
+"""LLaVA's usual recipe, the projector whole and LoRA on the decoder, in two bundles.
+
+The right answer is transformers' with PEFT. What is run together are the parts of one adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import loradeploy as ld
+from loradeploy.adapter import load_adapter
+from loradeploy.errors import UsageError
+from tests.conftest import once
+from tests.export.reference import difference
+from tests.export.trace.test_vision_tower import (
+    NEW,
+    _expected,
+    _found,
+    _generated,
+    _ids,
+    _images,
+    _make,
+    _processed,
+)
+from tests.tolerances import tolerance
+
+LLAVA: Final = "Llava"
+PROMPT: Final = "w1 w13 <image> w9"
+TOKENS: Final = 16  # of an image
+WEIGHTS: Final = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The checkpoint, two adapters of the recipe, and the first one's part for the decoder.
+
+    The bundles have the adapters as side inputs, each under its own name.
+    """
+
+    place: Path
+    model: Path
+
+    def adapter(self, name: str) -> Path:
+        return self.place / name
+
+    @property
+    def decoder(self) -> Path:
+        return self.place / "decoder"
+
+    @property
+    def tower(self) -> Path:
+        return self.place / "tower"
+
+    def sessions(self) -> tuple[ld.AdapterSession, ld.AdapterSession]:
+        return ld.AdapterSession(self.decoder), ld.AdapterSession(self.tower)
+
+
+def _train(model: Path, output: Path, seed: int) -> None:
+    """An adapter that trained the projector whole, and factors on the decoder."""
+    import peft
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    options = peft.LoraConfig(
+        r=4,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    made = peft.get_peft_model(base, options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    made.save_pretrained(output)
+
+
+def _text_alone(adapter: Path, output: Path) -> None:
+    """What the adapter has for the decoder, as one that was trained without the projector."""
+    shutil.copytree(adapter, output)
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({n: v for n, v in tensors.items() if "projector" not in n}, output / WEIGHTS)
+    file = output / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": None}))
+
+
+def _prepare(model: Path, place: Path) -> None:
+    for seed, name in enumerate(("charts", "maps")):
+        _train(model, place / name, seed)
+    _text_alone(place / "charts", place / "words")
+    both = {name: place / name for name in ("charts", "maps")}
+    ld.export(
+        model, place / "decoder", task="causal-lm", adapters={**both, "words": place / "words"}
+    )
+    ld.export(model, place / "tower", task="vision-tower", adapters=both)
+
+
+@pytest.fixture(scope="session")
+def made(shared: Path) -> Made:
+    model = once(shared / f"images-{LLAVA}", lambda place: _make(LLAVA, place)) / "model"
+    place = once(shared / "images-recipe", lambda place: _prepare(model, place))
+    return Made(place, model)
+
+
+def _logits(made: Made, name: str | None) -> Any:
+    adapter = None if name is None else made.adapter(name)
+    return _expected(LLAVA, made.model, adapter, _images(), _ids(TOKENS))
+
+
+def _text(made: Made, name: str | None, image: Any = None) -> list[int]:
+    """Greedy tokens of transformers with PEFT, of the first image unless another is given."""
+    ids = _processed(LLAVA, PROMPT, TOKENS)
+    adapter = None if name is None else made.adapter(name)
+    shown = _images()[0] if image is None else image
+    return list(_generated(LLAVA, made.model, adapter, shown, ids))
+
+
+def _answers(generator: ld.ImageTextGenerator, *names: str | None) -> list[list[int]]:
+    count = len(names)
+    given: Any = [[_images()[0]]] * count
+    results = generator.generate([PROMPT] * count, given, list(names), max_new_tokens=NEW)
+    return [list(result.token_ids) for result in results]
+
+
+def test_a_trained_projector_and_factors_answer_as_the_whole_model(made: Made) -> None:
+    decoder, tower = made.sessions()
+    expected = {name: _logits(made, name) for name in (None, "charts", "maps", "words")}
+    allowed = tolerance("torch-onnx-tiny")
+    for name in expected:
+        sees = None if name == "words" else name
+        found = _found(tower, decoder, _images(), sees, name)
+        assert difference(found, expected[name]) <= allowed, name
+        others = [expected[other] for other in expected if other != name]
+        assert min(difference(found, other) for other in others) > 100 * allowed, name
+    for sees, reads in (("charts", None), (None, "charts"), ("maps", "charts")):
+        found = _found(tower, decoder, _images(), sees, reads)
+        assert difference(found, expected["charts"]) > 100 * allowed, "each part counts"
+
+    generator = ld.ImageTextGenerator(decoder, tower)
+    images = [*_images(), *_images(1), *_images(2)]
+    texts = {name: [_text(made, name, image) for image in images] for name in expected}
+    for name, own in texts.items():
+        prompts, given = [PROMPT] * len(images), [[image] for image in images]
+        results = generator.generate(prompts, given, name, max_new_tokens=NEW)
+        assert [list(result.token_ids) for result in results] == own, name
+        assert all(own != text for other, text in texts.items() if other != name), name
+
+
+def test_the_recipe_merged_into_both_answers_as_the_whole_model(made: Made, tmp_path: Path) -> None:
+    charts = made.adapter("charts")
+    whole = load_adapter(charts).digest
+    # The decoder's own part, as it lies in its bundle, and the whole: it is the same adapter.
+    sources = {"decoder": made.decoder / "adapters" / "charts", "tower": charts}
+    for part, source in sources.items():
+        bundle = made.place / part
+        manifest = ld.export(bundle, tmp_path / part, adapters={"charts": source}, merge=True)
+        assert manifest.merged_adapter is not None
+        assert manifest.merged_adapter.digest == load_adapter(source).digest
+        assert (manifest.merged_adapter.whole_digest, manifest.merged_adapter.split) == (
+            whole,
+            True,
+        )
+    decoder, tower = (ld.AdapterSession(tmp_path / part) for part in sources)
+    found = _found(tower, decoder, _images())
+    assert difference(found, _logits(made, "charts")) <= tolerance("torch-onnx-tiny")
+    assert _answers(ld.ImageTextGenerator(decoder, tower), None) == [_text(made, "charts")]
+
+    # One part merged, the other a side input: by the name, and not without it.
+    _, sides = made.sessions()
+    generator = ld.ImageTextGenerator(decoder, sides)
+    assert _answers(generator, "charts") == [_text(made, "charts")]
+    with pytest.raises(UsageError, match="that one answers as the base: give its name there, 'ch"):
+        _answers(generator, None)
+    with pytest.raises(UsageError, match="has another adapter merged than 'maps' of"):
+        _answers(generator, "maps")
+    sides.unload("charts")
+    with pytest.raises(
+        UsageError, match=r"has an adapter merged \(.*\) that changes .* too, which"
+    ):
+        ld.ImageTextGenerator(decoder, sides)
+
+
+def test_a_manifest_tells_what_its_adapters_are_parts_of(made: Made) -> None:
+    decoder, tower = (session.manifest for session in made.sessions())
+    for name in ("charts", "maps"):
+        whole = load_adapter(made.adapter(name)).digest
+        for manifest in (decoder, tower):
+            entry = manifest.adapters[name]
+            assert (entry.whole_digest, entry.split) == (whole, True)
+            assert entry.digest != whole
+        part = load_adapter(made.decoder / "adapters" / name)
+        assert (part.part_of, part.digest) == (whole, decoder.adapters[name].digest)
+    entry = decoder.adapters["words"]
+    assert (entry.whole_digest, entry.split) == (load_adapter(made.adapter("words")).digest, False)
+
+
+def test_one_name_for_two_trainings_is_refused(made: Made, tmp_path: Path) -> None:
+    given = {"charts": made.adapter("maps")}
+    ld.export(made.tower, tmp_path / "tower", adapters=given)
+    decoder, other = ld.AdapterSession(made.decoder), ld.AdapterSession(tmp_path / "tower")
+    with pytest.raises(UsageError, match="'charts' stands for two adapters, .* export both with"):
+        ld.ImageTextGenerator(decoder, other)
+    other.load("charts", made.adapter("charts"), replace=True)
+    generator = ld.ImageTextGenerator(decoder, other)
+    assert _answers(generator, "charts") == [_text(made, "charts")]
+
+    decoder.load("late", made.adapter("charts"))
+    with pytest.raises(UsageError, match=r"'late' is not in .* has only its own part of it"):
+        _answers(generator, "late")
+    other.load("late", made.adapter("maps"))
+    with pytest.raises(UsageError, match="'late' stands for two adapters"):
+        _answers(generator, "late")
+    other.register("late", made.adapter("maps"), replace=True)
+    with pytest.raises(UsageError, match="'late' stands for two adapters"):
+        _answers(generator, "late")
+    other.load("late", made.tower / "adapters" / "charts", replace=True)
+    assert _answers(generator, "late", "words") == [_text(made, n) for n in ("charts", "words")]
+
+
+def test_bundles_of_earlier_versions_are_run_as_before(made: Made, tmp_path: Path) -> None:
+    bundles = [
+        shutil.copytree(bundle, tmp_path / bundle.name) for bundle in (made.decoder, made.tower)
+    ]
+    for bundle in bundles:
+        file = bundle / "loradeploy.json"
+        manifest = json.loads(file.read_text())
+        for entry in manifest["adapters"].values():
+            del entry["whole_digest"], entry["split"]
+        file.write_text(json.dumps(manifest))
+    generator = ld.ImageTextGenerator(*(ld.AdapterSession(bundle) for bundle in bundles))
+    assert _answers(generator, "charts") == [_text(made, "charts")]
+    with pytest.raises(UsageError, match="the adapter 'words' is not in .*tower: `load` it"):
+        _answers(generator, "words")
