@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 
+import pytest
+
 import loradeploy as ld
 from loradeploy import errors
 from tools.api_docs import PAGE, ROOMS, page
@@ -120,3 +122,21 @@ def test_every_error_can_be_caught_by_its_name() -> None:
 
 def test_the_version_is_that_of_the_distribution() -> None:
     assert ld.__version__ == importlib.metadata.version("loradeploy")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("adapter", "load_adapter"),
+        ("adapter", "match_targets"),
+        ("bundle.certificate", "digests"),
+        ("export.trace", "trace"),
+        ("files", "atomic_directory"),
+        ("runtime.stacks", "Stacks"),
+        ("runtime.timing", "sample_feeds"),
+        ("runtime.tokenizer", "PieceDecoder"),
+        ("runtime.tokenizer", "Tokenizer"),
+    ],
+)
+def test_what_programs_import_from_modules_stays_there(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(f"loradeploy.{module}"), name)
