@@ -39,7 +39,7 @@ from loradeploy.bundle.targets import OutputTarget as OutputTarget
 from loradeploy.bundle.targets import SavedTarget as SavedTarget
 from loradeploy.bundle.targets import StoredWeight as StoredWeight
 from loradeploy.bundle.targets import TensorSpec as TensorSpec
-from loradeploy.bundle.targets import check_slices, check_specs, check_stored
+from loradeploy.bundle.targets import check_names, check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
 from loradeploy.files import json_values, read_json
 
@@ -467,5 +467,6 @@ def _check(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: two targets share the name of a side input: export again"
         )
+    check_names(manifest.targets, manifest.changed, manifest.saved)
     if manifest.mode == "merged" and (side_inputs or manifest.adapters):
         raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from loradeploy.adapter.adapter import Kind
-from loradeploy.bundle.names import MANIFEST_NAME
+from loradeploy.bundle.names import (
+    MANIFEST_NAME,
+    lora_a_name,
+    lora_b_name,
+    offset_name,
+    scale_name,
+)
 from loradeploy.errors import BundleError, shortened, shown
 
 # The largest product of a shape's sizes that is not a mistake.
@@ -193,3 +199,26 @@ def check_stored(target: LoraTarget, stored: StoredWeight) -> None:
             f"{MANIFEST_NAME}: the stored weight of {target.module} has another size than the"
             " module"
         )
+
+
+def check_names(
+    targets: Iterable[LoraTarget], changed: Iterable[OutputTarget], saved: Iterable[SavedTarget]
+) -> None:
+    """Raise BundleError if a side input is not called after what it is of.
+
+    The names of two of equal shapes, swapped by hand, would give each the other's adapter.
+    """
+    named: list[tuple[str, str | None, str]] = []
+    for target in targets:
+        named.append((target.module, target.lora_A, lora_a_name(target.module)))
+        named.append((target.module, target.lora_B, lora_b_name(target.module)))
+    for output in changed:
+        named.append((output.module, output.scale, scale_name(output.module)))
+        named.append((output.module, output.offset, offset_name(output.module)))
+    named += [(each.parameter, each.input, each.parameter) for each in saved]
+    for module, name, expected in named:
+        if name not in (None, expected):
+            raise BundleError(
+                f"{MANIFEST_NAME}: {shortened(module)} has the side input {shown(name)}, which is"
+                " not called after it: export again"
+            )

@@ -66,6 +66,8 @@ def test_a_manifest_survives_the_round_trip() -> None:
         (["targets", 0, "in_features"], 0, "not positive"),
         (["targets", 0, "in_features"], None, r"targets\[0\].in_features is None"),
         (["targets", 1, "lora_A"], "l.q.lora_A", "share the name"),
+        (["targets", 0, "lora_B"], "l.o.lora_B", "l.q has the side input 'l.o.lora_B'"),
+        (["targets", 0, "module"], "l.o", "l.o has the side input 'l.q.lora_A'"),
         (["targets", 1, "slice"], [1, 2, 3], r"targets\[1\].slice"),
         (["targets", 1, "slice"], [4, 7], "the slice of l.k has another size than the module"),
         (["targets", 2, "slice"], [2, 4], "the slice of l.v has another .* or overlaps another"),
@@ -85,6 +87,14 @@ def test_a_manifest_edited_by_hand_is_refused_by_field(
         place = place[step]
     place[path[-1]] = value
     with pytest.raises(BundleError, match=message):
+        Manifest.from_json(edited)
+
+
+def test_names_of_side_inputs_that_were_swapped_are_refused() -> None:
+    edited = a_manifest().to_json()
+    q, k, _ = edited["targets"]
+    q["lora_A"], k["lora_A"] = k["lora_A"], q["lora_A"]
+    with pytest.raises(BundleError, match=r"l\.q has the side input 'l\.k\.lora_A', which is not"):
         Manifest.from_json(edited)
 
 

@@ -360,7 +360,13 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             lambda m: m["outputs"][0].update(shape=["batch", "sequence", 7]),
             r"output logits is tensor\(float\) \[batch, kept, 512\]",
         ),
-        (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "no side input elsewhere"),
+        (
+            lambda m: m["targets"][-1].update(
+                module="elsewhere", lora_A="elsewhere.lora_A", lora_B="elsewhere.lora_B"
+            ),
+            r"no side input elsewhere\.lora_A",
+        ),
+        (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "not called after it"),
         (
             lambda m: m["targets"][-1].update(in_features=97),
             r"down_proj.lora_A is .*\[adapters, 96, .*rank\].*float32 \[adapters, 97, rank\]",
