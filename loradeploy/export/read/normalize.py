@@ -9,7 +9,8 @@
 The rest of the export supports only y = x W + b, without factors of the product or the bias. The
 results of the graph stay the same, up to the rounding of α W. onnxruntime's optimizer makes a
 FusedMatMul of a layer and a Mul or Div before or behind it (MatMulScaleFusion): its α scales what
-an adapter adds too.
+an adapter adds too. That is so where W is the checkpoint's matrix, which a name alone does not
+prove: another tool may have divided it by α. Such a product is marked (`SCALE`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+# Metadata of a product that had an α, which it is.
+SCALE: Final = "loradeploy.alpha"
 # Nodes that may be between the initializer of a float weight and the product.
 _CARRIERS: Final = ("Cast", "Identity", "Transpose")
 # Activations of FusedGemm without parameters.
@@ -117,6 +120,7 @@ def _to_standard_gemm(graph: ir.Graph, node: ir.Node) -> None:
     check_operators(_name(node), [node])
     if weight is not None:
         _scale_weight(graph, node, weight, alpha)
+        node.metadata_props[SCALE] = str(alpha)
     if transposed:
         _transpose_input(graph, node)
     if addend is not None and not (beta == 1 and standard_addend):
@@ -138,6 +142,7 @@ def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
         node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
     if alpha != 1:
         _scale_output(graph, node, alpha, weight.dtype)
+        node.metadata_props[SCALE] = str(alpha)
     if transposed:
         _transpose_input(graph, node)
     node.attributes.clear()

@@ -7,7 +7,7 @@ in its genai_config.json.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,7 @@ from loradeploy.export.match.linears import Findings, annotate_modules, find_lin
 from loradeploy.export.match.mapping import ModuleMap
 from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
+from loradeploy.export.read.normalize import SCALE
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
 from loradeploy.files import read_json
@@ -89,8 +90,11 @@ def find_modules(
     check_reached(model.graph, findings, adapters)
     if weights is None:
         _check_order_of_rows(model, settings_beside(directory, None), adapters)
+        findings = _without_scaled(findings, _modules_of(adapters))
     if weights is not None:
         _compare(findings, weights)
+        for node in (node for linear in findings.linears.values() for node in linear.nodes):
+            node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
     annotate_modules(findings.linears)
     return findings
 
@@ -172,6 +176,31 @@ def _check_order_of_rows(
             f" {config['model_type']} has halves, so that the rows of q and k are likely in another"
             " order: give `checkpoint`, whose numbers show it"
         )
+
+
+def _without_scaled(findings: Findings, needed: Container[str]) -> Findings:
+    """The layers but for those with a factor of their own, which names alone do not explain.
+
+    With y = α x W the adapter's part is scaled by α where W is the checkpoint's matrix, and is not
+    where W was divided by α.
+
+    Raises:
+        ExportError: an adapter is for one of them.
+    """
+    kept, left = dict(findings.linears), list(findings.unidentified)
+    for module, linear in findings.linears.items():
+        node = linear.nodes[0]
+        alpha = node.metadata_props.get(SCALE)
+        if alpha is None:
+            continue
+        if module in needed:
+            raise ExportError(
+                f"{module}: {node.name} multiplies its product by {alpha}, and names do not show"
+                " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
+            )
+        del kept[module]
+        left.append(f"{node.name} [{linear.in_features} → {linear.out_features}]")
+    return Findings(kept, tuple(left))
 
 
 def _fused_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.api import export
+from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.third_party import Evidence, find_modules
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
@@ -365,3 +367,38 @@ def test_interleaved_rows_are_not_told_by_names_alone(
         return
     with pytest.raises(ExportError, match=r"q_proj: the graph rotates interleaved rows"):
         find_modules(model, tmp_path, Evidence(), [adapter])
+
+
+@pytest.mark.parametrize("op", ["FusedMatMul", "Gemm"])
+@pytest.mark.parametrize("stored", ["nothing", "W", "W divided by alpha"])
+def test_a_factor_of_a_product_is_not_explained_by_names(
+    op: str, stored: str, tmp_path: Path
+) -> None:
+    """y = α x W, of which the adapter's part is scaled by α, or is not where W was divided by it."""
+    b, module, alpha = Builder(), "block.proj", 0.5
+    x, w = b.input("x", ["batch", IN]), b.weight("w", IN, OUT)
+    domain = "" if op == "Gemm" else "com.microsoft"
+    y = b.node(op, [x, w], ["batch", OUT], module=module, domain=domain, alpha=alpha)
+    other = b.node("MatMul", [y, b.weight("v", OUT, IN)], ["batch", IN], module="block.other")
+    model = b.model(other)
+    pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
+    adapter = Adapter(AdapterConfig(r=2, lora_alpha=4, target_modules=("proj",)), {module: pair})
+    W, V = (model.graph.initializers[n].const_value.numpy() for n in ("w", "v"))
+    normalize_products(model.graph)
+    if stored == "nothing":
+        assert find_modules(model, tmp_path, Evidence(), []).linears.keys() == {"block.other"}
+        with pytest.raises(ExportError, match=r"block\.proj: .* by 0\.5, .*: give `checkpoint`"):
+            find_modules(model, tmp_path, Evidence(), [adapter])
+        return
+    divided = stored != "W"
+    matrix = np.ascontiguousarray(W.T * (alpha if divided else 1))
+    weights = {f"{module}.weight": matrix, "block.other.weight": np.ascontiguousarray(V.T)}
+    save_file(weights, tmp_path / "model.safetensors")
+    evidence = Evidence(checkpoint=tmp_path)
+    # A Gemm's weight is multiplied by its alpha, a FusedMatMul's is left as it is.
+    if divided == (op == "Gemm"):
+        assert module in find_modules(model, tmp_path, evidence, [adapter]).linears
+        assert module in find_modules(model, tmp_path, Evidence(), [adapter]).linears, "again"
+    else:
+        with pytest.raises(ExportError, match="is named after block.proj"):
+            find_modules(model, tmp_path, evidence, [adapter])
