@@ -18,7 +18,8 @@ from loradeploy.export.base import Base, Options, modules_of
 from loradeploy.export.graph.file import graph_digest, load_graph
 from loradeploy.export.graph.halves import load_bundle_graph
 from loradeploy.export.graph.sound import check_opens
-from loradeploy.export.match.linears import refuse_adapter_layers, refuse_side_inputs
+from loradeploy.export.match.adapter_layers import refuse_adapter_layers, refuse_adapter_products
+from loradeploy.export.match.linears import refuse_side_inputs
 from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.passes.precision.bf16 import compute_as_float32
@@ -103,6 +104,7 @@ def from_graph(source: Source, options: Options) -> Base:
             separate_projections(graph.graph)  # they have no names in the graph
         compute_weights(graph.graph)
         normalize_products(graph.graph)
+        refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
         task = _task_of(source, graph, options.task, own)
         parameters = replaced = lacking = frozenset()

@@ -6,25 +6,21 @@ products.py finds products, naming.py identifies their modules.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.files.base_files import peft_parts
 from loradeploy.adapter.tasks import CLASSIFIER_HEADS
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.errors import ExportError, shortened
-from loradeploy.export.graph.scopes import NAME_SCOPES, linear_scopes
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.naming import FUSED_MODULES, Named, Namer, by_graph
 from loradeploy.export.match.products import Product, bias_use, describe, products, value_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the parts of a path, and of several paths
 
 # Operators that may be between the product of the output head and the logits.
 _AFTER_HEAD: Final = (
@@ -160,20 +156,6 @@ def is_head(module: str) -> bool:
     As in PEFT 0.21 a name counts that ends so: DistilBERT's `pre_classifier` is a part too.
     """
     return any(part.endswith(CLASSIFIER_HEADS) for part in module.split("."))
-
-
-def refuse_adapter_layers(model: ir.Model) -> None:
-    """Raise ExportError where the graph computes an adapter as layers of its own, as PEFT does."""
-    names: list[str | None] = list(model.graph.initializers)
-    for node in model.graph.all_nodes():
-        names += [node.name, node.metadata_props.get(NAME_SCOPES)]
-    steps = {_SEPARATORS.sub(".", name) for name in names if name}
-    if parts := peft_parts(steps):
-        raise ExportError(
-            f"the graph holds an adapter as layers of its own ({shortened(parts[0], 80)}), so that"
-            " it is no base: export the model without it (PEFT: unload(), or merge_and_unload() to"
-            " keep it; onnxruntime-genai: without adapter_path)"
-        )
 
 
 def refuse_side_inputs(model: ir.Model) -> None:

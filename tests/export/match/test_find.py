@@ -4,8 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loradeploy.errors import ExportError
-from loradeploy.export.match.linears import find_linears, output_head, refuse_adapter_layers
+from loradeploy.export.match.linears import find_linears, output_head
 from tests.export.graphs import IN, OUT, Builder, linear
 
 
@@ -145,27 +144,3 @@ def test_nodes_in_another_domain_are_left_alone() -> None:
     )
     model.graph.append(foreign)
     assert len(find_linears(model).linears["block.proj"].nodes) == 1
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "base_model.model.model.layers.0.self_attn.q_proj",
-        "model.layers.0.self_attn.q_proj.base_layer",
-        "model.layers.0.self_attn.q_proj.lora_A.default",
-    ],
-)
-@pytest.mark.parametrize("told_by", ["scopes", "node", "weight"])
-def test_a_graph_that_computes_an_adapter_is_no_base(module: str, told_by: str) -> None:
-    model = linear(module if told_by == "scopes" else None)
-    if told_by == "node":
-        next(iter(model.graph)).name = f"/{module.replace('.', '/')}/MatMul"
-    elif told_by == "weight":
-        model.graph.initializers["w"].name = f"{module}.weight"
-    with pytest.raises(ExportError, match="holds an adapter as layers of its own") as raised:
-        refuse_adapter_layers(model)
-    assert len(str(raised.value)) <= 300
-
-
-def test_a_graph_without_an_adapter_is_a_base() -> None:
-    refuse_adapter_layers(linear("model.layers.0.self_attn.q_proj"))

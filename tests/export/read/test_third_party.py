@@ -374,7 +374,7 @@ def test_interleaved_rows_are_not_told_by_names_alone(
 def test_a_factor_of_a_product_is_not_explained_by_names(
     op: str, stored: str, tmp_path: Path
 ) -> None:
-    """y = α x W, of which the adapter's part is scaled by α, or is not where W was divided by it."""
+    """y = α x W scales the adapter's part by α, but not where W was divided by α."""
     b, module, alpha = Builder(), "block.proj", 0.5
     x, w = b.input("x", ["batch", IN]), b.weight("w", IN, OUT)
     domain = "" if op == "Gemm" else "com.microsoft"
