@@ -124,6 +124,7 @@ def parity(
     from loradeploy.parity.job import run
     from loradeploy.parity.names import ONNX_GENAI
     from loradeploy.parity.phases.choice import choose_phases
+    from loradeploy.parity.phases.outputs import check_shape
     from loradeploy.parity.report.baseline import check_comparable, read_baseline
     from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.writers import check_reports
@@ -150,6 +151,7 @@ def parity(
     if not chosen:
         raise UsageError("no backends are given: nothing would be compared")
     check_inputs(manifest)
+    check_shape(manifest)
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
     shown = choose_phases(manifest.task, phases, embeds=bool(manifest.embeds))

@@ -84,3 +84,11 @@ def test_a_target_is_the_rows_own_tokens_whatever_its_padding() -> None:
 def test_what_cannot_be_fed_is_refused_by_name(spec: TensorSpec) -> None:
     with pytest.raises(UsageError, match=rf"cannot feed .* {spec.name} \[batch"):
         check_inputs(manifest(spec))
+
+
+@pytest.mark.parametrize("shape", [(1, "sequence"), ("batch", 8)], ids=str)
+def test_rows_of_any_length_and_number_need_free_sizes(shape: tuple[int | str, ...]) -> None:
+    free = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+    check_inputs(manifest(free))
+    with pytest.raises(UsageError, match=r"takes input_ids \[.*\], and parity feeds rows of many"):
+        check_inputs(manifest(dataclasses.replace(free, shape=shape)))

@@ -20,7 +20,7 @@ from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.inputs.row_feeds import Known, plain_feeds
-from loradeploy.parity.phases.outputs import joined, output_names
+from loradeploy.parity.phases.outputs import check_positions, joined, output_names
 from loradeploy.parity.variants import session_options
 from loradeploy.runtime.text.padding import pad
 
@@ -116,7 +116,10 @@ class OnnxModel:
                 feeds[ATTENTION_MASK] = cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
             given = self._run(names, feeds, adapters, buffers=cache.buffers)
             cache.keep(given[count:])
-        return joined([_array(value) for value in given[:count]]), cache
+        values = [_array(value) for value in given[:count]]
+        if self._manifest.task == CAUSAL_LM:
+            check_positions(values[0], ids.shape[1])
+        return joined(values), cache
 
     def decode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
@@ -147,8 +150,12 @@ class OnnxModel:
         padded, padded_mask = pad(
             [row[seen] for row, seen in zip(tokens, real, strict=True)], 0, left=False
         )
-        given = self._run(self._outputs, self.feeds(padded, padded_mask, None), adapters)
-        values = joined([_array(value) for value in given])
+        given = [
+            _array(value)
+            for value in self._run(self._outputs, self.feeds(padded, padded_mask, None), adapters)
+        ]
+        check_positions(given[0], padded.shape[1])
+        values = joined(given)
         new = ids.shape[1]
         result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
         for row, seen in enumerate(real):

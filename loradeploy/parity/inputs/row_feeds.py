@@ -106,6 +106,20 @@ def check_inputs(manifest: Manifest) -> None:
                 f"parity cannot feed a {manifest.task} bundle's {spec.name} [{shape}]: it knows"
                 f" {', '.join(_MAKERS)}, and images and sounds of fixed sizes"
             )
+    _check_sizes(manifest)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Raise UsageError where the graph takes no rows of any length and number."""
+    for spec in manifest.inputs:
+        free = 1 if manifest.tower is not None or spec.name not in _TOKENS else 2
+        if any(isinstance(size, int) for size in spec.shape[:free]):
+            shape = ", ".join(map(str, spec.shape))
+            raise UsageError(
+                f"the graph takes {spec.name} [{shape}], and parity feeds rows of many lengths,"
+                " alone and in batches: check a bundle of the same model whose batch and sequence"
+                " are free"
+            )
 
 
 def _noise(ids: Ids, mask: Ids, spec: TensorSpec) -> NDArray[np.float32]:
@@ -126,6 +140,11 @@ def _real(ids: Ids, mask: Ids) -> list[Ids]:
 
 
 _DRAWN: Final = (PIXEL_VALUES, INPUT_FEATURES)
+# [rows, tokens].
+_TOKENS: Final = (
+    *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
+    *(DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK),
+)
 _MAKERS: Final[Mapping[str, Callable[[Ids, Ids, TensorSpec], NDArray[Any]]]] = {
     INPUT_IDS: lambda ids, mask, spec: ids,
     ATTENTION_MASK: lambda ids, mask, spec: mask,

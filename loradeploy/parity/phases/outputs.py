@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.tasks import FEATURES, IMAGES, SEQ2SEQ_LM, VISION_TOWER
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURES, IMAGES, SEQ2SEQ_LM, VISION_TOWER
 from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
+from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,6 +36,28 @@ def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if not rest:
         return first
     return np.concatenate([first, *(value[:, np.newaxis] for value in rest)], axis=1)
+
+
+def check_shape(manifest: Manifest) -> None:
+    """Raise UsageError where the graph's shapes show that not every token has an output."""
+    if manifest.task != CAUSAL_LM:
+        return
+    for spec in manifest.outputs:
+        if spec.name == output_of(manifest) and (len(spec.shape) < 3 or spec.shape[1] == 1):
+            raise _not_all(spec.shape)
+
+
+def check_positions(values: NDArray[Any], tokens: int) -> None:
+    """Raise UsageError unless a decoder's `values` are of all of the `tokens` that it was fed."""
+    if values.ndim != 3 or values.shape[1] != tokens:
+        raise _not_all(values.shape)
+
+
+def _not_all(shape: Sequence[int | str]) -> UsageError:
+    return UsageError(
+        f"the graph gives logits [{', '.join(map(str, shape))}], not those of every token, which"
+        " parity compares: export the graph with the logits of all positions"
+    )
 
 
 def real_positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:

@@ -89,9 +89,10 @@ class TextGenerator:
                 f"{session.path} takes {names}, not {INPUT_IDS}: run it with AdapterSession.run"
             )
         if any(isinstance(size, int) for size in sizes):
+            shape = ", ".join(map(str, sizes))
             raise UsageError(
-                f"{session.path} was exported with `fixed` sizes: run it with AdapterSession.run,"
-                " or export it without"
+                f"the graph of {session.path} takes {INPUT_IDS} [{shape}] alone: run it with"
+                " AdapterSession.run, or export it with a batch and a sequence of any size"
             )
         if cache_budget is not None:
             check_count("cache_budget", cache_budget)
