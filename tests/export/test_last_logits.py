@@ -9,7 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from loradeploy.errors import UsageError
 from loradeploy.export.api import export
+from loradeploy.parity.api import parity
+from loradeploy.parity.phases.outputs import check_positions
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import once
@@ -58,3 +61,18 @@ def test_without_the_model_s_config_it_is_what_its_shape_says(
     alone = Path(shutil.copytree(decoder, tmp_path / "alone"))
     (alone / "config.json").unlink()
     assert export(alone, tmp_path / "bundle").task == "sequence-classification"
+
+
+def test_parity_says_that_it_compares_every_position(
+    decoder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    export(decoder, tmp_path / "bundle")
+    with pytest.raises(UsageError, match=r"gives logits \[batch, \d+\], not those of every token"):
+        parity(tmp_path / "bundle", model=tiny_llama)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 7), (2, 7)])
+def test_so_it_does_where_the_shapes_are_seen_in_a_run_alone(shape: tuple[int, ...]) -> None:
+    check_positions(np.zeros((2, 3, 7)), 3)
+    with pytest.raises(UsageError, match="not those of every token"):
+        check_positions(np.zeros(shape), 3)
