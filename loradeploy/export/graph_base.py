@@ -26,6 +26,7 @@ from loradeploy.export.passes.precision.bf16 import compute_as_float32
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.attention import separate_projections
+from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
@@ -103,6 +104,8 @@ def from_graph(source: Source, options: Options) -> Base:
         if options.evidence.checkpoint is not None or options.evidence.map is not None:
             separate_projections(graph.graph)  # they have no names in the graph
         compute_weights(graph.graph)
+        known = matrices_of(options.adapters.values(), options.evidence.checkpoint)
+        features_last(graph.graph, known)
         normalize_products(graph.graph)
         refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before

@@ -113,11 +113,13 @@ def _to_product(
     node.attributes.clear()
     node.op_type = "MatMul"
     y = node.outputs[0]
-    made, behind = y, []
+    made = y
+    behind: list[ir.Node] = []
     if bias is not None:
         add = ir.node("Add", [y, bias], name=f"{_name(node)}/bias")
-        add.outputs[0].name = add.name
-        made, behind = add.outputs[0], [add]
+        made = add.outputs[0]
+        made.name = add.name
+        behind.append(add)
     back = [order.index(axis) for axis in range(len(order))]
     last = _transpose(f"{_name(node)}/features_first", made, back)
     graph.insert_after(node, [*behind, last])
