@@ -20,7 +20,6 @@ from loradeploy.bundle.manifest import (
 )
 from loradeploy.errors import (
     AdapterMismatchError,
-    listed_names,
     shortened,
 )
 from loradeploy.export.adapters.given import (
@@ -39,7 +38,7 @@ from loradeploy.export.match.linears import (
     Findings,
     is_head,
 )
-from loradeploy.export.match.operators import unreached
+from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.passes.gqa import keeps_cache
 from loradeploy.export.passes.precision.quantize import quantize
@@ -109,13 +108,10 @@ def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
         with named(name):
             yield
     except AdapterMismatchError as problem:
-        others = [f"{op} ({count})" for op, count in unreached(base.graph.graph).items()]
+        others = unreached_layers(base.graph.graph)
         why = []
-        if others:
-            why.append(
-                f"layers in {listed_names(others, 2)} take no adapters: give the graph as it was"
-                " before its operators were fused or quantized"
-            )
+        if others is not None:
+            why.append(others)
         hidden = findings.unidentified or others
         if hidden and base.before is None and base.identity.kind == "onnx":
             why.append(_BY_NUMBERS)

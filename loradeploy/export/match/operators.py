@@ -16,7 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.errors import ExportError
+from loradeploy.errors import ExportError, listed_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -258,6 +258,17 @@ def unreached(graph: ir.Graph) -> dict[str, int]:
         if (_domain(node), node.op_type) in UNREACHED:
             found[node.op_type] = found.get(node.op_type, 0) + 1
     return found
+
+
+def unreached_layers(graph: ir.Graph) -> str | None:
+    """What to say of them where a module was not found; None where there are none."""
+    found = [f"{op} ({count})" for op, count in unreached(graph).items()]
+    if not found:
+        return None
+    return (
+        f"layers in {listed_names(found, 2)} take no adapters: give the graph as it was before its"
+        " operators were fused or quantized"
+    )
 
 
 def _domain(node: ir.Node) -> str:

@@ -19,7 +19,7 @@ from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
 from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_fused
-from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION
+from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
 from loradeploy.export.read.normalize import SCALE
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
@@ -92,7 +92,7 @@ def find_modules(
         _check_order_of_rows(model, settings_beside(directory, None), adapters)
         findings = _without_scaled(findings, _modules_of(adapters))
     if weights is not None:
-        _compare(findings, weights)
+        _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
     annotate_modules(findings.linears)
@@ -225,13 +225,15 @@ def _modules_of(adapters: Iterable[Adapter]) -> set[str]:
     return saved.union(*(adapter.factors for adapter in adapters))
 
 
-def _compare(findings: Findings, weights: CheckpointWeights) -> None:
+def _compare(graph: ir.Graph, findings: Findings, weights: CheckpointWeights) -> None:
     missing = weights.missing()
     if not findings.linears:
         seen = f" (seen: {weights.reasons[0]})" if weights.reasons else ""
+        why = (
+            unreached_layers(graph) or "it is of another model, or the exporter changed the weights"
+        )
         raise ExportError(
-            "no product of the graph has the weight of a matrix in the checkpoint: it is of another"
-            f" model, or the exporter changed the weights{seen}"
+            f"no product of the graph has the weight of a matrix in the checkpoint: {why}{seen}"
         )
     if weights.reasons:
         logger.warning(

@@ -402,3 +402,16 @@ def test_a_factor_of_a_product_is_not_explained_by_names(
     else:
         with pytest.raises(ExportError, match="is named after block.proj"):
             find_modules(model, tmp_path, evidence, [adapter])
+
+
+def test_operators_that_take_no_adapters_are_named_where_the_checkpoint_has_no_match(
+    tmp_path: Path,
+) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    inputs = [x, b.weight("packed", IN * OUT // 2), b.weight("absmax", 2)]
+    given = {"domain": "com.microsoft", "K": IN, "N": OUT, "block_size": 16, "quant_type": 1}
+    model = b.model(b.node("MatMulBnb4", inputs, ["batch", OUT], **given))
+    save_file({"block.proj.weight": np.ones((OUT, IN), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match=r"layers in MatMulBnb4 \(1\) take no adapters: give"):
+        find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [])
