@@ -31,6 +31,7 @@ from loradeploy.bundle.text.tokenizer_files import (
     max_length_of,
     optional_json,
     positions_of_model,
+    roles_without_token,
     special_tokens_of,
     token_ids,
 )
@@ -85,11 +86,12 @@ class Tokenizer:
         self._directory = path
         self._base = base
         self._tokenizer = _words(path, base)
-        own_tokens = special_tokens_of(optional_json(path / SPECIAL_NAME) | settings)
-        self.special_tokens: dict[str, str] = {
-            **(base.special_tokens if base else {}),
-            **own_tokens,
-        }
+        named_tokens = optional_json(path / SPECIAL_NAME) | settings
+        inherited = {} if base is None else base.special_tokens
+        if (path / TOKENIZER_NAME).exists():
+            lacking = roles_without_token(named_tokens)
+            inherited = {role: inherited[role] for role in inherited if role not in lacking}
+        self.special_tokens: dict[str, str] = {**inherited, **special_tokens_of(named_tokens)}
         self._mark_special()
         if base is not None and self._tokenizer.to_str() == base.as_text:
             self._tokenizer = base._tokenizer

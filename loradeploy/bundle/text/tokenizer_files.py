@@ -30,6 +30,8 @@ _TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"
 _ROLES: Final = tuple(
     f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
+# The classes of transformers that are not of one model.
+_CLASSES_FOR_ANY: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # transformers writes 10³⁰ where a tokenizer has no limit of its own.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
@@ -49,6 +51,18 @@ def special_tokens_of(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             tokens[role] = text
     return tokens
+
+
+def roles_without_token(settings: Mapping[str, Any]) -> frozenset[str]:
+    """The roles for which a tokenizer with these `settings` has no token.
+
+    transformers writes those that were removed as null. Its classes for any tokenizer have only
+    what is named; others have tokens of their own where nothing is named (LlamaTokenizer's <s>).
+    """
+    named_only = settings.get("tokenizer_class") in _CLASSES_FOR_ANY
+    return frozenset(
+        role for role in _ROLES if settings.get(role, None if named_only else "") is None
+    )
 
 
 def chat_template_of(directory: Path, settings: Mapping[str, Any]) -> str | None:

@@ -301,3 +301,31 @@ def test_positions_that_are_counted_from_the_padding_on_are_no_texts(
 ) -> None:
     place = edited("config.json", model_type="roberta", pad_token_id=1)
     assert Tokenizer(place).positions == 126
+
+
+@pytest.mark.parametrize("form", ["null", "absent", "absent in another class"])
+def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_dropped(
+    tiny_llama: Path, tmp_path: Path, form: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    base_files, own = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_llama, base_files)
+    kept = AutoTokenizer.from_pretrained(tiny_llama)
+    kept.bos_token, kept.chat_template = kept.eos_token, template
+    kept.save_pretrained(base_files)
+    kept.bos_token = None
+    kept.save_pretrained(own)
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    if form != "null":
+        del settings["bos_token"]
+    if form == "absent in another class":
+        settings["tokenizer_class"] = "LlamaTokenizer"
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = Tokenizer(base_files)
+    message = [{"role": "user", "content": "Hello"}]
+    start = base.special_tokens["bos_token"]
+    assert base.render_chat(message) == f"{start}Hello"
+    inherits = form == "absent in another class"
+    assert Tokenizer(own, base).render_chat(message) == (f"{start}Hello" if inherits else "Hello")
